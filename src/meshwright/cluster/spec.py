@@ -1,0 +1,107 @@
+"""What hardware there is: device types, devices in nodes, nodes at sites, and their links."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from meshwright.records import Bytes, BytesPerSecond, Flops, Seconds, record
+
+Precision = Literal["fp64", "fp32", "fp16", "bf16"]
+"""Arithmetic of forward and backward. Weights and optimizer states stay fp32 (fp64 for fp64)."""
+
+
+@record
+class Link:
+    """One hop. A switch or NVLink gives every device a port of this bandwidth in each direction;
+    a `shared` link is one bus for all devices behind it (PCIe through the host)."""
+
+    bandwidth: BytesPerSecond
+    """Bytes per second in one direction."""
+    latency: Seconds = 0.0
+    """Seconds before the first byte arrives."""
+    shared: bool = False
+
+
+@record
+class DeviceType:
+    """One kind of accelerator (or CPU process): what its datasheet says, and what it reaches."""
+
+    name: str
+    memory: Bytes
+    """Bytes that a program can use."""
+    memory_bandwidth: BytesPerSecond
+    peak: dict[Precision, Flops]
+    """Dense peak by precision, FLOP/s; a precision that is absent is not offered."""
+    matmul_efficiency: float = 0.6
+    """Share of the peak that large matrix products reach."""
+    attention_efficiency: float = 0.35
+    memory_efficiency: float = 0.8
+    source: str = ""
+    """Where the figures are from."""
+
+
+@record
+class Node:
+    """Devices that share a host."""
+
+    name: str
+    site: str
+    devices: tuple[str, ...]
+    """Type name of each device, by local index."""
+    inside: Link
+    """Between devices of this node."""
+    network: Link
+    """This node's network interface."""
+
+
+@record
+class Site:
+    """Nodes behind one uplink."""
+
+    name: str
+    uplink: Link | None = None
+    """None: sites meet at full network speed."""
+
+
+@record
+class DirectLink:
+    """An explicit link between two nodes that replaces the hierarchy for that pair."""
+
+    between: tuple[str, str]
+    link: Link
+
+
+@record
+class Device:
+    """One accelerator of a cluster."""
+
+    name: str
+    """`node:index`."""
+    type: str
+    node: str
+    site: str
+
+
+@record
+class Cluster:
+    """All of it, expanded: one Node per host."""
+
+    name: str
+    types: dict[str, DeviceType]
+    nodes: tuple[Node, ...]
+    sites: tuple[Site, ...]
+    direct: tuple[DirectLink, ...] = ()
+
+
+def node_of(device: str) -> str:
+    """`"p3-0:1"` to `"p3-0"`."""
+    return device.rpartition(":")[0]
+
+
+def devices_of(cluster: Cluster) -> tuple[Device, ...]:
+    """All devices, node by node: the order in which ranks are numbered."""
+    return tuple(
+        Device(name=f"{node.name}:{index}", type=kind, node=node.name, site=node.site)
+        for node in cluster.nodes
+        for index, kind in enumerate(node.devices)
+    )

@@ -1,0 +1,1 @@
+"""Who holds which slice of a tensor, and the moves between two layouts."""

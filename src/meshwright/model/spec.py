@@ -1,0 +1,103 @@
+"""What is to be trained: layers in topological order and the tensors that flow between them.
+
+Every amount is per row (one sample of the batch) unless its name says otherwise, at the sequence
+length and precision that the graph was built for.
+"""
+
+from __future__ import annotations
+
+from meshwright.cluster.spec import Precision
+from meshwright.records import record
+
+
+@record
+class Layer:
+    """The smallest unit that is never cut between stages."""
+
+    name: str
+    signature: str
+    """Layers of one signature cost the same: they are profiled once."""
+    forward_flops: float
+    """Matrix products and everything else but attention scores."""
+    attention_flops: float = 0.0
+    """Forward FLOPs of the scores and their product with the values; kept apart because these
+    kernels reach another share of the peak."""
+    backward_flops: float
+    """Both of the backward's halves, attention included."""
+    traffic_bytes: float
+    """Bytes read and written by the forward, activations only (weights are `parameters`)."""
+    parameters: int
+    """Trainable numbers that belong to this layer alone (tied ones are in LayerGraph.tied)."""
+    saved_bytes: float
+    """Activations kept from the forward until the backward."""
+    workspace_bytes: float = 0.0
+    """Largest temporary of forward or backward beyond what is saved."""
+
+    tensor_units: int = 0
+    """Tensor widths that divide this number are legal (heads, key-value heads and hidden all
+    considered). Every width divides 0: nothing is split, each tensor rank does the whole layer."""
+    split_parameters: int = 0
+    """Of `parameters`, those divided among tensor ranks; the rest is replicated."""
+    split_flops: float = 0.0
+    """Of forward_flops + attention_flops, the part divided among tensor ranks."""
+    split_saved_bytes: float = 0.0
+    """Of saved_bytes, the part divided among tensor ranks."""
+    forward_all_reduce_bytes: tuple[float, ...] = ()
+    """Size of each tensor-parallel all-reduce of the forward."""
+    backward_all_reduce_bytes: tuple[float, ...] = ()
+
+
+@record
+class Tensor:
+    """What one layer hands to later ones. Inputs of the model are no Tensors: every stage that
+    needs them reads the batch itself."""
+
+    name: str
+    bytes: float
+    producer: int
+    """Index of the layer that makes it."""
+    consumers: tuple[int, ...]
+    """Indices of the layers that read it, ascending."""
+    gradient: bool = True
+    """False: nothing flows back (masks, indices)."""
+
+
+@record
+class Tied:
+    """One parameter used by several layers: held by each stage with any of them, summed over all."""
+
+    name: str
+    layers: tuple[int, ...]
+    """Ascending; the first one owns the initial value."""
+    parameters: int
+    split: bool = False
+    """Divided among tensor ranks."""
+
+
+@record
+class LayerGraph:
+    """A model as the planner sees it."""
+
+    name: str
+    sequence: int
+    """Tokens in a row; 1 where rows are not sequences."""
+    precision: Precision
+    layers: tuple[Layer, ...]
+    tensors: tuple[Tensor, ...]
+    tied: tuple[Tied, ...] = ()
+
+
+def alive_at(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
+    """Tensors that a cut before layer `cut` carries: made before it, read at or after it."""
+    return tuple(t for t in model.tensors if t.producer < cut <= t.consumers[-1])
+
+
+def tied_in(model: LayerGraph, layers: tuple[int, int]) -> tuple[Tied, ...]:
+    """Tied parameters that a stage with layers [first, last) must hold."""
+    first, last = layers
+    return tuple(t for t in model.tied if any(first <= layer < last for layer in t.layers))
+
+
+def num_parameters(model: LayerGraph) -> int:
+    """Distinct trainable numbers of the whole model."""
+    return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)

@@ -1,0 +1,111 @@
+"""Who holds what: the one description of a strategy, written by the search or by hand."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from meshwright.cluster.spec import Precision
+from meshwright.records import Bytes, Seconds, record
+
+FORMAT = 1
+
+ScheduleName = Literal["1f1b", "gpipe"]
+
+
+@record
+class Job:
+    """What one optimizer step must do, whatever the plan."""
+
+    global_batch: int
+    """Rows per step, over the whole cluster."""
+    sequence: int
+    precision: Precision = "bf16"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+@record
+class Subject:
+    """The model or cluster that a plan was made for."""
+
+    name: str
+    fingerprint: str
+    """Of the LayerGraph or Cluster record; empty: any will do (plans written by hand)."""
+    source: str = ""
+    """Where it can be had again: a model name, a `config.json`, a `.toml`."""
+
+
+@record
+class Stage:
+    """A run of consecutive layers on a mesh of devices, data width x tensor width."""
+
+    layers: tuple[int, int]
+    """First layer, and one past the last."""
+    devices: tuple[tuple[str, ...], ...]
+    """One row per replica; the devices of a row share each layer by tensor parallelism."""
+    rows: tuple[int, ...] | None = None
+    """Rows of each micro-batch that each replica takes; absent: equal shares."""
+
+
+@record
+class Pipeline:
+    """Stages that together hold the whole model and work through a share of the batch."""
+
+    micro_batches: int
+    rows: int
+    """Rows of one micro-batch, over all replicas of a stage together."""
+    stages: tuple[Stage, ...]
+
+
+@record
+class DeviceMemory:
+    """Predicted memory of one device at its worst moment, in bytes."""
+
+    device: str
+    parameters: Bytes
+    gradients: Bytes
+    optimizer: Bytes
+    activations: Bytes
+    buffers: Bytes
+    """Transfers in flight, temporaries, and what the framework takes."""
+    capacity: Bytes
+
+
+@record
+class RunnerUp:
+    """Another strategy that was looked at, and why it is not the plan."""
+
+    name: str
+    step_seconds: Seconds | None = None
+    """None: it does not fit."""
+    reason: str
+
+
+@record
+class Prediction:
+    """What the search believed when it chose."""
+
+    step_seconds: Seconds
+    parts: dict[str, Seconds]
+    """Critical path by kind: compute, bubble, transfers, reductions, optimizer."""
+    memory: tuple[DeviceMemory, ...]
+    runners_up: tuple[RunnerUp, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Candidates not followed up, counted by reason."""
+
+
+@record
+class Plan:
+    """A strategy for one model on one cluster. Classic dp x tp x pp is one pipeline of `pp` stages,
+    each on a dp x tp mesh; unlike replicas are several pipelines with shares of the batch."""
+
+    format: Literal[1] = 1
+    name: str
+    model: Subject
+    cluster: Subject
+    job: Job
+    schedule: ScheduleName = "1f1b"
+    devices: tuple[str, ...]
+    """Devices in use, in rank order: node by node, as the launcher starts them."""
+    pipelines: tuple[Pipeline, ...]
+    prediction: Prediction | None = None

@@ -1,0 +1,157 @@
+"""Who does what in which order: the vocabulary, its meaning and its textual form.
+
+The words are torch.distributed.pipelining's where it has one: `0F3` is the forward of micro-batch 3
+on stage 0. One rule gives every instruction its timing, in the simulator and in the runtime alike:
+
+* Communication is *posted*: RECV_F, RECV_B, SEND_F, SEND_B and REDUCE_GRAD return at once. A send
+  moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward that completes
+  its gradients and starts, inside that backward, when the last of its layers is done.
+* Compute (F, B) runs on the rank's compute stream in order, and waits for the receives it reads.
+* REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank;
+  OPTIMIZER_STEP follows it.
+* A step ends when everything that was posted has arrived.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Any
+
+from meshwright.errors import Problem, ProgramError
+from meshwright.records import record
+
+
+class Op(StrEnum):
+    """What an instruction does."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SEND_F = "SEND_F"
+    """Hand the activations of a cut to the next stage."""
+    RECV_F = "RECV_F"
+    SEND_B = "SEND_B"
+    """Hand the gradients of a cut to the stage before."""
+    RECV_B = "RECV_B"
+    REDUCE_GRAD = "REDUCE_GRAD"
+    """Sum the gradients of some layers over every rank that holds them."""
+    REDUCE_NORM = "REDUCE_NORM"
+    """Sum loss and squared gradient norm over all ranks."""
+    OPTIMIZER_STEP = "OPTIMIZER_STEP"
+
+
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.OPTIMIZER_STEP})
+SENDS = frozenset({Op.SEND_F, Op.SEND_B})
+RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
+MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
+
+
+@record
+class Instruction:
+    """One entry of a rank's list. Fields that an operation does not use stay None or empty."""
+
+    op: Op
+    stage: int
+    micro_batch: int | None = None
+    peer: int | None = None
+    """Rank at the other end of a send or receive."""
+    rows: tuple[int, int] | None = None
+    """Rows of the micro-batch that are computed or moved, [first, last)."""
+    layers: tuple[int, int] | None = None
+    """Layers of an F or B, or those whose gradients a REDUCE_GRAD sums, [first, last)."""
+    tied: str | None = None
+    """Tied parameter that a REDUCE_GRAD sums, instead of layers."""
+    ranks: tuple[int, ...] = ()
+    """Members of a collective, ascending."""
+    bytes: int = 0
+    """Size of the message, or of the buffer that is reduced."""
+
+
+@record
+class Program:
+    """For every rank the list of its instructions in one optimizer step."""
+
+    ranks: tuple[tuple[Instruction, ...], ...]
+
+
+def _pair(value: tuple[int, int]) -> str:
+    return f"{value[0]}:{value[1]}"
+
+
+def text(instruction: Instruction) -> str:
+    """`0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2 bytes=4096`."""
+    micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
+    words = [f"{instruction.stage}{instruction.op}{micro_batch}"]
+    if instruction.peer is not None:
+        words.append(f"peer={instruction.peer}")
+    if instruction.rows is not None:
+        words.append(f"rows={_pair(instruction.rows)}")
+    if instruction.layers is not None:
+        words.append(f"layers={_pair(instruction.layers)}")
+    if instruction.tied is not None:
+        words.append(f"tied={instruction.tied}")
+    if instruction.ranks:
+        words.append("ranks=" + ",".join(map(str, instruction.ranks)))
+    if instruction.bytes:
+        words.append(f"bytes={instruction.bytes}")
+    return " ".join(words)
+
+
+_HEAD = re.compile(
+    rf"(\d+)({'|'.join(sorted((op.value for op in Op), key=len, reverse=True))})(\d*)"
+)
+
+
+def _value(key: str, value: str) -> Any:
+    if key in ("peer", "bytes"):
+        return int(value)
+    if key in ("rows", "layers"):
+        first, last = value.split(":")
+        return int(first), int(last)
+    if key == "ranks":
+        return tuple(int(rank) for rank in value.split(","))
+    if key == "tied":
+        return value
+    raise ValueError(f"unknown word {key!r}")
+
+
+def parse(line: str, *, source: str = "program", field: str = "") -> Instruction:
+    """The inverse of `text`. Raises ProgramError naming `source` and `field`."""
+    head, *words = line.split()
+    match = _HEAD.fullmatch(head)
+    try:
+        if match is None:
+            raise ValueError(f"unknown instruction {head!r}")
+        fields = {key: _value(key, value) for key, _, value in (w.partition("=") for w in words)}
+    except ValueError as failure:
+        wanted = "an instruction such as '0F3 rows=0:2' or '0SEND_F3 peer=1 rows=0:2 bytes=4096'"
+        raise ProgramError(Problem(source, field, f"{line!r} ({failure})", wanted)) from None
+    return Instruction(
+        op=Op(match[2]),
+        stage=int(match[1]),
+        micro_batch=int(match[3]) if match[3] else None,
+        **fields,
+    )
+
+
+def dumps(program: Program) -> str:
+    """A program as text: a `rank N` line, then one instruction a line."""
+    blocks = []
+    for rank, instructions in enumerate(program.ranks):
+        blocks.append("\n".join([f"rank {rank}", *(f"  {text(i)}" for i in instructions)]))
+    return "\n".join(blocks) + "\n"
+
+
+def loads(document: str, *, source: str = "program") -> Program:
+    """The inverse of `dumps`. Raises ProgramError naming the line."""
+    ranks: list[list[Instruction]] = []
+    for number, line in enumerate(document.splitlines(), start=1):
+        if not line.strip():
+            continue
+        if line.startswith("rank "):
+            ranks.append([])
+        elif not ranks:
+            raise ProgramError(Problem(source, f"line {number}", repr(line), "a line 'rank 0'"))
+        else:
+            ranks[-1].append(parse(line, source=source, field=f"line {number}"))
+    return Program(ranks=tuple(tuple(instructions) for instructions in ranks))

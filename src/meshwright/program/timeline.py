@@ -1,0 +1,58 @@
+"""What happened when: the one type that a simulated and a measured step have in common."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from meshwright.program.instructions import Op
+from meshwright.records import record
+
+Stream = Literal["compute", "send", "receive", "reduce"]
+"""Tracks of one rank. Compute is serial; transfers overlap it and each other."""
+
+
+@record
+class Interval:
+    """One instruction of one rank."""
+
+    rank: int
+    stream: Stream
+    op: Op
+    stage: int
+    micro_batch: int | None
+    label: str
+    """The first word of its text, `0F3`; for a REDUCE_GRAD with layers, `0REDUCE_GRAD 4:8`."""
+    start_seconds: float
+    end_seconds: float
+    peer: int | None = None
+    bytes: int = 0
+
+
+@record
+class MemoryPoint:
+    """Bytes in use on one rank from this moment on."""
+
+    rank: int
+    seconds: float
+    bytes: int
+
+
+@record
+class Timeline:
+    """One step. Seconds count from its start, the same instant for every rank."""
+
+    source: Literal["simulated", "measured"]
+    devices: tuple[str, ...]
+    """By rank."""
+    step_seconds: float
+    intervals: tuple[Interval, ...]
+    memory: tuple[MemoryPoint, ...] = ()
+
+
+def busy_seconds(timeline: Timeline, rank: int) -> float:
+    """Time that a rank's compute stream was not idle."""
+    return sum(
+        i.end_seconds - i.start_seconds
+        for i in timeline.intervals
+        if i.rank == rank and i.stream == "compute"
+    )

@@ -1,0 +1,94 @@
+"""Quantities with units: text in files, SI base units inside.
+
+The only place that knows 8, 1000 and 1024.
+
+Inside the program a size is in bytes, a time in seconds, a bandwidth in bytes per second, a
+speed in floating-point operations per second. Networks are sold in decimal bits ("25 Gbit/s"),
+memory in binary bytes ("80 GiB"); both spellings are read, neither is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+
+_DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_BINARY = {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTP", start=1)}
+_PREFIX = _DECIMAL | _BINARY
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*")
+_PREFIXES = "|".join(sorted(_PREFIX, key=len, reverse=True))
+_BYTES = re.compile(f"({_PREFIXES})(B|bit|b)")
+_RATE = re.compile(f"({_PREFIXES})(B|bit|b)(?:/s|ps)")
+_FLOPS = re.compile(f"({_PREFIXES})(?:FLOP/s|FLOPS|flops|FLOP)")
+
+
+def _split(text: str, example: str) -> tuple[float, str]:
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"cannot read {text!r}; write for example {example!r}")
+    return float(match[1]), match[2]
+
+
+def _scaled(text: str, pattern: re.Pattern[str], example: str) -> float:
+    number, unit = _split(text, example)
+    match = pattern.fullmatch(unit)
+    if match is None:
+        raise ValueError(f"unknown unit {unit!r} in {text!r}; write for example {example!r}")
+    bits = pattern is not _FLOPS and match[2] != "B"
+    return number * _PREFIX[match[1]] / (8 if bits else 1)
+
+
+def parse_bytes(text: str) -> int:
+    """`"80 GiB"`, `"16 GB"`, `"512 KiB"` to bytes. Raises ValueError."""
+    return round(_scaled(text, _BYTES, "80 GiB"))
+
+
+def parse_bandwidth(text: str) -> float:
+    """`"25 Gbit/s"`, `"900 GB/s"`, `"200 Gbps"` to bytes per second. Raises ValueError."""
+    return _scaled(text, _RATE, "25 Gbit/s")
+
+
+def parse_flops(text: str) -> float:
+    """`"312 TFLOP/s"` to floating-point operations per second. Raises ValueError."""
+    return _scaled(text, _FLOPS, "312 TFLOP/s")
+
+
+def parse_seconds(text: str) -> float:
+    """`"50 us"`, `"2 ms"`, `"1.5 s"` to seconds. Raises ValueError."""
+    number, unit = _split(text, "50 us")
+    if unit not in _SECONDS:
+        raise ValueError(f"unknown unit {unit!r} in {text!r}; write for example '50 us'")
+    return number * _SECONDS[unit]
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people, in binary units: `"1.5 GiB"`."""
+    for power, prefix in ((4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
+        if abs(size) >= 1024**power:
+            return f"{size / 1024**power:.4g} {prefix}B"
+    return f"{size:.4g} B"
+
+
+def _decimal(value: float, unit: str) -> str:
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}"
+
+
+def format_bandwidth(bytes_per_second: float) -> str:
+    """Bandwidth for people, in decimal bits: `"25 Gbit/s"`."""
+    return _decimal(bytes_per_second * 8, "bit/s")
+
+
+def format_flops(flops_per_second: float) -> str:
+    """Speed for people: `"312 TFLOP/s"`."""
+    return _decimal(flops_per_second, "FLOP/s")
+
+
+def format_seconds(seconds: float) -> str:
+    """Time for people: `"1.25 s"`, `"350 ms"`, `"12 us"`."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.4g} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds / 1e-9:.4g} ns"
