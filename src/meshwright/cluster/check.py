@@ -39,6 +39,9 @@ def problems_of(entries: Entries, source: str) -> Iterator[Problem]:
     """Every contradiction between, and every absurdity in, tables that are well-shaped."""
     of_types = [*type_problems(entries.devices, source)]
     yield from of_types or offer_problems(entries.devices, source)
+    for where, site in entries.sites.items():
+        if not _NAME.fullmatch(site.name):
+            yield Problem(source, f"{where}.name", repr(site.name), _NAME_RULE)
     for name in entries.devices:
         if not _NAME.fullmatch(name):
             yield Problem(source, f"device.{name}", repr(name), _NAME_RULE)

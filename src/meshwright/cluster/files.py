@@ -144,7 +144,7 @@ def _type_lines(kind: DeviceType) -> list[str]:
         for precision, peak in {**dict.fromkeys(known, 0.0), **kind.peak}.items()
     )
     return [
-        f"[device.{_text(kind.name)}]",
+        f"[device.{_text(kind.name) if '.' in kind.name else kind.name}]",
         f"memory = {_quantity(kind.memory, units.format_bytes, units.parse_bytes, 'B')}",
         f"memory_bandwidth = {_rate(kind.memory_bandwidth)}",
         f"peak = {{ {peaks} }}",
