@@ -6,13 +6,19 @@ The timing rules are those of program/instructions.py.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
-from meshwright.cost.instructions import Prices
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.profile import Profile
 from meshwright.errors import Problem, ProgramError
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import (
     MATCHING_RECEIVE,
     SENDS,
@@ -226,10 +232,10 @@ class _Step:
     def move(self, at: At, then: Callable[..., None], *arguments: Any) -> None:
         """Send an instruction's traffic: its latency, then its bytes."""
         traffic = self.prices.ranks[at[0]][at[1]].traffic
-        arrival = self.now + traffic.latency_seconds
+        arrival = self.now + traffic.latency
         sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
         if sizes:
-            flow = Flow(bytes_by_resource=sizes, subject=(then, arguments))
+            flow = Flow(bytes_by_resource=sizes, then=partial(then, *arguments))
             self.at(arrival, self.enter, flow)
         else:
             self.at(arrival, then, *arguments)
@@ -244,8 +250,7 @@ class _Step:
     def leave(self, flow: Flow, version: int) -> None:
         if version == flow.version:
             self.forecast(finish(self.network, flow, self.now))
-            then, arguments = flow.subject
-            then(*arguments)
+            flow.then()
 
     def record(self, at: At, began: float) -> None:
         i = self.program.ranks[at[0]][at[1]]
@@ -263,3 +268,47 @@ class _Step:
                 bytes=i.bytes,
             )
         )
+
+
+def simulate(program: Program, prices: Prices) -> Timeline:
+    """The step that a program takes at these prices.
+
+    Raises ProgramError with one Problem for every rank that gets stuck.
+    """
+    step = _Step(program, prices)
+    step.play()
+    ProgramError.check(_stuck(step))
+    return Timeline(
+        source="simulated",
+        devices=prices.devices,
+        step_seconds=step.now + prices.overhead_seconds,
+        intervals=tuple(sorted(step.intervals, key=lambda i: (i.start_seconds, i.rank))),
+        memory=tuple(step.memory),
+    )
+
+
+def _stuck(step: _Step) -> Iterator[Problem]:
+    """Instructions that wait for something that never comes."""
+    for rank, state in enumerate(step.ranks):
+        instructions = step.program.ranks[rank]
+        done = state.position == len(instructions)
+        if not done or state.busy:
+            index = min(state.position, len(instructions) - 1) - (state.busy and not done)
+            found = f"{text(instructions[index])!r}, which waits for ever"
+            yield Problem("program", f"rank {rank}[{index}]", found, "a program that ends")
+    for (source, target, _), channel in step.channels.items():
+        for rank, index in (*channel.sends, *channel.receives):
+            found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without a partner"
+            wanted = f"a send from rank {source} for every receive on rank {target}"
+            yield Problem("program", f"rank {rank}[{index}]", found, wanted)
+
+
+def simulate_plan(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None = None
+) -> Timeline:
+    """The step that a valid plan takes: compiled, priced and played.
+
+    Raises ClusterError where a device does not offer the model's precision.
+    """
+    program = compile_plan(plan, model)
+    return simulate(program, price(program, plan, model, cluster, profile))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from meshwright.errors import ClusterError, Problem
@@ -14,8 +14,8 @@ class Flow:
 
     bytes_by_resource: Mapping[str, float]
     """Positive amounts only."""
-    subject: object
-    """What the flow carries, for whoever started it."""
+    then: Callable[[], None]
+    """What follows its end."""
     stream: float = field(init=False)
     """Bytes of one of the equal streams the flow is made of: what fairness is measured in."""
     left: float = 1.0
