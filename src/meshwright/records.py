@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,7 @@ Seconds = Annotated[float, _reader(units.parse_seconds)]
 
 
 @lru_cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -65,7 +66,9 @@ def parse(
     Raises `error` with one Problem for every mistake found.
     """
     try:
-        return cast("T", _adapter(kind).validate_json(json.dumps(data, default=str)))
+        return cast(
+            "T", _adapter(cast("Hashable", kind)).validate_json(json.dumps(data, default=str))
+        )
     except ValidationError as failure:
         raise error(
             *(
@@ -105,7 +108,9 @@ def load(path: Path, kind: type[T], *, error: type[MeshwrightError]) -> T:
 
 def plain(value: object) -> Any:
     """A record as plain data; fields that hold None are left out."""
-    return _adapter(type(value)).dump_python(value, mode="json", exclude_none=True)
+    return _adapter(cast("Hashable", type(value))).dump_python(
+        value, mode="json", exclude_none=True
+    )
 
 
 def dumps(value: object) -> str:

@@ -64,7 +64,7 @@ class Tensor:
 
 @record
 class Tied:
-    """One parameter used by several layers: held by each stage with any of them, summed over all."""
+    """One parameter used by several layers: held by each stage with any of them, summed there."""
 
     name: str
     layers: tuple[int, ...]
