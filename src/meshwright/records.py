@@ -42,7 +42,7 @@ Seconds = Annotated[float, _reader(units.parse_seconds)]
 
 @lru_cache
 def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return TypeAdapter(cast("Any", kind))
 
 
 def _field(path: tuple[int | str, ...]) -> str:
