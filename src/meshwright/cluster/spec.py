@@ -36,6 +36,8 @@ class DeviceType:
     """Share of the peak that large matrix products reach."""
     attention_efficiency: float = 0.35
     memory_efficiency: float = 0.8
+    processor: Literal["gpu", "cpu"] = "gpu"
+    """A cpu process reserves no device context or collective buffers."""
     source: str = ""
     """Where the figures are from."""
 

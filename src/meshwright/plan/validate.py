@@ -1,0 +1,216 @@
+"""Every invariant of a plan, each with its own message; all broken ones are reported together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from meshwright.cluster.spec import Cluster, devices_of, node_of
+from meshwright.errors import PlanError, Problem
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import pipeline_rows
+from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.records import fingerprint
+
+
+def validate_plan(
+    plan: Plan,
+    model: LayerGraph | None = None,
+    cluster: Cluster | None = None,
+    *,
+    source: str = "plan",
+) -> None:
+    """Check a plan by itself, and against the model and cluster where they are given.
+
+    Memory is checked by cost.memory. Raises PlanError with one Problem per mistake.
+    """
+    problems = [*_batch(plan, source), *_devices(plan, source)]
+    for p, pipeline in enumerate(plan.pipelines):
+        where = f"pipelines[{p}]"
+        problems += _stages(pipeline, where, source)
+        for s, stage in enumerate(pipeline.stages):
+            problems += _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
+    if model is not None:
+        problems += _against_model(plan, model, source)
+    if cluster is not None:
+        problems += _against_cluster(plan, cluster, source)
+    PlanError.check(problems)
+
+
+def _batch(plan: Plan, source: str) -> Iterator[Problem]:
+    job = plan.job
+    for name, value in (("global_batch", job.global_batch), ("sequence", job.sequence)):
+        if value < 1:
+            yield Problem(source, f"job.{name}", str(value), "at least 1")
+    if not plan.pipelines:
+        yield Problem(source, "pipelines", "none", "at least one pipeline")
+        return
+    for p, pipeline in enumerate(plan.pipelines):
+        for name, value in (("micro_batches", pipeline.micro_batches), ("rows", pipeline.rows)):
+            if value < 1:
+                yield Problem(source, f"pipelines[{p}].{name}", str(value), "at least 1")
+    rows = sum(pipeline_rows(pipeline) for pipeline in plan.pipelines)
+    if rows != job.global_batch:
+        shares = " + ".join(f"{p.micro_batches} x {p.rows}" for p in plan.pipelines)
+        yield Problem(
+            source,
+            "pipelines",
+            f"{shares} = {rows} rows",
+            f"job.global_batch = {job.global_batch} rows",
+            "change micro_batches or rows of a pipeline, or the job's global_batch",
+        )
+
+
+def _devices(plan: Plan, source: str) -> Iterator[Problem]:
+    listed = Counter(plan.devices)
+    for device, count in sorted(listed.items()):
+        if count > 1:
+            yield Problem(source, "devices", f"{device} {count} times", "each device once")
+        if not node_of(device):
+            yield Problem(source, "devices", repr(device), "'node:index', for example 'a:0'")
+    nodes = [node_of(device) for device in plan.devices]
+    runs = [node for i, node in enumerate(nodes) if i == 0 or nodes[i - 1] != node]
+    for node, count in sorted(Counter(runs).items()):
+        if count > 1:
+            wanted = "all devices of a node next to each other: ranks are started node by node"
+            yield Problem(source, "devices", f"{node} in {count} places", wanted)
+    used: Counter[str] = Counter()
+    for p, pipeline in enumerate(plan.pipelines):
+        for s, stage in enumerate(pipeline.stages):
+            where = f"pipelines[{p}].stages[{s}].devices"
+            for device in (device for replica in stage.devices for device in replica):
+                used[device] += 1
+                if device not in listed:
+                    wanted = "a device that the plan's `devices` lists"
+                    yield Problem(source, where, device, wanted)
+                if used[device] == 2:
+                    yield Problem(source, where, f"{device} again", "each device in one place")
+    for device in sorted(set(listed) - set(used)):
+        mend = "put it into a stage, or take it out of `devices`"
+        yield Problem(source, "devices", f"{device}, which no stage uses", "only used ones", mend)
+
+
+def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
+    if not pipeline.stages:
+        yield Problem(source, f"{where}.stages", "none", "at least one stage")
+    expected = 0
+    for s, stage in enumerate(pipeline.stages):
+        first, last = stage.layers
+        field = f"{where}.stages[{s}].layers"
+        if last <= first:
+            yield Problem(source, field, f"[{first}, {last}]", "at least one layer")
+        if first != expected:
+            lost = "a gap" if first > expected else "an overlap"
+            yield Problem(
+                source,
+                field,
+                f"[{first}, {last}], {lost} after layer {expected}",
+                f"[{expected}, ...]: every layer exactly once, in order",
+            )
+        expected = last
+
+
+def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]:
+    widths = {len(replica) for replica in stage.devices}
+    if not stage.devices or 0 in widths:
+        yield Problem(source, f"{where}.devices", "an empty mesh", "at least one device")
+        return
+    if len(widths) > 1:
+        found = f"replicas of {' and '.join(map(str, sorted(widths)))} devices"
+        yield Problem(source, f"{where}.devices", found, "replicas of one tensor width")
+    data = len(stage.devices)
+    if stage.rows is None:
+        if rows % data:
+            yield Problem(
+                source,
+                f"{where}.devices",
+                f"{data} replicas for micro-batches of {rows} rows",
+                "a number of replicas that divides them",
+                "change the pipeline's rows, or give the stage's `rows` per replica",
+            )
+    elif len(stage.rows) != data or sum(stage.rows) != rows or min(stage.rows) < 1:
+        wanted = f"{data} positive numbers that add up to {rows}"
+        yield Problem(source, f"{where}.rows", str(list(stage.rows)), wanted)
+
+
+def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
+    wanted = plan.model.fingerprint
+    if wanted and wanted != fingerprint(model):
+        yield Problem(
+            source,
+            "model.fingerprint",
+            f"{wanted} ({plan.model.name})",
+            f"{fingerprint(model)}, the model given ({model.name}, {len(model.layers)} layers)",
+            "plan again for this model; or empty the field to use the plan all the same",
+        )
+    for name, found, need in (
+        ("sequence", plan.job.sequence, model.sequence),
+        ("precision", plan.job.precision, model.precision),
+    ):
+        if found != need:
+            yield Problem(source, f"job.{name}", str(found), f"{need}, as the model was built")
+    for p, pipeline in enumerate(plan.pipelines):
+        end = pipeline.stages[-1].layers[1] if pipeline.stages else 0
+        if end != len(model.layers):
+            yield Problem(
+                source,
+                f"pipelines[{p}].stages",
+                f"layers up to {end}",
+                f"all {len(model.layers)} layers of {model.name}",
+            )
+    yield from _tensor_widths(plan, model, source)
+
+
+def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
+    width_of: dict[int, tuple[int, str]] = {}
+    for p, pipeline in enumerate(plan.pipelines):
+        for s, stage in enumerate(pipeline.stages):
+            where = f"pipelines[{p}].stages[{s}]"
+            width = len(stage.devices[0]) if stage.devices else 1
+            for layer in range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers))):
+                units = model.layers[layer].tensor_units
+                if width and units % width:
+                    yield Problem(
+                        source,
+                        f"{where}.devices",
+                        f"tensor width {width} for layer {model.layers[layer].name}",
+                        f"a width that divides {units} (its heads and hidden units)",
+                    )
+                    break
+            for layer in range(*stage.layers):
+                other, there = width_of.setdefault(layer, (width, where))
+                if other != width:
+                    found = f"tensor width {width}, but {other} in {there}"
+                    wanted = "one tensor width for all holders of a layer"
+                    yield Problem(source, f"{where}.devices", found, wanted)
+                    break
+    for tied in model.tied:
+        widths = {width_of[layer][0] for layer in tied.layers if layer in width_of}
+        if len(widths) > 1:
+            found = f"tensor widths {sorted(widths)} for the layers that share {tied.name}"
+            yield Problem(source, "pipelines", found, "one tensor width for all of them")
+
+
+def _against_cluster(plan: Plan, cluster: Cluster, source: str) -> Iterator[Problem]:
+    wanted = plan.cluster.fingerprint
+    if wanted and wanted != fingerprint(cluster):
+        yield Problem(
+            source,
+            "cluster.fingerprint",
+            f"{wanted} ({plan.cluster.name})",
+            f"{fingerprint(cluster)}, the cluster given ({cluster.name})",
+            "plan again for this cluster; or empty the field to use the plan all the same",
+        )
+    known = {device.name: device for device in devices_of(cluster)}
+    for device in plan.devices:
+        if device not in known:
+            wanted = f"a device of {cluster.name}"
+            yield Problem(source, "devices", device, wanted)
+        elif plan.job.precision not in cluster.types[known[device].type].peak:
+            offers = ", ".join(cluster.types[known[device].type].peak)
+            yield Problem(
+                source,
+                "job.precision",
+                f"{plan.job.precision} on {device} ({known[device].type})",
+                f"one that it has: {offers}",
+            )

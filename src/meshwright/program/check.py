@@ -1,0 +1,210 @@
+"""Is a program sound? Every send has its receive, nothing is done twice, and nothing deadlocks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from meshwright.errors import Problem, ProgramError
+from meshwright.program.instructions import (
+    MATCHING_RECEIVE,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Op,
+    Program,
+    text,
+)
+
+Message = tuple[int, int, Op, int]
+"""Source, target, SEND_F or SEND_B, micro-batch."""
+
+
+def check_program(program: Program, *, source: str = "program") -> None:
+    """Raise ProgramError with every mistake found; a program without one runs to its end."""
+    problems = [*_unknown_ranks(program, source)]
+    if not problems:
+        problems = [
+            *_repeated(program, source),
+            *_unmatched(program, source),
+            *_out_of_order(program, source),
+            *_collectives(program, source),
+            *_end_of_step(program, source),
+        ]
+    if not problems:
+        problems = [*_deadlock(program, source)]
+    ProgramError.check(problems)
+
+
+def _at(rank: int, index: int) -> str:
+    return f"rank {rank}, instruction {index}"
+
+
+def _unknown_ranks(program: Program, source: str) -> Iterator[Problem]:
+    count = len(program.ranks)
+    for rank, instructions in enumerate(program.ranks):
+        for index, i in enumerate(instructions):
+            named = (*i.ranks, *(() if i.peer is None else (i.peer,)))
+            strangers = [r for r in named if not 0 <= r < count]
+            if strangers or i.peer == rank:
+                wanted = f"another rank below {count}"
+                yield Problem(source, _at(rank, index), text(i), wanted)
+            if i.op in SENDS | RECEIVES and (i.peer is None or i.micro_batch is None):
+                yield Problem(source, _at(rank, index), text(i), "a peer and a micro-batch")
+
+
+def _repeated(program: Program, source: str) -> Iterator[Problem]:
+    for rank, instructions in enumerate(program.ranks):
+        seen: dict[str, int] = {}
+        for index, i in enumerate(instructions):
+            key = text(i)
+            if key in seen:
+                first = f"once only; it stands at instruction {seen[key]} already"
+                yield Problem(source, _at(rank, index), key, first, "remove one of the two")
+            seen.setdefault(key, index)
+        yield from _halves(rank, instructions, source)
+
+
+def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
+    """Every forward has its backward, later."""
+    forwards = {(i.stage, i.micro_batch) for i in instructions if i.op is Op.FORWARD}
+    done: set[tuple[int, int | None]] = set()
+    backwards: Counter[tuple[int, int | None]] = Counter()
+    for index, i in enumerate(instructions):
+        key = (i.stage, i.micro_batch)
+        if i.op is Op.FORWARD:
+            done.add(key)
+        elif i.op is Op.BACKWARD:
+            backwards[key] += 1
+            if key not in done:
+                yield Problem(source, _at(rank, index), text(i), "its forward before it")
+    for stage, micro_batch in sorted(forwards - set(backwards), key=str):
+        wanted = f"a {stage}B{micro_batch} after it"
+        yield Problem(source, f"rank {rank}", f"{stage}F{micro_batch}", wanted)
+
+
+def _messages(program: Program, op: Op, rank: int) -> list[Message]:
+    """Messages that a rank sends (SEND_*) or receives (RECV_*), in its own order."""
+    found = []
+    for i in program.ranks[rank]:
+        if i.op is op:
+            assert i.peer is not None
+            assert i.micro_batch is not None
+            ends = (rank, i.peer) if op in SENDS else (i.peer, rank)
+            kind = op if op in SENDS else Op.SEND_F if op is Op.RECV_F else Op.SEND_B
+            found.append((*ends, kind, i.micro_batch))
+    return found
+
+
+def _unmatched(program: Program, source: str) -> Iterator[Problem]:
+    ranks = range(len(program.ranks))
+    for send, receive in MATCHING_RECEIVE.items():
+        sent = Counter(m for rank in ranks for m in _messages(program, send, rank))
+        received = Counter(m for rank in ranks for m in _messages(program, receive, rank))
+        for a, b, _, micro_batch in sorted((sent - received).keys()):
+            found = f"{send}{micro_batch} peer={b}"
+            yield Problem(source, f"rank {a}", found, f"{receive}{micro_batch} on rank {b}")
+        for a, b, _, micro_batch in sorted((received - sent).keys()):
+            found = f"{receive}{micro_batch} peer={a}"
+            yield Problem(source, f"rank {b}", found, f"{send}{micro_batch} on rank {a}")
+
+
+def _out_of_order(program: Program, source: str) -> Iterator[Problem]:
+    """Between two ranks messages of one direction arrive in the order in which they were sent:
+    NCCL has no tags."""
+    for send, receive in MATCHING_RECEIVE.items():
+        sent, received = defaultdict(list), defaultdict(list)
+        for rank in range(len(program.ranks)):
+            for m in _messages(program, send, rank):
+                sent[m[:2]].append(m[3])
+            for m in _messages(program, receive, rank):
+                received[m[:2]].append(m[3])
+        for (a, b), order in sorted(sent.items()):
+            other = received[a, b]
+            if order != other and sorted(order) == sorted(other):
+                found = f"{send} to rank {b} in the order {order}"
+                yield Problem(source, f"rank {a}", found, f"the order of its {receive}s, {other}")
+
+
+def _collectives(program: Program, source: str) -> Iterator[Problem]:
+    """Members of a group meet in the same collectives in the same order."""
+    calls: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for rank, instructions in enumerate(program.ranks):
+        for index, i in enumerate(instructions):
+            if i.op not in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
+                continue
+            if rank not in i.ranks:
+                yield Problem(source, _at(rank, index), text(i), f"rank {rank} among its ranks")
+            calls[i.ranks][rank].append(text(i).split(" ", 1)[1])
+    for group, by_rank in sorted(calls.items()):
+        first = by_rank[group[0]]
+        for rank in group[1:]:
+            if by_rank[rank] != first:
+                found = f"collectives over ranks {group}: {by_rank[rank]}"
+                yield Problem(source, f"rank {rank}", found, f"as on rank {group[0]}: {first}")
+
+
+def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
+    """Gradients are complete before the norm, the norm is known before the weights change."""
+    for rank, instructions in enumerate(program.ranks):
+        at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}
+        for op in (Op.REDUCE_NORM, Op.OPTIMIZER_STEP):
+            if len(at[op]) != 1:
+                yield Problem(source, f"rank {rank}", f"{len(at[op])} {op}", f"exactly one {op}")
+        norm = min(at[Op.REDUCE_NORM], default=len(instructions))
+        last_backward = max(at[Op.BACKWARD], default=-1)
+        late = [k for k, i in enumerate(instructions) if k > norm and i.op is not Op.OPTIMIZER_STEP]
+        late += [k for k in at[Op.OPTIMIZER_STEP] if k < norm]
+        for k in late:
+            wanted = "backwards and transfers, then REDUCE_NORM, then OPTIMIZER_STEP"
+            yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
+        for k in at[Op.REDUCE_GRAD]:
+            if last_backward < k < norm:
+                wanted = "posted before the backward that completes its gradients"
+                yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
+
+
+_READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
+
+
+def _deadlock(program: Program, source: str) -> Iterator[Problem]:
+    """Play the program without times: a rank advances until it waits for what nobody has sent."""
+    reads = [_receives_of(instructions) for instructions in program.ranks]
+    at = [0] * len(program.ranks)
+    sent: set[tuple[int | None, int, Op, int | None]] = set()
+
+    def waits_for(rank: int) -> str | None:
+        i = program.ranks[rank][at[rank]]
+        for position, receive in reads[rank].get((_READS.get(i.op), i.stage, i.micro_batch), ()):
+            if position > at[rank]:
+                return f"its own {text(receive)}, posted after it"
+            if (receive.peer, rank, receive.op, receive.micro_batch) not in sent:
+                return f"{text(receive)}, which rank {receive.peer} has not sent"
+        return None
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, instructions in enumerate(program.ranks):
+            while at[rank] < len(instructions) and waits_for(rank) is None:
+                i = instructions[at[rank]]
+                if i.op in SENDS:
+                    assert i.peer is not None
+                    sent.add((rank, i.peer, MATCHING_RECEIVE[i.op], i.micro_batch))
+                at[rank] += 1
+                moved = True
+    for rank, instructions in enumerate(program.ranks):
+        if at[rank] < len(instructions):
+            found = f"{text(instructions[at[rank]])}, which waits for {waits_for(rank)}"
+            yield Problem(source, _at(rank, at[rank]), found, "an order in which every wait ends")
+
+
+def _receives_of(
+    instructions: tuple[Instruction, ...],
+) -> dict[tuple[Op | None, int, int | None], list[tuple[int, Instruction]]]:
+    """Receives with their positions, by what they serve: (RECV_*, stage, micro-batch)."""
+    found: dict[tuple[Op | None, int, int | None], list[tuple[int, Instruction]]] = {}
+    for position, i in enumerate(instructions):
+        if i.op in RECEIVES:
+            found.setdefault((i.op, i.stage, i.micro_batch), []).append((position, i))
+    return found
