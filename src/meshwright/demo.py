@@ -21,8 +21,7 @@ from meshwright.report.tables import explain
 from meshwright.report.trace import dump_trace
 from meshwright.runtime.measure import ProfileSettings, profile_here
 from meshwright.runtime.run import RunSettings
-from meshwright.search.baselines import even_plan
-from meshwright.session import Session, open_session, predicted, search, simulated
+from meshwright.session import Session, by_hand, open_session, search, simulated
 from meshwright.training import Outcome, train_here
 
 MODEL = "gpt-tiny"
@@ -77,7 +76,7 @@ def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
     session = _prepare(folder, console)
     console.rule("plan")
     found = search(session)
-    even = predicted(session, even_plan(session.model, session.cluster, session.job))
+    even = by_hand(session, "even")
     explain(found, console)
     console.rule("train")
     contenders = tuple(
