@@ -1,0 +1,255 @@
+"""AMP's planner, as published: strategies, cost model and layer assignment, on its own inputs.
+
+Li et al., "AMP: Automatically Finding Model Parallel Strategies with Heterogeneity Awareness",
+NeurIPS 2022. Kept faithful, quirks included, so that its recorded predictions come out again: it is
+the baseline that Meshwright's own planner is held against. Speeds are in words (32-bit numbers)
+per second, as in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.search import partition
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class AmpModel:
+    """What AMP knows of a model. Entries are the layers of the pipeline, no-ops included."""
+
+    forward_seconds: Mapping[int, tuple[float, ...]]
+    """By tensor width: seconds of every entry for one row, communication inside it included."""
+    assigned: tuple[int, ...]
+    """Entries that the layer assignment moves, ascending; those between go with the one before."""
+    uniform: tuple[int, int, int]
+    """Assigned entries that even cutting gives to the first stage in advance, shares out, and gives
+    to the last stage on top."""
+    boundary_words: Mapping[int, tuple[float, ...]]
+    """By tensor width: words per row that a cut behind every assigned entry carries."""
+    parameter_words: tuple[float, ...]
+    """Of every entry, embeddings left out."""
+    embedding_words: float = 0.0
+    """Charged once to every stage that holds any of `embeddings`."""
+    embeddings: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AmpNode:
+    """Link speeds of one node, words per second."""
+
+    network: float
+    inside: float
+
+
+@dataclass(frozen=True, slots=True)
+class AmpCluster:
+    """Nodes of equally many devices; ranks are numbered node by node."""
+
+    devices_per_node: int
+    nodes: tuple[AmpNode, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A point of AMP's space. Rank = tensor index + tp * (replica + dp * stage)."""
+
+    tensor: int
+    data: int
+    stages: int
+    micro_batch: int
+    """Rows per micro-batch and replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """AMP's answer for one strategy."""
+
+    strategy: Strategy
+    bounds: tuple[int, ...]
+    """Entry at which every stage begins, then the number of entries."""
+    seconds: float
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def strategies(cluster: AmpCluster, global_batch: int) -> tuple[Strategy, ...]:
+    """AMP's space in its own order: by micro-batch, then tensor width, then data width."""
+    devices = cluster.devices_per_node * len(cluster.nodes)
+    found = [
+        Strategy(tensor=t, data=d, stages=devices // t // d, micro_batch=m)
+        for t in divisors(cluster.devices_per_node)
+        for d in divisors(devices // t)
+        if global_batch % d == 0
+        for m in divisors(global_batch // d)
+    ]
+    return tuple(sorted(found, key=lambda s: s.micro_batch))
+
+
+def _link(cluster: AmpCluster, one: int, other: int) -> float:
+    a, b = one // cluster.devices_per_node, other // cluster.devices_per_node
+    if a == b:
+        return cluster.nodes[a].inside
+    return min(cluster.nodes[a].network, cluster.nodes[b].network)
+
+
+def boundary_seconds(model: AmpModel, cluster: AmpCluster, strategy: Strategy) -> Array:
+    """Seconds [assigned entry - 1, stage - 1] of a cut behind an entry: the words over the slowest
+    link between corresponding tensor ranks, averaged over the replicas."""
+    width = strategy.tensor * strategy.data
+    words = strategy.micro_batch * np.array(model.boundary_words[strategy.tensor][:-1])
+    inverse = np.zeros(strategy.stages - 1)
+    for stage in range(strategy.stages - 1):
+        first = stage * width
+        slowest = [
+            min(_link(cluster, rank, rank + width) for rank in range(r, r + strategy.tensor))
+            for r in range(first, first + width, strategy.tensor)
+        ]
+        inverse[stage] = np.mean([1 / speed for speed in slowest])
+    return words[:, None] * inverse
+
+
+def assign_faithfully(
+    times: Array, cuts: Array, stages: int, micro_batches: int
+) -> tuple[int, ...]:
+    """AMP's own dynamic program: the number of layers of every stage.
+
+    f(i, j, m) = least of (B - 1) * max(0, slowest stage - m) + boundary seconds over the ways to
+    cut layers 0..i into j + 1 stages when a later stage already takes m. Two oddities are part of
+    it: the winner is remembered without the boundary seconds of its own cut, so they decide only
+    among its rivals, and a later cut has to beat that lowered value; the first of equals wins.
+    The table is filled for all i and m at once.
+    """
+    layers, weight = len(times), micro_batches - 1
+    sums = np.full((layers, layers), np.inf)
+    for first in range(layers):
+        sums[first, first:] = np.cumsum(times[first:])
+    marks = np.unique(np.append(sums[np.isfinite(sums)], 0.0))
+    index = np.searchsorted(marks, sums)
+    excess = np.maximum(0.0, marks[:, None] - marks) * weight
+    best = excess[index[0]]
+    chosen = np.zeros((stages, layers, len(marks)), dtype=np.intp)
+    columns = np.arange(len(marks))
+    for stage in range(1, stages):
+        before, best = best, np.full_like(best, np.inf)
+        for cut in range(stage - 1, layers - 1):
+            last = index[cut + 1, cut + 1 :]
+            value = before[cut][np.maximum(last[:, None], columns)] + excess[last]
+            value += cuts[cut, stage - 1]
+            rows = best[cut + 1 :]
+            better = value < rows
+            np.copyto(rows, value - cuts[cut, stage - 1], where=better)
+            np.copyto(chosen[stage, cut + 1 :], cut, where=better)
+    return _sizes(chosen, index)
+
+
+def _sizes(chosen: NDArray[np.intp], index: NDArray[np.intp]) -> tuple[int, ...]:
+    last, mark = chosen.shape[1] - 1, 0
+    sizes = []
+    for stage in range(chosen.shape[0] - 1, 0, -1):
+        cut = int(chosen[stage, last, mark])
+        mark = max(mark, int(index[cut + 1, last]))
+        sizes.append(last - cut)
+        last = cut
+    return (*reversed([*sizes, last + 1]),)
+
+
+def assign_exactly(times: Array, cuts: Array, stages: int, micro_batches: int) -> tuple[int, ...]:
+    """The number of layers of every stage that really minimises AMP's latency: never worse than
+    `assign_faithfully`."""
+    loads = np.broadcast_to(
+        partition.chain_loads(times[None]), (stages, len(times) + 1, len(times) + 1)
+    )
+    before = np.zeros((stages - 1, len(times) + 1))
+    before[:, 1:-1] = cuts.T
+    best = partition.assign(loads, before, micro_batches)
+    assert best is not None, "more stages than layers"
+    return tuple(int(size) for size in np.diff(best.bounds))
+
+
+def _uniform(model: AmpModel, stages: int) -> tuple[int, ...]:
+    first, shared, last = model.uniform
+    sizes = [shared // stages + (stage < shared % stages) for stage in range(stages)]
+    sizes[0] += first
+    sizes[-1] += last
+    return tuple(sizes)
+
+
+def pipeline_seconds(
+    times: Array, cuts: Array, sizes: tuple[int, ...], micro_batches: int
+) -> float:
+    """(B - 1) * slowest stage + all layers + boundary seconds at the cuts."""
+    ends = np.cumsum(sizes)
+    slowest = max(
+        float(times[end - size : end].sum()) for end, size in zip(ends, sizes, strict=True)
+    )
+    crossing = sum(float(cuts[end - 1, stage]) for stage, end in enumerate(ends[:-1]))
+    return (micro_batches - 1) * slowest + float(times.sum()) + crossing
+
+
+def _entry_bounds(model: AmpModel, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    ends = [model.assigned[end - 1] + 1 for end in np.cumsum(sizes)]
+    return (0, *ends[:-1], len(model.parameter_words))
+
+
+def data_seconds(
+    model: AmpModel, cluster: AmpCluster, strategy: Strategy, bounds: tuple[int, ...]
+) -> float:
+    """Gradient reduction, slowest of stages and tensor ranks: 2 (dp - 1) / dp * words / speed.
+
+    The speed is that of the pair which closes the ring, not of its slowest pair: so in the
+    published code.
+    """
+    tensor, data = strategy.tensor, strategy.data
+    worst = 0.0
+    for stage in range(strategy.stages):
+        first, last = bounds[stage], bounds[stage + 1]
+        words = sum(model.parameter_words[first:last])
+        if any(first <= entry < last for entry in model.embeddings):
+            words += model.embedding_words
+        begin = stage * data * tensor
+        end = begin + (data - 1) * tensor
+        speed = min(_link(cluster, end + t, begin + t) for t in range(tensor))
+        worst = max(worst, 2 * (data - 1) / data * words / tensor / speed)
+    return worst
+
+
+def predict(
+    model: AmpModel, cluster: AmpCluster, strategy: Strategy, global_batch: int
+) -> Prediction:
+    """AMP's assignment and step seconds for one strategy. A layer takes three times its forward."""
+    times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
+    times = times[list(model.assigned)]
+    micro_batches = global_batch // strategy.data // strategy.micro_batch
+    cuts = boundary_seconds(model, cluster, strategy)
+    if micro_batches == 1:
+        sizes = _uniform(model, strategy.stages)
+    else:
+        sizes = assign_faithfully(times, cuts, strategy.stages, micro_batches)
+    bounds = _entry_bounds(model, sizes)
+    return Prediction(
+        strategy=strategy,
+        bounds=bounds,
+        seconds=pipeline_seconds(times, cuts, sizes, micro_batches)
+        + data_seconds(model, cluster, strategy, bounds),
+    )
+
+
+def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[Prediction, ...]:
+    """Every strategy of AMP's space, best first; those with more stages than layers are left out,
+    as AMP's tables have no entry for them."""
+    shared = model.uniform[1]
+    found = [
+        predict(model, cluster, strategy, global_batch)
+        for strategy in strategies(cluster, global_batch)
+        if strategy.stages <= shared
+    ]
+    return tuple(sorted(found, key=lambda p: p.seconds))

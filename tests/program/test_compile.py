@@ -1,0 +1,182 @@
+"""A legal plan always compiles to a sound program that does all the work exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.errors import ProgramError
+from meshwright.model.spec import alive_at
+from meshwright.plan.ranks import stage_seats
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.validate import validate_plan
+from meshwright.program.check import check_program
+from meshwright.program.compile import compile_plan, cut_bytes
+from meshwright.program.instructions import Op, Program, dumps, loads
+from meshwright.program.schedules import actions, in_flight
+from strategies import chain, models_and_plans
+
+
+@given(models_and_plans())
+def test_every_legal_plan_compiles_to_a_sound_program(case):
+    model, plan = case
+    validate_plan(plan, model)
+    check_program(compile_plan(plan, model))
+
+
+@given(models_and_plans())
+def test_text_and_back_is_the_same_program(case):
+    model, plan = case
+    program = compile_plan(plan, model)
+    assert loads(dumps(program)) == program
+
+
+@given(models_and_plans())
+def test_every_row_of_the_batch_passes_every_layer_once_each_way(case):
+    model, plan = case
+    program = compile_plan(plan, model)
+    seats = {s.rank: s for stage in stage_seats(plan) for r in stage.seats for s in r}
+    done = Counter()
+    for rank, instructions in enumerate(program.ranks):
+        if seats[rank].tensor_index:
+            continue
+        for i in instructions:
+            if i.op in (Op.FORWARD, Op.BACKWARD):
+                for layer in range(*i.layers):
+                    done[i.op, layer] += i.rows[1] - i.rows[0]
+    expected = {
+        (op, layer): plan.job.global_batch
+        for op in (Op.FORWARD, Op.BACKWARD)
+        for layer in range(len(model.layers))
+    }
+    assert done == expected
+
+
+@given(models_and_plans())
+def test_every_receiver_gets_exactly_its_rows(case):
+    model, plan = case
+    program = compile_plan(plan, model)
+    received = defaultdict(list)
+    for rank, instructions in enumerate(program.ranks):
+        for i in instructions:
+            if i.op in (Op.RECV_F, Op.RECV_B):
+                received[rank, i.op, i.micro_batch].append(i.rows)
+    seats = {s.rank: s for stage in stage_seats(plan) for r in stage.seats for s in r}
+    for (rank, _, _), pieces in received.items():
+        pieces.sort()
+        assert [pieces[0][0], pieces[-1][1]] == list(seats[rank].rows)
+        assert all(a[1] == b[0] for a, b in pairwise(pieces))
+
+
+@given(models_and_plans())
+def test_gradients_of_every_layer_meet_all_their_holders(case):
+    model, plan = case
+    program = compile_plan(plan, model, bucket_bytes=5000)
+    stages = stage_seats(plan)
+    for layer in range(len(model.layers)):
+        for t in range(len(stages[0].seats[0])):
+            holders = tuple(
+                sorted(
+                    replica[t].rank
+                    for stage in stages
+                    if stage.layers[0] <= layer < stage.layers[1]
+                    for replica in stage.seats
+                )
+            )
+            for rank in holders:
+                met = [
+                    i.ranks
+                    for i in program.ranks[rank]
+                    if i.op is Op.REDUCE_GRAD and i.layers and i.layers[0] <= layer < i.layers[1]
+                ]
+                assert met == ([holders] if len(holders) > 1 else [])
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(["1f1b", "gpipe"]))
+def test_no_stage_holds_more_micro_batches_than_stated(stages, micro_batches, schedule):
+    for stage in range(stages):
+        held = most = 0
+        for op, _ in actions(schedule, stage, stages, micro_batches):
+            held += 1 if op is Op.FORWARD else -1
+            most = max(most, held)
+        assert held == 0
+        assert most == in_flight(schedule, stage, stages, micro_batches)
+
+
+def test_skip_connections_ride_through_every_cut():
+    model = chain([1.0, 1.0, 1.0, 1.0], skip=True)
+    assert [t.name for t in alive_at(model, 2)] == ["t1", "skip"]
+    assert cut_bytes(model, 2) == (96.0, 96.0)
+
+
+def two_stages() -> Program:
+    """Rank 0 and 1, one stage each, two micro-batches."""
+    plan = Plan(
+        name="pp2",
+        model=Subject(name="chain", fingerprint=""),
+        cluster=Subject(name="c", fingerprint=""),
+        job=Job(global_batch=2, sequence=8, precision="fp32"),
+        devices=("a:0", "a:1"),
+        pipelines=(
+            Pipeline(
+                micro_batches=2,
+                rows=1,
+                stages=(
+                    Stage(layers=(0, 1), devices=(("a:0",),)),
+                    Stage(layers=(1, 2), devices=(("a:1",),)),
+                ),
+            ),
+        ),
+    )
+    return compile_plan(plan, chain([1.0, 1.0], tied=True))
+
+
+def edited(rank: int, edit) -> Program:
+    ranks = [dumps(Program(ranks=(r,))).splitlines()[1:] for r in two_stages().ranks]
+    edit(ranks[rank])
+    return loads("\n".join(f"rank {n}\n" + "\n".join(lines) for n, lines in enumerate(ranks)))
+
+
+def move(lines: list[str], word: str, to: int) -> None:
+    index = next(i for i, line in enumerate(lines) if line.split()[0] == word)
+    lines.insert(to, lines.pop(index))
+
+
+def drop(lines: list[str], word: str) -> None:
+    lines[:] = [line for line in lines if line.split()[0] != word]
+
+
+@pytest.mark.parametrize(
+    ("rank", "edit", "words"),
+    [
+        (0, lambda p: drop(p, "0SEND_F1"), ["rank 1", "RECV_F1", "SEND_F1 on rank 0"]),
+        (0, lambda p: drop(p, "0RECV_B0"), ["SEND_B0", "RECV_B0 on rank 0"]),
+        (0, lambda p: drop(p, "0B1"), ["0F1", "0B1 after it"]),
+        (1, lambda p: move(p, "1B0", 0), ["its forward before it"]),
+        (0, lambda p: p.append(p[0]), ["once only"]),
+        (0, lambda p: move(p, "0RECV_B0", len(p) - 1), ["REDUCE_NORM, then OPTIMIZER_STEP"]),
+        (0, lambda p: move(p, "0SEND_F1", len(p) - 3), ["which rank 0 has not sent"]),
+        (0, lambda p: move(p, "0SEND_F1", 1), ["in the order [1, 0]"]),
+        (1, lambda p: drop(p, "1OPTIMIZER_STEP"), ["exactly one OPTIMIZER_STEP"]),
+        (1, lambda p: drop(p, "1REDUCE_GRAD"), ["collectives over ranks (0, 1)"]),
+        (0, lambda p: p.append("  0SEND_F7 peer=9 rows=0:1 bytes=4"), ["another rank below 2"]),
+        (0, lambda p: move(p, "0REDUCE_GRAD", len(p) - 3), ["posted before the backward"]),
+    ],
+)
+def test_a_broken_program_is_refused_by_name(rank, edit, words):
+    with pytest.raises(ProgramError) as caught:
+        check_program(edited(rank, edit))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["hello", "0X3", "0F3 rows=1", "0SEND_F1 peer=x", "0F1 colour=red"]
+)
+def test_unreadable_text_names_the_line(line):
+    with pytest.raises(ProgramError, match="line 2"):
+        loads(f"rank 0\n  {line}\n")

@@ -1,0 +1,103 @@
+"""Random models and plans that hold together, for the property tests."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import strategies as st
+
+from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+
+
+def layer(name: str, *, cost: float = 1.0, parameters: int = 1000, units: int = 0) -> Layer:
+    """A layer whose amounts are in proportion to its cost."""
+    return Layer(
+        name=name,
+        signature=f"s{cost}-{parameters}",
+        forward_flops=1e9 * cost,
+        backward_flops=2e9 * cost,
+        traffic_bytes=1e6 * cost,
+        parameters=parameters,
+        saved_bytes=1e5 * cost,
+        tensor_units=units,
+    )
+
+
+def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> LayerGraph:
+    """Layers in a row; optionally the first and last share a parameter, or are joined by a skip."""
+    last = len(costs) - 1
+    tensors = [
+        Tensor(name=f"t{i}", bytes=64.0, producer=i, consumers=(i + 1,)) for i in range(last)
+    ]
+    if skip and last > 1:
+        tensors.append(Tensor(name="skip", bytes=32.0, producer=0, consumers=(last,)))
+    shared = (Tied(name="shared", layers=(0, last), parameters=500),) if tied and last else ()
+    return LayerGraph(
+        name="chain",
+        sequence=8,
+        precision="fp32",
+        layers=tuple(layer(f"l{i}", cost=cost) for i, cost in enumerate(costs)),
+        tensors=tuple(tensors),
+        tied=shared,
+    )
+
+
+@st.composite
+def models(draw: st.DrawFn, max_layers: int = 6) -> LayerGraph:
+    """Chains of one to `max_layers` layers."""
+    costs = draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=max_layers))
+    return chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
+
+
+@st.composite
+def cuts(draw: st.DrawFn, layers: int, stages: int) -> list[tuple[int, int]]:
+    """Ways to cut layers into non-empty stages."""
+    inner = draw(
+        st.lists(st.integers(1, layers - 1), min_size=stages - 1, max_size=stages - 1, unique=True)
+        if stages > 1
+        else st.just([])
+    )
+    return list(pairwise([0, *sorted(inner), layers]))
+
+
+@st.composite
+def plans(draw: st.DrawFn, model: LayerGraph, max_pipelines: int = 2) -> Plan:
+    """Legal plans: unequal pipelines, unequal data widths and row shares, one tensor width."""
+    tensor = draw(st.sampled_from([1, 2]))
+    pipelines, devices = [], []
+    for _ in range(draw(st.integers(1, max_pipelines))):
+        count = draw(st.integers(1, min(3, len(model.layers))))
+        rows = draw(st.integers(2, 6))
+        stages = []
+        for first, last in draw(cuts(len(model.layers), count)):
+            data = draw(st.integers(1, min(3, rows)))
+            mesh = []
+            for _ in range(data):
+                mesh.append(tuple(f"n:{len(devices) + t}" for t in range(tensor)))
+                devices.extend(mesh[-1])
+            shares = (rows - data + 1, *(1,) * (data - 1))
+            stages.append(Stage(layers=(first, last), devices=tuple(mesh), rows=shares))
+        pipelines.append(
+            Pipeline(micro_batches=draw(st.integers(1, 5)), rows=rows, stages=tuple(stages))
+        )
+    return Plan(
+        name="random",
+        model=Subject(name=model.name, fingerprint=""),
+        cluster=Subject(name="random", fingerprint=""),
+        job=Job(
+            global_batch=sum(p.micro_batches * p.rows for p in pipelines),
+            sequence=model.sequence,
+            precision="fp32",
+        ),
+        schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
+        devices=tuple(devices),
+        pipelines=tuple(pipelines),
+    )
+
+
+@st.composite
+def models_and_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
+    """A random model with a random legal plan for it."""
+    model = draw(models())
+    return model, draw(plans(model))
