@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator
 
@@ -85,6 +85,7 @@ class DeviceEntry:
     matmul_efficiency: float | None = None
     attention_efficiency: float | None = None
     memory_efficiency: float | None = None
+    processor: Literal["gpu", "cpu"] | None = None
     inside: LinkEntry | None = None
     source: str | None = None
 

@@ -17,6 +17,7 @@ _FIGURES = (
     "matmul_efficiency",
     "attention_efficiency",
     "memory_efficiency",
+    "processor",
 )
 
 
