@@ -9,12 +9,14 @@ memory in binary bytes ("80 GiB"); both spellings are read, neither is guessed.
 
 from __future__ import annotations
 
+import math
 import re
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTP", start=1)}
 _PREFIX = _DECIMAL | _BINARY
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "µs": 1_000_000, "ns": 1_000_000_000}
+_SECONDS_IN = {"min": 60, "h": 3600}
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*")
 _PREFIXES = "|".join(sorted(_PREFIX, key=len, reverse=True))
 _BYTES = re.compile(f"({_PREFIXES})(B|bit|b)")
@@ -25,17 +27,23 @@ _FLOPS = re.compile(f"({_PREFIXES})(?:FLOP/s|FLOPS|flops|FLOP)")
 def _split(text: str, example: str) -> tuple[float, str]:
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        raise ValueError(f"cannot read {text!r}; write for example {example!r}")
+        raise ValueError(f"a quantity like {example!r}, not {text!r}")
     return float(match[1]), match[2]
+
+
+def _finite(value: float, text: str) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"a finite quantity, not {text!r}")
+    return value
 
 
 def _scaled(text: str, pattern: re.Pattern[str], example: str) -> float:
     number, unit = _split(text, example)
     match = pattern.fullmatch(unit)
     if match is None:
-        raise ValueError(f"unknown unit {unit!r} in {text!r}; write for example {example!r}")
+        raise ValueError(f"a quantity like {example!r}: {unit!r} in {text!r} is no such unit")
     bits = pattern is not _FLOPS and match[2] != "B"
-    return number * _PREFIX[match[1]] / (8 if bits else 1)
+    return _finite(number * _PREFIX[match[1]] / (8 if bits else 1), text)
 
 
 def parse_bytes(text: str) -> int:
@@ -56,14 +64,16 @@ def parse_flops(text: str) -> float:
 def parse_seconds(text: str) -> float:
     """`"50 us"`, `"2 ms"`, `"1.5 s"` to seconds. Raises ValueError."""
     number, unit = _split(text, "50 us")
-    if unit not in _SECONDS:
-        raise ValueError(f"unknown unit {unit!r} in {text!r}; write for example '50 us'")
-    return number * _SECONDS[unit]
+    if unit in _PER_SECOND:  # dividing keeps "10 us" the float 1e-05
+        return _finite(number / _PER_SECOND[unit], text)
+    if unit in _SECONDS_IN:
+        return _finite(number * _SECONDS_IN[unit], text)
+    raise ValueError(f"a quantity like '50 us': {unit!r} in {text!r} is no such unit")
 
 
 def format_bytes(size: float) -> str:
     """Bytes for people, in binary units: `"1.5 GiB"`."""
-    for power, prefix in ((4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
+    for power, prefix in ((5, "Pi"), (4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
         if abs(size) >= 1024**power:
             return f"{size / 1024**power:.4g} {prefix}B"
     return f"{size:.4g} B"

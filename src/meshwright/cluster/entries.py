@@ -1,0 +1,207 @@
+"""The tables of a cluster file, as they are written: shapes and units, no meaning yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator
+
+from meshwright import units
+from meshwright.cluster.spec import Link, Precision
+from meshwright.errors import ClusterError, Problem
+from meshwright.records import parse, record
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+def _written(read: Callable[[str], float], example: str) -> BeforeValidator:
+    """A bare number would have to be guessed at: bits or bytes, MB or MiB?"""
+
+    def check(value: object) -> float:
+        if not isinstance(value, str):
+            raise ValueError(f"a quantity with its unit, in quotes, like {example!r}")
+        return read(value)
+
+    return BeforeValidator(check)
+
+
+SizeText = Annotated[int, _written(units.parse_bytes, "80 GiB")]
+RateText = Annotated[float, _written(units.parse_bandwidth, "25 Gbit/s")]
+FlopsText = Annotated[float, _written(units.parse_flops, "312 TFLOP/s")]
+TimeText = Annotated[float, _written(units.parse_seconds, "50 us")]
+
+
+@record
+class LinkEntry:
+    """`{ bandwidth = "10 Gbit/s", latency = "50 us" }`"""
+
+    bandwidth: RateText
+    latency: TimeText
+    shared: bool = False
+
+
+@record
+class LinksEntry:
+    """`[links]`: what a node or site has that does not say otherwise."""
+
+    inside: LinkEntry | None = None
+    network: LinkEntry | None = None
+    uplink: LinkEntry | None = None
+
+
+@record
+class NodeEntry:
+    """`[[node]]`: one host, or `count` equal ones."""
+
+    name: str
+    devices: tuple[str, ...]
+    count: int | None = None
+    inside: LinkEntry | None = None
+    network: LinkEntry | None = None
+    site: str = "main"
+
+
+@record
+class SiteEntry:
+    """`[[site]]`"""
+
+    name: str
+    uplink: LinkEntry | None = None
+
+
+@record
+class DeviceEntry:
+    """`[device.NAME]`: figures that differ from the catalogue's, from `like`'s, or all of them."""
+
+    like: str | None = None
+    memory: SizeText | None = None
+    memory_bandwidth: RateText | None = None
+    peak: dict[Precision, FlopsText] | None = None
+    """Joins the peaks of the type it changes; 0 takes a precision away."""
+    matmul_efficiency: float | None = None
+    attention_efficiency: float | None = None
+    memory_efficiency: float | None = None
+    inside: LinkEntry | None = None
+    source: str | None = None
+
+
+@record
+class PairEntry:
+    """`[[link]]`: one pair of nodes."""
+
+    between: tuple[str, str]
+    bandwidth: RateText
+    latency: TimeText
+    shared: bool = False
+
+
+def _as_rows(value: object) -> object:
+    return ((value,),) if isinstance(value, str) else value
+
+
+@record
+class MatrixEntry:
+    """`[matrix]`: every pair of some nodes; `"-"` where there is no direct link."""
+
+    nodes: tuple[str, ...]
+    bandwidth: tuple[tuple[str, ...], ...]
+    latency: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_rows)]
+    """One text stands for all pairs."""
+
+
+@record
+class Entries:
+    """Every table of a cluster file that could be read, by its path in the file."""
+
+    name: str
+    links: LinksEntry
+    nodes: dict[str, NodeEntry]
+    sites: dict[str, SiteEntry]
+    devices: dict[str, DeviceEntry]
+    """By type name."""
+    pairs: dict[str, PairEntry]
+    matrix: MatrixEntry | None
+    unread: tuple[str, ...]
+    """Names of the sections in which something could not be read."""
+
+
+_KNOWN = ("format", "name", "links", "node", "site", "device", "link", "matrix")
+
+
+def link_of(entry: LinkEntry | PairEntry) -> Link:
+    """The link that an entry describes."""
+    return Link(bandwidth=entry.bandwidth, latency=entry.latency, shared=entry.shared)
+
+
+def read_entries(data: dict[str, Any], source: str) -> tuple[Entries, list[Problem]]:
+    """The file's tables, and one Problem for each thing in them that is misshapen."""
+    reading = _Reading(source=source, problems=[*_header_problems(data, source)], unread=[])
+    links = _table(reading, LinksEntry, "links", data.get("links", {}))
+    matrix = _table(reading, MatrixEntry, "matrix", data["matrix"]) if "matrix" in data else None
+    entries = Entries(
+        name=str(data.get("name", "cluster")),
+        links=links or LinksEntry(),
+        nodes=_tables(reading, NodeEntry, "node", data.get("node", [])),
+        sites=_tables(reading, SiteEntry, "site", data.get("site", [])),
+        devices=_types(reading, data.get("device", {})),
+        pairs=_tables(reading, PairEntry, "link", data.get("link", [])),
+        matrix=matrix,
+        unread=tuple(reading.unread),
+    )
+    return entries, reading.problems
+
+
+@record
+class _Reading:
+    source: str
+    problems: list[Problem]
+    unread: list[str]
+
+
+def _header_problems(data: dict[str, Any], source: str) -> Iterator[Problem]:
+    version = data.get("format")
+    if version != FORMAT or isinstance(version, bool):
+        found = "nothing" if version is None else repr(version)
+        yield Problem(source, "format", found, f"format {FORMAT}", f"Write: format = {FORMAT}")
+    if not isinstance(data.get("name", ""), str):
+        yield Problem(source, "name", repr(data["name"]), "a name in quotes")
+    for key in data:
+        if key not in _KNOWN:
+            near = get_close_matches(key, _KNOWN, 1)
+            mend = f"Did you mean {near[0]!r}?" if near else ""
+            yield Problem(source, key, "an unknown field", f"one of: {', '.join(_KNOWN)}", mend)
+
+
+def _table(reading: _Reading, kind: type[T], where: str, value: object) -> T | None:
+    try:
+        return parse(value, kind, source=reading.source, error=ClusterError)
+    except ClusterError as failure:
+        for each in failure.problems:
+            path = f"{where}.{each.field}" if each.field else where
+            reading.problems.append(replace(each, field=path))
+        reading.unread.append(where.partition("[")[0])
+        return None
+
+
+def _tables(reading: _Reading, kind: type[T], key: str, rows: object) -> dict[str, T]:
+    if not isinstance(rows, list):
+        wanted = f"tables under [[{key}]]"
+        reading.problems.append(Problem(reading.source, key, type(rows).__name__, wanted))
+        reading.unread.append(key)
+        return {}
+    read = {f"{key}[{i}]": _table(reading, kind, f"{key}[{i}]", row) for i, row in enumerate(rows)}
+    return {where: entry for where, entry in read.items() if entry is not None}
+
+
+def _types(reading: _Reading, rows: object) -> dict[str, DeviceEntry]:
+    if not isinstance(rows, dict):
+        wanted = "tables under [device.NAME]"
+        reading.problems.append(Problem(reading.source, "device", type(rows).__name__, wanted))
+        return {}
+    read = {n: _table(reading, DeviceEntry, f"device.{n}", row) for n, row in rows.items()}
+    # A type whose table is misshapen stays known, so that its nodes are not reported as well.
+    return {name: entry or DeviceEntry(like="cpu") for name, entry in read.items()}

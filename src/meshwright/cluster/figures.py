@@ -1,0 +1,108 @@
+"""Figures that no hardware has, and figures that the hardware named hardly has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from meshwright import units
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.entries import Entries, LinkEntry, PairEntry
+from meshwright.cluster.spec import Cluster, DeviceType
+from meshwright.errors import Problem
+from meshwright.records import record
+
+
+@record
+class _Range:
+    least: float
+    most: float
+    show: Callable[[float], str]
+
+
+# From a modem to ten times the fastest hardware announced: what lies outside is a slip of the unit.
+BANDWIDTH = _Range(least=1e3, most=1e14, show=units.format_bandwidth)
+LATENCY = _Range(least=0.0, most=10.0, show=units.format_seconds)
+_MEMORY = _Range(least=2**20, most=2**44, show=units.format_bytes)
+_MEMORY_BANDWIDTH = _Range(least=1e6, most=1e15, show=units.format_bandwidth)
+_PEAK = _Range(least=1e6, most=1e17, show=units.format_flops)
+_SUSPICIOUS = 1.5
+"""Times the datasheet's figure."""
+
+
+def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
+    """One Problem for each bandwidth, latency, size or speed that cannot be meant."""
+    for field, value, allowed in _figures(entries):
+        yield from out_of_range(field, value, allowed, source)
+    for name, entry in entries.devices.items():
+        for kind in ("matmul", "attention", "memory"):
+            share = getattr(entry, f"{kind}_efficiency")
+            if share is not None and not 0 < share <= 1:
+                field = f"device.{name}.{kind}_efficiency"
+                yield Problem(source, field, str(share), "more than 0, at most 1")
+
+
+def out_of_range(field: str, value: float, allowed: _Range, source: str) -> Iterator[Problem]:
+    """A Problem if `value` lies outside."""
+    if not allowed.least <= value <= allowed.most:
+        wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
+        yield Problem(source, field, allowed.show(value), wanted)
+
+
+def _figures(entries: Entries) -> Iterator[tuple[str, float, _Range]]:
+    for field, link in _links(entries):
+        yield f"{field}.bandwidth", link.bandwidth, BANDWIDTH
+        yield f"{field}.latency", link.latency, LATENCY
+    for name, entry in entries.devices.items():
+        if entry.memory is not None:
+            yield f"device.{name}.memory", entry.memory, _MEMORY
+        if entry.memory_bandwidth is not None:
+            yield f"device.{name}.memory_bandwidth", entry.memory_bandwidth, _MEMORY_BANDWIDTH
+        for precision, peak in (entry.peak or {}).items():
+            if peak:  # 0: this type does not offer the precision
+                yield f"device.{name}.peak.{precision}", peak, _PEAK
+
+
+def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
+    optional: list[tuple[str, LinkEntry | None]] = [
+        ("links.inside", entries.links.inside),
+        ("links.network", entries.links.network),
+        ("links.uplink", entries.links.uplink),
+    ]
+    for where, node in entries.nodes.items():
+        optional += [(f"{where}.inside", node.inside), (f"{where}.network", node.network)]
+    optional += [(f"{where}.uplink", site.uplink) for where, site in entries.sites.items()]
+    optional += [(f"device.{name}.inside", each.inside) for name, each in entries.devices.items()]
+    yield from ((field, link) for field, link in optional if link is not None)
+    yield from entries.pairs.items()
+
+
+def cluster_warnings(cluster: Cluster) -> tuple[str, ...]:
+    """Doubts about figures that are possible but exceed the datasheet by half or more."""
+    return tuple(doubt for name in sorted(cluster.types) for doubt in _doubts(cluster.types[name]))
+
+
+def _doubts(kind: DeviceType) -> Iterator[str]:
+    known = catalog()
+    if kind.name in known:
+        sheets, whose = [known[kind.name].type], "its datasheet's"
+    else:
+        sheets, whose = [entry.type for entry in known.values()], "the fastest known device's"
+    pairs = [
+        ("memory", kind.memory, max(s.memory for s in sheets), units.format_bytes),
+        (
+            "memory bandwidth",
+            kind.memory_bandwidth,
+            max(s.memory_bandwidth for s in sheets),
+            units.format_bandwidth,
+        ),
+    ]
+    for precision, peak in kind.peak.items():
+        best = max(s.peak.get(precision, 0.0) for s in sheets)
+        if best == 0:
+            yield f"{kind.name}: {precision} is given, but its datasheet has no {precision}"
+        else:
+            pairs.append((f"{precision} peak", peak, best, units.format_flops))
+    for what, value, best, show in pairs:
+        if value > _SUSPICIOUS * best:
+            times = value / best
+            yield f"{kind.name}: {what} of {show(value)} is {times:.2g} times {whose} {show(best)}"

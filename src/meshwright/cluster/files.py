@@ -1,0 +1,179 @@
+"""Cluster files: TOML to `Cluster` and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from meshwright import records, units
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.check import DEFAULT_SITE, devices_in, names_of, problems_of
+from meshwright.cluster.entries import FORMAT, Entries, NodeEntry, link_of, read_entries
+from meshwright.cluster.matrix import matrix_links
+from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
+from meshwright.cluster.types import resolve_type
+from meshwright.errors import ClusterError
+
+_UNUSED_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
+"""Network interface of a machine that is alone and says nothing: 10 Gbit/s Ethernet."""
+
+
+def load_cluster(path: Path) -> Cluster:
+    """The cluster that a file describes.
+
+    Raises ClusterError with one Problem for every mistake in the file.
+    """
+    return cluster_from(records.read(path, error=ClusterError), source=str(path))
+
+
+def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:
+    """The cluster that the content of a cluster file describes. Raises ClusterError."""
+    entries, problems = read_entries(data, source)
+    ClusterError.check([*problems, *problems_of(entries, source)])
+    return _expand(entries)
+
+
+def _expand(entries: Entries) -> Cluster:
+    used = {kind for node in entries.nodes.values() for kind in _devices(node)}
+    types = {
+        name: resolve_type(name, entries.devices)[0] for name in sorted({*used, *entries.devices})
+    }
+    nodes = tuple(node for entry in entries.nodes.values() for node in _expand_node(entry, entries))
+    direct = [
+        DirectLink(between=pair.between, link=link_of(pair)) for pair in entries.pairs.values()
+    ]
+    if entries.matrix:
+        direct += matrix_links(entries.matrix)
+    return Cluster(
+        name=entries.name,
+        types=types,
+        nodes=nodes,
+        sites=_sites(entries, nodes),
+        direct=tuple(direct),
+    )
+
+
+def _devices(entry: NodeEntry) -> tuple[str, ...]:
+    read = [devices_in(text) for text in entry.devices]
+    return tuple(each[1] for each in read if each for _ in range(each[0]))
+
+
+def _expand_node(entry: NodeEntry, entries: Entries) -> Iterator[Node]:
+    devices = _devices(entry)
+    network = entry.network or entries.links.network
+    interface = link_of(network) if network else _UNUSED_NETWORK
+    given = entry.inside or entries.links.inside
+    inside = link_of(given) if given else _default_inside(devices, entries, interface)
+    for name in names_of(entry):
+        yield Node(name=name, site=entry.site, devices=devices, inside=inside, network=interface)
+
+
+def _default_inside(devices: tuple[str, ...], entries: Entries, network: Link) -> Link:
+    """The slowest of the links that the node's device types come with."""
+    links = [resolve_type(kind, entries.devices)[1] for kind in sorted({*devices})]
+    known = [link for link in links if link is not None]
+    return min(known, key=lambda link: link.bandwidth) if known else network
+
+
+def _sites(entries: Entries, nodes: tuple[Node, ...]) -> tuple[Site, ...]:
+    default = link_of(entries.links.uplink) if entries.links.uplink else None
+    sites = [
+        Site(name=site.name, uplink=link_of(site.uplink) if site.uplink else default)
+        for site in entries.sites.values()
+    ]
+    if DEFAULT_SITE in {node.site for node in nodes} - {site.name for site in sites}:
+        sites.insert(0, Site(name=DEFAULT_SITE, uplink=default))
+    return tuple(sites)
+
+
+def dump_cluster(cluster: Cluster) -> str:
+    """TOML text that `load_cluster` reads back to an equal cluster."""
+    networks = {node.network for node in cluster.nodes}
+    shared = networks.pop() if len(networks) == 1 else None
+    lines = [f"format = {FORMAT}", f"name = {_text(cluster.name)}"]
+    if shared:
+        lines += ["", "[links]", f"network = {_link(shared)}"]
+    for site in cluster.sites:
+        lines += ["", "[[site]]", f"name = {_text(site.name)}"]
+        lines += [f"uplink = {_link(site.uplink)}"] if site.uplink else []
+    for base, nodes in _runs(cluster.nodes):
+        lines += ["", *_node_lines(base, nodes, shared)]
+    used = {kind for node in cluster.nodes for kind in node.devices}
+    for name, kind in cluster.types.items():
+        known = catalog().get(name)
+        if name not in used or known is None or known.type != kind:
+            lines += ["", *_type_lines(kind)]
+    for direct in cluster.direct:
+        lines += ["", "[[link]]", f"between = [{', '.join(map(_text, direct.between))}]"]
+        lines += _link_fields(direct.link)
+    return "\n".join(lines) + "\n"
+
+
+def _runs(nodes: tuple[Node, ...]) -> list[tuple[str | None, list[Node]]]:
+    """Nodes in order, with runs of equal `base-0`, `base-1` ... gathered under their base."""
+    runs: list[tuple[str | None, list[Node]]] = []
+    for node in nodes:
+        base, _, index = node.name.rpartition("-")
+        follows = runs and runs[-1][0] == base and index == str(len(runs[-1][1]))
+        if follows and replace(node, name="") == replace(runs[-1][1][0], name=""):
+            runs[-1][1].append(node)
+            continue
+        runs.append((base if base and index == "0" else None, [node]))
+    return runs
+
+
+def _node_lines(base: str | None, nodes: list[Node], shared: Link | None) -> list[str]:
+    node = nodes[0]
+    lines = ["[[node]]", f"name = {_text(base or node.name)}"]
+    lines += [f"count = {len(nodes)}"] if base else []
+    runs = [(kind, len([*run])) for kind, run in groupby(node.devices)]
+    lines += [f"devices = [{', '.join(_text(f'{count} x {kind}') for kind, count in runs)}]"]
+    lines += [f"inside = {_link(node.inside)}"]
+    lines += [] if shared else [f"network = {_link(node.network)}"]
+    return [*lines, f"site = {_text(node.site)}"]
+
+
+def _type_lines(kind: DeviceType) -> list[str]:
+    known = catalog()[kind.name].type.peak if kind.name in catalog() else {}
+    peaks = ", ".join(
+        f"{precision} = {_quantity(peak, units.format_flops, units.parse_flops, 'FLOP/s')}"
+        for precision, peak in {**dict.fromkeys(known, 0.0), **kind.peak}.items()
+    )
+    return [
+        f"[device.{_text(kind.name) if '.' in kind.name else kind.name}]",
+        f"memory = {_quantity(kind.memory, units.format_bytes, units.parse_bytes, 'B')}",
+        f"memory_bandwidth = {_rate(kind.memory_bandwidth)}",
+        f"peak = {{ {peaks} }}",
+        f"matmul_efficiency = {kind.matmul_efficiency!r}",
+        f"attention_efficiency = {kind.attention_efficiency!r}",
+        f"memory_efficiency = {kind.memory_efficiency!r}",
+        f"source = {_text(kind.source)}",
+    ]
+
+
+def _link_fields(link: Link) -> list[str]:
+    latency = _quantity(link.latency, units.format_seconds, units.parse_seconds, "s")
+    fields = [f"bandwidth = {_rate(link.bandwidth)}", f"latency = {latency}"]
+    return [*fields, "shared = true"] if link.shared else fields
+
+
+def _link(link: Link) -> str:
+    return f"{{ {', '.join(_link_fields(link))} }}"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return _quantity(bytes_per_second, units.format_bandwidth, units.parse_bandwidth, "B/s")
+
+
+def _quantity(value: float, show: Any, read: Any, unit: str) -> str:
+    """The readable text where that is exact, else all digits."""
+    readable = show(value)
+    return _text(readable if read(readable) == value else f"{value!r} {unit}")
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

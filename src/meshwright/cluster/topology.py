@@ -1,0 +1,149 @@
+"""Who shares what: the directed capacities of a cluster, and the way from device to device.
+
+A resource is one direction of one thing that bytes pass through: a device's port, the bus of a
+node, a node's network interface, a site's uplink, an explicit link. A shared link has one
+capacity for both directions. Transfers that have a resource in common share its bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
+from meshwright.records import BytesPerSecond, Seconds, record
+
+
+@record
+class Path:
+    """What a transfer between two devices occupies."""
+
+    resources: tuple[str, ...]
+    latency: Seconds
+    """Seconds before the first byte arrives."""
+
+
+@record
+class Topology:
+    """A cluster, looked up by device."""
+
+    capacities: dict[str, BytesPerSecond]
+    """Bytes per second of each resource."""
+    devices: dict[str, Device]
+    order: dict[str, int]
+    """Place of each device in site, node and device order: neighbours in it are close."""
+    nodes: dict[str, Node]
+    uplinks: dict[str, Link | None]
+    """By site."""
+    direct: dict[tuple[str, str], Link]
+    """Explicit links by pair of nodes, both ways round."""
+    paths: dict[tuple[str, str], Path] = field(default_factory=dict)
+    """Those asked for before: by pair of nodes, or by pair of devices within one."""
+
+
+_HERE = Path(resources=(), latency=0.0)
+
+
+def topology(cluster: Cluster) -> Topology:
+    """The resources of a cluster and their capacities."""
+    direct: dict[tuple[str, str], Link] = {}
+    for each in cluster.direct:
+        direct[each.between] = direct[each.between[::-1]] = each.link
+    sites = {site.name: index for index, site in enumerate(cluster.sites)}
+    devices = devices_of(cluster)
+    ordered = sorted(devices, key=lambda device: sites[device.site])
+    return Topology(
+        capacities=_capacities(cluster, direct),
+        devices={device.name: device for device in devices},
+        order={device.name: index for index, device in enumerate(ordered)},
+        nodes={node.name: node for node in cluster.nodes},
+        uplinks={site.name: site.uplink for site in cluster.sites},
+        direct=direct,
+    )
+
+
+def _capacities(cluster: Cluster, direct: dict[tuple[str, str], Link]) -> dict[str, BytesPerSecond]:
+    capacities: dict[str, BytesPerSecond] = {}
+    for node in cluster.nodes:
+        for way in ("out", "in"):
+            capacities[_network(node, way)] = node.network.bandwidth
+            for index in range(len(node.devices)):
+                capacities[_inside(node, f"{node.name}:{index}", way)] = node.inside.bandwidth
+    for site in cluster.sites:
+        if site.uplink:
+            for way in ("out", "in"):
+                capacities[_uplink(site.name, site.uplink, way)] = site.uplink.bandwidth
+    for (source, target), link in direct.items():
+        capacities[_direct(source, target, link)] = link.bandwidth
+    return capacities
+
+
+def _inside(node: Node, device: str, way: str) -> str:
+    return f"{node.name} bus" if node.inside.shared else f"{device} {way}"
+
+
+def _network(node: Node, way: str) -> str:
+    return f"{node.name} network" if node.network.shared else f"{node.name} network {way}"
+
+
+def _uplink(site: str, link: Link, way: str) -> str:
+    return f"{site} uplink" if link.shared else f"{site} uplink {way}"
+
+
+def _direct(source: str, target: str, link: Link) -> str:
+    if link.shared:
+        source, target = sorted((source, target))
+        return f"{source} - {target}"
+    return f"{source} > {target}"
+
+
+def path(topology: Topology, source: str, target: str) -> Path:
+    """What a transfer from device `source` to device `target` occupies; nothing if they are one.
+
+    Latencies add up over the levels that are crossed (network, then sites); within a level the
+    slower of the two ends counts, since a link's latency is that between two such ends.
+    """
+    if source == target:
+        return _HERE
+    here, there = topology.devices[source].node, topology.devices[target].node
+    key = (source, target) if here == there else (here, there)
+    known = topology.paths.get(key)
+    if known is None:
+        make = _path_inside if here == there else _path_between
+        known = topology.paths[key] = make(topology, *key)
+    return known
+
+
+def _path_inside(topology: Topology, source: str, target: str) -> Path:
+    node = topology.nodes[topology.devices[source].node]
+    resources = (_inside(node, source, "out"), _inside(node, target, "in"))
+    return Path(resources=_distinct(resources), latency=node.inside.latency)
+
+
+def _path_between(topology: Topology, source: str, target: str) -> Path:
+    here, there = topology.nodes[source], topology.nodes[target]
+    # A bus carries what goes to the network too; NVLink ports do not.
+    leave = (_inside(here, "", "out"),) if here.inside.shared else ()
+    enter = (_inside(there, "", "in"),) if there.inside.shared else ()
+    link = topology.direct.get((source, target))
+    if link:
+        middle: tuple[str, ...] = (_direct(source, target, link),)
+        return Path(resources=(*leave, *middle, *enter), latency=link.latency)
+    middle = (_network(here, "out"), _network(there, "in"))
+    latency = max(here.network.latency, there.network.latency)
+    if here.site != there.site:
+        across, slowest = _across(topology, here.site, there.site)
+        middle, latency = (middle[0], *across, middle[1]), latency + slowest
+    return Path(resources=(*leave, *middle, *enter), latency=latency)
+
+
+def _across(topology: Topology, here: str, there: str) -> tuple[tuple[str, ...], Seconds]:
+    ends = [
+        (_uplink(site, link, way), link.latency)
+        for site, way in ((here, "out"), (there, "in"))
+        if (link := topology.uplinks[site])
+    ]
+    return tuple(name for name, _ in ends), max((latency for _, latency in ends), default=0.0)
+
+
+def _distinct(resources: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(resources))
