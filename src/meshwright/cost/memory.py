@@ -6,15 +6,20 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cluster.spec import DeviceType, Precision
+from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
+from meshwright.errors import Problem
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Job
+from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.spec import DeviceMemory, Job, Plan
+from meshwright.program.schedules import in_flight
 from meshwright.records import record
+from meshwright.units import format_bytes
 
 Array = NDArray[np.float64]
 Ints = int | NDArray[np.int64]
@@ -187,6 +192,101 @@ def usable_bytes(device: DeviceType) -> int:
     return device.memory - framework_bytes(device)
 
 
-def in_flight(schedule: str, micro_batches: int, num_stages: int, stage: int) -> int:
-    """Micro-batches that a stage holds at once: 1F1B min(M, S - s), GPipe M."""
-    return micro_batches if schedule == "gpipe" else min(micro_batches, num_stages - stage)
+def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
+    """Predicted bytes of every device of a plan, in rank order.
+
+    A stage holds as many micro-batches at once as its schedule opens (1F1B min(M, S - s), GPipe M).
+    """
+    table = memory_table(model, plan.job)
+    types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
+    found: dict[int, DeviceMemory] = {}
+    for stage, _, held in _stages(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            rows = seat.rows[1] - seat.rows[0]
+            parts = stage_memory(table, stage.layers, len(stage.seats[0]), rows, held)
+            device = types[seat.device]
+            found[seat.rank] = DeviceMemory(
+                device=seat.device,
+                parameters=round(parts.parameters),
+                gradients=round(parts.gradients),
+                optimizer=round(parts.optimizer),
+                activations=round(parts.activations),
+                buffers=round(parts.buffers) + framework_bytes(device),
+                capacity=device.memory,
+            )
+    return tuple(found[rank] for rank in sorted(found))
+
+
+def _stages(plan: Plan) -> Iterator[tuple[StageSeats, str, int]]:
+    """Every stage, its path in the plan, and the micro-batches it holds at once."""
+    stages = stage_seats(plan)
+    for stage in stages:
+        pipeline = plan.pipelines[stage.pipeline]
+        depth = stage.number - next(s.number for s in stages if s.pipeline == stage.pipeline)
+        held = in_flight(plan.schedule, depth, len(pipeline.stages), pipeline.micro_batches)
+        yield stage, f"pipelines[{stage.pipeline}].stages[{depth}]", held
+
+
+def total_bytes(memory: DeviceMemory) -> int:
+    """All that one device holds at its worst moment."""
+    states = memory.parameters + memory.gradients + memory.optimizer
+    return states + memory.activations + memory.buffers
+
+
+def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
+    """One Problem for every device that a plan overfills: by how much, and what would help."""
+    table = memory_table(model, plan.job)
+    by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
+    problems = []
+    for stage, path, held in _stages(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            memory = by_device[seat.device]
+            excess = total_bytes(memory) - memory.capacity
+            if excess > 0:
+                room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
+                problems.append(
+                    Problem(
+                        f"plan {plan.name}",
+                        path,
+                        f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
+                        f"at most {format_bytes(memory.capacity)}",
+                        _what_helps(table, stage, seat.rows[1] - seat.rows[0], held, room),
+                    )
+                )
+    return tuple(problems)
+
+
+def _type_of(cluster: Cluster, device: str) -> DeviceType:
+    return next(cluster.types[d.type] for d in devices_of(cluster) if d.name == device)
+
+
+def _sizes(memory: DeviceMemory) -> str:
+    parts = ", ".join(
+        f"{name} {format_bytes(getattr(memory, name))}"
+        for name in ("parameters", "gradients", "optimizer", "activations", "buffers")
+    )
+    return f"{format_bytes(total_bytes(memory))} ({parts})"
+
+
+def _what_helps(table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float) -> str:
+    """The longest prefix of the stage's layers, or the most rows, that would fit."""
+    first, last = stage.layers
+    tensor = len(stage.seats[0])
+    ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
+    by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
+    by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
+    layers_that_fit = int(np.sum(by_layers <= room))
+    rows_that_fit = int(np.sum(by_rows <= room))
+    advice = []
+    if layers_that_fit:
+        advice.append(f"give it {layers_that_fit} of its {last - first} layers")
+    if rows_that_fit:
+        advice.append(f"{rows_that_fit} of its {rows} rows of each micro-batch")
+    widths = [w for w in (2, 4, 8) if w > tensor]
+    for width in widths:
+        if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
+            advice.append(f"tensor width {width}")
+            break
+    return (
+        "; or ".join(advice) or "give it fewer layers and fewer rows, or a device with more memory"
+    )

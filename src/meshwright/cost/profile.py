@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import field
+from pathlib import Path
 
-from meshwright.cluster.spec import Link, Precision
-from meshwright.records import Seconds, record
+from meshwright.cluster.spec import Cluster, Link, Precision
+from meshwright.errors import Problem, ProfileError
+from meshwright.model.spec import LayerGraph
+from meshwright.records import Seconds, load, record
 
 
 @record
@@ -63,3 +68,86 @@ class Profile:
     links: LinkTimes | None = None
     step_overhead_seconds: Seconds = 0.0
     """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""
+
+
+AGAIN = "measure again with `meshwright profile`"
+
+
+def load_profile(path: Path) -> Profile:
+    """A profile from its JSON or TOML file. Raises ProfileError with every mistake found."""
+    profile = load(path, Profile, error=ProfileError)
+    ProfileError.check(_nonsense(profile, str(path)))
+    return profile
+
+
+def check_profile(
+    profile: Profile, model: LayerGraph, cluster: Cluster, *, source: str = "profile"
+) -> None:
+    """Raises ProfileError with every measurement that is nonsense or from elsewhere."""
+    ProfileError.check((*_nonsense(profile, source), *_foreign(profile, model, cluster, source)))
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
+    positive, not_negative = [], [("step_overhead_seconds", profile.step_overhead_seconds)]
+    if profile.format != 1:
+        yield Problem(source, "format", str(profile.format), "1", AGAIN)
+    for i, entry in enumerate(profile.layers):
+        at = f"layers[{i}]"
+        positive += [
+            (f"{at}.tensor", entry.tensor),
+            (f"{at}.rows", entry.rows),
+            (f"{at}.forward_seconds", entry.forward_seconds),
+            (f"{at}.backward_seconds", entry.backward_seconds),
+        ]
+        not_negative.append((f"{at}.spread", entry.spread))
+    for i, optimizer in enumerate(profile.optimizers):
+        at = f"optimizers[{i}]"
+        positive.append((f"{at}.seconds_per_parameter", optimizer.seconds_per_parameter))
+        not_negative.append((f"{at}.overhead_seconds", optimizer.overhead_seconds))
+    for level in ("inside", "network", "site") if profile.links else ():
+        link = getattr(profile.links, level)
+        if link is not None:
+            positive.append((f"links.{level}.bandwidth", link.bandwidth))
+            not_negative.append((f"links.{level}.latency", link.latency))
+    if profile.links and profile.links.all_reduce_latency is not None:
+        not_negative.append(("links.all_reduce_latency", profile.links.all_reduce_latency))
+    for name, value in positive:
+        if not _positive(value):
+            yield Problem(source, name, str(value), "a number above zero", AGAIN)
+    for name, value in not_negative:
+        if not _not_negative(value):
+            yield Problem(source, name, str(value), "a number not below zero", AGAIN)
+
+
+def _foreign(
+    profile: Profile, model: LayerGraph, cluster: Cluster, source: str
+) -> Iterator[Problem]:
+    if profile.model != model.name:
+        yield Problem(
+            source, "model", profile.model, model.name, "profile the model that is planned"
+        )
+    if profile.sequence != model.sequence:
+        wanted = str(model.sequence)
+        yield Problem(source, "sequence", str(profile.sequence), wanted, "profile at this length")
+    signatures = {layer.signature for layer in model.layers}
+    for i, entry in enumerate(profile.layers):
+        if entry.precision != model.precision:
+            found, wanted = str(entry.precision), str(model.precision)
+            yield Problem(
+                source, f"layers[{i}].precision", found, wanted, "profile in this precision"
+            )
+        if entry.signature not in signatures:
+            wanted = f"the signature of a layer of {model.name}"
+            yield Problem(source, f"layers[{i}].signature", entry.signature, wanted, AGAIN)
+    measured = {entry.device for entry in profile.layers}
+    if measured and not measured & set(cluster.types):
+        found, wanted = ", ".join(sorted(measured)), f"one of {', '.join(sorted(cluster.types))}"
+        yield Problem(source, "layers[].device", found, wanted, "profile on this cluster")

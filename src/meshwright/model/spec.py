@@ -35,7 +35,8 @@ class Layer:
 
     tensor_units: int = 0
     """Tensor widths that divide this number are legal (heads, key-value heads and hidden all
-    considered). Every width divides 0: nothing is split, each tensor rank does the whole layer."""
+    considered). Every width divides 0: what is split may be split unevenly (a vocabulary), or
+    nothing is and each tensor rank does the whole layer."""
     split_parameters: int = 0
     """Of `parameters`, those divided among tensor ranks; the rest is replicated."""
     split_flops: float = 0.0
@@ -64,7 +65,7 @@ class Tensor:
 
 @record
 class Tied:
-    """One parameter used by several layers: held by each stage with any of them, summed there."""
+    """One parameter of several layers: held by each stage with any of them, summed over all."""
 
     name: str
     layers: tuple[int, ...]

@@ -26,7 +26,7 @@ class Job:
 
 @record
 class Subject:
-    """The model or cluster that a plan was made for."""
+    """The model, cluster or profile that a plan was made for."""
 
     name: str
     fingerprint: str
@@ -103,6 +103,8 @@ class Plan:
     name: str
     model: Subject
     cluster: Subject
+    profile: Subject | None = None
+    """The measured times that the search used; None: datasheets."""
     job: Job
     schedule: ScheduleName = "1f1b"
     devices: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from meshwright.program.instructions import Op
+from meshwright.program.instructions import Instruction, Op
 from meshwright.records import record
 
 Stream = Literal["compute", "send", "receive", "reduce"]
@@ -47,6 +47,17 @@ class Timeline:
     step_seconds: float
     intervals: tuple[Interval, ...]
     memory: tuple[MemoryPoint, ...] = ()
+
+
+def label(instruction: Instruction) -> str:
+    """`0F3`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`."""
+    micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
+    word = f"{instruction.stage}{instruction.op}{micro_batch}"
+    if instruction.op is not Op.REDUCE_GRAD:
+        return word
+    if instruction.layers is not None:
+        return f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
+    return f"{word} {instruction.tied}"
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:

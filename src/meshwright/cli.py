@@ -1,0 +1,239 @@
+"""The command line: one function per verb. Everything heavy is imported inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Finds the fastest way to train a model on the machines you have, and trains it that way.",
+)
+
+
+class PrecisionChoice(StrEnum):
+    """Arithmetic of forward and backward."""
+
+    FP64 = "fp64"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class OptimizerChoice(StrEnum):
+    """Update rule."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` writes it.")]
+ClusterOption = Annotated[
+    Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
+]
+
+
+@app.command()
+def plan(
+    model: ModelOption,
+    cluster: Annotated[Path, typer.Option(help="Cluster file.")],
+    global_batch: Annotated[int, typer.Option(help="Rows per optimizer step.")],
+    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    precision: Annotated[
+        PrecisionChoice | None, typer.Option(help="Default: the best that every device has.")
+    ] = None,
+    optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
+    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
+        "plan.json"
+    ),
+) -> None:
+    """Find the fastest plan for a model on a cluster."""
+    from meshwright.plan.files import save_plan
+    from meshwright.report.tables import explain as print_explanation
+    from meshwright.session import open_session, search
+
+    session = open_session(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision.value if precision else None,
+        optimizer=optimizer.value,
+    )
+    for warning in session.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    found = search(session)
+    save_plan(found, output)
+    print_explanation(found)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def explain(plan_file: PlanFile) -> None:
+    """Who holds what, what limits the step, and why the others lost."""
+    from meshwright.report.tables import explain as print_explanation
+    from meshwright.session import predicted, reopen
+
+    session, found = reopen(plan_file)
+    print_explanation(found if found.prediction else predicted(session, found))
+
+
+@app.command()
+def simulate(
+    plan_file: PlanFile,
+    cluster: ClusterOption = None,
+    profile: ProfileOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
+    ] = None,
+    program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+) -> None:
+    """Play one step of a plan on the cost model."""
+    from meshwright.report.tables import timeline_summary
+    from meshwright.session import reopen, simulated
+
+    session, found = reopen(plan_file, cluster=cluster, profile=profile)
+    timeline = simulated(session, found)
+    timeline_summary(found, timeline)
+    if program:
+        from meshwright.program.compile import compile_plan
+        from meshwright.program.instructions import dumps
+
+        program.write_text(dumps(compile_plan(found, session.model)))
+        typer.echo(f"wrote {program}")
+    if trace:
+        from meshwright.report.trace import dump_trace
+
+        dump_trace(timeline, trace)
+        typer.echo(f"wrote {trace}")
+    if report:
+        from meshwright.report.page import write_report
+
+        write_report(report, found, session.cluster, session.model, predicted=timeline)
+        typer.echo(f"wrote {report}")
+
+
+@app.command()
+def profile(
+    model: ModelOption,
+    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    rows: Annotated[str, typer.Option(help="Micro-batch sizes to measure.")] = "1,2,4",
+    tensor: Annotated[str, typer.Option(help="Tensor widths to measure.")] = "1",
+    precision: PrecisionChoice = PrecisionChoice.FP32,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Under torchrun: which device each rank is. Else: this device alone."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Measure with this many processes here, links between them too.")
+    ] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
+) -> None:
+    """Measure layer times on this device, and links between ranks; `plan` reads the result."""
+    from meshwright.runtime.measure import ProfileSettings, profile_here
+
+    settings = ProfileSettings(
+        model=model,
+        sequence=sequence,
+        rows=_numbers(rows, "--rows"),
+        tensor=_numbers(tensor, "--tensor"),
+        precision=precision.value,
+        cluster=str(cluster) if cluster else None,
+        output=str(output),
+    )
+    profile_here(settings, processes)
+    typer.echo(f"wrote {output}")
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"found {text!r}; wanted numbers such as 1,2,4", param_hint=option)
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
+def train(
+    plan_file: PlanFile,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text or token file (.bin, .npy); default: Python's standard library."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 10,
+    clip_norm: Annotated[float, typer.Option(help="Gradient norm limit; 0: none.")] = 1.0,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
+    save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
+) -> None:
+    """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
+    from meshwright.runtime.run import RunSettings
+    from meshwright.session import reopen, train_here, training_commands
+
+    session, found = reopen(plan_file)
+    settings = RunSettings(
+        model=found.model.source,
+        data=data,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        clip_norm=clip_norm or None,
+        seed=seed,
+        save_weights=save_weights,
+    )
+    for command in training_commands(session, found, settings, output):
+        typer.echo(command)
+    if dry_run:
+        return
+    train_here(session, found, settings, output, report=report)
+
+
+@app.command()
+def discover(
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("cluster.toml"),
+) -> None:
+    """Describe the machine this runs on."""
+    from meshwright.cluster.discover import discover_toml
+
+    output.write_text(discover_toml())
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each plan.")] = 20,
+) -> None:
+    """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
+    from meshwright.demo import run_demo
+
+    run_demo(output, steps)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with its message and status 2, never a traceback."""
+    from meshwright.errors import MeshwrightError
+
+    try:
+        app()
+    except MeshwrightError as error:
+        sys.stderr.write(f"{type(error).__name__}:\n{error}\n")
+        sys.exit(2)

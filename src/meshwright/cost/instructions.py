@@ -1,0 +1,268 @@
+"""What every instruction of a program costs: seconds of compute, traffic on the links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.topology import Topology, topology
+from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, transfer
+from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
+from meshwright.cost.links import with_measured_links
+from meshwright.cost.memory import (
+    MemoryTable,
+    StageMemory,
+    framework_bytes,
+    memory_table,
+    stage_memory,
+    stage_parameters,
+)
+from meshwright.cost.profile import Profile
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import Seat, StageSeats, stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import COMPUTE, SENDS, Instruction, Op, Program
+from meshwright.records import record
+
+Array = NDArray[np.float64]
+
+NOTHING = Traffic(bytes_by_resource={})
+
+
+@record
+class Price:
+    """Cost of one instruction on its rank."""
+
+    seconds: float = 0.0
+    """Of compute, the tensor-parallel all-reduces of the layers included."""
+    traffic: Traffic = NOTHING
+    """Of a send (its receive moves with it) or a collective."""
+    inside: int | None = None
+    """Of a REDUCE_GRAD: index of the backward that completes its gradients."""
+    completes: tuple[tuple[int, float], ...] = ()
+    """Of that backward: indices of its REDUCE_GRADs, and seconds after its start at which the
+    gradients of each are complete."""
+
+
+@record
+class Prices:
+    """Everything the simulator needs to know beside the program itself."""
+
+    ranks: tuple[tuple[Price, ...], ...]
+    """As Program.ranks."""
+    bandwidth: Mapping[str, float]
+    """Bytes per second of every resource that traffic uses."""
+    devices: tuple[str, ...]
+    """By rank."""
+    static_bytes: tuple[int, ...]
+    """By rank: parameters, gradients, optimizer states and buffers."""
+    micro_batch_bytes: tuple[float, ...]
+    """By rank: activations that a forward leaves and the backward of its micro-batch frees."""
+    overhead_seconds: float = 0.0
+    """Fixed cost of a step outside all instructions."""
+
+
+@record
+class _Costs:
+    """What the pricing of one plan looks up."""
+
+    model: LayerGraph
+    plan: Plan
+    cluster: Cluster
+    profile: Profile | None
+    links: Topology
+    step_latency: float
+    """Fixed seconds of one step of a ring."""
+    table: MemoryTable
+    types: dict[str, str]
+    """Type name of every device."""
+
+
+def price(
+    program: Program,
+    plan: Plan,
+    model: LayerGraph,
+    cluster: Cluster,
+    profile: Profile | None = None,
+) -> Prices:
+    """The cost of every instruction of a plan's program.
+
+    Raises ClusterError where a device does not offer the model's precision.
+    """
+    measured = with_measured_links(cluster, profile.links) if profile and profile.links else cluster
+    costs = _Costs(
+        model=model,
+        plan=plan,
+        cluster=cluster,
+        profile=profile,
+        links=topology(measured),
+        step_latency=_step_latency(profile),
+        table=memory_table(model, plan.job),
+        types={device.name: device.type for device in devices_of(cluster)},
+    )
+    times = _Times(costs)
+    ranks: dict[int, tuple[Price, ...]] = {}
+    memory: dict[int, tuple[int, float]] = {}
+    for stage in stage_seats(plan):
+        for replica in stage.seats:
+            seconds = times.of_replica(stage, replica)
+            for seat in replica:
+                ranks[seat.rank] = _prices(program.ranks[seat.rank], stage, seat, seconds, costs)
+                memory[seat.rank] = _memory(stage, seat, costs)
+    order = sorted(ranks)
+    return Prices(
+        ranks=tuple(ranks[rank] for rank in order),
+        bandwidth=costs.links.capacities,
+        devices=plan.devices,
+        static_bytes=tuple(memory[rank][0] for rank in order),
+        micro_batch_bytes=tuple(memory[rank][1] for rank in order),
+        overhead_seconds=profile.step_overhead_seconds if profile else 0.0,
+    )
+
+
+def _step_latency(profile: Profile | None) -> float:
+    links = profile.links if profile else None
+    return links.all_reduce_latency or 0.0 if links else 0.0
+
+
+def replica_seconds(
+    model: LayerGraph,
+    layers: tuple[int, int],
+    computed: Sequence[LayerSeconds],
+    links: Topology,
+    devices: Sequence[str],
+    rows: int,
+    *,
+    step_latency: float = 0.0,
+) -> tuple[Array, Array]:
+    """Forward and backward seconds of each layer of a stage on one tensor-parallel replica.
+
+    `computed` holds the compute of every layer for each device type of the replica. The ranks meet
+    in every layer's all-reduces, so the slowest sets the pace; all-reduces overlap nothing.
+    `step_latency`: fixed seconds of one step of a ring.
+    """
+    first, last = layers
+    forward = np.max([c.forward[first:last] for c in computed], axis=0)
+    backward = np.max([c.backward[first:last] for c in computed], axis=0)
+    if len(devices) > 1:
+        cost: dict[float, float] = {}
+
+        def reduce_seconds(sizes: tuple[float, ...]) -> float:
+            for size in sizes:
+                if size not in cost:
+                    traffic = all_reduce(links, devices, size * rows, step_latency=step_latency)
+                    cost[size] = alone_seconds(links, traffic)
+            return sum(cost[size] for size in sizes)
+
+        held = model.layers[first:last]
+        forward = forward + [reduce_seconds(layer.forward_all_reduce_bytes) for layer in held]
+        backward = backward + [reduce_seconds(layer.backward_all_reduce_bytes) for layer in held]
+    return forward, backward
+
+
+class _Times:
+    """Layer times of replicas, each distinct one worked out once while a plan is priced."""
+
+    def __init__(self, costs: _Costs) -> None:
+        self.costs = costs
+        self.computed: dict[tuple[str, int, int], LayerSeconds] = {}
+
+    def of_replica(self, stage: StageSeats, replica: Sequence[Seat]) -> tuple[Array, Array]:
+        costs, rows = self.costs, replica[0].rows[1] - replica[0].rows[0]
+        kinds = dict.fromkeys(costs.types[seat.device] for seat in replica)
+        for kind in kinds:
+            if (kind, len(replica), rows) not in self.computed:
+                self.computed[kind, len(replica), rows] = layer_seconds(
+                    costs.model, costs.cluster.types[kind], len(replica), rows, costs.profile
+                )
+        computed = [self.computed[kind, len(replica), rows] for kind in kinds]
+        devices = [seat.device for seat in replica]
+        return replica_seconds(
+            costs.model,
+            stage.layers,
+            computed,
+            costs.links,
+            devices,
+            rows,
+            step_latency=costs.step_latency,
+        )
+
+
+def _prices(
+    instructions: Sequence[Instruction],
+    stage: StageSeats,
+    seat: Seat,
+    seconds: tuple[Array, Array],
+    costs: _Costs,
+) -> tuple[Price, ...]:
+    inside = _backward_of_reductions(instructions)
+    completes: dict[int, list[tuple[int, float]]] = {}
+    for reduction, backward in inside.items():
+        layer = completing_layer(instructions[reduction], stage.layers, costs.model)
+        offset = float(seconds[1][layer - stage.layers[0] :].sum())
+        completes.setdefault(backward, []).append((reduction, offset))
+    step = optimizer_seconds(
+        costs.cluster.types[costs.types[seat.device]],
+        costs.plan.job.optimizer,
+        float(stage_parameters(costs.table, stage.layers, len(stage.seats[0]))),
+        costs.profile,
+        costs.model.precision,
+    )
+    compute = {
+        Op.FORWARD: float(seconds[0].sum()),
+        Op.BACKWARD: float(seconds[1].sum()),
+        Op.OPTIMIZER_STEP: step,
+    }
+    return tuple(
+        Price(seconds=compute[i.op], completes=tuple(completes.get(index, ())))
+        if i.op in COMPUTE
+        else Price(traffic=_traffic(i, seat, costs), inside=inside.get(index))
+        for index, i in enumerate(instructions)
+    )
+
+
+def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
+    """Index of each REDUCE_GRAD to that of the backward after it; one after the last backward is
+    complete when it is posted, and absent."""
+    found: dict[int, int] = {}
+    posted: list[int] = []
+    for index, i in enumerate(instructions):
+        if i.op is Op.REDUCE_GRAD:
+            posted.append(index)
+        elif i.op is Op.BACKWARD:
+            found.update(dict.fromkeys(posted, index))
+            posted = []
+    return found
+
+
+def completing_layer(i: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
+    """The layer of a stage whose backward completes the gradients that a REDUCE_GRAD sums: the
+    first of its layers, or the stage's first user of a tied parameter."""
+    if i.layers is not None:
+        return max(i.layers[0], layers[0])
+    users = next(tied.layers for tied in model.tied if tied.name == i.tied)
+    return min(layer for layer in users if layers[0] <= layer < layers[1])
+
+
+def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
+    devices = costs.plan.devices
+    if i.op in SENDS:
+        assert i.peer is not None
+        return transfer(costs.links, seat.device, devices[i.peer], i.bytes)
+    if len(i.ranks) > 1:
+        members = [devices[rank] for rank in i.ranks]
+        return all_reduce(costs.links, members, i.bytes, step_latency=costs.step_latency)
+    return NOTHING
+
+
+def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
+    """Bytes that a rank always holds, and those of one micro-batch."""
+    rows = seat.rows[1] - seat.rows[0]
+    parts: StageMemory = stage_memory(costs.table, stage.layers, len(stage.seats[0]), rows, 1)
+    states = parts.parameters + parts.gradients + parts.optimizer
+    framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
+    return round(states + parts.buffers) + framework, float(parts.activations)

@@ -1,0 +1,123 @@
+"""GPT-2 (Radford et al. 2019): learned positions, normalisation first, GELU, biases everywhere."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.model.shard import Column, Row, Split, Vocabulary
+from meshwright.model.zoo.pieces import (
+    INIT_STD,
+    Embedding,
+    LayerNorm,
+    Linear,
+    LossHead,
+    heads_first,
+    heads_last,
+)
+
+
+class TokensAndPositions(nn.Module):
+    """First layer: token plus position embedding."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens = Embedding(vocabulary, width)
+        self.positions = Embedding(positions, width)
+        self.dropout = nn.Dropout(dropout)
+        self.tensor_split: dict[str, Split] = {"tokens": Vocabulary()}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return cast("Tensor", self.dropout(self.tokens(tokens) + self.positions(positions)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention of the heads that this rank holds."""
+
+    def __init__(self, width: int, heads: int, dropout: float, residual_std: float) -> None:
+        super().__init__()
+        self.head = width // heads
+        self.dropout = dropout
+        self.qkv = Linear(width, 3 * width, bias=True)
+        self.out = Linear(width, width, bias=True, std=residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads_first(part, self.head) for part in self.qkv(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return cast("Tensor", self.out(heads_last(y)))
+
+
+class MLP(nn.Module):
+    """Two linear maps around a GELU."""
+
+    def __init__(self, width: int, hidden: int, residual_std: float) -> None:
+        super().__init__()
+        self.up = Linear(width, hidden, bias=True)
+        self.down = Linear(hidden, width, bias=True, std=residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, residual_std: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attention = Attention(width, heads, dropout, residual_std)
+        self.norm2 = LayerNorm(width)
+        self.mlp = MLP(width, hidden, residual_std)
+        self.dropout = nn.Dropout(dropout)
+        self.tensor_units = heads
+        self.tensor_split: dict[str, Split] = {
+            "attention.qkv": Column(parts=(width, width, width)),
+            "attention.out": Row(),
+            "mlp.up": Column(),
+            "mlp.down": Row(),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + cast("Tensor", self.dropout(self.mlp(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        positions: int,
+        width: int,
+        heads: int,
+        layers: int,
+        hidden: int | None = None,
+        tied: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or 4 * width
+        # GPT-2 shrinks what is added to the residual stream by the number of additions.
+        residual_std = INIT_STD / (2 * layers) ** 0.5
+        self.embedding = TokensAndPositions(vocabulary, positions, width, dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, dropout, residual_std) for _ in range(layers)
+        )
+        self.head = LossHead(LayerNorm(width), width, vocabulary)
+        if tied:
+            self.head.linear.weight = self.embedding.tokens.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return cast("Tensor", self.head(x, targets))

@@ -1,0 +1,144 @@
+"""Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.model.shard import Column, Row, Split, Vocabulary
+from meshwright.model.zoo.pieces import (
+    Embedding,
+    Linear,
+    LossHead,
+    RMSNorm,
+    as_is,
+    heads_first,
+    heads_last,
+)
+
+
+class Tokens(nn.Module):
+    """First layer: token embedding."""
+
+    tensor_split: ClassVar[dict[str, Split]] = {"tokens": Vocabulary()}
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.tokens = Embedding(vocabulary, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cast("Tensor", self.tokens(tokens))
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of (rows, heads, sequence, head).
+
+    Feature i of the first half and of the second half are one pair, turned by
+    position * base^(-2 i / head).
+    """
+    length, head = x.shape[-2:]
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with as_is(x):
+        steps = torch.arange(0, head, 2, device=x.device, dtype=exact) / head
+        positions = torch.arange(length, device=x.device, dtype=exact)
+        angles = positions[:, None] * base**-steps
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        left, right = x.chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention; each key-value head serves a group of query heads."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head: int, base: float) -> None:
+        super().__init__()
+        self.head = head
+        self.kv_heads = kv_heads
+        self.groups = heads // kv_heads
+        self.parts = (heads * head, kv_heads * head, kv_heads * head)
+        self.base = base
+        self.qkv = Linear(width, sum(self.parts), bias=False)
+        self.out = Linear(heads * head, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        kv = qkv.shape[-1] // (self.groups + 2)
+        q, k, v = (heads_first(p, self.head) for p in qkv.split((self.groups * kv, kv, kv), -1))
+        q, k = rotate(q, self.base), rotate(k, self.base)
+        grouped = self.groups > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return cast("Tensor", self.out(heads_last(y)))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return cast("Tensor", self.down(F.silu(gate) * up))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward module of inner width `hidden`, each added to the residual
+    stream. Tensor ranks hold whole groups of heads, and a share of `hidden`."""
+
+    def __init__(self, width: int, hidden: int, attention: Attention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width, eps=1e-5)
+        self.attention = attention
+        self.norm2 = RMSNorm(width, eps=1e-5)
+        self.mlp = mlp
+        self.tensor_units = gcd(attention.kv_heads, hidden)
+        self.tensor_split: dict[str, Split] = {
+            "attention.qkv": Column(parts=attention.parts),
+            "attention.out": Row(),
+            "mlp.gate_up": Column(parts=(hidden, hidden)),
+            "mlp.down": Row(),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + cast("Tensor", self.mlp(self.norm2(x)))
+
+
+class Llama(nn.Module):
+    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        vocabulary: int,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        layers: int,
+        hidden: int,
+        head: int | None = None,
+        tied: bool = False,
+        base: float = 10000.0,
+    ) -> None:
+        super().__init__()
+        head = head or width // heads
+        self.embedding = Tokens(vocabulary, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            attention = Attention(width, heads, kv_heads, head, base)
+            self.blocks.append(Block(width, hidden, attention, SwiGLU(width, hidden)))
+        self.head = LossHead(RMSNorm(width, eps=1e-5), width, vocabulary)
+        if tied:
+            self.head.linear.weight = self.embedding.tokens.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return cast("Tensor", self.head(x, targets))

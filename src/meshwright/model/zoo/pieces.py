@@ -1,0 +1,112 @@
+"""What the models of the zoo are made of.
+
+Every module that owns parameters sets them in `reset_parameters`, so that a layer built on the meta
+device can be given storage and values wherever it will live. Activations are of one dtype from the
+embedding to the logits: the autocast dtype where autocast is on, on every type of device.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.model.shard import Split, VocabularyHead, VocabularyLoss
+
+INIT_STD = 0.02
+
+
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """What products give here: the autocast dtype, or that of `x`."""
+    kind = x.device.type
+    available = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
+    if available and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def as_is(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which nothing is cast automatically."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+class Linear(nn.Linear):
+    """Linear map; weights drawn from N(0, std), bias 0."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float = INIT_STD) -> None:
+        self.std = std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Look-up table drawn from N(0, std); gives activations."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, index: Tensor) -> Tensor:
+        found = super().forward(index)
+        return found.to(activation_dtype(found))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation that keeps the dtype of its input (autocast would make it float32)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with as_is(x):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation that keeps the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with as_is(x):
+            weight = cast("Tensor", self.weight).to(x.dtype)
+            return F.rms_norm(x, tuple(self.normalized_shape), weight, self.eps)
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross entropy of logits (rows, sequence, vocabulary) and targets (rows, sequence)."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+class LossHead(nn.Module):
+    """Last layer of a language model: normalisation, projection to the vocabulary, mean loss."""
+
+    tensor_split: ClassVar[dict[str, Split]] = {
+        "linear": VocabularyHead(),
+        "loss": VocabularyLoss(),
+    }
+
+    def __init__(self, norm: nn.Module, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = Linear(width, vocabulary, bias=False)
+        self.loss = CrossEntropy()
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return cast("Tensor", self.loss(self.linear(self.norm(x)), targets))
+
+
+def heads_first(x: Tensor, head: int) -> Tensor:
+    """(rows, sequence, heads * head) to (rows, heads, sequence, head), for the heads held here."""
+    return x.view(*x.shape[:-1], -1, head).transpose(1, 2)
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """The inverse of `heads_first`."""
+    return x.transpose(1, 2).flatten(2)

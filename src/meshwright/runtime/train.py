@@ -1,0 +1,175 @@
+"""The training loop: a plan, and the user's own model, data and optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from meshwright.errors import DataError, Problem
+from meshwright.model.graph import WithLoss
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.program.timeline import Timeline
+from meshwright.runtime.dilation import Dilation
+from meshwright.runtime.engine import Engine
+from meshwright.runtime.run import Metrics
+
+Batch = tuple[Tensor, ...]
+Rows = Callable[[int, int, int], Batch]
+"""(step, first, last) -> the batch tensors of rows [first, last) of that step's global batch."""
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run leaves behind."""
+
+    losses: tuple[float, ...]
+    """One per step, the same on every rank."""
+    timeline: Timeline | None
+    """The recorded step; on rank 0 only."""
+    parameters: dict[str, Tensor] | None
+    """Whole parameters by name; on rank 0 only, and only if they were asked for."""
+
+
+def warmup_cosine(steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """Factor of the peak learning rate at each step: linear up, then half a cosine down to 10 %."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def adamw(learning_rate: float, weight_decay: float = 0.1) -> OptimizerFactory:
+    """AdamW with the moments usual for language models."""
+    return lambda parameters: torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+    )
+
+
+def dataset_rows(dataset: Dataset[Any], global_batch: int, *, seed: int = 0) -> Rows:
+    """Rows of a map-style dataset, in an order that is shuffled anew in every epoch.
+
+    Raises DataError if the dataset is shorter than one batch.
+    """
+    length = len(cast("Sized", dataset))
+    if length < global_batch:
+        wanted = f"at least {global_batch}, one global batch"
+        raise DataError(Problem(type(dataset).__name__, "", f"{length} rows", wanted))
+
+    def rows(step: int, first: int, last: int) -> Batch:
+        numbers = range(step * global_batch + first, step * global_batch + last)
+        items = [dataset[_position(number, length, seed)] for number in numbers]
+        return tuple(default_collate(items))
+
+    return rows
+
+
+def _position(number: int, length: int, seed: int) -> int:
+    epoch, index = divmod(number, length)
+    return _EpochOrder.of(length, seed, epoch)[index]
+
+
+class _EpochOrder:
+    """The order of the current epoch; kept, because every row of it is asked for."""
+
+    _kept: tuple[tuple[int, int, int], list[int]] = ((0, 0, -1), [])
+
+    @classmethod
+    def of(cls, length: int, seed: int, epoch: int) -> list[int]:
+        key = (length, seed, epoch)
+        if cls._kept[0] != key:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            cls._kept = (key, torch.randperm(length, generator=generator).tolist())
+        return cls._kept[1]
+
+
+def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
+    model: nn.Module,
+    plan: Plan,
+    data: Dataset[Any] | Rows,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory,
+    steps: int,
+    learning_rate: Callable[[int], float] | None = None,
+    clip_norm: float | None = 1.0,
+    seed: int = 0,
+    on_metrics: Callable[[Metrics], None] | None = None,
+    record_step: int | None = None,
+    peak_flops: float | None = None,
+    dilation: Dilation | None = None,
+    keep_parameters: bool = False,
+) -> Trained:
+    """Train `model` by `plan`; every process of the launcher calls this with the same arguments.
+
+    `model` may be on the meta device: then each rank allocates and initialises only its own layers.
+    Without `loss` its forward takes the batch's tensors and returns the mean loss over the rows;
+    with `loss`, all but the last tensor go to the model and `loss(output, last)` is that mean.
+    `data` is a dataset whose items are tuples of tensors, or rows by (step, first, last).
+    `optimizer` is made from this rank's parameters; `learning_rate` gives its factor at each step.
+    `on_metrics` is called on rank 0. Raises a MeshwrightError for anything that the user can mend.
+    """
+    batch = plan.job.global_batch
+    rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
+    module = model if loss is None else WithLoss(model, loss)
+    losses: list[float] = []
+    timeline: Timeline | None = None
+    with Engine(
+        module,
+        plan,
+        inputs=rows(0, 0, min(2, batch)),
+        optimizer=optimizer,
+        clip_norm=clip_norm,
+        learning_rate=learning_rate,
+        seed=seed,
+        dilation=dilation,
+    ) as engine:
+        for step in range(steps):
+
+            def of_step(first: int, last: int, step: int = step) -> Batch:
+                return rows(step, first, last)
+
+            if step == record_step:
+                result, timeline = engine.record(of_step)
+            else:
+                result = engine.step(of_step)
+            losses.append(result.loss)
+            if on_metrics is not None and engine.rank == 0:
+                on_metrics(_metrics(step, result, plan, engine, peak_flops))
+        parameters = engine.parameters() if keep_parameters else None
+    return Trained(losses=tuple(losses), timeline=timeline, parameters=parameters)
+
+
+def _metrics(
+    step: int, result: Any, plan: Plan, engine: Engine, peak_flops: float | None
+) -> Metrics:
+    flops = step_flops(engine.model, plan.job.global_batch)
+    return Metrics(
+        step=step,
+        loss=result.loss,
+        gradient_norm=result.grad_norm,
+        learning_rate=engine.learning_rate,
+        step_seconds=result.seconds,
+        tokens_per_second=plan.job.global_batch * plan.job.sequence / result.seconds,
+        mfu=flops / result.seconds / peak_flops if peak_flops else None,
+        memory_bytes=engine.memory_bytes(),
+    )
+
+
+def step_flops(model: LayerGraph, global_batch: int) -> float:
+    """Model FLOPs of one step: forward and backward of every row, no recomputation."""
+    return global_batch * sum(
+        layer.forward_flops + layer.attention_flops + layer.backward_flops for layer in model.layers
+    )

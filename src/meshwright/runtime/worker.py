@@ -1,0 +1,128 @@
+"""What each process of a run does: `torchrun ... -m meshwright.runtime.worker RUN_FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from meshwright.errors import MeshwrightError
+from meshwright.model.zoo.build import build, vocabulary_of
+from meshwright.plan.files import load_plan
+from meshwright.plan.spec import Plan
+from meshwright.records import dumps, load, plain
+from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
+from meshwright.runtime.dilation import Dilation
+from meshwright.runtime.run import (
+    METRICS,
+    PLAN,
+    SETTINGS,
+    TIMELINE,
+    WEIGHTS,
+    Failure,
+    Metrics,
+    RunSettings,
+    failure_file,
+)
+from meshwright.runtime.train import Batch, Rows, Trained, adamw, train, warmup_cosine
+from meshwright.runtime.world import PeerLost
+
+
+def run(folder: Path) -> None:
+    """Train as the run folder says."""
+    settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
+    plan = load_plan(folder / PLAN)
+    rank = int(os.environ.get("RANK", "0"))
+    device = plan.devices[rank] if rank < len(plan.devices) else ""
+    share = settings.shares.get(device)
+    vocabulary = vocabulary_of(settings.model)
+    corpus = open_corpus(settings.data, vocabulary)
+    check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
+    with torch.device("meta"):
+        model = build(settings.model, plan.job.sequence)
+    peaks = [settings.peak_flops.get(name) for name in plan.devices]
+    with (folder / METRICS).open("a" if rank else "w", buffering=1) as metrics:
+
+        def write(line: Metrics) -> None:
+            metrics.write(json.dumps(plain(line)) + "\n")
+            if sys.stdout.isatty():
+                speed = f"{line.tokens_per_second:.0f} tokens/s"
+                print(f"step {line.step}  loss {line.loss:.4f}  {speed}", flush=True)
+
+        trained = train(
+            model,
+            plan,
+            _rows(corpus, plan, vocabulary, settings.seed),
+            optimizer=adamw(settings.learning_rate, settings.weight_decay),
+            steps=settings.steps,
+            learning_rate=warmup_cosine(settings.steps, settings.warmup_steps),
+            clip_norm=settings.clip_norm,
+            seed=settings.seed,
+            on_metrics=write,
+            record_step=_record_step(settings),
+            peak_flops=sum(p for p in peaks if p) if all(peaks) else None,
+            dilation=Dilation(share=share) if share else None,
+            keep_parameters=settings.save_weights,
+        )
+    if rank == 0:
+        _keep(folder, trained)
+
+
+def _rows(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
+    def rows(step: int, first: int, last: int) -> Batch:
+        arrays = batch_rows(
+            corpus,
+            sequence=plan.job.sequence,
+            global_batch=plan.job.global_batch,
+            vocabulary=vocabulary,
+            seed=seed,
+            step=step,
+            first=first,
+            last=last,
+        )
+        return tuple(torch.from_numpy(array) for array in arrays)
+
+    return rows
+
+
+def _record_step(settings: RunSettings) -> int:
+    """A late step, when caches are warm; the last one but one where there is a choice."""
+    if settings.record_step is not None:
+        return settings.record_step
+    return max(0, settings.steps - 2)
+
+
+def _keep(folder: Path, trained: Trained) -> None:
+    if trained.timeline is not None:
+        (folder / TIMELINE).write_text(dumps(trained.timeline))
+    if trained.parameters is not None:
+        from safetensors.torch import save_file
+
+        whole = {name: value.contiguous() for name, value in trained.parameters.items()}
+        save_file(whole, folder / WEIGHTS)
+
+
+def main() -> None:
+    """Run; leave the reason behind if it fails."""
+    folder = Path(sys.argv[1])
+    try:
+        run(folder)
+    except Exception as error:
+        rank = int(os.environ.get("RANK", "0"))
+        mistake = isinstance(error, MeshwrightError)
+        text = str(error) if mistake else traceback.format_exc()
+        failure = Failure(
+            rank=rank, seconds=time.time(), message=text, secondary=isinstance(error, PeerLost)
+        )
+        failure_file(folder, rank).write_text(json.dumps(plain(failure)))
+        sys.stderr.write(f"rank {rank}: {text}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What every verb of the command line starts from: a model, a cluster, a job, measured times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast, get_args
+
+from meshwright.cluster.files import cluster_warnings, load_cluster
+from meshwright.cluster.spec import Cluster, Precision
+from meshwright.cost.memory import memory_problems
+from meshwright.cost.profile import Profile, check_profile, load_profile
+from meshwright.errors import ClusterError, FitError, PlanError, Problem
+from meshwright.model.hf import load_model
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.files import load_plan
+from meshwright.plan.spec import Job, Plan, Subject
+from meshwright.plan.validate import validate_plan
+from meshwright.program.timeline import Timeline
+from meshwright.records import fingerprint, record
+from meshwright.search.planner import find_plan, predict
+from meshwright.simulate.engine import simulate_plan
+
+__all__ = ["Session", "open_session", "predicted", "reopen", "search", "simulated"]
+
+
+@record
+class Session:
+    """Everything that planning and simulating need."""
+
+    model: LayerGraph
+    cluster: Cluster
+    job: Job
+    profile: Profile | None
+    model_source: str
+    cluster_source: str
+    profile_source: str
+    warnings: tuple[str, ...]
+
+
+def open_session(
+    *,
+    model: str,
+    cluster: Path,
+    profile: Path | None,
+    global_batch: int,
+    sequence: int,
+    precision: str | None,
+    optimizer: str,
+) -> Session:
+    """Read and check all inputs. Raises the MeshwrightError of the first file at fault."""
+    machines = load_cluster(cluster)
+    chosen = _precision(precision, machines, str(cluster))
+    graph = load_model(model, sequence, chosen)
+    times = load_profile(profile) if profile else None
+    if times:
+        check_profile(times, graph, machines, source=str(profile))
+    if global_batch < 1:
+        raise PlanError(Problem("--global-batch", "", str(global_batch), "at least 1"))
+    job = Job(
+        global_batch=global_batch,
+        sequence=graph.sequence,
+        precision=chosen,
+        optimizer="sgd" if optimizer == "sgd" else "adamw",
+    )
+    return Session(
+        model=graph,
+        cluster=machines,
+        job=job,
+        profile=times,
+        model_source=model,
+        cluster_source=str(cluster),
+        profile_source=str(profile or ""),
+        warnings=cluster_warnings(machines),
+    )
+
+
+def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
+    """The one asked for, else the cheapest one that every device type in use offers."""
+    used = {kind for node in cluster.nodes for kind in node.devices}
+    offered = [set(cluster.types[kind].peak) for kind in used]
+    common = set.intersection(*offered)
+    if wanted:
+        return cast("Precision", wanted)
+    for choice in ("bf16", "fp16", "fp32", "fp64"):
+        if choice in common:
+            return cast("Precision", choice)
+    found = "; ".join(f"{kind}: {', '.join(cluster.types[kind].peak)}" for kind in sorted(used))
+    wanted_text = f"one of {', '.join(get_args(Precision))} that all device types offer"
+    raise ClusterError(Problem(source, "device.peak", found, wanted_text))
+
+
+def search(session: Session) -> Plan:
+    """The plan found for a session. Raises FitError if nothing fits."""
+    found = find_plan(session.model, session.cluster, session.job, session.profile)
+    return replace(
+        found,
+        model=replace(found.model, source=session.model_source),
+        cluster=replace(found.cluster, source=session.cluster_source),
+        profile=_profile_subject(session),
+    )
+
+
+def _profile_subject(session: Session) -> Subject | None:
+    if session.profile is None:
+        return None
+    return Subject(
+        name=session.profile.model,
+        fingerprint=fingerprint(session.profile),
+        source=session.profile_source,
+    )
+
+
+def reopen(
+    plan_file: Path, *, cluster: Path | None = None, profile: Path | None = None
+) -> tuple[Session, Plan]:
+    """A plan and all that it was made from. Raises PlanError if they do not belong together."""
+    plan = load_plan(plan_file)
+    if not plan.model.source:
+        mend = "name the model: a known name, a config.json or a model.toml"
+        raise PlanError(Problem(str(plan_file), "model.source", "nothing", "a source", mend))
+    cluster_file = cluster or _beside(plan_file, plan.cluster.source, "cluster.source")
+    profile_file = profile
+    if profile is None and plan.profile is not None:
+        profile_file = _beside(plan_file, plan.profile.source, "profile.source")
+    session = open_session(
+        model=plan.model.source,
+        cluster=cluster_file,
+        profile=profile_file,
+        global_batch=plan.job.global_batch,
+        sequence=plan.job.sequence,
+        precision=plan.job.precision,
+        optimizer=plan.job.optimizer,
+    )
+    checked = plan if cluster is None else replace(plan, cluster=Subject(name="", fingerprint=""))
+    validate_plan(checked, session.model, session.cluster, source=str(plan_file))
+    FitError.check(memory_problems(plan, session.model, session.cluster))
+    return session, plan
+
+
+def _beside(plan_file: Path, source: str, field: str) -> Path:
+    """A source of a plan, looked for where it says and beside the plan itself."""
+    for path in (Path(source), plan_file.parent / source, plan_file.parent / Path(source).name):
+        if source and path.is_file():
+            return path
+    mend = "correct the field, or name the file on the command line"
+    found = repr(source) if source else "nothing"
+    raise PlanError(Problem(str(plan_file), field, found, "a file that exists", mend))
+
+
+def predicted(session: Session, plan: Plan) -> Plan:
+    """The plan with a fresh prediction of its own."""
+    return predict(plan, session.model, session.cluster, session.profile)
+
+
+def simulated(session: Session, plan: Plan) -> Timeline:
+    """One simulated step."""
+    return simulate_plan(plan, session.model, session.cluster, session.profile)

@@ -1,0 +1,127 @@
+"""Predicted against measured, instruction by instruction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+
+from meshwright.program.instructions import Op
+from meshwright.program.timeline import Interval, Timeline
+from meshwright.records import record
+
+
+@record
+class InstructionRow:
+    """One instruction in both timelines."""
+
+    rank: int
+    label: str
+    op: Op
+    peer: int | None
+    predicted_seconds: float
+    """Its duration."""
+    measured_seconds: float
+    predicted_end: float
+    """Seconds from the start of the step."""
+    measured_end: float
+
+
+@record
+class KindRow:
+    """All instructions of one operation."""
+
+    op: Op
+    count: int
+    predicted_seconds: float
+    """Sum of the durations."""
+    measured_seconds: float
+    median_error: float
+    """Median over instructions of |predicted - measured| / measured duration."""
+
+
+@record
+class Comparison:
+    """A predicted and a measured timeline of one program, side by side."""
+
+    predicted_seconds: float
+    """Of the whole step."""
+    measured_seconds: float
+    step_error: float
+    """(predicted - measured) / measured."""
+    kinds: tuple[KindRow, ...]
+    rows: tuple[InstructionRow, ...]
+    unmatched: tuple[str, ...]
+    """Instructions that only one of the two has, as `rank 0: 0F3`."""
+
+
+Key = tuple[int, str, int | None, int]
+
+
+def _by_key(timeline: Timeline) -> dict[Key, Interval]:
+    """Intervals by rank, label, peer and turn."""
+    turns: dict[tuple[int, str, int | None], int] = defaultdict(int)
+    found: dict[Key, Interval] = {}
+    for i in sorted(timeline.intervals, key=lambda i: i.start_seconds):
+        name = (i.rank, i.label, i.peer)
+        found[(*name, turns[name])] = i
+        turns[name] += 1
+    return found
+
+
+def _seconds(i: Interval) -> float:
+    return i.end_seconds - i.start_seconds
+
+
+def _error(predicted: float, measured: float) -> float:
+    """(predicted - measured) / measured; nothing measured and nothing predicted is no error."""
+    if measured == 0:
+        return 0.0 if predicted == 0 else float("inf")
+    return (predicted - measured) / measured
+
+
+def compare(predicted: Timeline, measured: Timeline) -> Comparison:
+    """Two timelines of one program, instruction by instruction and per kind."""
+    left, right = _by_key(predicted), _by_key(measured)
+    rows = tuple(
+        InstructionRow(
+            rank=i.rank,
+            label=i.label,
+            op=i.op,
+            peer=i.peer,
+            predicted_seconds=_seconds(i),
+            measured_seconds=_seconds(right[key]),
+            predicted_end=i.end_seconds,
+            measured_end=right[key].end_seconds,
+        )
+        for key, i in left.items()
+        if key in right
+    )
+    return Comparison(
+        predicted_seconds=predicted.step_seconds,
+        measured_seconds=measured.step_seconds,
+        step_error=_error(predicted.step_seconds, measured.step_seconds),
+        kinds=_kinds(rows),
+        rows=rows,
+        unmatched=tuple(
+            f"rank {key[0]}: {key[1]}" for key in sorted(left.keys() ^ right.keys(), key=str)
+        ),
+    )
+
+
+def _kinds(rows: tuple[InstructionRow, ...]) -> tuple[KindRow, ...]:
+    by_op: dict[Op, list[InstructionRow]] = defaultdict(list)
+    for row in rows:
+        by_op[row.op].append(row)
+    return tuple(
+        KindRow(
+            op=op,
+            count=len(by_op[op]),
+            predicted_seconds=sum(row.predicted_seconds for row in by_op[op]),
+            measured_seconds=sum(row.measured_seconds for row in by_op[op]),
+            median_error=median(
+                abs(_error(row.predicted_seconds, row.measured_seconds)) for row in by_op[op]
+            ),
+        )
+        for op in Op
+        if op in by_op
+    )

@@ -1,0 +1,314 @@
+"""Plays a program on prices: event by event, with contention for links and collectives that meet.
+
+The timing rules are those of program/instructions.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from heapq import heappop, heappush
+from typing import Any
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.profile import Profile
+from meshwright.errors import Problem, ProgramError
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import (
+    MATCHING_RECEIVE,
+    SENDS,
+    Instruction,
+    Op,
+    Program,
+    text,
+)
+from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
+from meshwright.simulate.flows import Flow, Network, finish, start
+
+At = tuple[int, int]
+"""An instruction: rank, and index in its list."""
+
+_STREAMS: dict[Op, Stream] = {
+    Op.SEND_F: "send",
+    Op.SEND_B: "send",
+    Op.RECV_F: "receive",
+    Op.RECV_B: "receive",
+    Op.REDUCE_GRAD: "reduce",
+    Op.REDUCE_NORM: "reduce",
+}
+_READS = {Op.RECV_F: Op.FORWARD, Op.RECV_B: Op.BACKWARD}
+
+
+@dataclass(slots=True)
+class _Rank:
+    position: int = 0
+    """The next instruction."""
+    busy: bool = False
+    """Computing, or waiting in a collective that blocks."""
+    awaited: dict[tuple[Op, int, int | None], int] = field(default_factory=lambda: defaultdict(int))
+    """Receives posted and not arrived, by the compute instruction that reads them."""
+    reductions: list[int] = field(default_factory=list)
+    """Indices of the REDUCE_GRADs, in program order; those before `next_reduction` have begun."""
+    next_reduction: int = 0
+    open_reductions: int = 0
+    """Posted and not finished."""
+    memory: float = 0.0
+
+
+@dataclass(slots=True)
+class _Channel:
+    """Messages of one kind from one rank to another, first in, first out."""
+
+    sends: deque[At] = field(default_factory=deque)
+    receives: deque[At] = field(default_factory=deque)
+    busy: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Collective:
+    members: list[At] = field(default_factory=list)
+    ready: set[At] = field(default_factory=set)
+
+
+class _Step:
+    """One step being played."""
+
+    def __init__(self, program: Program, prices: Prices) -> None:
+        self.program, self.prices = program, prices
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.sequence = 0
+        self.network = Network(bandwidth=prices.bandwidth)
+        self.ranks = [_Rank(memory=size) for size in prices.static_bytes]
+        self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
+        self.collectives: dict[At, _Collective] = {}
+        self.intervals: list[Interval] = []
+        self.memory = [
+            MemoryPoint(rank=rank, seconds=0.0, bytes=size)
+            for rank, size in enumerate(prices.static_bytes)
+        ]
+        self._meet()
+
+    def _meet(self) -> None:
+        """Find the members of every collective: same members, same content, same turn."""
+        groups: dict[Any, _Collective] = defaultdict(_Collective)
+        for rank, instructions in enumerate(self.program.ranks):
+            turn: dict[Any, int] = defaultdict(int)
+            for index, i in enumerate(instructions):
+                if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
+                    key = (i.op, i.ranks, i.layers, i.tied)
+                    key = (*key[:2], None, None) if i.op is Op.REDUCE_NORM else key
+                    turn[key] += 1
+                    group = groups[(key, turn[key])]
+                    group.members.append((rank, index))
+                    self.collectives[rank, index] = group
+                    if i.op is Op.REDUCE_GRAD:
+                        self.ranks[rank].reductions.append(index)
+
+    def play(self) -> None:
+        for rank in range(len(self.ranks)):
+            self.advance(rank)
+        while self.events:
+            self.now, _, react, arguments = heappop(self.events)
+            react(*arguments)
+
+    def at(self, seconds: float, react: Callable[..., None], *arguments: Any) -> None:
+        self.sequence += 1
+        heappush(self.events, (seconds, self.sequence, react, arguments))
+
+    def advance(self, rank: int) -> None:
+        """Issue a rank's instructions up to the first that keeps it busy or has to wait."""
+        state, instructions = self.ranks[rank], self.program.ranks[rank]
+        while not state.busy and state.position < len(instructions):
+            at, i = (rank, state.position), instructions[state.position]
+            if i.op is Op.REDUCE_NORM:
+                if state.open_reductions:
+                    return
+                state.busy = True
+                self.ready(at)
+            elif i.op is Op.REDUCE_GRAD:
+                state.open_reductions += 1
+                if self.prices.ranks[rank][at[1]].inside is None:
+                    self.ready(at)
+            elif i.op in SENDS or i.op in _READS:
+                self.post(at, i)
+            else:
+                if state.awaited[i.op, i.stage, i.micro_batch]:
+                    return
+                self.compute(at, i)
+            state.position += 1
+
+    def compute(self, at: At, i: Instruction) -> None:
+        rank, index = at
+        self.ranks[rank].busy = True
+        price = self.prices.ranks[rank][index]
+        if i.op is Op.FORWARD:
+            self.hold(rank, self.prices.micro_batch_bytes[rank])
+        for reduction, offset in price.completes:
+            self.at(self.now + offset, self.ready, (rank, reduction))
+        self.at(self.now + price.seconds, self.computed, at, i, self.now)
+
+    def computed(self, at: At, i: Instruction, began: float) -> None:
+        if i.op is Op.BACKWARD:
+            self.hold(at[0], -self.prices.micro_batch_bytes[at[0]])
+        self.record(at, began)
+        self.ranks[at[0]].busy = False
+        self.advance(at[0])
+
+    def hold(self, rank: int, size: float) -> None:
+        self.ranks[rank].memory += size
+        point = MemoryPoint(rank=rank, seconds=self.now, bytes=round(self.ranks[rank].memory))
+        self.memory.append(point)
+
+    def post(self, at: At, i: Instruction) -> None:
+        assert i.peer is not None
+        if i.op in SENDS:
+            channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
+            channel.sends.append(at)
+        else:
+            channel = self.channels[i.peer, at[0], i.op]
+            channel.receives.append(at)
+            self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] += 1
+        self.match(channel)
+
+    def match(self, channel: _Channel) -> None:
+        if channel.sends and channel.receives and not channel.busy:
+            channel.busy = True
+            send, receive = channel.sends.popleft(), channel.receives.popleft()
+            self.move(send, self.moved, channel, send, receive, self.now)
+
+    def moved(self, channel: _Channel, send: At, receive: At, began: float) -> None:
+        self.record(send, began)
+        self.record(receive, began)
+        i = self.program.ranks[receive[0]][receive[1]]
+        self.ranks[receive[0]].awaited[_READS[i.op], i.stage, i.micro_batch] -= 1
+        channel.busy = False
+        self.match(channel)
+        self.advance(receive[0])
+
+    def ready(self, at: At) -> None:
+        collective = self.collectives[at]
+        collective.ready.add(at)
+        self.reduce(collective)
+
+    def reduce(self, collective: _Collective) -> None:
+        """Begin once every member is ready and has begun all its earlier reductions."""
+        first = collective.members[0]
+        i = self.program.ranks[first[0]][first[1]]
+        if len(collective.ready) < len(i.ranks):
+            return
+        if i.op is Op.REDUCE_NORM:
+            self.move(first, self.met, collective, self.now)
+            return
+        states = [self.ranks[rank] for rank, _ in collective.members]
+        turns = [state.reductions[state.next_reduction :][:1] for state in states]
+        if turns == [[index] for _, index in collective.members]:
+            self.move(first, self.reduced, collective, self.now)
+            for state in states:
+                state.next_reduction += 1
+            for (rank, _), state in zip(collective.members, states, strict=True):
+                for index in state.reductions[state.next_reduction :][:1]:
+                    self.reduce(self.collectives[rank, index])
+
+    def reduced(self, collective: _Collective, began: float) -> None:
+        for at in collective.members:
+            self.record(at, began)
+            self.ranks[at[0]].open_reductions -= 1
+        for rank, _ in collective.members:
+            self.advance(rank)
+
+    def met(self, collective: _Collective, began: float) -> None:
+        for at in collective.members:
+            self.record(at, began)
+            self.ranks[at[0]].busy = False
+        for rank, _ in collective.members:
+            self.advance(rank)
+
+    def move(self, at: At, then: Callable[..., None], *arguments: Any) -> None:
+        """Send an instruction's traffic: its latency, then its bytes."""
+        traffic = self.prices.ranks[at[0]][at[1]].traffic
+        arrival = self.now + traffic.latency
+        sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
+        if sizes:
+            flow = Flow(bytes_by_resource=sizes, then=partial(then, *arguments))
+            self.at(arrival, self.enter, flow)
+        else:
+            self.at(arrival, then, *arguments)
+
+    def enter(self, flow: Flow) -> None:
+        self.forecast(start(self.network, flow, self.now))
+
+    def forecast(self, flows: list[Flow]) -> None:
+        for flow in flows:
+            self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
+
+    def leave(self, flow: Flow, version: int) -> None:
+        if version == flow.version:
+            self.forecast(finish(self.network, flow, self.now))
+            flow.then()
+
+    def record(self, at: At, began: float) -> None:
+        i = self.program.ranks[at[0]][at[1]]
+        self.intervals.append(
+            Interval(
+                rank=at[0],
+                stream=_STREAMS.get(i.op, "compute"),
+                op=i.op,
+                stage=i.stage,
+                micro_batch=i.micro_batch,
+                label=label(i),
+                start_seconds=began,
+                end_seconds=self.now,
+                peer=i.peer,
+                bytes=i.bytes,
+            )
+        )
+
+
+def simulate(program: Program, prices: Prices) -> Timeline:
+    """The step that a program takes at these prices.
+
+    Raises ProgramError with one Problem for every rank that gets stuck.
+    """
+    step = _Step(program, prices)
+    step.play()
+    ProgramError.check(_stuck(step))
+    return Timeline(
+        source="simulated",
+        devices=prices.devices,
+        step_seconds=step.now + prices.overhead_seconds,
+        intervals=tuple(sorted(step.intervals, key=lambda i: (i.start_seconds, i.rank))),
+        memory=tuple(step.memory),
+    )
+
+
+def _stuck(step: _Step) -> Iterator[Problem]:
+    """Instructions that wait for something that never comes."""
+    for rank, state in enumerate(step.ranks):
+        instructions = step.program.ranks[rank]
+        done = state.position == len(instructions)
+        if not done or state.busy:
+            index = min(state.position, len(instructions) - 1) - (state.busy and not done)
+            found = f"{text(instructions[index])!r}, which waits for ever"
+            yield Problem("program", f"rank {rank}[{index}]", found, "a program that ends")
+    for (source, target, _), channel in step.channels.items():
+        for rank, index in (*channel.sends, *channel.receives):
+            found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without a partner"
+            wanted = f"a send from rank {source} for every receive on rank {target}"
+            yield Problem("program", f"rank {rank}[{index}]", found, wanted)
+
+
+def simulate_plan(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None = None
+) -> Timeline:
+    """The step that a valid plan takes: compiled, priced and played.
+
+    Raises ClusterError where a device does not offer the model's precision.
+    """
+    program = compile_plan(plan, model)
+    return simulate(program, price(program, plan, model, cluster, profile))

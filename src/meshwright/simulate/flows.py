@@ -1,0 +1,121 @@
+"""Flows that share resources: every stream of bytes gets its max-min fair share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from meshwright.errors import ClusterError, Problem
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """A transfer or collective on its way. It uses all its resources at one common pace."""
+
+    bytes_by_resource: Mapping[str, float]
+    """Positive amounts only."""
+    then: Callable[[], None]
+    """What follows its end."""
+    stream: float = field(init=False)
+    """Bytes of one of the equal streams the flow is made of: what fairness is measured in."""
+    left: float = 1.0
+    """Share of the bytes still to move."""
+    rate: float = 0.0
+    """Shares per second."""
+    since: float = 0.0
+    """When `left` was true."""
+    version: int = 0
+    """Changes whenever the rate does, which dates older forecasts."""
+
+    def __post_init__(self) -> None:
+        self.stream = min(self.bytes_by_resource.values())
+
+    @property
+    def ends(self) -> float:
+        """Seconds at which the flow is over if its rate stays."""
+        return self.since + self.left / self.rate
+
+
+@dataclass(slots=True, eq=False)
+class Network:
+    """Resources, and the flows on them."""
+
+    bandwidth: Mapping[str, float]
+    """Bytes per second of every resource."""
+    flows: dict[str, dict[Flow, None]] = field(default_factory=dict)
+    """By resource, in order of arrival."""
+
+
+def start(network: Network, flow: Flow, now: float) -> list[Flow]:
+    """Let a flow in. Returns every flow whose end has changed."""
+    alone = True
+    for resource in flow.bytes_by_resource:
+        others = network.flows.setdefault(resource, {})
+        alone = alone and not others
+        others[flow] = None
+    flow.since = now
+    return _share(network, [flow] if alone else _sharing(network, [flow]), now)
+
+
+def finish(network: Network, flow: Flow, now: float) -> list[Flow]:
+    """Take a flow out. Returns every flow whose end has changed."""
+    neighbours: dict[Flow, None] = {}
+    for resource in flow.bytes_by_resource:
+        others = network.flows[resource]
+        del others[flow]
+        neighbours.update(others)
+    return _share(network, _sharing(network, neighbours), now) if neighbours else []
+
+
+def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
+    """These flows, and all that share a resource with them directly or through others."""
+    found = dict.fromkeys(flows)
+    queue, seen = list(found), set[str]()
+    while queue:
+        for resource in queue.pop().bytes_by_resource:
+            if resource not in seen:
+                seen.add(resource)
+                new = [flow for flow in network.flows[resource] if flow not in found]
+                found.update(dict.fromkeys(new))
+                queue.extend(new)
+    return list(found)
+
+
+def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
+    """Give these flows their fair rates; those whose rate has changed."""
+    changed = []
+    for flow, rate in fair_rates(network.bandwidth, flows).items():
+        if rate != flow.rate:
+            flow.left = max(flow.left - flow.rate * (now - flow.since), 0.0)
+            flow.since, flow.rate = now, rate
+            flow.version += 1
+            changed.append(flow)
+    return changed
+
+
+def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+    """Shares per second of each flow, max-min fair between streams.
+
+    Progressive filling: all streams speed up together; those through the first resource to fill
+    stay at that speed, the rest go on (Bertsekas and Gallager, Data Networks, section 6.5.2).
+    Raises ClusterError for a resource without bandwidth.
+    """
+    active = dict.fromkeys(flows)
+    left = {resource: bandwidth[resource] for flow in active for resource in flow.bytes_by_resource}
+    empty = [resource for resource, speed in left.items() if speed <= 0]
+    ClusterError.check(
+        Problem(f"link {resource}", "bandwidth", "0", "above zero") for resource in empty
+    )
+    rates: dict[Flow, float] = {}
+    while active:
+        load = dict.fromkeys(left, 0.0)
+        for flow in active:
+            for resource, size in flow.bytes_by_resource.items():
+                load[resource] += size / flow.stream
+        speed, fullest = min((left[r] / load[r], r) for r in load if load[r])
+        for flow in [flow for flow in active if fullest in flow.bytes_by_resource]:
+            rates[flow] = speed / flow.stream
+            del active[flow]
+            for resource, size in flow.bytes_by_resource.items():
+                left[resource] = max(left[resource] - speed * size / flow.stream, 0.0)
+    return rates

@@ -1,0 +1,153 @@
+"""Where the seconds of a step go: its critical path, by kind."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from meshwright.program.instructions import Op
+from meshwright.program.timeline import Interval, Timeline
+from meshwright.records import record
+
+PARTS = ("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
+
+_MAKES = {
+    Op.RECV_F: Op.FORWARD,
+    Op.RECV_B: Op.BACKWARD,
+    Op.SEND_F: Op.FORWARD,
+    Op.SEND_B: Op.BACKWARD,
+}
+_READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
+_PART = {
+    Op.FORWARD: "compute",
+    Op.BACKWARD: "compute",
+    Op.OPTIMIZER_STEP: "optimizer",
+    Op.REDUCE_GRAD: "reductions",
+    Op.REDUCE_NORM: "reductions",
+}
+
+
+@record
+class Segment:
+    """A piece of the critical path, on one rank."""
+
+    rank: int
+    part: str
+    """One of PARTS; here `bubble` is compute too."""
+    start_seconds: float
+    end_seconds: float
+
+
+class _Walk:
+    """The intervals of a timeline by what a walk back along its critical path asks for."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.tolerance = 1e-9 * timeline.step_seconds
+        self.compute: dict[int, list[Interval]] = defaultdict(list)
+        self.reads: dict[tuple[Op, int, int, int | None], list[Interval]] = defaultdict(list)
+        self.channels: dict[tuple[Op, int, int | None], list[Interval]] = defaultdict(list)
+        self.reductions: list[Interval] = []
+        self.norms: dict[int, Interval] = {}
+        for i in timeline.intervals:
+            if i.stream == "compute":
+                self.compute[i.rank].append(i)
+            elif i.stream == "receive":
+                self.reads[i.op, i.rank, i.stage, i.micro_batch].append(i)
+                self.channels[i.op, i.rank, i.peer].append(i)
+            elif i.op is Op.REDUCE_GRAD:
+                self.reductions.append(i)
+            elif i.op is Op.REDUCE_NORM:
+                self.norms[i.rank] = i
+
+    def latest(self, intervals: Iterable[Interval], before: float) -> list[Interval]:
+        """Those that end last, at or before a moment."""
+        ended = [i for i in intervals if i.end_seconds <= before + self.tolerance]
+        end = max((i.end_seconds for i in ended), default=0.0)
+        return [i for i in ended if i.end_seconds >= end - self.tolerance]
+
+    def gates(self, i: Interval) -> list[Interval]:
+        """What may have kept an interval from beginning earlier; the likelier of equals first."""
+        before, own = i.start_seconds, self.compute[i.rank]
+        if i.op is Op.REDUCE_NORM:
+            others = (c for rank in sorted(self.compute) for c in self.compute[rank])
+            reductions = self.latest(self.reductions, before)
+            reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
+            return [*self.latest(own, before), *self.latest(others, before), *reductions]
+        if i.op is Op.OPTIMIZER_STEP:
+            return [*self.latest(own, before), *self.latest([self.norms[i.rank]], before)]
+        if i.stream == "compute":
+            reads = self.reads[_READS[i.op], i.rank, i.stage, i.micro_batch]
+            return [*self.latest(own, before), *self.latest(reads, before)]
+        if i.op is Op.REDUCE_GRAD or i.peer is None:
+            return self.latest(own, before)
+        source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
+        made = [c for c in self.compute[source] if c.op is _MAKES[i.op]]
+        made = [c for c in made if c.micro_batch == i.micro_batch]
+        earlier = self.channels[i.op, i.rank, i.peer]
+        posted = self.compute[target]
+        return [x for group in (made, earlier, posted) for x in self.latest(group, before)]
+
+    def end_of_compute(self, rank: int, before: float) -> float:
+        """When a rank's last compute before a moment ended."""
+        return max((c.end_seconds for c in self.latest(self.compute[rank], before)), default=0.0)
+
+
+def critical_path(timeline: Timeline) -> tuple[Segment, ...]:
+    """The chain of intervals that ends last, each waiting for the one before; it covers the step.
+
+    A reduction counts from the end of the compute that hides it. `overhead` is time between
+    intervals, and outside all.
+    """
+    walk = _Walk(timeline)
+    segments: list[Segment] = []
+    now, seen = timeline.step_seconds, set[int]()
+    gates = walk.latest(timeline.intervals, now)
+    while gates:
+        current = _likeliest(gates, walk.tolerance)
+        seen.add(id(current))
+        start = current.start_seconds
+        if current.op is Op.REDUCE_GRAD:
+            start = max(start, walk.end_of_compute(current.rank, current.end_seconds))
+        end = min(current.end_seconds, now)
+        pieces = ((end, now, "overhead"), (start, end, _PART.get(current.op, "transfers")))
+        segments += [
+            Segment(rank=current.rank, part=part, start_seconds=a, end_seconds=b)
+            for a, b, part in pieces
+            if a < b
+        ]
+        now = min(start, end)
+        gates = [g for g in walk.gates(_from(current, now)) if id(g) not in seen]
+    if now > 0:
+        rank = segments[-1].rank if segments else 0
+        segments.append(Segment(rank=rank, part="overhead", start_seconds=0.0, end_seconds=now))
+    return tuple(reversed(segments))
+
+
+def _from(interval: Interval, start: float) -> Interval:
+    return replace(interval, start_seconds=start)
+
+
+def _likeliest(gates: Sequence[Interval], tolerance: float) -> Interval:
+    """The first of those that end last."""
+    end = max(g.end_seconds for g in gates)
+    return next(g for g in gates if g.end_seconds >= end - tolerance)
+
+
+def parts(timeline: Timeline) -> dict[str, float]:
+    """Seconds of the critical path by kind, in the order of PARTS; they add up to the step.
+
+    Of the path's forwards and backwards, as much as the busiest rank computes is `compute`: no
+    schedule can do without it. The rest is `bubble`: the pipeline filling, draining and waiting.
+    """
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for s in critical_path(timeline):
+        seconds[s.part] += s.end_seconds - s.start_seconds
+    busy: dict[int, float] = defaultdict(float)
+    for i in timeline.intervals:
+        if i.op in (Op.FORWARD, Op.BACKWARD):
+            busy[i.rank] += i.end_seconds - i.start_seconds
+    needed = min(seconds["compute"], max(busy.values(), default=0.0))
+    seconds["bubble"] = seconds["compute"] - needed
+    seconds["compute"] = needed
+    return seconds
