@@ -16,6 +16,7 @@ from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.instructions import replica_seconds
+from meshwright.cost.links import with_measured_links
 from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
@@ -38,6 +39,8 @@ class Costs:
     job: Job
     profile: Profile | None
     links: Topology
+    step_latency: float
+    """Fixed seconds of one step of a ring."""
     table: MemoryTable
     devices: dict[str, Device]
     _inside: dict[str, Link]
@@ -51,13 +54,17 @@ class Costs:
 def costs_of(
     model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
 ) -> Costs:
-    """Nothing is priced before it is asked for."""
+    """Nothing is priced before it is asked for. Measured links replace those of the cluster."""
+    measured = profile.links if profile else None
+    if measured:
+        cluster = with_measured_links(cluster, measured)
     return Costs(
         model=model,
         cluster=cluster,
         job=job,
         profile=profile,
-        links=topology(cluster, profile.links if profile else None),
+        links=topology(cluster),
+        step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
         table=memory_table(model, job),
         devices={device.name: device for device in devices_of(cluster)},
         _inside={node.name: node.inside for node in cluster.nodes},
@@ -89,7 +96,15 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     if key not in costs._times:
         computed = [_compute(costs, kind, len(unit), rows) for kind in sorted(set(kinds))]
         whole = (0, len(costs.model.layers))
-        costs._times[key] = replica_seconds(costs.model, whole, computed, costs.links, unit, rows)
+        costs._times[key] = replica_seconds(
+            costs.model,
+            whole,
+            computed,
+            costs.links,
+            unit,
+            rows,
+            step_latency=costs.step_latency,
+        )
     return costs._times[key]
 
 
@@ -133,7 +148,9 @@ def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
 def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
     """An all-reduce of PROBE_BYTES among devices."""
     if members not in costs._rings:
-        costs._rings[members] = all_reduce(costs.links, members, PROBE_BYTES)
+        costs._rings[members] = all_reduce(
+            costs.links, members, PROBE_BYTES, step_latency=costs.step_latency
+        )
     return costs._rings[members]
 
 
