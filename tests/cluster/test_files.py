@@ -107,6 +107,7 @@ kinds = st.builds(
     matmul_efficiency=shares,
     attention_efficiency=shares,
     memory_efficiency=shares,
+    processor=st.sampled_from(["gpu", "cpu"]),
     source=st.text(st.characters(blacklist_categories=["Cs"]), max_size=20),
 )
 

@@ -154,6 +154,7 @@ def _type_lines(kind: DeviceType) -> list[str]:
         f"matmul_efficiency = {kind.matmul_efficiency!r}",
         f"attention_efficiency = {kind.attention_efficiency!r}",
         f"memory_efficiency = {kind.memory_efficiency!r}",
+        f"processor = {_text(kind.processor)}",
         f"source = {_text(kind.source)}",
     ]
 
