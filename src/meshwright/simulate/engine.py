@@ -278,10 +278,11 @@ def simulate(program: Program, prices: Prices) -> Timeline:
     step = _Step(program, prices)
     step.play()
     ProgramError.check(_stuck(step))
+    end = max((i.end_seconds for i in step.intervals), default=0.0)
     return Timeline(
         source="simulated",
         devices=prices.devices,
-        step_seconds=step.now + prices.overhead_seconds,
+        step_seconds=end + prices.overhead_seconds,
         intervals=tuple(sorted(step.intervals, key=lambda i: (i.start_seconds, i.rank))),
         memory=tuple(step.memory),
     )
