@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import ClusterError
-from meshwright.simulate.flows import Flow, Network, fair_rates, finish, start
+from meshwright.simulate.flows import Flow, Network, fair_rates, finish, settle, start
 
 
 def flow(**sizes: float) -> Flow:
@@ -26,13 +26,13 @@ def play(network: Network, arrivals: list[tuple[float, Flow]]) -> dict[Flow, flo
     while events:
         now, _, each, version = heapq.heappop(events)
         if version is None:
-            changed = start(network, each, now)
+            start(network, each, now)
         elif version == each.version and each not in ended:
             ended[each] = now
-            changed = finish(network, each, now)
+            finish(network, each)
         else:
             continue
-        for other in changed:
+        for other in settle(network, now):
             heapq.heappush(events, (other.ends, next(numbers), other, other.version))
     return ended
 
