@@ -101,7 +101,11 @@ class PairEntry:
 
 
 def _as_rows(value: object) -> object:
-    return ((value,),) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return ((value,),)
+    if isinstance(value, list):  # strict checking takes no list for a tuple
+        return tuple(tuple(row) if isinstance(row, list) else row for row in value)
+    return value
 
 
 @record

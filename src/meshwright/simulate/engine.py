@@ -277,6 +277,7 @@ def simulate(program: Program, prices: Prices) -> Timeline:
     step = _Step(program, prices)
     step.play()
     ProgramError.check(_stuck(step))
+    # Not `step.now`: forecasts that a faster rate has outdated are played, idly, after the end.
     end = max((i.end_seconds for i in step.intervals), default=0.0)
     return Timeline(
         source="simulated",
