@@ -71,6 +71,7 @@ class Prediction:
     """AMP's answer for one strategy."""
 
     strategy: Strategy
+    micro_batches: int
     bounds: tuple[int, ...]
     """Entry at which every stage begins, then the number of entries."""
     seconds: float
@@ -237,6 +238,7 @@ def predict(
     bounds = _entry_bounds(model, sizes)
     return Prediction(
         strategy=strategy,
+        micro_batches=micro_batches,
         bounds=bounds,
         seconds=pipeline_seconds(times, cuts, sizes, micro_batches)
         + data_seconds(model, cluster, strategy, bounds),
@@ -245,11 +247,11 @@ def predict(
 
 def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[Prediction, ...]:
     """Every strategy of AMP's space, best first; those with more stages than layers are left out,
-    as AMP's tables have no entry for them."""
+    as AMP's tables have no entry for them, and tensor widths without times."""
     shared = model.uniform[1]
     found = [
         predict(model, cluster, strategy, global_batch)
         for strategy in strategies(cluster, global_batch)
-        if strategy.stages <= shared
+        if strategy.stages <= shared and strategy.tensor in model.forward_seconds
     ]
     return tuple(sorted(found, key=lambda p: p.seconds))

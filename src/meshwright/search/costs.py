@@ -1,0 +1,178 @@
+"""Prices that many candidates share, each worked out once: layer times, memory, boundaries, rings.
+
+Letters: S stages, L layers, a stage's first layer, b one past its last. All of this is the cost
+floor's; nothing here has a formula of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
+from meshwright.cluster.topology import Topology, topology
+from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
+from meshwright.cost.compute import LayerSeconds, layer_seconds
+from meshwright.cost.instructions import replica_seconds
+from meshwright.cost.links import with_measured_links
+from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
+from meshwright.cost.profile import Profile
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Job
+from meshwright.search.partition import Array
+
+PROBE_BYTES = 1 << 24
+"""Size at which communications are priced once; their bytes per resource are proportional."""
+
+Kind = tuple[tuple[str, ...], Link]
+"""What the pace of a tensor-parallel group depends on: its device types and its node's link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The prices of one model and job on one cluster."""
+
+    model: LayerGraph
+    cluster: Cluster
+    job: Job
+    profile: Profile | None
+    links: Topology
+    step_latency: float
+    """Fixed seconds of one step of a ring."""
+    table: MemoryTable
+    devices: dict[str, Device]
+    _inside: dict[str, Link]
+    _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
+    _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
+    _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
+    _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+
+
+def costs_of(
+    model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
+) -> Costs:
+    """Nothing is priced before it is asked for. Measured links replace those of the cluster."""
+    measured = profile.links if profile else None
+    if measured:
+        cluster = with_measured_links(cluster, measured)
+    return Costs(
+        model=model,
+        cluster=cluster,
+        job=job,
+        profile=profile,
+        links=topology(cluster),
+        step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
+        table=memory_table(model, job),
+        devices={device.name: device for device in devices_of(cluster)},
+        _inside={node.name: node.inside for node in cluster.nodes},
+    )
+
+
+def _compute(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
+    key = (kind, tensor, rows)
+    if key not in costs._computed:
+        device = costs.cluster.types[kind]
+        costs._computed[key] = layer_seconds(costs.model, device, tensor, rows, costs.profile)
+    return costs._computed[key]
+
+
+def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
+    """Rows per second at which a device of each type alone would work through the whole model."""
+    found = {}
+    for kind in kinds:
+        seconds = _compute(costs, kind, 1, 1)
+        found[kind] = 1 / float(seconds.forward.sum() + seconds.backward.sum())
+    return found
+
+
+def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, Array]:
+    """Forward and backward seconds [L] of a micro-batch of `rows` rows on a tensor-parallel group,
+    its all-reduces included."""
+    kinds = tuple(costs.devices[name].type for name in unit)
+    key = ((kinds, costs._inside[costs.devices[unit[0]].node]), rows)
+    if key not in costs._times:
+        computed = [_compute(costs, kind, len(unit), rows) for kind in sorted(set(kinds))]
+        whole = (0, len(costs.model.layers))
+        costs._times[key] = replica_seconds(
+            costs.model,
+            whole,
+            computed,
+            costs.links,
+            unit,
+            rows,
+            step_latency=costs.step_latency,
+        )
+    return costs._times[key]
+
+
+def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> tuple[Array, Array]:
+    """Forward and backward seconds [L] of a stage: its slowest replica's, layer by layer."""
+    seen: dict[Kind, tuple[Array, Array]] = {}
+    for unit in stage:
+        kinds = tuple(costs.devices[name].type for name in unit)
+        kind = (kinds, costs._inside[costs.devices[unit[0]].node])
+        if kind not in seen:
+            seen[kind] = unit_times(costs, unit, rows)
+    if len(seen) == 1:
+        return next(iter(seen.values()))
+    forward, backward = zip(*seen.values(), strict=True)
+    return np.max(forward, axis=0), np.max(backward, axis=0)
+
+
+def stage_bytes(costs: Costs, tensor: int, rows: int) -> tuple[Array, Array]:
+    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it always
+    holds, and those of every micro-batch in flight."""
+    key = (tensor, rows)
+    if key not in costs._memory:
+        size = len(costs.model.layers) + 1
+        first, last = np.triu_indices(size, k=1)
+        parts = stage_memory(costs.table, (first, last), tensor, rows, 1)
+        always, each = np.zeros((size, size)), np.zeros((size, size))
+        always[first, last] = parts.parameters + parts.gradients + parts.optimizer + parts.buffers
+        each[first, last] = parts.activations
+        costs._memory[key] = (always, each)
+    return costs._memory[key]
+
+
+def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
+    """Bytes [S] that tensors may take on the smallest device of every stage."""
+    return np.array(
+        [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) for stage in types],
+        dtype=np.float64,
+    )
+
+
+def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
+    """An all-reduce of PROBE_BYTES among devices."""
+    if members not in costs._rings:
+        costs._rings[members] = all_reduce(
+            costs.links, members, PROBE_BYTES, step_latency=costs.step_latency
+        )
+    return costs._rings[members]
+
+
+def pair(costs: Costs, source: str, target: str) -> Traffic:
+    """A transfer of PROBE_BYTES between two devices."""
+    if (source, target) not in costs._pairs:
+        costs._pairs[source, target] = transfer(costs.links, source, target, PROBE_BYTES)
+    return costs._pairs[source, target]
+
+
+def scaled(traffic: Traffic, size: float) -> Traffic:
+    """Traffic of PROBE_BYTES, at another size."""
+    return Traffic(
+        bytes_by_resource={
+            name: carried * size / PROBE_BYTES
+            for name, carried in traffic.bytes_by_resource.items()
+        },
+        latency=traffic.latency,
+    )
+
+
+def seconds_per_byte(costs: Costs, probes: Iterable[Traffic]) -> tuple[float, float]:
+    """Latency, and seconds for each byte, of communications that carry equal payloads at once."""
+    traffic = together(probes)
+    return traffic.latency, (alone_seconds(costs.links, traffic) - traffic.latency) / PROBE_BYTES

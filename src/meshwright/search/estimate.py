@@ -1,0 +1,251 @@
+"""What a candidate costs in closed form, and its best layer cuts.
+
+Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from meshwright.cost.collective import Traffic, alone_seconds, together
+from meshwright.cost.compute import optimizer_seconds
+from meshwright.cost.memory import stage_parameters
+from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
+from meshwright.program.schedules import in_flight
+from meshwright.search.costs import (
+    Costs,
+    capacities,
+    pair,
+    ring,
+    scaled,
+    seconds_per_byte,
+    stage_bytes,
+    stage_times,
+)
+from meshwright.search.partition import Array, assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.placement import Placement
+from meshwright.search.space import DeviceSet, Shape
+
+Bounds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A strategy that lacks nothing but its layer cuts."""
+
+    used: DeviceSet
+    placement: Placement
+    shape: Shape
+    fixed: Bounds | None = None
+    """Cuts that are given, not searched: hand-made plans."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of one step in closed form, by part."""
+
+    candidate: Candidate
+    bounds: Bounds
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """The least that a candidate exceeds memory by, over all its layer cuts."""
+
+    candidate: Candidate
+    bounds: Bounds
+    excess_bytes: float
+    """On each device of the worst stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The stages of a candidate as numbers."""
+
+    forward: Array
+    backward: Array
+    forward_cut: Array
+    """Seconds [S - 1, L + 1] of the activations across a cut before each layer."""
+    backward_cut: Array
+    need: Array
+    """Bytes [S, L + 1, L + 1] on each device of a stage with layers [a, b)."""
+    capacity: Array
+
+
+def optimistic_seconds(costs: Costs, candidate: Candidate) -> float:
+    """No cut can be faster: M - 1 perfectly balanced rounds, and every layer once where it is
+    fastest.
+
+        slowest stage >= 1 / sum over stages of 1 / (whole model on that stage)
+    """
+    times = _times(costs, candidate)
+    whole = np.array([t.sum() for t in times])
+    balanced = 1 / (1 / whole).sum()
+    once = np.min(times, axis=0)
+    slowest = max(balanced, float(once.max()))
+    return float((candidate.shape.micro_batches - 1) * slowest + once.sum())
+
+
+def _times(costs: Costs, candidate: Candidate) -> list[Array]:
+    found = []
+    for stage in candidate.placement.stages:
+        forward, backward = stage_times(costs, stage, candidate.shape.rows)
+        found.append(forward + backward)
+    return found
+
+
+def chain(costs: Costs, candidate: Candidate) -> Chain:
+    """All that the assignment of layers needs to know."""
+    shape, stages = candidate.shape, candidate.placement.stages
+    times = [stage_times(costs, stage, shape.rows) for stage in stages]
+    always, each = stage_bytes(costs, shape.grid.tensor, shape.rows)
+    held = np.array(
+        [in_flight(shape.schedule, s, len(stages), shape.micro_batches) for s in range(len(stages))]
+    )
+    return Chain(
+        forward=np.array([forward for forward, _ in times]),
+        backward=np.array([backward for _, backward in times]),
+        forward_cut=_cuts(costs, candidate, costs.table.cut, forward=True),
+        backward_cut=_cuts(costs, candidate, costs.table.cut_gradient, forward=False),
+        need=always + each * held[:, None, None],
+        capacity=capacities(costs, candidate.placement.types),
+    )
+
+
+def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool) -> Array:
+    stages = candidate.placement.stages
+    found = np.zeros((len(stages) - 1, len(row_bytes)))
+    for s, (here, there) in enumerate(pairwise(stages)):
+        ends = [
+            (a, b) if forward else (b, a)
+            for one, other in zip(here, there, strict=True)
+            for a, b in zip(one, other, strict=True)
+        ]
+        latency, slope = seconds_per_byte(costs, [pair(costs, a, b) for a, b in ends])
+        sizes = row_bytes * candidate.shape.rows
+        found[s] = np.where(sizes > 0, latency + slope * sizes, 0.0)
+    return found
+
+
+def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
+    """The best cuts that fit, and the step's seconds in closed form; else by how much it misses."""
+    facts = chain(costs, candidate)
+    if candidate.fixed is not None:
+        return _given(costs, candidate, candidate.fixed, facts)
+    loads = chain_loads(facts.forward + facts.backward)
+    fitting = forbid_beyond(loads, facts.need, facts.capacity)
+    cuts = facts.forward_cut + facts.backward_cut
+    found = assign(fitting, cuts, candidate.shape.micro_batches)
+    if found is None:
+        excess = np.where(np.isfinite(loads), facts.need - facts.capacity[:, None, None], np.inf)
+        least = least_worst(excess)
+        assert least is not None, "grids have no more stages than layers"
+        return Misfit(candidate, least[0], least[1])
+    seconds = step_seconds(costs, candidate, found.bounds, facts)
+    return Estimate(candidate, found.bounds, seconds)
+
+
+def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
+    excess = max(
+        float(facts.need[s, a, b] - facts.capacity[s]) for s, (a, b) in enumerate(pairwise(bounds))
+    )
+    if excess > 0:
+        return Misfit(candidate, bounds, excess)
+    return Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
+
+
+def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
+    """Seconds of one step.
+
+        (M - 1) * cycle + sum of stages and boundaries + exposed reduction + optimizer + overhead
+
+    The cycle is the slowest stage; under 1F1B also a stage's round trip to the last one and back
+    shared by the micro-batches it may hold. A reduction begins inside its stage's last backward;
+    what outlasts the backwards of the stages before it is exposed.
+    """
+    shape = candidate.shape
+    ranges = tuple(pairwise(bounds))
+    forward = np.array([facts.forward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
+    backward = np.array([facts.backward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
+    inner = bounds[1:-1]
+    crossing = np.array(
+        [facts.forward_cut[s, cut] + facts.backward_cut[s, cut] for s, cut in enumerate(inner)]
+        + [0.0]
+    )
+    loads = forward + backward
+    cycle = float(max(loads.max(), crossing.max() / 2))
+    if shape.schedule == "1f1b":
+        depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
+        trips = np.cumsum((loads + crossing)[::-1])[::-1]
+        cycle = max(cycle, float((trips / depth).max()))
+    pipeline = (shape.micro_batches - 1) * cycle + float(loads.sum() + crossing.sum())
+    before = np.concatenate([[0.0], np.cumsum(backward + crossing / 2)[:-1]])
+    reduce = _reductions(costs, candidate, ranges)
+    lasts = np.maximum(reduce[:, 0] - backward, reduce[:, 1])
+    exposed = max(0.0, float((lasts - before).max()))
+    optimizer = max(_optimizer(costs, candidate, s, layers) for s, layers in enumerate(ranges))
+    overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
+    return pipeline + exposed + optimizer + overhead
+
+
+def _optimizer(costs: Costs, candidate: Candidate, s: int, layers: tuple[int, int]) -> float:
+    tensor = candidate.shape.grid.tensor
+    held = float(stage_parameters(costs.table, layers, tensor))
+    return max(
+        optimizer_seconds(
+            costs.cluster.types[kind],
+            costs.job.optimizer,
+            held,
+            costs.profile,
+            costs.model.precision,
+        )
+        for kind in candidate.placement.types[s]
+    )
+
+
+def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int], ...]) -> Array:
+    """Seconds [S, 2] that every stage's gradients need, all stages at once: all of them, and the
+    last bucket alone."""
+    found = np.zeros((len(ranges), 2))
+    rings: list[tuple[set[int], Traffic, float]] = []
+    for s, layers in enumerate(ranges):
+        size = _own_gradient_bytes(costs, layers, candidate.shape.grid.tensor)
+        rings += [({s}, scaled(t, size), size) for t in _rings(costs, candidate, (s,))]
+    for tied in costs.model.tied:
+        holders = tuple(
+            s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
+        )
+        share = candidate.shape.grid.tensor if tied.split else 1
+        size = tied.parameters / share * gradient_bytes(costs.job)
+        rings += [(set(holders), scaled(t, size), size) for t in _rings(costs, candidate, holders)]
+    everything = together(traffic for _, traffic, _ in rings).bytes_by_resource
+    for s in range(len(ranges)):
+        own = [(traffic, size) for holders, traffic, size in rings if s in holders and size > 0]
+        if own:
+            mine = together(traffic for traffic, _ in own)
+            busy = {name: everything[name] for name in mine.bytes_by_resource}
+            found[s, 0] = alone_seconds(
+                costs.links, Traffic(bytes_by_resource=busy, latency=mine.latency)
+            )
+            found[s, 1] = found[s, 0] * min(1.0, BUCKET_BYTES / max(size for _, size in own))
+    return found
+
+
+def _own_gradient_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
+    first, last = layers
+    table = costs.table
+    held = table.replicated[last] - table.replicated[first]
+    held += (table.split[last] - table.split[first]) / tensor
+    return float(held) * gradient_bytes(costs.job)
+
+
+def _rings(costs: Costs, candidate: Candidate, stages: tuple[int, ...]) -> list[Traffic]:
+    """One ring for each tensor index, over all replicas of these stages."""
+    units = [unit for s in stages for unit in candidate.placement.stages[s]]
+    if len(units) < 2:
+        return []
+    return [ring(costs, tuple(members)) for members in zip(*units, strict=True)]

@@ -1,0 +1,128 @@
+"""Why a plan won: runners-up with the part that costs them, and what to do when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+from meshwright.cost.memory import device_memory, memory_problems, total_bytes
+from meshwright.errors import FitError, Problem
+from meshwright.model.spec import structure
+from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject
+from meshwright.search.costs import Costs
+from meshwright.search.estimate import Bounds, Candidate, Misfit
+from meshwright.units import format_bytes, format_seconds
+
+NAMES = {
+    "compute": "slowest stage",
+    "bubble": "bubble",
+    "transfers": "transfers",
+    "reductions": "reductions",
+    "optimizer": "optimizer",
+    "overhead": "overhead",
+}
+"""Parts of a step, as people call them."""
+
+
+def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: str) -> Plan:
+    """The plan that a candidate with these layer cuts stands for, without a prediction."""
+    shape, grid = candidate.shape, candidate.shape.grid
+    stages = tuple(
+        Stage(layers=layers, devices=devices)
+        for layers, devices in zip(pairwise(bounds), candidate.placement.stages, strict=True)
+    )
+    return Plan(
+        name=f"dp{grid.data}-tp{grid.tensor}-pp{grid.stages}",
+        model=Subject(name=costs.model.name, fingerprint=structure(costs.model)),
+        cluster=Subject(name=costs.cluster.name, fingerprint=cluster_print),
+        job=costs.job,
+        schedule=shape.schedule,
+        devices=tuple(device.name for device in candidate.used.devices),
+        pipelines=(
+            Pipeline(micro_batches=shape.micro_batches, rows=shape.rows * grid.data, stages=stages),
+        ),
+    )
+
+
+def label(candidate: Candidate, bounds: Bounds) -> str:
+    """One line that tells a candidate from its neighbours: grid, layers, micro-batches, order."""
+    shape, grid = candidate.shape, candidate.shape.grid
+    words = [f"dp{grid.data}-tp{grid.tensor}-pp{grid.stages}"]
+    if grid.stages > 1:
+        words.append("[" + "|".join(str(b - a) for a, b in pairwise(bounds)) + "]")
+    words.append(f"{shape.micro_batches}x{shape.rows * grid.data}")
+    if grid.stages > 1:
+        words.append(shape.schedule)
+    if candidate.placement.name != "in order":
+        words.append(f"({candidate.placement.name})")
+    if candidate.used.without:
+        words.append(f"without {candidate.used.without}")
+    return " ".join(words)
+
+
+def why_slower(winner: Mapping[str, float], other: Mapping[str, float]) -> str:
+    """The parts of a step that grow most, until they make up the difference: `bubble +31 ms`."""
+    growth = {part: other.get(part, 0.0) - winner.get(part, 0.0) for part in NAMES}
+    missing = sum(growth.values())
+    words = []
+    for part, seconds in sorted(growth.items(), key=lambda item: -item[1]):
+        if seconds <= 0 or missing <= 0:
+            break
+        words.append(f"{NAMES[part]} +{format_seconds(seconds)}")
+        missing -= seconds
+    return ", ".join(words) or "as fast"
+
+
+def why_misfit(costs: Costs, misfit: Misfit) -> str:
+    """`does not fit: T4 needs 21 GiB of 15 GiB`: the worst device under the best cuts."""
+    plan = as_plan(costs, misfit.candidate, misfit.bounds, "")
+    worst = max(
+        device_memory(plan, costs.model, costs.cluster), key=lambda m: total_bytes(m) - m.capacity
+    )
+    need, room = format_bytes(total_bytes(worst)), format_bytes(worst.capacity)
+    return f"does not fit: {worst.device} needs {need} of {room}"
+
+
+def misfits_as_runners_up(costs: Costs, misfits: Iterable[Misfit]) -> tuple[RunnerUp, ...]:
+    """Strategies that would have been worth a look, had they fitted."""
+    return tuple(
+        RunnerUp(name=label(misfit.candidate, misfit.bounds), reason=why_misfit(costs, misfit))
+        for misfit in misfits
+    )
+
+
+def nothing_fits(costs: Costs, misfits: Iterable[Misfit], tried: int) -> FitError:
+    """By how much the nearest attempt misses, on which device, and what would help."""
+    nearest = min(misfits, key=lambda m: m.excess_bytes)
+    plan = as_plan(costs, nearest.candidate, nearest.bounds, "")
+    plan = replace(plan, name=label(nearest.candidate, nearest.bounds))
+    worst = max(
+        device_memory(plan, costs.model, costs.cluster), key=lambda m: total_bytes(m) - m.capacity
+    )
+    states = worst.parameters + worst.gradients + worst.optimizer
+    grid, rows = nearest.candidate.shape.grid, nearest.candidate.shape.rows
+    advice = [f"devices with {format_bytes(total_bytes(worst))} of memory"]
+    if grid.stages < len(costs.model.layers):
+        advice.append("more devices, hence fewer layers on each")
+    if states < worst.activations + worst.buffers and rows == 1:
+        advice.append("a shorter sequence")
+    if worst.optimizer:
+        saved = format_bytes(worst.optimizer)
+        advice.append(f"an optimizer without moments (sgd saves {saved} on this device)")
+    if any(layer.tensor_units == 0 and layer.parameters for layer in costs.model.layers):
+        advice.append("layers that tensor parallelism can split")
+    found = next(
+        problem.found
+        for problem in memory_problems(plan, costs.model, costs.cluster)
+        if f" on {worst.device}," in problem.found
+    )
+    return FitError(
+        Problem(
+            f"model {costs.model.name} on cluster {costs.cluster.name}",
+            "memory",
+            f"{tried} strategies, none of which fits; the nearest, {plan.name}, needs {found}",
+            f"at most {format_bytes(worst.capacity)}",
+            "What would help: " + "; or ".join(advice) + ".",
+        )
+    )

@@ -1,0 +1,138 @@
+"""AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Job, ScheduleName
+from meshwright.records import record
+
+
+@record
+class Grid:
+    """Data width x tensor width x stages."""
+
+    data: int
+    tensor: int
+    stages: int
+
+
+@record
+class Shape:
+    """A strategy without its placement and its layer cuts."""
+
+    grid: Grid
+    rows: int
+    """Rows of a micro-batch on each replica."""
+    micro_batches: int
+    schedule: ScheduleName
+
+
+@record
+class DeviceSet:
+    """Devices that a strategy uses, and what it leaves out."""
+
+    devices: tuple[Device, ...]
+    """In cluster order."""
+    without: str = ""
+    """For people; empty: nothing is left out."""
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Ascending."""
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
+
+
+def usable_devices(cluster: Cluster, job: Job) -> tuple[Device, ...]:
+    """Devices whose type offers the job's precision, in cluster order."""
+    return tuple(d for d in devices_of(cluster) if job.precision in cluster.types[d.type].peak)
+
+
+def device_sets(
+    devices: Sequence[Device], speed: dict[str, float], *, most_counts: int = 8
+) -> tuple[DeviceSet, ...]:
+    """All devices; all but whole types, slowest first; all but the slowest nodes.
+
+    `speed` orders the types (rows per second of the whole model, or any other rate). Of the numbers
+    of nodes that may be left out, at most `most_counts` are tried, evenly spread.
+    """
+    everything = tuple(devices)
+    sets = [DeviceSet(devices=everything)]
+    types = sorted({d.type for d in everything}, key=lambda t: (speed[t], t))
+    for number in range(1, len(types)):
+        gone = types[:number]
+        kept = tuple(d for d in everything if d.type not in gone)
+        sets.append(DeviceSet(devices=kept, without=" and ".join(gone)))
+    sets += [
+        DeviceSet(devices=tuple(d for d in everything if d.type == kind), without=f"all but {kind}")
+        for kind in types[:-1]
+    ]
+    nodes = _nodes_slowest_first(everything, speed)
+    step = max(1, -(-(len(nodes) - 1) // most_counts))
+    for number in range(1, len(nodes), step):
+        lost = set(nodes[:number])
+        kept = tuple(d for d in everything if d.node not in lost)
+        sets.append(DeviceSet(devices=kept, without=_node_list(nodes[:number])))
+    unique = {s.devices: s for s in reversed(sets)}
+    return tuple(s for s in sets if unique[s.devices] is s)
+
+
+def fewer_devices(devices: Sequence[Device], speed: dict[str, float]) -> Iterator[DeviceSet]:
+    """The fastest n - 1 devices, n - 2 and so on: for jobs too small to occupy whole nodes."""
+    order = sorted(range(len(devices)), key=lambda i: (-speed[devices[i].type], i))
+    for number in range(len(devices) - 1, 0, -1):
+        kept = sorted(order[:number])
+        lost = len(devices) - number
+        yield DeviceSet(
+            devices=tuple(devices[i] for i in kept),
+            without=f"{lost} device{'s' if lost > 1 else ''}",
+        )
+
+
+def _nodes_slowest_first(devices: Sequence[Device], speed: dict[str, float]) -> list[str]:
+    total: dict[str, float] = {}
+    for device in devices:
+        total[device.node] = total.get(device.node, 0.0) + speed[device.type]
+    order = {node: -i for i, node in enumerate(total)}
+    return sorted(total, key=lambda node: (total[node], order[node]))
+
+
+def _node_list(nodes: Sequence[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more nodes"
+
+
+def grids(
+    devices: Sequence[Device], model: LayerGraph, job: Job, dropped: Counter[str]
+) -> tuple[Grid, ...]:
+    """Every grid that uses all the devices; what is impossible is counted in `dropped`."""
+    per_node = Counter(d.node for d in devices)
+    units = {layer.tensor_units for layer in model.layers}
+    found = []
+    for tensor in divisors(len(devices)):
+        if any(count % tensor for count in per_node.values()):
+            dropped["tensor width does not divide a node's devices"] += 1
+            continue
+        if any(unit % tensor for unit in units):
+            dropped["tensor width does not divide the layers"] += 1
+            continue
+        for data in divisors(len(devices) // tensor):
+            stages = len(devices) // tensor // data
+            if job.global_batch % data:
+                dropped["data width does not divide the batch"] += 1
+            elif stages > len(model.layers):
+                dropped["more stages than layers"] += 1
+            else:
+                found.append(Grid(data=data, tensor=tensor, stages=stages))
+    return tuple(found)
+
+
+def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[Shape]:
+    """Every micro-batch size and schedule of a grid. One stage has one schedule: with gradient
+    accumulation alone, 1F1B never holds more than one micro-batch."""
+    share = job.global_batch // grid.data
+    for rows in divisors(share):
+        for schedule in schedules if grid.stages > 1 else schedules[:1]:
+            yield Shape(grid=grid, rows=rows, micro_batches=share // rows, schedule=schedule)
