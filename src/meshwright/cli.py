@@ -186,7 +186,8 @@ def train(
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
     from meshwright.runtime.run import RunSettings
-    from meshwright.session import reopen, train_here, training_commands
+    from meshwright.session import reopen, simulated
+    from meshwright.training import prepare, train_here, training_commands
 
     session, found = reopen(plan_file)
     settings = RunSettings(
@@ -199,11 +200,26 @@ def train(
         seed=seed,
         save_weights=save_weights,
     )
-    for command in training_commands(session, found, settings, output):
+    prepare(session, found, settings, output)
+    for command in training_commands(found, output):
         typer.echo(command)
     if dry_run:
         return
-    train_here(session, found, settings, output, report=report)
+    outcome = train_here(session, found, settings, output)
+    typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    if report:
+        from meshwright.report.page import write_report
+
+        write_report(
+            report,
+            found,
+            session.cluster,
+            session.model,
+            predicted=simulated(session, found),
+            measured=outcome.timeline,
+            losses={found.name: outcome.losses},
+        )
+        typer.echo(f"wrote {report}")
 
 
 @app.command()

@@ -8,20 +8,19 @@ from typing import cast, get_args
 
 from meshwright.cluster.files import cluster_warnings, load_cluster
 from meshwright.cluster.spec import Cluster, Precision
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.memory import device_memory, memory_problems
 from meshwright.cost.profile import Profile, check_profile, load_profile
 from meshwright.errors import ClusterError, FitError, PlanError, Problem
 from meshwright.model.hf import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
-from meshwright.plan.spec import Job, Plan, Subject
+from meshwright.plan.spec import Job, Plan, Prediction, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import fingerprint, record
-from meshwright.search.planner import find_plan, predict
+from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
-
-__all__ = ["Session", "open_session", "predicted", "reopen", "search", "simulated"]
+from meshwright.simulate.parts import parts
 
 
 @record
@@ -93,10 +92,20 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
 def search(session: Session) -> Plan:
     """The plan found for a session. Raises FitError if nothing fits."""
     found = find_plan(session.model, session.cluster, session.job, session.profile)
+    return _with_sources(session, found)
+
+
+def by_hand(session: Session, name: str) -> Plan:
+    """The best plan of a kind that people write: `ddp`, `even` or `amp`."""
+    found = baseline_plan(name, session.model, session.cluster, session.job, session.profile)
+    return _with_sources(session, found)
+
+
+def _with_sources(session: Session, plan: Plan) -> Plan:
     return replace(
-        found,
-        model=replace(found.model, source=session.model_source),
-        cluster=replace(found.cluster, source=session.cluster_source),
+        plan,
+        model=replace(plan.model, source=session.model_source),
+        cluster=replace(plan.cluster, source=session.cluster_source),
         profile=_profile_subject(session),
     )
 
@@ -149,8 +158,14 @@ def _beside(plan_file: Path, source: str, field: str) -> Path:
 
 
 def predicted(session: Session, plan: Plan) -> Plan:
-    """The plan with a fresh prediction of its own."""
-    return predict(plan, session.model, session.cluster, session.profile)
+    """The plan with a prediction of its own, as the simulator sees it."""
+    timeline = simulated(session, plan)
+    prediction = Prediction(
+        step_seconds=timeline.step_seconds,
+        parts=parts(timeline),
+        memory=device_memory(plan, session.model, session.cluster),
+    )
+    return replace(plan, prediction=prediction)
 
 
 def simulated(session: Session, plan: Plan) -> Timeline:

@@ -91,6 +91,11 @@ def format_bandwidth(bytes_per_second: float) -> str:
     return _decimal(bytes_per_second * 8, "bit/s")
 
 
+def format_throughput(bytes_per_second: float) -> str:
+    """Speed of memory or storage for people, in decimal bytes: `"900 GB/s"`."""
+    return _decimal(bytes_per_second, "B/s")
+
+
 def format_flops(flops_per_second: float) -> str:
     """Speed for people: `"312 TFLOP/s"`."""
     return _decimal(flops_per_second, "FLOP/s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator
 
@@ -85,6 +85,7 @@ class DeviceEntry:
     matmul_efficiency: float | None = None
     attention_efficiency: float | None = None
     memory_efficiency: float | None = None
+    processor: Literal["gpu", "cpu"] | None = None
     inside: LinkEntry | None = None
     source: str | None = None
 
@@ -100,7 +101,11 @@ class PairEntry:
 
 
 def _as_rows(value: object) -> object:
-    return ((value,),) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return ((value,),)
+    if isinstance(value, list):  # strict checking takes no list for a tuple
+        return tuple(tuple(row) if isinstance(row, list) else row for row in value)
+    return value
 
 
 @record

@@ -23,7 +23,7 @@ class _Range:
 BANDWIDTH = _Range(least=1e3, most=1e14, show=units.format_bandwidth)
 LATENCY = _Range(least=0.0, most=10.0, show=units.format_seconds)
 _MEMORY = _Range(least=2**20, most=2**44, show=units.format_bytes)
-_MEMORY_BANDWIDTH = _Range(least=1e6, most=1e15, show=units.format_bandwidth)
+_MEMORY_BANDWIDTH = _Range(least=1e6, most=1e15, show=units.format_throughput)
 _PEAK = _Range(least=1e6, most=1e17, show=units.format_flops)
 _SUSPICIOUS = 1.5
 """Times the datasheet's figure."""
@@ -93,7 +93,7 @@ def _doubts(kind: DeviceType) -> Iterator[str]:
             "memory bandwidth",
             kind.memory_bandwidth,
             max(s.memory_bandwidth for s in sheets),
-            units.format_bandwidth,
+            units.format_throughput,
         ),
     ]
     for precision, peak in kind.peak.items():

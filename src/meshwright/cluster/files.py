@@ -143,14 +143,18 @@ def _type_lines(kind: DeviceType) -> list[str]:
         f"{precision} = {_quantity(peak, units.format_flops, units.parse_flops, 'FLOP/s')}"
         for precision, peak in {**dict.fromkeys(known, 0.0), **kind.peak}.items()
     )
+    throughput = _quantity(
+        kind.memory_bandwidth, units.format_throughput, units.parse_bandwidth, "B/s"
+    )
     return [
         f"[device.{_text(kind.name) if '.' in kind.name else kind.name}]",
         f"memory = {_quantity(kind.memory, units.format_bytes, units.parse_bytes, 'B')}",
-        f"memory_bandwidth = {_rate(kind.memory_bandwidth)}",
+        f"memory_bandwidth = {throughput}",
         f"peak = {{ {peaks} }}",
         f"matmul_efficiency = {kind.matmul_efficiency!r}",
         f"attention_efficiency = {kind.attention_efficiency!r}",
         f"memory_efficiency = {kind.memory_efficiency!r}",
+        f"processor = {_text(kind.processor)}",
         f"source = {_text(kind.source)}",
     ]
 

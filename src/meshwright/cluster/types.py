@@ -17,6 +17,7 @@ _FIGURES = (
     "matmul_efficiency",
     "attention_efficiency",
     "memory_efficiency",
+    "processor",
 )
 
 
@@ -24,7 +25,8 @@ def nearest_types(name: str, known: Mapping[str, object]) -> str:
     """A hint for a type name that nobody knows."""
     names = sorted({*catalog(), *known})
     folded = {each.lower(): each for each in names}
-    near = get_close_matches(name.lower(), folded, 3, cutoff=0.5)
+    near = [each for each in folded if each.startswith(name.lower())]
+    near = near or get_close_matches(name.lower(), folded, 3, cutoff=0.5)
     close = " or ".join(repr(folded[each]) for each in near)
     mend = f"Did you mean {close}? " if near else ""
     return f"{mend}Known: {', '.join(names)}; or define [device.{name}]."

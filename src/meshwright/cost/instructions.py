@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,8 @@ class _Costs:
     table: MemoryTable
     types: dict[str, str]
     """Type name of every device."""
+    reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
+    """Collectives priced before, by members and bytes: all members ask for the same one."""
 
 
 def price(
@@ -253,10 +255,13 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     if i.op in SENDS:
         assert i.peer is not None
         return transfer(costs.links, seat.device, devices[i.peer], i.bytes)
-    if len(i.ranks) > 1:
+    key = (i.ranks, i.bytes)
+    if len(i.ranks) > 1 and key not in costs.reductions:
         members = [devices[rank] for rank in i.ranks]
-        return all_reduce(costs.links, members, i.bytes, step_latency=costs.step_latency)
-    return NOTHING
+        costs.reductions[key] = all_reduce(
+            costs.links, members, i.bytes, step_latency=costs.step_latency
+        )
+    return costs.reductions.get(key, NOTHING)
 
 
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:

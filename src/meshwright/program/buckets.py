@@ -25,6 +25,8 @@ class Bucket:
     """Members, by tensor index: rank t of every replica holds the same slice."""
     bytes: int
     """On each member."""
+    first: int
+    """Layer whose backward, on its last holder to get there, completes the gradients."""
 
 
 def gradient_bytes(job: Job) -> int:
@@ -55,6 +57,7 @@ def gradient_buckets(
                     tied=None,
                     ranks=_holders(stages, (layer,)),
                     bytes=round(size),
+                    first=layer,
                 )
             )
             end, size = layer, 0.0
@@ -62,7 +65,15 @@ def gradient_buckets(
         holders = _holders(stages, tied.layers)
         share = len(holders) if tied.split else 1
         size = width * tied.parameters / share
-        buckets.append(Bucket(layers=None, tied=tied.name, ranks=holders, bytes=round(size)))
+        buckets.append(
+            Bucket(
+                layers=None,
+                tied=tied.name,
+                ranks=holders,
+                bytes=round(size),
+                first=tied.layers[0],
+            )
+        )
     return tuple(b for b in buckets if b.bytes > 0 and any(len(group) > 1 for group in b.ranks))
 
 
@@ -76,21 +87,16 @@ def _holders(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[tuple
     )
 
 
-def buckets_of(
-    stage: StageSeats, rank: int, tensor_index: int, buckets: Sequence[Bucket], model: LayerGraph
-) -> tuple[Bucket, ...]:
-    """The buckets that one rank of a stage takes part in, in the order of their completion."""
+def buckets_of(rank: int, tensor_index: int, buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets that one rank takes part in, in the order in which it reduces them.
+
+    All ranks share one order, or groups that overlap would wait for each other: that in which a
+    backward over the whole model completes them. A tied parameter stands at its first user, whose
+    holder is the last to complete it.
+    """
     own = [
         bucket
         for bucket in buckets
         if rank in bucket.ranks[tensor_index] and len(bucket.ranks[tensor_index]) > 1
     ]
-    return tuple(sorted(own, key=lambda bucket: -completed_at(bucket, stage.layers, model)))
-
-
-def completed_at(bucket: Bucket, layers: tuple[int, int], model: LayerGraph) -> int:
-    """The layer whose backward, on a stage with these layers, completes the bucket's gradients."""
-    if bucket.layers is not None:
-        return bucket.layers[0]
-    users = next(tied.layers for tied in model.tied if tied.name == bucket.tied)
-    return min(layer for layer in users if layers[0] <= layer < layers[1])
+    return tuple(sorted(own, key=lambda bucket: -bucket.first))

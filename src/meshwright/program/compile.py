@@ -22,7 +22,7 @@ def compile_plan(plan: Plan, model: LayerGraph, *, bucket_bytes: int = BUCKET_BY
 
     A receive is posted one compute instruction ahead of the one that reads it, a send right after
     the one that makes it, and the reductions right before the last backward, in the order in which
-    it completes their gradients.
+    a backward over the whole model completes their gradients.
     """
     stages = stage_seats(plan)
     buckets = gradient_buckets(model, plan.job, stages, bucket_bytes)
@@ -36,7 +36,7 @@ def compile_plan(plan: Plan, model: LayerGraph, *, bucket_bytes: int = BUCKET_BY
             plan.schedule, stage.number - first, len(pipeline.stages), pipeline.micro_batches
         )
         for seat in (seat for replica in stage.seats for seat in replica):
-            own = buckets_of(stage, seat.rank, seat.tensor_index, buckets, model)
+            own = buckets_of(seat.rank, seat.tensor_index, buckets)
             ranks[seat.rank] = (
                 *_stage_program(stage, seat, order, boundaries, own),
                 Instruction(op=Op.REDUCE_NORM, stage=stage.number, ranks=world, bytes=NORM_BYTES),

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from meshwright.cluster.spec import node_of
-from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.errors import Problem, TrainingError
 from meshwright.plan.spec import Plan
 from meshwright.runtime.run import LOGS, METRICS, Failure
 
@@ -142,17 +142,3 @@ def _lost_ranks(log: Path) -> str | None:
         if "exitcode:" in line and "local_rank:" in line:
             return line[line.index("exitcode:") :].strip().rstrip(".")
     return None
-
-
-def require_plan_fits_machine(plan: Plan, devices: int, *, source: str) -> None:
-    """Raise LaunchError if this machine has accelerators, but fewer than the plan's ranks."""
-    if 0 < devices < len(plan.devices):
-        raise LaunchError(
-            Problem(
-                source,
-                "devices",
-                f"{len(plan.devices)} devices",
-                f"at most {devices}, the accelerators of this machine",
-                "start the printed commands on the plan's own nodes",
-            )
-        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from meshwright.errors import DataError, Problem
-from meshwright.model.graph import WithLoss
+from meshwright.model.loss import WithLoss
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline

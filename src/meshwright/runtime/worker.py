@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -18,19 +16,17 @@ from meshwright.plan.spec import Plan
 from meshwright.records import dumps, load, plain
 from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
 from meshwright.runtime.dilation import Dilation
+from meshwright.runtime.failure import report_failure
 from meshwright.runtime.run import (
     METRICS,
     PLAN,
     SETTINGS,
     TIMELINE,
     WEIGHTS,
-    Failure,
     Metrics,
     RunSettings,
-    failure_file,
 )
 from meshwright.runtime.train import Batch, Rows, Trained, adamw, train, warmup_cosine
-from meshwright.runtime.world import PeerLost
 
 
 def run(folder: Path) -> None:
@@ -110,18 +106,8 @@ def _keep(folder: Path, trained: Trained) -> None:
 def main() -> None:
     """Run; leave the reason behind if it fails."""
     folder = Path(sys.argv[1])
-    try:
+    with report_failure(folder):
         run(folder)
-    except Exception as error:
-        rank = int(os.environ.get("RANK", "0"))
-        mistake = isinstance(error, MeshwrightError)
-        text = str(error) if mistake else traceback.format_exc()
-        failure = Failure(
-            rank=rank, seconds=time.time(), message=text, secondary=isinstance(error, PeerLost)
-        )
-        failure_file(folder, rank).write_text(json.dumps(plain(failure)))
-        sys.stderr.write(f"rank {rank}: {text}\n")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from meshwright.program.instructions import (
     text,
 )
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
-from meshwright.simulate.flows import Flow, Network, finish, start
+from meshwright.simulate.flows import Flow, Network, finish, settle, start
 
 At = tuple[int, int]
 """An instruction: rank, and index in its list."""
@@ -116,6 +116,9 @@ class _Step:
         while self.events:
             self.now, _, react, arguments = heappop(self.events)
             react(*arguments)
+            if self.network.touched and (not self.events or self.events[0][0] > self.now):
+                for flow in settle(self.network, self.now):
+                    self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
 
     def at(self, seconds: float, react: Callable[..., None], *arguments: Any) -> None:
         self.sequence += 1
@@ -241,15 +244,11 @@ class _Step:
             self.at(arrival, then, *arguments)
 
     def enter(self, flow: Flow) -> None:
-        self.forecast(start(self.network, flow, self.now))
-
-    def forecast(self, flows: list[Flow]) -> None:
-        for flow in flows:
-            self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
+        start(self.network, flow, self.now)
 
     def leave(self, flow: Flow, version: int) -> None:
         if version == flow.version:
-            self.forecast(finish(self.network, flow, self.now))
+            finish(self.network, flow)
             flow.then()
 
     def record(self, at: At, began: float) -> None:

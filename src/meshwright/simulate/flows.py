@@ -44,27 +44,33 @@ class Network:
     """Bytes per second of every resource."""
     flows: dict[str, dict[Flow, None]] = field(default_factory=dict)
     """By resource, in order of arrival."""
+    touched: dict[Flow, None] = field(default_factory=dict)
+    """Flows whose share of some resource may have changed."""
 
 
-def start(network: Network, flow: Flow, now: float) -> list[Flow]:
-    """Let a flow in. Returns every flow whose end has changed."""
-    alone = True
+def start(network: Network, flow: Flow, now: float) -> None:
+    """Let a flow in; `settle` gives it its rate."""
     for resource in flow.bytes_by_resource:
-        others = network.flows.setdefault(resource, {})
-        alone = alone and not others
-        others[flow] = None
+        network.flows.setdefault(resource, {})[flow] = None
     flow.since = now
-    return _share(network, [flow] if alone else _sharing(network, [flow]), now)
+    network.touched[flow] = None
 
 
-def finish(network: Network, flow: Flow, now: float) -> list[Flow]:
-    """Take a flow out. Returns every flow whose end has changed."""
-    neighbours: dict[Flow, None] = {}
+def finish(network: Network, flow: Flow) -> None:
+    """Take a flow out; `settle` gives the others what it leaves."""
+    network.touched.pop(flow, None)
     for resource in flow.bytes_by_resource:
         others = network.flows[resource]
         del others[flow]
-        neighbours.update(others)
-    return _share(network, _sharing(network, neighbours), now) if neighbours else []
+        network.touched.update(others)
+
+
+def settle(network: Network, now: float) -> list[Flow]:
+    """Share anew where flows have come or gone, once for all that did at this moment. Returns every
+    flow whose end has changed."""
+    affected = _sharing(network, network.touched)
+    network.touched.clear()
+    return _share(network, affected, now) if affected else []
 
 
 def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:

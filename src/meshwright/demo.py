@@ -1,0 +1,201 @@
+"""The main job on one machine: emulate a mixed cluster, profile it, plan, train, compare.
+
+Four processes play two fast and two slow devices: each computes for real, then sleeps until its
+instruction has lasted its CPU time divided by the device's share of a core. Messages are real too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from meshwright.errors import Problem, TrainingError
+from meshwright.plan.files import save_plan
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Plan
+from meshwright.records import record
+from meshwright.report.page import Rival, write_report
+from meshwright.report.tables import explain
+from meshwright.report.trace import dump_trace
+from meshwright.runtime.measure import ProfileSettings, profile_here
+from meshwright.runtime.run import RunSettings
+from meshwright.session import Session, by_hand, open_session, search, simulated
+from meshwright.training import Outcome, train_here
+
+MODEL = "gpt-tiny"
+SEQUENCE = 128
+GLOBAL_BATCH = 16
+SHARES = {"fast": 0.4, "slow": 0.1}
+"""Shares of a core: 2 x 0.4 + 2 x 0.1 leaves room on two cores for the messages."""
+
+CLUSTER = """\
+# Four processes of this machine: two nodes with two emulated devices each.
+format = 1
+name = "demo"
+
+[device.fast]
+like = "cpu"
+
+[device.slow]
+like = "cpu"
+
+[[node]]
+name = "fast"
+devices = ["2 x fast"]
+inside = { bandwidth = "8 Gbit/s", latency = "100 us", shared = true }
+network = { bandwidth = "8 Gbit/s", latency = "100 us" }
+
+[[node]]
+name = "slow"
+devices = ["2 x slow"]
+inside = { bandwidth = "8 Gbit/s", latency = "100 us", shared = true }
+network = { bandwidth = "8 Gbit/s", latency = "100 us" }
+"""
+
+
+@record
+class Contender:
+    """One plan, as predicted and as trained."""
+
+    title: str
+    plan: Plan
+    outcome: Outcome
+
+    @property
+    def predicted_seconds(self) -> float:
+        assert self.plan.prediction is not None
+        return self.plan.prediction.step_seconds
+
+
+def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
+    """The whole demo; leaves cluster, profile, plans, runs, traces and report.html in `folder`."""
+    console = console or Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    session = _prepare(folder, console)
+    console.rule("plan")
+    found = search(session)
+    even = by_hand(session, "even")
+    explain(found, console)
+    console.rule("train")
+    contenders = tuple(
+        _train(session, title, plan, folder, steps, console)
+        for title, plan in (("even plan", even), ("plan found", found))
+    )
+    console.rule("result")
+    _check_losses(contenders)
+    console.print(_table(contenders))
+    _verdict(contenders, console)
+    _report(session, contenders, folder)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _prepare(folder: Path, console: Console) -> Session:
+    """Write the cluster and measure it."""
+    cluster, profile = folder / "cluster.toml", folder / "profile.json"
+    cluster.write_text(CLUSTER)
+    console.rule("profile")
+    console.print("4 processes on this machine play 2 fast and 2 slow devices (speeds 4 : 1)")
+    settings = ProfileSettings(
+        model=MODEL,
+        sequence=SEQUENCE,
+        rows=(1, 2, 4, 8),
+        precision="fp32",
+        cluster=str(cluster),
+        output=str(profile),
+        shares=SHARES,
+    )
+    profile_here(settings, processes=4, console=console)
+    return open_session(
+        model=MODEL,
+        cluster=cluster,
+        profile=profile,
+        global_batch=GLOBAL_BATCH,
+        sequence=SEQUENCE,
+        precision="fp32",
+        optimizer="adamw",
+    )
+
+
+def _train(
+    session: Session, title: str, plan: Plan, folder: Path, steps: int, console: Console
+) -> Contender:
+    name = title.replace(" ", "-")
+    save_plan(plan, folder / f"{name}.json")
+    kinds = {f"{node.name}:{i}": kind for node in session.cluster.nodes
+             for i, kind in enumerate(node.devices)}  # fmt: skip
+    settings = RunSettings(
+        model=MODEL,
+        steps=steps,
+        learning_rate=1e-3,
+        shares={device: SHARES[kinds[device]] for device in plan.devices},
+    )
+    outcome = train_here(session, plan, settings, folder / name, title=title, console=console)
+    if outcome.timeline is not None:
+        dump_trace(outcome.timeline, folder / f"{name}-measured-trace.json")
+    dump_trace(simulated(session, plan), folder / f"{name}-predicted-trace.json")
+    return Contender(title=title, plan=plan, outcome=outcome)
+
+
+def _check_losses(contenders: tuple[Contender, ...]) -> None:
+    """Two plans of one job train the same model: float32 sums in another order, no more."""
+    first, second = (contender.outcome.losses for contender in contenders)
+    worst = max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
+    if worst > 1e-3:
+        raise TrainingError(
+            Problem(
+                "demo", "loss", f"losses that differ by {worst:.1e}", "the same from both plans"
+            )
+        )
+    if second[-1] >= second[0]:
+        found = f"{second[0]:.3f} to {second[-1]:.3f}"
+        raise TrainingError(Problem("demo", "loss", found, "a loss that falls"))
+
+
+def _table(contenders: tuple[Contender, ...]) -> Table:
+    table = Table("", "plan", "predicted step", "measured step", "error", "loss")
+    for each in contenders:
+        measured = each.outcome.step_seconds
+        error = each.predicted_seconds / measured - 1
+        losses = each.outcome.losses
+        table.add_row(
+            each.title,
+            describe(each.plan),
+            f"{each.predicted_seconds:.3f} s",
+            f"{measured:.3f} s",
+            f"{error:+.1%}",
+            f"{losses[0]:.4f} -> {losses[-1]:.4f}",
+        )
+    return table
+
+
+def _verdict(contenders: tuple[Contender, ...], console: Console) -> None:
+    even, found = contenders
+    measured = even.outcome.step_seconds / found.outcome.step_seconds
+    foretold = even.predicted_seconds / found.predicted_seconds
+    console.print(
+        f"The plan found trains {measured:.2f}x as fast as the best even plan "
+        f"(predicted: {foretold:.2f}x), to the same loss."
+    )
+
+
+def _report(session: Session, contenders: tuple[Contender, ...], folder: Path) -> None:
+    found = contenders[-1]
+    write_report(
+        folder / "report.html",
+        found.plan,
+        session.cluster,
+        session.model,
+        predicted=simulated(session, found.plan),
+        measured=found.outcome.timeline,
+        losses={each.title: each.outcome.losses for each in contenders},
+        rivals=tuple(
+            Rival(
+                name=each.title,
+                predicted_seconds=each.predicted_seconds,
+                measured_seconds=each.outcome.step_seconds,
+            )
+            for each in contenders
+        ),
+    )

@@ -1,0 +1,142 @@
+"""Counts what a forward and backward on fake tensors would do: FLOPs, bytes moved, bytes alive.
+
+Attention and RMS normalisation are counted as the fused kernels that accelerators have for them,
+which keep their inputs and one number per row instead of every intermediate; attention dropout is
+part of its kernel and costs nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_ATEN = torch.ops.aten
+_FLASH = _ATEN._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values, not halved by a causal mask (as torch counts):
+    2 * rows * heads * length * length_k * (head + head_v)."""
+    return int(2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
+
+
+def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:  # noqa: ARG001
+    """Five products where the forward has two: the scores are computed again."""
+    return int(2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3]))
+
+
+for _op, _formula in ((_FLASH, _attention_flops), (_FLASH_BACKWARD, _attention_backward_flops)):
+    if _op not in flop_registry:
+        register_flop_formula(_op)(_formula)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The bytes of the fused kernel (not its numbers): it reads x and writes y, and keeps x, the
+    weight and one float32 per normalised vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return grads[0] * x, torch.empty_like(weight)
+
+
+class FusedKernels(TorchFunctionMode):
+    """Attention and normalisation as accelerators compute them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return func(*args[:4], **(kwargs | {"dropout_p": 0.0}))
+        if func in (F.rms_norm, torch.rms_norm):
+            weight = args[2] if len(args) > 2 else kwargs.get("weight")
+            if weight is not None:
+                return _FusedRMSNorm.apply(args[0], weight)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)}
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Reads every operation that runs under it.
+
+    Storages are numbered as they appear; `births` holds their sizes and `events` what happens to
+    them: number n + 1 for the birth of storage n, -(n + 1) for its end. The same operations on
+    another number of rows give the same numbers, which is how amounts per row are told from
+    constants.
+    """
+
+    def __init__(self, weights: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.attention_flops = 0
+        self.traffic = 0
+        self.births: list[int] = []
+        self.events: list[int] = []
+        self._numbers: dict[int, int | None] = dict.fromkeys(_storages(weights))
+
+    def numbers(self, values: Any) -> set[int]:
+        """The storages of some tensors; those not seen yet are born. Weights have none."""
+        result = set()
+        for key, storage in _storages(values).items():
+            if key not in self._numbers:
+                number = len(self.births)
+                self._numbers[key] = number
+                self.births.append(storage.nbytes())
+                self.events.append(number + 1)
+                weakref.finalize(storage, self._end, key, number)
+            if (known := self._numbers[key]) is not None:
+                result.add(known)
+        return result
+
+    def _end(self, key: int, number: int) -> None:
+        self.events.append(-number - 1)
+        del self._numbers[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            if "attention" in func.name():
+                self.attention_flops += flops
+            else:
+                self.flops += flops
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        is_view = not func._schema.is_mutable and _storages(made).keys() & _storages(read).keys()
+        if made and not is_view and "empty" not in func.name():
+            self.traffic += sum(t.numel() * t.element_size() for t in (*read, *made))
+        self.numbers(made)
+        return out
+
+
+def peak(events: list[int], sizes: list[float], ignored: set[int]) -> float:
+    """Most bytes alive at once among the storages that are not ignored."""
+    alive = most = 0.0
+    for event in events:
+        number = abs(event) - 1
+        if number not in ignored:
+            alive += sizes[number] if event > 0 else -sizes[number]
+            most = max(most, alive)
+    return most

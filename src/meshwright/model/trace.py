@@ -1,0 +1,239 @@
+"""What each layer of a model costs, read off a run on fake tensors: nothing is allocated.
+
+Every layer is run forward and backward with 2 and with 4 rows; the difference tells what grows with
+the rows from what does not (casts of weights, masks, gradients of weights). It is run once more
+with the parameters of one of several tensor ranks, to tell what these divide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node, map_arg
+
+from meshwright.cluster.spec import Precision
+from meshwright.errors import ModelError, Problem
+from meshwright.model import shard
+from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
+from meshwright.model.measure import ROWS, Amounts, Shape, per_row, run
+from meshwright.model.spec import Layer, LayerGraph, Tied
+from meshwright.model.spec import Tensor as Crossing
+
+
+def trace(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    precision: Precision = "fp32",
+    sequence: int | None = None,
+    name: str | None = None,
+) -> LayerGraph:
+    """The LayerGraph of a model whose forward takes a batch and returns its mean loss.
+
+    `inputs` is an example batch: dimension 0 of every tensor counts rows. Model and inputs may be
+    on the meta device. `sequence` is by default the second dimension of the first input. Traffic is
+    the sum of what every operation of the forward reads and writes, nothing fused but attention and
+    RMS normalisation. FLOPs are those of matrix products. Parameters without gradient are not
+    counted. Raises ModelError.
+    """
+    _check_rows(model, inputs)
+    batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS]
+    few, many = (cut(model, batch, precision) for batch in batches)
+    shapes = [_shapes(cut_, batch) for cut_, batch in zip((few, many), batches, strict=True)]
+    measured: dict[tuple[str, int], Amounts] = {}
+    layers = []
+    for part, same in zip(few.layers, many.layers, strict=True):
+        table = shard.splits(model, part.modules)
+        table = {n: how for n, how in table.items() if _within(n, part.modules)}
+        key = _structure(part, table, shapes[0])
+
+        units = shard.tensor_units(model, part.modules)
+        widths = (1, _first_width(units, table))
+        for width in widths:
+            if (key, width) not in measured:
+                pairs = zip((part, same), shapes, strict=True)
+                runs = [run(one, shape, precision, table, width) for one, shape in pairs]
+                measured[key, width] = per_row(runs)
+        whole, share = (measured[key, width] for width in widths)
+        layers.append(_layer(part, few.tied, table, units, key, whole, share))
+    return LayerGraph(
+        name=name or type(model).__name__,
+        sequence=sequence or (inputs[0].shape[1] if inputs[0].dim() > 1 else 1),
+        precision=precision,
+        layers=tuple(layers),
+        tensors=_tensors(few, many),
+        tied=tuple(_tied(few, model, name) for name in few.tied),
+    )
+
+
+def _check_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    found = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs}
+    if len(found) != 1 or 0 in found:
+        sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise ModelError(
+            Problem(
+                type(model).__name__,
+                "inputs",
+                f"tensors of shapes {sizes}" if inputs else "no tensors",
+                "tensors whose dimension 0 is the row of the batch",
+            )
+        )
+
+
+def _resized(tensor: Tensor, rows: int) -> Tensor:
+    return torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+
+
+def _shapes(layered: LayeredModel, batch: tuple[Tensor, ...]) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {
+        name: (tuple(tensor.shape), tensor.dtype, False)
+        for name, tensor in zip(layered.inputs, batch, strict=True)
+    }
+    return shapes | {t.name: (t.shape, t.dtype, t.gradient) for t in layered.tensors}
+
+
+def _within(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _structure(part: LayerPart, table: dict[str, shard.Split], shapes: dict[str, Shape]) -> str:
+    """Text that is equal for layers that compute the same on tensors of the same shapes."""
+    short = {name: str(number) for number, name in enumerate(part.modules)}
+
+    def local(name: str) -> str:
+        owner = next((m for m in part.modules if name == m or name.startswith(f"{m}.")), "")
+        return short[owner] + name[len(owner) :] if owner else name
+
+    assert isinstance(part.module, GraphModule)
+    order = {node: number for number, node in enumerate(part.module.graph.nodes)}
+    number: Callable[[Node], Any] = order.__getitem__
+    steps = [
+        (n.op, local(str(getattr(n.target, "__name__", n.target))),
+         str(map_arg(n.args, number)), str(map_arg(n.kwargs, number)))
+        for n in order if n.op != "placeholder"
+    ]  # fmt: skip
+    modules = [
+        (local(name), type(module).__qualname__, _settings(module), _own_shapes(module))
+        for leaf in part.modules
+        for name, module in part.module.get_submodule(leaf).named_modules(prefix=leaf)
+    ]
+    splits = sorted((local(name), str(how)) for name, how in table.items())
+    return str((steps, modules, splits, [shapes[name] for name in part.reads]))
+
+
+def _settings(module: nn.Module) -> str:
+    plain = (int, float, str, bool, tuple)
+    return str(sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain)))
+
+
+def _own_shapes(module: nn.Module) -> str:
+    named = module.named_parameters(recurse=False)
+    return str([(name, tuple(p.shape), p.requires_grad) for name, p in named])
+
+
+def _first_width(units: int, table: dict[str, shard.Split]) -> int:
+    """The smallest legal tensor width above 1; 1 if there is none or nothing is divided."""
+    if not table or units == 1:
+        return 1
+    return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
+
+
+def _layer(
+    part: LayerPart,
+    tied: dict[str, tuple[int, ...]],
+    table: dict[str, shard.Split],
+    units: int,
+    key: str,
+    whole: Amounts,
+    share: Amounts,
+) -> Layer:
+    own = _numbers(part, lambda name: name not in tied)
+    split = _numbers(part, lambda name: name not in tied, table)
+    left = _share_held(part, table, _first_width(units, table))
+
+    def divided(full: float, rest: float) -> float:
+        return (full - rest) / (1 - left) if left < 1 else 0.0
+
+    flops = whole.forward_flops + whole.attention_flops
+    return Layer(
+        name=part.name,
+        signature=hashlib.sha256(key.encode()).hexdigest()[:12],
+        forward_flops=whole.forward_flops,
+        attention_flops=whole.attention_flops,
+        backward_flops=whole.backward_flops,
+        traffic_bytes=whole.traffic_bytes,
+        parameters=own,
+        saved_bytes=whole.saved_bytes,
+        workspace_bytes=whole.workspace_bytes,
+        tensor_units=units,
+        split_parameters=split,
+        split_flops=divided(flops, share.forward_flops + share.attention_flops),
+        split_saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
+        forward_all_reduce_bytes=whole.forward_all_reduce_bytes,
+        backward_all_reduce_bytes=whole.backward_all_reduce_bytes,
+    )
+
+
+def _numbers(
+    part: LayerPart, wanted: Callable[[str], bool], table: dict[str, shard.Split] | None = None
+) -> int:
+    """Trainable numbers of the wanted parameters; with a table, of those that it divides."""
+    return sum(
+        parameter.numel()
+        for name, parameter in part.module.named_parameters()
+        if parameter.requires_grad
+        and wanted(part.parameters[name])
+        and (table is None or _is_divided(name, parameter, table))
+    )
+
+
+def _is_divided(name: str, parameter: Tensor, table: dict[str, shard.Split]) -> bool:
+    module, _, own = name.rpartition(".")
+    how = table.get(module)
+    return how is not None and shard.held(how, own, tuple(parameter.shape), 2, 0) is not None
+
+
+def _share_held(part: LayerPart, table: dict[str, shard.Split], width: int) -> float:
+    """Of the divided weights, the share that rank 0 of `width` holds: 1 / width, or a little more
+    where a vocabulary does not divide."""
+    full = held = 0
+    for name, parameter in part.module.named_parameters():
+        module, _, own = name.rpartition(".")
+        shape = tuple(parameter.shape)
+        ranges = shard.held(table[module], own, shape, width, 0) if module in table else None
+        if ranges is not None:
+            full += shape[ranges.dim]
+            held += sum(last - first for first, last in ranges.ranges)
+    return held / full if full else 1.0
+
+
+def _tensors(few: LayeredModel, many: LayeredModel) -> tuple[Crossing, ...]:
+    def size(tensor: CrossingTensor) -> int:
+        return prod(tensor.shape) * tensor.dtype.itemsize
+
+    return tuple(
+        Crossing(
+            name=a.name,
+            bytes=(size(b) - size(a)) / (ROWS[1] - ROWS[0]),
+            producer=a.producer,
+            consumers=a.consumers,
+            gradient=a.gradient,
+        )
+        for a, b in zip(few.tensors, many.tensors, strict=True)
+    )
+
+
+def _tied(layered: LayeredModel, model: nn.Module, name: str) -> Tied:
+    layers = layered.tied[name]
+    parameter = model.get_parameter(name)
+    modules = tuple(m for layer in layers for m in layered.layers[layer].modules)
+    return Tied(
+        name=name,
+        layers=layers,
+        parameters=parameter.numel() if parameter.requires_grad else 0,
+        split=_is_divided(name, parameter, shard.splits(model, modules)),
+    )

@@ -1,0 +1,235 @@
+"""`meshwright profile`: what every rank measures, and how the ranks' results become one file.
+
+python -m meshwright.runtime.measure FOLDER      one rank, under torchrun
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import field, replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from meshwright.cluster.discover import discover
+from meshwright.cluster.files import load_cluster
+from meshwright.cluster.spec import Cluster, Precision, devices_of
+from meshwright.cost.profile import LayerTime, OptimizerTime, Profile
+from meshwright.errors import LaunchError, Problem, ProfileError
+from meshwright.model.hf import load_model
+from meshwright.model.spec import LayerGraph
+from meshwright.records import dumps, load, record
+from meshwright.runtime.launch import run_here
+from meshwright.runtime.run import METRICS
+
+if TYPE_CHECKING:
+    import torch
+
+    from meshwright.runtime.measure_layers import Bench
+
+SETTINGS = "profile-settings.json"
+MODULE = "meshwright.runtime.measure"
+
+
+@record
+class ProfileSettings:
+    """What to measure."""
+
+    model: str
+    sequence: int
+    rows: tuple[int, ...]
+    tensor: tuple[int, ...] = (1,)
+    precision: Precision
+    cluster: str | None = None
+    """Which device each rank is; None: this machine, as discovered."""
+    output: str
+    shares: dict[str, float] = field(default_factory=dict)
+    """Emulation: share of a core that a device type gets."""
+    optimizer: str = "adamw"
+    repeats: int = 7
+
+
+@record
+class Case:
+    """One thing to measure."""
+
+    layer: int
+    rows: int
+    tensor: int
+
+
+def cases(settings: ProfileSettings, graph: LayerGraph, layers: dict[str, int]) -> Iterator[Case]:
+    """Every distinct layer at every size and legal width."""
+    for layer, tensor, rows in product(layers.values(), settings.tensor, settings.rows):
+        if graph.layers[layer].tensor_units % tensor == 0:
+            yield Case(layer=layer, rows=rows, tensor=tensor)
+
+
+def profile_here(
+    settings: ProfileSettings, processes: int, *, console: Console | None = None
+) -> Profile:
+    """Measure and write the profile: as a rank if a launcher started this process, else with
+    `processes` processes on this machine. Raises ProfileError or LaunchError."""
+    graph = load_model(settings.model, settings.sequence, settings.precision)
+    if settings.cluster:
+        _check_ranks(settings, load_cluster(Path(settings.cluster)), processes)
+    if "RANK" in os.environ:
+        measure(settings, graph, None)
+    else:
+        with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
+            _measure_in_processes(settings, processes, Path(scratch), console or Console())
+    return load(Path(settings.output), Profile, error=ProfileError)
+
+
+def _check_ranks(settings: ProfileSettings, cluster: Cluster, processes: int) -> None:
+    world = int(os.environ.get("WORLD_SIZE", processes))
+    devices = devices_of(cluster)
+    if world > len(devices):
+        found = f"{world} processes"
+        wanted = f"at most {len(devices)}, the devices of {cluster.name}"
+        raise LaunchError(Problem(str(settings.cluster), "node", found, wanted))
+
+
+def _measure_in_processes(
+    settings: ProfileSettings, processes: int, folder: Path, console: Console
+) -> None:
+    absolute = replace(settings, output=str(Path(settings.output).resolve()))
+    (folder / SETTINGS).write_text(dumps(absolute))
+    with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("measuring", total=None)
+
+        def show(line: dict[str, float]) -> None:
+            progress.update(bar, total=line["total"], completed=line["done"])
+
+        run_here(processes, folder, module=MODULE, on_metrics=show)
+
+
+def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -> None:
+    """What one rank does; rank 0 writes the result."""
+    import torch
+    import torch.distributed as dist
+
+    from meshwright.runtime.measure_layers import distinct_layers, layer_times, optimizer_time
+    from meshwright.runtime.measure_links import measure_links
+    from meshwright.runtime.train import adamw
+    from meshwright.runtime.world import pick_device
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
+    bench = _bench(settings, graph, cluster, device)
+    layers = []
+    todo = list(cases(settings, graph, distinct_layers(graph)))
+    for done, case in enumerate(todo):
+        _tell(folder, dist.get_rank(), done, len(todo))
+        dist.barrier()
+        layers.append(layer_times(bench, layer=case.layer, rows=case.rows, tensor=case.tensor))
+    dist.barrier()
+    own = (layers, optimizer_time(bench, adamw(1e-4), settings.optimizer))
+    links = measure_links(cluster, device, repeats=settings.repeats)
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if dist.get_rank() == 0:
+        profile = Profile(
+            model=graph.name,
+            sequence=graph.sequence,
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+            layers=merged_layers([one for some, _ in everyone for one in some]),
+            optimizers=merged_optimizers([one for _, one in everyone]),
+            links=links,
+        )
+        Path(settings.output).write_text(dumps(profile))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _bench(
+    settings: ProfileSettings, graph: LayerGraph, cluster: Cluster, device: torch.device
+) -> Bench:
+    """The model on meta, and this rank's device as the cluster calls it."""
+    import torch
+    import torch.distributed as dist
+
+    from meshwright.model.zoo.build import build
+    from meshwright.runtime.dilation import Dilation, Dilator
+    from meshwright.runtime.measure_layers import Bench, Stopwatch
+
+    kind = devices_of(cluster)[dist.get_rank()].type
+    share = settings.shares.get(kind)
+    tokens = torch.zeros((1, settings.sequence), dtype=torch.long)
+
+    def make_model() -> torch.nn.Module:
+        with torch.device("meta"):
+            return build(settings.model, settings.sequence)
+
+    return Bench(
+        make_model=make_model,
+        graph=graph,
+        inputs=(tokens, tokens),
+        kind=kind,
+        watch=Stopwatch(device, Dilator(Dilation(share=share)) if share else None),
+        repeats=settings.repeats,
+    )
+
+
+def _tell(folder: Path | None, rank: int, done: int, total: int) -> None:
+    if folder is not None and rank == 0:
+        with (folder / METRICS).open("a") as progress:
+            progress.write(json.dumps({"done": done, "total": total}) + "\n")
+
+
+def merged_layers(times: list[LayerTime]) -> tuple[LayerTime, ...]:
+    """One entry for what several ranks of a device type measured: the medians."""
+    groups: dict[tuple[str, str, int, int], list[LayerTime]] = defaultdict(list)
+    for one in times:
+        groups[one.device, one.signature, one.tensor, one.rows].append(one)
+    return tuple(
+        replace(
+            same[0],
+            forward_seconds=median(one.forward_seconds for one in same),
+            backward_seconds=median(one.backward_seconds for one in same),
+            spread=max(one.spread for one in same),
+        )
+        for _, same in sorted(groups.items())
+    )
+
+
+def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:
+    """One entry per device type: the medians."""
+    groups: dict[tuple[str, str], list[OptimizerTime]] = defaultdict(list)
+    for one in times:
+        groups[one.device, one.optimizer].append(one)
+    return tuple(
+        replace(
+            same[0],
+            seconds_per_parameter=median(one.seconds_per_parameter for one in same),
+            overhead_seconds=median(one.overhead_seconds for one in same),
+        )
+        for _, same in sorted(groups.items())
+    )
+
+
+def main() -> None:
+    """One rank under torchrun."""
+    from meshwright.runtime.failure import report_failure
+
+    folder = Path(sys.argv[1])
+    with report_failure(folder):
+        settings = load(folder / SETTINGS, ProfileSettings, error=ProfileError)
+        graph = load_model(settings.model, settings.sequence, settings.precision)
+        measure(settings, graph, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Layer and optimizer times on this rank's device, measured through the runtime's own stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import median, quantiles
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright.cost.profile import LayerTime, OptimizerTime
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.runtime.build import BuiltStage, build_stage
+from meshwright.runtime.dilation import Dilator
+from meshwright.runtime.stage import Stage
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.train import OptimizerFactory
+
+Model = Callable[[], nn.Module]
+"""Makes the model anew, on the meta device."""
+
+
+class Stopwatch:
+    """Seconds of something that this rank's device does, stretched if the device is emulated."""
+
+    def __init__(self, device: torch.device, dilator: Dilator | None) -> None:
+        self.device = device
+        self.dilator = dilator
+
+    def seconds(self, act: Callable[[], object]) -> float:
+        """How long `act` takes on the device."""
+        if self.device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.device)
+            began.record()
+            act()
+            ended.record()
+            torch.cuda.synchronize(self.device)
+            return float(began.elapsed_time(ended)) / 1000
+        start = time.perf_counter()
+        if self.dilator is not None:
+            self.dilator.begin()
+        act()
+        if self.dilator is not None:
+            self.dilator.catch_up()
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, on what, and how often."""
+
+    make_model: Model
+    graph: LayerGraph
+    inputs: tuple[Tensor, ...]
+    """A batch with one row."""
+    kind: str
+    """Type of this rank's device."""
+    watch: Stopwatch
+    repeats: int
+
+
+def distinct_layers(model: LayerGraph) -> dict[str, int]:
+    """The first layer of every signature."""
+    return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
+
+
+def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
+    """One layer at one size, as the medians of the repeats after two that warm up."""
+    device = bench.watch.device
+    stage, built = _stage_of(bench, layer, rows, tensor)
+    batch = _batch_of(stage, built, bench, rows)
+    forward, backward = [], []
+    for turn in range(bench.repeats + 2):
+        received = [_like(t.shape, t.dtype, device) for t in built.incoming]
+        forward_seconds = bench.watch.seconds(
+            partial(stage.forward, 0, received, batch, step=0, first_row=0)
+        )
+        given = _gradients(stage, built, device)
+        backward_seconds = bench.watch.seconds(partial(stage.backward, 0, given))
+        if turn >= 2:
+            forward.append(forward_seconds)
+            backward.append(backward_seconds)
+    return LayerTime(
+        device=bench.kind,
+        signature=bench.graph.layers[layer].signature,
+        precision=bench.graph.precision,
+        tensor=tensor,
+        rows=rows,
+        forward_seconds=median(forward),
+        backward_seconds=median(backward),
+        spread=max(_spread(forward), _spread(backward)),
+    )
+
+
+def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, BuiltStage]:
+    """A stage of a single layer, as the first of `tensor` ranks would hold it."""
+    graph, device = bench.graph, bench.watch.device
+    seat = Seat(rank=0, device="", pipeline=0, stage=0, replica=0, tensor_index=0, rows=(0, rows))
+    seats = StageSeats(
+        number=0,
+        pipeline=0,
+        is_first=layer == 0,
+        is_last=layer == len(graph.layers) - 1,
+        layers=(layer, layer + 1),
+        seats=((seat,),),
+    )
+    # Sums over a team of one: what is measured is compute, communication is priced apart.
+    team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
+    built = build_stage(
+        bench.make_model(),
+        bench.inputs,
+        graph.precision,
+        seats,
+        seat,
+        seed=0,
+        device=device,
+        team=team,
+    )
+    return Stage(built, graph.precision, device, seed=0), built
+
+
+def _alone() -> dist.ProcessGroup:
+    """A group of this rank only."""
+    mine = None
+    for rank in range(dist.get_world_size()):
+        group = dist.new_group([rank])
+        mine = group if rank == dist.get_rank() else mine
+    assert mine is not None
+    return mine
+
+
+def _batch_of(stage: Stage, built: BuiltStage, bench: Bench, rows: int) -> dict[str, Tensor]:
+    whole = dict(zip(built.inputs, bench.inputs, strict=True))
+    return {
+        name: _like((rows, *whole[name].shape[1:]), whole[name].dtype, bench.watch.device)
+        for name in stage.inputs
+    }
+
+
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _gradients(stage: Stage, built: BuiltStage, device: torch.device) -> list[Tensor | None]:
+    if stage.makes_loss:
+        return [torch.ones((), device=device)]
+    return [_like(t.shape, t.dtype, device) for t in built.outgoing if t.gradient]
+
+
+def _spread(samples: list[float]) -> float:
+    low, _, high = quantiles(samples, n=4)
+    return (high - low) / median(samples)
+
+
+def optimizer_time(bench: Bench, optimizer: OptimizerFactory, name: str) -> OptimizerTime:
+    """A step of the optimizer over layers of two sizes, as a line: overhead and slope.
+
+    Clipping's norm and scaling, and the zeroing of gradients, are part of it.
+    """
+    points = []
+    for layer in _smallest_and_largest(bench.graph):
+        _, built = _stage_of(bench, layer, 1, 1)
+        parameters = [one.parameter for one in built.held]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        act = _optimizer_step(optimizer(parameters), parameters)
+        samples = [bench.watch.seconds(act) for _ in range(bench.repeats + 2)][2:]
+        points.append((sum(p.numel() for p in parameters), median(samples)))
+    (few, quick), (many, slow) = points
+    slope = (slow - quick) / (many - few) if many > few and slow > quick else slow / many
+    return OptimizerTime(
+        device=bench.kind,
+        optimizer=name,
+        seconds_per_parameter=slope,
+        overhead_seconds=max(0.0, quick - slope * few),
+    )
+
+
+def _smallest_and_largest(graph: LayerGraph) -> Iterator[int]:
+    sized = sorted(range(len(graph.layers)), key=lambda n: graph.layers[n].parameters)
+    trainable = [n for n in sized if graph.layers[n].parameters]
+    yield from (trainable[0], trainable[-1])
+
+
+def _optimizer_step(
+    stepper: torch.optim.Optimizer, parameters: list[nn.Parameter]
+) -> Callable[[], None]:
+    def act() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+        stepper.step()
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    return act

@@ -1,0 +1,116 @@
+"""Latency and bandwidth of the links between ranks, by level, from messages of several sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from meshwright.cluster.spec import Cluster, Device, Link, devices_of
+from meshwright.cost.profile import LinkTimes
+
+SIZES = (2**12, 2**16, 2**20, 2**22)
+"""Bytes of the messages: latency shows in the small ones, bandwidth in the large."""
+
+LEVELS = ("inside", "network", "site")
+
+
+def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> LinkTimes | None:
+    """Links of every level that two ranks can show; the same answer on every rank.
+
+    Ranks stand on the cluster's devices in order. None with a single rank.
+    """
+    world = dist.get_world_size()
+    if world < 2:
+        return None
+    devices = devices_of(cluster)[:world]
+    found: dict[str, Link] = {}
+    for level, (a, b) in representative_pairs(devices).items():
+        inside = next(node.inside for node in cluster.nodes if node.name == devices[a].node)
+        points = [_median(_ping_pong(a, b, size, device), repeats) for size in SIZES]
+        latency, bandwidth = fit_line(SIZES, points)
+        shared = level == "inside" and inside.shared
+        found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared)
+    small = _median(_all_reduce(SIZES[0], device), repeats)
+    measured = _from_rank_0((found, small / (2 * (world - 1))))
+    links, step = measured
+    return LinkTimes(all_reduce_latency=step, **links)
+
+
+def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]]:
+    """Two ranks for every level of the hierarchy that has any: the first that there are."""
+    pairs: dict[str, tuple[int, int]] = {}
+    for a, one in enumerate(devices):
+        for b in range(a + 1, len(devices)):
+            other = devices[b]
+            far = one.site != other.site
+            level = LEVELS[2 if far else 1 if one.node != other.node else 0]
+            pairs.setdefault(level, (a, b))
+    return dict(sorted(pairs.items(), key=lambda item: LEVELS.index(item[0])))
+
+
+def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """(latency, bandwidth) of seconds = latency + size / bandwidth, by least relative squares."""
+    weights = 1 / np.asarray(seconds)
+    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=float)], axis=1)
+    latency, slope = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)[0]
+    if slope <= 0:
+        slope = seconds[-1] / sizes[-1]
+    return max(float(latency), 0.0), 1 / float(slope)
+
+
+def _ping_pong(a: int, b: int, size: int, device: torch.device) -> Callable[[], float]:
+    """One way of a message there and back."""
+    rank = dist.get_rank()
+    data = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def act() -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        if rank == a:
+            dist.send(data, b)
+            dist.recv(data, b)
+        elif rank == b:
+            dist.recv(data, a)
+            dist.send(data, a)
+        _settle(device)
+        return (time.perf_counter() - start) / 2
+
+    return act
+
+
+def _all_reduce(size: int, device: torch.device) -> Callable[[], float]:
+    data = torch.zeros(size // 4, device=device)
+
+    def act() -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(data)
+        _settle(device)
+        return time.perf_counter() - start
+
+    return act
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median(act: Callable[[], float], repeats: int) -> float:
+    """The median of this rank's samples after two that warm up."""
+    return median([act() for _ in range(repeats + 2)][2:])
+
+
+T = TypeVar("T")
+
+
+def _from_rank_0(value: T) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,145 @@
+"""What machines say about themselves, and the cluster files that come of it."""
+
+import tomllib
+
+import pytest
+
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.discover import describe, discover, discover_toml
+from meshwright.cluster.files import cluster_from
+from meshwright.cluster.machine import (
+    Found,
+    Gpu,
+    inside_of,
+    read_default_interface,
+    read_gpus,
+    read_speed,
+    read_wiring,
+    type_of,
+)
+from meshwright.cluster.spec import Link
+
+GIB = 2**30
+
+DGX = """\
+\x1b[4m\tGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tNIC1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV12\tNV12\tNV12\tPXB\tSYS\t0-31\t0\t\tN/A
+GPU1\tNV12\t X \tNV12\tNV12\tPXB\tSYS\t0-31\t0\t\tN/A
+GPU2\tNV12\tNV12\t X \tNV12\tSYS\tPXB\t32-63\t1\t\tN/A
+GPU3\tNV12\tNV12\tNV12\t X \tSYS\tPXB\t32-63\t1\t\tN/A
+NIC0\tPXB\tPXB\tSYS\tSYS\t X \tSYS
+NIC1\tSYS\tSYS\tPXB\tPXB\tSYS\t X
+
+Legend:
+
+  X    = Self
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes
+  PIX  = Connection traversing at most a single PCIe bridge
+  NV#  = Connection traversing a bonded set of # NVLinks
+"""
+
+V100 = """\
+\tGPU0\tGPU1\tGPU2\tGPU3\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tNV1\tNV2\tNV2\t0-31\t\tN/A
+GPU1\tNV1\t X \tNV2\tNV1\t0-31\t\tN/A
+GPU2\tNV2\tNV2\t X \tNV1\t0-31\t\tN/A
+GPU3\tNV2\tNV1\tNV1\t X \t0-31\t\tN/A
+"""
+
+
+def pcie(kind: str) -> str:
+    return f"\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \t{kind}\t0-15\nGPU1\t{kind}\t X \t0-15\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wiring"),
+    [
+        (DGX, "NV12"),
+        (V100, "NV1"),
+        (pcie("PHB"), "PHB"),
+        (pcie("PIX"), "PIX"),
+        ("\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n", None),
+        ("", None),
+    ],
+)
+def test_the_weakest_connection_between_gpus_is_read(text, wiring):
+    assert read_wiring(text) == wiring
+
+
+def test_gpus_are_read_from_query_output():
+    text = "NVIDIA A100-SXM4-40GB, 40960, 8.0\nTesla T4, 15360, 7.5\nold driver, 16160\n"
+    assert read_gpus(text) == (
+        Gpu(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
+        Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
+        Gpu(name="old driver", memory=16160 * 2**20, capability=None),
+    )
+    assert read_gpus("No devices were found\n") == read_gpus("") == ()
+
+
+ROUTES = """\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+docker0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+ens5\t00000000\t01001FAC\t0003\t0\t0\t100\t00000000\t0\t0\t0
+"""
+
+
+def test_the_network_is_that_of_the_default_route():
+    assert read_default_interface(ROUTES) == "ens5"
+    assert read_default_interface("\n".join(ROUTES.splitlines()[:2])) is None
+    assert read_default_interface("") is None
+    assert read_speed("25000\n") == 25e9 / 8
+    assert read_speed("-1\n") is read_speed("") is None
+
+
+def test_known_gpus_take_the_catalogue_s_figures():
+    gpus = (Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),) * 4
+    cluster, notes = describe(Found(name="g4", gpus=gpus, wiring="PHB", network=50e9 / 8))
+    assert cluster.types == {"T4": catalog()["T4"].type}
+    assert cluster.nodes[0].devices == ("T4",) * 4
+    assert cluster.nodes[0].inside == Link(bandwidth=12e9, latency=10e-6, shared=True)
+    assert cluster.nodes[0].network.bandwidth == 50e9 / 8
+    assert len(notes) == 1
+    assert "PHB" in notes[0]
+
+
+def test_nvlink_is_counted_in_lanes_of_its_generation():
+    ampere = Found(
+        name="a", gpus=(Gpu(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB),), wiring="NV12"
+    )
+    assert inside_of(ampere, ("A100-40",))[0].bandwidth == 300e9
+    blackwell = (Gpu(name="NVIDIA B200", memory=179 * GIB, capability=(10, 0)),)
+    assert (
+        inside_of(Found(name="b", gpus=blackwell, wiring="NV18"), ("B200",))[0].bandwidth == 900e9
+    )
+    switch = inside_of(Found(name="s", gpus=blackwell, wiring="PXB"), ("B200",))[0]
+    assert switch == Link(bandwidth=24e9, latency=10e-6)
+
+
+def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
+    gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6))
+    kind, note = type_of(gpu)
+    assert kind.name == "NVIDIA-Quadro-GV-200"
+    assert kind.memory == 47 * GIB
+    assert kind.peak == catalog()["A10G"].type.peak
+    assert "GUESSED" in note
+    assert "GUESSED" in kind.source
+
+
+def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
+    kind, note = type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory=20 * GIB))
+    assert kind.name == "A100-40-part"
+    assert kind.memory == 19 * GIB
+    assert "less than a whole" in note
+
+
+def test_without_gpus_each_core_is_a_device():
+    cluster, notes = describe(Found(name="vm", cores=4, memory=40 * GIB))
+    assert cluster.nodes[0].devices == ("cpu",) * 4
+    assert cluster.types["cpu"].memory == 9 * GIB
+    assert any("ASSUMED" in note for note in notes)
+
+
+def test_this_machine_is_described_by_a_file_that_loads():
+    text = discover_toml()
+    assert text.startswith("# Found on this machine.")
+    assert cluster_from(tomllib.loads(text), source="here") == discover()

@@ -1,0 +1,100 @@
+"""Paths through a cluster and the resources they share."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site
+from meshwright.cluster.topology import path, topology
+
+GB = 1e9
+
+
+def node(name: str, *, site: str = "main", shared: bool = False, network: float = 1.0) -> Node:
+    return Node(
+        name=name,
+        site=site,
+        devices=("H100", "H100"),
+        inside=Link(bandwidth=100 * GB, latency=1e-6, shared=shared),
+        network=Link(bandwidth=network * GB, latency=10e-6),
+    )
+
+
+def cluster(*nodes: Node, direct: tuple[DirectLink, ...] = ()) -> Cluster:
+    uplinks = {"main": Link(bandwidth=GB / 10, latency=1e-3), "far": None}
+    sites = tuple(Site(name=name, uplink=link) for name, link in uplinks.items())
+    return Cluster(name="c", types={}, nodes=nodes, sites=sites, direct=direct)
+
+
+def test_a_device_reaches_itself_for_nothing():
+    way = path(topology(cluster(node("a"))), "a:0", "a:0")
+    assert way.resources == ()
+    assert way.latency == 0
+
+
+def test_inside_a_node_ports_are_used_or_the_bus():
+    built = topology(cluster(node("a"), node("b", shared=True)))
+    assert path(built, "a:0", "a:1").resources == ("a:0 out", "a:1 in")
+    assert path(built, "a:1", "a:0").resources == ("a:1 out", "a:0 in")
+    assert path(built, "b:0", "b:1").resources == ("b bus",)
+    assert path(built, "b:0", "b:1").latency == 1e-6
+
+
+def test_between_nodes_both_interfaces_and_only_buses_are_crossed():
+    built = topology(cluster(node("a"), node("b", shared=True)))
+    assert path(built, "a:0", "b:1").resources == ("a network out", "b network in", "b bus")
+    assert path(built, "b:0", "a:1").resources == ("b bus", "b network out", "a network in")
+    assert path(built, "a:0", "b:1").latency == 10e-6
+
+
+def test_between_sites_uplinks_that_exist_are_crossed():
+    way = path(topology(cluster(node("a"), node("b", site="far"))), "b:0", "a:0")
+    assert way.resources == ("b network out", "main uplink in", "a network in")
+    assert way.latency == 10e-6 + 1e-3
+
+
+def test_a_direct_link_replaces_the_hierarchy_for_its_pair_both_ways():
+    cable = DirectLink(between=("a", "b"), link=Link(bandwidth=5 * GB, latency=2e-6))
+    built = topology(cluster(node("a"), node("b"), node("c"), direct=(cable,)))
+    assert path(built, "a:0", "b:0").resources == ("a > b",)
+    assert path(built, "b:0", "a:0").resources == ("b > a",)
+    assert path(built, "b:0", "a:0").latency == 2e-6
+    assert path(built, "b:0", "c:0").resources == ("b network out", "c network in")
+    assert built.capacities["a > b"] == built.capacities["b > a"] == 5 * GB
+
+
+def test_a_shared_link_has_one_capacity_for_both_directions():
+    wire = Link(bandwidth=GB, latency=0.0, shared=True)
+    cable = DirectLink(between=("b", "a"), link=wire)
+    built = topology(cluster(node("a"), node("b"), direct=(cable,)))
+    assert path(built, "a:0", "b:0").resources == path(built, "b:0", "a:0").resources == ("a - b",)
+
+
+@given(st.data())
+def test_every_resource_of_every_path_has_a_capacity(data):
+    nodes = tuple(
+        node(
+            f"n-{i}",
+            site=data.draw(st.sampled_from(["main", "far"])),
+            shared=data.draw(st.booleans()),
+        )
+        for i in range(data.draw(st.integers(1, 4)))
+    )
+    built = topology(cluster(*nodes))
+    source, target = (data.draw(st.sampled_from(sorted(built.devices))) for _ in range(2))
+    way = path(built, source, target)
+    assert set(way.resources) <= set(built.capacities)
+    assert len(set(way.resources)) == len(way.resources)
+    assert path(built, source, target) == way
+    assert path(built, target, source).latency == way.latency
+
+
+def test_order_keeps_sites_and_nodes_together():
+    built = topology(cluster(node("a"), node("b", site="far"), node("c")))
+    assert sorted(built.order, key=built.order.__getitem__) == [
+        "a:0",
+        "a:1",
+        "c:0",
+        "c:1",
+        "b:0",
+        "b:1",
+    ]

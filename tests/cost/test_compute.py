@@ -1,0 +1,177 @@
+"""Layer times follow the roofline, and measurements where there are any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import DeviceType
+from meshwright.cost.compute import (
+    LAUNCH_SECONDS,
+    OPTIMIZER_BYTES,
+    layer_seconds,
+    optimizer_seconds,
+    roofline,
+)
+from meshwright.cost.profile import LayerTime, OptimizerTime, Profile
+from meshwright.errors import ClusterError
+from meshwright.model.spec import Layer, LayerGraph
+
+GPU = DeviceType(
+    name="gpu",
+    memory=1 << 34,
+    memory_bandwidth=1e12,
+    peak={"bf16": 100e12, "fp32": 10e12},
+    matmul_efficiency=0.5,
+    attention_efficiency=0.25,
+    memory_efficiency=0.8,
+)
+BLOCK = Layer(
+    name="block",
+    signature="block",
+    forward_flops=8e12,
+    attention_flops=2e12,
+    backward_flops=20e12,
+    traffic_bytes=1e8,
+    parameters=10**7,
+    saved_bytes=1e7,
+    tensor_units=8,
+    split_parameters=10**7,
+    split_flops=10e12,
+)
+
+
+def graph(*layers: Layer) -> LayerGraph:
+    return LayerGraph(name="m", sequence=128, precision="bf16", layers=layers, tensors=())
+
+
+def timed(signature: str, rows: int, forward: float, **changes: Any) -> LayerTime:
+    facts: dict[str, Any] = {
+        "device": "gpu",
+        "signature": signature,
+        "precision": "bf16",
+        "tensor": 1,
+        "rows": rows,
+        "forward_seconds": forward,
+        "backward_seconds": 3 * forward,
+    }
+    return LayerTime(**{**facts, **changes})
+
+
+def profile(*layers: LayerTime) -> Profile:
+    return Profile(model="m", sequence=128, layers=layers)
+
+
+def forward(layers: tuple[LayerTime, ...], rows: int, tensor: int = 1) -> float:
+    return float(layer_seconds(graph(BLOCK), GPU, tensor, rows, profile(*layers)).forward[0])
+
+
+def test_matmul_and_attention_each_at_its_own_efficiency() -> None:
+    """8 TFLOP at 50 TFLOP/s and 2 TFLOP at 25 TFLOP/s a row: 0.24 s; backward twice that."""
+    forward, backward = roofline(BLOCK, GPU, "bf16", 1, 3)
+    assert forward == pytest.approx(3 * 0.24)
+    assert backward == pytest.approx(3 * 0.48)
+
+
+def test_a_layer_that_mostly_moves_bytes_is_bound_by_memory_weights_included() -> None:
+    """(2 rows x 1e8 + 8 x 1e7) bytes at 0.8e12 B/s."""
+    light = replace(BLOCK, forward_flops=1e6, attention_flops=0.0, backward_flops=2e6)
+    forward, backward = roofline(light, GPU, "bf16", 1, 2)
+    assert forward == pytest.approx((2e8 + 8e7) / 0.8e12)
+    assert backward == pytest.approx((4e8 + 22e7) / 0.8e12)
+
+
+def test_a_tiny_layer_costs_its_launches() -> None:
+    tiny = Layer(
+        name="t",
+        signature="t",
+        forward_flops=1,
+        backward_flops=2,
+        traffic_bytes=4,
+        parameters=0,
+        saved_bytes=0,
+    )
+    assert roofline(tiny, GPU, "bf16", 1, 1).tolist() == LAUNCH_SECONDS.tolist()
+
+
+def test_tensor_ranks_divide_what_can_be_split() -> None:
+    half = replace(BLOCK, split_flops=5e12)
+    whole = roofline(BLOCK, GPU, "bf16", 1, 1)
+    assert roofline(BLOCK, GPU, "bf16", 4, 1) == pytest.approx(whole / 4)
+    assert roofline(half, GPU, "bf16", 2, 1) == pytest.approx(whole * 0.75)
+    assert roofline(replace(BLOCK, tensor_units=0), GPU, "bf16", 2, 1) == pytest.approx(whole)
+
+
+def test_a_precision_that_is_not_offered_is_named_with_those_that_are() -> None:
+    with pytest.raises(
+        ClusterError, match=r"gpu.*\n*.*bf16 100 TFLOP/s, fp32 10 TFLOP/s"
+    ) as failure:
+        roofline(BLOCK, GPU, "fp64", 1, 1)
+    assert failure.value.problems[0].field == "peak.fp64"
+
+
+@given(rows=st.integers(1, 64), tensor=st.sampled_from([1, 2, 4, 8]))
+def test_more_rows_never_take_less_time_nor_more_ranks_more(rows: int, tensor: int) -> None:
+    model = graph(BLOCK, replace(BLOCK, signature="other", forward_flops=1e9))
+    here = layer_seconds(model, GPU, tensor, rows)
+    assert np.all(layer_seconds(model, GPU, tensor, rows + 1).forward >= here.forward)
+    assert np.all(layer_seconds(model, GPU, 2 * tensor, rows).backward <= here.backward)
+    assert here.measured == 0
+
+
+def test_measured_sizes_come_out_as_measured_and_those_between_on_the_line() -> None:
+    times = (timed("block", 1, 1.0), timed("block", 4, 2.5), timed("block", 8, 6.5))
+    assert [forward(times, rows) for rows in (1, 2, 4, 6, 8)] == [1.0, 1.5, 2.5, 4.5, 6.5]
+    both = layer_seconds(graph(BLOCK, BLOCK), GPU, 1, 2, profile(*times))
+    assert both.backward.tolist() == [4.5, 4.5]
+    assert both.measured == 2
+
+
+def test_beyond_the_measured_sizes_the_nearest_two_go_on_but_not_below_zero() -> None:
+    times = (timed("block", 4, 2.0), timed("block", 8, 5.0), timed("block", 12, 9.0))
+    assert forward(times, 16) == pytest.approx(13.0)
+    assert forward(times, 2) == pytest.approx(0.5)
+    assert forward(times, 1) == 0.0
+
+
+def test_one_measured_size_is_scaled_by_the_roofline() -> None:
+    assert forward((timed("block", 2, 1.0),), 6) == pytest.approx(3.0)
+
+
+def test_an_unmeasured_width_is_scaled_from_a_measured_one() -> None:
+    times = (timed("block", 1, 1.0), timed("block", 2, 2.0))
+    assert forward(times, 2, tensor=4) == pytest.approx(0.5)
+    wide = (timed("block", 2, 0.9, tensor=2),)
+    assert forward(wide, 2, tensor=1) == pytest.approx(1.8)
+
+
+def test_unmeasured_layers_of_a_measured_device_are_calibrated() -> None:
+    """The one measurement is twice its roofline, forward; three times three halves, backward."""
+    model = graph(BLOCK, replace(BLOCK, signature="other", forward_flops=18e12))
+    found = layer_seconds(model, GPU, 1, 1, profile(timed("block", 1, 0.48)))
+    plain = layer_seconds(model, GPU, 1, 1)
+    assert found.forward[1] == pytest.approx(2 * plain.forward[1])
+    assert found.backward[1] == pytest.approx(3 * plain.backward[1])
+    assert found.measured == 1
+
+
+def test_measurements_of_other_devices_and_precisions_say_nothing() -> None:
+    foreign = (timed("block", 1, 9.0, device="tpu"), timed("block", 1, 9.0, precision="fp32"))
+    assert forward(foreign, 1) == pytest.approx(0.24)
+
+
+def test_the_optimizer_moves_its_bytes_unless_it_was_measured() -> None:
+    assert optimizer_seconds(GPU, "adamw", 10**9) == pytest.approx(44e9 / 0.8e12)
+    doubled = optimizer_seconds(GPU, "sgd", 10**9, precision="fp64")
+    assert doubled == pytest.approx(2 * OPTIMIZER_BYTES["sgd"] * 1e9 / 0.8e12)
+    entry = OptimizerTime(
+        device="gpu", optimizer="adamw", seconds_per_parameter=1e-9, overhead_seconds=0.5
+    )
+    measured = Profile(model="m", sequence=128, optimizers=(entry,))
+    assert optimizer_seconds(GPU, "adamw", 10**9, measured) == pytest.approx(1.5)
+    assert optimizer_seconds(GPU, "sgd", 10**9, measured) < 0.1

@@ -1,0 +1,174 @@
+"""Memory in constant time equals memory counted layer by layer, and what the simulator sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cost.memory import (
+    FRAMEWORK_BYTES,
+    bytes_per_parameter,
+    device_memory,
+    memory_problems,
+    memory_table,
+    stage_memory,
+    stage_memory_bytes,
+    stage_parameters,
+    total_bytes,
+    usable_bytes,
+)
+from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied, alive_at, tied_in
+from meshwright.plan.spec import Job, Plan
+from meshwright.simulate.engine import simulate_plan
+from strategies import models_and_plans
+from worlds import DEVICE, even_model, even_plan, one_node
+
+JOB = Job(global_batch=8, sequence=8, precision="bf16")
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> LayerGraph:
+    """Layers of every kind, skip connections, gradient-free tensors and tied parameters."""
+    count = draw(st.integers(1, 7))
+    amount = st.integers(0, 50)
+    layers = []
+    for index in range(count):
+        parameters, saved = draw(amount), draw(amount)
+        layers.append(
+            Layer(
+                name=f"l{index}",
+                signature=f"s{index}",
+                forward_flops=1.0,
+                backward_flops=2.0,
+                traffic_bytes=1.0,
+                parameters=parameters,
+                saved_bytes=saved,
+                workspace_bytes=draw(amount),
+                tensor_units=draw(st.sampled_from([0, 4])),
+                split_parameters=draw(st.integers(0, parameters)),
+                split_saved_bytes=draw(st.integers(0, saved)),
+            )
+        )
+    tensors = tuple(
+        Tensor(
+            name=f"t{index}",
+            bytes=draw(amount),
+            producer=index,
+            consumers=(draw(st.integers(index + 1, count - 1)),),
+            gradient=draw(st.booleans()),
+        )
+        for index in range(count - 1)
+    )
+    users = st.lists(st.integers(0, count - 1), min_size=1, max_size=3, unique=True).map(sorted)
+    tied = tuple(
+        Tied(name=f"w{index}", layers=tuple(draw(users)), parameters=7, split=draw(st.booleans()))
+        for index in range(draw(st.integers(0, 2)))
+    )
+    return LayerGraph(
+        name="g",
+        sequence=8,
+        precision="bf16",
+        layers=tuple(layers),
+        tensors=tensors,
+        tied=tied,
+    )
+
+
+def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, held: int) -> float:
+    """The same by looking at every layer and tensor."""
+    own = model.layers[layers[0] : layers[1]]
+    parameters = sum(
+        x.parameters - (x.split_parameters * (1 - 1 / tensor) if x.tensor_units else 0) for x in own
+    )
+    parameters += sum(t.parameters / (tensor if t.split else 1) for t in tied_in(model, layers))
+    saved = sum(
+        x.saved_bytes - (x.split_saved_bytes * (1 - 1 / tensor) if x.tensor_units else 0)
+        for x in own
+    )
+    cuts = [alive_at(model, cut) for cut in layers]
+    boundary = sum(t.bytes for cut in cuts for t in cut)
+    gradients = sum(t.bytes for cut in cuts for t in cut if t.gradient)
+    transfers = sum(t.bytes for t in cuts[0]) + gradients
+    workspace = max(x.workspace_bytes for x in own)
+    return parameters * 18 + (saved + boundary) * rows * held + (transfers + workspace) * rows
+
+
+@given(graphs(), st.data(), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 5))
+def test_any_stage_equals_its_layers_counted_one_by_one(
+    model: LayerGraph, data: st.DataObject, tensor: int, rows: int, held: int
+) -> None:
+    first = data.draw(st.integers(0, len(model.layers) - 1))
+    last = data.draw(st.integers(first + 1, len(model.layers)))
+    table = memory_table(model, JOB)
+    found = stage_memory_bytes(table, (first, last), tensor, rows, held)
+    assert found == pytest.approx(counted(model, (first, last), tensor, rows, held))
+
+
+@given(graphs())
+def test_many_stages_at_once_equal_each_alone(model: LayerGraph) -> None:
+    table = memory_table(model, JOB)
+    ends = np.arange(1, len(model.layers) + 1)
+    together = stage_memory_bytes(table, (np.zeros_like(ends), ends), 2, 3, ends)
+    alone = [stage_memory_bytes(table, (0, int(end)), 2, 3, int(end)) for end in ends]
+    assert together.tolist() == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "total"),
+    [("fp32", "adamw", 16), ("bf16", "adamw", 18), ("fp16", "sgd", 10), ("fp64", "adamw", 32)],
+)
+def test_states_take_what_the_training_recipe_says(
+    precision: str, optimizer: str, total: int
+) -> None:
+    unit = bytes_per_parameter(precision, optimizer)  # type: ignore[arg-type]
+    assert unit.weights + unit.gradients + unit.optimizer == total
+
+
+@given(models_and_plans())
+def test_prediction_equals_the_simulated_high_water_mark(case: tuple[LayerGraph, Plan]) -> None:
+    model, plan = case
+    cluster = one_node(len(plan.devices))
+    timeline = simulate_plan(plan, model, cluster)
+    for rank, memory in enumerate(device_memory(plan, model, cluster)):
+        peak = max(point.bytes for point in timeline.memory if point.rank == rank)
+        assert memory.device == plan.devices[rank]
+        assert total_bytes(memory) == pytest.approx(peak, abs=4)
+
+
+def test_a_cpu_process_reserves_no_device_context() -> None:
+    assert usable_bytes(DEVICE) == DEVICE.memory - FRAMEWORK_BYTES["gpu"]
+    cpu = replace(DEVICE, processor="cpu")
+    assert usable_bytes(cpu) == DEVICE.memory - FRAMEWORK_BYTES["cpu"]
+
+
+def test_what_does_not_fit_is_said_with_size_and_remedy() -> None:
+    """Four layers of 1 MB saved a row, eight rows: 32 MB on a device that has 20 MB."""
+    roomy = one_node(2)
+    small = replace(DEVICE, memory=FRAMEWORK_BYTES["gpu"] + 20 * 10**6)
+    cluster = replace(roomy, types={"g": small})
+    model = even_model(4)
+    layers = tuple(replace(layer, saved_bytes=1e6) for layer in model.layers)
+    model = replace(model, layers=layers)
+    plan = even_plan(model, cluster)
+    wide = replace(plan, pipelines=(replace(plan.pipelines[0], rows=8),))
+    assert memory_problems(plan, model, cluster) == ()
+    assert memory_problems(wide, model, roomy) == ()
+    (problem,) = memory_problems(wide, model, cluster)
+    assert problem.field == "pipelines[0].stages[0]"
+    assert "n:0" in problem.found
+    assert "11.44 MiB too much" in problem.found
+    assert "2 of its 4 layers" in problem.mend
+    assert "4 of its 8 rows" in problem.mend or "5 of its 8 rows" in problem.mend
+
+
+def test_tied_parameters_are_held_by_each_stage_that_uses_them() -> None:
+    model = even_model(4, parameters=10)
+    shared = replace(model, tied=(Tied(name="w", layers=(0, 3), parameters=100),))
+    table = memory_table(shared, JOB)
+    held = [float(stage_parameters(table, (s, s + 1), 1)) for s in range(4)]
+    assert held == [110.0, 10.0, 10.0, 110.0]
+    assert stage_memory(table, (0, 4), 1, 1, 1).parameters == 140 * 6

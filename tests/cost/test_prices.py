@@ -1,0 +1,103 @@
+"""Prices of instructions: layers, all-reduces inside them, and when gradients are complete."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from meshwright.cluster.spec import Link
+from meshwright.cost.instructions import price
+from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.errors import ClusterError
+from meshwright.model.spec import Tied
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Op
+from worlds import even_model, even_plan, one_node
+
+
+def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
+    model, cluster = even_model(6), one_node(2)
+    plan = even_plan(model, cluster, stages=2)
+    program = compile_plan(plan, model)
+    prices = price(program, plan, model, cluster)
+    seconds = {i.op: p.seconds for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
+    assert seconds[Op.FORWARD] == pytest.approx(3e-3)
+    assert seconds[Op.BACKWARD] == pytest.approx(6e-3)
+    assert seconds[Op.SEND_F] == 0.0
+
+
+def test_tensor_parallel_all_reduces_are_inside_the_compute() -> None:
+    """2 ranks, 1 MB at 1 GB/s a row: each of the 2 + 1 all-reduces takes 1 ms."""
+    model, cluster = even_model(1, seconds=1e-3), one_node(2)
+    layer = replace(
+        model.layers[0],
+        tensor_units=2,
+        split_flops=1e9,
+        forward_all_reduce_bytes=(1e6, 1e6),
+        backward_all_reduce_bytes=(1e6,),
+    )
+    model = replace(model, layers=(layer,))
+    plan = even_plan(model, cluster, tensor=2)
+    program = compile_plan(plan, model)
+    for rank in price(program, plan, model, cluster).ranks:
+        assert rank[0].seconds == pytest.approx(0.5e-3 + 2e-3)
+        assert rank[1].seconds == pytest.approx(1e-3 + 1e-3)
+
+
+def test_the_slower_device_sets_the_pace_of_its_tensor_group() -> None:
+    model, cluster = even_model(1), one_node(2)
+    slow = replace(cluster.types["g"], name="slow", peak={"fp32": 0.25e12})
+    node = replace(cluster.nodes[0], devices=("g", "slow"))
+    cluster = replace(cluster, types={**cluster.types, "slow": slow}, nodes=(node,))
+    plan = even_plan(model, cluster, tensor=2)
+    prices = price(compile_plan(plan, model), plan, model, cluster)
+    assert [rank[0].seconds for rank in prices.ranks] == pytest.approx([4e-3, 4e-3])
+
+
+def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> None:
+    model, cluster = even_model(3, parameters=1000), one_node(2)
+    model = replace(model, tied=(Tied(name="w", layers=(1, 2), parameters=10),))
+    plan = even_plan(model, cluster, data=2)
+    program = compile_plan(plan, model, bucket_bytes=1)
+    ranks = price(program, plan, model, cluster).ranks
+    backward = next(k for k, i in enumerate(program.ranks[0]) if i.op is Op.BACKWARD)
+    offsets = {
+        program.ranks[0][index].tied or program.ranks[0][index].layers: offset
+        for index, offset in ranks[0][backward].completes
+    }
+    assert offsets == {
+        (2, 3): pytest.approx(2e-3),
+        (1, 2): pytest.approx(4e-3),
+        (0, 1): pytest.approx(6e-3),
+        "w": pytest.approx(4e-3),
+    }
+    inside = [
+        p.inside for p, i in zip(ranks[0], program.ranks[0], strict=True) if i.op is Op.REDUCE_GRAD
+    ]
+    assert inside == [backward] * 4
+
+
+def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
+    model, cluster = even_model(2, cut_bytes=1e6), one_node(2, bandwidth=1e9)
+    plan = even_plan(model, cluster, stages=2)
+    program = compile_plan(plan, model)
+    profile = Profile(
+        model="even",
+        sequence=1,
+        links=LinkTimes(inside=Link(bandwidth=1e8, latency=1e-4), all_reduce_latency=5e-4),
+        step_overhead_seconds=0.25,
+    )
+    prices = price(program, plan, model, cluster, profile)
+    traffic = {i.op: p.traffic for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
+    assert prices.bandwidth["n:0 out"] == 1e8
+    assert traffic[Op.SEND_F].latency == 1e-4
+    assert traffic[Op.REDUCE_NORM].latency == pytest.approx(2 * 5e-4)
+    assert prices.overhead_seconds == 0.25
+
+
+def test_a_device_without_the_precision_is_refused() -> None:
+    model, cluster = replace(even_model(1), precision="bf16"), one_node(1)
+    plan = even_plan(model, cluster)
+    with pytest.raises(ClusterError, match="bf16"):
+        price(compile_plan(plan, model), plan, model, cluster)

@@ -1,0 +1,209 @@
+"""The simulator keeps the laws of the programs it plays."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cost.collective import Traffic
+from meshwright.cost.instructions import Price, Prices, price
+from meshwright.errors import ProgramError
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Instruction, Op, Program
+from meshwright.program.timeline import Timeline, busy_seconds
+from meshwright.simulate.engine import simulate, simulate_plan
+from strategies import chain, models_and_plans
+from worlds import even_model, even_plan, one_node
+
+SECOND = 1.0
+
+
+def of_kind(timeline: Timeline, *ops: Op) -> list[tuple[float, float]]:
+    return [(i.start_seconds, i.end_seconds) for i in timeline.intervals if i.op in ops]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@given(stages=st.integers(1, 5), micro_batches=st.integers(1, 8))
+def test_bubble_of_equal_stages_with_free_communication(
+    schedule: str, stages: int, micro_batches: int
+) -> None:
+    """(p - 1) / (m + p - 1) of the step, for 1F1B and GPipe alike."""
+    model, cluster = even_model(2 * stages), one_node(stages, bandwidth=1e18)
+    plan = even_plan(model, cluster, stages=stages, micro_batches=micro_batches, schedule=schedule)
+    timeline = simulate_plan(plan, model, cluster)
+    bubble = 1 - busy_seconds(timeline, 0) / timeline.step_seconds
+    assert bubble == pytest.approx((stages - 1) / (micro_batches + stages - 1), abs=1e-9)
+
+
+@given(models_and_plans())
+def test_every_instruction_has_one_interval(case: tuple[LayerGraph, Plan]) -> None:
+    model, plan = case
+    program = compile_plan(plan, model)
+    cluster = one_node(len(plan.devices))
+    timeline = simulate(program, price(program, plan, model, cluster))
+    played = Counter((i.rank, i.op, i.stage, i.micro_batch) for i in timeline.intervals)
+    listed = Counter(
+        (rank, i.op, i.stage, i.micro_batch)
+        for rank, instructions in enumerate(program.ranks)
+        for i in instructions
+    )
+    assert played == listed
+
+
+@given(models_and_plans())
+def test_a_rank_computes_one_thing_at_a_time_and_within_the_step(
+    case: tuple[LayerGraph, Plan],
+) -> None:
+    model, plan = case
+    timeline = simulate_plan(plan, model, one_node(len(plan.devices)))
+    ends: dict[int, float] = defaultdict(float)
+    for i in timeline.intervals:
+        if i.stream == "compute":
+            assert i.start_seconds >= ends[i.rank] - 1e-12
+            ends[i.rank] = i.end_seconds
+        assert i.end_seconds <= timeline.step_seconds
+    for rank in range(len(plan.devices)):
+        assert timeline.step_seconds >= busy_seconds(timeline, rank) - 1e-12
+
+
+@given(models_and_plans())
+def test_the_same_plan_gives_the_same_timeline(case: tuple[LayerGraph, Plan]) -> None:
+    model, plan = case
+    cluster = one_node(len(plan.devices), bandwidth=1e5, shared=True)
+    assert simulate_plan(plan, model, cluster) == simulate_plan(plan, model, cluster)
+
+
+@given(models_and_plans(), st.randoms(use_true_random=False))
+def test_numbering_the_ranks_otherwise_changes_nothing(
+    case: tuple[LayerGraph, Plan], random: object
+) -> None:
+    model, plan = case
+    cluster = one_node(len(plan.devices), bandwidth=1e6, latency=1e-5)
+    devices = list(plan.devices)
+    random.shuffle(devices)  # type: ignore[attr-defined]
+    other = replace(plan, devices=tuple(devices))
+    before = simulate_plan(plan, model, cluster).step_seconds
+    assert simulate_plan(other, model, cluster).step_seconds == pytest.approx(before, rel=1e-9)
+
+
+@given(
+    stages=st.integers(2, 4),
+    micro_batches=st.integers(1, 6),
+    bandwidth=st.sampled_from([1e4, 1e5, 1e6, 1e7]),
+    slower=st.sampled_from([1.0, 1.1, 2.0, 10.0]),
+)
+def test_slower_links_never_make_a_pipeline_faster(
+    stages: int, micro_batches: int, bandwidth: float, slower: float
+) -> None:
+    """A chain with a port per device and direction: no two transfers compete."""
+    model = even_model(stages, cut_bytes=100.0)
+    plan = even_plan(model, one_node(stages), stages=stages, micro_batches=micro_batches)
+    fast = simulate_plan(plan, model, one_node(stages, bandwidth=bandwidth))
+    slow = simulate_plan(plan, model, one_node(stages, bandwidth=bandwidth / slower))
+    assert slow.step_seconds >= fast.step_seconds - 1e-12
+
+
+def test_a_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
+    model = even_model(2, cut_bytes=1e6)
+    cluster = one_node(2, bandwidth=1e9, latency=1e-4)
+    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster)
+    for start, end in of_kind(timeline, Op.SEND_F, Op.RECV_F, Op.SEND_B, Op.RECV_B):
+        assert end - start == pytest.approx(1.1e-3)
+
+
+def test_two_transfers_on_one_bus_take_twice_as_long() -> None:
+    model = even_model(2, cut_bytes=1e6)
+    alone = one_node(4, bandwidth=1e9)
+    shared = one_node(4, bandwidth=1e9, shared=True)
+    plan = even_plan(model, alone, data=2, stages=2)
+    for cluster, seconds in ((alone, 1e-3), (shared, 2e-3)):
+        timeline = simulate_plan(plan, model, cluster)
+        for start, end in of_kind(timeline, Op.RECV_F):
+            assert end - start == pytest.approx(seconds)
+
+
+def test_a_reduction_starts_inside_the_backward_that_completes_it() -> None:
+    """Two layers of 2 ms backward each, two buckets of 4 ms: the first begins half-way, is alone
+    for 2 ms, and shares the links with the second until its end."""
+    model = even_model(2, seconds=1e-3, parameters=10**6)
+    cluster = one_node(2)
+    plan = even_plan(model, cluster, data=2)
+    program = compile_plan(plan, model, bucket_bytes=10**6)
+    timeline = simulate(program, price(program, plan, model, cluster))
+    reductions = sorted(of_kind(timeline, Op.REDUCE_GRAD))
+    (began, ended), *_ = of_kind(timeline, Op.BACKWARD)
+    assert reductions[0][0] == pytest.approx((began + ended) / 2)
+    assert reductions[-1][0] == pytest.approx(ended)
+    assert reductions[0][1] - reductions[0][0] == pytest.approx(6e-3)
+    assert reductions[-1][1] - reductions[-1][0] == pytest.approx(6e-3)
+
+
+def test_the_norm_waits_for_every_rank_and_the_optimizer_for_the_norm() -> None:
+    model, cluster = chain([1.0, 3.0, 1.0], tied=True), one_node(3, bandwidth=1e6)
+    plan = even_plan(model, cluster, stages=3, micro_batches=2)
+    timeline = simulate_plan(plan, model, cluster)
+    norms = of_kind(timeline, Op.REDUCE_NORM)
+    work = of_kind(timeline, Op.BACKWARD, Op.REDUCE_GRAD)
+    assert len({start for start, _ in norms}) == 1
+    assert norms[0][0] == pytest.approx(max(end for _, end in work))
+    assert min(start for start, _ in of_kind(timeline, Op.OPTIMIZER_STEP)) >= norms[0][1]
+
+
+def test_memory_rises_with_forwards_and_returns_to_where_it_began() -> None:
+    model, cluster = even_model(4), one_node(4)
+    for schedule, held in (("1f1b", [4, 3, 2, 1]), ("gpipe", [8, 8, 8, 8])):
+        plan = even_plan(model, cluster, stages=4, micro_batches=8, schedule=schedule)
+        program = compile_plan(plan, model)
+        prices = price(program, plan, model, cluster)
+        timeline = simulate(program, prices)
+        for rank in range(4):
+            sizes = [point.bytes for point in timeline.memory if point.rank == rank]
+            assert sizes[0] == sizes[-1] == prices.static_bytes[rank]
+            assert max(sizes) - sizes[0] == held[rank] * prices.micro_batch_bytes[rank]
+
+
+def _prices(*ranks: tuple[Price, ...]) -> Prices:
+    return Prices(
+        ranks=ranks,
+        bandwidth={"wire": 1.0},
+        devices=tuple(f"n:{rank}" for rank in range(len(ranks))),
+        static_bytes=(0,) * len(ranks),
+        micro_batch_bytes=(0.0,) * len(ranks),
+    )
+
+
+def test_messages_between_two_ranks_arrive_in_the_order_of_their_sends() -> None:
+    def message(op: Op, peer: int, micro_batch: int) -> Instruction:
+        return Instruction(op=op, stage=0, micro_batch=micro_batch, peer=peer)
+
+    program = Program(
+        ranks=(
+            (message(Op.SEND_F, 1, 0), message(Op.SEND_F, 1, 1)),
+            (message(Op.RECV_F, 0, 0), message(Op.RECV_F, 0, 1)),
+        )
+    )
+    wire = Price(traffic=Traffic(bytes_by_resource={"wire": 2.0}))
+    timeline = simulate(program, _prices((wire, wire), (wire, wire)))
+    sends = sorted(of_kind(timeline, Op.SEND_F))
+    assert sends == [(0.0, 2 * SECOND), (2 * SECOND, 4 * SECOND)]
+
+
+def test_a_receive_without_a_send_is_named() -> None:
+    waiting = Instruction(op=Op.RECV_F, stage=1, micro_batch=0, peer=0)
+    forward = Instruction(op=Op.FORWARD, stage=1, micro_batch=0)
+    program = Program(ranks=((), (waiting, forward)))
+    with pytest.raises(ProgramError, match="1RECV_F0 peer=0") as failure:
+        simulate(program, _prices((), (Price(), Price())))
+    assert any("1F0" in problem.found for problem in failure.value.problems)
+
+
+def test_a_collective_that_a_member_never_joins_is_named() -> None:
+    norm = Instruction(op=Op.REDUCE_NORM, stage=0, ranks=(0, 1))
+    with pytest.raises(ProgramError, match="0REDUCE_NORM"):
+        simulate(Program(ranks=((norm,), ())), _prices((Price(),), ()))

@@ -1,0 +1,132 @@
+"""Shares of links are max-min fair, and flows end when their bytes are through."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.errors import ClusterError
+from meshwright.simulate.flows import Flow, Network, fair_rates, finish, settle, start
+
+
+def flow(**sizes: float) -> Flow:
+    return Flow(bytes_by_resource=sizes, then=lambda: None)
+
+
+def play(network: Network, arrivals: list[tuple[float, Flow]]) -> dict[Flow, float]:
+    """When each flow ends, if each enters at its time."""
+    ended: dict[Flow, float] = {}
+    events = [(at, n, new, None) for n, (at, new) in enumerate(arrivals)]
+    numbers = count(len(events))
+    heapq.heapify(events)
+    while events:
+        now, _, each, version = heapq.heappop(events)
+        if version is None:
+            start(network, each, now)
+        elif version == each.version and each not in ended:
+            ended[each] = now
+            finish(network, each)
+        else:
+            continue
+        for other in settle(network, now):
+            heapq.heappush(events, (other.ends, next(numbers), other, other.version))
+    return ended
+
+
+def test_two_equal_flows_on_one_link_take_twice_as_long() -> None:
+    a, b = flow(wire=10.0), flow(wire=10.0)
+    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
+    assert ended == {a: pytest.approx(4.0), b: pytest.approx(4.0)}
+
+
+def test_a_flow_speeds_up_when_its_neighbour_ends() -> None:
+    """10 and 30 bytes at 5 B/s: shared until 4 s, then 20 bytes alone."""
+    a, b = flow(wire=10.0), flow(wire=30.0)
+    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
+    assert ended == {a: pytest.approx(4.0), b: pytest.approx(8.0)}
+
+
+def test_a_late_flow_slows_one_down_only_while_both_last() -> None:
+    a, b = flow(wire=20.0), flow(wire=5.0)
+    ended = play(Network(bandwidth={"wire": 10.0}), [(0.0, a), (1.0, b)])
+    assert ended == {a: pytest.approx(2.5), b: pytest.approx(2.0)}
+
+
+def test_what_one_flow_cannot_use_goes_to_the_others() -> None:
+    """One flow is held to 1 B/s elsewhere; its neighbour gets the other 9."""
+    slow, fast = flow(wide=10.0, narrow=10.0), flow(wide=10.0)
+    rates = fair_rates({"wide": 10.0, "narrow": 1.0}, [slow, fast])
+    assert rates[slow] * 10.0 == pytest.approx(1.0)
+    assert rates[fast] * 10.0 == pytest.approx(9.0)
+
+
+def test_a_ring_over_a_bus_counts_as_its_streams() -> None:
+    """Three hops of a ring on one bus, against one transfer: each stream gets a quarter."""
+    ring, single = flow(bus=30.0, port=10.0), flow(bus=10.0)
+    rates = fair_rates({"bus": 4.0, "port": 100.0}, [ring, single])
+    assert rates[ring] * 10.0 == pytest.approx(1.0)
+    assert rates[single] * 10.0 == pytest.approx(1.0)
+
+
+def test_a_dead_link_is_named() -> None:
+    with pytest.raises(ClusterError, match="wire"):
+        fair_rates({"wire": 0.0}, [flow(wire=1.0)])
+
+
+sizes = st.dictionaries(st.sampled_from("abcd"), st.floats(0.1, 10.0), min_size=1)
+speeds = st.fixed_dictionaries({name: st.floats(0.1, 10.0) for name in "abcd"})
+
+
+@given(st.lists(sizes, min_size=1, max_size=6), speeds)
+def test_no_resource_is_overfull_and_every_flow_has_a_full_one(
+    demands: list[dict[str, float]], bandwidth: dict[str, float]
+) -> None:
+    """The two conditions that make an allocation max-min fair: feasible, and each flow has a
+    bottleneck on which no stream is faster."""
+    flows = [flow(**demand) for demand in demands]
+    rates = fair_rates(bandwidth, flows)
+    used = {
+        name: sum(rates[f] * f.bytes_by_resource.get(name, 0.0) for f in flows) for name in "abcd"
+    }
+    assert all(used[name] <= bandwidth[name] * (1 + 1e-9) for name in used)
+    for f in flows:
+        own = rates[f] * f.stream
+        assert any(
+            used[name] >= bandwidth[name] * (1 - 1e-9)
+            and all(
+                own >= rates[g] * g.stream * (1 - 1e-9)
+                for g in flows
+                if name in g.bytes_by_resource
+            )
+            for name in f.bytes_by_resource
+        )
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 5.0), sizes), min_size=1, max_size=6), speeds)
+def test_updating_neighbours_only_ends_flows_when_updating_all_would(
+    arrivals: list[tuple[float, dict[str, float]]], bandwidth: dict[str, float]
+) -> None:
+    """A reference that recomputes every rate at every event gives the same ends."""
+    flows = [(at, flow(**demand)) for at, demand in arrivals]
+    ended = play(Network(bandwidth=bandwidth), flows)
+    waiting, left, expected, now = sorted(flows, key=lambda f: f[0]), {}, {}, 0.0
+    while waiting or left:
+        rates = fair_rates(bandwidth, left)
+        horizon = waiting[0][0] if waiting else float("inf")
+        nearest = min((now + left[f] / rates[f] for f in left), default=float("inf"))
+        step = min(horizon, nearest)
+        for f in left:
+            left[f] -= rates[f] * (step - now)
+        now = step
+        if step == horizon and waiting:
+            left[waiting.pop(0)[1]] = 1.0
+        for f in [f for f in left if left[f] <= 1e-9]:
+            expected[f] = now
+            del left[f]
+    assert ended.keys() == expected.keys()
+    for f, end in ended.items():
+        assert end == pytest.approx(expected[f], rel=1e-6, abs=1e-6)
