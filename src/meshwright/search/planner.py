@@ -195,7 +195,7 @@ def _play(
         candidate=estimate.candidate,
         plan=plan,
         seconds=timeline.step_seconds,
-        parts=parts_of(timeline),
+        parts={part: round(seconds, 9) for part, seconds in parts_of(timeline).items()},
     )
 
 
