@@ -31,7 +31,7 @@ inputs = torch.randn(4096, 64)
 data = TensorDataset(inputs, inputs[:, :10].argmax(dim=1))
 model, loss = Net(), nn.CrossEntropyLoss()
 
-graph = mw.trace(mw.WithLoss(model, loss), data[:2], "fp32")
+graph = mw.trace(mw.WithLoss(model, loss), data[:2], sequence=1)
 plan = mw.find_plan(graph, mw.discover(), mw.Job(global_batch=256, sequence=1, precision="fp32"))
 mw.launch(plan)  # starts this script once per device, unless torchrun already has
 mw.train(
