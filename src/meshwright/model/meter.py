@@ -64,8 +64,10 @@ class FusedKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return func(*args[:4], **(kwargs | {"dropout_p": 0.0}))
-        if func is F.rms_norm and len(args) == 4 and args[2] is not None:
-            return _FusedRMSNorm.apply(args[0], args[2])  # type: ignore[no-untyped-call]
+        if func in (F.rms_norm, torch.rms_norm):
+            weight = args[2] if len(args) > 2 else kwargs.get("weight")
+            if weight is not None:
+                return _FusedRMSNorm.apply(args[0], weight)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -122,7 +124,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.flops += flops
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func._schema.is_mutable or not (_storages(made).keys() & _storages(read).keys()):
+        is_view = not func._schema.is_mutable and _storages(made).keys() & _storages(read).keys()
+        if made and not is_view and "empty" not in func.name():
             self.traffic += sum(t.numel() * t.element_size() for t in (*read, *made))
         self.numbers(made)
         return out

@@ -34,21 +34,23 @@ class Tokens(nn.Module):
         return cast("Tensor", self.tokens(tokens))
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of (rows, heads, sequence, head).
+def rotate(x: Tensor, head: int, base: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of (rows, sequence, heads * head), heads first.
 
     Feature i of the first half and of the second half are one pair, turned by
     position * base^(-2 i / head).
     """
-    length, head = x.shape[-2:]
+    x = x.view(*x.shape[:-1], -1, head)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     with as_is(x):
         steps = torch.arange(0, head, 2, device=x.device, dtype=exact) / head
-        positions = torch.arange(length, device=x.device, dtype=exact)
-        angles = positions[:, None] * base**-steps
+        positions = torch.arange(x.shape[1], device=x.device, dtype=exact)
+        angles = positions[:, None, None] * base**-steps
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         left, right = x.chunk(2, dim=-1)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    # Transposed last, so that attention gives its output in the order the next product reads.
+    return turned.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -67,10 +69,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
         kv = qkv.shape[-1] // (self.groups + 2)
-        q, k, v = (heads_first(p, self.head) for p in qkv.split((self.groups * kv, kv, kv), -1))
-        q, k = rotate(q, self.base), rotate(k, self.base)
+        q, k, v = torch.split(qkv, [self.groups * kv, kv, kv], dim=-1)
+        q, k = rotate(q, self.head, self.base), rotate(k, self.head, self.base)
         grouped = self.groups > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, heads_first(v, self.head), is_causal=True, enable_gqa=grouped
+        )
         return cast("Tensor", self.out(heads_last(y)))
 
 

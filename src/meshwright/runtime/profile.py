@@ -1,6 +1,6 @@
 """`meshwright profile`: what every rank measures, and how the ranks' results become one file.
 
-python -m meshwright.runtime.measure FOLDER      one rank, under torchrun
+python -m meshwright.runtime.profile FOLDER      one rank, under torchrun
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
@@ -31,8 +32,13 @@ from meshwright.records import dumps, load, record
 from meshwright.runtime.launch import run_here
 from meshwright.runtime.run import METRICS
 
+if TYPE_CHECKING:
+    import torch
+
+    from meshwright.runtime.profile_layers import Bench
+
 SETTINGS = "profile-settings.json"
-MODULE = "meshwright.runtime.measure"
+MODULE = "meshwright.runtime.profile"
 
 
 @record
@@ -113,68 +119,28 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
     import torch
     import torch.distributed as dist
 
-    from meshwright.model.zoo.build import build
-    from meshwright.runtime.dilation import Dilation, Dilator
-    from meshwright.runtime.measure_layers import (
-        Stopwatch,
-        distinct_layers,
-        layer_times,
-        optimizer_time,
-    )
-    from meshwright.runtime.measure_links import measure_links
+    from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
+    from meshwright.runtime.profile_links import measure_links
     from meshwright.runtime.train import adamw
     from meshwright.runtime.world import pick_device
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank = dist.get_rank()
     cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
-    kind = devices_of(cluster)[rank].type
-    share = settings.shares.get(kind)
-    watch = Stopwatch(device, Dilator(Dilation(share=share)) if share else None)
-    tokens = torch.zeros((1, settings.sequence), dtype=torch.long)
-    inputs = (tokens, tokens)
-
-    def make_model() -> torch.nn.Module:
-        with torch.device("meta"):
-            return build(settings.model, settings.sequence)
-
-    todo = list(cases(settings, graph, distinct_layers(graph)))
+    bench = _bench(settings, graph, cluster, device)
     layers = []
+    todo = list(cases(settings, graph, distinct_layers(graph)))
     for done, case in enumerate(todo):
-        _tell(folder, rank, done, len(todo))
+        _tell(folder, dist.get_rank(), done, len(todo))
         dist.barrier()
-        layers.append(
-            layer_times(
-                make_model,
-                graph,
-                inputs,
-                layer=case.layer,
-                rows=case.rows,
-                tensor=case.tensor,
-                kind=kind,
-                watch=watch,
-                repeats=settings.repeats,
-            )
-        )
+        layers.append(layer_times(bench, layer=case.layer, rows=case.rows, tensor=case.tensor))
     dist.barrier()
-    optimizer = optimizer_time(
-        make_model,
-        graph,
-        inputs,
-        adamw(1e-4),
-        name=settings.optimizer,
-        kind=kind,
-        watch=watch,
-        repeats=settings.repeats,
-    )
+    own = (layers, optimizer_time(bench, adamw(1e-4), settings.optimizer))
     links = measure_links(cluster, device, repeats=settings.repeats)
-    everyone: list[tuple[list[LayerTime], OptimizerTime]] = [(layers, optimizer)] * (
-        dist.get_world_size()
-    )
-    dist.all_gather_object(everyone, (layers, optimizer))
-    if rank == 0:
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if dist.get_rank() == 0:
         profile = Profile(
             model=graph.name,
             sequence=graph.sequence,
@@ -186,6 +152,35 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
         Path(settings.output).write_text(dumps(profile))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _bench(
+    settings: ProfileSettings, graph: LayerGraph, cluster: Cluster, device: torch.device
+) -> Bench:
+    """The model on meta, and this rank's device as the cluster calls it."""
+    import torch
+    import torch.distributed as dist
+
+    from meshwright.model.zoo.build import build
+    from meshwright.runtime.dilation import Dilation, Dilator
+    from meshwright.runtime.profile_layers import Bench, Stopwatch
+
+    kind = devices_of(cluster)[dist.get_rank()].type
+    share = settings.shares.get(kind)
+    tokens = torch.zeros((1, settings.sequence), dtype=torch.long)
+
+    def make_model() -> torch.nn.Module:
+        with torch.device("meta"):
+            return build(settings.model, settings.sequence)
+
+    return Bench(
+        make_model=make_model,
+        graph=graph,
+        inputs=(tokens, tokens),
+        kind=kind,
+        watch=Stopwatch(device, Dilator(Dilation(share=share)) if share else None),
+        repeats=settings.repeats,
+    )
 
 
 def _tell(folder: Path | None, rank: int, done: int, total: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -49,43 +51,45 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, on what, and how often."""
+
+    make_model: Model
+    graph: LayerGraph
+    inputs: tuple[Tensor, ...]
+    """A batch with one row."""
+    kind: str
+    """Type of this rank's device."""
+    watch: Stopwatch
+    repeats: int
+
+
 def distinct_layers(model: LayerGraph) -> dict[str, int]:
     """The first layer of every signature."""
     return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
 
 
-def layer_times(
-    make_model: Model,
-    graph: LayerGraph,
-    inputs: tuple[Tensor, ...],
-    *,
-    layer: int,
-    rows: int,
-    tensor: int,
-    kind: str,
-    watch: Stopwatch,
-    repeats: int,
-) -> LayerTime:
-    """One layer at one size, as the medians of `repeats` runs after two that warm up."""
-    stage, built = _stage_of(make_model, graph, inputs, layer, rows, tensor, watch.device)
-    batch = _batch_of(stage, built, inputs, rows, watch.device)
+def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
+    """One layer at one size, as the medians of the repeats after two that warm up."""
+    device = bench.watch.device
+    stage, built = _stage_of(bench, layer, rows, tensor)
+    batch = _batch_of(stage, built, bench, rows)
     forward, backward = [], []
-    for turn in range(repeats + 2):
-        received = [_like(t.shape, t.dtype, watch.device) for t in built.incoming]
-
-        def forwards(received: list[Tensor] = received) -> None:
-            stage.forward(0, received, batch, step=0, first_row=0)
-
-        forward_seconds = watch.seconds(forwards)
-        given = _gradients(stage, built, watch.device)
-        backward_seconds = watch.seconds(lambda given=given: stage.backward(0, given))  # type: ignore[misc]
+    for turn in range(bench.repeats + 2):
+        received = [_like(t.shape, t.dtype, device) for t in built.incoming]
+        forward_seconds = bench.watch.seconds(
+            partial(stage.forward, 0, received, batch, step=0, first_row=0)
+        )
+        given = _gradients(stage, built, device)
+        backward_seconds = bench.watch.seconds(partial(stage.backward, 0, given))
         if turn >= 2:
             forward.append(forward_seconds)
             backward.append(backward_seconds)
     return LayerTime(
-        device=kind,
-        signature=graph.layers[layer].signature,
-        precision=graph.precision,
+        device=bench.kind,
+        signature=bench.graph.layers[layer].signature,
+        precision=bench.graph.precision,
         tensor=tensor,
         rows=rows,
         forward_seconds=median(forward),
@@ -94,16 +98,9 @@ def layer_times(
     )
 
 
-def _stage_of(
-    make_model: Model,
-    graph: LayerGraph,
-    inputs: tuple[Tensor, ...],
-    layer: int,
-    rows: int,
-    tensor: int,
-    device: torch.device,
-) -> tuple[Stage, BuiltStage]:
+def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, BuiltStage]:
     """A stage of a single layer, as the first of `tensor` ranks would hold it."""
+    graph, device = bench.graph, bench.watch.device
     seat = Seat(rank=0, device="", pipeline=0, stage=0, replica=0, tensor_index=0, rows=(0, rows))
     seats = StageSeats(
         number=0,
@@ -116,7 +113,14 @@ def _stage_of(
     # Sums over a team of one: what is measured is compute, communication is priced apart.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     built = build_stage(
-        make_model(), inputs, graph.precision, seats, seat, seed=0, device=device, team=team
+        bench.make_model(),
+        bench.inputs,
+        graph.precision,
+        seats,
+        seat,
+        seed=0,
+        device=device,
+        team=team,
     )
     return Stage(built, graph.precision, device, seed=0), built
 
@@ -131,12 +135,10 @@ def _alone() -> dist.ProcessGroup:
     return mine
 
 
-def _batch_of(
-    stage: Stage, built: BuiltStage, inputs: tuple[Tensor, ...], rows: int, device: torch.device
-) -> dict[str, Tensor]:
-    whole = dict(zip(built.inputs, inputs, strict=True))
+def _batch_of(stage: Stage, built: BuiltStage, bench: Bench, rows: int) -> dict[str, Tensor]:
+    whole = dict(zip(built.inputs, bench.inputs, strict=True))
     return {
-        name: _like((rows, *whole[name].shape[1:]), whole[name].dtype, device)
+        name: _like((rows, *whole[name].shape[1:]), whole[name].dtype, bench.watch.device)
         for name in stage.inputs
     }
 
@@ -158,36 +160,24 @@ def _spread(samples: list[float]) -> float:
     return (high - low) / median(samples)
 
 
-def optimizer_time(
-    make_model: Model,
-    graph: LayerGraph,
-    inputs: tuple[Tensor, ...],
-    optimizer: OptimizerFactory,
-    *,
-    name: str,
-    kind: str,
-    watch: Stopwatch,
-    repeats: int,
-) -> OptimizerTime:
+def optimizer_time(bench: Bench, optimizer: OptimizerFactory, name: str) -> OptimizerTime:
     """A step of the optimizer over layers of two sizes, as a line: overhead and slope.
 
     Clipping's norm and scaling, and the zeroing of gradients, are part of it.
     """
     points = []
-    for layer in _smallest_and_largest(graph):
-        _, built = _stage_of(make_model, graph, inputs, layer, 1, 1, watch.device)
+    for layer in _smallest_and_largest(bench.graph):
+        _, built = _stage_of(bench, layer, 1, 1)
         parameters = [one.parameter for one in built.held]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        stepper = optimizer(parameters)
-        act = _optimizer_step(stepper, parameters)
-        samples = [watch.seconds(act) for _ in range(repeats + 2)][2:]
+        act = _optimizer_step(optimizer(parameters), parameters)
+        samples = [bench.watch.seconds(act) for _ in range(bench.repeats + 2)][2:]
         points.append((sum(p.numel() for p in parameters), median(samples)))
     (few, quick), (many, slow) = points
-    slope = max((slow - quick) / (many - few), 0.0) if many > few else slow / many
-    slope = slope or slow / many
+    slope = (slow - quick) / (many - few) if many > few and slow > quick else slow / many
     return OptimizerTime(
-        device=kind,
+        device=bench.kind,
         optimizer=name,
         seconds_per_parameter=slope,
         overhead_seconds=max(0.0, quick - slope * few),

@@ -1,0 +1,129 @@
+"""Language models by their few numbers: GPT-2, Llama, Mistral and Mixtral."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from meshwright.errors import Problem
+from meshwright.records import record
+
+Family = Literal["gpt2", "llama", "mixtral"]
+
+
+@record
+class LanguageModel:
+    """What defines a model of one of the families; all numbers are counts."""
+
+    name: str
+    family: Family
+    vocabulary: int
+    positions: int
+    """Longest sequence: the size of GPT-2's position table, what the others are made for."""
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    """Features of one head."""
+    hidden: int
+    """Inner features of the feed-forward module, of one expert."""
+    tied: bool = False
+    """Input embedding and output projection are one parameter."""
+    experts: int = 0
+    chosen: int = 0
+    """Experts that a token goes to."""
+    rotary_base: float = 10000.0
+
+
+def _gpt2(name: str, width: int, layers: int, heads: int, **other: int) -> LanguageModel:
+    return LanguageModel(
+        name=name,
+        family="gpt2",
+        vocabulary=other.get("vocabulary", 50257),
+        positions=1024,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head=width // heads,
+        hidden=4 * width,
+        tied=True,
+    )
+
+
+def _llama(  # noqa: PLR0913
+    name: str,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    *,
+    vocabulary: int = 32000,
+    positions: int = 4096,
+    rotary_base: float = 10000.0,
+    experts: int = 0,
+) -> LanguageModel:
+    return LanguageModel(
+        name=name,
+        family="mixtral" if experts else "llama",
+        vocabulary=vocabulary,
+        positions=positions,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head=width // heads,
+        hidden=hidden,
+        experts=experts,
+        chosen=2 if experts else 0,
+        rotary_base=rotary_base,
+    )
+
+
+_LLAMA_3 = {"vocabulary": 128256, "positions": 8192, "rotary_base": 5e5}
+
+# From the config.json that the authors published with each model; the tiny ones are for trying
+# things out, with a vocabulary of bytes.
+NAMED = {
+    model.name: model
+    for model in (
+        _gpt2("gpt2", 768, 12, 12),
+        _gpt2("gpt2-medium", 1024, 24, 16),
+        _gpt2("gpt2-large", 1280, 36, 20),
+        _gpt2("gpt2-xl", 1600, 48, 25),
+        _llama("llama-2-7b", 4096, 32, 32, 32, 11008),
+        _llama("llama-2-13b", 5120, 40, 40, 40, 13824),
+        _llama("llama-2-70b", 8192, 80, 64, 8, 28672),
+        _llama("llama-3-8b", 4096, 32, 32, 8, 14336, **_LLAMA_3),  # type: ignore[arg-type]
+        _llama("llama-3-70b", 8192, 80, 64, 8, 28672, **_LLAMA_3),  # type: ignore[arg-type]
+        _llama("mistral-7b", 4096, 32, 32, 8, 14336, positions=32768),
+        _llama("mixtral-8x7b", 4096, 32, 32, 8, 14336, positions=32768, rotary_base=1e6, experts=8),
+        _gpt2("gpt-tiny", 256, 8, 8, vocabulary=256),
+        _llama("llama-tiny", 256, 8, 8, 4, 704, vocabulary=256),
+        _llama("mixtral-tiny", 256, 4, 8, 4, 352, vocabulary=256, experts=4),
+    )
+}
+
+
+def problems_of(
+    model: LanguageModel, source: str, fields: dict[str, str] | None = None
+) -> Iterator[Problem]:
+    """What is wrong with the numbers; `fields` are their names in the file, where they differ."""
+    names = fields or {}
+
+    def problem(field: str, wanted: str) -> Problem:
+        return Problem(source, names.get(field, field), str(getattr(model, field)), wanted)
+
+    sizes = ("vocabulary", "positions", "width", "layers", "heads", "kv_heads", "head", "hidden")
+    wrong = [field for field in sizes if getattr(model, field) < 1]
+    yield from (problem(field, "a whole number above 0") for field in wrong)
+    if not wrong and model.heads % model.kv_heads:
+        yield problem("kv_heads", f"a divisor of the {model.heads} attention heads")
+    if not wrong and model.family == "gpt2" and model.width % model.heads:
+        yield problem("heads", f"a divisor of the width {model.width}")
+    if not wrong and model.family != "gpt2" and model.head % 2:
+        yield problem("head", "an even number: rotary positions turn pairs of features")
+    if model.family == "mixtral" and not 1 <= model.chosen <= model.experts:
+        yield problem("chosen", f"between 1 and the {model.experts} experts")

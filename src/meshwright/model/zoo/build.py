@@ -1,0 +1,61 @@
+"""The module of the zoo for a model by name or `config.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from meshwright.errors import ModelError, Problem
+from meshwright.model.config import LanguageModel
+from meshwright.model.hf import language_model
+from meshwright.model.zoo.gpt import GPT
+from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.moe import Mixtral
+
+
+def vocabulary_of(source: str | Path) -> int:
+    """Number of token indices that a model knows. Raises ModelError."""
+    return _trainable(source, None).vocabulary
+
+
+def build(source: str | Path, sequence: int) -> nn.Module:
+    """A model that takes (tokens, targets) of `sequence` tokens and gives the mean loss; freshly
+    initialised, without dropout, as language models are pre-trained. On the meta device under
+    `with torch.device("meta")`. Raises ModelError."""
+    return from_language_model(_trainable(source, sequence))
+
+
+def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
+    if str(source).endswith(".toml"):
+        wanted = "a name or a config.json"
+        mend = "a hand-written model can be planned and simulated only: it has no code"
+        raise ModelError(Problem(str(source), "", "a hand-written model", wanted, mend))
+    return language_model(source, sequence)
+
+
+def from_language_model(c: LanguageModel) -> nn.Module:
+    """The module of a family with these numbers."""
+    if c.family == "gpt2":
+        return GPT(
+            vocabulary=c.vocabulary,
+            positions=c.positions,
+            width=c.width,
+            heads=c.heads,
+            layers=c.layers,
+            hidden=c.hidden,
+            tied=c.tied,
+        )
+    numbers = {
+        "vocabulary": c.vocabulary,
+        "width": c.width,
+        "heads": c.heads,
+        "kv_heads": c.kv_heads,
+        "layers": c.layers,
+        "hidden": c.hidden,
+        "head": c.head,
+    }
+    if c.family == "llama":
+        return Llama(**numbers, tied=c.tied, base=c.rotary_base)
+    experts = {"experts": c.experts, "chosen": c.chosen}
+    return Mixtral(**numbers, **experts, tied=c.tied, base=c.rotary_base)
