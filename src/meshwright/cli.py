@@ -145,7 +145,7 @@ def profile(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
 ) -> None:
     """Measure layer times on this device, and links between ranks; `plan` reads the result."""
-    from meshwright.runtime.measure import ProfileSettings, profile_here
+    from meshwright.runtime.profile import ProfileSettings, profile_here
 
     settings = ProfileSettings(
         model=model,

@@ -19,7 +19,7 @@ from meshwright.records import record
 from meshwright.report.page import Rival, write_report
 from meshwright.report.tables import explain
 from meshwright.report.trace import dump_trace
-from meshwright.runtime.measure import ProfileSettings, profile_here
+from meshwright.runtime.profile import ProfileSettings, profile_here
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, by_hand, open_session, search, simulated
 from meshwright.training import Outcome, train_here

@@ -36,18 +36,20 @@ class ParameterBytes:
     """Bytes per parameter that a rank holds."""
 
     weights: float
-    """Master copy, and the 16-bit cast that autocast keeps."""
     gradients: float
     optimizer: float
+    casts: float
+    """For every micro-batch in flight: the 16-bit weights that its backward will read. Autocast
+    makes them anew in each forward; they do not grow with the rows."""
 
 
 def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
     """Master weights, gradients and states are fp32 (fp64 for fp64): 4 + 4 + 8 with Adam, whose
-    two moments are of the master's width; autocast adds 2 for the cached casts."""
+    two moments are of the master's width; 16-bit arithmetic adds 2 for each micro-batch held."""
     width = 8.0 if precision == "fp64" else 4.0
     cast = 2.0 if precision in ("fp16", "bf16") else 0.0
     moments = {"adamw": 2, "sgd": 0}[optimizer]
-    return ParameterBytes(weights=width + cast, gradients=width, optimizer=moments * width)
+    return ParameterBytes(weights=width, gradients=width, optimizer=moments * width, casts=cast)
 
 
 @record
@@ -154,8 +156,8 @@ def stage_memory(
     """Bytes on each device of a stage that works on `rows` rows of every micro-batch and holds
     `in_flight` micro-batches between forward and backward.
 
-    Activations are what layers save (their split part divided) and the tensors at both cuts, which
-    stay until their gradients have been computed. Buffers are one incoming activation, one incoming
+    Activations are what layers save (their split part divided), casts of their weights, and the
+    tensors at both cuts, which stay until their gradients have been computed. Buffers are one incoming activation, one incoming
     and one outgoing gradient, and the largest workspace.
     """
     first, last = layers
@@ -168,7 +170,7 @@ def stage_memory(
         parameters=parameters * table.unit.weights,
         gradients=parameters * table.unit.gradients,
         optimizer=parameters * table.unit.optimizer,
-        activations=(saved + boundary) * rows * in_flight,
+        activations=((saved + boundary) * rows + parameters * table.unit.casts) * in_flight,
         buffers=(transfers + _largest_workspace(table, layers)) * rows,
     )
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from meshwright.cost.memory import device_memory, memory_problems, total_bytes
 from meshwright.errors import FitError, Problem
+from meshwright.model.spec import structure
 from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject
-from meshwright.records import fingerprint
 from meshwright.search.costs import Costs
 from meshwright.search.estimate import Bounds, Candidate, Misfit
 from meshwright.units import format_bytes, format_seconds
@@ -34,7 +34,7 @@ def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: s
     )
     return Plan(
         name=f"dp{grid.data}-tp{grid.tensor}-pp{grid.stages}",
-        model=Subject(name=costs.model.name, fingerprint=fingerprint(costs.model)),
+        model=Subject(name=costs.model.name, fingerprint=structure(costs.model)),
         cluster=Subject(name=costs.cluster.name, fingerprint=cluster_print),
         job=costs.job,
         schedule=shape.schedule,

@@ -1,6 +1,6 @@
 """`meshwright profile`: what every rank measures, and how the ranks' results become one file.
 
-python -m meshwright.runtime.measure FOLDER      one rank, under torchrun
+python -m meshwright.runtime.profile FOLDER      one rank, under torchrun
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from meshwright.runtime.run import METRICS
 if TYPE_CHECKING:
     import torch
 
-    from meshwright.runtime.measure_layers import Bench
+    from meshwright.runtime.profile_layers import Bench
 
 SETTINGS = "profile-settings.json"
-MODULE = "meshwright.runtime.measure"
+MODULE = "meshwright.runtime.profile"
 
 
 @record
@@ -119,8 +119,8 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
     import torch
     import torch.distributed as dist
 
-    from meshwright.runtime.measure_layers import distinct_layers, layer_times, optimizer_time
-    from meshwright.runtime.measure_links import measure_links
+    from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
+    from meshwright.runtime.profile_links import measure_links
     from meshwright.runtime.train import adamw
     from meshwright.runtime.world import pick_device
 
@@ -163,7 +163,7 @@ def _bench(
 
     from meshwright.model.zoo.build import build
     from meshwright.runtime.dilation import Dilation, Dilator
-    from meshwright.runtime.measure_layers import Bench, Stopwatch
+    from meshwright.runtime.profile_layers import Bench, Stopwatch
 
     kind = devices_of(cluster)[dist.get_rank()].type
     share = settings.shares.get(kind)
