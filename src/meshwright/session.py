@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
-from meshwright.cluster.files import cluster_warnings, load_cluster
+from meshwright.cluster.figures import cluster_warnings
+from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
 from meshwright.cost.memory import device_memory, memory_problems
 from meshwright.cost.profile import Profile, check_profile, load_profile
@@ -21,6 +22,8 @@ from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.parts import parts
+
+_CHEAPEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
 
 @record
@@ -81,9 +84,9 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
     common = set.intersection(*offered)
     if wanted:
         return cast("Precision", wanted)
-    for choice in ("bf16", "fp16", "fp32", "fp64"):
+    for choice in _CHEAPEST_FIRST:
         if choice in common:
-            return cast("Precision", choice)
+            return choice
     found = "; ".join(f"{kind}: {', '.join(cluster.types[kind].peak)}" for kind in sorted(used))
     wanted_text = f"one of {', '.join(get_args(Precision))} that all device types offer"
     raise ClusterError(Problem(source, "device.peak", found, wanted_text))

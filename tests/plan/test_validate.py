@@ -8,7 +8,7 @@ import pytest
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.errors import PlanError
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
@@ -37,7 +37,7 @@ def good() -> dict:
     """A legal plan, as its JSON."""
     plan = Plan(
         name="good",
-        model=Subject(name=MODEL.name, fingerprint=fingerprint(MODEL)),
+        model=Subject(name=MODEL.name, fingerprint=structure(MODEL)),
         cluster=Subject(name=CLUSTER.name, fingerprint=fingerprint(CLUSTER)),
         job=Job(global_batch=8, sequence=8, precision="fp32"),
         devices=("a:0", "a:1", "a:2"),

@@ -25,5 +25,5 @@ class WithLoss(nn.Module):
         self.train(model.training)
 
     def forward(self, *batch: Tensor) -> Tensor:
-        output = self.model.forward(*batch[:-1])
+        output = cast("nn.Module", self.model).forward(*batch[:-1])
         return cast("Tensor", self.loss(output, batch[-1]))

@@ -103,7 +103,8 @@ def run(
     wanted = [t for t in (*given, *state.values()) if t.requires_grad]
     with fakes.mode, meter:
         grads = [torch.empty_like(tensor) for tensor in outputs]
-        torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+        if outputs:
+            torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
     return Run(
         flops=forward[0],
         attention_flops=forward[1],

@@ -7,7 +7,7 @@ length and precision that the graph was built for.
 from __future__ import annotations
 
 from meshwright.cluster.spec import Precision
-from meshwright.records import record
+from meshwright.records import fingerprint, record
 
 
 @record
@@ -102,3 +102,11 @@ def tied_in(model: LayerGraph, layers: tuple[int, int]) -> tuple[Tied, ...]:
 def num_parameters(model: LayerGraph) -> int:
     """Distinct trainable numbers of the whole model."""
     return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)
+
+
+def structure(model: LayerGraph) -> str:
+    """Fingerprint of what a plan refers to: the layers with their names and parameters, and what
+    is tied. A graph worked out from a config and one traced from the module have the same."""
+    layers = [[layer.name, layer.parameters] for layer in model.layers]
+    tied = [[t.name, *t.layers, t.parameters] for t in model.tied]
+    return fingerprint([model.sequence, layers, tied])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from meshwright.cluster.spec import Cluster, devices_of, node_of
 from meshwright.errors import PlanError, Problem
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.ranks import pipeline_rows
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.records import fingerprint
@@ -135,12 +135,12 @@ def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]
 
 def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
     wanted = plan.model.fingerprint
-    if wanted and wanted != fingerprint(model):
+    if wanted and wanted != structure(model):
         yield Problem(
             source,
             "model.fingerprint",
             f"{wanted} ({plan.model.name})",
-            f"{fingerprint(model)}, the model given ({model.name}, {len(model.layers)} layers)",
+            f"{structure(model)}, the model given ({model.name}, {len(model.layers)} layers)",
             "plan again for this model; or empty the field to use the plan all the same",
         )
     for name, found, need in (

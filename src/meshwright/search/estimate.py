@@ -163,33 +163,39 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
 
         (M - 1) * cycle + sum of stages and boundaries + exposed reduction + optimizer + overhead
 
-    The cycle is the slowest stage; under 1F1B also a stage's round trip to the last one and back
-    shared by the micro-batches it may hold. A reduction begins inside its stage's last backward;
-    what outlasts the backwards of the stages before it is exposed.
+    A reduction begins inside its stage's last backward; what outlasts the backwards of the stages
+    before it is exposed.
     """
-    shape = candidate.shape
-    ranges = tuple(pairwise(bounds))
+    shape, ranges = candidate.shape, tuple(pairwise(bounds))
     forward = np.array([facts.forward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
     backward = np.array([facts.backward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
-    inner = bounds[1:-1]
-    crossing = np.array(
-        [facts.forward_cut[s, cut] + facts.backward_cut[s, cut] for s, cut in enumerate(inner)]
-        + [0.0]
-    )
-    loads = forward + backward
-    cycle = float(max(loads.max(), crossing.max() / 2))
-    if shape.schedule == "1f1b":
-        depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
-        trips = np.cumsum((loads + crossing)[::-1])[::-1]
-        cycle = max(cycle, float((trips / depth).max()))
-    pipeline = (shape.micro_batches - 1) * cycle + float(loads.sum() + crossing.sum())
-    before = np.concatenate([[0.0], np.cumsum(backward + crossing / 2)[:-1]])
+    ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
+    for s, cut in enumerate(bounds[1:-1]):
+        ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]
+    cycle = _cycle(shape, forward, backward, ahead, back)
+    once = float((forward + backward + ahead + back).sum())
+    before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
     lasts = np.maximum(reduce[:, 0] - backward, reduce[:, 1])
     exposed = max(0.0, float((lasts - before).max()))
     optimizer = max(_optimizer(costs, candidate, s, layers) for s, layers in enumerate(ranges))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
-    return pipeline + exposed + optimizer + overhead
+    return (shape.micro_batches - 1) * cycle + once + exposed + optimizer + overhead
+
+
+def _cycle(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
+    """Seconds from one micro-batch to the next.
+
+    GPipe: the slowest forward or transfer, then the slowest backward or transfer. 1F1B: the slowest
+    stage or transfer, or a stage's round trip to the last one and back, shared by the micro-batches
+    that it may hold.
+    """
+    if shape.schedule == "gpipe":
+        return float(max(forward.max(), ahead.max()) + max(backward.max(), back.max()))
+    loads = forward + backward
+    depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
+    trips = np.cumsum((loads + ahead + back)[::-1])[::-1]
+    return float(max(loads.max(), ahead.max(), back.max(), (trips / depth).max()))
 
 
 def _optimizer(costs: Costs, candidate: Candidate, s: int, layers: tuple[int, int]) -> float:
