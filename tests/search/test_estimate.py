@@ -20,6 +20,7 @@ from meshwright.search.estimate import (
     chain,
     evaluate,
     optimistic_seconds,
+    step_seconds,
 )
 from meshwright.search.explain import as_plan
 from meshwright.search.placement import placements
@@ -145,3 +146,26 @@ def test_given_cuts_are_kept_and_weighed(bounds, fits):
     found = evaluate(costs, Candidate(DeviceSet(devices=devices), place, shape, bounds))
     assert found.bounds == bounds
     assert isinstance(found, Estimate) == fits
+
+
+def test_of_equally_balanced_cuts_the_one_with_lighter_ends_is_taken():
+    """The table tied to both ends makes them reduce most; fewer layers there cost nothing as long
+    as the middle is the bottleneck."""
+    where = cluster(("fast",) * 4, ("fast",) * 4)
+    graph = model([1e-6, *[100.0] * 8, 1e-6], parameters=5_000_000, tied=True)
+    graph = replace(graph, tied=(replace(graph.tied[0], parameters=20_000_000),))
+    costs = costs_of(graph, where, job(16))
+    grid = Grid(data=2, tensor=1, stages=4)
+    shape = Shape(grid=grid, rows=1, micro_batches=8, schedule="1f1b")
+    devices = devices_of(where)
+    place = next(p for p in placements(devices, grid, SPEED) if "inside" in p.name)
+    candidate = Candidate(DeviceSet(devices=devices), place, shape)
+    found = evaluate(costs, candidate)
+    facts = chain(costs, candidate)
+    for inner in itertools.combinations(range(1, 10), 3):
+        bounds = (0, *inner, 10)
+        slowest = max(
+            facts.forward[s, a:b].sum() for s, (a, b) in enumerate(itertools.pairwise(bounds))
+        )
+        if slowest <= facts.forward[0, 1:3].sum() * (1 + 1e-9):
+            assert found.seconds <= step_seconds(costs, candidate, bounds, facts) * (1 + 1e-9)
