@@ -161,7 +161,8 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> 
 def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
     """Seconds of one step.
 
-        (M - 1) * cycle + sum of stages and boundaries + exposed reduction + optimizer + overhead
+        stages and boundaries once + further micro-batches
+            + exposed reduction + optimizer + overhead
 
     A reduction begins inside its stage's last backward; what outlasts the backwards of the stages
     before it is exposed.
@@ -172,7 +173,7 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
     for s, cut in enumerate(bounds[1:-1]):
         ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]
-    cycle = _cycle(shape, forward, backward, ahead, back)
+    further = _further(shape, forward, backward, ahead, back)
     once = float((forward + backward + ahead + back).sum())
     before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
@@ -180,22 +181,24 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     exposed = max(0.0, float((lasts - before).max()))
     optimizer = max(_optimizer(costs, candidate, s, layers) for s, layers in enumerate(ranges))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
-    return (shape.micro_batches - 1) * cycle + once + exposed + optimizer + overhead
+    return once + further + exposed + optimizer + overhead
 
 
-def _cycle(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
-    """Seconds from one micro-batch to the next.
+def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
+    """Seconds that the micro-batches after the first one add.
 
-    GPipe: the slowest forward or transfer, then the slowest backward or transfer. 1F1B: the slowest
-    stage or transfer, or a stage's round trip to the last one and back, shared by the micro-batches
-    that it may hold.
+    GPipe: M - 1 times the slowest forward or transfer, and the slowest backward or transfer. 1F1B:
+    M - 1 times the slowest stage or transfer; or, at a stage that may hold d < M micro-batches, its
+    round trip to the last stage and back for every further d of them.
     """
+    count = shape.micro_batches - 1
     if shape.schedule == "gpipe":
-        return float(max(forward.max(), ahead.max()) + max(backward.max(), back.max()))
+        return count * float(max(forward.max(), ahead.max()) + max(backward.max(), back.max()))
     loads = forward + backward
     depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
     trips = np.cumsum((loads + ahead + back)[::-1])[::-1]
-    return float(max(loads.max(), ahead.max(), back.max(), (trips / depth).max()))
+    waits = trips * (shape.micro_batches / depth - 1)
+    return max(count * float(max(loads.max(), ahead.max(), back.max())), float(waits.max()))
 
 
 def _optimizer(costs: Costs, candidate: Candidate, s: int, layers: tuple[int, int]) -> float:

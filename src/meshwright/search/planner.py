@@ -190,12 +190,13 @@ def _play(
     plan = as_plan(costs, estimate.candidate, estimate.bounds, cluster_print)
     timeline = simulate_plan(plan, costs.model, cluster, costs.profile)
     title = label(estimate.candidate, estimate.bounds)
+    noise = 1e-12 * timeline.step_seconds
     return Played(
         name=f"{name}: {title}" if name else title,
         candidate=estimate.candidate,
         plan=plan,
         seconds=timeline.step_seconds,
-        parts=parts_of(timeline),
+        parts={part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()},
     )
 
 
