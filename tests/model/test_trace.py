@@ -131,29 +131,59 @@ def test_an_uneven_vocabulary_is_divided_in_proportion():
     assert head.tensor_units == 0
 
 
+class Pair(nn.Module):
+    def __init__(self, second: Row | None) -> None:
+        super().__init__()
+        self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tensor_split = {"b": Column()} | ({"c": second} if second else {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(x))
+
+
 class Integers(nn.Module):
     """Hands an integer tensor and a mask to a later layer, and freezes its first one."""
 
-    tensor_split = {"b": Column(), "c": Row()}
-
-    def __init__(self) -> None:
+    def __init__(self, second: Row | None = None) -> None:
         super().__init__()
         self.a = nn.Embedding(5, 6).requires_grad_(False)
-        self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.pair = Pair(second)
+        self.d = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         y, order = self.a(x), x.argsort()
-        return (self.c(self.b(y)) * (order > 0)[..., None]).mean()
+        return (self.d(self.pair(y)) * (order > 0)[..., None]).mean()
 
 
 def test_integers_and_frozen_values_carry_no_gradient():
-    graph = trace(Integers(), (torch.zeros(2, 3, dtype=torch.long),), name="mine")
+    graph = trace(Integers(Row()), (torch.zeros(2, 3, dtype=torch.long),), name="mine")
     flow = {t.name: t.gradient for t in graph.tensors}
-    assert flow == {"a": False, "b": True, "a/argsort": False}
-    assert graph.layers[0].parameters == 0
+    assert flow == {"a": False, "pair": True, "a/argsort": False}
+    assert [layer.parameters for layer in graph.layers] == [0, 84, 42]
+    assert [layer.split_parameters for layer in graph.layers] == [0, 78, 0]
     assert graph.name == "mine"
-    assert graph.layers[1].split_parameters == 42
-    assert graph.layers[2].split_parameters == 36
+
+
+def test_a_table_that_does_not_fit_its_module_is_an_error():
+    with pytest.raises(ModelError, match=r"pair: tensor_split: found a layer that fails"):
+        trace(Integers(), (torch.zeros(2, 3, dtype=torch.long),))
+
+
+class Rowwise(nn.Module):
+    """Takes other steps for more than three rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return (y * 2 if x.shape[0] > 3 else y).mean()
+
+
+def test_steps_that_depend_on_the_number_of_rows_are_an_error():
+    with pytest.raises(ModelError, match=r"a: forward: found .* the same steps for every number"):
+        trace(Rowwise(), (torch.zeros(2, 4),))
 
 
 def test_batch_tensors_must_agree_on_rows():

@@ -144,7 +144,6 @@ def per_row(runs: list[Run]) -> Amounts:
     """
     few, many = runs
     rows = ROWS[1] - ROWS[0]
-    assert len(few.births) == len(many.births), "the steps of a layer depend on the rows"
     sizes = [(b - a) / rows for a, b in zip(few.births, many.births, strict=True)]
     saved = sum(sizes[number] for number in few.saved)
     forward_peak = peak(few.forward_events, sizes, set())

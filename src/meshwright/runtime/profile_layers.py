@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from meshwright.cost.profile import LayerTime, OptimizerTime
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
-from meshwright.runtime.build import BuiltStage, build_stage
+from meshwright.runtime.build import BuiltStage, build_stage, cut_for, set_precision
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
@@ -35,7 +36,7 @@ class Stopwatch:
     def seconds(self, act: Callable[[], object]) -> float:
         """How long `act` takes on the device."""
         if self.device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began, ended = (_event() for _ in range(2))
             torch.cuda.synchronize(self.device)
             began.record()
             act()
@@ -65,6 +66,10 @@ class Bench:
     repeats: int
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def distinct_layers(model: LayerGraph) -> dict[str, int]:
     """The first layer of every signature."""
     return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
@@ -82,7 +87,7 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
             partial(stage.forward, 0, received, batch, step=0, first_row=0)
         )
         given = _gradients(stage, built, device)
-        backward_seconds = bench.watch.seconds(partial(stage.backward, 0, given))
+        backward_seconds = bench.watch.seconds(partial(stage.backward, 0, given, 1.0))
         if turn >= 2:
             forward.append(forward_seconds)
             backward.append(backward_seconds)
@@ -112,12 +117,12 @@ def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, 
     )
     # Sums over a team of one: what is measured is compute, communication is priced apart.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
+    model = bench.make_model()
+    set_precision(model, graph.precision)
     built = build_stage(
-        bench.make_model(),
-        bench.inputs,
-        graph.precision,
+        model,
+        cut_for(model, bench.inputs, graph.precision, rows),
         seats,
-        seat,
         seed=0,
         device=device,
         team=team,
@@ -129,7 +134,7 @@ def _alone() -> dist.ProcessGroup:
     """A group of this rank only."""
     mine = None
     for rank in range(dist.get_world_size()):
-        group = dist.new_group([rank])
+        group = cast("dist.ProcessGroup", dist.new_group([rank]))
         mine = group if rank == dist.get_rank() else mine
     assert mine is not None
     return mine
@@ -139,7 +144,7 @@ def _batch_of(stage: Stage, built: BuiltStage, bench: Bench, rows: int) -> dict[
     whole = dict(zip(built.inputs, bench.inputs, strict=True))
     return {
         name: _like((rows, *whole[name].shape[1:]), whole[name].dtype, bench.watch.device)
-        for name in stage.inputs
+        for name in stage.reads
     }
 
 
@@ -149,9 +154,9 @@ def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _gradients(stage: Stage, built: BuiltStage, device: torch.device) -> list[Tensor | None]:
+def _gradients(stage: Stage, built: BuiltStage, device: torch.device) -> list[Tensor]:
     if stage.makes_loss:
-        return [torch.ones((), device=device)]
+        return []
     return [_like(t.shape, t.dtype, device) for t in built.outgoing if t.gradient]
 
 

@@ -1,0 +1,138 @@
+"""Model, plan and program to all that one rank needs to play its instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed import Work
+
+from meshwright.plan.ranks import Seat, StageSeats, stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import Instruction, Op, Program
+from meshwright.program.schedules import in_flight
+from meshwright.runtime.boundary import Handle, Messages
+from meshwright.runtime.build import Crossing, Held, build_stage, cut_for
+from meshwright.runtime.collect import Home, parameter_homes
+from meshwright.runtime.dilation import Dilator
+from meshwright.runtime.reduce import (
+    FlatBucket,
+    Key,
+    Reducer,
+    group_parameters,
+    make_bucket,
+)
+from meshwright.runtime.stage import Stage
+from meshwright.runtime.start import agree, equalise
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.world import World
+
+
+@dataclass(slots=True)
+class Assembly:
+    """One rank, ready to start."""
+
+    seat: Seat
+    tensor_width: int
+    stage: Stage
+    held: tuple[Held, ...]
+    messages: dict[Op, Messages]
+    """By what this rank does with them: SEND_F, RECV_F, SEND_B, RECV_B."""
+    reducer: Reducer
+    homes: tuple[Home, ...]
+
+    @property
+    def buckets(self) -> Sequence[FlatBucket]:
+        """All gradients of this rank."""
+        return list(self.reducer.buckets.values())
+
+
+def assemble(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    plan: Plan,
+    program: Program,
+    world: World,
+    *,
+    seed: int,
+    dilator: Dilator | None,
+    posted: Callable[[Instruction, list[Work]], Handle],
+) -> Assembly:
+    """Builds this rank's stage and meets the others to start from equal weights.
+
+    `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
+    if the processes did not build the same model.
+    """
+    stages = stage_seats(plan)
+    place, seat = _seat(stages, world.rank)
+    cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
+    homes = parameter_homes(model, cuts[0], stages)
+    width = len(place.seats[0])
+    team = _team(world, seat, width, dilator)
+    built = build_stage(model, cuts, place, seed=seed, device=world.device, team=team)
+    instructions = program.ranks[world.rank]
+    buckets = _buckets(built.held, instructions, built.tied, world)
+    messages = {
+        Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
+        Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
+        Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
+        Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
+    }
+    agree(program, world, messages)
+    equalise(buckets.values(), built.held, world, team)
+    catch_up = (lambda: None) if dilator is None else dilator.catch_up
+    return Assembly(
+        seat=seat,
+        tensor_width=width,
+        stage=Stage(built, plan.job.precision, world.device, seed),
+        held=built.held,
+        messages=messages,
+        reducer=Reducer(buckets, posted, catch_up),
+        homes=homes,
+    )
+
+
+def _seat(stages: Sequence[StageSeats], rank: int) -> tuple[StageSeats, Seat]:
+    return next(
+        (stage, seat)
+        for stage in stages
+        for replica in stage.seats
+        for seat in replica
+        if seat.rank == rank
+    )
+
+
+def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team | None:
+    if world.tensor is None:
+        return None
+    team = Team(world.tensor, seat.tensor_index, width)
+    if dilator is not None:
+        team.before_sum, team.after_sum = dilator.catch_up, dilator.resume
+    return team
+
+
+def _buckets(
+    held: Sequence[Held], instructions: Sequence[Instruction], tied: frozenset[str], world: World
+) -> dict[Key, FlatBucket]:
+    reductions = [i for i in instructions if i.op is Op.REDUCE_GRAD]
+    members = {(i.layers, i.tied): i.ranks for i in reductions}
+    buckets = {}
+    for key, group in group_parameters(held, reductions, tied).items():
+        ranks = members.get(key, (world.rank,))
+        buckets[key] = make_bucket(group, world.reduce.get(ranks), len(ranks))
+    return buckets
+
+
+def _messages(
+    plan: Plan, seat: Seat, tensors: Sequence[Crossing], world: World, *, backward: bool
+) -> Messages:
+    pipeline = plan.pipelines[seat.pipeline]
+    return Messages(
+        tensors,
+        seat.rows,
+        world.backward if backward else world.forward,
+        world.device,
+        backward=backward,
+        window=in_flight(plan.schedule, 0, len(pipeline.stages), pipeline.micro_batches),
+    )

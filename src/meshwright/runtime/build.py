@@ -1,0 +1,284 @@
+"""Model and plan to one rank's stage: its own layers are given storage and values, nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.cluster.spec import Precision
+from meshwright.errors import ModelError, PlanError, Problem
+from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
+from meshwright.model.shard import Ranges, Split, held, splits
+from meshwright.plan.ranks import StageSeats
+from meshwright.records import record
+from meshwright.runtime.seeds import initial_seed
+from meshwright.runtime.tensor import Team, divide, take
+
+
+@record
+class Crossing:
+    """A tensor that a cut carries, as one rank sees it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """With this rank's rows."""
+    dtype: torch.dtype
+    gradient: bool
+    by_rows: bool
+    """False: the same for all rows (positions, masks), carried whole."""
+
+
+@dataclass(slots=True)
+class Held:
+    """One parameter as a rank holds it."""
+
+    name: str
+    """In the model."""
+    parameter: nn.Parameter
+    layers: tuple[int, ...]
+    """Own layers that use it."""
+    divided: bool
+    """A slice, by tensor parallelism."""
+
+
+@dataclass(slots=True)
+class BuiltStage:
+    """What one rank needs to run its layers."""
+
+    inputs: tuple[str, ...]
+    """Names of the batch's tensors."""
+    parts: tuple[LayerPart, ...]
+    incoming: tuple[Crossing, ...]
+    outgoing: tuple[Crossing, ...]
+    held: tuple[Held, ...]
+    tied: frozenset[str]
+    """Names of parameters that layers of the model share."""
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a module refers to a parameter."""
+
+    owner: nn.Module
+    attribute: str
+    module: str
+    layer: int
+    name: str
+
+
+def set_precision(model: nn.Module, precision: Precision) -> None:
+    """Weights in float64 for fp64, else in float32: the masters that low precision is cast from."""
+    wanted = torch.float64 if precision == "fp64" else torch.float32
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_floating_point() and t.dtype != wanted for t in tensors):
+        model.to(wanted)
+
+
+def with_rows(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """Stand-ins for a batch with this number of rows."""
+    return tuple(
+        torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+        for tensor in inputs
+    )
+
+
+def cut_for(
+    model: nn.Module, inputs: tuple[Tensor, ...], precision: Precision, rows: int
+) -> tuple[LayeredModel, LayeredModel]:
+    """The model cut for `rows` rows, and for one more: the difference tells which of the tensors
+    between layers have rows."""
+    few, more = (cut(model, with_rows(inputs, n), precision) for n in (rows, rows + 1))
+    return few, more
+
+
+def build_stage(
+    model: nn.Module,
+    cuts: tuple[LayeredModel, LayeredModel],
+    stage: StageSeats,
+    *,
+    seed: int,
+    device: torch.device,
+    team: Team | None,
+) -> BuiltStage:
+    """The layers of one rank, on its device, divided among its team.
+
+    A module on the meta device gets storage and then its own `reset_parameters()`, under a seed
+    that depends on its name alone; real weights are kept. Raises ModelError for a module on meta
+    that cannot set its values, PlanError for one that cannot be divided.
+    """
+    layered, more = cuts
+    first, last = stage.layers
+    parts = layered.layers[first:last]
+    for part in parts:
+        for name in part.modules:
+            materialise(model.get_submodule(name), name, seed, device)
+    places = [p for n, part in enumerate(parts, first) for p in _places(part, n)]
+    _share_tied(model, layered, places, seed, device)
+    _check_real(places)
+    for part in parts:
+        part.module.to(device)
+    return BuiltStage(
+        inputs=layered.inputs,
+        parts=parts,
+        incoming=_crossings(layered, more, first),
+        outgoing=_crossings(layered, more, last),
+        held=_divide(model, parts, places, team),
+        tied=frozenset(layered.tied),
+    )
+
+
+def _crossings(layered: LayeredModel, more: LayeredModel, at: int) -> tuple[Crossing, ...]:
+    def crosses(tensor: CrossingTensor) -> bool:
+        return tensor.producer < at <= tensor.consumers[-1]
+
+    return tuple(
+        Crossing(
+            name=tensor.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            gradient=tensor.gradient,
+            by_rows=tensor.shape != other.shape,
+        )
+        for tensor, other in zip(layered.tensors, more.tensors, strict=True)
+        if crosses(tensor)
+    )
+
+
+def materialise(leaf: nn.Module, name: str, seed: int, device: torch.device) -> None:
+    """Gives a module on the meta device storage on `device` and its initial values."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(initial_seed(seed, name))
+        for inner, module in leaf.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if any(tensor.is_meta for tensor in own):
+                _reset(module, f"{name}.{inner}" if inner else name, device)
+
+
+def _reset(module: nn.Module, name: str, device: torch.device) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise ModelError(
+            Problem(
+                f"module {name}",
+                "reset_parameters",
+                f"none in {type(module).__name__}, whose tensors are on the meta device",
+                "a method that sets the initial values",
+                "add the method, or build the model with real weights",
+            )
+        )
+    module.to_empty(device=device, recurse=False)
+    with torch.no_grad():
+        reset()
+
+
+def _places(part: LayerPart, layer: int) -> Iterator[_Place]:
+    for local, name in part.parameters.items():
+        module, _, attribute = local.rpartition(".")
+        owner = part.module.get_submodule(module)
+        yield _Place(owner=owner, attribute=attribute, module=module, layer=layer, name=name)
+
+
+def _share_tied(
+    model: nn.Module,
+    layered: LayeredModel,
+    places: list[_Place],
+    seed: int,
+    device: torch.device,
+) -> None:
+    """One Parameter for each tied name; its value is the one that its first layer gives it.
+
+    A tied parameter whose first layer is elsewhere is initialised as that layer does it.
+    """
+    shared: dict[str, nn.Parameter] = {}
+    here = {place.layer for place in places}
+    for place in places:
+        if place.name not in layered.tied:
+            continue
+        if place.name not in shared:
+            own = place.owner.get_parameter(place.attribute)
+            first = layered.tied[place.name][0]
+            foreign = None if first in here else _foreign(model, layered.layers[first], place.name)
+            if foreign is not None:
+                leaf, inside = foreign
+                materialise(leaf, place.name.removesuffix(f".{inside}"), seed, device)
+                own = leaf.get_parameter(inside)
+            shared[place.name] = own
+        setattr(place.owner, place.attribute, shared[place.name])
+
+
+def _foreign(model: nn.Module, part: LayerPart, name: str) -> tuple[nn.Module, str] | None:
+    """A copy, still on meta, of another layer's module, and a parameter's name inside it; None if
+    the weights are real."""
+    for leaf in part.modules:
+        if name.startswith(f"{leaf}.") and model.get_parameter(name).is_meta:
+            return copy.deepcopy(model.get_submodule(leaf)), name.removeprefix(f"{leaf}.")
+    return None
+
+
+def _check_real(places: list[_Place]) -> None:
+    ModelError.check(
+        Problem(
+            "model",
+            place.name,
+            "a parameter on the meta device that no layer's module owns",
+            "a module of its own with a `reset_parameters` method",
+            "or build the model with real weights",
+        )
+        for place in places
+        if place.owner.get_parameter(place.attribute).is_meta
+    )
+
+
+def _divide(
+    model: nn.Module, parts: tuple[LayerPart, ...], places: list[_Place], team: Team | None
+) -> tuple[Held, ...]:
+    """Slices the parameters for the team and makes the modules compute with it."""
+    table = _table(model, parts) if team is not None else {}
+    result: dict[str, Held] = {}
+    cuts: dict[str, Ranges | None] = {}
+    sizes: dict[str, int] = {}
+    for place in places:
+        full = place.owner.get_parameter(place.attribute)
+        known = result.get(place.name)
+        if known is not None and known.parameter is full:
+            known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
+            continue
+        split = table.get(place.module)
+        ranges = None
+        if team is not None and split is not None:
+            ranges = held(split, place.attribute, tuple(full.shape), team.width, team.index)
+            sizes[place.module] = full.shape[0]
+        if known is None:
+            if ranges is not None:
+                part = take(full.detach(), ranges)
+                full = nn.Parameter(part, requires_grad=full.requires_grad)
+            known = Held(
+                name=place.name, parameter=full, layers=(place.layer,), divided=ranges is not None
+            )
+            result[place.name], cuts[place.name] = known, ranges
+        elif cuts[place.name] != ranges:
+            raise PlanError(
+                Problem(
+                    f"parameter {place.name}",
+                    "tensor_split",
+                    f"two ways to divide it, one of them in {place.module}",
+                    "one way for all modules that share it",
+                )
+            )
+        known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
+        setattr(place.owner, place.attribute, known.parameter)
+    for name, split in table.items():
+        assert team is not None
+        divide(model.get_submodule(name), name, split, sizes.get(name, 0), team)
+    return tuple(result.values())
+
+
+def _table(model: nn.Module, parts: tuple[LayerPart, ...]) -> dict[str, Split]:
+    modules = tuple(dict.fromkeys(name for part in parts for name in part.modules))
+    table = splits(model, modules)
+    inside = tuple(f"{module}." for module in modules)
+    return {name: how for name, how in table.items() if f"{name}.".startswith(inside)}

@@ -1,0 +1,50 @@
+"""Emulation of slower devices: arithmetic is real, then the rank sleeps until it has lasted as long
+as on a device that has only a share of a core."""
+
+from __future__ import annotations
+
+import time
+
+from meshwright.records import record
+
+
+@record
+class Dilation:
+    """How slow the emulated device is."""
+
+    share: float
+    """Of a core: computing lasts CPU time / share."""
+
+
+class Dilator:
+    """Stretches one rank's compute instructions.
+
+    The CPU time of the computing thread counts, so that waiting for a core is not stretched too.
+    Whatever others can see (a bucket on its way, a sum among tensor ranks) must be preceded by
+    `catch_up`, so that it happens when the slow device would have got there.
+    """
+
+    def __init__(self, dilation: Dilation) -> None:
+        self.share = dilation.share
+        self._wall = 0.0
+        self._cpu = 0.0
+        self._late = 0.0
+        """Seconds by which the last sleep took too long; the next instruction gives them back."""
+
+    def begin(self) -> None:
+        """An instruction starts."""
+        self._wall = time.perf_counter() - self._late
+        self._late = 0.0
+        self._cpu = time.thread_time()
+
+    def catch_up(self) -> None:
+        """Sleeps until the work since `begin` has lasted its time on the emulated device."""
+        due = self._wall + (time.thread_time() - self._cpu) / self.share
+        left = due - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        self._late = min(max(0.0, time.perf_counter() - due), 1e-3) if left > 0 else 0.0
+
+    def resume(self) -> None:
+        """After a wait for others, which is neither computing nor to be slept off."""
+        self.begin()

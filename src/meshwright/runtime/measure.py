@@ -1,0 +1,294 @@
+"""One step measured instruction by instruction: when each began and ended on this rank."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Work
+
+from meshwright.program.instructions import (
+    COMPUTE,
+    MATCHING_RECEIVE,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Op,
+    Program,
+)
+from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
+from meshwright.runtime.boundary import Handle
+from meshwright.runtime.build import Held
+from meshwright.runtime.reduce import FlatBucket
+
+Moment = Callable[[], float]
+"""Seconds on the host's clock; for CUDA, known once the device has got there."""
+
+
+class Works:
+    """The messages of one instruction."""
+
+    __slots__ = ("works",)
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        """Until all have arrived; on CUDA the current stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+
+
+class _Watched:
+    """Messages that a thread of their own waits for, to see when they arrive."""
+
+    def __init__(self, works: Sequence[Work], span: _Span) -> None:
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._watch, args=(works, span), daemon=True)
+        self._thread.start()
+
+    def _watch(self, works: Sequence[Work], span: _Span) -> None:
+        try:
+            Works(works).wait()
+        except RuntimeError as failure:
+            self._failure = failure
+        span.end = _at(time.monotonic())
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+@dataclass(slots=True)
+class _Span:
+    index: int
+    start: Moment
+    end: Moment
+
+
+@dataclass(slots=True)
+class RankRecord:
+    """What one rank saw, on its host's clock."""
+
+    host: str
+    started: float
+    ended: float = 0.0
+    spans: list[tuple[int, float, float]] = field(default_factory=list)
+    """Index of the instruction in the rank's list, start, end."""
+    memory: list[tuple[float, int]] = field(default_factory=list)
+
+
+class Recorder:
+    """Stands beside the interpreter for one step."""
+
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        device: torch.device,
+        *,
+        weights: Sequence[Tensor],
+        static_bytes: int,
+    ) -> None:
+        self.device = device
+        self.static_bytes = static_bytes
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._index = {id(i): n for n, i in enumerate(instructions)}
+        self._spans: list[_Span] = []
+        self._memory: list[tuple[Moment, int]] = []
+        self._saved: dict[int, int] = {}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self._origin = _cuda_event()
+        self.record = RankRecord(host=socket.gethostname(), started=time.monotonic())
+        self._remember()
+
+    def now(self) -> Moment:
+        """This moment, on the host or on the device's current stream."""
+        if self.device.type != "cuda":
+            return _at(time.monotonic())
+        event = _cuda_event()
+        return lambda: self.record.started + float(self._origin.elapsed_time(event)) / 1e3
+
+    @contextmanager
+    def computing(self, i: Instruction) -> Iterator[None]:
+        """Around what an instruction computes, or waits for by itself."""
+        start = self.now()
+        with self._saving(i) if i.op is Op.FORWARD else nullcontext():
+            yield
+        self._spans.append(_Span(self._index[id(i)], start, self.now()))
+        if i.op is Op.BACKWARD and i.micro_batch is not None:
+            self._saved.pop(i.micro_batch, None)
+        if i.op in COMPUTE:
+            self._remember()
+
+    def posted(self, instruction: Instruction, works: Sequence[Work]) -> Handle:
+        """Messages that are under way from this moment on."""
+        span = _Span(self._index[id(instruction)], self.now(), _at(0.0))
+        self._spans.append(span)
+        if self.device.type != "cuda":
+            return _Watched(works, span)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            Works(works).wait()
+            span.end = self.now()
+        return Works(works)
+
+    @contextmanager
+    def _saving(self, i: Instruction) -> Iterator[None]:
+        """Around a forward: counts the bytes that it keeps for its backward."""
+        assert i.micro_batch is not None
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+        self._saved[i.micro_batch] = sum(sizes.values())
+
+    def _remember(self) -> None:
+        """Memory in use at this moment."""
+        used = self.static_bytes + sum(self._saved.values())
+        if self.device.type == "cuda":
+            used = torch.cuda.memory_allocated(self.device)
+        self._memory.append((self.now(), used))
+
+    def close(self) -> RankRecord:
+        """Ends the step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.record.ended = time.monotonic()
+        self.record.spans = [(s.index, s.start(), s.end()) for s in self._spans]
+        self.record.memory = [(moment(), size) for moment, size in self._memory]
+        return self.record
+
+
+def _at(seconds: float) -> Moment:
+    return lambda: seconds
+
+
+def _cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def static_bytes(
+    held: Sequence[Held], buckets: Sequence[FlatBucket], optimizer: torch.optim.Optimizer
+) -> int:
+    """Weights, gradients and optimizer states of one rank."""
+    weights = sum(one.parameter.nbytes for one in held)
+    gradients = sum(bucket.buffer.nbytes for bucket in buckets)
+    states = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+    return weights + gradients + states
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has had: allocated on a CUDA device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gather(
+    record: RankRecord, program: Program, devices: tuple[str, ...], group: dist.ProcessGroup
+) -> Timeline | None:
+    """All ranks' records as one Timeline, on rank 0; None elsewhere.
+
+    Ranks of one host share its clock; hosts are aligned at the barrier before the step. What two or
+    more ranks do together starts when the last of them is ready.
+    """
+    rank = dist.get_rank()
+    records: list[RankRecord] | None = [record] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(record, records, dst=0, group=group)
+    if records is None:
+        return None
+    origin: dict[str, float] = {}
+    for one in records:
+        origin[one.host] = min(one.started, origin.get(one.host, one.started))
+    spans = [
+        [(program.ranks[r][n], start - origin[one.host], end - origin[one.host])
+         for n, start, end in one.spans]
+        for r, one in enumerate(records)
+    ]  # fmt: skip
+    ready = _ready(spans)
+    return Timeline(
+        source="measured",
+        devices=devices,
+        step_seconds=max(one.ended - origin[one.host] for one in records),
+        intervals=tuple(
+            _interval(r, i, max(start, ready[_meeting(r, i)]), end)
+            for r, found in enumerate(spans)
+            for i, start, end in found
+        ),
+        memory=tuple(
+            MemoryPoint(rank=r, seconds=at - origin[one.host], bytes=size)
+            for r, one in enumerate(records)
+            for at, size in one.memory
+        ),
+    )
+
+
+_Meeting = tuple[object, ...]
+
+
+def _meeting(rank: int, i: Instruction) -> _Meeting:
+    """What all ranks that take part in one message or sum have in common."""
+    if i.op in SENDS:
+        return (MATCHING_RECEIVE[i.op], rank, i.peer, i.micro_batch, i.rows)
+    if i.op in RECEIVES:
+        return (i.op, i.peer, rank, i.micro_batch, i.rows)
+    if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
+        return (i.op, i.ranks, i.layers, i.tied)
+    return (i.op, rank, i.micro_batch)
+
+
+def _ready(spans: list[list[tuple[Instruction, float, float]]]) -> dict[_Meeting, float]:
+    ready: dict[_Meeting, float] = {}
+    for rank, found in enumerate(spans):
+        for i, start, _ in found:
+            key = _meeting(rank, i)
+            ready[key] = max(start, ready.get(key, start))
+    return ready
+
+
+def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
+    return Interval(
+        rank=rank,
+        stream=_stream(i.op),
+        op=i.op,
+        stage=i.stage,
+        micro_batch=i.micro_batch,
+        label=label(i),
+        start_seconds=start,
+        end_seconds=max(start, end),
+        peer=i.peer,
+        bytes=i.bytes,
+    )
+
+
+def _stream(op: Op) -> Stream:
+    if op in SENDS:
+        return "send"
+    if op in RECEIVES:
+        return "receive"
+    return "reduce" if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) else "compute"

@@ -1,0 +1,107 @@
+"""Global gradient norm, clipping and loss scale: all that surrounds the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meshwright.errors import Problem, TrainingError
+from meshwright.runtime.reduce import FlatBucket
+from meshwright.runtime.world import World
+
+Schedule = Callable[[int], float]
+"""Step, from 0, to factor of the learning rate."""
+
+
+def squared_norm(buckets: Iterable[FlatBucket], tensor_width: int, device: torch.device) -> Tensor:
+    """This rank's share of the squared norm of the whole gradient, in float64.
+
+    The sum over all ranks counts every number once: what h replicas hold weighs 1 / h, what all t
+    tensor ranks of each hold weighs 1 / (h t).
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for bucket in buckets:
+        alike, divided = bucket.buffer[: bucket.replicated], bucket.buffer[bucket.replicated :]
+        for part, copies in ((alike, bucket.holders * tensor_width), (divided, bucket.holders)):
+            if part.numel():
+                total += torch.linalg.vector_norm(part).double().square() / copies
+    return total
+
+
+def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
+    """Scales all gradients, if they are to be scaled at all."""
+    if factor != 1.0:
+        for bucket in buckets:
+            bucket.buffer.mul_(factor)
+
+
+def clip_factor(norm: float, clip_norm: float | None) -> float:
+    """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+
+
+class LossScale:
+    """Keeps small float16 gradients from vanishing: the loss is multiplied by a power of two that
+    halves when gradients overflow, and doubles after 2000 steps without (Micikevicius et al. 2018).
+    Other precisions use the constant 1."""
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, dynamic: bool) -> None:
+        self.dynamic = dynamic
+        self.value = 65536.0 if dynamic else 1.0
+        self._good = 0
+
+    def update(self, overflow: bool) -> None:
+        """Takes note of one step."""
+        if not self.dynamic:
+            return
+        self._good = 0 if overflow else self._good + 1
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self._good % self.GROWTH_STEPS == 0:
+            self.value *= 2
+
+
+def check_finite(step: int, loss: float, norm: float, scale: LossScale) -> None:
+    """Raises TrainingError, on every rank alike, before a number that is none reaches a weight."""
+    if not math.isfinite(loss):
+        _stop(step, "loss", loss)
+    if not math.isfinite(norm) and not (scale.dynamic and scale.value > 1):
+        _stop(step, "gradient norm", norm)
+
+
+def _stop(step: int, what: str, value: float) -> None:
+    raise TrainingError(
+        Problem(
+            f"step {step}",
+            what,
+            str(value),
+            "a finite number",
+            "lower the learning rate, clip gradients, or look at this step's batch; "
+            "the weights are those before this step",
+        )
+    )
+
+
+def stop_for_missing(names: list[str], world: World) -> None:
+    """Raises TrainingError, on every rank alike, naming the parameters without gradient that any
+    rank knows of."""
+    found: list[list[str]] = [[]] * world.size
+    dist.all_gather_object(found, names, group=world.everyone)
+    raise TrainingError(
+        *(
+            Problem(
+                "step 0",
+                name,
+                "no gradient for this parameter",
+                "every trainable parameter to take part in the loss",
+                "remove it, or set requires_grad = False",
+            )
+            for name in dict.fromkeys(name for some in found for name in some)
+        )
+    )

@@ -1,0 +1,69 @@
+"""Before the first step: all ranks agree on what they will exchange, and on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from meshwright.errors import Problem, TrainingError
+from meshwright.program.instructions import MATCHING_RECEIVE, SENDS, Op, Program
+from meshwright.runtime.boundary import Messages
+from meshwright.runtime.build import Held
+from meshwright.runtime.reduce import FlatBucket
+from meshwright.runtime.seeds import mix
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.world import World
+
+
+def agree(program: Program, world: World, messages: dict[Op, Messages]) -> None:
+    """Every pair that will exchange messages exchanges their description first.
+
+    It opens the connections (pairs of NCCL open theirs in the first message, both at once: here in
+    one order for all ranks), and finds processes whose models differ, whose messages would
+    otherwise be taken for something else. Raises TrainingError.
+    """
+    pairs = sorted(
+        {(i.op, rank, i.peer) for rank, found in enumerate(program.ranks) for i in found
+         if i.op in SENDS and i.peer is not None}
+    )  # fmt: skip
+    for op, source, target in pairs:
+        if world.rank not in (source, target):
+            continue
+        sends = world.rank == source
+        end = messages[op if sends else MATCHING_RECEIVE[op]]
+        own = torch.tensor([mix(*end.signature())], device=world.device)
+        if sends:
+            dist.send(own, target, group=end.group)
+            continue
+        theirs = torch.empty_like(own)
+        dist.recv(theirs, source, group=end.group)
+        if not torch.equal(own, theirs):
+            raise TrainingError(
+                Problem(
+                    f"rank {world.rank}",
+                    f"{op} from rank {source}",
+                    "tensors of other names, shapes or types than here",
+                    f"the same on both sides ({'; '.join(end.signature())})",
+                    "build the same model, with the same inputs, in every process",
+                )
+            )
+
+
+def equalise(
+    buckets: Iterable[FlatBucket], held: Sequence[Held], world: World, team: Team | None
+) -> None:
+    """All holders of a parameter take the values of the first of them."""
+    with torch.no_grad():
+        works = [
+            dist.broadcast(one.parameter, group_src=0, group=bucket.group, async_op=True)
+            for bucket in buckets
+            if bucket.group is not None
+            for one in bucket.held
+        ]
+        for work in works:
+            work.wait()
+        for one in held if team is not None else ():
+            if not one.divided:
+                dist.broadcast(one.parameter, group_src=0, group=world.tensor)

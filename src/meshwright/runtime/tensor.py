@@ -1,0 +1,204 @@
+"""Tensor parallelism on plain tensors: slices the parameters of a layer, and adds the sums that
+make the sliced layer compute what the whole one does.
+
+After Shoeybi et al. 2019 (Megatron-LM). Parameters stay ordinary tensors, so that gradient buckets,
+fused optimizers and clipping need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed import ProcessGroup, ReduceOp
+
+from meshwright.errors import PlanError, Problem
+from meshwright.model.shard import (
+    Column,
+    Ranges,
+    Row,
+    Split,
+    Vocabulary,
+    VocabularyHead,
+    VocabularyLoss,
+    chunk,
+)
+
+
+class Team:
+    """The ranks that share a layer, as one of them sees them."""
+
+    def __init__(self, group: ProcessGroup, index: int, width: int) -> None:
+        self.group = group
+        self.index = index
+        self.width = width
+        self.before_sum: Callable[[], None] | None = None
+        self.after_sum: Callable[[], None] | None = None
+
+    def sum_(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
+        """Sums `x` over the team, in place."""
+        if self.before_sum is not None:
+            self.before_sum()
+        dist.all_reduce(x, op, group=self.group)
+        if self.after_sum is not None:
+            self.after_sum()
+        return x
+
+
+class _Enter(Function):
+    """Into the divided part of a layer: the same input on all, the sum of their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
+        ctx.team = team
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # A copy: autograd may hand the same gradient to others.
+        team: Team = ctx.team
+        return team.sum_(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Leave(Function):
+    """Out of the divided part of a layer: summands to their sum, its gradient to each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
+        ctx.mark_dirty(x)
+        return team.sum_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+class _VocabularyCrossEntropy(Function):
+    """Mean cross entropy over the vocabulary's shares: log(sum_v exp(l_v)) - l_target, averaged
+    over the targets that are not `ignore`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, target_N: Tensor, first: int, ignore: int, team: Team
+    ) -> Tensor:
+        x_NV = logits_NV.to(torch.promote_types(torch.float32, logits_NV.dtype))
+        top_N = team.sum_(x_NV.amax(dim=1), ReduceOp.MAX)
+        x_NV = x_NV - top_N[:, None]
+        local_N = target_N - first
+        mine_N = (local_N >= 0) & (local_N < x_NV.shape[1])
+        local_N = local_N.masked_fill(~mine_N, 0)
+        picked_N = x_NV.gather(1, local_N[:, None])[:, 0].masked_fill(~mine_N, 0)
+        exp_NV = x_NV.exp_()
+        total_N, picked_N = team.sum_(torch.stack((exp_NV.sum(dim=1), picked_N)))
+        counts_N = target_N != ignore
+        ctx.scale = 1 / counts_N.sum()
+        ctx.save_for_backward(exp_NV.div_(total_N[:, None]), local_N, mine_N, counts_N)
+        ctx.dtype = logits_NV.dtype
+        losses_N = (total_N.log() - picked_N).masked_fill(~counts_N, 0)
+        return cast("Tensor", losses_N.sum() * ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        softmax_NV, local_N, mine_N, counts_N = ctx.saved_tensors
+        grad_NV = softmax_NV.clone()
+        grad_NV.scatter_add_(1, local_N[:, None], -mine_N.to(grad_NV.dtype)[:, None])
+        grad_NV *= (counts_N * (grad * ctx.scale))[:, None]
+        return grad_NV.to(ctx.dtype), None, None, None, None
+
+
+def enter(x: Tensor, team: Team) -> Tensor:
+    """`x`; its gradient is summed over the team."""
+    return cast("Tensor", _Enter.apply(x, team))  # type: ignore[no-untyped-call]
+
+
+def leave(x: Tensor, team: Team) -> Tensor:
+    """The sum of `x` over the team; `x` is overwritten."""
+    return cast("Tensor", _Leave.apply(x, team))  # type: ignore[no-untyped-call]
+
+
+def take(full: Tensor, ranges: Ranges) -> Tensor:
+    """The held slices of a full tensor, as a tensor of their own."""
+    slices = [full.narrow(ranges.dim, first, last - first) for first, last in ranges.ranges]
+    return torch.cat(slices, dim=ranges.dim)
+
+
+def put(full: Tensor, ranges: Ranges, part: Tensor) -> None:
+    """Writes held slices back into the full tensor."""
+    start = 0
+    for first, last in ranges.ranges:
+        full.narrow(ranges.dim, first, last - first).copy_(
+            part.narrow(ranges.dim, start, last - first)
+        )
+        start += last - first
+
+
+def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Team) -> None:
+    """Makes a module whose parameters are slices compute with its team.
+
+    `full_size` is the vocabulary of a Vocabulary. Raises PlanError for a kind of module that
+    cannot be divided so.
+    """
+    if isinstance(split, (Column, VocabularyHead)):
+        whole = module.forward
+        module.forward = lambda x: whole(enter(x, team))
+    elif isinstance(split, Row):
+        _need(type(module).forward is nn.Linear.forward, module, name, "an nn.Linear")
+        module.forward = _row(cast("nn.Linear", module), team)
+    elif isinstance(split, Vocabulary):
+        fits = isinstance(module, nn.Embedding) and module.padding_idx is None
+        _need(fits and cast("Any", module).max_norm is None, module, name,
+              "an nn.Embedding without padding_idx and max_norm")  # fmt: skip
+        module.forward = _vocabulary(module, full_size, team)
+    elif isinstance(split, VocabularyLoss):
+        module.forward = _vocabulary_loss(module, team)
+
+
+def _need(holds: bool, module: nn.Module, name: str, wanted: str) -> None:
+    if not holds:
+        raise PlanError(Problem(f"module {name}", "tensor_split", type(module).__name__, wanted))
+
+
+def _row(module: nn.Linear, team: Team) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        y = leave(F.linear(x, module.weight), team)
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
+    return forward
+
+
+def _vocabulary(module: nn.Module, size: int, team: Team) -> Callable[[Tensor], Tensor]:
+    first, last = chunk(size, team.width, team.index)
+    whole = module.forward
+
+    def forward(index: Tensor) -> Tensor:
+        elsewhere = (index < first) | (index >= last)
+        found = whole((index - first).masked_fill(elsewhere, 0))
+        return leave(found.masked_fill(elsewhere[..., None], 0), team)
+
+    return forward
+
+
+def _vocabulary_loss(module: nn.Module, team: Team) -> Callable[[Tensor, Tensor], Tensor]:
+    ignore = int(getattr(module, "ignore_index", -100))
+    starts: list[int] = []
+
+    def forward(logits: Tensor, targets: Tensor) -> Tensor:
+        flat = logits.flatten(0, -2)
+        if not starts:
+            sizes = [
+                torch.zeros(1, dtype=torch.long, device=flat.device)
+                for _ in range(dist.get_world_size(team.group))
+            ]
+            mine = torch.tensor([flat.shape[1]], device=flat.device)
+            dist.all_gather(sizes, mine, group=team.group)
+            starts.append(sum(int(size) for size in sizes[: team.index]))
+        args = (flat, targets.flatten(), starts[0], ignore, team)
+        result = _VocabularyCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
+        return cast("Tensor", result)
+
+    return forward

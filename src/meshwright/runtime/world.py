@@ -1,0 +1,252 @@
+"""The processes of a run: who is here, and the groups in which they communicate.
+
+Groups are built from a plan and its program, and handed to whoever needs them; nothing here is
+global except torch.distributed's own default group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.plan.ranks import stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import Instruction, Op, Program, text
+
+TIMEOUT_SECONDS = 300.0
+"""A message that takes longer than this is taken for lost."""
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PeerLost(TrainingError):  # noqa: N818 - named for what happened
+    """This rank is well, but another one has gone."""
+
+
+@dataclass(slots=True)
+class World:
+    """This process among the others, and its process groups."""
+
+    rank: int
+    size: int
+    device: torch.device
+    everyone: ProcessGroup
+    forward: ProcessGroup
+    """For activations; apart from `backward`: the two directions never wait in one queue."""
+    backward: ProcessGroup
+    reduce: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
+    """For sums of gradients, by the ranks that take part."""
+    tensor: ProcessGroup | None = None
+    """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
+    owned: bool = True
+    """True if closing this World must end torch.distributed too."""
+
+
+def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Rank and local rank that a launcher gave this process.
+
+    Raises LaunchError if its variables are missing, are no numbers, or tell of another number of
+    processes than the plan has devices.
+    """
+    size = len(plan.devices)
+    command = f"torchrun --nproc-per-node {size} your_script.py"
+    missing = [name for name in VARIABLES if name not in environ]
+    if missing:
+        raise LaunchError(
+            Problem(
+                "environment",
+                ", ".join(missing),
+                "nothing",
+                "the variables that a launcher sets",
+                f"start with: {command}",
+            )
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environ[name].isdecimal():
+            raise LaunchError(Problem("environment", name, repr(environ[name]), "a whole number"))
+        numbers[name] = int(environ[name])
+    if numbers["WORLD_SIZE"] != size:
+        raise LaunchError(
+            Problem(
+                "environment",
+                "WORLD_SIZE",
+                f"{numbers['WORLD_SIZE']} processes",
+                f"{size}, one for each device of plan {plan.name!r}",
+                f"start with: {command}",
+            )
+        )
+    return numbers["RANK"], numbers["LOCAL_RANK"]
+
+
+def pick_device(local_rank: int, kind: str | None = None) -> torch.device:
+    """`cuda:LOCAL_RANK` where there is CUDA (unless `kind` is "cpu"), else the CPU.
+
+    Raises LaunchError if this host has fewer CUDA devices than processes.
+    """
+    if kind == "cpu" or (kind is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise LaunchError(
+            Problem(
+                "environment",
+                "LOCAL_RANK",
+                f"{local_rank} with {count} CUDA devices here",
+                "at most one process for each device",
+                "lower --nproc-per-node on this host",
+            )
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def connect(
+    plan: Plan,
+    program: Program,
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    device: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> World:
+    """Meets all other processes and builds every group that the program needs.
+
+    A default group that exists already is used and left alone at the end. Raises LaunchError.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    owned = not dist.is_initialized()
+    if owned:
+        rank, local_rank = launched(plan, environ)
+        chosen = pick_device(local_rank, device)
+        _initialise(rank, len(plan.devices), chosen, timeout, environ)
+    else:
+        rank = dist.get_rank()
+        local_rank = int(environ.get("LOCAL_RANK", rank))
+        chosen = pick_device(local_rank, device)
+    _check_size(plan)
+    return _groups(plan, program, chosen, timeout, owned)
+
+
+def close(world: World) -> None:
+    """Leaves all groups."""
+    if not dist.is_initialized():
+        return
+    if world.owned:
+        dist.destroy_process_group()
+        return
+    for group in {world.forward, world.backward, *world.reduce.values()} - {world.everyone}:
+        dist.destroy_process_group(group)
+    if world.tensor is not None:
+        dist.destroy_process_group(world.tensor)
+
+
+def _initialise(
+    rank: int, size: int, device: torch.device, timeout: timedelta, environ: Mapping[str, str]
+) -> None:
+    address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+    # gloo stays at hand next to NCCL for what lives on the host: timelines, names, barriers.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as failure:
+        raise LaunchError(
+            Problem(
+                "environment",
+                "MASTER_ADDR, MASTER_PORT",
+                f"{address}, where {size} processes did not meet: {failure}",
+                "an address that every process reaches, and all processes started",
+            )
+        ) from failure
+
+
+def _check_size(plan: Plan) -> None:
+    if dist.get_world_size() != len(plan.devices):
+        raise LaunchError(
+            Problem(
+                "torch.distributed",
+                "world size",
+                f"{dist.get_world_size()} processes",
+                f"{len(plan.devices)}, one for each device of plan {plan.name!r}",
+            )
+        )
+
+
+def _groups(
+    plan: Plan, program: Program, device: torch.device, timeout: timedelta, owned: bool
+) -> World:
+    """Every rank creates all groups in the same order, as torch.distributed demands."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def new(ranks: Iterable[int]) -> ProcessGroup:
+        group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+        return cast("ProcessGroup", group)
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(
+        rank=rank,
+        size=size,
+        device=device,
+        everyone=cast("ProcessGroup", dist.group.WORLD),
+        forward=new(range(size)),
+        backward=new(range(size)),
+        owned=owned,
+    )
+    for stage in stage_seats(plan):
+        for replica in stage.seats:
+            ranks = tuple(seat.rank for seat in replica)
+            if len(ranks) > 1:
+                group = new(ranks)
+                world.tensor = group if rank in ranks else world.tensor
+    for ranks in reduction_groups(program):
+        group = new(ranks)
+        if rank in ranks:
+            world.reduce[ranks] = group
+    return world
+
+
+def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
+    """The distinct sets of ranks that sum gradients together, in the order of first use."""
+    return tuple(
+        dict.fromkeys(
+            instruction.ranks
+            for instructions in program.ranks
+            for instruction in instructions
+            if instruction.op is Op.REDUCE_GRAD
+        )
+    )
+
+
+_SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket", "store")
+
+
+def lost_peer(world: World, instruction: Instruction, failure: RuntimeError) -> PeerLost | None:
+    """What a failure of communication means to the user; None: the failure is of another kind."""
+    said = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
+    of_torch = isinstance(failure, (dist.DistError, dist.DistNetworkError))
+    if not of_torch and not any(sign in said for sign in _SIGNS_OF_LOSS):
+        return None
+    if instruction.peer is not None:
+        whom = f"rank {instruction.peer}"
+    else:
+        others = [str(r) for r in instruction.ranks or range(world.size) if r != world.rank]
+        whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
+    return PeerLost(
+        Problem(
+            f"rank {world.rank}",
+            text(instruction),
+            f"{whom} has gone or stopped answering ({said[:160]})",
+            "every rank alive to the end",
+            "look for the first failure among the other ranks' logs",
+        )
+    )

@@ -1,0 +1,97 @@
+"""Runs a function on several ranks: forked gloo processes that are always reaped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+LIMIT_SECONDS = 120.0
+TIMEOUT = timedelta(seconds=30)
+
+# A server that has imported all this once forks every rank in milliseconds.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["pytest", "ranks_preload"])
+
+
+def run_ranks(
+    count: int, function: Callable[..., Any], *args: Any, limit: float = LIMIT_SECONDS
+) -> list[Any]:
+    """What `function(rank, *args)` returns on each of `count` ranks of a fresh gloo group.
+
+    Raises AssertionError with the traceback of every rank that failed, or went without a word.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = start_and_wait(count, function, args, Path(folder) / "store", limit)
+    failures = [f"rank {r}:\n{text}" for r, (good, text) in enumerate(results) if not good]
+    assert not failures, "\n".join(failures)
+    return [value for _, value in results]
+
+
+def start_and_wait(
+    count: int, function: Callable[..., Any], args: tuple[Any, ...], store: Path, limit: float
+) -> list[tuple[bool, Any]]:
+    """(True, result) or (False, what went wrong) of every rank."""
+    pipes = [_context.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        _context.Process(target=_rank, args=(function, r, count, str(store), ours, args))
+        for r, (_, ours) in enumerate(pipes)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for _, ours in pipes:
+            ours.close()
+        return _collect([theirs for theirs, _ in pipes], time.monotonic() + limit)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
+    results: list[tuple[bool, Any]] = [(False, "no answer in time")] * len(pipes)
+    left = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while left and time.monotonic() < deadline:
+        for pipe in wait(list(left), timeout=max(0.0, deadline - time.monotonic())):
+            assert isinstance(pipe, Connection)
+            rank = left.pop(pipe)
+            try:
+                results[rank] = pipe.recv()
+            except EOFError:
+                results[rank] = (False, "ended without a word")
+    return results
+
+
+def _rank(
+    function: Callable[..., Any],
+    rank: int,
+    count: int,
+    store: str,
+    pipe: Connection,
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        address = f"file://{store}"
+        dist.init_process_group(
+            "gloo", init_method=address, rank=rank, world_size=count, timeout=TIMEOUT
+        )
+        value = function(rank, *args)
+        pipe.send((True, value))
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        os._exit(1)
