@@ -25,8 +25,8 @@ from meshwright.session import Session, by_hand, open_session, search, simulated
 from meshwright.training import Outcome, train_here
 
 MODEL = "gpt-tiny"
-SEQUENCE = 128
-GLOBAL_BATCH = 16
+SEQUENCE = 64
+GLOBAL_BATCH = 32
 SHARES = {"fast": 0.4, "slow": 0.1}
 """Shares of a core: 2 x 0.4 + 2 x 0.1 leaves room on two cores for the messages."""
 
@@ -100,7 +100,7 @@ def _prepare(folder: Path, console: Console) -> Session:
     settings = ProfileSettings(
         model=MODEL,
         sequence=SEQUENCE,
-        rows=(1, 2, 4, 8),
+        rows=(1, 2, 4, 8, 16),
         precision="fp32",
         cluster=str(cluster),
         output=str(profile),
