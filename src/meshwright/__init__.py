@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from meshwright.plan.spec import Job as Job
     from meshwright.plan.spec import Plan as Plan
     from meshwright.report.tables import explain as explain
+    from meshwright.runtime.launch import launch as launch
     from meshwright.runtime.train import train as train
     from meshwright.search.planner import find_plan as find_plan
     from meshwright.simulate.engine import simulate_plan as simulate_plan
@@ -45,6 +46,7 @@ _HOME = {
     "Plan": "plan.spec",
     "explain": "report.tables",
     "train": "runtime.train",
+    "launch": "runtime.launch",
     "find_plan": "search.planner",
     "simulate_plan": "simulate.engine",
 }

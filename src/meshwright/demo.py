@@ -26,9 +26,9 @@ from meshwright.training import Outcome, train_here
 
 MODEL = "gpt-tiny"
 SEQUENCE = 128
-GLOBAL_BATCH = 16
-SHARES = {"fast": 0.4, "slow": 0.1}
-"""Shares of a core: 2 x 0.4 + 2 x 0.1 leaves room on two cores for the messages."""
+GLOBAL_BATCH = 32
+SHARES = {"fast": 0.5, "slow": 0.15}
+"""Shares of a core: 2 x 0.5 + 2 x 0.15 leaves room on two cores for the messages."""
 
 CLUSTER = """\
 # Four processes of this machine: two nodes with two emulated devices each.
@@ -96,7 +96,7 @@ def _prepare(folder: Path, console: Console) -> Session:
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
     cluster.write_text(CLUSTER)
     console.rule("profile")
-    console.print("4 processes on this machine play 2 fast and 2 slow devices (speeds 4 : 1)")
+    console.print("4 processes on this machine play 2 fast and 2 slow devices (speeds 10 : 3)")
     settings = ProfileSettings(
         model=MODEL,
         sequence=SEQUENCE,

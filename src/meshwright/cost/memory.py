@@ -6,7 +6,7 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.errors import Problem
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import Layer, LayerGraph
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.program.schedules import in_flight
@@ -36,18 +36,20 @@ class ParameterBytes:
     """Bytes per parameter that a rank holds."""
 
     weights: float
-    """Master copy, and the 16-bit cast that autocast keeps."""
     gradients: float
     optimizer: float
+    casts: float
+    """For every micro-batch in flight: the 16-bit weights that its backward will read. Autocast
+    makes them anew in each forward; they do not grow with the rows."""
 
 
 def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
     """Master weights, gradients and states are fp32 (fp64 for fp64): 4 + 4 + 8 with Adam, whose
-    two moments are of the master's width; autocast adds 2 for the cached casts."""
+    two moments are of the master's width; 16-bit arithmetic adds 2 for each micro-batch held."""
     width = 8.0 if precision == "fp64" else 4.0
     cast = 2.0 if precision in ("fp16", "bf16") else 0.0
     moments = {"adamw": 2, "sgd": 0}[optimizer]
-    return ParameterBytes(weights=width + cast, gradients=width, optimizer=moments * width)
+    return ParameterBytes(weights=width, gradients=width, optimizer=moments * width, casts=cast)
 
 
 @record
@@ -154,9 +156,9 @@ def stage_memory(
     """Bytes on each device of a stage that works on `rows` rows of every micro-batch and holds
     `in_flight` micro-batches between forward and backward.
 
-    Activations are what layers save (their split part divided) and the tensors at both cuts, which
-    stay until their gradients have been computed. Buffers are one incoming activation, one incoming
-    and one outgoing gradient, and the largest workspace.
+    Activations are what layers save (their split part divided), casts of their weights, and the
+    tensors at both cuts, which stay until their gradients have been computed. Buffers are one
+    incoming activation, one incoming and one outgoing gradient, and the largest workspace.
     """
     first, last = layers
     parameters = stage_parameters(table, layers, tensor)
@@ -168,7 +170,7 @@ def stage_memory(
         parameters=parameters * table.unit.weights,
         gradients=parameters * table.unit.gradients,
         optimizer=parameters * table.unit.optimizer,
-        activations=(saved + boundary) * rows * in_flight,
+        activations=((saved + boundary) * rows + parameters * table.unit.casts) * in_flight,
         buffers=(transfers + _largest_workspace(table, layers)) * rows,
     )
 
@@ -242,6 +244,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity
+            rows = seat.rows[1] - seat.rows[0]
             if excess > 0:
                 room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
                 problems.append(
@@ -250,7 +253,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                         path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(table, stage, seat.rows[1] - seat.rows[0], held, room),
+                        _what_helps(model, table, stage, rows, held, room),
                     )
                 )
     return tuple(problems)
@@ -268,8 +271,16 @@ def _sizes(memory: DeviceMemory) -> str:
     return f"{format_bytes(total_bytes(memory))} ({parts})"
 
 
-def _what_helps(table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float) -> str:
-    """The longest prefix of the stage's layers, or the most rows, that would fit."""
+def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
+    """Legal tensor widths above `tensor`, up to the eight devices of a usual node."""
+    units = [layer.tensor_units for layer in layers if layer.tensor_units]
+    return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
+
+
+def _what_helps(
+    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float
+) -> str:
+    """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
     first, last = stage.layers
     tensor = len(stage.seats[0])
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
@@ -282,8 +293,7 @@ def _what_helps(table: MemoryTable, stage: StageSeats, rows: int, held: int, roo
         advice.append(f"give it {layers_that_fit} of its {last - first} layers")
     if rows_that_fit:
         advice.append(f"{rows_that_fit} of its {rows} rows of each micro-batch")
-    widths = [w for w in (2, 4, 8) if w > tensor]
-    for width in widths:
+    for width in _wider(model.layers[first:last], tensor):
         if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
             advice.append(f"tensor width {width}")
             break

@@ -7,6 +7,7 @@ all parts in order is the model's forward, bit by bit.
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 import traceback
 from pathlib import Path
@@ -119,6 +120,10 @@ def _argument_names(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
 
 
 def _record(model: nn.Module, tracer: LayerTracer) -> Graph:
+    # torch logs a failure on fake tensors with its whole stack; the error below says it in a line.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return tracer.record(model)
     except Exception as failure:
@@ -131,6 +136,8 @@ def _record(model: nn.Module, tracer: LayerTracer) -> Graph:
             wanted = "a forward that runs on the example batch"
             mend = "call the model on such a batch yourself to see the full failure"
         raise _error(model, _place(failure, tracer), text, wanted, mend) from failure
+    finally:
+        log.setLevel(level)
 
 
 def _place(failure: Exception, tracer: LayerTracer) -> str:

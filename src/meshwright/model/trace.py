@@ -20,7 +20,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model import shard
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.measure import ROWS, Amounts, Shape, per_row, run
+from meshwright.model.measure import ROWS, Amounts, Run, Shape, per_row, run
 from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.model.spec import Tensor as Crossing
 
@@ -56,8 +56,8 @@ def trace(
         for width in widths:
             if (key, width) not in measured:
                 pairs = zip((part, same), shapes, strict=True)
-                runs = [run(one, shape, precision, table, width) for one, shape in pairs]
-                measured[key, width] = per_row(runs)
+                runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
+                measured[key, width] = per_row(_alike(part, runs))
         whole, share = (measured[key, width] for width in widths)
         layers.append(_layer(part, few.tied, table, units, key, whole, share))
     return LayerGraph(
@@ -68,6 +68,41 @@ def trace(
         tensors=_tensors(few, many),
         tied=tuple(_tied(few, model, name) for name in few.tied),
     )
+
+
+def _run(
+    part: LayerPart,
+    shapes: dict[str, Shape],
+    precision: Precision,
+    table: dict[str, shard.Split],
+    width: int,
+) -> Run:
+    try:
+        return run(part, shapes, precision, table, width)
+    except RuntimeError as failure:
+        if width == 1:
+            raise
+        # Whole, the layer has just run: it is the table that does not fit the module.
+        raise ModelError(
+            Problem(
+                part.name,
+                "tensor_split",
+                f"a layer that fails with the parameters of one of {width} tensor ranks "
+                f"({str(failure).splitlines()[0][:120]})",
+                "every Column's output to meet a Row inside the layer, sizes taken from tensors",
+                "mend the table, or set tensor_units = 1 to leave the layer whole",
+            )
+        ) from failure
+
+
+def _alike(part: LayerPart, runs: list[Run]) -> list[Run]:
+    steps = [len(one.births) for one in runs]
+    if len(set(steps)) > 1:
+        found = f"{steps[0]} tensors made with {ROWS[0]} rows, {steps[1]} with {ROWS[1]}"
+        wanted = "the same steps for every number of rows"
+        mend = "take out what branches on the number of rows"
+        raise ModelError(Problem(part.name, "forward", found, wanted, mend))
+    return runs
 
 
 def _check_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ class Interval:
     stream: Stream
     op: Op
     stage: int
-    micro_batch: int | None
+    micro_batch: int | None = None
     label: str
     """The first word of its text, `0F3`; for a REDUCE_GRAD with layers, `0REDUCE_GRAD 4:8`."""
     start_seconds: float

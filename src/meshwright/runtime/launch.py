@@ -142,3 +142,17 @@ def _lost_ranks(log: Path) -> str | None:
         if "exitcode:" in line and "local_rank:" in line:
             return line[line.index("exitcode:") :].strip().rstrip(".")
     return None
+
+
+def launch(plan: Plan) -> None:
+    """Start the running script again as the plan's processes on this machine, and end with them.
+
+    Under a launcher (torchrun, srun with its variables set) it does nothing: the script goes on as
+    one of the processes.
+    """
+    if "RANK" in os.environ:
+        return
+    count = f"--nproc-per-node={len(plan.devices)}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", count]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    sys.exit(subprocess.run([*torchrun, *sys.argv], env=environment, check=False).returncode)

@@ -141,14 +141,15 @@ def assign_faithfully(
     columns = np.arange(len(marks))
     for stage in range(1, stages):
         before, best = best, np.full_like(best, np.inf)
-        for cut in range(stage - 1, layers - 1):
-            last = index[cut + 1, cut + 1 :]
+        end = layers - (stages - 1 - stage)  # later stages need a layer each
+        for cut in range(stage - 1, end - 1):
+            last = index[cut + 1, cut + 1 : end]
             value = before[cut][np.maximum(last[:, None], columns)] + excess[last]
             value += cuts[cut, stage - 1]
-            rows = best[cut + 1 :]
+            rows = best[cut + 1 : end]
             better = value < rows
             np.copyto(rows, value - cuts[cut, stage - 1], where=better)
-            np.copyto(chosen[stage, cut + 1 :], cut, where=better)
+            np.copyto(chosen[stage, cut + 1 : end], cut, where=better)
     return _sizes(chosen, index)
 
 

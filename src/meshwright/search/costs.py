@@ -138,9 +138,10 @@ def stage_bytes(costs: Costs, tensor: int, rows: int) -> tuple[Array, Array]:
 
 
 def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
-    """Bytes [S] that tensors may take on the smallest device of every stage."""
+    """Bytes [S] that tensors may take on the smallest device of every stage, less one for each of
+    the five parts that the final account rounds to whole bytes."""
     return np.array(
-        [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) for stage in types],
+        [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) - 5 for stage in types],
         dtype=np.float64,
     )
 

@@ -145,8 +145,33 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
         least = least_worst(excess)
         assert least is not None, "grids have no more stages than layers"
         return Misfit(candidate, least[0], least[1])
-    seconds = step_seconds(costs, candidate, found.bounds, facts)
-    return Estimate(candidate, found.bounds, seconds)
+    as_slow = found.slowest * (1 + 1e-9)  # sums of equal layers differ in their last bit
+    tails = np.where(fitting <= as_slow, _tails(costs, candidate), np.inf)
+    lightest = least_worst(tails)
+    assert lightest is not None, "the cuts found are among them"
+    return min(
+        (
+            Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
+            for bounds in (found.bounds, lightest[0])
+        ),
+        key=lambda estimate: estimate.seconds,
+    )
+
+
+def _tails(costs: Costs, candidate: Candidate) -> Array:
+    """Seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline: their reduction
+    alone on the links, and the optimizer. The assignment does not see them; of the cuts with its
+    bottleneck, those with the smallest tail are the other ones worth a look."""
+    tensor, size = candidate.shape.grid.tensor, len(costs.model.layers) + 1
+    first, last = np.triu_indices(size, k=1)
+    held = np.zeros((size, size))
+    held[first, last] = stage_parameters(costs.table, (first, last), tensor)
+    per_parameter = []
+    for s in range(len(candidate.placement.stages)):
+        _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
+        per_parameter.append(slope * gradient_bytes(costs.job) + _optimizer(costs, candidate, s, 1))
+    tails: Array = held * np.array(per_parameter)[:, None, None]
+    return tails
 
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
@@ -161,45 +186,56 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> 
 def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
     """Seconds of one step.
 
-        (M - 1) * cycle + sum of stages and boundaries + exposed reduction + optimizer + overhead
+        stages and boundaries once + further micro-batches
+            + exposed reduction + optimizer + overhead
 
-    The cycle is the slowest stage; under 1F1B also a stage's round trip to the last one and back
-    shared by the micro-batches it may hold. A reduction begins inside its stage's last backward;
-    what outlasts the backwards of the stages before it is exposed.
+    A reduction begins inside its stage's last backward; what outlasts the backwards of the stages
+    before it is exposed.
     """
-    shape = candidate.shape
-    ranges = tuple(pairwise(bounds))
+    shape, ranges = candidate.shape, tuple(pairwise(bounds))
     forward = np.array([facts.forward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
     backward = np.array([facts.backward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
-    inner = bounds[1:-1]
-    crossing = np.array(
-        [facts.forward_cut[s, cut] + facts.backward_cut[s, cut] for s, cut in enumerate(inner)]
-        + [0.0]
-    )
-    loads = forward + backward
-    cycle = float(max(loads.max(), crossing.max() / 2))
-    if shape.schedule == "1f1b":
-        depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
-        trips = np.cumsum((loads + crossing)[::-1])[::-1]
-        cycle = max(cycle, float((trips / depth).max()))
-    pipeline = (shape.micro_batches - 1) * cycle + float(loads.sum() + crossing.sum())
-    before = np.concatenate([[0.0], np.cumsum(backward + crossing / 2)[:-1]])
+    ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
+    for s, cut in enumerate(bounds[1:-1]):
+        ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]
+    further = _further(shape, forward, backward, ahead, back)
+    once = float((forward + backward + ahead + back).sum())
+    before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
     lasts = np.maximum(reduce[:, 0] - backward, reduce[:, 1])
     exposed = max(0.0, float((lasts - before).max()))
-    optimizer = max(_optimizer(costs, candidate, s, layers) for s, layers in enumerate(ranges))
+    tensor = shape.grid.tensor
+    optimizer = max(
+        _optimizer(costs, candidate, s, float(stage_parameters(costs.table, layers, tensor)))
+        for s, layers in enumerate(ranges)
+    )
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
-    return pipeline + exposed + optimizer + overhead
+    return once + further + exposed + optimizer + overhead
 
 
-def _optimizer(costs: Costs, candidate: Candidate, s: int, layers: tuple[int, int]) -> float:
-    tensor = candidate.shape.grid.tensor
-    held = float(stage_parameters(costs.table, layers, tensor))
+def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
+    """Seconds that the micro-batches after the first one add.
+
+    GPipe: M - 1 times the slowest forward or transfer, and the slowest backward or transfer. 1F1B:
+    M - 1 times the slowest stage or transfer; or, at a stage that may hold d < M micro-batches, its
+    round trip to the last stage and back for every further d of them.
+    """
+    count = shape.micro_batches - 1
+    if shape.schedule == "gpipe":
+        return count * float(max(forward.max(), ahead.max()) + max(backward.max(), back.max()))
+    loads = forward + backward
+    depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
+    trips = np.cumsum((loads + ahead + back)[::-1])[::-1]
+    waits = trips * (shape.micro_batches / depth - 1)
+    return max(count * float(max(loads.max(), ahead.max(), back.max())), float(waits.max()))
+
+
+def _optimizer(costs: Costs, candidate: Candidate, s: int, parameters: float) -> float:
     return max(
         optimizer_seconds(
             costs.cluster.types[kind],
             costs.job.optimizer,
-            held,
+            parameters,
             costs.profile,
             costs.model.precision,
         )

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+ROUNDING = 1e-13
+"""Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -104,7 +107,7 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
     bounds, total, slowest = _shortest(loads, cuts, tightest[1])
     best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
     bounds, free, slowest = _shortest(loads, cuts, np.inf)
-    if weight * slowest + free < best.seconds:
+    if weight * slowest + free < best.seconds * (1 - ROUNDING):
         best = Assignment(bounds=bounds, seconds=weight * slowest + free, slowest=slowest)
     between = loads[(loads > tightest[1]) & (loads < slowest)]
     betas = np.unique(between)
@@ -115,7 +118,7 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
             continue
         middle = (low + high) // 2
         bounds, total, slowest = _shortest(loads, cuts, float(betas[middle]))
-        if weight * slowest + total < best.seconds:
+        if weight * slowest + total < best.seconds * (1 - ROUNDING):
             best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
         intervals.append((middle + 1, high, floor))
         intervals.append((low, int(np.searchsorted(betas, slowest)), total))

@@ -130,9 +130,9 @@ def grids(
 
 
 def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[Shape]:
-    """Every micro-batch size and schedule of a grid. One stage has one schedule: with gradient
-    accumulation alone, 1F1B never holds more than one micro-batch."""
+    """Every micro-batch size and schedule of a grid. With one stage (gradient accumulation alone:
+    1F1B never holds more than one micro-batch) or one micro-batch there is nothing to choose."""
     share = job.global_batch // grid.data
     for rows in divisors(share):
-        for schedule in schedules if grid.stages > 1 else schedules[:1]:
+        for schedule in schedules if grid.stages > 1 and rows < share else schedules[:1]:
             yield Shape(grid=grid, rows=rows, micro_batches=share // rows, schedule=schedule)

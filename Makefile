@@ -1,0 +1,54 @@
+# Everything is run from here; a fresh machine needs Python 3.11+ and nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DOCS   := $(VENV)/.ready-docs
+ARGS   ?=
+
+help:             ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, write report.html
+	$(BIN)/meshwright demo $(ARGS)
+
+test: $(READY)    ## the tests that take seconds (one after the other: many start processes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
+
+test-all: $(READY) ## every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+
+lint: $(READY)    ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(DOCS)     ## build the documentation into site/
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --clean
+
+bench: $(READY)   ## list the benchmarks; each one says what it compares and what it needs
+	@for file in benchmarks/*.py; do \
+	  printf '%s\n    ' "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
+
+lock: $(READY)    ## write constraints.txt anew (names and versions only)
+	$(BIN)/pip install uv
+	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --universal \
+	  --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
+
+clean:            ## remove the environment and everything that was built
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade 'pip>=25.1'
+	$(BIN)/pip install --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/pip install --constraint constraints.txt --group docs
+	@touch $@
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint docs bench lock clean

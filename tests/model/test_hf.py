@@ -1,0 +1,150 @@
+"""Models by name and config.json, and what is said about bad ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from meshwright.errors import ModelError
+from meshwright.model.config import NAMED
+from meshwright.model.hf import from_config, language_model, load_model
+from meshwright.model.spec import num_parameters
+from meshwright.model.zoo.build import build, vocabulary_of
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768,
+        "n_layer": 12, "n_head": 12}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192,
+         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 500000.0}  # fmt: skip
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("mistral-7b", 7_241_732_096),
+        ("mixtral-8x7b", 46_702_792_704),
+    ],
+)
+def test_known_models_have_their_published_number_of_parameters(name, parameters):
+    assert num_parameters(load_model(name, 1024, "bf16")) == parameters
+
+
+def test_a_config_is_the_model_of_that_name(tmp_path):
+    for name, config in (("gpt2", GPT2), ("llama-3-8b", LLAMA)):
+        path = tmp_path / name / "config.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(config))
+        graph = load_model(path, 512, "bf16")
+        assert graph == load_model(name, 512, "bf16")
+        assert load_model(path.parent, 512, "bf16") == graph
+        assert vocabulary_of(path) == config["vocab_size"]
+
+
+def test_fields_that_configs_may_leave_out():
+    model = from_config({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "c")
+    assert (model.kv_heads, model.head, model.tied, model.rotary_base) == (32, 128, False, 5e5)
+    model = from_config(LLAMA | {"head_dim": 64, "tie_word_embeddings": True}, "c")
+    assert (model.head, model.tied) == (64, True)
+    nested = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    assert from_config(nested | {"rope_parameters": {"rope_theta": 7.0}}, "c").rotary_base == 7.0
+    assert from_config(GPT2 | {"n_inner": None}, "c").hidden == 3072
+    assert from_config(GPT2 | {"n_inner": 100}, "c").hidden == 100
+    assert from_config(MIXTRAL | {"model_type": "mistral"}, "c").family == "llama"
+    assert from_config(MIXTRAL, "c").experts == 8
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny"])
+def test_tiny_models_are_built_and_predict_bytes(name):
+    model = build(name, 32)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(
+        load_model(name, 32, "fp32")
+    )
+    assert vocabulary_of(name) == NAMED[name].vocabulary == 256
+
+
+def without(config: dict[str, object], field: str) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key != field}
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (without(GPT2, "model_type"), "c.json: model_type: found nothing; wanted one of gpt2"),
+        (GPT2 | {"model_type": "bert"}, "model_type: found 'bert'"),
+        (without(GPT2, "n_embd"), "n_embd: found 'nothing'; wanted a whole number"),
+        (GPT2 | {"n_layer": "12"}, "n_layer: found '12'"),
+        (GPT2 | {"n_layer": True}, "n_layer: found True"),
+        (GPT2 | {"n_layer": 0}, "n_layer: found 0"),
+        (GPT2 | {"vocab_size": -5}, "vocab_size: found -5"),
+        (GPT2 | {"n_head": 7}, "n_head: found 7; wanted a divisor of n_embd = 768"),
+        (LLAMA | {"num_key_value_heads": 5}, "num_key_value_heads: found 5; wanted a divisor of"),
+        (LLAMA | {"head_dim": 63}, "head_dim: found 63; wanted an even number"),
+        (without(MIXTRAL, "num_local_experts"), "num_local_experts: found 'nothing'"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok: found 9; wanted between 1"),
+    ],
+)
+def test_a_bad_config_is_told_field_by_field(config, text):
+    with pytest.raises(ModelError, match=text):
+        from_config(config, "c.json")
+
+
+def test_all_bad_fields_are_told_at_once():
+    with pytest.raises(ModelError) as caught:
+        from_config(LLAMA | {"hidden_size": -1, "num_hidden_layers": 1.5, "vocab_size": None}, "c")
+    assert [p.field for p in caught.value.problems] == [
+        "vocab_size", "hidden_size", "num_hidden_layers",
+    ]  # fmt: skip
+
+
+def test_unknown_names_get_a_suggestion():
+    with pytest.raises(ModelError, match=r"unknown name 'gpt2xl'(?s:.*)did you mean gpt2-xl\?"):
+        load_model("gpt2xl", 128, "bf16")
+    with pytest.raises(ModelError, match=r"give a config\.json"):
+        load_model("zzzz", 128, "bf16")
+
+
+def test_files_that_are_not_there_or_not_json(tmp_path):
+    with pytest.raises(ModelError, match=r"no\.json: found no such file"):
+        load_model(tmp_path / "no.json", 128, "bf16")
+    broken = tmp_path / "config.json"
+    broken.write_text("{")
+    with pytest.raises(ModelError, match="well-formed JSON"):
+        load_model(tmp_path, 128, "bf16")
+
+
+@pytest.mark.parametrize("sequence", [0, 1025])
+def test_a_sequence_must_fit_the_position_table(sequence):
+    with pytest.raises(ModelError, match=r"sequence: found .* wanted 1 to 1024"):
+        load_model("gpt2", sequence, "bf16")
+    with pytest.raises(ModelError, match="wanted 1 to 1024"):
+        build("gpt2", sequence)
+
+
+def test_rotary_positions_have_no_table_to_exceed():
+    assert language_model("llama-2-7b", 100_000).positions == 4096
+    with pytest.raises(ModelError, match="whole number above 0"):
+        language_model("llama-2-7b", 0)
+
+
+def test_a_hand_written_model_cannot_be_built():
+    with pytest.raises(ModelError, match="it has no code"):
+        build("model.toml", 128)
+
+
+def test_describing_models_imports_no_torch():
+    code = (
+        "import sys; import meshwright.model.hf, meshwright.model.shard; "
+        "meshwright.model.hf.load_model('gpt2', 128, 'bf16'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,118 @@
+"""Measured times: fits that recover what they were made of, and a real measurement."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import Device
+from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, load_profile
+from meshwright.errors import LaunchError
+from meshwright.model.hf import load_model
+from meshwright.runtime.profile import (
+    ProfileSettings,
+    cases,
+    merged_layers,
+    merged_optimizers,
+    profile_here,
+)
+from meshwright.runtime.profile_layers import distinct_layers
+from meshwright.runtime.profile_links import SIZES, fit_line, representative_pairs
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(1e6, 1e11))
+def test_a_line_is_recovered(latency, bandwidth):
+    seconds = [latency + size / bandwidth for size in SIZES]
+    found = fit_line(SIZES, seconds)
+    predicted = [found[0] + size / found[1] for size in SIZES]
+    assert predicted == pytest.approx(seconds, rel=1e-6)
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=len(SIZES), max_size=len(SIZES)))
+def test_a_fit_to_noise_is_still_a_link(seconds):
+    latency, bandwidth = fit_line(SIZES, seconds)
+    assert latency >= 0
+    assert bandwidth > 0
+
+
+def test_one_pair_stands_for_each_level():
+    places = [("a", "x"), ("a", "x"), ("b", "x"), ("c", "y")]
+    devices = [
+        Device(name=f"{node}:{i}", type="cpu", node=node, site=site)
+        for i, (node, site) in enumerate(places)
+    ]
+    pairs = representative_pairs(devices)
+    assert pairs == {"inside": (0, 1), "network": (0, 2), "site": (0, 3)}
+    assert list(representative_pairs(devices[:1])) == []
+
+
+def time_of(forward: float, **changes: object) -> LayerTime:
+    fields = {"device": "T4", "signature": "s", "precision": "fp32", "tensor": 1, "rows": 1}
+    return LayerTime(**{**fields, **changes}, forward_seconds=forward, backward_seconds=2 * forward)
+
+
+def test_ranks_of_a_type_are_merged_into_their_median():
+    merged = merged_layers([time_of(1.0), time_of(3.0), time_of(2.0), time_of(9.0, device="V100")])
+    assert [(m.device, m.forward_seconds) for m in merged] == [("T4", 2.0), ("V100", 9.0)]
+    steps = [
+        OptimizerTime(device="T4", optimizer="adamw", seconds_per_parameter=s) for s in (1, 2, 9)
+    ]
+    assert [m.seconds_per_parameter for m in merged_optimizers(steps)] == [2]
+
+
+def settings(tmp_path, **changes: object) -> ProfileSettings:
+    fields = {
+        "model": "gpt-tiny",
+        "sequence": 16,
+        "rows": (1, 2),
+        "precision": "fp32",
+        "output": str(tmp_path / "profile.json"),
+        "repeats": 3,
+    }
+    return ProfileSettings(**{**fields, **changes})
+
+
+def test_equal_layers_are_measured_once_and_illegal_widths_not_at_all(tmp_path):
+    graph = load_model("gpt-tiny", 16, "fp32")
+    distinct = distinct_layers(graph)
+    assert len(distinct) == 3
+    chosen = settings(tmp_path, tensor=(1, 3), rows=(1,))
+    found = [(case.layer, case.tensor) for case in cases(chosen, graph, distinct)]
+    blocks = distinct[graph.layers[1].signature]
+    assert (blocks, 1) in found
+    assert (blocks, 3) not in found
+
+
+def test_more_processes_than_devices_are_refused(tmp_path):
+    cluster = tmp_path / "c.toml"
+    cluster.write_text('format = 1\nname = "c"\n[[node]]\nname = "a"\ndevices = ["cpu"]\n')
+    with pytest.raises(LaunchError, match="at most 1, the devices of c"):
+        profile_here(settings(tmp_path, cluster=str(cluster)), processes=2)
+
+
+def test_two_processes_measure_layers_optimizer_and_links(tmp_path):
+    cluster = tmp_path / "c.toml"
+    cluster.write_text(
+        'format = 1\nname = "c"\n[device.slow]\nlike = "cpu"\n'
+        '[[node]]\nname = "a"\ndevices = ["cpu", "slow"]\n'
+    )
+    made = profile_here(
+        settings(tmp_path, cluster=str(cluster), tensor=(1, 2), shares={"slow": 0.1}), processes=2
+    )
+    graph = load_model("gpt-tiny", 16, "fp32")
+    from meshwright.cluster.files import load_cluster
+
+    check_profile(made, graph, load_cluster(cluster))
+    assert load_profile(tmp_path / "profile.json") == made
+    assert {(t.device, t.tensor, t.rows) for t in made.layers} == {
+        (d, t, r) for d in ("cpu", "slow") for t in (1, 2) for r in (1, 2)
+    }
+    by_type = {
+        kind: sum(t.backward_seconds for t in made.layers if t.device == kind)
+        for kind in ("cpu", "slow")
+    }
+    assert by_type["slow"] > 3 * by_type["cpu"]
+    assert made.links is not None
+    assert made.links.inside is not None
+    assert {o.device for o in made.optimizers} == {"cpu", "slow"}

@@ -1,0 +1,167 @@
+"""The architecture, kept by a test: who may import whom, what stays free of torch, how long."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+FLOORS = (
+    "units",
+    "errors",
+    "records",
+    "cluster",
+    "model",
+    "plan",
+    "layout",
+    "program",
+    "cost",
+    "simulate",
+    "search",
+    "runtime",
+    "report",
+    "session",
+    "training",
+    "demo",
+    "cli",
+    "__main__",
+)
+"""Bottom to top: an import points to the same package or to one further down."""
+APART = {("runtime", "simulate"), ("runtime", "search")}
+"""Neighbours that stay strangers: a plan written by hand, or by another tool, must run."""
+WITH_TORCH = (
+    "meshwright.model.graph",
+    "meshwright.model.loss",
+    "meshwright.model.measure",
+    "meshwright.model.meter",
+    "meshwright.model.symbolic",
+    "meshwright.model.trace",
+    "meshwright.model.zoo",
+    "meshwright.runtime",
+    "meshwright.training",
+    "meshwright.demo",
+    "meshwright.__main__",
+)
+"""What may load torch; everything else starts in a fraction of a second, on any machine."""
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {_name(path): path for path in sorted((SOURCE / "meshwright").rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+FREE = tuple(
+    name
+    for name in PATHS
+    if not any(name == each or name.startswith(f"{each}.") for each in WITH_TORCH)
+)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _statements(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
+    """All nodes; `at_import`: only those that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        delayed = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if at_import and (delayed or _is_type_checking(node)):
+            continue
+        yield node
+        yield from _statements(node, at_import)
+
+
+def _imports(module: str, *, at_import: bool) -> set[str]:
+    """Modules that a module imports, ours and others, by full name."""
+    found: set[str] = set()
+    for node in _statements(TREES[module], at_import):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            base = node.module or ""
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.add(inner if inner in PATHS else base)
+    return found
+
+
+def _loaded(module: str) -> set[str]:
+    """Of our modules, those that importing one loads: what it imports, and their packages."""
+    named = {name for name in _imports(module, at_import=True) if name in PATHS}
+    for name in (module, *named):
+        parts = name.split(".")
+        named.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return named - {module}
+
+
+def _floor(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in PATHS if "." in name])
+def test_imports_point_downwards(module: str) -> None:
+    here = _floor(module)
+    assert here in FLOORS, f"{here} has no place in the architecture: give it one in FLOORS"
+    for target in _imports(module, at_import=False):
+        if not target.startswith("meshwright."):
+            continue
+        there = _floor(target)
+        assert here == there or FLOORS.index(there) < FLOORS.index(here), f"{module} -> {target}"
+        assert (here, there) not in APART, f"{module} -> {target}"
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    graph = {
+        name: {
+            target for target in _imports(name, at_import=True) if target in PATHS and "." in target
+        }
+        for name in PATHS
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_the_core_reaches_no_torch_through_any_chain_of_imports() -> None:
+    for module in FREE:
+        reached, ahead = {module}, [module]
+        while ahead:
+            current = ahead.pop()
+            roots = {name.partition(".")[0] for name in _imports(current, at_import=True)}
+            assert "torch" not in roots, f"{module} loads torch through {current}"
+            ahead += _loaded(current) - reached
+            reached |= _loaded(current)
+
+
+def test_importing_the_core_loads_no_torch() -> None:
+    """What the test above concludes from the source, seen from a running Python."""
+    script = f"import sys, {', '.join(FREE)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_files_and_functions_stay_short(module: str) -> None:
+    lines = len(PATHS[module].read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{module} has {lines} lines"
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_public_names_are_explained(module: str) -> None:
+    assert ast.get_docstring(TREES[module]), f"{module} has no docstring"
+    for node in TREES[module].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
