@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -86,8 +86,7 @@ class Case:
     pipelines: tuple[Pipeline, ...]
     schedule: ScheduleName = "1f1b"
     precision: Precision = "fp64"
-    clip_norm: float = 0.5
-    options: dict[str, object] = field(default_factory=dict)
+    clip_norm: float = 0.1
 
     @property
     def world_size(self) -> int:
