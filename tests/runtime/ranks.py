@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +18,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 LIMIT_SECONDS = 120.0
+EXIT_SECONDS = 20.0
+"""A process that has said its word must be gone after this."""
 TIMEOUT = timedelta(seconds=30)
 
 # A server that has imported all this once forks every rank in milliseconds.
@@ -31,17 +34,27 @@ def run_ranks(
 
     Raises AssertionError with the traceback of every rank that failed, or went without a word.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        results = start_and_wait(count, function, args, Path(folder) / "store", limit)
+    results = outcomes(count, function, *args, limit=limit)
     failures = [f"rank {r}:\n{text}" for r, (good, text) in enumerate(results) if not good]
     assert not failures, "\n".join(failures)
     return [value for _, value in results]
 
 
-def start_and_wait(
+def outcomes(
+    count: int, function: Callable[..., Any], *args: Any, limit: float = LIMIT_SECONDS
+) -> list[tuple[bool, Any]]:
+    """(True, result) or (False, what went wrong) of every rank.
+
+    Raises AssertionError if a rank that is done does not end by itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return settle(count, function, args, Path(folder) / "store", limit)
+
+
+def settle(
     count: int, function: Callable[..., Any], args: tuple[Any, ...], store: Path, limit: float
 ) -> list[tuple[bool, Any]]:
-    """(True, result) or (False, what went wrong) of every rank."""
+    """Starts the ranks, hears them, and sees them end."""
     pipes = [_context.Pipe(duplex=False) for _ in range(count)]
     processes = [
         _context.Process(target=_rank, args=(function, r, count, str(store), ours, args))
@@ -52,7 +65,11 @@ def start_and_wait(
             process.start()
         for _, ours in pipes:
             ours.close()
-        return _collect([theirs for theirs, _ in pipes], time.monotonic() + limit)
+        results = _collect([theirs for theirs, _ in pipes], time.monotonic() + limit)
+        for rank, process in enumerate(processes):
+            process.join(EXIT_SECONDS)
+            assert process.exitcode is not None, f"rank {rank} did not end; it said {results[rank]}"
+        return results
     finally:
         for process in processes:
             process.kill()
@@ -95,4 +112,4 @@ def _rank(
         dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        os._exit(1)
+        sys.exit(1)
