@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -66,7 +67,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]
             assert isinstance(pipe, Connection)
             rank = left.pop(pipe)
             try:
-                results[rank] = pipe.recv()
+                results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 results[rank] = (False, "ended without a word")
     return results
@@ -90,8 +91,8 @@ def _rank(
             "gloo", init_method=address, rank=rank, world_size=count, timeout=TIMEOUT
         )
         value = function(rank, *args)
-        pipe.send((True, value))
+        pipe.send_bytes(pickle.dumps((True, value)))
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         os._exit(1)

@@ -206,10 +206,12 @@ def _tensor_names(
     graph: Graph, index: dict[Node, int], names: list[str], loss: Node
 ) -> dict[Node, str]:
     result = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    inputs = set(result.values())
     for node in _crossing_nodes(index):
         layer = names[index[node]]
         whole = node.op == "call_module" and layer.split("@")[0] == node.target
-        result[node] = layer if whole else f"{layer}/{node.name}"
+        taken = layer in inputs
+        result[node] = layer if whole and not taken else f"{layer}/{node.name}"
     return result | {loss: LOSS}
 
 

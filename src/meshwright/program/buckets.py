@@ -97,6 +97,8 @@ def buckets_of(rank: int, tensor_index: int, buckets: Sequence[Bucket]) -> tuple
     own = [
         bucket
         for bucket in buckets
-        if rank in bucket.ranks[tensor_index] and len(bucket.ranks[tensor_index]) > 1
+        if tensor_index < len(bucket.ranks)
+        and rank in bucket.ranks[tensor_index]
+        and len(bucket.ranks[tensor_index]) > 1
     ]
     return tuple(sorted(own, key=lambda bucket: -bucket.first))

@@ -1,0 +1,167 @@
+"""Plans and small models whose training must equal one process's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.cluster.spec import Precision
+from meshwright.model.zoo.gpt import GPT
+from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.uneven import Uneven
+from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
+
+VOCABULARY, SEQUENCE, ROWS = 33, 8, 8
+"""The vocabulary divides by no tensor width."""
+
+
+class Shared(nn.Module):
+    """Learned positions, without rows, that every block reads: they cross every cut whole, and
+    their gradient comes back from every row; so does a mask, without gradient."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+            return torch.tanh(self.map(x + positions)) * mask
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(SEQUENCE, 6)
+        self.tokens = nn.Embedding(VOCABULARY, 6)
+        self.blocks = nn.ModuleList(Shared.Block() for _ in range(3))
+        self.out = nn.Linear(6, VOCABULARY)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = self.positions(steps)
+        mask = (steps % 3 > 0).to(positions.dtype)[:, None]
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = block(x, positions, mask)
+        logits = self.out(x)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def gpt(tied: bool = True, dropout: float = 0.0, layers: int = 3) -> nn.Module:
+    """Layers: embedding, blocks, head."""
+    size = {"vocabulary": VOCABULARY, "positions": SEQUENCE, "width": 16, "heads": 4}
+    return GPT(**size, layers=layers, tied=tied, dropout=dropout)
+
+
+def llama() -> nn.Module:
+    """Five layers, grouped-query attention."""
+    return Llama(vocabulary=VOCABULARY, width=16, heads=4, kv_heads=2, layers=3, hidden=24)
+
+
+def uneven() -> nn.Module:
+    """Eight layers of uneven cost with three skip connections."""
+    return Uneven(vocabulary=VOCABULARY, widths=(8, 12, 16, 6), hidden=(8, 16, 12, 4, 20, 8))
+
+
+def pipeline(
+    micro_batches: int, rows: int, *stages: tuple[int, str] | tuple[int, str, tuple[int, ...]]
+) -> Pipeline:
+    """Stages as (layers, devices): "ab cd" is two replicas of two tensor ranks."""
+    made, first = [], 0
+    for layers, mesh, *shares in stages:
+        devices = tuple(tuple(f"n:{name}" for name in replica) for replica in mesh.split())
+        share = cast("tuple[int, ...] | None", shares[0] if shares else None)
+        made.append(Stage(layers=(first, first + layers), devices=devices, rows=share))
+        first += layers
+    return Pipeline(micro_batches=micro_batches, rows=rows, stages=tuple(made))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and the way it is trained."""
+
+    model: Callable[[], nn.Module]
+    pipelines: tuple[Pipeline, ...]
+    schedule: ScheduleName = "1f1b"
+    precision: Precision = "fp64"
+    clip_norm: float = 0.1
+
+    @property
+    def world_size(self) -> int:
+        return len(self.plan.devices)
+
+    @property
+    def plan(self) -> Plan:
+        found = (d for p in self.pipelines for s in p.stages for r in s.devices for d in r)
+        nothing = Subject(name="any", fingerprint="")
+        return Plan(
+            name="case",
+            model=nothing,
+            cluster=nothing,
+            job=Job(global_batch=ROWS, sequence=SEQUENCE, precision=self.precision),
+            schedule=self.schedule,
+            devices=tuple(sorted(found)),
+            pipelines=self.pipelines,
+        )
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step, the same wherever it is asked for."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, VOCABULARY, (ROWS, SEQUENCE + 1), generator=generator)
+    return text[:, :-1], text[:, 1:]
+
+
+CASES: dict[str, Case] = {
+    "one process": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a")),)),
+    "one process, skips": Case(model=uneven, pipelines=(pipeline(4, 2, (8, "a")),)),
+    "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
+    "dp2, shares 3:1": Case(model=llama, pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)),
+    "tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
+    "tp2, skips": Case(model=uneven, pipelines=(pipeline(1, 8, (8, "ab")),)),
+    "pp2 of 1 and 4 layers, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (1, "a"), (4, "b")),)),
+    "pp2 gpipe, skips": Case(
+        model=uneven, pipelines=(pipeline(4, 2, (3, "a"), (5, "b")),), schedule="gpipe"
+    ),
+    "two pipelines, batch 6:2, tied": Case(
+        model=gpt, pipelines=(pipeline(3, 2, (5, "a")), pipeline(1, 2, (5, "b")))
+    ),
+    "pp2, tensors without rows": Case(
+        model=Shared, pipelines=(pipeline(2, 4, (3, "a"), (3, "b")),)
+    ),
+    "dp2 pp2": Case(model=llama, pipelines=(pipeline(2, 4, (2, "a b"), (3, "c d")),)),
+    "tp2 pp2, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),)),
+    "dp2 tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab cd")),)),
+    "pp4, skips": Case(
+        model=uneven, pipelines=(pipeline(4, 2, (1, "a"), (3, "b"), (2, "c"), (2, "d")),)
+    ),
+    "pp4 gpipe, tied": Case(
+        model=gpt,
+        pipelines=(pipeline(8, 1, (1, "a"), (1, "b"), (2, "c"), (1, "d")),),
+        schedule="gpipe",
+    ),
+    "unequal pipelines of 3 and 1 stages, tied": Case(
+        model=gpt,
+        pipelines=(pipeline(3, 2, (2, "a"), (2, "b"), (1, "c")), pipeline(2, 1, (5, "d"))),
+    ),
+    "dp3 before dp1": Case(
+        model=uneven, pipelines=(pipeline(2, 4, (4, "a b c", (2, 1, 1)), (4, "d")),)
+    ),
+    "dp1, dp2, dp1, tensors without rows": Case(
+        model=Shared, pipelines=(pipeline(2, 4, (2, "a"), (2, "b c", (1, 3)), (2, "d")),)
+    ),
+    "tp2 before dp2": Case(model=llama, pipelines=(pipeline(2, 4, (2, "ab"), (3, "c d")),)),
+    "dp2 tp2 pp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (2, "ab cd"), (3, "ef gh")),)),
+    "pp8, skips": Case(
+        model=uneven, pipelines=(pipeline(8, 1, *((1, device) for device in "abcdefgh")),)
+    ),
+    "unequal pipelines of tensor ranks": Case(
+        model=lambda: gpt(tied=False),
+        pipelines=(
+            pipeline(3, 2, (2, "a b"), (2, "cd"), (1, "e")),
+            pipeline(1, 2, (2, "f"), (2, "gh"), (1, "i")),
+        ),
+    ),
+}

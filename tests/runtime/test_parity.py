@@ -1,0 +1,113 @@
+"""Whatever the plan, training equals one plain PyTorch loop on the whole batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, ROWS, Case, batch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+STEPS = 20
+RATE = 1e-2
+SMALL_BUCKETS = 3000
+"""Bytes: even these small models have several."""
+
+
+def factor(step: int) -> float:
+    """A learning rate that rises and falls."""
+    return (step + 1) / 5 if step < 5 else 1 - step / 40
+
+
+def built(case: Case) -> nn.Module:
+    """The same weights in every process."""
+    torch.manual_seed(5)
+    return case.model()
+
+
+def play(_: int, names: list[str]) -> dict[str, Any]:
+    """Losses on every rank, and the parameters on rank 0, of some cases one after another."""
+    from meshwright.runtime.engine import Engine
+
+    found = {}
+    for name in names:
+        case = CASES[name]
+        with Engine(
+            built(case),
+            case.plan,
+            inputs=batch(0),
+            optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+            clip_norm=case.clip_norm,
+            learning_rate=factor,
+            bucket_bytes=SMALL_BUCKETS,
+        ) as engine:
+            results = []
+            for step in range(STEPS):
+                whole = batch(step % 2)
+                results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
+            losses = [(r.loss, r.grad_norm) for r in results]
+            found[name] = (losses, engine.parameters())
+    return found
+
+
+@cache
+def played(world_size: int) -> list[dict[str, Any]] | AssertionError:
+    """All cases of one size in one set of processes, once."""
+    names = [name for name, case in CASES.items() if case.world_size == world_size]
+    try:
+        return run_ranks(world_size, play, names)
+    except AssertionError as failure:
+        return failure
+
+
+def reference(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Nothing but PyTorch."""
+    model = built(case).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(*batch(step % 2))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip_norm)
+        losses.append((loss.item(), norm.item()))
+        optimizer.step()
+        scheduler.step()
+    return losses, dict(model.named_parameters())
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest error over the largest number."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 8 else [])
+        for name, case in CASES.items()
+    ],
+)
+def test_training_equals_one_process(name: str) -> None:
+    case = CASES[name]
+    ranks = played(case.world_size)
+    assert not isinstance(ranks, AssertionError), ranks
+    wanted, weights = reference(case)
+    for rank in ranks:
+        assert torch.tensor(rank[name][0]) == pytest.approx(torch.tensor(wanted), rel=1e-9)
+    parameters = ranks[0][name][1]
+    assert parameters.keys() == weights.keys()
+    for each, value in weights.items():
+        assert relative(parameters[each], value.detach()) < 1e-9, each
+    assert wanted[-1][0] < 0.98 * wanted[0][0], "nothing was learnt, so nothing was compared"
+    assert max(norm for _, norm in wanted) > case.clip_norm, "clipping was never in use"
+
+
+def test_rows_add_up() -> None:
+    """Every case covers the same global batch."""
+    for case in CASES.values():
+        assert sum(p.rows * p.micro_batches for p in case.pipelines) == ROWS
