@@ -54,7 +54,7 @@ def cause(folder: Path, status: int) -> MeshwrightError:
     logs = f"logs are in {folder}"
     if primary:
         kind = getattr(errors, primary[0].kind, TrainingError)
-        return kind(*primary[0].problems)  # type: ignore[no-any-return]
+        return kind(*primary[0].problems)
     log = (folder / "launcher.log").read_text()
     wanted = "every rank alive to the end"
     lost = _first_lost(log)
