@@ -15,10 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.memory import device_memory
 from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.model.hf import language_model
 from meshwright.plan.files import save_plan
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
+from meshwright.runtime.corpus import check_corpus, open_corpus
 from meshwright.runtime.launch import run_here, torchrun_commands
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, TIMELINE, Metrics, RunSettings
 from meshwright.session import Session
@@ -40,9 +42,14 @@ class Outcome:
 
 
 def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> None:
-    """Write what every process of the run reads."""
+    """Write what every process of the run reads. Raises DataError, ModelError for a corpus or a
+    model that cannot be trained on, before any process starts."""
+    vocabulary = language_model(settings.model, plan.job.sequence).vocabulary
+    corpus = open_corpus(settings.data, vocabulary)
+    check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = replace(settings, model=_kept_model(settings.model, folder))
+    data = str(Path(settings.data).resolve()) if settings.data else None
+    settings = replace(settings, model=_kept_model(settings.model, folder), data=data)
     save_plan(replace(plan, model=replace(plan.model, source=settings.model)), folder / PLAN)
     types = {device.name: device.type for device in devices_of(session.cluster)}
     known = {

@@ -1,9 +1,10 @@
-"""A process that fails says why, in a file of the run folder, before it ends."""
+"""Failures of ranks: each says why in a file of the run folder; the launcher finds the cause."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import signal
 import sys
 import time
 import traceback
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meshwright.errors import MeshwrightError
-from meshwright.records import plain
+from meshwright import errors
+from meshwright.errors import MeshwrightError, Problem, TrainingError
+from meshwright.records import dumps, load
 from meshwright.runtime.run import Failure, failure_file
-from meshwright.runtime.world import PeerLost
 
 
 @contextmanager
@@ -24,10 +25,66 @@ def report_failure(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         rank = int(os.environ.get("RANK", "0"))
-        text = str(error) if isinstance(error, MeshwrightError) else traceback.format_exc()
         failure = Failure(
-            rank=rank, seconds=time.time(), message=text, secondary=isinstance(error, PeerLost)
+            rank=rank,
+            seconds=time.time(),
+            kind=type(error).__name__,
+            problems=_problems(error, rank),
+            secondary=type(error).__name__ == "PeerLost",
         )
-        failure_file(folder, rank).write_text(json.dumps(plain(failure)))
-        sys.stderr.write(f"rank {rank}: {text}\n")
+        failure_file(folder, rank).write_text(dumps(failure))
+        traceback.print_exc()
         sys.exit(1)
+
+
+def _problems(error: Exception, rank: int) -> tuple[Problem, ...]:
+    if isinstance(error, MeshwrightError):
+        return error.problems
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    found = f"{type(error).__name__}: {error}"
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return (Problem(f"rank {rank}", where, found, "a run to the end"),)
+
+
+def cause(folder: Path, status: int) -> MeshwrightError:
+    """What a launcher's failure comes down to: the first rank that failed by itself, in its own
+    words; else the process that vanished, and who noticed."""
+    failures = sorted(_read(folder), key=lambda failure: failure.seconds)
+    primary = [failure for failure in failures if not failure.secondary]
+    logs = f"logs are in {folder}"
+    if primary:
+        kind = getattr(errors, primary[0].kind, TrainingError)
+        return kind(*primary[0].problems)
+    log = (folder / "launcher.log").read_text()
+    wanted = "every rank alive to the end"
+    lost = _first_lost(log)
+    if lost is not None:
+        rank, how = lost
+        seen = f"noticed by rank {failures[0].rank} at {failures[0].problems[0].field}; " if (
+            failures
+        ) else ""  # fmt: skip
+        return TrainingError(Problem(f"rank {rank}", "", how, wanted, seen + logs))
+    if failures:
+        return TrainingError(*failures[0].problems)
+    tail = " ".join(log.strip().splitlines()[-1:])
+    return TrainingError(Problem("torchrun", "", f"exit status {status}: {tail}", wanted, logs))
+
+
+def _read(folder: Path) -> list[Failure]:
+    return [load(path, Failure, error=TrainingError) for path in folder.glob("failure-*.json")]
+
+
+_ROOT = re.compile(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
+
+
+def _first_lost(log: str) -> tuple[int, str] | None:
+    """The process that torchrun saw end first, and how."""
+    match = _ROOT.search(log)
+    if match is None:
+        return None
+    code = int(match[2])
+    if code >= 0:
+        return int(match[1]), f"a process that ended with status {code}"
+    name = signal.Signals(-code).name
+    hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+    return int(match[1]), f"a process that was ended by {name}{hint}"

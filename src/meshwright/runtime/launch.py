@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 from meshwright.cluster.spec import node_of
-from meshwright.errors import Problem, TrainingError
 from meshwright.plan.spec import Plan
-from meshwright.runtime.run import LOGS, METRICS, Failure
+from meshwright.runtime.failure import cause
+from meshwright.runtime.run import LOGS, METRICS
 
 MODULE = "meshwright.runtime.worker"
 POLL_SECONDS = 0.2
@@ -53,8 +53,8 @@ def run_here(
 ) -> None:
     """Run all ranks here and wait. Each new line of metrics.jsonl is handed to `on_metrics`.
 
-    Raises TrainingError with the first rank's own words if any rank fails. No process outlives
-    the call, whatever ends it.
+    Raises the MeshwrightError of the first rank that fails, or a TrainingError that says which one
+    was lost. No process outlives the call, whatever ends it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (folder / METRICS, *folder.glob("failure-*.json")):
@@ -73,7 +73,7 @@ def run_here(
         finally:
             _reap(process)
     if process.returncode != 0:
-        raise TrainingError(_cause(folder, process.returncode))
+        raise cause(folder, process.returncode)
 
 
 def _die_with_parent() -> None:
@@ -114,34 +114,6 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _cause(folder: Path, status: int) -> Problem:
-    """The failure that came first, in its own words."""
-    failures = sorted(read_failures(folder), key=lambda f: (f.secondary, f.seconds))
-    if failures:
-        first = failures[0]
-        where = f"rank {first.rank}"
-        return Problem(where, "", first.message, "a run to the end", f"logs are in {folder}")
-    silent = _lost_ranks(folder / "launcher.log")
-    if silent:
-        return Problem("training", "", silent, "every rank alive to the end", f"logs: {folder}")
-    tail = (folder / "launcher.log").read_text().strip().splitlines()[-1:]
-    found = f"exit status {status}: {' '.join(tail)}"
-    return Problem("torchrun", "", found, "processes that start", f"logs are in {folder}")
-
-
-def read_failures(folder: Path) -> Sequence[Failure]:
-    """What the ranks said when they stopped."""
-    return [Failure(**json.loads(path.read_text())) for path in folder.glob("failure-*.json")]
-
-
-def _lost_ranks(log: Path) -> str | None:
-    """What torchrun saw of a process that could not speak for itself."""
-    for line in log.read_text().splitlines():
-        if "exitcode:" in line and "local_rank:" in line:
-            return line[line.index("exitcode:") :].strip().rstrip(".")
-    return None
 
 
 def launch(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import field
 from pathlib import Path
 
+from meshwright.errors import Problem
 from meshwright.records import record
 
 SETTINGS, PLAN, METRICS, TIMELINE = "run.json", "plan.json", "metrics.jsonl", "timeline.json"
@@ -66,7 +67,9 @@ class Failure:
     rank: int
     seconds: float
     """When, by the machine's clock: the first failure is the cause, the rest follow from it."""
-    message: str
+    kind: str
+    """Name of the MeshwrightError, or of another exception."""
+    problems: tuple[Problem, ...]
     secondary: bool
     """It only noticed that another rank had gone."""
 

@@ -1,0 +1,265 @@
+"""One self-contained HTML page about a plan: no network, no address, the same bytes every time.
+
+Drawings are inline SVG and timelines a canvas with a few lines of script of our own: a page weighs
+what its data weigh, where a charting library would add megabytes to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from meshwright import __version__
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.memory import total_bytes
+from meshwright.model.spec import LayerGraph, num_parameters
+from meshwright.plan.ranks import stage_seats
+from meshwright.plan.spec import DeviceMemory, Plan, Prediction
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import dumps
+from meshwright.program.timeline import Timeline
+from meshwright.records import record
+from meshwright.report.charts import loss_svg
+from meshwright.report.drawing import layers_text, plan_svg
+from meshwright.report.palette import KIND_NAMES, KINDS, MEMORY, PARTS, stage_colours
+from meshwright.report.sentences import (
+    busiest_sentence,
+    limits,
+    title,
+    tokens_per_second,
+    verdict,
+)
+from meshwright.report.tables import devices_text, rows_text
+from meshwright.report.template import render, source
+from meshwright.report.tracks import timeline_data
+from meshwright.simulate.parts import parts
+
+PROGRAM_LINES = 20_000
+"""A longer program is cut off: it would be most of the page."""
+
+
+@record
+class Rival:
+    """A plan that was tried beside the one on the page, or the one itself."""
+
+    name: str
+    predicted_seconds: float
+    measured_seconds: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Measured where it was, else predicted."""
+        return self.measured_seconds or self.predicted_seconds
+
+
+@record
+class StageRow:
+    """A line of the table of stages."""
+
+    number: int
+    pipeline: int
+    colour: str
+    layers: str
+    count: int
+    mesh: str
+    rows: str
+    devices: str
+
+
+@record
+class Piece:
+    """A coloured part of a bar."""
+
+    name: str
+    colour: str
+    amount: float
+    share: float
+    """Of the whole bar's room."""
+
+
+@record
+class Bar:
+    """A bar of pieces; `mark` is the share of its room at which a limit stands."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    total: float
+    limit: float = 0.0
+    mark: float = 0.0
+
+
+def write_report(
+    path: Path,
+    plan: Plan,
+    cluster: Cluster,
+    model: LayerGraph,
+    *,
+    predicted: Timeline,
+    measured: Timeline | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
+    rivals: Sequence[Rival] = (),
+) -> None:
+    """Write the page. `losses` by run; `rivals` slowest first, the plan itself last."""
+    text = report_html(
+        plan,
+        cluster,
+        model,
+        predicted=predicted,
+        measured=measured,
+        losses=losses or {},
+        rivals=rivals,
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def report_html(
+    plan: Plan,
+    cluster: Cluster,
+    model: LayerGraph,
+    *,
+    predicted: Timeline,
+    measured: Timeline | None,
+    losses: Mapping[str, Sequence[float]],
+    rivals: Sequence[Rival],
+) -> str:
+    """The page as text."""
+    prediction = plan.prediction
+    timelines = [each for each in (predicted, measured) if each is not None]
+    seconds = timelines[-1].step_seconds
+    return render(
+        "page.html",
+        css=source("page.css") + source("plan.css"),
+        script=source("timeline.js"),
+        version=__version__,
+        plan=plan,
+        parameters=num_parameters(model),
+        heading=verdict(plan, predicted, measured),
+        subtitle=title(plan),
+        tiles=_tiles(plan, predicted, measured, rivals),
+        svg=plan_svg(plan, cluster, model),
+        stages=_stages(plan, model),
+        data=timeline_data(timelines, cluster, plan),
+        kinds=[(KIND_NAMES[kind], colour) for kind, colour in KINDS.items()],
+        step_parts=_step_parts(timelines),
+        part_colours=PARTS,
+        memory=_memory_bars(prediction.memory if prediction else ()),
+        memory_colours=MEMORY,
+        sentences=_sentences(prediction, predicted, cluster),
+        rivals=_rival_bars(rivals),
+        losses=loss_svg(losses) if any(losses.values()) else "",
+        prediction=prediction,
+        seconds=seconds,
+        program=_program(plan, model),
+    )
+
+
+def _tiles(
+    plan: Plan, predicted: Timeline, measured: Timeline | None, rivals: Sequence[Rival]
+) -> list[tuple[str, float | str, str]]:
+    """The figures on top: label, value, and how to write it."""
+    tiles: list[tuple[str, float | str, str]] = [
+        ("step, predicted", predicted.step_seconds, "seconds")
+    ]
+    seconds = predicted.step_seconds
+    if measured is not None:
+        seconds = measured.step_seconds
+        tiles.append(("step, measured", seconds, "seconds"))
+        error = (predicted.step_seconds - seconds) / seconds
+        tiles.append(("prediction error", f"{error:+.1%}", "text"))
+    tiles.append(("tokens/s", f"{tokens_per_second(plan, seconds):,.0f}", "text"))
+    if len(rivals) > 1:
+        speed_up = rivals[0].seconds / rivals[-1].seconds
+        tiles.append((f"as fast as the {rivals[0].name}", f"{speed_up:.2f}×", "text"))
+    return tiles
+
+
+def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
+    stages = stage_seats(plan)
+    colours = stage_colours(len(stages))
+    return [
+        StageRow(
+            number=stage.number,
+            pipeline=stage.pipeline,
+            colour=colours[stage.number],
+            layers=layers_text(model, stage.layers),
+            count=stage.layers[1] - stage.layers[0],
+            mesh=f"{len(stage.seats)} × {len(stage.seats[0])}",
+            rows=rows_text(stage, plan.pipelines[stage.pipeline].rows),
+            devices=devices_text(tuple(s.device for replica in stage.seats for s in replica)),
+        )
+        for stage in stages
+    ]
+
+
+def _step_parts(timelines: Sequence[Timeline]) -> list[Bar]:
+    room = max(timeline.step_seconds for timeline in timelines)
+    names = {"simulated": "predicted", "measured": "measured"}
+    return [
+        Bar(
+            name=names[timeline.source],
+            total=timeline.step_seconds,
+            pieces=tuple(
+                Piece(name=part, colour=PARTS[part], amount=seconds, share=seconds / room)
+                for part, seconds in parts(timeline).items()
+                if seconds > 0
+            ),
+        )
+        for timeline in timelines
+    ]
+
+
+def _memory_bars(memory: Sequence[DeviceMemory]) -> list[Bar]:
+    """One scale for all devices: the largest of all capacities and needs."""
+    room = max((max(total_bytes(each), each.capacity) for each in memory), default=1)
+    return [
+        Bar(
+            name=each.device,
+            total=total_bytes(each),
+            limit=each.capacity,
+            mark=each.capacity / room,
+            pieces=tuple(
+                Piece(
+                    name=kind,
+                    colour=colour,
+                    amount=getattr(each, kind),
+                    share=getattr(each, kind) / room,
+                )
+                for kind, colour in MEMORY.items()
+            ),
+        )
+        for each in memory
+    ]
+
+
+def _rival_bars(rivals: Sequence[Rival]) -> list[Bar]:
+    times = [(f"{r.name}, predicted", r.predicted_seconds, "#56b4e9") for r in rivals]
+    times += [
+        (f"{r.name}, measured", r.measured_seconds, "#0072b2") for r in rivals if r.measured_seconds
+    ]
+    order = {rival.name: index for index, rival in enumerate(rivals)}
+    times.sort(key=lambda each: order[each[0].rpartition(",")[0]])
+    room = max((seconds for _, seconds, _ in times), default=1.0)
+    return [
+        Bar(
+            name=name,
+            total=seconds,
+            pieces=(Piece(name=name, colour=colour, amount=seconds, share=seconds / room),),
+        )
+        for name, seconds, colour in times
+    ]
+
+
+def _sentences(
+    prediction: Prediction | None, predicted: Timeline, cluster: Cluster
+) -> tuple[str, ...]:
+    known = limits(prediction) if prediction else ()
+    return (*known[:1], busiest_sentence(predicted, cluster), *known[1:])
+
+
+def _program(plan: Plan, model: LayerGraph) -> str:
+    lines = dumps(compile_plan(plan, model)).splitlines()
+    if len(lines) > PROGRAM_LINES:
+        rest = len(lines) - PROGRAM_LINES
+        note = f"({rest} more lines: `meshwright simulate PLAN --program FILE` writes them all)"
+        lines = [*lines[:PROGRAM_LINES], note]
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""What a plan comes to, in words: the verdict, and what limits the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.memory import total_bytes
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import DeviceMemory, Plan, Prediction
+from meshwright.program.timeline import Timeline, busy_seconds
+from meshwright.units import format_bytes, format_seconds
+
+_LIMITS = {
+    "compute": "computing",
+    "bubble": "the pipeline filling, draining and waiting",
+    "transfers": "activations and gradients on their way between stages",
+    "reductions": "summing gradients that no backward hides",
+    "optimizer": "the optimizer step",
+    "overhead": "what lies outside all instructions",
+}
+_REMEDIES = {
+    "bubble": "more micro-batches, or stages of more equal length, would shorten it",
+    "transfers": "a faster link between stages, or a cut through smaller tensors, would shorten it",
+    "reductions": "faster links between ranks that hold the same parameters would shorten it",
+    "optimizer": "more devices to share the parameters would shorten it",
+    "overhead": "a larger batch would make it matter less",
+}
+TIGHT = 0.95
+"""Share of a device's memory from which it is worth a warning."""
+
+
+def tokens_per_second(plan: Plan, step_seconds: float) -> float:
+    """Tokens of the global batch over the time of a step."""
+    return plan.job.global_batch * plan.job.sequence / step_seconds
+
+
+def parts_sentence(parts: Mapping[str, float]) -> str:
+    """What the critical path spends its time on, and what would shorten the largest loss."""
+    step = sum(parts.values())
+    lost = {part: seconds for part, seconds in parts.items() if part != "compute" and seconds > 0}
+    computing = f"{parts.get('compute', 0.0) / step:.0%} of the step is computing"
+    if not lost:
+        return f"{computing}; nothing else takes time."
+    worst = max(lost, key=lambda part: lost[part])
+    sentence = f"{computing}; the largest loss is {_LIMITS[worst]} ({worst}): "
+    sentence += f"{format_seconds(lost[worst])}, {lost[worst] / step:.0%}."
+    if lost[worst] >= 0.05 * step:
+        sentence += f" {_REMEDIES[worst].capitalize()}."
+    return sentence
+
+
+def memory_sentence(memory: tuple[DeviceMemory, ...]) -> str:
+    """The fullest device, and whether it leaves room."""
+    worst = max(memory, key=lambda m: total_bytes(m) / m.capacity)
+    used = total_bytes(worst) / worst.capacity
+    room = "memory limits this plan" if used >= TIGHT else "memory leaves room"
+    total, capacity = format_bytes(total_bytes(worst)), format_bytes(worst.capacity)
+    return f"{worst.device} is the fullest device: {total} of {capacity} ({used:.0%}); {room}."
+
+
+def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
+    """The device that computes longest: what a shorter step must relieve first."""
+    ranks = range(len(timeline.devices))
+    busy = {rank: busy_seconds(timeline, rank) for rank in ranks}
+    most, least = max(busy, key=lambda r: busy[r]), min(busy, key=lambda r: busy[r])
+    types = {device.name: device.type for device in devices_of(cluster)}
+    device = timeline.devices[most]
+    text = f"{device} ({types[device]}) is the busiest device: it computes for "
+    text += f"{format_seconds(busy[most])}, {busy[most] / timeline.step_seconds:.0%} of the step"
+    if busy[least] < busy[most]:
+        other = timeline.devices[least]
+        text += f"; {other} ({types[other]}) is the idlest with {format_seconds(busy[least])}"
+    return text + "."
+
+
+def limits(prediction: Prediction) -> tuple[str, ...]:
+    """What limits the step, in a sentence each: time, then memory."""
+    sentences = []
+    if sum(prediction.parts.values()) > 0:
+        sentences.append(parts_sentence(prediction.parts))
+    if prediction.memory:
+        sentences.append(memory_sentence(prediction.memory))
+    return tuple(sentences)
+
+
+def error_sentence(predicted: float, measured: float) -> str:
+    """How far a prediction was off: (predicted - measured) / measured."""
+    error = (predicted - measured) / measured
+    if abs(error) < 0.0005:
+        return "as predicted"
+    side = "below" if error < 0 else "above"
+    return f"the prediction of {format_seconds(predicted)} is {abs(error):.1%} {side} that"
+
+
+def verdict(plan: Plan, predicted: Timeline, measured: Timeline | None) -> str:
+    """The whole page in one sentence."""
+    where = f"{plan.model.name} on {plan.cluster.name}"
+    seconds = (measured or predicted).step_seconds
+    rate = f"{tokens_per_second(plan, seconds):,.0f} tokens/s"
+    if measured is None:
+        return f"{where}: a step is predicted to take {format_seconds(seconds)}, or {rate}."
+    error = error_sentence(predicted.step_seconds, seconds)
+    return f"{where}: a step takes {format_seconds(seconds)}, or {rate}; {error}."
+
+
+def title(plan: Plan) -> str:
+    """The plan in one line, with what it trains."""
+    job = plan.job
+    return f"{describe(plan)}, {job.global_batch} rows of {job.sequence}, {job.precision}"

@@ -1,0 +1,240 @@
+"""Plans and steps as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meshwright.cost.memory import total_bytes
+from meshwright.plan.ranks import StageSeats, describe, stage_seats
+from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
+from meshwright.program.timeline import Timeline, busy_seconds
+from meshwright.report.palette import MEMORY, PARTS
+from meshwright.report.sentences import limits, parts_sentence, tokens_per_second
+from meshwright.simulate.parts import parts
+from meshwright.units import format_bytes, format_seconds
+
+_BAR = 28
+"""Width of the bars, in characters."""
+
+
+def explain(plan: Plan, console: Console | None = None) -> None:
+    """Print who holds what, what a step costs and why, what fills the devices, and who lost."""
+    console = console or Console()
+    job = plan.job
+    console.print(f"[bold]{describe(plan)}[/]", highlight=False)
+    console.print(
+        f"{plan.model.name} on {plan.cluster.name}: {job.global_batch} rows of {job.sequence} "
+        f"a step, {job.precision}, {job.optimizer}\n",
+        highlight=False,
+    )
+    console.print(plan_table(plan))
+    prediction = plan.prediction
+    if prediction is None:
+        return
+    seconds = prediction.step_seconds
+    rate = tokens_per_second(plan, seconds)
+    console.print(
+        f"\n[bold]{format_seconds(seconds)} a step[/], {rate:,.0f} tokens/s, predicted",
+        highlight=False,
+    )
+    console.print(parts_table({"predicted": prediction.parts}))
+    if prediction.memory:
+        console.print()
+        console.print(memory_table(prediction.memory))
+    console.print()
+    for sentence in limits(prediction):
+        console.print(f"• {sentence}", highlight=False)
+    if prediction.runners_up:
+        console.print()
+        console.print(runners_up_table(prediction.runners_up, seconds))
+    if prediction.dropped:
+        console.print()
+        console.print(dropped_table(prediction.dropped))
+
+
+def plan_table(plan: Plan) -> Table:
+    """Who holds what: a line per stage."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for name in ("stage", "layers", "count", "data x tensor", "rows", "devices"):
+        table.add_column(name, justify="right" if name in ("stage", "count") else "left")
+    rows = [pipeline.rows for pipeline in plan.pipelines]
+    for stage in stage_seats(plan):
+        if stage.is_first and len(plan.pipelines) > 1:
+            pipeline = plan.pipelines[stage.pipeline]
+            share = pipeline.rows * pipeline.micro_batches
+            table.add_row(Text(f"pipeline {stage.pipeline}: {share} rows a step", style="italic"))
+        first, last = stage.layers
+        table.add_row(
+            str(stage.number),
+            f"{first}:{last}",
+            str(last - first),
+            f"{len(stage.seats)} x {len(stage.seats[0])}",
+            rows_text(stage, rows[stage.pipeline]),
+            devices_text(tuple(seat.device for replica in stage.seats for seat in replica)),
+        )
+    return table
+
+
+def rows_text(stage: StageSeats, rows: int) -> str:
+    """Rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
+    shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.seats]
+    if len(shares) == 1:
+        return str(rows)
+    if len(set(shares)) == 1:
+        return f"{rows} = {len(shares)} x {shares[0]}"
+    return f"{rows} = " + " + ".join(map(str, shares))
+
+
+def devices_text(devices: tuple[str, ...]) -> str:
+    """Device names, shortened where they count up: `p3-0:0-3 g4-0:0`."""
+    words = []
+    split = [(node, int(index)) for node, _, index in (d.rpartition(":") for d in devices)]
+    runs = groupby(enumerate(split), key=lambda item: (item[1][0], item[1][1] - item[0]))
+    for (node, _), run in runs:
+        indices = [index for _, (_, index) in run]
+        end = f"-{indices[-1]}" if len(indices) > 1 else ""
+        words.append(f"{node}:{indices[0]}{end}")
+    return " ".join(words)
+
+
+def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
+    """Where the seconds of a step go: a line per part, a column per step, which add up."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part")
+    for name in steps:
+        table.add_column(name, justify="right")
+        table.add_column("share", justify="right")
+    table.add_column("")
+    longest = max((max(s.values(), default=0.0) for s in steps.values()), default=0.0)
+    last = list(steps.values())[-1]
+    for part, colour in PARTS.items():
+        if not any(step.get(part) for step in steps.values()):
+            continue
+        cells: list[Text | str] = [part]
+        for step in steps.values():
+            seconds = step.get(part, 0.0)
+            cells += [format_seconds(seconds), f"{seconds / sum(step.values()):.0%}"]
+        table.add_row(*cells, _bar(((last.get(part, 0.0), colour),), longest))
+    return table
+
+
+def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
+    """Coloured blocks; their ends are rounded together, so that the whole has the right length."""
+    text, done, drawn = Text(), 0.0, 0
+    for size, colour in pieces:
+        done += size
+        end = round(_BAR * done / full) if full else 0
+        text.append("█" * (end - drawn), style=colour)
+        drawn = end
+    return text
+
+
+def memory_table(memory: tuple[DeviceMemory, ...]) -> Table:
+    """What each device holds at its worst moment, against what it has. Equal devices share a line.
+
+    A dot marks free memory; a bar as long as the column is full.
+    """
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory of")
+    for name in (*MEMORY, "total", "of"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for _, run in groupby(memory, key=_amounts):
+        alike = tuple(run)
+        one = alike[0]
+        pieces = tuple((float(getattr(one, kind)), colour) for kind, colour in MEMORY.items())
+        bar = _bar(pieces, one.capacity)
+        bar.append("·" * max(0, _BAR - len(bar)), style="dim")
+        table.add_row(
+            devices_text(tuple(each.device for each in alike)),
+            *(format_bytes(getattr(one, kind)) for kind in MEMORY),
+            format_bytes(total_bytes(one)),
+            format_bytes(one.capacity),
+            bar,
+        )
+    return table
+
+
+def _amounts(memory: DeviceMemory) -> tuple[int, ...]:
+    return (*(getattr(memory, kind) for kind in MEMORY), memory.capacity)
+
+
+def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> Table:
+    """The strategies that came next, and the parts of a step that cost them the place."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("runner-up", "step", "slower", "why"):
+        table.add_column(name, justify="right" if name in ("step", "slower") else "left")
+    for each in runners_up:
+        seconds = each.step_seconds
+        step = "-" if seconds is None else format_seconds(seconds)
+        slower = "" if seconds is None else f"{seconds / best_seconds - 1:+.1%}"
+        table.add_row(each.name, step, slower, each.reason)
+    return table
+
+
+def dropped_table(dropped: Mapping[str, int]) -> Table:
+    """Candidates that were not followed up, by reason; the commonest first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("dropped", justify="right")
+    table.add_column("because")
+    for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(str(count), reason)
+    return table
+
+
+def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = None) -> None:
+    """Print what one step comes to: its time, its parts, and how busy every device is."""
+    console = console or Console()
+    seconds, found = timeline.step_seconds, parts(timeline)
+    rate = tokens_per_second(plan, seconds)
+    console.print(
+        f"[bold]{format_seconds(seconds)} a step[/], {rate:,.0f} tokens/s, {timeline.source}",
+        highlight=False,
+    )
+    console.print(parts_table({timeline.source: found}))
+    console.print()
+    console.print(busy_table(timeline))
+    console.print()
+    console.print(f"• {parts_sentence(found)}", highlight=False)
+
+
+def busy_table(timeline: Timeline) -> Table:
+    """How long each device computes, and the most memory it uses where the timeline knows."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "device", "computes", "share", "peak memory"):
+        table.add_column(name, justify="left" if name == "device" else "right")
+    table.add_column("")
+    peaks = dict.fromkeys(range(len(timeline.devices)), 0)
+    for point in timeline.memory:
+        peaks[point.rank] = max(peaks[point.rank], point.bytes)
+    for rank, device in enumerate(timeline.devices):
+        busy = busy_seconds(timeline, rank)
+        table.add_row(
+            str(rank),
+            device,
+            format_seconds(busy),
+            f"{busy / timeline.step_seconds:.0%}",
+            format_bytes(peaks[rank]) if peaks[rank] else "",
+            _bar(((busy, PARTS["compute"]),), timeline.step_seconds),
+        )
+    return table
+
+
+def comparison_table(predicted: Timeline, measured: Timeline) -> Table:
+    """Predicted against measured: the step, its parts, and how far each was off."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="right" if name else "left")
+    before, after = parts(predicted), parts(measured)
+    rows = {"step": (predicted.step_seconds, measured.step_seconds)}
+    rows |= {part: (before[part], after[part]) for part in before}
+    for name, (guess, truth) in rows.items():
+        if guess or truth:
+            error = f"{(guess - truth) / truth:+.1%}" if truth else ""
+            table.add_row(name, format_seconds(guess), format_seconds(truth), error)
+    return table

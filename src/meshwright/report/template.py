@@ -1,0 +1,36 @@
+"""The templates of the report, filled in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from meshwright.units import format_bytes, format_seconds
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("meshwright.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"seconds": format_seconds, "bytes": format_bytes}
+    return environment
+
+
+def render(template: str, **values: object) -> Markup:
+    """A template of this package as text; what is put in is escaped, except other templates."""
+    return Markup(_environment().get_template(template).render(**values))
+
+
+def source(template: str) -> Markup:
+    """A template as it stands, to be put into a page: style and scripts."""
+    loader = _environment().loader
+    assert loader is not None
+    return Markup(loader.get_source(_environment(), template)[0])

@@ -1,0 +1,224 @@
+"""The command line as a user meets it: the whole way from files to a run, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "clusters"
+LAPTOP = """\
+format = 1
+name = "laptop"
+[[node]]
+name = "here"
+devices = ["2 x cpu"]
+"""
+
+
+def meshwright(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "meshwright", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> Path:
+    """A folder with a cluster of two processes and a plan for it."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "cluster.toml").write_text(LAPTOP)
+    done = meshwright(
+        *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml"),
+        *("--global-batch", "4", "--sequence", "16", "--precision", "fp32"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_planning_a_published_model_takes_no_torch(tmp_path):
+    """The README's first command, with a poisoned torch on the path."""
+    poison = tmp_path / "torch.py"
+    poison.write_text("raise SystemExit('planning imported torch')")
+    arguments = ["plan", "--model", "gpt2-xl", "--cluster", str(EXAMPLES / "v100-t4.toml")]
+    arguments += ["--global-batch", "32", "--sequence", "1024", "-o", str(tmp_path / "plan.json")]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["prediction"]["step_seconds"] > 0
+
+
+def test_a_plan_is_explained_and_simulated(planned):
+    told = meshwright("explain", "plan.json", cwd=planned)
+    assert told.returncode == 0, told.stderr
+    assert "here:0" in told.stdout
+    done = meshwright(
+        *("simulate", "plan.json", "--trace", "step.json"),
+        *("--program", "program.txt", "--report", "report.html"),
+        cwd=planned,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((planned / "step.json").read_text())["traceEvents"]
+    assert (planned / "program.txt").read_text().startswith("rank 0")
+    assert "<html" in (planned / "report.html").read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(planned):
+    first = (planned / "plan.json").read_bytes()
+    done = meshwright(
+        *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml"),
+        *("--global-batch", "4", "--sequence", "16", "--precision", "fp32", "-o", "again.json"),
+        cwd=planned,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (planned / "again.json").read_bytes() == first
+
+
+def test_a_plan_is_trained_and_leaves_its_traces(planned):
+    done = meshwright(
+        *("train", "plan.json", "--steps", "4", "-o", "run"),
+        *("--save-weights", "--report", "run.html"),
+        cwd=planned,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nnodes=1" in done.stdout
+    lines = [json.loads(line) for line in (planned / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["tokens_per_second"] > 0 and line["memory_bytes"] > 0 for line in lines)
+    timeline = json.loads((planned / "run/timeline.json").read_text())
+    assert timeline["source"] == "measured"
+    assert (planned / "run/model.safetensors").stat().st_size > 1_000_000
+    assert "<html" in (planned / "run.html").read_text()
+
+
+def test_dry_run_only_prints_the_commands(planned):
+    done = meshwright("train", "plan.json", "--dry-run", "-o", "dry", cwd=planned)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torchrun") == 1
+    assert not (planned / "dry/metrics.jsonl").exists()
+
+
+def processes_of(folder: Path) -> list[int]:
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    rows = [line.split(maxsplit=1) for line in listing.stdout.splitlines()[1:]]
+    return [int(pid) for pid, words in rows if "worker" in words and str(folder) in words]
+
+
+def wait_until(condition, seconds: float):
+    """Poll until `condition` gives something, at most `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_a_killed_process_takes_the_run_down_and_leaves_no_orphans(planned, victim):
+    folder = planned / f"killed-{victim}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meshwright", *f"train plan.json --steps 99999 -o {folder}".split()],
+        cwd=planned,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: (folder / "metrics.jsonl").exists() and process.poll() is None, 120)
+        wait_until(lambda: (folder / "metrics.jsonl").read_text(), 120)
+        workers = [pid for pid in processes_of(folder) if pid != process.pid]
+        os.kill(workers[-1] if victim == "worker" else process.pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+        wait_until(lambda: not processes_of(folder), 30)
+    finally:
+        process.kill()
+    if victim == "worker":
+        assert process.returncode == 2
+        assert errors.startswith("TrainingError:")
+        assert "SIGKILL" in errors
+        assert "Traceback" not in errors
+
+
+PLAN = "plan --model gpt-tiny --cluster cluster.toml --sequence 16"
+MISTAKES = {
+    "no such plan": ("explain none.json", "none.json", "no such file"),
+    "no such cluster": (
+        "plan --model gpt-tiny --cluster none.toml --global-batch 4",
+        *("none.toml", "no such file"),
+    ),
+    "unknown model": (
+        "plan --model gpt2-xll --cluster cluster.toml --global-batch 4",
+        *("gpt2-xll", "gpt2-xl"),
+    ),
+    "no rows": (f"{PLAN} --global-batch 0", "--global-batch", "at least 1"),
+    "sequence too long": (
+        "plan --model gpt2 --cluster cluster.toml --global-batch 4 --sequence 4096",
+        *("4096", "1024"),
+    ),
+    "precision not offered": (
+        f"plan --model gpt-tiny --cluster {EXAMPLES / 'v100-t4.toml'} --global-batch 4"
+        " --sequence 16 --precision bf16",
+        *("bf16", "fp16"),
+    ),
+    "fits nowhere": (
+        "plan --model llama-2-70b --cluster cluster.toml --global-batch 2 --sequence 64"
+        " --precision fp32",
+        *("GiB", "What would help"),
+    ),
+    "no such corpus": ("train plan.json --data none.txt", "none.txt", "no such file"),
+    "corpus too short": ("train plan.json --data short.txt", "short.txt", "at least"),
+    "another cluster": (
+        f"simulate plan.json --cluster {EXAMPLES / 'h100-8.toml'}",
+        *("here:0", "a device of"),
+    ),
+    "no such profile": ("simulate plan.json --profile p.json", "p.json", "no such"),
+    "more processes than devices": (
+        "profile --model gpt-tiny --sequence 16 --cluster cluster.toml --processes 3",
+        *("3 processes", "at most 2"),
+    ),
+    "rows are no numbers": ("profile --model gpt-tiny --rows a", "--rows", "1,2,4"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_with_its_message_and_no_traceback(planned, name):
+    line, *words = MISTAKES[name]
+    (planned / "short.txt").write_text("short")
+    done = meshwright(*line.split(), cwd=planned)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_tells_every_verb(tmp_path):
+    done = meshwright("--help", cwd=tmp_path)
+    verbs = ("plan", "explain", "simulate", "profile", "train", "discover", "demo")
+    assert all(verb in done.stdout for verb in verbs)
+
+
+def test_this_machine_describes_itself(tmp_path):
+    assert meshwright("discover", cwd=tmp_path).returncode == 0
+    done = meshwright(
+        *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml"),
+        *("--global-batch", "4", "--sequence", "16"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
