@@ -90,16 +90,18 @@ class Engine:
         self.steps = 0
         self._dilator = None if dilation is None else Dilator(dilation)
         self._recorder: Recorder | None = None
-        self._own = assemble(
-            model,
-            inputs,
-            plan,
-            self.program,
-            self.world,
-            seed=seed,
-            dilator=self._dilator,
-            posted=self._posted,
-        )
+        self._current: Instruction | None = None
+        with worlds.noticing(self.world, lambda: None):
+            self._own = assemble(
+                model,
+                inputs,
+                plan,
+                self.program,
+                self.world,
+                seed=seed,
+                dilator=self._dilator,
+                posted=self._posted,
+            )
         trainable = [h.parameter for h in self._own.held if h.parameter.requires_grad]
         self._optimizer = optimizer(trainable)
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -136,17 +138,12 @@ class Engine:
         self._loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self._made: dict[Op, Sequence[Tensor | None]] = {}
         self._own.reducer.zero()
-        instruction = self._actions[0][1]
-        try:
-            for act, instruction in self._actions:
-                act(instruction)
+        with worlds.noticing(self.world, lambda: self._current):
+            for act, self._current in self._actions:
+                act(self._current)
             for messages in self._own.messages.values():
                 messages.finish()
-        except RuntimeError as failure:
-            lost = worlds.lost_peer(self.world, instruction, failure)
-            if lost is None:
-                raise
-            raise lost from failure
+        self._current = None
         self.steps += 1
         seconds = time.perf_counter() - started
         return StepResult(loss=self._mean_loss, grad_norm=self._norm, seconds=seconds)
@@ -171,7 +168,8 @@ class Engine:
     def parameters(self) -> dict[str, Tensor] | None:
         """Every parameter, whole and on the CPU, by its name in the model; on rank 0 only."""
         own = {one.name: one.parameter for one in self._own.held}
-        return collect_parameters(self._own.homes, own, self.world)
+        with worlds.noticing(self.world, lambda: None):
+            return collect_parameters(self._own.homes, own, self.world)
 
     @property
     def learning_rate(self) -> float:

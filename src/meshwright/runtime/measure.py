@@ -236,7 +236,7 @@ def gather(
         devices=devices,
         step_seconds=max(one.ended - origin[one.host] for one in records),
         intervals=tuple(
-            _interval(r, i, max(start, ready[_meeting(r, i)]), end)
+            _interval(r, i, min(max(start, ready[_meeting(r, i)]), end), end)
             for r, found in enumerate(spans)
             for i, start, end in found
         ),
@@ -280,7 +280,7 @@ def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
         micro_batch=i.micro_batch,
         label=label(i),
         start_seconds=start,
-        end_seconds=max(start, end),
+        end_seconds=end,
         peer=i.peer,
         bytes=i.bytes,
     )

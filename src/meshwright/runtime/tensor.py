@@ -96,7 +96,7 @@ class _VocabularyCrossEntropy(Function):
         exp_NV = x_NV.exp_()
         total_N, picked_N = team.sum_(torch.stack((exp_NV.sum(dim=1), picked_N)))
         counts_N = target_N != ignore
-        ctx.scale = 1 / counts_N.sum()
+        ctx.scale = 1 / counts_N.sum(dtype=x_NV.dtype)
         ctx.save_for_backward(exp_NV.div_(total_N[:, None]), local_N, mine_N, counts_N)
         ctx.dtype = logits_NV.dtype
         losses_N = (total_N.log() - picked_N).masked_fill(~counts_N, 0)

@@ -7,7 +7,8 @@ global except torch.distributed's own default group.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
@@ -227,25 +228,42 @@ def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
     )
 
 
-_SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket", "store")
+_SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket")
 
 
-def lost_peer(world: World, instruction: Instruction, failure: RuntimeError) -> PeerLost | None:
-    """What a failure of communication means to the user; None: the failure is of another kind."""
-    said = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
-    of_torch = isinstance(failure, (dist.DistError, dist.DistNetworkError))
-    if not of_torch and not any(sign in said for sign in _SIGNS_OF_LOSS):
-        return None
-    if instruction.peer is not None:
-        whom = f"rank {instruction.peer}"
+@contextmanager
+def noticing(world: World, doing: Callable[[], Instruction | None]) -> Iterator[None]:
+    """Raises PeerLost, naming the instruction, where a rank that has gone fails communication."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if not _of_communication(failure):
+            raise
+        raise _lost_peer(world, doing(), failure) from failure
+
+
+def _of_communication(failure: RuntimeError) -> bool:
+    if isinstance(failure, dist.DistError):
+        return True
+    return any(sign in _first_line(failure) for sign in _SIGNS_OF_LOSS)
+
+
+def _first_line(failure: RuntimeError) -> str:
+    return next(iter(str(failure).strip().splitlines()), "")
+
+
+def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -> PeerLost:
+    if doing is not None and doing.peer is not None:
+        whom = f"rank {doing.peer}"
     else:
-        others = [str(r) for r in instruction.ranks or range(world.size) if r != world.rank]
+        known = doing.ranks if doing is not None and doing.ranks else range(world.size)
+        others = [str(r) for r in known if r != world.rank]
         whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
     return PeerLost(
         Problem(
             f"rank {world.rank}",
-            text(instruction),
-            f"{whom} has gone or stopped answering ({said[:160]})",
+            "between steps" if doing is None else text(doing),
+            f"{whom} has gone or stopped answering ({_first_line(failure)[:160]})",
             "every rank alive to the end",
             "look for the first failure among the other ranks' logs",
         )
