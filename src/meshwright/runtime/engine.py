@@ -139,8 +139,9 @@ class Engine:
         self._made: dict[Op, Sequence[Tensor | None]] = {}
         self._own.reducer.zero()
         with worlds.noticing(self.world, lambda: self._current):
-            for act, self._current in self._actions:
-                act(self._current)
+            for act, instruction in self._actions:
+                self._current = instruction
+                act(instruction)
             for messages in self._own.messages.values():
                 messages.finish()
         self._current = None
