@@ -27,6 +27,10 @@ lint: $(READY)    ## format, lint and types
 docs: $(DOCS)     ## build the documentation into site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/zensical build --clean
+	@! grep -rlE 'fonts\.(googleapis|gstatic)' site
+
+picture: $(READY) ## draw the README's picture anew, from the plan that the search finds
+	$(BIN)/python docs/draw_plan.py
 
 bench: $(READY)   ## list the benchmarks; each one says what it compares and what it needs
 	@for file in benchmarks/*.py; do \
@@ -51,4 +55,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench lock clean
+.PHONY: help demo test test-all lint docs picture bench lock clean

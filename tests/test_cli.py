@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "clusters"
@@ -113,10 +114,14 @@ def test_dry_run_only_prints_the_commands(planned):
     assert not (planned / "dry/metrics.jsonl").exists()
 
 
-def processes_of(folder: Path) -> list[int]:
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    rows = [line.split(maxsplit=1) for line in listing.stdout.splitlines()[1:]]
-    return [int(pid) for pid, words in rows if "worker" in words and str(folder) in words]
+def workers_of(folder: Path) -> list[int]:
+    """Processes of the run in `folder`, its launcher's torchrun included."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "meshwright.runtime.worker" in (process.info["cmdline"] or ())
+        and str(folder) in process.info["cmdline"]
+    ]
 
 
 def wait_until(condition, seconds: float):
@@ -143,10 +148,11 @@ def test_a_killed_process_takes_the_run_down_and_leaves_no_orphans(planned, vict
     try:
         wait_until(lambda: (folder / "metrics.jsonl").exists() and process.poll() is None, 120)
         wait_until(lambda: (folder / "metrics.jsonl").read_text(), 120)
-        workers = [pid for pid in processes_of(folder) if pid != process.pid]
+        workers = workers_of(folder)
+        assert len(workers) > 1
         os.kill(workers[-1] if victim == "worker" else process.pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=30)
-        wait_until(lambda: not processes_of(folder), 30)
+        wait_until(lambda: not workers_of(folder), 30)
     finally:
         process.kill()
     if victim == "worker":

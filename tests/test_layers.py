@@ -148,6 +148,18 @@ def test_importing_the_core_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
+def test_planning_from_a_description_loads_no_torch(tmp_path: Path) -> None:
+    cluster = SOURCE.parent / "examples" / "clusters" / "h100-8.toml"
+    verb = ["plan", "--model", "gpt2", "--cluster", str(cluster), "--global-batch", "8"]
+    script = (
+        "import sys\nfrom meshwright.cli import app\n"
+        f"app({[*verb, '-o', str(tmp_path / 'plan.json')]!r}, standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert (tmp_path / "plan.json").stat().st_size > 0
+
+
 @pytest.mark.parametrize("module", PATHS)
 def test_files_and_functions_stay_short(module: str) -> None:
     lines = len(PATHS[module].read_text().splitlines())

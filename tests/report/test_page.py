@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import DirectLink, Link, Site
+from meshwright.plan.spec import Pipeline, Stage
 from meshwright.report.charts import loss_svg, ticks
 from meshwright.report.drawing import layers_text, plan_svg
 from meshwright.report.page import Rival, report_html, write_report
@@ -157,8 +158,22 @@ def test_a_large_cluster_is_drawn_small() -> None:
     node = replace(cluster.nodes[1], devices=("slow",) * 8)
     many = tuple(replace(node, name=f"n-{index}") for index in range(100))
     svg = plan_svg(paper.plan(), replace(cluster, nodes=(*cluster.nodes, *many)), paper.model())
-    assert svg.count('class="unused"') == 801
-    assert len(svg) < 400_000
+    assert svg.count("8 × slow, not used") == 100
+    assert len(svg) < 100_000
+
+
+def test_shares_of_rows_and_layers_are_drawn() -> None:
+    wide = Stage(layers=(0, 4), devices=(("a:0", "b:0"), ("b:1", "b:2")), rows=(3, 1))
+    plan = replace(
+        paper.plan(),
+        devices=("a:0", "b:0", "b:1", "b:2"),
+        pipelines=(Pipeline(micro_batches=1, rows=4, stages=(wide,)),),
+    )
+    cluster = paper.cluster()
+    nodes = (cluster.nodes[0], replace(cluster.nodes[1], devices=("slow",) * 3))
+    svg = plan_svg(plan, replace(cluster, nodes=nodes), paper.model())
+    for share in ("0:3 tp 1/2", "0:3 tp 2/2", "3:4 tp 1/2", "3:4 tp 2/2"):
+        assert f">{share}<" in svg
 
 
 def test_runs_of_layers_have_short_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster, Node, Site
@@ -15,7 +16,7 @@ from meshwright.report.template import render
 from meshwright.units import format_bandwidth, format_bytes
 
 WIDTH = 960.0
-_GAP, _PAD, _HEADER, _DROP = 6.0, 12.0, 26.0, 34.0
+_MARGIN, _ASIDE, _GAP, _PAD, _HEADER, _DROP = 14.0, 18.0, 6.0, 12.0, 26.0, 34.0
 
 
 @record
@@ -45,6 +46,8 @@ class Cell:
     ink: str
     lines: tuple[str, ...]
     hint: str
+    share: str = ""
+    """What of its stage it does, where that is not all of it."""
     memory: float = 0.0
     """Share of its memory that is full at its worst moment."""
 
@@ -58,7 +61,8 @@ class Box:
     width: float
     height: float
     name: str
-    inside: str
+    note: str
+    """Bandwidth between its devices; of a node that is not used, what it holds."""
     network: str
     cells: tuple[Cell, ...]
 
@@ -143,21 +147,29 @@ class _Cells:
         colour = self.colours[seat.stage]
         lines = (
             self._fit(f"{index}  {kind}"),
-            self._fit(f"stage {seat.stage}{self._share(seat)}"),
+            f"stage {seat.stage}",
             self._fit(layers),
         )
-        hint = f"{name}, {kind}: rank {seat.rank}, stage {seat.stage}, {layers}{self._share(seat)}"
+        share = self._share(seat)
+        hint = f"{name}, {kind}: rank {seat.rank}, stage {seat.stage} {share}, {layers}"
         cell = Cell(x=x, y=y, fill=colour, ink=ink_on(colour), lines=lines, hint=hint)
         if not self.size.letters:
             cell = replace(cell, lines=(str(seat.stage),))
+        elif self.size is _LARGE:
+            cell = replace(cell, share=share)
         return self._with_memory(cell, name)
 
     def _share(self, seat: Seat) -> str:
-        """What of its stage a device does, where it does not do all of it."""
+        """Rows of a micro-batch and place among the tensor ranks: `rows 0:2`, `tp 1/2`, both."""
         stage = self.stages[seat.stage]
-        text = f" rows {seat.rows[0]}:{seat.rows[1]}" if len(stage.seats) > 1 else ""
-        tensor = len(stage.seats[0])
-        return text + (f" tp {seat.tensor_index + 1}/{tensor}" if tensor > 1 else "")
+        rows = f"{seat.rows[0]}:{seat.rows[1]}" if len(stage.seats) > 1 else ""
+        width = len(stage.seats[0])
+        tensor = f"tp {seat.tensor_index + 1}/{width}" if width > 1 else ""
+        return f"{rows} {tensor}" if rows and tensor else tensor or (rows and f"rows {rows}")
+
+    def used(self, node: Node) -> bool:
+        """Whether the plan uses any device of a node."""
+        return any(f"{node.name}:{index}" in self.seats for index in range(len(node.devices)))
 
     def _with_memory(self, cell: Cell, device: str) -> Cell:
         memory = self.memory.get(device)
@@ -173,58 +185,73 @@ class _Cells:
 
 
 def _panel(site: Site, nodes: tuple[Node, ...], cells: _Cells, y: float, *, named: bool) -> Panel:
-    """Nodes in rows as wide as the page, each row above its network line."""
-    margin = 14.0
-    wide = max(_box_width(node, cells.size) for node in nodes)
-    per_row = max(1, int((WIDTH - 2 * margin + 18) // (wide + 18)))
-    below = y + (34 if named else margin)
+    """Nodes in rows as wide as the page, each row above its network line; idle nodes come last."""
+    below = y + (34 if named else _MARGIN)
     boxes: list[Box] = []
     spines: list[float] = []
-    for start in range(0, len(nodes), per_row):
-        row = nodes[start : start + per_row]
-        tall = max(_box_height(node, cells.size) for node in row)
-        x = margin
-        for node in row:
-            boxes.append(_box(node, cells, x, below, tall))
-            x += _box_width(node, cells.size) + 18
-        spines.append(below + tall + _DROP)
-        below += tall + _DROP + 18
+    for used in (True, False):
+        chosen = [node for node in nodes if cells.used(node) is used]
+        made = [_box(node, cells) if used else _idle_box(node) for node in chosen]
+        wide = max((box.width for box in made), default=WIDTH)
+        per_row = max(1, int((WIDTH - 2 * _MARGIN + _ASIDE) // (wide + _ASIDE)))
+        for start in range(0, len(made), per_row):
+            row = made[start : start + per_row]
+            tall = max(box.height for box in row)
+            boxes += _placed(row, below, tall)
+            spines.append(below + tall + _DROP)
+            below += tall + _DROP + 18
     title = f"site {site.name}" if named else ""
     if named and site.uplink:
         title += f" — uplink {format_bandwidth(site.uplink.bandwidth)}"
     return Panel(y=y, height=below - y, title=title, boxes=tuple(boxes), spines=tuple(spines))
 
 
-def _columns(node: Node, size: Size) -> int:
-    return min(len(node.devices), size.columns)
+def _placed(row: list[Box], y: float, height: float) -> list[Box]:
+    """Boxes side by side, as high as the highest of them."""
+    placed: list[Box] = []
+    x = _MARGIN
+    for box in row:
+        cells = tuple(replace(cell, x=cell.x + x, y=cell.y + y) for cell in box.cells)
+        placed.append(replace(box, x=x, y=y, height=height, cells=cells))
+        x += box.width + _ASIDE
+    return placed
 
 
-def _box_width(node: Node, size: Size) -> float:
-    columns = _columns(node, size)
-    return max(2 * _PAD + columns * size.width + (columns - 1) * _GAP, 150.0)
-
-
-def _box_height(node: Node, size: Size) -> float:
-    rows = -(-len(node.devices) // _columns(node, size))
-    return _HEADER + rows * size.height + (rows - 1) * _GAP + _PAD
-
-
-def _box(node: Node, cells: _Cells, x: float, y: float, height: float) -> Box:
-    size, columns = cells.size, _columns(node, cells.size)
+def _idle_box(node: Node) -> Box:
+    """A node that the plan leaves out: one line."""
+    kinds = Counter(node.devices)
+    note = ", ".join(f"{count} × {kind}" for kind, count in kinds.items()) + ", not used"
     return Box(
-        x=x,
-        y=y,
-        width=_box_width(node, size),
-        height=height,
+        x=0,
+        y=0,
+        width=7.5 * len(node.name) + 6.5 * len(note) + 2 * _PAD + 10,
+        height=_HEADER,
         name=node.name,
-        inside=format_bandwidth(node.inside.bandwidth) + (" bus" if node.inside.shared else ""),
+        note=note,
+        network=format_bandwidth(node.network.bandwidth),
+        cells=(),
+    )
+
+
+def _box(node: Node, cells: _Cells) -> Box:
+    """A node that the plan uses, with its devices, at the origin."""
+    size = cells.size
+    columns = min(len(node.devices), size.columns)
+    rows = -(-len(node.devices) // columns)
+    return Box(
+        x=0,
+        y=0,
+        width=max(2 * _PAD + columns * (size.width + _GAP) - _GAP, 150.0),
+        height=_HEADER + rows * (size.height + _GAP) - _GAP + _PAD,
+        name=node.name,
+        note=format_bandwidth(node.inside.bandwidth) + (" bus" if node.inside.shared else ""),
         network=format_bandwidth(node.network.bandwidth),
         cells=tuple(
             cells.cell(
                 node,
                 index,
-                x + _PAD + (index % columns) * (size.width + _GAP),
-                y + _HEADER + (index // columns) * (size.height + _GAP),
+                _PAD + (index % columns) * (size.width + _GAP),
+                _HEADER + (index // columns) * (size.height + _GAP),
             )
             for index in range(len(node.devices))
         ),

@@ -19,22 +19,35 @@ from meshwright.runtime.run import Failure, failure_file
 
 
 @contextmanager
-def report_failure(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is written down, and ends the process with status 1."""
+def rank_process(folder: Path) -> Iterator[None]:
+    """The whole life of a rank: what goes wrong inside is written down, and the process ends.
+
+    It ends at once, without taking the interpreter apart: gloo's threads may still hold tensors
+    then, and abort a process whose work is done (pytorch/pytorch pull request 179291).
+    """
+    status = 1
     try:
         yield
+        status = 0
     except Exception as error:
-        rank = int(os.environ.get("RANK", "0"))
-        failure = Failure(
-            rank=rank,
-            seconds=time.time(),
-            kind=type(error).__name__,
-            problems=_problems(error, rank),
-            secondary=type(error).__name__ == "PeerLost",
-        )
-        failure_file(folder, rank).write_text(dumps(failure))
+        _write_down(error, folder)
         traceback.print_exc()
-        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _write_down(error: Exception, folder: Path) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    failure = Failure(
+        rank=rank,
+        seconds=time.time(),
+        kind=type(error).__name__,
+        problems=_problems(error, rank),
+        secondary=type(error).__name__ == "PeerLost",
+    )
+    failure_file(folder, rank).write_text(dumps(failure))
 
 
 def _problems(error: Exception, rank: int) -> tuple[Problem, ...]:

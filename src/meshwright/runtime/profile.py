@@ -222,10 +222,10 @@ def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:
 
 def main() -> None:
     """One rank under torchrun."""
-    from meshwright.runtime.failure import report_failure
+    from meshwright.runtime.failure import rank_process
 
     folder = Path(sys.argv[1])
-    with report_failure(folder):
+    with rank_process(folder):
         settings = load(folder / SETTINGS, ProfileSettings, error=ProfileError)
         graph = load_model(settings.model, settings.sequence, settings.precision)
         measure(settings, graph, folder)

@@ -16,7 +16,7 @@ from meshwright.plan.spec import Plan
 from meshwright.records import dumps, load, plain
 from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
 from meshwright.runtime.dilation import Dilation
-from meshwright.runtime.failure import report_failure
+from meshwright.runtime.failure import rank_process
 from meshwright.runtime.run import (
     METRICS,
     PLAN,
@@ -106,7 +106,7 @@ def _keep(folder: Path, trained: Trained) -> None:
 def main() -> None:
     """Run; leave the reason behind if it fails."""
     folder = Path(sys.argv[1])
-    with report_failure(folder):
+    with rank_process(folder):
         run(folder)
 
 

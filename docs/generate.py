@@ -1,0 +1,194 @@
+"""Writes the parts of these pages that say what the code says: python docs/generate.py
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is a record (its fields
+become a table), or one of PARTS, such as the README's tree of files. Records are read from their
+source, where the text under a field is its explanation.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from inspect import getsource
+from pathlib import Path
+from textwrap import dedent
+
+from meshwright import errors
+from meshwright.cluster.catalog import catalog
+from meshwright.model.config import NAMED
+from meshwright.program.instructions import Op
+from meshwright.units import format_bytes, format_flops, format_throughput
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "src" / "meshwright"
+PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+WORDS = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "Bytes": 'bytes, or `"80 GiB"`',
+    "Size": 'bytes, or `"80 GiB"`',
+    "Seconds": 'seconds, or `"50 us"`',
+    "Flops": 'FLOP/s, or `"312 TFLOP/s"`',
+    "Work": 'FLOP, or `"12 GFLOP"`',
+    "Count": "whole number",
+    "BytesPerSecond": 'bytes/s, or `"25 Gbit/s"`',
+    "SizeText": '`"80 GiB"`',
+    "RateText": '`"25 Gbit/s"`',
+    "FlopsText": '`"312 TFLOP/s"`',
+    "TimeText": '`"50 us"`',
+    "Precision": "`fp64`, `fp32`, `fp16` or `bf16`",
+    "ScheduleName": "`1f1b` or `gpipe`",
+}
+
+
+def words(annotation: ast.expr) -> str:
+    """A field's type for people who write files."""
+    match annotation:
+        case ast.BinOp(left=left, right=ast.Constant(value=None)):
+            return words(left)
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
+            return words(first)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
+            values = options.elts if isinstance(options, ast.Tuple) else [options]
+            return " or ".join(f"`{ast.literal_eval(value)}`" for value in values)
+        case ast.Subscript(
+            value=ast.Name(id="tuple"),
+            slice=ast.Tuple(elts=[one, ast.Constant(value=value)]),
+        ) if value is ...:
+            return f"list of: {words(one)}"
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=each)):
+            return "[" + ", ".join(words(one) for one in each) + "]"
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
+            return f"table: {words(key)} → {words(value)}"
+        case ast.Name(id=name):
+            return WORDS.get(name, f"[{name}](#{name.lower()})")
+    raise ValueError(f"no words for {ast.unparse(annotation)}")
+
+
+def _alias(annotation: ast.expr) -> str | None:
+    """The name in the file of a field that Python would not let us call so."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.keyword) and node.arg == "alias":
+            return str(ast.literal_eval(node.value))
+    return None
+
+
+def _default(value: ast.expr | None) -> str:
+    if value is None:
+        return "required"
+    text = ast.unparse(value)
+    if text in ("None", "()", "''") or text.startswith("field("):
+        return "optional"
+    return f"`{text.lower() if text in ('True', 'False') else text.strip(chr(39))}`"
+
+
+def _explained(body: list[ast.stmt]) -> Iterator[tuple[ast.AnnAssign, str]]:
+    """Fields, each with the text that follows it."""
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign):
+            text = ""
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = " ".join(str(after.value.value).split())
+            yield statement, text
+
+
+def fields(path: str) -> str:
+    """The table of a record's fields."""
+    module, _, name = path.rpartition(".")
+    tree = ast.parse(dedent(getsource(getattr(import_module(module), name)))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    lines = ["| field | value | default | |", "| --- | --- | --- | --- |"]
+    for field, text in _explained(tree.body):
+        assert isinstance(field.target, ast.Name)
+        title = _alias(field.annotation) or field.target.id
+        value = words(field.annotation)
+        lines.append(f"| `{title}` | {value} | {_default(field.value)} | {text} |")
+    return "\n".join(line.replace("|  |", "| |") for line in lines)
+
+
+def device_types() -> str:
+    """The catalogue of device types."""
+    lines = ["| type | memory | its bandwidth | peak, dense | source |", "| --- " * 5 + "|"]
+    for name, entry in catalog().items():
+        peaks = ", ".join(f"{p} {format_flops(v)}" for p, v in entry.type.peak.items())
+        memory = format_bytes(entry.type.memory)
+        rate = format_throughput(entry.type.memory_bandwidth)
+        lines.append(f"| `{name}` | {memory} | {rate} | {peaks} | {entry.type.source} |")
+    return "\n".join(lines)
+
+
+def model_names() -> str:
+    """Models that need no file."""
+    return ", ".join(f"`{name}`" for name in NAMED)
+
+
+def error_tree() -> str:
+    """The tree of errors, as drawn at the top of its module."""
+    assert errors.__doc__ is not None
+    return "```text\n" + errors.__doc__.partition("\n\n")[2].strip() + "\n```"
+
+
+def operations() -> str:
+    """The vocabulary of programs."""
+    return ", ".join(f"`{op.value}`" for op in Op)
+
+
+def tree() -> str:
+    """Every file of the package, with the first sentence of what it says of itself."""
+    lines = []
+    for folder in (PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("*/__init__.py"))):
+        depth = "  " * len(folder.relative_to(PACKAGE).parts)
+        lines.append(f"{depth + folder.name + '/':<24}{_sentence(folder / '__init__.py')}")
+        lines += [
+            f"{depth + '  ' + path.name:<24}{_sentence(path)}"
+            for path in sorted(folder.glob("*.py"))
+            if path.name != "__init__.py"
+        ]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=[.?])\s", first)[0].removesuffix(".")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "device-types": device_types,
+    "model-names": model_names,
+    "error-tree": error_tree,
+    "operations": operations,
+    "tree": tree,
+}
+
+
+def generated(page: str) -> str:
+    """A page with its generated parts as they must be."""
+
+    def part(match: re.Match[str]) -> str:
+        name = match[2]
+        text = PARTS[name]() if name in PARTS else fields(name)
+        return f"{match[1]}\n{text}\n\n{match[3]}"
+
+    return PART.sub(part, page)
+
+
+def main() -> int:
+    """Rewrite the pages that differ."""
+    for path in (HERE.parent / "README.md", *sorted(HERE.glob("*.md"))):
+        page = path.read_text(encoding="utf-8")
+        if generated(page) != page:
+            path.write_text(generated(page), encoding="utf-8")
+            sys.stdout.write(f"wrote {path.name}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
