@@ -8,7 +8,7 @@ from io import StringIO
 import steps_on_paper as paper
 from rich.console import Console
 
-from meshwright.plan.spec import DeviceMemory, Pipeline, Stage
+from meshwright.plan.spec import DeviceMemory, Pipeline, RunnerUp, Stage
 from meshwright.report.sentences import error_sentence, memory_sentence, parts_sentence, verdict
 from meshwright.report.tables import (
     comparison_table,
@@ -56,6 +56,21 @@ def test_explain_of_a_plan_without_prediction_says_who_holds_what() -> None:
     assert "runner-up" not in text
 
 
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    runner = RunnerUp(name="[red]", step_seconds=None, reason="no [/] here")
+    plan = replace(
+        paper.plan(),
+        model=replace(paper.plan().model, name="[bold]tiny"),
+        prediction=replace(paper.prediction(), runners_up=(runner,)),
+    )
+    console = _console()
+    explain(plan, console)
+    text = console.export_text()
+    assert "[bold]tiny on pair" in text
+    assert "[red]" in text
+    assert "no [/] here" in text
+
+
 def test_plan_table_shows_widths_uneven_rows_and_pipelines() -> None:
     wide = Stage(layers=(0, 4), devices=(("b:0", "b:1"), ("b:2", "b:3")), rows=(3, 1))
     second = Pipeline(micro_batches=3, rows=4, stages=(wide,))
@@ -87,6 +102,14 @@ def test_memory_bars_are_as_long_as_they_are_full() -> None:
     )
     line = _text(memory_table((full,))).splitlines()[1]
     assert line.count("█") == line.count("·") == 14
+
+
+def test_a_narrow_terminal_gets_whole_lines() -> None:
+    console = Console(width=80, record=True, file=StringIO(), color_system=None)
+    console.print(memory_table(paper.prediction().memory, wide=False))
+    heading, *lines = console.export_text().splitlines()
+    assert "parameters gradients optimizer activations buffers" in heading
+    assert [line.split()[0] for line in lines] == ["a:0", "b:0"]
 
 
 def test_what_limits_the_step_is_named() -> None:
