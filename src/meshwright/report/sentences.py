@@ -39,11 +39,13 @@ def parts_sentence(parts: Mapping[str, float]) -> str:
     """What the critical path spends its time on, and what would shorten the largest loss."""
     step = sum(parts.values())
     lost = {part: seconds for part, seconds in parts.items() if part != "compute" and seconds > 0}
-    computing = f"{parts.get('compute', 0.0) / step:.0%} of the step is computing"
+    computing = (
+        f"{parts.get('compute', 0.0) / step:.0%} of the step is what the busiest device computes"
+    )
     if not lost:
         return f"{computing}; nothing else takes time."
     worst = max(lost, key=lambda part: lost[part])
-    sentence = f"{computing}; the largest loss is {_LIMITS[worst]} ({worst}): "
+    sentence = f"{computing}; the largest loss beside it is {_LIMITS[worst]} ({worst}): "
     sentence += f"{format_seconds(lost[worst])}, {lost[worst] / step:.0%}."
     if lost[worst] >= 0.05 * step:
         sentence += f" {_REMEDIES[worst].capitalize()}."

@@ -144,11 +144,12 @@ def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Tabl
     kinds of memory by colour alone.
     """
     kinds = tuple(MEMORY) if wide else ()
-    table = Table(box=None, pad_edge=False)
+    caption = None if wide else _legend()
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="right")
     table.add_column("memory of")
     for name in (*kinds, "total", "of"):
         table.add_column(name, justify="right")
-    table.add_column("" if wide else _legend())
+    table.add_column("")
     for _, run in groupby(memory, key=_amounts):
         alike = tuple(run)
         one = alike[0]
