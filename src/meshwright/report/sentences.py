@@ -95,14 +95,14 @@ def error_sentence(predicted: float, measured: float) -> str:
     return f"the prediction of {format_seconds(predicted)} is {abs(error):.1%} {side} that"
 
 
-def verdict(plan: Plan, predicted: Timeline, measured: Timeline | None) -> str:
-    """The whole page in one sentence."""
+def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
+    """The whole page in one sentence; both are seconds of a step."""
     where = f"{plan.model.name} on {plan.cluster.name}"
-    seconds = (measured or predicted).step_seconds
+    seconds = measured or predicted
     rate = f"{tokens_per_second(plan, seconds):,.0f} tokens/s"
     if measured is None:
         return f"{where}: a step is predicted to take {format_seconds(seconds)}, or {rate}."
-    error = error_sentence(predicted.step_seconds, seconds)
+    error = error_sentence(predicted, measured)
     return f"{where}: a step takes {format_seconds(seconds)}, or {rate}; {error}."
 
 
