@@ -8,7 +8,7 @@ from io import StringIO
 import steps_on_paper as paper
 from rich.console import Console
 
-from meshwright.plan.spec import DeviceMemory, Pipeline, Stage
+from meshwright.plan.spec import DeviceMemory, Pipeline, RunnerUp, Stage
 from meshwright.report.sentences import error_sentence, memory_sentence, parts_sentence, verdict
 from meshwright.report.tables import (
     comparison_table,
@@ -56,6 +56,21 @@ def test_explain_of_a_plan_without_prediction_says_who_holds_what() -> None:
     assert "runner-up" not in text
 
 
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    runner = RunnerUp(name="[red]", step_seconds=None, reason="no [/] here")
+    plan = replace(
+        paper.plan(),
+        model=replace(paper.plan().model, name="[bold]tiny"),
+        prediction=replace(paper.prediction(), runners_up=(runner,)),
+    )
+    console = _console()
+    explain(plan, console)
+    text = console.export_text()
+    assert "[bold]tiny on pair" in text
+    assert "[red]" in text
+    assert "no [/] here" in text
+
+
 def test_plan_table_shows_widths_uneven_rows_and_pipelines() -> None:
     wide = Stage(layers=(0, 4), devices=(("b:0", "b:1"), ("b:2", "b:3")), rows=(3, 1))
     second = Pipeline(micro_batches=3, rows=4, stages=(wide,))
@@ -89,12 +104,20 @@ def test_memory_bars_are_as_long_as_they_are_full() -> None:
     assert line.count("█") == line.count("·") == 14
 
 
+def test_a_narrow_terminal_gets_whole_lines() -> None:
+    console = Console(width=80, record=True, file=StringIO(), color_system=None)
+    console.print(memory_table(paper.prediction().memory, wide=False))
+    _, *lines, caption = console.export_text().splitlines()
+    assert caption.split() == ["parameters", "gradients", "optimizer", "activations", "buffers"]
+    assert [line.split()[0] for line in lines] == ["a:0", "b:0"]
+
+
 def test_what_limits_the_step_is_named() -> None:
     text = parts_sentence({"compute": 0.4, "bubble": 0.1, "reductions": 0.5})
-    assert "40% of the step is computing" in text
+    assert "40% of the step is what the busiest device computes" in text
     assert "(reductions): 500 ms, 50%" in text
     assert "Faster links" in text
-    assert parts_sentence({"compute": 1.0, "bubble": 0.0}).endswith("nothing else takes time.")
+    assert parts_sentence({"compute": 1.0, "bubble": 0.0}).endswith("; nothing else takes time.")
 
 
 def test_the_fullest_device_is_named_and_whether_it_limits() -> None:
@@ -111,10 +134,8 @@ def test_errors_are_measured_against_what_was_measured() -> None:
 
 
 def test_the_verdict_counts_tokens_of_the_measured_step() -> None:
-    assert "7.3 ms, or 35,068 tokens/s" in verdict(paper.plan(), paper.timeline(), None)
-    assert "8.03 ms, or 31,880 tokens/s" in verdict(
-        paper.plan(), paper.timeline(), paper.measured()
-    )
+    assert "7.3 ms, or 35,068 tokens/s" in verdict(paper.plan(), 0.0073, None)
+    assert "8.03 ms, or 31,880 tokens/s" in verdict(paper.plan(), 0.0073, 0.00803)
 
 
 def test_a_step_is_summed_up_by_device() -> None:

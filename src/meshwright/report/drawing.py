@@ -32,7 +32,7 @@ class Size:
 
 _LARGE = Size(width=128, height=66, columns=2, letters=20)
 _MIDDLE = Size(width=100, height=66, columns=4, letters=14)
-_SMALL = Size(width=34, height=24, columns=8, letters=0)
+_SMALL = Size(width=28, height=24, columns=8, letters=0)
 
 
 @record

@@ -99,7 +99,8 @@ def write_report(
     losses: Mapping[str, Sequence[float]] | None = None,
     rivals: Sequence[Rival] = (),
 ) -> None:
-    """Write the page. `losses` by run; `rivals` slowest first, the plan itself last."""
+    """Write the page. `losses` by run; `rivals` in the order of their rows, the plan itself last:
+    the step that it took is theirs, a median of many, where `measured` shows one of them."""
     text = report_html(
         plan,
         cluster,
@@ -125,7 +126,7 @@ def report_html(
     """The page as text."""
     prediction = plan.prediction
     timelines = [each for each in (predicted, measured) if each is not None]
-    seconds = timelines[-1].step_seconds
+    seconds = _measured_seconds(measured, rivals)
     return render(
         "page.html",
         css=source("page.css") + source("plan.css"),
@@ -133,9 +134,9 @@ def report_html(
         version=__version__,
         plan=plan,
         parameters=num_parameters(model),
-        heading=verdict(plan, predicted, measured),
+        heading=verdict(plan, predicted.step_seconds, seconds),
         subtitle=title(plan),
-        tiles=_tiles(plan, predicted, measured, rivals),
+        tiles=_tiles(plan, predicted.step_seconds, seconds, rivals),
         svg=plan_svg(plan, cluster, model),
         stages=_stages(plan, model),
         data=timeline_data(timelines, cluster, plan),
@@ -148,25 +149,27 @@ def report_html(
         rivals=_rival_bars(rivals),
         losses=loss_svg(losses) if any(losses.values()) else "",
         prediction=prediction,
-        seconds=seconds,
         program=_program(plan, model),
     )
 
 
+def _measured_seconds(measured: Timeline | None, rivals: Sequence[Rival]) -> float | None:
+    """Of a step: the run's own figure, else that of the one step that was recorded."""
+    if rivals and rivals[-1].measured_seconds:
+        return rivals[-1].measured_seconds
+    return measured.step_seconds if measured else None
+
+
 def _tiles(
-    plan: Plan, predicted: Timeline, measured: Timeline | None, rivals: Sequence[Rival]
+    plan: Plan, predicted: float, measured: float | None, rivals: Sequence[Rival]
 ) -> list[tuple[str, float | str, str]]:
     """The figures on top: label, value, and how to write it."""
-    tiles: list[tuple[str, float | str, str]] = [
-        ("step, predicted", predicted.step_seconds, "seconds")
-    ]
-    seconds = predicted.step_seconds
+    tiles: list[tuple[str, float | str, str]] = [("step, predicted", predicted, "seconds")]
     if measured is not None:
-        seconds = measured.step_seconds
-        tiles.append(("step, measured", seconds, "seconds"))
-        error = (predicted.step_seconds - seconds) / seconds
-        tiles.append(("prediction error", f"{error:+.1%}", "text"))
-    tiles.append(("tokens/s", f"{tokens_per_second(plan, seconds):,.0f}", "text"))
+        tiles.append(("step, measured", measured, "seconds"))
+        tiles.append(("prediction error", f"{(predicted - measured) / measured:+.1%}", "text"))
+    rate = tokens_per_second(plan, measured or predicted)
+    tiles.append(("tokens/s", f"{rate:,.0f}", "text"))
     if len(rivals) > 1:
         speed_up = rivals[0].seconds / rivals[-1].seconds
         tiles.append((f"as fast as the {rivals[0].name}", f"{speed_up:.2f}×", "text"))

@@ -39,11 +39,13 @@ def parts_sentence(parts: Mapping[str, float]) -> str:
     """What the critical path spends its time on, and what would shorten the largest loss."""
     step = sum(parts.values())
     lost = {part: seconds for part, seconds in parts.items() if part != "compute" and seconds > 0}
-    computing = f"{parts.get('compute', 0.0) / step:.0%} of the step is computing"
+    computing = (
+        f"{parts.get('compute', 0.0) / step:.0%} of the step is what the busiest device computes"
+    )
     if not lost:
         return f"{computing}; nothing else takes time."
     worst = max(lost, key=lambda part: lost[part])
-    sentence = f"{computing}; the largest loss is {_LIMITS[worst]} ({worst}): "
+    sentence = f"{computing}; the largest loss beside it is {_LIMITS[worst]} ({worst}): "
     sentence += f"{format_seconds(lost[worst])}, {lost[worst] / step:.0%}."
     if lost[worst] >= 0.05 * step:
         sentence += f" {_REMEDIES[worst].capitalize()}."
@@ -93,14 +95,14 @@ def error_sentence(predicted: float, measured: float) -> str:
     return f"the prediction of {format_seconds(predicted)} is {abs(error):.1%} {side} that"
 
 
-def verdict(plan: Plan, predicted: Timeline, measured: Timeline | None) -> str:
-    """The whole page in one sentence."""
+def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
+    """The whole page in one sentence; both are seconds of a step."""
     where = f"{plan.model.name} on {plan.cluster.name}"
-    seconds = (measured or predicted).step_seconds
+    seconds = measured or predicted
     rate = f"{tokens_per_second(plan, seconds):,.0f} tokens/s"
     if measured is None:
         return f"{where}: a step is predicted to take {format_seconds(seconds)}, or {rate}."
-    error = error_sentence(predicted.step_seconds, seconds)
+    error = error_sentence(predicted, measured)
     return f"{where}: a step takes {format_seconds(seconds)}, or {rate}; {error}."
 
 

@@ -20,6 +20,8 @@ from meshwright.units import format_bytes, format_seconds
 
 _BAR = 28
 """Width of the bars, in characters."""
+_WIDE = 130
+"""Columns of a terminal that has room for every kind of memory."""
 
 
 def explain(plan: Plan, console: Console | None = None) -> None:
@@ -31,6 +33,7 @@ def explain(plan: Plan, console: Console | None = None) -> None:
         f"{plan.model.name} on {plan.cluster.name}: {job.global_batch} rows of {job.sequence} "
         f"a step, {job.precision}, {job.optimizer}\n",
         highlight=False,
+        markup=False,
     )
     console.print(plan_table(plan))
     prediction = plan.prediction
@@ -45,10 +48,10 @@ def explain(plan: Plan, console: Console | None = None) -> None:
     console.print(parts_table({"predicted": prediction.parts}))
     if prediction.memory:
         console.print()
-        console.print(memory_table(prediction.memory))
+        console.print(memory_table(prediction.memory, wide=console.width >= _WIDE))
     console.print()
     for sentence in limits(prediction):
-        console.print(f"• {sentence}", highlight=False)
+        console.print(f"• {sentence}", highlight=False, markup=False)
     if prediction.runners_up:
         console.print()
         console.print(runners_up_table(prediction.runners_up, seconds))
@@ -75,7 +78,7 @@ def plan_table(plan: Plan) -> Table:
             str(last - first),
             f"{len(stage.seats)} x {len(stage.seats[0])}",
             rows_text(stage, rows[stage.pipeline]),
-            devices_text(tuple(seat.device for replica in stage.seats for seat in replica)),
+            Text(devices_text(tuple(s.device for replica in stage.seats for s in replica))),
         )
     return table
 
@@ -134,30 +137,41 @@ def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
     return text
 
 
-def memory_table(memory: tuple[DeviceMemory, ...]) -> Table:
+def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Table:
     """What each device holds at its worst moment, against what it has. Equal devices share a line.
 
-    A dot marks free memory; a bar as long as the column is full.
+    A dot marks free memory; a bar as long as the column is full. Not `wide`: for 80 columns, the
+    kinds of memory by colour alone.
     """
-    table = Table(box=None, pad_edge=False)
+    kinds = tuple(MEMORY) if wide else ()
+    caption = None if wide else _legend()
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="right")
     table.add_column("memory of")
-    for name in (*MEMORY, "total", "of"):
+    for name in (*kinds, "total", "of"):
         table.add_column(name, justify="right")
     table.add_column("")
     for _, run in groupby(memory, key=_amounts):
         alike = tuple(run)
         one = alike[0]
-        pieces = tuple((float(getattr(one, kind)), colour) for kind, colour in MEMORY.items())
-        bar = _bar(pieces, one.capacity)
-        bar.append("·" * max(0, _BAR - len(bar)), style="dim")
         table.add_row(
-            devices_text(tuple(each.device for each in alike)),
-            *(format_bytes(getattr(one, kind)) for kind in MEMORY),
+            Text(devices_text(tuple(each.device for each in alike))),
+            *(format_bytes(getattr(one, kind)) for kind in kinds),
             format_bytes(total_bytes(one)),
             format_bytes(one.capacity),
-            bar,
+            _memory_bar(one),
         )
     return table
+
+
+def _memory_bar(memory: DeviceMemory) -> Text:
+    pieces = tuple((float(getattr(memory, kind)), colour) for kind, colour in MEMORY.items())
+    bar = _bar(pieces, memory.capacity)
+    return bar.append("·" * max(0, _BAR - len(bar)), style="dim")
+
+
+def _legend() -> Text:
+    """The kinds of memory in their colours."""
+    return Text(" ").join(Text(kind, style=colour) for kind, colour in MEMORY.items())
 
 
 def _amounts(memory: DeviceMemory) -> tuple[int, ...]:
@@ -173,7 +187,7 @@ def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> T
         seconds = each.step_seconds
         step = "-" if seconds is None else format_seconds(seconds)
         slower = "" if seconds is None else f"{seconds / best_seconds - 1:+.1%}"
-        table.add_row(each.name, step, slower, each.reason)
+        table.add_row(Text(each.name), step, slower, Text(each.reason))
     return table
 
 
@@ -183,7 +197,7 @@ def dropped_table(dropped: Mapping[str, int]) -> Table:
     table.add_column("dropped", justify="right")
     table.add_column("because")
     for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(str(count), reason)
+        table.add_row(str(count), Text(reason))
     return table
 
 
@@ -216,7 +230,7 @@ def busy_table(timeline: Timeline) -> Table:
         busy = busy_seconds(timeline, rank)
         table.add_row(
             str(rank),
-            device,
+            Text(device),
             format_seconds(busy),
             f"{busy / timeline.step_seconds:.0%}",
             format_bytes(peaks[rank]) if peaks[rank] else "",

@@ -25,7 +25,7 @@
   host.append(axis);
   const panels = data.timelines.map((timeline) => {
     const heading = document.createElement("h3");
-    heading.textContent = `${timeline.name}: ${duration(timeline.end)}`;
+    heading.textContent = `${timeline.name}: a step of ${duration(timeline.end)}`;
     const canvas = document.createElement("canvas");
     host.append(heading, canvas);
     const index = new Map(); // the same instruction of the other timeline, by rank, label and peer
@@ -71,7 +71,7 @@
     if (!many) {
       pen.fillText("device", 0, 16);
       pen.textAlign = "right";
-      pen.fillText("stage", gutter() - 6, 16);
+      pen.fillText("stage", gutter() - 18, 16);
     }
     pen.textAlign = "center";
     for (const time of times()) {
