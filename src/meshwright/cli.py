@@ -236,7 +236,7 @@ def discover(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each plan.")] = 20,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each plan.")] = 10,
 ) -> None:
     """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
     from meshwright.demo import run_demo

@@ -154,18 +154,15 @@ def _check_losses(contenders: tuple[Contender, ...]) -> None:
 
 
 def _table(contenders: tuple[Contender, ...]) -> Table:
-    table = Table("", "plan", "predicted step", "measured step", "error", "loss")
+    table = Table("", "plan", "predicted", "measured", "error")
     for each in contenders:
         measured = each.outcome.step_seconds
-        error = each.predicted_seconds / measured - 1
-        losses = each.outcome.losses
         table.add_row(
             each.title,
             describe(each.plan),
             f"{each.predicted_seconds:.3f} s",
             f"{measured:.3f} s",
-            f"{error:+.1%}",
-            f"{losses[0]:.4f} -> {losses[-1]:.4f}",
+            f"{each.predicted_seconds / measured - 1:+.1%}",
         )
     return table
 
@@ -174,9 +171,10 @@ def _verdict(contenders: tuple[Contender, ...], console: Console) -> None:
     even, found = contenders
     measured = even.outcome.step_seconds / found.outcome.step_seconds
     foretold = even.predicted_seconds / found.predicted_seconds
+    losses = found.outcome.losses
     console.print(
-        f"The plan found trains {measured:.2f}x as fast as the best even plan "
-        f"(predicted: {foretold:.2f}x), to the same loss."
+        f"The plan found trains {measured:.2f}x as fast as the best even plan (predicted: "
+        f"{foretold:.2f}x), to the same loss: {losses[0]:.4f} to {losses[-1]:.4f}."
     )
 
 
