@@ -87,17 +87,23 @@ def _read(folder: Path) -> list[Failure]:
     return [load(path, Failure, error=TrainingError) for path in folder.glob("failure-*.json")]
 
 
-_ROOT = re.compile(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
+_ENDED = re.compile(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
 
 
 def _first_lost(log: str) -> tuple[int, str] | None:
-    """The process that torchrun saw end first, and how."""
-    match = _ROOT.search(log)
-    if match is None:
+    """The process that could not speak for itself, and how it ended, from torchrun's summary.
+
+    One that a signal ended comes before those that only noticed; torchrun itself ends the others
+    by SIGTERM.
+    """
+    summary = log[log.rfind("FAILED") :]
+    ended = [(int(rank), int(code)) for rank, code in _ENDED.findall(summary)]
+    by_signal = [end for end in ended if end[1] < 0 and end[1] != -signal.SIGTERM]
+    if not ended:
         return None
-    code = int(match[2])
+    rank, code = (by_signal or ended[-1:])[0]
     if code >= 0:
-        return int(match[1]), f"a process that ended with status {code}"
+        return rank, f"a process that ended with status {code}"
     name = signal.Signals(-code).name
     hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-    return int(match[1]), f"a process that was ended by {name}{hint}"
+    return rank, f"a process that was ended by {name}{hint}"
