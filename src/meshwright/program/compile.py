@@ -9,7 +9,7 @@ from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.buckets import BUCKET_BYTES, Bucket, buckets_of, gradient_buckets
-from meshwright.program.instructions import Instruction, Op, Program
+from meshwright.program.instructions import RECEIVES, Instruction, Op, Program
 from meshwright.program.schedules import Action, actions
 from meshwright.records import record
 
@@ -96,10 +96,11 @@ def _stage_program(
     buckets: Sequence[Bucket],
 ) -> Iterator[Instruction]:
     last_backward = max(i for i, (op, _) in enumerate(order) if op is Op.BACKWARD)
-    yield from _receives(seat, order[0], boundaries)
+    arriving = [(micro_batch, boundaries.incoming.get(op)) for op, micro_batch in order]
+    yield from _transfers(seat, *arriving[0])
     for i, (op, micro_batch) in enumerate(order):
         if i + 1 < len(order):
-            yield from _receives(seat, order[i + 1], boundaries)
+            yield from _transfers(seat, *arriving[i + 1])
         if i == last_backward:
             yield from _reductions(seat, buckets)
         yield Instruction(
@@ -109,36 +110,24 @@ def _stage_program(
             rows=seat.rows,
             layers=stage.layers,
         )
-        yield from _sends(seat, (op, micro_batch), boundaries)
+        yield from _transfers(seat, micro_batch, boundaries.outgoing.get(op))
 
 
-def _receives(seat: Seat, action: Action, boundaries: _Boundaries) -> Iterator[Instruction]:
-    boundary = boundaries.incoming.get(action[0])
-    if boundary is not None and boundary.row_bytes:
-        for move in boundary.moves:
-            if move.target == seat.rank:
-                yield _transfer(seat, action[1], move.source, move, boundary)
-
-
-def _sends(seat: Seat, action: Action, boundaries: _Boundaries) -> Iterator[Instruction]:
-    boundary = boundaries.outgoing.get(action[0])
-    if boundary is not None and boundary.row_bytes:
-        for move in boundary.moves:
-            if move.source == seat.rank:
-                yield _transfer(seat, action[1], move.target, move, boundary)
-
-
-def _transfer(
-    seat: Seat, micro_batch: int, peer: int, move: Move, boundary: _Boundary
-) -> Instruction:
-    return Instruction(
-        op=boundary.op,
-        stage=seat.stage,
-        micro_batch=micro_batch,
-        peer=peer,
-        rows=move.rows,
-        bytes=round(boundary.row_bytes * (move.rows[1] - move.rows[0])),
-    )
+def _transfers(seat: Seat, micro_batch: int, boundary: _Boundary | None) -> Iterator[Instruction]:
+    """This rank's part of what crosses a boundary one way, if anything does."""
+    if boundary is None or not boundary.row_bytes:
+        return
+    receiving = boundary.op in RECEIVES
+    for move in boundary.moves:
+        if (move.target if receiving else move.source) == seat.rank:
+            yield Instruction(
+                op=boundary.op,
+                stage=seat.stage,
+                micro_batch=micro_batch,
+                peer=move.source if receiving else move.target,
+                rows=move.rows,
+                bytes=round(boundary.row_bytes * (move.rows[1] - move.rows[0])),
+            )
 
 
 def _reductions(seat: Seat, buckets: Sequence[Bucket]) -> Iterator[Instruction]:
