@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -157,7 +158,8 @@ def profile(
         output=str(output),
     )
     profile_here(settings, processes)
-    typer.echo(f"wrote {output}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"wrote {output}")
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -17,13 +17,15 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan, Prediction, Subject
 from meshwright.plan.validate import validate_plan
+from meshwright.program.check import check_program
+from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.parts import parts
 
-_CHEAPEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
+_SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
 
 @record
@@ -78,16 +80,17 @@ def open_session(
 
 
 def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
-    """The one asked for, else the cheapest one that every device type in use offers."""
-    used = {kind for node in cluster.nodes for kind in node.devices}
-    offered = [set(cluster.types[kind].peak) for kind in used]
-    common = set.intersection(*offered)
+    """The one asked for, else the shortest numbers that every device type in use offers and is
+    quicker with than in fp32."""
     if wanted:
         return cast("Precision", wanted)
-    for choice in _CHEAPEST_FIRST:
-        if choice in common:
+    used = {kind: cluster.types[kind] for node in cluster.nodes for kind in node.devices}
+    common = set.intersection(*(set(kind.peak) for kind in used.values()))
+    for choice in (each for each in _SHORTEST_FIRST if each in common):
+        pays = all(kind.peak[choice] > kind.peak.get("fp32", 0.0) for kind in used.values())
+        if pays or choice in ("fp32", "fp64"):
             return choice
-    found = "; ".join(f"{kind}: {', '.join(cluster.types[kind].peak)}" for kind in sorted(used))
+    found = "; ".join(f"{name}: {', '.join(kind.peak)}" for name, kind in sorted(used.items()))
     wanted_text = f"one of {', '.join(get_args(Precision))} that all device types offer"
     raise ClusterError(Problem(source, "device.peak", found, wanted_text))
 
@@ -147,6 +150,7 @@ def reopen(
     checked = plan if cluster is None else replace(plan, cluster=Subject(name="", fingerprint=""))
     validate_plan(checked, session.model, session.cluster, source=str(plan_file))
     FitError.check(memory_problems(plan, session.model, session.cluster))
+    check_program(compile_plan(plan, session.model), source=str(plan_file))
     return session, plan
 
 

@@ -77,8 +77,12 @@ def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
 
 
 def cluster_warnings(cluster: Cluster) -> tuple[str, ...]:
-    """Doubts about figures that are possible but exceed the datasheet by half or more."""
-    return tuple(doubt for name in sorted(cluster.types) for doubt in _doubts(cluster.types[name]))
+    """Doubts about figures that are possible but exceed the datasheet by half or more.
+
+    A CPU process has no datasheet: its host decides what it gets.
+    """
+    kinds = (cluster.types[name] for name in sorted(cluster.types))
+    return tuple(doubt for kind in kinds if kind.processor == "gpu" for doubt in _doubts(kind))
 
 
 def _doubts(kind: DeviceType) -> Iterator[str]:
