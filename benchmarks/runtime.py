@@ -205,9 +205,9 @@ def stage_module(whole, rank: int, size: int):
 def meshwright_steps(case: str, size: int):
     """Our engine on the same even plan."""
     import torch
-    from meshwright.runtime.engine import Engine
 
     from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+    from meshwright.runtime.engine import Engine
 
     devices = tuple(f"here:{i}" for i in range(size))
     layers = BLOCKS + 2

@@ -1,6 +1,5 @@
 """What the server of `ranks` imports before it forks."""
 
-import sympy
 import torch
 import torch._dynamo
 import torch.distributed
