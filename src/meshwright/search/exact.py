@@ -16,6 +16,7 @@ from itertools import combinations, pairwise, product
 from math import comb, prod
 
 from meshwright.plan.spec import ScheduleName
+from meshwright.search.contest import SAME
 from meshwright.search.costs import Costs
 from meshwright.search.lines import Line, Team, fits, tensor_widths_agree
 from meshwright.search.lower import after_lines, line_bound
@@ -24,10 +25,6 @@ from meshwright.search.space import divisors
 
 LIMIT = 12_000
 """Pipelines (with their cuts, shares and rows) up to which a space is searched exhaustively."""
-
-SAME = 1e-9
-"""Strategies whose seconds differ by less, relatively, are as good as each other; bounds and
-simulator add up the same seconds in different orders."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import Contest, challenge
+from meshwright.search.contest import WORK, Contest, Strategy, challenge, work_of
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress
+from meshwright.search.lines import line_of
+from meshwright.search.mix import mixed_strategies
+from meshwright.search.moves import neighbours
+
+COMPOSED = 40
+"""Strategies of whole pools that are bounded and, where that does not settle it, simulated."""
+
+STARTS = 4
+"""Strategies whose surroundings are searched."""
 
 
 def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Look for better plans than the contest has seen; whether all of the space was covered."""
     if space_size(contest.costs) <= LIMIT:
         return _exhaust(contest, schedules, tell)
+    _compose(contest, tell)
+    _climb(contest, schedules, tell)
     return False
+
+
+def _compose(contest: Contest, tell: Progress) -> None:
+    """Play the best strategies made of whole pools of devices."""
+    found = mixed_strategies(contest.costs, COMPOSED)
+    for done, mixed in enumerate(found):
+        tell("composing", done, len(found))
+        if contest.over or work_of(mixed.lines) > contest.work:
+            contest.dropped["beyond the budget"] += len(found) - done
+            break
+        challenge(contest, ("1f1b", mixed.lines))
+    tell("composing", len(found), len(found))
+
+
+def _climb(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+    """Change the best strategy a little for as long as that helps and the budget lasts; then the
+    runners-up that were nearest, for they may have another summit."""
+    tried: set[Strategy] = set()
+    while not contest.over:
+        start = _highest(contest, tried)
+        if start is None:
+            break
+        tried.add(start)
+        for strategy in neighbours(contest.costs, start):
+            tell("improving", WORK - contest.work, WORK)
+            if contest.over or work_of(strategy[1]) > contest.work:
+                break
+            if strategy[0] in schedules and challenge(contest, strategy):
+                break
+    tell("improving", WORK, WORK)
+
+
+def _highest(contest: Contest, tried: set[Strategy]) -> Strategy | None:
+    """The best strategy that has not been a start yet, among the best few."""
+    played = sorted(contest.others, key=lambda p: p.seconds)[:STARTS]
+    for each in played:
+        lines = tuple(line_of(pipeline) for pipeline in each.plan.pipelines)
+        strategy = (each.plan.schedule, lines)
+        if strategy not in tried:
+            return strategy
+    return None
 
 
 def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:

@@ -7,6 +7,7 @@ everything else: small inputs exhaustively, large ones by composing and improvin
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
-from meshwright.search.contest import Contest, Played, enter, parts_in
+from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.explain import (
@@ -31,6 +32,7 @@ from meshwright.search.explain import (
     why_slower,
 )
 from meshwright.search.explore import (
+    ALIKE,
     Explored,
     Progress,
     best_by_hand,
@@ -78,11 +80,22 @@ def find_plan(
     exhausted = improve(contest, schedules, tell)
     if contest.best is None:
         raise nothing_fits(costs, explored.misfits, explored.tried)
-    misfits = _misfits(costs, contest.best.seconds, by_hand, explored)
-    proof = certificate(costs)
-    if exhausted:
-        proof = Certificate(contest.best.seconds, EXHAUSTIVE)
-    return _with_prediction(contest, contest.best, [*_runners_up(contest), *misfits], proof)
+    winner = _simplest(contest)
+    misfits = _misfits(costs, winner.seconds, by_hand, explored)
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
+    return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+
+
+def _simplest(contest: Contest) -> Played:
+    """Of the strategies that are as good as the best, one with the fewest pipelines and stages."""
+
+    def parts(played: Played) -> tuple[int, int]:
+        pipelines = played.plan.pipelines
+        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
+
+    assert contest.best is not None
+    limit = contest.best.seconds * (1 + SAME)
+    return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
 def _regular(
@@ -195,12 +208,17 @@ def _play(contest: Contest, estimate: Estimate, name: str) -> Played:
     return enter(contest, plan, f"{name}: {title}" if name else title)
 
 
-def _runners_up(contest: Contest) -> list[RunnerUp]:
-    """The best of those that lost; hand-made plans always."""
-    winner = contest.best
-    assert winner is not None
-    lost = sorted((p for p in contest.others if p is not winner), key=lambda p: p.seconds)
-    shown = [p for i, p in enumerate(lost) if i < RUNNERS_UP or p.name.split(":")[0] in BASELINES]
+def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
+    """The best of those that lost, few of one build; hand-made plans always."""
+    chosen: list[Played] = []
+    names, builds = {winner.name}, Counter[str]()
+    for other in sorted(contest.others, key=lambda p: p.seconds):
+        hand_made = other.name.split(":")[0] in BASELINES
+        room = len(chosen) < RUNNERS_UP and builds[other.plan.name] < ALIKE
+        if other is not winner and (hand_made or (room and other.name not in names)):
+            names.add(other.name)
+            builds[other.plan.name] += 1
+            chosen.append(other)
     parts = parts_in(contest.costs, winner.plan)
     return [
         RunnerUp(
@@ -210,7 +228,7 @@ def _runners_up(contest: Contest) -> list[RunnerUp]:
             if other.plan == winner.plan
             else why_slower(parts, parts_in(contest.costs, other.plan)),
         )
-        for other in shown
+        for other in chosen
     ]
 
 

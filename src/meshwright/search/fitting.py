@@ -1,0 +1,152 @@
+"""Rows for the replicas of a stage and layers for the stages of a line, when the devices are given.
+
+Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from itertools import pairwise
+
+import numpy as np
+
+from meshwright.cost.collective import Traffic
+from meshwright.plan.spec import ScheduleName
+from meshwright.program.schedules import in_flight
+from meshwright.search.costs import (
+    Costs,
+    pair,
+    scaled,
+    seconds_per_byte,
+    stage_bytes,
+    unit_capacity,
+    unit_kind,
+    unit_prefix,
+    unit_times,
+)
+from meshwright.search.lines import Line, Team, Unit, moves
+from meshwright.search.partition import Array, assign, chain_loads
+
+Stages = tuple[tuple[Unit, ...], ...]
+"""The units of every stage of a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A line with its best cuts, and its seconds without reductions."""
+
+    line: Line
+    once: float
+    """Of the first micro-batch, there and back."""
+    slowest: float
+    """Of every further one."""
+
+
+def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
+    """Seconds per row of the whole model on a unit, at so many rows a micro-batch."""
+    forward, backward = unit_prefix(costs, unit, rows)
+    return (forward[-1] + backward[-1]) / rows
+
+
+def apportion(costs: Costs, units: Sequence[Unit], rows: int) -> tuple[int, ...]:
+    """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
+    are taken to be proportional to rows."""
+    paces = [pace(costs, unit, max(1, rows // len(units))) for unit in units]
+    if len(set(paces)) == 1:
+        share, left = divmod(rows, len(units))
+        return tuple(share + (i < left) for i in range(len(units)))
+    ideal = rows / sum(1 / p for p in paces)
+    shares = [max(1, int(ideal / p)) for p in paces]
+    while sum(shares) > rows:
+        worst = max(
+            (i for i, share in enumerate(shares) if share > 1), key=lambda i: shares[i] * paces[i]
+        )
+        shares[worst] -= 1
+    queue = [((share + 1) * p, i) for i, (share, p) in enumerate(zip(shares, paces, strict=True))]
+    heapify(queue)
+    for _ in range(rows - sum(shares)):
+        _, i = queue[0]
+        shares[i] += 1
+        heapreplace(queue, ((shares[i] + 1) * paces[i], i))
+    return tuple(shares)
+
+
+def fit_line(
+    costs: Costs, stages: Stages, rows: int, micro_batches: int, schedule: ScheduleName
+) -> Fitted | None:
+    """The cuts that make the line fastest among those that fit; None if none does, or if there are
+    fewer rows than replicas or fewer layers than stages."""
+    layers = len(costs.model.layers)
+    if len(stages) > layers or rows < max(len(units) for units in stages):
+        return None
+    teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
+    return recut(costs, teams, micro_batches, schedule)
+
+
+def recut(
+    costs: Costs, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName
+) -> Fitted | None:
+    """The same with the rows given as well."""
+    loads = np.array(
+        [
+            _loads(costs, team, _held(s, teams, micro_batches, schedule))
+            for s, team in enumerate(teams)
+        ]
+    )
+    size = loads.shape[1]
+    cuts = np.zeros((max(len(teams) - 1, 0), size))
+    for s, (here, there) in enumerate(pairwise(teams)):
+        cuts[s] = _cuts(costs, here, there)
+    found = assign(loads, cuts, micro_batches)
+    if found is None:
+        return None
+    line = Line(teams, found.bounds, micro_batches)
+    return Fitted(line, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
+
+
+def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName) -> int:
+    return in_flight(schedule, s, len(teams), micro_batches)
+
+
+def _loads(costs: Costs, team: Team, held: int) -> Array:
+    """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
+    worst: Array | None = None
+    seen = set()
+    for unit, rows in zip(team.units, team.rows, strict=True):
+        key = (unit_kind(costs, unit), rows)
+        if key in seen:
+            continue
+        seen.add(key)
+        forward, backward = unit_times(costs, unit, rows)
+        loads = chain_loads((forward + backward)[None])[0]
+        always, each = stage_bytes(costs, len(unit), rows)
+        loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+        worst = loads if worst is None else np.maximum(worst, loads)
+    assert worst is not None, "a stage has units"
+    return worst
+
+
+def _cuts(costs: Costs, here: Team, there: Team) -> Array:
+    """Seconds [L + 1] of activations and gradients across a cut before each layer, all replicas at
+    once."""
+    ahead: list[Traffic] = []
+    back: list[Traffic] = []
+    for i, j, rows in moves(here, there):
+        ends = here.units[i], there.units[j]
+        for t, target in enumerate(ends[1]):
+            ahead.append(scaled(pair(costs, ends[0][t % len(ends[0])], target), rows * _ROW))
+        for t, source in enumerate(ends[0]):
+            back.append(scaled(pair(costs, ends[1][t % len(ends[1])], source), rows * _ROW))
+    seconds = np.zeros(len(costs.table.cut))
+    for traffics, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
+        latency, slope = seconds_per_byte(costs, traffics)
+        seconds += np.where(sizes > 0, latency + slope * PROBE_SHARE * sizes, 0.0)
+    return seconds
+
+
+_ROW = 1024.0
+"""Bytes of a row at which the transfers of a cut are priced together."""
+PROBE_SHARE = (1 << 24) / _ROW
+"""`seconds_per_byte` divides by its own probe's bytes."""
