@@ -12,7 +12,7 @@ from meshwright.search.certificate import EXHAUSTIVE, certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 
-SIZES = {1: (6, 6), 2: (6, 4), 3: (4, 3), 4: (3, 2)}
+SIZES = {1: (6, 8), 2: (6, 5), 3: (6, 3), 4: (6, 2)}
 """Devices: most layers, most rows that brute force can get through in about a second."""
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.costs import Costs
 from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_widths_agree
 from meshwright.search.lower import after_lines, line_bound
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.fold import Fold, fold, simulate_folded
 from meshwright.simulate.parts import parts as parts_of
 
 Strategy = tuple[ScheduleName, tuple[Line, ...]]
@@ -21,7 +20,7 @@ SAME = 1e-9
 simulator add up the same seconds in different orders."""
 
 WORK = 20_000
-"""Devices x micro-batches that may be simulated beyond the finalists: the normal end of a search,
+"""Ranks x micro-batches that may be simulated: the normal end of a search,
 the same on every machine."""
 
 
@@ -65,7 +64,9 @@ class Contest:
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = contest.costs
-    timeline = simulate_plan(plan, costs.model, costs.cluster, costs.profile)
+    folded = fold(plan, costs.cluster)
+    contest.work -= work_of(plan, folded)
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile, folded=folded)
     played = Played(name, plan, timeline.step_seconds)
     if contest.best is None or played.seconds < contest.best.seconds:
         contest.best, contest.strategy = played, None
@@ -85,7 +86,6 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
     schedule, lines = strategy
     costs = contest.costs
     plan = plan_of(costs, lines, schedule, contest.cluster_print)
-    contest.work -= work_of(lines)
     missing = len(costs.devices) - len(plan.devices)
     played = enter(contest, plan, lines_label(lines, schedule, missing))
     if contest.best is played:
@@ -95,12 +95,10 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
     return False
 
 
-def work_of(lines: Sequence[Line]) -> int:
-    """Devices x micro-batches."""
-    return sum(
-        sum(len(team.units) * len(team.units[0]) for team in line.teams) * line.micro_batches
-        for line in lines
-    )
+def work_of(plan: Plan, folded: Fold) -> int:
+    """Ranks x micro-batches that are played."""
+    counts = [pipeline.micro_batches for pipeline in plan.pipelines]
+    return sum(counts[p] for p in folded.pipeline_of.values())
 
 
 def _refused(contest: Contest, strategy: Strategy) -> str:
@@ -117,6 +115,6 @@ def _refused(contest: Contest, strategy: Strategy) -> str:
 
 def parts_in(costs: Costs, plan: Plan) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    timeline = simulate_plan(plan, costs.model, costs.cluster, costs.profile)
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import WORK, Contest, Strategy, challenge, work_of
+from meshwright.search.contest import WORK, Contest, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
@@ -33,7 +33,7 @@ def _compose(contest: Contest, tell: Progress) -> None:
     found = mixed_strategies(contest.costs, COMPOSED)
     for done, mixed in enumerate(found):
         tell("composing", done, len(found))
-        if contest.over or work_of(mixed.lines) > contest.work:
+        if contest.over:
             contest.dropped["beyond the budget"] += len(found) - done
             break
         challenge(contest, ("1f1b", mixed.lines))
@@ -51,7 +51,7 @@ def _climb(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) 
         tried.add(start)
         for strategy in neighbours(contest.costs, start):
             tell("improving", WORK - contest.work, WORK)
-            if contest.over or work_of(strategy[1]) > contest.work:
+            if contest.over:
                 break
             if strategy[0] in schedules and challenge(contest, strategy):
                 break
