@@ -6,9 +6,11 @@ S stages, M micro-batches.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from math import prod
 
 from meshwright.search.costs import Costs
 from meshwright.search.fitting import Fitted, Stages, fit_line, pace
@@ -18,8 +20,11 @@ from meshwright.search.space import divisors, usable_devices
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of stages that a pool may be cut into."""
 
-SHAPES = 48
-"""Shapes of one block of pools that are looked at, the most promising first."""
+DEPTH_VECTORS = 192
+"""Up to so many ways to give every pool of a block its depth, all are tried."""
+
+LINES = 256
+"""Lines of one block of pools that are fitted, the most promising first."""
 
 ROW_COUNTS = 6
 """Micro-batch sizes tried with every shape."""
@@ -72,97 +77,127 @@ def offers(
 
     `alone`: the share is the whole batch, and must be met.
     """
+    most = 4 * KEPT if alone else KEPT
     found: list[tuple[float, int, Fitted]] = []
-    for number, stages in enumerate(_promising(costs, block, share)):
-        for rows in _row_counts(stages, share, alone=alone):
-            count = max(1, round(share / rows))
-            fitted = fit_line(costs, stages, rows, count, "1f1b")
-            if fitted is not None:
-                seconds = fitted.once + (share / rows - 1) * fitted.slowest
-                found.append((seconds, number, fitted))
-    found.sort(key=lambda entry: entry[:2])
+    for number, (bound, shape, rows) in enumerate(_promising(costs, block, share, alone=alone)):
+        if len(found) >= 2 * most and bound >= found[2 * most - 1][0]:
+            break
+        fitted = fit_line(costs, _written(shape), rows, max(1, round(share / rows)), "1f1b")
+        if fitted is not None:
+            seconds = fitted.once + (share / rows - 1) * fitted.slowest
+            insort(found, (seconds, number, fitted), key=lambda entry: entry[:2])
     kept: list[Fitted] = []
     for _, _, fitted in found:
-        same = [k for k in kept if _stages(k) == _stages(fitted)]
-        if len(same) < 2:
+        if sum(_stages(k) == _stages(fitted) for k in kept) < 2:
             kept.append(fitted)
-    return tuple(kept[: 4 * KEPT if alone else KEPT])
+    return tuple(kept[:most])
 
 
 def _stages(fitted: Fitted) -> Stages:
     return tuple(team.units for team in fitted.line.teams)
 
 
-def _row_counts(stages: Stages, share: float, *, alone: bool) -> list[int]:
+def _row_counts(widest: int, share: float, *, alone: bool) -> list[int]:
     """Rows of a micro-batch: a few for every replica of the widest stage."""
-    widest = max(len(units) for units in stages)
     if alone:
         every = [rows for rows in divisors(round(share)) if rows >= widest]
         step = max(1, -(-len(every) // ROW_COUNTS))
         return every[::step]
-    every = sorted({*(widest << i for i in range(ROW_COUNTS - 1)), max(widest, round(share))})
+    full = max(1, round(share / widest)) * widest
+    every = sorted({*(widest << i for i in range(ROW_COUNTS - 2)), full, max(widest, round(share))})
     return [rows for rows in every if rows <= max(widest, share)]
 
 
-def _promising(costs: Costs, block: tuple[Pool, ...], share: float) -> list[Stages]:
-    """The shapes of a block whose optimistic time is least: perfectly balanced, without links."""
-    scored = []
-    seen = set()
-    for number, stages in enumerate(_shapes(costs, block)):
-        if stages not in seen:
-            seen.add(stages)
-            scored.append((_optimistic(costs, stages, share), number, stages))
-    scored.sort(key=lambda entry: entry[:2])
-    return [stages for _, _, stages in scored[:SHAPES]]
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A block of pools as stages, before they are written down device by device."""
+
+    pools: tuple[Pool, ...]
+    depths: tuple[int, ...]
+    """Stages of each pool, all of equal width; one number: all pools mixed in every stage."""
+    across: bool
+    """Neighbouring units stand in neighbouring stages, not beside each other as replicas."""
+
+    @property
+    def mixed(self) -> bool:
+        return len(self.depths) < len(self.pools)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units in a stage of each pool."""
+        if self.mixed:
+            return (sum(len(pool.units) for pool in self.pools) // self.depths[0],)
+        return tuple(len(p.units) // d for p, d in zip(self.pools, self.depths, strict=True))
 
 
-def _optimistic(costs: Costs, stages: Stages, share: float) -> float:
-    speed = sum(sum(1 / pace(costs, unit) for unit in units) for units in stages)
-    rows = max(len(units) for units in stages)
-    return share / speed + (len(stages) - 1) * rows / speed
+def _promising(
+    costs: Costs, block: tuple[Pool, ...], share: float, *, alone: bool
+) -> list[tuple[float, _Shape, int]]:
+    """Shapes of a block with rows of a micro-batch, by the least time that they could take."""
+    scored = [
+        (_optimistic(costs, shape, rows, share), shape, rows)
+        for shape in _shapes(block, len(costs.model.layers))
+        for rows in _row_counts(max(shape.widths), share, alone=alone)
+    ]
+    scored.sort(key=lambda entry: entry[0])
+    return scored[:LINES]
 
 
-def _shapes(costs: Costs, block: tuple[Pool, ...]) -> Iterator[Stages]:
+def _optimistic(costs: Costs, shape: _Shape, rows: int, share: float) -> float:
+    """Perfectly balanced, without links, the first micro-batch on the fastest stage alone."""
+    if shape.mixed:
+        each = max(1, rows // shape.widths[0])
+        total = sum(len(pool.units) / pace(costs, pool.units[0], each) for pool in shape.pools)
+        return share / total
+    speeds = [
+        width / pace(costs, pool.units[0], max(1, rows // width))
+        for pool, width in zip(shape.pools, shape.widths, strict=True)
+    ]
+    total = sum(s * depth for s, depth in zip(speeds, shape.depths, strict=True))
+    return (share - rows) / total + rows / max(speeds)
+
+
+def _shapes(block: tuple[Pool, ...], most: int) -> Iterator[_Shape]:
     """Every pool a run of stages, in every order; and all pools mixed in every stage."""
-    most = len(costs.model.layers)
     orders = list(permutations(block)) if len(block) <= 3 else [block, block[::-1]]
     for order in orders:
         for depths in _depths(order, most):
-            for across in (False, True):
-                yield tuple(
-                    stage
-                    for pool, depth in zip(order, depths, strict=True)
-                    for stage in _cut(pool.units, depth, across=across)
-                )
+            yield _Shape(order, depths, across=False)
+            wide = (d > 1 and len(p.units) // d > 1 for p, d in zip(order, depths, strict=True))
+            if any(wide):
+                yield _Shape(order, depths, across=True)
     if len(block) > 1:
-        units = tuple(unit for pool in block for unit in pool.units)
-        for depth in (d for d in DEPTHS if d <= min(most, len(units))):
-            yield tuple(units[s::depth][: len(units) // depth] for s in range(depth))
+        number = sum(len(pool.units) for pool in block)
+        for depth in (d for d in DEPTHS if d <= min(most, number)):
+            yield _Shape(block, (depth,), across=True)
 
 
 def _depths(order: Sequence[Pool], most: int) -> Iterator[tuple[int, ...]]:
     """How many stages each pool becomes: all ways if they are few, else equal widths or one."""
     options = [[d for d in DEPTHS if d <= len(pool.units)] for pool in order]
-    number = 1
-    for each in options:
-        number *= len(each)
-    if number <= 4 * SHAPES:
+    if prod(map(len, options)) <= DEPTH_VECTORS:
         found = set(product(*options))
     else:
-        widths = sorted(
-            {len(pool.units) // d for pool in order for d in DEPTHS if d <= len(pool.units)}
-        )
+        widths = {len(p.units) // d for p, each in zip(order, options, strict=True) for d in each}
         found = {
-            tuple(max(1, len(pool.units) // min(width, len(pool.units))) for pool in order)
+            tuple(len(pool.units) // min(width, len(pool.units)) for pool in order)
             for width in widths
         }
         found.add((1,) * len(order))
     yield from (depths for depths in sorted(found) if sum(depths) <= most)
 
 
-def _cut(units: tuple[Unit, ...], depth: int, *, across: bool) -> Stages:
-    """A pool as stages of equal width: neighbours are replicas, or (`across`) stages of one."""
-    width = len(units) // depth
-    if across:
-        return tuple(tuple(units[r * depth + s] for r in range(width)) for s in range(depth))
-    return tuple(units[s * width : (s + 1) * width] for s in range(depth))
+def _written(shape: _Shape) -> Stages:
+    """The units of every stage."""
+    if shape.mixed:
+        units = tuple(unit for pool in shape.pools for unit in pool.units)
+        depth, width = shape.depths[0], shape.widths[0]
+        return tuple(units[s::depth][:width] for s in range(depth))
+    found: list[tuple[Unit, ...]] = []
+    for pool, depth, width in zip(shape.pools, shape.depths, shape.widths, strict=True):
+        for s in range(depth):
+            if shape.across:
+                found.append(pool.units[s : s + width * depth : depth])
+            else:
+                found.append(pool.units[s * width : (s + 1) * width])
+    return tuple(found)

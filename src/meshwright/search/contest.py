@@ -19,8 +19,8 @@ SAME = 1e-9
 """Strategies whose seconds differ by less, relatively, are as good as each other; bounds and
 simulator add up the same seconds in different orders."""
 
-WORK = 20_000
-"""Ranks x micro-batches that may be simulated: the normal end of a search,
+WORK = 16_000
+"""Ranks x micro-batches that may be simulated beyond the regular grids: the normal end of a search,
 the same on every machine."""
 
 
@@ -43,8 +43,6 @@ class Contest:
     """Of time.monotonic; None: the work alone ends the search."""
     work: int = WORK
     best: Played | None = None
-    strategy: Strategy | None = None
-    """The best one, where it is known as lines."""
     others: list[Played] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
@@ -64,12 +62,10 @@ class Contest:
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = contest.costs
-    folded = fold(plan, costs.cluster)
-    contest.work -= work_of(plan, folded)
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile, folded=folded)
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
     played = Played(name, plan, timeline.step_seconds)
     if contest.best is None or played.seconds < contest.best.seconds:
-        contest.best, contest.strategy = played, None
+        contest.best = played
     contest.others.append(played)
     return played
 
@@ -86,10 +82,10 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
     schedule, lines = strategy
     costs = contest.costs
     plan = plan_of(costs, lines, schedule, contest.cluster_print)
+    contest.work -= work_of(plan, fold(plan, costs.cluster))
     missing = len(costs.devices) - len(plan.devices)
     played = enter(contest, plan, lines_label(lines, schedule, missing))
     if contest.best is played:
-        contest.strategy = strategy
         return True
     contest.dropped["slower in the simulator"] += 1
     return False

@@ -51,6 +51,9 @@ class Costs:
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
     """Seconds of the optimizer, by device type, layers and tensor width."""
+    loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
+    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
+    fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
 
 

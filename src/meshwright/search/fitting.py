@@ -6,20 +6,18 @@ Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from itertools import pairwise
 
 import numpy as np
 
-from meshwright.cost.collective import Traffic
+from meshwright.cluster.topology import path
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
-    pair,
-    scaled,
-    seconds_per_byte,
+    Kind,
     stage_bytes,
     unit_capacity,
     unit_kind,
@@ -112,41 +110,60 @@ def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: Schedul
 
 def _loads(costs: Costs, team: Team, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
-    worst: Array | None = None
-    seen = set()
+    distinct: dict[tuple[Kind, int], Unit] = {}
     for unit, rows in zip(team.units, team.rows, strict=True):
-        key = (unit_kind(costs, unit), rows)
-        if key in seen:
-            continue
-        seen.add(key)
-        forward, backward = unit_times(costs, unit, rows)
-        loads = chain_loads((forward + backward)[None])[0]
-        always, each = stage_bytes(costs, len(unit), rows)
-        loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+        distinct.setdefault((unit_kind(costs, unit), rows), unit)
+    worst: Array | None = None
+    for (kind, rows), unit in distinct.items():
+        key = (kind, rows, held)
+        if key not in costs.loads:
+            costs.loads[key] = _replica_loads(costs, unit, rows, held)
+        loads = costs.loads[key]
         worst = loads if worst is None else np.maximum(worst, loads)
     assert worst is not None, "a stage has units"
     return worst
 
 
+def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int) -> Array:
+    forward, backward = unit_times(costs, unit, rows)
+    loads: Array = chain_loads((forward + backward)[None])[0]
+    always, each = stage_bytes(costs, len(unit), rows)
+    loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+    return loads
+
+
 def _cuts(costs: Costs, here: Team, there: Team) -> Array:
     """Seconds [L + 1] of activations and gradients across a cut before each layer, all replicas at
     once."""
-    ahead: list[Traffic] = []
-    back: list[Traffic] = []
+    ahead, back = _Crossing(), _Crossing()
     for i, j, rows in moves(here, there):
-        ends = here.units[i], there.units[j]
-        for t, target in enumerate(ends[1]):
-            ahead.append(scaled(pair(costs, ends[0][t % len(ends[0])], target), rows * _ROW))
-        for t, source in enumerate(ends[0]):
-            back.append(scaled(pair(costs, ends[1][t % len(ends[1])], source), rows * _ROW))
+        source, target = here.units[i], there.units[j]
+        for t, name in enumerate(target):
+            ahead.add(costs, source[t % len(source)], name, rows)
+        for t, name in enumerate(source):
+            back.add(costs, target[t % len(target)], name, rows)
     seconds = np.zeros(len(costs.table.cut))
-    for traffics, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
-        latency, slope = seconds_per_byte(costs, traffics)
-        seconds += np.where(sizes > 0, latency + slope * PROBE_SHARE * sizes, 0.0)
+    for crossing, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
+        per_byte = crossing.seconds_per_row_byte(costs)
+        seconds += np.where(sizes > 0, crossing.latency + per_byte * sizes, 0.0)
     return seconds
 
 
-_ROW = 1024.0
-"""Bytes of a row at which the transfers of a cut are priced together."""
-PROBE_SHARE = (1 << 24) / _ROW
-"""`seconds_per_byte` divides by its own probe's bytes."""
+@dataclass(slots=True)
+class _Crossing:
+    """Transfers of one direction that begin together."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """By resource."""
+    latency: float = 0.0
+
+    def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
+        way = path(costs.links, source, target)
+        self.latency = max(self.latency, way.latency)
+        for name in way.resources:
+            self.rows[name] = self.rows.get(name, 0) + rows
+
+    def seconds_per_row_byte(self, costs: Costs) -> float:
+        """For each byte of a row, on the busiest resource."""
+        capacity = costs.links.capacities
+        return max((rows / capacity[name] for name, rows in self.rows.items()), default=0.0)

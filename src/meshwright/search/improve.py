@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import WORK, Contest, Strategy, challenge
+from meshwright.search.contest import WORK, Contest, Played, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
@@ -15,8 +15,8 @@ from meshwright.search.moves import neighbours
 COMPOSED = 40
 """Strategies of whole pools that are bounded and, where that does not settle it, simulated."""
 
-STARTS = 4
-"""Strategies whose surroundings are searched."""
+STARTS = 8
+"""Strategies of different builds whose surroundings are searched."""
 
 
 def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
@@ -59,9 +59,13 @@ def _climb(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) 
 
 
 def _highest(contest: Contest, tried: set[Strategy]) -> Strategy | None:
-    """The best strategy that has not been a start yet, among the best few."""
-    played = sorted(contest.others, key=lambda p: p.seconds)[:STARTS]
+    """The best strategy that has not been a start yet: the best of all, then the best of each
+    build."""
+    played = sorted(contest.others, key=lambda p: p.seconds)
+    builds: dict[str, Played] = {}
     for each in played:
+        builds.setdefault(each.plan.name, each)
+    for each in [*played[:2], *list(builds.values())[:STARTS]]:
         lines = tuple(line_of(pipeline) for pipeline in each.plan.pipelines)
         strategy = (each.plan.schedule, lines)
         if strategy not in tried:

@@ -137,7 +137,8 @@ def _sizes(fitted: Fitted, ideal: float, left: int | None) -> Iterator[tuple[int
     middle = max(1, round(ideal / fitted.line.rows))
     for count in range(max(1, middle - NEAR), middle + NEAR + 1):
         if left is None:
-            for rows in {fitted.line.rows, round(ideal / count)}:
+            full = int(ideal / count / widest) * widest
+            for rows in sorted({fitted.line.rows, round(ideal / count), full, full + widest}):
                 if rows >= widest:
                     yield rows, count
         elif left > 0 and left % count == 0 and left // count >= widest:

@@ -33,6 +33,7 @@ from meshwright.search.explain import (
 )
 from meshwright.search.explore import (
     ALIKE,
+    MANY_DEVICES,
     Explored,
     Progress,
     best_by_hand,
@@ -47,7 +48,7 @@ SIMULATED_WORK = 80_000
 ranks fewer of them, but never less than two."""
 
 MISFITS_SHOWN = 3
-RUNNERS_UP = 12
+RUNNERS_UP = 8
 
 
 def find_plan(
@@ -75,7 +76,7 @@ def find_plan(
     explored = explore(
         costs, candidates_of(costs, schedules, contest.dropped), contest.dropped, tell
     )
-    by_hand = _all_by_hand(costs)
+    by_hand = _all_by_hand(costs, contest.dropped)
     _regular(contest, explored, by_hand, tell)
     exhausted = improve(contest, schedules, tell)
     if contest.best is None:
@@ -113,7 +114,10 @@ def _regular(
     tell("simulating", len(field), len(field))
 
 
-def _all_by_hand(costs: Costs) -> list[tuple[str, Estimate | Misfit]]:
+def _all_by_hand(costs: Costs, dropped: Counter[str]) -> list[tuple[str, Estimate | Misfit]]:
+    if len(costs.devices) > MANY_DEVICES:
+        dropped[f"hand-made plans, which are not compared above {MANY_DEVICES} devices"] += 1
+        return []
     found = ((name, best_by_hand(costs, name, whole(costs))) for name in BASELINES)
     return [(name, best) for name, best in found if best is not None]
 
