@@ -23,8 +23,11 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DEPTH_VECTORS = 192
 """Up to so many ways to give every pool of a block its depth, all are tried."""
 
-LINES = 256
-"""Lines of one block of pools that are fitted, the most promising first."""
+LINES = (24, 192)
+"""Lines of one block of pools that are fitted, the most promising first: at least and at most; in
+between so many that their devices are FITTED_DEVICES. Four times as many may fail to fit."""
+
+FITTED_DEVICES = 8_000
 
 ROW_COUNTS = 6
 """Micro-batch sizes tried with every shape."""
@@ -79,8 +82,11 @@ def offers(
     """
     most = 4 * KEPT if alone else KEPT
     found: list[tuple[float, int, Fitted]] = []
-    for number, (bound, shape, rows) in enumerate(_promising(costs, block, share, alone=alone)):
-        if len(found) >= 2 * most and bound >= found[2 * most - 1][0]:
+    size = sum(len(pool.units) * len(pool.units[0]) for pool in block)
+    enough = min(LINES[1], max(LINES[0], FITTED_DEVICES // size))
+    scored = _promising(costs, block, share, alone=alone)
+    for number, (bound, shape, rows) in enumerate(scored[: 4 * enough]):
+        if (len(found) >= 2 * most and bound >= found[2 * most - 1][0]) or len(found) == enough:
             break
         fitted = fit_line(costs, _written(shape), rows, max(1, round(share / rows)), "1f1b")
         if fitted is not None:
@@ -140,7 +146,7 @@ def _promising(
         for rows in _row_counts(max(shape.widths), share, alone=alone)
     ]
     scored.sort(key=lambda entry: entry[0])
-    return scored[:LINES]
+    return scored
 
 
 def _optimistic(costs: Costs, shape: _Shape, rows: int, share: float) -> float:

@@ -51,6 +51,9 @@ class Costs:
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
     """Seconds of the optimizer, by device type, layers and tensor width."""
+    crossings: dict[tuple[object, object], tuple[float, float, float]] = field(default_factory=dict)
+    """Of two teams with equal rows: latency, seconds per byte and row ahead, and back."""
+    _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
     loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
     fits."""
@@ -129,8 +132,11 @@ def unit_prefix(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[list[fl
 
 def unit_kind(costs: Costs, unit: tuple[str, ...]) -> Kind:
     """What the pace of a group depends on."""
-    kinds = tuple(costs.devices[name].type for name in unit)
-    return kinds, costs._inside[costs.devices[unit[0]].node]
+    known = costs._kinds.get(unit)
+    if known is None:
+        kinds = tuple(costs.devices[name].type for name in unit)
+        known = costs._kinds[unit] = kinds, costs._inside[costs.devices[unit[0]].node]
+    return known
 
 
 def unit_capacity(costs: Costs, unit: tuple[str, ...]) -> int:

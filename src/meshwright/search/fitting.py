@@ -17,7 +17,6 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
-    Kind,
     stage_bytes,
     unit_capacity,
     unit_kind,
@@ -51,8 +50,12 @@ def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
 def apportion(costs: Costs, units: Sequence[Unit], rows: int) -> tuple[int, ...]:
     """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
     are taken to be proportional to rows."""
-    paces = [pace(costs, unit, max(1, rows // len(units))) for unit in units]
-    if len(set(paces)) == 1:
+    each = max(1, rows // len(units))
+    kinds = [unit_kind(costs, unit) for unit in units]
+    first = dict(zip(reversed(kinds), reversed(units), strict=True))
+    known = {kind: pace(costs, unit, each) for kind, unit in first.items()}
+    paces = [known[kind] for kind in kinds]
+    if len(set(known.values())) == 1:
         share, left = divmod(rows, len(units))
         return tuple(share + (i < left) for i in range(len(units)))
     ideal = rows / sum(1 / p for p in paces)
@@ -110,9 +113,8 @@ def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: Schedul
 
 def _loads(costs: Costs, team: Team, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
-    distinct: dict[tuple[Kind, int], Unit] = {}
-    for unit, rows in zip(team.units, team.rows, strict=True):
-        distinct.setdefault((unit_kind(costs, unit), rows), unit)
+    kinds = [unit_kind(costs, unit) for unit in team.units]
+    distinct = dict(zip(zip(kinds, team.rows, strict=True), team.units, strict=True))
     worst: Array | None = None
     for (kind, rows), unit in distinct.items():
         key = (kind, rows, held)
@@ -135,6 +137,22 @@ def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int) -> Array:
 def _cuts(costs: Costs, here: Team, there: Team) -> Array:
     """Seconds [L + 1] of activations and gradients across a cut before each layer, all replicas at
     once."""
+    even = len(set(here.rows)) == len(set(there.rows)) == 1
+    key = (here.units, there.units)
+    found = costs.crossings.get(key) if even else None
+    if found is None:
+        found = _crossing(costs, here, there)
+        if even:
+            costs.crossings[key] = found
+    latency, ahead, back = found
+    seconds = np.zeros(len(costs.table.cut))
+    for per_byte, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
+        seconds += np.where(sizes > 0, latency + per_byte * sum(here.rows) * sizes, 0.0)
+    return seconds
+
+
+def _crossing(costs: Costs, here: Team, there: Team) -> tuple[float, float, float]:
+    """Latency, and seconds for each byte of each row of the micro-batch, ahead and back."""
     ahead, back = _Crossing(), _Crossing()
     for i, j, rows in moves(here, there):
         source, target = here.units[i], there.units[j]
@@ -142,11 +160,10 @@ def _cuts(costs: Costs, here: Team, there: Team) -> Array:
             ahead.add(costs, source[t % len(source)], name, rows)
         for t, name in enumerate(source):
             back.add(costs, target[t % len(target)], name, rows)
-    seconds = np.zeros(len(costs.table.cut))
-    for crossing, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
-        per_byte = crossing.seconds_per_row_byte(costs)
-        seconds += np.where(sizes > 0, crossing.latency + per_byte * sizes, 0.0)
-    return seconds
+    rows = sum(here.rows)
+    latency = max(ahead.latency, back.latency)
+    per_byte = [way.seconds_per_row_byte(costs) / rows for way in (ahead, back)]
+    return latency, per_byte[0], per_byte[1]
 
 
 @dataclass(slots=True)
