@@ -60,12 +60,21 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
         "plan.json"
     ),
+    budget: Annotated[
+        str, typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done.")
+    ] = "",
 ) -> None:
     """Find the fastest plan for a model on a cluster."""
     from meshwright.plan.files import save_plan
     from meshwright.report.tables import explain as print_explanation
+    from meshwright.search.certificate import sentence
     from meshwright.session import open_session, search
+    from meshwright.units import parse_seconds
 
+    try:
+        seconds = parse_seconds(budget) if budget else None
+    except ValueError as failure:
+        raise typer.BadParameter(str(failure), param_hint="--budget") from None
     session = open_session(
         model=model,
         cluster=cluster,
@@ -77,9 +86,11 @@ def plan(
     )
     for warning in session.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    found = search(session)
+    found = search(session, budget_seconds=seconds)
     save_plan(found, output)
     print_explanation(found)
+    if found.prediction and (text := sentence(found.prediction)):
+        typer.echo(text)
     typer.echo(f"wrote {output}")
 
 
@@ -87,10 +98,14 @@ def plan(
 def explain(plan_file: PlanFile) -> None:
     """Who holds what, what limits the step, and why the others lost."""
     from meshwright.report.tables import explain as print_explanation
+    from meshwright.search.certificate import sentence
     from meshwright.session import predicted, reopen
 
     session, found = reopen(plan_file)
-    print_explanation(found if found.prediction else predicted(session, found))
+    found = found if found.prediction else predicted(session, found)
+    print_explanation(found)
+    if found.prediction and (text := sentence(found.prediction)):
+        typer.echo(text)
 
 
 @app.command()

@@ -95,9 +95,15 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
     raise ClusterError(Problem(source, "device.peak", found, wanted_text))
 
 
-def search(session: Session) -> Plan:
+def search(session: Session, *, budget_seconds: float | None = None) -> Plan:
     """The plan found for a session. Raises FitError if nothing fits."""
-    found = find_plan(session.model, session.cluster, session.job, session.profile)
+    found = find_plan(
+        session.model,
+        session.cluster,
+        session.job,
+        session.profile,
+        budget_seconds=budget_seconds,
+    )
     return _with_sources(session, found)
 
 

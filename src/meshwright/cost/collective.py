@@ -25,6 +25,9 @@ class Traffic:
     bytes_by_resource: dict[str, float]
     latency: Seconds = 0.0
     """Seconds in which no byte moves."""
+    stream: float | None = None
+    """Bytes of one of the equal streams it is made of, where that is not the least of the above: it
+    stands for several like it, whose bytes are added up."""
 
 
 def transfer(topology: Topology, source: str, target: str, size: float) -> Traffic:

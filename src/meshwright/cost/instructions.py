@@ -91,7 +91,7 @@ def price(
     cluster: Cluster,
     profile: Profile | None = None,
 ) -> Prices:
-    """The cost of every instruction of a plan's program.
+    """The cost of every instruction of a plan's program, which may lack that of some ranks.
 
     Raises ClusterError where a device does not offer the model's precision.
     """
@@ -111,8 +111,14 @@ def price(
     memory: dict[int, tuple[int, float]] = {}
     for stage in stage_seats(plan):
         for replica in stage.seats:
+            present = [seat for seat in replica if program.ranks[seat.rank]]
+            absent = [seat for seat in replica if not program.ranks[seat.rank]]
+            ranks.update((seat.rank, ()) for seat in absent)
+            memory.update((seat.rank, (0, 0.0)) for seat in absent)
+            if not present:
+                continue
             seconds = times.of_replica(stage, replica)
-            for seat in replica:
+            for seat in present:
                 ranks[seat.rank] = _prices(program.ranks[seat.rank], stage, seat, seconds, costs)
                 memory[seat.rank] = _memory(stage, seat, costs)
     order = sorted(ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from meshwright.layout.rows import Move, boundary_moves
 from meshwright.model.spec import LayerGraph, alive_at
@@ -17,8 +17,14 @@ NORM_BYTES = 16
 """Loss and squared gradient norm, two numbers of eight bytes."""
 
 
-def compile_plan(plan: Plan, model: LayerGraph, *, bucket_bytes: int = BUCKET_BYTES) -> Program:
-    """The program of a valid plan.
+def compile_plan(
+    plan: Plan,
+    model: LayerGraph,
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    only: Container[int] | None = None,
+) -> Program:
+    """The program of a valid plan; ranks that are not among `only` get no instructions.
 
     A receive is posted one compute instruction ahead of the one that reads it, a send right after
     the one that makes it, and the reductions right before the last backward, in the order in which
@@ -36,6 +42,8 @@ def compile_plan(plan: Plan, model: LayerGraph, *, bucket_bytes: int = BUCKET_BY
             plan.schedule, stage.number - first, len(pipeline.stages), pipeline.micro_batches
         )
         for seat in (seat for replica in stage.seats for seat in replica):
+            if only is not None and seat.rank not in only:
+                continue
             own = buckets_of(seat.rank, seat.tensor_index, buckets)
             ranks[seat.rank] = (
                 *_stage_program(stage, seat, order, boundaries, own),

@@ -49,6 +49,15 @@ class Costs:
     _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+    optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
+    """Seconds of the optimizer, by device type, layers and tensor width."""
+    crossings: dict[tuple[object, object], tuple[float, float, float]] = field(default_factory=dict)
+    """Of two teams with equal rows: latency, seconds per byte and row ahead, and back."""
+    _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
+    loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
+    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
+    fits."""
+    _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
 def costs_of(
@@ -71,7 +80,8 @@ def costs_of(
     )
 
 
-def _compute(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
+def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
+    """Seconds of every layer on one tensor rank of a type, communication apart."""
     key = (kind, tensor, rows)
     if key not in costs._computed:
         device = costs.cluster.types[kind]
@@ -83,7 +93,7 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
     """Rows per second at which a device of each type alone would work through the whole model."""
     found = {}
     for kind in kinds:
-        seconds = _compute(costs, kind, 1, 1)
+        seconds = layer_times(costs, kind, 1, 1)
         found[kind] = 1 / float(seconds.forward.sum() + seconds.backward.sum())
     return found
 
@@ -91,10 +101,9 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
 def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a micro-batch of `rows` rows on a tensor-parallel group,
     its all-reduces included."""
-    kinds = tuple(costs.devices[name].type for name in unit)
-    key = ((kinds, costs._inside[costs.devices[unit[0]].node]), rows)
+    key = (unit_kind(costs, unit), rows)
     if key not in costs._times:
-        computed = [_compute(costs, kind, len(unit), rows) for kind in sorted(set(kinds))]
+        computed = [layer_times(costs, kind, len(unit), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
         costs._times[key] = replica_seconds(
             costs.model,
@@ -108,12 +117,39 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     return costs._times[key]
 
 
+def unit_prefix(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[list[float], list[float]]:
+    """Cumulative forward and backward seconds [L + 1] of `unit_times`: entry l is the sum over the
+    layers before l."""
+    key = (unit_kind(costs, unit), rows)
+    if key not in costs._prefixes:
+        forward, backward = unit_times(costs, unit, rows)
+        costs._prefixes[key] = (
+            [0.0, *np.cumsum(forward).tolist()],
+            [0.0, *np.cumsum(backward).tolist()],
+        )
+    return costs._prefixes[key]
+
+
+def unit_kind(costs: Costs, unit: tuple[str, ...]) -> Kind:
+    """What the pace of a group depends on."""
+    known = costs._kinds.get(unit)
+    if known is None:
+        kinds = tuple(costs.devices[name].type for name in unit)
+        known = costs._kinds[unit] = kinds, costs._inside[costs.devices[unit[0]].node]
+    return known
+
+
+def unit_capacity(costs: Costs, unit: tuple[str, ...]) -> int:
+    """Bytes that tensors may take on the smallest device of a group, less one for each of the five
+    parts that the final account rounds to whole bytes."""
+    return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in unit) - 5
+
+
 def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a stage: its slowest replica's, layer by layer."""
     seen: dict[Kind, tuple[Array, Array]] = {}
     for unit in stage:
-        kinds = tuple(costs.devices[name].type for name in unit)
-        kind = (kinds, costs._inside[costs.devices[unit[0]].node])
+        kind = unit_kind(costs, unit)
         if kind not in seen:
             seen[kind] = unit_times(costs, unit, rows)
     if len(seen) == 1:
