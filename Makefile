@@ -16,8 +16,8 @@ demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, 
 test: $(READY)    ## the tests that take seconds (one after the other: many start processes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: $(READY) ## every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+test-slow: $(READY) ## the tests that take minutes: eight processes, exhaustive searches
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
 
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -55,4 +55,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs picture bench lock clean
+.PHONY: help demo test test-slow lint docs picture bench lock clean
