@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from meshwright.cluster.spec import Cluster, Device, Link, devices_of
+from meshwright.cluster.spec import Cluster, Device, devices_of
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
 from meshwright.cost.compute import LayerSeconds, layer_seconds
@@ -26,8 +26,9 @@ from meshwright.search.partition import Array
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
 
-Kind = tuple[tuple[str, ...], Link]
-"""What the pace of a tensor-parallel group depends on: its device types and its node's link."""
+Kind = tuple[tuple[str, ...], int]
+"""What the pace of a tensor-parallel group depends on: its device types and its node's link, by
+number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Costs:
     """Fixed seconds of one step of a ring."""
     table: MemoryTable
     devices: dict[str, Device]
-    _inside: dict[str, Link]
+    _inside: dict[str, int]
+    """Number of the link inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
     _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
     _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def costs_of(
     measured = profile.links if profile else None
     if measured:
         cluster = with_measured_links(cluster, measured)
+    numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
         cluster=cluster,
@@ -76,7 +79,7 @@ def costs_of(
         step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
         table=memory_table(model, job),
         devices={device.name: device for device in devices_of(cluster)},
-        _inside={node.name: node.inside for node in cluster.nodes},
+        _inside={node.name: numbers[node.inside] for node in cluster.nodes},
     )
 
 
