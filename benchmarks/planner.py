@@ -17,6 +17,7 @@ import time
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
+from meshwright.errors import FitError
 from meshwright.model.hf import load_model
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job
@@ -67,19 +68,27 @@ def one(model: str, devices: int, budget: float | None) -> dict[str, object]:
     )
     where = mixed_cluster(devices)
     began = time.perf_counter()
-    plan = find_plan(graph, where, job, budget_seconds=budget)
-    spent = time.perf_counter() - began
+    try:
+        plan = find_plan(graph, where, job, budget_seconds=budget)
+    except FitError:
+        return {**_spent(model, devices, began), "plan": "nothing fits"}
     assert plan.prediction is not None
     return {
-        "model": model,
-        "devices": devices,
-        "seconds": round(spent, 2),
-        "cpu_seconds": round(time.process_time(), 2),
-        "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        **_spent(model, devices, began),
         "step_seconds": plan.prediction.step_seconds,
         "used": len(plan.devices),
         "certificate": sentence(plan.prediction),
         "plan": describe(plan),
+    }
+
+
+def _spent(model: str, devices: int, began: float) -> dict[str, object]:
+    return {
+        "model": model,
+        "devices": devices,
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     }
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from meshwright.cluster.spec import Cluster, Device, Link, devices_of
-from meshwright.cluster.topology import Topology, topology
+from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.topology import Topology, owners, topology
 from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.instructions import replica_seconds
@@ -26,8 +26,9 @@ from meshwright.search.partition import Array
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
 
-Kind = tuple[tuple[str, ...], Link]
-"""What the pace of a tensor-parallel group depends on: its device types and its node's link."""
+Kind = tuple[tuple[str, ...], int]
+"""What the pace of a tensor-parallel group depends on: its device types and its node's link, by
+number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Costs:
     """Fixed seconds of one step of a ring."""
     table: MemoryTable
     devices: dict[str, Device]
-    _inside: dict[str, Link]
+    _inside: dict[str, int]
+    """Number of the link inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
     _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
     _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
@@ -53,6 +55,11 @@ class Costs:
     """Seconds of the optimizer, by device type, layers and tensor width."""
     crossings: dict[tuple[object, object], tuple[float, float, float]] = field(default_factory=dict)
     """Of two teams with equal rows: latency, seconds per byte and row ahead, and back."""
+    _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
+        default_factory=dict
+    )
+    owner: dict[str, str] = field(default_factory=dict)
+    """Of every resource: its device, node or `@site`."""
     _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
     loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
@@ -67,6 +74,7 @@ def costs_of(
     measured = profile.links if profile else None
     if measured:
         cluster = with_measured_links(cluster, measured)
+    numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
         cluster=cluster,
@@ -75,8 +83,9 @@ def costs_of(
         links=topology(cluster),
         step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
         table=memory_table(model, job),
+        owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},
-        _inside={node.name: node.inside for node in cluster.nodes},
+        _inside={node.name: numbers[node.inside] for node in cluster.nodes},
     )
 
 
@@ -137,6 +146,26 @@ def unit_kind(costs: Costs, unit: tuple[str, ...]) -> Kind:
         kinds = tuple(costs.devices[name].type for name in unit)
         known = costs._kinds[unit] = kinds, costs._inside[costs.devices[unit[0]].node]
     return known
+
+
+def distinct_units(costs: Costs, units: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """One unit of every kind."""
+    found = costs._distinct.get(units)
+    if found is None:
+        first = {unit_kind(costs, unit): unit for unit in reversed(units)}
+        found = costs._distinct[units] = tuple(first.values())
+    return found
+
+
+def distinct_replicas(
+    costs: Costs, units: tuple[tuple[str, ...], ...], rows: tuple[int, ...]
+) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """One unit of every kind with every number of rows that such a unit has."""
+    kinds = distinct_units(costs, units)
+    if len(kinds) == 1:
+        return tuple((kinds[0], number) for number in sorted(set(rows)))
+    pairs = zip(units, rows, strict=True)
+    return tuple({(unit_kind(costs, u), r): (u, r) for u, r in pairs}.values())
 
 
 def unit_capacity(costs: Costs, unit: tuple[str, ...]) -> int:

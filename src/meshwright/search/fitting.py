@@ -5,10 +5,9 @@ Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -17,6 +16,8 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
+    distinct_replicas,
+    distinct_units,
     stage_bytes,
     unit_capacity,
     unit_kind,
@@ -25,6 +26,9 @@ from meshwright.search.costs import (
 )
 from meshwright.search.lines import Line, Team, Unit, moves
 from meshwright.search.partition import Array, assign, chain_loads
+
+TRANSFERS = 64
+"""Transfers of one cut that are looked at one by one."""
 
 Stages = tuple[tuple[Unit, ...], ...]
 """The units of every stage of a line."""
@@ -47,17 +51,15 @@ def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
     return (forward[-1] + backward[-1]) / rows
 
 
-def apportion(costs: Costs, units: Sequence[Unit], rows: int) -> tuple[int, ...]:
+def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ...]:
     """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
     are taken to be proportional to rows."""
     each = max(1, rows // len(units))
-    kinds = [unit_kind(costs, unit) for unit in units]
-    first = dict(zip(reversed(kinds), reversed(units), strict=True))
-    known = {kind: pace(costs, unit, each) for kind, unit in first.items()}
-    paces = [known[kind] for kind in kinds]
+    known = {unit_kind(costs, u): pace(costs, u, each) for u in distinct_units(costs, units)}
     if len(set(known.values())) == 1:
         share, left = divmod(rows, len(units))
-        return tuple(share + (i < left) for i in range(len(units)))
+        return (share + 1,) * left + (share,) * (len(units) - left)
+    paces = [known[unit_kind(costs, unit)] for unit in units]
     ideal = rows / sum(1 / p for p in paces)
     shares = [max(1, int(ideal / p)) for p in paces]
     while sum(shares) > rows:
@@ -113,11 +115,9 @@ def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: Schedul
 
 def _loads(costs: Costs, team: Team, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
-    kinds = [unit_kind(costs, unit) for unit in team.units]
-    distinct = dict(zip(zip(kinds, team.rows, strict=True), team.units, strict=True))
     worst: Array | None = None
-    for (kind, rows), unit in distinct.items():
-        key = (kind, rows, held)
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        key = (unit_kind(costs, unit), rows, held)
         if key not in costs.loads:
             costs.loads[key] = _replica_loads(costs, unit, rows, held)
         loads = costs.loads[key]
@@ -152,17 +152,22 @@ def _cuts(costs: Costs, here: Team, there: Team) -> Array:
 
 
 def _crossing(costs: Costs, here: Team, there: Team) -> tuple[float, float, float]:
-    """Latency, and seconds for each byte of each row of the micro-batch, ahead and back."""
+    """Latency, and seconds for each byte of each row of the micro-batch, ahead and back.
+
+    Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
+    uplinks, is scaled to all of them.
+    """
     ahead, back = _Crossing(), _Crossing()
-    for i, j, rows in moves(here, there):
+    counted, rows = 0, sum(here.rows)
+    for i, j, moved in islice(moves(here, there), TRANSFERS):
         source, target = here.units[i], there.units[j]
+        counted += moved
         for t, name in enumerate(target):
-            ahead.add(costs, source[t % len(source)], name, rows)
+            ahead.add(costs, source[t % len(source)], name, moved)
         for t, name in enumerate(source):
-            back.add(costs, target[t % len(target)], name, rows)
-    rows = sum(here.rows)
+            back.add(costs, target[t % len(target)], name, moved)
     latency = max(ahead.latency, back.latency)
-    per_byte = [way.seconds_per_row_byte(costs) / rows for way in (ahead, back)]
+    per_byte = [way.seconds_per_row_byte(costs, rows / counted) / rows for way in (ahead, back)]
     return latency, per_byte[0], per_byte[1]
 
 
@@ -180,7 +185,14 @@ class _Crossing:
         for name in way.resources:
             self.rows[name] = self.rows.get(name, 0) + rows
 
-    def seconds_per_row_byte(self, costs: Costs) -> float:
-        """For each byte of a row, on the busiest resource."""
-        capacity = costs.links.capacities
-        return max((rows / capacity[name] for name, rows in self.rows.items()), default=0.0)
+    def seconds_per_row_byte(self, costs: Costs, scale: float) -> float:
+        """For each byte of a row, on the busiest resource; `scale`: all transfers to those added
+        up."""
+        capacity, owner = costs.links.capacities, costs.owner
+        return max(
+            (
+                rows / capacity[name] * (scale if owner.get(name, "").startswith("@") else 1)
+                for name, rows in self.rows.items()
+            ),
+            default=0.0,
+        )

@@ -6,14 +6,14 @@ micro-batch. Letters: S stages, L layers, M micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from meshwright.model.spec import structure
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage, Subject
 from meshwright.program.schedules import in_flight
-from meshwright.search.costs import Costs, stage_bytes, unit_capacity
+from meshwright.search.costs import Costs, distinct_replicas, stage_bytes, unit_capacity
 
 Unit = tuple[str, ...]
 """Names of devices that share every layer by tensor parallelism."""
@@ -122,30 +122,27 @@ def fits(costs: Costs, line: Line, schedule: ScheduleName) -> bool:
     depth = len(line.teams)
     for s, (team, (a, b)) in enumerate(zip(line.teams, pairwise(line.bounds), strict=True)):
         held = in_flight(schedule, s, depth, line.micro_batches)
-        seen = set()
-        for unit, rows in zip(team.units, team.rows, strict=True):
+        for unit, rows in distinct_replicas(costs, team.units, team.rows):
             room = unit_capacity(costs, unit)
-            if (rows, room) in seen:
-                continue
-            seen.add((rows, room))
             always, each = stage_bytes(costs, len(unit), rows)
             if always[a, b] + each[a, b] * held > room:
                 return False
     return True
 
 
-def moves(source: Team, target: Team) -> list[tuple[int, int, int]]:
-    """(source unit, target unit, rows) of one micro-batch across a cut."""
-    found = []
-    i = j = 0
-    ends, goals = tuple(accumulate(source.rows)), tuple(accumulate(target.rows))
-    at = 0
-    while i < len(ends) and j < len(goals):
-        to = min(ends[i], goals[j])
-        found.append((i, j, to - at))
+def moves(source: Team, target: Team) -> Iterator[tuple[int, int, int]]:
+    """(source unit, target unit, rows) of one micro-batch across a cut, in order; lazily."""
+    ends, goals = accumulate(source.rows), accumulate(target.rows)
+    end, goal = next(ends, None), next(goals, None)
+    i = j = at = 0
+    while end is not None and goal is not None:
+        to = min(end, goal)
+        yield i, j, to - at
         at = to
-        i, j = i + (ends[i] == to), j + (goals[j] == to)
-    return found
+        if end == to:
+            i, end = i + 1, next(ends, None)
+        if goal == to:
+            j, goal = j + 1, next(goals, None)
 
 
 def tensor_widths_agree(costs: Costs, lines: Sequence[Line]) -> bool:

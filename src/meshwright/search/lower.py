@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from meshwright.cost.collective import alone_seconds
 from meshwright.cost.compute import optimizer_seconds
@@ -17,8 +17,22 @@ from meshwright.cost.memory import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.buckets import gradient_bytes
 from meshwright.program.compile import NORM_BYTES
-from meshwright.search.costs import Costs, pair, ring, scaled, seconds_per_byte, unit_prefix
+from meshwright.search.costs import (
+    Costs,
+    distinct_units,
+    pair,
+    ring,
+    scaled,
+    seconds_per_byte,
+    unit_prefix,
+)
 from meshwright.search.lines import Line, Team, Unit, moves
+
+UNITS = 64
+"""Units of a stage that are followed; leaving out the others only lowers the bound."""
+
+NORM_RANKS = 512
+"""Ranks up to which the ring of the norm is counted."""
 
 Grid = list[list[float]]
 """Seconds by stage and unit."""
@@ -57,8 +71,10 @@ def line_bound(costs: Costs, line: Line, schedule: ScheduleName) -> float:
 def after_lines(costs: Costs, lines: Sequence[Line]) -> float:
     """Seconds of a step after the last pipeline is done: norm, slowest optimizer, overhead."""
     used = [name for line in lines for team in line.teams for unit in team.units for name in unit]
-    world = tuple(sorted(used, key=costs.links.order.__getitem__))
-    norm = alone_seconds(costs.links, scaled(ring(costs, world), NORM_BYTES))
+    norm = 0.0
+    if len(used) <= NORM_RANKS:
+        world = tuple(sorted(used, key=costs.links.order.__getitem__))
+        norm = alone_seconds(costs.links, scaled(ring(costs, world), NORM_BYTES))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
     return norm + max(_optimizers(costs, lines)) + overhead
 
@@ -67,7 +83,8 @@ def _optimizers(costs: Costs, lines: Sequence[Line]) -> Iterator[float]:
     for line in lines:
         for team, layers in zip(line.teams, pairwise(line.bounds), strict=True):
             tensor = len(team.units[0])
-            for kind in {costs.devices[name].type for unit in team.units for name in unit}:
+            units = distinct_units(costs, team.units)
+            for kind in {costs.devices[name].type for unit in units for name in unit}:
                 yield optimizer_of(costs, kind, layers, tensor)
 
 
@@ -89,7 +106,8 @@ def _chain(costs: Costs, line: Line) -> _Chain:
     forward: Grid = []
     backward: Grid = []
     for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
-        sums = [unit_prefix(costs, u, r) for u, r in zip(team.units, team.rows, strict=True)]
+        some = zip(team.units[:UNITS], team.rows[:UNITS], strict=True)
+        sums = [unit_prefix(costs, unit, rows) for unit, rows in some]
         forward.append([f[b] - f[a] for f, _ in sums])
         backward.append([g[b] - g[a] for _, g in sums])
     ahead = [
@@ -110,7 +128,7 @@ def _transfers(
             _transfer(costs, here.units[i], there.units[j], ahead * rows),
             _transfer(costs, there.units[j], here.units[i], back * rows),
         )
-        for i, j, rows in moves(here, there)
+        for i, j, rows in islice(moves(here, there), UNITS)
     ]
 
 
@@ -160,7 +178,7 @@ def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
     The last bucket holds at least the stage's first layer, and begins when that layer is done; all
     of them together begin inside the last backward at the earliest.
     """
-    tails = [[0.0] * len(team.units) for team in line.teams]
+    tails = [[0.0] * len(units) for units in backward]
     if costs.cluster.direct:
         return tails
     width = gradient_bytes(costs.job)

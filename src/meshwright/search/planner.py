@@ -48,7 +48,7 @@ SIMULATED_WORK = 80_000
 ranks fewer of them, but never less than two."""
 
 MISFITS_SHOWN = 3
-RUNNERS_UP = 8
+RUNNERS_UP = 6
 
 
 def find_plan(
