@@ -20,8 +20,13 @@ SAME = 1e-9
 simulator add up the same seconds in different orders."""
 
 WORK = 16_000
-"""Ranks x micro-batches that may be simulated beyond the regular grids: the normal end of a search,
-the same on every machine."""
+"""Ranks x micro-batches (or their worth in bounds) that may be simulated beyond the regular grids:
+the normal end of a search, the same on every machine."""
+
+
+DEVICES_LOOKED_AT = 4
+"""Devices whose bounds and memory are looked at in the time that one rank takes to play one
+micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
     if strategy in contest.seen:
         return False
     contest.seen.add(strategy)
+    contest.work -= max(1, len(contest.costs.devices) // DEVICES_LOOKED_AT)
     reason = _refused(contest, strategy)
     if reason:
         contest.dropped[reason] += 1
@@ -82,7 +88,11 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
     schedule, lines = strategy
     costs = contest.costs
     plan = plan_of(costs, lines, schedule, contest.cluster_print)
-    contest.work -= work_of(plan, fold(plan, costs.cluster))
+    work = work_of(plan, fold(plan, costs.cluster))
+    if contest.best and work > max(contest.work, 0) // 4:
+        contest.dropped["too much to simulate in what is left of the budget"] += 1
+        return False
+    contest.work -= work
     missing = len(costs.devices) - len(plan.devices)
     played = enter(contest, plan, lines_label(lines, schedule, missing))
     if contest.best is played:

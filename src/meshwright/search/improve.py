@@ -33,7 +33,7 @@ def _compose(contest: Contest, tell: Progress) -> None:
     found = mixed_strategies(contest.costs, COMPOSED)
     for done, mixed in enumerate(found):
         tell("composing", done, len(found))
-        if contest.over:
+        if contest.over or (contest.best and contest.work < WORK // 2):
             contest.dropped["beyond the budget"] += len(found) - done
             break
         challenge(contest, ("1f1b", mixed.lines))
