@@ -120,7 +120,9 @@ def test_tensor_ranks_divide_what_can_be_split() -> None:
     whole = roofline(DRY, GPU, "bf16", 1, 1)
     assert roofline(DRY, GPU, "bf16", 4, 1) == pytest.approx(whole / 4)
     assert roofline(half, GPU, "bf16", 2, 1) == pytest.approx(whole * 0.75)
-    assert roofline(replace(DRY, tensor_units=0), GPU, "bf16", 2, 1) == pytest.approx(whole)
+    assert roofline(replace(DRY, split_flops=0.0), GPU, "bf16", 2, 1) == pytest.approx(whole)
+    vocabulary = replace(DRY, tensor_units=0)
+    assert roofline(vocabulary, GPU, "bf16", 2, 1) == pytest.approx(whole / 2)
 
 
 def test_tensor_ranks_divide_the_traffic_of_what_they_keep_divided() -> None:

@@ -81,14 +81,9 @@ def graphs(draw: st.DrawFn) -> LayerGraph:
 def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, held: int) -> float:
     """The same by looking at every layer and tensor."""
     own = model.layers[layers[0] : layers[1]]
-    parameters = sum(
-        x.parameters - (x.split_parameters * (1 - 1 / tensor) if x.tensor_units else 0) for x in own
-    )
+    parameters = sum(x.parameters - x.split_parameters * (1 - 1 / tensor) for x in own)
     parameters += sum(t.parameters / (tensor if t.split else 1) for t in tied_in(model, layers))
-    saved = sum(
-        x.saved_bytes - (x.split_saved_bytes * (1 - 1 / tensor) if x.tensor_units else 0)
-        for x in own
-    )
+    saved = sum(x.saved_bytes - x.split_saved_bytes * (1 - 1 / tensor) for x in own)
     cuts = [alive_at(model, cut) for cut in layers]
     boundary = sum(t.bytes for cut in cuts for t in cut)
     gradients = sum(t.bytes for cut in cuts for t in cut if t.gradient)

@@ -33,7 +33,7 @@ PULL = 0.02
 other."""
 STEP = 1e-3
 """Of a constant's range, for the derivatives."""
-ROUNDS = 40
+ROUNDS = 15
 
 
 @record
@@ -135,7 +135,7 @@ def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
         else:
             return places
         places, residual, damping = ahead, found, max(damping / 5, 1e-9)
-        if before - after < 1e-6 * before:
+        if before - after < 1e-4 * before:
             return places
     return places
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,9 +68,9 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
     return device.peak[precision]
 
 
-def split_share(layer: Layer, split: float, whole: float, tensor: int) -> float:
+def split_share(split: float, whole: float, tensor: int) -> float:
     """Share of `whole` left on each of `tensor` ranks when `split` of it is divided."""
-    if tensor == 1 or layer.tensor_units == 0 or whole == 0:
+    if tensor == 1 or whole == 0:
         return 1.0
     return 1.0 - split / whole * (1.0 - 1.0 / tensor)
 
@@ -99,14 +100,12 @@ def device_seconds(
     total = layer.forward_flops + layer.attention_flops
     attention = layer.attention_flops / total if total else 0.0
     flops = np.array([total, layer.backward_flops])
-    flops *= rows * split_share(layer, layer.split_flops, total, tensor)
+    flops *= rows * split_share(layer.split_flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
-    parameters = layer.parameters * split_share(
-        layer, layer.split_parameters, layer.parameters, tensor
-    )
+    parameters = layer.parameters * split_share(layer.split_parameters, layer.parameters, tensor)
     parameters *= constants.weight_traffic
     activations = layer.traffic_bytes * split_share(
-        layer, layer.split_saved_bytes, layer.saved_bytes, tensor
+        layer.split_saved_bytes, layer.saved_bytes, tensor
     )
     moved = rows * activations * ACTIVATION_PASSES + parameters * np.array(WEIGHT_BYTES[precision])
     result: Pair = flops * seconds_per_flop / peak + moved / (device.memory_bandwidth * e_memory)
@@ -230,8 +229,12 @@ def layer_seconds(
     precision = model.precision
     constants = device_constants(profile.calibration if profile else None, device)
 
+    heads = head_signatures(model)
+    output = head_constants(constants, device)
+
     def price(layer: Layer, width: int, size: float) -> Pair:
-        return roofline(layer, device, precision, width, size, constants)
+        own = output if layer.signature in heads else constants
+        return roofline(layer, device, precision, width, size, own)
 
     def host(layer: Layer, width: int, size: int, measured: Pair) -> Pair:
         if device.processor == "cpu":
@@ -253,6 +256,21 @@ def layer_seconds(
     every = np.array([seconds[layer.signature] for layer in model.layers]).reshape(-1, 2)
     measured = sum(layer.signature in times for layer in model.layers)
     return LayerSeconds(forward=every[:, 0], backward=every[:, 1], measured=measured)
+
+
+def head_signatures(model: LayerGraph) -> frozenset[str]:
+    """Signatures of the layers behind the last attention: output projection and loss. Empty where
+    there is no attention."""
+    attends = [index for index, layer in enumerate(model.layers) if layer.attention_flops]
+    return (
+        frozenset(x.signature for x in model.layers[attends[-1] + 1 :]) if attends else frozenset()
+    )
+
+
+def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
+    """The constants with the output projection's own efficiency."""
+    efficiency = constants.matmul_efficiency or device.matmul_efficiency
+    return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
 
 
 def optimizer_seconds(

@@ -23,6 +23,7 @@ class DeviceConstants:
     attention_efficiency: float | None = None
     memory_efficiency: float | None = None
     """None: the device type's own figure."""
+    head_efficiency: float = 1.0
     launch_forward: Seconds = 50e-6
     launch_backward: Seconds = 100e-6
     layer_overhead: Seconds = 0.0
@@ -76,6 +77,13 @@ CONSTANTS = {
         high=1.0,
         meaning="memory bandwidth that elementwise operations reach",
         source="stream kernels .75 to .92; fused operations move fewer bytes than are counted",
+    ),
+    "head_efficiency": Constant(
+        unit="share of matmul efficiency",
+        low=0.2,
+        high=1.0,
+        meaning="of what other products reach, what the output projection reaches",
+        source="1 for well padded vocabularies; a quarter to a half is common for others",
     ),
     "launch_forward": Constant(
         unit="s per layer",

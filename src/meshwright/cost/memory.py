@@ -109,9 +109,8 @@ def _range_maxima(values: Array) -> Array:
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
     """Everything that `stage_memory` needs to know of a model trained by a job."""
-    divided = [bool(layer.tensor_units) for layer in model.layers]
-    split = [x.split_parameters if d else 0 for x, d in zip(model.layers, divided, strict=True)]
-    saved = [x.split_saved_bytes if d else 0.0 for x, d in zip(model.layers, divided, strict=True)]
+    split = [layer.split_parameters for layer in model.layers]
+    saved = [layer.split_saved_bytes for layer in model.layers]
     whole = _cumulative([float(layer.parameters) for layer in model.layers])
     whole_saved = _cumulative([layer.saved_bytes for layer in model.layers])
     uses = [np.zeros(len(model.layers) + 1, dtype=np.int64) for _ in model.tied]

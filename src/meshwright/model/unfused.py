@@ -10,10 +10,9 @@ from meshwright.model.spec import Layer, LayerGraph
 SAVED = 2.5
 """Numbers kept per score: softmax's and dropout's outputs, and a mask of one byte (Korthikanti et
 al. 2022: 5 bytes of 16-bit numbers)."""
-MOVED = 8.0
-"""Numbers moved per score by the forward: written by the product, read and written by the masked
-softmax (in full precision inside), read and written by dropout with its mask, read by the second
-product."""
+MOVED = 6.5
+"""Numbers moved per score by the forward: written by the product, read and written by the fused
+masked softmax, read and written by dropout with its mask of bytes, read by the second product."""
 
 
 def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:

@@ -184,6 +184,12 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> 
     return Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
 
 
+def given_seconds(costs: Costs, candidate: Candidate) -> float:
+    """Seconds of one step of a candidate whose cuts are given, whether it fits or not."""
+    assert candidate.fixed is not None
+    return step_seconds(costs, candidate, candidate.fixed, chain(costs, candidate))
+
+
 def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
     """Seconds of one step.
 
