@@ -22,4 +22,25 @@ MEGATRON_KNOBS = (
     Knob(name="boundary", start=2e-5),
     Knob(name="step", start=1e-3),
 )
-MEGATRON_A100 = PRIOR_A100
+AMP_PRIOR = Calibration(
+    devices={
+        "T4": DeviceConstants(launch_forward=3e-3, launch_backward=3e-3, weight_traffic=0.3, optimizer_traffic=0.7),
+        "V100-16": DeviceConstants(launch_forward=3e-3, launch_backward=3e-3, weight_traffic=0.3, optimizer_traffic=0.7),
+    },
+    system=SystemConstants(inside_efficiency=.75, network_efficiency=.75, ring_step=2e-5, boundary=2e-4, gradient_width=1.0, reduction_delay=1.0),
+)
+T4,V=("T4",),("V100-16",)
+BOTH = (*T4, *V)
+AMP_KNOBS = (
+    Knob(name="matmul_efficiency", types=T4, start=0.33),
+    Knob(name="memory_efficiency", types=T4, start=0.8),
+    Knob(name="matmul_efficiency", types=V, start=0.6),
+    Knob(name="memory_efficiency", types=V, start=0.8),
+    Knob(name="launch_forward", types=BOTH, start=3e-3),
+    Knob(name="launch_backward", types=T4, start=3e-3),
+    Knob(name="launch_backward", types=V, start=3e-3),
+    Knob(name="inside_efficiency", start=0.75),
+    Knob(name="network_efficiency", start=0.75),
+    Knob(name="boundary", start=2e-4),
+)
+def shipped(x): raise NotImplementedError

@@ -15,8 +15,10 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Candidate, Misfit, evaluate, given_seconds
+from meshwright.search.explain import as_plan
 from meshwright.search.placement import default_placement
 from meshwright.search.space import DeviceSet, Grid, Shape
+from meshwright.simulate.engine import simulate_plan
 
 Array = NDArray[np.float64]
 
@@ -101,4 +103,14 @@ def excess_bytes(
     for trial in trials:
         result = evaluate(prices[trial.world], candidate(worlds[trial.world], trial))
         found.append(result.excess_bytes if isinstance(result, Misfit) else 0.0)
+    return np.array(found)
+
+
+def simulate(world: World, trials: Sequence[Trial], calibration: Calibration) -> Array:
+    """Seconds of a step of every trial, played by the simulator."""
+    costs = costs_under(world, calibration)
+    found = []
+    for trial in trials:
+        plan = as_plan(costs, candidate(world, trial), trial.bounds, "")
+        found.append(simulate_plan(plan, world.model, world.cluster, costs.profile).step_seconds)
     return np.array(found)

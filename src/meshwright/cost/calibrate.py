@@ -28,7 +28,7 @@ Predict = Callable[[Calibration, NDArray[np.int64]], Array]
 SOFT = 0.05
 """Relative error above which a run counts by its size, not its square: runs that went wrong for
 reasons of their own do not bend the fit."""
-PULL = 0.02
+PULL = 0.05
 """Relative error for which the fit will not move a constant from one end of its range to the
 other."""
 STEP = 1e-3

@@ -144,9 +144,9 @@ CONSTANTS = {
     "boundary": Constant(
         unit="s per transfer",
         low=1e-6,
-        high=5e-3,
+        high=1e-3,
         meaning="fixed cost of a transfer between stages",
-        source="20 us (NCCL) to some ms (handshakes of shapes through the host)",
+        source="20 us (NCCL) to a ms (handshakes through the host)",
     ),
     "gradient_width": Constant(
         unit="share",
