@@ -1,10 +1,10 @@
 """Step times of Megatron-DeepSpeed on A100s, as vTrain's authors measured them, against ours.
 
-    python benchmarks/vtrain_runs.py --runs single_node.csv --json OUT [--refit]
+    python benchmarks/vtrain_runs.py --runs single_node.csv --json OUT [--refit | --save]
 
 Columns: GPUs, batches, shape, widths and milliseconds (github.com/VIA-Research/vTrain). Predictions
 with the shipped constants are what `mean_relative_error` reports; beside them stand those from
-datasheets alone and, with --refit, cross-validated ones.
+datasheets alone and, with --refit, cross-validated ones; --save fits to these runs and ships.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from constants import MEGATRON_A100, MEGATRON_KNOBS, PRIOR_A100
+from beliefs import MEGATRON_KNOBS, MEGATRON_PRIOR, save, shipped
 from grids import Trial, World, predict
 from numpy.typing import NDArray
 from scores import HEADER, kendall_tau, line, summary, write
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
-from meshwright.cost.calibrate import fit, folds, held_out
+from meshwright.cost.calibrate import fit, folds
 from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
 from meshwright.model.analytic import layer_graph
@@ -132,11 +133,20 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--network", default="800 Gbit/s", help="of a node; single nodes need none")
-    parser.add_argument("--refit", action="store_true", help="fit to these runs, and cross-validate")
+    parser.add_argument(
+        "--refit", action="store_true", help="fit to these runs, and cross-validate"
+    )
+    parser.add_argument("--save", action="store_true", help="fit to these runs, and ship that")
     chosen = parser.parse_args()
     worlds, trials, measured = read(chosen.runs, parse_bandwidth(chosen.network))
     predicted = partial(predict, worlds, trials)
     everything = np.arange(len(trials))
+    if chosen.save:
+        found = fit(
+            predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=thinned(everything)
+        )
+        source = f"{chosen.runs.name}, {len(thinned(everything))} of its {len(everything)} runs"
+        save("megatron", replace(found, source=source))
     print(HEADER)
     results: dict[str, dict[str, float]] = {}
 
@@ -145,8 +155,8 @@ def main() -> int:
         print(line(name, results[name]))
 
     show("datasheet, no fit", predicted(Calibration(), everything))
-    show("stated in advance, no fit", predicted(PRIOR_A100, everything))
-    final = predicted(MEGATRON_A100, everything)
+    show("stated in advance, no fit", predicted(MEGATRON_PRIOR, everything))
+    final = predicted(shipped("megatron"), everything)
     show("shipped", final)
     if chosen.refit:
         refit(predicted, measured, show)
@@ -156,23 +166,25 @@ def main() -> int:
         "kendall_tau": kendall_tau(final, measured, groups),
         "all": results,
     }
-    print(f"Kendall tau over the layouts of one model, batch and micro-batch: {out['kendall_tau']:.3f}")
+    print(f"Kendall tau over the layouts of one model and micro-batch: {out['kendall_tau']:.3f}")
     write(chosen.json, out)
     return 0
 
 
-def refit(predicted: partial[Array], measured: Array, show: object) -> None:
-    """Fit to all runs and print the constants; then every fifth of the runs from the others."""
+def refit(
+    predicted: Callable[[Calibration, NDArray[np.int64]], Array],
+    measured: Array,
+    show: Callable[[str, Array], None],
+) -> None:
+    """Fit to these runs; then every fifth of them from some of the others."""
     everything = np.arange(len(measured))
-    found = fit(predicted, measured, MEGATRON_KNOBS, start=PRIOR_A100, runs=thinned(everything))
-    print(found)
-    assert callable(show)
-    show("fitted here", predicted(found, everything))
+    found = fit(predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=thinned(everything))
+    show(f"fitted to {len(thinned(everything))} of these", predicted(found, everything))
     seconds = np.zeros(len(measured))
     fold = np.array(folds(len(measured)))
     for label in range(5):
         others = thinned(np.flatnonzero(fold != label))
-        constants = fit(predicted, measured, MEGATRON_KNOBS, start=PRIOR_A100, runs=others)
+        constants = fit(predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=others)
         own = np.flatnonzero(fold == label)
         seconds[own] = predicted(constants, own)
     show(f"5-fold, each from {len(others)} runs", seconds)

@@ -63,7 +63,7 @@ def value_at(knob: Knob, place: float) -> float:
     low, high = _range(knob)
     if low > 0:
         return float(low * (high / low) ** place)
-    return low + (high - low) * place
+    return float(low + (high - low) * place)
 
 
 def place_of(knob: Knob, value: float) -> float:
