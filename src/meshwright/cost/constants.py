@@ -60,7 +60,7 @@ CONSTANTS = {
     "matmul_efficiency": Constant(
         unit="share of peak",
         low=0.1,
-        high=0.95,
+        high=0.9,
         meaning="peak that matrix products reach",
         source="published GEMMs: T4 a third (70 W), V100 .71, A100 .79 to .88, H100 .67",
     ),
