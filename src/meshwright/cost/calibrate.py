@@ -210,3 +210,17 @@ def calibrate(
     found = fit(predict, measured, knobs, start=start)
     apart = held_out(predict, measured, knobs, folds(len(measured)), start=start)
     return replace(found, error=error_bar(apart, measured), source=source)
+
+
+def informative(slopes: Array, count: int) -> list[int]:
+    """Rows of a table of sensitivities [runs, constants] that together say most: one after the
+    other, each the one that most enlarges det(1 + S^T S) (a D-optimal design, greedily)."""
+    information = np.eye(slopes.shape[1]) * 1e-4
+    chosen: list[int] = []
+    for _ in range(min(count, len(slopes))):
+        gain = np.einsum("ij,jk,ik->i", slopes, np.linalg.inv(information), slopes)
+        gain[chosen] = -np.inf
+        best = int(np.argmax(gain))
+        chosen.append(best)
+        information += np.outer(slopes[best], slopes[best])
+    return chosen

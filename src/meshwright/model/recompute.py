@@ -1,4 +1,4 @@
-"""Recomputation: blocks that keep only their input and repeat their forward before their backward."""
+"""Recomputation: blocks that keep their input alone and repeat their forward in the backward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from meshwright.model.spec import Layer, LayerGraph
 def with_recomputation(model: LayerGraph) -> LayerGraph:
     """The model with every layer that has attention recomputed (Chen et al. 2016).
 
-        backward FLOPs += forward FLOPs; backward all-reduces += forward ones
-        bytes moved x 4/3, of which a backward is counted to move two thirds
-        kept: the input alone; what the forward made becomes workspace of the backward
+    backward FLOPs += forward FLOPs; backward all-reduces += forward ones
+    bytes moved x 4/3, of which a backward is counted to move two thirds
+    kept: the input alone; what the forward made becomes workspace of the backward
     """
     return replace(
         model, layers=tuple(_recomputed(model, index) for index in range(len(model.layers)))
