@@ -44,8 +44,7 @@ def _chain(name: str, sequence: int, layers: list[Layer], cuts: list[float]) -> 
 
 def gpt2() -> LayerGraph:
     """GPT-2 medium of Megatron: embedding, nothing, 24 blocks, nothing twice, output projection,
-    loss. Both embeddings are counted, as AMP counts them; what tensor ranks sum is inside the
-    measured times."""
+    loss. Both embeddings are counted, as AMP counts them."""
     shape = LanguageModel(
         name="gpt2",
         family="gpt2",
@@ -59,15 +58,12 @@ def gpt2() -> LayerGraph:
         hidden=4096,
     )
     plain = with_unfused_attention(layer_graph(shape, 1024, "fp16"), shape.heads)
-    silent = [
-        replace(layer, forward_all_reduce_bytes=(), backward_all_reduce_bytes=())
-        for layer in plain.layers
-    ]
-    embedding, *blocks, head = silent
+    embedding, *blocks, head = plain.layers
     logits = float(1024 * 52256)
     projection = replace(head, traffic_bytes=logits * HALF, saved_bytes=0.0, workspace_bytes=0.0)
     projection = replace(projection, split_saved_bytes=0.0)
     loss = replace(head, forward_flops=0.0, backward_flops=0.0, split_flops=0.0, parameters=0)
+    loss = replace(loss, forward_all_reduce_bytes=(), backward_all_reduce_bytes=())
     loss = replace(loss, split_parameters=0, traffic_bytes=head.traffic_bytes - logits * HALF)
     layers = [embedding, _nothing(), *blocks, _nothing(), _nothing(), projection, loss]
     stream = float(1024 * 1024 * HALF)
@@ -93,6 +89,8 @@ def _transformer(tokens: int, width: int, window: int, heads: int) -> Layer:
         split_parameters=12 * width**2,
         split_flops=products,
         split_saved_bytes=12 * stream * HALF,
+        forward_all_reduce_bytes=(stream * HALF,) * 2,
+        backward_all_reduce_bytes=(stream * HALF,) * 2,
     )
 
 

@@ -27,9 +27,12 @@ from scores import spearman, summary, write
 
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import topology
 from meshwright.cost.calibrate import fit
+from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.compute import device_seconds, host_seconds, launch_seconds
 from meshwright.cost.constants import Calibration, device_constants
+from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
@@ -44,7 +47,8 @@ def layer_times(
 ) -> tuple[LayerTime, ...]:
     """The record's forward times of one sample, with the backward that they imply.
 
-    Of a forward, the host took what exceeds the device's work, at most a launch; its share of the
+    The sums over tensor ranks, as priced on the node, are taken off: they overlap nothing. Of a
+    forward, the host took what exceeds the device's work, at most a launch; its share of the
     backward is in proportion of the launches. The device's share is twice the forward's.
     """
     found = []
@@ -52,7 +56,9 @@ def layer_times(
         node = next((node for kind, node in NODES.items() if name.startswith(kind)), None)
         own = device_constants(constants, device)
         for tensor, row in recorded.get(f"{model.name}_{node}", {}).items():
-            for layer, seconds in zip(model.layers, row, strict=True):
+            sums = summing_seconds(model, cluster, name, int(tensor), constants)
+            for layer, whole, communication in zip(model.layers, row, sums, strict=True):
+                seconds = max(whole - communication, whole / 10)
                 work = device_seconds(layer, device, "fp16", int(tensor), 1, own)
                 launch = launch_seconds(own)
                 host = host_seconds(np.array([seconds, seconds]), work[0], launch[0])[0]
@@ -69,6 +75,20 @@ def layer_times(
                     )
                 )
     return tuple(found)
+
+
+def summing_seconds(
+    model: LayerGraph, cluster: Cluster, kind: str, tensor: int, constants: Calibration
+) -> list[float]:
+    """Seconds of every layer's forward all-reduces among tensor ranks of a node of this type."""
+    profile = Profile(model=model.name, sequence=model.sequence, calibration=constants)
+    node = next(node for node in cluster.nodes if kind in node.devices)
+    ranks = [f"{node.name}:{index}" for index in range(min(tensor, len(node.devices)))]
+    links, latency = topology(reached_links(cluster, profile)), ring_step(profile)
+    cost: dict[float, float] = {}
+    for size in {size for layer in model.layers for size in layer.forward_all_reduce_bytes}:
+        cost[size] = alone_seconds(links, all_reduce(links, ranks, size, step_latency=latency))
+    return [sum(cost[size] for size in layer.forward_all_reduce_bytes) for layer in model.layers]
 
 
 class Predictor:

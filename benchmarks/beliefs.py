@@ -58,7 +58,7 @@ MEGATRON_PRIOR = Calibration(
 )
 MEGATRON_KNOBS = (
     Knob(name="matmul_efficiency", types=A100, start=0.8),
-    Knob(name="attention_efficiency", types=A100, start=0.25),
+    Knob(name="attention_efficiency", types=A100, start=0.25, low=0.05, high=0.5),
     Knob(name="memory_efficiency", types=A100, start=0.8),
     Knob(name="head_efficiency", types=A100, start=0.8),
     Knob(name="launch_forward", types=A100, start=1e-3),
@@ -74,7 +74,7 @@ MEGATRON_KNOBS = (
 T4, V100 = ("T4",), ("V100-16",)
 BOTH = (*T4, *V100)
 _AMP_HOST = DeviceConstants(
-    launch_forward=3e-3, launch_backward=3e-3, weight_traffic=0.3, optimizer_traffic=0.7
+    launch_forward=5e-3, launch_backward=5e-3, weight_traffic=0.3, optimizer_traffic=0.7
 )
 AMP_PRIOR = Calibration(
     source="stated in advance: slow hosts, TCP; AMP's authors count gradients as 32-bit words",
@@ -93,9 +93,8 @@ AMP_KNOBS = (
     Knob(name="memory_efficiency", types=T4, start=0.8),
     Knob(name="matmul_efficiency", types=V100, start=0.6),
     Knob(name="memory_efficiency", types=V100, start=0.8),
-    Knob(name="launch_forward", types=BOTH, start=3e-3),
-    Knob(name="launch_backward", types=T4, start=3e-3),
-    Knob(name="launch_backward", types=V100, start=3e-3),
+    Knob(name="launch_forward", types=BOTH, start=5e-3),
+    Knob(name="launch_backward", types=BOTH, start=5e-3),
     Knob(name="inside_efficiency", start=0.75),
     Knob(name="network_efficiency", start=0.75),
     Knob(name="boundary", start=2e-4),
