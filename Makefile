@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DOCS   := $(VENV)/.ready-docs
 ARGS   ?=
+DATA   ?=
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -36,6 +37,9 @@ bench: $(READY)   ## list the benchmarks; each one says what it compares and wha
 	@for file in benchmarks/*.py; do \
 	  printf '%s\n    ' "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
 
+accuracy: $(READY) ## the cost model against published runs: make accuracy DATA=folder
+	@BIN="$(BIN)" benchmarks/accuracy.sh "$(DATA)"
+
 lock: $(READY)    ## write constraints.txt anew (names and versions only)
 	$(BIN)/pip install uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --universal \
@@ -55,4 +59,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs picture bench lock clean
+.PHONY: help demo test test-slow lint docs picture bench accuracy lock clean

@@ -27,6 +27,7 @@ FLOORS = (
     "runtime",
     "report",
     "session",
+    "calibration",
     "training",
     "demo",
     "cli",

@@ -68,7 +68,7 @@ def plan(
     from meshwright.plan.files import save_plan
     from meshwright.report.tables import explain as print_explanation
     from meshwright.search.certificate import sentence
-    from meshwright.session import open_session, search
+    from meshwright.session import error_text, open_session, search
     from meshwright.units import parse_seconds
 
     try:
@@ -90,6 +90,8 @@ def plan(
     save_plan(found, output)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
+        typer.echo(text)
+    if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
         typer.echo(text)
     typer.echo(f"wrote {output}")
 
@@ -121,11 +123,13 @@ def simulate(
 ) -> None:
     """Play one step of a plan on the cost model."""
     from meshwright.report.tables import timeline_summary
-    from meshwright.session import reopen, simulated
+    from meshwright.session import error_text, reopen, simulated
 
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
     timeline = simulated(session, found)
     timeline_summary(found, timeline)
+    if text := error_text(session, timeline.step_seconds):
+        typer.echo(text)
     if program:
         from meshwright.program.compile import compile_plan
         from meshwright.program.instructions import dumps
@@ -237,6 +241,59 @@ def train(
             losses={found.name: outcome.losses},
         )
         typer.echo(f"wrote {report}")
+
+
+@app.command()
+def calibrate(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
+    ] = None,
+    propose: Annotated[
+        int, typer.Option(help="Write so many plans that are worth a short run, and stop.")
+    ] = 0,
+    model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
+    global_batch: Annotated[int, typer.Option(help="To propose: rows per step.")] = 8,
+    sequence: Annotated[int, typer.Option(help="To propose: tokens per row.")] = 1024,
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="As for `plan`.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Profile to write, or folder of plans.")
+    ] = Path("calibrated.json"),
+) -> None:
+    """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
+    from meshwright.calibration import from_runs, proposals
+    from meshwright.plan.files import save_plan
+    from meshwright.records import dumps
+    from meshwright.session import open_session, with_sources
+
+    if not propose:
+        found = from_runs(runs or [], cluster)
+        output.write_text(dumps(found), encoding="utf-8")
+        fitted = found.calibration
+        if fitted and fitted.error:
+            low, high = fitted.error.low, fitted.error.high
+            typer.echo(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
+        typer.echo(f"wrote {output}")
+        return
+    if not model or cluster is None:
+        raise typer.BadParameter("--propose needs --model and --cluster", param_hint="--propose")
+    session = open_session(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision.value if precision else None,
+        optimizer="adamw",
+    )
+    folder = output if output.suffix == "" else Path("calibration")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, proposed in enumerate(proposals(session, propose)):
+        path = folder / f"{index}-{proposed.name}.json"
+        save_plan(with_sources(session, proposed), path)
+        typer.echo(f"meshwright train {path} --steps 12 -o {folder / f'run-{index}'}")
+    typer.echo(f"then: meshwright calibrate {folder}/run-* -o calibrated.json")
 
 
 @app.command()

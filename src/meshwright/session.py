@@ -24,6 +24,7 @@ from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.parts import parts
+from meshwright.units import format_seconds
 
 _SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
@@ -104,16 +105,17 @@ def search(session: Session, *, budget_seconds: float | None = None) -> Plan:
         session.profile,
         budget_seconds=budget_seconds,
     )
-    return _with_sources(session, found)
+    return with_sources(session, found)
 
 
 def by_hand(session: Session, name: str) -> Plan:
     """The best plan of a kind that people write: `ddp`, `even` or `amp`."""
     found = baseline_plan(name, session.model, session.cluster, session.job, session.profile)
-    return _with_sources(session, found)
+    return with_sources(session, found)
 
 
-def _with_sources(session: Session, plan: Plan) -> Plan:
+def with_sources(session: Session, plan: Plan) -> Plan:
+    """The plan, saying where its model, cluster and profile can be had again."""
     return replace(
         plan,
         model=replace(plan.model, source=session.model_source),
@@ -184,3 +186,15 @@ def predicted(session: Session, plan: Plan) -> Plan:
 def simulated(session: Session, plan: Plan) -> Timeline:
     """One simulated step."""
     return simulate_plan(plan, session.model, session.cluster, session.profile)
+
+
+def error_text(session: Session, seconds: float) -> str:
+    """How sure a predicted step is; empty where nothing was calibrated."""
+    fitted = session.profile.calibration if session.profile else None
+    if fitted is None or fitted.error is None:
+        return ""
+    low, high = seconds * fitted.error.low, seconds * fitted.error.high
+    return (
+        f"step between {format_seconds(low)} and {format_seconds(high)}, as four of five of the "
+        f"{fitted.error.runs} runs that it was calibrated on"
+    )

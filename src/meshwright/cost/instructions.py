@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, transfer
+from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, boundary_transfer
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
-from meshwright.cost.links import with_measured_links
+from meshwright.cost.constants import SystemConstants, system_constants
+from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
     MemoryTable,
     StageMemory,
@@ -77,6 +78,7 @@ class _Costs:
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
+    system: SystemConstants
     table: MemoryTable
     types: dict[str, str]
     """Type name of every device."""
@@ -95,14 +97,14 @@ def price(
 
     Raises ClusterError where a device does not offer the model's precision.
     """
-    measured = with_measured_links(cluster, profile.links) if profile and profile.links else cluster
     costs = _Costs(
         model=model,
         plan=plan,
         cluster=cluster,
         profile=profile,
-        links=topology(measured),
-        step_latency=_step_latency(profile),
+        links=topology(reached_links(cluster, profile)),
+        step_latency=ring_step(profile),
+        system=system_constants(profile.calibration if profile else None),
         table=memory_table(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
     )
@@ -128,13 +130,8 @@ def price(
         devices=plan.devices,
         static_bytes=tuple(memory[rank][0] for rank in order),
         micro_batch_bytes=tuple(memory[rank][1] for rank in order),
-        overhead_seconds=profile.step_overhead_seconds if profile else 0.0,
+        overhead_seconds=overhead_seconds(profile),
     )
-
-
-def _step_latency(profile: Profile | None) -> float:
-    links = profile.links if profile else None
-    return links.all_reduce_latency or 0.0 if links else 0.0
 
 
 def replica_seconds(
@@ -212,6 +209,7 @@ def _prices(
     for reduction, backward in inside.items():
         layer = completing_layer(instructions[reduction], stage.layers, costs.model)
         offset = float(seconds[1][layer - stage.layers[0] :].sum())
+        offset += costs.system.reduction_delay * (float(seconds[1].sum()) - offset)
         completes.setdefault(backward, []).append((reduction, offset))
     step = optimizer_seconds(
         costs.cluster.types[costs.types[seat.device]],
@@ -260,12 +258,15 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
         assert i.peer is not None
-        return transfer(costs.links, seat.device, devices[i.peer], i.bytes)
+        return boundary_transfer(
+            costs.links, seat.device, devices[i.peer], i.bytes, costs.system.boundary
+        )
+    size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
     key = (i.ranks, i.bytes)
     if len(i.ranks) > 1 and key not in costs.reductions:
         members = [devices[rank] for rank in i.ranks]
         costs.reductions[key] = all_reduce(
-            costs.links, members, i.bytes, step_latency=costs.step_latency
+            costs.links, members, size, step_latency=costs.step_latency
         )
     return costs.reductions.get(key, NOTHING)
 

@@ -26,6 +26,11 @@ Ints = int | NDArray[np.int64]
 Floats = Any
 """A float, or an array of them."""
 
+HOLES = {"gpu": 0.04, "cpu": 0.0}
+"""Share of a device's memory that is reserved and never used: the caching allocator keeps blocks
+of sizes that do not come again (reserved over allocated is 2 to 10 % in PyTorch's own memory
+statistics of training loops with fixed shapes)."""
+
 FRAMEWORK_BYTES = {"gpu": 1 << 30, "cpu": 64 << 20}
 """What a process holds beside tensors: CUDA context with PyTorch's kernels about 0.5 GiB, NCCL's
 channel buffers and cuBLAS workspaces about as much again; on a cpu gloo's buffers."""
@@ -67,8 +72,8 @@ class MemoryTable:
     """Bytes that a cut before each layer carries forward."""
     cut_gradient: Array
     """Of these, bytes for which a gradient comes back."""
-    workspace: Array
-    """[level, layer]: largest workspace of the 2**level layers from `layer` on."""
+    workspace: dict[int, Array]
+    """By tensor width, [level, layer]: largest workspace of the 2**level layers from `layer` on."""
     tied: tuple[tuple[NDArray[np.int64], int, bool], ...]
     """Of each tied parameter: cumulative uses, numbers, whether split among tensor ranks."""
 
@@ -107,11 +112,25 @@ def _range_maxima(values: Array) -> Array:
     return np.array(levels)
 
 
+WORKSPACE_WIDTHS = (1, 2, 4, 8)
+"""Tensor widths for which workspaces are looked up; between them the narrower one stands in."""
+
+
+def _workspaces(model: LayerGraph, tensor: int) -> Array:
+    """Each layer's workspace on a tensor rank: of temporaries as large a share is divided as of
+    what is kept."""
+
+    def share(layer: Layer) -> float:
+        divided = layer.split_saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
+        return 1 - divided * (1 - 1 / tensor)
+
+    return np.array([layer.workspace_bytes * share(layer) for layer in model.layers])
+
+
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
     """Everything that `stage_memory` needs to know of a model trained by a job."""
-    divided = [bool(layer.tensor_units) for layer in model.layers]
-    split = [x.split_parameters if d else 0 for x, d in zip(model.layers, divided, strict=True)]
-    saved = [x.split_saved_bytes if d else 0.0 for x, d in zip(model.layers, divided, strict=True)]
+    split = [layer.split_parameters for layer in model.layers]
+    saved = [layer.split_saved_bytes for layer in model.layers]
     whole = _cumulative([float(layer.parameters) for layer in model.layers])
     whole_saved = _cumulative([layer.saved_bytes for layer in model.layers])
     uses = [np.zeros(len(model.layers) + 1, dtype=np.int64) for _ in model.tied]
@@ -125,7 +144,7 @@ def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
         saved_replicated=whole_saved - _cumulative(saved),
         cut=_cut_bytes(model, gradient_only=False),
         cut_gradient=_cut_bytes(model, gradient_only=True),
-        workspace=_range_maxima(np.array([layer.workspace_bytes for layer in model.layers])),
+        workspace={w: _range_maxima(_workspaces(model, w)) for w in WORKSPACE_WIDTHS},
         tied=tuple(
             (np.cumsum(count), tied.parameters, tied.split)
             for count, tied in zip(uses, model.tied, strict=True)
@@ -144,10 +163,11 @@ def stage_parameters(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int)
     return held
 
 
-def _largest_workspace(table: MemoryTable, layers: tuple[Ints, Ints]) -> Floats:
+def _largest_workspace(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
     first, last = layers
+    workspace = table.workspace[max(width for width in WORKSPACE_WIDTHS if width <= tensor)]
     level = np.log2(np.maximum(last - first, 1)).astype(np.int64)
-    return np.maximum(table.workspace[level, first], table.workspace[level, last - 2**level])
+    return np.maximum(workspace[level, first], workspace[level, last - 2**level])
 
 
 def stage_memory(
@@ -171,7 +191,7 @@ def stage_memory(
         gradients=parameters * table.unit.gradients,
         optimizer=parameters * table.unit.optimizer,
         activations=((saved + boundary) * rows + parameters * table.unit.casts) * in_flight,
-        buffers=(transfers + _largest_workspace(table, layers)) * rows,
+        buffers=(transfers + _largest_workspace(table, layers, tensor)) * rows,
     )
 
 
@@ -185,13 +205,20 @@ def stage_memory_bytes(
 
 
 def framework_bytes(device: DeviceType) -> int:
-    """Bytes that the framework takes on a device before the first tensor."""
-    return FRAMEWORK_BYTES[device.processor]
+    """Bytes of a device that no tensor can have: context, communication buffers, and holes."""
+    kind = device.processor
+    return FRAMEWORK_BYTES[kind] + round(HOLES[kind] * device.memory)
 
 
 def usable_bytes(device: DeviceType) -> int:
     """Bytes of a device that tensors may take."""
     return device.memory - framework_bytes(device)
+
+
+def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
+    """The memory that a device of this kind would need for what it is asked to hold."""
+    excess = total_bytes(memory) - memory.capacity
+    return memory.capacity + round(excess / (1 - HOLES[device.processor]))
 
 
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:

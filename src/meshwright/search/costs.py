@@ -13,10 +13,17 @@ import numpy as np
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
 from meshwright.cluster.topology import Topology, owners, topology
-from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
+from meshwright.cost.collective import (
+    Traffic,
+    all_reduce,
+    alone_seconds,
+    boundary_transfer,
+    together,
+)
 from meshwright.cost.compute import LayerSeconds, layer_seconds
+from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.instructions import replica_seconds
-from meshwright.cost.links import with_measured_links
+from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
@@ -42,6 +49,7 @@ class Costs:
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
+    system: SystemConstants
     table: MemoryTable
     devices: dict[str, Device]
     _inside: dict[str, int]
@@ -71,9 +79,7 @@ def costs_of(
     model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
 ) -> Costs:
     """Nothing is priced before it is asked for. Measured links replace those of the cluster."""
-    measured = profile.links if profile else None
-    if measured:
-        cluster = with_measured_links(cluster, measured)
+    cluster = reached_links(cluster, profile)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
@@ -81,7 +87,8 @@ def costs_of(
         job=job,
         profile=profile,
         links=topology(cluster),
-        step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
+        step_latency=ring_step(profile),
+        system=system_constants(profile.calibration if profile else None),
         table=memory_table(model, job),
         owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},
@@ -223,7 +230,9 @@ def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
 def pair(costs: Costs, source: str, target: str) -> Traffic:
     """A transfer of PROBE_BYTES between two devices."""
     if (source, target) not in costs._pairs:
-        costs._pairs[source, target] = transfer(costs.links, source, target, PROBE_BYTES)
+        costs._pairs[source, target] = boundary_transfer(
+            costs.links, source, target, PROBE_BYTES, costs.system.boundary
+        )
     return costs._pairs[source, target]
 
 
