@@ -27,6 +27,7 @@ FLOORS = (
     "runtime",
     "report",
     "session",
+    "whatif",
     "training",
     "demo",
     "cli",

@@ -129,6 +129,75 @@ def simulate(
 
 
 @app.command()
+def compare(
+    first: PlanFile,
+    second: PlanFile,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Two plans for one model side by side: time, memory, links, and why one wins."""
+    from meshwright.report.comparison import (
+        comparison_json,
+        print_comparison,
+        short_names,
+        write_comparison,
+    )
+    from meshwright.session import measured, reopen
+    from meshwright.simulate.facts import check_comparable, judge
+
+    one, two = (
+        measured(*reopen(file), name)
+        for file, name in zip((first, second), short_names(first, second), strict=True)
+    )
+    check_comparable(one, two)
+    verdict = judge(one, two)
+    if json:
+        typer.echo(comparison_json(one, two, verdict), nl=False)
+    else:
+        print_comparison(one, two, verdict)
+    if report:
+        write_comparison(report, one, two, verdict)
+        typer.echo(f"wrote {report}", err=json)
+
+
+@app.command()
+def whatif(
+    plan_file: PlanFile,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Take away a node, a device (node:0), a device type or a site."),
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Add a node of '4 x A100-40', or '2 x NODE' like an existing one."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
+    ] = None,
+) -> None:
+    """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
+    from meshwright.cluster.files import dump_cluster
+    from meshwright.report.whatif import print_whatif, whatif_json
+    from meshwright.session import reopen
+    from meshwright.whatif import Edits, what_if
+
+    edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
+    found, cluster = what_if(*reopen(plan_file), edits)
+    if json:
+        typer.echo(whatif_json(found), nl=False)
+    else:
+        print_whatif(found)
+    if output:
+        output.write_text(dump_cluster(cluster))
+        typer.echo(f"wrote {output}", err=json)
+
+
+@app.command()
 def profile(
     model: ModelOption,
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,

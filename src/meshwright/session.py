@@ -21,6 +21,7 @@ from meshwright.program.timeline import Timeline
 from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.facts import Measured, measure
 from meshwright.simulate.parts import parts
 
 _CHEAPEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
@@ -174,3 +175,8 @@ def predicted(session: Session, plan: Plan) -> Plan:
 def simulated(session: Session, plan: Plan) -> Timeline:
     """One simulated step."""
     return simulate_plan(plan, session.model, session.cluster, session.profile)
+
+
+def measured(session: Session, plan: Plan, name: str) -> Measured:
+    """A plan with the figures of one simulated step, called `name` in a comparison."""
+    return measure(name, plan, session.model, session.cluster, session.profile)
