@@ -198,6 +198,35 @@ def whatif(
 
 
 @app.command()
+def export(
+    plan_file: PlanFile,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="torchtitan, megatron, deepspeed, accelerate or pipelining-csv."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("export"),
+    nearest: Annotated[
+        bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
+    ] = False,
+) -> None:
+    """Write a plan as the settings of another tool, with the script that starts it."""
+    from meshwright.exporting import exported
+    from meshwright.plan.files import save_plan
+    from meshwright.plan.ranks import describe
+    from meshwright.session import reopen
+
+    session, plan = reopen(plan_file)
+    found = exported(session, plan, to, nearest=nearest)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in found.files.items():
+        (output / name).write_text(text)
+        typer.echo(f"wrote {output / name}")
+    if found.plan != plan:
+        save_plan(found.plan, output / "plan.json")
+        typer.echo(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
+
+
+@app.command()
 def profile(
     model: ModelOption,
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
