@@ -39,7 +39,9 @@ def what_if(session: Session, plan: Plan, edits: Edits) -> tuple[WhatIf, Cluster
     _check(session, edits)
     base = _with_own_links(session)
     change = edited(base.cluster, without=edits.without, added=edits.added, settings=edits.settings)
-    other = replace(base, cluster=change.cluster, warnings=cluster_warnings(change.cluster))
+    other = replace(base, cluster=change.cluster)
+    known = cluster_warnings(base.cluster)
+    doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
     as_it_is = [("this plan", plan), ("best plan", search(base))]
     now = [option(f"{name}, cluster as it is", each, simulated(base, each).step_seconds)
            for name, each in as_it_is]  # fmt: skip
@@ -49,7 +51,7 @@ def what_if(session: Session, plan: Plan, edits: Edits) -> tuple[WhatIf, Cluster
     keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
     best = measured(other, _free(plan) if keep else after, "best")
     return WhatIf(
-        edits=(*change.notes, *(f"set {each}" for each in edits.settings), *other.warnings),
+        edits=(*change.notes, *(f"set {each}" for each in edits.settings), *doubts),
         options=(*now, kept, found),
         seconds_before=min(each.step_seconds for each in now if each.step_seconds),
         seconds_after=best.facts.step_seconds,

@@ -109,7 +109,7 @@ def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
     """A Problem if the order of forwards and backwards is not 1F1B where that matters."""
     if plan.schedule != "1f1b" and grid.stages > 1 and grid.micro_batches > 1:
         wanted = f"1f1b, the only order of {tool} for stages that do not interleave"
-        mend = 'set "schedule": "1f1b" in the plan: it needs less memory, and seldom more time'
+        mend = 'set "schedule": "1f1b" in the plan: it needs less memory'
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
 
 

@@ -28,7 +28,8 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     lines = [
         f'"""{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."""',
         "",
-        *([f"from torchtitan.models.llama3.config_registry import {base}", "", ""] if base else []),
+        *([f"from torchtitan.models.llama3.config_registry import {base}", ""] if base else []),
+        "",
         "def apply(config):",
         '    """Change a Trainer.Config of the model so that it trains by the plan."""',
         "    parallelism, training = config.parallelism, config.training",
