@@ -149,6 +149,104 @@ def simulate(
 
 
 @app.command()
+def compare(
+    first: PlanFile,
+    second: PlanFile,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Two plans for one model side by side: time, memory, links, and why one wins."""
+    from meshwright.report.comparison import (
+        comparison_json,
+        print_comparison,
+        short_names,
+        write_comparison,
+    )
+    from meshwright.session import measured, reopen
+    from meshwright.simulate.facts import check_comparable, judge
+
+    one, two = (
+        measured(*reopen(file), name)
+        for file, name in zip((first, second), short_names(first, second), strict=True)
+    )
+    check_comparable(one, two)
+    verdict = judge(one, two)
+    if json:
+        typer.echo(comparison_json(one, two, verdict), nl=False)
+    else:
+        print_comparison(one, two, verdict)
+    if report:
+        write_comparison(report, one, two, verdict)
+        typer.echo(f"wrote {report}", err=json)
+
+
+@app.command()
+def whatif(
+    plan_file: PlanFile,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Take away a node, a device (node:0), a device type or a site."),
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Add a node of '4 x A100-40', or '2 x NODE' like an existing one."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
+    ] = None,
+) -> None:
+    """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
+    from meshwright.cluster.files import dump_cluster
+    from meshwright.report.whatif import print_whatif, whatif_json
+    from meshwright.session import reopen
+    from meshwright.whatif import Edits, what_if
+
+    edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
+    found, cluster = what_if(*reopen(plan_file), edits)
+    if json:
+        typer.echo(whatif_json(found), nl=False)
+    else:
+        print_whatif(found)
+    if output:
+        output.write_text(dump_cluster(cluster))
+        typer.echo(f"wrote {output}", err=json)
+
+
+@app.command()
+def export(
+    plan_file: PlanFile,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="torchtitan, megatron, deepspeed, accelerate or pipelining-csv."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("export"),
+    nearest: Annotated[
+        bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
+    ] = False,
+) -> None:
+    """Write a plan as the settings of another tool, with the script that starts it."""
+    from meshwright.exporting import exported
+    from meshwright.plan.files import save_plan
+    from meshwright.plan.ranks import describe
+    from meshwright.session import reopen
+
+    session, plan = reopen(plan_file)
+    found = exported(session, plan, to, nearest=nearest)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in found.files.items():
+        (output / name).write_text(text)
+        typer.echo(f"wrote {output / name}")
+    if found.plan != plan:
+        save_plan(found.plan, output / "plan.json")
+        typer.echo(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
+
+
+@app.command()
 def profile(
     model: ModelOption,
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,

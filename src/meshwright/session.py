@@ -23,6 +23,7 @@ from meshwright.program.timeline import Timeline
 from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.facts import Measured, measure
 from meshwright.simulate.parts import parts
 from meshwright.units import format_seconds
 
@@ -198,3 +199,8 @@ def error_text(session: Session, seconds: float) -> str:
         f"step between {format_seconds(low)} and {format_seconds(high)}, as four of five of the "
         f"{fitted.error.runs} runs that it was calibrated on"
     )
+
+
+def measured(session: Session, plan: Plan, name: str) -> Measured:
+    """A plan with the figures of one simulated step, called `name` in a comparison."""
+    return measure(name, plan, session.model, session.cluster, session.profile)
