@@ -1,0 +1,189 @@
+"""Verbs that touch the machine: profile, train, calibrate, discover, demo.
+
+Everything heavy is imported inside them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwright.cli.options import (
+    ModelOption,
+    PlanFile,
+    PrecisionChoice,
+    app,
+)
+
+
+@app.command()
+def profile(
+    model: ModelOption,
+    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    rows: Annotated[str, typer.Option(help="Micro-batch sizes to measure.")] = "1,2,4",
+    tensor: Annotated[str, typer.Option(help="Tensor widths to measure.")] = "1",
+    precision: PrecisionChoice = PrecisionChoice.FP32,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Under torchrun: which device each rank is. Else: this device alone."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Measure with this many processes here, links between them too.")
+    ] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
+) -> None:
+    """Measure layer times on this device, and links between ranks; `plan` reads the result."""
+    from meshwright.runtime.profile import ProfileSettings, profile_here
+
+    settings = ProfileSettings(
+        model=model,
+        sequence=sequence,
+        rows=_numbers(rows, "--rows"),
+        tensor=_numbers(tensor, "--tensor"),
+        precision=precision.value,
+        cluster=str(cluster) if cluster else None,
+        output=str(output),
+    )
+    profile_here(settings, processes)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"wrote {output}")
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"found {text!r}; wanted numbers such as 1,2,4", param_hint=option)
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
+def train(
+    plan_file: PlanFile,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text or token file (.bin, .npy); default: Python's standard library."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 3e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 10,
+    clip_norm: Annotated[float, typer.Option(help="Gradient norm limit; 0: none.")] = 1.0,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
+    save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
+) -> None:
+    """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
+    from meshwright.runtime.run import RunSettings
+    from meshwright.session import reopen, simulated
+    from meshwright.training import prepare, train_here, training_commands
+
+    session, found = reopen(plan_file)
+    settings = RunSettings(
+        model=found.model.source,
+        data=data,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        clip_norm=clip_norm or None,
+        seed=seed,
+        save_weights=save_weights,
+    )
+    prepare(session, found, settings, output)
+    for command in training_commands(found, output):
+        typer.echo(command)
+    if dry_run:
+        return
+    outcome = train_here(session, found, settings, output)
+    typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    if report:
+        from meshwright.report.page import write_report
+
+        write_report(
+            report,
+            found,
+            session.cluster,
+            session.model,
+            predicted=simulated(session, found),
+            measured=outcome.timeline,
+            losses={found.name: outcome.losses},
+        )
+        typer.echo(f"wrote {report}")
+
+
+@app.command()
+def calibrate(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
+    ] = None,
+    propose: Annotated[
+        int, typer.Option(help="Write so many plans that are worth a short run, and stop.")
+    ] = 0,
+    model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
+    global_batch: Annotated[int, typer.Option(help="To propose: rows per step.")] = 8,
+    sequence: Annotated[int, typer.Option(help="To propose: tokens per row.")] = 1024,
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="As for `plan`.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Profile to write, or folder of plans.")
+    ] = Path("calibrated.json"),
+) -> None:
+    """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
+    from meshwright.calibration import from_runs, proposals
+    from meshwright.plan.files import save_plan
+    from meshwright.records import dumps
+    from meshwright.session import open_session, with_sources
+
+    if not propose:
+        found = from_runs(runs or [], cluster)
+        output.write_text(dumps(found), encoding="utf-8")
+        fitted = found.calibration
+        if fitted and fitted.error:
+            low, high = fitted.error.low, fitted.error.high
+            typer.echo(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
+        typer.echo(f"wrote {output}")
+        return
+    if not model or cluster is None:
+        raise typer.BadParameter("--propose needs --model and --cluster", param_hint="--propose")
+    session = open_session(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision.value if precision else None,
+        optimizer="adamw",
+    )
+    folder = output if output.suffix == "" else Path("calibration")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, proposed in enumerate(proposals(session, propose)):
+        path = folder / f"{index}-{proposed.name}.json"
+        save_plan(with_sources(session, proposed), path)
+        typer.echo(f"meshwright train {path} --steps 12 -o {folder / f'run-{index}'}")
+    typer.echo(f"then: meshwright calibrate {folder}/run-* -o calibrated.json")
+
+
+@app.command()
+def discover(
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("cluster.toml"),
+) -> None:
+    """Describe the machine this runs on."""
+    from meshwright.cluster.discover import discover_toml
+
+    output.write_text(discover_toml())
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each plan.")] = 10,
+) -> None:
+    """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
+    from meshwright.demo import run_demo
+
+    run_demo(output, steps)
