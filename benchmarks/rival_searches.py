@@ -39,15 +39,13 @@ from meshwright.search.costs import (
     unit_kind,
     unit_times,
 )
-from meshwright.search.fitting import Stages, apportion, fit_line, pace
-from meshwright.search.lines import Line, Unit, plan_of, tensor_widths_agree
+from meshwright.search.fitting import Stages, apportion, pace, recut
+from meshwright.search.lines import Line, Team, Unit, plan_of, tensor_widths_agree
 from meshwright.search.lower import after_lines, line_bound
 from meshwright.search.mix import legal_widths
 from meshwright.search.partition import Array
 from meshwright.search.space import divisors, usable_devices
 from meshwright.simulate.fold import fold, simulate_folded
-
-SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 
 FITTED = 900
 """Drafts whose layers are cut, at most; the most promising first."""
@@ -55,7 +53,10 @@ FITTED = 900
 AT_ONCE = 300
 """Drafts that are cut before the best of them are simulated."""
 
-WORK = 40_000
+BOTH = 6
+"""Best lines that are tried with gpipe as well."""
+
+WORK = 48_000
 """Ranks x micro-batches that may be simulated for one search."""
 
 SMALLEST_GROUP = 0.5
@@ -85,6 +86,8 @@ class Draft:
     rows: int
     """Of a micro-batch, over all replicas of a stage."""
     micro_batches: int
+    by_speed: bool
+    """Whether replicas of several types share out the rows by speed; else equally."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,45 +105,82 @@ class Found:
 
 
 def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
-    """The draft that is fastest in the simulator; None if none fits."""
-    best: tuple[float, Plan] | None = None
+    """The draft that is fastest in the simulator; None if none fits.
+
+    Lines are looked for as 1f1b; the best of them are tried as gpipe, too.
+    """
+    played: list[tuple[float, Line]] = []
     ordered = iter(sorted(drafts, key=lambda draft: draft.guess))
-    fitted, work, skipped = 0, WORK, False
+    fitted, work, best, skipped = 0, WORK, float("inf"), False
     while fitted < FITTED and work > 0:
-        limit = best[0] if best else float("inf")
+        limit = best
         some = list(islice((d for d in ordered if d.bound < limit), AT_ONCE))
         if not some:
             break
         fitted += len(some)
-        for bound, schedule, line in _by_turns(_cut(costs, some)):
-            if best is not None and (bound >= best[0] or work <= 0):
-                skipped = skipped or bound < best[0]
-                continue
-            plan = plan_of(costs, (line,), schedule)
-            work -= work_of(plan, fold(plan, costs.cluster))
-            played = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
-            if best is None or played.step_seconds < best[0]:
-                best = (played.step_seconds, plan)
-    if best is None:
+        for bound, line in _by_turns(_cut(costs, some)):
+            if bound < best and work > 0:
+                seconds, spent = _played(costs, line, "1f1b")
+                work -= spent
+                best = min(best, seconds)
+                played.append((seconds, line))
+            skipped = skipped or (bound < best and work <= 0)
+    if not played:
         return None
-    left = skipped or any(draft.bound < best[0] for draft in ordered)
-    return Found(best[1], best[0], len(drafts), fitted, not left)
+    found = _either_schedule(costs, sorted(played, key=lambda entry: entry[0])[:BOTH])
+    left = skipped or any(draft.bound < found[0] for draft in ordered)
+    return Found(found[1], found[0], len(drafts), fitted, not left)
 
 
-Cut = tuple[float, ScheduleName, Line]
-"""A line that fits, with its schedule, behind the seconds that it takes at least."""
+def _played(costs: Costs, line: Line, schedule: ScheduleName) -> tuple[float, int]:
+    """Seconds in the simulator, and its work."""
+    plan = plan_of(costs, (line,), schedule)
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    return timeline.step_seconds, work_of(plan, fold(plan, costs.cluster))
+
+
+def _either_schedule(costs: Costs, lines: Sequence[tuple[float, Line]]) -> tuple[float, Plan]:
+    """The best of these 1f1b lines, and of the same devices and rows as gpipe."""
+    best = lines[0][0], plan_of(costs, (lines[0][1],), "1f1b")
+    for _, line in lines:
+        fitted = recut(costs, line.teams, line.micro_batches, "gpipe")
+        if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
+            seconds, _ = _played(costs, fitted.line, "gpipe")
+            if seconds < best[0]:
+                best = seconds, plan_of(costs, (fitted.line,), "gpipe")
+    return best
+
+
+Cut = tuple[float, Line]
+"""A line that fits, behind the seconds that it takes at least."""
 
 
 def _cut(costs: Costs, drafts: Sequence[Draft]) -> Iterator[Cut]:
     for draft in drafts:
-        stages = draft.stages()
-        alike = len(stages) == 1 or draft.micro_batches == 1
-        for schedule in SCHEDULES[:1] if alike else SCHEDULES:
-            fitted = fit_line(costs, stages, draft.rows, draft.micro_batches, schedule)
-            if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
-                line = fitted.line
-                bound = line_bound(costs, line, schedule) + after_lines(costs, (line,))
-                yield bound, schedule, line
+        teams = tuple(Team(units, _shares(costs, draft, units)) for units in draft.stages())
+        fitted = recut(costs, teams, draft.micro_batches, "1f1b")
+        if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
+            line = fitted.line
+            yield line_bound(costs, line, "1f1b") + after_lines(costs, (line,)), line
+
+
+def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
+    """The best of every build (widths and rows), then the second best of each: neighbours by their
+    bound are neighbours in the simulator."""
+    turns: Counter[object] = Counter()
+    placed = []
+    for cut in sorted(cuts, key=lambda cut: cut[0]):
+        line = cut[1]
+        widths = tuple(dict.fromkeys((len(t.units), len(t.units[0])) for t in line.teams))
+        placed.append((turns[widths, line.rows], cut))
+        turns[widths, line.rows] += 1
+    return [cut for _, cut in sorted(placed, key=lambda entry: (entry[0], entry[1][0]))]
+
+
+def _shares(costs: Costs, draft: Draft, units: tuple[Unit, ...]) -> tuple[int, ...]:
+    if draft.by_speed:
+        return apportion(costs, units, draft.rows)
+    return (draft.rows // len(units),) * len(units)
 
 
 def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
@@ -173,23 +213,26 @@ def _draft(
     blocks: Sequence[_Block],
     rows: int,
     stages: Callable[[], Stages],
+    *,
+    by_speed: bool,
 ) -> Draft:
-    """With the least seconds of a chain in which stage s takes t(s, l) for layer l:
+    """With the least seconds of M micro-batches on the slowest stage, or of one on all of them; the
+    guess takes both, and the reductions. Where stage s takes t(s, l) for layer l:
 
     slowest stage >= sum over l of min over s of t(s, l) / t(s, all) / sum over s of 1 / t(s, all)
 
-    (linear programming duality, layers divisible), M - 1 of it and every layer once where it is
-    fastest.
+    by linear programming duality, layers taken as divisible.
     """
     micro_batches = costs.job.global_batch // rows
     times = np.array([_layer_seconds(costs, block) for block in blocks])
     whole = times.sum(axis=1)
     numbers = np.array([block.number for block in blocks])
     slowest = float((times / whole[:, None]).min(axis=0).sum() / (numbers / whole).sum())
-    bound = (micro_batches - 1) * slowest + float(times.min(axis=0).sum())
+    once = float(times.min(axis=0).sum())
     size = sum(layer.parameters for layer in costs.model.layers) * gradient_bytes(costs.job)
     reduction = max(b.slope / len(b.unit) for b in blocks) * size / int(numbers.sum())
-    return Draft(bound, bound + reduction, stages, rows, micro_batches)
+    guess = (micro_batches - 1) * slowest + once + reduction
+    return Draft(max(micro_batches * slowest, once), guess, stages, rows, micro_batches, by_speed)
 
 
 def _layer_seconds(costs: Costs, block: _Block) -> Array:
@@ -318,7 +361,9 @@ def _metis_drafts(costs: Costs, stages: Stages) -> Iterator[Draft]:
             number = blocks[key].number + 1 if key in blocks else 1
             blocks[key] = _Block(units[0], share, number, slope)
         else:
-            yield _draft(costs, list(blocks.values()), rows, partial(_as_they_are, stages))
+            yield _draft(
+                costs, list(blocks.values()), rows, partial(_as_they_are, stages), by_speed=True
+            )
 
 
 def _as_they_are(stages: Stages) -> Stages:
@@ -378,7 +423,7 @@ def _sailor_drafts(costs: Costs, order: tuple[Zone, ...]) -> Iterator[Draft]:
                     for zone, depth, slope in zip(order, depths, slopes, strict=True)
                 ]
                 stages = partial(_runs, order, depths, data, across=across)
-                yield _draft(costs, blocks, rows * data, stages)
+                yield _draft(costs, blocks, rows * data, stages, by_speed=False)
 
 
 def _depths(most: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -396,7 +441,7 @@ def _run_drafts(costs: Costs, units: Zone, depth: int, data: int) -> Iterator[Dr
     slowest = [max(distinct_units(costs, s), key=partial(pace, costs)) for s in stages]
     for rows in divisors(costs.job.global_batch // data):
         blocks = [_Block(u, rows, 1, slope) for u, slope in zip(slowest, slopes, strict=True)]
-        yield _draft(costs, blocks, rows * data, partial(_as_they_are, stages))
+        yield _draft(costs, blocks, rows * data, partial(_as_they_are, stages), by_speed=False)
 
 
 def _runs(order: tuple[Zone, ...], depths: tuple[int, ...], data: int, *, across: bool) -> Stages:
