@@ -183,20 +183,6 @@ def _shares(costs: Costs, draft: Draft, units: tuple[Unit, ...]) -> tuple[int, .
     return (draft.rows // len(units),) * len(units)
 
 
-def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
-    """The best of every build (widths, rows and schedule), then the second best of each: neighbours
-    by their bound are neighbours in the simulator."""
-    turns: Counter[object] = Counter()
-    placed = []
-    for cut in sorted(cuts, key=lambda cut: cut[0]):
-        _, schedule, line = cut
-        widths = tuple(dict.fromkeys((len(t.units), len(t.units[0])) for t in line.teams))
-        build = (widths, line.rows, schedule)
-        placed.append((turns[build], cut))
-        turns[build] += 1
-    return [cut for _, cut in sorted(placed, key=lambda entry: (entry[0], entry[1][0]))]
-
-
 @dataclass(frozen=True, slots=True)
 class _Block:
     """Equal stages: one unit of them, its rows of a micro-batch, and how many stages there are."""
