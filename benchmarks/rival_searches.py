@@ -88,6 +88,8 @@ class Draft:
     micro_batches: int
     by_speed: bool
     """Whether replicas of several types share out the rows by speed; else equally."""
+    build: tuple[tuple[str, str, int], ...]
+    """Types, sites and tensor widths in the order in which they stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
     Lines are looked for as 1f1b; the best of them are tried as gpipe, too.
     """
     played: list[tuple[float, Line]] = []
-    ordered = iter(sorted(drafts, key=lambda draft: draft.guess))
+    ordered = _by_build(drafts)
     fitted, work, best, skipped = 0, WORK, float("inf"), False
     while fitted < FITTED and work > 0:
         limit = best
@@ -218,7 +220,21 @@ def _draft(
     size = sum(layer.parameters for layer in costs.model.layers) * gradient_bytes(costs.job)
     reduction = max(b.slope / len(b.unit) for b in blocks) * size / int(numbers.sum())
     guess = (micro_batches - 1) * slowest + once + reduction
-    return Draft(max(micro_batches * slowest, once), guess, stages, rows, micro_batches, by_speed)
+    bound = max(micro_batches * slowest, once)
+    places = ((costs.devices[block.unit[0]], len(block.unit)) for block in blocks)
+    build = tuple(dict.fromkeys((device.type, device.site, width) for device, width in places))
+    return Draft(bound, guess, stages, rows, micro_batches, by_speed, build)
+
+
+def _by_build(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """The most promising draft of every build, then the second of each: what a thin link between
+    two sites costs is not in the guess."""
+    turns: Counter[object] = Counter()
+    placed = []
+    for draft in sorted(drafts, key=lambda draft: draft.guess):
+        placed.append((turns[draft.build], draft.guess, draft))
+        turns[draft.build] += 1
+    return (draft for _, _, draft in sorted(placed, key=lambda entry: entry[:2]))
 
 
 def _layer_seconds(costs: Costs, block: _Block) -> Array:
