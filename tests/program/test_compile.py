@@ -15,7 +15,8 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
-from meshwright.program.compile import compile_plan, cut_bytes
+from meshwright.program.boundaries import cut_bytes
+from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op, Program, dumps, loads
 from meshwright.program.schedules import actions, in_flight
 from strategies import chain, models_and_plans
