@@ -14,8 +14,8 @@ from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
-from meshwright.program.check import check_program
 from meshwright.program.boundaries import cut_bytes
+from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op, Program, dumps, loads
 from meshwright.program.schedules import actions, in_flight
