@@ -32,6 +32,7 @@ class Boundaries:
 
 
 def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
+    """What a stage receives and sends in each direction, with bytes per row."""
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
     forward_in, backward_out = cut_bytes(model, stage.layers[0])
