@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DOCS   := $(VENV)/.ready-docs
 ARGS   ?=
+DATA   ?=
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -16,8 +17,8 @@ demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, 
 test: $(READY)    ## the tests that take seconds (one after the other: many start processes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: $(READY) ## every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+test-slow: $(READY) ## the tests that take minutes: eight processes, exhaustive searches
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
 
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -35,6 +36,9 @@ picture: $(READY) ## draw the README's picture anew, from the plan that the sear
 bench: $(READY)   ## list the benchmarks; each one says what it compares and what it needs
 	@for file in benchmarks/*.py; do \
 	  printf '%s\n    ' "$(BIN)/python $$file"; sed -n '1s/"""//gp' "$$file"; done
+
+accuracy: $(READY) ## the cost model against published runs: make accuracy DATA=folder
+	@BIN="$(BIN)" benchmarks/accuracy.sh "$(DATA)"
 
 lock: $(READY)    ## write constraints.txt anew (names and versions only)
 	$(BIN)/pip install uv
@@ -55,4 +59,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs picture bench lock clean
+.PHONY: help demo test test-slow lint docs picture bench accuracy lock clean

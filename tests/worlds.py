@@ -11,7 +11,7 @@ from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 DEVICE = DeviceType(
     name="g",
     memory=1 << 36,
-    memory_bandwidth=1e15,
+    memory_bandwidth=1e18,
     peak={"fp32": 1e12},
     matmul_efficiency=1.0,
     attention_efficiency=0.5,

@@ -6,12 +6,14 @@ instruction has lasted its CPU time divided by the device's share of a core. Mes
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from meshwright.errors import Problem, TrainingError
+from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
@@ -107,7 +109,7 @@ def _prepare(folder: Path, console: Console) -> Session:
         shares=SHARES,
     )
     profile_here(settings, processes=4, console=console)
-    return open_session(
+    session = open_session(
         model=MODEL,
         cluster=cluster,
         profile=profile,
@@ -116,6 +118,14 @@ def _prepare(folder: Path, console: Console) -> Session:
         precision="fp32",
         optimizer="adamw",
     )
+    return replace(session, model=_without_tensor_parallelism(session.model))
+
+
+def _without_tensor_parallelism(model: LayerGraph) -> LayerGraph:
+    """Processes that share cores would wait for each other's turn at every sum inside a layer, as
+    no devices of their own do: the emulation leaves such plans out, on both sides."""
+    layers = tuple(replace(layer, tensor_units=1) for layer in model.layers)
+    return replace(model, layers=layers)
 
 
 def _train(

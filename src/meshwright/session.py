@@ -17,13 +17,17 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan, Prediction, Subject
 from meshwright.plan.validate import validate_plan
+from meshwright.program.check import check_program
+from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.facts import Measured, measure
 from meshwright.simulate.parts import parts
+from meshwright.units import format_seconds
 
-_CHEAPEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
+_SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
 
 @record
@@ -78,33 +82,41 @@ def open_session(
 
 
 def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
-    """The one asked for, else the cheapest one that every device type in use offers."""
-    used = {kind for node in cluster.nodes for kind in node.devices}
-    offered = [set(cluster.types[kind].peak) for kind in used]
-    common = set.intersection(*offered)
+    """The one asked for, else the shortest numbers that every device type in use offers and is
+    quicker with than in fp32."""
     if wanted:
         return cast("Precision", wanted)
-    for choice in _CHEAPEST_FIRST:
-        if choice in common:
+    used = {kind: cluster.types[kind] for node in cluster.nodes for kind in node.devices}
+    common = set.intersection(*(set(kind.peak) for kind in used.values()))
+    for choice in (each for each in _SHORTEST_FIRST if each in common):
+        pays = all(kind.peak[choice] > kind.peak.get("fp32", 0.0) for kind in used.values())
+        if pays or choice in ("fp32", "fp64"):
             return choice
-    found = "; ".join(f"{kind}: {', '.join(cluster.types[kind].peak)}" for kind in sorted(used))
+    found = "; ".join(f"{name}: {', '.join(kind.peak)}" for name, kind in sorted(used.items()))
     wanted_text = f"one of {', '.join(get_args(Precision))} that all device types offer"
     raise ClusterError(Problem(source, "device.peak", found, wanted_text))
 
 
-def search(session: Session) -> Plan:
+def search(session: Session, *, budget_seconds: float | None = None) -> Plan:
     """The plan found for a session. Raises FitError if nothing fits."""
-    found = find_plan(session.model, session.cluster, session.job, session.profile)
-    return _with_sources(session, found)
+    found = find_plan(
+        session.model,
+        session.cluster,
+        session.job,
+        session.profile,
+        budget_seconds=budget_seconds,
+    )
+    return with_sources(session, found)
 
 
 def by_hand(session: Session, name: str) -> Plan:
     """The best plan of a kind that people write: `ddp`, `even` or `amp`."""
     found = baseline_plan(name, session.model, session.cluster, session.job, session.profile)
-    return _with_sources(session, found)
+    return with_sources(session, found)
 
 
-def _with_sources(session: Session, plan: Plan) -> Plan:
+def with_sources(session: Session, plan: Plan) -> Plan:
+    """The plan, saying where its model, cluster and profile can be had again."""
     return replace(
         plan,
         model=replace(plan.model, source=session.model_source),
@@ -147,6 +159,7 @@ def reopen(
     checked = plan if cluster is None else replace(plan, cluster=Subject(name="", fingerprint=""))
     validate_plan(checked, session.model, session.cluster, source=str(plan_file))
     FitError.check(memory_problems(plan, session.model, session.cluster))
+    check_program(compile_plan(plan, session.model), source=str(plan_file))
     return session, plan
 
 
@@ -174,3 +187,20 @@ def predicted(session: Session, plan: Plan) -> Plan:
 def simulated(session: Session, plan: Plan) -> Timeline:
     """One simulated step."""
     return simulate_plan(plan, session.model, session.cluster, session.profile)
+
+
+def error_text(session: Session, seconds: float) -> str:
+    """How sure a predicted step is; empty where nothing was calibrated."""
+    fitted = session.profile.calibration if session.profile else None
+    if fitted is None or fitted.error is None:
+        return ""
+    low, high = seconds * fitted.error.low, seconds * fitted.error.high
+    return (
+        f"step between {format_seconds(low)} and {format_seconds(high)}, as four of five of the "
+        f"{fitted.error.runs} runs that it was calibrated on"
+    )
+
+
+def measured(session: Session, plan: Plan, name: str) -> Measured:
+    """A plan with the figures of one simulated step, called `name` in a comparison."""
+    return measure(name, plan, session.model, session.cluster, session.profile)

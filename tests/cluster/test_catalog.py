@@ -7,6 +7,7 @@ from meshwright.cluster.catalog import catalog, type_reported_as
 NAMES = [
     "T4",
     "V100-16",
+    "V100",
     "V100-32",
     "A10G",
     "L4",
@@ -34,7 +35,7 @@ def test_all_types_are_there_with_their_sources():
 
 def test_old_cards_offer_no_bf16():
     without = {name for name, entry in catalog().items() if "bf16" not in entry.type.peak}
-    assert without == {"T4", "V100-16", "V100-32"}
+    assert without == {"T4", "V100-16", "V100", "V100-32"}
 
 
 @pytest.mark.parametrize(

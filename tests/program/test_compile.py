@@ -14,8 +14,9 @@ from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
+from meshwright.program.boundaries import cut_bytes
 from meshwright.program.check import check_program
-from meshwright.program.compile import compile_plan, cut_bytes
+from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op, Program, dumps, loads
 from meshwright.program.schedules import actions, in_flight
 from strategies import chain, models_and_plans
@@ -180,3 +181,29 @@ def test_a_broken_program_is_refused_by_name(rank, edit, words):
 def test_unreadable_text_names_the_line(line):
     with pytest.raises(ProgramError, match="line 2"):
         loads(f"rank 0\n  {line}\n")
+
+
+def test_stages_of_unlike_tensor_widths_reduce_with_their_own_kind():
+    model = chain([1.0] * 4)
+    plan = Plan(
+        name="unlike",
+        model=Subject(name="m", fingerprint=""),
+        cluster=Subject(name="c", fingerprint=""),
+        job=Job(global_batch=2, sequence=model.sequence, precision=model.precision),
+        devices=("n:0", "n:1", "n:2", "n:3"),
+        pipelines=(
+            Pipeline(
+                micro_batches=1,
+                rows=2,
+                stages=(
+                    Stage(layers=(0, 2), devices=(("n:0",), ("n:1",))),
+                    Stage(layers=(2, 4), devices=(("n:2", "n:3"),)),
+                ),
+            ),
+        ),
+    )
+    program = compile_plan(plan, model)
+    check_program(program)
+    reducing = [any(i.op is Op.REDUCE_GRAD for i in instructions) for instructions in program.ranks]
+    assert reducing[0]
+    assert reducing[1]

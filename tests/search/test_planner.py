@@ -47,11 +47,12 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     validate_plan(plan, graph, where)
     found = plan.prediction
     assert all(total_bytes(m) <= m.capacity for m in found.memory)
-    assert found.step_seconds == simulate_plan(plan, graph, where).step_seconds
+    simulated = simulate_plan(plan, graph, where).step_seconds
+    assert found.step_seconds == pytest.approx(simulated, rel=1e-9)
     assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
     for other in found.runners_up:
         assert other.reason
-        assert other.step_seconds is None or other.step_seconds >= found.step_seconds
+        assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
 
 
 @settings(max_examples=20)
@@ -145,7 +146,7 @@ def test_progress_is_told_to_the_end():
         model([10.0] * 2), cluster(("fast",) * 2), job(4), progress=lambda *call: calls.append(call)
     )
     last = {what: (done, total) for what, done, total in calls}
-    assert set(last) == {"searching", "simulating"}
+    assert set(last) >= {"searching", "simulating"}
     assert all(done == total for done, total in last.values())
 
 

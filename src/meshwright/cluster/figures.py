@@ -13,18 +13,20 @@ from meshwright.records import record
 
 
 @record
-class _Range:
+class Range:
+    """What a figure may be, and how it is shown."""
+
     least: float
     most: float
     show: Callable[[float], str]
 
 
 # From a modem to ten times the fastest hardware announced: what lies outside is a slip of the unit.
-BANDWIDTH = _Range(least=1e3, most=1e14, show=units.format_bandwidth)
-LATENCY = _Range(least=0.0, most=10.0, show=units.format_seconds)
-_MEMORY = _Range(least=2**20, most=2**44, show=units.format_bytes)
-_MEMORY_BANDWIDTH = _Range(least=1e6, most=1e15, show=units.format_throughput)
-_PEAK = _Range(least=1e6, most=1e17, show=units.format_flops)
+BANDWIDTH = Range(least=1e3, most=1e14, show=units.format_bandwidth)
+LATENCY = Range(least=0.0, most=10.0, show=units.format_seconds)
+MEMORY = Range(least=2**20, most=2**44, show=units.format_bytes)
+MEMORY_BANDWIDTH = Range(least=1e6, most=1e15, show=units.format_throughput)
+PEAK = Range(least=1e6, most=1e17, show=units.format_flops)
 _SUSPICIOUS = 1.5
 """Times the datasheet's figure."""
 
@@ -41,25 +43,25 @@ def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
                 yield Problem(source, field, str(share), "more than 0, at most 1")
 
 
-def out_of_range(field: str, value: float, allowed: _Range, source: str) -> Iterator[Problem]:
+def out_of_range(field: str, value: float, allowed: Range, source: str) -> Iterator[Problem]:
     """A Problem if `value` lies outside."""
     if not allowed.least <= value <= allowed.most:
         wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
         yield Problem(source, field, allowed.show(value), wanted)
 
 
-def _figures(entries: Entries) -> Iterator[tuple[str, float, _Range]]:
+def _figures(entries: Entries) -> Iterator[tuple[str, float, Range]]:
     for field, link in _links(entries):
         yield f"{field}.bandwidth", link.bandwidth, BANDWIDTH
         yield f"{field}.latency", link.latency, LATENCY
     for name, entry in entries.devices.items():
         if entry.memory is not None:
-            yield f"device.{name}.memory", entry.memory, _MEMORY
+            yield f"device.{name}.memory", entry.memory, MEMORY
         if entry.memory_bandwidth is not None:
-            yield f"device.{name}.memory_bandwidth", entry.memory_bandwidth, _MEMORY_BANDWIDTH
+            yield f"device.{name}.memory_bandwidth", entry.memory_bandwidth, MEMORY_BANDWIDTH
         for precision, peak in (entry.peak or {}).items():
             if peak:  # 0: this type does not offer the precision
-                yield f"device.{name}.peak.{precision}", peak, _PEAK
+                yield f"device.{name}.peak.{precision}", peak, PEAK
 
 
 def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
@@ -77,8 +79,12 @@ def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
 
 
 def cluster_warnings(cluster: Cluster) -> tuple[str, ...]:
-    """Doubts about figures that are possible but exceed the datasheet by half or more."""
-    return tuple(doubt for name in sorted(cluster.types) for doubt in _doubts(cluster.types[name]))
+    """Doubts about figures that are possible but exceed the datasheet by half or more.
+
+    A CPU process has no datasheet: its host decides what it gets.
+    """
+    kinds = (cluster.types[name] for name in sorted(cluster.types))
+    return tuple(doubt for kind in kinds if kind.processor == "gpu" for doubt in _doubts(kind))
 
 
 def _doubts(kind: DeviceType) -> Iterator[str]:

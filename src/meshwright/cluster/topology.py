@@ -77,6 +77,23 @@ def _capacities(cluster: Cluster, direct: dict[tuple[str, str], Link]) -> dict[s
     return capacities
 
 
+def owners(cluster: Cluster) -> dict[str, str]:
+    """What each resource belongs to: a device (its ports), a node (its bus and network interface)
+    or a site (its uplink), written `@site`; explicit links belong to nobody."""
+    found: dict[str, str] = {}
+    for node in cluster.nodes:
+        for way in ("out", "in"):
+            found[_network(node, way)] = node.name
+            for index in range(len(node.devices)):
+                device = f"{node.name}:{index}"
+                found[_inside(node, device, way)] = node.name if node.inside.shared else device
+    for site in cluster.sites:
+        if site.uplink:
+            for way in ("out", "in"):
+                found[_uplink(site.name, site.uplink, way)] = f"@{site.name}"
+    return found
+
+
 def _inside(node: Node, device: str, way: str) -> str:
     return f"{node.name} bus" if node.inside.shared else f"{device} {way}"
 

@@ -12,6 +12,7 @@ the next:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from meshwright.cluster.topology import Topology, path
@@ -25,12 +26,23 @@ class Traffic:
     bytes_by_resource: dict[str, float]
     latency: Seconds = 0.0
     """Seconds in which no byte moves."""
+    stream: float | None = None
+    """Bytes of one of the equal streams it is made of, where that is not the least of the above: it
+    stands for several like it, whose bytes are added up."""
 
 
 def transfer(topology: Topology, source: str, target: str, size: float) -> Traffic:
     """`size` bytes from one device to another; nothing if they are one."""
     way = path(topology, source, target)
     return Traffic(bytes_by_resource=dict.fromkeys(way.resources, size), latency=way.latency)
+
+
+def boundary_transfer(
+    topology: Topology, source: str, target: str, size: float, fixed: Seconds
+) -> Traffic:
+    """A transfer between two stages, with its fixed cost; nothing on one device."""
+    moved = transfer(topology, source, target, size)
+    return replace(moved, latency=moved.latency + fixed) if source != target else moved
 
 
 def all_reduce(

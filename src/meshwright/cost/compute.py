@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import DeviceType, Precision
+from meshwright.cost.constants import DEFAULT_DEVICE, DeviceConstants, device_constants
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.errors import ClusterError, Problem
 from meshwright.model.spec import Layer, LayerGraph
@@ -19,10 +21,6 @@ from meshwright.units import format_flops
 Array = NDArray[np.float64]
 Pair = Array
 """[forward, backward], in seconds unless said otherwise."""
-
-LAUNCH_SECONDS = np.array([50e-6, 100e-6])
-"""Least time of a layer's forward and backward: a host that feeds an accelerator eagerly spends
-about 5 us on an operation, a layer is about ten, and the backward has twice as many."""
 
 ACTIVATION_PASSES = np.array([1.0, 2.0])
 """A backward reads what the forward touched, and as many gradients."""
@@ -70,49 +68,98 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
     return device.peak[precision]
 
 
-def split_share(layer: Layer, split: float, whole: float, tensor: int) -> float:
+def split_share(split: float, whole: float, tensor: int) -> float:
     """Share of `whole` left on each of `tensor` ranks when `split` of it is divided."""
-    if tensor == 1 or layer.tensor_units == 0 or whole == 0:
+    if tensor == 1 or whole == 0:
         return 1.0
     return 1.0 - split / whole * (1.0 - 1.0 / tensor)
 
 
-def roofline(
-    layer: Layer, device: DeviceType, precision: Precision, tensor: int, rows: float
+def device_seconds(
+    layer: Layer,
+    device: DeviceType,
+    precision: Precision,
+    tensor: int,
+    rows: float,
+    constants: DeviceConstants = DEFAULT_DEVICE,
 ) -> Pair:
-    """Seconds of forward and backward by the roofline, on one tensor rank.
+    """Seconds of forward and backward that grow with the rows, on one tensor rank, and those of
+    the weights.
 
-        t = max(matmul / (peak e_mm) + attention / (peak e_att), bytes / (bandwidth e_mem), launch)
+        t = matmul / (peak e_mm) + attention / (peak e_att) + bytes / (bandwidth e_mem)
 
-    The attention's share of the backward is taken to be its share of the forward. Roofline:
-    Williams, Waterman, Patterson, CACM 52(4), 2009. Raises ClusterError (see `peak_flops`).
+    Products and elementwise operations are kernels of their own, one after the other, so their
+    times add up. The attention's share of the backward is taken to be its share of the forward;
+    of the activations, tensor ranks divide the share that they divide of what is kept.
+    Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
+    e_matmul = constants.matmul_efficiency or device.matmul_efficiency
+    e_attention = constants.attention_efficiency or device.attention_efficiency
+    e_memory = constants.memory_efficiency or device.memory_efficiency
     total = layer.forward_flops + layer.attention_flops
     attention = layer.attention_flops / total if total else 0.0
     flops = np.array([total, layer.backward_flops])
-    flops *= rows * split_share(layer, layer.split_flops, total, tensor)
-    seconds_per_flop = (1 - attention) / device.matmul_efficiency
-    seconds_per_flop += attention / device.attention_efficiency
-    parameters = layer.parameters * split_share(
-        layer, layer.split_parameters, layer.parameters, tensor
+    flops *= rows * split_share(layer.split_flops, total, tensor)
+    seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
+    parameters = layer.parameters * split_share(layer.split_parameters, layer.parameters, tensor)
+    parameters *= constants.weight_traffic
+    activations = layer.traffic_bytes * split_share(
+        layer.split_saved_bytes, layer.saved_bytes, tensor
     )
-    activations = layer.traffic_bytes * split_share(layer, layer.split_flops, total, tensor)
     moved = rows * activations * ACTIVATION_PASSES + parameters * np.array(WEIGHT_BYTES[precision])
-    memory = moved / (device.memory_bandwidth * device.memory_efficiency)
-    compute = flops * seconds_per_flop / peak
-    result: Pair = np.maximum(np.maximum(compute, memory), LAUNCH_SECONDS)
+    result: Pair = flops * seconds_per_flop / peak + moved / (device.memory_bandwidth * e_memory)
     return result
 
 
-def _at_rows(points: dict[int, Pair], rows: int, model: Callable[[int], Pair]) -> Pair:
-    """Linear between measured sizes and, beyond them, along the two nearest; one size alone is
-    scaled by the roofline."""
+def roofline(
+    layer: Layer,
+    device: DeviceType,
+    precision: Precision,
+    tensor: int,
+    rows: float,
+    constants: DeviceConstants = DEFAULT_DEVICE,
+) -> Pair:
+    """Seconds of forward and backward by the datasheet, on one tensor rank.
+
+        t = max(overhead + `device_seconds`, launch)
+
+    after the roofline (Williams, Waterman, Patterson, CACM 52(4), 2009), with the host that issues
+    the kernels as one more roof. A layer that computes nothing costs nothing.
+    Raises ClusterError (see `peak_flops`).
+    """
+    work = device_seconds(layer, device, precision, tensor, rows, constants)
+    if not layer.traffic_bytes and not layer.forward_flops + layer.attention_flops:
+        return work
+    work += constants.layer_overhead * ACTIVATION_PASSES
+    result: Pair = np.maximum(work, launch_seconds(constants))
+    return result
+
+
+def launch_seconds(constants: DeviceConstants) -> Pair:
+    """Least seconds of a layer's forward and backward."""
+    return np.array([constants.launch_forward, constants.launch_backward])
+
+
+def host_seconds(measured: Pair, work: Pair, launch: Pair) -> Pair:
+    """Of a measured time, what the host took beyond the device's work: at most a launch."""
+    result: Pair = np.clip(measured - work, 0.0, launch)
+    return result
+
+
+def _at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair]) -> Pair:
+    """Linear between measured sizes and, beyond them, along the two nearest.
+
+    Around a single size, what the host took stays and the rest grows with the rows.
+    """
     sizes = sorted(points)
     if rows in points:
         return points[rows]
     if len(sizes) == 1:
-        return points[sizes[0]] * model(rows) / model(sizes[0])
+        known = points[sizes[0]]
+        fixed = host(sizes[0], known)
+        single: Pair = fixed + (known - fixed) * rows / sizes[0]
+        return single
     right = min(max(int(np.searchsorted(sizes, rows)), 1), len(sizes) - 1)
     low, high = sizes[right - 1], sizes[right]
     slope = (points[high] - points[low]) / (high - low)
@@ -125,14 +172,15 @@ def _measured(
     tensor: int,
     rows: int,
     model: Callable[[int, float], Pair],
+    host: Callable[[int, int, Pair], Pair],
 ) -> Pair:
     """Measured seconds; a width that was not measured is scaled from the nearest narrower one (else
     the narrowest) by the roofline."""
     if tensor in widths:
-        return _at_rows(widths[tensor], rows, lambda r: model(tensor, r))
+        return _at_rows(widths[tensor], rows, partial(host, tensor))
     narrower = [width for width in widths if width < tensor]
     width = max(narrower) if narrower else min(widths)
-    known = _at_rows(widths[width], rows, lambda r: model(width, r))
+    known = _at_rows(widths[width], rows, partial(host, width))
     result: Pair = known * model(tensor, rows) / model(width, rows)
     return result
 
@@ -179,9 +227,20 @@ def layer_seconds(
     Raises ClusterError where the device does not offer the model's precision.
     """
     precision = model.precision
+    constants = device_constants(profile.calibration if profile else None, device)
+
+    heads = head_signatures(model)
+    output = head_constants(constants, device)
 
     def price(layer: Layer, width: int, size: float) -> Pair:
-        return roofline(layer, device, precision, width, size)
+        own = output if layer.signature in heads else constants
+        return roofline(layer, device, precision, width, size, own)
+
+    def host(layer: Layer, width: int, size: int, measured: Pair) -> Pair:
+        if device.processor == "cpu":
+            return np.zeros(2)
+        work = device_seconds(layer, device, precision, width, size, constants)
+        return host_seconds(measured, work, launch_seconds(constants))
 
     kinds = {layer.signature: layer for layer in reversed(model.layers)}
     times = _measurements(profile, device.name, precision)
@@ -189,12 +248,29 @@ def layer_seconds(
     seconds: dict[str, Any] = {}
     for signature, layer in kinds.items():
         if signature in times:
-            seconds[signature] = _measured(times[signature], tensor, rows, partial(price, layer))
+            seconds[signature] = _measured(
+                times[signature], tensor, rows, partial(price, layer), partial(host, layer)
+            )
         else:
             seconds[signature] = calibration * price(layer, tensor, rows)
     every = np.array([seconds[layer.signature] for layer in model.layers]).reshape(-1, 2)
     measured = sum(layer.signature in times for layer in model.layers)
     return LayerSeconds(forward=every[:, 0], backward=every[:, 1], measured=measured)
+
+
+def head_signatures(model: LayerGraph) -> frozenset[str]:
+    """Signatures of the layers behind the last attention: output projection and loss. Empty where
+    there is no attention."""
+    attends = [index for index, layer in enumerate(model.layers) if layer.attention_flops]
+    return (
+        frozenset(x.signature for x in model.layers[attends[-1] + 1 :]) if attends else frozenset()
+    )
+
+
+def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
+    """The constants with the output projection's own efficiency."""
+    efficiency = constants.matmul_efficiency or device.matmul_efficiency
+    return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
 
 
 def optimizer_seconds(
@@ -211,6 +287,8 @@ def optimizer_seconds(
     for entry in profile.optimizers if profile else ():
         if entry.device == device.name and entry.optimizer == optimizer:
             return entry.overhead_seconds + entry.seconds_per_parameter * parameters
+    constants = device_constants(profile.calibration if profile else None, device)
+    efficiency = constants.memory_efficiency or device.memory_efficiency
     wide = 2 if precision == "fp64" else 1
-    moved = OPTIMIZER_BYTES[optimizer] * wide * parameters
-    return moved / (device.memory_bandwidth * device.memory_efficiency)
+    moved = OPTIMIZER_BYTES[optimizer] * constants.optimizer_traffic * wide * parameters
+    return moved / (device.memory_bandwidth * efficiency)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, transfer
+from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, boundary_transfer
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
-from meshwright.cost.links import with_measured_links
+from meshwright.cost.constants import SystemConstants, system_constants
+from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
     MemoryTable,
     StageMemory,
@@ -77,11 +78,14 @@ class _Costs:
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
+    system: SystemConstants
     table: MemoryTable
     types: dict[str, str]
     """Type name of every device."""
     reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
     """Collectives priced before, by members and bytes: all members ask for the same one."""
+    weighed: dict[tuple[tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    """By layers, tensor width and rows."""
 
 
 def price(
@@ -91,18 +95,18 @@ def price(
     cluster: Cluster,
     profile: Profile | None = None,
 ) -> Prices:
-    """The cost of every instruction of a plan's program.
+    """The cost of every instruction of a plan's program, which may lack that of some ranks.
 
     Raises ClusterError where a device does not offer the model's precision.
     """
-    measured = with_measured_links(cluster, profile.links) if profile and profile.links else cluster
     costs = _Costs(
         model=model,
         plan=plan,
         cluster=cluster,
         profile=profile,
-        links=topology(measured),
-        step_latency=_step_latency(profile),
+        links=topology(reached_links(cluster, profile)),
+        step_latency=ring_step(profile),
+        system=system_constants(profile.calibration if profile else None),
         table=memory_table(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
     )
@@ -111,8 +115,14 @@ def price(
     memory: dict[int, tuple[int, float]] = {}
     for stage in stage_seats(plan):
         for replica in stage.seats:
+            present = [seat for seat in replica if program.ranks[seat.rank]]
+            absent = [seat for seat in replica if not program.ranks[seat.rank]]
+            ranks.update((seat.rank, ()) for seat in absent)
+            memory.update((seat.rank, (0, 0.0)) for seat in absent)
+            if not present:
+                continue
             seconds = times.of_replica(stage, replica)
-            for seat in replica:
+            for seat in present:
                 ranks[seat.rank] = _prices(program.ranks[seat.rank], stage, seat, seconds, costs)
                 memory[seat.rank] = _memory(stage, seat, costs)
     order = sorted(ranks)
@@ -122,13 +132,8 @@ def price(
         devices=plan.devices,
         static_bytes=tuple(memory[rank][0] for rank in order),
         micro_batch_bytes=tuple(memory[rank][1] for rank in order),
-        overhead_seconds=profile.step_overhead_seconds if profile else 0.0,
+        overhead_seconds=overhead_seconds(profile),
     )
-
-
-def _step_latency(profile: Profile | None) -> float:
-    links = profile.links if profile else None
-    return links.all_reduce_latency or 0.0 if links else 0.0
 
 
 def replica_seconds(
@@ -206,6 +211,7 @@ def _prices(
     for reduction, backward in inside.items():
         layer = completing_layer(instructions[reduction], stage.layers, costs.model)
         offset = float(seconds[1][layer - stage.layers[0] :].sum())
+        offset += costs.system.reduction_delay * (float(seconds[1].sum()) - offset)
         completes.setdefault(backward, []).append((reduction, offset))
     step = optimizer_seconds(
         costs.cluster.types[costs.types[seat.device]],
@@ -254,12 +260,15 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
         assert i.peer is not None
-        return transfer(costs.links, seat.device, devices[i.peer], i.bytes)
+        return boundary_transfer(
+            costs.links, seat.device, devices[i.peer], i.bytes, costs.system.boundary
+        )
+    size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
     key = (i.ranks, i.bytes)
     if len(i.ranks) > 1 and key not in costs.reductions:
         members = [devices[rank] for rank in i.ranks]
         costs.reductions[key] = all_reduce(
-            costs.links, members, i.bytes, step_latency=costs.step_latency
+            costs.links, members, size, step_latency=costs.step_latency
         )
     return costs.reductions.get(key, NOTHING)
 
@@ -267,7 +276,10 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
     """Bytes that a rank always holds, and those of one micro-batch."""
     rows = seat.rows[1] - seat.rows[0]
-    parts: StageMemory = stage_memory(costs.table, stage.layers, len(stage.seats[0]), rows, 1)
+    key = (stage.layers, len(stage.seats[0]), rows)
+    if key not in costs.weighed:
+        costs.weighed[key] = stage_memory(costs.table, *key, 1)
+    parts = costs.weighed[key]
     states = parts.parameters + parts.gradients + parts.optimizer
     framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
     return round(states + parts.buffers) + framework, float(parts.activations)

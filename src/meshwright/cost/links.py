@@ -1,11 +1,12 @@
-"""Measured links in the place of those that a cluster file states."""
+"""Links as they are: measured, or what is reached of what a cluster file states."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.cluster.spec import Cluster, Node, Site
-from meshwright.cost.profile import LinkTimes
+from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site
+from meshwright.cost.constants import SystemConstants, system_constants
+from meshwright.cost.profile import LinkTimes, Profile
 
 
 def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
@@ -27,3 +28,54 @@ def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
     uplink = replace(times.site, latency=max(times.site.latency - network, 0.0))
     sites: tuple[Site, ...] = tuple(replace(each, uplink=uplink) for each in cluster.sites)
     return replace(cluster, nodes=nodes, sites=sites)
+
+
+def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
+    """The cluster with its links as a profile knows them: measured ones as they are, the others at
+    the share of their stated bandwidth that was fitted."""
+    if profile is None:
+        return cluster
+    constants = system_constants(profile.calibration)
+    reached = _scaled(cluster, constants)
+    return with_measured_links(reached, profile.links) if profile.links else reached
+
+
+def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
+    inside, network = constants.inside_efficiency, constants.network_efficiency
+    if inside == network == 1.0:
+        return cluster
+
+    def slower(link: Link, share: float) -> Link:
+        return replace(link, bandwidth=link.bandwidth * share)
+
+    return replace(
+        cluster,
+        nodes=tuple(
+            replace(node, inside=slower(node.inside, inside), network=slower(node.network, network))
+            for node in cluster.nodes
+        ),
+        sites=tuple(
+            replace(site, uplink=slower(site.uplink, network) if site.uplink else None)
+            for site in cluster.sites
+        ),
+        direct=tuple(
+            DirectLink(between=each.between, link=slower(each.link, network))
+            for each in cluster.direct
+        ),
+    )
+
+
+def ring_step(profile: Profile | None) -> float:
+    """Fixed seconds of one step of a ring: measured, else fitted, else none."""
+    if profile is None:
+        return 0.0
+    links = profile.links
+    measured = links.all_reduce_latency if links else None
+    return system_constants(profile.calibration).ring_step if measured is None else measured
+
+
+def overhead_seconds(profile: Profile | None) -> float:
+    """Fixed cost of a step outside all instructions: measured, and fitted."""
+    if profile is None:
+        return 0.0
+    return profile.step_overhead_seconds + system_constants(profile.calibration).step

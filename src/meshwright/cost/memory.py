@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
-from meshwright.cost.framework import FRAMEWORK_BYTES
+from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
@@ -264,13 +264,20 @@ def stage_memory_bytes(
 
 def framework_bytes(device: DeviceType) -> int:
     """Bytes of a device that no tensor can have: what the framework takes before the first one,
-    and what the allocator cannot hand out."""
-    return FRAMEWORK_BYTES[device.processor]
+    and the holes that its allocator leaves."""
+    kind = device.processor
+    return FRAMEWORK_BYTES[kind] + round(HOLES[kind] * device.memory)
 
 
 def usable_bytes(device: DeviceType) -> int:
     """Bytes of a device that tensors may take."""
     return device.memory - framework_bytes(device)
+
+
+def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
+    """The memory that a device of this kind would need for what it is asked to hold."""
+    excess = total_bytes(memory) - memory.capacity
+    return memory.capacity + round(excess / (1 - HOLES[device.processor]))
 
 
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:

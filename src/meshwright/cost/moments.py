@@ -48,9 +48,16 @@ def moments_table(model: LayerGraph, *, divided: bool) -> Moments:
 
 
 def _of(layer: Layer, *, divided: bool) -> tuple[Moment, ...]:
-    """A layer that does not tell its moments is taken to divide none of its workspace."""
-    alone = layer.moments or (Moment(row=layer.workspace_bytes),)
-    return (layer.tensor_moments or alone) if divided else alone
+    """Of a layer that does not tell its moments, as large a share of the workspace is divided as of
+    what it keeps."""
+    if divided and layer.tensor_moments:
+        return layer.tensor_moments
+    if layer.moments:
+        return layer.moments
+    split = layer.workspace_bytes * (
+        layer.split_saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
+    )
+    return (Moment(row=layer.workspace_bytes - split, split_row=split),)
 
 
 def temporaries(moments: Moments, tensor: int, rows: int) -> Array:

@@ -8,6 +8,7 @@ from dataclasses import field
 from pathlib import Path
 
 from meshwright.cluster.spec import Cluster, Link, Precision
+from meshwright.cost.constants import Calibration, implausible
 from meshwright.errors import Problem, ProfileError
 from meshwright.model.spec import LayerGraph
 from meshwright.records import Seconds, load, record
@@ -68,6 +69,8 @@ class Profile:
     links: LinkTimes | None = None
     step_overhead_seconds: Seconds = 0.0
     """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""
+    calibration: Calibration | None = None
+    """Constants fitted to measured steps; None: the defaults."""
 
 
 AGAIN = "measure again with `meshwright profile`"
@@ -97,6 +100,8 @@ def _not_negative(value: float) -> bool:
 
 def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
     positive, not_negative = [], [("step_overhead_seconds", profile.step_overhead_seconds)]
+    if profile.calibration:
+        yield from implausible(profile.calibration, source)
     if profile.format != 1:
         yield Problem(source, "format", str(profile.format), "1", AGAIN)
     for i, entry in enumerate(profile.layers):

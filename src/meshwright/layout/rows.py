@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 
@@ -24,12 +26,15 @@ def boundary_moves(source: StageSeats, target: StageSeats) -> tuple[Move, ...]:
     wider source spreads its senders.
     """
     moves = []
+    first = 0
     for target_replica in target.seats:
-        for source_replica in source.seats:
+        while source.seats[first][0].rows[1] <= target_replica[0].rows[0]:
+            first += 1
+        for source_replica in islice(source.seats, first, None):
             low = max(target_replica[0].rows[0], source_replica[0].rows[0])
             high = min(target_replica[0].rows[1], source_replica[0].rows[1])
             if low >= high:
-                continue
+                break
             for t, seat in enumerate(target_replica):
                 sender = source_replica[t % len(source_replica)]
                 moves.append(Move(source=sender.rank, target=seat.rank, rows=(low, high)))

@@ -6,6 +6,8 @@ length and precision that the graph was built for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.cluster.spec import Precision
 from meshwright.records import fingerprint, record
 
@@ -120,6 +122,24 @@ def tied_in(model: LayerGraph, layers: tuple[int, int]) -> tuple[Tied, ...]:
     """Tied parameters that a stage with layers [first, last) must hold."""
     first, last = layers
     return tuple(t for t in model.tied if any(first <= layer < last for layer in t.layers))
+
+
+def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer:
+    """The layer with `row_bytes` more for each row at all its worst moments, of which tensor ranks
+    share out `divided`."""
+
+    def later(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
+        return tuple(
+            replace(m, row=m.row + row_bytes - divided, split_row=m.split_row + divided)
+            for m in moments
+        )
+
+    return replace(
+        layer,
+        workspace_bytes=layer.workspace_bytes + row_bytes,
+        moments=later(layer.moments),
+        tensor_moments=later(layer.tensor_moments),
+    )
 
 
 def num_parameters(model: LayerGraph) -> int:

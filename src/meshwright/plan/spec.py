@@ -92,6 +92,9 @@ class Prediction:
     runners_up: tuple[RunnerUp, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
     """Candidates not followed up, counted by reason."""
+    lower_bound_seconds: Seconds | None = None
+    """No plan of the space can be faster, under the same costs."""
+    bound_reason: str = ""
 
 
 @record

@@ -92,7 +92,8 @@ def buckets_of(rank: int, tensor_index: int, buckets: Sequence[Bucket]) -> tuple
 
     All ranks share one order, or groups that overlap would wait for each other: that in which a
     backward over the whole model completes them. A tied parameter stands at its first user, whose
-    holder is the last to complete it.
+    holder is the last to complete it. Stages of different tensor widths have buckets with different
+    numbers of groups.
     """
     own = [
         bucket

@@ -27,6 +27,10 @@ class Op(StrEnum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    """The part of a backward that the stage before waits for: gradients of the stage's inputs."""
+    BACKWARD_WEIGHT = "W"
+    """The rest of a backward: gradients of the stage's parameters."""
     SEND_F = "SEND_F"
     """Hand the activations of a cut to the next stage."""
     RECV_F = "RECV_F"
@@ -40,7 +44,9 @@ class Op(StrEnum):
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
 
 
-COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.OPTIMIZER_STEP})
+COMPUTE = frozenset(
+    {Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.OPTIMIZER_STEP}
+)
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}

@@ -20,6 +20,7 @@ from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.buckets import BUCKET_BYTES
+from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Op
 from meshwright.program.timeline import Timeline
@@ -85,6 +86,7 @@ class Engine:
         self.model: LayerGraph = trace(model, inputs, job.precision, job.sequence, plan.model.name)
         validate_plan(plan, self.model)
         self.program = compile_plan(plan, self.model, bucket_bytes=bucket_bytes)
+        check_program(self.program)
         self.world = world or worlds.connect(plan, self.program)
         self.rank = self.world.rank
         self.steps = 0

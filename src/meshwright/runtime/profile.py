@@ -121,7 +121,7 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
 
     from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
     from meshwright.runtime.profile_links import measure_links
-    from meshwright.runtime.train import adamw
+    from meshwright.runtime.train import OPTIMIZERS
     from meshwright.runtime.world import pick_device
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -136,7 +136,7 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
         dist.barrier()
         layers.append(layer_times(bench, layer=case.layer, rows=case.rows, tensor=case.tensor))
     dist.barrier()
-    own = (layers, optimizer_time(bench, adamw(1e-4), settings.optimizer))
+    own = (layers, optimizer_time(bench, OPTIMIZERS[settings.optimizer](1e-4), settings.optimizer))
     links = measure_links(cluster, device, repeats=settings.repeats)
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)

@@ -59,6 +59,17 @@ def adamw(learning_rate: float, weight_decay: float = 0.1) -> OptimizerFactory:
     )
 
 
+def sgd(learning_rate: float, weight_decay: float = 0.0) -> OptimizerFactory:
+    """Plain gradient descent, without momentum: no state beside the weights."""
+    return lambda parameters: torch.optim.SGD(
+        parameters, lr=learning_rate, weight_decay=weight_decay
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+"""By the name in Job.optimizer."""
+
+
 def dataset_rows(dataset: Dataset[Any], global_batch: int, *, seed: int = 0) -> Rows:
     """Rows of a map-style dataset, in an order that is shuffled anew in every epoch.
 

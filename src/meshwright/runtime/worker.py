@@ -26,7 +26,7 @@ from meshwright.runtime.run import (
     Metrics,
     RunSettings,
 )
-from meshwright.runtime.train import Batch, Rows, Trained, adamw, train, warmup_cosine
+from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, warmup_cosine
 
 
 def run(folder: Path) -> None:
@@ -54,7 +54,7 @@ def run(folder: Path) -> None:
             model,
             plan,
             _rows(corpus, plan, vocabulary, settings.seed),
-            optimizer=adamw(settings.learning_rate, settings.weight_decay),
+            optimizer=OPTIMIZERS[plan.job.optimizer](settings.learning_rate, settings.weight_decay),
             steps=settings.steps,
             learning_rate=warmup_cosine(settings.steps, settings.warmup_steps),
             clip_norm=settings.clip_norm,

@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from meshwright.cluster.spec import Cluster, Device, Link, devices_of
-from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, together, transfer
+from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.topology import Topology, owners, topology
+from meshwright.cost.collective import (
+    Traffic,
+    all_reduce,
+    alone_seconds,
+    boundary_transfer,
+    together,
+)
 from meshwright.cost.compute import LayerSeconds, layer_seconds
+from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.instructions import replica_seconds
-from meshwright.cost.links import with_measured_links
+from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
@@ -26,8 +33,9 @@ from meshwright.search.partition import Array
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
 
-Kind = tuple[tuple[str, ...], Link]
-"""What the pace of a tensor-parallel group depends on: its device types and its node's link."""
+Kind = tuple[tuple[str, ...], int]
+"""What the pace of a tensor-parallel group depends on: its device types and its node's link, by
+number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +49,55 @@ class Costs:
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
+    system: SystemConstants
     table: MemoryTable
     devices: dict[str, Device]
-    _inside: dict[str, Link]
+    _inside: dict[str, int]
+    """Number of the link inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
     _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
     _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
+    optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
+    """Seconds of the optimizer, by device type, layers and tensor width."""
+    crossings: dict[tuple[object, object], tuple[float, float, float]] = field(default_factory=dict)
+    """Of two teams with equal rows: latency, seconds per byte and row ahead, and back."""
+    _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
+        default_factory=dict
+    )
+    owner: dict[str, str] = field(default_factory=dict)
+    """Of every resource: its device, node or `@site`."""
+    _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
+    loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
+    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
+    fits."""
+    _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
 def costs_of(
     model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
 ) -> Costs:
     """Nothing is priced before it is asked for. Measured links replace those of the cluster."""
-    measured = profile.links if profile else None
-    if measured:
-        cluster = with_measured_links(cluster, measured)
+    cluster = reached_links(cluster, profile)
+    numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
         cluster=cluster,
         job=job,
         profile=profile,
         links=topology(cluster),
-        step_latency=(measured.all_reduce_latency or 0.0) if measured else 0.0,
+        step_latency=ring_step(profile),
+        system=system_constants(profile.calibration if profile else None),
         table=memory_table(model, job),
+        owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},
-        _inside={node.name: node.inside for node in cluster.nodes},
+        _inside={node.name: numbers[node.inside] for node in cluster.nodes},
     )
 
 
-def _compute(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
+def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
+    """Seconds of every layer on one tensor rank of a type, communication apart."""
     key = (kind, tensor, rows)
     if key not in costs._computed:
         device = costs.cluster.types[kind]
@@ -83,7 +109,7 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
     """Rows per second at which a device of each type alone would work through the whole model."""
     found = {}
     for kind in kinds:
-        seconds = _compute(costs, kind, 1, 1)
+        seconds = layer_times(costs, kind, 1, 1)
         found[kind] = 1 / float(seconds.forward.sum() + seconds.backward.sum())
     return found
 
@@ -91,10 +117,9 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
 def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a micro-batch of `rows` rows on a tensor-parallel group,
     its all-reduces included."""
-    kinds = tuple(costs.devices[name].type for name in unit)
-    key = ((kinds, costs._inside[costs.devices[unit[0]].node]), rows)
+    key = (unit_kind(costs, unit), rows)
     if key not in costs._times:
-        computed = [_compute(costs, kind, len(unit), rows) for kind in sorted(set(kinds))]
+        computed = [layer_times(costs, kind, len(unit), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
         costs._times[key] = replica_seconds(
             costs.model,
@@ -108,12 +133,59 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     return costs._times[key]
 
 
+def unit_prefix(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[list[float], list[float]]:
+    """Cumulative forward and backward seconds [L + 1] of `unit_times`: entry l is the sum over the
+    layers before l."""
+    key = (unit_kind(costs, unit), rows)
+    if key not in costs._prefixes:
+        forward, backward = unit_times(costs, unit, rows)
+        costs._prefixes[key] = (
+            [0.0, *np.cumsum(forward).tolist()],
+            [0.0, *np.cumsum(backward).tolist()],
+        )
+    return costs._prefixes[key]
+
+
+def unit_kind(costs: Costs, unit: tuple[str, ...]) -> Kind:
+    """What the pace of a group depends on."""
+    known = costs._kinds.get(unit)
+    if known is None:
+        kinds = tuple(costs.devices[name].type for name in unit)
+        known = costs._kinds[unit] = kinds, costs._inside[costs.devices[unit[0]].node]
+    return known
+
+
+def distinct_units(costs: Costs, units: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """One unit of every kind."""
+    found = costs._distinct.get(units)
+    if found is None:
+        first = {unit_kind(costs, unit): unit for unit in reversed(units)}
+        found = costs._distinct[units] = tuple(first.values())
+    return found
+
+
+def distinct_replicas(
+    costs: Costs, units: tuple[tuple[str, ...], ...], rows: tuple[int, ...]
+) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """One unit of every kind with every number of rows that such a unit has."""
+    kinds = distinct_units(costs, units)
+    if len(kinds) == 1:
+        return tuple((kinds[0], number) for number in sorted(set(rows)))
+    pairs = zip(units, rows, strict=True)
+    return tuple({(unit_kind(costs, u), r): (u, r) for u, r in pairs}.values())
+
+
+def unit_capacity(costs: Costs, unit: tuple[str, ...]) -> int:
+    """Bytes that tensors may take on the smallest device of a group, less one for each of the five
+    parts that the final account rounds to whole bytes."""
+    return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in unit) - 5
+
+
 def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a stage: its slowest replica's, layer by layer."""
     seen: dict[Kind, tuple[Array, Array]] = {}
     for unit in stage:
-        kinds = tuple(costs.devices[name].type for name in unit)
-        kind = (kinds, costs._inside[costs.devices[unit[0]].node])
+        kind = unit_kind(costs, unit)
         if kind not in seen:
             seen[kind] = unit_times(costs, unit, rows)
     if len(seen) == 1:
@@ -158,7 +230,9 @@ def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
 def pair(costs: Costs, source: str, target: str) -> Traffic:
     """A transfer of PROBE_BYTES between two devices."""
     if (source, target) not in costs._pairs:
-        costs._pairs[source, target] = transfer(costs.links, source, target, PROBE_BYTES)
+        costs._pairs[source, target] = boundary_transfer(
+            costs.links, source, target, PROBE_BYTES, costs.system.boundary
+        )
     return costs._pairs[source, target]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
+from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.schedules import in_flight
@@ -169,7 +170,7 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
     per_parameter = []
     for s in range(len(candidate.placement.stages)):
         _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
-        per_parameter.append(slope * gradient_bytes(costs.job) + _optimizer(costs, candidate, s, 1))
+        per_parameter.append(slope * _gradient_bytes(costs) + _optimizer(costs, candidate, s, 1))
     tails: Array = held * np.array(per_parameter)[:, None, None]
     return tails
 
@@ -181,6 +182,12 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> 
     if excess > 0:
         return Misfit(candidate, bounds, excess)
     return Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
+
+
+def given_seconds(costs: Costs, candidate: Candidate) -> float:
+    """Seconds of one step of a candidate whose cuts are given, whether it fits or not."""
+    assert candidate.fixed is not None
+    return step_seconds(costs, candidate, candidate.fixed, chain(costs, candidate))
 
 
 def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
@@ -202,14 +209,15 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     once = float((forward + backward + ahead + back).sum())
     before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
-    lasts = np.maximum(reduce[:, 0] - backward, reduce[:, 1])
+    hides = backward * (1 - costs.system.reduction_delay)
+    lasts = np.maximum(reduce[:, 0] - hides, reduce[:, 1])
     exposed = max(0.0, float((lasts - before).max()))
     tensor = shape.grid.tensor
     optimizer = max(
         _optimizer(costs, candidate, s, float(stage_parameters(costs.table, layers, tensor)))
         for s, layers in enumerate(ranges)
     )
-    overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
+    overhead = overhead_seconds(costs.profile)
     return once + further + exposed + optimizer + overhead
 
 
@@ -256,7 +264,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
             s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
         )
         share = candidate.shape.grid.tensor if tied.split else 1
-        size = tied.parameters / share * gradient_bytes(costs.job)
+        size = tied.parameters / share * _gradient_bytes(costs)
         rings += [(set(holders), scaled(t, size), size) for t in _rings(costs, candidate, holders)]
     everything = together(traffic for _, traffic, _ in rings).bytes_by_resource
     for s in range(len(ranges)):
@@ -271,12 +279,17 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
     return found
 
 
+def _gradient_bytes(costs: Costs) -> float:
+    """Bytes of one gradient on the links."""
+    return gradient_bytes(costs.job) * costs.system.gradient_width
+
+
 def _own_gradient_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
     first, last = layers
     table = costs.table
     held = table.replicated[last] - table.replicated[first]
     held += (table.split[last] - table.split[first]) / tensor
-    return float(held) * gradient_bytes(costs.job)
+    return float(held) * _gradient_bytes(costs)
 
 
 def _rings(costs: Costs, candidate: Candidate, stages: tuple[int, ...]) -> list[Traffic]:

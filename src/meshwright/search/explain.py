@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from meshwright.cost.memory import device_memory, memory_problems, total_bytes
+from meshwright.cost.memory import device_memory, enough_bytes, memory_problems, total_bytes
 from meshwright.errors import FitError, Problem
 from meshwright.model.spec import structure
 from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject
@@ -109,7 +109,8 @@ def nothing_fits(costs: Costs, misfits: Iterable[Misfit], tried: int) -> FitErro
     )
     states = worst.parameters + worst.gradients + worst.optimizer
     grid, rows = nearest.candidate.shape.grid, nearest.candidate.shape.rows
-    advice = [f"devices with {format_bytes(total_bytes(worst))} of memory"]
+    kind = costs.cluster.types[costs.devices[worst.device].type]
+    advice = [f"devices with {format_bytes(enough_bytes(worst, kind))} of memory"]
     if grid.stages < len(costs.model.layers):
         advice.append("more devices, hence fewer layers on each")
     if states < worst.activations + worst.buffers and rows == 1:

@@ -17,15 +17,22 @@ from meshwright.search.estimate import (
     evaluate,
     optimistic_seconds,
 )
-from meshwright.search.placement import placements
+from meshwright.search.placement import Placement, default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
+    Grid,
     device_sets,
     fewer_devices,
     grids,
     shapes,
     usable_devices,
 )
+
+MANY_DEVICES = 256
+"""Above this number the regular grids are a sample: all devices, in cluster order, and no more
+candidates than CANDIDATE_DEVICES over the devices; composed strategies cover the rest."""
+
+CANDIDATE_DEVICES = 200_000
 
 FINALISTS = 8
 """Candidates that the simulator ranks again."""
@@ -77,6 +84,8 @@ def candidates_of(
     if unable := len(costs.devices) - len(devices):
         dropped[f"devices that do not offer {costs.job.precision}"] += unable
     speed = speeds(costs, sorted({device.type for device in devices}))
+    if len(devices) > MANY_DEVICES:
+        return _sample(costs, DeviceSet(devices=devices), schedules, dropped)
     found = [
         candidate
         for used in device_sets(devices, speed)
@@ -89,6 +98,26 @@ def candidates_of(
         if found:
             break
     return found
+
+
+def _sample(
+    costs: Costs, used: DeviceSet, schedules: Sequence[ScheduleName], dropped: Counter[str]
+) -> list[Candidate]:
+    """Regular grids of very many devices, evenly spread over those there are."""
+    every = [
+        (grid, shape)
+        for grid in grids(used.devices, costs.model, costs.job, dropped)
+        for shape in shapes(grid, costs.job, schedules[:1])
+    ]
+    most = max(8, CANDIDATE_DEVICES // len(used.devices))
+    chosen = every[:: -(-len(every) // most)] if every else []
+    if len(chosen) < len(every):
+        dropped["regular grids beyond a sample"] += len(every) - len(chosen)
+    places: dict[Grid, Placement] = {}
+    for grid, _ in chosen:
+        if grid not in places:
+            places[grid] = default_placement(used.devices, grid)
+    return [Candidate(used, places[grid], shape) for grid, shape in chosen]
 
 
 def _on(

@@ -1,13 +1,15 @@
 """Finds the plan: candidates, layer cuts, ranking in closed form, and a play-off in the simulator.
 
-space -> candidates -> partition -> rank -> simulate -> explain
+regular grids: space -> candidates -> partition -> rank -> simulate
+everything else: small inputs exhaustively, large ones by composing and improving -> certificate
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory, total_bytes
@@ -17,8 +19,10 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
+from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
+from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.estimate import Candidate, Estimate, Misfit, optimistic_seconds
+from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.explain import (
     as_plan,
     label,
@@ -28,6 +32,8 @@ from meshwright.search.explain import (
     why_slower,
 )
 from meshwright.search.explore import (
+    ALIKE,
+    MANY_DEVICES,
     Explored,
     Progress,
     best_by_hand,
@@ -35,25 +41,14 @@ from meshwright.search.explore import (
     explore,
     whole,
 )
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.parts import parts as parts_of
+from meshwright.search.improve import improve
 
 SIMULATED_WORK = 80_000
-"""Devices x micro-batches, over all finalists: on large clusters the simulator ranks fewer of them,
-but never less than two."""
+"""Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
+ranks fewer of them, but never less than two."""
 
 MISFITS_SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Played:
-    """A strategy that fits, as the simulator sees it."""
-
-    name: str
-    candidate: Candidate
-    plan: Plan
-    seconds: float
-    parts: dict[str, float]
+RUNNERS_UP = 6
 
 
 def find_plan(
@@ -64,38 +59,65 @@ def find_plan(
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
     progress: Progress | None = None,
+    budget_seconds: float | None = None,
 ) -> Plan:
-    """The fastest plan of AMP's space by Meshwright's own costs, with its prediction filled in.
+    """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
-    The same input gives the same plan, byte for byte. Raises FitError when nothing fits, saying by
-    how much and what would help; ClusterError when no device offers the job's precision; PlanError
-    when job and model disagree.
+    Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
+    plan found when the time was up (regular grids are always ranked to the end). Raises FitError
+    when nothing fits, saying by how much and what would help; ClusterError when no device offers
+    the job's precision; PlanError when job and model disagree.
     """
+    deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     _check_job(model, job)
     costs = costs_of(model, cluster, job, profile)
     tell = progress or (lambda _what, _done, _all: None)
-    dropped: Counter[str] = Counter()
-    explored = explore(costs, candidates_of(costs, schedules, dropped), dropped, tell)
-    if not explored.finalists:
+    contest = Contest(costs, fingerprint(cluster), deadline)
+    explored = explore(
+        costs, candidates_of(costs, schedules, contest.dropped), contest.dropped, tell
+    )
+    by_hand = _all_by_hand(costs, contest.dropped)
+    _regular(contest, explored, by_hand, tell)
+    exhausted = improve(contest, schedules, tell)
+    if contest.best is None:
         raise nothing_fits(costs, explored.misfits, explored.tried)
-    by_hand = _all_by_hand(costs)
+    winner = _simplest(contest)
+    misfits = _misfits(costs, winner.seconds, by_hand, explored)
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
+    return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+
+
+def _simplest(contest: Contest) -> Played:
+    """Of the strategies that are as good as the best, one with the fewest pipelines and stages."""
+
+    def parts(played: Played) -> tuple[int, int]:
+        pipelines = played.plan.pipelines
+        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
+
+    assert contest.best is not None
+    limit = contest.best.seconds * (1 + SAME)
+    return min((p for p in contest.others if p.seconds <= limit), key=parts)
+
+
+def _regular(
+    contest: Contest,
+    explored: Explored,
+    by_hand: Sequence[tuple[str, Estimate | Misfit]],
+    tell: Progress,
+) -> None:
+    """Play the finalists of the regular grids and the hand-made plans that fit."""
     field = [("", estimate) for estimate in _affordable(explored.finalists)]
     field += [(name, found) for name, found in by_hand if isinstance(found, Estimate)]
-    cluster_print = fingerprint(cluster)
-    played: list[Played] = []
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
-        played.append(_play(costs, cluster, estimate, name, cluster_print))
+        _play(contest, estimate, name)
     tell("simulating", len(field), len(field))
-    winner = min(played, key=lambda p: p.seconds)
-    others = [
-        *_runners_up(winner, played),
-        *_misfits(costs, winner.seconds, by_hand, explored),
-    ]
-    return _with_prediction(costs, winner, others, dropped)
 
 
-def _all_by_hand(costs: Costs) -> list[tuple[str, Estimate | Misfit]]:
+def _all_by_hand(costs: Costs, dropped: Counter[str]) -> list[tuple[str, Estimate | Misfit]]:
+    if len(costs.devices) > MANY_DEVICES:
+        dropped[f"hand-made plans, which are not compared above {MANY_DEVICES} devices"] += 1
+        return []
     found = ((name, best_by_hand(costs, name, whole(costs))) for name in BASELINES)
     return [(name, best) for name, best in found if best is not None]
 
@@ -144,8 +166,8 @@ def baseline_plan(
         )
     if isinstance(found, Misfit):
         raise nothing_fits(costs, [found], 1)
-    played = _play(costs, cluster, found, name, fingerprint(cluster))
-    return _with_prediction(costs, played, [], Counter())
+    contest = Contest(costs, fingerprint(cluster))
+    return _with_prediction(contest, _play(contest, found, name), [], certificate(costs))
 
 
 def _check_job(model: LayerGraph, job: Job) -> None:
@@ -184,39 +206,40 @@ def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
     return chosen
 
 
-def _play(
-    costs: Costs, cluster: Cluster, estimate: Estimate, name: str, cluster_print: str
-) -> Played:
-    plan = as_plan(costs, estimate.candidate, estimate.bounds, cluster_print)
-    timeline = simulate_plan(plan, costs.model, cluster, costs.profile)
+def _play(contest: Contest, estimate: Estimate, name: str) -> Played:
+    plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
     title = label(estimate.candidate, estimate.bounds)
-    noise = 1e-12 * timeline.step_seconds
-    return Played(
-        name=f"{name}: {title}" if name else title,
-        candidate=estimate.candidate,
-        plan=plan,
-        seconds=timeline.step_seconds,
-        parts={part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()},
-    )
+    return enter(contest, plan, f"{name}: {title}" if name else title)
 
 
-def _runners_up(winner: Played, played: Iterable[Played]) -> list[RunnerUp]:
+def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
+    """The best of those that lost, few of one build; hand-made plans always."""
+    chosen: list[Played] = []
+    names, builds = {winner.name}, Counter[str]()
+    for other in sorted(contest.others, key=lambda p: p.seconds):
+        hand_made = other.name.split(":")[0] in BASELINES
+        room = len(chosen) < RUNNERS_UP and builds[other.plan.name] < ALIKE
+        if other is not winner and (hand_made or (room and other.name not in names)):
+            names.add(other.name)
+            builds[other.plan.name] += 1
+            chosen.append(other)
+    parts = parts_in(contest.costs, winner.plan)
     return [
         RunnerUp(
             name=other.name,
             step_seconds=other.seconds,
             reason="the same plan"
             if other.plan == winner.plan
-            else why_slower(winner.parts, other.parts),
+            else why_slower(parts, parts_in(contest.costs, other.plan)),
         )
-        for other in sorted(played, key=lambda p: p.seconds)
-        if other is not winner
+        for other in chosen
     ]
 
 
 def _with_prediction(
-    costs: Costs, played: Played, others: list[RunnerUp], dropped: Counter[str]
+    contest: Contest, played: Played, others: list[RunnerUp], proof: Certificate
 ) -> Plan:
+    costs = contest.costs
     memory = device_memory(played.plan, costs.model, costs.cluster)
     over = [m for m in memory if total_bytes(m) > m.capacity]
     assert not over, "the closed form and the final check of memory disagree"
@@ -224,9 +247,11 @@ def _with_prediction(
         played.plan,
         prediction=Prediction(
             step_seconds=played.seconds,
-            parts=played.parts,
+            parts=parts_in(costs, played.plan),
             memory=memory,
             runners_up=tuple(others),
-            dropped={reason: count for reason, count in sorted(dropped.items()) if count},
+            dropped={reason: count for reason, count in sorted(contest.dropped.items()) if count},
+            lower_bound_seconds=min(proof.seconds, played.seconds),
+            bound_reason=proof.reason,
         ),
     )

@@ -238,7 +238,8 @@ class _Step:
         arrival = self.now + traffic.latency
         sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
         if sizes:
-            flow = Flow(bytes_by_resource=sizes, then=partial(then, *arguments))
+            stream = traffic.stream or 0.0
+            flow = Flow(bytes_by_resource=sizes, then=partial(then, *arguments), stream=stream)
             self.at(arrival, self.enter, flow)
         else:
             self.at(arrival, then, *arguments)

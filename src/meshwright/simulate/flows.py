@@ -16,8 +16,9 @@ class Flow:
     """Positive amounts only."""
     then: Callable[[], None]
     """What follows its end."""
-    stream: float = field(init=False)
-    """Bytes of one of the equal streams the flow is made of: what fairness is measured in."""
+    stream: float = 0.0
+    """Bytes of one of the equal streams the flow is made of: what fairness is measured in. 0: the
+    least of its bytes."""
     left: float = 1.0
     """Share of the bytes still to move."""
     rate: float = 0.0
@@ -28,7 +29,7 @@ class Flow:
     """Changes whenever the rate does, which dates older forecasts."""
 
     def __post_init__(self) -> None:
-        self.stream = min(self.bytes_by_resource.values())
+        self.stream = self.stream or min(self.bytes_by_resource.values())
 
     @property
     def ends(self) -> float:

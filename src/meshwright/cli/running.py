@@ -1,131 +1,22 @@
-"""The command line: one function per verb. Everything heavy is imported inside the verbs."""
+"""Verbs that touch the machine: profile, train, calibrate, discover, demo.
+
+Everything heavy is imported inside them.
+"""
 
 from __future__ import annotations
 
-import sys
-from enum import StrEnum
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Finds the fastest way to train a model on the machines you have, and trains it that way.",
+from meshwright.cli.options import (
+    ModelOption,
+    PlanFile,
+    PrecisionChoice,
+    app,
 )
-
-
-class PrecisionChoice(StrEnum):
-    """Arithmetic of forward and backward."""
-
-    FP64 = "fp64"
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
-class OptimizerChoice(StrEnum):
-    """Update rule."""
-
-    ADAMW = "adamw"
-    SGD = "sgd"
-
-
-PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` writes it.")]
-ClusterOption = Annotated[
-    Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
-]
-ProfileOption = Annotated[
-    Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
-]
-
-
-@app.command()
-def plan(
-    model: ModelOption,
-    cluster: Annotated[Path, typer.Option(help="Cluster file.")],
-    global_batch: Annotated[int, typer.Option(help="Rows per optimizer step.")],
-    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    precision: Annotated[
-        PrecisionChoice | None, typer.Option(help="Default: the best that every device has.")
-    ] = None,
-    optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
-    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
-        "plan.json"
-    ),
-) -> None:
-    """Find the fastest plan for a model on a cluster."""
-    from meshwright.plan.files import save_plan
-    from meshwright.report.tables import explain as print_explanation
-    from meshwright.session import open_session, search
-
-    session = open_session(
-        model=model,
-        cluster=cluster,
-        profile=profile,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision.value if precision else None,
-        optimizer=optimizer.value,
-    )
-    for warning in session.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    found = search(session)
-    save_plan(found, output)
-    print_explanation(found)
-    typer.echo(f"wrote {output}")
-
-
-@app.command()
-def explain(plan_file: PlanFile) -> None:
-    """Who holds what, what limits the step, and why the others lost."""
-    from meshwright.report.tables import explain as print_explanation
-    from meshwright.session import predicted, reopen
-
-    session, found = reopen(plan_file)
-    print_explanation(found if found.prediction else predicted(session, found))
-
-
-@app.command()
-def simulate(
-    plan_file: PlanFile,
-    cluster: ClusterOption = None,
-    profile: ProfileOption = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
-    ] = None,
-    program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
-) -> None:
-    """Play one step of a plan on the cost model."""
-    from meshwright.report.tables import timeline_summary
-    from meshwright.session import reopen, simulated
-
-    session, found = reopen(plan_file, cluster=cluster, profile=profile)
-    timeline = simulated(session, found)
-    timeline_summary(found, timeline)
-    if program:
-        from meshwright.program.compile import compile_plan
-        from meshwright.program.instructions import dumps
-
-        program.write_text(dumps(compile_plan(found, session.model)))
-        typer.echo(f"wrote {program}")
-    if trace:
-        from meshwright.report.trace import dump_trace
-
-        dump_trace(timeline, trace)
-        typer.echo(f"wrote {trace}")
-    if report:
-        from meshwright.report.page import write_report
-
-        write_report(report, found, session.cluster, session.model, predicted=timeline)
-        typer.echo(f"wrote {report}")
 
 
 @app.command()
@@ -157,7 +48,8 @@ def profile(
         output=str(output),
     )
     profile_here(settings, processes)
-    typer.echo(f"wrote {output}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"wrote {output}")
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
@@ -223,6 +115,59 @@ def train(
 
 
 @app.command()
+def calibrate(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
+    ] = None,
+    propose: Annotated[
+        int, typer.Option(help="Write so many plans that are worth a short run, and stop.")
+    ] = 0,
+    model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
+    global_batch: Annotated[int, typer.Option(help="To propose: rows per step.")] = 8,
+    sequence: Annotated[int, typer.Option(help="To propose: tokens per row.")] = 1024,
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="As for `plan`.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Profile to write, or folder of plans.")
+    ] = Path("calibrated.json"),
+) -> None:
+    """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
+    from meshwright.calibration import from_runs, proposals
+    from meshwright.plan.files import save_plan
+    from meshwright.records import dumps
+    from meshwright.session import open_session, with_sources
+
+    if not propose:
+        found = from_runs(runs or [], cluster)
+        output.write_text(dumps(found), encoding="utf-8")
+        fitted = found.calibration
+        if fitted and fitted.error:
+            low, high = fitted.error.low, fitted.error.high
+            typer.echo(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
+        typer.echo(f"wrote {output}")
+        return
+    if not model or cluster is None:
+        raise typer.BadParameter("--propose needs --model and --cluster", param_hint="--propose")
+    session = open_session(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision.value if precision else None,
+        optimizer="adamw",
+    )
+    folder = output if output.suffix == "" else Path("calibration")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, proposed in enumerate(proposals(session, propose)):
+        path = folder / f"{index}-{proposed.name}.json"
+        save_plan(with_sources(session, proposed), path)
+        typer.echo(f"meshwright train {path} --steps 12 -o {folder / f'run-{index}'}")
+    typer.echo(f"then: meshwright calibrate {folder}/run-* -o calibrated.json")
+
+
+@app.command()
 def discover(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("cluster.toml"),
 ) -> None:
@@ -242,14 +187,3 @@ def demo(
     from meshwright.demo import run_demo
 
     run_demo(output, steps)
-
-
-def main() -> None:
-    """Entry point: a user's mistake ends with its message and status 2, never a traceback."""
-    from meshwright.errors import MeshwrightError
-
-    try:
-        app()
-    except MeshwrightError as error:
-        sys.stderr.write(f"{type(error).__name__}:\n{error}\n")
-        sys.exit(2)

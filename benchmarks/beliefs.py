@@ -1,0 +1,132 @@
+"""What the accuracy benchmarks believe before they see a measurement, what they fit, and where the
+fitted constants are kept (`calibrations/`, written by their --save)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from meshwright.cluster.spec import DeviceType
+from meshwright.cost.calibrate import Knob
+from meshwright.cost.constants import (
+    Calibration,
+    DeviceConstants,
+    SystemConstants,
+    implausible,
+)
+from meshwright.errors import ProfileError
+from meshwright.records import dumps, load
+
+FOLDER = Path(__file__).parent / "calibrations"
+
+
+def shipped(name: str) -> Calibration:
+    """Fitted constants, as `save` wrote them; ProfileError if one is implausible."""
+    path = FOLDER / f"{name}.json"
+    found = load(path, Calibration, error=ProfileError)
+    ProfileError.check(implausible(found, str(path)))
+    return found
+
+
+def save(name: str, calibration: Calibration) -> None:
+    """Keep fitted constants."""
+    path = FOLDER / f"{name}.json"
+    path.write_text(dumps(calibration), encoding="utf-8")
+    print(f"wrote {path.name}")
+
+
+A100 = ("A100-80",)
+MEGATRON_PRIOR = Calibration(
+    source="stated in advance: unfused attention, a python host, 16-bit weights and gradients",
+    devices={
+        "A100-80": DeviceConstants(
+            attention_efficiency=0.25,
+            launch_forward=1e-3,
+            launch_backward=1e-3,
+            weight_traffic=0.3,
+            optimizer_traffic=0.7,
+        )
+    },
+    system=SystemConstants(
+        inside_efficiency=0.75,
+        network_efficiency=0.75,
+        ring_step=10e-6,
+        boundary=20e-6,
+        gradient_width=0.5,
+        reduction_delay=1.0,
+    ),
+)
+MEGATRON_KNOBS = (
+    Knob(name="matmul_efficiency", types=A100, start=0.8),
+    Knob(name="attention_efficiency", types=A100, start=0.25, low=0.05, high=0.5),
+    Knob(name="memory_efficiency", types=A100, start=0.8),
+    Knob(name="head_efficiency", types=A100, start=0.8),
+    Knob(name="launch_forward", types=A100, start=1e-3),
+    Knob(name="launch_backward", types=A100, start=1e-3),
+    Knob(name="layer_overhead", types=A100, start=1e-4),
+    Knob(name="optimizer_traffic", types=A100, start=0.7),
+    Knob(name="inside_efficiency", start=0.75),
+    Knob(name="ring_step", start=1e-5),
+    Knob(name="boundary", start=2e-5),
+    Knob(name="step", start=1e-3),
+)
+
+T4, V100 = ("T4",), ("V100-16",)
+BOTH = (*T4, *V100)
+_AMP_HOST = DeviceConstants(
+    launch_forward=5e-3, launch_backward=5e-3, weight_traffic=0.3, optimizer_traffic=0.7
+)
+AMP_PRIOR = Calibration(
+    source="stated in advance: slow hosts, TCP; AMP's authors count gradients as 32-bit words",
+    devices=dict.fromkeys(BOTH, _AMP_HOST),
+    system=SystemConstants(
+        inside_efficiency=0.75,
+        network_efficiency=0.75,
+        ring_step=20e-6,
+        boundary=2e-4,
+        gradient_width=1.0,
+        reduction_delay=1.0,
+    ),
+)
+AMP_KNOBS = (
+    Knob(name="matmul_efficiency", types=T4, start=0.33),
+    Knob(name="memory_efficiency", types=T4, start=0.8),
+    Knob(name="matmul_efficiency", types=V100, start=0.6),
+    Knob(name="memory_efficiency", types=V100, start=0.8),
+    Knob(name="launch_forward", types=BOTH, start=5e-3),
+    Knob(name="launch_backward", types=BOTH, start=5e-3),
+    Knob(name="inside_efficiency", start=0.75),
+    Knob(name="network_efficiency", start=0.75),
+    Knob(name="boundary", start=2e-4),
+)
+
+FSDP_PRIOR = Calibration(
+    source="stated in advance: the catalogue's efficiencies, 16-bit gradients on the links",
+    system=SystemConstants(
+        inside_efficiency=0.75,
+        network_efficiency=0.75,
+        ring_step=10e-6,
+        gradient_width=0.5,
+        shard_exposure=0.3,
+    ),
+)
+
+
+def fsdp_knobs(types: Mapping[str, DeviceType]) -> tuple[Knob, ...]:
+    """Three efficiencies for each type; overheads and links for all of them together."""
+    own = [
+        Knob(name=name, types=(kind,), start=getattr(types[kind], name))
+        for kind in sorted(types)
+        for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency")
+    ]
+    every = tuple(sorted(types))
+    return (
+        *own,
+        Knob(name="layer_overhead", types=every, start=1e-4),
+        Knob(name="weight_traffic", types=every, start=0.3),
+        Knob(name="optimizer_traffic", types=every, start=1.0),
+        Knob(name="inside_efficiency", start=0.75),
+        Knob(name="network_efficiency", start=0.75),
+        Knob(name="shard_exposure", start=0.3),
+        Knob(name="step", start=5e-3),
+    )

@@ -1,0 +1,161 @@
+"""Calibration on a user's own cluster: which plans to try, and constants from the runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.calibrate import Knob, calibrate, informative, place_of, value_at, with_values
+from meshwright.cost.constants import DEFAULT_DEVICE, DEFAULT_SYSTEM, DEVICE_NAMES, Calibration
+from meshwright.cost.profile import Profile
+from meshwright.errors import FitError, Problem, ProfileError
+from meshwright.plan.spec import Plan
+from meshwright.records import fingerprint, parse
+from meshwright.runtime.run import METRICS, PLAN, Metrics
+from meshwright.search.costs import Costs, costs_of
+from meshwright.search.estimate import Estimate, evaluate, given_seconds
+from meshwright.search.explain import as_plan
+from meshwright.search.explore import candidates_of
+from meshwright.session import Session, reopen
+from meshwright.simulate.engine import simulate_plan
+
+Array = NDArray[np.float64]
+
+LOOKED_AT = 150
+"""Candidates whose sensitivities are worked out, evenly drawn from the space."""
+SLOWEST = 3.0
+"""Proposals take at most so many times as long as the fastest candidate looked at."""
+WARM_UP = 3
+"""Steps at the beginning of a run that do not count."""
+DERIVATIVE = 0.02
+"""Of a constant's range."""
+
+
+def knobs_for(cluster: Cluster, profile: Profile | None) -> tuple[Knob, ...]:
+    """The constants worth fitting on a cluster: efficiencies of types that were not profiled, what
+    host and framework add, and the links that there are."""
+    types = tuple(sorted({device.type for device in devices_of(cluster)}))
+    measured = {entry.device for entry in profile.layers} if profile else set()
+    found = [
+        Knob(name=name, types=(kind,), start=getattr(cluster.types[kind], name))
+        for kind in types
+        if kind not in measured
+        for name in ("matmul_efficiency", "memory_efficiency")
+    ]
+    names = ["launch_forward", "launch_backward", "ring_step", "boundary", "step"]
+    links = profile.links if profile else None
+    if not (links and links.inside):
+        names.append("inside_efficiency")
+    if len(cluster.nodes) > 1 and not (links and links.network):
+        names.append("network_efficiency")
+    for name in names:
+        of_device = name in DEVICE_NAMES
+        default = getattr(DEFAULT_DEVICE if of_device else DEFAULT_SYSTEM, name)
+        found.append(Knob(name=name, types=types if of_device else (), start=default))
+    return tuple(found)
+
+
+def run_seconds(folder: Path) -> float:
+    """Median step seconds of a run, the first steps apart. Raises ProfileError."""
+    path = folder / METRICS
+    if not path.is_file():
+        wanted = "a run folder, as `meshwright train` writes it"
+        raise ProfileError(Problem(str(path), "", "no such file", wanted))
+    lines = [
+        parse(json.loads(text), Metrics, source=f"{path}:{number}", error=ProfileError)
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    ]
+    warm = [line.step_seconds for line in lines[WARM_UP:]]
+    if not warm:
+        found, wanted = f"{len(lines)} steps", f"more than {WARM_UP}"
+        raise ProfileError(Problem(str(path), "", found, wanted))
+    return median(warm)
+
+
+def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
+    """The profile of the runs' cluster with constants fitted to them, and their error bar.
+
+    All runs must be of one model on one cluster. Raises ProfileError, and whatever the reopening
+    of a plan raises.
+    """
+    if not folders:
+        wanted = "at least one run folder"
+        raise ProfileError(Problem("calibrate", "runs", "nothing", wanted))
+    measured = np.array([run_seconds(folder) for folder in folders])
+    opened = [reopen(folder / PLAN, cluster=cluster) for folder in folders]
+    session = opened[0][0]
+    strangers = [
+        Problem(str(folder), "model", other.model.name, session.model.name, "calibrate it apart")
+        for folder, (other, _) in zip(folders, opened, strict=True)
+        if (other.model.name, other.cluster) != (session.model.name, session.cluster)
+    ]
+    ProfileError.check(strangers)
+    plans = [plan for _, plan in opened]
+    base = base_profile(session)
+
+    def seconds(constants: Calibration, runs: NDArray[np.int64]) -> Array:
+        profile = replace(base, calibration=constants)
+        steps = [
+            simulate_plan(plans[int(i)], session.model, session.cluster, profile) for i in runs
+        ]
+        return np.array([step.step_seconds for step in steps])
+
+    knobs = knobs_for(session.cluster, session.profile)
+    source = ", ".join(str(folder) for folder in folders)
+    return replace(base, calibration=calibrate(seconds, measured, knobs, source=source))
+
+
+def base_profile(session: Session) -> Profile:
+    """What was measured before, without constants."""
+    empty = Profile(model=session.model.name, sequence=session.model.sequence)
+    return replace(session.profile or empty, calibration=None)
+
+
+def proposals(session: Session, count: int) -> tuple[Plan, ...]:
+    """Plans whose step times say most about the constants: of those that fit and are not slow, the
+    ones whose sensitivities to the constants differ most. Raises FitError if none fits."""
+    base = base_profile(session)
+    plain = costs_of(session.model, session.cluster, session.job, base)
+    fitting = _fitting(plain)
+    if not fitting:
+        raise FitError(Problem("calibrate", "cluster", "no plan that fits", "one that does"))
+    limit = SLOWEST * min(estimate.seconds for estimate in fitting)
+    short = [estimate for estimate in fitting if estimate.seconds <= limit]
+    chosen = informative(_sensitivities(session, base, short), count)
+    cluster_print = fingerprint(session.cluster)
+    return tuple(as_plan(plain, short[i].candidate, short[i].bounds, cluster_print) for i in chosen)
+
+
+def _fitting(costs: Costs) -> list[Estimate]:
+    candidates = candidates_of(costs, ("1f1b",), Counter())
+    thin = candidates[:: max(1, len(candidates) // LOOKED_AT)]
+    found = (evaluate(costs, candidate) for candidate in thin)
+    return [each for each in found if isinstance(each, Estimate)]
+
+
+def _sensitivities(session: Session, base: Profile, estimates: Sequence[Estimate]) -> Array:
+    """Relative change of every candidate's step per constant, over the constant's range."""
+    knobs = knobs_for(session.cluster, session.profile)
+    start = [value_at(knob, place_of(knob, knob.start or 0.0)) for knob in knobs]
+
+    def all_seconds(values: Sequence[float]) -> Array:
+        profile = replace(base, calibration=with_values(Calibration(), knobs, values))
+        costs = costs_of(session.model, session.cluster, session.job, profile)
+        given = (replace(each.candidate, fixed=each.bounds) for each in estimates)
+        return np.array([given_seconds(costs, candidate) for candidate in given])
+
+    origin, columns = all_seconds(start), []
+    for index, knob in enumerate(knobs):
+        place = place_of(knob, start[index])
+        ahead = place + DERIVATIVE if place < 0.5 else place - DERIVATIVE
+        moved = [*start[:index], value_at(knob, ahead), *start[index + 1 :]]
+        columns.append((all_seconds(moved) / origin - 1) / (ahead - place))
+    return np.array(columns).T

@@ -1,0 +1,44 @@
+"""The program itself, and the arguments that several verbs share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Finds the fastest way to train a model on the machines you have, and trains it that way.",
+)
+
+
+class PrecisionChoice(StrEnum):
+    """Arithmetic of forward and backward."""
+
+    FP64 = "fp64"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class OptimizerChoice(StrEnum):
+    """Update rule."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` writes it.")]
+ClusterOption = Annotated[
+    Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
+]

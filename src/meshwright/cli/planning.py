@@ -1,0 +1,221 @@
+"""Verbs that need no PyTorch: plan, explain, simulate, compare, whatif, export.
+
+Everything heavy is imported inside them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwright.cli.options import (
+    ClusterOption,
+    ModelOption,
+    OptimizerChoice,
+    PlanFile,
+    PrecisionChoice,
+    ProfileOption,
+    app,
+)
+
+
+@app.command()
+def plan(
+    model: ModelOption,
+    cluster: Annotated[Path, typer.Option(help="Cluster file.")],
+    global_batch: Annotated[int, typer.Option(help="Rows per optimizer step.")],
+    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    precision: Annotated[
+        PrecisionChoice | None, typer.Option(help="Default: the best that every device has.")
+    ] = None,
+    optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
+    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
+        "plan.json"
+    ),
+    budget: Annotated[
+        str, typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done.")
+    ] = "",
+) -> None:
+    """Find the fastest plan for a model on a cluster."""
+    from meshwright.plan.files import save_plan
+    from meshwright.report.tables import explain as print_explanation
+    from meshwright.search.certificate import sentence
+    from meshwright.session import error_text, open_session, search
+    from meshwright.units import parse_seconds
+
+    try:
+        seconds = parse_seconds(budget) if budget else None
+    except ValueError as failure:
+        raise typer.BadParameter(str(failure), param_hint="--budget") from None
+    session = open_session(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision.value if precision else None,
+        optimizer=optimizer.value,
+    )
+    for warning in session.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    found = search(session, budget_seconds=seconds)
+    save_plan(found, output)
+    print_explanation(found)
+    if found.prediction and (text := sentence(found.prediction)):
+        typer.echo(text)
+    if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
+        typer.echo(text)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def explain(plan_file: PlanFile) -> None:
+    """Who holds what, what limits the step, and why the others lost."""
+    from meshwright.report.tables import explain as print_explanation
+    from meshwright.search.certificate import sentence
+    from meshwright.session import predicted, reopen
+
+    session, found = reopen(plan_file)
+    found = found if found.prediction else predicted(session, found)
+    print_explanation(found)
+    if found.prediction and (text := sentence(found.prediction)):
+        typer.echo(text)
+
+
+@app.command()
+def simulate(
+    plan_file: PlanFile,
+    cluster: ClusterOption = None,
+    profile: ProfileOption = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
+    ] = None,
+    program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+) -> None:
+    """Play one step of a plan on the cost model."""
+    from meshwright.report.tables import timeline_summary
+    from meshwright.session import error_text, reopen, simulated
+
+    session, found = reopen(plan_file, cluster=cluster, profile=profile)
+    timeline = simulated(session, found)
+    timeline_summary(found, timeline)
+    if text := error_text(session, timeline.step_seconds):
+        typer.echo(text)
+    if program:
+        from meshwright.program.compile import compile_plan
+        from meshwright.program.instructions import dumps
+
+        program.write_text(dumps(compile_plan(found, session.model)))
+        typer.echo(f"wrote {program}")
+    if trace:
+        from meshwright.report.trace import dump_trace
+
+        dump_trace(timeline, trace)
+        typer.echo(f"wrote {trace}")
+    if report:
+        from meshwright.report.page import write_report
+
+        write_report(report, found, session.cluster, session.model, predicted=timeline)
+        typer.echo(f"wrote {report}")
+
+
+@app.command()
+def compare(
+    first: PlanFile,
+    second: PlanFile,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Two plans for one model side by side: time, memory, links, and why one wins."""
+    from meshwright.report.comparison import (
+        comparison_json,
+        print_comparison,
+        short_names,
+        write_comparison,
+    )
+    from meshwright.session import measured, reopen
+    from meshwright.simulate.facts import check_comparable, judge
+
+    one, two = (
+        measured(*reopen(file), name)
+        for file, name in zip((first, second), short_names(first, second), strict=True)
+    )
+    check_comparable(one, two)
+    verdict = judge(one, two)
+    if json:
+        typer.echo(comparison_json(one, two, verdict), nl=False)
+    else:
+        print_comparison(one, two, verdict)
+    if report:
+        write_comparison(report, one, two, verdict)
+        typer.echo(f"wrote {report}", err=json)
+
+
+@app.command()
+def whatif(
+    plan_file: PlanFile,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Take away a node, a device (node:0), a device type or a site."),
+    ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="Add a node of '4 x A100-40', or '2 x NODE' like an existing one."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
+    ] = None,
+) -> None:
+    """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
+    from meshwright.cluster.files import dump_cluster
+    from meshwright.report.whatif import print_whatif, whatif_json
+    from meshwright.session import reopen
+    from meshwright.whatif import Edits, what_if
+
+    edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
+    found, cluster = what_if(*reopen(plan_file), edits)
+    if json:
+        typer.echo(whatif_json(found), nl=False)
+    else:
+        print_whatif(found)
+    if output:
+        output.write_text(dump_cluster(cluster))
+        typer.echo(f"wrote {output}", err=json)
+
+
+@app.command()
+def export(
+    plan_file: PlanFile,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="torchtitan, megatron, deepspeed, accelerate or pipelining-csv."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("export"),
+    nearest: Annotated[
+        bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
+    ] = False,
+) -> None:
+    """Write a plan as the settings of another tool, with the script that starts it."""
+    from meshwright.exporting import exported
+    from meshwright.plan.files import save_plan
+    from meshwright.plan.ranks import describe
+    from meshwright.session import reopen
+
+    session, plan = reopen(plan_file)
+    found = exported(session, plan, to, nearest=nearest)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in found.files.items():
+        (output / name).write_text(text)
+        typer.echo(f"wrote {output / name}")
+    if found.plan != plan:
+        save_plan(found.plan, output / "plan.json")
+        typer.echo(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")

@@ -1,0 +1,209 @@
+"""What if the cluster were another: pure functions from Cluster to Cluster, with what they assume.
+
+`without` takes nodes, devices, types or sites away, `added` adds nodes, `with_setting` changes a
+figure; `edited` does all of them in this order and reports every mistake at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.check import MOST_DEVICES, devices_in
+from meshwright.cluster.settings import nodes_named, with_setting
+from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
+from meshwright.cluster.types import nearest_types
+from meshwright.errors import ClusterError, Problem
+from meshwright.records import record
+from meshwright.units import format_bandwidth, format_seconds
+
+
+@record
+class Edited:
+    """A cluster after edits."""
+
+    cluster: Cluster
+    notes: tuple[str, ...]
+    """What each edit did or had to assume, in a sentence."""
+
+
+def edited(
+    cluster: Cluster,
+    *,
+    without: Sequence[str] = (),
+    added: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> Edited:
+    """Take away, then add, then set. Raises ClusterError with one Problem for every edit at fault,
+    and when nothing is left."""
+    problems: list[Problem] = []
+    notes: list[str] = []
+
+    def attempt(edit: Callable[[Cluster], Edited], before: Cluster) -> Cluster:
+        try:
+            after = edit(before)
+        except ClusterError as failure:
+            problems.extend(failure.problems)
+            return before
+        notes.extend(after.notes)
+        return after.cluster
+
+    changed = cluster
+    # A node that goes may still be the one that a new node is like.
+    steps: list[Callable[[Cluster], Edited]] = []
+    if without:
+        steps.append(partial(taken_away, names=without))
+    steps += [partial(with_added, text=text, templates=cluster) for text in added]
+    steps += [partial(_set, text=text) for text in settings]
+    for step in steps:
+        changed = attempt(step, changed)
+    ClusterError.check(problems)
+    return Edited(cluster=replace(changed, name=f"{cluster.name}, edited"), notes=tuple(notes))
+
+
+def _set(cluster: Cluster, text: str) -> Edited:
+    return Edited(cluster=with_setting(cluster, text), notes=())
+
+
+def taken_away(cluster: Cluster, names: Sequence[str], *, option: str = "--without") -> Edited:
+    """The cluster without these nodes (or all of a `count`), devices `node:index`, device types and
+    sites. Devices behind one that is taken away move up. Raises ClusterError."""
+    gone: set[str] = set()
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for name in names:
+        called = [(what, found) for what, found in _called(cluster, name).items() if found]
+        if len(called) == 1:
+            gone |= called[0][1]
+            notes.append(
+                f"without {name}: {len(called[0][1])} of {len(devices_of(cluster))} devices"
+            )
+        else:
+            problems.append(_no_such(cluster, name, [what for what, _ in called], option))
+    ClusterError.check(problems)
+    nodes = tuple(
+        replace(
+            node,
+            devices=tuple(
+                kind
+                for index, kind in enumerate(node.devices)
+                if f"{node.name}:{index}" not in gone
+            ),
+        )
+        for node in cluster.nodes
+    )
+    kept = tuple(node for node in nodes if node.devices)
+    left = {node.name for node in kept}
+    direct = tuple(each for each in cluster.direct if left.issuperset(each.between))
+    if not kept:
+        found, wanted = ", ".join(names), "at least one device that is left"
+        raise ClusterError(Problem(option, "", found, wanted))
+    return Edited(cluster=replace(cluster, nodes=kept, direct=direct), notes=tuple(notes))
+
+
+def _called(cluster: Cluster, name: str) -> dict[str, set[str]]:
+    """Devices that a name stands for, by what it may be the name of."""
+    nodes = {node.name for node in nodes_named(cluster).get(name, ())}
+    devices = devices_of(cluster)
+    return {
+        "node": {device.name for device in devices if device.node in nodes},
+        "device": {device.name for device in devices if device.name == name},
+        "device type": {device.name for device in devices if device.type == name},
+        "site": {device.name for device in devices if device.site == name},
+    }
+
+
+def _no_such(cluster: Cluster, name: str, found: list[str], option: str) -> Problem:
+    if found:
+        what = f"{name!r}, which is a {' and a '.join(found)}"
+        return Problem(option, "", what, "a name that only one thing has")
+    kinds = {kind for node in cluster.nodes for kind in node.devices}
+    known = [*nodes_named(cluster), *sorted(kinds), *sorted({node.site for node in cluster.nodes})]
+    near = get_close_matches(name, known, 1, cutoff=0.5)
+    mend = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    wanted = "a node, a device like 'p3-0:1', a device type or a site"
+    return Problem(option, "", repr(name), wanted, mend)
+
+
+def with_added(
+    cluster: Cluster, text: str, templates: Cluster | None = None, *, option: str = "--add"
+) -> Edited:
+    """The cluster with one node more of `"4 x T4"`, or with `"2 x p3-0"` two nodes like an existing
+    one; a name that is both means the node. `templates`: the cluster in which nodes to be like are
+    looked up. Raises ClusterError.
+
+    A node of a type that the cluster has is wired like the first node with that type. Another is
+    wired inside as the catalogue says, and outside like most nodes of the cluster.
+    """
+    known = templates or cluster
+    read = devices_in(text)
+    if read is None or read[0] < 1:
+        wanted = "a number and a device type or node, like '4 x T4'"
+        raise ClusterError(Problem(option, "", repr(text), wanted))
+    count, name = read
+    like = nodes_named(known).get(name)
+    more = count * (len(like[0].devices) if like else 1)
+    if len(devices_of(cluster)) + more > MOST_DEVICES:
+        wanted = f"at most {MOST_DEVICES:,} devices in all"
+        raise ClusterError(Problem(option, "", repr(text), wanted))
+    if like:
+        fresh = tuple(replace(like[0], name=each) for each in _free_names(cluster, count))
+        notes = (f"{fresh[0].name}: like {like[0].name}, {_wired(fresh[0])}",)
+        if count > 1:
+            notes = (f"{fresh[0].name} to {fresh[-1].name}: like {name}, {_wired(fresh[0])}",)
+        return Edited(
+            cluster=_with_types(cluster, known.types, (*cluster.nodes, *fresh)), notes=notes
+        )
+    node = _new_node(cluster, known, count, name, option)
+    types = {**known.types} if name in known.types else {**known.types, name: _type(name)}
+    note = f"{node.name}: {count} x {name}, {_wired(node)}"
+    return Edited(cluster=_with_types(cluster, types, (*cluster.nodes, node)), notes=(note,))
+
+
+def _with_types(cluster: Cluster, types: dict[str, DeviceType], nodes: tuple[Node, ...]) -> Cluster:
+    """The cluster with more nodes, and the types that these need."""
+    used = {kind for node in nodes for kind in node.devices}
+    missing = {name: types[name] for name in sorted(used) if name not in cluster.types}
+    return replace(cluster, nodes=nodes, types={**cluster.types, **missing})
+
+
+def _type(name: str) -> DeviceType:
+    return catalog()[name].type
+
+
+def _new_node(cluster: Cluster, known: Cluster, count: int, name: str, option: str) -> Node:
+    with_type = [node for node in known.nodes if name in node.devices]
+    free = _free_names(cluster, 1)[0]
+    if with_type:
+        return replace(with_type[0], name=free, devices=(name,) * count)
+    if name not in known.types and name not in catalog():
+        nodes = ", ".join(sorted(nodes_named(known)))
+        mend = f"{nearest_types(name, known.types).partition('; or define')[0]}. Nodes: {nodes}."
+        wanted = "a device type, or a node to be like"
+        raise ClusterError(Problem(option, "", repr(name), wanted, mend))
+    network = _commonest([node.network for node in known.nodes])
+    inside = catalog()[name].inside if name in catalog() else network
+    site = Counter(node.site for node in known.nodes).most_common(1)[0][0]
+    return Node(name=free, site=site, devices=(name,) * count, inside=inside, network=network)
+
+
+def _commonest(links: Sequence[Link]) -> Link:
+    return Counter(links).most_common(1)[0][0]
+
+
+def _free_names(cluster: Cluster, count: int) -> list[str]:
+    taken = {node.name for node in cluster.nodes}
+    names = (f"new-{index}" for index in range(len(taken) + count))
+    return [name for name in names if name not in taken][:count]
+
+
+def _wired(node: Node) -> str:
+    inside, network = (
+        f"{format_bandwidth(link.bandwidth)} and {format_seconds(link.latency)}"
+        for link in (node.inside, node.network)
+    )
+    return f"assumed to have {inside} inside, {network} to the network, at site {node.site}"

@@ -1,0 +1,193 @@
+"""One figure of a cluster, changed: `node.p3-0.network.bandwidth = 25 Gbit/s`, as a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, cast, get_args
+
+from meshwright import units
+from meshwright.cluster.figures import (
+    BANDWIDTH,
+    LATENCY,
+    MEMORY,
+    MEMORY_BANDWIDTH,
+    PEAK,
+    Range,
+    out_of_range,
+)
+from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
+from meshwright.errors import ClusterError, Problem
+from meshwright.records import record
+
+LEVELS = ("inside", "network", "uplink")
+_TOPICS = ("link", "node", "site", "device")
+
+
+@record
+class _Figure:
+    """How a figure is read, and what it may be."""
+
+    read: Callable[[str], Any]
+    allowed: Range
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number, not {text!r}")
+    return value
+
+
+_EFFICIENCY = _Figure(read=_share, allowed=Range(least=1e-6, most=1.0, show=str))
+_LINK = {
+    "bandwidth": _Figure(read=units.parse_bandwidth, allowed=BANDWIDTH),
+    "latency": _Figure(read=units.parse_seconds, allowed=LATENCY),
+}
+_DEVICE = {
+    "memory": _Figure(read=units.parse_bytes, allowed=MEMORY),
+    "memory_bandwidth": _Figure(read=units.parse_bandwidth, allowed=MEMORY_BANDWIDTH),
+    "matmul_efficiency": _EFFICIENCY,
+    "attention_efficiency": _EFFICIENCY,
+    "memory_efficiency": _EFFICIENCY,
+}
+
+
+def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cluster:
+    """The cluster with one figure changed; `setting` is `FIELD=VALUE`.
+
+        link.LEVEL[.FIGURE]         of all nodes (inside, network) or sites (uplink)
+        node.NAME.LEVEL[.FIGURE]    of one node, or of all that a `count` made from NAME
+        site.NAME.uplink[.FIGURE]
+        device.TYPE.FIGURE          memory, memory_bandwidth, peak.PRECISION, ..._efficiency
+
+    A link's FIGURE is its bandwidth unless it says latency. Raises ClusterError.
+    """
+    field, equals, value = setting.partition("=")
+    field, value = field.strip(), value.strip()
+    if not equals or not field or not value:
+        wanted = "FIELD=VALUE, for example link.network=100Gbit/s"
+        raise ClusterError(Problem(option, "", repr(setting), wanted))
+    topic, _, rest = field.partition(".")
+    topic = topic.removesuffix("s")  # the cluster file says [links]
+    if topic == "device":
+        return _set_device(cluster, rest, value, _Place(option=option, field=field))
+    if topic in _TOPICS:
+        return _set_link(cluster, topic, rest, value, _Place(option=option, field=field))
+    raise _unknown(_Place(option=option, field=field), topic, _TOPICS)
+
+
+@record
+class _Place:
+    """Where a mistake is: the option, and the field in it."""
+
+    option: str
+    field: str
+
+
+def _unknown(place: _Place, found: str, known: tuple[str, ...]) -> ClusterError:
+    near = get_close_matches(found, known, 1, cutoff=0.5)
+    mend = f"Did you mean {near[0]!r}?" if near else ""
+    wanted = f"one of: {', '.join(known)}" if known else "nothing: the cluster has none"
+    return ClusterError(Problem(place.option, place.field, repr(found), wanted, mend))
+
+
+def _value(place: _Place, figure: _Figure, text: str) -> Any:
+    try:
+        value = figure.read(text.strip("\"'"))
+    except ValueError as failure:
+        raise ClusterError(Problem(place.option, place.field, repr(text), str(failure))) from None
+    ClusterError.check(out_of_range(place.field, value, figure.allowed, place.option))
+    return value
+
+
+def longest_name(text: str, names: Mapping[str, object]) -> str | None:
+    """The name that `text` begins with, up to a dot; names may contain dots themselves."""
+    fitting = [name for name in names if text == name or text.startswith(f"{name}.")]
+    return max(fitting, key=len, default=None)
+
+
+def nodes_named(cluster: Cluster) -> dict[str, tuple[Node, ...]]:
+    """Nodes by what they may be called: by name, and those of a `count` by what it counts."""
+    named: dict[str, tuple[Node, ...]] = {}
+    for node in cluster.nodes:
+        base, _, index = node.name.rpartition("-")
+        if base and index.isdigit():
+            named[base] = (*named.get(base, ()), node)
+    return {**named, **{node.name: (node,) for node in cluster.nodes}}
+
+
+def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _Place) -> Cluster:
+    nodes = {node.name for node in cluster.nodes}
+    sites = {site.name for site in cluster.sites}
+    levels: tuple[str, ...] = LEVELS
+    if topic != "link":
+        groups = nodes_named(cluster)
+        names = groups if topic == "node" else {site.name: () for site in cluster.sites}
+        name = longest_name(rest, names)
+        if name is None:
+            raise _unknown(place, rest.partition(".")[0], tuple(names))
+        rest = rest[len(name) :].removeprefix(".")
+        nodes = {node.name for node in groups[name]} if topic == "node" else set()
+        sites = {name} if topic == "site" else set()
+        levels = ("inside", "network") if topic == "node" else ("uplink",)
+    level, _, figure = rest.partition(".")
+    if level not in levels:
+        raise _unknown(place, level, levels)
+    figure = figure or "bandwidth"
+    if figure not in _LINK:
+        raise _unknown(place, figure, tuple(_LINK))
+    change = {figure: _value(place, _LINK[figure], value)}
+    if level == "uplink":
+        return _with_uplinks(cluster, sites, change, place)
+    changed = tuple(_with_link(node, level, change, node.name in nodes) for node in cluster.nodes)
+    return replace(cluster, nodes=changed)
+
+
+def _with_link(node: Node, level: str, change: dict[str, Any], chosen: bool) -> Node:
+    if not chosen:
+        return node
+    link: Link = replace(getattr(node, level), **change)
+    return replace(node, inside=link) if level == "inside" else replace(node, network=link)
+
+
+def _with_uplinks(
+    cluster: Cluster, names: set[str], change: dict[str, Any], place: _Place
+) -> Cluster:
+    def changed(site: Site) -> Site:
+        if site.name not in names or (site.uplink is None and "bandwidth" not in change):
+            return site
+        return replace(site, uplink=replace(site.uplink or Link(bandwidth=1.0), **change))
+
+    if "bandwidth" not in change and all(
+        s.uplink is None for s in cluster.sites if s.name in names
+    ):
+        raise ClusterError(
+            Problem(place.option, place.field, "no uplink", "a site that has one",
+                    "set its bandwidth first: sites without an uplink meet at network speed")
+        )  # fmt: skip
+    return replace(cluster, sites=tuple(changed(site) for site in cluster.sites))
+
+
+def _set_device(cluster: Cluster, rest: str, value: str, place: _Place) -> Cluster:
+    name = longest_name(rest, cluster.types)
+    if name is None:
+        raise _unknown(place, rest.partition(".")[0], tuple(cluster.types))
+    kind, figure = cluster.types[name], rest[len(name) :].removeprefix(".")
+    changed = _with_figure(kind, figure, value, place)
+    source = f"{kind.source}; what if: {figure} {value}".removeprefix("; ")
+    return replace(cluster, types={**cluster.types, name: replace(changed, source=source)})
+
+
+def _with_figure(kind: DeviceType, figure: str, value: str, place: _Place) -> DeviceType:
+    whole, _, precision = figure.partition(".")
+    if whole == "peak":
+        if precision not in get_args(Precision):
+            raise _unknown(place, precision, get_args(Precision))
+        peak = _value(place, _Figure(read=units.parse_flops, allowed=PEAK), value)
+        return replace(kind, peak={**kind.peak, cast("Precision", precision): peak})
+    if figure not in _DEVICE:
+        raise _unknown(place, figure, (*_DEVICE, "peak"))
+    return replace(kind, **{figure: _value(place, _DEVICE[figure], value)})

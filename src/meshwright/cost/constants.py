@@ -1,0 +1,270 @@
+"""The physical constants of the cost model, with their units, plausible ranges and sources.
+
+Datasheets say how fast hardware could be; these numbers say how fast it is, and what a framework
+adds. `calibrate` fits them to measured steps; whatever was not fitted keeps its default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import field, fields, replace
+
+from meshwright.cluster.spec import DeviceType
+from meshwright.errors import Problem
+from meshwright.records import Seconds, record
+
+
+@record
+class DeviceConstants:
+    """What one type of device reaches, with the host that drives it."""
+
+    matmul_efficiency: float | None = None
+    attention_efficiency: float | None = None
+    memory_efficiency: float | None = None
+    """None: the device type's own figure."""
+    head_efficiency: float = 1.0
+    launch_forward: Seconds = 50e-6
+    launch_backward: Seconds = 100e-6
+    layer_overhead: Seconds = 0.0
+    weight_traffic: float = 1.0
+    optimizer_traffic: float = 1.0
+
+
+@record
+class SystemConstants:
+    """What the links reach, and what the training framework does between computations."""
+
+    inside_efficiency: float = 1.0
+    network_efficiency: float = 1.0
+    ring_step: Seconds = 0.0
+    boundary: Seconds = 0.0
+    gradient_width: float = 1.0
+    reduction_delay: float = 0.0
+    shard_exposure: float = 0.3
+    step: Seconds = 0.0
+
+
+@record
+class Constant:
+    """What is known of one constant before anything is measured."""
+
+    unit: str
+    low: float
+    high: float
+    meaning: str
+    source: str
+
+
+CONSTANTS = {
+    "matmul_efficiency": Constant(
+        unit="share of peak",
+        low=0.1,
+        high=0.9,
+        meaning="peak that matrix products reach",
+        source="published GEMMs: T4 a third (70 W), V100 .71, A100 .79 to .88, H100 .67",
+    ),
+    "attention_efficiency": Constant(
+        unit="share of peak",
+        low=0.03,
+        high=0.9,
+        meaning="peak that attention's two products reach",
+        source="unfused .1 to .28 of an A100, FlashAttention-2 .57 to .65 (A100), .33 (H100)",
+    ),
+    "memory_efficiency": Constant(
+        unit="share of bandwidth",
+        low=0.3,
+        high=1.0,
+        meaning="memory bandwidth that elementwise operations reach",
+        source="stream kernels .75 to .92; fused operations move fewer bytes than are counted",
+    ),
+    "head_efficiency": Constant(
+        unit="share of matmul efficiency",
+        low=0.2,
+        high=1.0,
+        meaning="of what other products reach, what the output projection reaches",
+        source="1 for well padded vocabularies; a quarter to a half is common for others",
+    ),
+    "launch_forward": Constant(
+        unit="s per layer",
+        low=20e-6,
+        high=6e-3,
+        meaning="least time of a layer's forward: the host that feeds the device",
+        source="5 to 20 us an operation, 10 (plain) to 150 (with autocast, hooks) a layer",
+    ),
+    "launch_backward": Constant(
+        unit="s per layer",
+        low=20e-6,
+        high=6e-3,
+        meaning="least time of a layer's backward",
+        source="twice the operations of the forward, issued by C++ instead of Python",
+    ),
+    "layer_overhead": Constant(
+        unit="s per layer",
+        low=1e-7,
+        high=1e-3,
+        meaning="time of a layer's forward (twice that backward) that does not grow with rows",
+        source="a few us for the ramp and the tail of each of 10 to 100 kernels",
+    ),
+    "weight_traffic": Constant(
+        unit="share",
+        low=0.0,
+        high=1.0,
+        meaning="of the weight and gradient bytes that autocast moves for every micro-batch",
+        source="1 with autocast over fp32 weights; about 0.3 where 16-bit weights are kept",
+    ),
+    "optimizer_traffic": Constant(
+        unit="share",
+        low=0.4,
+        high=1.5,
+        meaning="of the bytes that our optimizer step moves per parameter",
+        source="44 bytes (AdamW, clipping, clearing); a fused one with 16-bit gradients about 30",
+    ),
+    "inside_efficiency": Constant(
+        unit="share of bandwidth",
+        low=0.2,
+        high=1.0,
+        meaning="stated bandwidth that transfers inside a node reach",
+        source="NCCL bus bandwidth .7 to .85 of the line rate on NVLink, about .5 over PCIe hosts",
+    ),
+    "network_efficiency": Constant(
+        unit="share of bandwidth",
+        low=0.2,
+        high=1.0,
+        meaning="stated bandwidth that transfers between nodes reach",
+        source="NCCL over InfiniBand .7 to .9; over TCP sockets .4 to .8",
+    ),
+    "ring_step": Constant(
+        unit="s per step",
+        low=1e-6,
+        high=2e-4,
+        meaning="fixed cost of one of the 2(n - 1) steps of a ring all-reduce",
+        source="NCCL 5 to 20 us a step; more where ranks are out of step with each other",
+    ),
+    "boundary": Constant(
+        unit="s per transfer",
+        low=1e-6,
+        high=1e-3,
+        meaning="fixed cost of a transfer between stages",
+        source="20 us (NCCL) to a ms (handshakes through the host)",
+    ),
+    "gradient_width": Constant(
+        unit="share",
+        low=0.5,
+        high=1.0,
+        meaning="bytes of a gradient on the links, over those of the master weight",
+        source="1: fp32 (Meshwright); 0.5: 16-bit (Megatron-DeepSpeed, FSDP)",
+    ),
+    "reduction_delay": Constant(
+        unit="share",
+        low=0.0,
+        high=1.0,
+        meaning="of the last backward that passes before its gradients are reduced",
+        source="0: as they are complete (DDP, Meshwright); 1: after it (DeepSpeed's pipelines)",
+    ),
+    "shard_exposure": Constant(
+        unit="share",
+        low=0.0,
+        high=1.0,
+        meaning="of the hideable gathering of sharded parameters that is not hidden",
+        source="FSDP prefetches one unit ahead; both sides slow when they overlap",
+    ),
+    "step": Constant(
+        unit="s per step",
+        low=1e-5,
+        high=0.1,
+        meaning="fixed cost of a step outside all instructions",
+        source="data loading, loss scaling, logging",
+    ),
+}
+"""Everything that may be fitted, by field name of the two records."""
+
+DEVICE_NAMES = tuple(each.name for each in fields(DeviceConstants))
+SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
+
+
+@record
+class ErrorBar:
+    """How far predictions were off where they could be checked: relative, measured / predicted."""
+
+    low: float
+    high: float
+    """Tenth and ninetieth percentile, each run predicted from the others."""
+    runs: int
+
+
+@record
+class Calibration:
+    """Constants fitted to measured steps."""
+
+    format: int = 1
+    source: str = ""
+    """What was fitted: for people."""
+    devices: dict[str, DeviceConstants] = field(default_factory=dict)
+    """By device type."""
+    system: SystemConstants = SystemConstants()
+    error: ErrorBar | None = None
+
+
+DEFAULT_DEVICE = DeviceConstants()
+DEFAULT_SYSTEM = SystemConstants()
+
+KIN = 2.5
+"""Types whose peak and memory bandwidth differ by less than this factor share efficiencies."""
+
+
+def device_constants(calibration: Calibration | None, device: DeviceType) -> DeviceConstants:
+    """Of a device type: fitted, else those of the nearest fitted type.
+
+    Nearest in peak and memory bandwidth. From a distant relative only what belongs to host and
+    framework is taken over; efficiencies are then the type's own.
+    """
+    if calibration is None or not calibration.devices:
+        return DEFAULT_DEVICE
+    if device.name in calibration.devices:
+        return calibration.devices[device.name]
+    distance, name = min((_distance(device, name), name) for name in calibration.devices)
+    nearest = calibration.devices[name]
+    if distance < math.log(KIN):
+        return nearest
+    return replace(
+        nearest, matmul_efficiency=None, attention_efficiency=None, memory_efficiency=None
+    )
+
+
+def _distance(device: DeviceType, name: str) -> float:
+    """Larger logarithm of the ratios of peak and bandwidth; infinite for an unknown type."""
+    from meshwright.cluster.catalog import catalog
+
+    if name not in catalog():
+        return math.inf
+    other = catalog()[name].type
+    if other.processor != device.processor:
+        return math.inf
+    peaks = max(device.peak.values()) / max(other.peak.values())
+    bandwidths = device.memory_bandwidth / other.memory_bandwidth
+    return max(abs(math.log(peaks)), abs(math.log(bandwidths)))
+
+
+def system_constants(calibration: Calibration | None) -> SystemConstants:
+    """Of links and framework: fitted, else the defaults."""
+    return calibration.system if calibration else DEFAULT_SYSTEM
+
+
+def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
+    """One Problem for every constant outside its range (defaults always pass)."""
+    mend = "calibrate again, or correct the file"
+    found = [
+        (f"devices.{kind}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))
+        for kind, constants in calibration.devices.items()
+        for name in DEVICE_NAMES
+    ]
+    found += [
+        (f"system.{name}", name, getattr(calibration.system, name), getattr(DEFAULT_SYSTEM, name))
+        for name in SYSTEM_NAMES
+    ]
+    for where, name, value, default in found:
+        known = CONSTANTS[name]
+        if value not in (None, default) and not known.low <= value <= known.high:
+            wanted = f"{known.low:g} to {known.high:g} {known.unit}"
+            yield Problem(source, where, f"{value:g}", wanted, mend)

@@ -1,0 +1,1 @@
+"""Plans as the settings of other tools, where these can express them."""

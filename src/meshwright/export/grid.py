@@ -1,0 +1,120 @@
+"""The regular grid that other tools know, data x tensor x stages, and whether a plan is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshwright.errors import PlanError, Problem
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.records import record
+
+Mesh = tuple[tuple[tuple[str, ...], ...], ...]
+"""Device names by stage, replica and tensor index."""
+
+
+@record
+class Grid:
+    """A plan in which every stage has the same widths and every replica the same work."""
+
+    data: int
+    tensor: int
+    layers: tuple[tuple[int, int], ...]
+    """First layer of each stage, and one past its last."""
+    rows: int
+    """Rows of a micro-batch of one replica."""
+    micro_batches: int
+    mesh: Mesh
+
+    @property
+    def stages(self) -> int:
+        return len(self.layers)
+
+
+def grid_of(plan: Plan, tool: str) -> Grid:
+    """The grid that a plan is; equal pipelines are replicas of one.
+
+    Raises PlanError with every reason why the plan is none, in the name of the tool that asks.
+    """
+    problems = [*_problems(plan, tool)]
+    PlanError.check(problems)
+    stages = plan.pipelines[0].stages
+    mesh = tuple(
+        tuple(replica for pipeline in plan.pipelines for replica in pipeline.stages[s].devices)
+        for s in range(len(stages))
+    )
+    return Grid(
+        data=len(mesh[0]),
+        tensor=len(mesh[0][0]),
+        layers=tuple(stage.layers for stage in stages),
+        rows=plan.pipelines[0].rows // len(stages[0].devices),
+        micro_batches=plan.pipelines[0].micro_batches,
+        mesh=mesh,
+    )
+
+
+def _widths(stage: Stage) -> tuple[int, int]:
+    return len(stage.devices), len(stage.devices[0])
+
+
+def _work(pipeline: Pipeline) -> tuple[object, ...]:
+    """What two pipelines must have in common to be replicas of one."""
+    stages = tuple((stage.layers, _widths(stage)) for stage in pipeline.stages)
+    return pipeline.micro_batches, pipeline.rows, stages
+
+
+def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
+    if len({_work(pipeline) for pipeline in plan.pipelines}) > 1:
+        wanted = f"equal pipelines: {tool} gives every replica the same layers and the same rows"
+        yield Problem(plan.name, "pipelines", describe(plan), wanted)
+    for p, pipeline in enumerate(plan.pipelines):
+        yield from pipeline_problems(plan, p, pipeline, tool)
+
+
+def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:
+    """Why the stages of one pipeline do not make a grid."""
+    where = f"pipelines[{index}].stages"
+    widths = list(dict.fromkeys(_widths(stage) for stage in pipeline.stages))
+    if len(widths) > 1:
+        found = ", ".join(f"{data} x {tensor}" for data, tensor in widths)
+        wanted = f"one data x tensor width: {tool} knows only stages of equal width"
+        yield Problem(plan.name, where, found, wanted)
+    for s, stage in enumerate(pipeline.stages):
+        if stage.rows is not None and len(set(stage.rows)) > 1:
+            wanted = f"equal shares: {tool} gives every replica the same number of rows"
+            yield Problem(plan.name, f"{where}[{s}].rows", str(list(stage.rows)), wanted)
+
+
+def blocks_by_stage(plan: Plan, grid: Grid, model: LayerGraph, tool: str) -> tuple[int, ...]:
+    """Blocks of each stage of a language model, embedding and head left aside.
+
+    Raises PlanError for a model that is no embedding, blocks and head.
+    """
+    names = [layer.name for layer in model.layers]
+    blocks = [f"blocks.{index}" for index in range(len(names) - 2)]
+    if names != ["embedding", *blocks, "head"]:
+        wanted = f"a language model of embedding, blocks and head, which {tool} can build"
+        raise PlanError(Problem(plan.name, "model", model.name, wanted))
+    last = len(names) - 1
+    return tuple(min(end, last) - max(first, 1) for first, end in grid.layers)
+
+
+def is_even(blocks: tuple[int, ...]) -> bool:
+    """Equal numbers of blocks on all stages."""
+    return len(set(blocks)) == 1 and blocks[0] > 0
+
+
+def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
+    """A Problem if the order of forwards and backwards is not 1F1B where that matters."""
+    if plan.schedule != "1f1b" and grid.stages > 1 and grid.micro_batches > 1:
+        wanted = f"1f1b, the only order of {tool} for stages that do not interleave"
+        mend = 'set "schedule": "1f1b" in the plan: it needs less memory'
+        yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
+
+
+def only_precisions(plan: Plan, tool: str, *known: str) -> Iterator[Problem]:
+    """A Problem if the tool does not compute in the job's precision."""
+    if plan.job.precision not in known:
+        wanted = f"{' or '.join(known)}, which {tool} computes in"
+        yield Problem(plan.name, "job.precision", plan.job.precision, wanted)

@@ -1,0 +1,93 @@
+"""The script that starts a tool's processes, each rank on the device that the plan gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from meshwright.cluster.spec import node_of
+from meshwright.export.grid import Grid
+
+PORT = 29500
+
+
+def stage_major(grid: Grid) -> tuple[str, ...]:
+    """Devices in rank order where stages are the slowest axis: stage, replica, tensor index."""
+    return tuple(device for stage in grid.mesh for replica in stage for device in replica)
+
+
+def replica_major(grid: Grid) -> tuple[str, ...]:
+    """Devices in rank order where replicas are the slowest axis: replica, stage, tensor index."""
+    return tuple(
+        device
+        for replica in range(grid.data)
+        for stage in range(grid.stages)
+        for device in grid.mesh[stage][replica]
+    )
+
+
+def by_node(order: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Runs of ranks on one node."""
+    return [(node, tuple(devices)) for node, devices in groupby(order, key=node_of)]
+
+
+def is_node_by_node(order: Sequence[str]) -> bool:
+    """Whether every node's ranks follow each other, as torchrun numbers them."""
+    nodes = [node for node, _ in by_node(order)]
+    return len(nodes) == len(set(nodes))
+
+
+def visible(devices: Sequence[str]) -> str:
+    """The devices of one node as CUDA numbers them: local rank 0 first."""
+    return ",".join(device.rpartition(":")[2] for device in devices)
+
+
+def launch_script(order: Sequence[str], command: str, *, environment: str = "") -> str:
+    """A script that starts `command` (what follows `torchrun` or `python`) on the node that it is
+    told; further arguments go to the command.
+
+    Where the ranks of a node do not follow each other, torchrun cannot number them so: every
+    process is then started with its own RANK.
+    """
+    nodes = list(dict.fromkeys(node_of(device) for device in order))
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Start it on every node, in this folder: bash launch.sh NODE [more arguments]",
+        f"# NODE: {' '.join(nodes)} (names that the others can reach; else set MASTER_ADDR)",
+        "set -euo pipefail",
+        f'export MASTER_ADDR="${{MASTER_ADDR:-{nodes[0]}}}"',
+        f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
+        *([f"export {environment}"] if environment else []),
+        'node="${1:?the name of this node}"; shift',
+        'case "$node" in',
+    ]
+    start = _torchrun if is_node_by_node(order) else _processes
+    for index, node in enumerate(nodes):
+        lines += [f"  {node})", *start(order, node, index, len(nodes), command), "    ;;"]
+    lines += ['  *) echo "no ranks on $node" >&2; exit 2 ;;', "esac"]
+    return "\n".join(lines) + "\n"
+
+
+def _torchrun(order: Sequence[str], node: str, index: int, nodes: int, command: str) -> list[str]:
+    devices = [device for device in order if node_of(device) == node]
+    return [
+        f"    CUDA_VISIBLE_DEVICES={visible(devices)} torchrun --nnodes={nodes} \\",
+        f"      --node-rank={index} --nproc-per-node={len(devices)} \\",
+        '      --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \\',
+        f'      {command} "$@"',
+    ]
+
+
+def _processes(
+    order: Sequence[str], node: str, _index: int, _nodes: int, command: str
+) -> list[str]:
+    ranks = [(rank, device) for rank, device in enumerate(order) if node_of(device) == node]
+    lines = [
+        f"    export CUDA_VISIBLE_DEVICES={visible([device for _, device in ranks])}",
+        f"    export WORLD_SIZE={len(order)} LOCAL_WORLD_SIZE={len(ranks)}",
+    ]
+    lines += [
+        f'    RANK={rank} LOCAL_RANK={local} python {command} "$@" &'
+        for local, (rank, _) in enumerate(ranks)
+    ]
+    return [*lines, '    for process in $(jobs -p); do wait "$process"; done']

@@ -1,0 +1,49 @@
+"""The tools that a plan can be written for, by the name that the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from meshwright.errors import PlanError, Problem
+from meshwright.export.accelerate import accelerate_files
+from meshwright.export.deepspeed import deepspeed_files
+from meshwright.export.megatron import megatron_files
+from meshwright.export.pipelining import pipelining_files
+from meshwright.export.torchtitan import torchtitan_files
+from meshwright.model.config import LanguageModel
+from meshwright.model.hf import language_model
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+
+_WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]] = {
+    "torchtitan": torchtitan_files,
+    "megatron": megatron_files,
+    "deepspeed": deepspeed_files,
+    "accelerate": accelerate_files,
+}
+PIPELINING = "pipelining-csv"
+TOOLS = (*_WRITERS, PIPELINING)
+
+
+def check_tool(tool: str) -> None:
+    """Raise PlanError for a tool that nobody knows."""
+    if tool not in TOOLS:
+        near = get_close_matches(tool, TOOLS, 1)
+        mend = f"Did you mean {near[0]!r}?" if near else ""
+        raise PlanError(Problem("--to", "", repr(tool), f"one of: {', '.join(TOOLS)}", mend))
+
+
+def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
+    """The text of every file that `tool` takes for the plan, by file name.
+
+    Raises PlanError with every reason why the tool cannot express the plan.
+    """
+    check_tool(tool)
+    if tool == PIPELINING:
+        return pipelining_files(plan, model)
+    if plan.model.source.endswith(".toml"):
+        wanted = f"a language model by name or config.json, which {tool} can build"
+        mend = f"--to {PIPELINING} takes any model"
+        raise PlanError(Problem(plan.name, "model.source", plan.model.source, wanted, mend))
+    return _WRITERS[tool](plan, model, language_model(plan.model.source, plan.job.sequence))

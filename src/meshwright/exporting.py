@@ -1,0 +1,124 @@
+"""A plan for another tool, or the nearest one that the tool can express."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+from meshwright.cost.memory import memory_problems
+from meshwright.errors import FitError, MeshwrightError, PlanError
+from meshwright.export.deepspeed import uniform
+from meshwright.export.tools import check_tool, export_files
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Plan
+from meshwright.plan.validate import validate_plan
+from meshwright.records import record
+from meshwright.search.baselines import BASELINES
+from meshwright.session import Session, by_hand, predicted
+from meshwright.units import format_seconds
+
+Cuts = tuple[tuple[int, int], ...]
+
+
+@record
+class Exported:
+    """A plan as another tool takes it."""
+
+    plan: Plan
+    files: dict[str, str]
+    """Text by file name."""
+
+
+def exported(session: Session, plan: Plan, tool: str, *, nearest: bool = False) -> Exported:
+    """A plan for another tool; `nearest`: the nearest that it can express, if this one is not.
+
+    Raises PlanError with the reasons why it is not, and which plan would be.
+    """
+    check_tool(tool)
+    try:
+        return Exported(plan=plan, files=export_files(plan, session.model, tool))
+    except PlanError as refusal:
+        near = _nearest(session, plan, tool)
+        if nearest and near:
+            return near
+        first, *others = refusal.problems
+        first = replace(first, mend=_mend(first.mend, plan, near))
+        raise PlanError(first, *others) from None
+
+
+def _nearest(session: Session, plan: Plan, tool: str) -> Exported | None:
+    """The fastest of the plan's own regular forms and of the plans that people write by hand."""
+    found: list[Exported] = []
+    for candidate in _candidates(session, plan):
+        try:
+            files = export_files(candidate, session.model, tool)
+        except PlanError:  # not this one either
+            continue
+        found.append(Exported(plan=candidate, files=files))
+    return min(found, key=lambda each: _seconds(each.plan), default=None)
+
+
+def _seconds(plan: Plan) -> float:
+    return plan.prediction.step_seconds if plan.prediction else math.inf
+
+
+def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
+    """Plans that are valid and fit, each with its prediction."""
+    for variant in regular_forms(plan, session.model):
+        try:
+            validate_plan(variant, session.model, session.cluster)
+            FitError.check(memory_problems(variant, session.model, session.cluster))
+        except MeshwrightError:  # it would not run
+            continue
+        yield predicted(session, variant)
+    for name in BASELINES:
+        try:
+            yield by_hand(session, name)
+        except MeshwrightError:  # there is none for this cluster
+            continue
+
+
+def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
+    """The plan on the same devices with layers cut evenly, in the order 1F1B."""
+    stages = len(plan.pipelines[0].stages)
+    if any(len(pipeline.stages) != stages for pipeline in plan.pipelines):
+        return
+    own = tuple(stage.layers for stage in plan.pipelines[0].stages)
+    for cuts in dict.fromkeys((own, *even_cuts(len(model.layers), stages))):
+        pipelines = tuple(
+            replace(
+                pipeline,
+                stages=tuple(
+                    replace(stage, layers=layers)
+                    for stage, layers in zip(pipeline.stages, cuts, strict=True)
+                ),
+            )
+            for pipeline in plan.pipelines
+        )
+        yield replace(plan, schedule="1f1b", pipelines=pipelines, prediction=None)
+
+
+def even_cuts(layers: int, stages: int) -> Iterator[Cuts]:
+    """Equally many layers on each stage; and equally many blocks on all but the last."""
+    if layers >= stages:
+        yield uniform(layers, stages)
+    blocks = layers - 2
+    for each in (blocks // stages, -(-blocks // stages)):
+        if each > 0 and blocks - each * (stages - 1) > 0:
+            starts = [0, *(1 + each * stage for stage in range(1, stages)), layers]
+            yield tuple(pairwise(starts))
+
+
+def _mend(mend: str, plan: Plan, near: Exported | None) -> str:
+    """What else can be done, beside the mend that the refusal has itself."""
+    if near is None:
+        return mend or "no other plan for this job can be written for it either"
+    own = f", not {format_seconds(_seconds(plan))}" if plan.prediction else ""
+    text = (
+        f"the nearest that it takes, {describe(near.plan)}, needs "
+        f"{format_seconds(_seconds(near.plan))} a step{own}: --nearest writes that"
+    )
+    return f"{mend}; or: {text}" if mend else text

@@ -1,0 +1,72 @@
+"""What a stage exchanges with its neighbours, as instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from meshwright.layout.rows import Move, boundary_moves
+from meshwright.model.spec import LayerGraph, alive_at
+from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.program.instructions import RECEIVES, Instruction, Op
+from meshwright.records import record
+
+
+@record
+class Boundary:
+    """Transfers of one direction at one end of a stage."""
+
+    op: Op
+    """What the ranks of this stage do: a send or a receive."""
+    moves: tuple[Move, ...]
+    row_bytes: float
+
+
+@record
+class Boundaries:
+    """All that a stage exchanges: with the stage before it and the one after."""
+
+    incoming: dict[Op, Boundary]
+    """By the compute instruction that reads it."""
+    outgoing: dict[Op, Boundary]
+    """By the compute instruction that makes it."""
+
+
+def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
+    """What a stage receives and sends in each direction, with bytes per row."""
+    before = None if stage.is_first else stages[stage.number - 1]
+    after = None if stage.is_last else stages[stage.number + 1]
+    forward_in, backward_out = cut_bytes(model, stage.layers[0])
+    forward_out, backward_in = cut_bytes(model, stage.layers[1])
+    incoming, outgoing = {}, {}
+    if before is not None:
+        arriving, leaving = boundary_moves(before, stage), boundary_moves(stage, before)
+        incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward_in)
+        outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward_out)
+    if after is not None:
+        arriving, leaving = boundary_moves(after, stage), boundary_moves(stage, after)
+        incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward_in)
+        outgoing[Op.FORWARD] = Boundary(op=Op.SEND_F, moves=leaving, row_bytes=forward_out)
+    return Boundaries(incoming=incoming, outgoing=outgoing)
+
+
+def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
+    """Bytes per row that cross a cut before layer `cut`: forward, and backward."""
+    alive = alive_at(model, cut)
+    return sum(t.bytes for t in alive), sum(t.bytes for t in alive if t.gradient)
+
+
+def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
+    """This rank's part of what crosses a boundary one way, if anything does."""
+    if boundary is None or not boundary.row_bytes:
+        return
+    receiving = boundary.op in RECEIVES
+    for move in boundary.moves:
+        if (move.target if receiving else move.source) == seat.rank:
+            yield Instruction(
+                op=boundary.op,
+                stage=seat.stage,
+                micro_batch=micro_batch,
+                peer=move.source if receiving else move.target,
+                rows=move.rows,
+                bytes=round(boundary.row_bytes * (move.rows[1] - move.rows[0])),
+            )

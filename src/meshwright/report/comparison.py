@@ -1,0 +1,221 @@
+"""Two plans side by side: in the terminal, as data, and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meshwright import __version__
+from meshwright.cost.memory import total_bytes
+from meshwright.plan.ranks import stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.records import dumps, record
+from meshwright.report.drawing import plan_svg
+from meshwright.report.page import Bar, Piece
+from meshwright.report.palette import PARTS
+from meshwright.report.tables import devices_text, plan_table
+from meshwright.report.template import render, source
+from meshwright.simulate.facts import Facts, Measured, Verdict
+from meshwright.simulate.traffic import LinkLoad
+from meshwright.units import format_bytes, format_seconds
+
+MOST_LINKS = 12
+"""Lines of the table of links; all of them are in the JSON."""
+
+
+@record
+class ComparedPlans:
+    """What `--json` prints."""
+
+    plans: tuple[Facts, Facts]
+    verdict: Verdict
+
+
+def short_names(first: Path, second: Path) -> tuple[str, str]:
+    """What two files are called in a table: their names, or their paths where these are one."""
+    if first.name != second.name:
+        return first.name, second.name
+    if first != second:
+        return str(first), str(second)
+    return f"{first.name} (first)", f"{second.name} (second)"
+
+
+def comparison_json(first: Measured, second: Measured, verdict: Verdict) -> str:
+    """The comparison as JSON: seconds and bytes."""
+    return dumps(ComparedPlans(plans=(first.facts, second.facts), verdict=verdict))
+
+
+def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
+    """Which plan wins, by how much, and what the other one loses."""
+    if verdict.winner is None:
+        rate = f"{first.tokens_per_second:,.0f} tokens/s"
+        return f"{first.name} and {second.name} are equally fast: {rate}."
+    loser = second if verdict.winner == first.name else first
+    text = f"{verdict.winner} is {verdict.speed_up:.3g} times as fast as {loser.name}: "
+    alike = first.tokens_per_step == second.tokens_per_step
+    work = "" if alike else "for as many tokens, "
+    return f"{text}{work}{loser.name} spends {verdict.reason}."
+
+
+def print_comparison(
+    first: Measured, second: Measured, verdict: Verdict, console: Console | None = None
+) -> None:
+    """Print who holds what in both, what a step costs, what the links carry, and who wins."""
+    console = console or Console()
+    for each in (first, second):
+        console.print(Text(f"{each.facts.name}: {each.facts.plan}", style="bold"))
+        console.print(plan_table(each.plan))
+        console.print()
+    for difference in verdict.differences:
+        console.print(f"• not alike: {difference}", highlight=False, markup=False)
+    if verdict.differences:
+        console.print()
+    console.print(figures_table(first.facts, second.facts))
+    console.print()
+    console.print(links_table(first.facts, second.facts))
+    console.print()
+    sentence = verdict_sentence(first.facts, second.facts, verdict)
+    console.print(f"• {sentence}", highlight=False, markup=False)
+
+
+Line = tuple[str, str, str, str]
+"""What, of one plan, of the other, and the change between them."""
+
+
+def figures(first: Facts, second: Facts) -> list[Line]:
+    """Every line of the comparison."""
+    parts = [part for part in PARTS if first.parts.get(part) or second.parts.get(part)]
+    return [
+        ("step", *_seconds(first.step_seconds, second.step_seconds)),
+        *((f"  {part}", *_seconds(first.parts[part], second.parts[part])) for part in parts),
+        (
+            "tokens/s",
+            f"{first.tokens_per_second:,.0f}",
+            f"{second.tokens_per_second:,.0f}",
+            _change(first.tokens_per_second, second.tokens_per_second),
+        ),
+        ("bubble, of the step", f"{first.bubble_share:.1%}", f"{second.bubble_share:.1%}", ""),
+        ("devices", str(first.devices), str(second.devices), ""),
+        *_memory_lines(first, second),
+    ]
+
+
+def _memory_lines(first: Facts, second: Facts) -> list[Line]:
+    one, two = total_bytes(first.fullest), total_bytes(second.fullest)
+    return [
+        ("fullest device", first.fullest.device, second.fullest.device, ""),
+        ("  holds", format_bytes(one), format_bytes(two), _change(one, two)),
+        ("  of its memory", f"{first.fullest_share:.0%}", f"{second.fullest_share:.0%}", ""),
+    ]
+
+
+def _seconds(first: float, second: float) -> tuple[str, str, str]:
+    return format_seconds(first), format_seconds(second), _change(first, second)
+
+
+def _change(first: float, second: float) -> str:
+    if first == second or first == 0:
+        return ""
+    return f"{second / first - 1:+.1%}"
+
+
+def figures_table(first: Facts, second: Facts) -> Table:
+    """The figures of both plans, and the second's change from the first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in (first.name, second.name):
+        table.add_column(Text(name, overflow="fold"), justify="right", max_width=24)
+    table.add_column("change", justify="right")
+    for line in figures(first, second):
+        table.add_row(*map(Text, line))
+    return table
+
+
+def link_rows(first: Facts, second: Facts) -> list[tuple[str, LinkLoad | None, LinkLoad | None]]:
+    """Every link that either plan uses, the one that is busy longest first."""
+    one, two = ({load.name: load for load in each.links} for each in (first, second))
+
+    def busiest(name: str) -> float:
+        return max(load.seconds for load in (one.get(name), two.get(name)) if load)
+
+    names = sorted({*one, *two}, key=lambda name: (-busiest(name), name))
+    return [(name, one.get(name), two.get(name)) for name in names]
+
+
+def links_table(first: Facts, second: Facts) -> Table:
+    """Bytes of a step by link, and the share of the step in which they pass at full speed."""
+    rows = link_rows(first, second)
+    left = len(rows) - MOST_LINKS
+    caption = f"{left} links that are busy less: --json has them all" if left > 0 else None
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column("link, bytes a step")
+    for name in (first.name, second.name):
+        table.add_column(Text(name, overflow="fold"), justify="right", max_width=24)
+        table.add_column("busy", justify="right")
+    for name, one, two in rows[:MOST_LINKS]:
+        cells: list[str] = []
+        for load, facts in ((one, first), (two, second)):
+            cells += _load_cells(load, facts.step_seconds)
+        table.add_row(Text(name), *cells)
+    if not rows:
+        table.add_row("nothing", "-", "", "-", "")
+    return table
+
+
+def _load_cells(load: LinkLoad | None, step_seconds: float) -> tuple[str, str]:
+    if load is None:
+        return "-", ""
+    return format_bytes(load.bytes), f"{load.seconds / step_seconds:.0%}"
+
+
+def write_comparison(path: Path, first: Measured, second: Measured, verdict: Verdict) -> None:
+    """Write the comparison as one self-contained HTML page."""
+    room = max(each.facts.step_seconds for each in (first, second))
+    text = render(
+        "compare.html",
+        css=source("page.css") + source("plan.css"),
+        version=__version__,
+        heading=verdict_sentence(first.facts, second.facts, verdict),
+        differences=verdict.differences,
+        sides=[
+            {
+                "facts": each.facts,
+                "svg": plan_svg(each.plan, each.cluster, each.model),
+                "stages": _stage_lines(each.plan),
+            }
+            for each in (first, second)
+        ],
+        figures=figures(first.facts, second.facts),
+        step_parts=[_part_bar(each.facts, room) for each in (first, second)],
+        part_colours=PARTS,
+        links=[
+            (name, *_load_cells(one, first.facts.step_seconds),
+             *_load_cells(two, second.facts.step_seconds))
+            for name, one, two in link_rows(first.facts, second.facts)
+        ],
+    )  # fmt: skip
+    path.write_text(text, encoding="utf-8")
+
+
+def _stage_lines(plan: Plan) -> list[tuple[int, str, str, str]]:
+    return [
+        (
+            stage.number,
+            f"{stage.layers[0]}:{stage.layers[1]}",
+            f"{len(stage.seats)} × {len(stage.seats[0])}",
+            devices_text(tuple(s.device for replica in stage.seats for s in replica)),
+        )
+        for stage in stage_seats(plan)
+    ]
+
+
+def _part_bar(facts: Facts, room: float) -> Bar:
+    pieces = tuple(
+        Piece(name=part, colour=PARTS[part], amount=seconds, share=seconds / room)
+        for part, seconds in facts.parts.items()
+        if seconds > 0
+    )
+    return Bar(name=facts.name, total=facts.step_seconds, pieces=pieces)

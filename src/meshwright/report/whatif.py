@@ -1,0 +1,123 @@
+"""What another cluster would buy: the step before and after, in the terminal and as data."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Plan
+from meshwright.records import dumps, record
+from meshwright.report.sentences import limits, tokens_per_second
+from meshwright.report.tables import plan_table
+from meshwright.simulate.traffic import LinkLoad
+from meshwright.units import format_seconds
+
+BUSY = 0.5
+"""Share of the step from which a link is worth a word."""
+
+
+@record
+class Option:
+    """A plan on a cluster: one line of the answer."""
+
+    name: str
+    plan: str = ""
+    """The plan in one line."""
+    step_seconds: float | None = None
+    """None: it cannot run there."""
+    tokens_per_second: float | None = None
+    reason: str = ""
+    """Why it cannot."""
+
+
+@record
+class WhatIf:
+    """What edits of a cluster would buy."""
+
+    edits: tuple[str, ...]
+    """What was changed, and assumed for it."""
+    options: tuple[Option, ...]
+    """The plan as it is, the best one for the cluster as it is, the plan kept on the edited
+    cluster, and the best one for that."""
+    seconds_before: float
+    """Of a step of the fastest plan for the cluster as it is."""
+    seconds_after: float
+    """And for the edited one."""
+    best: Plan
+    """The fastest for the edited cluster, with its prediction."""
+    busiest: LinkLoad | None
+    """The link of the edited cluster that is busy longest under that plan."""
+
+    @property
+    def speed_up(self) -> float:
+        """Before over after."""
+        return self.seconds_before / self.seconds_after
+
+
+def option(name: str, plan: Plan, seconds: float) -> Option:
+    """A plan that runs."""
+    rate = tokens_per_second(plan, seconds)
+    return Option(name=name, plan=describe(plan), step_seconds=seconds, tokens_per_second=rate)
+
+
+def whatif_json(found: WhatIf) -> str:
+    """The answer as JSON: seconds and bytes."""
+    return dumps(found)
+
+
+def bought(found: WhatIf) -> str:
+    """What the edits buy, in a sentence."""
+    before, after = format_seconds(found.seconds_before), format_seconds(found.seconds_after)
+    change = f"{before} before, {after} after"
+    if abs(found.speed_up - 1) < 0.0005:
+        return f"It would buy nothing: {change}."
+    if found.speed_up < 1:
+        return f"A step would be {1 / found.speed_up:.3g} times as long: {change}."
+    return f"It would be {found.speed_up:.3g} times as fast: {change}."
+
+
+def print_whatif(found: WhatIf, console: Console | None = None) -> None:
+    """Print what was assumed, what it buys, the plan for it, and what would limit that."""
+    console = console or Console()
+    for edit in found.edits:
+        console.print(f"• {edit}", highlight=False, markup=False)
+    console.print()
+    console.print(_options_table(found))
+    console.print()
+    console.print(f"• {bought(found)}", highlight=False, markup=False)
+    console.print()
+    console.print(Text(f"the best plan for it: {describe(found.best)}", style="bold"))
+    console.print(plan_table(found.best))
+    console.print()
+    for sentence in (*_limits(found.best), *_busiest(found)):
+        console.print(f"• {sentence}", highlight=False, markup=False)
+
+
+def _limits(plan: Plan) -> tuple[str, ...]:
+    return limits(plan.prediction) if plan.prediction else ()
+
+
+def _busiest(found: WhatIf) -> tuple[str, ...]:
+    if found.busiest is None or found.busiest.seconds < BUSY * found.seconds_after:
+        return ()
+    share = found.busiest.seconds / found.seconds_after
+    return (f"{found.busiest.name} is the busiest link: {share:.0%} of the step.",)
+
+
+def _options_table(found: WhatIf) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "step", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("plan", overflow="fold")
+    told: dict[str, str] = {}
+    for each in found.options:
+        if each.step_seconds is None or each.tokens_per_second is None:
+            table.add_row(each.name, "-", "-", Text(each.reason))
+            continue
+        rate = f"{each.tokens_per_second:,.0f}"
+        plan = told.get(each.plan, each.plan)
+        told.setdefault(each.plan, "the same")
+        table.add_row(each.name, format_seconds(each.step_seconds), rate, Text(plan))
+    return table

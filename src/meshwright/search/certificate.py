@@ -1,0 +1,174 @@
+"""A lower bound on the step time of every plan there could be, under the same costs.
+
+Letters: L layers, K device types, w a price for a second on a device of each type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.cost.compute import optimizer_seconds
+from meshwright.cost.memory import usable_bytes
+from meshwright.model.spec import num_parameters
+from meshwright.plan.spec import Prediction
+from meshwright.search.costs import Costs, layer_times
+from meshwright.search.partition import Array
+from meshwright.search.space import usable_devices
+from meshwright.units import format_seconds
+
+FLUID = "all work spread over all devices without loss"
+CHAIN = "the layers one after another, each where it is fastest"
+EXHAUSTIVE = "every plan of the space was looked at"
+
+EVERY_ROW_COUNT = 512
+"""Micro-batches of so many rows are priced one by one where times were measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Seconds that no plan can beat, and why."""
+
+    seconds: float
+    reason: str
+
+
+def certificate(costs: Costs) -> Certificate:
+    """The best of two bounds, each with what must follow it.
+
+    Fluid: with e(l, k) the least device-seconds per row of layer l on type k, over all tensor
+    widths and rows per micro-batch that memory allows, n(k) devices of each type, and any prices
+    w >= 0 with sum n(k) w(k) = 1,
+
+        T >= rows * sum over l of min over k of w(k) e(l, k)
+
+    because a step of T seconds sells no more than T at these prices (linear programming duality;
+    the w only decide how tight it is). Chain: one row passes every layer, forward and backward.
+    Then the optimizer: some device holds at least an equal share of the parameters.
+    """
+    devices = usable_devices(costs.cluster, costs.job)
+    counts = Counter(device.type for device in devices)
+    kinds = sorted(counts)
+    widths = range(1, max(len(node.devices) for node in costs.cluster.nodes) + 1)
+    layers = len(costs.model.layers)
+    work_LK = np.full((layers, len(kinds)), np.inf)
+    least_L = np.full(layers, np.inf)
+    for k, kind in enumerate(kinds):
+        for tensor in widths:
+            work, once = _layer_bounds(costs, kind, tensor)
+            work_LK[:, k] = np.minimum(work_LK[:, k], work)
+            least_L = np.minimum(least_L, once)
+    after = _after(costs, counts)
+    number_K = np.array([float(counts[kind]) for kind in kinds])
+    fluid = costs.job.global_batch * fluid_seconds(work_LK, number_K)
+    chain = float(least_L.sum())
+    if chain > fluid:
+        return Certificate(chain + after, CHAIN)
+    return Certificate(fluid + after, FLUID)
+
+
+def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
+    """Of every layer: least device-seconds per row, and least seconds of a micro-batch, on `tensor`
+    devices of a type; infinite where the layer cannot be there."""
+    most = _most_rows(costs, kind, tensor)
+    work, once = np.full(len(most), np.inf), np.full(len(most), np.inf)
+    for rows in _row_counts(costs, int(most.max(initial=0))):
+        times = layer_times(costs, kind, tensor, rows)
+        seconds = times.forward + times.backward
+        allowed = rows <= most
+        work = np.where(allowed, np.minimum(work, tensor * seconds / rows), work)
+        once = np.where(allowed, np.minimum(once, seconds), once)
+    # Between the row counts that are priced, seconds per row only fall: a layer that memory holds
+    # to fewer rows than were priced is bounded by the next larger count.
+    larger = _row_counts(costs, costs.job.global_batch)
+    for layer in np.flatnonzero(most >= 1):
+        above = next(rows for rows in larger if rows >= most[layer])
+        times = layer_times(costs, kind, tensor, above)
+        per_row = float(times.forward[layer] + times.backward[layer]) / above
+        work[layer] = min(work[layer], tensor * per_row)
+    return work, once
+
+
+def _row_counts(costs: Costs, most: int) -> list[int]:
+    """Rows per micro-batch to price. The roofline's seconds per row never rise with the rows, so
+    that the first and the last count are enough; measured times may do anything."""
+    if most < 1:
+        return []
+    if costs.profile is None:
+        powers = [1 << i for i in range(most.bit_length())]
+        return sorted({*powers, most})
+    sizes = {entry.rows for entry in costs.profile.layers if entry.rows <= most}
+    return sorted({*range(1, min(most, EVERY_ROW_COUNT) + 1), *sizes, most})
+
+
+def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
+    """Rows of a micro-batch of which a device can hold what each layer saves, beside the layer's
+    own parameters; 0 where it cannot hold one row or the width does not divide the layer."""
+    room, unit, found = usable_bytes(costs.cluster.types[kind]), costs.table.unit, []
+    each = unit.weights + unit.gradients + unit.optimizer + unit.casts
+    for layer in costs.model.layers:
+        divided = 1 - 1 / tensor if layer.tensor_units else 0.0
+        held = (layer.parameters - layer.split_parameters * divided) * each
+        saved = layer.saved_bytes - layer.split_saved_bytes * divided
+        rows = costs.job.global_batch if room >= held else 0
+        if rows and saved > 0:
+            rows = min(rows, int((room - held) / saved))
+        found.append(0 if layer.tensor_units % tensor else rows)
+    return np.array(found, dtype=np.float64)
+
+
+def fluid_seconds(work_LK: Array, number_K: Array, *, rounds: int = 200) -> float:
+    """The best lower bound found on the seconds per row of all layers spread over all devices.
+
+    Prices start where every type is worth its speed; subgradient steps then raise those of the
+    types that the layers crowd on.
+    """
+    fit = np.isfinite(work_LK).any(axis=0)
+    work, number = work_LK[:, fit], number_K[fit]
+    if not fit.any() or not np.isfinite(work).any(axis=1).all():
+        return float("inf")
+    known = np.where(np.isfinite(work), work, np.nan)
+    price = 1 / np.maximum(np.nansum(known, axis=0), 1e-300)
+    best = 0.0
+    for turn in range(rounds):
+        price = price / (number @ price)
+        bought = work * price
+        chosen = bought.argmin(axis=1)
+        picked = np.arange(len(work)), chosen
+        value = float(bought[picked].sum())
+        best = max(best, value)
+        crowd = np.bincount(chosen, weights=work[picked], minlength=len(number)) / number
+        if crowd.sum() == 0:
+            break
+        price = price * np.exp(0.5 / (1 + turn) * (crowd / crowd.max() - 0.5))
+    return best
+
+
+def _after(costs: Costs, counts: Counter[str]) -> float:
+    """Least seconds of the optimizer, and the overhead of a step."""
+    share = num_parameters(costs.model) / sum(counts.values())
+    step = min(
+        optimizer_seconds(
+            costs.cluster.types[kind],
+            costs.job.optimizer,
+            share,
+            costs.profile,
+            costs.model.precision,
+        )
+        for kind in counts
+    )
+    return step + (costs.profile.step_overhead_seconds if costs.profile else 0.0)
+
+
+def sentence(prediction: Prediction) -> str:
+    """`at most 3.1 % above the best possible (1.2 s: all work ...)`; empty without a bound."""
+    bound = prediction.lower_bound_seconds
+    if not bound:
+        return ""
+    above = prediction.step_seconds / bound - 1
+    if prediction.bound_reason == EXHAUSTIVE:
+        return f"the best possible: {EXHAUSTIVE}"
+    limit = format_seconds(bound)
+    return f"at most {above:.1%} above the best possible ({limit}: {prediction.bound_reason})"

@@ -1,0 +1,126 @@
+"""Strategies that play against each other in the simulator, within a budget."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.search.costs import Costs
+from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_widths_agree
+from meshwright.search.lower import after_lines, line_bound
+from meshwright.simulate.fold import Fold, fold, simulate_folded
+from meshwright.simulate.parts import parts as parts_of
+
+Strategy = tuple[ScheduleName, tuple[Line, ...]]
+
+SAME = 1e-9
+"""Strategies whose seconds differ by less, relatively, are as good as each other; bounds and
+simulator add up the same seconds in different orders."""
+
+WORK = 16_000
+"""Ranks x micro-batches (or their worth in bounds) that may be simulated beyond the regular grids:
+the normal end of a search, the same on every machine."""
+
+
+DEVICES_LOOKED_AT = 4
+"""Devices whose bounds and memory are looked at in the time that one rank takes to play one
+micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A strategy that fits, as the simulator sees it."""
+
+    name: str
+    plan: Plan
+    seconds: float
+
+
+@dataclass(slots=True)
+class Contest:
+    """What has been played so far, and what may still be."""
+
+    costs: Costs
+    cluster_print: str
+    deadline: float | None = None
+    """Of time.monotonic; None: the work alone ends the search."""
+    work: int = WORK
+    best: Played | None = None
+    others: list[Played] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    seen: set[Strategy] = field(default_factory=set)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a newcomer has to beat."""
+        return self.best.seconds * (1 - SAME) if self.best else float("inf")
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return late or self.work <= 0
+
+
+def enter(contest: Contest, plan: Plan, name: str) -> Played:
+    """Simulate a plan that fits; of equals the first one stays the best."""
+    costs = contest.costs
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    played = Played(name, plan, timeline.step_seconds)
+    if contest.best is None or played.seconds < contest.best.seconds:
+        contest.best = played
+    contest.others.append(played)
+    return played
+
+
+def challenge(contest: Contest, strategy: Strategy) -> bool:
+    """Whether a strategy beats the best so far; bounded, weighed and, if need be, simulated."""
+    if strategy in contest.seen:
+        return False
+    contest.seen.add(strategy)
+    contest.work -= max(1, len(contest.costs.devices) // DEVICES_LOOKED_AT)
+    reason = _refused(contest, strategy)
+    if reason:
+        contest.dropped[reason] += 1
+        return False
+    schedule, lines = strategy
+    costs = contest.costs
+    plan = plan_of(costs, lines, schedule, contest.cluster_print)
+    work = work_of(plan, fold(plan, costs.cluster))
+    if contest.best and work > max(contest.work, 0) // 4:
+        contest.dropped["too much to simulate in what is left of the budget"] += 1
+        return False
+    contest.work -= work
+    missing = len(costs.devices) - len(plan.devices)
+    played = enter(contest, plan, lines_label(lines, schedule, missing))
+    if contest.best is played:
+        return True
+    contest.dropped["slower in the simulator"] += 1
+    return False
+
+
+def work_of(plan: Plan, folded: Fold) -> int:
+    """Ranks x micro-batches that are played."""
+    counts = [pipeline.micro_batches for pipeline in plan.pipelines]
+    return sum(counts[p] for p in folded.pipeline_of.values())
+
+
+def _refused(contest: Contest, strategy: Strategy) -> str:
+    """Why a strategy need not be simulated; empty: it must."""
+    schedule, lines = strategy
+    costs = contest.costs
+    if not tensor_widths_agree(costs, lines):
+        return "holders of a layer differ in tensor width"
+    if not all(fits(costs, line, schedule) for line in lines):
+        return "does not fit in memory"
+    bound = max(line_bound(costs, line, schedule) for line in lines) + after_lines(costs, lines)
+    return "lower bound above the best" if bound >= contest.limit else ""
+
+
+def parts_in(costs: Costs, plan: Plan) -> dict[str, float]:
+    """Seconds of a plan's critical path by kind, without rounding noise."""
+    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    noise = 1e-12 * timeline.step_seconds
+    return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

@@ -1,0 +1,160 @@
+"""The whole space of a small input, every plan of it either simulated or bounded away.
+
+The space: any devices left out; the others in pipelines, stages and tensor-parallel units in every
+way that keeps a unit inside a node; any layer cuts; any share of the batch for each pipeline, in
+any number of equal micro-batches; any rows of a micro-batch for each replica; both schedules.
+Devices of one type in one node are interchangeable, and so are nodes of one kind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations, pairwise, product
+from math import comb, prod
+
+from meshwright.plan.spec import ScheduleName
+from meshwright.search.contest import SAME
+from meshwright.search.costs import Costs
+from meshwright.search.lines import Line, Team, fits, tensor_widths_agree
+from meshwright.search.lower import after_lines, line_bound
+from meshwright.search.skeleton import Skeleton, concrete, skeletons, strategies
+from meshwright.search.space import divisors
+
+LIMIT = 12_000
+"""Pipelines (with their cuts, shares and rows) up to which a space is searched exhaustively."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One pipeline with everything decided, and the least it can take."""
+
+    line: Line
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A whole strategy that may be the best one."""
+
+    seconds: float
+    """Lower bound."""
+    schedule: ScheduleName
+    lines: tuple[Line, ...]
+
+
+@dataclass(slots=True)
+class _Tables:
+    costs: Costs
+    limit: float
+    """Seconds that a strategy must stay below."""
+    dropped: Counter[str]
+    options: dict[tuple[Skeleton, ScheduleName], dict[int, list[Option]]] = field(
+        default_factory=dict
+    )
+
+
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number as an ordered sum of positive ones."""
+    for cuts in combinations(range(1, total), parts - 1):
+        ends = (0, *cuts, total)
+        yield tuple(b - a for a, b in pairwise(ends))
+
+
+def space_size(costs: Costs) -> int:
+    """Pipelines that `prospects` would look at; counted no further than a little over LIMIT."""
+    if len(costs.devices) > 6:
+        return LIMIT + 1
+    layers, batch, total = len(costs.model.layers), costs.job.global_batch, 0
+
+    @lru_cache
+    def ways(widths: tuple[int, ...]) -> int:
+        return sum(
+            prod(comb(rows - 1, width - 1) for width in widths)
+            for share in range(1, batch + 1)
+            for rows in divisors(share)
+        )
+
+    for skeleton in skeletons(costs):
+        widths = tuple(sorted(len(team) for team in skeleton))
+        total += comb(layers - 1, len(skeleton) - 1) * ways(widths)
+        if total > LIMIT:
+            break
+    return total
+
+
+def prospects(
+    costs: Costs, schedules: Sequence[ScheduleName], limit: float, dropped: Counter[str]
+) -> list[Prospect]:
+    """Every strategy of the space whose lower bound is below `limit` seconds, lowest first."""
+    tables = _Tables(costs, limit, dropped)
+    found: list[Prospect] = []
+    for strategy in strategies(costs):
+        for schedule in schedules:
+            found += _of_strategy(tables, strategy, schedule, schedule == schedules[0])
+    found.sort(key=lambda p: p.seconds)
+    return found
+
+
+def _of_strategy(
+    tables: _Tables, strategy: tuple[Skeleton, ...], schedule: ScheduleName, first: bool
+) -> Iterator[Prospect]:
+    placed = concrete(tables.costs, strategy)
+    batch = tables.costs.job.global_batch
+    offers = [_options(tables, skeleton, schedule) for skeleton in strategy]
+    if any(not offer for offer in offers):
+        return
+    for shares in compositions(batch, len(strategy)):
+        for chosen in product(*(offer.get(s, ()) for offer, s in zip(offers, shares, strict=True))):
+            lines = [
+                Line(
+                    tuple(Team(u, t.rows) for u, t in zip(where, o.line.teams, strict=True)),
+                    o.line.bounds,
+                    o.line.micro_batches,
+                )
+                for o, where in zip(chosen, placed, strict=True)
+            ]
+            alike = all(len(x.teams) == 1 or x.micro_batches == 1 for x in lines)
+            if (alike and not first) or not tensor_widths_agree(tables.costs, lines):
+                continue
+            seconds = max(o.seconds for o in chosen) + after_lines(tables.costs, lines)
+            if seconds < tables.limit * (1 - SAME):
+                yield Prospect(seconds, schedule, tuple(lines))
+            else:
+                tables.dropped["lower bound above the best"] += 1
+
+
+def _options(
+    tables: _Tables, skeleton: Skeleton, schedule: ScheduleName
+) -> dict[int, list[Option]]:
+    """By share: the ways to fill a skeleton that fit and may be fast enough."""
+    key = (skeleton, schedule)
+    if key not in tables.options:
+        found: dict[int, list[Option]] = {}
+        for line in _filled(tables.costs, skeleton):
+            if not fits(tables.costs, line, schedule):
+                tables.dropped["does not fit in memory"] += 1
+                continue
+            seconds = line_bound(tables.costs, line, schedule)
+            if seconds < tables.limit * (1 - SAME):
+                found.setdefault(line.share, []).append(Option(line, seconds))
+            else:
+                tables.dropped["lower bound above the best"] += 1
+        tables.options[key] = found
+    return tables.options[key]
+
+
+def _filled(costs: Costs, skeleton: Skeleton) -> Iterator[Line]:
+    """Every number of micro-batches, rows and cuts of a skeleton on its own devices."""
+    (placed,) = concrete(costs, (skeleton,))
+    batch, layers = costs.job.global_batch, len(costs.model.layers)
+    for share in range(1, batch + 1):
+        for rows in divisors(share):
+            for split in product(*(compositions(rows, len(units)) for units in placed)):
+                teams = tuple(Team(u, r) for u, r in zip(placed, split, strict=True))
+                for sizes in combinations(range(1, layers), len(teams) - 1):
+                    line = Line(teams, (0, *sizes, layers), share // rows)
+                    if tensor_widths_agree(costs, (line,)):
+                        yield line

@@ -1,0 +1,198 @@
+"""Rows for the replicas of a stage and layers for the stages of a line, when the devices are given.
+
+Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
+from itertools import islice, pairwise
+
+import numpy as np
+
+from meshwright.cluster.topology import path
+from meshwright.plan.spec import ScheduleName
+from meshwright.program.schedules import in_flight
+from meshwright.search.costs import (
+    Costs,
+    distinct_replicas,
+    distinct_units,
+    stage_bytes,
+    unit_capacity,
+    unit_kind,
+    unit_prefix,
+    unit_times,
+)
+from meshwright.search.lines import Line, Team, Unit, moves
+from meshwright.search.partition import Array, assign, chain_loads
+
+TRANSFERS = 64
+"""Transfers of one cut that are looked at one by one."""
+
+Stages = tuple[tuple[Unit, ...], ...]
+"""The units of every stage of a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A line with its best cuts, and its seconds without reductions."""
+
+    line: Line
+    once: float
+    """Of the first micro-batch, there and back."""
+    slowest: float
+    """Of every further one."""
+
+
+def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
+    """Seconds per row of the whole model on a unit, at so many rows a micro-batch."""
+    forward, backward = unit_prefix(costs, unit, rows)
+    return (forward[-1] + backward[-1]) / rows
+
+
+def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ...]:
+    """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
+    are taken to be proportional to rows."""
+    each = max(1, rows // len(units))
+    known = {unit_kind(costs, u): pace(costs, u, each) for u in distinct_units(costs, units)}
+    if len(set(known.values())) == 1:
+        share, left = divmod(rows, len(units))
+        return (share + 1,) * left + (share,) * (len(units) - left)
+    paces = [known[unit_kind(costs, unit)] for unit in units]
+    ideal = rows / sum(1 / p for p in paces)
+    shares = [max(1, int(ideal / p)) for p in paces]
+    while sum(shares) > rows:
+        worst = max(
+            (i for i, share in enumerate(shares) if share > 1), key=lambda i: shares[i] * paces[i]
+        )
+        shares[worst] -= 1
+    queue = [((share + 1) * p, i) for i, (share, p) in enumerate(zip(shares, paces, strict=True))]
+    heapify(queue)
+    for _ in range(rows - sum(shares)):
+        _, i = queue[0]
+        shares[i] += 1
+        heapreplace(queue, ((shares[i] + 1) * paces[i], i))
+    return tuple(shares)
+
+
+def fit_line(
+    costs: Costs, stages: Stages, rows: int, micro_batches: int, schedule: ScheduleName
+) -> Fitted | None:
+    """The cuts that make the line fastest among those that fit; None if none does, or if there are
+    fewer rows than replicas or fewer layers than stages."""
+    layers = len(costs.model.layers)
+    if len(stages) > layers or rows < max(len(units) for units in stages):
+        return None
+    teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
+    return recut(costs, teams, micro_batches, schedule)
+
+
+def recut(
+    costs: Costs, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName
+) -> Fitted | None:
+    """The same with the rows given as well."""
+    loads = np.array(
+        [
+            _loads(costs, team, _held(s, teams, micro_batches, schedule))
+            for s, team in enumerate(teams)
+        ]
+    )
+    size = loads.shape[1]
+    cuts = np.zeros((max(len(teams) - 1, 0), size))
+    for s, (here, there) in enumerate(pairwise(teams)):
+        cuts[s] = _cuts(costs, here, there)
+    found = assign(loads, cuts, micro_batches)
+    if found is None:
+        return None
+    line = Line(teams, found.bounds, micro_batches)
+    return Fitted(line, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
+
+
+def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName) -> int:
+    return in_flight(schedule, s, len(teams), micro_batches)
+
+
+def _loads(costs: Costs, team: Team, held: int) -> Array:
+    """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
+    worst: Array | None = None
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        key = (unit_kind(costs, unit), rows, held)
+        if key not in costs.loads:
+            costs.loads[key] = _replica_loads(costs, unit, rows, held)
+        loads = costs.loads[key]
+        worst = loads if worst is None else np.maximum(worst, loads)
+    assert worst is not None, "a stage has units"
+    return worst
+
+
+def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int) -> Array:
+    forward, backward = unit_times(costs, unit, rows)
+    loads: Array = chain_loads((forward + backward)[None])[0]
+    always, each = stage_bytes(costs, len(unit), rows)
+    loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+    return loads
+
+
+def _cuts(costs: Costs, here: Team, there: Team) -> Array:
+    """Seconds [L + 1] of activations and gradients across a cut before each layer, all replicas at
+    once."""
+    even = len(set(here.rows)) == len(set(there.rows)) == 1
+    key = (here.units, there.units)
+    found = costs.crossings.get(key) if even else None
+    if found is None:
+        found = _crossing(costs, here, there)
+        if even:
+            costs.crossings[key] = found
+    latency, ahead, back = found
+    seconds = np.zeros(len(costs.table.cut))
+    for per_byte, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
+        seconds += np.where(sizes > 0, latency + per_byte * sum(here.rows) * sizes, 0.0)
+    return seconds
+
+
+def _crossing(costs: Costs, here: Team, there: Team) -> tuple[float, float, float]:
+    """Latency, and seconds for each byte of each row of the micro-batch, ahead and back.
+
+    Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
+    uplinks, is scaled to all of them.
+    """
+    ahead, back = _Crossing(), _Crossing()
+    counted, rows = 0, sum(here.rows)
+    for i, j, moved in islice(moves(here, there), TRANSFERS):
+        source, target = here.units[i], there.units[j]
+        counted += moved
+        for t, name in enumerate(target):
+            ahead.add(costs, source[t % len(source)], name, moved)
+        for t, name in enumerate(source):
+            back.add(costs, target[t % len(target)], name, moved)
+    latency = max(ahead.latency, back.latency)
+    per_byte = [way.seconds_per_row_byte(costs, rows / counted) / rows for way in (ahead, back)]
+    return latency, per_byte[0], per_byte[1]
+
+
+@dataclass(slots=True)
+class _Crossing:
+    """Transfers of one direction that begin together."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """By resource."""
+    latency: float = 0.0
+
+    def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
+        way = path(costs.links, source, target)
+        self.latency = max(self.latency, way.latency)
+        for name in way.resources:
+            self.rows[name] = self.rows.get(name, 0) + rows
+
+    def seconds_per_row_byte(self, costs: Costs, scale: float) -> float:
+        """For each byte of a row, on the busiest resource; `scale`: all transfers to those added
+        up."""
+        capacity, owner = costs.links.capacities, costs.owner
+        return max(
+            (
+                rows / capacity[name] * (scale if owner.get(name, "").startswith("@") else 1)
+                for name, rows in self.rows.items()
+            ),
+            default=0.0,
+        )

@@ -1,0 +1,194 @@
+"""What a plan comes to, in figures: what two plans are compared by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.instructions import price
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.cost.profile import Profile
+from meshwright.errors import PlanError, Problem
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import DeviceMemory, Plan, Prediction
+from meshwright.program.compile import compile_plan
+from meshwright.program.timeline import Timeline
+from meshwright.records import record
+from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.parts import parts
+from meshwright.simulate.traffic import LinkLoad, link_loads
+from meshwright.units import format_seconds
+
+SAME = 1e-9
+"""Relative difference below which two plans are equally fast."""
+
+_ON = {
+    "compute": "its slowest stage",
+    "bubble": "the bubble",
+    "transfers": "transfers between stages",
+    "reductions": "reductions",
+    "optimizer": "the optimizer step",
+    "overhead": "overhead",
+}
+_JOB = {
+    "rows a step": "global_batch",
+    "tokens a row": "sequence",
+    "precision": "precision",
+    "optimizer": "optimizer",
+}
+
+
+@record
+class Facts:
+    """One simulated step of a plan."""
+
+    name: str
+    """What the plan is called in the comparison: its file."""
+    plan: str
+    """The plan in one line."""
+    model: str
+    cluster: str
+    devices: int
+    step_seconds: float
+    tokens_per_step: int
+    tokens_per_second: float
+    parts: dict[str, float]
+    """Seconds of the critical path by kind; they add up to the step."""
+    bubble_share: float
+    """Of the step."""
+    fullest: DeviceMemory
+    """The device with the smallest share of its memory free."""
+    fullest_share: float
+    links: tuple[LinkLoad, ...]
+    """The busiest first."""
+
+
+@record
+class Measured:
+    """A plan with its step: figures, and the timeline that they are from."""
+
+    facts: Facts
+    plan: Plan
+    model: LayerGraph
+    cluster: Cluster
+    timeline: Timeline
+
+
+@record
+class Verdict:
+    """Which of two plans is faster, and what makes the difference."""
+
+    winner: str | None
+    """None: they are equally fast."""
+    speed_up: float
+    """Tokens per second of the faster one over those of the other."""
+    reason: str
+    """What the other one spends more on; empty if they are equally fast."""
+    differences: tuple[str, ...]
+    """In what the two are not alike, beside the plan itself."""
+
+
+def measure(
+    name: str, plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
+) -> Measured:
+    """Simulate one step of a plan that fits its model and cluster."""
+    timeline = simulate_plan(plan, model, cluster, profile)
+    program = compile_plan(plan, model)
+    prices = price(program, plan, model, cluster, profile)
+    seconds, found = timeline.step_seconds, parts(timeline)
+    memory = device_memory(plan, model, cluster)
+    fullest = max(memory, key=lambda m: total_bytes(m) / m.capacity)
+    tokens = plan.job.global_batch * plan.job.sequence
+    facts = Facts(
+        name=name,
+        plan=describe(plan),
+        model=model.name,
+        cluster=cluster.name,
+        devices=len(plan.devices),
+        step_seconds=seconds,
+        tokens_per_step=tokens,
+        tokens_per_second=tokens / seconds,
+        parts=found,
+        bubble_share=found["bubble"] / seconds,
+        fullest=fullest,
+        fullest_share=total_bytes(fullest) / fullest.capacity,
+        links=link_loads(program, prices, plan, model, cluster),
+    )
+    predicted = Prediction(step_seconds=seconds, parts=found, memory=memory)
+    kept = plan if plan.prediction else replace(plan, prediction=predicted)
+    return Measured(facts=facts, plan=kept, model=model, cluster=cluster, timeline=timeline)
+
+
+def check_comparable(first: Measured, second: Measured) -> None:
+    """Raise PlanError unless both plans are for the same layers."""
+    one, two = ([(x.name, x.parameters) for x in each.model.layers] for each in (first, second))
+    if one != two:
+        a, b = first.facts, second.facts
+        raise PlanError(
+            Problem(
+                b.name,
+                "model",
+                f"{b.model} ({len(two)} layers)",
+                f"{a.model} ({len(one)} layers), the model of {a.name}",
+                "compare plans for one model: tokens of different models are different work",
+            )
+        )
+
+
+def judge(first: Measured, second: Measured) -> Verdict:
+    """Which one is faster for as many tokens, and the parts of a step that make the difference."""
+    a, b = first.facts, second.facts
+    best, other = (a, b) if a.tokens_per_second >= b.tokens_per_second else (b, a)
+    speed_up = best.tokens_per_second / other.tokens_per_second
+    same = speed_up - 1 < SAME
+    return Verdict(
+        winner=None if same else best.name,
+        speed_up=speed_up,
+        reason="" if same else _reason(best, other),
+        differences=_differences(first, second),
+    )
+
+
+def _reason(best: Facts, other: Facts) -> str:
+    """What the slower one loses where, in seconds for as many tokens as the faster one's step."""
+    scale = best.tokens_per_step / other.tokens_per_step
+    change = {part: scale * other.parts[part] - best.parts[part] for part in best.parts}
+    whole = sum(change.values())
+    ordered = sorted(change.items(), key=lambda item: -item[1])
+    losses = [(part, s) for part, s in ordered if s > 0.1 * whole]
+    gains = [(part, s) for part, s in reversed(ordered) if s < -0.1 * whole]
+    text = _listed(losses, "more")
+    return f"{text}, which {_listed(gains, 'less')} cannot make up for" if gains else text
+
+
+def _listed(changes: list[tuple[str, float]], word: str) -> str:
+    """`31 ms more on the bubble and 8 ms more on reductions`."""
+    words = [f"{format_seconds(abs(seconds))} {word} on {_ON[part]}" for part, seconds in changes]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _differences(first: Measured, second: Measured) -> tuple[str, ...]:
+    pairs = [
+        ("cluster", first.facts.cluster, second.facts.cluster, first.cluster != second.cluster),
+        *(
+            (name, str(one), str(two), one != two)
+            for name, one, two in (
+                (name, getattr(first.plan.job, field), getattr(second.plan.job, field))
+                for name, field in _JOB.items()
+            )
+        ),
+        (
+            "times",
+            _times(first.plan),
+            _times(second.plan),
+            first.plan.profile != second.plan.profile,
+        ),
+    ]
+    return tuple(f"{name}: {one} and {two}" for name, one, two, unlike in pairs if unlike)
+
+
+def _times(plan: Plan) -> str:
+    return (
+        f"measured ({plan.profile.source or plan.profile.name})" if plan.profile else "datasheets"
+    )

@@ -1,0 +1,111 @@
+"""What if the cluster were another: plan again for an edited cluster, and compare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from meshwright.cluster.edit import edited
+from meshwright.cluster.figures import cluster_warnings
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.links import with_measured_links
+from meshwright.cost.memory import memory_problems
+from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.errors import FitError, MeshwrightError, PlanError, Problem
+from meshwright.plan.spec import Plan, Subject
+from meshwright.plan.validate import validate_plan
+from meshwright.records import record
+from meshwright.report.whatif import Option, WhatIf, option
+from meshwright.session import Session, measured, search, simulated
+
+_TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficiency")
+
+
+@record
+class Edits:
+    """What is to be different, as the command line writes it."""
+
+    without: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+def what_if(session: Session, plan: Plan, edits: Edits) -> tuple[WhatIf, Cluster]:
+    """What the edits buy, and the edited cluster.
+
+    Raises ClusterError for edits at fault, PlanError where there are none or measured times make
+    one void, FitError if no plan fits the edited cluster.
+    """
+    _check(session, edits)
+    base = _with_own_links(session)
+    change = edited(base.cluster, without=edits.without, added=edits.added, settings=edits.settings)
+    other = replace(base, cluster=change.cluster)
+    known = cluster_warnings(base.cluster)
+    doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
+    as_it_is = [("this plan", plan), ("best plan", search(base))]
+    now = [option(f"{name}, cluster as it is", each, simulated(base, each).step_seconds)
+           for name, each in as_it_is]  # fmt: skip
+    after = search(other)
+    found = option("best plan, edited cluster", after, simulated(other, after).step_seconds)
+    kept = _kept(other, plan)
+    keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
+    best = measured(other, _free(plan) if keep else after, "best")
+    return WhatIf(
+        edits=(*change.notes, *(f"set {each}" for each in edits.settings), *doubts),
+        options=(*now, kept, found),
+        seconds_before=min(each.step_seconds for each in now if each.step_seconds),
+        seconds_after=best.facts.step_seconds,
+        best=best.plan,
+        busiest=best.facts.links[0] if best.facts.links else None,
+    ), change.cluster
+
+
+def _check(session: Session, edits: Edits) -> None:
+    if not (edits.without or edits.added or edits.settings):
+        wanted = "at least one of --set, --without and --add"
+        raise PlanError(Problem("whatif", "", "nothing to change", wanted))
+    timed = {layer.device for layer in session.profile.layers} if session.profile else set()
+    PlanError.check(
+        Problem(
+            "--set",
+            each.partition("=")[0],
+            f"a figure that measured times replace ({session.profile_source})",
+            "memory, or a figure of a device type that was not measured",
+            "ask it of a plan that was made without --profile",
+        )
+        for each in edits.settings
+        for name in timed
+        for figure in _TIMED
+        if each.strip().startswith(f"device.{name}.{figure}")
+    )
+
+
+def _with_own_links(session: Session) -> Session:
+    """Measured links become the cluster's own, so that an edit can change them."""
+    profile = session.profile
+    if profile is None or profile.links is None:
+        return session
+    kept: Profile = replace(
+        profile, links=LinkTimes(all_reduce_latency=profile.links.all_reduce_latency)
+    )
+    cluster = with_measured_links(session.cluster, profile.links)
+    return replace(session, cluster=cluster, profile=kept)
+
+
+def _kept(session: Session, plan: Plan) -> Option:
+    """The plan as it is on the edited cluster, or why it cannot be."""
+    name = "this plan, edited cluster"
+    free = _free(plan)
+    try:
+        validate_plan(free, session.model, session.cluster, source=plan.name)
+        FitError.check(memory_problems(free, session.model, session.cluster))
+    except MeshwrightError as failure:
+        problem = failure.problems[0]
+        field = f"{problem.field}: " if problem.field else ""
+        return Option(name=name, reason=f"cannot: {field}{problem.found}")
+    return option(name, plan, simulated(session, free).step_seconds)
+
+
+def _free(plan: Plan) -> Plan:
+    """The plan without the cluster and the prediction that it was made with."""
+    return replace(plan, cluster=Subject(name="", fingerprint=""), prediction=None)

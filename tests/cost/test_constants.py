@@ -1,0 +1,161 @@
+"""Constants: which ones a device gets, and what they change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.spec import Link, devices_of
+from meshwright.cluster.topology import topology
+from meshwright.cost.collective import all_reduce, alone_seconds, boundary_transfer
+from meshwright.cost.compute import (
+    head_constants,
+    head_signatures,
+    layer_seconds,
+    optimizer_seconds,
+)
+from meshwright.cost.constants import (
+    CONSTANTS,
+    DEFAULT_DEVICE,
+    DEVICE_NAMES,
+    SYSTEM_NAMES,
+    Calibration,
+    DeviceConstants,
+    SystemConstants,
+    device_constants,
+    implausible,
+)
+from meshwright.cost.links import overhead_seconds, reached_links, ring_step
+from meshwright.cost.profile import LinkTimes, Profile
+from meshwright.model.analytic import layer_graph
+from meshwright.model.config import NAMED
+from meshwright.program.instructions import Op
+from meshwright.search.costs import costs_of
+from meshwright.search.estimate import Candidate, evaluate
+from meshwright.search.placement import default_placement
+from meshwright.search.space import DeviceSet, Grid, Shape
+from meshwright.simulate.engine import simulate_plan
+from worlds import even_model, even_plan, one_node
+
+
+def under(calibration: Calibration) -> Profile:
+    return Profile(model="even", sequence=1, calibration=calibration)
+
+
+def test_every_constant_is_described_and_its_default_is_plausible_or_neutral() -> None:
+    assert set(CONSTANTS) == {*DEVICE_NAMES, *SYSTEM_NAMES}
+    for known in CONSTANTS.values():
+        assert 0 <= known.low < known.high
+        assert known.unit
+        assert known.meaning
+        assert known.source
+
+
+def test_a_type_gets_its_own_constants_else_those_of_its_nearest_relative() -> None:
+    known = {
+        "A100-80": DeviceConstants(matmul_efficiency=0.8, launch_forward=1e-3),
+        "T4": DeviceConstants(matmul_efficiency=0.3, launch_forward=4e-3),
+    }
+    fitted = Calibration(devices=known)
+    kinds = {name: entry.type for name, entry in catalog().items()}
+    assert device_constants(fitted, kinds["T4"]) is known["T4"]
+    assert device_constants(fitted, kinds["A100-40"]) is known["A100-80"]
+    far = device_constants(fitted, kinds["B200"])
+    assert far.matmul_efficiency is None
+    assert far.launch_forward == 1e-3
+    assert device_constants(None, kinds["T4"]) == DEFAULT_DEVICE
+    assert device_constants(Calibration(), kinds["T4"]) == DEFAULT_DEVICE
+
+
+def test_implausible_constants_are_named_with_their_range() -> None:
+    wrong = Calibration(
+        devices={"T4": DeviceConstants(matmul_efficiency=1.2)}, system=SystemConstants(step=9.0)
+    )
+    fields = [problem.field for problem in implausible(wrong, "file")]
+    assert fields == ["devices.T4.matmul_efficiency", "system.step"]
+    assert not list(implausible(Calibration(devices={"T4": DEFAULT_DEVICE}), "file"))
+
+
+def test_links_reach_their_share_and_measured_ones_stay_as_measured() -> None:
+    cluster = one_node(2, bandwidth=8e9)
+    half = Calibration(system=SystemConstants(inside_efficiency=0.5, network_efficiency=0.25))
+    slower = reached_links(cluster, under(half))
+    assert slower.nodes[0].inside.bandwidth == 4e9
+    assert slower.nodes[0].network.bandwidth == 0.25e9
+    measured = replace(under(half), links=LinkTimes(inside=Link(bandwidth=7e9)))
+    assert reached_links(cluster, measured).nodes[0].inside.bandwidth == 7e9
+    assert reached_links(cluster, None) is cluster
+
+
+def test_ring_steps_and_the_fixed_cost_of_a_step_are_measured_else_fitted() -> None:
+    fitted = under(Calibration(system=SystemConstants(ring_step=3e-5, step=2e-3)))
+    assert ring_step(fitted) == 3e-5
+    assert ring_step(replace(fitted, links=LinkTimes(all_reduce_latency=1e-6))) == 1e-6
+    assert ring_step(None) == 0.0
+    assert overhead_seconds(replace(fitted, step_overhead_seconds=1e-3)) == pytest.approx(3e-3)
+
+
+def test_a_boundary_costs_its_fixed_seconds_once_a_transfer() -> None:
+    links = topology(one_node(2, bandwidth=1e9))
+    moved = boundary_transfer(links, "n:0", "n:1", 1e6, 5e-4)
+    assert alone_seconds(links, moved) == pytest.approx(1e-3 + 5e-4)
+    assert boundary_transfer(links, "n:0", "n:0", 1e6, 5e-4).latency == 0.0
+
+
+def test_16_bit_gradients_after_the_backward_are_reduced_in_half_the_time_but_exposed() -> None:
+    """4 MB at 1 GB/s: 4 ms in fp32. Two layers of 2 ms backward, one bucket for both."""
+    model, cluster = even_model(2, parameters=500_000), one_node(2)
+    plan = even_plan(model, cluster, data=2)
+    plain = simulate_plan(plan, model, cluster)
+    half = Calibration(system=SystemConstants(gradient_width=0.5, reduction_delay=1.0))
+    late = simulate_plan(plan, model, cluster, under(half))
+    for timeline, size in ((plain, 4e-3), (late, 2e-3)):
+        (began, ended), *_ = [
+            (i.start_seconds, i.end_seconds) for i in timeline.intervals if i.op is Op.REDUCE_GRAD
+        ]
+        assert ended - began == pytest.approx(size)
+    assert late.step_seconds == pytest.approx(6e-3 + 2e-3, rel=1e-2)
+
+
+def test_closed_form_and_simulator_agree_on_late_reductions_and_slow_boundaries() -> None:
+    model, cluster = even_model(4, parameters=10**6, cut_bytes=1e5), one_node(4)
+    plan = even_plan(model, cluster, data=2, stages=2, micro_batches=4)
+    system = SystemConstants(
+        inside_efficiency=0.5, boundary=2e-4, gradient_width=0.5, reduction_delay=1.0, step=1e-3
+    )
+    profile = under(Calibration(system=system))
+    costs = costs_of(model, cluster, plan.job, profile)
+    devices = devices_of(cluster)
+    grid = Grid(data=2, tensor=1, stages=2)
+    candidate = Candidate(
+        used=DeviceSet(devices=devices),
+        placement=default_placement(devices, grid),
+        shape=Shape(grid=grid, rows=1, micro_batches=4, schedule="1f1b"),
+        fixed=(0, 2, 4),
+    )
+    estimate = evaluate(costs, candidate)
+    played = simulate_plan(plan, model, cluster, profile)
+    assert estimate.seconds == pytest.approx(played.step_seconds, rel=0.03)
+
+
+def test_the_output_projection_has_an_efficiency_of_its_own() -> None:
+    model = layer_graph(NAMED["gpt2"], 1024, "bf16")
+    assert head_signatures(model) == {model.layers[-1].signature}
+    device = catalog()["A100-80"].type
+    slow = Calibration(devices={"A100-80": DeviceConstants(head_efficiency=0.5)})
+    plain = layer_seconds(model, device, 1, 8)
+    found = layer_seconds(model, device, 1, 8, under(slow))
+    assert found.forward[-1] > plain.forward[-1]
+    assert found.forward[1] == plain.forward[1]
+    own = head_constants(DeviceConstants(matmul_efficiency=0.8, head_efficiency=0.5), device)
+    assert own.matmul_efficiency == pytest.approx(0.4)
+
+
+def test_an_optimizer_that_moves_less_is_faster_in_proportion() -> None:
+    device = catalog()["A100-80"].type
+    fused = Calibration(devices={"A100-80": DeviceConstants(optimizer_traffic=0.5)})
+    whole = optimizer_seconds(device, "adamw", 1e9)
+    assert optimizer_seconds(device, "adamw", 1e9, under(fused)) == pytest.approx(whole / 2)
+    assert all_reduce(topology(one_node(1)), ["n:0"], 1.0).bytes_by_resource == {}

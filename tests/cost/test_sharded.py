@@ -1,0 +1,98 @@
+"""Sharded data parallelism: what is gathered, what is hidden, what recomputation adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.topology import topology
+from meshwright.cost.compute import layer_seconds
+from meshwright.cost.constants import Calibration, SystemConstants
+from meshwright.cost.profile import Profile
+from meshwright.cost.sharded import (
+    ShardedStep,
+    overlapped,
+    shard_seconds,
+    sharded_step_seconds,
+    with_recomputation,
+)
+from meshwright.model.recompute import with_recomputation as recomputed
+from meshwright.model.spec import Tied
+from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
+from worlds import DEVICE, even_model, one_node
+
+STEP = ShardedStep(rows=1, micro_batches=2, optimizer="sgd")
+
+
+def exposed(share: float, width: float = 1.0) -> Profile:
+    system = SystemConstants(shard_exposure=share, gradient_width=width)
+    return Profile(model="even", sequence=1, calibration=Calibration(system=system))
+
+
+def test_gathers_and_scatters_move_every_byte_but_ones_own() -> None:
+    """4 MB in fp32 over two devices: each gets half of it, at 1 GB/s."""
+    model = even_model(3, parameters=10**6)
+    gather, scatter = shard_seconds(model, topology(one_node(2)), ["n:0", "n:1"], 0.0, 0.5)
+    assert gather == pytest.approx([2e-3] * 3)
+    assert scatter == pytest.approx([1e-3] * 3)
+    tied = replace(model, tied=(Tied(name="w", layers=(0, 2), parameters=10**6),))
+    assert shard_seconds(tied, topology(one_node(2)), ["n:0", "n:1"], 0.0, 0.5)[0] == pytest.approx(
+        [4e-3, 2e-3, 2e-3]
+    )
+
+
+def test_a_step_hides_what_it_can() -> None:
+    """Layers of 1 + 2 ms; 2 ms to gather, 2 ms to gather again and 2 ms to scatter: links bind."""
+    model, cluster = even_model(3, parameters=10**6), one_node(2)
+    hidden = sharded_step_seconds(model, cluster, STEP, exposed(0.0))
+    assert hidden == pytest.approx(2 * 3 * (2e-3 + 4e-3), rel=1e-3)
+    nothing = sharded_step_seconds(model, cluster, STEP, exposed(1.0))
+    assert nothing == pytest.approx(2 * 3 * (3e-3 + 6e-3), rel=1e-3)
+    once = replace(STEP, sharding="gradients")
+    assert sharded_step_seconds(model, cluster, once, exposed(1.0)) == pytest.approx(
+        2 * 3 * (3e-3 + 4e-3), rel=1e-3
+    )
+
+
+def test_alone_a_device_only_computes() -> None:
+    model = even_model(3, parameters=10**6)
+    assert sharded_step_seconds(model, one_node(1), STEP) == pytest.approx(2 * 9e-3, rel=1e-3)
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))
+def test_overlap_lies_between_the_longer_and_the_sum(a: float, b: float, share: float) -> None:
+    found = float(overlapped(np.array(a), np.array(b), share))
+    assert max(a, b) <= found <= a + b + 1e-12
+
+
+def test_recomputation_repeats_the_forward_of_layers_with_attention() -> None:
+    model = even_model(2)
+    attends = replace(model.layers[0], attention_flops=1e6, signature="attends")
+    model = replace(model, layers=(attends, model.layers[1]))
+    plain = layer_seconds(model, DEVICE, 1, 1)
+    found = with_recomputation(plain, model)
+    assert found.backward[0] == pytest.approx(plain.backward[0] + plain.forward[0])
+    assert found.backward[1] == plain.backward[1]
+    graph = recomputed(model)
+    assert graph.layers[0].backward_flops == pytest.approx(
+        attends.backward_flops + attends.forward_flops + 1e6
+    )
+    assert graph.layers[0].saved_bytes == 0.0
+    assert graph.layers[0].workspace_bytes == attends.workspace_bytes + attends.saved_bytes
+    assert graph.layers[1] == model.layers[1]
+
+
+def test_unfused_attention_keeps_and_moves_its_scores() -> None:
+    model = even_model(2)
+    attends = replace(model.layers[0], attention_flops=1e6, split_saved_bytes=500.0)
+    model = replace(model, sequence=8, layers=(attends, model.layers[1]))
+    found = with_unfused_attention(model, heads=3)
+    scores = 3 * 8**2 * 4
+    assert found.layers[0].traffic_bytes == MOVED * scores
+    assert found.layers[0].saved_bytes == attends.saved_bytes + SAVED * scores
+    assert found.layers[0].split_saved_bytes == 500.0 + SAVED * scores
+    assert found.layers[1] == model.layers[1]

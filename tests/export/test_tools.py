@@ -1,0 +1,298 @@
+"""What other tools are given: read back as they would, and refused where they could not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from dataclasses import replace
+from itertools import accumulate, count, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import node_of
+from meshwright.errors import PlanError
+from meshwright.export.deepspeed import uniform
+from meshwright.export.grid import grid_of
+from meshwright.export.launch import launch_script
+from meshwright.export.tools import TOOLS, export_files
+from meshwright.model.hf import load_model
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+
+GPT, LLAMA = "gpt-tiny", "llama-tiny"
+"""Eight blocks each, hence ten layers."""
+
+
+def make(
+    cuts: str = "10",
+    *,
+    model: str = GPT,
+    data: int = 1,
+    tensor: int = 1,
+    micro_batches: int = 4,
+    rows: int = 2,
+    per_node: int = 2,
+    precision: str = "bf16",
+) -> tuple[Plan, LayerGraph]:
+    """A grid of stages with `cuts` layers, `rows` per replica, on nodes a, b, c ..."""
+    names = (f"{chr(97 + i // per_node)}:{i % per_node}" for i in count())
+    ends = accumulate(map(int, cuts.split("|")), initial=0)
+    stages = tuple(
+        Stage(
+            layers=layers,
+            devices=tuple(tuple(next(names) for _ in range(tensor)) for _ in range(data)),
+        )
+        for layers in pairwise(ends)
+    )
+    job = Job(
+        global_batch=data * rows * micro_batches,
+        sequence=16,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    plan = Plan(
+        name="p",
+        model=Subject(name=model, fingerprint="", source=model),
+        cluster=Subject(name="c", fingerprint=""),
+        job=job,
+        devices=tuple(d for stage in stages for replica in stage.devices for d in replica),
+        pipelines=(Pipeline(micro_batches=micro_batches, rows=rows * data, stages=stages),),
+    )
+    return plan, load_model(model, 16, job.precision)
+
+
+def refused(tool: str, plan: Plan, model: LayerGraph) -> str:
+    with pytest.raises(PlanError) as caught:
+        export_files(plan, model, tool)
+    return str(caught.value)
+
+
+def arguments(plan: Plan, model: LayerGraph) -> dict[str, str]:
+    lines = export_files(plan, model, "megatron")["arguments.txt"].splitlines()
+    return {key: value for key, _, value in (line.partition(" ") for line in lines)}
+
+
+def test_megatron_is_told_degrees_batches_and_model():
+    found = arguments(*make("5|5", model=LLAMA, data=2, tensor=2))
+    assert found["--tensor-model-parallel-size"] == "2"
+    assert found["--pipeline-model-parallel-size"] == "2"
+    assert (found["--micro-batch-size"], found["--global-batch-size"]) == ("2", "16")
+    assert (found["--num-layers"], found["--num-query-groups"]) == ("8", "4")
+    assert {"--bf16", "--swiglu", "--untie-embeddings-and-output-weights"} <= found.keys()
+    assert not {"--pipeline-model-parallel-layout", "--sequence-parallel"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cuts", "first", "last", "layout"),
+    [
+        ("5|5", None, None, None),
+        ("3|2|2|3", None, None, None),
+        ("2|3|3|2", "1", "1", None),
+        ("4|2|2|2", "3", "1", None),
+        ("3|3|3|1", None, None, "Ett|ttt|ttt|L"),
+        ("6|4", None, None, "Ettttt|tttL"),
+        ("1|9", None, None, "E|ttttttttL"),
+        ("3|1|4|2", None, None, "Ett|t|tttt|tL"),
+    ],
+)
+def test_megatron_is_told_uneven_layers(cuts, first, last, layout):
+    found = arguments(*make(cuts))
+    assert found.get("--decoder-first-pipeline-num-layers") == first
+    assert found.get("--decoder-last-pipeline-num-layers") == last
+    assert found.get("--pipeline-model-parallel-layout") == layout
+
+
+def test_equal_pipelines_are_replicas_and_megatron_takes_them_as_they_lie():
+    plan, model = make("5|5", per_node=2)
+    one = plan.pipelines[0]
+    stages = tuple(
+        replace(stage, devices=((f"z:{index}",),)) for index, stage in enumerate(one.stages)
+    )
+    twice = replace(
+        plan,
+        devices=(*plan.devices, "z:0", "z:1"),
+        job=replace(plan.job, global_batch=16),
+        pipelines=(one, replace(one, stages=stages)),
+    )
+    assert grid_of(twice, "x").data == 2
+    files = export_files(twice, model, "megatron")
+    assert "--use-tp-pp-dp-mapping" in files["arguments.txt"].split()
+    assert "torchrun" in files["launch.sh"]
+
+
+def test_torchtitan_configuration_does_what_it_says():
+    plan, model = make("3|4|3", model=LLAMA, data=2, precision="fp32")
+    scope: dict = {}
+    exec(export_files(plan, model, "torchtitan")["meshwright_plan.py"], scope)
+    config = scope["apply"](
+        SimpleNamespace(parallelism=SimpleNamespace(), training=SimpleNamespace())
+    )
+    parallelism, training = config.parallelism, config.training
+    assert parallelism.data_parallel_replicate_degree == 2
+    assert parallelism.pipeline_parallel_degree == 3
+    assert parallelism.num_pp_microbatches == 4
+    parts = parallelism.module_fqns_per_model_part
+    names = [name for part in parts for name in part]
+    assert names == ["tok_embeddings", *(f"layers.{i}" for i in range(8)), "norm", "lm_head"]
+    assert [len(part) for part in parts] == [3, 4, 4]
+    assert training.num_tokens_per_microbatch_per_dp_rank == 2 * 16
+    assert training.num_tokens_per_train_step == plan.job.global_batch * 16
+    assert training.mixed_precision_param == "float32"
+
+
+def test_deepspeed_settings_multiply_to_the_batch():
+    plan, model = make("5|5", data=2)
+    files = export_files(plan, model, "deepspeed")
+    found = json.loads(files["ds_config.json"])
+    accumulation = found["gradient_accumulation_steps"]
+    each = found["train_micro_batch_size_per_gpu"]
+    assert found["train_batch_size"] == accumulation * each * 2
+    assert found["pipeline"] == {"stages": 2, "partition": "uniform"}
+    scope: dict = {}
+    exec(files["pipeline.py"], scope)
+    assert scope["PIPELINE"] == {"num_stages": 2, "partition_method": "uniform"}
+    plan, model = make("3|2|2|3")
+    found = json.loads(export_files(plan, model, "deepspeed")["ds_config.json"])
+    assert found["pipeline"]["partition"] == "type:block"
+    plan, model = make("10", model=LLAMA, tensor=2)
+    found = json.loads(export_files(plan, model, "deepspeed")["ds_config.json"])
+    assert found["tensor_parallel"] == {"autotp_size": 2, "preset_model": "llama"}
+
+
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_a_uniform_partition_holds_every_layer_and_is_even(items, stages):
+    parts = uniform(items, stages)
+    sizes = [end - first for first, end in parts]
+    assert sum(sizes) == items
+    assert sorted(sizes, reverse=True) == sizes
+    assert max(sizes) - min(sizes) <= 1
+
+
+def settings(text: str) -> dict[str, str]:
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
+
+
+def test_accelerate_takes_replicas_itself_and_stages_by_its_plugin():
+    plan, model = make("10", data=4)
+    files = export_files(plan, model, "accelerate")
+    found = settings(files["accelerate.yaml"])
+    assert found["distributed_type"] == "MULTI_GPU"
+    assert (found["num_machines"], found["num_processes"]) == ("2", "4")
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in files["launch.sh"]
+    plan, model = make("4|3|3", per_node=3)
+    found = settings(export_files(plan, model, "accelerate")["accelerate.yaml"])
+    assert found["distributed_type"] == "MEGATRON_LM"
+    assert found["megatron_lm_pp_degree"] == "3"
+    assert found["megatron_lm_decoder_last_pipeline_num_layers"] == "2"
+
+
+@pytest.mark.parametrize("cuts", ["5|5", "3|2|2|3"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_torch_finds_the_schedule_valid_and_free_of_deadlock(cuts, schedule):
+    schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+    plan, model = make(cuts, micro_batches=6)
+    text = export_files(replace(plan, schedule=schedule), model, "pipelining-csv")["schedule.csv"]
+    actions = {
+        rank: [schedules._Action.from_str(word) for word in line.split(",")]
+        for rank, line in enumerate(text.splitlines())
+    }
+    stages = len(cuts.split("|"))
+    ranks = schedules._validate_schedule(actions, stages, stages, 6)
+    assert ranks == {stage: stage for stage in range(stages)}
+    with_sends = schedules._add_send_recv(actions, lambda stage: stage, stages)
+    schedules._simulate_comms_compute(with_sends, lambda stage: stage, stages)
+
+
+def test_unequal_pipelines_are_a_schedule_each():
+    plan, model = make("5|5")
+    alone = Pipeline(micro_batches=2, rows=2, stages=(Stage(layers=(0, 10), devices=(("z:0",),)),))
+    plan = replace(plan, pipelines=(*plan.pipelines, alone), devices=(*plan.devices, "z:0"))
+    files = export_files(plan, model, "pipelining-csv")
+    assert files["schedule-1.csv"] == "0F0,0B0,0F1,0B1\n"
+    assert files["schedule-0.csv"].splitlines()[1].startswith("1F0,1B0")
+    for tool in TOOLS[:-1]:
+        assert "equal pipelines" in refused(tool, plan, model)
+
+
+def test_stages_of_unlike_width_and_unequal_rows_are_refused_by_all():
+    plan, model = make("5|5", data=2, rows=2)
+    first, second = plan.pipelines[0].stages
+    narrow = replace(second, devices=second.devices[:1])
+    unlike = replace(plan, pipelines=(replace(plan.pipelines[0], stages=(first, narrow)),))
+    shares = replace(first, rows=(3, 1))
+    unequal = replace(plan, pipelines=(replace(plan.pipelines[0], stages=(shares, second)),))
+    for tool in TOOLS:
+        assert "2 x 1, 1 x 1" in refused(tool, unlike, model)
+        assert "stages[0].rows: found [3, 1]" in refused(tool, unequal, model)
+
+
+REFUSALS = {
+    "megatron schedule": ("megatron", make("5|5"), "gpipe", '"schedule": "1f1b"'),
+    "megatron precision": ("megatron", make("10", precision="fp64"), "1f1b", "bf16 or fp16"),
+    "titan gpt": ("torchtitan", make("10"), "1f1b", "no GPT-2"),
+    "titan fp16": ("torchtitan", make("10", model=LLAMA, precision="fp16"), "1f1b", "bf16 or fp32"),
+    "deepspeed uneven": ("deepspeed", make("6|4"), "1f1b", "5|5 (uniform)"),
+    "deepspeed both": ("deepspeed", make("5|5", model=LLAMA, tensor=2), "1f1b", "AutoTP"),
+    "deepspeed preset": ("deepspeed", make("10", tensor=2), "1f1b", "llama, mixtral"),
+    "accelerate uneven": ("accelerate", make("6|2|2", per_node=3), "1f1b", "but the last"),
+    "accelerate nodes": ("accelerate", make("4|3|3"), "1f1b", "2, 1 devices"),
+    "unknown tool": ("megatrn", make("10"), "1f1b", "Did you mean 'megatron'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_tool_cannot_express_is_refused_with_the_reason(name):
+    tool, (plan, model), schedule, reason = REFUSALS[name]
+    assert reason in refused(tool, replace(plan, schedule=schedule), model)
+
+
+def test_a_model_that_is_no_language_model_is_refused():
+    plan, model = make("10")
+    by_hand = replace(plan, model=replace(plan.model, source="unet.toml"))
+    assert "pipelining-csv takes any model" in refused("megatron", by_hand, model)
+
+
+def ranks_started(script: str, node: str, folder: Path) -> list[dict[str, str]]:
+    """What the processes that a launch script starts on a node find in their environment."""
+    (folder / "launch.sh").write_text(script)
+    shell = 'echo "$RANK $LOCAL_RANK $CUDA_VISIBLE_DEVICES $MASTER_ADDR $*" >> started\n'
+    for name in ("torchrun", "python"):
+        (folder / name).write_text("#!/usr/bin/env bash\n" + shell)
+        (folder / name).chmod(0o755)
+    (folder / "started").write_text("")
+    done = subprocess.run(
+        ["bash", "launch.sh", node, "--more"],
+        cwd=folder,
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "RANK": "-", "LOCAL_RANK": "-"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    words = (line.split(" ", 4) for line in (folder / "started").read_text().splitlines())
+    keys = ("rank", "local", "visible", "master", "arguments")
+    return sorted((dict(zip(keys, w, strict=True)) for w in words), key=lambda each: each["rank"])
+
+
+def test_torchrun_numbers_the_devices_of_a_node_as_the_plan_does(tmp_path):
+    script = launch_script(("a:1", "a:0", "b:0"), "train.py")
+    (started,) = ranks_started(script, "a", tmp_path)
+    assert (started["visible"], started["master"]) == ("1,0", "a")
+    assert re.search(r"--nnodes=2 --node-rank=0 --nproc-per-node=2", started["arguments"])
+    assert started["arguments"].endswith("train.py --more")
+    (started,) = ranks_started(script, "b", tmp_path)
+    assert "--node-rank=1 --nproc-per-node=1" in started["arguments"]
+
+
+def test_ranks_that_torchrun_cannot_number_are_started_one_by_one(tmp_path):
+    order = ("a:0", "b:0", "a:1", "b:1")
+    found = ranks_started(launch_script(order, "train.py"), "b", tmp_path)
+    assert [(each["rank"], each["local"]) for each in found] == [("1", "0"), ("3", "1")]
+    assert {each["visible"] for each in found} == {"0,1"}
+    assert all(node_of(order[int(each["rank"])]) == "b" for each in found)

@@ -1,0 +1,119 @@
+"""Every plan of the planner's space, written down one after another and simulated.
+
+Nothing is bounded, and nothing is shared with the search but the plan format and the simulator.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations, product
+
+from meshwright.cluster.spec import devices_of, node_of
+from meshwright.cost.memory import memory_problems
+from meshwright.errors import PlanError
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.validate import validate_plan
+from meshwright.simulate.engine import simulate_plan
+
+SAME_UNIT, NEW_REPLICA, NEW_STAGE, NEW_PIPELINE = range(4)
+
+
+def every_plan(model, cluster, job):
+    """All legal plans that fit and whose tensor-parallel groups stay inside a node."""
+    order = [device.name for device in devices_of(cluster)]
+    for shape in _shapes(cluster):
+        for pipelines in _filled(shape, job.global_batch, len(model.layers)):
+            used = {d for p in pipelines for s in p.stages for unit in s.devices for d in unit}
+            for schedule in ("1f1b", "gpipe"):
+                plan = Plan(
+                    name="brute",
+                    model=Subject(name="", fingerprint=""),
+                    cluster=Subject(name="", fingerprint=""),
+                    job=job,
+                    schedule=schedule,
+                    devices=tuple(name for name in order if name in used),
+                    pipelines=pipelines,
+                )
+                if _legal(plan, model, cluster):
+                    yield plan
+
+
+def least_seconds(model, cluster, job):
+    """Of every plan the least simulated seconds; None if none fits; and how many there are."""
+    seconds = [
+        simulate_plan(p, model, cluster).step_seconds for p in every_plan(model, cluster, job)
+    ]
+    return min(seconds, default=None), len(seconds)
+
+
+def _legal(plan, model, cluster):
+    try:
+        validate_plan(plan, model, cluster)
+    except PlanError:
+        return False
+    return not memory_problems(plan, model, cluster)
+
+
+def _shapes(cluster):
+    """Devices in every order, cut into units, replicas, stages and pipelines in every way. Devices
+    of one type in one node are used in order, or nothing would be left of the day."""
+    rank = {device.name: i for i, device in enumerate(devices_of(cluster))}
+    classes = {device.name: (device.node, device.type) for device in devices_of(cluster)}
+    seen = set()
+    for number in range(1, len(classes) + 1):
+        for order in permutations(classes, number):
+            taken = {}
+            for name in order:
+                taken.setdefault(classes[name], []).append(rank[name])
+            first = {key: [rank[n] for n in classes if classes[n] == key] for key in taken}
+            if any(used != first[key][: len(used)] for key, used in taken.items()):
+                continue
+            for breaks in product(range(4), repeat=number - 1):
+                shape = _cut(order, breaks)
+                units = [unit for line in shape for stage in line for unit in stage]
+                inside = all(len({node_of(d) for d in unit}) == 1 for unit in units)
+                ascending = all(list(u) == sorted(u, key=rank.get) for u in units)
+                key = frozenset(shape)
+                if inside and ascending and key not in seen:
+                    seen.add(key)
+                    yield shape
+
+
+def _cut(order, breaks):
+    lines = [[[[order[0]]]]]
+    for name, mark in zip(order[1:], breaks, strict=True):
+        if mark == NEW_PIPELINE:
+            lines.append([[[name]]])
+        elif mark == NEW_STAGE:
+            lines[-1].append([[name]])
+        elif mark == NEW_REPLICA:
+            lines[-1][-1].append([name])
+        else:
+            lines[-1][-1][-1].append(name)
+    return tuple(tuple(tuple(tuple(unit) for unit in stage) for stage in line) for line in lines)
+
+
+def _sums(total, parts):
+    for cuts in combinations(range(1, total), parts - 1):
+        yield tuple(b - a for a, b in zip((0, *cuts), (*cuts, total), strict=True))
+
+
+def _filled(shape, batch, layers):
+    for shares in _sums(batch, len(shape)):
+        yield from product(
+            *(list(_pipelines(line, s, layers)) for line, s in zip(shape, shares, strict=True))
+        )
+
+
+def _pipelines(line, share, layers):
+    for rows in (r for r in range(1, share + 1) if share % r == 0):
+        for sizes in _sums(layers, len(line)):
+            for split in product(*(list(_sums(rows, len(stage))) for stage in line)):
+                ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
+                yield Pipeline(
+                    micro_batches=share // rows,
+                    rows=rows,
+                    stages=tuple(
+                        Stage(layers=(end - size, end), devices=stage, rows=row)
+                        for end, size, stage, row in zip(ends, sizes, line, split, strict=True)
+                    ),
+                )

@@ -1,0 +1,82 @@
+"""The restricted searches of the benchmark give legal plans of their own spaces."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import searchworlds as worlds
+
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.plan.validate import validate_plan
+from meshwright.search.costs import costs_of
+from meshwright.search.planner import find_plan
+
+CLUSTER = worlds.cluster(("fast", "fast"), ("slow", "slow"))
+MODEL = worlds.model([10.0, 40.0, 5.0, 10.0, 20.0, 10.0])
+
+
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+rivals = load("rival_searches")
+
+
+@pytest.mark.parametrize("name", ["metis", "sailor"])
+def test_plans_are_legal_whole_and_never_faster_than_the_exhaustive_search(name):
+    job = worlds.job(8)
+    found = rivals.RIVALS[name](costs_of(MODEL, CLUSTER, job))
+    validate_plan(found.plan, MODEL, CLUSTER)
+    (pipeline,) = found.plan.pipelines
+    assert pipeline.stages[0].layers[0] == 0
+    assert pipeline.stages[-1].layers[1] == len(MODEL.layers)
+    assert all(total_bytes(m) <= m.capacity for m in device_memory(found.plan, MODEL, CLUSTER))
+    best = find_plan(MODEL, CLUSTER, job).prediction.step_seconds
+    assert found.seconds >= best * (1 - 1e-9)
+
+
+def test_each_keeps_to_its_space():
+    costs = costs_of(MODEL, CLUSTER, worlds.job(8))
+    by_metis, by_sailor = rivals.metis(costs).plan, rivals.sailor(costs).plan
+    assert len(by_metis.devices) == 4
+    widths = {len(stage.devices) for stage in by_sailor.pipelines[0].stages}
+    assert len(widths) == 1
+    assert all(stage.rows is None for stage in by_sailor.pipelines[0].stages)
+
+
+def test_a_draft_is_bounded_from_below():
+    costs = costs_of(MODEL, CLUSTER, worlds.job(8))
+    zones = rivals._zones(costs, {"fast": 1, "slow": 1})
+    checked = 0
+    for draft in rivals._sailor_drafts(costs, tuple(zones)):
+        for seconds, _ in rivals._cut(costs, [draft]):
+            assert draft.bound <= seconds * (1 + 1e-9)
+            checked += 1
+    assert checked > 30
+
+
+def test_groups_add_up_and_are_powers_of_two_or_equal():
+    for groups in rivals.group_sizes(12, 6):
+        assert sum(groups) == 12
+        powers = all(size & (size - 1) == 0 for size in groups)
+        assert powers or len(set(groups)) == 1
+    assert (8, 4) in set(rivals.group_sizes(12, 6))
+    assert (4, 8) in set(rivals.group_sizes(12, 6))
+
+
+def test_nothing_is_found_where_nothing_fits():
+    heavy = worlds.model([1.0] * 3, parameters=3_000_000_000)
+    costs = costs_of(heavy, CLUSTER, worlds.job(8))
+    assert rivals.metis(costs) is None
+    assert rivals.sailor(costs) is None

@@ -1,0 +1,111 @@
+"""Playing one of every set of identical replicas gives what playing all of them gives."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import Cluster, Link, Node, Site
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.parts import parts
+from worlds import DEVICE, even_model, even_plan
+
+
+def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluster:
+    """Nodes of `each` devices, the second half of them at another site."""
+    inside = Link(bandwidth=1e9, latency=1e-6, shared=shared)
+    return Cluster(
+        name="sites",
+        types={"g": DEVICE},
+        nodes=tuple(
+            Node(
+                name=f"n{i}",
+                site="home" if i < (nodes + 1) // 2 else "away",
+                devices=("g",) * each,
+                inside=inside,
+                network=Link(bandwidth=2e8, latency=1e-5, shared=shared),
+            )
+            for i in range(nodes)
+        ),
+        sites=tuple(
+            Site(name=n, uplink=Link(bandwidth=uplink, latency=1e-4)) for n in ("home", "away")
+        ),
+    )
+
+
+@settings(max_examples=60)
+@given(
+    data=st.sampled_from([1, 2, 4]),
+    tensor=st.sampled_from([1, 2]),
+    stages=st.integers(1, 4),
+    micro_batches=st.integers(1, 5),
+    each=st.sampled_from([1, 2, 4]),
+    shared=st.booleans(),
+    schedule=st.sampled_from(["1f1b", "gpipe"]),
+    parameters=st.sampled_from([0, 100_000, 10_000_000]),
+)
+def test_regular_plans_take_as_long_folded(
+    data, tensor, stages, micro_batches, each, shared, schedule, parameters
+):
+    model = even_model(stages * 2, cut_bytes=1e4, parameters=parameters)
+    where = sites(-(-data * tensor * stages // each), each, shared=shared)
+    plan = even_plan(
+        model,
+        where,
+        data=data,
+        tensor=tensor,
+        stages=stages,
+        micro_batches=micro_batches,
+        schedule=schedule,
+    )
+    check(plan, model, where)
+
+
+def check(plan, model, where):
+    whole, folded = simulate_plan(plan, model, where), simulate_folded(plan, model, where)
+    assert folded.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
+    assert parts(folded) == pytest.approx(parts(whole), rel=1e-6, abs=1e-9)
+
+
+def two_lines(narrow: bool) -> Plan:
+    """Four replicas of one stage, and stages of two replicas and one or two."""
+    devices = tuple(f"n{i}:{j}" for i in range(4) for j in range(2))
+    second = (("n3:0",),) if narrow else (("n3:0",), ("n3:1",))
+    return Plan(
+        name="two",
+        model=Subject(name="", fingerprint=""),
+        cluster=Subject(name="", fingerprint=""),
+        job=Job(global_batch=12, sequence=1, precision="fp32", optimizer="sgd"),
+        devices=devices[:7] if narrow else devices,
+        pipelines=(
+            Pipeline(
+                micro_batches=2,
+                rows=4,
+                stages=(Stage(layers=(0, 4), devices=tuple((d,) for d in devices[:4])),),
+            ),
+            Pipeline(
+                micro_batches=2,
+                rows=2,
+                stages=(
+                    Stage(layers=(0, 2), devices=(("n2:0",), ("n2:1",))),
+                    Stage(layers=(2, 4), devices=second),
+                ),
+            ),
+        ),
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_unlike_pipelines_take_as_long_folded(shared, narrow):
+    model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
+    check(two_lines(narrow), model, sites(4, 2, shared=shared))
+
+
+def test_one_of_all_replicas_is_played():
+    model, where = even_model(2), sites(4, 2, shared=False)
+    plan = even_plan(model, where, data=4, stages=2)
+    assert len(fold(plan, where).ranks) == 2
+    assert len(fold(two_lines(False), where).ranks) == 1 + 2
+    assert len(fold(two_lines(True), where).ranks) == 1 + 3

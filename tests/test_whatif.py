@@ -1,0 +1,119 @@
+"""What edits of a cluster buy, with and without measured times; and the nearest regular plans."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import Cluster, Link, Node
+from meshwright.cost.profile import LayerTime, LinkTimes, Profile
+from meshwright.errors import ClusterError, PlanError
+from meshwright.exporting import even_cuts
+from meshwright.plan.spec import Job
+from meshwright.session import Session, search
+from meshwright.whatif import Edits, what_if
+from worlds import even_model, one_node
+
+
+def two_nodes() -> Cluster:
+    """Two nodes with a device each, and a network that is slow enough to matter."""
+    one = one_node(1)
+    nodes = tuple(
+        Node(name=name, site="s", devices=("g",), inside=link, network=link)
+        for name, link in (("a", Link(bandwidth=1e7)), ("b", Link(bandwidth=1e7)))
+    )
+    return replace(one, nodes=nodes)
+
+
+def session(cluster: Cluster, profile: Profile | None = None) -> Session:
+    model = even_model(8, cut_bytes=1e4, parameters=1000)
+    return Session(
+        model=model,
+        cluster=cluster,
+        job=Job(global_batch=8, sequence=1, precision="fp32", optimizer="sgd"),
+        profile=profile,
+        model_source="",
+        cluster_source="",
+        profile_source="profile.json",
+        warnings=(),
+    )
+
+
+def asked(here: Session, **edits: tuple[str, ...]):
+    return what_if(here, search(here), Edits(**edits))[0]
+
+
+def test_a_second_node_buys_a_shorter_step_and_its_loss_a_longer_one():
+    more = asked(session(one_node(1)), added=("1 x n",))
+    assert 1.5 < more.speed_up < 2
+    assert [each.step_seconds is not None for each in more.options] == [True] * 4
+    less = asked(session(two_nodes()), without=("b",))
+    assert less.speed_up < 1
+    assert less.options[2].reason.startswith("cannot: devices")
+    assert less.best.devices == ("a:0",)
+
+
+def test_an_edit_that_changes_nothing_buys_nothing():
+    assert asked(session(two_nodes()), settings=("link.network=80 Mbit/s",)).speed_up == 1
+
+
+def test_a_plan_that_was_not_the_best_is_no_merit_of_the_edit():
+    here = session(two_nodes())
+    alone = search(replace(here, cluster=replace(here.cluster, nodes=here.cluster.nodes[:1])))
+    alone = replace(alone, cluster=replace(alone.cluster, fingerprint=""))
+    found, _ = what_if(here, alone, Edits(settings=("link.network=80 Mbit/s",)))
+    now, best, kept, after = (each.step_seconds for each in found.options)
+    assert now == kept
+    assert best == after
+    assert best < now
+    assert found.speed_up == 1
+
+
+def profile(links: LinkTimes | None = None) -> Profile:
+    signature = even_model(1).layers[0].signature
+    layer = LayerTime(
+        device="g",
+        signature=signature,
+        precision="fp32",
+        tensor=1,
+        rows=1,
+        forward_seconds=1e-3,
+        backward_seconds=2e-3,
+    )
+    return Profile(model="even", sequence=1, layers=(layer,), links=links)
+
+
+def test_a_measured_link_can_be_set():
+    slow = profile(LinkTimes(network=Link(bandwidth=1e6), all_reduce_latency=1e-5))
+    found = asked(session(two_nodes(), slow), settings=("link.network=1 Gbit/s",))
+    assert found.speed_up > 1.01
+
+
+def test_a_speed_that_was_measured_cannot():
+    here = session(two_nodes(), profile())
+    for figure in ("peak.fp32=1 PFLOP/s", "matmul_efficiency=0.9", "memory_bandwidth=1 TB/s"):
+        with pytest.raises(PlanError, match=r"measured times replace \(profile\.json\)"):
+            asked(here, settings=(f"device.g.{figure}",))
+    assert asked(here, settings=("device.g.memory=32 GiB",)).speed_up == 1
+
+
+def test_nothing_to_change_and_nothing_left_are_refused():
+    here = session(two_nodes())
+    with pytest.raises(PlanError, match="nothing to change"):
+        asked(here)
+    with pytest.raises(ClusterError, match="at least one device"):
+        asked(here, without=("a", "b"))
+
+
+@given(st.integers(3, 120), st.integers(1, 40))
+def test_even_cuts_hold_every_layer_on_no_empty_stage(layers, stages):
+    for cuts in even_cuts(layers, stages):
+        assert len(cuts) == stages
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == layers
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(cuts))
+        assert all(first < end for first, end in cuts)
