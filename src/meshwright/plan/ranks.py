@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.records import record
 
 
@@ -34,6 +34,8 @@ class StageSeats:
     layers: tuple[int, int]
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
+    boundary: BoundaryKind = "direct"
+    """How tensors cross the cut between the stage before and this one, both ways."""
 
 
 def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
@@ -58,6 +60,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     is_first=s == 0,
                     is_last=s == len(pipeline.stages) - 1,
                     layers=stage.layers,
+                    boundary=stage.boundary or "direct",
                     seats=tuple(
                         tuple(
                             Seat(

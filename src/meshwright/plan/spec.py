@@ -12,6 +12,12 @@ FORMAT = 1
 
 ScheduleName = Literal["1f1b", "gpipe"]
 
+BoundaryKind = Literal["direct", "scatter_gather", "broadcast"]
+"""How tensors cross the cut between two stages. `direct`: each device receives all it needs from
+one device of the other side. `scatter_gather`: the devices of a replica send and receive equal
+parts, which the receivers put together among themselves. `broadcast`: one device sends to all
+devices of a replica at once."""
+
 
 @record
 class Job:
@@ -45,6 +51,8 @@ class Stage:
     """One row per replica; the devices of a row share each layer by tensor parallelism."""
     rows: tuple[int, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
+    boundary: BoundaryKind | None = None
+    """How activations arrive from the stage before, and gradients go back to it; absent: direct."""
 
 
 @record

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.boundaries import Boundaries, boundaries_of, transfers
+from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
 from meshwright.program.buckets import BUCKET_BYTES, Bucket, buckets_of, gradient_buckets
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.schedules import Action, actions
@@ -67,6 +67,7 @@ def _stage_program(
             yield from transfers(seat, *arriving[i + 1])
         if i == last_backward:
             yield from _reductions(seat, buckets)
+        yield from gathers(seat, *arriving[i])
         yield Instruction(
             op=op,
             stage=stage.number,
