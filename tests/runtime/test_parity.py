@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, ROWS, Case, batch
-from ranks import run_ranks
+from ranks import LIMIT_SECONDS, run_ranks
 from torch import Tensor, nn
 
 STEPS = 20
@@ -58,7 +58,8 @@ def played(world_size: int) -> list[dict[str, Any]] | AssertionError:
     """All cases of one size in one set of processes, once."""
     names = [name for name, case in CASES.items() if case.world_size == world_size]
     try:
-        return run_ranks(world_size, play, names)
+        limit = LIMIT_SECONDS + 20 * len(names)
+        return run_ranks(world_size, play, names, limit=limit)
     except AssertionError as failure:
         return failure
 
@@ -88,7 +89,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 8 else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 6 else [])
         for name, case in CASES.items()
     ],
 )

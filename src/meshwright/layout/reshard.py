@@ -63,45 +63,45 @@ def reshard(
     receiver, a broadcast to several. What a holder on a receiver's own host has is taken from
     there: only the rest of the hosts are reached over the network.
     """
-    local, tasks = [], []
-    for task in unit_tasks(source, target):
-        near, far = _by_distance(task, hosts)
-        local += [
-            _transfer(task.tile, _on(host, task.holders, hosts), ranks, strategy, 0)
-            for host, ranks in near.items()
-        ]
-        if far:
-            tasks.append((task, far))
-    works = [
-        Multicast(
-            size=elements(task.tile),
-            senders=tuple(dict.fromkeys(hosts[rank] for rank in task.holders)),
-            receivers=tuple(far),
-        )
-        for task, far in tasks
+    tasks = unit_tasks(source, target)
+    found = [
+        _transfer(task.tile, _on(host, task.holders, hosts), ranks, strategy, 0)
+        for task in tasks
+        for host, ranks in _receivers(task, hosts, near=True).items()
     ]
+    remote = [task for task in tasks if _receivers(task, hosts, near=False)]
     sent: dict[str, int] = defaultdict(int)
-    found = []
-    for turn in order(works):
-        task, far = tasks[turn.task]
+    for turn in order(multicasts(remote, hosts)):
+        task = remote[turn.task]
+        far = _receivers(task, hosts, near=False)
         ranks = tuple(rank for group in far.values() for rank in group)
         senders = _on(turn.sender, task.holders, hosts)
         found.append(_transfer(task.tile, senders, ranks, strategy, sent[turn.sender]))
         sent[turn.sender] += 1
-    return (*local, *found)
+    return tuple(found)
 
 
-def _by_distance(
-    task: UnitTask, hosts: Mapping[int, str]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Receivers by host: on hosts that hold the tile, and on others."""
+def multicasts(tasks: Sequence[UnitTask], hosts: Mapping[int, str]) -> list[Multicast]:
+    """What unit tasks ask of the network, in elements; nothing of it is for a holder's own host."""
+    return [
+        Multicast(
+            size=elements(task.tile),
+            senders=tuple(dict.fromkeys(hosts[rank] for rank in task.holders)),
+            receivers=tuple(_receivers(task, hosts, near=False)),
+        )
+        for task in tasks
+    ]
+
+
+def _receivers(
+    task: UnitTask, hosts: Mapping[int, str], *, near: bool
+) -> dict[str, tuple[int, ...]]:
+    """Receivers by host: on hosts that hold the tile, or on the others."""
     have = {hosts[rank] for rank in task.holders}
     groups: dict[str, list[int]] = defaultdict(list)
     for rank in task.receivers:
         groups[hosts[rank]].append(rank)
-    near = {host: tuple(ranks) for host, ranks in groups.items() if host in have}
-    far = {host: tuple(ranks) for host, ranks in groups.items() if host not in have}
-    return near, far
+    return {host: tuple(ranks) for host, ranks in groups.items() if (host in have) is near}
 
 
 def _on(host: str, ranks: Sequence[int], hosts: Mapping[int, str]) -> list[int]:

@@ -114,8 +114,8 @@ class Messages:
         assert i.rows is not None
         self._wait(i.micro_batch)
         for _, flat in self._parts[i.micro_batch][i.rows]:
-            own = flat.chunk(len(i.ranks))[dist.get_rank(self.replica)]
-            dist.all_gather_into_tensor(flat, own, group=self.replica)
+            pieces = list(flat.chunk(len(i.ranks)))
+            dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
 
     def _wait(self, micro_batch: int) -> None:
         for handle in self._arriving.pop(micro_batch, ()):
