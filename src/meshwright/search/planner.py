@@ -19,6 +19,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
+from meshwright.search.boundaries import choose_boundaries
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
 from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
 from meshwright.search.costs import Costs, costs_of
@@ -79,6 +80,7 @@ def find_plan(
     by_hand = _all_by_hand(costs, contest.dropped)
     _regular(contest, explored, by_hand, tell)
     exhausted = improve(contest, schedules, tell)
+    choose_boundaries(contest, tell)
     if contest.best is None:
         raise nothing_fits(costs, explored.misfits, explored.tried)
     winner = _simplest(contest)
