@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 from meshwright.plan.spec import Pipeline, Plan, Stage
@@ -10,7 +11,7 @@ from meshwright.records import record
 
 @record
 class Seat:
-    """The place of one rank in a plan."""
+    """The place of one rank in one stage. A rank has a seat in every stage that it holds."""
 
     rank: int
     device: str
@@ -31,6 +32,9 @@ class StageSeats:
     pipeline: int
     is_first: bool
     is_last: bool
+    position: int
+    """Place in the pipeline, from 0: stages of one position are held by the same ranks, in the same
+    mesh. Without such virtual stages it is the stage's place in its pipeline."""
     layers: tuple[int, int]
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
@@ -48,6 +52,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     rank_of = {device: rank for rank, device in enumerate(plan.devices)}
     found: list[StageSeats] = []
     for p, pipeline in enumerate(plan.pipelines):
+        position_of: dict[object, int] = {}
         for s, stage in enumerate(pipeline.stages):
             number = len(found)
             intervals = row_intervals(stage, pipeline.rows)
@@ -57,6 +62,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     pipeline=p,
                     is_first=s == 0,
                     is_last=s == len(pipeline.stages) - 1,
+                    position=position_of.setdefault(stage.devices, len(position_of)),
                     layers=stage.layers,
                     seats=tuple(
                         tuple(
@@ -76,6 +82,17 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                 )
             )
     return tuple(found)
+
+
+def held_together(one: StageSeats, other: StageSeats) -> bool:
+    """Whether the same ranks hold both stages: what passes between them stays where it is."""
+    return (one.pipeline, one.position) == (other.pipeline, other.position)
+
+
+def seats_of(stages: Sequence[StageSeats], rank: int) -> tuple[Seat, ...]:
+    """A rank's seats, by stage; more than one where a schedule has virtual stages."""
+    seats = (seat for stage in stages for replica in stage.seats for seat in replica)
+    return tuple(seat for seat in seats if seat.rank == rank)
 
 
 def pipeline_rows(pipeline: Pipeline) -> int:
