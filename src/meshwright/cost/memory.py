@@ -16,6 +16,7 @@ from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.errors import Problem
+from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
@@ -112,6 +113,26 @@ def _cut_bytes(model: LayerGraph, counted: Callable[[Tensor], bool]) -> Array:
             change[tensor.producer + 1] += tensor.bytes
             change[tensor.consumers[-1] + 1] -= tensor.bytes
     return np.cumsum(change)[:-1]
+
+
+@record
+class MemoryTables:
+    """Of stages that keep what their layers made, and of those that recompute it."""
+
+    plain: MemoryTable
+    recomputed: MemoryTable
+
+
+def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
+    """Both tables of a model trained by a job."""
+    return MemoryTables(
+        plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
+    )
+
+
+def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
+    """The one that weighs this stage."""
+    return tables.recomputed if stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
@@ -285,13 +306,15 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
 
     A stage holds as many micro-batches at once as its schedule opens (1F1B min(M, S - s), GPipe M).
     """
-    table = memory_table(model, plan.job)
+    tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
     for stage, _, held in _stages(plan):
         for seat in (seat for replica in stage.seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
-            parts = stage_memory(table, stage.layers, len(stage.seats[0]), rows, held)
+            parts = stage_memory(
+                table_of(tables, stage), stage.layers, len(stage.seats[0]), rows, held
+            )
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
@@ -323,7 +346,7 @@ def total_bytes(memory: DeviceMemory) -> int:
 
 def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
     """One Problem for every device that a plan overfills: by how much, and what would help."""
-    table = memory_table(model, plan.job)
+    tables = memory_tables(model, plan.job)
     by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
     problems = []
     for stage, path, held in _stages(plan):
@@ -339,7 +362,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                         path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, table, stage, rows, held, room),
+                        _what_helps(model, tables, stage, rows, held, room),
                     )
                 )
     return tuple(problems)
@@ -364,17 +387,19 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 
 
 def _what_helps(
-    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float
+    model: LayerGraph, tables: MemoryTables, stage: StageSeats, rows: int, held: int, room: float
 ) -> str:
     """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
     first, last = stage.layers
-    tensor = len(stage.seats[0])
+    tensor, table = len(stage.seats[0]), table_of(tables, stage)
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
     by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
     by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
     layers_that_fit = int(np.sum(by_layers <= room))
     rows_that_fit = int(np.sum(by_rows <= room))
     advice = []
+    if stage_memory_bytes(tables.recomputed, stage.layers, tensor, rows, held) <= room:
+        advice.append("`recompute: true`")
     if layers_that_fit:
         advice.append(f"give it {layers_that_fit} of its {last - first} layers")
     if rows_that_fit:

@@ -37,6 +37,7 @@ class StageSeats:
     """Place in the pipeline, from 0: stages of one position are held by the same ranks, in the same
     mesh. Without such virtual stages it is the stage's place in its pipeline."""
     layers: tuple[int, int]
+    recompute: bool
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
 
@@ -65,6 +66,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     is_last=s == len(pipeline.stages) - 1,
                     position=position_of[s],
                     layers=stage.layers,
+                    recompute=stage.recompute,
                     seats=tuple(
                         tuple(
                             Seat(
