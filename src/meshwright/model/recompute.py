@@ -34,24 +34,32 @@ def _kept(model: LayerGraph, tensor: Tensor) -> Tensor:
 
 
 def _recomputed(model: LayerGraph, index: int) -> Layer:
-    """A layer that reads the batch alone keeps as much as before: it has no other inputs."""
     layer = model.layers[index]
-    kept = sum(t.bytes for t in model.tensors if t.consumers and t.consumers[0] == index)
-    reads = any(index in tensor.consumers for tensor in model.tensors)
-    if not recomputed(index, len(model.layers)) or not reads:
+    if not recomputed(index, len(model.layers)):
         return layer
-    again = with_temporaries(layer, layer.saved_bytes - kept, divided=layer.split_saved_bytes)
-    return replace(
-        again,
+    again = replace(
+        layer,
         signature=f"{layer.signature}-recomputed",
         backward_flops=layer.backward_flops + layer.forward_flops + layer.attention_flops,
         traffic_bytes=layer.traffic_bytes * 4 / 3,
+        backward_all_reduce_bytes=layer.backward_all_reduce_bytes + layer.forward_all_reduce_bytes,
+    )
+    reads_layers = any(index in tensor.consumers for tensor in model.tensors)
+    return _keeping_inputs(model, again, index) if reads_layers else again
+
+
+def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
+    """What the layer kept becomes temporary. Not for a layer that reads the batch alone: it kept
+    its inputs already."""
+    kept = sum(t.bytes for t in model.tensors if t.consumers and t.consumers[0] == index)
+    again = with_temporaries(layer, layer.saved_bytes - kept, divided=layer.split_saved_bytes)
+    return replace(
+        again,
         saved_bytes=kept,
         split_saved_bytes=0.0,
         fixed_saved_bytes=0.0,
         moments=_with_fixed(again.moments, layer.fixed_saved_bytes),
         tensor_moments=_with_fixed(again.tensor_moments, layer.fixed_saved_bytes),
-        backward_all_reduce_bytes=layer.backward_all_reduce_bytes + layer.forward_all_reduce_bytes,
     )
 
 
