@@ -3,14 +3,26 @@
 from dataclasses import replace
 
 import pytest
-from searchworlds import NVLINK, cluster, job, model
+from searchworlds import NVLINK, cluster, device, job, model
 
 from meshwright.cluster.spec import Link
+from meshwright.cost.instructions import price
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
-from meshwright.search.boundaries import KINDS, choose_boundaries, wide_cuts, with_boundaries
+from meshwright.plan.validate import validate_plan
+from meshwright.program.compile import compile_plan
+from meshwright.search.boundaries import (
+    KINDS,
+    all_direct,
+    choose_boundaries,
+    wide_cuts,
+    with_boundaries,
+)
 from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
+from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.traffic import link_loads
 
 SLOW = Link(bandwidth=1e7, latency=1e-5)
 
@@ -79,6 +91,48 @@ def test_what_is_no_faster_stays_direct():
     assert where.nodes[0].inside == NVLINK
     assert contest.best.plan == plan
     assert contest.dropped["boundaries that are not faster"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_carry_what_crosses_once(kind):
+    """Two micro-batches of 400 kB each way; direct, four times that towards four devices."""
+    graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
+
+    def carried(plan: Plan) -> dict[str, float]:
+        program = compile_plan(plan, graph)
+        prices = price(program, plan, graph, where)
+        return {load.name: load.bytes for load in link_loads(program, prices, plan, graph, where)}
+
+    network = "a network out"
+    sums = carried(plan)[network] - 4 * 2 * 400_000
+    assert carried(with_boundaries(plan, [(0, 1)], kind))[network] == pytest.approx(
+        2 * 400_000 + sums
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_that_meet_are_played_one_by_one(kind):
+    graph, where, plan = world(stage((0, 2), "a0 a1", "a2 a3"), stage((2, 4), "b0 b1", "b2 b3"))
+    changed = with_boundaries(plan, [(0, 1)], kind)
+    assert len(fold(changed, where).ranks) == 8
+    assert len(fold(plan, where).ranks) < 8
+    whole = simulate_plan(changed, graph, where).step_seconds
+    assert simulate_folded(changed, graph, where).step_seconds == pytest.approx(whole)
+
+
+def test_a_plan_found_has_its_boundaries_chosen():
+    """Two nodes that must share layers by tensor parallelism to hold them."""
+    where = cluster(("fast",) * 4, ("fast",) * 4, network=SLOW, types=(device("fast", 20.0, 2.0),))
+    graph = model([10.0] * 2, parameters=240_000_000)
+    plan = find_plan(graph, where, job(8))
+    validate_plan(plan, graph, where)
+    assert list(wide_cuts(plan))
+    assert not all_direct(plan)
+    seconds = simulate_plan(plan, graph, where).step_seconds
+    assert plan.prediction.step_seconds == pytest.approx(seconds)
+    for cut in wide_cuts(plan):
+        other = with_boundaries(plan, [cut], "direct")
+        assert simulate_plan(other, graph, where).step_seconds >= seconds * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,6 +50,12 @@ def wide_cuts(plan: Plan) -> Iterator[Cut]:
                 yield p, s
 
 
+def all_direct(plan: Plan) -> bool:
+    """Whether all boundaries are as the rest of the search assumes them."""
+    stages = (stage for pipeline in plan.pipelines for stage in pipeline.stages)
+    return all(stage.boundary in (None, "direct") for stage in stages)
+
+
 def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind) -> Plan:
     """The plan with another kind of boundary at these cuts."""
     chosen = set(cuts)

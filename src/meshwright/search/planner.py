@@ -19,7 +19,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
-from meshwright.search.boundaries import choose_boundaries
+from meshwright.search.boundaries import all_direct, choose_boundaries
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
 from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
 from meshwright.search.costs import Costs, costs_of
@@ -85,7 +85,8 @@ def find_plan(
         raise nothing_fits(costs, explored.misfits, explored.tried)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
-    proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
+    settled = exhausted and all_direct(winner.plan)
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
 
