@@ -26,6 +26,7 @@ from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
+from meshwright.program.buckets import completing_layer
 from meshwright.program.instructions import COMPUTE, SENDS, Instruction, Op, Program
 from meshwright.records import record
 
@@ -214,7 +215,7 @@ def _prices(
     step = optimizer_seconds(
         costs.cluster.types[costs.types[seat.device]],
         costs.plan.job.optimizer,
-        float(stage_parameters(costs.table, stage.layers, len(stage.seats[0]))),
+        float(stage_parameters(costs.table, stage.layers, len(stage.seats[seat.replica]))),
         costs.profile,
         costs.model.precision,
     )
@@ -245,15 +246,6 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
     return found
 
 
-def completing_layer(i: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """The layer of a stage whose backward completes the gradients that a REDUCE_GRAD sums: the
-    first of its layers, or the stage's first user of a tied parameter."""
-    if i.layers is not None:
-        return max(i.layers[0], layers[0])
-    users = next(tied.layers for tied in model.tied if tied.name == i.tied)
-    return min(layer for layer in users if layers[0] <= layer < layers[1])
-
-
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
@@ -274,7 +266,9 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
     """Bytes that a rank always holds, and those of one micro-batch."""
     rows = seat.rows[1] - seat.rows[0]
-    parts: StageMemory = stage_memory(costs.table, stage.layers, len(stage.seats[0]), rows, 1)
+    parts: StageMemory = stage_memory(
+        costs.table, stage.layers, len(stage.seats[seat.replica]), rows, 1
+    )
     states = parts.parameters + parts.gradients + parts.optimizer
     framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
     return round(states + parts.buffers) + framework, float(parts.activations)

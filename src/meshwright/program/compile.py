@@ -8,7 +8,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.boundaries import Boundaries, boundaries_of, transfers
-from meshwright.program.buckets import BUCKET_BYTES, Bucket, buckets_of, gradient_buckets
+from meshwright.program.buckets import BUCKET_BYTES, gradient_buckets, reductions
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.schedules import Action, actions
 
@@ -43,7 +43,7 @@ def compile_plan(
         for seat in (seat for replica in stage.seats for seat in replica):
             if only is not None and seat.rank not in only:
                 continue
-            own = buckets_of(seat.rank, seat.tensor_index, buckets)
+            own = tuple(reductions(seat.rank, stage.number, buckets))
             ranks[seat.rank] = (
                 *_stage_program(stage, seat, order, boundaries, own),
                 Instruction(op=Op.REDUCE_NORM, stage=stage.number, ranks=world, bytes=NORM_BYTES),
@@ -57,7 +57,7 @@ def _stage_program(
     seat: Seat,
     order: Sequence[Action],
     boundaries: Boundaries,
-    buckets: Sequence[Bucket],
+    reductions: Sequence[Instruction],
 ) -> Iterator[Instruction]:
     last_backward = max(i for i, (op, _) in enumerate(order) if op is Op.BACKWARD)
     arriving = [(micro_batch, boundaries.incoming.get(op)) for op, micro_batch in order]
@@ -66,7 +66,7 @@ def _stage_program(
         if i + 1 < len(order):
             yield from transfers(seat, *arriving[i + 1])
         if i == last_backward:
-            yield from _reductions(seat, buckets)
+            yield from reductions
         yield Instruction(
             op=op,
             stage=stage.number,
@@ -75,15 +75,3 @@ def _stage_program(
             layers=stage.layers,
         )
         yield from transfers(seat, micro_batch, boundaries.outgoing.get(op))
-
-
-def _reductions(seat: Seat, buckets: Sequence[Bucket]) -> Iterator[Instruction]:
-    for bucket in buckets:
-        yield Instruction(
-            op=Op.REDUCE_GRAD,
-            stage=seat.stage,
-            layers=bucket.layers,
-            tied=bucket.tied,
-            ranks=bucket.ranks[seat.tensor_index],
-            bytes=bucket.bytes,
-        )

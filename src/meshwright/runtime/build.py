@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.shard import Ranges, Split, held, splits
+from meshwright.model.shard import Ranges, Split, Tile, own_tile, slices, splits
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 from meshwright.runtime.seeds import initial_seed
@@ -41,8 +41,18 @@ class Held:
     parameter: nn.Parameter
     layers: tuple[int, ...]
     """Own layers that use it."""
-    divided: bool
-    """A slice, by tensor parallelism."""
+    split: Split | None
+    """How tensor ranks divide it, here or elsewhere; None: each holds all of it."""
+    attribute: str
+    """Its name in its module: "weight" or "bias"."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+    def slices(self, tile: Tile) -> Ranges | None:
+        """The part of the whole that a tile is; None: it is not divided."""
+        if self.split is None:
+            return None
+        return slices(self.split, self.attribute, self.shape, tile)
 
 
 @dataclass(slots=True)
@@ -237,29 +247,36 @@ def _divide(
     model: nn.Module, parts: tuple[LayerPart, ...], places: list[_Place], team: Team | None
 ) -> tuple[Held, ...]:
     """Slices the parameters for the team and makes the modules compute with it."""
-    table = _table(model, parts) if team is not None else {}
+    table = _table(model, parts)
+    own = own_tile(1, 0) if team is None else own_tile(team.width, team.index)
     result: dict[str, Held] = {}
     cuts: dict[str, Ranges | None] = {}
     sizes: dict[str, int] = {}
     for place in places:
         full = place.owner.get_parameter(place.attribute)
+        split, shape = table.get(place.module), tuple(full.shape)
+        ranges = None if split is None else slices(split, place.attribute, shape, own)
+        split = None if ranges is None else split
         known = result.get(place.name)
-        if known is not None and known.parameter is full:
+        if known is not None and known.parameter is full and (known.split or not split):
             known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
             continue
-        split = table.get(place.module)
-        ranges = None
-        if team is not None and split is not None:
-            ranges = held(split, place.attribute, tuple(full.shape), team.width, team.index)
-            sizes[place.module] = full.shape[0]
+        sizes[place.module] = shape[0]
         if known is None:
-            if ranges is not None:
+            if ranges is not None and team is not None:
                 part = take(full.detach(), ranges)
                 full = nn.Parameter(part, requires_grad=full.requires_grad)
             known = Held(
-                name=place.name, parameter=full, layers=(place.layer,), divided=ranges is not None
+                name=place.name,
+                parameter=full,
+                layers=(place.layer,),
+                split=split,
+                attribute=place.attribute,
+                shape=shape,
             )
             result[place.name], cuts[place.name] = known, ranges
+        elif team is None:
+            known.split = known.split or split
         elif cuts[place.name] != ranges:
             raise PlanError(
                 Problem(
@@ -271,9 +288,9 @@ def _divide(
             )
         known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
         setattr(place.owner, place.attribute, known.parameter)
-    for name, split in table.items():
-        assert team is not None
-        divide(model.get_submodule(name), name, split, sizes.get(name, 0), team)
+    if team is not None:
+        for name, split in table.items():
+            divide(model.get_submodule(name), name, split, sizes.get(name, 0), team)
     return tuple(result.values())
 
 
