@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from hypothesis import strategies as st
@@ -47,7 +48,16 @@ def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> Laye
 def models(draw: st.DrawFn, max_layers: int = 6) -> LayerGraph:
     """Chains of one to `max_layers` layers."""
     costs = draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=max_layers))
-    return chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
+    model = chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
+    return replace(
+        model,
+        layers=tuple(replace(x, split_parameters=draw(SPLIT)) for x in model.layers),
+        tied=tuple(replace(x, split=draw(st.booleans())) for x in model.tied),
+    )
+
+
+SPLIT = st.sampled_from([0, 840, 999, 1000])
+"""Of a layer's thousand parameters, those that tensor ranks divide."""
 
 
 @st.composite
@@ -62,18 +72,26 @@ def cuts(draw: st.DrawFn, layers: int, stages: int) -> list[tuple[int, int]]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, model: LayerGraph, max_pipelines: int = 2) -> Plan:
-    """Legal plans: unequal pipelines, unequal data widths and row shares, one tensor width."""
-    tensor = draw(st.sampled_from([1, 2]))
+def plans(
+    draw: st.DrawFn,
+    model: LayerGraph,
+    max_pipelines: int = 2,
+    widths: tuple[int, ...] = (1, 2, 3, 4),
+    max_rows: int = 6,
+) -> Plan:
+    """Legal plans: unequal pipelines, data widths, row shares and tensor widths, from one tensor
+    width everywhere to another for each replica."""
+    kinds = draw(st.lists(st.sampled_from(widths), min_size=1, max_size=3, unique=True))
     pipelines, devices = [], []
     for _ in range(draw(st.integers(1, max_pipelines))):
         count = draw(st.integers(1, min(3, len(model.layers))))
-        rows = draw(st.integers(2, 6))
+        rows = draw(st.integers(2, max_rows))
         stages = []
         for first, last in draw(cuts(len(model.layers), count)):
             data = draw(st.integers(1, min(3, rows)))
             mesh = []
             for _ in range(data):
+                tensor = draw(st.sampled_from(kinds))
                 mesh.append(tuple(f"n:{len(devices) + t}" for t in range(tensor)))
                 devices.extend(mesh[-1])
             shares = (rows - data + 1, *(1,) * (data - 1))

@@ -22,7 +22,7 @@ from meshwright.cost.memory import (
     total_bytes,
     usable_bytes,
 )
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at, tied_in
+from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at
 from meshwright.plan.spec import Job, Plan
 from meshwright.simulate.engine import simulate_plan
 from strategies import models_and_plans
@@ -95,7 +95,7 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
     def share(whole: float, split: float) -> float:
         return whole - split * (1 - 1 / tensor)
 
-    tied = tied_in(model, layers)
+    tied = [t for t in model.tied if any(first <= n < last for n in t.layers)]
     parameters = sum(share(x.parameters, x.split_parameters) for x in own)
     parameters += sum(t.parameters / (tensor if t.split else 1) for t in tied)
     casts = sum(x.cast_parameters - min(x.cast_parameters, x.split_parameters) * (1 - 1 / tensor)

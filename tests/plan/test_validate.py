@@ -85,11 +85,6 @@ EDITS = {
         "devices",
         "node:index",
     ),
-    "ragged mesh": (
-        lambda p: stage(p, 0).update(devices=[["a:0", "a:1"], ["a:2"]]),
-        "stages[0].devices",
-        "one tensor width",
-    ),
     "empty mesh": (lambda p: stage(p, 1).update(devices=[[]]), "stages[1].devices", "empty mesh"),
     "rows do not divide": (
         lambda p: p["pipelines"][0].update(rows=3),

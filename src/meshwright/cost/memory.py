@@ -17,7 +17,7 @@ from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import record
@@ -291,7 +291,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     for stage, _, held in _stages(plan):
         for seat in (seat for replica in stage.seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
-            parts = stage_memory(table, stage.layers, len(stage.seats[0]), rows, held)
+            parts = stage_memory(table, stage.layers, len(stage.seats[seat.replica]), rows, held)
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
@@ -330,7 +330,6 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity
-            rows = seat.rows[1] - seat.rows[0]
             if excess > 0:
                 room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
                 problems.append(
@@ -339,7 +338,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                         path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, table, stage, rows, held, room),
+                        _what_helps(model, table, stage, seat, held, room),
                     )
                 )
     return tuple(problems)
@@ -364,11 +363,11 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 
 
 def _what_helps(
-    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float
+    model: LayerGraph, table: MemoryTable, stage: StageSeats, seat: Seat, held: int, room: float
 ) -> str:
     """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
-    first, last = stage.layers
-    tensor = len(stage.seats[0])
+    (first, last), rows = stage.layers, seat.rows[1] - seat.rows[0]
+    tensor = len(stage.seats[seat.replica])
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
     by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
     by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)

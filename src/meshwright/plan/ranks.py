@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 from meshwright.plan.spec import Pipeline, Plan, Stage
@@ -89,15 +90,28 @@ def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
     return before + micro_batch * plan.pipelines[pipeline].rows
 
 
+def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
+    """Data width x tensor width, `2 x 4`; replicas of unlike tensor widths as `4 + 2 + 2`."""
+    widths = [len(replica) for replica in devices]
+    if len(set(widths)) > 1:
+        return " + ".join(map(str, widths))
+    return f"{len(widths)} {sign} {widths[0]}"
+
+
 def describe(plan: Plan) -> str:
-    """A plan in one line: `dp2 tp1 pp2 [12|4] 8x4 1f1b`; unequal rows of replicas as `7+1`."""
+    """A plan in one line: `dp2 tp1 pp2 [12|4] 8x4 1f1b`; unequal rows of replicas as `7+1`,
+    unequal tensor widths as `tp4+2`."""
     lines = []
     for pipeline in plan.pipelines:
-        widths = {(len(s.devices), len(s.devices[0])) for s in pipeline.stages}
-        mesh = " ".join(f"dp{d} tp{t}" for d, t in sorted(widths))
+        meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
+        mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
         cuts = "|".join(str(s.layers[1] - s.layers[0]) for s in pipeline.stages)
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]
         share = "|".join(unequal) or str(pipeline.rows)
         lines.append(f"{mesh} pp{len(pipeline.stages)} [{cuts}] {pipeline.micro_batches}x{share}")
     return " + ".join(lines) + f" {plan.schedule}"
+
+
+def _widths_text(widths: Sequence[int]) -> str:
+    return "+".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import ceil
 
 from meshwright.model.shard import UNDIVIDED, Tile, common_tiles, holder
 from meshwright.model.spec import LayerGraph
@@ -109,7 +110,7 @@ def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum,
         sums = [Sum(ranks=everyone, bytes=undivided, tile=UNDIVIDED)]
         for tile in common_tiles(widths):
             ranks = tuple(sorted(replica[holder(tile, len(replica))] for replica in replicas))
-            size = round(divided * (tile.last - tile.first) / tile.of)
+            size = ceil(divided * (tile.last - tile.first) / tile.of)
             sums.append(Sum(ranks=ranks, bytes=size, tile=tile))
     return tuple(each for each in sums if each.bytes > 0 and len(each.ranks) > 1)
 
