@@ -139,6 +139,14 @@ def _records(data: dict) -> dict:
     return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
 
 
+def test_replicas_of_a_layer_may_differ_in_tensor_width():
+    data = good()
+    data["pipelines"][0]["stages"] = [
+        {"layers": [0, 3], "devices": [["a:0", "a:1"], ["a:2"]], "rows": [3, 1]}
+    ]
+    validate_plan(Plan(**_records(data)), MODEL, CLUSTER)
+
+
 def test_all_mistakes_come_at_once(tmp_path):
     data = good()
     data["job"]["global_batch"] = 9

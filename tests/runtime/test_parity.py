@@ -58,7 +58,7 @@ def played(world_size: int) -> list[dict[str, Any]] | AssertionError:
     """All cases of one size in one set of processes, once."""
     names = [name for name, case in CASES.items() if case.world_size == world_size]
     try:
-        return run_ranks(world_size, play, names)
+        return run_ranks(world_size, play, names, limit=60 + 20 * len(names))
     except AssertionError as failure:
         return failure
 

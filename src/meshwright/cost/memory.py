@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
+from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.errors import Problem
@@ -288,10 +289,12 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     table = memory_table(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
+    everything = stage_seats(plan)
     for stage, _, held in _stages(plan):
         for seat in (seat for replica in stage.seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
             parts = stage_memory(table, stage.layers, len(stage.seats[seat.replica]), rows, held)
+            copied = copied_gradient_bytes(model, plan.job, everything, stage, seat)
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
@@ -299,7 +302,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
                 gradients=round(parts.gradients),
                 optimizer=round(parts.optimizer),
                 activations=round(parts.activations),
-                buffers=round(parts.buffers) + framework_bytes(device),
+                buffers=round(max(parts.buffers, copied - parts.activations))
+                + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))

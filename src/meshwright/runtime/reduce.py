@@ -165,7 +165,7 @@ class Reducer:
         self._launched = launched
         self._catch_up = catch_up
         self._queue: deque[FlatBucket] = deque()
-        self._under_way: list[tuple[Handle, Callable[[], None]]] = []
+        self._under_way: deque[tuple[Handle, Callable[[], None]]] = deque()
         for bucket in buckets.values():
             for one in bucket.held:
                 hook = _hook(self, bucket, one.name)
@@ -208,6 +208,7 @@ class Reducer:
         return [one.name for b in buckets for one in b.held if one.name not in b.with_gradient]
 
     def _launch(self, bucket: FlatBucket) -> None:
+        self._put_back_what_is_done()
         self._catch_up()
         for instruction in bucket.armed:
             summand, put_back = _summand(bucket, instruction.tile)
@@ -216,6 +217,13 @@ class Reducer:
             assert work is not None
             self._under_way.append((self._launched(instruction, [work]), put_back))
         bucket.armed.clear()
+
+    def _put_back_what_is_done(self) -> None:
+        """So that copies do not pile up until the end of the step."""
+        while self._under_way and self._under_way[0][0].done():
+            handle, put_back = self._under_way.popleft()
+            handle.wait()
+            put_back()
 
 
 def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:
