@@ -11,7 +11,7 @@ from meshwright.model.shard import UNDIVIDED, Tile, common_tiles, holder
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import Job
-from meshwright.program.instructions import Instruction, Op
+from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
 BUCKET_BYTES = 25 * 2**20
@@ -115,21 +115,13 @@ def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum,
     return tuple(each for each in sums if each.bytes > 0 and len(each.ranks) > 1)
 
 
-def reductions(rank: int, stage: int, buckets: Sequence[Bucket]) -> Iterator[Instruction]:
-    """The sums that one rank takes part in, in the order of all."""
+def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Sum]]:
+    """What one rank takes part in, in the order of all."""
     for bucket in buckets:
         for each in bucket.sums:
             at = bisect_left(each.ranks, rank)
             if at < len(each.ranks) and each.ranks[at] == rank:
-                yield Instruction(
-                    op=Op.REDUCE_GRAD,
-                    stage=stage,
-                    layers=bucket.layers,
-                    tied=bucket.tied,
-                    tile=each.tile,
-                    ranks=each.ranks,
-                    bytes=each.bytes,
-                )
+                yield bucket, each
 
 
 def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
