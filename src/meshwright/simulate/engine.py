@@ -116,10 +116,10 @@ class _Step:
             turn: dict[Any, int] = defaultdict(int)
             for index, i in enumerate(instructions):
                 if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM, *GATHERED):
-                    key: tuple[Any, ...] = (i.op, i.ranks, i.layers, i.tied)
+                    key: tuple[Any, ...] = (i.op, i.ranks, i.layers, i.tied, i.tile)
                     if i.op in GATHERED:
                         key = (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
-                    key = (*key[:2], None, None) if i.op is Op.REDUCE_NORM else key
+                    key = (*key[:2], None, None, None) if i.op is Op.REDUCE_NORM else key
                     turn[key] += 1
                     group = groups[(key, turn[key])]
                     group.members.append((rank, index))
