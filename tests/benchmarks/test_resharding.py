@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "resharding.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def load():
-    if "resharding_benchmark" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("resharding_benchmark", BENCHMARK)
+def load(name):
+    """A benchmark, which imports its neighbours by name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["resharding_benchmark"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
-    return sys.modules["resharding_benchmark"]
+    return sys.modules[name]
 
 
-resharding = load()
+resharding = load("resharding")
 ALL = (*resharding.CASES, *resharding.ONE_TO_MANY)
 
 
@@ -41,6 +42,6 @@ def test_order_matters_where_senders_are_few():
 @pytest.mark.slow
 def test_bytes_written_are_those_of_the_plan():
     """All cases and methods on ten processes; `run` compares every rank's."""
-    rows = resharding.run()
+    rows = load("resharding_run").run()
     assert len(rows) == len(resharding.CASES) * len(resharding.METHODS)
     assert all(row["written"] < 1.01 * row["plan"] for row in rows)
