@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.contest import WORK, Contest, Played, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
-from meshwright.search.explore import Progress
+from meshwright.search.explore import MANY_DEVICES, Progress
+from meshwright.search.fleetwide import fleet_strategies
 from meshwright.search.lines import line_of
 from meshwright.search.mix import mixed_strategies
 from meshwright.search.moves import neighbours
 
 COMPOSED = 40
 """Strategies of whole pools that are bounded and, where that does not settle it, simulated."""
+
+FLEETWIDE = 12
+"""Strategies over whole fleets of nodes that are, in the same way."""
 
 STARTS = 8
 """Strategies of different builds whose surroundings are searched."""
@@ -23,9 +27,22 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     """Look for better plans than the contest has seen; whether all of the space was covered."""
     if space_size(contest.costs) <= LIMIT:
         return _exhaust(contest, schedules, tell)
-    _compose(contest, tell)
+    _fleetwide(contest, schedules, tell)
+    if len(contest.costs.devices) <= MANY_DEVICES:
+        _compose(contest, tell)
     _climb(contest, schedules, tell)
     return False
+
+
+def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+    """Play the best strategies made of templates on whole fleets."""
+    found = fleet_strategies(contest.costs, schedules, contest.dropped, lambda: contest.late)
+    for done, strategy in enumerate(found):
+        tell("composing", done, FLEETWIDE)
+        if done >= FLEETWIDE or contest.late or (contest.best and contest.work < WORK // 2):
+            break
+        challenge(contest, strategy)
+    tell("composing", FLEETWIDE, FLEETWIDE)
 
 
 def _compose(contest: Contest, tell: Progress) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import Profile
-from meshwright.errors import PlanError, Problem
+from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
@@ -39,6 +39,8 @@ from meshwright.search.explore import (
     best_by_hand,
     candidates_of,
     explore,
+    sample_of,
+    usable,
     whole,
 )
 from meshwright.search.improve import improve
@@ -46,6 +48,9 @@ from meshwright.search.improve import improve
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
 ranks fewer of them, but never less than two."""
+
+MOST_FOR_AMP = 256
+"""Devices up to which AMP's own algorithm is compared with: it takes seconds beyond them."""
 
 MISFITS_SHOWN = 3
 RUNNERS_UP = 6
@@ -73,18 +78,38 @@ def find_plan(
     costs = costs_of(model, cluster, job, profile)
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
-    explored = explore(
-        costs, candidates_of(costs, schedules, contest.dropped), contest.dropped, tell
-    )
-    by_hand = _all_by_hand(costs, contest.dropped)
+    explored = _explored(contest, schedules, tell)
+    by_hand = _all_by_hand(contest)
     _regular(contest, explored, by_hand, tell)
     exhausted = improve(contest, schedules, tell)
     if contest.best is None:
-        raise nothing_fits(costs, explored.misfits, explored.tried)
+        raise _nothing(contest, explored, tell)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
     proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+
+
+def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
+    """The regular grids; of very many devices none, for fleets of nodes contain them."""
+    costs, dropped = contest.costs, contest.dropped
+    if len(costs.devices) > MANY_DEVICES:
+        usable(costs, dropped)
+        return Explored(finalists=(), misfits=(), tried=0)
+    candidates = candidates_of(costs, schedules, dropped)
+    return explore(costs, candidates, dropped, tell, lambda: contest.late)
+
+
+def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
+    """Why there is no plan: nothing fits, or the time was up before anything was found."""
+    if contest.late:
+        found = "no plan that fits when the time was up"
+        mend = "give it more time, or no budget: then it says by how much nothing fits"
+        return PlanError(Problem("search", "budget", found, "time for at least one plan", mend))
+    if not explored.tried:
+        candidates = sample_of(contest.costs, contest.dropped)
+        explored = explore(contest.costs, candidates, contest.dropped, tell)
+    return nothing_fits(contest.costs, explored.misfits, explored.tried)
 
 
 def _simplest(contest: Contest) -> Played:
@@ -110,15 +135,22 @@ def _regular(
     field += [(name, found) for name, found in by_hand if isinstance(found, Estimate)]
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
+        if contest.best and contest.late:
+            contest.dropped["beyond the budget"] += len(field) - index
+            break
         _play(contest, estimate, name)
     tell("simulating", len(field), len(field))
 
 
-def _all_by_hand(costs: Costs, dropped: Counter[str]) -> list[tuple[str, Estimate | Misfit]]:
-    if len(costs.devices) > MANY_DEVICES:
-        dropped[f"hand-made plans, which are not compared above {MANY_DEVICES} devices"] += 1
-        return []
-    found = ((name, best_by_hand(costs, name, whole(costs))) for name in BASELINES)
+def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
+    found = []
+    for name in BASELINES:
+        if name == "amp" and len(contest.costs.devices) > MOST_FOR_AMP:
+            contest.dropped[f"AMP's algorithm, which is not run above {MOST_FOR_AMP} devices"] += 1
+        elif contest.late:
+            contest.dropped["hand-made plans beyond the budget"] += 1
+        else:
+            found.append((name, best_by_hand(contest.costs, name, whole(contest.costs))))
     return [(name, best) for name, best in found if best is not None]
 
 
