@@ -147,7 +147,7 @@ def _at_width(
     ]
     able.sort(key=lambda pooled: -pooled.speed)
     known: dict[tuple[tuple[int, ...], bool, float], list[Sketch]] = {}
-    for number, grouping in enumerate(sorted(groupings(able), key=len)):
+    for number, grouping in enumerate(sorted(groupings(able), key=_simplest_first)):
         if number and over():
             return
         speed = sum(pooled.speed for block in grouping for pooled in block)
@@ -174,6 +174,11 @@ def _at_width(
                 if shared is not None:
                     best = min(best, shared.seconds)
                     yield shared
+
+
+def _simplest_first(grouping: tuple[tuple[Pooled, ...], ...]) -> tuple[int, float]:
+    """Few lines, then much speed: what is found early bounds what comes later."""
+    return len(grouping), -sum(pooled.speed for block in grouping for pooled in block)
 
 
 @dataclass(frozen=True, slots=True)

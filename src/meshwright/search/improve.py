@@ -30,7 +30,7 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     _fleetwide(contest, schedules, tell)
     if len(contest.costs.devices) <= MANY_DEVICES:
         _compose(contest, tell)
-    _climb(contest, schedules, tell)
+        _climb(contest, schedules, tell)
     return False
 
 
@@ -93,7 +93,12 @@ def _highest(contest: Contest, tried: set[Strategy]) -> Strategy | None:
 def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Play every strategy of the space that is not bounded away, most promising first."""
     contest.work = 1 << 62  # the size of the space is the limit here
-    found = prospects(contest.costs, schedules, contest.limit, contest.dropped)
+    found = prospects(
+        contest.costs, schedules, contest.limit, contest.dropped, lambda: contest.late
+    )
+    if found is None:
+        contest.dropped["beyond the budget"] += 1
+        return False
     for done, prospect in enumerate(found):
         tell("simulating", done, len(found))
         if prospect.seconds >= contest.limit:

@@ -49,7 +49,7 @@ SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
 ranks fewer of them, but never less than two."""
 
-MOST_FOR_AMP = 256
+MOST_FOR_AMP = 64
 """Devices up to which AMP's own algorithm is compared with: it takes seconds beyond them."""
 
 MISFITS_SHOWN = 3
@@ -255,14 +255,14 @@ def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
             names.add(other.name)
             builds[other.plan.name] += 1
             chosen.append(other)
-    parts = parts_in(contest.costs, winner.plan)
+    parts = parts_in(contest, winner)
     return [
         RunnerUp(
             name=other.name,
             step_seconds=other.seconds,
             reason="the same plan"
             if other.plan == winner.plan
-            else why_slower(parts, parts_in(contest.costs, other.plan)),
+            else why_slower(parts, parts_in(contest, other)),
         )
         for other in chosen
     ]
@@ -279,7 +279,7 @@ def _with_prediction(
         played.plan,
         prediction=Prediction(
             step_seconds=played.seconds,
-            parts=parts_in(costs, played.plan),
+            parts=parts_in(contest, played),
             memory=memory,
             runners_up=tuple(others),
             dropped={reason: count for reason, count in sorted(contest.dropped.items()) if count},
