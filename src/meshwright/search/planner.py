@@ -1,7 +1,7 @@
 """Finds the plan: candidates, layer cuts, ranking in closed form, and a play-off in the simulator.
 
-regular grids: space -> candidates -> partition -> rank -> simulate
-everything else: small inputs exhaustively, large ones by composing and improving -> certificate
+few devices: regular grids -> rank -> simulate, then everything else exhaustively or by improving
+many devices: fleets of nodes -> templates -> rank -> simulate
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
-from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
+from meshwright.search.contest import SAME, Contest, Played, enter, parts_in, work_of
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.explain import (
@@ -44,6 +44,7 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
@@ -79,9 +80,10 @@ def find_plan(
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
     explored = _explored(contest, schedules, tell)
-    by_hand = _all_by_hand(contest)
-    _regular(contest, explored, by_hand, tell)
+    _regular(contest, [("", estimate) for estimate in _affordable(explored.finalists)], tell)
     exhausted = improve(contest, schedules, tell)
+    by_hand = _all_by_hand(contest)
+    _regular(contest, [(n, found) for n, found in by_hand if isinstance(found, Estimate)], tell)
     if contest.best is None:
         raise _nothing(contest, explored, tell)
     winner = _simplest(contest)
@@ -124,21 +126,19 @@ def _simplest(contest: Contest) -> Played:
     return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
-def _regular(
-    contest: Contest,
-    explored: Explored,
-    by_hand: Sequence[tuple[str, Estimate | Misfit]],
-    tell: Progress,
-) -> None:
-    """Play the finalists of the regular grids and the hand-made plans that fit."""
-    field = [("", estimate) for estimate in _affordable(explored.finalists)]
-    field += [(name, found) for name, found in by_hand if isinstance(found, Estimate)]
+def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
+    """Play finalists of the regular grids, or hand-made plans, which have names."""
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
         if contest.best and contest.late:
             contest.dropped["beyond the budget"] += len(field) - index
             break
-        _play(contest, estimate, name)
+        plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
+        title = label(estimate.candidate, estimate.bounds)
+        if contest.best and work_of(plan, fold(plan, contest.costs.cluster)) > SIMULATED_WORK:
+            contest.dropped["too much to simulate"] += 1
+        else:
+            enter(contest, plan, f"{name}: {title}" if name else title)
     tell("simulating", len(field), len(field))
 
 
@@ -199,7 +199,9 @@ def baseline_plan(
     if isinstance(found, Misfit):
         raise nothing_fits(costs, [found], 1)
     contest = Contest(costs, fingerprint(cluster))
-    return _with_prediction(contest, _play(contest, found, name), [], certificate(costs))
+    _regular(contest, [(name, found)], lambda _what, _done, _all: None)
+    assert contest.best is not None, "the first plan is always played"
+    return _with_prediction(contest, contest.best, [], certificate(costs))
 
 
 def _check_job(model: LayerGraph, job: Job) -> None:
@@ -236,12 +238,6 @@ def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
             break
         chosen.append(estimate)
     return chosen
-
-
-def _play(contest: Contest, estimate: Estimate, name: str) -> Played:
-    plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
-    title = label(estimate.candidate, estimate.bounds)
-    return enter(contest, plan, f"{name}: {title}" if name else title)
 
 
 def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
