@@ -65,7 +65,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 def space_size(costs: Costs) -> int:
     """Pipelines that `prospects` would look at; counted no further than a little over LIMIT."""
-    if len(costs.devices) > 6:
+    if len(costs.devices) > 6 or costs.job.global_batch > LIMIT:
         return LIMIT + 1
     layers, batch, total = len(costs.model.layers), costs.job.global_batch, 0
 

@@ -17,6 +17,7 @@ from meshwright.search.estimate import (
     evaluate,
     optimistic_seconds,
 )
+from meshwright.search.fleetwide import MOST_CELLS
 from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
@@ -32,6 +33,9 @@ from meshwright.search.space import (
 MANY_DEVICES = 64
 """Above this number devices are counted by class: strategies over whole fleets of nodes contain the
 regular grids, and no grid is looked at device by device."""
+
+MANY_CELLS = 1_500_000
+"""Devices x layers x layers above which it is the same: layer cuts are tables of them."""
 
 LAST_RESORT = 200_000
 """Devices x candidates of the regular grids that are looked at when nothing else has fitted."""
@@ -59,6 +63,12 @@ class Explored:
     misfits: tuple[Misfit, ...]
     """Most promising first."""
     tried: int
+
+
+def is_large(costs: Costs) -> bool:
+    """Whether devices are counted by class, not looked at one by one."""
+    devices = len(costs.devices)
+    return devices > MANY_DEVICES or devices * len(costs.model.layers) ** 2 > MANY_CELLS
 
 
 def whole(costs: Costs) -> DeviceSet:
@@ -131,6 +141,7 @@ def _grid_shapes(costs: Costs, used: DeviceSet, dropped: Counter[str]) -> list[t
     return [
         (grid, shape)
         for grid in grids(used.devices, costs.model, costs.job, dropped)
+        if grid.stages * len(costs.model.layers) ** 2 <= MOST_CELLS
         for shape in shapes(grid, costs.job, ("1f1b",))
     ]
 

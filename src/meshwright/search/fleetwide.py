@@ -38,6 +38,9 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 
 MOST_DEPTHS = 128
 
+MOST_CELLS = 16_000_000
+"""Stages x layers x layers of a line: its cuts are found in tables of them."""
+
 DEPTH_GRID = 2_000
 """Depths of a line over several fleets that are scored at once; beyond it every other one is."""
 
@@ -307,7 +310,8 @@ def _depth_grid(
     known = task.board.grids.get(key)
     if known is not None:
         return known
-    layers = min(len(task.board.costs.model.layers), MOST_DEPTHS)
+    layers = len(task.board.costs.model.layers)
+    layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     options = []
     for i, width, block in zip(order, widths, blocks, strict=True):
         fleet = task.board.fleets[i]

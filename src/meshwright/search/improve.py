@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.contest import WORK, Contest, Played, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
-from meshwright.search.explore import MANY_DEVICES, Progress
+from meshwright.search.explore import Progress, is_large
 from meshwright.search.fleetwide import fleet_strategies
 from meshwright.search.lines import line_of
 from meshwright.search.mix import mixed_strategies
@@ -28,7 +28,7 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     if space_size(contest.costs) <= LIMIT:
         return _exhaust(contest, schedules, tell)
     _fleetwide(contest, schedules, tell)
-    if len(contest.costs.devices) <= MANY_DEVICES:
+    if not is_large(contest.costs):
         _compose(contest, tell)
         _climb(contest, schedules, tell)
     return False
@@ -39,7 +39,8 @@ def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progre
     found = fleet_strategies(contest.costs, schedules, contest.dropped, lambda: contest.late)
     for done, strategy in enumerate(found):
         tell("composing", done, FLEETWIDE)
-        if done >= FLEETWIDE or contest.late or (contest.best and contest.work < WORK // 2):
+        spent = contest.late or contest.work < WORK // 2
+        if done >= FLEETWIDE or (contest.best and spent):
             break
         challenge(contest, strategy)
     tell("composing", FLEETWIDE, FLEETWIDE)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import inf
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import Profile
-from meshwright.errors import MeshwrightError, PlanError, Problem
+from meshwright.errors import ClusterError, MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
@@ -33,12 +34,12 @@ from meshwright.search.explain import (
 )
 from meshwright.search.explore import (
     ALIKE,
-    MANY_DEVICES,
     Explored,
     Progress,
     best_by_hand,
     candidates_of,
     explore,
+    is_large,
     sample_of,
     usable,
     whole,
@@ -50,8 +51,14 @@ SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
 ranks fewer of them, but never less than two."""
 
-MOST_FOR_AMP = 64
-"""Devices up to which AMP's own algorithm is compared with: it takes seconds beyond them."""
+MOST_BY_HAND = {"ddp": 20_000, "even": 20_000, "amp": 64}
+"""Devices up to which hand-made plans, and that of AMP's own algorithm, are compared with: beyond
+them they take longer than the search."""
+
+MOST_LAYERS = 1_000
+MOST_ROWS = 1 << 17
+"""Layers of a model and rows of a batch that are planned for: tables of cuts grow with the square
+of the former, simulated steps with the latter."""
 
 MISFITS_SHOWN = 3
 RUNNERS_UP = 6
@@ -70,12 +77,13 @@ def find_plan(
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
     Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
-    plan found when the time was up (regular grids are always ranked to the end). Raises FitError
-    when nothing fits, saying by how much and what would help; ClusterError when no device offers
-    the job's precision; PlanError when job and model disagree.
+    plan found when the time was up, or the first one that fits if that takes a moment longer.
+    Raises FitError when nothing fits, saying by how much and what would help; ClusterError when no
+    device offers the job's precision or a link carries nothing; PlanError when job and model
+    disagree, are too large, or the time was up before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
-    _check_job(model, job)
+    _check(model, cluster, job)
     costs = costs_of(model, cluster, job, profile)
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
@@ -95,7 +103,7 @@ def find_plan(
 def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
     """The regular grids; of very many devices none, for fleets of nodes contain them."""
     costs, dropped = contest.costs, contest.dropped
-    if len(costs.devices) > MANY_DEVICES:
+    if is_large(costs):
         usable(costs, dropped)
         return Explored(finalists=(), misfits=(), tried=0)
     candidates = candidates_of(costs, schedules, dropped)
@@ -145,8 +153,8 @@ def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Prog
 def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
     found = []
     for name in BASELINES:
-        if name == "amp" and len(contest.costs.devices) > MOST_FOR_AMP:
-            contest.dropped[f"AMP's algorithm, which is not run above {MOST_FOR_AMP} devices"] += 1
+        if len(contest.costs.devices) > (most := MOST_BY_HAND[name]):
+            contest.dropped[f"{name}, which is not compared with above {most:,} devices"] += 1
         elif contest.late:
             contest.dropped["hand-made plans beyond the budget"] += 1
         else:
@@ -180,7 +188,7 @@ def baseline_plan(
 
     Raises FitError when it does not fit, PlanError when the name or the job allows no such plan.
     """
-    _check_job(model, job)
+    _check(model, cluster, job)
     if name not in BASELINES:
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
@@ -204,27 +212,42 @@ def baseline_plan(
     return _with_prediction(contest, contest.best, [], certificate(costs))
 
 
-def _check_job(model: LayerGraph, job: Job) -> None:
-    problems = []
-    if job.global_batch < 1:
-        problems.append(Problem("job", "global_batch", str(job.global_batch), "at least 1"))
-    if not model.layers:
-        problems.append(Problem(f"model {model.name}", "layers", "none", "at least one layer"))
+def _check(model: LayerGraph, cluster: Cluster, job: Job) -> None:
+    """Raise for what no search could deal with. Files are checked for more when they are read."""
+    ClusterError.check(_link_problems(cluster))
+    PlanError.check(_job_problems(model, job))
+
+
+def _job_problems(model: LayerGraph, job: Job) -> Iterator[Problem]:
+    if not 1 <= job.global_batch <= MOST_ROWS:
+        wanted = f"1 to {MOST_ROWS:,}"
+        yield Problem("job", "global_batch", f"{job.global_batch:,}", wanted)
+    if not 1 <= len(model.layers) <= MOST_LAYERS:
+        found, wanted = f"{len(model.layers):,}", f"1 to {MOST_LAYERS:,}"
+        mend = "describe runs of small layers as one layer each" if model.layers else ""
+        yield Problem(f"model {model.name}", "layers", found, wanted, mend)
     for name, found, wanted in (
-        ("sequence", job.sequence, model.sequence),
+        ("sequence", str(job.sequence), str(model.sequence)),
         ("precision", job.precision, model.precision),
     ):
         if found != wanted:
-            problems.append(
-                Problem(
-                    "job",
-                    name,
-                    str(found),
-                    f"{wanted}, for which model {model.name} was described",
-                    "describe the model again for this job",
-                )
-            )
-    PlanError.check(problems)
+            reason = f"{wanted}, for which model {model.name} was described"
+            yield Problem("job", name, found, reason, "describe the model again for this job")
+
+
+def _link_problems(cluster: Cluster) -> Iterator[Problem]:
+    links = [
+        (f"node {node.name}", name, link)
+        for node in cluster.nodes
+        for name, link in (("inside", node.inside), ("network", node.network))
+    ]
+    links += [(f"site {site.name}", "uplink", site.uplink) for site in cluster.sites if site.uplink]
+    links += [(f"nodes {' and '.join(each.between)}", "link", each.link) for each in cluster.direct]
+    for where, name, link in links:
+        if not 0 < link.bandwidth < inf or not 0 <= link.latency < inf:
+            found = f"{link.bandwidth:g} bytes/s after {link.latency:g} s"
+            wanted = "a bandwidth above zero: every node must be able to reach the others"
+            yield Problem(where, name, found, wanted, "leave out nodes that cannot be reached")
 
 
 def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
