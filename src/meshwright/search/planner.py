@@ -51,9 +51,9 @@ SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
 ranks fewer of them, but never less than two."""
 
-MOST_BY_HAND = {"ddp": 20_000, "even": 20_000, "amp": 64}
-"""Devices up to which hand-made plans, and that of AMP's own algorithm, are compared with: beyond
-them they take longer than the search."""
+MOST_BY_HAND = 20_000
+"""Devices up to which hand-made plans are compared with: beyond them they take longer than the
+search. AMP's own algorithm does where devices are counted by class."""
 
 MOST_LAYERS = 1_000
 MOST_ROWS = 1 << 17
@@ -153,8 +153,9 @@ def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Prog
 def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
     found = []
     for name in BASELINES:
-        if len(contest.costs.devices) > (most := MOST_BY_HAND[name]):
-            contest.dropped[f"{name}, which is not compared with above {most:,} devices"] += 1
+        many = len(contest.costs.devices) > MOST_BY_HAND
+        if many or (name == "amp" and is_large(contest.costs)):
+            contest.dropped[f"{name}, which takes longer than the search here"] += 1
         elif contest.late:
             contest.dropped["hand-made plans beyond the budget"] += 1
         else:
