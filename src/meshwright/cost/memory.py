@@ -6,7 +6,7 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
-from meshwright.errors import Problem
-from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
+from meshwright.model.recompute import with_recomputation
+from meshwright.model.spec import LayerGraph, Tensor, Tied
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import record
-from meshwright.units import format_bytes
 
 Array = NDArray[np.float64]
 Ints = int | NDArray[np.int64]
@@ -112,6 +111,26 @@ def _cut_bytes(model: LayerGraph, counted: Callable[[Tensor], bool]) -> Array:
             change[tensor.producer + 1] += tensor.bytes
             change[tensor.consumers[-1] + 1] -= tensor.bytes
     return np.cumsum(change)[:-1]
+
+
+@record
+class MemoryTables:
+    """Of stages that keep what their layers made, and of those that recompute it."""
+
+    plain: MemoryTable
+    recomputed: MemoryTable
+
+
+def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
+    """Both tables of a model trained by a job."""
+    return MemoryTables(
+        plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
+    )
+
+
+def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
+    """The one that weighs this stage."""
+    return tables.recomputed if stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
@@ -274,24 +293,20 @@ def usable_bytes(device: DeviceType) -> int:
     return device.memory - framework_bytes(device)
 
 
-def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
-    """The memory that a device of this kind would need for what it is asked to hold."""
-    excess = total_bytes(memory) - memory.capacity
-    return memory.capacity + round(excess / (1 - HOLES[device.processor]))
-
-
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
     """Predicted bytes of every device of a plan, in rank order.
 
     A stage holds as many micro-batches at once as its schedule opens (1F1B min(M, S - s), GPipe M).
     """
-    table = memory_table(model, plan.job)
+    tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
-    for stage, _, held in _stages(plan):
+    for stage, _, held in held_by_stage(plan):
         for seat in (seat for replica in stage.seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
-            parts = stage_memory(table, stage.layers, len(stage.seats[0]), rows, held)
+            parts = stage_memory(
+                table_of(tables, stage), stage.layers, len(stage.seats[0]), rows, held
+            )
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
@@ -305,7 +320,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     return tuple(found[rank] for rank in sorted(found))
 
 
-def _stages(plan: Plan) -> Iterator[tuple[StageSeats, str, int]]:
+def held_by_stage(plan: Plan) -> Iterator[tuple[StageSeats, str, int]]:
     """Every stage, its path in the plan, and the micro-batches it holds at once."""
     stages = stage_seats(plan)
     for stage in stages:
@@ -319,70 +334,3 @@ def total_bytes(memory: DeviceMemory) -> int:
     """All that one device holds at its worst moment."""
     states = memory.parameters + memory.gradients + memory.optimizer
     return states + memory.activations + memory.buffers
-
-
-def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
-    """One Problem for every device that a plan overfills: by how much, and what would help."""
-    table = memory_table(model, plan.job)
-    by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
-    problems = []
-    for stage, path, held in _stages(plan):
-        for seat in (seat for replica in stage.seats for seat in replica):
-            memory = by_device[seat.device]
-            excess = total_bytes(memory) - memory.capacity
-            rows = seat.rows[1] - seat.rows[0]
-            if excess > 0:
-                room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
-                problems.append(
-                    Problem(
-                        f"plan {plan.name}",
-                        path,
-                        f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
-                        f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, table, stage, rows, held, room),
-                    )
-                )
-    return tuple(problems)
-
-
-def _type_of(cluster: Cluster, device: str) -> DeviceType:
-    return next(cluster.types[d.type] for d in devices_of(cluster) if d.name == device)
-
-
-def _sizes(memory: DeviceMemory) -> str:
-    parts = ", ".join(
-        f"{name} {format_bytes(getattr(memory, name))}"
-        for name in ("parameters", "gradients", "optimizer", "activations", "buffers")
-    )
-    return f"{format_bytes(total_bytes(memory))} ({parts})"
-
-
-def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
-    """Legal tensor widths above `tensor`, up to the eight devices of a usual node."""
-    units = [layer.tensor_units for layer in layers if layer.tensor_units]
-    return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
-
-
-def _what_helps(
-    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float
-) -> str:
-    """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
-    first, last = stage.layers
-    tensor = len(stage.seats[0])
-    ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
-    by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
-    by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
-    layers_that_fit = int(np.sum(by_layers <= room))
-    rows_that_fit = int(np.sum(by_rows <= room))
-    advice = []
-    if layers_that_fit:
-        advice.append(f"give it {layers_that_fit} of its {last - first} layers")
-    if rows_that_fit:
-        advice.append(f"{rows_that_fit} of its {rows} rows of each micro-batch")
-    for width in _wider(model.layers[first:last], tensor):
-        if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
-            advice.append(f"tensor width {width}")
-            break
-    return (
-        "; or ".join(advice) or "give it fewer layers and fewer rows, or a device with more memory"
-    )
