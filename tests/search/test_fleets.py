@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from searchworlds import NVLINK, device, job, model
 
 from meshwright.cluster.spec import Cluster, Link, Node, Site
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps
