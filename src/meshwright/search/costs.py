@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,8 @@ class Costs:
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
     fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
+    ways: dict[object, Any] = field(default_factory=dict)
+    sums: dict[object, Any] = field(default_factory=dict)
 
 
 def costs_of(
