@@ -173,8 +173,12 @@ def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]
         yield every
         return
     for tensor in sorted({tensor for widths in block for tensor in widths}):
-        nearest = [widths[max((t for t in widths if t <= tensor), default=min(widths))] for widths in block]
-        for width in sorted({len(pool.units) // d for pool in nearest for d in DEPTHS if d <= len(pool.units)}):
+        nearest = [
+            widths[max((t for t in widths if t <= tensor), default=min(widths))] for widths in block
+        ]
+        for width in sorted(
+            {len(pool.units) // d for pool in nearest for d in DEPTHS if d <= len(pool.units)}
+        ):
             yield [[(pool, max(1, len(pool.units) // width))] for pool in nearest]
 
 
@@ -183,7 +187,7 @@ def _separate(
 ) -> Iterator[Draft]:
     """Every pool in stages of its own:
 
-        (M - 1 + S) * rows / speed of all + the slowest pool's gradient reduction
+    (M - 1 + S) * rows / speed of all + the slowest pool's gradient reduction
     """
     usable = [[o for o in own if len(o[0].units) // o[1] <= rows] for own in options]
     if not all(usable):

@@ -58,10 +58,14 @@ class Contest:
         return self.best.seconds * (1 - SAME) if self.best else float("inf")
 
     @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
     def over(self) -> bool:
         """Whether the budget is spent."""
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return late or self.work <= 0
+        return self.late or self.work <= 0
 
 
 def enter(contest: Contest, plan: Plan, name: str) -> Played:

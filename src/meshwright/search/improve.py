@@ -6,173 +6,130 @@ the best of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from meshwright.plan.spec import ScheduleName
-from meshwright.search import moves, regroup
+from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.search.climb import Scout, around, climb, rate
 from meshwright.search.contest import Contest, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress
-from meshwright.search.lines import Line, fits, line_of, tensor_widths_agree
+from meshwright.search.lines import line_of
 from meshwright.search.mix import several_lines, single_lines
-from meshwright.search.preview import preview_seconds
 
-MOVES: tuple[moves.Move, ...] = (
-    moves.micro_batches,
-    moves.schedules,
-    moves.order,
-    regroup.recast,
-    regroup.stages,
-    regroup.devices,
-    moves.shares,
-    moves.layers,
-    moves.rows,
-)
+STEPS = (300_000, 14_000, 3_000_000)
+"""Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
+most."""
 
-COMPOSED = 500
-CLIMBED = 900
-STARTS = 8
-POLISHED = 12
+SINGLE, SEVERAL, CLIMBS, NEAR = 0.2, 0.1, 0.5, 0.2
+"""Shares of the steps: strategies of one line, of several, their climbs, and what lies near the
+best in the end."""
 
-Rated = tuple[float, int, Strategy]
+HOPEFUL = 1.3
+"""Times the best preview beyond which a strategy is not climbed from."""
 
+ROUNDS = (8, 3, 1)
+"""Climbs that go on, round by round; each round gets an equal share of the steps."""
 
-@dataclass(slots=True)
-class Scout:
-    """Strategies previewed so far."""
+FAILED = 400
+"""Steps that a composed line costs which does not fit."""
 
-    contest: Contest
-    schedules: Sequence[ScheduleName]
-    known: dict[Strategy, float] = field(default_factory=dict)
-    left: int = 0
+SAME_BUILD = 3
+"""Strategies of one build that are climbed from."""
 
-    def rate(self, strategy: Strategy) -> float:
-        """Seconds by preview; infinite where it does not fit."""
-        seconds = self.known.get(strategy)
-        if seconds is None:
-            self.left -= 1
-            seconds = self.known[strategy] = self._rated(strategy)
-        return seconds
+PLAYED = 4
+"""Summits that the simulator judges."""
 
-    def _rated(self, strategy: Strategy) -> float:
-        schedule, lines = strategy
-        costs, dropped = self.contest.costs, self.contest.dropped
-        if schedule not in self.schedules:
-            return float("inf")
-        if not tensor_widths_agree(costs, lines):
-            dropped["holders of a layer differ in tensor width"] += 1
-            return float("inf")
-        if not all(fits(costs, line, schedule) for line in lines):
-            dropped["does not fit in memory"] += 1
-            return float("inf")
-        dropped["slower in preview"] += 1
-        return preview_seconds(costs, lines, schedule)
+SLACK = 0.02
+"""Relative excess of a preview over the best one's within which the simulator may see it
+differently."""
 
 
 def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Look for better plans than the contest has seen; whether all of the space was covered."""
     if space_size(contest.costs) <= LIMIT:
         return _exhaust(contest, schedules, tell)
+    least, each, most = STEPS
+    steps = min(most, least + each * len(contest.costs.devices))
     scout = Scout(contest, schedules)
-    starts = _compose(scout, tell)
-    summits = _climb(scout, starts, tell)
-    for summit in summits:
+    starts = _starts(scout, steps, tell)
+    for summit in _summits(scout, starts, round(CLIMBS * steps), tell):
         challenge(contest, summit)
+    scout.left = round(NEAR * steps)
     _polish(scout, tell)
     return False
 
 
-def _compose(scout: Scout, tell: Progress) -> list[Strategy]:
-    found: list[Rated] = []
-    for played in scout.contest.others:
-        lines = tuple(line_of(pipeline) for pipeline in played.plan.pipelines)
-        strategy = (played.plan.schedule, lines)
-        found.append((scout.rate(strategy), len(found), strategy))
-    best = min((r[0] for r in found), default=float("inf"))
-
-    def limit() -> float:
-        return best
-
-    for source, allowance in ((single_lines(scout.contest.costs, limit), COMPOSED), (several_lines(scout.contest.costs), COMPOSED)):
-        scout.left = allowance
+def _starts(scout: Scout, steps: int, tell: Progress) -> list[Strategy]:
+    """The best strategies of different builds, by preview: those played already and those made of
+    whole pools."""
+    tell("composing", 0, 2)
+    played = [_played(each.plan) for each in scout.contest.others]
+    found = {strategy: rate(scout, strategy) for strategy in played}
+    costs, best = scout.contest.costs, [min(found.values(), default=float("inf"))]
+    sources = single_lines(costs, lambda: best[0]), several_lines(costs)
+    for number, (source, share) in enumerate(zip(sources, (SINGLE, SEVERAL), strict=True)):
+        scout.left = round(share * steps)
         for lines in source:
-            if scout.left <= 0:
+            if lines:
+                strategy: Strategy = ("1f1b", lines)
+                found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
+                best[0] = min(best[0], found[strategy])
+            else:
+                scout.left -= FAILED
+            if scout.over:
                 break
-            if not lines:
-                scout.left -= 1
-                continue
-            strategy = ("1f1b", lines)
-            seconds = scout.rate(strategy)
-            best = min(best, seconds)
-            found.append((seconds, len(found), strategy))
-    found.sort(key=lambda r: r[:2])
-    builds = {}
-    for seconds, _, strategy in found:
-        build = tuple(
-            tuple(dict.fromkeys((scout.contest.costs.devices[t.units[0][0]].type, len(t.units[0])) for t in line.teams)) for line in strategy[1]
-        )
-        builds.setdefault(build, []).append((seconds, strategy))
-    turns = sorted((i, s, n, st) for n, own in enumerate(builds.values()) for i, (s, st) in enumerate(own[:3]))
-    return [st for _, s, _, st in turns if s < best * 1.3][:STARTS]
+        tell("composing", number + 1, 2)
+    hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best[0]]
+    return _by_turns(scout, hopeful)
 
 
-def _climb(scout: Scout, starts: list[Strategy], tell: Progress) -> list[Strategy]:
-    found = []
-    for number, start in enumerate(starts):
-        scout.left = CLIMBED
-        summit = climb(scout, start)
-        found.append((scout.rate(summit), number, summit))
-    found.sort(key=lambda r: r[:2])
-    return [s for _, _, s in found][:4]
+def _by_turns(scout: Scout, ordered: Sequence[Strategy]) -> list[Strategy]:
+    """The first of every build, then the second of each."""
+    turns: dict[object, list[Strategy]] = {}
+    for strategy in ordered:
+        own = turns.setdefault(_build(scout, strategy), [])
+        if len(own) < SAME_BUILD:
+            own.append(strategy)
+    return [own[i] for i in range(SAME_BUILD) for own in turns.values() if i < len(own)]
 
 
-def climb(scout: Scout, start: Strategy) -> Strategy:
-    """Change a strategy a little for as long as that helps; kinds of changes take turns."""
-    costs, best, seconds = scout.contest.costs, start, scout.rate(start)
-    idle, turn = 0, 0
-    while idle < len(MOVES) and scout.left > 0:
-        better = None
-        for strategy in MOVES[turn](costs, best):
-            if scout.rate(strategy) < seconds * (1 - 1e-6):
-                better = strategy
-                break
-            if scout.left <= 0:
-                break
-        if better is None:
-            idle, turn = idle + 1, (turn + 1) % len(MOVES)
-        else:
-            idle, best, seconds = 0, better, scout.rate(better)
-    return best
+def _build(scout: Scout, strategy: Strategy) -> object:
+    """Types of devices and tensor widths, in the order in which they stand."""
+    devices = scout.contest.costs.devices
+    return tuple(
+        tuple(dict.fromkeys((devices[t.units[0][0]].type, len(t.units[0])) for t in line.teams))
+        for line in strategy[1]
+    )
+
+
+def _played(plan: Plan) -> Strategy:
+    return plan.schedule, tuple(line_of(pipeline) for pipeline in plan.pipelines)
+
+
+def _summits(
+    scout: Scout, starts: Sequence[Strategy], steps: int, tell: Progress
+) -> list[Strategy]:
+    """Where climbs from the starts end; the further they get, the fewer go on."""
+    reached = list(starts)
+    for number, most in enumerate(ROUNDS):
+        tell("improving", number, len(ROUNDS))
+        some = reached[:most]
+        for i, strategy in enumerate(some):
+            scout.left = steps // len(ROUNDS) // len(some)
+            some[i] = climb(scout, strategy)
+        reached = sorted(dict.fromkeys([*some, *reached[most:]]), key=lambda s: rate(scout, s))
+    return reached[:PLAYED]
 
 
 def _polish(scout: Scout, tell: Progress) -> None:
+    """Play what lies next to the best plan for as long as that helps and the work lasts."""
     contest = scout.contest
-    plays = POLISHED
-    while plays > 0 and contest.best:
-        lines = tuple(line_of(pipeline) for pipeline in contest.best.plan.pipelines)
-        best = (contest.best.plan.schedule, lines)
-        own = scout.rate(best)
-        near = []
-        scout.left = CLIMBED
-        for move in MOVES:
-            for strategy in move(contest.costs, best):
-                if strategy not in contest.seen:
-                    near.append((scout.rate(strategy), len(near), strategy))
-                if scout.left <= 0:
-                    break
-        better = False
-        for seconds, _, strategy in sorted(near, key=lambda r: r[:2]):
-            if seconds > own * 1.02 or plays <= 0:
-                break
-            if strategy in contest.seen:
-                continue
-            plays -= 1
-            if challenge(contest, strategy):
-                better = True
-                break
-        if not better:
-            break
+    better = contest.best is not None
+    while better and contest.best and not contest.over and not scout.over:
+        best = _played(contest.best.plan)
+        near = around(scout, best, rate(scout, best) * (1 + SLACK))
+        better = any(challenge(contest, strategy) for strategy in near if not contest.over)
+        tell("improving", len(ROUNDS), len(ROUNDS))
 
 
 def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:

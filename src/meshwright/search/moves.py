@@ -20,7 +20,8 @@ from meshwright.search.space import divisors
 STEPS = (1, 2, 4)
 """Rows or layers moved at once."""
 
-Move = Callable[[Costs, Strategy], Iterator[Strategy]]
+Move = Callable[[Costs, Strategy, float], Iterator[Strategy]]
+"""Strategies that a move makes of one; those that surely take the given seconds may be missing."""
 
 
 def stages_of(line: Line) -> Stages:
@@ -28,14 +29,14 @@ def stages_of(line: Line) -> Stages:
     return tuple(team.units for team in line.teams)
 
 
-def schedules(_costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def schedules(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
     """The other schedule, where it makes a difference."""
     schedule, lines = strategy
     if any(len(line.teams) > 1 and line.micro_batches > 1 for line in lines):
         yield "gpipe" if schedule == "1f1b" else "1f1b", lines
 
 
-def layers(_costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
     """A layer or a few across one cut; or one from each of a run of stages to the next."""
     for i, line in enumerate(strategy[1]):
         inner = range(1, len(line.teams))
@@ -61,7 +62,7 @@ def _with(strategy: Strategy, i: int, line: Line) -> Strategy:
     return schedule, (*lines[:i], line, *lines[i + 1 :])
 
 
-def rows(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def rows(costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
     """A few rows of every micro-batch from one kind of replica to another; equal replicas are not
     told apart."""
     for i, line in enumerate(strategy[1]):
@@ -85,26 +86,26 @@ def _shifted(costs: Costs, team: Team) -> Iterator[Team]:
                     yield Team(team.units, tuple(moved))
 
 
-def micro_batches(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """The next larger and smaller micro-batches that share a line's rows out."""
     schedule, lines = strategy
     for i, line in enumerate(lines):
         sizes = divisors(line.share)
         at = sizes.index(line.rows)
         for size in (*sizes[max(0, at - 2) : at], *sizes[at + 1 : at + 3]):
-            found = fit_line(costs, stages_of(line), size, line.share // size, schedule)
+            found = fit_line(costs, stages_of(line), size, line.share // size, schedule, limit)
             if found is not None:
                 yield _with(strategy, i, found.line)
 
 
-def order(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def order(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """Two stages change places; a run of like stages goes elsewhere; the line is turned round."""
     schedule, lines = strategy
     for i, line in enumerate(lines):
         stages = stages_of(line)
         for other in _orders(costs, stages):
             if other != stages:
-                found = fit_line(costs, other, line.rows, line.micro_batches, schedule)
+                found = fit_line(costs, other, line.rows, line.micro_batches, schedule, limit)
                 if found is not None:
                     yield _with(strategy, i, found.line)
 
@@ -135,7 +136,7 @@ def runs_of(costs: Costs, stages: Stages) -> list[Stages]:
     return [tuple(run) for run in runs]
 
 
-def shares(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """Some of the batch from one line to another: a micro-batch of either, or a row or two."""
     schedule, lines = strategy
     for i, giver in enumerate(lines):
@@ -145,25 +146,27 @@ def shares(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
             for moved in sorted({1, 2, giver.rows, taker.rows}):
                 if giver.share <= moved:
                     continue
-                for less in _resized(costs, giver, giver.share - moved, schedule):
-                    for more in _resized(costs, taker, taker.share + moved, schedule):
+                for less in _resized(costs, giver, giver.share - moved, schedule, limit):
+                    for more in _resized(costs, taker, taker.share + moved, schedule, limit):
                         changed = list(lines)
                         changed[i], changed[j] = less, more
                         yield schedule, tuple(changed)
 
 
-def _resized(costs: Costs, line: Line, share: int, schedule: ScheduleName) -> Iterator[Line]:
+def _resized(
+    costs: Costs, line: Line, share: int, schedule: ScheduleName, limit: float
+) -> Iterator[Line]:
     """The line with another share, in micro-batches of about the size it has."""
     widest = max(len(team.units) for team in line.teams)
     sizes = [size for size in divisors(share) if size >= widest]
     for size in sorted(sizes, key=lambda size: (abs(size - line.rows), size))[:2]:
-        found = fit_line(costs, stages_of(line), size, share // size, schedule)
+        found = fit_line(costs, stages_of(line), size, share // size, schedule, limit)
         if found is not None:
             yield found.line
 
 
 def alike(
-    costs: Costs, stages: Stages, line: Line, share: int, schedule: ScheduleName
+    costs: Costs, stages: Stages, line: Line, share: int, schedule: ScheduleName, limit: float
 ) -> Line | None:
     """The stages with a share of the batch, in micro-batches as near as can be to a line's."""
     if not stages or len(stages) > len(costs.model.layers):
@@ -171,7 +174,7 @@ def alike(
     widest = max(len(units) for units in stages)
     sizes = [size for size in divisors(share) if size >= widest]
     for size in sorted(sizes, key=lambda size: (abs(size - line.rows), size))[:2]:
-        found = fit_line(costs, stages, size, share // size, schedule)
+        found = fit_line(costs, stages, size, share // size, schedule, limit)
         if found is not None:
             return found.line
     return None

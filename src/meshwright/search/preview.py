@@ -9,68 +9,103 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from meshwright.cluster.topology import path
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.instructions import Op
 from meshwright.program.schedules import actions
 from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
-from meshwright.search.lines import Line, Team, Unit, moves
+from meshwright.search.crossing import crossings
+from meshwright.search.lines import Line, Unit
 from meshwright.search.lower import after_lines
 
-ROUNDS = 3
+ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
 
 FOLLOWED = 24
 """At least so many are followed."""
 
-Crossing = tuple[float, tuple[tuple[str, float], ...]]
-"""Seconds before the first byte, and for every resource the seconds that each byte of a
-micro-batch's tensor takes of it."""
 
-
-def preview_seconds(costs: Costs, lines: Sequence[Line], schedule: ScheduleName) -> float:
-    """Seconds of a step without contention between cuts and between pipelines."""
-    spans = [_last_backwards(costs, line, schedule) for line in lines]
+def preview_seconds(
+    costs: Costs, lines: Sequence[Line], schedule: ScheduleName, limit: float = float("inf")
+) -> float:
+    """Seconds of a step without contention between pipelines; where it must be `limit` or more,
+    something in between."""
+    pipes = [_pipe(costs, line) for line in lines]
+    least = max(map(_least, pipes))
+    if least >= limit:
+        return least
+    spans = [_last_backwards(pipe, schedule) for pipe in pipes]
     return _reduced(costs, lines, spans) + after_lines(costs, lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipe:
+    """A pipeline in seconds of one micro-batch, by stage and by cut."""
+
+    count: int
+    forward: list[float]
+    backward: list[float]
+    ahead: list[float]
+    back: list[float]
+    busiest: float
+    """Of the link that all cuts together load most."""
+
+
+def _pipe(costs: Costs, line: Line) -> _Pipe:
+    forward, backward = [], []
+    for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
+        replicas = distinct_replicas(costs, team.units, team.rows)
+        sums = [unit_prefix(costs, unit, rows) for unit, rows in replicas]
+        forward.append(max(f[b] - f[a] for f, _ in sums))
+        backward.append(max(g[b] - g[a] for _, g in sums))
+    ahead: list[float] = []
+    back: list[float] = []
+    busy: dict[str, float] = {}
+    for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True):
+        ways = crossings(costs, here, there)
+        for found, way, table in zip(
+            (ahead, back), ways, (costs.table.cut, costs.table.cut_gradient), strict=True
+        ):
+            size = float(table[cut]) * line.rows
+            found.append(way.seconds(size))
+            for name, each in way.occupied:
+                busy[name] = busy.get(name, 0.0) + each * size
+    return _Pipe(
+        line.micro_batches, forward, backward, ahead, back, max(busy.values(), default=0.0)
+    )
+
+
+def _least(pipe: _Pipe) -> float:
+    """Seconds of all micro-batches on one stage, and of the first on its way there and back."""
+    worst = trip = 0.0
+    for s, (f, b) in enumerate(zip(pipe.forward, pipe.backward, strict=True)):
+        worst = max(worst, trip + pipe.count * (f + b))
+        trip += f + b + (pipe.ahead[s] + pipe.back[s] if s < len(pipe.ahead) else 0.0)
+    return max(worst, pipe.count * pipe.busiest)
 
 
 Span = tuple[float, float]
 """Begin and end of a stage's last backward."""
 
 
-def _last_backwards(costs: Costs, line: Line, schedule: ScheduleName) -> list[Span]:
-    forward, backward = [], []
-    for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
-        sums = [unit_prefix(costs, u, rows) for u, rows in distinct_replicas(costs, team.units, team.rows)]
-        forward.append(max(f[b] - f[a] for f, _ in sums))
-        backward.append(max(g[b] - g[a] for _, g in sums))
-    depth, count = len(line.teams), line.micro_batches
+def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
+    depth, count = len(pipe.forward), pipe.count
     if depth == 1:
-        end = count * (forward[0] + backward[0])
-        return [(end - backward[0], end)]
-    ahead, back = [], []
-    busy: dict[str, float] = {}
-    for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True):
-        for found, sizes, (latency, used) in zip(
-            (ahead, back), (costs.table.cut, costs.table.cut_gradient), _crossings(costs, here, there)
-        , strict=True):
-            size = float(sizes[cut]) * line.rows
-            slowest = 0.0
-            for name, each in used:
-                slowest = max(slowest, each * size)
-                busy[name] = busy.get(name, 0.0) + each * size
-            found.append(latency + slowest if size else 0.0)
-    some = min(count, max(FOLLOWED, ROUNDS * depth))
-    orders = _orders(schedule, depth, some)
-    ends, pace = _follow(orders, some, forward, backward, ahead, back, gpipe=schedule == "gpipe")
-    further = (count - some) * pace
-    least = count * max(busy.values(), default=0.0)
-    late = max(further, least - ends[0])
-    return [(end + late - own, end + late) for end, own in zip(ends, backward, strict=True)]
+        end = count * (pipe.forward[0] + pipe.backward[0])
+        return [(end - pipe.backward[0], end)]
+    some = followed(depth, count)
+    ends, pace = _follow(pipe, _orders(schedule, depth, some), some, gpipe=schedule == "gpipe")
+    late = max((count - some) * pace, count * pipe.busiest - ends[0])
+    return [(end + late - own, end + late) for end, own in zip(ends, pipe.backward, strict=True)]
+
+
+def followed(depth: int, count: int) -> int:
+    """Micro-batches that are followed one by one."""
+    return min(count, max(FOLLOWED, int(ROUNDS * depth) + 2)) if depth > 1 else 0
 
 
 @lru_cache(maxsize=1024)
@@ -83,20 +118,14 @@ def _orders(schedule: ScheduleName, depth: int, count: int) -> tuple[tuple[int, 
 
 
 def _follow(
-    orders: tuple[tuple[int, ...], ...],
-    count: int,
-    forward: list[float],
-    backward: list[float],
-    ahead: list[float],
-    back: list[float],
-    *,
-    gpipe: bool,
+    pipe: _Pipe, orders: tuple[tuple[int, ...], ...], count: int, *, gpipe: bool
 ) -> tuple[list[float], float]:
     """When each stage ends its last backward, and the seconds of every further micro-batch.
 
     A transfer begins when its tensor is there, the one before it in its channel is over and its
     receiver has posted it: two computations ahead of the one that reads it.
     """
+    forward, backward, ahead, back = pipe.forward, pipe.backward, pipe.ahead, pipe.back
     depth = len(orders)
     last = depth - 1
     length = len(orders[0])
@@ -158,45 +187,18 @@ def _follow(
     ends_b = ready_b[0]
     if gpipe:
         ends_f = ready_f[last]
-        pace = (ends_f[-1] - ends_f[middle] + ends_b[-1] - ends_b[middle]) / max(1, count - 1 - middle)
+        pace = (ends_f[-1] - ends_f[middle] + ends_b[-1] - ends_b[middle]) / max(
+            1, count - 1 - middle
+        )
     else:
-        first, end = min(depth, count - 1) , max(count - depth, 1)
-        pace = (ends_b[end-1] - ends_b[end - 1- depth]) / depth if end - 1 - depth >= 0 else 0.0
+        steady = count - depth - 1
+        pace = (ends_b[steady] - ends_b[steady - depth]) / depth if steady >= depth else 0.0
     return clock, pace
-
-
-def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
-    """Of activations and of gradients between two stages, all replicas at once."""
-    even = len(set(here.rows)) == len(set(there.rows)) == 1
-    key = (here.units, there.units) if even else (here, there)
-    found = costs.ways.get(key)
-    if found is None:
-        found = costs.ways[key] = _crossing(costs, here, there)
-    return found
-
-
-def _crossing(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
-    rows = sum(here.rows)
-    latency = [0.0, 0.0]
-    used: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    for i, j, moved in moves(here, there):
-        ends = here.units[i], there.units[j]
-        for way, (source, target) in enumerate((ends, ends[::-1])):
-            for t, name in enumerate(target):
-                taken = path(costs.links, source[t % len(source)], name)
-                if taken.resources:
-                    latency[way] = max(latency[way], taken.latency + costs.system.boundary)
-                for resource in taken.resources:
-                    each = moved / rows / costs.links.capacities[resource]
-                    used[way][resource] = used[way].get(resource, 0.0) + each
-    return (latency[0], tuple(used[0].items())), (latency[1], tuple(used[1].items()))
 
 
 def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
     """When all gradients are summed."""
     end = max(span[0][1] for span in spans)
-    if costs.cluster.direct:
-        pass
     free: dict[str, float] = {}
     for begin, complete, size, units in sorted(_sums(costs, lines, spans), key=lambda r: r[1]):
         latency, used = _rings(costs, units)
@@ -229,7 +231,9 @@ def _sums(
         if len(units) < 2:
             continue
         tensor = len(units[0])
-        held = table.replicated[b] - table.replicated[a] + (table.split[b] - table.split[a]) / tensor
+        held = (
+            table.replicated[b] - table.replicated[a] + (table.split[b] - table.split[a]) / tensor
+        )
         if held <= 0:
             continue
         begin = complete = 0.0
@@ -237,8 +241,12 @@ def _sums(
             team, first, last = line.teams[s], line.bounds[s], line.bounds[s + 1]
             _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
             whole = (prefix[last] - prefix[first]) or 1.0
-            opened = start + (end - start) * (delay + (1 - delay) * (prefix[last] - prefix[b]) / whole)
-            closed = start + (end - start) * (delay + (1 - delay) * (prefix[last] - prefix[a]) / whole)
+            opened = start + (end - start) * (
+                delay + (1 - delay) * (prefix[last] - prefix[b]) / whole
+            )
+            closed = start + (end - start) * (
+                delay + (1 - delay) * (prefix[last] - prefix[a]) / whole
+            )
             begin, complete = max(begin, opened), max(complete, closed)
         yield begin, complete, float(held) * width, units
     for tied in costs.model.tied:
@@ -253,11 +261,12 @@ def _sums(
             yield ready, ready, tied.parameters / share * width, units
 
 
-def _rings(costs: Costs, units: tuple[Unit, ...]) -> Crossing:
-    """The rings of all tensor ranks."""
+def _rings(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, tuple[tuple[str, float], ...]]:
+    """The rings of all tensor ranks: latency, and seconds per byte on every resource."""
     found = costs.sums.get(units)
     if found is None:
-        latency, used = 0.0, {}
+        latency = 0.0
+        used: dict[str, float] = {}
         for t in range(len(units[0])):
             traffic = ring(costs, tuple(unit[t] for unit in units))
             latency = max(latency, traffic.latency)

@@ -13,7 +13,7 @@ from meshwright.search.moves import alike, runs_of, stages_of
 from meshwright.search.space import usable_devices
 
 
-def recast(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """A run of like stages, or all of a line, with another depth, width or tensor width."""
     widths = legal_widths(costs)
     for i, line in enumerate(strategy[1]):
@@ -21,11 +21,13 @@ def recast(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
         for r, run in enumerate(runs):
             for other in _recasts(costs, run, widths):
                 stages = tuple(s for part in (*runs[:r], other, *runs[r + 1 :]) for s in part)
-                yield from rebuilt(costs, strategy, {i: stages})
+                yield from rebuilt(costs, strategy, limit, {i: stages})
         if len(runs) > 1:
             ways = [list(_recasts(costs, run, widths)) for run in runs]
             for together in zip(*ways, strict=False):
-                yield from rebuilt(costs, strategy, {i: tuple(s for part in together for s in part)})
+                yield from rebuilt(
+                    costs, strategy, limit, {i: tuple(s for part in together for s in part)}
+                )
 
 
 def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Stages]:
@@ -52,18 +54,18 @@ def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Sta
                 yield tuple(tuple(units[s : number * width : number]) for s in range(number))
 
 
-def stages(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def stages(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """Two neighbouring stages become one, one becomes two; units of two stages are exchanged."""
     for i, line in enumerate(strategy[1]):
         own = stages_of(line)
         for s, units in enumerate(own):
             if s and len(own[s - 1][0]) == len(units[0]):
                 merged = (*own[: s - 1], (*own[s - 1], *units), *own[s + 1 :])
-                yield from rebuilt(costs, strategy, {i: merged})
+                yield from rebuilt(costs, strategy, limit, {i: merged})
             half = len(units) // 2
             for cut in sorted({half, len(units) - half} - {0, len(units)}):
                 split = (*own[:s], units[:cut], units[cut:], *own[s + 1 :])
-                yield from rebuilt(costs, strategy, {i: split})
+                yield from rebuilt(costs, strategy, limit, {i: split})
         for s, here in enumerate(own):
             for t in range(s + 1, len(own)):
                 for one in _distinct(costs, here):
@@ -72,25 +74,25 @@ def stages(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
                         if not alike and len(one) == len(other):
                             swap = {one: other, other: one}
                             changed = tuple(tuple(swap.get(u, u) for u in st) for st in own)
-                            yield from rebuilt(costs, strategy, {i: changed})
+                            yield from rebuilt(costs, strategy, limit, {i: changed})
 
 
-def devices(costs: Costs, strategy: Strategy) -> Iterator[Strategy]:
+def devices(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """One unit to another stage, to a stage of its own, or out of use; an idle one into use."""
     every = [stages_of(line) for line in strategy[1]]
     places = [(i, s) for i, own in enumerate(every) for s in range(len(own))]
     for unit in _idle(costs, strategy[1]):
         for i, s in places:
             if len(every[i][s][0]) == len(unit):
-                yield from rebuilt(costs, strategy, {i: _joined(every[i], s, unit)})
+                yield from rebuilt(costs, strategy, limit, {i: _joined(every[i], s, unit)})
                 for alone in (_inserted(every[i], s, unit), _inserted(every[i], s + 1, unit)):
-                    yield from rebuilt(costs, strategy, {i: alone})
+                    yield from rebuilt(costs, strategy, limit, {i: alone})
     for i, s in places:
         for unit in _distinct(costs, every[i][s]):
-            yield from rebuilt(costs, strategy, {i: _without(every[i], s, unit)})
+            yield from rebuilt(costs, strategy, limit, {i: _without(every[i], s, unit)})
             for j, goal in places:
                 if (i, s) != (j, goal):
-                    yield from _moved(costs, strategy, every, (i, s), (j, goal), unit)
+                    yield from _moved(costs, strategy, every, (i, s), (j, goal), unit, limit)
 
 
 def _moved(
@@ -100,6 +102,7 @@ def _moved(
     source: tuple[int, int],
     target: tuple[int, int],
     unit: Unit,
+    limit: float,
 ) -> Iterator[Strategy]:
     """The unit in the target's stage, or in a new one before it."""
     (i, s), (j, goal) = source, target
@@ -112,7 +115,7 @@ def _moved(
             left = _without(every[i], s, unit)
             at = goal - (len(left) < len(every[i]) and goal > s)
             changed = {i: put(left, at, unit)}
-        yield from rebuilt(costs, strategy, changed)
+        yield from rebuilt(costs, strategy, limit, changed)
 
 
 def _distinct(costs: Costs, units: tuple[Unit, ...]) -> list[Unit]:
@@ -145,11 +148,16 @@ def _idle(costs: Costs, lines: tuple[Line, ...]) -> list[Unit]:
         if device.name not in used:
             free.setdefault((device.node, device.type), []).append(device.name)
     return [
-        tuple(names[:tensor]) for names in free.values() for tensor in tensors if len(names) >= tensor
+        tuple(names[:tensor])
+        for names in free.values()
+        for tensor in tensors
+        if len(names) >= tensor
     ]
 
 
-def rebuilt(costs: Costs, strategy: Strategy, changed: dict[int, Stages]) -> Iterator[Strategy]:
+def rebuilt(
+    costs: Costs, strategy: Strategy, limit: float, changed: dict[int, Stages]
+) -> Iterator[Strategy]:
     """The strategy with other stages for some of its lines; a line that has none left leaves its
     share to the first of the others."""
     schedule, lines = strategy
@@ -162,7 +170,7 @@ def rebuilt(costs: Costs, strategy: Strategy, changed: dict[int, Stages]) -> Ite
         if share == line.share and changed.get(i, own) == own:
             found.append(line)
             continue
-        fitted = alike(costs, changed.get(i, own), line, share, schedule)
+        fitted = alike(costs, changed.get(i, own), line, share, schedule, limit)
         if fitted is None:
             return
         found.append(fitted)
