@@ -74,6 +74,8 @@ class Costs:
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
     fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
+    fitted: dict[object, Any] = field(default_factory=dict)
+    """Lines with their best cuts, by teams, micro-batches and schedule; None where none fits."""
     sums: dict[tuple[tuple[str, ...], ...], tuple[float, tuple[tuple[str, float], ...]]] = field(
         default_factory=dict
     )

@@ -90,7 +90,11 @@ def fit_line(
     teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
     if limit < float("inf") and micro_batches / _fluid(costs, teams) >= limit:
         return None
-    return recut(costs, teams, micro_batches, schedule)
+    key = (teams, micro_batches, schedule)
+    if key not in costs.fitted:
+        costs.fitted[key] = recut(costs, teams, micro_batches, schedule)
+    found: Fitted | None = costs.fitted[key]
+    return found
 
 
 def _fluid(costs: Costs, teams: tuple[Team, ...]) -> float:

@@ -35,11 +35,12 @@ def preview_seconds(
     """Seconds of a step without contention between pipelines; where it must be `limit` or more,
     something in between."""
     pipes = [_pipe(costs, line) for line in lines]
-    least = max(map(_least, pipes))
+    after = after_lines(costs, lines)
+    least = max(_least(pipe, schedule) for pipe in pipes) + after
     if least >= limit:
         return least
     spans = [_last_backwards(pipe, schedule) for pipe in pipes]
-    return _reduced(costs, lines, spans) + after_lines(costs, lines)
+    return _reduced(costs, lines, spans) + after
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,19 @@ def _pipe(costs: Costs, line: Line) -> _Pipe:
     )
 
 
-def _least(pipe: _Pipe) -> float:
-    """Seconds of all micro-batches on one stage, and of the first on its way there and back."""
-    worst = trip = 0.0
-    for s, (f, b) in enumerate(zip(pipe.forward, pipe.backward, strict=True)):
-        worst = max(worst, trip + pipe.count * (f + b))
-        trip += f + b + (pipe.ahead[s] + pipe.back[s] if s < len(pipe.ahead) else 0.0)
-    return max(worst, pipe.count * pipe.busiest)
+def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
+    """Seconds of all micro-batches on one stage, with 1F1B in rounds of as many as it may hold, and
+    of the first one on its way there and back."""
+    depth, count = len(pipe.forward), pipe.count
+    loads = [f + b for f, b in zip(pipe.forward, pipe.backward, strict=True)]
+    cuts = [a + b for a, b in zip(pipe.ahead, pipe.back, strict=True)]
+    trip = whole = sum(loads) + sum(cuts)
+    worst = pipe.count * pipe.busiest
+    for s, load in enumerate(loads):
+        rounds = (count - 1) // min(depth - s, count) + 1 if schedule == "1f1b" else 1
+        worst = max(worst, whole - trip + max(count * load, rounds * trip))
+        trip -= load + (cuts[s] if s < depth - 1 else 0.0)
+    return worst
 
 
 Span = tuple[float, float]
