@@ -16,7 +16,7 @@ from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
 from meshwright.search.mix import several_lines, single_lines
 
-STEPS = (300_000, 14_000, 3_000_000)
+STEPS = (400_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
 most."""
 
@@ -27,7 +27,7 @@ best in the end."""
 HOPEFUL = 1.3
 """Times the best preview beyond which a strategy is not climbed from."""
 
-ROUNDS = (8, 3, 1)
+ROUNDS = (4, 1)
 """Climbs that go on, round by round; each round gets an equal share of the steps."""
 
 FAILED = 400

@@ -64,8 +64,10 @@ def blocks(table: Sequence[Widths]) -> Iterator[tuple[Widths, ...]]:
     ordered = [table[i] for i in sorted(range(len(table)), key=lambda i: first[i].pace)]
     sites = dict.fromkeys(pool.site for pool in first)
     found = [tuple(ordered[:number]) for number in range(len(table), 0, -1)]
-    for site in sites:
-        found.append(tuple(w for w in table if next(iter(w.values())).site == site))
+    found += [
+        tuple(w for w, pool in zip(table, first, strict=True) if pool.site == site)
+        for site in sites
+    ]
     found += [(widths,) for widths in table]
     seen: list[tuple[Widths, ...]] = []
     for block in found:

@@ -19,8 +19,8 @@ from meshwright.program.instructions import Op
 from meshwright.program.schedules import actions
 from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
 from meshwright.search.crossing import crossings
-from meshwright.search.lines import Line, Unit
-from meshwright.search.lower import after_lines
+from meshwright.search.lines import Line, Team, Unit
+from meshwright.search.lower import after_lines, own_parameters
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
@@ -105,7 +105,7 @@ def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
         end = count * (pipe.forward[0] + pipe.backward[0])
         return [(end - pipe.backward[0], end)]
     some = followed(depth, count)
-    ends, pace = _follow(pipe, _orders(schedule, depth, some), some, gpipe=schedule == "gpipe")
+    ends, pace = _follow(pipe, schedule, some)
     late = max((count - some) * pace, count * pipe.busiest - ends[0])
     return [(end + late - own, end + late) for end, own in zip(ends, pipe.backward, strict=True)]
 
@@ -116,98 +116,98 @@ def followed(depth: int, count: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _orders(schedule: ScheduleName, depth: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Of every stage: m for the forward of micro-batch m, -1 - m for its backward."""
+def _orders(
+    schedule: ScheduleName, depth: int, count: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Of every stage: 0 for a forward or 1 for a backward, and its micro-batch."""
     return tuple(
-        tuple(m if op is Op.FORWARD else ~m for op, m in actions(schedule, s, depth, count))
+        tuple((int(op is Op.BACKWARD), m) for op, m in actions(schedule, s, depth, count))
         for s in range(depth)
     )
 
 
-def _follow(
-    pipe: _Pipe, orders: tuple[tuple[int, ...], ...], count: int, *, gpipe: bool
-) -> tuple[list[float], float]:
-    """When each stage ends its last backward, and the seconds of every further micro-batch.
+@dataclass(slots=True)
+class _Stage:
+    """A stage that is being followed; of every pair, the first is for forwards."""
+
+    order: tuple[tuple[int, int], ...]
+    seconds: tuple[float, float]
+    delays: tuple[float, float]
+    """Seconds of the transfers that come in."""
+    sources: tuple[list[float] | None, list[float] | None]
+    """The `ends` that they follow; None: nothing comes in."""
+    ends: tuple[list[float], list[float]]
+    """Of its computations so far, by micro-batch."""
+    free: list[float]
+    """When the last transfer was over."""
+    at: int = 0
+    now: float = 0.0
+    earlier: float = 0.0
+    """When the computation before the last one ended."""
+
+
+def _advance(stage: _Stage) -> bool:
+    """Follow a stage up to the first transfer that has not begun; whether it got any further.
 
     A transfer begins when its tensor is there, the one before it in its channel is over and its
     receiver has posted it: two computations ahead of the one that reads it.
     """
-    forward, backward, ahead, back = pipe.forward, pipe.backward, pipe.ahead, pipe.back
-    depth = len(orders)
-    last = depth - 1
-    length = len(orders[0])
-    at = [0] * depth
-    clock, before = [0.0] * depth, [0.0] * depth
-    ready_f: list[list[float]] = [[] for _ in orders]
-    ready_b: list[list[float]] = [[] for _ in orders]
-    free_f, free_b = [0.0] * depth, [0.0] * depth
+    begun, order = stage.at, stage.order
+    while stage.at < len(order):
+        way, number = order[stage.at]
+        source, start = stage.sources[way], stage.now
+        if source is not None:
+            if len(source) <= number:
+                break
+            arrival = max(source[number], stage.earlier, stage.free[way]) + stage.delays[way]
+            stage.free[way] = arrival
+            start = max(start, arrival)
+        stage.earlier, stage.now = stage.now, start + stage.seconds[way]
+        stage.ends[way].append(stage.now)
+        stage.at += 1
+    return stage.at > begun
+
+
+def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float], float]:
+    """When each stage ends its last backward, and the seconds of every further micro-batch."""
+    depth = len(pipe.forward)
+    ends: list[tuple[list[float], list[float]]] = [([], []) for _ in range(depth)]
+    stages = [
+        _Stage(
+            order=order,
+            seconds=(pipe.forward[s], pipe.backward[s]),
+            delays=(pipe.ahead[s - 1] if s else 0.0, pipe.back[s] if s < depth - 1 else 0.0),
+            sources=(ends[s - 1][0] if s else None, ends[s + 1][1] if s < depth - 1 else None),
+            ends=ends[s],
+            free=[0.0, 0.0],
+        )
+        for s, order in enumerate(_orders(schedule, depth, count))
+    ]
     waiting = deque([0])
     while waiting:
         s = waiting.popleft()
-        order, k, now, earlier = orders[s], at[s], clock[s], before[s]
-        own_f, own_b, seconds_f, seconds_b = ready_f[s], ready_b[s], forward[s], backward[s]
-        from_f = ready_f[s - 1] if s else None
-        from_b = ready_b[s + 1] if s < last else None
-        sent_f = sent_b = False
-        while k < length:
-            m = order[k]
-            start = now
-            if m >= 0:
-                if from_f is not None:
-                    if len(from_f) <= m:
-                        break
-                    start = from_f[m]
-                    if earlier > start:
-                        start = earlier
-                    if free_f[s] > start:
-                        start = free_f[s]
-                    start += ahead[s - 1]
-                    free_f[s] = start
-                    if now > start:
-                        start = now
-                earlier, now = now, start + seconds_f
-                own_f.append(now)
-                sent_f = True
-            else:
-                if from_b is not None:
-                    if len(from_b) <= ~m:
-                        break
-                    start = from_b[~m]
-                    if earlier > start:
-                        start = earlier
-                    if free_b[s] > start:
-                        start = free_b[s]
-                    start += back[s]
-                    free_b[s] = start
-                    if now > start:
-                        start = now
-                earlier, now = now, start + seconds_b
-                own_b.append(now)
-                sent_b = True
-            k += 1
-        at[s], clock[s], before[s] = k, now, earlier
-        if sent_f and s < last:
-            waiting.append(s + 1)
-        if sent_b and s:
-            waiting.append(s - 1)
-    middle = count // 2
-    ends_b = ready_b[0]
-    if gpipe:
-        ends_f = ready_f[last]
-        pace = (ends_f[-1] - ends_f[middle] + ends_b[-1] - ends_b[middle]) / max(
-            1, count - 1 - middle
-        )
-    else:
-        steady = count - depth - 1
-        pace = (ends_b[steady] - ends_b[steady - depth]) / depth if steady >= depth else 0.0
-    return clock, pace
+        if _advance(stages[s]):
+            waiting.extend(other for other in (s + 1, s - 1) if 0 <= other < depth)
+    return [stage.now for stage in stages], _pace(ends, schedule, count)
+
+
+def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, count: int) -> float:
+    """Seconds between micro-batches where the pipeline runs evenly."""
+    depth, first, last = len(ends), ends[0][1], ends[-1][0]
+    if schedule == "gpipe":
+        some = count - 1 - count // 2
+        return (last[-1] - last[-1 - some] + first[-1] - first[-1 - some]) / max(1, some)
+    steady = count - depth - 1
+    return (first[steady] - first[steady - depth]) / depth if steady >= depth else 0.0
 
 
 def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
     """When all gradients are summed."""
     end = max(span[0][1] for span in spans)
     free: dict[str, float] = {}
-    for begin, complete, size, units in sorted(_sums(costs, lines, spans), key=lambda r: r[1]):
+    for begin, complete, size, units in sorted(
+        _sums(costs, lines, spans), key=lambda found: found[1]
+    ):
         latency, used = _rings(costs, units)
         closing = min(size, BUCKET_BYTES)
         slowest = 0.0
@@ -219,53 +219,48 @@ def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -
     return end
 
 
-def _sums(
-    costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]
-) -> Iterator[tuple[float, float, float, tuple[Unit, ...]]]:
-    """Every sum of gradients: when the first are there, when the last are, bytes on each rank, and
-    the units that hold them."""
+Sum = tuple[float, float, float, tuple[Unit, ...]]
+"""When the first gradients are there, when the last are, bytes on each rank, and the units."""
+
+Holder = tuple[Team, tuple[int, int], Span]
+"""A stage with its layers and its last backward."""
+
+
+def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> Iterator[Sum]:
+    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
     width = gradient_bytes(costs.job) * costs.system.gradient_width
-    table, delay = costs.table, costs.system.reduction_delay
-    cuts = sorted({cut for line in lines for cut in line.bounds})
-    stage = [0] * len(lines)
-    for a, b in pairwise(cuts):
-        holders = []
-        for i, line in enumerate(lines):
-            while line.bounds[stage[i] + 1] <= a:
-                stage[i] += 1
-            holders.append((line, stage[i], spans[i][stage[i]]))
-        units = tuple(u for line, s, _ in holders for u in line.teams[s].units)
-        if len(units) < 2:
-            continue
-        tensor = len(units[0])
-        held = (
-            table.replicated[b] - table.replicated[a] + (table.split[b] - table.split[a]) / tensor
-        )
-        if held <= 0:
-            continue
-        begin = complete = 0.0
-        for line, s, (start, end) in holders:
-            team, first, last = line.teams[s], line.bounds[s], line.bounds[s + 1]
-            _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
-            whole = (prefix[last] - prefix[first]) or 1.0
-            opened = start + (end - start) * (
-                delay + (1 - delay) * (prefix[last] - prefix[b]) / whole
-            )
-            closed = start + (end - start) * (
-                delay + (1 - delay) * (prefix[last] - prefix[a]) / whole
-            )
-            begin, complete = max(begin, opened), max(complete, closed)
-        yield begin, complete, float(held) * width, units
+    stages: list[Holder] = [
+        (team, layers, span)
+        for line, own in zip(lines, spans, strict=True)
+        for team, layers, span in zip(line.teams, pairwise(line.bounds), own, strict=True)
+    ]
+    for a, b in pairwise(sorted({cut for line in lines for cut in line.bounds})):
+        holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
+        units = tuple(unit for team, _, _ in holders for unit in team.units)
+        size = own_parameters(costs, (a, b), len(units[0])) * width
+        if len(units) > 1 and size > 0:
+            begin = max(_passed(costs, holder, b) for holder in holders)
+            yield begin, max(_passed(costs, holder, a) for holder in holders), size, units
     for tied in costs.model.tied:
-        units, ready, tensor = (), 0.0, 1
-        for line, span in zip(lines, spans, strict=True):
-            for s, (a, b) in enumerate(pairwise(line.bounds)):
-                if any(a <= layer < b for layer in tied.layers):
-                    units = (*units, *line.teams[s].units)
-                    ready = max(ready, span[s][1])
+        holders = [
+            stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
+        ]
+        units = tuple(unit for team, _, _ in holders for unit in team.units)
         if len(units) > 1:
+            ready = max(end for _, _, (_, end) in holders)
             share = len(units[0]) if tied.split else 1
             yield ready, ready, tied.parameters / share * width, units
+
+
+def _passed(costs: Costs, holder: Holder, layer: int) -> float:
+    """When a stage's last backward, from its last layer to its first, has come to a layer and its
+    gradients may be sent."""
+    team, (first, last), (begin, end) = holder
+    _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
+    whole = prefix[last] - prefix[first]
+    done = (prefix[last] - prefix[layer]) / whole if whole else 1.0
+    delay = costs.system.reduction_delay
+    return begin + (end - begin) * (delay + (1 - delay) * done)
 
 
 def _rings(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, tuple[tuple[str, float], ...]]:
