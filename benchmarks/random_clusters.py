@@ -8,7 +8,7 @@ from random import Random
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Precision, Site
 
-TYPES = ("T4", "A10G", "V100-16", "V100-32", "A100-40", "A100-80", "L4", "H100-SXM", "RTX-3090")
+TYPES = ("T4", "A10G", "V100-16", "V100-32", "A100-40", "A100-80", "L4", "H100", "RTX3090")
 NETWORKS = (10e9, 25e9, 50e9, 100e9, 200e9, 400e9)
 """Bits per second of a node."""
 UPLINKS = (5e9, 10e9, 50e9)
