@@ -166,14 +166,14 @@ def _resized(
 
 
 def alike(
-    costs: Costs, stages: Stages, line: Line, share: int, schedule: ScheduleName, limit: float
+    costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
 ) -> Line | None:
-    """The stages with a share of the batch, in micro-batches as near as can be to a line's."""
+    """The stages with a share of the batch, in micro-batches as near as can be to so many rows."""
     if not stages or len(stages) > len(costs.model.layers):
         return None
     widest = max(len(units) for units in stages)
     sizes = [size for size in divisors(share) if size >= widest]
-    for size in sorted(sizes, key=lambda size: (abs(size - line.rows), size))[:2]:
+    for size in sorted(sizes, key=lambda size: (abs(size - rows), size))[:2]:
         found = fit_line(costs, stages, size, share // size, schedule, limit)
         if found is not None:
             return found.line

@@ -170,7 +170,7 @@ def rebuilt(
         if share == line.share and changed.get(i, own) == own:
             found.append(line)
             continue
-        fitted = alike(costs, changed.get(i, own), line, share, schedule, limit)
+        fitted = alike(costs, changed.get(i, own), line.rows, share, schedule, limit)
         if fitted is None:
             return
         found.append(fitted)
