@@ -24,11 +24,17 @@ SINGLE, SEVERAL, CLIMBS, NEAR = 0.2, 0.1, 0.5, 0.2
 """Shares of the steps: strategies of one line, of several, their climbs, and what lies near the
 best in the end."""
 
-HOPEFUL = 1.3
+HOPEFUL = 1.8
 """Times the best preview beyond which a strategy is not climbed from."""
 
-ROUNDS = (4, 1)
-"""Climbs that go on, round by round; each round gets an equal share of the steps."""
+SHARE, LAST = 4, 50
+"""Parts of the remaining steps of which a climb gets one; part of all steps with which it ends."""
+
+NEARBY = 1.6
+"""Times the preview of a summit up to which its surroundings are climbed from."""
+
+SURROUNDING = 16
+"""Strategies around a summit that are climbed from."""
 
 FAILED = 400
 """Steps that a composed line costs which does not fit."""
@@ -36,7 +42,7 @@ FAILED = 400
 SAME_BUILD = 3
 """Strategies of one build that are climbed from."""
 
-PLAYED = 4
+PLAYED = 6
 """Summits that the simulator judges."""
 
 SLACK = 0.02
@@ -55,7 +61,7 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     for summit in _summits(scout, starts, round(CLIMBS * steps), tell):
         challenge(contest, summit)
     scout.left = round(NEAR * steps)
-    _polish(scout, tell)
+    _polish(scout)
     return False
 
 
@@ -109,19 +115,34 @@ def _played(plan: Plan) -> Strategy:
 def _summits(
     scout: Scout, starts: Sequence[Strategy], steps: int, tell: Progress
 ) -> list[Strategy]:
-    """Where climbs from the starts end; the further they get, the fewer go on."""
-    reached = list(starts)
-    for number, most in enumerate(ROUNDS):
-        tell("improving", number, len(ROUNDS))
-        some = reached[:most]
-        for i, strategy in enumerate(some):
-            scout.left = steps // len(ROUNDS) // len(some)
-            some[i] = climb(scout, strategy)
-        reached = sorted(dict.fromkeys([*some, *reached[most:]]), key=lambda s: rate(scout, s))
-    return reached[:PLAYED]
+    """Where climbs end, best first: from the starts, then from the surroundings of the best summit
+    for as long as the steps last. No climb takes more than a share of the steps that are left."""
+    reached: dict[Strategy, float] = {}
+    left = steps
+    waiting = list(starts)
+    surrounded: set[Strategy] = set()
+    while left > steps // LAST and not scout.contest.late:
+        tell("improving", steps - left, steps)
+        scout.left = given = left // SHARE
+        if waiting:
+            summit = climb(scout, waiting.pop(0))
+            reached[summit] = rate(scout, summit)
+        else:
+            best = next((s for s in _ordered(reached) if s not in surrounded), None)
+            if best is None:
+                break
+            surrounded.add(best)
+            waiting = around(scout, best, reached[best] * NEARBY)[:SURROUNDING]
+        left -= max(given - scout.left, FAILED)
+    tell("improving", steps, steps)
+    return _ordered(reached)[:PLAYED]
 
 
-def _polish(scout: Scout, tell: Progress) -> None:
+def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:
+    return sorted(reached, key=reached.__getitem__)
+
+
+def _polish(scout: Scout) -> None:
     """Play what lies next to the best plan for as long as that helps and the work lasts."""
     contest = scout.contest
     better = contest.best is not None
@@ -129,7 +150,6 @@ def _polish(scout: Scout, tell: Progress) -> None:
         best = _played(contest.best.plan)
         near = around(scout, best, rate(scout, best) * (1 + SLACK))
         better = any(challenge(contest, strategy) for strategy in near if not contest.over)
-        tell("improving", len(ROUNDS), len(ROUNDS))
 
 
 def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
