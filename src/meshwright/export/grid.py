@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe, mesh_text
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.records import record
 
@@ -25,6 +25,7 @@ class Grid:
     rows: int
     """Rows of a micro-batch of one replica."""
     micro_batches: int
+    recompute: bool
     mesh: Mesh
 
     @property
@@ -50,6 +51,7 @@ def grid_of(plan: Plan, tool: str) -> Grid:
         layers=tuple(stage.layers for stage in stages),
         rows=plan.pipelines[0].rows // len(stages[0].devices),
         micro_batches=plan.pipelines[0].micro_batches,
+        recompute=stages[0].recompute,
         mesh=mesh,
     )
 
@@ -70,6 +72,9 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
         yield Problem(plan.name, "pipelines", describe(plan), wanted)
     for p, pipeline in enumerate(plan.pipelines):
         yield from pipeline_problems(plan, p, pipeline, tool)
+    if len({stage.recompute for pipeline in plan.pipelines for stage in pipeline.stages}) > 1:
+        wanted = f"all stages or none: {tool} recomputes every block or none"
+        yield Problem(plan.name, "recompute", "some stages that recompute", wanted)
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:
@@ -81,6 +86,9 @@ def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> 
         wanted = f"one data x tensor width: {tool} knows only stages of equal width"
         yield Problem(plan.name, where, found, wanted)
     for s, stage in enumerate(pipeline.stages):
+        if len({len(replica) for replica in stage.devices}) > 1:
+            wanted = f"one tensor width: {tool} gives every replica the same mesh"
+            yield Problem(plan.name, f"{where}[{s}].devices", mesh_text(stage.devices), wanted)
         if stage.rows is not None and len(set(stage.rows)) > 1:
             wanted = f"equal shares: {tool} gives every replica the same number of rows"
             yield Problem(plan.name, f"{where}[{s}].rows", str(list(stage.rows)), wanted)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed import Work
 
+from meshwright.model.graph import LayeredModel
+from meshwright.model.shard import Tile, own_tile
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program
@@ -19,6 +21,7 @@ from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.reduce import (
     FlatBucket,
     Key,
+    Members,
     Reducer,
     group_parameters,
     make_bucket,
@@ -34,7 +37,7 @@ class Assembly:
     """One rank, ready to start."""
 
     seat: Seat
-    tensor_width: int
+    team: Team | None
     stage: Stage
     held: tuple[Held, ...]
     messages: dict[Op, Messages]
@@ -64,30 +67,49 @@ def assemble(
     `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
     if the processes did not build the same model.
     """
+    _, seat = _seat(stage_seats(plan), world.rank)
+    cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
+    own = build_own(model, cuts, plan, program, world, seed=seed, dilator=dilator, posted=posted)
+    agree(program, world, own.messages)
+    equalise(own.buckets, own.held, world, own.team)
+    return own
+
+
+def build_own(
+    model: nn.Module,
+    cuts: tuple[LayeredModel, LayeredModel],
+    plan: Plan,
+    program: Program,
+    world: World,
+    *,
+    seed: int,
+    dilator: Dilator | None,
+    posted: Callable[[Instruction, list[Work]], Handle],
+) -> Assembly:
+    """All that one rank holds, of a model cut for its rows; nothing is communicated.
+
+    Raises ModelError or PlanError.
+    """
     stages = stage_seats(plan)
     place, seat = _seat(stages, world.rank)
-    cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
     homes = parameter_homes(model, cuts[0], stages)
-    width = len(place.seats[0])
+    width = len(place.seats[seat.replica])
     team = _team(world, seat, width, dilator)
     built = build_stage(model, cuts, place, seed=seed, device=world.device, team=team)
-    instructions = program.ranks[world.rank]
-    buckets = _buckets(built.held, instructions, built.tied, world)
-    messages = {
-        Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
-        Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
-        Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
-        Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
-    }
-    agree(program, world, messages)
-    equalise(buckets.values(), built.held, world, team)
+    own = own_tile(width, seat.tensor_index)
+    buckets = _buckets(built.held, program.ranks[world.rank], built.tied, own, world)
     catch_up = (lambda: None) if dilator is None else dilator.catch_up
     return Assembly(
         seat=seat,
-        tensor_width=width,
+        team=team,
         stage=Stage(built, plan.job.precision, world.device, seed),
         held=built.held,
-        messages=messages,
+        messages={
+            Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
+            Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
+            Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
+            Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
+        },
         reducer=Reducer(buckets, posted, catch_up),
         homes=homes,
     )
@@ -113,14 +135,21 @@ def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team
 
 
 def _buckets(
-    held: Sequence[Held], instructions: Sequence[Instruction], tied: frozenset[str], world: World
+    held: Sequence[Held],
+    instructions: Sequence[Instruction],
+    tied: frozenset[str],
+    own: Tile,
+    world: World,
 ) -> dict[Key, FlatBucket]:
     reductions = [i for i in instructions if i.op is Op.REDUCE_GRAD]
-    members = {(i.layers, i.tied): i.ranks for i in reductions}
     buckets = {}
     for key, group in group_parameters(held, reductions, tied).items():
-        ranks = members.get(key, (world.rank,))
-        buckets[key] = make_bucket(group, world.reduce.get(ranks), len(ranks))
+        members = {
+            i.tile: Members(world.reduce[i.ranks], len(i.ranks))
+            for i in reductions
+            if (i.layers, i.tied) == key
+        }
+        buckets[key] = make_bucket(group, own, members)
     return buckets
 
 
