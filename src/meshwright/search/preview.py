@@ -16,7 +16,7 @@ from itertools import pairwise
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.instructions import Op
-from meshwright.program.schedules import actions
+from meshwright.program.schedules import orders
 from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
 from meshwright.search.crossing import crossings
 from meshwright.search.lines import Line, Team, Unit
@@ -120,9 +120,10 @@ def _orders(
     schedule: ScheduleName, depth: int, count: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Of every stage: 0 for a forward or 1 for a backward, and its micro-batch."""
+    layout = tuple((s,) for s in range(depth))
     return tuple(
-        tuple((int(op is Op.BACKWARD), m) for op, m in actions(schedule, s, depth, count))
-        for s in range(depth)
+        tuple((int(action.op is Op.BACKWARD), action.first) for action in order)
+        for order in orders(schedule, layout, count)
     )
 
 
