@@ -127,6 +127,8 @@ def _summits(
         if waiting:
             summit = climb(scout, waiting.pop(0))
             reached[summit] = rate(scout, summit)
+            if scout.left <= 0 and summit == _ordered(reached)[0]:
+                waiting.insert(0, summit)
         else:
             best = next((s for s in _ordered(reached) if s not in surrounded), None)
             if best is None:
