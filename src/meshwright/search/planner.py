@@ -85,7 +85,7 @@ def find_plan(
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     _check(model, cluster, job)
-    costs = costs_of(model, cluster, job, profile)
+    costs = costs_of(model, cluster, job, profile, recomputation=True)
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
     explored = _explored(contest, schedules, tell)
@@ -196,7 +196,7 @@ def baseline_plan(
     if name not in BASELINES:
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
-    costs = costs_of(model, cluster, job, profile)
+    costs = costs_of(model, cluster, job, profile, recomputation=True)
     found = best_by_hand(costs, name, whole(costs))
     if found is None:
         raise PlanError(
