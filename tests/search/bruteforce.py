@@ -47,7 +47,7 @@ def least_seconds(model, cluster, job):
 
 
 def _legal(plan, model, cluster):
-    """Also by the rule that all holders of a layer have one tensor width, which the search keeps."""
+    """Also by the search's rule that all holders of a layer have one tensor width."""
     try:
         validate_plan(plan, model, cluster)
     except PlanError:
