@@ -7,8 +7,8 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from listings import best_named, random_work
+
 from meshwright.program.listing import best_order
 from meshwright.program.orders import check_orders
 from meshwright.program.refine import refined
