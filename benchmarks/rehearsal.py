@@ -8,7 +8,7 @@ RMS normalisation are counted as the fused kernels that accelerators have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed._tools import fake_collectives  # noqa: F401 - lets fakes
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from meshwright.model.graph import LayerPart
 from meshwright.model.meter import FusedKernels
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
@@ -30,6 +31,7 @@ from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
 from meshwright.runtime.optimizer import LossScale, squared_norm
+from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import OptimizerFactory, adamw
 from meshwright.runtime.world import World, reduction_groups
 
@@ -94,6 +96,17 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _fuse_again(stage: Stage) -> None:
+    """Kernels are fused in recomputed layers too: no mode around a backward reaches into it."""
+    plain = stage._run
+
+    def fused(part: LayerPart, seed: int, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with FusedKernels():
+            return plain(part, seed, read)
+
+    stage._run = fused  # type: ignore[method-assign]
+
+
 def _world(plan: Plan, program: Program, rank: int) -> World:
     """The fake group stands for every other."""
     everyone = dist.group.WORLD
@@ -147,6 +160,8 @@ def measured_peak(
                 model, cuts, plan, program, world,
                 seed=0, dilator=None, posted=lambda _, works: Works(works),
             )  # fmt: skip
+            if not real:
+                _fuse_again(own.stage)
             tracker._peak_mem.clear()
             engine = _Rehearsal(plan, program, own, world)
 
