@@ -52,19 +52,21 @@ MISFITS_SHOWN = 3
 RUNNERS_UP = 6
 
 
-def find_plan(
+def find_plan(  # noqa: PLR0913 - all that a search may be told
     model: LayerGraph,
     cluster: Cluster,
     job: Job,
     profile: Profile | None = None,
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
+    reorder: bool = True,
     progress: Progress | None = None,
     budget_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
-    Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
+    `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
+    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
     plan found when the time was up (regular grids are always ranked to the end). Raises FitError
     when nothing fits, saying by how much and what would help; ClusterError when no device offers
     the job's precision; PlanError when job and model disagree.
@@ -82,7 +84,8 @@ def find_plan(
     exhausted = improve(contest, schedules, tell)
     if contest.best is None:
         raise nothing_fits(costs, explored.misfits, explored.tried)
-    reschedule(contest, tell)
+    if reorder:
+        reschedule(contest, tell)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
     covered = exhausted and winner.plan.schedule in schedules
