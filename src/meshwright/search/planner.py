@@ -52,7 +52,7 @@ MISFITS_SHOWN = 3
 RUNNERS_UP = 6
 
 
-def find_plan(  # noqa: PLR0913 - all that a search may be told
+def find_plan(
     model: LayerGraph,
     cluster: Cluster,
     job: Job,
@@ -66,8 +66,9 @@ def find_plan(  # noqa: PLR0913 - all that a search may be told
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
     `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
-    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
-    plan found when the time was up (regular grids are always ranked to the end). Raises FitError
+    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with
+    it, the best plan found when the time was up (regular grids are always ranked to the end).
+    Raises FitError
     when nothing fits, saying by how much and what would help; ClusterError when no device offers
     the job's precision; PlanError when job and model disagree.
     """
