@@ -12,9 +12,9 @@ import numpy as np
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
-from meshwright.cost.instructions import repeated_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
+from meshwright.cost.times import repeated_seconds
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (

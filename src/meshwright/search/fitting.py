@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from meshwright.cost.instructions import repeated_seconds
+from meshwright.cost.times import repeated_seconds
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (

@@ -46,6 +46,7 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.search.schedule import reschedule
 from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
@@ -76,16 +77,18 @@ def find_plan(
     profile: Profile | None = None,
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
+    reorder: bool = True,
     progress: Progress | None = None,
     budget_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
-    Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
-    plan found when the time was up, or the first one that fits if that takes a moment longer.
-    Raises FitError when nothing fits, saying by how much and what would help; ClusterError when no
-    device offers the job's precision or a link carries nothing; PlanError when job and model
-    disagree, are too large, or the time was up before a plan was found.
+    `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
+    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with
+    it, the best plan found when the time was up, or the first one that fits if that takes a moment
+    longer. Raises FitError when nothing fits, saying by how much and what would help; ClusterError
+    when no device offers the job's precision or a link carries nothing; PlanError when job and
+    model disagree, are too large, or the time was up before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     _check(model, cluster, job)
@@ -100,10 +103,12 @@ def find_plan(
     choose_boundaries(contest, tell)
     if contest.best is None:
         raise _nothing(contest, explored, tell)
+    if reorder:
+        reschedule(contest, tell)
     winner = _simplest(contest)
     played = {each.name for each in contest.others}
     misfits = _misfits(costs, winner.seconds, played, by_hand, explored)
-    settled = exhausted and all_direct(winner.plan)
+    settled = exhausted and all_direct(winner.plan) and winner.plan.schedule in schedules
     proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
