@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.moe import Mixtral
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
@@ -53,6 +54,13 @@ def gpt(tied: bool = True, dropout: float = 0.0, layers: int = 3) -> nn.Module:
     """Layers: embedding, blocks, head."""
     size = {"vocabulary": VOCABULARY, "positions": SEQUENCE, "width": 16, "heads": 4}
     return GPT(**size, layers=layers, tied=tied, dropout=dropout)
+
+
+def mixtral() -> nn.Module:
+    """Experts, each divided."""
+    return Mixtral(
+        vocabulary=VOCABULARY, width=16, heads=4, kv_heads=2, layers=2, hidden=24, experts=3
+    )
 
 
 def llama() -> nn.Module:
@@ -120,6 +128,7 @@ CASES: dict[str, Case] = {
     "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
     "dp2, shares 3:1": Case(model=llama, pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)),
     "tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
+    "tp2, experts": Case(model=mixtral, pipelines=(pipeline(2, 4, (4, "ab")),)),
     "tp2, skips": Case(model=uneven, pipelines=(pipeline(1, 8, (8, "ab")),)),
     "pp2 of 1 and 4 layers, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (1, "a"), (4, "b")),)),
     "pp2 gpipe, skips": Case(

@@ -84,6 +84,8 @@ class _Costs:
     """Type name of every device."""
     reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
     """Collectives priced before, by members and bytes: all members ask for the same one."""
+    weighed: dict[tuple[tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    """By layers, tensor width and rows."""
 
 
 def price(
@@ -274,7 +276,10 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
     """Bytes that a rank always holds, and those of one micro-batch."""
     rows = seat.rows[1] - seat.rows[0]
-    parts: StageMemory = stage_memory(costs.table, stage.layers, len(stage.seats[0]), rows, 1)
+    key = (stage.layers, len(stage.seats[0]), rows)
+    if key not in costs.weighed:
+        costs.weighed[key] = stage_memory(costs.table, *key, 1)
+    parts = costs.weighed[key]
     states = parts.parameters + parts.gradients + parts.optimizer
     framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
     return round(states + parts.buffers) + framework, float(parts.activations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.model.spec import Layer, LayerGraph
+from meshwright.model.spec import Layer, LayerGraph, with_temporaries
 
 
 def with_recomputation(model: LayerGraph) -> LayerGraph:
@@ -24,15 +24,13 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
     if not layer.attention_flops:
         return layer
     kept = sum(tensor.bytes for tensor in model.tensors if index in tensor.consumers)
+    split = kept * layer.split_saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
     return replace(
-        layer,
+        with_temporaries(layer, layer.saved_bytes - kept, divided=layer.split_saved_bytes - split),
         signature=f"{layer.signature}-recomputed",
         backward_flops=layer.backward_flops + layer.forward_flops + layer.attention_flops,
         traffic_bytes=layer.traffic_bytes * 4 / 3,
         saved_bytes=kept,
-        split_saved_bytes=kept * layer.split_saved_bytes / layer.saved_bytes
-        if layer.saved_bytes
-        else 0.0,
-        workspace_bytes=layer.workspace_bytes + layer.saved_bytes,
+        split_saved_bytes=split,
         backward_all_reduce_bytes=layer.backward_all_reduce_bytes + layer.forward_all_reduce_bytes,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from meshwright.cluster.spec import Precision
 from meshwright.model.graph import LOSS, autocast
 from meshwright.runtime.build import BuiltStage
+from meshwright.runtime.casts import Casts
 from meshwright.runtime.seeds import generator_of, layer_seed
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
@@ -23,6 +24,7 @@ class Stage:
         self, built: BuiltStage, precision: Precision, device: torch.device, seed: int
     ) -> None:
         self.parts = built.parts
+        self.casts = Casts([part.module for part in built.parts], precision)
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
