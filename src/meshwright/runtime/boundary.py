@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 from meshwright.program.instructions import Instruction
 from meshwright.runtime.build import Crossing
+from meshwright.runtime.debug import Headers
 
 
 class Handle(Protocol):
@@ -42,6 +43,8 @@ class Messages:
         *,
         backward: bool,
         window: int,
+        lane: tuple[int, int],
+        debug: bool = False,
     ) -> None:
         self.tensors = [t for t in tensors if t.gradient] if backward else list(tensors)
         self.first, self.last = rows
@@ -50,6 +53,9 @@ class Messages:
         self.backward = backward
         self.window = window
         """Micro-batches whose sends may be under way at once."""
+        self.lane = lane
+        """Number of the cut, among how many: what crosses several between two ranks stays apart."""
+        self.headers = Headers(device) if debug else None
         self._buffers: dict[int, list[Tensor]] = {}
         self._summands: dict[int, list[tuple[int, Tensor]]] = {}
         self._arriving: dict[int, list[Handle]] = {}
@@ -80,7 +86,7 @@ class Messages:
             elif self.backward and i.rows[0] != self.first:
                 into = torch.empty_like(buffer)
                 self._summands.setdefault(i.micro_batch, []).append((k, into))
-            works.append(self._work(dist.irecv, into, i.peer, i.micro_batch, k))
+            works += self._works(dist.irecv, into, i, k)
         return works
 
     def expect(self, i: Instruction, handle: Handle) -> None:
@@ -114,7 +120,7 @@ class Messages:
                 part = torch.zeros(shape, dtype=tensor.dtype, device=self.device)
             part = part.detach().contiguous()
             assert (part.shape, part.dtype) == (shape, tensor.dtype), tensor
-            works.append(self._work(dist.isend, part, i.peer, i.micro_batch, k))
+            works += self._works(dist.isend, part, i, k)
         return works
 
     def sent(self, i: Instruction, handle: Handle) -> None:
@@ -131,10 +137,19 @@ class Messages:
         while self._leaving:
             self._leaving.popleft()[1].wait()
 
-    def _work(
-        self, post: Callable[..., Work | None], tensor: Tensor, peer: int, micro_batch: int, k: int
-    ) -> Work:
-        tag = micro_batch * len(self.tensors) + k
-        work = post(tensor, peer, group=self.group, tag=tag)
-        assert work is not None, "a peer outside the group"
-        return work
+    def _works(
+        self, start: Callable[..., Work | None], tensor: Tensor, i: Instruction, k: int
+    ) -> list[Work]:
+        assert i.micro_batch is not None
+        tag = (i.micro_batch * len(self.tensors) + k) * self.lane[1] + self.lane[0]
+
+        def post(message: Tensor, tag: int) -> Work:
+            work = start(message, i.peer, group=self.group, tag=tag)
+            assert work is not None, "a peer outside the group"
+            return work
+
+        if self.headers is None:
+            return [post(tensor, tag)]
+        if start is dist.isend:
+            return self.headers.send(i, k, tensor, tag, post)
+        return [self.headers.receive(i, k, tensor, tag, post)]

@@ -33,8 +33,8 @@ class FlatBucket:
     group: ProcessGroup | None
     holders: int
     """Ranks that hold the same slices."""
-    pending: int = 0
-    """Gradients that the last backward has yet to accumulate."""
+    pending: set[str] = field(default_factory=set)
+    """Parameters whose gradients the last backward has yet to accumulate."""
     instruction: Instruction | None = None
     with_gradient: set[str] = field(default_factory=set)
     """Parameters that have had a gradient."""
@@ -110,19 +110,27 @@ class Reducer:
     def arm(self, instruction: Instruction) -> None:
         """The next backward completes these gradients: sum them as soon as it has."""
         bucket = self.buckets[instruction.layers, instruction.tied]
-        bucket.pending = len(bucket.held)
+        bucket.pending = {one.name for one in bucket.held}
         bucket.instruction = instruction
         self._queue.append(bucket)
 
+    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The backward that comes will bring these no more gradient."""
+        complete = {id(parameter) for parameter in parameters}
+        for bucket in self._queue:
+            done = {one.name for one in bucket.held if id(one.parameter) in complete}
+            bucket.pending -= done
+        self.advance()
+
     def advance(self) -> None:
         """Starts every reduction at the head of the queue that is complete."""
-        while self._queue and self._queue[0].pending == 0:
+        while self._queue and not self._queue[0].pending:
             self._launch(self._queue.popleft())
 
     def flush(self) -> None:
         """After the last backward: starts what is left, gradients that never came being zero."""
         while self._queue:
-            self._queue[0].pending = 0
+            self._queue[0].pending.clear()
             self._launch(self._queue.popleft())
 
     def finish(self) -> None:
@@ -149,8 +157,8 @@ def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Param
     def accumulated(_: Tensor) -> None:
         bucket.with_gradient.add(name)
         if bucket.pending:
-            bucket.pending -= 1
-            if bucket.pending == 0:
+            bucket.pending.discard(name)
+            if not bucket.pending:
                 reducer.advance()
 
     return accumulated

@@ -203,12 +203,11 @@ def _groups(
         backward=new(range(size)),
         owned=owned,
     )
-    for stage in stage_seats(plan):
-        for replica in stage.seats:
-            ranks = tuple(seat.rank for seat in replica)
-            if len(ranks) > 1:
-                group = new(ranks)
-                world.tensor = group if rank in ranks else world.tensor
+    replicas = (replica for stage in stage_seats(plan) for replica in stage.seats)
+    for ranks in dict.fromkeys(tuple(seat.rank for seat in replica) for replica in replicas):
+        if len(ranks) > 1:
+            group = new(ranks)
+            world.tensor = group if rank in ranks else world.tensor
     for ranks in reduction_groups(program):
         group = new(ranks)
         if rank in ranks:
