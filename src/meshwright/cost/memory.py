@@ -6,7 +6,7 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
+from meshwright.cost.holding import holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
-from meshwright.program.schedules import in_flight
 from meshwright.records import record
 from meshwright.units import format_bytes
 
@@ -207,7 +207,7 @@ def _workspace(
 
 
 def stage_memory(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
     """Bytes on each device of a stage that works on `rows` rows of every micro-batch and holds
     `in_flight` micro-batches between forward and backward.
@@ -237,7 +237,7 @@ def stage_memory(
 
 
 def _of_many_rows(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
     """Each number of rows by itself."""
     first, last, each, held = np.broadcast_arrays(*layers, rows, in_flight)
@@ -254,7 +254,7 @@ def _of_many_rows(
 
 
 def stage_memory_bytes(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> Floats:
     """All of `stage_memory`, in bytes; to be compared with `usable_bytes`."""
     parts = stage_memory(table, layers, tensor, rows, in_flight)
@@ -280,39 +280,54 @@ def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
     return memory.capacity + round(excess / (1 - HOLES[device.processor]))
 
 
+def together(
+    table: MemoryTable, tensor: int, stages: Sequence[tuple[int, int]], parts: Sequence[StageMemory]
+) -> StageMemory:
+    """All that one device holds of several stages, given by layers and with one micro-batch each:
+    the casts of all, but buffers of one at a time."""
+    casts = [cast_bytes(table, layers, tensor) for layers in stages]
+    buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
+    return StageMemory(
+        parameters=sum(part.parameters for part in parts),
+        gradients=sum(part.gradients for part in parts),
+        optimizer=sum(part.optimizer for part in parts),
+        activations=sum(part.activations for part in parts),
+        buffers=buffers + sum(casts),
+    )
+
+
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
     """Predicted bytes of every device of a plan, in rank order.
 
-    A stage holds as many micro-batches at once as its schedule opens (1F1B min(M, S - s), GPipe M).
+    Activations are the most that is held at any point of the device's order of work. Raises
+    PlanError for a schedule in the plan that cannot be played.
     """
     table = memory_table(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
-    for stage, _, held in _stages(plan):
-        for seat in (seat for replica in stage.seats for seat in replica):
+    for holders in holders_of(plan):
+        layers = [stage.layers for stage in holders.stages]
+        tensor = len(holders.stages[0].seats[0])
+        known: dict[int, tuple[StageMemory, float]] = {}
+        for seat in (seat for replica in holders.stages[0].seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
-            parts = stage_memory(table, stage.layers, len(stage.seats[0]), rows, held)
+            if rows not in known:
+                each = [stage_memory(table, run, tensor, rows, 1) for run in layers]
+                numbers = (stage.number for stage in holders.stages)
+                full = {n: float(m.activations) for n, m in zip(numbers, each, strict=True)}
+                known[rows] = together(table, tensor, layers, each), most_held(holders, full)
+            parts, activations = known[rows]
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
                 parameters=round(parts.parameters),
                 gradients=round(parts.gradients),
                 optimizer=round(parts.optimizer),
-                activations=round(parts.activations),
+                activations=round(activations),
                 buffers=round(parts.buffers) + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))
-
-
-def _stages(plan: Plan) -> Iterator[tuple[StageSeats, str, int]]:
-    """Every stage, its path in the plan, and the micro-batches it holds at once."""
-    stages = stage_seats(plan)
-    for stage in stages:
-        pipeline = plan.pipelines[stage.pipeline]
-        depth = stage.number - next(s.number for s in stages if s.pipeline == stage.pipeline)
-        held = in_flight(plan.schedule, depth, len(pipeline.stages), pipeline.micro_batches)
-        yield stage, f"pipelines[{stage.pipeline}].stages[{depth}]", held
 
 
 def total_bytes(memory: DeviceMemory) -> int:
@@ -326,7 +341,9 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
     table = memory_table(model, plan.job)
     by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
     problems = []
-    for stage, path, held in _stages(plan):
+    for holders in holders_of(plan):
+        stage = holders.stages[0]
+        held = most_held(holders, {each.number: 1.0 for each in holders.stages})
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity
@@ -336,13 +353,18 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                 problems.append(
                     Problem(
                         f"plan {plan.name}",
-                        path,
+                        holders.path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, table, stage, rows, held, room),
+                        _what_helps(model, table, stage, rows, held, room)
+                        if len(holders.stages) == 1
+                        else LESS,
                     )
                 )
     return tuple(problems)
+
+
+LESS = "give it fewer layers and fewer rows, or a device with more memory"
 
 
 def _type_of(cluster: Cluster, device: str) -> DeviceType:
@@ -364,7 +386,7 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 
 
 def _what_helps(
-    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: int, room: float
+    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: Floats, room: float
 ) -> str:
     """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
     first, last = stage.layers
@@ -383,6 +405,4 @@ def _what_helps(
         if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
             advice.append(f"tensor width {width}")
             break
-    return (
-        "; or ".join(advice) or "give it fewer layers and fewer rows, or a device with more memory"
-    )
+    return "; or ".join(advice) or LESS

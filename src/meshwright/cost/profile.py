@@ -29,6 +29,10 @@ class LayerTime:
     """Rows of the micro-batch."""
     forward_seconds: Seconds
     backward_seconds: Seconds
+    input_seconds: Seconds | None = None
+    """Of a backward in two parts, the one that makes the gradients of the layer's inputs."""
+    weight_seconds: Seconds | None = None
+    """And the one that makes those of its weights. Absent: not measured."""
     spread: float = 0.0
     """Interquartile range of the repeats over their median."""
 
@@ -113,6 +117,8 @@ def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
             (f"{at}.backward_seconds", entry.backward_seconds),
         ]
         not_negative.append((f"{at}.spread", entry.spread))
+        parts = {"input_seconds": entry.input_seconds, "weight_seconds": entry.weight_seconds}
+        not_negative += [(f"{at}.{name}", s or 0.0) for name, s in parts.items()]
     for i, optimizer in enumerate(profile.optimizers):
         at = f"optimizers[{i}]"
         positive.append((f"{at}.seconds_per_parameter", optimizer.seconds_per_parameter))
@@ -122,8 +128,8 @@ def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
         if link is not None:
             positive.append((f"links.{level}.bandwidth", link.bandwidth))
             not_negative.append((f"links.{level}.latency", link.latency))
-    if profile.links and profile.links.all_reduce_latency is not None:
-        not_negative.append(("links.all_reduce_latency", profile.links.all_reduce_latency))
+    latency = profile.links.all_reduce_latency if profile.links else None
+    not_negative.append(("links.all_reduce_latency", latency or 0.0))
     for name, value in positive:
         if not _positive(value):
             yield Problem(source, name, str(value), "a number above zero", AGAIN)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
 
@@ -52,7 +53,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     rank_of = {device: rank for rank, device in enumerate(plan.devices)}
     found: list[StageSeats] = []
     for p, pipeline in enumerate(plan.pipelines):
-        position_of: dict[object, int] = {}
+        position_of = {s: g for g, held in enumerate(layout_of(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
             number = len(found)
             intervals = row_intervals(stage, pipeline.rows)
@@ -62,7 +63,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     pipeline=p,
                     is_first=s == 0,
                     is_last=s == len(pipeline.stages) - 1,
-                    position=position_of.setdefault(stage.devices, len(position_of)),
+                    position=position_of[s],
                     layers=stage.layers,
                     seats=tuple(
                         tuple(

@@ -22,10 +22,10 @@ from meshwright.cost.collective import (
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.instructions import replica_seconds
 from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.times import replica_seconds
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
 from meshwright.search.partition import Array
