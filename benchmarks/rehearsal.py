@@ -25,11 +25,12 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.runtime.assemble import Assembly, build_own
+from meshwright.runtime.assemble import Assembly, Habits, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
 from meshwright.runtime.optimizer import LossScale, squared_norm
+from meshwright.runtime.play import Player
 from meshwright.runtime.train import OptimizerFactory, adamw
 from meshwright.runtime.world import World, reduction_groups
 
@@ -48,8 +49,9 @@ class _Rehearsal(Engine):
     def __init__(self, plan: Plan, program: Program, own: Assembly, world: World) -> None:
         self.plan, self.program, self.world, self.rank = plan, program, world, world.rank
         self.steps = 0
-        self._dilator = self._recorder = self._schedule = None
+        self._schedule = None
         self._own = own
+        self._player = Player(own, plan, program.ranks[world.rank], None)
         self._scale = LossScale(dynamic=False)
         trainable = [held.parameter for held in own.held if held.parameter.requires_grad]
         self._optimizer = OPTIMIZERS[plan.job.optimizer](trainable)
@@ -59,7 +61,7 @@ class _Rehearsal(Engine):
 
     def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
         self._own.reducer.finish()
-        self._end_of_backwards()
+        self._player.finish()
         squared_norm(self._own.buckets, self._own.tensor_width, self.world.device)
         self._mean_loss, self._norm = 0.0, 2.0
 
@@ -145,7 +147,7 @@ def measured_peak(
         with fake, nullcontext() if real else FusedKernels(), tracker:
             own = build_own(
                 model, cuts, plan, program, world,
-                seed=0, dilator=None, posted=lambda _, works: Works(works),
+                habits=Habits(), posted=lambda _, works: Works(works),
             )  # fmt: skip
             tracker._peak_mem.clear()
             engine = _Rehearsal(plan, program, own, world)

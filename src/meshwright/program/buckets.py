@@ -82,7 +82,7 @@ def _holders(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[tuple
     held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
     tensor = max((len(stage.seats[0]) for stage in held), default=0)
     return tuple(
-        tuple(sorted(replica[t].rank for stage in held for replica in stage.seats))
+        tuple(sorted({replica[t].rank for stage in held for replica in stage.seats}))
         for t in range(tensor)
     )
 

@@ -69,8 +69,6 @@ class Habits:
 
     seed: int = 0
     dilator: Dilator | None = None
-    recompute: bool = False
-    """Stages keep what they receive alone, and repeat their forwards before their backwards."""
     debug: bool = False
     """Every message is preceded by a header, every layer's numbers are looked at."""
 
@@ -159,7 +157,7 @@ def _place(
         )
 
     precision = plan.job.precision
-    stage = Stage(built, precision, world.device, habits.seed, recompute=habits.recompute)
+    stage = Stage(built, precision, world.device, habits.seed)
     if habits.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
     return Place(

@@ -59,10 +59,9 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. `recompute`: stages keep only what
-    they receive, and repeat their forwards. `debug`: messages have headers that are checked, and
-    the layer that makes a number which is none is named. Raises a MeshwrightError if plan,
-    model and processes do not go together.
+    factor of the optimizer's own rates at each step, from 0. `debug`: every message has a header
+    that is checked on arrival, and the layer in which a number is none is named. Raises a
+    MeshwrightError if plan, model and processes do not go together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -78,7 +77,6 @@ class Engine:
         dilation: Dilation | None = None,
         world: World | None = None,
         bucket_bytes: int = BUCKET_BYTES,
-        recompute: bool = False,
         debug: bool = False,
     ) -> None:
         self.plan = plan
@@ -100,7 +98,7 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                habits=Habits(seed=seed, dilator=dilator, recompute=recompute, debug=debug),
+                habits=Habits(seed=seed, dilator=dilator, debug=debug),
                 posted=lambda i, works: self._player.posted(i, works),
             )
         self._player = Player(self._own, plan, self.program.ranks[self.rank], dilator)

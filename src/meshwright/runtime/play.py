@@ -17,6 +17,7 @@ from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.measure import Recorder, Works, micro_batches_of
+from meshwright.runtime.reduce import Key
 from meshwright.runtime.stage import Rows
 
 _NOTHING = nullcontext()
@@ -47,6 +48,7 @@ class Player:
             if i.op is Op.FORWARD and i.micro_batch is not None
         }
         self._split = split_forwards(own.places, instructions)
+        self._completed = completions(own, instructions)
         self._sends = Counter(_crossed(i) for i in instructions if i.op in SENDS)
         self._made: dict[Crossed, tuple[Sequence[Tensor | None], int]] = {}
         """What is to be sent, and how many sends take it."""
@@ -122,8 +124,10 @@ class Player:
             self._keep(Op.SEND_F, i, results)
 
     def _backward(self, i: Instruction) -> None:
+        completed = self._completed.get(id(i), ())
+        self._own.reducer.begin(completed)
         self._go_back(i, self._own.places[i.stage].stage.backward)
-        self._own.reducer.flush()
+        self._own.reducer.end(completed)
 
     def _backward_input(self, i: Instruction) -> None:
         self._go_back(i, self._own.places[i.stage].stage.backward_input)
@@ -152,10 +156,12 @@ class Player:
     def _backward_weight(self, i: Instruction) -> None:
         stage = self._own.places[i.stage].stage
         micro_batches = micro_batches_of(i)
-        self._own.reducer.settle(stage.settled(micro_batches))
+        completed = self._completed.get(id(i), ())
+        if completed:
+            self._own.reducer.begin(completed, stage.settled(micro_batches))
         with self.computing(i):
             stage.backward_weight(micro_batches)
-        self._own.reducer.flush()
+        self._own.reducer.end(completed)
 
     def _weight(self, i: Instruction) -> float:
         """Share of the global batch that a slice of rows is."""
@@ -230,6 +236,23 @@ def split_forwards(
         for micro_batch in micro_batches_of(i)
         if not places[i.stage].stage.first or len(micro_batches_of(i)) > 1
     )
+
+
+def completions(own: Assembly, instructions: Sequence[Instruction]) -> dict[int, list[Key]]:
+    """By identity of the instruction: the buckets to whose gradients it is the last to add."""
+    last = {i.stage: i for i in instructions if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
+    position = {id(i): n for n, i in enumerate(instructions)}
+    found: dict[int, list[Key]] = {}
+    for i in instructions:
+        if i.op is not Op.REDUCE_GRAD:
+            continue
+        key = (i.layers, i.tied)
+        named = {one.name for one in own.reducer.buckets[key].held}
+        adding = [last[n] for n, place in own.places.items() if named & place.stage.parameters]
+        if adding:
+            final = max(adding, key=lambda each: position[id(each)])
+            found.setdefault(id(final), []).append(key)
+    return found
 
 
 def _crossed(i: Instruction) -> Crossed:

@@ -34,7 +34,9 @@ class FlatBucket:
     holders: int
     """Ranks that hold the same slices."""
     pending: set[str] = field(default_factory=set)
-    """Parameters whose gradients the last backward has yet to accumulate."""
+    """Parameters whose gradients are not complete."""
+    completing: bool = False
+    """The last backward that adds to them has begun."""
     instruction: Instruction | None = None
     with_gradient: set[str] = field(default_factory=set)
     """Parameters that have had a gradient."""
@@ -108,30 +110,42 @@ class Reducer:
             bucket.buffer.zero_()
 
     def arm(self, instruction: Instruction) -> None:
-        """The next backward completes these gradients: sum them as soon as it has."""
+        """Sum these gradients as soon as they are complete, in the order of these calls."""
         bucket = self.buckets[instruction.layers, instruction.tied]
         bucket.pending = {one.name for one in bucket.held}
         bucket.instruction = instruction
         self._queue.append(bucket)
 
-    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The backward that comes will bring these no more gradient."""
-        complete = {id(parameter) for parameter in parameters}
-        for bucket in self._queue:
-            done = {one.name for one in bucket.held if id(one.parameter) in complete}
-            bucket.pending -= done
-        self.advance()
+    def begin(self, completed: Sequence[Key], settled: Sequence[nn.Parameter] = ()) -> None:
+        """A backward begins that is the last to bring these buckets gradients; `settled` have all
+        of theirs already."""
+        done = {id(parameter) for parameter in settled}
+        for key in completed:
+            bucket = self.buckets[key]
+            bucket.completing = True
+            bucket.pending -= {one.name for one in bucket.held if id(one.parameter) in done}
+        self._advance()
 
-    def advance(self) -> None:
+    def end(self, completed: Sequence[Key]) -> None:
+        """It has ended: gradients that never came are zero."""
+        for key in completed:
+            self.buckets[key].pending.clear()
+        self._advance()
+
+    def accumulated(self, bucket: FlatBucket, name: str) -> None:
+        """A parameter has got its gradient of a backward."""
+        bucket.with_gradient.add(name)
+        if bucket.completing:
+            bucket.pending.discard(name)
+            if not bucket.pending:
+                self._advance()
+
+    def _advance(self) -> None:
         """Starts every reduction at the head of the queue that is complete."""
-        while self._queue and not self._queue[0].pending:
-            self._launch(self._queue.popleft())
-
-    def flush(self) -> None:
-        """After the last backward: starts what is left, gradients that never came being zero."""
-        while self._queue:
-            self._queue[0].pending.clear()
-            self._launch(self._queue.popleft())
+        while self._queue and self._queue[0].completing and not self._queue[0].pending:
+            bucket = self._queue.popleft()
+            bucket.completing = False
+            self._launch(bucket)
 
     def finish(self) -> None:
         """Waits for all sums."""
@@ -154,11 +168,4 @@ class Reducer:
 
 
 def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Parameter], None]:
-    def accumulated(_: Tensor) -> None:
-        bucket.with_gradient.add(name)
-        if bucket.pending:
-            bucket.pending.discard(name)
-            if not bucket.pending:
-                reducer.advance()
-
-    return accumulated
+    return lambda _: reducer.accumulated(bucket, name)

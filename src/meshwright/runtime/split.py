@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 PRODUCTS: frozenset[Callable[..., Tensor]] = frozenset(
@@ -165,7 +165,8 @@ class _AnyInput(Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
         inner = [a.detach().requires_grad_(n) for a, n in zip(activations, needs, strict=True)]
-        with torch.enable_grad():
+        # Kept as they are, whatever becomes of what others keep: both parts read them.
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             result = call(inner)
         product.edge = get_gradient_edge(result)
         ctx.product = product
@@ -314,6 +315,10 @@ def source(tensor: Tensor, known: set[int]) -> int | None:
         if parameter is not None:
             return id(parameter) if id(parameter) in known else None
     return None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _cast(tensor: Tensor) -> Tensor:

@@ -40,20 +40,10 @@ class _Pass:
 
 
 class Stage:
-    """A rank's layers, and what their backwards still need.
-
-    With `recompute`, a micro-batch keeps only what it received; its forward is repeated, once,
-    where its backward begins.
-    """
+    """A rank's layers, and what their backwards still need."""
 
     def __init__(
-        self,
-        built: BuiltStage,
-        precision: Precision,
-        device: torch.device,
-        seed: int,
-        *,
-        recompute: bool = False,
+        self, built: BuiltStage, precision: Precision, device: torch.device, seed: int
     ) -> None:
         self.parts = built.parts
         self.casts = Casts([part.module for part in built.parts], precision)
@@ -62,7 +52,6 @@ class Stage:
         self.precision: Precision = precision
         self.device = device
         self.seed = seed
-        self.recompute = recompute
         self.tracer: Tracer | None = None
         """Looks at every layer's numbers, if anybody does."""
         self.inputs = built.inputs
@@ -70,6 +59,7 @@ class Stage:
         self.makes_loss = LOSS in self.parts[-1].writes
         self.first = not any(crossing.gradient for crossing in built.incoming)
         """Nobody waits for its backward."""
+        self.parameters = frozenset(one.name for one in built.held)
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._done_after = _last_reads(built, self._results)
@@ -111,14 +101,7 @@ class Stage:
         own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
         self._passes[micro_batch] = own
         self._trace(own.step, (micro_batch,))
-        if self.recompute:
-            with torch.no_grad():
-                return self._run(own)
-        return self._run_once(own)
-
-    def _run_once(self, own: _Pass) -> list[Tensor]:
-        """The forward that the backward goes back through."""
-        deferring = Deferring(self._parameters) if own.split else None
+        deferring = Deferring(self._parameters) if split else None
         with deferring or nullcontext():
             own.results = self._run(own)
         own.deferred = None if deferring is None else deferring.deferred
@@ -207,9 +190,7 @@ class Stage:
             self.tracer.begin(step, micro_batches)
 
     def _prepare(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
-        """Repeats the forward if it was not kept, and finds the gradients of its results."""
-        if self.recompute:
-            self._run_once(own)
+        """Finds the gradients of the results, and forgets those that have none."""
         own.given = []
         if any(tensor.requires_grad for tensor in own.results):
             own.given = self._given(own.results, gradients, weight)
