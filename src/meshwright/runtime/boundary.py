@@ -58,8 +58,10 @@ class Messages:
         self.headers = Headers(device) if debug else None
         self._buffers: dict[int, list[Tensor]] = {}
         self._summands: dict[int, list[tuple[int, Tensor]]] = {}
-        self._arriving: dict[int, list[Handle]] = {}
-        self._leaving: deque[tuple[int, Handle]] = deque()
+        self._arriving: dict[int, list[tuple[Instruction, Handle]]] = {}
+        self._leaving: deque[tuple[Instruction, Handle]] = deque()
+        self.waiting: Instruction | None = None
+        """What is waited for at this moment."""
 
     def signature(self) -> list[str]:
         """What both sides must agree on: name, shape of one row, type."""
@@ -92,12 +94,12 @@ class Messages:
     def expect(self, i: Instruction, handle: Handle) -> None:
         """A receive that was posted, for `receive` to wait for."""
         assert i.micro_batch is not None
-        self._arriving.setdefault(i.micro_batch, []).append(handle)
+        self._arriving.setdefault(i.micro_batch, []).append((i, handle))
 
     def receive(self, micro_batch: int) -> list[Tensor]:
         """The tensors of a micro-batch, once they are here."""
-        for handle in self._arriving.pop(micro_batch, ()):
-            handle.wait()
+        for i, handle in self._arriving.pop(micro_batch, ()):
+            self._wait(i, handle)
         tensors = self._buffers.pop(micro_batch, [])
         for k, summand in self._summands.pop(micro_batch, ()):
             tensors[k] += summand
@@ -126,16 +128,23 @@ class Messages:
     def sent(self, i: Instruction, handle: Handle) -> None:
         """Keeps what is under way; lets go of what has arrived, or must have by now."""
         assert i.micro_batch is not None
-        self._leaving.append((i.micro_batch, handle))
-        while self._leaving and (
-            self._leaving[0][0] <= i.micro_batch - self.window or self._leaving[0][1].done()
-        ):
-            self._leaving.popleft()[1].wait()
+        self._leaving.append((i, handle))
+        while self._leaving:
+            first, earlier = self._leaving[0]
+            assert first.micro_batch is not None
+            if first.micro_batch > i.micro_batch - self.window and not earlier.done():
+                return
+            self._wait(*self._leaving.popleft())
 
     def finish(self) -> None:
         """Waits until everything that was sent has left."""
         while self._leaving:
-            self._leaving.popleft()[1].wait()
+            self._wait(*self._leaving.popleft())
+
+    def _wait(self, i: Instruction, handle: Handle) -> None:
+        self.waiting = i
+        handle.wait()
+        self.waiting = None
 
     def _works(
         self, start: Callable[..., Work | None], tensor: Tensor, i: Instruction, k: int

@@ -136,7 +136,7 @@ class Engine:
         started = time.perf_counter()
         self._player.start(rows, self.steps, self._scale.value)
         self._own.reducer.zero()
-        with worlds.noticing(self.world, lambda: self._current):
+        with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
             for act, instruction in self._actions:
                 self._current = instruction
                 act(instruction)

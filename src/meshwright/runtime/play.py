@@ -74,6 +74,11 @@ class Player:
             for messages in place.messages.values():
                 messages.finish()
 
+    def waiting(self) -> Instruction | None:
+        """The message that is waited for at this moment, if any."""
+        ends = (end for place in self._own.places.values() for end in place.messages.values())
+        return next((end.waiting for end in ends if end.waiting is not None), None)
+
     def finish(self) -> None:
         """Nothing more is computed in this step: lets go of what only that needs."""
         self._rows = None

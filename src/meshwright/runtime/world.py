@@ -21,6 +21,7 @@ from meshwright.errors import LaunchError, Problem, TrainingError
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program, text
+from meshwright.runtime.pulse import Pulse
 
 TIMEOUT_SECONDS = 300.0
 """A message that takes longer than this is taken for lost."""
@@ -47,6 +48,8 @@ class World:
     """For sums of gradients, by the ranks that take part."""
     tensor: ProcessGroup | None = None
     """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
+    pulse: Pulse | None = None
+    """Signs of life among the ranks; None: nobody can go."""
     owned: bool = True
     """True if closing this World must end torch.distributed too."""
 
@@ -139,6 +142,8 @@ def connect(
 
 def close(world: World) -> None:
     """Leaves all groups."""
+    if world.pulse is not None:
+        world.pulse.stop()
     if not dist.is_initialized():
         return
     if world.owned:
@@ -212,6 +217,8 @@ def _groups(
         group = new(ranks)
         if rank in ranks:
             world.reduce[ranks] = group
+    # Last: groups are made by way of the store, too.
+    world.pulse = Pulse(rank, size) if size > 1 else None
     return world
 
 
@@ -258,11 +265,18 @@ def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -
         known = doing.ranks if doing is not None and doing.ranks else range(world.size)
         others = [str(r) for r in known if r != world.rank]
         whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
+    where = "between steps" if doing is None else text(doing)
+    noticed = f"noticed by rank {world.rank}, at {where}: {_first_line(failure)[:160]}"
+    if world.pulse is not None:
+        gone, noticed = world.pulse.verdict(noticed)
+        if gone:
+            whom = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+    verb = "have" if whom.startswith("ranks") else "has"
     return PeerLost(
         Problem(
-            f"rank {world.rank}",
-            "between steps" if doing is None else text(doing),
-            f"{whom} has gone or stopped answering ({_first_line(failure)[:160]})",
+            whom,
+            "",
+            f"{verb} gone or stopped answering ({noticed})",
             "every rank alive to the end",
             "look for the first failure among the other ranks' logs",
         )
