@@ -74,6 +74,13 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
     save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    debug: Annotated[
+        bool, typer.Option(help="Check every message; name the layer of a number that is none.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a message that does not come ends the run.")
+    ] = 300.0,
+    compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
@@ -91,6 +98,9 @@ def train(
         clip_norm=clip_norm or None,
         seed=seed,
         save_weights=save_weights,
+        debug=debug,
+        timeout_seconds=timeout,
+        compile=compile,
     )
     prepare(session, found, settings, output)
     for command in training_commands(found, output):

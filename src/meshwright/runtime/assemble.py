@@ -71,6 +71,8 @@ class Habits:
     dilator: Dilator | None = None
     debug: bool = False
     """Every message is preceded by a header, every layer's numbers are looked at."""
+    compile: bool = False
+    """Layers run through torch.compile."""
 
 
 def assemble(
@@ -157,7 +159,7 @@ def _place(
         )
 
     precision = plan.job.precision
-    stage = Stage(built, precision, world.device, habits.seed)
+    stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
     if habits.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
     return Place(

@@ -26,6 +26,7 @@ from meshwright.runtime import world as worlds
 from meshwright.runtime.assemble import Habits, assemble
 from meshwright.runtime.build import set_precision
 from meshwright.runtime.collect import collect_parameters
+from meshwright.runtime.compiling import check_compilable
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
 from meshwright.runtime.optimizer import (
@@ -60,8 +61,9 @@ class Engine:
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
     factor of the optimizer's own rates at each step, from 0. `debug`: every message has a header
-    that is checked on arrival, and the layer in which a number is none is named. Raises a
-    MeshwrightError if plan, model and processes do not go together.
+    that is checked on arrival, and the layer in which a number is none is named. `compile`: layers
+    run through torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
+    Raises a MeshwrightError if plan, model and processes do not go together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -78,6 +80,8 @@ class Engine:
         world: World | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         debug: bool = False,
+        compile: bool = False,
+        timeout_seconds: float = worlds.TIMEOUT_SECONDS,
     ) -> None:
         self.plan = plan
         job = plan.job
@@ -86,7 +90,9 @@ class Engine:
         validate_plan(plan, self.model)
         self.program = compile_plan(plan, self.model, bucket_bytes=bucket_bytes)
         check_program(self.program)
-        self.world = world or worlds.connect(plan, self.program)
+        if compile:
+            check_compilable(plan, self.program)
+        self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout_seconds)
         self.rank = self.world.rank
         self.steps = 0
         dilator = None if dilation is None else Dilator(dilation)
@@ -98,7 +104,7 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                habits=Habits(seed=seed, dilator=dilator, debug=debug),
+                habits=Habits(seed=seed, dilator=dilator, debug=debug, compile=compile),
                 posted=lambda i, works: self._player.posted(i, works),
             )
         self._player = Player(self._own, plan, self.program.ranks[self.rank], dilator)

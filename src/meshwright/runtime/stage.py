@@ -43,10 +43,18 @@ class Stage:
     """A rank's layers, and what their backwards still need."""
 
     def __init__(
-        self, built: BuiltStage, precision: Precision, device: torch.device, seed: int
+        self,
+        built: BuiltStage,
+        precision: Precision,
+        device: torch.device,
+        seed: int,
+        *,
+        compile: bool = False,
     ) -> None:
         self.parts = built.parts
-        self.casts = Casts([part.module for part in built.parts], precision)
+        self._modules = [torch.compile(p.module) if compile else p.module for p in built.parts]
+        # Compiled code casts weights where it reads them.
+        self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
@@ -112,13 +120,14 @@ class Stage:
         values.update((c.name, leaf) for c, leaf in zip(self.incoming, own.leaves, strict=True))
         state = self._generator.get_state()
         with autocast(self.precision, self.device.type):
-            for part, done in zip(self.parts, self._done_after, strict=True):
+            each = zip(self.parts, self._modules, self._done_after, strict=True)
+            for part, module, done in each:
                 seed = layer_seed(self.seed, own.step, part.name, own.first_row)
                 self._generator.manual_seed(seed)
                 reads = [values[name] for name in part.reads]
                 if self.tracer is not None:
                     reads = self.tracer.read(part.name, reads)
-                made = part.module(*reads)
+                made = module(*reads)
                 if self.tracer is not None:
                     self.tracer.made(part.name, made)
                 values.update(zip(part.writes, made, strict=True))
