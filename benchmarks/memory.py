@@ -25,6 +25,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.cost.memory import memory_table, stage_memory
 from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
+from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.zoo.build import from_language_model
@@ -85,6 +86,7 @@ class Case:
     data: int = 1
     micro_batches: int = 2
     schedule: ScheduleName = "1f1b"
+    recompute: bool = False
 
 
 FAST = (
@@ -93,6 +95,7 @@ FAST = (
     Case("llama-9M", "bf16", "sgd", 128, 1, 0, 2, 1, 2, 4),
     Case("llama-9M", "fp32", "adamw", 256, 4, 2, 3, 2, 1, 4),
     Case("mixtral-11M", "bf16", "adamw", 128, 4, 1, 2, 1, 1, 3, "gpipe"),
+    Case("llama-9M", "bf16", "adamw", 256, 2, 1, 3, 1, 1, 4, recompute=True),
 )
 SLOW = (
     Case("gpt-7M", "bf16", "sgd", 64, 1, 0, 2, 4, 2, 4),
@@ -116,6 +119,10 @@ SLOW = (
     Case("mixtral-92M", "bf16", "adamw", 512, 4, 1, 4, 1, 1, 8),
     Case("mixtral-92M", "bf16", "adamw", 1024, 2, 3, 4, 4, 1, 8),
     Case("mixtral-92M", "bf16", "sgd", 256, 8),
+    Case("gpt-89M", "bf16", "adamw", 1024, 4, 0, 2, 1, 1, 4, recompute=True),
+    Case("gpt-89M", "fp32", "adamw", 512, 4, 1, 2, 2, 1, 4, recompute=True),
+    Case("llama-103M", "bf16", "adamw", 512, 8, 1, 4, 1, 1, 8, recompute=True),
+    Case("mixtral-92M", "bf16", "sgd", 256, 8, 0, 3, 2, 1, 6, "gpipe", recompute=True),
 )
 
 
@@ -145,7 +152,8 @@ def plan_of(case: Case, layers: int) -> Plan:
         for _ in range(case.stages)
     ]
     stages = tuple(
-        Stage(layers=(cuts[s], cuts[s + 1]), devices=mesh[s]) for s in range(case.stages)
+        Stage(layers=(cuts[s], cuts[s + 1]), devices=mesh[s], recompute=case.recompute)
+        for s in range(case.stages)
     )
     rows = case.rows * case.data
     return Plan(
@@ -168,7 +176,8 @@ def predicted(case: Case, graph: LayerGraph, plan: Plan) -> dict[str, float]:
     """Bytes by kind."""
     held = in_flight(case.schedule, case.stage, case.stages, case.micro_batches)
     layers = plan.pipelines[0].stages[case.stage].layers
-    found = stage_memory(memory_table(graph, plan.job), layers, case.tensor, case.rows, held)
+    weighed = with_recomputation(graph) if case.recompute else graph
+    found = stage_memory(memory_table(weighed, plan.job), layers, case.tensor, case.rows, held)
     return {part: float(getattr(found, part)) for part in PARTS}
 
 
@@ -197,7 +206,7 @@ def compare(case: Case, *, real: bool = False) -> Result:
 def row(result: Result) -> str:
     """A line of the table."""
     c, mib = result.case, 2**20
-    where = f"{c.stage + 1}/{c.stages}"
+    where = f"{c.stage + 1}/{c.stages}" + ("r" if c.recompute else "")
     parts = " ".join(f"{result.parts[part] / mib:>7.1f}" for part in PARTS)
     held = in_flight(c.schedule, c.stage, c.stages, c.micro_batches)
     return (
@@ -215,7 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     print(
         "model       prec opt    seq row stage fl tp measured    trace  error formulas"
-        "   weights   grads  states activat. buffers   (MiB; fl: micro-batches in flight)"
+        "   weights   grads  states activat. buffers   (MiB; fl: micro-batches in flight, "
+        "r: recomputed)"
     )
     results = []
     for case in (*FAST, *SLOW):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
 from meshwright.runtime.optimizer import LossScale, squared_norm
 from meshwright.runtime.play import Player
+from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import OptimizerFactory, adamw
 from meshwright.runtime.world import World, reduction_groups
 
@@ -96,6 +98,17 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _fuse_again(stage: Stage) -> None:
+    """Kernels are fused in recomputed layers too: no mode around a backward reaches into it."""
+    plain = stage._run_layer
+
+    def fused(*args: Any) -> tuple[Tensor, ...]:
+        with FusedKernels():
+            return plain(*args)
+
+    stage._run_layer = fused  # type: ignore[method-assign]
+
+
 def _world(plan: Plan, program: Program, rank: int) -> World:
     """The fake group stands for every other."""
     everyone = dist.group.WORLD
@@ -149,6 +162,9 @@ def measured_peak(
                 model, cuts, plan, program, world,
                 habits=Habits(), posted=lambda _, works: Works(works),
             )  # fmt: skip
+            if not real:
+                for place in own.places.values():
+                    _fuse_again(place.stage)
             tracker._peak_mem.clear()
             engine = _Rehearsal(plan, program, own, world)
 

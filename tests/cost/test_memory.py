@@ -14,7 +14,6 @@ from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.memory import (
     bytes_per_parameter,
     device_memory,
-    memory_problems,
     memory_table,
     stage_memory,
     stage_memory_bytes,
@@ -22,6 +21,7 @@ from meshwright.cost.memory import (
     total_bytes,
     usable_bytes,
 )
+from meshwright.cost.misfits import memory_problems
 from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at, tied_in
 from meshwright.plan.spec import Job, Plan
 from meshwright.simulate.engine import simulate_plan

@@ -76,12 +76,15 @@ def uneven() -> nn.Module:
 def pipeline(
     micro_batches: int, rows: int, *stages: tuple[int, str] | tuple[int, str, tuple[int, ...]]
 ) -> Pipeline:
-    """Stages as (layers, devices): "ab cd" is two replicas of two tensor ranks."""
+    """Stages as (layers, devices): "ab cd" is two replicas of two tensor ranks, "ab again"
+    one that recomputes."""
     made, first = [], 0
     for layers, mesh, *shares in stages:
-        devices = tuple(tuple(f"n:{name}" for name in replica) for replica in mesh.split())
+        replicas = mesh.removesuffix("again").split()
+        devices = tuple(tuple(f"n:{name}" for name in replica) for replica in replicas)
         share = cast("tuple[int, ...] | None", shares[0] if shares else None)
-        made.append(Stage(layers=(first, first + layers), devices=devices, rows=share))
+        held, again = (first, first + layers), mesh.endswith("again")
+        made.append(Stage(layers=held, devices=devices, rows=share, recompute=again))
         first += layers
     return Pipeline(micro_batches=micro_batches, rows=rows, stages=tuple(made))
 
@@ -125,6 +128,13 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 CASES: dict[str, Case] = {
     "one process": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a")),)),
     "one process, skips": Case(model=uneven, pipelines=(pipeline(4, 2, (8, "a")),)),
+    "recomputed, experts": Case(model=mixtral, pipelines=(pipeline(2, 4, (4, "a again")),)),
+    "pp2 recomputed, skips": Case(
+        model=uneven, pipelines=(pipeline(4, 2, (3, "a again"), (5, "b again")),)
+    ),
+    "tp2 pp2, the first recomputed, tied": Case(
+        model=gpt, pipelines=(pipeline(4, 2, (2, "ab again"), (3, "cd")),)
+    ),
     "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
     "dp2, shares 3:1": Case(model=llama, pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)),
     "tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
@@ -227,5 +237,15 @@ CASES: dict[str, Case] = {
         model=uneven,
         pipelines=(pipeline(8, 1, (1, "a"), (3, "b"), (2, "c"), (2, "d")),),
         schedule="zb-h1",
+    ),
+    "pp2 1f1b-2bp, recomputed, skips": Case(
+        model=uneven,
+        pipelines=(pipeline(4, 2, (3, "a again"), (5, "b again")),),
+        schedule="1f1b-2bp",
+    ),
+    "pp2 zb-v, recomputed, experts": Case(
+        model=mixtral,
+        pipelines=(pipeline(4, 2, (1, "a again"), (1, "b again"), (1, "b again"), (1, "a again")),),
+        schedule="zb-v",
     ),
 }

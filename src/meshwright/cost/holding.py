@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import Plan
@@ -44,9 +44,8 @@ def holders_of(plan: Plan) -> Iterator[Holders]:
             yield Holders(stages=held, order=order, first=own[0].number)
 
 
-def most_held(holders: Holders, full: Mapping[int, float]) -> float:
-    """The most held at once, if of a stage (by number) so much is held of each micro-batch."""
-    first = holders.first
-    return high_water(
-        holders.order, lambda s: full[first + s], lambda s: SPLIT_KEEPS * full[first + s]
-    )
+def most_held(holders: Holders, full: Sequence[float], half: Sequence[float]) -> float:
+    """The most held at once, if of each stage, in their order, so much is held of a micro-batch
+    between its forward and its backward, and between the two parts of that."""
+    place = {stage.number - holders.first: k for k, stage in enumerate(holders.stages)}
+    return high_water(holders.order, lambda s: full[place[s]], lambda s: half[place[s]])

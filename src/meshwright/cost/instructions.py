@@ -10,16 +10,16 @@ from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce, boundary_transfer
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.holding import SPLIT_KEEPS
 from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
-    MemoryTable,
+    MemoryTables,
     StageMemory,
     framework_bytes,
-    memory_table,
-    stage_memory,
+    half_bytes,
+    memory_tables,
     stage_parameters,
     together,
+    weigh,
 )
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import ReplicaTimes, Times
@@ -78,13 +78,13 @@ class _Costs:
     step_latency: float
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
-    table: MemoryTable
+    tables: MemoryTables
     types: dict[str, str]
     """Type name of every device."""
     reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
     """Collectives priced before, by members and bytes: all members ask for the same one."""
-    weighed: dict[tuple[tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
-    """By layers, tensor width and rows."""
+    weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    """By recomputation, layers, tensor width and rows."""
 
 
 def price(
@@ -106,7 +106,7 @@ def price(
         links=topology(reached_links(cluster, profile)),
         step_latency=ring_step(profile),
         system=system_constants(profile.calibration if profile else None),
-        table=memory_table(model, plan.job),
+        tables=memory_tables(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
     )
     times = Times(model, cluster, profile, costs.links, costs.step_latency)
@@ -121,7 +121,8 @@ def price(
                 [costs.types[seat.device] for seat in replica],
                 [seat.device for seat in replica],
                 replica[0].rows[1] - replica[0].rows[0],
-                hands_back=bool(costs.table.cut_gradient[stage.layers[0]]),
+                recompute=stage.recompute,
+                hands_back=bool(costs.tables.plain.cut_gradient[stage.layers[0]]),
             )
             for seat in replica:
                 if program.ranks[seat.rank]:
@@ -192,7 +193,7 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
             costs.cluster.types[costs.types[seated.seat.device]],
             costs.plan.job.optimizer,
             sum(
-                float(stage_parameters(costs.table, s.stage.layers, len(s.stage.seats[0])))
+                float(stage_parameters(costs.tables.plain, s.stage.layers, len(s.stage.seats[0])))
                 for s in own.values()
             ),
             costs.profile,
@@ -200,7 +201,8 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
         )
         return Price(seconds=seconds)
     full = float(_weighed(seated.stage, seated.seat, costs).activations)
-    half = SPLIT_KEEPS * full
+    rows = seated.seat.rows[1] - seated.seat.rows[0]
+    half = half_bytes(costs.tables, seated.stage, rows)
     held = {
         Op.FORWARD: full,
         Op.BACKWARD: -full,
@@ -253,18 +255,17 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 
 def _weighed(stage: StageSeats, seat: Seat, costs: _Costs) -> StageMemory:
     """A stage with one micro-batch in flight."""
-    key = (stage.layers, len(stage.seats[0]), seat.rows[1] - seat.rows[0])
+    key = (stage.recompute, stage.layers, len(stage.seats[0]), seat.rows[1] - seat.rows[0])
     if key not in costs.weighed:
-        costs.weighed[key] = stage_memory(costs.table, *key, 1)
+        costs.weighed[key] = weigh(costs.tables, stage, key[-1])
     return costs.weighed[key]
 
 
 def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], costs: _Costs) -> int:
     """Bytes that a rank always holds, whatever is in flight."""
     parts = together(
-        costs.table,
-        len(own[0][0].seats[0]),
-        [stage.layers for stage, _ in own],
+        costs.tables.plain,
+        [stage for stage, _ in own],
         [_weighed(stage, seat, costs) for stage, seat in own],
     )
     device = costs.cluster.types[costs.types[own[0][1].device]]

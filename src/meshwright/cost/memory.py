@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
-from meshwright.cost.holding import holders_of, most_held
+from meshwright.cost.holding import SPLIT_KEEPS, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
-from meshwright.errors import Problem
-from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
+from meshwright.model.recompute import with_recomputation
+from meshwright.model.spec import LayerGraph, Tensor, Tied
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
-from meshwright.units import format_bytes
 
 Array = NDArray[np.float64]
 Ints = int | NDArray[np.int64]
@@ -112,6 +111,26 @@ def _cut_bytes(model: LayerGraph, counted: Callable[[Tensor], bool]) -> Array:
             change[tensor.producer + 1] += tensor.bytes
             change[tensor.consumers[-1] + 1] -= tensor.bytes
     return np.cumsum(change)[:-1]
+
+
+@record
+class MemoryTables:
+    """Of stages that keep what their layers made, and of those that recompute it."""
+
+    plain: MemoryTable
+    recomputed: MemoryTable
+
+
+def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
+    """Both tables of a model trained by a job."""
+    return MemoryTables(
+        plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
+    )
+
+
+def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
+    """The one that weighs this stage."""
+    return tables.recomputed if stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
@@ -274,18 +293,26 @@ def usable_bytes(device: DeviceType) -> int:
     return device.memory - framework_bytes(device)
 
 
-def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
-    """The memory that a device of this kind would need for what it is asked to hold."""
-    excess = total_bytes(memory) - memory.capacity
-    return memory.capacity + round(excess / (1 - HOLES[device.processor]))
+def weigh(tables: MemoryTables, stage: StageSeats, rows: int) -> StageMemory:
+    """A stage with one micro-batch of `rows` rows in flight."""
+    return stage_memory(table_of(tables, stage), stage.layers, len(stage.seats[0]), rows, 1)
+
+
+def half_bytes(tables: MemoryTables, stage: StageSeats, rows: int) -> float:
+    """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
+    them again. Where there is nothing for I to do, what the forward left."""
+    if not tables.plain.cut_gradient[stage.layers[0]]:
+        return float(weigh(tables, stage, rows).activations)
+    plain = stage_memory(tables.plain, stage.layers, len(stage.seats[0]), rows, 1)
+    return SPLIT_KEEPS * float(plain.activations)
 
 
 def together(
-    table: MemoryTable, tensor: int, stages: Sequence[tuple[int, int]], parts: Sequence[StageMemory]
+    table: MemoryTable, stages: Sequence[StageSeats], parts: Sequence[StageMemory]
 ) -> StageMemory:
-    """All that one device holds of several stages, given by layers and with one micro-batch each:
-    the casts of all, but buffers of one at a time."""
-    casts = [cast_bytes(table, layers, tensor) for layers in stages]
+    """All that one device holds of several stages, each with one micro-batch: the casts of all, but
+    buffers of one at a time."""
+    casts = [cast_bytes(table, stage.layers, len(stage.seats[0])) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
     return StageMemory(
         parameters=sum(part.parameters for part in parts),
@@ -302,29 +329,30 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     Activations are the most that is held at any point of the device's order of work. Raises
     PlanError for a schedule in the plan that cannot be played.
     """
-    table = memory_table(model, plan.job)
+    tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
     for holders in holders_of(plan):
-        layers = [stage.layers for stage in holders.stages]
-        tensor = len(holders.stages[0].seats[0])
         known: dict[int, tuple[StageMemory, float]] = {}
         for seat in (seat for replica in holders.stages[0].seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
             if rows not in known:
-                each = [stage_memory(table, run, tensor, rows, 1) for run in layers]
-                numbers = (stage.number for stage in holders.stages)
-                full = {n: float(m.activations) for n, m in zip(numbers, each, strict=True)}
-                known[rows] = together(table, tensor, layers, each), most_held(holders, full)
-            parts, activations = known[rows]
+                parts = [weigh(tables, stage, rows) for stage in holders.stages]
+                held = most_held(
+                    holders,
+                    [float(part.activations) for part in parts],
+                    [half_bytes(tables, stage, rows) for stage in holders.stages],
+                )
+                known[rows] = together(tables.plain, holders.stages, parts), held
+            parts_of, activations = known[rows]
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
-                parameters=round(parts.parameters),
-                gradients=round(parts.gradients),
-                optimizer=round(parts.optimizer),
+                parameters=round(parts_of.parameters),
+                gradients=round(parts_of.gradients),
+                optimizer=round(parts_of.optimizer),
                 activations=round(activations),
-                buffers=round(parts.buffers) + framework_bytes(device),
+                buffers=round(parts_of.buffers) + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))
@@ -334,75 +362,3 @@ def total_bytes(memory: DeviceMemory) -> int:
     """All that one device holds at its worst moment."""
     states = memory.parameters + memory.gradients + memory.optimizer
     return states + memory.activations + memory.buffers
-
-
-def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
-    """One Problem for every device that a plan overfills: by how much, and what would help."""
-    table = memory_table(model, plan.job)
-    by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
-    problems = []
-    for holders in holders_of(plan):
-        stage = holders.stages[0]
-        held = most_held(holders, {each.number: 1.0 for each in holders.stages})
-        for seat in (seat for replica in stage.seats for seat in replica):
-            memory = by_device[seat.device]
-            excess = total_bytes(memory) - memory.capacity
-            rows = seat.rows[1] - seat.rows[0]
-            if excess > 0:
-                room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
-                problems.append(
-                    Problem(
-                        f"plan {plan.name}",
-                        holders.path,
-                        f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
-                        f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, table, stage, rows, held, room)
-                        if len(holders.stages) == 1
-                        else LESS,
-                    )
-                )
-    return tuple(problems)
-
-
-LESS = "give it fewer layers and fewer rows, or a device with more memory"
-
-
-def _type_of(cluster: Cluster, device: str) -> DeviceType:
-    return next(cluster.types[d.type] for d in devices_of(cluster) if d.name == device)
-
-
-def _sizes(memory: DeviceMemory) -> str:
-    parts = ", ".join(
-        f"{name} {format_bytes(getattr(memory, name))}"
-        for name in ("parameters", "gradients", "optimizer", "activations", "buffers")
-    )
-    return f"{format_bytes(total_bytes(memory))} ({parts})"
-
-
-def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
-    """Legal tensor widths above `tensor`, up to the eight devices of a usual node."""
-    units = [layer.tensor_units for layer in layers if layer.tensor_units]
-    return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
-
-
-def _what_helps(
-    model: LayerGraph, table: MemoryTable, stage: StageSeats, rows: int, held: Floats, room: float
-) -> str:
-    """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
-    first, last = stage.layers
-    tensor = len(stage.seats[0])
-    ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
-    by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
-    by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
-    layers_that_fit = int(np.sum(by_layers <= room))
-    rows_that_fit = int(np.sum(by_rows <= room))
-    advice = []
-    if layers_that_fit:
-        advice.append(f"give it {layers_that_fit} of its {last - first} layers")
-    if rows_that_fit:
-        advice.append(f"{rows_that_fit} of its {rows} rows of each micro-batch")
-    for width in _wider(model.layers[first:last], tensor):
-        if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
-            advice.append(f"tensor width {width}")
-            break
-    return "; or ".join(advice) or LESS

@@ -13,6 +13,7 @@ from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.halves import backward_shares
 from meshwright.cost.profile import Profile
+from meshwright.model.recompute import recomputed
 from meshwright.model.spec import LayerGraph
 from meshwright.program.instructions import Op
 
@@ -52,6 +53,13 @@ def replica_seconds(
         forward = forward + [reduce_seconds(layer.forward_all_reduce_bytes) for layer in held]
         backward = backward + [reduce_seconds(layer.backward_all_reduce_bytes) for layer in held]
     return forward, backward
+
+
+def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
+    """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
+    repeats = np.array([recomputed(layer, len(model.layers)) for layer in range(*layers)])
+    result: Array = forward * repeats
+    return result
 
 
 class Times:
@@ -98,11 +106,12 @@ class ReplicaTimes:
         devices: Sequence[str],
         rows: int,
         *,
+        recompute: bool,
         hands_back: bool,
     ) -> None:
         self.times, self.layers, self.devices, self.rows = times, layers, devices, rows
         self.kinds = tuple(dict.fromkeys(kinds))
-        self.hands_back = hands_back
+        self.recompute, self.hands_back = recompute, hands_back
         """Whether a stage before it waits for gradients; else there is nothing for an I to do."""
         self._whole: tuple[Array, Array] | None = None
         self._known: dict[tuple[Op, int], Array] = {}
@@ -136,13 +145,13 @@ class ReplicaTimes:
         if op is Op.BACKWARD_INPUT:
             computed = [self.times.computed(k, len(self.devices), self.rows) for k in self.kinds]
             alone = np.max([c.backward[first:last] for c in computed], axis=0)
-            seconds = seconds + (self._both()[1] - alone)  # its all-reduces
+            seconds = seconds + (self._both()[1] - alone)  # its all-reduces, and what it recomputes
         return seconds
 
     def _both(self) -> tuple[Array, Array]:
         if self._whole is None:
             tensor = len(self.devices)
-            self._whole = replica_seconds(
+            forward, backward = replica_seconds(
                 self.times.model,
                 self.layers,
                 [self.times.computed(kind, tensor, self.rows) for kind in self.kinds],
@@ -151,4 +160,7 @@ class ReplicaTimes:
                 self.rows,
                 step_latency=self.times.step_latency,
             )
+            if self.recompute:
+                backward = backward + repeated_seconds(self.times.model, self.layers, forward)
+            self._whole = forward, backward
         return self._whole

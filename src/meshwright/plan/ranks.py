@@ -37,6 +37,7 @@ class StageSeats:
     """Place in the pipeline, from 0: stages of one position are held by the same ranks, in the same
     mesh. Without such virtual stages it is the stage's place in its pipeline."""
     layers: tuple[int, int]
+    recompute: bool
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
 
@@ -65,6 +66,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     is_last=s == len(pipeline.stages) - 1,
                     position=position_of[s],
                     layers=stage.layers,
+                    recompute=stage.recompute,
                     seats=tuple(
                         tuple(
                             Seat(
@@ -108,12 +110,15 @@ def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """A plan in one line: `dp2 tp1 pp2 [12|4] 8x4 1f1b`; unequal rows of replicas as `7+1`."""
+    """A plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`, where r recomputes; unequal rows of
+    replicas as `7+1`."""
     lines = []
     for pipeline in plan.pipelines:
         widths = {(len(s.devices), len(s.devices[0])) for s in pipeline.stages}
         mesh = " ".join(f"dp{d} tp{t}" for d, t in sorted(widths))
-        cuts = "|".join(str(s.layers[1] - s.layers[0]) for s in pipeline.stages)
+        cuts = "|".join(
+            f"{b - a}{'r' * s.recompute}" for s in pipeline.stages for a, b in [s.layers]
+        )
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]
         share = "|".join(unequal) or str(pipeline.rows)

@@ -65,6 +65,9 @@ class Stage:
     """One row per replica; the devices of a row share each layer by tensor parallelism."""
     rows: tuple[int, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
+    recompute: bool = False
+    """Keep only what enters each layer, and repeat its forward in the backward; the model's last
+    layer, whose backward follows at once, keeps what it made."""
 
 
 @record

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
+from meshwright.model.recompute import recomputed
 from meshwright.model.shard import Ranges, Split, held, splits
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
@@ -57,6 +58,8 @@ class BuiltStage:
     held: tuple[Held, ...]
     tied: frozenset[str]
     """Names of parameters that layers of the model share."""
+    recomputed: tuple[bool, ...]
+    """For each part: whether its forward is repeated in the backward."""
 
 
 @dataclass(slots=True)
@@ -142,8 +145,13 @@ def build_stages(
                 one for one in division.held.values() if any(first <= n < last for n in one.layers)
             ),
             tied=frozenset(layered.tied),
+            recomputed=tuple(
+                stage.recompute and recomputed(layer, len(layered.layers))
+                for layer in range(first, last)
+            ),
         )
-        for first, last in (stage.layers for stage in stages)
+        for stage in stages
+        for first, last in (stage.layers,)
     )
 
 

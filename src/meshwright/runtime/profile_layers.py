@@ -114,6 +114,7 @@ def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, 
         is_last=layer == len(graph.layers) - 1,
         position=0,
         layers=(layer, layer + 1),
+        recompute=False,
         seats=((seat,),),
     )
     # Sums over a team of one: what is measured is compute, communication is priced apart.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.graph import LOSS, autocast
@@ -72,6 +74,7 @@ class Stage:
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._done_after = _last_reads(built, self._results)
         self._generator = generator_of(device)
+        self._recomputed = built.recomputed
         self._passes: dict[int, _Pass] = {}
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
@@ -120,14 +123,14 @@ class Stage:
         values.update((c.name, leaf) for c, leaf in zip(self.incoming, own.leaves, strict=True))
         state = self._generator.get_state()
         with autocast(self.precision, self.device.type):
-            each = zip(self.parts, self._modules, self._done_after, strict=True)
-            for part, module, done in each:
+            each = zip(self.parts, self._modules, self._recomputed, self._done_after, strict=True)
+            for part, module, again, done in each:
                 seed = layer_seed(self.seed, own.step, part.name, own.first_row)
-                self._generator.manual_seed(seed)
                 reads = [values[name] for name in part.reads]
                 if self.tracer is not None:
                     reads = self.tracer.read(part.name, reads)
-                made = module(*reads)
+                run = self._run_again_later if again else self._run_layer
+                made = run(module, seed, reads, own.split)
                 if self.tracer is not None:
                     self.tracer.made(part.name, made)
                 values.update(zip(part.writes, made, strict=True))
@@ -135,6 +138,29 @@ class Stage:
                     del values[name]
         self._generator.set_state(state)
         return [values[name] for name in self._results]
+
+    def _run_layer(
+        self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], _: bool = False
+    ) -> tuple[Tensor, ...]:
+        self._generator.manual_seed(seed)
+        made: tuple[Tensor, ...] = module(*reads)
+        return made
+
+    def _run_again_later(
+        self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], split: bool
+    ) -> tuple[Tensor, ...]:
+        """Keeps `reads` alone; the backward runs the layer again, with the same random numbers.
+
+        The first part of a split backward does so; what the second needs is kept from there.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
+
+        return checkpoint(  # type: ignore[no-any-return]
+            self._run_layer, module, seed, reads,
+            use_reentrant=False, preserve_rng_state=False, context_fn=contexts,
+        )  # fmt: skip
 
     def backward(
         self, micro_batch: int, gradients: Sequence[Tensor], weight: float
@@ -211,7 +237,10 @@ class Stage:
         for own in passes:
             own.results, own.given = [], []
         if roots:
+            state = self._generator.get_state() if any(self._recomputed) else None
             torch.autograd.backward(roots, given)
+            if state is not None:
+                self._generator.set_state(state)
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
         return [leaf.grad for leaf, c in zip(own.leaves, self.incoming, strict=True) if c.gradient]
