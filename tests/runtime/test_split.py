@@ -263,3 +263,26 @@ def test_a_team_sums_once_in_the_first_part_and_never_in_the_second() -> None:
     for first, second, error in run_ranks(2, divided, (Column(parts=(16,)), Row())):
         assert (first, second) == (1, 0)
         assert error < 1e-12
+
+
+def repeated(rank: int) -> tuple[int, float]:
+    """How often a block of the second stage runs in a step, and the loss."""
+    from cases import Case, batch, gpt, pipeline
+
+    from meshwright.runtime.engine import Engine
+
+    torch.manual_seed(5)
+    layers = (pipeline(4, 2, (2, "a again"), (3, "b again")),)
+    case = Case(model=gpt, pipelines=layers, schedule="1f1b-2bp")
+    calls = [0]
+    with Engine(case.model(), case.plan, inputs=batch(0), optimizer=torch.optim.SGD) as engine:
+        block = engine._own.places[rank].stage.parts[1].module
+        linear = next(m for m in block.modules() if isinstance(m, nn.Linear))
+        linear.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        loss = engine.step(lambda a, b: tuple(t[a:b] for t in batch(0))).loss
+    return calls[0], loss
+
+
+def test_a_recomputed_layer_is_recomputed_once() -> None:
+    """Twice a micro-batch: in its forward, and in the first part of its backward."""
+    assert [calls for calls, _ in run_ranks(2, repeated)] == [8, 8]

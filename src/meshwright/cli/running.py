@@ -74,12 +74,8 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
     save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
-    debug: Annotated[
-        bool, typer.Option(help="Check every message; name the layer of a number that is none.")
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds after which a message that does not come ends the run.")
-    ] = 300.0,
+    debug: Annotated[bool, typer.Option(help="Check messages, trace NaN to its layer.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds until a silent rank is lost.")] = 300.0,
     compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -158,10 +159,7 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
         compile=compile,
     ) as engine:
         for step in range(steps):
-
-            def of_step(first: int, last: int, step: int = step) -> Batch:
-                return rows(step, first, last)
-
+            of_step = partial(rows, step)
             if step == record_step:
                 result, timeline = engine.record(of_step)
             else:
