@@ -31,6 +31,7 @@ FLOORS = (
     "calibration",
     "whatif",
     "exporting",
+    "ordering",
     "training",
     "demo",
     "cli",

@@ -68,3 +68,17 @@ def test_virtual_stages_are_listed_too():
     assert ends is not None
     each = sum(work.forward) + sum(work.whole)
     assert ends[0][-1] == pytest.approx(each * work.micro_batches)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_hundred_pipelines_are_within_three_percent_of_the_optimum():
+    pytest.importorskip("ortools", reason="the exact solver is not installed")
+    from optimum import least_seconds
+
+    for seed in range(100):
+        work = random_work(Random(seed))
+        codes = best_order(work)
+        assert codes is not None
+        took = seconds(work, codes)
+        assert took <= 1.03 * least_seconds(work, took, 20.0), seed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from meshwright.cli.options import (
     PrecisionChoice,
     app,
 )
+
+if TYPE_CHECKING:
+    from meshwright.plan.spec import Plan
+    from meshwright.session import Session
+    from meshwright.training import Outcome
 
 
 @app.command()
@@ -81,7 +86,7 @@ def train(
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
     from meshwright.runtime.run import RunSettings
-    from meshwright.session import reopen, simulated
+    from meshwright.session import reopen
     from meshwright.training import prepare, train_here, training_commands
 
     session, found = reopen(plan_file)
@@ -105,6 +110,19 @@ def train(
         return
     outcome = train_here(session, found, settings, output)
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    _show(session, found, outcome, report)
+
+
+def _show(session: Session, found: Plan, outcome: Outcome, report: Path | None) -> None:
+    """The measured step beside the predicted one; a page, if one is asked for."""
+    from rich.console import Console
+
+    from meshwright.report.tables import comparison_table
+    from meshwright.session import simulated
+
+    predicted = simulated(session, found)
+    if outcome.timeline is not None:
+        Console().print(comparison_table(predicted, outcome.timeline))
     if report:
         from meshwright.report.page import write_report
 
@@ -113,7 +131,7 @@ def train(
             found,
             session.cluster,
             session.model,
-            predicted=simulated(session, found),
+            predicted=predicted,
             measured=outcome.timeline,
             losses={found.name: outcome.losses},
         )

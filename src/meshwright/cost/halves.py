@@ -16,6 +16,10 @@ from meshwright.model.spec import Layer, LayerGraph
 
 Array = NDArray[np.float64]
 
+SPLIT_COST = 1.11
+"""I and W together over a whole backward, where both have something to do: autograd walks the graph
+twice (transformer block, PyTorch 2.13 on a CPU: 0.777 + 0.481 against 1.129)."""
+
 
 def backward_shares(
     model: LayerGraph, device: DeviceType, tensor: int, rows: int, profile: Profile | None = None
@@ -36,7 +40,8 @@ def backward_shares(
                 known[key] = _nearest(times, tensor, rows)
             else:
                 weight = _by_flops(layer, key[1], model, device, tensor, rows, profile)
-                known[key] = (1.0 - weight, weight)
+                twice = SPLIT_COST if 0.0 < weight < 1.0 else 1.0
+                known[key] = (twice * (1.0 - weight), twice * weight)
     each = [known[layer.signature, index in tied] for index, layer in enumerate(model.layers)]
     return np.array(each).reshape(-1, 2)
 

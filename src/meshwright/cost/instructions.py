@@ -26,6 +26,7 @@ from meshwright.cost.times import ReplicaTimes, Times
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
+from meshwright.program.buckets import completing_layer
 from meshwright.program.instructions import COMPUTE, SENDS, Instruction, Op, Program
 from meshwright.records import record
 
@@ -181,6 +182,11 @@ def _prices(
     return tuple(found)
 
 
+def _tensor(stage: StageSeats, seat: Seat) -> int:
+    """Tensor width of the replica that a rank is in."""
+    return len(stage.seats[seat.replica])
+
+
 def _count(i: Instruction) -> int:
     """Micro-batches that a compute instruction works on."""
     return 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]
@@ -193,7 +199,9 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
             costs.cluster.types[costs.types[seated.seat.device]],
             costs.plan.job.optimizer,
             sum(
-                float(stage_parameters(costs.tables.plain, s.stage.layers, len(s.stage.seats[0])))
+                float(
+                    stage_parameters(costs.tables.plain, s.stage.layers, _tensor(s.stage, s.seat))
+                )
                 for s in own.values()
             ),
             costs.profile,
@@ -202,7 +210,8 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
         return Price(seconds=seconds)
     full = float(_weighed(seated.stage, seated.seat, costs).activations)
     rows = seated.seat.rows[1] - seated.seat.rows[0]
-    half = half_bytes(costs.tables, seated.stage, rows)
+    tensor = _tensor(seated.stage, seated.seat)
+    half = half_bytes(costs.tables, seated.stage, tensor, rows)
     held = {
         Op.FORWARD: full,
         Op.BACKWARD: -full,
@@ -227,15 +236,6 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
     }
 
 
-def completing_layer(i: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """The layer of a stage whose backward completes the gradients that a REDUCE_GRAD sums: the
-    first of its layers, or the stage's first user of a tied parameter."""
-    if i.layers is not None:
-        return max(i.layers[0], layers[0])
-    users = next(tied.layers for tied in model.tied if tied.name == i.tied)
-    return min(layer for layer in users if layers[0] <= layer < layers[1])
-
-
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
@@ -255,9 +255,10 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 
 def _weighed(stage: StageSeats, seat: Seat, costs: _Costs) -> StageMemory:
     """A stage with one micro-batch in flight."""
-    key = (stage.recompute, stage.layers, len(stage.seats[0]), seat.rows[1] - seat.rows[0])
+    tensor, rows = _tensor(stage, seat), seat.rows[1] - seat.rows[0]
+    key = (stage.recompute, stage.layers, tensor, rows)
     if key not in costs.weighed:
-        costs.weighed[key] = weigh(costs.tables, stage, key[-1])
+        costs.weighed[key] = weigh(costs.tables, stage, tensor, rows)
     return costs.weighed[key]
 
 
@@ -266,6 +267,7 @@ def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], costs: _Costs) -> int:
     parts = together(
         costs.tables.plain,
         [stage for stage, _ in own],
+        _tensor(*own[0]),
         [_weighed(stage, seat, costs) for stage, seat in own],
     )
     device = costs.cluster.types[costs.types[own[0][1].device]]

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
+from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
-from meshwright.cost.holding import SPLIT_KEEPS, holders_of, most_held
+from meshwright.cost.holding import SPLIT_KEEPS, Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph, Tensor, Tied
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 
@@ -293,26 +294,27 @@ def usable_bytes(device: DeviceType) -> int:
     return device.memory - framework_bytes(device)
 
 
-def weigh(tables: MemoryTables, stage: StageSeats, rows: int) -> StageMemory:
-    """A stage with one micro-batch of `rows` rows in flight."""
-    return stage_memory(table_of(tables, stage), stage.layers, len(stage.seats[0]), rows, 1)
+def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> StageMemory:
+    """A replica of a stage, `tensor` wide, with one micro-batch of `rows` rows in flight."""
+    return stage_memory(table_of(tables, stage), stage.layers, tensor, rows, 1)
 
 
-def half_bytes(tables: MemoryTables, stage: StageSeats, rows: int) -> float:
+def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
     """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
     them again. Where there is nothing for I to do, what the forward left."""
     if not tables.plain.cut_gradient[stage.layers[0]]:
-        return float(weigh(tables, stage, rows).activations)
-    plain = stage_memory(tables.plain, stage.layers, len(stage.seats[0]), rows, 1)
-    return SPLIT_KEEPS * float(plain.activations)
+        return float(weigh(tables, stage, tensor, rows).activations)
+    return SPLIT_KEEPS * float(
+        stage_memory(tables.plain, stage.layers, tensor, rows, 1).activations
+    )
 
 
 def together(
-    table: MemoryTable, stages: Sequence[StageSeats], parts: Sequence[StageMemory]
+    table: MemoryTable, stages: Sequence[StageSeats], tensor: int, parts: Sequence[StageMemory]
 ) -> StageMemory:
     """All that one device holds of several stages, each with one micro-batch: the casts of all, but
     buffers of one at a time."""
-    casts = [cast_bytes(table, stage.layers, len(stage.seats[0])) for stage in stages]
+    casts = [cast_bytes(table, stage.layers, tensor) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
     return StageMemory(
         parameters=sum(part.parameters for part in parts),
@@ -332,30 +334,39 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
+    everything = stage_seats(plan)
     for holders in holders_of(plan):
-        known: dict[int, tuple[StageMemory, float]] = {}
+        known: dict[tuple[int, int], tuple[StageMemory, float]] = {}
         for seat in (seat for replica in holders.stages[0].seats for seat in replica):
-            rows = seat.rows[1] - seat.rows[0]
-            if rows not in known:
-                parts = [weigh(tables, stage, rows) for stage in holders.stages]
-                held = most_held(
-                    holders,
-                    [float(part.activations) for part in parts],
-                    [half_bytes(tables, stage, rows) for stage in holders.stages],
-                )
-                known[rows] = together(tables.plain, holders.stages, parts), held
-            parts_of, activations = known[rows]
+            key = len(holders.stages[0].seats[seat.replica]), seat.rows[1] - seat.rows[0]
+            if key not in known:
+                known[key] = _weighed(tables, holders, *key)
+            parts, activations = known[key]
+            copied = sum(
+                copied_gradient_bytes(model, plan.job, everything, stage, seat)
+                for stage in holders.stages
+            )
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
-                parameters=round(parts_of.parameters),
-                gradients=round(parts_of.gradients),
-                optimizer=round(parts_of.optimizer),
+                parameters=round(parts.parameters),
+                gradients=round(parts.gradients),
+                optimizer=round(parts.optimizer),
                 activations=round(activations),
-                buffers=round(parts_of.buffers) + framework_bytes(device),
+                buffers=round(max(parts.buffers, copied - activations)) + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))
+
+
+def _weighed(
+    tables: MemoryTables, holders: Holders, tensor: int, rows: int
+) -> tuple[StageMemory, float]:
+    """All stages of a device, and the activations that it holds at its worst moment."""
+    parts = [weigh(tables, stage, tensor, rows) for stage in holders.stages]
+    half = [half_bytes(tables, stage, tensor, rows) for stage in holders.stages]
+    held = most_held(holders, [float(part.activations) for part in parts], half)
+    return together(tables.plain, holders.stages, tensor, parts), held
 
 
 def total_bytes(memory: DeviceMemory) -> int:

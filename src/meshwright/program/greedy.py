@@ -24,13 +24,13 @@ class Rule:
     """Whether backwards are in two parts, where there is memory for what lies between them."""
 
 
-def listed(work: Work, rule: Rule) -> list[Codes] | None:
-    """The order that a rule leads to; None if memory stops it."""
+def listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
+    """The order that a rule leads to, after its seconds; None if memory stops it."""
     state = _Listing(work, rule)
     state.run()
     total = sum(len(codes) for codes in state.codes)
     wanted = len(work.forward) * work.micro_batches * 2 + sum(state.weights)
-    return state.codes if total == wanted else None
+    return (max(state.now), state.codes) if total == wanted else None
 
 
 class _Listing:

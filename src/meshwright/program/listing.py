@@ -33,7 +33,7 @@ NAMES: tuple[ScheduleName, ...] = tuple(
 )
 """Schedules with a rule; a batched weight part is, for its timing, several."""
 
-_SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1", "1f1b")
+_SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 """Of these, the ones worth the time on any pipeline."""
 
 
@@ -46,11 +46,11 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
-        names, rules = list(_SHORT), rules[: max(looked_at // length - len(_SHORT), 1)]
+        names, rules = list(_SHORT), rules[: max(looked_at // length - 2 * len(_SHORT), 1)]
     found: list[tuple[float, list[Codes]]] = []
-    for codes in chain(_named(work, names), (listed(work, rule) for rule in rules)):
-        if codes is not None and fits(work, codes):
-            found.append((seconds(work, codes), codes))
+    for each in chain(_named(work, names), (listed(work, rule) for rule in rules)):
+        if each is not None:
+            found.append(each)
             if len(found) > STARTS:
                 found.sort(key=itemgetter(0))
                 del found[STARTS:]
@@ -60,10 +60,12 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     return min(found, key=itemgetter(0))[1] if found else None
 
 
-def _named(work: Work, names: list[ScheduleName]) -> Iterator[list[Codes]]:
+def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
     for name in names:
         if not layout_wanted(name, work.layout):
-            yield to_codes(orders(name, work.layout, work.micro_batches))
+            codes = to_codes(orders(name, work.layout, work.micro_batches))
+            if fits(work, codes):
+                yield seconds(work, codes), codes
 
 
 def _rules(work: Work) -> Iterator[Rule]:

@@ -50,7 +50,8 @@ class Timeline:
 
 
 def label(instruction: Instruction) -> str:
-    """`0F3`, `0W0:4`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`."""
+    """`0F3`, `0W0:4`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`, and of a tile
+    `0REDUCE_GRAD 4:8 1:2/4`."""
     micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)
@@ -58,8 +59,11 @@ def label(instruction: Instruction) -> str:
     if instruction.op is not Op.REDUCE_GRAD:
         return word
     if instruction.layers is not None:
-        return f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
-    return f"{word} {instruction.tied}"
+        word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
+    else:
+        word = f"{word} {instruction.tied}"
+    tile = instruction.tile
+    return word if tile is None else f"{word} {tile.first}:{tile.last}/{tile.of}"
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:

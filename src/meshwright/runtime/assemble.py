@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import Work
 
 from meshwright.model.graph import LayeredModel
+from meshwright.model.shard import Tile, own_tile
 from meshwright.plan.ranks import Seat, StageSeats, held_together, seats_of, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program
@@ -21,6 +22,7 @@ from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.reduce import (
     FlatBucket,
     Key,
+    Members,
     Reducer,
     group_parameters,
     make_bucket,
@@ -51,7 +53,6 @@ class Assembly:
     places: dict[int, Place]
     """By number of the stage."""
     device: torch.device
-    tensor_width: int
     team: Team | None
     held: tuple[Held, ...]
     reducer: Reducer
@@ -115,13 +116,15 @@ def build_own(
     stages = stage_seats(plan)
     mine = _own_seats(stages, world.rank)
     homes = parameter_homes(model, cuts[0], stages)
-    width = len(mine[0][0].seats[0])
-    team = _team(world, mine[0][1], width, habits.dilator)
+    place, seat = mine[0]
+    width = len(place.seats[seat.replica])
+    team = _team(world, seat, width, habits.dilator)
     built = build_stages(
         model, cuts, [place for place, _ in mine], seed=habits.seed, device=world.device, team=team
     )
     held = tuple({one.name: one for each in built for one in each.held}.values())
-    buckets = _buckets(held, program.ranks[world.rank], built[0].tied, world)
+    own = own_tile(width, seat.tensor_index)
+    buckets = _buckets(held, program.ranks[world.rank], built[0].tied, own, world)
     catch_up = (lambda: None) if habits.dilator is None else habits.dilator.catch_up
     return Assembly(
         places={
@@ -129,7 +132,6 @@ def build_own(
             for each, (place, seat) in zip(built, mine, strict=True)
         },
         device=world.device,
-        tensor_width=width,
         team=team,
         held=held,
         reducer=Reducer(buckets, posted, catch_up),
@@ -191,12 +193,19 @@ def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team
 
 
 def _buckets(
-    held: Sequence[Held], instructions: Sequence[Instruction], tied: frozenset[str], world: World
+    held: Sequence[Held],
+    instructions: Sequence[Instruction],
+    tied: frozenset[str],
+    own: Tile,
+    world: World,
 ) -> dict[Key, FlatBucket]:
     reductions = [i for i in instructions if i.op is Op.REDUCE_GRAD]
-    members = {(i.layers, i.tied): i.ranks for i in reductions}
     buckets = {}
     for key, group in group_parameters(held, reductions, tied).items():
-        ranks = members.get(key, (world.rank,))
-        buckets[key] = make_bucket(group, world.reduce.get(ranks), len(ranks))
+        members = {
+            i.tile: Members(world.reduce[i.ranks], len(i.ranks))
+            for i in reductions
+            if (i.layers, i.tied) == key
+        }
+        buckets[key] = make_bucket(group, own, members)
     return buckets

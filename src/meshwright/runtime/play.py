@@ -256,7 +256,9 @@ def completions(own: Assembly, instructions: Sequence[Instruction]) -> dict[int,
         adding = [last[n] for n, place in own.places.items() if named & place.stage.parameters]
         if adding:
             final = max(adding, key=lambda each: position[id(each)])
-            found.setdefault(id(final), []).append(key)
+            keys = found.setdefault(id(final), [])
+            if key not in keys:  # several tiles of one bucket
+                keys.append(key)
     return found
 
 

@@ -21,7 +21,7 @@ from meshwright.units import format_seconds
 
 FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
-EXHAUSTIVE = "every plan of the space was looked at"
+EXHAUSTIVE = "every plan of the space was looked at, in the orders 1F1B and GPipe"
 
 EVERY_ROW_COUNT = 512
 """Micro-batches of so many rows are priced one by one where times were measured."""

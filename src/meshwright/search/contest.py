@@ -60,8 +60,12 @@ class Contest:
     @property
     def over(self) -> bool:
         """Whether the budget is spent."""
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return late or self.work <= 0
+        return self.late or self.work <= 0
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 def enter(contest: Contest, plan: Plan, name: str) -> Played:

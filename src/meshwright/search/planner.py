@@ -42,6 +42,7 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.search.schedule import reschedule
 
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
@@ -81,9 +82,11 @@ def find_plan(
     exhausted = improve(contest, schedules, tell)
     if contest.best is None:
         raise nothing_fits(costs, explored.misfits, explored.tried)
+    reschedule(contest, tell)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
-    proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
+    covered = exhausted and winner.plan.schedule in schedules
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if covered else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
 
