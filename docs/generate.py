@@ -44,6 +44,7 @@ WORDS = {
     "TimeText": '`"50 us"`',
     "Precision": "`fp64`, `fp32`, `fp16` or `bf16`",
     "ScheduleName": "`1f1b` or `gpipe`",
+    "BoundaryKind": "`direct`, `scatter_gather` or `broadcast`",
 }
 
 

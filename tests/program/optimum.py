@@ -13,11 +13,12 @@ SCALE = 2
 """Bytes are halves."""
 
 
-def least_seconds(work: Work, known: float, limit: float) -> float:
-    """A lower bound on any order's seconds, the optimum where the solver has the time.
+def least_seconds(work: Work, known: float, limit: float) -> tuple[float, bool]:
+    """Seconds of the best order that the solver finds in `limit` seconds, `known` if it finds none
+    that is faster, and whether that is proven to be the optimum.
 
     More may be done here than the program's rules allow (a transfer never waits for its receive to
-    be posted), which makes the bound no larger. `known`: an order takes so long; `limit`: seconds.
+    be posted), which makes the optimum no larger.
     """
     task = _Task(work, int(known))
     solver = cp_model.CpSolver()
@@ -25,7 +26,8 @@ def least_seconds(work: Work, known: float, limit: float) -> float:
     solver.parameters.num_workers = 1
     status = solver.Solve(task.model)
     assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.UNKNOWN), status
-    return float(solver.BestObjectiveBound())
+    found = known if status == cp_model.UNKNOWN else float(solver.ObjectiveValue())
+    return found, status == cp_model.OPTIMAL
 
 
 class _Task:

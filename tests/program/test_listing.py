@@ -81,4 +81,5 @@ def test_a_hundred_pipelines_are_within_three_percent_of_the_optimum():
         codes = best_order(work)
         assert codes is not None
         took = seconds(work, codes)
-        assert took <= 1.03 * least_seconds(work, took, 20.0), seed
+        least, _ = least_seconds(work, took, 20.0)
+        assert took <= 1.03 * least, seed

@@ -157,6 +157,8 @@ def _place(
             backward=backward,
             window=plan.pipelines[seat.pipeline].micro_batches,
             lane=(place.number if incoming else place.number + 1, len(stages) + 1),
+            chains=world.chains,
+            replica=world.tensor,
             debug=habits.debug,
         )
 

@@ -12,7 +12,7 @@ from torch.distributed import Work
 
 from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import SENDS, Instruction, Op
+from meshwright.program.instructions import GATHERED, SENDS, Instruction, Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.dilation import Dilator
@@ -97,6 +97,8 @@ class Player:
             Op.RECV_F: self._receive,
             Op.SEND_B: self._send,
             Op.RECV_B: self._receive,
+            Op.GATHER_F: self._gather,
+            Op.GATHER_B: self._gather,
             Op.REDUCE_GRAD: self._own.reducer.arm,
         }
 
@@ -220,6 +222,10 @@ class Player:
         if left > 1:
             self._made[key] = (values, left - 1)
         messages.sent(i, self.posted(i, messages.post_send(i, values)))
+
+    def _gather(self, i: Instruction) -> None:
+        with self.measured(i):
+            self._own.places[i.stage].messages[GATHERED[i.op]].gather(i)
 
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
         """What to wait for where communication has been posted."""

@@ -53,6 +53,9 @@ def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messag
                 )
             )
 
+    for ranks, group in world.chains.items():
+        dist.broadcast(torch.zeros(1, device=world.device), ranks[0], group=group)
+
 
 def receiver(op: Op, stage: int) -> int:
     """The stage to which a stage sends."""

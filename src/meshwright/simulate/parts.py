@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from meshwright.program.deadlock import READS
-from meshwright.program.instructions import Op
+from meshwright.program.instructions import GATHERED, GATHERS, Op
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
@@ -81,8 +81,12 @@ class _Walk:
             return [*self.latest(own, before), *self.latest([self.norms[i.rank]], before)]
         if i.stream == "compute":
             read = READS.get(i.op)
-            reads = self.reads[read, i.rank, i.stage, i.micro_batch] if read else []
+            kinds = (read, GATHERS[read]) if read else ()
+            reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
             return [*self.latest(own, before), *self.latest(reads, before)]
+        if i.op in GATHERED:
+            parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
+            return [*self.latest(own, before), *self.latest(parts, before)]
         if i.op is Op.REDUCE_GRAD or i.peer is None:
             return self.latest(own, before)
         source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
