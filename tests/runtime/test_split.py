@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """A frozen weight, a product without bias, and one of something that has no gradient."""
+    """A frozen weight, a product without bias, and one of a vector that has no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class Residual(nn.Module):
         self.position = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = torch.ones(3, WIDTH, dtype=x.dtype)
-        return x + self.free(torch.tanh(self.frozen(x))) + self.position(steps)
+        step = torch.ones(WIDTH, dtype=x.dtype)
+        return x + self.free(torch.tanh(self.frozen(x))) + self.position(step)
 
 
 def view_at_the_end() -> nn.Module:

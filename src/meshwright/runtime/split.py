@@ -73,7 +73,7 @@ class _Linear:
 
     def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
         """Of weight and bias: dW = dy^T x and db = sum dy, over all rows of all parts."""
-        flat = [(x.flatten(0, -2), dy.flatten(0, -2)) for x, dy in self.parts]
+        flat = [(_rows(x), _rows(dy)) for x, dy in self.parts]
         self.parts = []
         x, dy = flat[0] if len(flat) == 1 else (torch.cat(both) for both in zip(*flat, strict=True))
         yield dy.t().mm(x) if needed[0] else None
@@ -138,7 +138,7 @@ class _LinearInput(Function):
         # Into a tensor of its own: the result of F.linear can be a view, which what follows could
         # not change in place.
         result = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
-        flat_x, flat = x.flatten(0, -2), result.view(-1, len(weight))
+        flat_x, flat = _rows(x), result.view(-1, len(weight))
         if bias is None:
             torch.mm(flat_x, weight.t(), out=flat)
         else:
@@ -315,6 +315,11 @@ def source(tensor: Tensor, known: set[int]) -> int | None:
         if parameter is not None:
             return id(parameter) if id(parameter) in known else None
     return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _same(tensor: Tensor) -> Tensor:
