@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from meshwright.cli.options import (
     PrecisionChoice,
     app,
 )
+
+if TYPE_CHECKING:
+    from meshwright.plan.spec import Plan
+    from meshwright.session import Session
+    from meshwright.training import Outcome
 
 
 @app.command()
@@ -74,14 +79,14 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
     save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    debug: Annotated[bool, typer.Option(help="Check messages, trace NaN to its layer.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds until a silent rank is lost.")] = 300.0,
+    compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
-    from rich.console import Console
-
-    from meshwright.report.tables import comparison_table
     from meshwright.runtime.run import RunSettings
-    from meshwright.session import reopen, simulated
+    from meshwright.session import reopen
     from meshwright.training import prepare, train_here, training_commands
 
     session, found = reopen(plan_file)
@@ -94,6 +99,9 @@ def train(
         clip_norm=clip_norm or None,
         seed=seed,
         save_weights=save_weights,
+        debug=debug,
+        timeout_seconds=timeout,
+        compile=compile,
     )
     prepare(session, found, settings, output)
     for command in training_commands(found, output):
@@ -102,6 +110,16 @@ def train(
         return
     outcome = train_here(session, found, settings, output)
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    _show(session, found, outcome, report)
+
+
+def _show(session: Session, found: Plan, outcome: Outcome, report: Path | None) -> None:
+    """The measured step beside the predicted one; a page, if one is asked for."""
+    from rich.console import Console
+
+    from meshwright.report.tables import comparison_table
+    from meshwright.session import simulated
+
     predicted = simulated(session, found)
     if outcome.timeline is not None:
         Console().print(comparison_table(predicted, outcome.timeline))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meshwright.cost.profile import LayerTime, OptimizerTime
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
-from meshwright.runtime.build import BuiltStage, build_stage, cut_for, set_precision
+from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
@@ -121,10 +121,10 @@ def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, 
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     model = bench.make_model()
     set_precision(model, graph.precision)
-    built = build_stage(
+    (built,) = build_stages(
         model,
         cut_for(model, bench.inputs, graph.precision, rows),
-        seats,
+        (seats,),
         seed=0,
         device=device,
         team=team,
