@@ -1,0 +1,105 @@
+"""Devices that do not compute: each layer takes the time of a table; its tensors, its gradients and
+all messages are real.
+
+A layer computes once, to show what it makes; from then on it makes zeros of the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from meshwright.runtime.dilation import Dilation
+from meshwright.runtime.engine import Engine
+from meshwright.testbed.times import RankTimes
+
+Spend = Callable[[float], None]
+
+PACE = Dilation(share=float("inf"))
+
+
+class _Slept(Function):
+    """Zeros in place of what a layer makes, after its time; and zeros for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: VirtualLayer, made: tuple[Made, ...], *inputs: Tensor) -> Any:
+        ctx.layer, ctx.inputs = layer, [(i.shape, i.dtype, i.requires_grad) for i in inputs]
+        layer.spend(layer.forward_seconds)
+        results = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype, _ in made)
+        fixed = [r for r, (_, _, grad) in zip(results, made, strict=True) if not grad]
+        ctx.mark_non_differentiable(*fixed)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        layer: VirtualLayer = ctx.layer
+        layer.spend(layer.backward_seconds)
+        gradients = (
+            torch.zeros((), dtype=dtype).expand(shape) if grad else None
+            for shape, dtype, grad in ctx.inputs
+        )
+        return None, None, *gradients
+
+
+Made = tuple[torch.Size, torch.dtype, bool]
+"""Shape, type, and whether it has a gradient."""
+
+
+class VirtualLayer:
+    """Stands in for one layer's forward."""
+
+    def __init__(
+        self, module: nn.Module, forward_seconds: float, backward_seconds: float, spend: Spend
+    ) -> None:
+        self.forward_seconds = forward_seconds
+        self.backward_seconds = backward_seconds
+        self.spend = spend
+        self._compute = module.forward
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._known: dict[tuple[torch.Size, ...], tuple[Made, ...]] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        key = tuple(tensor.shape for tensor in inputs)
+        if key not in self._known:
+            real = self._compute(*inputs)
+            self._known[key] = tuple((r.shape, r.dtype, r.requires_grad) for r in real)
+        made: tuple[Tensor, ...] = _Slept.apply(  # type: ignore[no-untyped-call]
+            self, self._known[key], *inputs, *self._parameters
+        )
+        return made
+
+
+class VirtualOptimizer(torch.optim.Optimizer):
+    """Takes its time, and leaves the weights alone."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], seconds: float) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self.seconds = seconds
+        self.spend: Spend = lambda _: None
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """One step, in time alone."""
+        self.spend(self.seconds)
+
+
+class VirtualEngine(Engine):
+    """An Engine whose compute instructions take the time of a table."""
+
+    def __init__(self, *arguments: Any, times: Sequence[RankTimes], **named: Any) -> None:
+        def optimizer(parameters: Iterable[nn.Parameter]) -> VirtualOptimizer:
+            return VirtualOptimizer(parameters, 0.0)
+
+        super().__init__(*arguments, optimizer=optimizer, dilation=PACE, **named)
+        assert self._dilator is not None
+        own, spend = times[self.rank], self._dilator.spend
+        assert isinstance(self._optimizer, VirtualOptimizer)
+        self._optimizer.seconds, self._optimizer.spend = own.optimizer, spend
+        index = {layer.name: n for n, layer in enumerate(self.model.layers)}
+        for part in self._own.stage.parts:
+            n = index[part.name]
+            virtual = VirtualLayer(part.module, own.forward[n], own.backward[n], spend)
+            part.module.forward = virtual
