@@ -17,6 +17,7 @@ from meshwright.cli.options import (
     PrecisionChoice,
     app,
 )
+from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_bed
 
 
 @app.command()
@@ -33,9 +34,19 @@ def profile(
     processes: Annotated[
         int, typer.Option(help="Measure with this many processes here, links between them too.")
     ] = 1,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
+    bed_file: BedOption = None,
+    again: Annotated[
+        bool, typer.Option(help="On a testbed: measure even if nothing has changed.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File; with --testbed, folder.")
+    ] = Path("profile.json"),
 ) -> None:
-    """Measure layer times on this device, and links between ranks; `plan` reads the result."""
+    """Measure layer times on this device, and links between ranks; `plan` reads the result.
+
+    On a testbed every class of links is measured, and the folder gets profile.json, links.json and
+    the cluster.toml with the links as they are.
+    """
     from meshwright.runtime.profile import ProfileSettings, profile_here
 
     settings = ProfileSettings(
@@ -47,6 +58,10 @@ def profile(
         cluster=str(cluster) if cluster else None,
         output=str(output),
     )
+    with launcher_for(bed_file) as launcher:
+        if launcher is not None:
+            profile_testbed(launcher, settings, output, again=again)
+            return
     profile_here(settings, processes)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"wrote {output}")
@@ -97,7 +112,12 @@ def train(
         typer.echo(command)
     if dry_run:
         return
-    outcome = train_here(session, found, settings, output)
+    with launcher_for(None) as launcher:
+        outcome = (
+            train_here(session, found, settings, output)
+            if launcher is None
+            else train_bed(launcher, session, found, settings, output)
+        )
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     if report:
         from meshwright.report.page import write_report

@@ -9,14 +9,14 @@ belongs to the uplink or to that link.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import all_reduce_seconds
+from meshwright.cost.collective import all_reduce, all_reduce_seconds, alone_seconds
 from meshwright.records import Bytes, BytesPerSecond, Seconds, record
 
 SLOWER = 0.97
@@ -54,7 +54,7 @@ class CollectiveTimes:
 
     points: tuple[Point, ...]
     step_latency: Seconds
-    """Fixed cost of one step of a ring that explains the smallest of them."""
+    """Fixed cost of one step of a ring, by the point that leaves least room for one."""
     residuals: tuple[float, ...]
     """(predicted - measured) / measured of every point, from the fitted links."""
 
@@ -203,12 +203,18 @@ def collective_times(cluster: Cluster, points: Sequence[Point]) -> CollectiveTim
     """All-reduces over all devices of a cluster whose links are fitted: the fixed cost of a step,
     and how far the ring's formula is off.
 
-        step = smallest measured / 2(n - 1), at least the slowest hop's latency
+        step = min over sizes of (measured - bytes' time) / 2(n - 1)
+
+    The least, because noise only adds.
     """
     devices = [device.name for device in devices_of(cluster)]
     steps = 2 * (len(devices) - 1)
-    step = points[0].seconds / steps
     links: Topology = topology(cluster)
+
+    def moving(size: float) -> float:
+        return alone_seconds(links, replace(all_reduce(links, devices, size), latency=0.0))
+
+    step = max(min(p.seconds - moving(p.bytes) for p in points) / steps, 0.0)
     predicted = [all_reduce_seconds(links, [devices], p.bytes, step_latency=step) for p in points]
     return CollectiveTimes(
         points=tuple(points),
@@ -217,24 +223,3 @@ def collective_times(cluster: Cluster, points: Sequence[Point]) -> CollectiveTim
             found / point.seconds - 1 for found, point in zip(predicted, points, strict=True)
         ),
     )
-
-
-def lines(report: LinkReport) -> Iterator[tuple[str, ...]]:
-    """Rows of a table for people: pair, latency, bandwidth, residual, sharing."""
-    from meshwright.units import format_bandwidth, format_seconds
-
-    for pair in report.pairs:
-        yield (
-            f"{pair.between[0]} - {pair.between[1]}",
-            format_seconds(pair.latency),
-            format_bandwidth(pair.bandwidth),
-            f"{pair.residual:.1%}",
-            "" if pair.sharing is None else f"{pair.sharing:.2f}",
-        )
-    for point, residual in zip(
-        report.all_reduce.points if report.all_reduce else (),
-        report.all_reduce.residuals if report.all_reduce else (),
-        strict=True,
-    ):
-        size = f"all-reduce of {point.bytes} B"
-        yield size, format_seconds(point.seconds), "", f"{residual:+.1%}", ""

@@ -9,6 +9,7 @@ from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
 
+from meshwright import __version__
 from meshwright.cluster.spec import Cluster, Link, Precision
 from meshwright.cost.constants import Calibration, implausible
 from meshwright.errors import Problem, ProfileError
@@ -78,6 +79,7 @@ class Profile:
 def versions() -> dict[str, str]:
     """What a measurement on this machine depends on, as `Profile.versions` holds it."""
     return {
+        "meshwright": __version__,
         "torch": version("torch"),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {_processor()}",

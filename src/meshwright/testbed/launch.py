@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +25,13 @@ from meshwright.records import parse, plain
 from meshwright.runtime.failure import cause
 from meshwright.runtime.launch import GRACE_SECONDS, MODULE, POLL_SECONDS
 from meshwright.runtime.run import LOGS, METRICS
-from meshwright.testbed.bed import Standing, master_port, rank_environment
+from meshwright.testbed.bed import (
+    VARIABLE,
+    Standing,
+    master_port,
+    rank_environment,
+    save_standing,
+)
 from meshwright.testbed.nursery import Birth, Death, end_with_parent
 
 NURSERY = "meshwright.testbed.nursery"
@@ -170,6 +178,38 @@ class Launcher:
         return [
             parse(json.loads(line), Death, source="nursery", error=LaunchError) for line in lines
         ]
+
+
+def run_verb(up: Standing, command: Sequence[str]) -> int:
+    """Run a verb of meshwright inside the testbed, in which it starts ranks of its own; its exit
+    status. It ends when this process does."""
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
+        described = Path(scratch) / "testbed.json"
+        save_standing(up, described)
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, VARIABLE: str(described)},
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+                process.kill()
+                process.wait()
+
+
+def as_shell(up: Standing, device: str, environment: dict[str, str], command: Sequence[str]) -> str:
+    """What starts one device's process, as a shell would write it."""
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    inside = ["env", *variables, *command]
+    namespace = up.namespaces.get(node_of(device))
+    line = shlex.join(["ip", "netns", "exec", namespace, *inside] if namespace else inside)
+    group = up.groups.get(device)
+    return f"(echo $BASHPID > {group}/cgroup.procs; {line})" if group else line
 
 
 class _Follower:
