@@ -33,7 +33,7 @@ class BedFile:
     mode: Mode = "dilation"
     """How devices are slow: real arithmetic and then sleep; sleep alone; a CPU quota."""
     fastest_share: float | None = None
-    """Of a core, for the fastest device type; the others in proportion to their peaks."""
+    """Of a core, for the fastest device type; the others in proportion to their fp32 peaks."""
     shares: dict[str, float] = field(default_factory=dict)
     """Of a core, by device type, where the proportion of the peaks is not what is wanted."""
     compute_scale: float = 1.0
@@ -127,10 +127,15 @@ def _mistaken_shares(entry: BedFile, used: list[str], source: str) -> Iterator[P
 
 
 def _shares(entry: BedFile, cluster: Cluster) -> dict[str, float]:
-    peaks = {kind: max(cluster.types[kind].peak.values()) for kind in _used(cluster)}
+    peaks = {kind: _peak(cluster.types[kind]) for kind in _used(cluster)}
     top = entry.fastest_share or 0.0
     derived = {kind: top * peak / max(peaks.values()) for kind, peak in peaks.items()}
     return derived | entry.shares
+
+
+def _peak(kind: DeviceType) -> float:
+    """In fp32, in which emulated devices compute; of a type without it, its largest."""
+    return kind.peak.get("fp32") or max(kind.peak.values())
 
 
 def _emulated(entry: BedFile, cluster: Cluster, shares: dict[str, float]) -> Cluster:
