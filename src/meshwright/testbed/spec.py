@@ -15,6 +15,7 @@ from meshwright.errors import ClusterError, LaunchError, Problem
 from meshwright.records import load, record
 
 Mode = Literal["dilation", "virtual", "quota"]
+ClusterSource = str | dict[str, Any]
 
 PROCESS_BYTES = 350 * 2**20
 """Resident memory of a process with PyTorch, before it holds a model."""
@@ -28,7 +29,7 @@ class BedFile:
 
     format: Literal[1] = 1
     name: str
-    cluster: str | dict[str, Any]
+    cluster: ClusterSource
     """A cluster file beside this one, or the content of one."""
     mode: Mode = "dilation"
     """How devices are slow: real arithmetic and then sleep; sleep alone; a CPU quota."""
