@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, MeshwrightError, PlanError
 from meshwright.export.deepspeed import uniform
 from meshwright.export.tools import check_tool, export_files

@@ -9,7 +9,8 @@ from typing import cast, get_args
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
-from meshwright.cost.memory import device_memory, memory_problems
+from meshwright.cost.memory import device_memory
+from meshwright.cost.misfits import memory_problems
 from meshwright.cost.profile import Profile, check_profile, load_profile
 from meshwright.errors import ClusterError, FitError, PlanError, Problem
 from meshwright.model.hf import load_model

@@ -9,7 +9,7 @@ from meshwright.cluster.edit import edited
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.links import with_measured_links
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.misfits import memory_problems
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import FitError, MeshwrightError, PlanError, Problem
 from meshwright.plan.spec import Plan, Subject

@@ -27,6 +27,22 @@ def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
     assert seconds[Op.SEND_F] == 0.0
 
 
+def test_a_stage_that_recomputes_repeats_its_forward_in_the_backward() -> None:
+    """All layers but the model's last, whose backward follows at once."""
+    model, cluster = even_model(6), one_node(2)
+    plan = even_plan(model, cluster, stages=2)
+    (pipeline,) = plan.pipelines
+    again = tuple(replace(stage, recompute=True) for stage in pipeline.stages)
+    plan = replace(plan, pipelines=(replace(pipeline, stages=again),))
+    program = compile_plan(plan, model)
+    prices = price(program, plan, model, cluster)
+    backwards = [
+        next(p.seconds for i, p in zip(*rank, strict=True) if i.op is Op.BACKWARD)
+        for rank in zip(program.ranks, prices.ranks, strict=True)
+    ]
+    assert backwards == pytest.approx([9e-3, 8e-3])
+
+
 def test_tensor_parallel_all_reduces_are_inside_the_compute() -> None:
     """2 ranks, 1 MB at 1 GB/s a row: each of the 2 + 1 all-reduces takes 1 ms."""
     model, cluster = even_model(1, seconds=1e-3), one_node(2)

@@ -77,13 +77,18 @@ def test_recomputation_repeats_the_forward_of_layers_with_attention() -> None:
     found = with_recomputation(plain, model)
     assert found.backward[0] == pytest.approx(plain.backward[0] + plain.forward[0])
     assert found.backward[1] == plain.backward[1]
+
+
+def test_recomputed_layers_keep_their_inputs_alone() -> None:
+    """But the first, which has none but the batch, and the last, whose backward follows at once."""
+    model = even_model(3, cut_bytes=10.0)
     graph = recomputed(model)
-    assert graph.layers[0].backward_flops == pytest.approx(
-        attends.backward_flops + attends.forward_flops + 1e6
-    )
-    assert graph.layers[0].saved_bytes == 0.0
-    assert graph.layers[0].workspace_bytes == attends.workspace_bytes + attends.saved_bytes
-    assert graph.layers[1] == model.layers[1]
+    first, middle, last = graph.layers
+    assert middle.backward_flops == 3e9
+    assert (middle.saved_bytes, middle.workspace_bytes) == (10.0, 990.0)
+    assert (first.saved_bytes, first.backward_flops) == (1000.0, 3e9)
+    assert last == model.layers[2]
+    assert [tensor.kept for tensor in graph.tensors] == [True, False]
 
 
 def test_unfused_attention_keeps_and_moves_its_scores() -> None:

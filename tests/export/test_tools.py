@@ -66,6 +66,14 @@ def make(
     return plan, load_model(model, 16, job.precision)
 
 
+def recomputing(plan: Plan, stages: slice = slice(None)) -> Plan:
+    """The same with recomputation in some stages of its pipeline."""
+    (pipeline,) = plan.pipelines
+    chosen = pipeline.stages[stages]
+    held = tuple(replace(s, recompute=s in chosen) for s in pipeline.stages)
+    return replace(plan, pipelines=(replace(pipeline, stages=held),))
+
+
 def refused(tool: str, plan: Plan, model: LayerGraph) -> str:
     with pytest.raises(PlanError) as caught:
         export_files(plan, model, tool)
@@ -143,6 +151,7 @@ def test_torchtitan_configuration_does_what_it_says():
     assert training.num_tokens_per_microbatch_per_dp_rank == 2 * 16
     assert training.num_tokens_per_train_step == plan.job.global_batch * 16
     assert training.mixed_precision_param == "float32"
+    assert config.activation_checkpoint is None
 
 
 def test_deepspeed_settings_multiply_to_the_batch():
@@ -155,7 +164,11 @@ def test_deepspeed_settings_multiply_to_the_batch():
     assert found["pipeline"] == {"stages": 2, "partition": "uniform"}
     scope: dict = {}
     exec(files["pipeline.py"], scope)
-    assert scope["PIPELINE"] == {"num_stages": 2, "partition_method": "uniform"}
+    assert scope["PIPELINE"] == {
+        "num_stages": 2,
+        "partition_method": "uniform",
+        "activation_checkpoint_interval": 0,
+    }
     plan, model = make("3|2|2|3")
     found = json.loads(export_files(plan, model, "deepspeed")["ds_config.json"])
     assert found["pipeline"]["partition"] == "type:block"
@@ -249,6 +262,23 @@ REFUSALS = {
 def test_what_a_tool_cannot_express_is_refused_with_the_reason(name):
     tool, (plan, model), schedule, reason = REFUSALS[name]
     assert reason in refused(tool, replace(plan, schedule=schedule), model)
+
+
+def test_recomputation_is_told_or_refused():
+    plain, model = make("5|5")
+    plan = recomputing(plain)
+    llama, llama_model = make("5|5", model=LLAMA)
+    assert "--recompute-granularity full" in export_files(plan, model, "megatron")["arguments.txt"]
+    assert (
+        '"activation_checkpoint_interval": 1'
+        in (export_files(plan, model, "deepspeed")["pipeline.py"])
+    )
+    titan = export_files(recomputing(llama), llama_model, "torchtitan")["meshwright_plan.py"]
+    assert "config.activation_checkpoint = FullAC.Config()" in titan
+    assert "the model's own code" in refused("accelerate", plan, model)
+    assert "without stages" in refused("deepspeed", recomputing(make()[0]), model)
+    for tool in ("torchtitan", "megatron", "deepspeed", "accelerate"):
+        assert "all stages or none" in refused(tool, recomputing(plain, slice(1)), model)
 
 
 def test_a_model_that_is_no_language_model_is_refused():

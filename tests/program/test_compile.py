@@ -18,7 +18,7 @@ from meshwright.program.boundaries import cut_bytes
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op, Program, dumps, loads
-from meshwright.program.schedules import actions, in_flight
+from meshwright.program.schedules import in_flight, orders
 from strategies import chain, models_and_plans
 
 
@@ -101,7 +101,8 @@ def test_gradients_of_every_layer_meet_all_their_holders(case):
 def test_no_stage_holds_more_micro_batches_than_stated(stages, micro_batches, schedule):
     for stage in range(stages):
         held = most = 0
-        for op, _ in actions(schedule, stage, stages, micro_batches):
+        layout = tuple((s,) for s in range(stages))
+        for op, *_ in orders(schedule, layout, micro_batches)[stage]:
             held += 1 if op is Op.FORWARD else -1
             most = max(most, held)
         assert held == 0

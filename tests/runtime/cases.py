@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.moe import Mixtral
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
@@ -55,6 +56,13 @@ def gpt(tied: bool = True, dropout: float = 0.0, layers: int = 3) -> nn.Module:
     return GPT(**size, layers=layers, tied=tied, dropout=dropout)
 
 
+def mixtral() -> nn.Module:
+    """Experts, each divided."""
+    return Mixtral(
+        vocabulary=VOCABULARY, width=16, heads=4, kv_heads=2, layers=2, hidden=24, experts=3
+    )
+
+
 def llama() -> nn.Module:
     """Five layers, grouped-query attention."""
     return Llama(vocabulary=VOCABULARY, width=16, heads=4, kv_heads=2, layers=3, hidden=24)
@@ -68,12 +76,15 @@ def uneven() -> nn.Module:
 def pipeline(
     micro_batches: int, rows: int, *stages: tuple[int, str] | tuple[int, str, tuple[int, ...]]
 ) -> Pipeline:
-    """Stages as (layers, devices): "ab cd" is two replicas of two tensor ranks."""
+    """Stages as (layers, devices): "ab cd" is two replicas of two tensor ranks, "ab again"
+    one that recomputes."""
     made, first = [], 0
     for layers, mesh, *shares in stages:
-        devices = tuple(tuple(f"n:{name}" for name in replica) for replica in mesh.split())
+        replicas = mesh.removesuffix("again").split()
+        devices = tuple(tuple(f"n:{name}" for name in replica) for replica in replicas)
         share = cast("tuple[int, ...] | None", shares[0] if shares else None)
-        made.append(Stage(layers=(first, first + layers), devices=devices, rows=share))
+        held, again = (first, first + layers), mesh.endswith("again")
+        made.append(Stage(layers=held, devices=devices, rows=share, recompute=again))
         first += layers
     return Pipeline(micro_batches=micro_batches, rows=rows, stages=tuple(made))
 
@@ -117,9 +128,17 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 CASES: dict[str, Case] = {
     "one process": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a")),)),
     "one process, skips": Case(model=uneven, pipelines=(pipeline(4, 2, (8, "a")),)),
+    "recomputed, experts": Case(model=mixtral, pipelines=(pipeline(2, 4, (4, "a again")),)),
+    "pp2 recomputed, skips": Case(
+        model=uneven, pipelines=(pipeline(4, 2, (3, "a again"), (5, "b again")),)
+    ),
+    "tp2 pp2, the first recomputed, tied": Case(
+        model=gpt, pipelines=(pipeline(4, 2, (2, "ab again"), (3, "cd")),)
+    ),
     "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
     "dp2, shares 3:1": Case(model=llama, pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)),
     "tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
+    "tp2, experts": Case(model=mixtral, pipelines=(pipeline(2, 4, (4, "ab")),)),
     "tp2, skips": Case(model=uneven, pipelines=(pipeline(1, 8, (8, "ab")),)),
     "pp2 of 1 and 4 layers, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (1, "a"), (4, "b")),)),
     "pp2 gpipe, skips": Case(

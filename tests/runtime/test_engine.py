@@ -88,7 +88,7 @@ def seeded_losses(steps: int, slice_rows: int) -> list[float]:
 def test_dropout_depends_on_rows_and_not_on_the_plan() -> None:
     plans = [
         Case(model=dropping, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),)),
-        Case(model=dropping, pipelines=(pipeline(2, 4, (5, "a b")),)),
+        Case(model=dropping, pipelines=(pipeline(2, 4, (5, "a b again")),)),
         Case(model=dropping, pipelines=(pipeline(3, 2, (5, "a")), pipeline(1, 2, (5, "b")))),
     ]
     found = run_ranks(2, losses, [*plans, replace(plans[0], model=gpt)])[0]

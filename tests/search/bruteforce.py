@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import combinations, permutations, product
 
 from meshwright.cluster.spec import devices_of, node_of
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.misfits import memory_problems
 from meshwright.errors import PlanError
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan

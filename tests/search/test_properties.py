@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from searchworlds import cluster, device, job, model, small_worlds
 
 from meshwright.cluster.spec import Link
-from meshwright.cost.memory import memory_problems
+from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError
 from meshwright.plan.validate import validate_plan
 from meshwright.search.certificate import certificate

@@ -15,14 +15,16 @@ from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_secon
 from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
-    MemoryTable,
+    MemoryTables,
     StageMemory,
     framework_bytes,
-    memory_table,
+    memory_tables,
     stage_memory,
     stage_parameters,
+    table_of,
 )
 from meshwright.cost.profile import Profile
+from meshwright.model.recompute import recomputed
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
@@ -79,11 +81,13 @@ class _Costs:
     step_latency: float
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
-    table: MemoryTable
+    tables: MemoryTables
     types: dict[str, str]
     """Type name of every device."""
     reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
     """Collectives priced before, by members and bytes: all members ask for the same one."""
+    weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    """By recomputation, layers, tensor width and rows."""
 
 
 def price(
@@ -105,7 +109,7 @@ def price(
         links=topology(reached_links(cluster, profile)),
         step_latency=ring_step(profile),
         system=system_constants(profile.calibration if profile else None),
-        table=memory_table(model, plan.job),
+        tables=memory_tables(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
     )
     times = _Times(costs)
@@ -169,6 +173,13 @@ def replica_seconds(
     return forward, backward
 
 
+def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
+    """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
+    repeats = np.array([recomputed(layer, len(model.layers)) for layer in range(*layers)])
+    result: Array = forward * repeats
+    return result
+
+
 class _Times:
     """Layer times of replicas, each distinct one worked out once while a plan is priced."""
 
@@ -186,7 +197,7 @@ class _Times:
                 )
         computed = [self.computed[kind, len(replica), rows] for kind in kinds]
         devices = [seat.device for seat in replica]
-        return replica_seconds(
+        forward, backward = replica_seconds(
             costs.model,
             stage.layers,
             computed,
@@ -195,6 +206,9 @@ class _Times:
             rows,
             step_latency=costs.step_latency,
         )
+        if stage.recompute:
+            backward = backward + repeated_seconds(costs.model, stage.layers, forward)
+        return forward, backward
 
 
 def _prices(
@@ -214,7 +228,7 @@ def _prices(
     step = optimizer_seconds(
         costs.cluster.types[costs.types[seat.device]],
         costs.plan.job.optimizer,
-        float(stage_parameters(costs.table, stage.layers, len(stage.seats[0]))),
+        float(stage_parameters(costs.tables.plain, stage.layers, len(stage.seats[0]))),
         costs.profile,
         costs.model.precision,
     )
@@ -274,7 +288,12 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
     """Bytes that a rank always holds, and those of one micro-batch."""
     rows = seat.rows[1] - seat.rows[0]
-    parts: StageMemory = stage_memory(costs.table, stage.layers, len(stage.seats[0]), rows, 1)
+    tensor = len(stage.seats[0])
+    key = (stage.recompute, stage.layers, tensor, rows)
+    if key not in costs.weighed:
+        table = table_of(costs.tables, stage)
+        costs.weighed[key] = stage_memory(table, stage.layers, tensor, rows, 1)
+    parts = costs.weighed[key]
     states = parts.parameters + parts.gradients + parts.optimizer
     framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
     return round(states + parts.buffers) + framework, float(parts.activations)

@@ -35,6 +35,7 @@ def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
             *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
             *_order_problems(plan, grid),
             *_plugin_problems(plan, grid, language, blocks),
+            *_recompute_problems(plan, grid),
         ]
     )
     return {"accelerate.yaml": _yaml(plan, grid, blocks), "launch.sh": _launch(grid)}
@@ -69,6 +70,13 @@ def _plugin_problems(
         found = f"{'|'.join(map(str, blocks))} blocks"
         wanted = "equally many on all stages but the last: the plugin has no other option"
         yield Problem(plan.name, "pipelines[0].stages", found, wanted)
+
+
+def _recompute_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
+    if grid.recompute:
+        wanted = "none: accelerate leaves recomputation of whole blocks to the model's own code"
+        mend = "export it without, and call the model's gradient_checkpointing_enable()"
+        yield Problem(plan.name, "pipelines", "stages that recompute", wanted, mend)
 
 
 def _yaml(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> str:

@@ -80,6 +80,9 @@ def _problems(
     elif grid.tensor > 1 and language.family not in _PRESETS:
         wanted = f"one that AutoTP has a preset for: {', '.join(_PRESETS)}"
         yield Problem(plan.name, "model", f"{language.name} of tensor width {grid.tensor}", wanted)
+    if grid.recompute and grid.stages == 1:
+        wanted = "none: without stages DeepSpeed recomputes only what the model's code asks it to"
+        yield Problem(plan.name, "pipelines", "a stage that recomputes", wanted)
     if not method:
         found = "|".join(str(end - first) for first, end in grid.layers)
         even = "|".join(str(end - first) for first, end in uniform(items, grid.stages))
@@ -117,5 +120,9 @@ def _pipeline(grid: Grid, method: str) -> str:
 A `type:` names the class of the blocks: put in the name of yours.
 """
 
-PIPELINE = {{"num_stages": {grid.stages}, "partition_method": "{method}"}}
+PIPELINE = {{
+    "num_stages": {grid.stages},
+    "partition_method": "{method}",
+    "activation_checkpoint_interval": {int(grid.recompute)},
+}}
 '''

@@ -25,6 +25,7 @@ class Grid:
     rows: int
     """Rows of a micro-batch of one replica."""
     micro_batches: int
+    recompute: bool
     mesh: Mesh
 
     @property
@@ -50,6 +51,7 @@ def grid_of(plan: Plan, tool: str) -> Grid:
         layers=tuple(stage.layers for stage in stages),
         rows=plan.pipelines[0].rows // len(stages[0].devices),
         micro_batches=plan.pipelines[0].micro_batches,
+        recompute=stages[0].recompute,
         mesh=mesh,
     )
 
@@ -70,6 +72,9 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
         yield Problem(plan.name, "pipelines", describe(plan), wanted)
     for p, pipeline in enumerate(plan.pipelines):
         yield from pipeline_problems(plan, p, pipeline, tool)
+    if len({stage.recompute for pipeline in plan.pipelines for stage in pipeline.stages}) > 1:
+        wanted = f"all stages or none: {tool} recomputes every block or none"
+        yield Problem(plan.name, "recompute", "some stages that recompute", wanted)
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:

@@ -20,6 +20,11 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 
 TOOL = "Megatron-LM"
+_RECOMPUTE = [
+    "--recompute-granularity full",
+    "--recompute-method uniform",
+    "--recompute-num-layers 1",
+]
 
 
 def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
@@ -43,6 +48,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         f"--global-batch-size {plan.job.global_batch}",
         *_precision(plan),
         f"--optimizer {'sgd' if plan.job.optimizer == 'sgd' else 'adam'}",
+        *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]
     command = '"${MEGATRON:?the folder of Megatron-LM}/pretrain_gpt.py" $(cat arguments.txt)'

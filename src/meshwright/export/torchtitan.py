@@ -1,6 +1,7 @@
 """A plan as a configuration of torchtitan, which is a Python function.
 
-Names: torchtitan/config/configs.py and torchtitan/distributed/pipeline_parallel.py, 0.2.2.
+Names: torchtitan/config/configs.py, torchtitan/trainer.py, and pipeline_parallel.py and
+activation_checkpoint.py in torchtitan/distributed, 0.2.2.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     lines = [
         f'"""{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."""',
         "",
+        *(["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute),
         *([f"from torchtitan.models.llama3.config_registry import {base}", ""] if base else []),
         "",
         "def apply(config):",
@@ -36,6 +38,7 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
         *(f"    parallelism.{name} = {value!r}" for name, value in _parallelism(plan, grid)),
         *_parts(grid, blocks),
         *(f"    training.{name} = {value!r}" for name, value in _training(plan, grid)),
+        f"    config.activation_checkpoint = {'FullAC.Config()' if grid.recompute else None}",
         "    return config",
         *(["", "", "def train():", f"    return apply({base}())"] if base else []),
     ]

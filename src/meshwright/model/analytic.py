@@ -12,6 +12,13 @@ from dataclasses import replace
 from math import gcd
 
 from meshwright.cluster.spec import Precision
+from meshwright.model.analytic_moments import (
+    block_fixed_saved,
+    block_moments,
+    embedding_moments,
+    head_moments,
+    norm_casts,
+)
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.records import fingerprint
@@ -167,6 +174,8 @@ def _block(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
     units = gcd(c.kv_heads, c.hidden) if c.family != "gpt2" else c.heads
     stream = float(sequence * c.width * activation_size(precision))
     sums = (stream, stream * max(c.chosen, 1))
+    sizes = activation_size(precision), weight_size(precision)
+    moments = block_moments(c, sequence, *sizes)
     return Layer(
         name="blocks",
         signature=_signature(c, "block", sequence),
@@ -177,6 +186,10 @@ def _block(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
         parameters=block_parameters(c),
         saved_bytes=block_saved(c, sequence, precision),
         workspace_bytes=block_workspace(c, sequence, precision),
+        fixed_saved_bytes=block_fixed_saved(c, sequence, *sizes),
+        cast_parameters=block_parameters(c) - 2 * norm_parameters(c) - _expert_parameters(c),
+        moments=moments,
+        tensor_moments=moments,
         tensor_units=units,
         split_parameters=matrix_parameters(c) + split_bias_parameters(c),
         split_flops=divided + attention if units > 1 else 0.0,
@@ -186,9 +199,14 @@ def _block(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
     )
 
 
+def _expert_parameters(c: LanguageModel) -> int:
+    return 3 * c.experts * c.width * c.hidden
+
+
 def _embedding(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
     table = 0 if c.tied else c.vocabulary * c.width
     positions = c.positions * c.width if c.family == "gpt2" else 0
+    moments = embedding_moments(c, sequence, activation_size(precision), weight_size(precision))
     return Layer(
         name="embedding",
         signature=_signature(c, "embedding", sequence),
@@ -198,6 +216,9 @@ def _embedding(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
         parameters=table + positions,
         saved_bytes=float(INDEX * sequence),
         workspace_bytes=embedding_workspace(c, sequence, precision),
+        fixed_saved_bytes=float(INDEX * sequence if positions else 0),
+        moments=moments,
+        tensor_moments=moments,
         split_parameters=table,
         forward_all_reduce_bytes=(float(sequence * c.width * activation_size(precision)),),
     )
@@ -206,7 +227,8 @@ def _embedding(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
 def _head(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
     table = 0 if c.tied else c.vocabulary * c.width
     flops = 2.0 * sequence * c.vocabulary * c.width
-    size = weight_size(precision)
+    narrow, size = activation_size(precision), weight_size(precision)
+    alone, divided = head_moments(c, sequence, narrow, size)
     return Layer(
         name="head",
         signature=_signature(c, "head", sequence),
@@ -216,6 +238,10 @@ def _head(c: LanguageModel, sequence: int, precision: Precision) -> Layer:
         parameters=table + norm_parameters(c),
         saved_bytes=head_saved(c, sequence, precision),
         workspace_bytes=head_workspace(c, sequence, precision),
+        fixed_saved_bytes=float(norm_casts(c, narrow, size)),
+        cast_parameters=table,
+        moments=alone,
+        tensor_moments=divided,
         split_parameters=table,
         split_flops=flops,
         split_saved_bytes=float(sequence * c.vocabulary * size),
@@ -249,7 +275,7 @@ def layer_graph(c: LanguageModel, sequence: int, precision: Precision) -> LayerG
         precision=precision,
         layers=layers,
         tensors=tuple(
-            Tensor(name=layer.name, bytes=size, producer=index, consumers=(index + 1,))
+            Tensor(name=layer.name, bytes=size, producer=index, consumers=(index + 1,), kept=True)
             for index, layer in enumerate(layers[:-1])
         ),
         tied=(tied,) if c.tied else (),

@@ -150,6 +150,7 @@ def _layer(entry: LayerEntry, name: str, incoming: int) -> Layer:
         parameters=entry.parameters,
         saved_bytes=float(saved),
         workspace_bytes=float(entry.workspace),
+        cast_parameters=entry.parameters if forward else 0,
         tensor_units=entry.tensor_units,
         split_parameters=entry.parameters if divided else 0,
         split_flops=forward if divided else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.func import functional_call
 from meshwright.cluster.spec import Precision
 from meshwright.model import shard
 from meshwright.model.graph import LayerPart
-from meshwright.model.meter import FusedKernels, Meter, peak
-from meshwright.model.symbolic import Fakes, autocast
+from meshwright.model.meter import DividedCrossEntropy, FusedKernels, Meter, peak
+from meshwright.model.symbolic import Fakes, autocast, linear_parameters
 from meshwright.records import record
 
 ROWS = (2, 4)
@@ -35,6 +36,9 @@ class Run:
     backward_events: list[int]
     saved: set[int]
     outputs: set[int]
+    casts: set[int]
+    keeps: tuple[bool, ...]
+    """Of each tensor read, whether it is among those saved."""
     forward_all_reduce: list[int]
     backward_all_reduce: list[int]
 
@@ -48,7 +52,10 @@ class Amounts:
     backward_flops: float
     traffic_bytes: float
     saved_bytes: float
+    fixed_saved_bytes: float
     workspace_bytes: float
+    runs: tuple[Run, Run]
+    keeps: tuple[bool, ...]
     forward_all_reduce_bytes: tuple[float, ...]
     backward_all_reduce_bytes: tuple[float, ...]
 
@@ -70,6 +77,17 @@ def _weights(
     return state
 
 
+def _meter(part: LayerPart, fakes: Fakes, state: dict[str, Tensor]) -> Meter:
+    """One that takes no account of weights and of the buffers that their gradients are added to."""
+    with fakes.mode:
+        for tensor in state.values():
+            tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
+    linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
+    named = part.module.named_parameters(remove_duplicate=False)
+    cast_once = [state[name] for name, parameter in named if id(parameter) in linear]
+    return Meter([state, [tensor.grad for tensor in state.values()]], cast_once)
+
+
 def run(
     part: LayerPart,
     shapes: dict[str, Shape],
@@ -81,8 +99,8 @@ def run(
     fakes = Fakes(precision)
     state = _weights(part, fakes, table, width)
     given = [fakes.empty(*shapes[name]) for name in part.reads]
-    meter = Meter(state)
-    meter.numbers(given)
+    meter = _meter(part, fakes, state)
+    read = [meter.numbers(tensor) for tensor in given]
     saved: set[int] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -93,18 +111,23 @@ def run(
     hooks = [
         _count_sums(part.module.get_submodule(name), how, *sums) for name, how in table.items()
     ]
+    divided = [part.module.get_submodule(n) for n, how in table.items() if
+               width > 1 and isinstance(how, shard.VocabularyLoss)]  # fmt: skip
+    for module in divided:
+        module.forward = _divided_loss
     hooking = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with fakes.mode, autocast(precision), FusedKernels(), meter, hooking:
         made = functional_call(part.module, state, tuple(given))
     for hook in hooks:
         hook.remove()
+    for module in divided:
+        del module.forward
     forward = (meter.flops, meter.attention_flops, meter.traffic, list(meter.events))
     outputs = [tensor for tensor in made if tensor.requires_grad]
-    wanted = [t for t in (*given, *state.values()) if t.requires_grad]
     with fakes.mode, meter:
         grads = [torch.empty_like(tensor) for tensor in outputs]
         if outputs:
-            torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+            torch.autograd.backward(outputs, grads)
     return Run(
         flops=forward[0],
         attention_flops=forward[1],
@@ -115,9 +138,16 @@ def run(
         backward_events=meter.events,
         saved=saved,
         outputs=meter.numbers(made) - saved,
+        casts=meter.casts,
+        keeps=tuple(numbers <= saved for numbers in read),
         forward_all_reduce=sums[0],
         backward_all_reduce=sums[1],
     )
+
+
+def _divided_loss(logits: Tensor, targets: Tensor) -> Any:
+    flat = logits.flatten(0, -2), targets.flatten()
+    return DividedCrossEntropy.apply(*flat)  # type: ignore[no-untyped-call]
 
 
 def _count_sums(
@@ -137,7 +167,46 @@ def _count_sums(
     return module.register_forward_hook(note)
 
 
-def per_row(runs: list[Run]) -> Amounts:
+def _alive(
+    events: list[int], sizes: list[tuple[float, float]], ignored: set[int]
+) -> list[tuple[float, float]]:
+    """Bytes alive after each event, whatever the rows and per row."""
+    fixed = row = 0.0
+    found = []
+    for event in events:
+        number = abs(event) - 1
+        if number not in ignored:
+            sign = 1 if event > 0 else -1
+            fixed += sign * sizes[number][0]
+            row += sign * sizes[number][1]
+        found.append((fixed, row))
+    return found
+
+
+def moments_of(
+    runs: tuple[Run, Run], wanted: Iterable[int] | None = None
+) -> dict[int, tuple[float, float]]:
+    """Bytes alive beyond the saved ones, at the wanted events or at those that are the worst for
+    some number of rows. Casts of weights are not counted. Events of the forward come first; in the
+    backward, outputs belong to whoever reads them."""
+    few, many = runs
+    rows = ROWS[1] - ROWS[0]
+    sizes = []
+    for number, (a, b) in enumerate(zip(few.births, many.births, strict=True)):
+        row = (b - a) / rows
+        sizes.append((0.0 if number in few.casts else a - ROWS[0] * row, row))
+    kept = [sum(sizes[number][k] for number in few.saved) for k in range(2)]
+    alive = _alive(few.forward_events, sizes, set())
+    alive += _alive(few.backward_events, sizes, few.outputs)
+    beyond = [(fixed - kept[0], row - kept[1]) for fixed, row in alive]
+    if wanted is None:
+        counts = [2**k for k in range(17)]
+        wanted = {max(range(len(beyond)), key=lambda n: beyond[n][0] + c * beyond[n][1])
+                  for c in counts} if beyond else ()  # fmt: skip
+    return {n: beyond[n] for n in sorted(wanted)}
+
+
+def per_row(runs: tuple[Run, Run]) -> Amounts:
     """The amounts that grow with the rows, from runs with `ROWS` rows.
 
     Workspace: the most bytes alive at any moment beyond the saved ones.
@@ -162,6 +231,11 @@ def per_row(runs: list[Run]) -> Amounts:
         backward_flops=slope("backward_flops"),
         traffic_bytes=slope("traffic"),
         saved_bytes=saved,
+        fixed_saved_bytes=sum(
+            few.births[n] - ROWS[0] * sizes[n] for n in few.saved if n not in few.casts
+        ),
+        runs=(few, many),
+        keeps=few.keeps,
         workspace_bytes=max(forward_peak, backward_peak, saved) - saved,
         forward_all_reduce_bytes=slopes("forward_all_reduce"),
         backward_all_reduce_bytes=slopes("backward_all_reduce"),

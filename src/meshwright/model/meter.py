@@ -55,6 +55,26 @@ class _FusedRMSNorm(torch.autograd.Function):
         return grads[0] * x, torch.empty_like(weight)
 
 
+class DividedCrossEntropy(torch.autograd.Function):
+    """The bytes of the runtime's loss over a divided vocabulary (not its sums over ranks): it keeps
+    the probabilities in full precision."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        x = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        x = x - x.amax(dim=1)[:, None]
+        ctx.save_for_backward(x.exp_().div_(2), target)
+        ctx.dtype = logits.dtype
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        softmax, _ = ctx.saved_tensors
+        grad = softmax.clone()
+        grad *= grads[0]
+        return grad.to(ctx.dtype), None
+
+
 class FusedKernels(TorchFunctionMode):
     """Attention and normalisation as accelerators compute them."""
 
@@ -85,13 +105,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     constants.
     """
 
-    def __init__(self, weights: Any) -> None:
+    def __init__(self, weights: Any, cast_once: Any = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.attention_flops = 0
         self.traffic = 0
         self.births: list[int] = []
         self.events: list[int] = []
+        self.casts: set[int] = set()
+        """Storages of casts of weights that are cast once a step."""
+        self._cast_once = _storages(cast_once).keys()
         self._numbers: dict[int, int | None] = dict.fromkeys(_storages(weights))
 
     def numbers(self, values: Any) -> set[int]:
@@ -127,7 +150,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_view = not func._schema.is_mutable and _storages(made).keys() & _storages(read).keys()
         if made and not is_view and "empty" not in func.name():
             self.traffic += sum(t.numel() * t.element_size() for t in (*read, *made))
-        self.numbers(made)
+        born = self.numbers(made)
+        if packet is _ATEN._to_copy and _storages(args).keys() & self._cast_once:
+            self.casts |= born
         return out
 
 

@@ -1,38 +1,67 @@
-"""Recomputation: blocks that keep their input alone and repeat their forward in the backward."""
+"""Recomputation: layers that keep their inputs alone and repeat their forward in the backward."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.model.spec import Layer, LayerGraph
+from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, with_temporaries
+
+
+def recomputed(layer: int, layers: int) -> bool:
+    """Whether a stage that recomputes repeats this layer of a model of so many: all but the last
+    one, whose backward follows its forward at once."""
+    return layer < layers - 1
 
 
 def with_recomputation(model: LayerGraph) -> LayerGraph:
-    """The model with every layer that has attention recomputed (Chen et al. 2016).
+    """The model with every layer but the last recomputed (Chen et al. 2016).
 
     backward FLOPs += forward FLOPs; backward all-reduces += forward ones
     bytes moved x 4/3, of which a backward is counted to move two thirds
-    kept: the input alone; what the forward made becomes workspace of the backward
+    kept: the inputs alone; what the forward made becomes workspace of the backward
     """
-    return replace(
-        model, layers=tuple(_recomputed(model, index) for index in range(len(model.layers)))
+    layers = tuple(_recomputed(model, index) for index in range(len(model.layers)))
+    return replace(model, layers=layers, tensors=tuple(_kept(model, t) for t in model.tensors))
+
+
+def _kept(model: LayerGraph, tensor: Tensor) -> Tensor:
+    first = tensor.consumers[0] if tensor.consumers else None
+    return (
+        tensor
+        if first is None or not recomputed(first, len(model.layers))
+        else replace(tensor, kept=True)
     )
 
 
 def _recomputed(model: LayerGraph, index: int) -> Layer:
     layer = model.layers[index]
-    if not layer.attention_flops:
+    if not recomputed(index, len(model.layers)):
         return layer
-    kept = sum(tensor.bytes for tensor in model.tensors if index in tensor.consumers)
-    return replace(
+    again = replace(
         layer,
         signature=f"{layer.signature}-recomputed",
         backward_flops=layer.backward_flops + layer.forward_flops + layer.attention_flops,
         traffic_bytes=layer.traffic_bytes * 4 / 3,
-        saved_bytes=kept,
-        split_saved_bytes=kept * layer.split_saved_bytes / layer.saved_bytes
-        if layer.saved_bytes
-        else 0.0,
-        workspace_bytes=layer.workspace_bytes + layer.saved_bytes,
         backward_all_reduce_bytes=layer.backward_all_reduce_bytes + layer.forward_all_reduce_bytes,
     )
+    reads_layers = any(index in tensor.consumers for tensor in model.tensors)
+    return _keeping_inputs(model, again, index) if reads_layers else again
+
+
+def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
+    """What the layer kept becomes temporary. Not for a layer that reads the batch alone: it kept
+    its inputs already."""
+    kept = sum(t.bytes for t in model.tensors if t.consumers and t.consumers[0] == index)
+    again = with_temporaries(layer, layer.saved_bytes - kept, divided=layer.split_saved_bytes)
+    return replace(
+        again,
+        saved_bytes=kept,
+        split_saved_bytes=0.0,
+        fixed_saved_bytes=0.0,
+        moments=_with_fixed(again.moments, layer.fixed_saved_bytes),
+        tensor_moments=_with_fixed(again.tensor_moments, layer.fixed_saved_bytes),
+    )
+
+
+def _with_fixed(moments: tuple[Moment, ...], fixed_bytes: float) -> tuple[Moment, ...]:
+    return tuple(replace(moment, fixed=moment.fixed + fixed_bytes) for moment in moments)

@@ -6,8 +6,23 @@ length and precision that the graph was built for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.cluster.spec import Precision
 from meshwright.records import fingerprint, record
+
+
+@record
+class Moment:
+    """Bytes alive at one moment of a layer's forward or backward beyond what it keeps, which may be
+    negative: what is whole on each of t tensor ranks, and what they divide by t."""
+
+    fixed: float = 0.0
+    """Whatever the rows: gradients of weights before they are added up."""
+    split_fixed: float = 0.0
+    row: float = 0.0
+    """For each row."""
+    split_row: float = 0.0
 
 
 @record
@@ -32,6 +47,14 @@ class Layer:
     """Activations kept from the forward until the backward."""
     workspace_bytes: float = 0.0
     """Largest temporary of forward or backward beyond what is saved."""
+    fixed_saved_bytes: float = 0.0
+    """Kept like `saved_bytes`, for each micro-batch but whatever its rows: positions, masks."""
+    cast_parameters: int = 0
+    """Of the weights, tied ones not counted, those that 16-bit precision reads as casts."""
+    moments: tuple[Moment, ...] = ()
+    """Moments of which one is the worst, depending on the rows; none: `workspace_bytes` it is."""
+    tensor_moments: tuple[Moment, ...] = ()
+    """The same where several tensor ranks share the layer."""
 
     tensor_units: int = 0
     """Tensor widths that divide this number are legal (heads, key-value heads and hidden all
@@ -61,6 +84,8 @@ class Tensor:
     """Indices of the layers that read it, ascending."""
     gradient: bool = True
     """False: nothing flows back (masks, indices)."""
+    kept: bool = False
+    """Its first reader keeps it for the backward and counts it among its own saved bytes."""
 
 
 @record
@@ -97,6 +122,24 @@ def tied_in(model: LayerGraph, layers: tuple[int, int]) -> tuple[Tied, ...]:
     """Tied parameters that a stage with layers [first, last) must hold."""
     first, last = layers
     return tuple(t for t in model.tied if any(first <= layer < last for layer in t.layers))
+
+
+def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer:
+    """The layer with `row_bytes` more for each row at all its worst moments, of which tensor ranks
+    share out `divided`."""
+
+    def later(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
+        return tuple(
+            replace(m, row=m.row + row_bytes - divided, split_row=m.split_row + divided)
+            for m in moments
+        )
+
+    return replace(
+        layer,
+        workspace_bytes=layer.workspace_bytes + row_bytes,
+        moments=later(layer.moments),
+        tensor_moments=later(layer.tensor_moments),
+    )
 
 
 def num_parameters(model: LayerGraph) -> int:

@@ -32,6 +32,13 @@ def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManage
     return torch.autocast(device, LOW_PRECISION[precision], cache_enabled=False)
 
 
+def linear_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where the parameters are that low precision casts once a step: owners, and names in them."""
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear):
+            yield from ((inner, name) for name, _ in inner.named_parameters(recurse=False))
+
+
 def holds_tensors(value: object) -> bool:
     """True if `value` is, contains, or (a structured output) lists tensors."""
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model import shard
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.measure import ROWS, Amounts, Run, Shape, per_row, run
-from meshwright.model.spec import Layer, LayerGraph, Tied
+from meshwright.model.measure import ROWS, Amounts, Run, Shape, moments_of, per_row, run
+from meshwright.model.spec import Layer, LayerGraph, Moment, Tied
 from meshwright.model.spec import Tensor as Crossing
+from meshwright.model.symbolic import linear_parameters
 
 
 def trace(
@@ -45,27 +46,29 @@ def trace(
     few, many = (cut(model, batch, precision) for batch in batches)
     shapes = [_shapes(cut_, batch) for cut_, batch in zip((few, many), batches, strict=True)]
     measured: dict[tuple[str, int], Amounts] = {}
-    layers = []
+    layers: list[Layer] = []
+    kept: set[tuple[str, int]] = set()
     for part, same in zip(few.layers, many.layers, strict=True):
         table = shard.splits(model, part.modules)
         table = {n: how for n, how in table.items() if _within(n, part.modules)}
         key = _structure(part, table, shapes[0])
 
         units = shard.tensor_units(model, part.modules)
-        widths = (1, _first_width(units, table))
-        for width in widths:
+        for width in _widths(units, table):
             if (key, width) not in measured:
                 pairs = zip((part, same), shapes, strict=True)
                 runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
                 measured[key, width] = per_row(_alike(part, runs))
-        whole, share = (measured[key, width] for width in widths)
-        layers.append(_layer(part, few.tied, table, units, key, whole, share))
+        amounts = {width: measured[key, width] for width in _widths(units, table)}
+        kept |= {(name, len(layers)) for name, keeps in
+                 zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
+        layers.append(_layer(part, few.tied, table, units, key, amounts))
     return LayerGraph(
         name=name or type(model).__name__,
         sequence=sequence or (inputs[0].shape[1] if inputs[0].dim() > 1 else 1),
         precision=precision,
         layers=tuple(layers),
-        tensors=_tensors(few, many),
+        tensors=_tensors(few, many, kept),
         tied=tuple(_tied(few, model, name) for name in few.tied),
     )
 
@@ -95,14 +98,15 @@ def _run(
         ) from failure
 
 
-def _alike(part: LayerPart, runs: list[Run]) -> list[Run]:
+def _alike(part: LayerPart, runs: list[Run]) -> tuple[Run, Run]:
     steps = [len(one.births) for one in runs]
     if len(set(steps)) > 1:
         found = f"{steps[0]} tensors made with {ROWS[0]} rows, {steps[1]} with {ROWS[1]}"
         wanted = "the same steps for every number of rows"
         mend = "take out what branches on the number of rows"
         raise ModelError(Problem(part.name, "forward", found, wanted, mend))
-    return runs
+    few, many = runs
+    return few, many
 
 
 def _check_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -177,15 +181,61 @@ def _first_width(units: int, table: dict[str, shard.Split]) -> int:
     return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
 
 
+def _widths(units: int, table: dict[str, shard.Split]) -> tuple[int, ...]:
+    """1, and up to two tensor widths from whose difference it is seen what they divide."""
+    first = _first_width(units, table)
+    second = 2 * first if units % (2 * first) == 0 else first
+    return tuple(sorted({1, first, second} if first > 1 else {1}))
+
+
+def _moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
+    """Of one rank, or of one of several: the widest that was run tells which moments are bad."""
+    *fewer, most = amounts
+    worst = moments_of(amounts[most].runs)
+    if most == 1:
+        return tuple(Moment(fixed=fixed, row=row) for fixed, row in worst.values())
+    if not fewer or _length(amounts[fewer[-1]]) != _length(amounts[most]):
+        return tuple(
+            Moment(split_fixed=most * fixed, split_row=most * row) for fixed, row in worst.values()
+        )
+    less = fewer[-1]
+    events = sorted({*worst, *moments_of(amounts[less].runs)})
+    pairs = (moments_of(amounts[width].runs, events).values() for width in (less, most))
+    return tuple(
+        Moment(fixed=fixed.whole, split_fixed=fixed.split, row=row.whole, split_row=row.split)
+        for fixed, row in (
+            [_parts(a, less, b, most) for a, b in zip(wide, narrow, strict=True)]
+            for wide, narrow in zip(*pairs, strict=True)
+        )
+    )
+
+
+class _Parts(NamedTuple):
+    whole: float
+    split: float
+
+
+def _parts(at_less: float, less: int, at_most: float, most: int) -> _Parts:
+    """What of an amount is whole on each rank and what is split, from whole + split / width at two
+    widths."""
+    split = (at_less - at_most) / (1 / less - 1 / most)
+    return _Parts(at_less - split / less, split)
+
+
+def _length(amounts: Amounts) -> int:
+    run, _ = amounts.runs
+    return len(run.forward_events) + len(run.backward_events)
+
+
 def _layer(
     part: LayerPart,
     tied: dict[str, tuple[int, ...]],
     table: dict[str, shard.Split],
     units: int,
     key: str,
-    whole: Amounts,
-    share: Amounts,
+    amounts: dict[int, Amounts],
 ) -> Layer:
+    whole, share = amounts[1], amounts[_first_width(units, table)]
     own = _numbers(part, lambda name: name not in tied)
     split = _numbers(part, lambda name: name not in tied, table)
     left = _share_held(part, table, _first_width(units, table))
@@ -204,6 +254,12 @@ def _layer(
         parameters=own,
         saved_bytes=whole.saved_bytes,
         workspace_bytes=whole.workspace_bytes,
+        fixed_saved_bytes=whole.fixed_saved_bytes,
+        cast_parameters=_cast(part, tied),
+        moments=_moments({1: whole}),
+        tensor_moments=_moments({w: a for w, a in amounts.items() if w > 1})
+        if share is not whole
+        else (),
         tensor_units=units,
         split_parameters=split,
         split_flops=divided(flops, share.forward_flops + share.attention_flops),
@@ -223,6 +279,17 @@ def _numbers(
         if parameter.requires_grad
         and wanted(part.parameters[name])
         and (table is None or _is_divided(name, parameter, table))
+    )
+
+
+def _cast(part: LayerPart, tied: dict[str, tuple[int, ...]]) -> int:
+    """Trainable numbers of its own that low precision casts once a step."""
+    linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
+    named = part.module.named_parameters()
+    return sum(
+        parameter.numel()
+        for name, parameter in named
+        if id(parameter) in linear and parameter.requires_grad and part.parameters[name] not in tied
     )
 
 
@@ -246,7 +313,9 @@ def _share_held(part: LayerPart, table: dict[str, shard.Split], width: int) -> f
     return held / full if full else 1.0
 
 
-def _tensors(few: LayeredModel, many: LayeredModel) -> tuple[Crossing, ...]:
+def _tensors(
+    few: LayeredModel, many: LayeredModel, kept: set[tuple[str, int]]
+) -> tuple[Crossing, ...]:
     def size(tensor: CrossingTensor) -> int:
         return prod(tensor.shape) * tensor.dtype.itemsize
 
@@ -257,6 +326,7 @@ def _tensors(few: LayeredModel, many: LayeredModel) -> tuple[Crossing, ...]:
             producer=a.producer,
             consumers=a.consumers,
             gradient=a.gradient,
+            kept=(a.name, a.consumers[0]) in kept,
         )
         for a, b in zip(few.tensors, many.tensors, strict=True)
     )

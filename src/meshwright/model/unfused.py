@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.model.analytic import weight_size
-from meshwright.model.spec import Layer, LayerGraph
+from meshwright.model.spec import Layer, LayerGraph, with_temporaries
 
 SAVED = 2.5
 """Numbers kept per score: softmax's and dropout's outputs, and a mask of one byte (Korthikanti et
@@ -30,12 +30,11 @@ def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
             return layer
         divided = SAVED * scores if layer.split_saved_bytes else 0.0
         return replace(
-            layer,
+            with_temporaries(layer, 2 * scores, divided=2 * scores),
             signature=f"{layer.signature}-unfused",
             traffic_bytes=layer.traffic_bytes + MOVED * scores,
             saved_bytes=layer.saved_bytes + SAVED * scores,
             split_saved_bytes=layer.split_saved_bytes + divided,
-            workspace_bytes=layer.workspace_bytes + 2 * scores,
         )
 
     return replace(model, layers=tuple(unfused(layer) for layer in model.layers))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
 
 @record
 class Seat:
-    """The place of one rank in a plan."""
+    """The place of one rank in one stage. A rank has a seat in every stage that it holds."""
 
     rank: int
     device: str
@@ -31,7 +33,11 @@ class StageSeats:
     pipeline: int
     is_first: bool
     is_last: bool
+    position: int
+    """Place in the pipeline, from 0: stages of one position are held by the same ranks, in the same
+    mesh. Without such virtual stages it is the stage's place in its pipeline."""
     layers: tuple[int, int]
+    recompute: bool
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
 
@@ -48,6 +54,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     rank_of = {device: rank for rank, device in enumerate(plan.devices)}
     found: list[StageSeats] = []
     for p, pipeline in enumerate(plan.pipelines):
+        position_of = {s: g for g, held in enumerate(layout_of(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
             number = len(found)
             intervals = row_intervals(stage, pipeline.rows)
@@ -57,7 +64,9 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     pipeline=p,
                     is_first=s == 0,
                     is_last=s == len(pipeline.stages) - 1,
+                    position=position_of[s],
                     layers=stage.layers,
+                    recompute=stage.recompute,
                     seats=tuple(
                         tuple(
                             Seat(
@@ -78,6 +87,17 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     return tuple(found)
 
 
+def held_together(one: StageSeats, other: StageSeats) -> bool:
+    """Whether the same ranks hold both stages: what passes between them stays where it is."""
+    return (one.pipeline, one.position) == (other.pipeline, other.position)
+
+
+def seats_of(stages: Sequence[StageSeats], rank: int) -> tuple[Seat, ...]:
+    """A rank's seats, by stage; more than one where a schedule has virtual stages."""
+    seats = (seat for stage in stages for replica in stage.seats for seat in replica)
+    return tuple(seat for seat in seats if seat.rank == rank)
+
+
 def pipeline_rows(pipeline: Pipeline) -> int:
     """Rows of the global batch that a pipeline works through in one step."""
     return pipeline.rows * pipeline.micro_batches
@@ -90,12 +110,15 @@ def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """A plan in one line: `dp2 tp1 pp2 [12|4] 8x4 1f1b`; unequal rows of replicas as `7+1`."""
+    """A plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`, where r recomputes; unequal rows of
+    replicas as `7+1`."""
     lines = []
     for pipeline in plan.pipelines:
         widths = {(len(s.devices), len(s.devices[0])) for s in pipeline.stages}
         mesh = " ".join(f"dp{d} tp{t}" for d, t in sorted(widths))
-        cuts = "|".join(str(s.layers[1] - s.layers[0]) for s in pipeline.stages)
+        cuts = "|".join(
+            f"{b - a}{'r' * s.recompute}" for s in pipeline.stages for a, b in [s.layers]
+        )
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]
         share = "|".join(unequal) or str(pipeline.rows)

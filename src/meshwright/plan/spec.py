@@ -10,7 +10,27 @@ from meshwright.records import Bytes, Seconds, record
 
 FORMAT = 1
 
-ScheduleName = Literal["1f1b", "gpipe"]
+ScheduleName = Literal[
+    "1f1b",
+    "1f1b-2bp",
+    "1f1b-2bp-batched",
+    "gpipe",
+    "gpipe-2bp",
+    "gpipe-2bp-batched",
+    "eager-1f1b",
+    "eager-1f1b-2bp",
+    "eager-1f1b-2bp-batched",
+    "interleaved-1f1b",
+    "interleaved-1f1b-2bp",
+    "interleaved-1f1b-2bp-batched",
+    "zb-h1",
+    "zb-h2",
+    "zb-v",
+    "list",
+    "custom",
+]
+"""Orders of work in a pipeline. `list` (made by the list scheduler) and `custom` (by hand, or
+imported) stand in the plan itself: `Pipeline.actions`."""
 
 
 @record
@@ -45,6 +65,9 @@ class Stage:
     """One row per replica; the devices of a row share each layer by tensor parallelism."""
     rows: tuple[int, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
+    recompute: bool = False
+    """Keep only what enters each layer, and repeat its forward in the backward; the model's last
+    layer, whose backward follows at once, keeps what it made."""
 
 
 @record
@@ -55,6 +78,14 @@ class Pipeline:
     rows: int
     """Rows of one micro-batch, over all replicas of a stage together."""
     stages: tuple[Stage, ...]
+    """In layer order. The same devices may hold several (virtual stages), each time with the same
+    `devices` and `rows`, where the schedule can play that."""
+    actions: tuple[str, ...] | None = None
+    """With schedule `list` or `custom`: what each group of devices computes, in order, one text per
+    group in the order of their first stages. Words are F, B, I (gradients of the inputs) or W (of
+    the weights) and a micro-batch, after the stage's place in the pipeline where the group holds
+    several: `F0 F1 I0 W0:2`, `0F0 3F0 3B0`. `W0:2` makes the gradients of micro-batches 0 and 1
+    at once."""
 
 
 @record

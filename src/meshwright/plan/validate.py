@@ -9,7 +9,8 @@ from meshwright.cluster.spec import Cluster, devices_of, node_of
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.ranks import pipeline_rows
-from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
+from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
 from meshwright.records import fingerprint
 
 
@@ -28,6 +29,7 @@ def validate_plan(
     for p, pipeline in enumerate(plan.pipelines):
         where = f"pipelines[{p}]"
         problems += _stages(pipeline, where, source)
+        problems += _schedule(plan.schedule, pipeline, where, source)
         for s, stage in enumerate(pipeline.stages):
             problems += _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
     if model is not None:
@@ -75,19 +77,25 @@ def _devices(plan: Plan, source: str) -> Iterator[Problem]:
             wanted = "all devices of a node next to each other: ranks are started node by node"
             yield Problem(source, "devices", f"{node} in {count} places", wanted)
     used: Counter[str] = Counter()
-    for p, pipeline in enumerate(plan.pipelines):
-        for s, stage in enumerate(pipeline.stages):
-            where = f"pipelines[{p}].stages[{s}].devices"
-            for device in (device for replica in stage.devices for device in replica):
-                used[device] += 1
-                if device not in listed:
-                    wanted = "a device that the plan's `devices` lists"
-                    yield Problem(source, where, device, wanted)
-                if used[device] == 2:
-                    yield Problem(source, where, f"{device} again", "each device in one place")
+    for where, device in _places(plan):
+        used[device] += 1
+        if device not in listed:
+            yield Problem(source, where, device, "a device that the plan's `devices` lists")
+        if used[device] == 2:
+            yield Problem(source, where, f"{device} again", "each device in one place")
     for device in sorted(set(listed) - set(used)):
         mend = "put it into a stage, or take it out of `devices`"
         yield Problem(source, "devices", f"{device}, which no stage uses", "only used ones", mend)
+
+
+def _places(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Every device of every mesh, after the field that names it; a mesh that holds several stages
+    of a pipeline counts once (`_schedule` looks at these)."""
+    for p, pipeline in enumerate(plan.pipelines):
+        for held in layout_of(pipeline):
+            where = f"pipelines[{p}].stages[{held[0]}].devices"
+            for replica in pipeline.stages[held[0]].devices:
+                yield from ((where, device) for device in replica)
 
 
 def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
@@ -108,6 +116,35 @@ def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
                 f"[{expected}, ...]: every layer exactly once, in order",
             )
         expected = last
+
+
+def _schedule(
+    schedule: ScheduleName, pipeline: Pipeline, where: str, source: str
+) -> Iterator[Problem]:
+    """Stages on the same devices that the schedule cannot play; actions too many or too few."""
+    layout = layout_of(pipeline)
+    wanted = layout_wanted(schedule, layout)
+    for held in layout:
+        first, *others = (pipeline.stages[s] for s in held)
+        for s, stage in zip(held[1:], others, strict=True):
+            at = f"{where}.stages[{s}]"
+            if wanted:
+                found = f"{stage.devices[0][0]} again" if stage.devices[0] else "the same devices"
+                mend = "interleaved-1f1b, zb-v, list and custom play several stages on one device"
+                yield Problem(source, f"{at}.devices", found, f"{wanted} ({schedule})", mend)
+            if stage.rows != first.rows:
+                found, need = f"{stage.rows}", f"{first.rows}, as stage {held[0]} on these devices"
+                yield Problem(source, f"{at}.rows", found, need)
+    if wanted and len(layout) == len(pipeline.stages) and pipeline.stages:
+        found = f"each of {len(layout)} stages on devices of its own"
+        yield Problem(source, f"{where}.stages", found, f"{wanted} ({schedule})")
+    texts = 0 if pipeline.actions is None else len(pipeline.actions)
+    if schedule in IN_PLAN and texts != len(layout):
+        need = f"{len(layout)} texts, one for each group of devices (schedule {schedule})"
+        yield Problem(source, f"{where}.actions", str(texts), need)
+    if schedule not in IN_PLAN and pipeline.actions is not None:
+        need = f"none: {schedule} says what is done; or the schedule `custom`"
+        yield Problem(source, f"{where}.actions", f"{texts} texts", need)
 
 
 def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]:

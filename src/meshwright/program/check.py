@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from meshwright.errors import Problem, ProgramError
+from meshwright.program.deadlock import deadlocks, stage_before
 from meshwright.program.instructions import (
     MATCHING_RECEIVE,
     RECEIVES,
@@ -16,8 +17,11 @@ from meshwright.program.instructions import (
     text,
 )
 
-Message = tuple[int, int, Op, int]
-"""Source, target, SEND_F or SEND_B, micro-batch."""
+Message = tuple[int, int, Op, int, int]
+"""Source, target, SEND_F or SEND_B, micro-batch, and the stage before the cut."""
+
+Task = tuple[int, int]
+"""Stage, and one of its micro-batches."""
 
 
 def check_program(program: Program, *, source: str = "program") -> None:
@@ -32,7 +36,7 @@ def check_program(program: Program, *, source: str = "program") -> None:
             *_end_of_step(program, source),
         ]
     if not problems:
-        problems = [*_deadlock(program, source)]
+        problems = [*deadlocks(program, source)]
     ProgramError.check(problems)
 
 
@@ -66,21 +70,40 @@ def _repeated(program: Program, source: str) -> Iterator[Problem]:
 
 
 def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
-    """Every forward has its backward, later."""
-    forwards = {(i.stage, i.micro_batch) for i in instructions if i.op is Op.FORWARD}
-    done: set[tuple[int, int | None]] = set()
-    backwards: Counter[tuple[int, int | None]] = Counter()
+    """Every forward has its backward, later: whole, or its input part and then its weight part."""
+    forwards: set[Task] = set()
+    inputs: set[Task] = set()
+    whole: set[Task] = set()
+    weights: set[Task] = set()
     for index, i in enumerate(instructions):
-        key = (i.stage, i.micro_batch)
-        if i.op is Op.FORWARD:
-            done.add(key)
-        elif i.op is Op.BACKWARD:
-            backwards[key] += 1
-            if key not in done:
-                yield Problem(source, _at(rank, index), text(i), "its forward before it")
-    for stage, micro_batch in sorted(forwards - set(backwards), key=str):
-        wanted = f"a {stage}B{micro_batch} after it"
-        yield Problem(source, f"rank {rank}", f"{stage}F{micro_batch}", wanted)
+        for m in _micro_batches(i):
+            task = (i.stage, m)
+            if i.op is Op.FORWARD:
+                forwards.add(task)
+            elif i.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
+                if task not in forwards:
+                    yield Problem(source, _at(rank, index), text(i), "its forward before it")
+                (whole if i.op is Op.BACKWARD else inputs).add(task)
+            elif i.op is Op.BACKWARD_WEIGHT:
+                if task not in inputs:
+                    yield Problem(source, _at(rank, index), text(i), f"a {i.stage}I{m} before it")
+                if task in weights:
+                    yield Problem(source, _at(rank, index), text(i), f"W{m} once only")
+                weights.add(task)
+    for stage, m in sorted(forwards - whole - inputs):
+        yield Problem(source, f"rank {rank}", f"{stage}F{m}", f"a {stage}B{m} after it")
+    for stage, m in sorted(inputs - weights):
+        yield Problem(source, f"rank {rank}", f"{stage}I{m}", f"a {stage}W{m} after it")
+    for stage, m in sorted(inputs & whole):
+        wanted = f"a {stage}B{m} or a {stage}I{m}, not both"
+        yield Problem(source, f"rank {rank}", f"{stage}I{m}", wanted)
+
+
+def _micro_batches(i: Instruction) -> range:
+    """Those that a compute instruction works on."""
+    if i.micro_batches is not None:
+        return range(*i.micro_batches)
+    return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
 
 
 def _messages(program: Program, op: Op, rank: int) -> list[Message]:
@@ -92,7 +115,7 @@ def _messages(program: Program, op: Op, rank: int) -> list[Message]:
             assert i.micro_batch is not None
             ends = (rank, i.peer) if op in SENDS else (i.peer, rank)
             kind = op if op in SENDS else Op.SEND_F if op is Op.RECV_F else Op.SEND_B
-            found.append((*ends, kind, i.micro_batch))
+            found.append((*ends, kind, i.micro_batch, stage_before(i)))
     return found
 
 
@@ -101,10 +124,10 @@ def _unmatched(program: Program, source: str) -> Iterator[Problem]:
     for send, receive in MATCHING_RECEIVE.items():
         sent = Counter(m for rank in ranks for m in _messages(program, send, rank))
         received = Counter(m for rank in ranks for m in _messages(program, receive, rank))
-        for a, b, _, micro_batch in sorted((sent - received).keys()):
+        for a, b, _, micro_batch, _stage in sorted((sent - received).keys()):
             found = f"{send}{micro_batch} peer={b}"
             yield Problem(source, f"rank {a}", found, f"{receive}{micro_batch} on rank {b}")
-        for a, b, _, micro_batch in sorted((received - sent).keys()):
+        for a, b, _, micro_batch, _stage in sorted((received - sent).keys()):
             found = f"{receive}{micro_batch} peer={a}"
             yield Problem(source, f"rank {b}", found, f"{send}{micro_batch} on rank {a}")
 
@@ -116,14 +139,15 @@ def _out_of_order(program: Program, source: str) -> Iterator[Problem]:
         sent, received = defaultdict(list), defaultdict(list)
         for rank in range(len(program.ranks)):
             for m in _messages(program, send, rank):
-                sent[m[:2]].append(m[3])
+                sent[m[:2]].append(m[3:])
             for m in _messages(program, receive, rank):
-                received[m[:2]].append(m[3])
+                received[m[:2]].append(m[3:])
         for (a, b), order in sorted(sent.items()):
             other = received[a, b]
             if order != other and sorted(order) == sorted(other):
-                found = f"{send} to rank {b} in the order {order}"
-                yield Problem(source, f"rank {a}", found, f"the order of its {receive}s, {other}")
+                found = f"{send} to rank {b} in the order {[m for m, _ in order]}"
+                wanted = f"the order of its {receive}s, {[m for m, _ in other]}"
+                yield Problem(source, f"rank {a}", found, wanted)
 
 
 def _collectives(program: Program, source: str) -> Iterator[Problem]:
@@ -152,59 +176,17 @@ def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
             if len(at[op]) != 1:
                 yield Problem(source, f"rank {rank}", f"{len(at[op])} {op}", f"exactly one {op}")
         norm = min(at[Op.REDUCE_NORM], default=len(instructions))
-        last_backward = max(at[Op.BACKWARD], default=-1)
+        last_backward = {
+            i.stage: k
+            for k, i in enumerate(instructions)
+            if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        }
         late = [k for k, i in enumerate(instructions) if k > norm and i.op is not Op.OPTIMIZER_STEP]
         late += [k for k in at[Op.OPTIMIZER_STEP] if k < norm]
         for k in late:
             wanted = "backwards and transfers, then REDUCE_NORM, then OPTIMIZER_STEP"
             yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
         for k in at[Op.REDUCE_GRAD]:
-            if last_backward < k < norm:
+            if last_backward.get(instructions[k].stage, -1) < k < norm:
                 wanted = "posted before the backward that completes its gradients"
                 yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
-
-
-_READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
-
-
-def _deadlock(program: Program, source: str) -> Iterator[Problem]:
-    """Play the program without times: a rank advances until it waits for what nobody has sent."""
-    reads = [_receives_of(instructions) for instructions in program.ranks]
-    at = [0] * len(program.ranks)
-    sent: set[tuple[int | None, int, Op, int | None]] = set()
-
-    def waits_for(rank: int) -> str | None:
-        i = program.ranks[rank][at[rank]]
-        for position, receive in reads[rank].get((_READS.get(i.op), i.stage, i.micro_batch), ()):
-            if position > at[rank]:
-                return f"its own {text(receive)}, posted after it"
-            if (receive.peer, rank, receive.op, receive.micro_batch) not in sent:
-                return f"{text(receive)}, which rank {receive.peer} has not sent"
-        return None
-
-    moved = True
-    while moved:
-        moved = False
-        for rank, instructions in enumerate(program.ranks):
-            while at[rank] < len(instructions) and waits_for(rank) is None:
-                i = instructions[at[rank]]
-                if i.op in SENDS:
-                    assert i.peer is not None
-                    sent.add((rank, i.peer, MATCHING_RECEIVE[i.op], i.micro_batch))
-                at[rank] += 1
-                moved = True
-    for rank, instructions in enumerate(program.ranks):
-        if at[rank] < len(instructions):
-            found = f"{text(instructions[at[rank]])}, which waits for {waits_for(rank)}"
-            yield Problem(source, _at(rank, at[rank]), found, "an order in which every wait ends")
-
-
-def _receives_of(
-    instructions: tuple[Instruction, ...],
-) -> dict[tuple[Op | None, int, int | None], list[tuple[int, Instruction]]]:
-    """Receives with their positions, by what they serve: (RECV_*, stage, micro-batch)."""
-    found: dict[tuple[Op | None, int, int | None], list[tuple[int, Instruction]]] = {}
-    for position, i in enumerate(instructions):
-        if i.op in RECEIVES:
-            found.setdefault((i.op, i.stage, i.micro_batch), []).append((position, i))
-    return found

@@ -5,15 +5,36 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
+from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, transfers
 from meshwright.program.buckets import BUCKET_BYTES, Bucket, buckets_of, gradient_buckets
 from meshwright.program.instructions import Instruction, Op, Program
-from meshwright.program.schedules import Action, actions
+from meshwright.program.orders import orders_of
+from meshwright.program.posting import no_later_than_the_next, receives_ahead
+from meshwright.records import record
 
 NORM_BYTES = 16
 """Loss and squared gradient norm, two numbers of eight bytes."""
+
+_WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
+"""What a part of a backward stands for where tensors cross a boundary."""
+
+
+@record
+class _Group:
+    """Ranks that hold the same stages, and what they do in which order."""
+
+    stages: dict[int, StageSeats]
+    """By place in the pipeline."""
+    order: Order
+    boundaries: dict[int, Boundaries]
+    """By place in the pipeline; what stays on the same ranks is left out."""
+    arriving: dict[int, tuple[int, ...]]
+    """Indices of the actions whose receives are posted ahead of an action, by its index."""
+    last_backward: dict[int, int]
+    """Index of the action that completes the gradients of a stage."""
 
 
 def compile_plan(
@@ -25,65 +46,121 @@ def compile_plan(
 ) -> Program:
     """The program of a valid plan; ranks that are not among `only` get no instructions.
 
-    A receive is posted one compute instruction ahead of the one that reads it, a send right after
-    the one that makes it, and the reductions right before the last backward, in the order in which
-    a backward over the whole model completes their gradients.
+    A receive is posted one compute instruction ahead of the one that reads it, in the order in
+    which the other side sends; a send right after the one that makes it; and the reductions ahead
+    of the last backward that they need, in the order in which a backward over the whole model
+    completes their gradients. Raises PlanError for a schedule in the plan that cannot be played.
     """
     stages = stage_seats(plan)
     buckets = gradient_buckets(model, plan.job, stages, bucket_bytes)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
-    for stage in stages:
-        boundaries = boundaries_of(stage, stages, model)
-        pipeline = plan.pipelines[stage.pipeline]
-        first = next(s.number for s in stages if s.pipeline == stage.pipeline)
-        order = actions(
-            plan.schedule, stage.number - first, len(pipeline.stages), pipeline.micro_batches
-        )
-        for seat in (seat for replica in stage.seats for seat in replica):
+    for group in _groups(plan, stages, model):
+        first, *others = group.stages.values()
+        for seat in (seat for replica in first.seats for seat in replica):
             if only is not None and seat.rank not in only:
                 continue
             own = buckets_of(seat.rank, seat.tensor_index, buckets)
             ranks[seat.rank] = (
-                *_stage_program(stage, seat, order, boundaries, own),
-                Instruction(op=Op.REDUCE_NORM, stage=stage.number, ranks=world, bytes=NORM_BYTES),
-                Instruction(op=Op.OPTIMIZER_STEP, stage=stage.number, layers=stage.layers),
+                *_group_program(group, seat, own, model),
+                Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES),
+                Instruction(
+                    op=Op.OPTIMIZER_STEP,
+                    stage=first.number,
+                    layers=None if others else first.layers,
+                ),
             )
     return Program(ranks=tuple(ranks))
 
 
-def _stage_program(
-    stage: StageSeats,
-    seat: Seat,
-    order: Sequence[Action],
-    boundaries: Boundaries,
-    buckets: Sequence[Bucket],
+def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[_Group]:
+    for p in range(len(plan.pipelines)):
+        own = [stage for stage in stages if stage.pipeline == p]
+        orders = orders_of(plan, p)
+        arriving = receives_ahead(orders, [stage.position for stage in own])
+        for position, order in enumerate(orders):
+            held = {s: stage for s, stage in enumerate(own) if stage.position == position}
+            yield _Group(
+                stages=held,
+                order=order,
+                boundaries={s: _boundaries(stage, stages, model) for s, stage in held.items()},
+                arriving=arriving[position],
+                last_backward={
+                    action.stage: index
+                    for index, action in enumerate(order)
+                    if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+                },
+            )
+
+
+def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
+    found = boundaries_of(stage, stages, model)
+    stays: set[Op] = set()
+    if not stage.is_first and held_together(stage, stages[stage.number - 1]):
+        stays |= {Op.RECV_F, Op.SEND_B}
+    if not stage.is_last and held_together(stage, stages[stage.number + 1]):
+        stays |= {Op.RECV_B, Op.SEND_F}
+    return Boundaries(
+        incoming={op: b for op, b in found.incoming.items() if b.op not in stays},
+        outgoing={op: b for op, b in found.outgoing.items() if b.op not in stays},
+    )
+
+
+def _group_program(
+    group: _Group, seat: Seat, buckets: Sequence[Bucket], model: LayerGraph
 ) -> Iterator[Instruction]:
-    last_backward = max(i for i, (op, _) in enumerate(order) if op is Op.BACKWARD)
-    arriving = [(micro_batch, boundaries.incoming.get(op)) for op, micro_batch in order]
-    yield from transfers(seat, *arriving[0])
-    for i, (op, micro_batch) in enumerate(order):
-        if i + 1 < len(order):
-            yield from transfers(seat, *arriving[i + 1])
-        if i == last_backward:
-            yield from _reductions(seat, buckets)
+    """Everything of one rank but the end of the step."""
+    seats = {s: stage.seats[seat.replica][seat.tensor_index] for s, stage in group.stages.items()}
+    reductions = _reductions(group, seat.tensor_index, buckets, model)
+    for index, action in enumerate(group.order):
+        for later in group.arriving.get(index, ()):
+            op, s, micro_batch, _ = group.order[later]
+            incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
+            yield from transfers(seats[s], micro_batch, incoming)
+        yield from reductions.get(index, ())
+        op, s, first, last = action
         yield Instruction(
             op=op,
-            stage=stage.number,
-            micro_batch=micro_batch,
+            stage=group.stages[s].number,
+            micro_batch=first if last == first + 1 else None,
+            micro_batches=None if last == first + 1 else (first, last),
             rows=seat.rows,
-            layers=stage.layers,
+            layers=group.stages[s].layers,
         )
-        yield from transfers(seat, micro_batch, boundaries.outgoing.get(op))
+        outgoing = group.boundaries[s].outgoing.get(_WHOLE.get(op, op))
+        yield from transfers(seats[s], first, outgoing)
 
 
-def _reductions(seat: Seat, buckets: Sequence[Bucket]) -> Iterator[Instruction]:
-    for bucket in buckets:
-        yield Instruction(
+def _reductions(
+    group: _Group, tensor_index: int, buckets: Sequence[Bucket], model: LayerGraph
+) -> dict[int, list[Instruction]]:
+    """By index of the action ahead of which they are posted: all ranks post them in one order."""
+    completing = [_completing(group, bucket, model) for bucket in buckets]
+    posted = no_later_than_the_next([group.last_backward[s] for s in completing])
+    found: dict[int, list[Instruction]] = {}
+    for bucket, s, index in zip(buckets, completing, posted, strict=True):
+        reduction = Instruction(
             op=Op.REDUCE_GRAD,
-            stage=seat.stage,
+            stage=group.stages[s].number,
             layers=bucket.layers,
             tied=bucket.tied,
-            ranks=bucket.ranks[seat.tensor_index],
+            ranks=bucket.ranks[tensor_index],
             bytes=bucket.bytes,
         )
+        found.setdefault(index, []).append(reduction)
+    return found
+
+
+def _completing(group: _Group, bucket: Bucket, model: LayerGraph) -> int:
+    """The stage of the group whose backward is the last to add to a bucket."""
+    layers: Sequence[int]
+    if bucket.layers is not None:
+        layers = bucket.layers[:1]
+    else:
+        layers = next(tied.layers for tied in model.tied if tied.name == bucket.tied)
+    holders = [
+        s
+        for s, stage in group.stages.items()
+        if any(stage.layers[0] <= layer < stage.layers[1] for layer in layers)
+    ]
+    return max(holders, key=lambda s: group.last_backward[s])

@@ -4,9 +4,14 @@ The words are torch.distributed.pipelining's where it has one: `0F3` is the forw
 on stage 0. One rule gives every instruction its timing, in the simulator and in the runtime alike:
 
 * Communication is *posted*: RECV_F, RECV_B, SEND_F, SEND_B and REDUCE_GRAD return at once. A send
-  moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward that completes
-  its gradients and starts, inside that backward, when the last of its layers is done.
-* Compute (F, B) runs on the rank's compute stream in order, and waits for the receives it reads.
+  moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward (the stage's
+  last B or W) that completes its gradients and starts, inside it, when the last of its layers is
+  done; a rank's REDUCE_GRADs start in the order of its list.
+* Compute (F, B, I, W) runs on the rank's compute stream in order, and waits for the receives that
+  it reads: RECV_F is read by F, RECV_B by B or I, and W reads what its I has kept.
+* A rank may hold several stages of a pipeline; its list then mixes their instructions. Between two
+  neighbouring stages on the same rank nothing is sent: the later F, B or I takes what the earlier
+  one has left.
 * REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank;
   OPTIMIZER_STEP follows it.
 * A step ends when everything that was posted has arrived.
@@ -59,6 +64,8 @@ class Instruction:
     op: Op
     stage: int
     micro_batch: int | None = None
+    micro_batches: tuple[int, int] | None = None
+    """Of a W that makes the weight gradients of several micro-batches at once: [first, last)."""
     peer: int | None = None
     """Rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
@@ -88,6 +95,8 @@ def text(instruction: Instruction) -> str:
     """`0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2 bytes=4096`."""
     micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
     words = [f"{instruction.stage}{instruction.op}{micro_batch}"]
+    if instruction.micro_batches is not None:
+        words.append(f"micro_batches={_pair(instruction.micro_batches)}")
     if instruction.peer is not None:
         words.append(f"peer={instruction.peer}")
     if instruction.rows is not None:
@@ -111,7 +120,7 @@ _HEAD = re.compile(
 def _value(key: str, value: str) -> Any:
     if key in ("peer", "bytes"):
         return int(value)
-    if key in ("rows", "layers"):
+    if key in ("rows", "layers", "micro_batches"):
         first, last = value.split(":")
         return int(first), int(last)
     if key == "ranks":

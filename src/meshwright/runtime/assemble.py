@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed import Work
 
+from meshwright.model.graph import LayeredModel
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program
@@ -35,6 +36,7 @@ class Assembly:
 
     seat: Seat
     tensor_width: int
+    team: Team | None
     stage: Stage
     held: tuple[Held, ...]
     messages: dict[Op, Messages]
@@ -64,30 +66,49 @@ def assemble(
     `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
     if the processes did not build the same model.
     """
+    _, seat = _seat(stage_seats(plan), world.rank)
+    cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
+    own = build_own(model, cuts, plan, program, world, seed=seed, dilator=dilator, posted=posted)
+    agree(program, world, own.messages)
+    equalise(own.buckets, own.held, world, own.team)
+    return own
+
+
+def build_own(
+    model: nn.Module,
+    cuts: tuple[LayeredModel, LayeredModel],
+    plan: Plan,
+    program: Program,
+    world: World,
+    *,
+    seed: int,
+    dilator: Dilator | None,
+    posted: Callable[[Instruction, list[Work]], Handle],
+) -> Assembly:
+    """All that one rank holds, of a model cut for its rows; nothing is communicated.
+
+    Raises ModelError or PlanError.
+    """
     stages = stage_seats(plan)
     place, seat = _seat(stages, world.rank)
-    cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
     homes = parameter_homes(model, cuts[0], stages)
     width = len(place.seats[0])
     team = _team(world, seat, width, dilator)
     built = build_stage(model, cuts, place, seed=seed, device=world.device, team=team)
-    instructions = program.ranks[world.rank]
-    buckets = _buckets(built.held, instructions, built.tied, world)
-    messages = {
-        Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
-        Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
-        Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
-        Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
-    }
-    agree(program, world, messages)
-    equalise(buckets.values(), built.held, world, team)
+    buckets = _buckets(built.held, program.ranks[world.rank], built.tied, world)
     catch_up = (lambda: None) if dilator is None else dilator.catch_up
     return Assembly(
         seat=seat,
         tensor_width=width,
+        team=team,
         stage=Stage(built, plan.job.precision, world.device, seed),
         held=built.held,
-        messages=messages,
+        messages={
+            Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
+            Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
+            Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
+            Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
+        },
         reducer=Reducer(buckets, posted, catch_up),
         homes=homes,
     )

@@ -18,6 +18,9 @@ from meshwright.runtime.build import Crossing
 class Handle(Protocol):
     """Something under way."""
 
+    def done(self) -> bool:
+        """Whether it has arrived already."""
+
     def wait(self) -> object:
         """Returns when it has arrived; raises if it never will."""
 
@@ -115,10 +118,12 @@ class Messages:
         return works
 
     def sent(self, i: Instruction, handle: Handle) -> None:
-        """Keeps what is under way, and lets go of what must have arrived by now."""
+        """Keeps what is under way; lets go of what has arrived, or must have by now."""
         assert i.micro_batch is not None
         self._leaving.append((i.micro_batch, handle))
-        while self._leaving[0][0] <= i.micro_batch - self.window:
+        while self._leaving and (
+            self._leaving[0][0] <= i.micro_batch - self.window or self._leaving[0][1].done()
+        ):
             self._leaving.popleft()[1].wait()
 
     def finish(self) -> None:

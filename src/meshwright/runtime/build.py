@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
+from meshwright.model.recompute import recomputed
 from meshwright.model.shard import Ranges, Split, held, splits
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
@@ -57,6 +58,8 @@ class BuiltStage:
     held: tuple[Held, ...]
     tied: frozenset[str]
     """Names of parameters that layers of the model share."""
+    recomputed: tuple[bool, ...]
+    """For each part: whether its forward is repeated in the backward."""
 
 
 @dataclass(slots=True)
@@ -113,21 +116,34 @@ def build_stage(
     layered, more = cuts
     first, last = stage.layers
     parts = layered.layers[first:last]
-    for part in parts:
+    division = _Division(team=team, table=_table(model, parts) if team is not None else {})
+    shared: dict[str, nn.Parameter] = {}
+    unreal: list[_Place] = []
+    # Layer by layer, so that no more than one is ever held in full.
+    for number, part in enumerate(parts, first):
         for name in part.modules:
             materialise(model.get_submodule(name), name, seed, device)
-    places = [p for n, part in enumerate(parts, first) for p in _places(part, n)]
-    _share_tied(model, layered, places, seed, device)
-    _check_real(places)
-    for part in parts:
+        places = list(_places(part, number))
+        _share_tied(model, layered, places, shared, seed, device)
+        unreal += (p for p in places if p.owner.get_parameter(p.attribute).is_meta)
         part.module.to(device)
+        for place in places:
+            _divide(division, place)
+    _check_real(unreal)
+    for name, split in division.table.items():
+        assert team is not None
+        divide(model.get_submodule(name), name, split, division.sizes.get(name, 0), team)
     return BuiltStage(
         inputs=layered.inputs,
         parts=parts,
         incoming=_crossings(layered, more, first),
         outgoing=_crossings(layered, more, last),
-        held=_divide(model, parts, places, team),
+        held=tuple(division.held.values()),
         tied=frozenset(layered.tied),
+        recomputed=tuple(
+            stage.recompute and recomputed(layer, len(layered.layers))
+            for layer in range(first, last)
+        ),
     )
 
 
@@ -170,7 +186,11 @@ def _reset(module: nn.Module, name: str, device: torch.device) -> None:
                 "add the method, or build the model with real weights",
             )
         )
-    module.to_empty(device=device, recurse=False)
+    for own, parameter in module.named_parameters(recurse=False):
+        empty = torch.empty_like(parameter, device=device)
+        setattr(module, own, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    for own, buffer in module.named_buffers(recurse=False):
+        setattr(module, own, torch.empty_like(buffer, device=device))
     with torch.no_grad():
         reset()
 
@@ -186,22 +206,24 @@ def _share_tied(
     model: nn.Module,
     layered: LayeredModel,
     places: list[_Place],
+    shared: dict[str, nn.Parameter],
     seed: int,
     device: torch.device,
 ) -> None:
     """One Parameter for each tied name; its value is the one that its first layer gives it.
 
-    A tied parameter whose first layer is elsewhere is initialised as that layer does it.
+    A tied parameter whose first layer is elsewhere is initialised as that layer does it: a stage's
+    layers come in order, so that the first to ask is the first layer or not here.
     """
-    shared: dict[str, nn.Parameter] = {}
-    here = {place.layer for place in places}
     for place in places:
         if place.name not in layered.tied:
             continue
         if place.name not in shared:
             own = place.owner.get_parameter(place.attribute)
             first = layered.tied[place.name][0]
-            foreign = None if first in here else _foreign(model, layered.layers[first], place.name)
+            foreign = (
+                None if first == place.layer else _foreign(model, layered.layers[first], place.name)
+            )
             if foreign is not None:
                 leaf, inside = foreign
                 materialise(leaf, place.name.removesuffix(f".{inside}"), seed, device)
@@ -219,7 +241,7 @@ def _foreign(model: nn.Module, part: LayerPart, name: str) -> tuple[nn.Module, s
     return None
 
 
-def _check_real(places: list[_Place]) -> None:
+def _check_real(unreal: list[_Place]) -> None:
     ModelError.check(
         Problem(
             "model",
@@ -228,53 +250,53 @@ def _check_real(places: list[_Place]) -> None:
             "a module of its own with a `reset_parameters` method",
             "or build the model with real weights",
         )
-        for place in places
-        if place.owner.get_parameter(place.attribute).is_meta
+        for place in unreal
     )
 
 
-def _divide(
-    model: nn.Module, parts: tuple[LayerPart, ...], places: list[_Place], team: Team | None
-) -> tuple[Held, ...]:
-    """Slices the parameters for the team and makes the modules compute with it."""
-    table = _table(model, parts) if team is not None else {}
-    result: dict[str, Held] = {}
-    cuts: dict[str, Ranges | None] = {}
-    sizes: dict[str, int] = {}
-    for place in places:
-        full = place.owner.get_parameter(place.attribute)
-        known = result.get(place.name)
-        if known is not None and known.parameter is full:
-            known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
-            continue
-        split = table.get(place.module)
-        ranges = None
-        if team is not None and split is not None:
-            ranges = held(split, place.attribute, tuple(full.shape), team.width, team.index)
-            sizes[place.module] = full.shape[0]
-        if known is None:
-            if ranges is not None:
-                part = take(full.detach(), ranges)
-                full = nn.Parameter(part, requires_grad=full.requires_grad)
-            known = Held(
-                name=place.name, parameter=full, layers=(place.layer,), divided=ranges is not None
-            )
-            result[place.name], cuts[place.name] = known, ranges
-        elif cuts[place.name] != ranges:
-            raise PlanError(
-                Problem(
-                    f"parameter {place.name}",
-                    "tensor_split",
-                    f"two ways to divide it, one of them in {place.module}",
-                    "one way for all modules that share it",
-                )
-            )
+@dataclass(slots=True)
+class _Division:
+    """What has been held and sliced so far."""
+
+    team: Team | None
+    table: dict[str, Split]
+    held: dict[str, Held] = field(default_factory=dict)
+    cuts: dict[str, Ranges | None] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Of a divided module, outputs of the whole."""
+
+
+def _divide(division: _Division, place: _Place) -> None:
+    """Puts this rank's slice of a parameter in its place; all of it if it is not divided."""
+    full = place.owner.get_parameter(place.attribute)
+    known = division.held.get(place.name)
+    if known is not None and known.parameter is full:
         known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
-        setattr(place.owner, place.attribute, known.parameter)
-    for name, split in table.items():
-        assert team is not None
-        divide(model.get_submodule(name), name, split, sizes.get(name, 0), team)
-    return tuple(result.values())
+        return
+    split, team = division.table.get(place.module), division.team
+    ranges = None
+    if team is not None and split is not None:
+        ranges = held(split, place.attribute, tuple(full.shape), team.width, team.index)
+        division.sizes[place.module] = full.shape[0]
+    if known is None:
+        if ranges is not None:
+            part = take(full.detach(), ranges)
+            full = nn.Parameter(part, requires_grad=full.requires_grad)
+        known = Held(
+            name=place.name, parameter=full, layers=(place.layer,), divided=ranges is not None
+        )
+        division.held[place.name], division.cuts[place.name] = known, ranges
+    elif division.cuts[place.name] != ranges:
+        raise PlanError(
+            Problem(
+                f"parameter {place.name}",
+                "tensor_split",
+                f"two ways to divide it, one of them in {place.module}",
+                "one way for all modules that share it",
+            )
+        )
+    known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
+    setattr(place.owner, place.attribute, known.parameter)
 
 
 def _table(model: nn.Module, parts: tuple[LayerPart, ...]) -> dict[str, Split]:

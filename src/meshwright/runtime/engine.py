@@ -155,11 +155,13 @@ class Engine:
         """One step, measured instruction by instruction; the Timeline is on rank 0 only."""
         dist.barrier(group=self.world.everyone)
         own = self._own
+        casts = own.stage.casts.tensors()
         self._recorder = Recorder(
             self.program.ranks[self.rank],
             self.world.device,
-            weights=[one.parameter for one in own.held],
-            static_bytes=static_bytes(own.held, own.buckets, self._optimizer),
+            weights=[*(one.parameter for one in own.held), *casts],
+            static_bytes=static_bytes(own.held, own.buckets, self._optimizer)
+            + sum(cast.nbytes for cast in casts),
         )
         try:
             result = self.step(rows)
@@ -206,6 +208,7 @@ class Engine:
         assert i.micro_batch is not None
         assert i.rows is not None
         stage = self._own.stage
+        self._made.clear()
         received = self._own.messages[Op.RECV_F].receive(i.micro_batch)
         first = first_row(self.plan, self._own.seat.pipeline, i.micro_batch) + i.rows[0]
         batch = stage.read(self._rows, first, first + i.rows[1] - i.rows[0])
@@ -220,6 +223,7 @@ class Engine:
 
     def _backward(self, i: Instruction) -> None:
         assert i.micro_batch is not None
+        self._made.clear()
         arrived = self._own.messages[Op.RECV_B].receive(i.micro_batch)
         weight = self._weight(i) * self._scale.value
         with self._computing(i):
@@ -238,6 +242,7 @@ class Engine:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
         own, size = self._own, self.world.size
         own.reducer.finish()
+        self._end_of_backwards()
         with self._measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
             totals[0] = self._loss
@@ -267,6 +272,11 @@ class Engine:
             self._optimizer.step()
 
     # What they share.
+
+    def _end_of_backwards(self) -> None:
+        """Lets go of what only forwards and backwards need."""
+        self._made.clear()
+        self._own.stage.casts.drop()
 
     def _weight(self, i: Instruction) -> float:
         """Share of the global batch that a slice of rows is."""

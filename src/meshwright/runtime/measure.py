@@ -42,6 +42,10 @@ class Works:
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
 
+    def done(self) -> bool:
+        """Whether all have arrived already."""
+        return all(work.is_completed() for work in self.works)
+
     def wait(self) -> None:
         """Until all have arrived; on CUDA the current stream waits, not the host."""
         for work in self.works:
@@ -62,6 +66,9 @@ class _Watched:
         except RuntimeError as failure:
             self._failure = failure
         span.end = _at(time.monotonic())
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
 
     def wait(self) -> None:
         self._thread.join()

@@ -112,7 +112,9 @@ def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, 
         pipeline=0,
         is_first=layer == 0,
         is_last=layer == len(graph.layers) - 1,
+        position=0,
         layers=(layer, layer + 1),
+        recompute=False,
         seats=((seat,),),
     )
     # Sums over a team of one: what is measured is compute, communication is priced apart.

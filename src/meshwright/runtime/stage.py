@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from meshwright.cluster.spec import Precision
-from meshwright.model.graph import LOSS, autocast
+from meshwright.model.graph import LOSS, LayerPart, autocast
 from meshwright.runtime.build import BuiltStage
+from meshwright.runtime.casts import Casts
 from meshwright.runtime.seeds import generator_of, layer_seed
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
@@ -23,6 +25,7 @@ class Stage:
         self, built: BuiltStage, precision: Precision, device: torch.device, seed: int
     ) -> None:
         self.parts = built.parts
+        self.casts = Casts([part.module for part in built.parts], precision)
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
@@ -34,6 +37,7 @@ class Stage:
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._done_after = _last_reads(built, self._results)
         self._generator = generator_of(device)
+        self._recomputed = built.recomputed
         self._kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
@@ -70,10 +74,15 @@ class Stage:
         values.update((c.name, leaf) for c, leaf in zip(self.incoming, leaves, strict=True))
         state = self._generator.get_state()
         with autocast(self.precision, self.device.type):
-            for part, done in zip(self.parts, self._done_after, strict=True):
+            each = zip(self.parts, self._recomputed, self._done_after, strict=True)
+            for part, again, done in each:
                 seed = layer_seed(self.seed, step, part.name, first_row)
-                self._generator.manual_seed(seed)
-                made = part.module(*(values[name] for name in part.reads))
+                read = [values[name] for name in part.reads]
+                made = (
+                    self._run_again_later(part, seed, read)
+                    if again
+                    else self._run(part, seed, read)
+                )
                 values.update(zip(part.writes, made, strict=True))
                 for name in done:
                     del values[name]
@@ -81,6 +90,19 @@ class Stage:
         results = [values[name] for name in self._results]
         self._kept[micro_batch] = (leaves, results)
         return results
+
+    def _run(self, part: LayerPart, seed: int, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._generator.manual_seed(seed)
+        made: tuple[Tensor, ...] = part.module(*read)
+        return made
+
+    def _run_again_later(
+        self, part: LayerPart, seed: int, read: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Keeps `read` alone; the backward runs the layer again, with the same random numbers."""
+        return checkpoint(  # type: ignore[no-any-return]
+            self._run, part, seed, read, use_reentrant=False, preserve_rng_state=False
+        )
 
     def backward(
         self, micro_batch: int, gradients: Sequence[Tensor], weight: float
@@ -95,7 +117,10 @@ class Stage:
         if roots:
             given = self._given(results, gradients, weight)
             del results
+            state = self._generator.get_state() if any(self._recomputed) else None
             torch.autograd.backward(roots, given)
+            if state is not None:
+                self._generator.set_state(state)
         return [leaf.grad for leaf, c in zip(leaves, self.incoming, strict=True) if c.gradient]
 
     def _given(

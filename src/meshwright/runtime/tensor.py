@@ -145,10 +145,12 @@ def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Tea
     """
     if isinstance(split, (Column, VocabularyHead)):
         whole = module.forward
-        module.forward = lambda x: whole(enter(x, team))
+        module.forward = lambda x, *rest: whole(enter(x, team), *rest)
     elif isinstance(split, Row):
-        _need(type(module).forward is nn.Linear.forward, module, name, "an nn.Linear")
-        module.forward = _row(cast("nn.Linear", module), team)
+        linear = type(module).forward is nn.Linear.forward
+        biased = getattr(module, "bias", None) is not None
+        _need(linear or not biased, module, name, "an nn.Linear, or any module without bias")
+        module.forward = _row(cast("nn.Linear", module), team) if linear else _sum(module, team)
     elif isinstance(split, Vocabulary):
         fits = isinstance(module, nn.Embedding) and module.padding_idx is None
         _need(fits and cast("Any", module).max_norm is None, module, name,
@@ -169,6 +171,11 @@ def _row(module: nn.Linear, team: Team) -> Callable[[Tensor], Tensor]:
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
     return forward
+
+
+def _sum(module: nn.Module, team: Team) -> Callable[..., Tensor]:
+    whole = module.forward
+    return lambda *args: leave(whole(*args), team)
 
 
 def _vocabulary(module: nn.Module, size: int, team: Team) -> Callable[[Tensor], Tensor]:

@@ -52,9 +52,10 @@ def warmup_cosine(steps: int, warmup_steps: int) -> Callable[[int], float]:
 
 
 def adamw(learning_rate: float, weight_decay: float = 0.1) -> OptimizerFactory:
-    """AdamW with the moments usual for language models."""
+    """AdamW with the moments usual for language models, in the fused form: one pass over the
+    states, without temporaries."""
     return lambda parameters: torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+        parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from meshwright.cost.memory import device_memory, enough_bytes, memory_problems, total_bytes
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.cost.misfits import enough_bytes, memory_problems
 from meshwright.errors import FitError, Problem
 from meshwright.model.spec import structure
 from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject

@@ -21,14 +21,15 @@ from meshwright.model.zoo.pieces import INIT_STD, Linear, LossHead, RMSNorm, act
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of `x` (tokens, in), sorted by expert, through their expert's weight (experts, out, in).
 
-    One operation, because how many rows each expert gets depends on the values.
+    One operation, because how many rows each expert gets depends on the values. Weights are cast to
+    the dtype of `x` expert by expert, so that no cast of them all is made or kept.
     """
     y = x.new_empty(x.shape[0], weight.shape[1])
     sizes = counts.tolist()
     for rows, into, expert in zip(
         torch.split(x, sizes), torch.split(y, sizes), weight, strict=True
     ):
-        torch.mm(rows, expert.t(), out=into)
+        torch.mm(rows, expert.to(x.dtype).t(), out=into)
     return y
 
 
@@ -61,7 +62,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, counts = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_x = grouped_linear(grad, weight.transpose(1, 2).contiguous(), counts)
+    grad_x = grouped_linear(grad, weight.transpose(1, 2), counts)
     return grad_x, grouped_linear_weight_grad(x, grad, counts), None
 
 
@@ -92,8 +93,7 @@ class GroupedLinear(nn.Module):
         nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        dtype = activation_dtype(x)
-        return cast("Tensor", grouped_linear(x.to(dtype), self.weight.to(dtype), counts))
+        return cast("Tensor", grouped_linear(x.to(activation_dtype(x)), self.weight, counts))
 
 
 class Experts(nn.Module):

@@ -1,0 +1,246 @@
+"""Predicted peak memory of one rank against the runtime's own step on fake tensors.
+
+    python benchmarks/memory.py [--json OUT]
+
+Every configuration is a model, a plan and one of its ranks. "trace" predicts from the traced
+module, "formulas" from the model's numbers alone, as the planner does for named models; "measured"
+is the most that torch's MemTracker counts while that rank plays two optimizer steps of the plan's
+program (see rehearsal.py). What a process holds beside tensors (CUDA context, allocator) is left
+out of both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rehearsal import measured_peak
+from torch import nn
+
+from meshwright.cluster.spec import Precision
+from meshwright.cost.memory import memory_table, stage_memory
+from meshwright.model.analytic import layer_graph
+from meshwright.model.config import LanguageModel
+from meshwright.model.recompute import with_recomputation
+from meshwright.model.spec import LayerGraph
+from meshwright.model.trace import trace
+from meshwright.model.zoo.build import from_language_model
+from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.program.schedules import in_flight
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+
+
+def model(name: str, family: str, width: int, layers: int, vocabulary: int) -> LanguageModel:
+    """A model of a family with usual proportions."""
+    heads = width // 32 if width < 512 else width // 64
+    gated = family != "gpt2"
+    return LanguageModel(
+        name=name,
+        family=family,  # type: ignore[arg-type]
+        vocabulary=vocabulary,
+        positions=1024,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads // 2 if gated else heads,
+        head=width // heads,
+        hidden=(width * 8 // 3 // 64 * 64 if family == "llama" else width * 2) if gated
+        else 4 * width,
+        tied=not gated,
+        experts=4 if family == "mixtral" else 0,
+        chosen=2 if family == "mixtral" else 0,
+    )  # fmt: skip
+
+
+MODELS = {
+    one.name: one
+    for one in (
+        model("gpt-7M", "gpt2", 256, 6, 8000),
+        model("gpt-89M", "gpt2", 768, 8, 40000),
+        model("llama-9M", "llama", 256, 6, 8000),
+        model("llama-103M", "llama", 768, 8, 32000),
+        model("mixtral-11M", "mixtral", 256, 4, 8000),
+        model("mixtral-92M", "mixtral", 512, 8, 16000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank of one plan."""
+
+    model: str
+    precision: Precision
+    optimizer: str
+    sequence: int
+    rows: int
+    """Of each micro-batch, on each replica."""
+    stage: int = 0
+    stages: int = 1
+    tensor: int = 1
+    data: int = 1
+    micro_batches: int = 2
+    schedule: ScheduleName = "1f1b"
+    recompute: bool = False
+
+
+FAST = (
+    Case("gpt-7M", "fp32", "adamw", 256, 4),
+    Case("gpt-7M", "bf16", "adamw", 256, 2, 1, 3, 2, 1, 4),
+    Case("llama-9M", "bf16", "sgd", 128, 1, 0, 2, 1, 2, 4),
+    Case("llama-9M", "fp32", "adamw", 256, 4, 2, 3, 2, 1, 4),
+    Case("mixtral-11M", "bf16", "adamw", 128, 4, 1, 2, 1, 1, 3, "gpipe"),
+    Case("llama-9M", "bf16", "adamw", 256, 2, 1, 3, 1, 1, 4, recompute=True),
+)
+SLOW = (
+    Case("gpt-7M", "bf16", "sgd", 64, 1, 0, 2, 4, 2, 4),
+    Case("gpt-7M", "fp32", "sgd", 512, 8, 0, 4, 1, 1, 8),
+    Case("gpt-89M", "fp32", "adamw", 256, 1),
+    Case("gpt-89M", "bf16", "adamw", 1024, 4),
+    Case("gpt-89M", "bf16", "adamw", 512, 2, 0, 4, 1, 1, 8),
+    Case("gpt-89M", "bf16", "adamw", 512, 2, 3, 4, 1, 1, 8),
+    Case("gpt-89M", "fp32", "adamw", 512, 4, 1, 2, 4, 1, 4),
+    Case("gpt-89M", "bf16", "adamw", 512, 4, 1, 3, 2, 1, 6, "gpipe"),
+    Case("llama-9M", "fp32", "sgd", 256, 2, 0, 1, 4, 1, 1),
+    Case("llama-9M", "bf16", "adamw", 64, 1, 1, 3, 1, 1, 4),
+    Case("llama-103M", "fp32", "adamw", 512, 2),
+    Case("llama-103M", "bf16", "adamw", 1024, 8, 0, 2, 2, 2, 4),
+    Case("llama-103M", "bf16", "adamw", 512, 1, 0, 4, 1, 1, 8),
+    Case("llama-103M", "bf16", "sgd", 512, 2, 2, 4, 2, 1, 8, "gpipe"),
+    Case("llama-103M", "fp32", "adamw", 256, 4, 1, 2, 2, 1, 4),
+    Case("mixtral-11M", "fp32", "adamw", 256, 4, 0, 1, 2, 1, 2),
+    Case("mixtral-11M", "bf16", "sgd", 64, 1, 1, 2, 2, 1, 4),
+    Case("mixtral-92M", "fp32", "adamw", 512, 2, 0, 2, 1, 1, 4),
+    Case("mixtral-92M", "bf16", "adamw", 512, 4, 1, 4, 1, 1, 8),
+    Case("mixtral-92M", "bf16", "adamw", 1024, 2, 3, 4, 4, 1, 8),
+    Case("mixtral-92M", "bf16", "sgd", 256, 8),
+    Case("gpt-89M", "bf16", "adamw", 1024, 4, 0, 2, 1, 1, 4, recompute=True),
+    Case("gpt-89M", "fp32", "adamw", 512, 4, 1, 2, 2, 1, 4, recompute=True),
+    Case("llama-103M", "bf16", "adamw", 512, 8, 1, 4, 1, 1, 8, recompute=True),
+    Case("mixtral-92M", "bf16", "sgd", 256, 8, 0, 3, 2, 1, 6, "gpipe", recompute=True),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Bytes of one case."""
+
+    case: Case
+    measured: int
+    trace: float
+    formulas: float
+    parts: dict[str, float]
+    """Of the prediction from the trace."""
+
+    def error(self, predicted: float) -> float:
+        """Relative; below 0 the prediction is too low."""
+        return predicted / self.measured - 1
+
+
+def plan_of(case: Case, layers: int) -> Plan:
+    """Equal stages, each on data x tensor devices."""
+    cuts = [round(layers * s / case.stages) for s in range(case.stages + 1)]
+    devices = [f"n:{n}" for n in range(case.stages * case.data * case.tensor)]
+    names = iter(devices)
+    mesh = [
+        tuple(tuple(next(names) for _ in range(case.tensor)) for _ in range(case.data))
+        for _ in range(case.stages)
+    ]
+    stages = tuple(
+        Stage(layers=(cuts[s], cuts[s + 1]), devices=mesh[s], recompute=case.recompute)
+        for s in range(case.stages)
+    )
+    rows = case.rows * case.data
+    return Plan(
+        name="p",
+        model=Subject(name=case.model, fingerprint=""),
+        cluster=Subject(name="n", fingerprint=""),
+        job=Job(
+            global_batch=rows * case.micro_batches,
+            sequence=case.sequence,
+            precision=case.precision,
+            optimizer=case.optimizer,  # type: ignore[arg-type]
+        ),
+        schedule=case.schedule,
+        devices=tuple(devices),
+        pipelines=(Pipeline(micro_batches=case.micro_batches, rows=rows, stages=stages),),
+    )
+
+
+def predicted(case: Case, graph: LayerGraph, plan: Plan) -> dict[str, float]:
+    """Bytes by kind."""
+    held = in_flight(case.schedule, case.stage, case.stages, case.micro_batches)
+    layers = plan.pipelines[0].stages[case.stage].layers
+    weighed = with_recomputation(graph) if case.recompute else graph
+    found = stage_memory(memory_table(weighed, plan.job), layers, case.tensor, case.rows, held)
+    return {part: float(getattr(found, part)) for part in PARTS}
+
+
+def compare(case: Case, *, real: bool = False) -> Result:
+    """Predict and measure, on fake tensors or on real ones."""
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            return from_language_model(MODELS[case.model])
+
+    tokens = torch.empty(2, case.sequence, dtype=torch.long, device="meta")
+    graph = trace(make(), (tokens, tokens), case.precision, case.sequence, case.model)
+    plan = plan_of(case, len(graph.layers))
+    parts = predicted(case, graph, plan)
+    formulas = layer_graph(MODELS[case.model], case.sequence, case.precision)
+    rank = case.stage * case.data * case.tensor
+    return Result(
+        case=case,
+        measured=measured_peak(make, (tokens, tokens), plan, graph, rank, real=real),
+        trace=sum(parts.values()),
+        formulas=sum(predicted(case, formulas, plan).values()),
+        parts=parts,
+    )
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    c, mib = result.case, 2**20
+    where = f"{c.stage + 1}/{c.stages}" + ("r" if c.recompute else "")
+    parts = " ".join(f"{result.parts[part] / mib:>7.1f}" for part in PARTS)
+    held = in_flight(c.schedule, c.stage, c.stages, c.micro_batches)
+    return (
+        f"{c.model:12}{c.precision:5}{c.optimizer:6}{c.sequence:>5}{c.rows:>3} {where:>5}{held:>3}"
+        f"{c.tensor:>3} {result.measured / mib:>8.1f} {result.trace / mib:>8.1f}"
+        f"{100 * result.error(result.trace):>6.1f}%{100 * result.error(result.formulas):>6.1f}%"
+        f"  {parts}"
+    )
+
+
+def main() -> None:
+    """Print the table and what it comes to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    print(
+        "model       prec opt    seq row stage fl tp measured    trace  error formulas"
+        "   weights   grads  states activat. buffers   (MiB; fl: micro-batches in flight, "
+        "r: recomputed)"
+    )
+    results = []
+    for case in (*FAST, *SLOW):
+        results.append(compare(case))
+        print(row(results[-1]), flush=True)
+    for name in ("trace", "formulas"):
+        errors = [r.error(getattr(r, name)) for r in results]
+        median = statistics.median(map(abs, errors))
+        print(
+            f"{name}: {len(errors)} configurations, median error {100 * median:.2f} %, "
+            f"highest {100 * max(errors):+.2f} %, lowest {100 * min(errors):+.2f} %"
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()

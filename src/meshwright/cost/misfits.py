@@ -1,0 +1,100 @@
+"""Which devices a plan overfills, by how much, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from meshwright.cluster.spec import Cluster, DeviceType, devices_of
+from meshwright.cost.framework import HOLES
+from meshwright.cost.memory import (
+    MemoryTables,
+    device_memory,
+    framework_bytes,
+    held_by_stage,
+    memory_tables,
+    stage_memory_bytes,
+    table_of,
+    total_bytes,
+)
+from meshwright.errors import Problem
+from meshwright.model.spec import Layer, LayerGraph
+from meshwright.plan.ranks import StageSeats
+from meshwright.plan.spec import DeviceMemory, Plan
+from meshwright.units import format_bytes
+
+
+def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
+    """The memory that a device of this kind would need for what it is asked to hold."""
+    excess = total_bytes(memory) - memory.capacity
+    return memory.capacity + round(excess / (1 - HOLES[device.processor]))
+
+
+def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
+    """One Problem for every device that a plan overfills: by how much, and what would help."""
+    tables = memory_tables(model, plan.job)
+    by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
+    problems = []
+    for stage, path, held in held_by_stage(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            memory = by_device[seat.device]
+            excess = total_bytes(memory) - memory.capacity
+            rows = seat.rows[1] - seat.rows[0]
+            if excess > 0:
+                room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
+                problems.append(
+                    Problem(
+                        f"plan {plan.name}",
+                        path,
+                        f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
+                        f"at most {format_bytes(memory.capacity)}",
+                        _what_helps(model, tables, stage, rows, held, room),
+                    )
+                )
+    return tuple(problems)
+
+
+def _type_of(cluster: Cluster, device: str) -> DeviceType:
+    return next(cluster.types[d.type] for d in devices_of(cluster) if d.name == device)
+
+
+def _sizes(memory: DeviceMemory) -> str:
+    parts = ", ".join(
+        f"{name} {format_bytes(getattr(memory, name))}"
+        for name in ("parameters", "gradients", "optimizer", "activations", "buffers")
+    )
+    return f"{format_bytes(total_bytes(memory))} ({parts})"
+
+
+def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
+    """Legal tensor widths above `tensor`, up to the eight devices of a usual node."""
+    units = [layer.tensor_units for layer in layers if layer.tensor_units]
+    return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
+
+
+def _what_helps(
+    model: LayerGraph, tables: MemoryTables, stage: StageSeats, rows: int, held: int, room: float
+) -> str:
+    """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
+    first, last = stage.layers
+    tensor, table = len(stage.seats[0]), table_of(tables, stage)
+    ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
+    by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
+    by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
+    layers_that_fit = int(np.sum(by_layers <= room))
+    rows_that_fit = int(np.sum(by_rows <= room))
+    advice = []
+    if stage_memory_bytes(tables.recomputed, stage.layers, tensor, rows, held) <= room:
+        advice.append("`recompute: true`")
+    if layers_that_fit:
+        advice.append(f"give it {layers_that_fit} of its {last - first} layers")
+    if rows_that_fit:
+        advice.append(f"{rows_that_fit} of its {rows} rows of each micro-batch")
+    for width in _wider(model.layers[first:last], tensor):
+        if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
+            advice.append(f"tensor width {width}")
+            break
+    return (
+        "; or ".join(advice) or "give it fewer layers and fewer rows, or a device with more memory"
+    )

@@ -1,0 +1,98 @@
+"""What a group of devices computes in a step, in order: the words of a schedule.
+
+`F3` is the forward of micro-batch 3, `B3` its backward, `I3` and `W3` the backward's two parts;
+`W0:4` makes the weight gradients of micro-batches 0 to 3 at once. A group that holds several stages
+of its pipeline says which one: `2F3`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from meshwright.errors import PlanError, Problem
+from meshwright.program.instructions import Op
+
+
+class Action(NamedTuple):
+    """One computation of a stage."""
+
+    op: Op
+    """FORWARD, BACKWARD, BACKWARD_INPUT or BACKWARD_WEIGHT."""
+    stage: int
+    """Place of the stage in its pipeline, from 0."""
+    first: int
+    """Micro-batch."""
+    last: int
+    """One past the last micro-batch: more than first + 1 only for a batched W."""
+
+
+Order = tuple[Action, ...]
+
+
+def one(op: Op, stage: int, micro_batch: int) -> Action:
+    """An action on a single micro-batch."""
+    return Action(op, stage, micro_batch, micro_batch + 1)
+
+
+def word(action: Action, *, alone: bool) -> str:
+    """`F3`, `W0:4`; with the stage, `2F3`, unless it is `alone` on its devices."""
+    op, stage, first, last = action
+    batches = f"{first}" if last == first + 1 else f"{first}:{last}"
+    return f"{op}{batches}" if alone else f"{stage}{op}{batches}"
+
+
+def words(order: Iterable[Action], *, alone: bool) -> str:
+    """A whole order as text."""
+    return " ".join(word(action, alone=alone) for action in order)
+
+
+_WORD = re.compile(r"(\d*)([FBIW])(\d+)(?::(\d+))?")
+
+
+def parse_order(text: str, held: Sequence[int], *, source: str, field: str) -> Order:
+    """The inverse of `words`, for devices that hold the stages `held`. Raises PlanError naming
+    every word that is none."""
+    found, problems = [], []
+    for index, each in enumerate(text.split()):
+        action = _action(each, held)
+        if action is None:
+            wanted = "F, B, I or W with a micro-batch, as F0, or W0:4 for several"
+            if len(held) > 1:
+                wanted += f", after a stage among {', '.join(map(str, held))}, as {held[0]}F0"
+            problems.append(Problem(source, f"{field}, word {index}", repr(each), wanted))
+        else:
+            found.append(action)
+    PlanError.check(problems)
+    return tuple(found)
+
+
+def _action(each: str, held: Sequence[int]) -> Action | None:
+    match = _WORD.fullmatch(each)
+    if match is None or not (match[1] or len(held) == 1):
+        return None
+    stage, op, first = int(match[1] or held[0]), Op(match[2]), int(match[3])
+    last = int(match[4]) if match[4] else first + 1
+    if stage not in held or last <= first or (op is not Op.BACKWARD_WEIGHT and last > first + 1):
+        return None
+    return Action(op, stage, first, last)
+
+
+def high_water(
+    order: Iterable[Action], full: Callable[[int], float], half: Callable[[int], float]
+) -> float:
+    """Most that a group of devices holds at once: of each stage full(stage) per micro-batch between
+    its forward and its B or I, half(stage) between I and W."""
+    held = most = 0.0
+    for op, stage, first, last in order:
+        if op is Op.FORWARD:
+            held += full(stage)
+        elif op is Op.BACKWARD:
+            held -= full(stage)
+        elif op is Op.BACKWARD_INPUT:
+            held += half(stage) - full(stage)
+        else:
+            held -= half(stage) * (last - first)
+        most = max(most, held)
+    return most

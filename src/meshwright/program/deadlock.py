@@ -1,0 +1,94 @@
+"""Plays a program without times: who waits for ever?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshwright.errors import Problem
+from meshwright.program.instructions import (
+    MATCHING_RECEIVE,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Op,
+    Program,
+    text,
+)
+
+READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B, Op.BACKWARD_INPUT: Op.RECV_B}
+"""What a compute instruction waits for."""
+
+
+def deadlocks(program: Program, source: str) -> Iterator[Problem]:
+    """One Problem for every rank that does not get to its end."""
+    step = _Step(program)
+    moved = True
+    while moved:
+        moved = any(step.advance(rank) for rank in range(len(program.ranks)))
+    for rank, instructions in enumerate(program.ranks):
+        at = step.at[rank]
+        if at < len(instructions):
+            found = f"{text(instructions[at])}, which waits for {step.waits_for(rank)}"
+            wanted = "an order in which every wait ends"
+            yield Problem(source, f"rank {rank}, instruction {at}", found, wanted)
+
+
+def stage_before(i: Instruction) -> int:
+    """The stage before the cut that a message crosses."""
+    return i.stage if i.op in (Op.SEND_F, Op.RECV_B) else i.stage - 1
+
+
+class _Step:
+    """What has been sent and computed so far."""
+
+    def __init__(self, program: Program) -> None:
+        self.ranks = program.ranks
+        self.reads = [_receives_of(instructions) for instructions in program.ranks]
+        self.stages = [{i.stage for i in instructions} for instructions in program.ranks]
+        self.at = [0] * len(program.ranks)
+        self.sent: set[tuple[int | None, int, Op, int | None, int]] = set()
+        self.done: set[tuple[int, bool, int, int | None]] = set()
+
+    def advance(self, rank: int) -> bool:
+        """Play a rank until it has to wait; whether it moved."""
+        began = self.at[rank]
+        while self.at[rank] < len(self.ranks[rank]) and self.waits_for(rank) is None:
+            i = self.ranks[rank][self.at[rank]]
+            if i.op in SENDS:
+                assert i.peer is not None
+                kind = MATCHING_RECEIVE[i.op]
+                self.sent.add((rank, i.peer, kind, i.micro_batch, stage_before(i)))
+            elif i.op in READS:
+                self.done.add((rank, i.op is Op.FORWARD, i.stage, i.micro_batch))
+            self.at[rank] += 1
+        return self.at[rank] > began
+
+    def waits_for(self, rank: int) -> str | None:
+        """What keeps a rank from its next instruction."""
+        i = self.ranks[rank][self.at[rank]]
+        if i.op not in READS:
+            return None
+        for position, receive in self.reads[rank].get((READS[i.op], i.stage, i.micro_batch), ()):
+            if position > self.at[rank]:
+                return f"its own {text(receive)}, posted after it"
+            message = (receive.peer, rank, receive.op, receive.micro_batch, stage_before(receive))
+            if message not in self.sent:
+                return f"{text(receive)}, which rank {receive.peer} has not sent"
+        forward = i.op is Op.FORWARD
+        beside = i.stage - 1 if forward else i.stage + 1
+        key = (rank, forward, beside, i.micro_batch)
+        if beside in self.stages[rank] and key not in self.done:
+            name = "forward" if forward else "backward"
+            return f"its own {name} of micro-batch {i.micro_batch} on stage {beside}, after it"
+        return None
+
+
+def _receives_of(
+    instructions: tuple[Instruction, ...],
+) -> dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]]:
+    """Receives with their positions, by what they serve: (RECV_*, stage, micro-batch)."""
+    found: dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]] = {}
+    for position, i in enumerate(instructions):
+        if i.op in RECEIVES:
+            found.setdefault((i.op, i.stage, i.micro_batch), []).append((position, i))
+    return found
