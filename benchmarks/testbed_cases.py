@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 SEQUENCE = 64
 STEPS = 6
 WARM_UP = 2
-ROWS = (1, 2, 4, 8)
+ROWS = (1, 2, 4, 8, 16)
 SHARES = {"fast": 0.4, "mid": 0.2, "slow": 0.1}
 """Of a core, in dilation; virtual devices have the same ratio of speeds."""
 CORE_FLOPS = 100e9

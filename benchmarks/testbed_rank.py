@@ -42,6 +42,9 @@ BUILDERS = {
     "gpt": partial(
         GPT, vocabulary=VOCABULARY, positions=256, width=256, heads=8, layers=6, tied=False
     ),
+    "gpt-24": partial(
+        GPT, vocabulary=VOCABULARY, positions=256, width=160, heads=8, layers=24, tied=False
+    ),
     "llama": partial(
         Llama, vocabulary=VOCABULARY, width=256, heads=8, kv_heads=4, layers=6, hidden=704
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from meshwright.cluster.spec import devices_of
 from meshwright.cost.profile import strange_versions
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
 from meshwright.plan.files import save_plan
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
@@ -172,6 +174,27 @@ def _verified(
     )
 
 
+def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
+    """Sentences about the layer times of a plan that its profile does not have."""
+    if session.profile is None:
+        return ()
+    rows: dict[str, set[int]] = defaultdict(set)
+    for entry in session.profile.layers:
+        rows[entry.device].add(entry.rows)
+    types = {device.name: device.type for device in devices_of(session.cluster)}
+    found: dict[str, None] = {}
+    for stage in stage_seats(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            kind, count = types[seat.device], seat.rows[1] - seat.rows[0]
+            known = ", ".join(map(str, sorted(rows[kind])))
+            if not rows[kind]:
+                found[f"{kind} was not measured: its layers are priced by the datasheet"] = None
+            elif count not in rows[kind]:
+                way = "inter" if min(rows[kind]) < count < max(rows[kind]) else "extra"
+                found[f"{count} rows on {kind}: {way}polated from {known}"] = None
+    return tuple(found)
+
+
 def without_tensor_parallelism(session: Session) -> Session:
     """The session whose layers cannot be divided: processes that share cores wait for each other's
     turn at every sum inside a layer, as no devices of their own do."""
@@ -195,6 +218,8 @@ def verify_here(
     """
     warnings = list(strange_versions(session.profile)) if session.profile else []
     virtual = launcher is not None and launcher.up.bed.mode == "virtual"
+    if not virtual:
+        warnings += unmeasured(session, plan)
     if session.profile is None and not virtual:
         warnings.append("no profile: predictions come from datasheets, see `meshwright profile`")
     fair = without_tensor_parallelism(session) if launcher else session

@@ -7,9 +7,11 @@ from typing import Any
 
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.testbed.machine import Abilities, Quotas
 from meshwright.testbed.spec import Bed, BedFile, bed_of
 
+JOB = Job(global_batch=4, sequence=16, precision="fp32", optimizer="sgd")
 EVERYTHING = Abilities(
     namespaces=True,
     shaper="htb",
@@ -59,3 +61,20 @@ def bed(mode: str = "virtual", **changes: Any) -> Bed:
 def without_latency(able: Abilities) -> Abilities:
     """A kernel that cannot delay packets."""
     return replace(able, latency=False, missing={"link latency": "netem: unknown"})
+
+
+def pipeline_plan(devices: tuple[tuple[tuple[str, ...], ...], ...], cuts: tuple[int, ...]) -> Plan:
+    """One pipeline of these stages, two micro-batches of two rows each."""
+    stages = tuple(
+        Stage(layers=(a, b), devices=each)
+        for a, b, each in zip(cuts, cuts[1:], devices, strict=False)
+    )
+    names = tuple(name for stage in devices for row in stage for name in row)
+    return Plan(
+        name="p",
+        model=Subject(name="gpt-tiny", fingerprint=""),
+        cluster=Subject(name="mixed", fingerprint=""),
+        job=JOB,
+        devices=names,
+        pipelines=(Pipeline(micro_batches=2, rows=2, stages=stages),),
+    )

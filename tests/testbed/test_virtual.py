@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from beds import NOTHING, bed
+from beds import JOB, NOTHING, bed, pipeline_plan
 from torch import nn
 
 from meshwright.cost.profile import Profile
 from meshwright.errors import LaunchError
 from meshwright.model.hf import load_model
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, predicted
 from meshwright.testbed.bed import design
@@ -20,8 +19,6 @@ from meshwright.testbed.launch import Launcher
 from meshwright.testbed.times import virtual_times
 from meshwright.testbed.train import train_on
 from meshwright.testbed.virtual import VirtualLayer, VirtualOptimizer
-
-JOB = Job(global_batch=4, sequence=16, precision="fp32", optimizer="sgd")
 
 
 class Twice(nn.Module):
@@ -68,25 +65,9 @@ def test_an_optimizer_step_takes_its_time_and_moves_nothing() -> None:
     assert torch.equal(weight, torch.ones(3))
 
 
-def _plan(devices: tuple[tuple[tuple[str, ...], ...], ...], cuts: tuple[int, ...]) -> Plan:
-    stages = tuple(
-        Stage(layers=(a, b), devices=each)
-        for a, b, each in zip(cuts, cuts[1:], devices, strict=False)
-    )
-    names = tuple(name for stage in devices for row in stage for name in row)
-    return Plan(
-        name="p",
-        model=Subject(name="gpt-tiny", fingerprint=""),
-        cluster=Subject(name="mixed", fingerprint=""),
-        job=JOB,
-        devices=names,
-        pipelines=(Pipeline(micro_batches=2, rows=2, stages=stages),),
-    )
-
-
 def test_the_table_is_the_cost_models() -> None:
     model = load_model("gpt-tiny", 16, "fp32")
-    plan = _plan(((("a:0",),), (("b:0",),)), (0, 5, 10))
+    plan = pipeline_plan(((("a:0",),), (("b:0",),)), (0, 5, 10))
     fast, slow = virtual_times(plan, model, bed().cluster, None).ranks
     assert len(fast.forward) == len(model.layers)
     assert all(4 * f == pytest.approx(s) or f <= s for f, s in zip(
@@ -97,7 +78,7 @@ def test_the_table_is_the_cost_models() -> None:
 
 def test_sums_inside_layers_need_their_arithmetic() -> None:
     model = load_model("gpt-tiny", 16, "fp32")
-    plan = _plan(((("a:0", "a:1"),),), (0, 10))
+    plan = pipeline_plan(((("a:0", "a:1"),),), (0, 10))
     with pytest.raises(LaunchError, match="share a layer"):
         virtual_times(plan, model, bed().cluster, None)
 
@@ -119,7 +100,7 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
         profile_source="",
         warnings=(),
     )
-    plan = predicted(session, _plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
+    plan = predicted(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
     with Launcher(up) as launcher:
         run = train_on(launcher, session, plan, RunSettings(model="gpt-tiny", steps=4), tmp_path)
     assert plan.prediction is not None

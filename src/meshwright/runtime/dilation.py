@@ -29,6 +29,8 @@ class Dilator:
         self._wall = 0.0
         self._cpu = 0.0
         self._spent = 0.0
+        self.lasted = 0.0
+        """Seconds of the emulated device until the last `catch_up`: waiting for a core is none."""
         self._late = 0.0
         """Seconds by which the last sleep took too long; the next instruction gives them back."""
 
@@ -45,7 +47,8 @@ class Dilator:
 
     def catch_up(self) -> None:
         """Sleeps until the work since `begin` has lasted its time on the emulated device."""
-        due = self._wall + self._spent + (time.thread_time() - self._cpu) / self.share
+        self.lasted = self._spent + (time.thread_time() - self._cpu) / self.share
+        due = self._wall + self.lasted
         left = due - time.perf_counter()
         if left > 0:
             time.sleep(left)

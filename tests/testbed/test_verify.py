@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from beds import JOB, mixed_cluster, pipeline_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.profile import Profile, strange_versions, versions
-from meshwright.verify import Verification, Verified, spearman
+from meshwright.cost.profile import LayerTime, Profile, strange_versions, versions
+from meshwright.model.hf import load_model
+from meshwright.session import Session
+from meshwright.verify import Verification, Verified, spearman, unmeasured
 
 NUMBERS = st.lists(st.integers(1, 1000), min_size=3, max_size=20, unique=True)
 
@@ -58,3 +61,34 @@ def test_a_profile_from_elsewhere_is_told_apart() -> None:
     said = strange_versions(other)
     assert len(said) == 2
     assert any("an abacus" in sentence for sentence in said)
+
+
+def test_what_a_profile_lacks_is_said() -> None:
+    model = load_model("gpt-tiny", 16, "fp32")
+    signature = model.layers[1].signature
+    times = tuple(
+        LayerTime(
+            device="fast",
+            signature=signature,
+            precision="fp32",
+            tensor=1,
+            rows=rows,
+            forward_seconds=1.0,
+            backward_seconds=2.0,
+        )
+        for rows in (1, 4)
+    )
+    cluster = mixed_cluster()
+    session = Session(
+        model=model,
+        cluster=cluster,
+        job=JOB,
+        profile=Profile(model="gpt-tiny", sequence=16, layers=times),
+        model_source="gpt-tiny",
+        cluster_source="",
+        profile_source="",
+        warnings=(),
+    )
+    said = unmeasured(session, pipeline_plan((((("a:0",),)), (("b:0",),)), (0, 5, 10)))
+    assert "2 rows on fast: interpolated from 1, 4" in said
+    assert "slow was not measured: its layers are priced by the datasheet" in said
