@@ -10,7 +10,7 @@ from beds import JOB, NOTHING, bed, pipeline_plan
 from torch import nn
 
 from meshwright.cost.profile import Profile
-from meshwright.errors import LaunchError
+from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.hf import load_model
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, predicted
@@ -109,3 +109,17 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
     assert run.outcome.step_seconds > 0.99 * compute
     assert run.outcome.timeline is not None
     assert set(run.outcome.losses) == {0.0}
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
+    up = design(bed(), NOTHING, "mw-none").standing
+    with Launcher(up) as launcher, pytest.raises(MeshwrightError, match=r"run\.json.*no such file"):
+        launcher.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.worker")
+
+
+def test_a_command_ends_with_the_status_of_the_process_that_failed() -> None:
+    up = design(bed(), NOTHING, "mw-none").standing
+    with Launcher(up) as launcher:
+        assert launcher.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"]) == 1
+        assert launcher.run_command(("a:0",), ["sh", "-c", "kill -9 $$"]) == 9

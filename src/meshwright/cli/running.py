@@ -94,6 +94,7 @@ def train(
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen, simulated
+    from meshwright.testbed.bed import standing_here
     from meshwright.training import prepare, train_here, training_commands
 
     session, found = reopen(plan_file)
@@ -108,8 +109,9 @@ def train(
         save_weights=save_weights,
     )
     prepare(session, found, settings, output)
-    for command in training_commands(found, output):
-        typer.echo(command)
+    if standing_here() is None:
+        for command in training_commands(found, output):
+            typer.echo(command)
     if dry_run:
         return
     with launcher_for(None) as launcher:

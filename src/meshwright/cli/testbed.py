@@ -41,7 +41,7 @@ def run(
     command is started once for each device of the cluster, with the variables that torchrun sets.
     """
     from meshwright.cluster.spec import devices_of
-    from meshwright.testbed.bed import plan_bed, rank_environment, standing
+    from meshwright.testbed.bed import master_port, plan_bed, rank_environment, standing
     from meshwright.testbed.launch import Launcher, as_shell, run_verb
     from meshwright.testbed.spec import load_bed
 
@@ -52,8 +52,9 @@ def run(
         drawn, lines = plan_bed(bed)
         up = drawn.standing
         undo = len(drawn.down) + len(drawn.groups)
+        port = master_port()
         inside = [" ".join(command)] if own else [
-            as_shell(up, device, rank_environment(up, devices, rank), command)
+            as_shell(up, device, rank_environment(up, devices, rank, port), command)
             for rank, device in enumerate(devices)
         ]  # fmt: skip
         for line in (*lines[: len(lines) - undo], *inside, *lines[len(lines) - undo :]):

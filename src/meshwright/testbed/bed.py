@@ -220,7 +220,9 @@ def standing_here() -> Standing | None:
     return load(Path(path), Standing, error=LaunchError) if path else None
 
 
-def rank_environment(up: Standing, devices: tuple[str, ...], rank: int) -> dict[str, str]:
+def rank_environment(
+    up: Standing, devices: tuple[str, ...], rank: int, port: str
+) -> dict[str, str]:
     """What a launcher tells the process of one device, and what gloo needs to know."""
     nodes = [node_of(device) for device in devices]
     own = nodes[rank]
@@ -232,6 +234,7 @@ def rank_environment(up: Standing, devices: tuple[str, ...], rank: int) -> dict[
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "MASTER_ADDR": up.addresses[nodes[0]] if up.addresses else "127.0.0.1",
+        "MASTER_PORT": port,
     }
     return named | ({"GLOO_SOCKET_IFNAME": "eth0"} if up.addresses else {})
 

@@ -121,7 +121,7 @@ class Launcher:
         return [
             Birth(
                 rank=rank,
-                environment={**rank_environment(up, devices, rank), "MASTER_PORT": port},
+                environment=rank_environment(up, devices, rank, port),
                 namespace=up.namespaces.get(node_of(device)),
                 group=up.groups.get(device),
                 module=module,
