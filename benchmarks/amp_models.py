@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
@@ -105,3 +107,17 @@ def transgan() -> LayerGraph:
 
 
 MODELS = {"gpt2": gpt2, "transgan": transgan}
+
+
+def model_of(record: dict[str, Any]) -> LayerGraph:
+    """The model that a file of trials names, `GPT-2 medium` as well as `gpt2`; where it names none,
+    the one with as many entries as the trials cut."""
+    name = re.sub("[^a-z0-9]", "", str(record.get("model", "")).lower())
+    for known, build in MODELS.items():
+        if name.startswith(known):
+            return build()
+    entries = {row["stage_boundaries"][-1] for row in record["trials"]}
+    for build in MODELS.values():
+        if {len(build().layers)} == entries and not name:
+            return build()
+    raise SystemExit(f"unknown model {record.get('model')!r}; known: {', '.join(MODELS)}")

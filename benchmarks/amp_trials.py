@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from amp_models import MODELS
+from amp_models import model_of
 from beliefs import AMP_KNOBS, AMP_PRIOR, save, shipped
 from grids import Trial, World, excess_bytes, predict, simulate
 from numpy.typing import NDArray
 from scores import spearman, summary, write
 
-from meshwright.cluster.files import load_cluster
+from meshwright import records
+from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import topology
 from meshwright.cost.calibrate import fit
@@ -34,12 +35,19 @@ from meshwright.cost.compute import device_seconds, host_seconds, launch_seconds
 from meshwright.cost.constants import Calibration, device_constants
 from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.profile import LayerTime, Profile
-from meshwright.model.spec import LayerGraph
+from meshwright.errors import ClusterError
+from meshwright.model.spec import Layer, LayerGraph
 from meshwright.plan.spec import Job
 
 Array = NDArray[np.float64]
 NODES = {"T4": "G4", "V100": "P3"}
 """Device types, by the beginnings of their names, and the nodes they were measured on."""
+LATENCY = {"inside": "10 us", "network": "50 us"}
+"""Of links whose file names none: PCIe or NVLink, and TCP."""
+
+
+Forward = tuple[float, float]
+"""Seconds of a layer's forward on one tensor rank, sums apart, and the host's part of them."""
 
 
 def layer_times(
@@ -47,34 +55,80 @@ def layer_times(
 ) -> tuple[LayerTime, ...]:
     """The record's forward times of one sample, with the backward that they imply.
 
-    The sums over tensor ranks, as priced on the node, are taken off: they overlap nothing. Of a
-    forward, the host took what exceeds the device's work, at most a launch; its share of the
-    backward is in proportion of the launches. The device's share is twice the forward's.
+    The host's share of the backward is in proportion of the launches, the device's twice the
+    forward's. A type on which this model was not measured takes those of one on which it was: the
+    same host, and device seconds in proportion of the work.
     """
+    known = {kind: forwards(model, cluster, kind, recorded, constants) for kind in cluster.types}
     found = []
-    for name, device in cluster.types.items():
-        node = next((node for kind, node in NODES.items() if name.startswith(kind)), None)
-        own = device_constants(constants, device)
-        for tensor, row in recorded.get(f"{model.name}_{node}", {}).items():
-            sums = summing_seconds(model, cluster, name, int(tensor), constants)
-            for layer, whole, communication in zip(model.layers, row, sums, strict=True):
-                seconds = max(whole - communication, whole / 10)
-                work = device_seconds(layer, device, "fp16", int(tensor), 1, own)
-                launch = launch_seconds(own)
-                host = host_seconds(np.array([seconds, seconds]), work[0], launch[0])[0]
-                backward = host * launch[1] / launch[0] + 2 * (seconds - host)
+    for kind, device in cluster.types.items():
+        launch = launch_seconds(device_constants(constants, device))
+        for tensor, times in (
+            known[kind] or borrowed(model, cluster, kind, known, constants)
+        ).items():
+            for layer, (seconds, host) in zip(model.layers, times, strict=True):
                 found.append(
                     LayerTime(
-                        device=name,
+                        device=kind,
                         signature=layer.signature,
                         precision="fp16",
-                        tensor=int(tensor),
+                        tensor=tensor,
                         rows=1,
                         forward_seconds=seconds,
-                        backward_seconds=backward,
+                        backward_seconds=host * launch[1] / launch[0] + 2 * (seconds - host),
                     )
                 )
     return tuple(found)
+
+
+def forwards(
+    model: LayerGraph,
+    cluster: Cluster,
+    kind: str,
+    recorded: dict[str, Any],
+    constants: Calibration,
+) -> dict[int, list[Forward]]:
+    """Of every layer, by tensor width; empty where the record lacks this model on this type.
+
+    The sums over tensor ranks, as priced on the node, are taken off: they overlap nothing. The host
+    took what exceeds the device's work, at most a launch.
+    """
+    node = next((node for start, node in NODES.items() if kind.startswith(start)), None)
+    own = device_constants(constants, cluster.types[kind])
+    launch, found = launch_seconds(own), {}
+    for width, row in recorded.get(f"{model.name}_{node}", {}).items():
+        sums = summing_seconds(model, cluster, kind, int(width), constants)
+        found[int(width)] = []
+        for layer, whole, communication in zip(model.layers, row, sums, strict=True):
+            seconds = max(whole - communication, whole / 10)
+            work = device_seconds(layer, cluster.types[kind], "fp16", int(width), 1, own)
+            host = host_seconds(np.array([seconds, seconds]), work, launch)[0]
+            found[int(width)].append((seconds, float(host)))
+    return found
+
+
+def borrowed(
+    model: LayerGraph,
+    cluster: Cluster,
+    kind: str,
+    known: dict[str, dict[int, list[Forward]]],
+    constants: Calibration,
+) -> dict[int, list[Forward]]:
+    """The times of the first type that was measured, carried over to another one."""
+    lender = next((name for name, widths in known.items() if widths), kind)
+
+    def work(name: str, layer: Layer, tensor: int) -> float:
+        own = device_constants(constants, cluster.types[name])
+        return float(device_seconds(layer, cluster.types[name], "fp16", tensor, 1, own)[0])
+
+    found: dict[int, list[Forward]] = {}
+    for tensor, times in known[lender].items():
+        found[tensor] = []
+        for layer, (seconds, host) in zip(model.layers, times, strict=True):
+            theirs = work(lender, layer, tensor)
+            ratio = work(kind, layer, tensor) / theirs if theirs else 1.0
+            found[tensor].append((host + (seconds - host) * ratio, host))
+    return found
 
 
 def summing_seconds(
@@ -91,18 +145,33 @@ def summing_seconds(
     return [sum(cost[size] for size in layer.forward_all_reduce_bytes) for layer in model.layers]
 
 
+def machines(path: Path) -> Cluster:
+    """The cluster of a file, which need not say what latency a nominal bandwidth comes with, nor
+    more of a link than the bandwidth. Raises ClusterError."""
+    data = records.read(path, error=ClusterError)
+    data.setdefault("format", 1)
+    data.setdefault("name", path.stem)
+    for table in (data.get("links", {}), *data.get("node", ())):
+        for level, latency in LATENCY.items():
+            if isinstance(table.get(level), str):
+                table[level] = {"bandwidth": table[level]}
+            if isinstance(table.get(level), dict):
+                table[level].setdefault("latency", latency)
+    return cluster_from(data, source=str(path))
+
+
 class Predictor:
     """Predictions of one file's trials: layer times depend on the constants that split them."""
 
     def __init__(self, trials: Path, cluster: Path, profiles: Path) -> None:
         record = json.loads(trials.read_text(encoding="utf-8"))
-        self.model = MODELS[record["model"]]()
-        self.cluster = load_cluster(cluster)
+        self.model = model_of(record)
+        self.cluster = machines(cluster)
         times = json.loads(profiles.read_text(encoding="utf-8"))
         self.recorded = times["forward_seconds_per_sample"]
         self.batch = record["global_batch_size"]
         self.rows = record["trials"]
-        seconds = [row["measured_step_seconds"] for row in self.rows]
+        seconds = [row.get("measured_step_seconds") for row in self.rows]
         self.measured = np.array([np.nan if each is None else each for each in seconds])
         self.trials = tuple(
             Trial(

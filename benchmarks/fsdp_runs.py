@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scores import HEADER, kendall_tau, line, summary, write
 
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
+from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
 from meshwright.cost.calibrate import fit, held_out
 from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
@@ -66,11 +66,19 @@ class Run:
     step: ShardedStep
 
 
+NOISE = {"nvidia", "amd", "tesla", "instinct", "geforce", "gpu", "sxm", "sxm2", "sxm3", "sxm4"}
+NOISE |= {"sxm5", "oam", "hbm2", "hbm2e", "hbm3", "hbm3e", ""}
+"""Words of a GPU's name that tell no two types of the catalogue apart."""
+
+
 def device_name(text: str) -> str:
-    """`a100_80gb` to `A100-80`, `h100_80gb` to `H100`: the catalogue's name."""
-    parts = re.split(r"[_\-\s]+", text.strip().lower().replace("gb", ""))
-    known = {name.lower(): name for name in catalog()}
-    for candidate in ("-".join(parts[:2]), parts[0]):
+    """The catalogue's name of a GPU: `a100_80gb` and `NVIDIA A100-SXM4-80GB` are `A100-80`, and
+    `h100_80gb` is `H100`. Raises SystemExit for one that is not there."""
+    words = re.split(r"[_\-\s/]+", re.sub(r"(\d+)\s*gi?b(?![a-z])", r"\1", text.strip().lower()))
+    said = [word for word in words if word not in NOISE]
+    known = {re.sub("[^a-z0-9]", "", name.lower()): name for name in catalog()}
+    bare = [word for word in said if not word.isdigit()]
+    for candidate in ("".join(said), "".join(bare), *("".join(said[:n]) for n in (2, 1))):
         if candidate in known:
             return known[candidate]
     raise SystemExit(f"unknown GPU {text!r}; known: {', '.join(sorted(catalog()))}")
@@ -82,7 +90,7 @@ def device_type(text: str, precision: str) -> DeviceType:
     Attention stays in 16 bits, so its share of the doubled peak is halved.
     """
     kind = catalog()[device_name(text)].type
-    if "fp8" not in precision:
+    if "fp8" not in precision or "bf16" not in kind.peak:
         return kind
     return replace(
         kind,
@@ -114,7 +122,7 @@ def machines(kind: DeviceType, gpus: int) -> Cluster:
     )
 
 
-def mpt(name: str, sequence: int) -> LayerGraph:
+def mpt(name: str, sequence: int, precision: Precision = "bf16") -> LayerGraph:
     """An MPT model with FlashAttention, at a sequence length."""
     layers, width, heads = SHAPES[name]
     shape = LanguageModel(
@@ -130,7 +138,7 @@ def mpt(name: str, sequence: int) -> LayerGraph:
         hidden=4 * width,
         tied=True,
     )
-    return layer_graph(shape, sequence, "bf16")
+    return layer_graph(shape, sequence, precision)
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], Array]:
@@ -149,7 +157,11 @@ def read(paths: Sequence[Path]) -> tuple[list[Run], Array]:
                 runs.append(
                     Run(
                         name=row["Model"],
-                        model=mpt(row["Model"], int(row["SeqLen (T)"])),
+                        model=mpt(
+                            row["Model"].strip().lower().removeprefix("mpt-"),
+                            int(row["SeqLen (T)"]),
+                            "bf16" if "bf16" in kind.peak else "fp16",
+                        ),
                         cluster=machines(kind, int(row["# GPUs"])),
                         step=step,
                     )
@@ -183,6 +195,28 @@ def tau(runs: Sequence[Run], predicted: Array, measured: Array) -> float:
     return kendall_tau(throughput(runs, predicted), throughput(runs, measured), groups)
 
 
+def family(run: Run) -> str:
+    """The GPU type of a run, whatever its precision."""
+    return next(iter(run.cluster.types)).removesuffix(FP8)
+
+
+def without_own_type(runs: Sequence[Run], measured: Array) -> Array | None:
+    """Each run predicted from constants that were fitted to runs on other GPU types alone, and from
+    its own type's datasheet; None where all ran on one type."""
+    names = np.array([family(run) for run in runs])
+    if len(set(names)) < 2:
+        return None
+    predicted = np.zeros(len(runs))
+    for name in dict.fromkeys(names):
+        seen, own = np.flatnonzero(names != name), np.flatnonzero(names == name)
+        types = {k: v for i in seen for k, v in runs[i].cluster.types.items()}
+        found = fit(
+            partial(predict, runs), measured, fsdp_knobs(types), start=FSDP_PRIOR, runs=seen
+        )
+        predicted[own] = predict(runs, found, own)
+    return predicted
+
+
 def main() -> int:
     """Print the table, write the figures of the shipped constants."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -213,6 +247,12 @@ def main() -> int:
         sizes = [run.name for run in runs]
         apart = held_out(predicted, measured, knobs, sizes, start=FSDP_PRIOR)
         show("leaving one model size out", apart)
+        others = without_own_type(runs, measured)
+        if others is not None:
+            show("leaving one GPU type out", others)
+            for name in sorted({family(run) for run in runs}):
+                own = np.array([family(run) == name for run in runs])
+                print(line(f"{name} from the others", summary(others[own], measured[own])))
     write(chosen.json, {**results["shipped"], "all": results})
     return 0
 

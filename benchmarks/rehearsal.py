@@ -62,7 +62,7 @@ class _Rehearsal(Engine):
     def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
         self._own.reducer.finish()
         self._end_of_backwards()
-        squared_norm(self._own.buckets, self._own.tensor_width, self.world.device)
+        squared_norm(self._own.buckets, self.world.device)
         self._mean_loss, self._norm = 0.0, 2.0
 
 

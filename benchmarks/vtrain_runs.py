@@ -39,6 +39,10 @@ Array = NDArray[np.float64]
 
 VOCABULARY = 51200
 """Megatron's GPT-2 vocabulary, padded."""
+SHAPE = ("hidden size", "attention heads", "# layers", "sequence length", "# GPUs")
+WIDTHS = ("tensor parallelism", "data parallelism", "pipeline parallelism")
+COLUMNS = (*SHAPE, *WIDTHS, "micro batch", "global batch")
+"""Those that are read, beside the measured `iteration time (ms)`."""
 NODE = 8
 MOST_FITTED = 144
 """Runs that a fit looks at: evenly drawn from those it may see."""
@@ -100,10 +104,9 @@ def read(path: Path, network: float) -> tuple[list[World], list[Trial], Array]:
     known: dict[tuple[int, ...], int] = {}
     trials, measured = [], []
     with path.open(encoding="utf-8", newline="") as file:
-        for raw in csv.DictReader(file):
-            row = {k: int(float(v)) for k, v in raw.items() if k != "iteration time (ms)"}
-            names = ("hidden size", "attention heads", "# layers", "sequence length", "# GPUs")
-            key = tuple(row[name] for name in names)
+        for raw in csv.DictReader(file, skipinitialspace=True):
+            row = {name: int(float(raw[name])) for name in COLUMNS}
+            key = tuple(row[name] for name in SHAPE)
             if key not in known:
                 known[key] = len(worlds)
                 worlds.append(world(row, network))

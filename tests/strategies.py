@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count, islice, pairwise
 
 from hypothesis import strategies as st
 
@@ -47,7 +49,16 @@ def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> Laye
 def models(draw: st.DrawFn, max_layers: int = 6) -> LayerGraph:
     """Chains of one to `max_layers` layers."""
     costs = draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=max_layers))
-    return chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
+    model = chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
+    return replace(
+        model,
+        layers=tuple(replace(x, split_parameters=draw(SPLIT)) for x in model.layers),
+        tied=tuple(replace(x, split=draw(st.booleans())) for x in model.tied),
+    )
+
+
+SPLIT = st.sampled_from([0, 840, 999, 1000])
+"""Of a layer's thousand parameters, those that tensor ranks divide."""
 
 
 @st.composite
@@ -62,25 +73,54 @@ def cuts(draw: st.DrawFn, layers: int, stages: int) -> list[tuple[int, int]]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, model: LayerGraph, max_pipelines: int = 2) -> Plan:
-    """Legal plans: unequal pipelines, unequal data widths and row shares, one tensor width."""
-    tensor = draw(st.sampled_from([1, 2]))
-    pipelines, devices = [], []
-    for _ in range(draw(st.integers(1, max_pipelines))):
-        count = draw(st.integers(1, min(3, len(model.layers))))
-        rows = draw(st.integers(2, 6))
+def meshes(
+    draw: st.DrawFn, names: Iterator[str], widths: tuple[int, ...], most: tuple[int, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Replicas of a stage, of any of the tensor widths, or of width 1 where no other fits; at most
+    so many replicas, of at most so many devices together."""
+    replicas, room = most
+    mesh = []
+    count = draw(st.integers(1, min(replicas, room)))
+    for to_come in reversed(range(count)):
+        fitting = [width for width in widths if width <= room - to_come]
+        tensor = draw(st.sampled_from(fitting or [1]))
+        mesh.append(tuple(islice(names, tensor)))
+        room -= tensor
+    return tuple(mesh)
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn,
+    model: LayerGraph,
+    *,
+    max_devices: int = 72,
+    max_rows: int = 6,
+    widths: tuple[int, ...] = (1, 2, 3, 4),
+) -> Plan:
+    """Legal plans: one or two unequal pipelines, stages of unequal data widths and row shares, from
+    one tensor width everywhere to another for each replica."""
+    some = st.lists(st.sampled_from(widths), min_size=1, max_size=3, unique=True).map(tuple)
+    kinds = draw(st.one_of(st.just(widths[:2]), some))
+    names = (f"n:{number}" for number in count())
+    pipelines: list[Pipeline] = []
+    room = max_devices
+    for others in reversed(range(draw(st.integers(1, min(2, max_devices))))):
+        depth = draw(st.integers(1, min(3, len(model.layers), room - others)))
+        rows = draw(st.integers(2, max_rows))
         stages = []
-        for first, last in draw(cuts(len(model.layers), count)):
-            data = draw(st.integers(1, min(3, rows)))
-            mesh = []
-            for _ in range(data):
-                mesh.append(tuple(f"n:{len(devices) + t}" for t in range(tensor)))
-                devices.extend(mesh[-1])
-            shares = (rows - data + 1, *(1,) * (data - 1))
-            stages.append(Stage(layers=(first, last), devices=tuple(mesh), rows=shares))
+        for position, (first, last) in enumerate(draw(cuts(len(model.layers), depth))):
+            free = room - others - (depth - position - 1)
+            mesh = draw(meshes(names, kinds, (min(3, rows), free)))
+            shares = (rows - len(mesh) + 1, *(1,) * (len(mesh) - 1))
+            stages.append(Stage(layers=(first, last), devices=mesh, rows=shares))
+            room -= sum(map(len, mesh))
         pipelines.append(
             Pipeline(micro_batches=draw(st.integers(1, 5)), rows=rows, stages=tuple(stages))
         )
+    devices = [
+        d for p in pipelines for stage in p.stages for replica in stage.devices for d in replica
+    ]
     return Plan(
         name="random",
         model=Subject(name=model.name, fingerprint=""),

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from commands import meshwright
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "clusters"
 LAPTOP = """\
 format = 1
@@ -21,13 +23,6 @@ name = "laptop"
 name = "here"
 devices = ["2 x cpu"]
 """
-
-
-def meshwright(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "meshwright", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +92,7 @@ def test_a_plan_is_trained_and_leaves_its_traces(planned):
     )
     assert done.returncode == 0, done.stderr
     assert "torchrun --nnodes=1" in done.stdout
+    assert "predicted" in done.stdout, "how far off the prediction was"
     lines = [json.loads(line) for line in (planned / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"]

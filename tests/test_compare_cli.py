@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from commands import meshwright
 
 CLUSTER = """\
 format = 1
@@ -22,18 +21,6 @@ devices = ["1 x V100-16"]
 name = "b"
 devices = ["1 x T4"]
 """
-
-
-def meshwright(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "meshwright", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "COLUMNS": "80"},
-    )
 
 
 def make_plan(folder: Path, output: str, *, model: str = "gpt2", batch: int = 8) -> None:

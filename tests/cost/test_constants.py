@@ -55,7 +55,9 @@ def test_every_constant_is_described_and_its_default_is_plausible_or_neutral() -
 
 def test_a_type_gets_its_own_constants_else_those_of_its_nearest_relative() -> None:
     known = {
-        "A100-80": DeviceConstants(matmul_efficiency=0.8, launch_forward=1e-3),
+        "A100-80": DeviceConstants(
+            matmul_efficiency=0.8, memory_efficiency=0.7, launch_forward=1e-3
+        ),
         "T4": DeviceConstants(matmul_efficiency=0.3, launch_forward=4e-3),
     }
     fitted = Calibration(devices=known)
@@ -65,6 +67,7 @@ def test_a_type_gets_its_own_constants_else_those_of_its_nearest_relative() -> N
     far = device_constants(fitted, kinds["B200"])
     assert far.matmul_efficiency is None
     assert far.launch_forward == 1e-3
+    assert far.memory_efficiency == 0.7
     assert device_constants(None, kinds["T4"]) == DEFAULT_DEVICE
     assert device_constants(Calibration(), kinds["T4"]) == DEFAULT_DEVICE
 

@@ -22,10 +22,10 @@ from meshwright.cost.memory import (
     usable_bytes,
 )
 from meshwright.cost.misfits import memory_problems
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at, tied_in
-from meshwright.plan.spec import Job, Plan
+from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.simulate.engine import simulate_plan
-from strategies import models_and_plans
+from strategies import chain, models_and_plans
 from worlds import DEVICE, even_model, even_plan, one_node
 
 JOB = Job(global_batch=8, sequence=8, precision="bf16")
@@ -95,7 +95,7 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
     def share(whole: float, split: float) -> float:
         return whole - split * (1 - 1 / tensor)
 
-    tied = tied_in(model, layers)
+    tied = [t for t in model.tied if any(first <= n < last for n in t.layers)]
     parameters = sum(share(x.parameters, x.split_parameters) for x in own)
     parameters += sum(t.parameters / (tensor if t.split else 1) for t in tied)
     casts = sum(x.cast_parameters - min(x.cast_parameters, x.split_parameters) * (1 - 1 / tensor)
@@ -169,6 +169,31 @@ def test_prediction_equals_the_simulated_high_water_mark(case: tuple[LayerGraph,
         peak = max(point.bytes for point in timeline.memory if point.rank == rank)
         assert memory.device == plan.devices[rank]
         assert total_bytes(memory) == pytest.approx(peak, abs=4)
+
+
+def test_narrow_replicas_copy_the_gradients_that_wide_ones_divide() -> None:
+    """16 MB of gradients, all divided by the other replica, where next to nothing else is held."""
+    model = chain([1e-6])
+    big = replace(model.layers[0], parameters=4_000_000, split_parameters=4_000_000)
+    model = replace(model, layers=(big,))
+
+    def buffers(devices: tuple[tuple[str, ...], ...]) -> list[int]:
+        names = tuple(name for replica in devices for name in replica)
+        stage = Stage(layers=(0, 1), devices=devices, rows=(1,) * len(devices))
+        pipeline = Pipeline(micro_batches=1, rows=len(devices), stages=(stage,))
+        plan = Plan(
+            name="x",
+            model=Subject(name="m", fingerprint=""),
+            cluster=Subject(name="c", fingerprint=""),
+            job=Job(global_batch=len(devices), sequence=model.sequence, precision="fp32"),
+            devices=names,
+            pipelines=(pipeline,),
+        )
+        return [m.buffers for m in device_memory(plan, model, one_node(len(names)))]
+
+    alike, (wide, _, narrow) = buffers((("n:0",), ("n:1",))), buffers((("n:0", "n:1"), ("n:2",)))
+    assert narrow - alike[0] == pytest.approx(16e6, rel=1e-3)
+    assert wide < narrow - 15e6
 
 
 def test_a_gpu_keeps_room_for_its_context_and_for_the_allocator() -> None:

@@ -80,6 +80,16 @@ def refused(tool: str, plan: Plan, model: LayerGraph) -> str:
     return str(caught.value)
 
 
+def test_replicas_of_unlike_tensor_widths_are_refused():
+    plan, model = make(data=2, tensor=2)
+    devices = (("a:0", "a:1"), ("b:0",))
+    stage = replace(plan.pipelines[0].stages[0], devices=devices)
+    pipeline = replace(plan.pipelines[0], stages=(stage,))
+    plan = replace(plan, devices=("a:0", "a:1", "b:0"), pipelines=(pipeline,))
+    for tool in TOOLS:
+        assert "one tensor width" in refused(tool, plan, model), tool
+
+
 def arguments(plan: Plan, model: LayerGraph) -> dict[str, str]:
     lines = export_files(plan, model, "megatron")["arguments.txt"].splitlines()
     return {key: value for key, _, value in (line.partition(" ") for line in lines)}

@@ -13,13 +13,18 @@ from torch.func import functional_call
 from meshwright.model.shard import (
     Column,
     Row,
+    Tile,
     Vocabulary,
     VocabularyHead,
     VocabularyLoss,
     chunk,
+    common_tiles,
     held,
+    holder,
+    slices,
     splits,
     tensor_units,
+    within,
 )
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
@@ -34,7 +39,33 @@ def test_chunks_are_consecutive_and_differ_by_one_at_most(size, width):
     assert all(a[1] == b[0] for a, b in pairwise(shares))
     sizes = [last - first for first, last in shares]
     assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == max(sizes)
+
+
+@given(
+    size=st.integers(0, 300),
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True),
+)
+def test_common_tiles_are_whole_shares_of_every_width(size, widths):
+    """Whatever the size, also where no width divides it."""
+    split = Column(parts=(size, 2 * size))
+    tiles = common_tiles(widths)
+    for width in widths:
+        for index in range(width):
+            own = held(split, "weight", (3 * size, 5), width, index)
+            mine = [slices(split, "weight", (3 * size, 5), tile) for tile in tiles
+                    if holder(tile, width) == index]  # fmt: skip
+            for part in range(2):
+                pieces = [tile.ranges[part] for tile in mine]
+                assert (pieces[0][0], pieces[-1][1]) == own.ranges[part]
+                assert all(a[1] == b[0] for a, b in pairwise(pieces))
+
+
+def test_a_tile_lies_in_each_part_of_what_a_rank_holds():
+    split = Column(parts=(8, 4, 4))
+    own = held(split, "weight", (16, 10), 2, 1)
+    tile = slices(split, "weight", (16, 10), Tile(first=3, last=4, of=4))
+    assert within(own, tile).ranges == ((2, 4), (5, 6), (7, 8))
 
 
 def test_fused_projections_are_divided_part_by_part():
@@ -54,7 +85,7 @@ def test_what_is_held_in_full():
     assert (row.dim, row.ranges) == (-1, ((4, 6),))
 
 
-def test_an_uneven_vocabulary_goes_to_the_first_ranks():
+def test_an_uneven_vocabulary_gives_some_ranks_one_more():
     for how in (Vocabulary(), VocabularyHead()):
         shares = [held(how, "weight", (11, 4), 4, index) for index in range(4)]
         assert [s.ranges for s in shares if s] == [((0, 3),), ((3, 6),), ((6, 9),), ((9, 11),)]

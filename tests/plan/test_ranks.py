@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from meshwright.plan.ranks import describe
+from dataclasses import replace
+
+from meshwright.plan.ranks import describe, mesh_text
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 
 
@@ -16,6 +18,15 @@ def plan(rows: tuple[int, ...] | None) -> Plan:
         devices=("a:0", "a:1"),
         pipelines=(Pipeline(micro_batches=1, rows=8, stages=(stage,)),),
     )
+
+
+def test_unlike_tensor_widths_are_told():
+    ragged = Stage(layers=(0, 3), devices=(("a:0", "a:1"), ("a:2",)))
+    one = plan(None)
+    pipelines = (replace(one.pipelines[0], stages=(ragged,)),)
+    assert describe(replace(one, pipelines=pipelines)) == "dp2 tp2+1 pp1 [3] 1x8 1f1b"
+    assert mesh_text(ragged.devices) == "2 + 1"
+    assert mesh_text((("a", "b"),) * 3) == "3 x 2"
 
 
 def test_unequal_rows_are_told_and_equal_ones_are_not():

@@ -85,11 +85,6 @@ EDITS = {
         "devices",
         "node:index",
     ),
-    "ragged mesh": (
-        lambda p: stage(p, 0).update(devices=[["a:0", "a:1"], ["a:2"]]),
-        "stages[0].devices",
-        "one tensor width",
-    ),
     "empty mesh": (lambda p: stage(p, 1).update(devices=[[]]), "stages[1].devices", "empty mesh"),
     "rows do not divide": (
         lambda p: p["pipelines"][0].update(rows=3),
@@ -142,6 +137,14 @@ def _records(data: dict) -> dict:
 
     plan = parse(data, Plan, source="x", error=PlanError)
     return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+
+
+def test_replicas_of_a_layer_may_differ_in_tensor_width():
+    data = good()
+    data["pipelines"][0]["stages"] = [
+        {"layers": [0, 3], "devices": [["a:0", "a:1"], ["a:2"]], "rows": [3, 1]}
+    ]
+    validate_plan(Plan(**_records(data)), MODEL, CLUSTER)
 
 
 def test_all_mistakes_come_at_once(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import ProgramError
+from meshwright.model.shard import UNDIVIDED
 from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
@@ -73,28 +75,63 @@ def test_every_receiver_gets_exactly_its_rows(case):
         assert all(a[1] == b[0] for a, b in pairwise(pieces))
 
 
+def met(program, rank, of) -> list:
+    """The sums in which a rank gives gradients of a layer (its number) or a tied parameter."""
+    return [
+        i
+        for i in program.ranks[rank]
+        if i.op is Op.REDUCE_GRAD
+        and (i.tied == of if isinstance(of, str) else i.layers and i.layers[0] <= of < i.layers[1])
+    ]
+
+
 @given(models_and_plans())
-def test_gradients_of_every_layer_meet_all_their_holders(case):
+def test_gradients_of_every_layer_meet_one_of_every_replica(case):
+    """Every share of every layer is summed once, by the rank of each replica that holds it."""
     model, plan = case
     program = compile_plan(plan, model, bucket_bytes=5000)
-    stages = stage_seats(plan)
-    for layer in range(len(model.layers)):
-        for t in range(len(stages[0].seats[0])):
-            holders = tuple(
-                sorted(
-                    replica[t].rank
-                    for stage in stages
-                    if stage.layers[0] <= layer < stage.layers[1]
-                    for replica in stage.seats
+    parts = [((n,), n, x.parameters - x.split_parameters, x.split_parameters)
+             for n, x in enumerate(model.layers)]  # fmt: skip
+    parts += [(t.layers, t.name, 0 if t.split else t.parameters, t.parameters if t.split else 0)
+              for t in model.tied]  # fmt: skip
+    for layers, name, undivided, divided in parts:
+        replicas = {
+            tuple(seat.rank for seat in replica)
+            for stage in stage_seats(plan)
+            for replica in stage.seats
+            if any(stage.layers[0] <= n < stage.layers[1] for n in layers)
+        }
+        everyone = sorted(rank for replica in replicas for rank in replica)
+        for replica in replicas:
+            for index, rank in enumerate(replica):
+                sums = met(program, rank, name)
+                if len(replicas) == 1:
+                    assert not sums
+                    continue
+                whole = [i for i in sums if i.tile in (None, UNDIVIDED)]
+                like = len({*map(len, replicas)}) == 1
+                assert len(whole) == 1 if undivided or like else len(whole) <= 1
+                for i in whole:
+                    same = [each[index] for each in replicas] if i.tile is None else everyone
+                    assert list(i.ranks) == sorted(same)
+                shares = sorted(
+                    (Fraction(i.tile.first, i.tile.of), Fraction(i.tile.last, i.tile.of), i)
+                    for i in sums
+                    if i.tile not in (None, UNDIVIDED)
                 )
-            )
-            for rank in holders:
-                met = [
-                    i.ranks
-                    for i in program.ranks[rank]
-                    if i.op is Op.REDUCE_GRAD and i.layers and i.layers[0] <= layer < i.layers[1]
-                ]
-                assert met == ([holders] if len(holders) > 1 else [])
+                assert not (like and shares)
+                if like or not (divided or shares):
+                    continue
+                assert shares[0][0] == Fraction(index, len(replica))
+                assert shares[-1][1] == Fraction(index + 1, len(replica))
+                assert all(a[1] == b[0] for a, b in pairwise(shares))
+                for low, high, i in shares:
+                    holding = [
+                        [r for t, r in enumerate(each) if t <= low * len(each) < t + 1]
+                        for each in replicas
+                    ]
+                    assert sorted(r for (r,) in holding) == list(i.ranks)
+                    assert i.bytes >= 4 * divided * (high - low)
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(["1f1b", "gpipe"]))

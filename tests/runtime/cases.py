@@ -50,9 +50,11 @@ class Shared(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-def gpt(tied: bool = True, dropout: float = 0.0, layers: int = 3) -> nn.Module:
+def gpt(
+    tied: bool = True, dropout: float = 0.0, layers: int = 3, width: int = 16, heads: int = 4
+) -> nn.Module:
     """Layers: embedding, blocks, head."""
-    size = {"vocabulary": VOCABULARY, "positions": SEQUENCE, "width": 16, "heads": 4}
+    size = {"vocabulary": VOCABULARY, "positions": SEQUENCE, "width": width, "heads": heads}
     return GPT(**size, layers=layers, tied=tied, dropout=dropout)
 
 
@@ -175,6 +177,45 @@ CASES: dict[str, Case] = {
     "dp2 tp2 pp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (2, "ab cd"), (3, "ef gh")),)),
     "pp8, skips": Case(
         model=uneven, pipelines=(pipeline(8, 1, *((1, device) for device in "abcdefgh")),)
+    ),
+    "replicas of tp2 and tp1, rows 3:1, tied": Case(
+        model=gpt, pipelines=(pipeline(2, 4, (5, "ab c", (3, 1))),)
+    ),
+    "replicas of tp1 and tp2, skips": Case(
+        model=uneven, pipelines=(pipeline(2, 4, (8, "a bc", (1, 3))),)
+    ),
+    "tied, embedding tp2, head tp1": Case(
+        model=gpt, pipelines=(pipeline(4, 2, (2, "ab"), (3, "c")),)
+    ),
+    "replicas of tp1 and tp3, uneven heads": Case(
+        model=lambda: gpt(heads=3, width=12), pipelines=(pipeline(2, 4, (5, "a bcd")),)
+    ),
+    "replicas of tp1 and tp2, experts": Case(
+        model=mixtral, pipelines=(pipeline(2, 4, (4, "a bc", (1, 3))),)
+    ),
+    "pipelines of tp2 and tp1, grouped queries": Case(
+        model=llama,
+        pipelines=(pipeline(2, 3, (5, "ab")), pipeline(1, 2, (5, "c"))),
+    ),
+    "tp2 pp2 and tp1 pp2, tied, batch 6:2": Case(
+        model=gpt,
+        pipelines=(
+            pipeline(3, 2, (2, "ab"), (3, "cd")),
+            pipeline(2, 1, (3, "e"), (2, "f")),
+        ),
+    ),
+    "tp4 and tp2 pp2, tied, 6:2": Case(
+        model=gpt,
+        pipelines=(pipeline(2, 3, (5, "abcd")), pipeline(2, 1, (2, "ef"), (3, "gh"))),
+    ),
+    "tp1+2 before tp2+3, three widths of a layer": Case(
+        model=lambda: gpt(heads=6, width=12),
+        pipelines=(pipeline(2, 4, (2, "a bc", (1, 3)), (3, "de fgh", (3, 1))),),
+    ),
+    "tp3 and tp2 pp2 of tp1+1, gpipe": Case(
+        model=lambda: gpt(heads=6, width=12),
+        pipelines=(pipeline(1, 4, (5, "abc")), pipeline(2, 2, (1, "de"), (4, "f gh", (1, 1)))),
+        schedule="gpipe",
     ),
     "unequal pipelines of tensor ranks": Case(
         model=lambda: gpt(tied=False),

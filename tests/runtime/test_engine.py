@@ -130,8 +130,12 @@ def test_initial_weights_do_not_depend_on_the_plan() -> None:
         Case(model=gpt, pipelines=(pipeline(2, 4, (2, "a"), (3, "b")),)),
         Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
     ]
+    three = [Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab c")),))]
     wanted = run_ranks(1, meta_parameters, [one])[0][0]
-    for found in run_ranks(2, meta_parameters, two)[0]:
+    for found in (
+        *run_ranks(2, meta_parameters, two)[0],
+        *run_ranks(3, meta_parameters, three)[0],
+    ):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert wanted["blocks.0.mlp.up.weight"].std() > 0.01
@@ -149,8 +153,9 @@ def recorded(rank: int, case: Case) -> Any:
         return result.loss, plain.loss, timeline, engine.program, engine.memory_bytes()
 
 
-def test_a_recorded_step_has_every_instruction_in_order() -> None:
-    case = Case(model=llama, pipelines=(pipeline(4, 2, (2, "a"), (3, "b c")),))
+@pytest.mark.parametrize("stages", [((2, "a"), (3, "b c")), ((5, "ab c"),)])
+def test_a_recorded_step_has_every_instruction_in_order(stages: Any) -> None:
+    case = Case(model=llama, pipelines=(pipeline(4, 2, *stages),))
     ranks = run_ranks(3, recorded, case)
     loss, _, timeline, program, memory = ranks[0]
     assert loss == ranks[1][0]

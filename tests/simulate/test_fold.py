@@ -1,5 +1,7 @@
 """Playing one of every set of identical replicas gives what playing all of them gives."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +103,48 @@ def two_lines(narrow: bool) -> Plan:
 def test_unlike_pipelines_take_as_long_folded(shared, narrow):
     model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
     check(two_lines(narrow), model, sites(4, 2, shared=shared))
+
+
+def unlike_widths(second: tuple[tuple[str, ...], ...]) -> Plan:
+    """Two replicas of two tensor ranks each in one pipeline, and another pipeline."""
+    devices = tuple(f"n{i}:{j}" for i in range(4) for j in range(2))
+    used = {device for replica in second for device in replica}
+    return Plan(
+        name="unlike",
+        model=Subject(name="", fingerprint=""),
+        cluster=Subject(name="", fingerprint=""),
+        job=Job(global_batch=12, sequence=1, precision="fp32", optimizer="sgd"),
+        devices=tuple(d for d in devices if d < "n2" or d in used),
+        pipelines=(
+            Pipeline(
+                micro_batches=2,
+                rows=4,
+                stages=(Stage(layers=(0, 4), devices=(devices[:2], devices[2:4])),),
+            ),
+            Pipeline(micro_batches=2, rows=2, stages=(Stage(layers=(0, 4), devices=second),)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("second", "played"),
+    [
+        ((("n2:0", "n2:1", "n3:0", "n3:1"),), 2 + 4),
+        ((("n2:0",), ("n2:1",), ("n3:0",), ("n3:1",))[:2], 2 + 1),
+        ((("n2:0",), ("n3:0", "n3:1")), 2 + 3),
+        ((("n2:0", "n2:1"),), 1 + 1),
+    ],
+)
+def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
+    """Only where all tensor widths are equal one tensor rank stands for the others."""
+    model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
+    model = replace(
+        model, layers=tuple(replace(x, split_parameters=2_900_000) for x in model.layers)
+    )
+    plan, where = unlike_widths(second), sites(4, 2, shared=shared)
+    check(plan, model, where)
+    assert len(fold(plan, where).ranks) == played
 
 
 def test_one_of_all_replicas_is_played():

@@ -92,6 +92,9 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
+    from rich.console import Console
+
+    from meshwright.report.tables import comparison_table
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen, simulated
     from meshwright.testbed.bed import standing_here
@@ -121,6 +124,9 @@ def train(
             else train_bed(launcher, session, found, settings, output)
         )
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    predicted = simulated(session, found)
+    if outcome.timeline is not None:
+        Console().print(comparison_table(predicted, outcome.timeline))
     if report:
         from meshwright.report.page import write_report
 
@@ -129,7 +135,7 @@ def train(
             found,
             session.cluster,
             session.model,
-            predicted=simulated(session, found),
+            predicted=predicted,
             measured=outcome.timeline,
             losses={found.name: outcome.losses},
         )

@@ -147,15 +147,3 @@ def alone_seconds(topology: Topology, traffic: Traffic) -> Seconds:
         default=0.0,
     )
     return traffic.latency + busiest
-
-
-def all_reduce_seconds(
-    topology: Topology,
-    groups: Iterable[Sequence[str]],
-    size: float,
-    *,
-    step_latency: Seconds = 0.0,
-) -> Seconds:
-    """Time until all of `groups`, reducing `size` bytes each at the same moment, are done."""
-    rings = (all_reduce(topology, group, size, step_latency=step_latency) for group in groups)
-    return alone_seconds(topology, together(rings))

@@ -217,7 +217,9 @@ def device_constants(calibration: Calibration | None, device: DeviceType) -> Dev
     """Of a device type: fitted, else those of the nearest fitted type.
 
     Nearest in peak and memory bandwidth. From a distant relative only what belongs to host and
-    framework is taken over; efficiencies are then the type's own.
+    framework is taken over, memory efficiency with it: that says less of a chip than of how many
+    more bytes the framework's kernels move than are counted. Those of products are then the type's
+    own.
     """
     if calibration is None or not calibration.devices:
         return DEFAULT_DEVICE
@@ -227,9 +229,7 @@ def device_constants(calibration: Calibration | None, device: DeviceType) -> Dev
     nearest = calibration.devices[name]
     if distance < math.log(KIN):
         return nearest
-    return replace(
-        nearest, matmul_efficiency=None, attention_efficiency=None, memory_efficiency=None
-    )
+    return replace(nearest, matmul_efficiency=None, attention_efficiency=None)
 
 
 def _distance(device: DeviceType, name: str) -> float:

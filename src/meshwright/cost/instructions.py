@@ -28,6 +28,7 @@ from meshwright.model.recompute import recomputed
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
+from meshwright.program.buckets import completing_layer
 from meshwright.program.instructions import COMPUTE, SENDS, Instruction, Op, Program
 from meshwright.records import record
 
@@ -228,7 +229,7 @@ def _prices(
     step = optimizer_seconds(
         costs.cluster.types[costs.types[seat.device]],
         costs.plan.job.optimizer,
-        float(stage_parameters(costs.tables.plain, stage.layers, len(stage.seats[0]))),
+        float(stage_parameters(costs.tables.plain, stage.layers, len(stage.seats[seat.replica]))),
         costs.profile,
         costs.model.precision,
     )
@@ -259,15 +260,6 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
     return found
 
 
-def completing_layer(i: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """The layer of a stage whose backward completes the gradients that a REDUCE_GRAD sums: the
-    first of its layers, or the stage's first user of a tied parameter."""
-    if i.layers is not None:
-        return max(i.layers[0], layers[0])
-    users = next(tied.layers for tied in model.tied if tied.name == i.tied)
-    return min(layer for layer in users if layers[0] <= layer < layers[1])
-
-
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
@@ -288,7 +280,7 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
     """Bytes that a rank always holds, and those of one micro-batch."""
     rows = seat.rows[1] - seat.rows[0]
-    tensor = len(stage.seats[0])
+    tensor = len(stage.seats[seat.replica])
     key = (stage.recompute, stage.layers, tensor, rows)
     if key not in costs.weighed:
         table = table_of(costs.tables, stage)

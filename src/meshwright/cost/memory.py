@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
+from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.model.recompute import with_recomputation
@@ -301,12 +302,13 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
+    everything = stage_seats(plan)
     for stage, _, held in held_by_stage(plan):
         for seat in (seat for replica in stage.seats for seat in replica):
             rows = seat.rows[1] - seat.rows[0]
-            parts = stage_memory(
-                table_of(tables, stage), stage.layers, len(stage.seats[0]), rows, held
-            )
+            tensor = len(stage.seats[seat.replica])
+            parts = stage_memory(table_of(tables, stage), stage.layers, tensor, rows, held)
+            copied = copied_gradient_bytes(model, plan.job, everything, stage, seat)
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
@@ -314,7 +316,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
                 gradients=round(parts.gradients),
                 optimizer=round(parts.optimizer),
                 activations=round(parts.activations),
-                buffers=round(parts.buffers) + framework_bytes(device),
+                buffers=round(max(parts.buffers, copied - parts.activations))
+                + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))

@@ -20,7 +20,7 @@ from meshwright.cost.memory import (
 )
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.units import format_bytes
 
@@ -40,7 +40,6 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity
-            rows = seat.rows[1] - seat.rows[0]
             if excess > 0:
                 room = memory.capacity - framework_bytes(_type_of(cluster, seat.device))
                 problems.append(
@@ -49,7 +48,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                         path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, tables, stage, rows, held, room),
+                        _what_helps(model, tables, stage, seat, held, room),
                     )
                 )
     return tuple(problems)
@@ -74,11 +73,11 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 
 
 def _what_helps(
-    model: LayerGraph, tables: MemoryTables, stage: StageSeats, rows: int, held: int, room: float
+    model: LayerGraph, tables: MemoryTables, stage: StageSeats, seat: Seat, held: int, room: float
 ) -> str:
     """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
-    first, last = stage.layers
-    tensor, table = len(stage.seats[0]), table_of(tables, stage)
+    (first, last), rows = stage.layers, seat.rows[1] - seat.rows[0]
+    tensor, table = len(stage.seats[seat.replica]), table_of(tables, stage)
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
     by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
     by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe, mesh_text
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.records import record
 
@@ -86,6 +86,9 @@ def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> 
         wanted = f"one data x tensor width: {tool} knows only stages of equal width"
         yield Problem(plan.name, where, found, wanted)
     for s, stage in enumerate(pipeline.stages):
+        if len({len(replica) for replica in stage.devices}) > 1:
+            wanted = f"one tensor width: {tool} gives every replica the same mesh"
+            yield Problem(plan.name, f"{where}[{s}].devices", mesh_text(stage.devices), wanted)
         if stage.rows is not None and len(set(stage.rows)) > 1:
             wanted = f"equal shares: {tool} gives every replica the same number of rows"
             yield Problem(plan.name, f"{where}[{s}].rows", str(list(stage.rows)), wanted)

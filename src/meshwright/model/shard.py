@@ -10,7 +10,9 @@ What is not named is held in full, and computed in full, by every tensor rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from math import lcm
 from typing import Any
 
 from meshwright.records import record
@@ -64,12 +66,45 @@ class Ranges:
     ranges: tuple[tuple[int, int], ...]
 
 
+@record
+class Tile:
+    """A share of all that tensor ranks divide: of every part of every divided parameter, from
+    share `first` to share `last` of `of` equal ones."""
+
+    first: int
+    last: int
+    of: int
+
+
+UNDIVIDED = Tile(first=0, last=0, of=1)
+"""Nothing of what is divided: the parameters that every tensor rank holds whole."""
+
+
+def own_tile(width: int, index: int) -> Tile:
+    """All that rank `index` of `width` holds of what is divided."""
+    return Tile(first=index, last=index + 1, of=width)
+
+
+def common_tiles(widths: Iterable[int]) -> tuple[Tile, ...]:
+    """The coarsest tiles, in order, of which ranks of all these tensor widths hold whole ones."""
+    distinct = set(widths)
+    of = lcm(*distinct)
+    cuts = sorted({of // width * index for width in distinct for index in range(width + 1)})
+    return tuple(Tile(first=first, last=last, of=of) for first, last in pairwise(cuts))
+
+
+def holder(tile: Tile, width: int) -> int:
+    """Which of `width` tensor ranks holds a common tile."""
+    return tile.first * width // tile.of
+
+
 def chunk(size: int, width: int, index: int) -> tuple[int, int]:
-    """Share `index` of `size` rows over `width` ranks, [first, last): the first ranks hold one row
-    more where it does not divide."""
-    least, more = divmod(size, width)
-    first = index * least + min(index, more)
-    return first, first + least + (index < more)
+    """Share `index` of `size` rows over `width` ranks, [first, last).
+
+    Cuts stand at size x index / width, rounded up: whatever the size, cuts of unlike widths come
+    in the order of their fractions, and equal fractions are one cut.
+    """
+    return -(-size * index // width), -(-size * (index + 1) // width)
 
 
 def splits(model: Any, modules: tuple[str, ...]) -> dict[str, Split]:
@@ -96,18 +131,30 @@ def held(
 ) -> Ranges | None:
     """The part of a module's parameter ("weight" or "bias", of `shape`) that rank `index` of
     `width` holds; None: all of it."""
-    if isinstance(split, Row):
-        if parameter != "weight":
-            return None
-        return Ranges(dim=-1, ranges=(chunk(shape[-1], width, index),))
-    if isinstance(split, VocabularyLoss):
+    return slices(split, parameter, shape, own_tile(width, index))
+
+
+def slices(split: Split, parameter: str, shape: tuple[int, ...], tile: Tile) -> Ranges | None:
+    """The part of a module's parameter that a tile is; None: the parameter is not divided."""
+    if isinstance(split, VocabularyLoss) or (isinstance(split, Row) and parameter != "weight"):
         return None
-    dim = -2 if parameter == "weight" else -1
+    dim = -2 if parameter == "weight" and not isinstance(split, Row) else -1
     parts = (split.parts if isinstance(split, Column) else ()) or (shape[dim],)
     ranges = []
     start = 0
     for size in parts:
-        first, last = chunk(size, width, index)
+        first, _ = chunk(size, tile.of, tile.first)
+        _, last = chunk(size, tile.of, tile.last - 1)
         ranges.append((start + first, start + last))
         start += size
     return Ranges(dim=dim, ranges=tuple(ranges))
+
+
+def within(own: Ranges, tile: Ranges) -> Ranges:
+    """Where a tile lies in what a rank holds, part by part; the tile must be among it."""
+    ranges = []
+    start = 0
+    for (first, last), (low, high) in zip(own.ranges, tile.ranges, strict=True):
+        ranges.append((start + low - first, start + high - first))
+        start += last - first
+    return Ranges(dim=own.dim, ranges=tuple(ranges))

@@ -118,12 +118,6 @@ def alive_at(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
     return tuple(t for t in model.tensors if t.producer < cut <= t.consumers[-1])
 
 
-def tied_in(model: LayerGraph, layers: tuple[int, int]) -> tuple[Tied, ...]:
-    """Tied parameters that a stage with layers [first, last) must hold."""
-    first, last = layers
-    return tuple(t for t in model.tied if any(first <= layer < last for layer in t.layers))
-
-
 def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer:
     """The layer with `row_bytes` more for each row at all its worst moments, of which tensor ranks
     share out `divided`."""

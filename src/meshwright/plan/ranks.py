@@ -109,13 +109,21 @@ def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
     return before + micro_batch * plan.pipelines[pipeline].rows
 
 
+def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
+    """Data width x tensor width, `2 x 4`; replicas of unlike tensor widths as `4 + 2 + 2`."""
+    widths = [len(replica) for replica in devices]
+    if len(set(widths)) > 1:
+        return " + ".join(map(str, widths))
+    return f"{len(widths)} {sign} {widths[0]}"
+
+
 def describe(plan: Plan) -> str:
     """A plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`, where r recomputes; unequal rows of
-    replicas as `7+1`."""
+    replicas as `7+1`, unequal tensor widths as `tp4+2`."""
     lines = []
     for pipeline in plan.pipelines:
-        widths = {(len(s.devices), len(s.devices[0])) for s in pipeline.stages}
-        mesh = " ".join(f"dp{d} tp{t}" for d, t in sorted(widths))
+        meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
+        mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
         cuts = "|".join(
             f"{b - a}{'r' * s.recompute}" for s in pipeline.stages for a, b in [s.layers]
         )
@@ -124,3 +132,7 @@ def describe(plan: Plan) -> str:
         share = "|".join(unequal) or str(pipeline.rows)
         lines.append(f"{mesh} pp{len(pipeline.stages)} [{cuts}] {pipeline.micro_batches}x{share}")
     return " + ".join(lines) + f" {plan.schedule}"
+
+
+def _widths_text(widths: Sequence[int]) -> str:
+    return "+".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))

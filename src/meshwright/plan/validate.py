@@ -152,9 +152,6 @@ def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]
     if not stage.devices or 0 in widths:
         yield Problem(source, f"{where}.devices", "an empty mesh", "at least one device")
         return
-    if len(widths) > 1:
-        found = f"replicas of {' and '.join(map(str, sorted(widths)))} devices"
-        yield Problem(source, f"{where}.devices", found, "replicas of one tensor width")
     data = len(stage.devices)
     if stage.rows is None:
         if rows % data:
@@ -199,33 +196,21 @@ def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
 
 
 def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
-    width_of: dict[int, tuple[int, str]] = {}
+    """Replicas of a layer may differ in width: each must divide it."""
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
-            where = f"pipelines[{p}].stages[{s}]"
-            width = len(stage.devices[0]) if stage.devices else 1
-            for layer in range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers))):
-                units = model.layers[layer].tensor_units
-                if width and units % width:
-                    yield Problem(
-                        source,
-                        f"{where}.devices",
-                        f"tensor width {width} for layer {model.layers[layer].name}",
-                        f"a width that divides {units} (its heads and hidden units)",
-                    )
-                    break
-            for layer in range(*stage.layers):
-                other, there = width_of.setdefault(layer, (width, where))
-                if other != width:
-                    found = f"tensor width {width}, but {other} in {there}"
-                    wanted = "one tensor width for all holders of a layer"
-                    yield Problem(source, f"{where}.devices", found, wanted)
-                    break
-    for tied in model.tied:
-        widths = {width_of[layer][0] for layer in tied.layers if layer in width_of}
-        if len(widths) > 1:
-            found = f"tensor widths {sorted(widths)} for the layers that share {tied.name}"
-            yield Problem(source, "pipelines", found, "one tensor width for all of them")
+            held = range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers)))
+            for width in sorted({len(replica) for replica in stage.devices} - {0}):
+                for layer in (model.layers[n] for n in held):
+                    if layer.tensor_units % width:
+                        yield Problem(
+                            source,
+                            f"pipelines[{p}].stages[{s}].devices",
+                            f"tensor width {width} for layer {layer.name}",
+                            f"a width that divides {layer.tensor_units} (its heads and hidden "
+                            "units)",
+                        )
+                        break
 
 
 def _against_cluster(plan: Plan, cluster: Cluster, source: str) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, transfers
-from meshwright.program.buckets import BUCKET_BYTES, Bucket, buckets_of, gradient_buckets
+from meshwright.program.buckets import BUCKET_BYTES, Bucket, Sum, gradient_buckets, sums_of
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
@@ -60,7 +60,7 @@ def compile_plan(
         for seat in (seat for replica in first.seats for seat in replica):
             if only is not None and seat.rank not in only:
                 continue
-            own = buckets_of(seat.rank, seat.tensor_index, buckets)
+            own = tuple(sums_of(seat.rank, buckets))
             ranks[seat.rank] = (
                 *_group_program(group, seat, own, model),
                 Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES),
@@ -107,11 +107,11 @@ def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGra
 
 
 def _group_program(
-    group: _Group, seat: Seat, buckets: Sequence[Bucket], model: LayerGraph
+    group: _Group, seat: Seat, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
 ) -> Iterator[Instruction]:
     """Everything of one rank but the end of the step."""
     seats = {s: stage.seats[seat.replica][seat.tensor_index] for s, stage in group.stages.items()}
-    reductions = _reductions(group, seat.tensor_index, buckets, model)
+    reductions = _reductions(group, sums, model)
     for index, action in enumerate(group.order):
         for later in group.arriving.get(index, ()):
             op, s, micro_batch, _ = group.order[later]
@@ -132,20 +132,21 @@ def _group_program(
 
 
 def _reductions(
-    group: _Group, tensor_index: int, buckets: Sequence[Bucket], model: LayerGraph
+    group: _Group, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
 ) -> dict[int, list[Instruction]]:
     """By index of the action ahead of which they are posted: all ranks post them in one order."""
-    completing = [_completing(group, bucket, model) for bucket in buckets]
+    completing = [_completing(group, bucket, model) for bucket, _ in sums]
     posted = no_later_than_the_next([group.last_backward[s] for s in completing])
     found: dict[int, list[Instruction]] = {}
-    for bucket, s, index in zip(buckets, completing, posted, strict=True):
+    for (bucket, own), s, index in zip(sums, completing, posted, strict=True):
         reduction = Instruction(
             op=Op.REDUCE_GRAD,
             stage=group.stages[s].number,
             layers=bucket.layers,
             tied=bucket.tied,
-            ranks=bucket.ranks[tensor_index],
-            bytes=bucket.bytes,
+            tile=own.tile,
+            ranks=own.ranks,
+            bytes=own.bytes,
         )
         found.setdefault(index, []).append(reduction)
     return found

@@ -24,6 +24,7 @@ from enum import StrEnum
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
+from meshwright.model.shard import Tile
 from meshwright.records import record
 
 
@@ -74,6 +75,10 @@ class Instruction:
     """Layers of an F or B, or those whose gradients a REDUCE_GRAD sums, [first, last)."""
     tied: str | None = None
     """Tied parameter that a REDUCE_GRAD sums, instead of layers."""
+    tile: Tile | None = None
+    """Of a REDUCE_GRAD whose members hold the layers in unlike tensor widths: the part of the
+    gradients that it sums, which all of them hold (of UNDIVIDED, each 1 / its tensor width). None:
+    all that a member holds."""
     ranks: tuple[int, ...] = ()
     """Members of a collective, ascending."""
     bytes: int = 0
@@ -105,6 +110,9 @@ def text(instruction: Instruction) -> str:
         words.append(f"layers={_pair(instruction.layers)}")
     if instruction.tied is not None:
         words.append(f"tied={instruction.tied}")
+    if instruction.tile is not None:
+        tile = instruction.tile
+        words.append(f"tile={tile.first}:{tile.last}/{tile.of}")
     if instruction.ranks:
         words.append("ranks=" + ",".join(map(str, instruction.ranks)))
     if instruction.bytes:
@@ -127,6 +135,10 @@ def _value(key: str, value: str) -> Any:
         return tuple(int(rank) for rank in value.split(","))
     if key == "tied":
         return value
+    if key == "tile":
+        shares, _, of = value.partition("/")
+        first, last = shares.split(":")
+        return Tile(first=int(first), last=int(last), of=int(of))
     raise ValueError(f"unknown word {key!r}")
 
 

@@ -50,14 +50,17 @@ class Timeline:
 
 
 def label(instruction: Instruction) -> str:
-    """`0F3`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`."""
+    """`0F3`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`, `0REDUCE_GRAD 4:8 1:2/4` of a tile."""
     micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
     word = f"{instruction.stage}{instruction.op}{micro_batch}"
     if instruction.op is not Op.REDUCE_GRAD:
         return word
     if instruction.layers is not None:
-        return f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
-    return f"{word} {instruction.tied}"
+        word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
+    else:
+        word = f"{word} {instruction.tied}"
+    tile = instruction.tile
+    return word if tile is None else f"{word} {tile.first}:{tile.last}/{tile.of}"
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:

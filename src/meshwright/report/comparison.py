@@ -10,7 +10,7 @@ from rich.text import Text
 
 from meshwright import __version__
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import mesh_text, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.report.drawing import plan_svg
@@ -205,7 +205,7 @@ def _stage_lines(plan: Plan) -> list[tuple[int, str, str, str]]:
         (
             stage.number,
             f"{stage.layers[0]}:{stage.layers[1]}",
-            f"{len(stage.seats)} × {len(stage.seats[0])}",
+            mesh_text(stage.seats, "×"),
             devices_text(tuple(s.device for replica in stage.seats for s in replica)),
         )
         for stage in stage_seats(plan)

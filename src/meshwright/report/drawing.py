@@ -163,7 +163,7 @@ class _Cells:
         """Rows of a micro-batch and place among the tensor ranks: `rows 0:2`, `tp 1/2`, both."""
         stage = self.stages[seat.stage]
         rows = f"{seat.rows[0]}:{seat.rows[1]}" if len(stage.seats) > 1 else ""
-        width = len(stage.seats[0])
+        width = len(stage.seats[seat.replica])
         tensor = f"tp {seat.tensor_index + 1}/{width}" if width > 1 else ""
         return f"{rows} {tensor}" if rows and tensor else tensor or (rows and f"rows {rows}")
 

@@ -13,7 +13,7 @@ from meshwright import __version__
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import mesh_text, stage_seats
 from meshwright.plan.spec import DeviceMemory, Plan, Prediction
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps
@@ -191,7 +191,7 @@ def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
             colour=colours[stage.number],
             layers=layers_text(model, stage.layers),
             count=stage.layers[1] - stage.layers[0],
-            mesh=f"{len(stage.seats)} × {len(stage.seats[0])}",
+            mesh=mesh_text(stage.seats, "×"),
             rows=rows_text(stage, plan.pipelines[stage.pipeline].rows),
             devices=devices_text(tuple(s.device for replica in stage.seats for s in replica)),
         )

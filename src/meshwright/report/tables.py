@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import StageSeats, describe, stage_seats
+from meshwright.plan.ranks import StageSeats, describe, mesh_text, stage_seats
 from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.report.palette import MEMORY, PARTS
@@ -76,7 +76,7 @@ def plan_table(plan: Plan) -> Table:
             str(stage.number),
             f"{first}:{last}",
             str(last - first),
-            f"{len(stage.seats)} x {len(stage.seats[0])}",
+            mesh_text(stage.seats),
             rows_text(stage, rows[stage.pipeline]),
             Text(devices_text(tuple(s.device for replica in stage.seats for s in replica))),
         )

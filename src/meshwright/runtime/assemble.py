@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import Work
 
 from meshwright.model.graph import LayeredModel
+from meshwright.model.shard import Tile, own_tile
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program
@@ -20,6 +21,7 @@ from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.reduce import (
     FlatBucket,
     Key,
+    Members,
     Reducer,
     group_parameters,
     make_bucket,
@@ -35,7 +37,6 @@ class Assembly:
     """One rank, ready to start."""
 
     seat: Seat
-    tensor_width: int
     team: Team | None
     stage: Stage
     held: tuple[Held, ...]
@@ -92,14 +93,14 @@ def build_own(
     stages = stage_seats(plan)
     place, seat = _seat(stages, world.rank)
     homes = parameter_homes(model, cuts[0], stages)
-    width = len(place.seats[0])
+    width = len(place.seats[seat.replica])
     team = _team(world, seat, width, dilator)
     built = build_stage(model, cuts, place, seed=seed, device=world.device, team=team)
-    buckets = _buckets(built.held, program.ranks[world.rank], built.tied, world)
+    own = own_tile(width, seat.tensor_index)
+    buckets = _buckets(built.held, program.ranks[world.rank], built.tied, own, world)
     catch_up = (lambda: None) if dilator is None else dilator.catch_up
     return Assembly(
         seat=seat,
-        tensor_width=width,
         team=team,
         stage=Stage(built, plan.job.precision, world.device, seed),
         held=built.held,
@@ -134,14 +135,21 @@ def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team
 
 
 def _buckets(
-    held: Sequence[Held], instructions: Sequence[Instruction], tied: frozenset[str], world: World
+    held: Sequence[Held],
+    instructions: Sequence[Instruction],
+    tied: frozenset[str],
+    own: Tile,
+    world: World,
 ) -> dict[Key, FlatBucket]:
     reductions = [i for i in instructions if i.op is Op.REDUCE_GRAD]
-    members = {(i.layers, i.tied): i.ranks for i in reductions}
     buckets = {}
     for key, group in group_parameters(held, reductions, tied).items():
-        ranks = members.get(key, (world.rank,))
-        buckets[key] = make_bucket(group, world.reduce.get(ranks), len(ranks))
+        members = {
+            i.tile: Members(world.reduce[i.ranks], len(i.ranks))
+            for i in reductions
+            if (i.layers, i.tied) == key
+        }
+        buckets[key] = make_bucket(group, own, members)
     return buckets
 
 

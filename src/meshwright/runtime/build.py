@@ -13,7 +13,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
 from meshwright.model.recompute import recomputed
-from meshwright.model.shard import Ranges, Split, held, splits
+from meshwright.model.shard import Ranges, Split, Tile, own_tile, slices, splits
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 from meshwright.runtime.seeds import initial_seed
@@ -42,8 +42,18 @@ class Held:
     parameter: nn.Parameter
     layers: tuple[int, ...]
     """Own layers that use it."""
-    divided: bool
-    """A slice, by tensor parallelism."""
+    split: Split | None
+    """How tensor ranks divide it, here or elsewhere; None: each holds all of it."""
+    attribute: str
+    """Its name in its module: "weight" or "bias"."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+    def slices(self, tile: Tile) -> Ranges | None:
+        """The part of the whole that a tile is; None: it is not divided."""
+        if self.split is None:
+            return None
+        return slices(self.split, self.attribute, self.shape, tile)
 
 
 @dataclass(slots=True)
@@ -116,7 +126,8 @@ def build_stage(
     layered, more = cuts
     first, last = stage.layers
     parts = layered.layers[first:last]
-    division = _Division(team=team, table=_table(model, parts) if team is not None else {})
+    own = own_tile(1, 0) if team is None else own_tile(team.width, team.index)
+    division = _Division(team=team, own=own, table=_table(model, parts))
     shared: dict[str, nn.Parameter] = {}
     unreal: list[_Place] = []
     # Layer by layer, so that no more than one is ever held in full.
@@ -130,9 +141,9 @@ def build_stage(
         for place in places:
             _divide(division, place)
     _check_real(unreal)
-    for name, split in division.table.items():
-        assert team is not None
-        divide(model.get_submodule(name), name, split, division.sizes.get(name, 0), team)
+    if team is not None:
+        for name, split in division.table.items():
+            divide(model.get_submodule(name), name, split, division.sizes.get(name, 0), team)
     return BuiltStage(
         inputs=layered.inputs,
         parts=parts,
@@ -259,34 +270,41 @@ class _Division:
     """What has been held and sliced so far."""
 
     team: Team | None
+    own: Tile
     table: dict[str, Split]
     held: dict[str, Held] = field(default_factory=dict)
-    cuts: dict[str, Ranges | None] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     """Of a divided module, outputs of the whole."""
 
 
 def _divide(division: _Division, place: _Place) -> None:
     """Puts this rank's slice of a parameter in its place; all of it if it is not divided."""
+    team, own = division.team, division.own
     full = place.owner.get_parameter(place.attribute)
+    split, shape = division.table.get(place.module), tuple(full.shape)
+    ranges = None if split is None else slices(split, place.attribute, shape, own)
+    split = None if ranges is None else split
     known = division.held.get(place.name)
-    if known is not None and known.parameter is full:
+    if known is not None and known.parameter is full and (known.split or not split):
         known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
         return
-    split, team = division.table.get(place.module), division.team
-    ranges = None
-    if team is not None and split is not None:
-        ranges = held(split, place.attribute, tuple(full.shape), team.width, team.index)
-        division.sizes[place.module] = full.shape[0]
+    division.sizes[place.module] = shape[0]
     if known is None:
-        if ranges is not None:
+        if ranges is not None and team is not None:
             part = take(full.detach(), ranges)
             full = nn.Parameter(part, requires_grad=full.requires_grad)
         known = Held(
-            name=place.name, parameter=full, layers=(place.layer,), divided=ranges is not None
+            name=place.name,
+            parameter=full,
+            layers=(place.layer,),
+            split=split,
+            attribute=place.attribute,
+            shape=shape,
         )
-        division.held[place.name], division.cuts[place.name] = known, ranges
-    elif division.cuts[place.name] != ranges:
+        division.held[place.name] = known
+    elif team is None:
+        known.split = known.split or split
+    elif known.slices(own) != ranges:
         raise PlanError(
             Problem(
                 f"parameter {place.name}",

@@ -246,7 +246,7 @@ class Engine:
         with self._measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
             totals[0] = self._loss
-            totals[1] = squared_norm(own.buckets, own.tensor_width, self.world.device)
+            totals[1] = squared_norm(own.buckets, self.world.device)
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)
             totals[3 + self.rank] = peak_bytes(self.world.device)

@@ -265,7 +265,7 @@ def _meeting(rank: int, i: Instruction) -> _Meeting:
     if i.op in RECEIVES:
         return (i.op, i.peer, rank, i.micro_batch, i.rows)
     if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
-        return (i.op, i.ranks, i.layers, i.tied)
+        return (i.op, i.ranks, i.layers, i.tied, i.tile)
     return (i.op, rank, i.micro_batch)
 
 

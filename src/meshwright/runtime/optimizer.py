@@ -17,16 +17,15 @@ Schedule = Callable[[int], float]
 """Step, from 0, to factor of the learning rate."""
 
 
-def squared_norm(buckets: Iterable[FlatBucket], tensor_width: int, device: torch.device) -> Tensor:
+def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
     """This rank's share of the squared norm of the whole gradient, in float64.
 
-    The sum over all ranks counts every number once: what h replicas hold weighs 1 / h, what all t
-    tensor ranks of each hold weighs 1 / (h t).
+    The sum over all ranks counts every number once: what h ranks hold weighs 1 / h.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for bucket in buckets:
-        alike, divided = bucket.buffer[: bucket.replicated], bucket.buffer[bucket.replicated :]
-        for part, copies in ((alike, bucket.holders * tensor_width), (divided, bucket.holders)):
+        parts = bucket.buffer[: bucket.undivided], bucket.buffer[bucket.undivided :]
+        for part, copies in zip(parts, bucket.copies, strict=True):
             if part.numel():
                 total += torch.linalg.vector_norm(part).double().square() / copies
     return total

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from meshwright.errors import PlanError, Problem
+from meshwright.model.shard import UNDIVIDED, Ranges, Tile, within
 from meshwright.program.instructions import Instruction
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
+from meshwright.runtime.tensor import put, take
 
 Key = tuple[tuple[int, int] | None, str | None]
 """Layers or tied parameter, as in the instruction that reduces them."""
@@ -23,21 +28,39 @@ OWN: Key = (None, None)
 
 
 @dataclass(slots=True)
+class Members:
+    """Those who sum something together."""
+
+    group: ProcessGroup
+    size: int
+
+
+@dataclass(slots=True)
 class FlatBucket:
-    """Gradients that are reduced together: every `parameter.grad` is a view of `buffer`."""
+    """Gradients that are complete at once: every `parameter.grad` is a view of `buffer`."""
 
     held: list[Held]
     buffer: Tensor
-    replicated: int
+    undivided: int
     """Numbers at the front that every tensor rank holds alike; the rest is divided."""
-    group: ProcessGroup | None
-    holders: int
-    """Ranks that hold the same slices."""
+    own: Tile
+    """Of what is divided, the share that this rank holds."""
+    members: dict[Tile | None, Members]
+    """By the tile that they sum, as in their instruction; empty: this rank is alone."""
     pending: int = 0
     """Gradients that the last backward has yet to accumulate."""
-    instruction: Instruction | None = None
+    armed: list[Instruction] = field(default_factory=list)
     with_gradient: set[str] = field(default_factory=set)
     """Parameters that have had a gradient."""
+
+    @property
+    def copies(self) -> tuple[int, int]:
+        """Ranks that hold each undivided number, and each divided one."""
+        if not self.members or None in self.members:
+            replicas = self.members[None].size if self.members else 1
+            return replicas * self.own.of, replicas
+        sizes = {tile == UNDIVIDED: members.size for tile, members in self.members.items()}
+        return sizes.get(True, 1), sizes.get(False, 1)
 
 
 def group_parameters(
@@ -61,11 +84,13 @@ def _within(one: Held, layers: tuple[int, int] | None) -> bool:
     return layers is not None and layers[0] <= one.layers[0] < layers[1]
 
 
-def make_bucket(
-    held: Sequence[Held], group: ProcessGroup | None = None, holders: int = 1
-) -> FlatBucket:
-    """Lays out the gradients of some parameters, those that are not divided first."""
-    ordered = sorted(held, key=lambda one: one.divided)
+def make_bucket(held: Sequence[Held], own: Tile, members: dict[Tile | None, Members]) -> FlatBucket:
+    """Lays out the gradients of some parameters, those that are not divided first.
+
+    Raises PlanError if those who hold a tied parameter in unlike tensor widths do not all divide
+    it.
+    """
+    ordered = sorted(held, key=lambda one: one.split is not None)
     parameters = [one.parameter for one in ordered]
     total = sum(p.numel() for p in parameters)
     buffer = torch.zeros(total, dtype=parameters[0].dtype, device=parameters[0].device)
@@ -74,13 +99,57 @@ def make_bucket(
         view = buffer[start : start + parameter.numel()]
         parameter.grad = view.view(parameter.shape)
         start += parameter.numel()
-    return FlatBucket(
+    bucket = FlatBucket(
         held=ordered,
         buffer=buffer,
-        replicated=sum(one.parameter.numel() for one in ordered if not one.divided),
-        group=group,
-        holders=holders,
+        undivided=sum(one.parameter.numel() for one in ordered if one.split is None),
+        own=own,
+        members=members,
     )
+    for one in ordered if members and None not in members else ():
+        if one.split is None and UNDIVIDED not in members:
+            found = "a layer that does not divide it, and one that does"
+            wanted = "one way for all that share it, in a plan of unlike tensor widths"
+            raise PlanError(Problem(f"parameter {one.name}", "tensor_split", found, wanted))
+    return bucket
+
+
+def gathered(bucket: FlatBucket, tile: Tile, tensors: Sequence[Tensor]) -> Tensor:
+    """A tile of each of the bucket's parameters (or of what is like them), in one flat tensor; all
+    who hold the tile lay it out alike."""
+    parts = []
+    for index, ranges in _places(bucket, tile):
+        part = tensors[index] if ranges is None else take(tensors[index], ranges)
+        parts.append(part.flatten())
+    return torch.cat(parts)
+
+
+def scatter(bucket: FlatBucket, tile: Tile, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """The inverse of `gathered`: writes a tile back where it was taken from."""
+    start = 0
+    for index, ranges in _places(bucket, tile):
+        tensor = tensors[index]
+        shape = list(tensor.shape)
+        if ranges is not None:
+            shape[ranges.dim] = sum(last - first for first, last in ranges.ranges)
+        part = flat[start : start + prod(shape)].view(shape)
+        if ranges is None:
+            tensor.copy_(part)
+        else:
+            put(tensor, ranges, part)
+        start += prod(shape)
+
+
+def _places(bucket: FlatBucket, tile: Tile) -> Iterator[tuple[int, Ranges | None]]:
+    """Where a tile lies: numbers of parameters, and the slices of what this rank holds of them."""
+    for index, one in enumerate(bucket.held):
+        own = one.slices(bucket.own)
+        if own is None and tile == UNDIVIDED:
+            yield index, None
+        elif own is not None and tile != UNDIVIDED:
+            part = one.slices(tile)
+            assert part is not None
+            yield index, within(own, part)
 
 
 class Reducer:
@@ -96,7 +165,7 @@ class Reducer:
         self._launched = launched
         self._catch_up = catch_up
         self._queue: deque[FlatBucket] = deque()
-        self._under_way: list[Handle] = []
+        self._under_way: deque[tuple[Handle, Callable[[], None]]] = deque()
         for bucket in buckets.values():
             for one in bucket.held:
                 hook = _hook(self, bucket, one.name)
@@ -110,9 +179,10 @@ class Reducer:
     def arm(self, instruction: Instruction) -> None:
         """The next backward completes these gradients: sum them as soon as it has."""
         bucket = self.buckets[instruction.layers, instruction.tied]
-        bucket.pending = len(bucket.held)
-        bucket.instruction = instruction
-        self._queue.append(bucket)
+        if not bucket.armed:
+            bucket.pending = len(bucket.held)
+            self._queue.append(bucket)
+        bucket.armed.append(instruction)
 
     def advance(self) -> None:
         """Starts every reduction at the head of the queue that is complete."""
@@ -127,8 +197,9 @@ class Reducer:
 
     def finish(self) -> None:
         """Waits for all sums."""
-        for handle in self._under_way:
+        for handle, put_back in self._under_way:
             handle.wait()
+            put_back()
         self._under_way.clear()
 
     def missing(self) -> list[str]:
@@ -137,12 +208,43 @@ class Reducer:
         return [one.name for b in buckets for one in b.held if one.name not in b.with_gradient]
 
     def _launch(self, bucket: FlatBucket) -> None:
-        assert bucket.instruction is not None
-        assert bucket.group is not None
+        self._put_back_what_is_done()
         self._catch_up()
-        work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
-        assert work is not None
-        self._under_way.append(self._launched(bucket.instruction, [work]))
+        for instruction in bucket.armed:
+            summand, put_back = _summand(bucket, instruction.tile)
+            group = bucket.members[instruction.tile].group
+            work = dist.all_reduce(summand, group=group, async_op=True)
+            assert work is not None
+            self._under_way.append((self._launched(instruction, [work]), put_back))
+        bucket.armed.clear()
+
+    def _put_back_what_is_done(self) -> None:
+        """So that copies do not pile up until the end of the step."""
+        while self._under_way and self._under_way[0][0].done():
+            handle, put_back = self._under_way.popleft()
+            handle.wait()
+            put_back()
+
+
+def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:
+    """What a rank gives to a sum, and what is to be done with it afterwards.
+
+    Only ranks with several tiles, those of the narrower replicas, copy: a gradient is one strided
+    tensor, and its tiles lie scattered in it.
+    """
+    if tile is None:
+        return bucket.buffer, _nothing
+    if tile == UNDIVIDED:
+        return bucket.buffer[: bucket.undivided].div_(bucket.own.of), _nothing
+    if sum(each != UNDIVIDED for each in bucket.members) == 1:
+        return bucket.buffer[bucket.undivided :], _nothing
+    gradients = [cast("Tensor", one.parameter.grad) for one in bucket.held]
+    flat = gathered(bucket, tile, gradients)
+    return flat, lambda: scatter(bucket, tile, flat, gradients)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Parameter], None]:

@@ -11,7 +11,7 @@ from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import MATCHING_RECEIVE, SENDS, Op, Program
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
-from meshwright.runtime.reduce import FlatBucket
+from meshwright.runtime.reduce import FlatBucket, gathered, scatter
 from meshwright.runtime.seeds import mix
 from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
@@ -56,14 +56,16 @@ def equalise(
 ) -> None:
     """All holders of a parameter take the values of the first of them."""
     with torch.no_grad():
-        works = [
-            dist.broadcast(one.parameter, group_src=0, group=bucket.group, async_op=True)
-            for bucket in buckets
-            if bucket.group is not None
-            for one in bucket.held
-        ]
-        for work in works:
-            work.wait()
+        for bucket in buckets:
+            weights = [one.parameter for one in bucket.held]
+            for tile, members in bucket.members.items():
+                if tile is None:
+                    for weight in weights:
+                        dist.broadcast(weight, group_src=0, group=members.group)
+                else:
+                    flat = gathered(bucket, tile, weights)
+                    dist.broadcast(flat, group_src=0, group=members.group)
+                    scatter(bucket, tile, flat, weights)
         for one in held if team is not None else ():
-            if not one.divided:
+            if one.split is None:
                 dist.broadcast(one.parameter, group_src=0, group=world.tensor)

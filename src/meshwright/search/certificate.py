@@ -21,7 +21,11 @@ from meshwright.units import format_seconds
 
 FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
+WIDE = "all work spread over the best number of devices, and the norm of the gradients over those"
 EXHAUSTIVE = "every plan of the space was looked at"
+
+GROWTH = 1.02
+"""Numbers of devices that are bounded together differ by this factor."""
 
 EVERY_ROW_COUNT = 512
 """Micro-batches of so many rows are priced one by one where times were measured."""
@@ -36,7 +40,7 @@ class Certificate:
 
 
 def certificate(costs: Costs) -> Certificate:
-    """The best of two bounds, each with what must follow it.
+    """The best of three bounds, each with what must follow it.
 
     Fluid: with e(l, k) the least device-seconds per row of layer l on type k, over all tensor
     widths and rows per micro-batch that memory allows, n(k) devices of each type, and any prices
@@ -45,8 +49,10 @@ def certificate(costs: Costs) -> Certificate:
         T >= rows * sum over l of min over k of w(k) e(l, k)
 
     because a step of T seconds sells no more than T at these prices (linear programming duality;
-    the w only decide how tight it is). Chain: one row passes every layer, forward and backward.
-    Then the optimizer: some device holds at least an equal share of the parameters.
+    the w only decide how tight it is). Wide: the same for every number of devices in use, to which
+    the latency of the norm's ring is added, as `_wide_seconds` has it. Chain: one row passes every
+    layer, forward and backward. Then the optimizer: some device holds at least an equal share of
+    the parameters.
     """
     devices = usable_devices(costs.cluster, costs.job)
     counts = Counter(device.type for device in devices)
@@ -63,10 +69,11 @@ def certificate(costs: Costs) -> Certificate:
     after = _after(costs, counts)
     number_K = np.array([float(counts[kind]) for kind in kinds])
     fluid = costs.job.global_batch * fluid_seconds(work_LK, number_K)
+    wide = _wide_seconds(costs, costs.job.global_batch * work_LK, number_K)
     chain = float(least_L.sum())
-    if chain > fluid:
-        return Certificate(chain + after, CHAIN)
-    return Certificate(fluid + after, FLUID)
+    bounds = {CHAIN: chain, FLUID: fluid, WIDE: wide}
+    reason = max(bounds, key=bounds.__getitem__)
+    return Certificate(bounds[reason] + after, reason)
 
 
 def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
@@ -144,6 +151,57 @@ def fluid_seconds(work_LK: Array, number_K: Array, *, rounds: int = 200) -> floa
             break
         price = price * np.exp(0.5 / (1 + turn) * (crowd / crowd.max() - 0.5))
     return best
+
+
+def _wide_seconds(costs: Costs, work_LK: Array, number_K: Array) -> float:
+    """Least seconds, over all numbers of devices, of their work and of the norm among them.
+
+    n devices, at most N(k) of a type, sell no more than T at prices w(k) = max(s(k), s) / D with
+    D = sum N(k) max(s(k) - s, 0) + n s: each of the n pays s, those of faster types the rest. So
+
+        T(n) >= max over s of sum over l of min over k of max(s(k), s) e(l, k) / D + ring(n)
+    """
+    able = np.isfinite(work_LK).all(axis=0)
+    if not able.any():
+        return 0.0
+    # A type that lacks the memory for some layer is priced as the slowest that has it for all.
+    known = np.where(np.isfinite(work_LK), work_LK, -np.inf)
+    totals = np.where(able, work_LK.sum(axis=0, where=able), 0.0)
+    speed_K = np.where(able, 1 / np.maximum(totals, 1e-300), 0.0)
+    speed_K = np.where(able, speed_K, speed_K[able].min())
+    most = int(number_K.sum())
+    least = float("inf")
+    margins = []
+    for margin in np.unique(speed_K):
+        price_K = np.maximum(speed_K, margin)
+        value = np.where(np.isfinite(known), price_K * known, np.inf).min(axis=1).sum()
+        margins.append((float(value), float(number_K @ (price_K - margin)), float(margin)))
+    number = 1
+    while number <= most:
+        up_to = min(most, max(number, int(number * GROWTH)))
+        work = max(value / (fixed + up_to * margin) for value, fixed, margin in margins)
+        least = min(least, work + _ring_seconds(costs, number))
+        number = up_to + 1
+    return least
+
+
+def _ring_seconds(costs: Costs, number: int) -> float:
+    """Least latency of a ring of so many devices: it leaves a node, or a site, that does not have
+    as many."""
+    nodes, sites = costs.cluster.nodes, costs.cluster.sites
+    if number < 2:
+        return 0.0
+    direct = [each.link.latency for each in costs.cluster.direct]
+    hops = [node.inside.latency for node in nodes]
+    if number > max(len(node.devices) for node in nodes):
+        hops = [*(node.network.latency for node in nodes), *direct]
+    step = max(min(hops), costs.step_latency)
+    held = Counter(d.site for d in costs.devices.values())
+    if number > max(held.values()) and not direct:
+        uplinks = sorted(s.uplink.latency if s.uplink else 0.0 for s in sites if held[s.name])
+        network = min(node.network.latency for node in nodes)
+        step = max(step, network + uplinks[1])  # the slower end of the quickest pair
+    return 2 * (number - 1) * step
 
 
 def _after(costs: Costs, counts: Counter[str]) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.program.timeline import Timeline
 from meshwright.search.costs import Costs
 from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_widths_agree
 from meshwright.search.lower import after_lines, line_bound
@@ -20,9 +22,12 @@ SAME = 1e-9
 simulator add up the same seconds in different orders."""
 
 WORK = 16_000
-"""Ranks x micro-batches (or their worth in bounds) that may be simulated beyond the regular grids:
-the normal end of a search, the same on every machine."""
+"""Micro-batches and reductions of ranks (or their worth in bounds) that may be simulated beyond the
+regular grids: the normal end of a search, the same on every machine."""
 
+
+TIMELINES = 12
+"""Simulated steps that are kept, to say where their seconds go."""
 
 DEVICES_LOOKED_AT = 4
 """Devices whose bounds and memory are looked at in the time that one rank takes to play one
@@ -51,6 +56,8 @@ class Contest:
     others: list[Played] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    timelines: list[tuple[Played, Timeline]] = field(default_factory=list)
+    """Of the best that were played, best first."""
 
     @property
     def limit(self) -> float:
@@ -58,10 +65,14 @@ class Contest:
         return self.best.seconds * (1 - SAME) if self.best else float("inf")
 
     @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
     def over(self) -> bool:
-        """Whether the budget is spent."""
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return late or self.work <= 0
+        """Whether the budget is spent: the time, or the work."""
+        return self.late or self.work <= 0
 
 
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
@@ -69,6 +80,8 @@ def enter(contest: Contest, plan: Plan, name: str) -> Played:
     costs = contest.costs
     timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
     played = Played(name, plan, timeline.step_seconds)
+    insort(contest.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
+    del contest.timelines[TIMELINES:]
     if contest.best is None or played.seconds < contest.best.seconds:
         contest.best = played
     contest.others.append(played)
@@ -102,9 +115,16 @@ def challenge(contest: Contest, strategy: Strategy) -> bool:
 
 
 def work_of(plan: Plan, folded: Fold) -> int:
-    """Ranks x micro-batches that are played."""
-    counts = [pipeline.micro_batches for pipeline in plan.pipelines]
-    return sum(counts[p] for p in folded.pipeline_of.values())
+    """Micro-batches, and reductions of about a layer each, of all ranks that are played."""
+    played = {plan.devices[rank] for rank in folded.ranks}
+    work = 0
+    for pipeline in plan.pipelines:
+        for stage in pipeline.stages:
+            count = sum(device in played for unit in stage.devices for device in unit)
+            layers = stage.layers[1] - stage.layers[0]
+            shared = len(stage.devices) > 1 or len(plan.pipelines) > 1
+            work += count * (pipeline.micro_batches + layers * shared)
+    return work
 
 
 def _refused(contest: Contest, strategy: Strategy) -> str:
@@ -119,8 +139,14 @@ def _refused(contest: Contest, strategy: Strategy) -> str:
     return "lower bound above the best" if bound >= contest.limit else ""
 
 
-def parts_in(costs: Costs, plan: Plan) -> dict[str, float]:
+def parts_in(contest: Contest, played: Played) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    known = [timeline for each, timeline in contest.timelines if each is played]
+    costs = contest.costs
+    timeline = (
+        known[0]
+        if known
+        else simulate_folded(played.plan, costs.model, costs.cluster, costs.profile)
+    )
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

@@ -72,9 +72,14 @@ class Chain:
     forward_cut: Array
     """Seconds [S - 1, L + 1] of the activations across a cut before each layer."""
     backward_cut: Array
-    need: Array
-    """Bytes [S, L + 1, L + 1] on each device of a stage with layers [a, b)."""
+    always: Array
+    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b), whatever is in flight."""
+    each: Array
+    """And for every micro-batch in flight."""
+    held: Array
+    """Micro-batches in flight [S]."""
     capacity: Array
+    """Bytes [S]."""
 
 
 def optimistic_seconds(costs: Costs, candidate: Candidate) -> float:
@@ -112,7 +117,9 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
         backward=np.array([backward for _, backward in times]),
         forward_cut=_cuts(costs, candidate, costs.table.cut, forward=True),
         backward_cut=_cuts(costs, candidate, costs.table.cut_gradient, forward=False),
-        need=always + each * held[:, None, None],
+        always=always,
+        each=each,
+        held=held,
         capacity=capacities(costs, candidate.placement.types),
     )
 
@@ -138,11 +145,12 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     if candidate.fixed is not None:
         return _given(costs, candidate, candidate.fixed, facts)
     loads = chain_loads(facts.forward + facts.backward)
-    fitting = forbid_beyond(loads, facts.need, facts.capacity)
+    need = facts.always + facts.each * facts.held[:, None, None]
+    fitting = forbid_beyond(loads, need, facts.capacity)
     cuts = facts.forward_cut + facts.backward_cut
     found = assign(fitting, cuts, candidate.shape.micro_batches)
     if found is None:
-        excess = np.where(np.isfinite(loads), facts.need - facts.capacity[:, None, None], np.inf)
+        excess = np.where(np.isfinite(loads), need - facts.capacity[:, None, None], np.inf)
         least = least_worst(excess)
         assert least is not None, "grids have no more stages than layers"
         return Misfit(candidate, least[0], least[1])
@@ -177,7 +185,8 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
     excess = max(
-        float(facts.need[s, a, b] - facts.capacity[s]) for s, (a, b) in enumerate(pairwise(bounds))
+        float(facts.always[a, b] + facts.each[a, b] * facts.held[s] - facts.capacity[s])
+        for s, (a, b) in enumerate(pairwise(bounds))
     )
     if excess > 0:
         return Misfit(candidate, bounds, excess)

@@ -9,7 +9,7 @@ Devices of one type in one node are interchangeable, and so are nodes of one kin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations, pairwise, product
@@ -65,7 +65,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 def space_size(costs: Costs) -> int:
     """Pipelines that `prospects` would look at; counted no further than a little over LIMIT."""
-    if len(costs.devices) > 6:
+    if len(costs.devices) > 6 or costs.job.global_batch > LIMIT:
         return LIMIT + 1
     layers, batch, total = len(costs.model.layers), costs.job.global_batch, 0
 
@@ -86,12 +86,19 @@ def space_size(costs: Costs) -> int:
 
 
 def prospects(
-    costs: Costs, schedules: Sequence[ScheduleName], limit: float, dropped: Counter[str]
-) -> list[Prospect]:
-    """Every strategy of the space whose lower bound is below `limit` seconds, lowest first."""
+    costs: Costs,
+    schedules: Sequence[ScheduleName],
+    limit: float,
+    dropped: Counter[str],
+    over: Callable[[], bool] = lambda: False,
+) -> list[Prospect] | None:
+    """Every strategy of the space whose lower bound is below `limit` seconds, lowest first; None
+    when it was over before all had been looked at."""
     tables = _Tables(costs, limit, dropped)
     found: list[Prospect] = []
     for strategy in strategies(costs):
+        if over():
+            return None
         for schedule in schedules:
             found += _of_strategy(tables, strategy, schedule, schedule == schedules[0])
     found.sort(key=lambda p: p.seconds)

@@ -17,10 +17,12 @@ from meshwright.search.estimate import (
     evaluate,
     optimistic_seconds,
 )
-from meshwright.search.placement import Placement, default_placement, placements
+from meshwright.search.fleetwide import MOST_CELLS
+from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
     Grid,
+    Shape,
     device_sets,
     fewer_devices,
     grids,
@@ -28,11 +30,18 @@ from meshwright.search.space import (
     usable_devices,
 )
 
-MANY_DEVICES = 256
-"""Above this number the regular grids are a sample: all devices, in cluster order, and no more
-candidates than CANDIDATE_DEVICES over the devices; composed strategies cover the rest."""
+MANY_DEVICES = 64
+"""Above this number devices are counted by class: strategies over whole fleets of nodes contain the
+regular grids, and no grid is looked at device by device."""
 
-CANDIDATE_DEVICES = 200_000
+MANY_CELLS = 1_500_000
+"""Devices x layers x layers above which it is the same: layer cuts are tables of them."""
+
+LAST_RESORT = 200_000
+"""Devices x candidates of the regular grids that are looked at when nothing else has fitted."""
+
+AT_LEAST = 64
+"""Candidates that are looked at however short the time is, unless one of them fits."""
 
 FINALISTS = 8
 """Candidates that the simulator ranks again."""
@@ -56,6 +65,12 @@ class Explored:
     tried: int
 
 
+def is_large(costs: Costs) -> bool:
+    """Whether devices are counted by class, not looked at one by one."""
+    devices = len(costs.devices)
+    return devices > MANY_DEVICES or devices * len(costs.model.layers) ** 2 > MANY_CELLS
+
+
 def whole(costs: Costs) -> DeviceSet:
     """Every device that offers the job's precision. Raises ClusterError when there is none."""
     devices = usable_devices(costs.cluster, costs.job)
@@ -73,6 +88,14 @@ def whole(costs: Costs) -> DeviceSet:
     return DeviceSet(devices=devices)
 
 
+def usable(costs: Costs, dropped: Counter[str]) -> DeviceSet:
+    """As `whole`; devices that are not among them are counted in `dropped`."""
+    used = whole(costs)
+    if unable := len(costs.devices) - len(used.devices):
+        dropped[f"devices that do not offer {costs.job.precision}"] += unable
+    return used
+
+
 def candidates_of(
     costs: Costs, schedules: Sequence[ScheduleName], dropped: Counter[str]
 ) -> list[Candidate]:
@@ -80,12 +103,8 @@ def candidates_of(
 
     Raises ClusterError when no device offers the job's precision.
     """
-    devices = whole(costs).devices
-    if unable := len(costs.devices) - len(devices):
-        dropped[f"devices that do not offer {costs.job.precision}"] += unable
+    devices = usable(costs, dropped).devices
     speed = speeds(costs, sorted({device.type for device in devices}))
-    if len(devices) > MANY_DEVICES:
-        return _sample(costs, DeviceSet(devices=devices), schedules, dropped)
     found = [
         candidate
         for used in device_sets(devices, speed)
@@ -100,24 +119,31 @@ def candidates_of(
     return found
 
 
-def _sample(
-    costs: Costs, used: DeviceSet, schedules: Sequence[ScheduleName], dropped: Counter[str]
-) -> list[Candidate]:
-    """Regular grids of very many devices, evenly spread over those there are."""
-    every = [
-        (grid, shape)
-        for grid in grids(used.devices, costs.model, costs.job, dropped)
-        for shape in shapes(grid, costs.job, schedules[:1])
-    ]
-    most = max(8, CANDIDATE_DEVICES // len(used.devices))
-    chosen = every[:: -(-len(every) // most)] if every else []
+def sample_of(costs: Costs, dropped: Counter[str]) -> list[Candidate]:
+    """A few regular grids of very many devices, or of the most that allow any, evenly spread over
+    those there are: to say by how much nothing fits."""
+    used = whole(costs)
+    speed = speeds(costs, sorted({device.type for device in used.devices}))
+    every = _grid_shapes(costs, used, dropped)
+    fewer = fewer_devices(used.devices, speed)
+    while not every:
+        used = next(fewer)
+        every = _grid_shapes(costs, used, Counter())
+    most = max(8, LAST_RESORT // len(used.devices))
+    chosen = every[:: -(-len(every) // most)]
     if len(chosen) < len(every):
         dropped["regular grids beyond a sample"] += len(every) - len(chosen)
-    places: dict[Grid, Placement] = {}
-    for grid, _ in chosen:
-        if grid not in places:
-            places[grid] = default_placement(used.devices, grid)
+    places = {grid: default_placement(used.devices, grid) for grid, _ in chosen}
     return [Candidate(used, places[grid], shape) for grid, shape in chosen]
+
+
+def _grid_shapes(costs: Costs, used: DeviceSet, dropped: Counter[str]) -> list[tuple[Grid, Shape]]:
+    return [
+        (grid, shape)
+        for grid in grids(used.devices, costs.model, costs.job, dropped)
+        if grid.stages * len(costs.model.layers) ** 2 <= MOST_CELLS
+        for shape in shapes(grid, costs.job, ("1f1b",))
+    ]
 
 
 def _on(
@@ -135,12 +161,17 @@ def _on(
 
 
 def explore(
-    costs: Costs, candidates: Iterable[Candidate], dropped: Counter[str], tell: Progress
+    costs: Costs,
+    candidates: Iterable[Candidate],
+    dropped: Counter[str],
+    tell: Progress,
+    over: Callable[[], bool] = lambda: False,
 ) -> Explored:
     """The best candidates in closed form.
 
     The most promising by their lower bound come first, so that the rest need not be looked at once
-    no bound is below the last finalist.
+    no bound is below the last finalist. Once it is `over`, the search ends as soon as something
+    fits, and after AT_LEAST candidates in any case.
     """
     queue = [(optimistic_seconds(costs, c), i, c) for i, c in enumerate(candidates)]
     queue.sort(key=lambda entry: entry[:2])
@@ -149,6 +180,9 @@ def explore(
     for done, (bound, _, candidate) in enumerate(queue):
         if len(finalists) == FINALISTS and bound >= finalists[-1].seconds:
             dropped["lower bound above the finalists"] += len(queue) - done
+            break
+        if over() and (finalists or done >= AT_LEAST):
+            dropped["beyond the budget"] += len(queue) - done
             break
         if done % 64 == 0:
             tell("searching", done, len(queue))

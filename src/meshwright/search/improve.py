@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.contest import WORK, Contest, Played, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
-from meshwright.search.explore import Progress
+from meshwright.search.explore import Progress, is_large
+from meshwright.search.fleetwide import fleet_strategies
 from meshwright.search.lines import line_of
 from meshwright.search.mix import mixed_strategies
 from meshwright.search.moves import neighbours
 
 COMPOSED = 40
 """Strategies of whole pools that are bounded and, where that does not settle it, simulated."""
+
+FLEETWIDE = 12
+"""Strategies over whole fleets of nodes that are, in the same way."""
 
 STARTS = 8
 """Strategies of different builds whose surroundings are searched."""
@@ -23,9 +27,23 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     """Look for better plans than the contest has seen; whether all of the space was covered."""
     if space_size(contest.costs) <= LIMIT:
         return _exhaust(contest, schedules, tell)
-    _compose(contest, tell)
-    _climb(contest, schedules, tell)
+    _fleetwide(contest, schedules, tell)
+    if not is_large(contest.costs):
+        _compose(contest, tell)
+        _climb(contest, schedules, tell)
     return False
+
+
+def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+    """Play the best strategies made of templates on whole fleets."""
+    found = fleet_strategies(contest.costs, schedules, contest.dropped, lambda: contest.late)
+    for done, strategy in enumerate(found):
+        tell("composing", done, FLEETWIDE)
+        spent = contest.late or contest.work < WORK // 2
+        if done >= FLEETWIDE or (contest.best and spent):
+            break
+        challenge(contest, strategy)
+    tell("composing", FLEETWIDE, FLEETWIDE)
 
 
 def _compose(contest: Contest, tell: Progress) -> None:
@@ -76,7 +94,12 @@ def _highest(contest: Contest, tried: set[Strategy]) -> Strategy | None:
 def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Play every strategy of the space that is not bounded away, most promising first."""
     contest.work = 1 << 62  # the size of the space is the limit here
-    found = prospects(contest.costs, schedules, contest.limit, contest.dropped)
+    found = prospects(
+        contest.costs, schedules, contest.limit, contest.dropped, lambda: contest.late
+    )
+    if found is None:
+        contest.dropped["beyond the budget"] += 1
+        return False
     for done, prospect in enumerate(found):
         tell("simulating", done, len(found))
         if prospect.seconds >= contest.limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Protocol, TypeVar
 
 from meshwright.search.compose import KEPT, Pool, offers, pools
 from meshwright.search.costs import Costs
@@ -19,6 +20,17 @@ NEAR = 3
 """Micro-batches more or fewer than a line's ideal number that are tried."""
 
 Block = tuple[Pool, ...]
+
+
+class Sited(Protocol):
+    """What can be grouped: something at a site."""
+
+    @property
+    def site(self) -> str:
+        """Its name."""
+
+
+Group = TypeVar("Group", bound=Sited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,7 @@ def _judged(costs: Costs, lines: tuple[Line, ...]) -> Mixed:
     return Mixed(bound + after_lines(costs, lines), lines)
 
 
-def groupings(every: Sequence[Pool]) -> Iterator[tuple[Block, ...]]:
+def groupings(every: Sequence[Group]) -> Iterator[tuple[tuple[Group, ...], ...]]:
     """Sets of blocks of pools; the pools in no block are left out. With many pools only the natural
     ones: all in one line, one line each, one line a site, without the slowest."""
     if len(every) <= FEW_POOLS:
@@ -89,7 +101,7 @@ def groupings(every: Sequence[Pool]) -> Iterator[tuple[Block, ...]]:
     yield from dict.fromkeys(found)
 
 
-def _partitions(chosen: tuple[Pool, ...]) -> Iterator[tuple[Block, ...]]:
+def _partitions(chosen: tuple[Group, ...]) -> Iterator[tuple[tuple[Group, ...], ...]]:
     if not chosen:
         yield ()
         return

@@ -1,26 +1,27 @@
 """Finds the plan: candidates, layer cuts, ranking in closed form, and a play-off in the simulator.
 
-regular grids: space -> candidates -> partition -> rank -> simulate
-everything else: small inputs exhaustively, large ones by composing and improving -> certificate
+few devices: regular grids -> rank -> simulate, then everything else exhaustively or by improving
+many devices: fleets of nodes -> templates -> rank -> simulate
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import inf
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import Profile
-from meshwright.errors import PlanError, Problem
+from meshwright.errors import ClusterError, MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
-from meshwright.search.contest import SAME, Contest, Played, enter, parts_in
+from meshwright.search.contest import SAME, Contest, Played, enter, parts_in, work_of
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.explain import (
@@ -33,19 +34,31 @@ from meshwright.search.explain import (
 )
 from meshwright.search.explore import (
     ALIKE,
-    MANY_DEVICES,
     Explored,
     Progress,
     best_by_hand,
     candidates_of,
     explore,
+    is_large,
+    sample_of,
+    usable,
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
 ranks fewer of them, but never less than two."""
+
+MOST_BY_HAND = 20_000
+"""Devices up to which hand-made plans are compared with: beyond them they take longer than the
+search. AMP's own algorithm does where devices are counted by class."""
+
+MOST_LAYERS = 1_000
+MOST_ROWS = 1 << 17
+"""Layers of a model and rows of a batch that are planned for: tables of cuts grow with the square
+of the former, simulated steps with the latter."""
 
 MISFITS_SHOWN = 3
 RUNNERS_UP = 6
@@ -64,27 +77,49 @@ def find_plan(
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
     Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
-    plan found when the time was up (regular grids are always ranked to the end). Raises FitError
-    when nothing fits, saying by how much and what would help; ClusterError when no device offers
-    the job's precision; PlanError when job and model disagree.
+    plan found when the time was up, or the first one that fits if that takes a moment longer.
+    Raises FitError when nothing fits, saying by how much and what would help; ClusterError when no
+    device offers the job's precision or a link carries nothing; PlanError when job and model
+    disagree, are too large, or the time was up before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
-    _check_job(model, job)
+    _check(model, cluster, job)
     costs = costs_of(model, cluster, job, profile)
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
-    explored = explore(
-        costs, candidates_of(costs, schedules, contest.dropped), contest.dropped, tell
-    )
-    by_hand = _all_by_hand(costs, contest.dropped)
-    _regular(contest, explored, by_hand, tell)
+    explored = _explored(contest, schedules, tell)
+    _regular(contest, [("", estimate) for estimate in _affordable(explored.finalists)], tell)
     exhausted = improve(contest, schedules, tell)
+    by_hand = _all_by_hand(contest)
+    _regular(contest, [(n, found) for n, found in by_hand if isinstance(found, Estimate)], tell)
     if contest.best is None:
-        raise nothing_fits(costs, explored.misfits, explored.tried)
+        raise _nothing(contest, explored, tell)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
     proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+
+
+def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
+    """The regular grids; of very many devices none, for fleets of nodes contain them."""
+    costs, dropped = contest.costs, contest.dropped
+    if is_large(costs):
+        usable(costs, dropped)
+        return Explored(finalists=(), misfits=(), tried=0)
+    candidates = candidates_of(costs, schedules, dropped)
+    return explore(costs, candidates, dropped, tell, lambda: contest.late)
+
+
+def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
+    """Why there is no plan: nothing fits, or the time was up before anything was found."""
+    if contest.late:
+        found = "no plan that fits when the time was up"
+        mend = "give it more time, or no budget: then it says by how much nothing fits"
+        return PlanError(Problem("search", "budget", found, "time for at least one plan", mend))
+    if not explored.tried:
+        candidates = sample_of(contest.costs, contest.dropped)
+        explored = explore(contest.costs, candidates, contest.dropped, tell)
+    return nothing_fits(contest.costs, explored.misfits, explored.tried)
 
 
 def _simplest(contest: Contest) -> Played:
@@ -99,26 +134,32 @@ def _simplest(contest: Contest) -> Played:
     return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
-def _regular(
-    contest: Contest,
-    explored: Explored,
-    by_hand: Sequence[tuple[str, Estimate | Misfit]],
-    tell: Progress,
-) -> None:
-    """Play the finalists of the regular grids and the hand-made plans that fit."""
-    field = [("", estimate) for estimate in _affordable(explored.finalists)]
-    field += [(name, found) for name, found in by_hand if isinstance(found, Estimate)]
+def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
+    """Play finalists of the regular grids, or hand-made plans, which have names."""
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
-        _play(contest, estimate, name)
+        if contest.best and contest.late:
+            contest.dropped["beyond the budget"] += len(field) - index
+            break
+        plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
+        title = label(estimate.candidate, estimate.bounds)
+        if contest.best and work_of(plan, fold(plan, contest.costs.cluster)) > SIMULATED_WORK:
+            contest.dropped["too much to simulate"] += 1
+        else:
+            enter(contest, plan, f"{name}: {title}" if name else title)
     tell("simulating", len(field), len(field))
 
 
-def _all_by_hand(costs: Costs, dropped: Counter[str]) -> list[tuple[str, Estimate | Misfit]]:
-    if len(costs.devices) > MANY_DEVICES:
-        dropped[f"hand-made plans, which are not compared above {MANY_DEVICES} devices"] += 1
-        return []
-    found = ((name, best_by_hand(costs, name, whole(costs))) for name in BASELINES)
+def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
+    found = []
+    for name in BASELINES:
+        many = len(contest.costs.devices) > MOST_BY_HAND
+        if many or (name == "amp" and is_large(contest.costs)):
+            contest.dropped[f"{name}, which takes longer than the search here"] += 1
+        elif contest.late:
+            contest.dropped["hand-made plans beyond the budget"] += 1
+        else:
+            found.append((name, best_by_hand(contest.costs, name, whole(contest.costs))))
     return [(name, best) for name, best in found if best is not None]
 
 
@@ -148,7 +189,7 @@ def baseline_plan(
 
     Raises FitError when it does not fit, PlanError when the name or the job allows no such plan.
     """
-    _check_job(model, job)
+    _check(model, cluster, job)
     if name not in BASELINES:
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
@@ -167,30 +208,47 @@ def baseline_plan(
     if isinstance(found, Misfit):
         raise nothing_fits(costs, [found], 1)
     contest = Contest(costs, fingerprint(cluster))
-    return _with_prediction(contest, _play(contest, found, name), [], certificate(costs))
+    _regular(contest, [(name, found)], lambda _what, _done, _all: None)
+    assert contest.best is not None, "the first plan is always played"
+    return _with_prediction(contest, contest.best, [], certificate(costs))
 
 
-def _check_job(model: LayerGraph, job: Job) -> None:
-    problems = []
-    if job.global_batch < 1:
-        problems.append(Problem("job", "global_batch", str(job.global_batch), "at least 1"))
-    if not model.layers:
-        problems.append(Problem(f"model {model.name}", "layers", "none", "at least one layer"))
+def _check(model: LayerGraph, cluster: Cluster, job: Job) -> None:
+    """Raise for what no search could deal with. Files are checked for more when they are read."""
+    ClusterError.check(_link_problems(cluster))
+    PlanError.check(_job_problems(model, job))
+
+
+def _job_problems(model: LayerGraph, job: Job) -> Iterator[Problem]:
+    if not 1 <= job.global_batch <= MOST_ROWS:
+        wanted = f"1 to {MOST_ROWS:,}"
+        yield Problem("job", "global_batch", f"{job.global_batch:,}", wanted)
+    if not 1 <= len(model.layers) <= MOST_LAYERS:
+        found, wanted = f"{len(model.layers):,}", f"1 to {MOST_LAYERS:,}"
+        mend = "describe runs of small layers as one layer each" if model.layers else ""
+        yield Problem(f"model {model.name}", "layers", found, wanted, mend)
     for name, found, wanted in (
-        ("sequence", job.sequence, model.sequence),
+        ("sequence", str(job.sequence), str(model.sequence)),
         ("precision", job.precision, model.precision),
     ):
         if found != wanted:
-            problems.append(
-                Problem(
-                    "job",
-                    name,
-                    str(found),
-                    f"{wanted}, for which model {model.name} was described",
-                    "describe the model again for this job",
-                )
-            )
-    PlanError.check(problems)
+            reason = f"{wanted}, for which model {model.name} was described"
+            yield Problem("job", name, found, reason, "describe the model again for this job")
+
+
+def _link_problems(cluster: Cluster) -> Iterator[Problem]:
+    links = [
+        (f"node {node.name}", name, link)
+        for node in cluster.nodes
+        for name, link in (("inside", node.inside), ("network", node.network))
+    ]
+    links += [(f"site {site.name}", "uplink", site.uplink) for site in cluster.sites if site.uplink]
+    links += [(f"nodes {' and '.join(each.between)}", "link", each.link) for each in cluster.direct]
+    for where, name, link in links:
+        if not 0 < link.bandwidth < inf or not 0 <= link.latency < inf:
+            found = f"{link.bandwidth:g} bytes/s after {link.latency:g} s"
+            wanted = "a bandwidth above zero: every node must be able to reach the others"
+            yield Problem(where, name, found, wanted, "leave out nodes that cannot be reached")
 
 
 def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
@@ -206,12 +264,6 @@ def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
     return chosen
 
 
-def _play(contest: Contest, estimate: Estimate, name: str) -> Played:
-    plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
-    title = label(estimate.candidate, estimate.bounds)
-    return enter(contest, plan, f"{name}: {title}" if name else title)
-
-
 def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
     """The best of those that lost, few of one build; hand-made plans always."""
     chosen: list[Played] = []
@@ -223,14 +275,14 @@ def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
             names.add(other.name)
             builds[other.plan.name] += 1
             chosen.append(other)
-    parts = parts_in(contest.costs, winner.plan)
+    parts = parts_in(contest, winner)
     return [
         RunnerUp(
             name=other.name,
             step_seconds=other.seconds,
             reason="the same plan"
             if other.plan == winner.plan
-            else why_slower(parts, parts_in(contest.costs, other.plan)),
+            else why_slower(parts, parts_in(contest, other)),
         )
         for other in chosen
     ]
@@ -247,7 +299,7 @@ def _with_prediction(
         played.plan,
         prediction=Prediction(
             step_seconds=played.seconds,
-            parts=parts_in(costs, played.plan),
+            parts=parts_in(contest, played),
             memory=memory,
             runners_up=tuple(others),
             dropped={reason: count for reason, count in sorted(contest.dropped.items()) if count},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import isqrt
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
 from meshwright.model.spec import LayerGraph
@@ -43,7 +44,9 @@ class DeviceSet:
 
 def divisors(number: int) -> tuple[int, ...]:
     """Ascending."""
-    return tuple(d for d in range(1, number + 1) if number % d == 0)
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    high = [number // d for d in reversed(low) if d * d != number]
+    return (*low, *high)
 
 
 def usable_devices(cluster: Cluster, job: Job) -> tuple[Device, ...]:

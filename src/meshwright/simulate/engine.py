@@ -101,8 +101,8 @@ class _Step:
             turn: dict[Any, int] = defaultdict(int)
             for index, i in enumerate(instructions):
                 if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
-                    key = (i.op, i.ranks, i.layers, i.tied)
-                    key = (*key[:2], None, None) if i.op is Op.REDUCE_NORM else key
+                    key = (i.op, i.ranks, i.layers, i.tied, i.tile)
+                    key = (*key[:2], None, None, None) if i.op is Op.REDUCE_NORM else key
                     turn[key] += 1
                     group = groups[(key, turn[key])]
                     group.members.append((rank, index))

@@ -27,9 +27,12 @@ class Flow:
     """When `left` was true."""
     version: int = 0
     """Changes whenever the rate does, which dates older forecasts."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Streams on every resource."""
 
     def __post_init__(self) -> None:
         self.stream = self.stream or min(self.bytes_by_resource.values())
+        self.weights = tuple((r, size / self.stream) for r, size in self.bytes_by_resource.items())
 
     @property
     def ends(self) -> float:
@@ -104,25 +107,28 @@ def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Fl
     """Shares per second of each flow, max-min fair between streams.
 
     Progressive filling: all streams speed up together; those through the first resource to fill
-    stay at that speed, the rest go on (Bertsekas and Gallager, Data Networks, section 6.5.2).
+    stay at that speed, the rest go on (Bertsekas and Gallager, Data Networks, section 6.5.2). Flows
+    with equal streams on the same resources, as the buckets of one ring, are treated as one.
     Raises ClusterError for a resource without bandwidth.
     """
-    active = dict.fromkeys(flows)
-    left = {resource: bandwidth[resource] for flow in active for resource in flow.bytes_by_resource}
+    alike: dict[tuple[tuple[str, float], ...], list[Flow]] = {}
+    for flow in dict.fromkeys(flows):
+        alike.setdefault(flow.weights, []).append(flow)
+    left = {resource: bandwidth[resource] for weights in alike for resource, _ in weights}
     empty = [resource for resource, speed in left.items() if speed <= 0]
     ClusterError.check(
         Problem(f"link {resource}", "bandwidth", "0", "above zero") for resource in empty
     )
     rates: dict[Flow, float] = {}
-    while active:
+    while alike:
         load = dict.fromkeys(left, 0.0)
-        for flow in active:
-            for resource, size in flow.bytes_by_resource.items():
-                load[resource] += size / flow.stream
+        for weights, members in alike.items():
+            for resource, weight in weights:
+                load[resource] += weight * len(members)
         speed, fullest = min((left[r] / load[r], r) for r in load if load[r])
-        for flow in [flow for flow in active if fullest in flow.bytes_by_resource]:
-            rates[flow] = speed / flow.stream
-            del active[flow]
-            for resource, size in flow.bytes_by_resource.items():
-                left[resource] = max(left[resource] - speed * size / flow.stream, 0.0)
+        for weights in [w for w in alike if any(resource == fullest for resource, _ in w)]:
+            members = alike.pop(weights)
+            rates.update((flow, speed / flow.stream) for flow in members)
+            for resource, weight in weights:
+                left[resource] = max(left[resource] - speed * weight * len(members), 0.0)
     return rates

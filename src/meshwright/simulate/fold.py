@@ -51,7 +51,8 @@ def fold(plan: Plan, cluster: Cluster) -> Fold:
     found = [
         _folded(plan, p, nodes, users, cluster, across=True) for p in range(len(plan.pipelines))
     ]
-    across = all(found)
+    # Tensor ranks of unlike widths meet in sums of tiles: one of them does not stand for all.
+    across = all(found) and len({_tensor_width(pipeline) for pipeline in plan.pipelines}) == 1
     if not across:
         found = [
             _folded(plan, p, nodes, users, cluster, across=False) or _whole(pipeline)
@@ -67,8 +68,7 @@ def fold(plan: Plan, cluster: Cluster) -> Fold:
         for site in {nodes[node_of(device)].site for device in copies[0]}:
             sharing[f"@{site}|{p}"] = len(copies)
     rings = {
-        p: len(pipeline.stages[0].devices[0]) if across else 1
-        for p, pipeline in enumerate(plan.pipelines)
+        p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(plan.pipelines)
     }
     return Fold(frozenset(pipeline_of), sharing, pipeline_of, rings)
 
@@ -88,6 +88,10 @@ def _folded(
     if cluster.direct or any(len(users[node]) > 1 for node in mine):
         return []
     return next(_foldings(pipeline, nodes, across=across), [])
+
+
+def _tensor_width(pipeline: Pipeline) -> int:
+    return len(pipeline.stages[0].devices[0])
 
 
 def _users(plan: Plan) -> dict[str, set[int]]:

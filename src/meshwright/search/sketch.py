@@ -1,0 +1,383 @@
+"""What a template takes in closed form, with its best cuts; devices are counted, never listed.
+
+Letters: S stages, L layers, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cluster.spec import Link
+from meshwright.cost.links import overhead_seconds
+from meshwright.cost.memory import stage_parameters
+from meshwright.program.buckets import gradient_bytes
+from meshwright.program.schedules import in_flight
+from meshwright.search.costs import Costs, stage_bytes, unit_capacity, unit_prefix
+from meshwright.search.lower import optimizer_of
+from meshwright.search.templates import Fleet, Segment, Template
+
+Ints = NDArray[np.int64]
+
+HALVINGS = 14
+"""Bisections of the slowest stage's seconds: to a ten-thousandth of the interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """A template with cuts, and its seconds by part."""
+
+    template: Template
+    bounds: tuple[int, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    """Seconds of a micro-batch, by stage."""
+    transfer: tuple[float, ...]
+    """Seconds of a micro-batch across each cut, one way."""
+    reduction: tuple[float, ...]
+    """Seconds of every stage's gradients, if this template is the whole plan."""
+    crowded: tuple[float, ...]
+    """The same if other pipelines hold the stage's layers too."""
+    optimizer: float
+
+    @property
+    def once(self) -> float:
+        """Seconds of the first micro-batch, there and back."""
+        return sum(self.forward) + sum(self.backward) + 2 * sum(self.transfer)
+
+    def further(self, micro_batches: float) -> float:
+        """Seconds that the micro-batches after the first add: as `estimate` has it."""
+        moved = max(self.transfer, default=0.0)
+        if self.template.schedule == "gpipe":
+            slowest = max(*self.forward, moved) + max(*self.backward, moved)
+            return (micro_batches - 1) * slowest
+        return max(_steady(self, micro_batches), (micro_batches - 1) * moved)
+
+    def exposed(self, delay: float, *, crowded: bool) -> float:
+        """Seconds of the reductions that no backward hides."""
+        before, worst = 0.0, 0.0
+        for s, seconds in enumerate(self.crowded if crowded else self.reduction):
+            worst = max(worst, seconds - self.backward[s] * (1 - delay) - before)
+            before += self.backward[s] + (self.transfer[s] if s < len(self.transfer) else 0.0)
+        return worst
+
+
+def _steady(each: Sketch, micro_batches: float) -> float:
+    """Seconds that 1F1B adds after the first micro-batch. Of any n neighbouring stages, the first
+    begins a forward when the backward n micro-batches before has come back from the last:
+
+        (M - n) / n x (their seconds + transfers between them, there and back)
+    """
+    loads = np.cumsum([0.0, *map(sum, zip(each.forward, each.backward, strict=True))])
+    moved = np.cumsum([0.0, *each.transfer])
+    depth = len(each.forward)
+    first, last = np.triu_indices(depth)
+    number = last - first + 1
+    trips = loads[last + 1] - loads[first] + 2 * (moved[last] - moved[first])
+    return float((trips * np.maximum(micro_batches / number - 1, 0.0)).max())
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """The whole model on one unit, at some rows of a micro-batch."""
+
+    whole: float
+    """Seconds of all layers."""
+    longest: float
+    """Of the longest layer."""
+    common: float
+    """Of one of the commonest layers."""
+    always: float
+    """Bytes on each device, whatever is in flight."""
+    each: float
+    """Bytes for every micro-batch in flight."""
+    room: float
+    """Bytes that a device has."""
+
+
+@dataclass(slots=True)
+class Drawing:
+    """What sketches share."""
+
+    costs: Costs
+    fleets: tuple[Fleet, ...]
+    widest_cut: float
+    """Bytes that a row carries across a usual cut."""
+    gradients: float
+    """Bytes of the whole model's gradients."""
+    common: tuple[int, int]
+    """First of the commonest layers, and how many there are."""
+    reaches: dict[tuple[int, int, int, int], list[int]] = field(default_factory=dict)
+    totals: dict[tuple[int, int, int], tuple[list[float], list[float], list[float]]] = field(
+        default_factory=dict
+    )
+    cuts: dict[tuple[object, ...], tuple[int, ...] | None] = field(default_factory=dict)
+    units: dict[tuple[int, int, int], UnitFacts] = field(default_factory=dict)
+    grids: dict[object, Ints] = field(default_factory=dict)
+    """Depths worth a look, by what they depend on."""
+
+
+def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
+    """A fresh one."""
+    inner = costs.table.cut[1:-1]
+    names = [layer.signature for layer in costs.model.layers]
+    common, number = Counter(names).most_common(1)[0]
+    return Drawing(
+        costs=costs,
+        fleets=every,
+        widest_cut=float(np.median(inner)) if len(inner) else 0.0,
+        gradients=float(stage_parameters(costs.table, (0, len(names)), 1))
+        * gradient_bytes(costs.job)
+        * costs.system.gradient_width,
+        common=(names.index(common), number),
+    )
+
+
+def unit_facts(board: Drawing, fleet: int, tensor: int, rows: int) -> UnitFacts:
+    """What balanced stages ask of a unit."""
+    key = (fleet, tensor, rows)
+    found = board.units.get(key)
+    if found is None:
+        both = prefixes(board, fleet, tensor, rows)[2]
+        always, each = stage_bytes(board.costs, tensor, rows)
+        at = board.common[0]
+        found = board.units[key] = UnitFacts(
+            whole=both[-1],
+            longest=max(b - a for a, b in pairwise(both)),
+            common=both[at + 1] - both[at],
+            always=float(always[0, -1]),
+            each=float(each[0, -1]),
+            room=unit_capacity(board.costs, board.fleets[fleet].nodes[0][:tensor]),
+        )
+    return found
+
+
+def prefixes(
+    board: Drawing, fleet: int, tensor: int, rows: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Cumulative seconds [L + 1] of forward, backward and both on a unit of a fleet."""
+    key = (fleet, tensor, rows)
+    found = board.totals.get(key)
+    if found is None:
+        unit = board.fleets[fleet].nodes[0][:tensor]
+        forward, backward = unit_prefix(board.costs, unit, rows)
+        both = [f + b for f, b in zip(forward, backward, strict=True)]
+        found = board.totals[key] = (forward, backward, both)
+    return found
+
+
+def _reach(board: Drawing, fleet: int, tensor: int, rows: int, held: int) -> list[int]:
+    """By first layer: one past the last that a unit has memory for."""
+    key = (fleet, tensor, rows, held)
+    found = board.reaches.get(key)
+    if found is None:
+        always, each = stage_bytes(board.costs, tensor, rows)
+        room = unit_capacity(board.costs, board.fleets[fleet].nodes[0][:tensor])
+        size = len(always)
+        beyond = always + each * held > room
+        beyond &= ~np.tri(size, dtype=bool)
+        first = np.where(beyond.any(axis=1), beyond.argmax(axis=1), size)
+        found = board.reaches[key] = (first - 1).tolist()
+    return found
+
+
+def _stages(template: Template) -> list[tuple[Segment, int]]:
+    """Segment and rows per replica of every stage."""
+    return [(s, template.rows // s.width) for s in template.segments for _ in range(s.depth)]
+
+
+def cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, ...] | None:
+    """The cuts whose slowest stage is quickest, among those that fit; None if none does."""
+    depth = template.depth
+    key = (
+        template.tensor,
+        template.schedule,
+        min(micro_batches, depth) if template.schedule == "1f1b" else micro_batches,
+        tuple((s.fleet, s.depth, template.rows // s.width) for s in template.segments),
+    )
+    if key not in board.cuts:
+        board.cuts[key] = _cuts(board, template, micro_batches)
+    return board.cuts[key]
+
+
+def _cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, ...] | None:
+    stages, layers = _stages(template), len(board.costs.model.layers)
+    depth, tensor = len(stages), template.tensor
+    if depth > layers:
+        return None
+    rooms, sums = [], []
+    for s, (segment, rows) in enumerate(stages):
+        held = in_flight(template.schedule, s, depth, micro_batches)
+        rooms.append(_reach(board, segment.fleet, tensor, rows, held))
+        sums.append(prefixes(board, segment.fleet, tensor, rows)[2])
+
+    def filled(limit: float) -> tuple[list[int], float] | None:
+        """Every stage takes as many layers as it can within a time; and the longest taken."""
+        bounds, at, longest = [0], 0, 0.0
+        for s, both in enumerate(sums):
+            to = bisect_right(both, both[at] + limit) - 1
+            to = min(to, rooms[s][at], layers - (depth - 1 - s))
+            if to <= at:
+                return None
+            longest = max(longest, both[to] - both[at])
+            bounds.append(to)
+            at = to
+        return (bounds, longest) if at == layers else None
+
+    best = filled(max(both[-1] for both in sums) * 2)
+    if best is None:
+        return None
+    low = 1 / sum(1 / both[-1] for both in sums)
+    high = best[1]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = filled(middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, found[1]
+    return tuple(best[0])
+
+
+def sketch(board: Drawing, template: Template, micro_batches: int) -> Sketch | None:
+    """The template with its best cuts and the seconds of its parts; None if it does not fit."""
+    bounds = cuts(board, template, micro_batches)
+    if bounds is None:
+        return None
+    stages = _stages(template)
+    forward, backward, alone, crowded, steps = [], [], [], [], []
+    for (segment, rows), layers in zip(stages, pairwise(bounds), strict=True):
+        a, b = layers
+        ahead, back, _ = prefixes(board, segment.fleet, template.tensor, rows)
+        forward.append(ahead[b] - ahead[a])
+        backward.append(back[b] - back[a])
+        kind = board.fleets[segment.fleet].kind
+        steps.append(optimizer_of(board.costs, kind, layers, template.tensor))
+        held = float(stage_parameters(board.costs.table, layers, template.tensor))
+        alone.append(reduction_seconds(board, segment, template.tensor, held, crowded=False))
+        crowded.append(reduction_seconds(board, segment, template.tensor, held, crowded=True))
+    return Sketch(
+        template=template,
+        bounds=bounds,
+        forward=tuple(forward),
+        backward=tuple(backward),
+        transfer=tuple(
+            transfer_seconds(board, template, s, stages[s][0], stages[s + 1][0])
+            for s in range(len(stages) - 1)
+        ),
+        reduction=tuple(alone),
+        crowded=tuple(crowded),
+        optimizer=max(steps),
+    )
+
+
+def hop_latency(costs: Costs, link: Link) -> float:
+    """Of one step of a ring."""
+    return max(link.latency, costs.step_latency)
+
+
+def reduction_seconds(
+    board: Drawing, segment: Segment, tensor: int, held: float, *, crowded: bool
+) -> float:
+    """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
+    node share its network interface. `crowded`: holders elsewhere as well."""
+    fleet, width = board.fleets[segment.fleet], segment.width
+    if width == 1 and not crowded:
+        return 0.0
+    size = held * gradient_bytes(board.costs.job) * board.costs.system.gradient_width
+    passed = 2.0 * size * (1.0 if crowded else (width - 1) / width)
+    run = fleet.each // tensor // segment.block
+    within = passed / fleet.inside.bandwidth
+    if fleet.inside.shared:
+        within *= fleet.each
+    if width == segment.block and not crowded:
+        return within + 2 * (width - 1) * hop_latency(board.costs, fleet.inside)
+    across = passed * tensor * run / fleet.network.bandwidth
+    return max(within, across) + 2 * (width - 1) * hop_latency(board.costs, fleet.network)
+
+
+def transfer_seconds(
+    board: Drawing, template: Template, stage: int, here: Segment, there: Segment
+) -> float:
+    """A usual activation from a stage to the next one, all replicas at once."""
+    source, target = board.fleets[here.fleet], board.fleets[there.fleet]
+    tensor, rows = template.tensor, template.rows
+    fixed = board.costs.system.boundary
+    each = rows / here.width * board.widest_cut
+    if here == there and _same_node(board, template, stage, here):
+        shared = here.block * tensor if source.inside.shared else 1
+        return fixed + source.inside.latency + each * shared / source.inside.bandwidth
+    ends = [(source, here), (target, there)]
+    seconds = max(
+        rows / s.width * s.block * tensor * board.widest_cut / fleet.network.bandwidth
+        for fleet, s in ends
+    )
+    latency = max(fleet.network.latency for fleet, _ in ends)
+    if source.site != target.site:
+        for site in (source.site, target.site):
+            uplink = board.costs.links.uplinks[site]
+            if uplink:
+                carried = rows * tensor * board.widest_cut
+                seconds = max(seconds, carried / uplink.bandwidth)
+                latency = max(latency, fleet_latency(board, site) + uplink.latency)
+    return fixed + latency + seconds
+
+
+def fleet_latency(board: Drawing, site: str) -> float:
+    """Of the network at a site."""
+    return max(fleet.network.latency for fleet in board.fleets if fleet.site == site)
+
+
+def _same_node(board: Drawing, template: Template, stage: int, segment: Segment) -> bool:
+    run = board.fleets[segment.fleet].each // template.tensor // segment.block
+    place = stage
+    for each in template.segments:
+        if each is segment:
+            break
+        place -= each.depth
+    return place % run != run - 1
+
+
+def after(board: Drawing, sketches: Sequence[Sketch]) -> float:
+    """Seconds after the last pipeline: norm over all devices, slowest optimizer, overhead; and the
+    uplinks, where pipelines at several sites hold the same layers."""
+    used = {s.fleet for each in sketches for s in each.template.segments}
+    count = sum(each.template.devices for each in sketches)
+    sites = {board.fleets[number].site for number in used}
+    step = max(hop_latency(board.costs, board.fleets[number].network) for number in used)
+    if len(sites) > 1:
+        uplinks = [u.latency for site in sites if (u := board.costs.links.uplinks[site])]
+        step += max(uplinks, default=0.0)
+    norm = 2 * (count - 1) * step if count > 1 else 0.0
+    return norm + max(each.optimizer for each in sketches) + overhead_seconds(board.costs.profile)
+
+
+def between_sites(board: Drawing, sketches: Sequence[Sketch]) -> float:
+    """Seconds in which the gradients of pipelines at several sites pass the uplinks."""
+    homes = [{board.fleets[s.fleet].site for s in each.template.segments} for each in sketches]
+    sites = set.union(*homes)
+    if len(sites) < 2 or len(sketches) < 2:
+        return 0.0
+    links = [link for site in sites if (link := board.costs.links.uplinks[site])]
+    ring = max(sum(s.width for s in each.template.segments) for each in sketches) * len(sketches)
+    return max(
+        (2 * board.gradients / link.bandwidth + 2 * ring * link.latency for link in links),
+        default=0.0,
+    )
+
+
+def whole_seconds(board: Drawing, sketches: Sequence[Sketch], counts: Sequence[float]) -> float:
+    """Seconds of a step of these pipelines with these numbers of micro-batches."""
+    delay = board.costs.system.reduction_delay
+    crowded = len(sketches) > 1
+    meeting = between_sites(board, sketches)
+    return after(board, sketches) + max(
+        each.once + each.further(count) + max(each.exposed(delay, crowded=crowded), meeting)
+        for each, count in zip(sketches, counts, strict=True)
+    )

@@ -1,0 +1,21 @@
+"""Runs the command line in a process of its own, as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def meshwright(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`meshwright ARGUMENTS` in a folder, on a terminal of 80 columns."""
+    return subprocess.run(
+        [sys.executable, "-m", "meshwright", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )

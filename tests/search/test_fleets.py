@@ -1,0 +1,168 @@
+"""Strategies over whole fleets of nodes: legal, near what the simulator says, better with more."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchworlds import NVLINK, device, job, model
+
+from meshwright.cluster.spec import Cluster, Link, Node, Site
+from meshwright.cost.misfits import memory_problems
+from meshwright.errors import FitError, PlanError
+from meshwright.plan.validate import validate_plan
+from meshwright.records import dumps
+from meshwright.search import fleetwide
+from meshwright.search.certificate import certificate
+from meshwright.search.costs import costs_of
+from meshwright.search.lines import plan_of
+from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
+from meshwright.simulate.fold import simulate_folded
+
+FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
+NETWORK = Link(bandwidth=1e10, latency=1e-5)
+
+
+def machines(fast, slow, each=8, *, memory=16.0, apart=False, network=NETWORK):
+    """Nodes of either type; `apart`: the slow ones at another site."""
+    types = {k.name: replace(k, memory=int(memory * (1 << 30))) for k in (FAST, SLOW)}
+    nodes = [
+        Node(
+            name=f"{kind[0]}{i}",
+            site="there" if apart and kind == "slow" else "here",
+            devices=(kind,) * each,
+            inside=NVLINK,
+            network=network,
+        )
+        for kind, count in (("fast", fast), ("slow", slow))
+        for i in range(count)
+    ]
+    uplink = Link(bandwidth=1e9, latency=1e-3)
+    sites = (Site(name="here", uplink=uplink), Site(name="there", uplink=uplink))
+    return Cluster(name="fleet", types=types, nodes=tuple(nodes), sites=sites)
+
+
+def strategies_of(graph, where, todo, most):
+    costs = costs_of(graph, where, todo)
+    found = fleetwide.fleet_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
+    for schedule, lines in islice(found, most):
+        yield plan_of(costs, lines, schedule)
+
+
+@st.composite
+def fleet_worlds(draw):
+    where = machines(
+        draw(st.integers(0, 4)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([1, 2, 3, 4, 8])),
+        memory=draw(st.sampled_from([1.2, 1.4, 16.0])),
+        apart=draw(st.booleans()),
+        network=Link(bandwidth=draw(st.sampled_from([1e8, 1e10])), latency=1e-5),
+    )
+    graph = model(
+        draw(st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=14)),
+        parameters=draw(st.sampled_from([1000, 10_000_000])),
+        tied=draw(st.booleans()),
+        units=draw(st.sampled_from([0, 1, 2, 4, 6])),
+    )
+    return graph, where, job(draw(st.integers(1, 96)))
+
+
+@settings(max_examples=15)
+@given(fleet_worlds())
+def test_every_strategy_holds_every_layer_once_and_fits(world):
+    for plan in strategies_of(*world, most=6):
+        validate_plan(plan, world[0], world[1])
+        assert not memory_problems(plan, world[0], world[1])
+
+
+@settings(max_examples=15)
+@given(fleet_worlds())
+def test_no_strategy_is_faster_than_the_certificate(world):
+    bound = certificate(costs_of(*world)).seconds
+    for plan in strategies_of(*world, most=3):
+        assert bound <= simulate_folded(plan, *world[:2]).step_seconds * (1 + 1e-9)
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 4]))
+def test_segments_are_written_on_devices_of_their_own(units, depth, width, tensor):
+    for block in (b for b in range(1, units + 1) if units % b == 0 and width % b == 0):
+        needed = nodes_for(units, depth, width, block)
+        where = machines(needed, 0, units * tensor)
+        costs = costs_of(model([1.0]), where, job())
+        template = Template(tensor, (Segment(0, depth, width, block),), width, "1f1b")
+        stages = written(fleets(costs), template, {})
+        names = [name for stage in stages for unit in stage for name in unit]
+        assert len(stages) == depth
+        assert all(len(stage) == width for stage in stages)
+        assert all(len({name.split(":")[0] for name in u}) == 1 for s in stages for u in s)
+        assert len(set(names)) == len(names) == depth * width * tensor
+        assert len({name.split(":")[0] for name in names}) <= needed
+
+
+GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)
+
+
+def test_the_closed_form_is_near_the_simulator():
+    costs = costs_of(GRAPH, machines(8, 8), job(256))
+    board = fleetwide.drawing(costs, fleets(costs))
+    for choice in fleetwide._at_width(board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")):
+        lines = fleetwide._lines(board, choice)
+        if lines is not None:
+            plan = plan_of(costs, lines, choice.sketches[0].template.schedule)
+            played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds
+            assert 0.75 < choice.seconds / played < 1.2
+            break
+
+
+def test_more_nodes_never_give_a_slower_plan():
+    seconds = [
+        find_plan(GRAPH, machines(fast, slow), job(512)).prediction.step_seconds
+        for fast, slow in ((9, 0), (16, 0), (16, 16))
+    ]
+    assert all(b <= a * 1.001 for a, b in pairwise(seconds)), seconds
+    assert seconds[-1] < 0.6 * seconds[0]
+
+
+def test_a_large_cluster_is_used_better_than_by_hand_and_every_time_the_same():
+    where = machines(8, 8)
+    plan = find_plan(GRAPH, where, job(512))
+    by_hand = baseline_plan("even", GRAPH, where, job(512)).prediction.step_seconds
+    assert plan.prediction.step_seconds < 0.8 * by_hand
+    assert dumps(plan) == dumps(find_plan(GRAPH, where, job(512)))
+    assert any(other.name.startswith("even:") for other in plan.prediction.runners_up)
+    validate_plan(plan, GRAPH, where)
+
+
+def test_a_budget_ends_a_large_search_with_a_plan_or_says_that_it_was_too_short():
+    in_haste = find_plan(GRAPH, machines(16, 16), job(512), budget_seconds=0.0)
+    validate_plan(in_haste, GRAPH, machines(16, 16))
+    assert in_haste.prediction.lower_bound_seconds > 0
+    heavy = model([1.0] * 4, parameters=20_000_000_000)
+    with pytest.raises(PlanError, match="budget"):
+        find_plan(heavy, machines(16, 0), job(512), budget_seconds=0.0)
+    with pytest.raises(FitError, match="none of which fits"):
+        find_plan(heavy, machines(16, 0), job(512))
+
+
+def test_nodes_that_differ_in_their_links_alone_are_one_fleet_where_there_are_many():
+    where = machines(12, 0)
+    nodes = tuple(
+        replace(node, network=Link(bandwidth=1e10 + i)) for i, node in enumerate(where.nodes)
+    )
+    few, many = replace(where, nodes=nodes[:4]), replace(where, nodes=nodes)
+    assert len(fleets(costs_of(GRAPH, few, job()))) == 4
+    assert len(fleets(costs_of(GRAPH, many, job()))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=1000, database=None)
+@given(fleet_worlds())
+def test_every_strategy_holds_every_layer_once_and_fits_in_a_thousand_cases(world):
+    for plan in strategies_of(*world, most=12):
+        validate_plan(plan, world[0], world[1])
+        assert not memory_problems(plan, world[0], world[1])
