@@ -9,7 +9,7 @@ import pytest
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import path, topology
-from meshwright.cost.collective import all_reduce_seconds
+from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.pairs import (
     LinkReport,
     Point,
@@ -92,10 +92,12 @@ def test_two_pairs_that_share_a_link_take_the_time_of_twice_the_bytes() -> None:
 def test_all_reduces_show_the_cost_of_a_step() -> None:
     cluster = _cluster({"a": "10 Gbit/s", "b": "10 Gbit/s"})
     names = [device.name for device in devices_of(cluster)]
+    links = topology(cluster)
     points = [
-        Point(bytes=s, seconds=all_reduce_seconds(topology(cluster), [names], s, step_latency=3e-4))
-        for s in SIZES
-    ]
+        Point(bytes=size, seconds=alone_seconds(links, all_reduce(links, names, size,
+                                                                  step_latency=3e-4)))
+        for size in SIZES
+    ]  # fmt: skip
     found = collective_times(cluster, points)
     assert found.step_latency == pytest.approx(3e-4)
     assert found.residuals == pytest.approx([0.0] * len(SIZES), abs=1e-9)

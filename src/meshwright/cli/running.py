@@ -17,7 +17,7 @@ from meshwright.cli.options import (
     PrecisionChoice,
     app,
 )
-from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_bed
+from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_there
 
 
 @app.command()
@@ -98,7 +98,7 @@ def train(
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen, simulated
     from meshwright.testbed.bed import standing_here
-    from meshwright.training import prepare, train_here, training_commands
+    from meshwright.training import prepare, training_commands
 
     session, found = reopen(plan_file)
     settings = RunSettings(
@@ -117,12 +117,7 @@ def train(
             typer.echo(command)
     if dry_run:
         return
-    with launcher_for(None) as launcher:
-        outcome = (
-            train_here(session, found, settings, output)
-            if launcher is None
-            else train_bed(launcher, session, found, settings, output)
-        )
+    outcome = train_there(session, found, settings, output)
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     predicted = simulated(session, found)
     if outcome.timeline is not None:

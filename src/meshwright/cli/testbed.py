@@ -140,13 +140,15 @@ def profile_testbed(
     typer.echo(f"plan with --cluster {found.cluster_file} --profile {found.profile_file}")
 
 
-def train_bed(
-    launcher: Launcher, session: Session, plan: Plan, settings: RunSettings, folder: Path
-) -> Outcome:
-    """`train` on the testbed in which it runs."""
+def train_there(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> Outcome:
+    """`train` on the testbed in which it runs, else on this machine."""
     from meshwright.testbed.train import train_on
+    from meshwright.training import train_here
 
-    found = train_on(launcher, session, plan, settings, folder)
+    with launcher_for(None) as launcher:
+        if launcher is None:
+            return train_here(session, plan, settings, folder)
+        found = train_on(launcher, session, plan, settings, folder)
     if found.disturbed:
         share = f"others used {found.foreign_share:.0%} of the processor meanwhile"
         typer.echo(f"disturbed: {share}, in the best of {found.attempts} attempts", err=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import all_reduce, all_reduce_seconds, alone_seconds
+from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.records import Bytes, BytesPerSecond, Seconds, record
 
 SLOWER = 0.97
@@ -215,7 +215,9 @@ def collective_times(cluster: Cluster, points: Sequence[Point]) -> CollectiveTim
         return alone_seconds(links, replace(all_reduce(links, devices, size), latency=0.0))
 
     step = max(min(p.seconds - moving(p.bytes) for p in points) / steps, 0.0)
-    predicted = [all_reduce_seconds(links, [devices], p.bytes, step_latency=step) for p in points]
+    predicted = [
+        alone_seconds(links, all_reduce(links, devices, p.bytes, step_latency=step)) for p in points
+    ]
     return CollectiveTimes(
         points=tuple(points),
         step_latency=step,
