@@ -1,10 +1,11 @@
 """Meshwright's plans against those of other planners and of hand-written rules, on mixed clusters.
 
-    python benchmarks/rivals.py [--only NAME ...] [--markdown OUT.md]
+    python benchmarks/rivals.py [--only NAME ...] [--random N] [--first SEED] [--markdown OUT.md]
 
 Every plan is timed by Meshwright's simulator under Meshwright's costs. `ddp`, `even` and `amp` are
 the baselines that every search compares with; `metis` and `sailor` are restricted searches, see
-rival_searches.py. Fails when one of them is faster than Meshwright's plan.
+rival_metis.py and rival_sailor.py. `--random N`: clusters that are drawn, by number, instead of the
+examples. Fails when one of them is faster than Meshwright's plan.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rival_searches import RIVALS
+from random_clusters import draw
+from rival_metis import metis
+from rival_sailor import sailor
+from rival_searches import Found
 
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
@@ -25,7 +30,7 @@ from meshwright.model.hf import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan
 from meshwright.plan.validate import validate_plan
-from meshwright.search.costs import costs_of
+from meshwright.search.costs import Costs, costs_of
 from meshwright.search.planner import baseline_plan, find_plan
 
 HERE = Path(__file__).parent
@@ -33,6 +38,7 @@ CLUSTERS = HERE.parent / "examples" / "clusters"
 UNEVEN = str(HERE / "uneven.toml")
 
 BASELINES = ("ddp", "even", "amp")
+RIVALS: dict[str, Callable[[Costs], Found | None]] = {"metis": metis, "sailor": sailor}
 COLUMNS = (*BASELINES, *RIVALS)
 
 TIE = 1e-9
@@ -48,6 +54,8 @@ class Case:
     sequence: int
     batch: int
     precision: Precision = "fp16"
+    where: Cluster | None = None
+    """None: the example of that name."""
 
     @property
     def name(self) -> str:
@@ -103,13 +111,16 @@ class Row:
         return [name for name, s in self.others.items() if s is not None and s < limit]
 
 
-def run(case: Case) -> Row:
-    """Plan a case with everything there is."""
+def run(case: Case) -> Row | None:
+    """Plan a case with everything there is; None where nothing fits."""
     model = load_model(case.model, case.sequence, case.precision)
-    cluster = load_cluster(CLUSTERS / f"{case.cluster}.toml")
+    cluster = case.where or load_cluster(CLUSTERS / f"{case.cluster}.toml")
     job = Job(global_batch=case.batch, sequence=case.sequence, precision=case.precision)
     began = time.process_time()
-    plan = find_plan(model, cluster, job)
+    try:
+        plan = find_plan(model, cluster, job)
+    except FitError:
+        return None
     planning = time.process_time() - began
     assert plan.prediction is not None
     assert plan.prediction.lower_bound_seconds is not None
@@ -124,6 +135,14 @@ def run(case: Case) -> Row:
             _check(found.plan, model, cluster)
             row.partly += () if found.complete else (name,)
     return row
+
+
+def random_case(seed: int) -> Case:
+    """The random cluster of this number."""
+    drawn = draw(seed)
+    return Case(
+        drawn.cluster.name, drawn.model, drawn.sequence, drawn.batch, drawn.precision, drawn.cluster
+    )
 
 
 def _baseline(name: str, model: LayerGraph, cluster: Cluster, job: Job) -> float | None:
@@ -167,13 +186,21 @@ def main() -> int:
     """Print one line per case as it is done; 1 if any rival was faster."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--only", nargs="+", default=[], help="clusters")
+    options.add_argument("--random", type=int, default=0, help="number of random clusters")
+    options.add_argument("--first", type=int, default=0, help="number of the first of them")
     options.add_argument("--markdown", type=Path, help="file for the table")
     chosen = options.parse_args()
     rows = []
     sys.stdout.write(" | ".join(HEADINGS) + "\n")
-    for case in CASES:
-        if not chosen.only or case.cluster in chosen.only:
-            rows.append(run(case))
+    cases = [case for case in CASES if not chosen.only or case.cluster in chosen.only]
+    if chosen.random:
+        cases = [random_case(chosen.first + i) for i in range(chosen.random)]
+    for case in cases:
+        row = run(case)
+        if row is None:
+            sys.stdout.write(f"{case.name}: nothing fits\n")
+        else:
+            rows.append(row)
             sys.stdout.write(" | ".join(_cells(rows[-1])) + "\n")
             sys.stdout.flush()
     if chosen.markdown:

@@ -46,6 +46,7 @@ WORDS = {
     "Mode": "`dilation`, `virtual` or `quota`",
     "ClusterSource": "path, or a table as in a cluster file",
     "ScheduleName": "`1f1b` or `gpipe`",
+    "BoundaryKind": "`direct`, `scatter_gather` or `broadcast`",
 }
 
 

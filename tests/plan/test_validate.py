@@ -92,6 +92,11 @@ EDITS = {
         "2 replicas for micro-batches of 3 rows",
     ),
     "wrong shares": (lambda p: stage(p, 0).update(rows=[1, 1]), "stages[0].rows", "add up to 4"),
+    "boundary of a first stage": (
+        lambda p: stage(p, 0).update(boundary="broadcast"),
+        "stages[0].boundary",
+        "nothing comes from a stage before it",
+    ),
     "wrong batch": (lambda p: p["job"].update(global_batch=9), "pipelines", "2 x 4 = 8 rows"),
     "no micro-batches": (
         lambda p: p["pipelines"][0].update(micro_batches=0),

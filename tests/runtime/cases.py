@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
 from meshwright.model.zoo.uneven import Uneven
-from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
 VOCABULARY, SEQUENCE, ROWS = 33, 8, 8
 """The vocabulary divides by no tensor width."""
@@ -58,6 +58,16 @@ def gpt(
     return GPT(**size, layers=layers, tied=tied, dropout=dropout)
 
 
+def plain() -> nn.Module:
+    """Embedding and head apart: they may be held in different tensor widths."""
+    return gpt(tied=False)
+
+
+def six_heads() -> nn.Module:
+    """Divides by two and by three."""
+    return gpt(tied=False, heads=6, width=12)
+
+
 def mixtral() -> nn.Module:
     """Experts, each divided."""
     return Mixtral(
@@ -89,6 +99,12 @@ def pipeline(
         made.append(Stage(layers=held, devices=devices, rows=share, recompute=again))
         first += layers
     return Pipeline(micro_batches=micro_batches, rows=rows, stages=tuple(made))
+
+
+def crossing(kind: BoundaryKind, made: Pipeline) -> Pipeline:
+    """The same pipeline with all its boundaries of one kind."""
+    first, *others = made.stages
+    return replace(made, stages=(first, *(replace(stage, boundary=kind) for stage in others)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +141,43 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, VOCABULARY, (ROWS, SEQUENCE + 1), generator=generator)
     return text[:, :-1], text[:, 1:]
+
+
+KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
+
+BOUNDARIES: dict[str, tuple[Callable[[], nn.Module], Pipeline]] = {
+    "1x2 to 2x1": (plain, pipeline(2, 4, (2, "ab"), (3, "c d"))),
+    "2x1 to 1x2, skips": (uneven, pipeline(4, 2, (3, "a b"), (5, "cd"))),
+    "2x1 of 3:1 rows to 1x2, tensors without rows": (
+        Shared,
+        pipeline(2, 4, (3, "a b", (3, 1)), (3, "cd")),
+    ),
+    "1x2 to 1x2": (llama, pipeline(4, 2, (2, "ab"), (3, "cd"))),
+    "1x3 to 1x2, odd sizes": (
+        six_heads,
+        pipeline(2, 4, (2, "abc"), (3, "de")),
+    ),
+    "2x1 of 3:1 rows to 1x4": (plain, pipeline(2, 4, (2, "a b", (3, 1)), (3, "cdef"))),
+    "replicas of tp1 and tp2 to 1x3": (
+        six_heads,
+        pipeline(2, 4, (2, "a bc", (1, 3)), (3, "def")),
+    ),
+    "2x2 to 1x3": (six_heads, pipeline(4, 2, (2, "ab cd"), (3, "efg"))),
+    "1x4, 2x1, 1x2, skips": (
+        uneven,
+        pipeline(2, 4, (3, "abcd"), (2, "e f", (1, 3)), (3, "gh")),
+    ),
+    "2x2 to 2x2 of 3:1 rows": (llama, pipeline(2, 4, (2, "ab cd"), (3, "ef gh", (3, 1)))),
+}
+
+
+def boundary_cases() -> Iterator[
+    tuple[BoundaryKind, str, Callable[[], nn.Module], Pipeline, ScheduleName]
+]:
+    """Every kind of boundary between every pair of meshes, schedules in turn."""
+    for number, (name, (model, made)) in enumerate(BOUNDARIES.items()):
+        for kind in KINDS:
+            yield kind, name, model, made, ("1f1b", "gpipe")[number % 2]
 
 
 CASES: dict[str, Case] = {
@@ -224,4 +277,7 @@ CASES: dict[str, Case] = {
             pipeline(1, 2, (2, "f"), (2, "gh"), (1, "i")),
         ),
     ),
+} | {
+    f"{kind}, {name}": Case(model=model, pipelines=(crossing(kind, made),), schedule=schedule)
+    for kind, name, model, made, schedule in boundary_cases()
 }

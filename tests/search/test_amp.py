@@ -1,7 +1,6 @@
 """AMP's algorithm: the fast form against its recurrence written out, the record where it is."""
 
 import importlib.util
-import itertools
 import os
 import sys
 from pathlib import Path
@@ -60,27 +59,14 @@ def test_the_tables_give_what_the_recurrence_gives(chain):
     assert amp.assign_faithfully(*chain) == literal(*chain)
 
 
-@settings(max_examples=100)
-@given(chains())
-def test_the_exact_form_is_the_best_of_all_assignments(chain):
-    times, cuts, stages, micro_batches = chain
-    found = amp.pipeline_seconds(times, cuts, amp.assign_exactly(*chain), micro_batches)
-    every = [
-        amp.pipeline_seconds(times, cuts, tuple(np.diff([0, *inner, len(times)])), micro_batches)
-        for inner in itertools.combinations(range(1, len(times)), stages - 1)
-    ]
-    assert found == pytest.approx(min(every), rel=1e-12, abs=1e-12)
-
-
 def test_the_subtracted_boundary_makes_amp_miss_its_optimum():
     """Three equal layers, two stages: the first cut costs 2, the second nothing. AMP remembers the
     first as if it were free, and the second no longer beats it."""
     times, cuts = np.array([1.0, 1.0, 1.0]), np.array([[2.0], [0.0]])
     faithful = amp.assign_faithfully(times, cuts, 2, 2)
-    exact = amp.assign_exactly(times, cuts, 2, 2)
-    assert (faithful, exact) == ((1, 2), (2, 1))
+    assert faithful == (1, 2)
     assert amp.pipeline_seconds(times, cuts, faithful, 2) == 7.0
-    assert amp.pipeline_seconds(times, cuts, exact, 2) == 5.0
+    assert amp.pipeline_seconds(times, cuts, (2, 1), 2) == 5.0
 
 
 def cluster(*nodes, devices=2):

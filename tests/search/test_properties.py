@@ -22,6 +22,29 @@ TINY = {1: (4, 4), 2: (4, 3), 3: (3, 2)}
 """Devices: layers and rows; the whole space is searched."""
 
 
+@st.composite
+def any_worlds(draw):
+    """Up to a dozen devices of two types, unequal nodes, two sites' worth of links, any model."""
+    nodes = draw(
+        st.lists(
+            st.lists(st.sampled_from(["fast", "slow"]), min_size=1, max_size=4),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    memory = draw(st.sampled_from([1.1, 1.3, 16.0]))
+    types = (device("fast", 30.0, memory), device("slow", 10.0, draw(st.sampled_from([1.2, 16.0]))))
+    network = Link(bandwidth=draw(st.sampled_from([1e6, 1e9])), latency=1e-5)
+    graph = model(
+        draw(st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=12)),
+        parameters=draw(st.sampled_from([1000, 10_000_000])),
+        tied=draw(st.booleans()),
+        units=draw(st.sampled_from([0, 1, 2, 4])),
+    )
+    where = cluster(*map(tuple, nodes), network=network, types=types)
+    return graph, where, job(draw(st.integers(1, 24)))
+
+
 def seconds(graph, where, todo):
     try:
         return find_plan(graph, where, todo).prediction.step_seconds
@@ -77,6 +100,28 @@ def test_one_more_device_never_gives_a_slower_plan(world, where_to, kind):
     no_slower(graph, where, replace(where, nodes=nodes), todo)
 
 
+def no_less_throughput(graph, where, todo, slack=2e-9):
+    """Where memory is no limit: without it twice the micro-batches may not fit, for the stages of a
+    pipeline that was never full hold more of them."""
+    types = {name: replace(kind, memory=1 << 36) for name, kind in where.types.items()}
+    where = replace(where, types=types)
+    double = replace(todo, global_batch=2 * todo.global_batch)
+    once, twice = seconds(graph, where, todo), seconds(graph, where, double)
+    assert twice <= 2 * once * (1 + slack)
+
+
+@settings(max_examples=40)
+@given(small_worlds({1: (4, 4), 2: (4, 2), 3: (3, 1)}))
+def test_doubling_the_batch_never_lowers_throughput(world):
+    no_less_throughput(*world)
+
+
+@settings(max_examples=20)
+@given(any_worlds())
+def test_doubling_the_batch_hardly_lowers_throughput_where_the_space_is_not_searched_whole(world):
+    no_less_throughput(*world, slack=0.03)
+
+
 @settings(max_examples=40)
 @given(small_worlds(TINY), st.randoms(use_true_random=False))
 def test_names_and_order_of_devices_and_nodes_mean_nothing(world, chance):
@@ -90,29 +135,6 @@ def test_names_and_order_of_devices_and_nodes_mean_nothing(world, chance):
     other = replace(where, nodes=tuple(nodes))
     before = seconds(graph, where, todo)
     assert seconds(graph, other, todo) == pytest.approx(before, rel=1e-8)
-
-
-@st.composite
-def any_worlds(draw):
-    """Up to a dozen devices of two types, unequal nodes, two sites' worth of links, any model."""
-    nodes = draw(
-        st.lists(
-            st.lists(st.sampled_from(["fast", "slow"]), min_size=1, max_size=4),
-            min_size=1,
-            max_size=3,
-        )
-    )
-    memory = draw(st.sampled_from([1.1, 1.3, 16.0]))
-    types = (device("fast", 30.0, memory), device("slow", 10.0, draw(st.sampled_from([1.2, 16.0]))))
-    network = Link(bandwidth=draw(st.sampled_from([1e6, 1e9])), latency=1e-5)
-    graph = model(
-        draw(st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=12)),
-        parameters=draw(st.sampled_from([1000, 10_000_000])),
-        tied=draw(st.booleans()),
-        units=draw(st.sampled_from([0, 1, 2, 4])),
-    )
-    where = cluster(*map(tuple, nodes), network=network, types=types)
-    return graph, where, job(draw(st.integers(1, 24)))
 
 
 def check_legal(world):

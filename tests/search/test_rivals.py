@@ -30,13 +30,15 @@ def load(name: str) -> ModuleType:
     return module
 
 
-rivals = load("rival_searches")
+searches = load("rival_searches")
+by_metis, by_sailor = load("rival_metis"), load("rival_sailor")
+RIVALS = {"metis": by_metis.metis, "sailor": by_sailor.sailor}
 
 
 @pytest.mark.parametrize("name", ["metis", "sailor"])
 def test_plans_are_legal_whole_and_never_faster_than_the_exhaustive_search(name):
     job = worlds.job(8)
-    found = rivals.RIVALS[name](costs_of(MODEL, CLUSTER, job))
+    found = RIVALS[name](costs_of(MODEL, CLUSTER, job))
     validate_plan(found.plan, MODEL, CLUSTER)
     (pipeline,) = found.plan.pipelines
     assert pipeline.stages[0].layers[0] == 0
@@ -48,35 +50,35 @@ def test_plans_are_legal_whole_and_never_faster_than_the_exhaustive_search(name)
 
 def test_each_keeps_to_its_space():
     costs = costs_of(MODEL, CLUSTER, worlds.job(8))
-    by_metis, by_sailor = rivals.metis(costs).plan, rivals.sailor(costs).plan
-    assert len(by_metis.devices) == 4
-    widths = {len(stage.devices) for stage in by_sailor.pipelines[0].stages}
+    wide, narrow = by_metis.metis(costs).plan, by_sailor.sailor(costs).plan
+    assert len(wide.devices) == 4
+    widths = {len(stage.devices) for stage in narrow.pipelines[0].stages}
     assert len(widths) == 1
-    assert all(stage.rows is None for stage in by_sailor.pipelines[0].stages)
+    assert all(stage.rows is None for stage in narrow.pipelines[0].stages)
 
 
 def test_a_draft_is_bounded_from_below():
     costs = costs_of(MODEL, CLUSTER, worlds.job(8))
-    zones = rivals._zones(costs, {"fast": 1, "slow": 1})
+    zones = by_sailor.zones_of(costs, {"fast": 1, "slow": 1})
     checked = 0
-    for draft in rivals._sailor_drafts(costs, tuple(zones)):
-        for seconds, _ in rivals._cut(costs, [draft]):
+    for draft in by_sailor.sailor_drafts(costs, tuple(zones)):
+        for seconds, _ in searches._cut(costs, [draft]):
             assert draft.bound <= seconds * (1 + 1e-9)
             checked += 1
     assert checked > 30
 
 
 def test_groups_add_up_and_are_powers_of_two_or_equal():
-    for groups in rivals.group_sizes(12, 6):
+    for groups in by_metis.group_sizes(12, 6):
         assert sum(groups) == 12
         powers = all(size & (size - 1) == 0 for size in groups)
         assert powers or len(set(groups)) == 1
-    assert (8, 4) in set(rivals.group_sizes(12, 6))
-    assert (4, 8) in set(rivals.group_sizes(12, 6))
+    assert (8, 4) in set(by_metis.group_sizes(12, 6))
+    assert (4, 8) in set(by_metis.group_sizes(12, 6))
 
 
 def test_nothing_is_found_where_nothing_fits():
     heavy = worlds.model([1.0] * 3, parameters=3_000_000_000)
     costs = costs_of(heavy, CLUSTER, worlds.job(8))
-    assert rivals.metis(costs) is None
-    assert rivals.sailor(costs) is None
+    assert by_metis.metis(costs) is None
+    assert by_sailor.sailor(costs) is None

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import Traffic, all_reduce, alone_seconds, boundary_transfer
+from meshwright.cost.collective import (
+    Traffic,
+    all_gather,
+    all_reduce,
+    alone_seconds,
+    boundary_transfer,
+    broadcast,
+)
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import overhead_seconds, reached_links, ring_step
@@ -29,7 +36,15 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.buckets import completing_layer
-from meshwright.program.instructions import COMPUTE, SENDS, Instruction, Op, Program
+from meshwright.program.instructions import (
+    COMPUTE,
+    GATHERED,
+    RECEIVES,
+    SENDS,
+    Instruction,
+    Op,
+    Program,
+)
 from meshwright.records import record
 
 Array = NDArray[np.float64]
@@ -87,6 +102,8 @@ class _Costs:
     """Type name of every device."""
     reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
     """Collectives priced before, by members and bytes: all members ask for the same one."""
+    crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
+    """Broadcasts and gathers priced before."""
     weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
     """By recomputation, layers, tensor width and rows."""
 
@@ -261,6 +278,19 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
 
 
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
+    """Of a message or a collective; receives move with their sends."""
+    if i.op in RECEIVES:
+        return NOTHING
+    if i.ranks and (i.op in SENDS or i.op in GATHERED):
+        key = (i.op, i.ranks, i.peer, i.bytes)
+        if key not in costs.crossings:
+            make = _broadcast if i.op in SENDS else _gather
+            costs.crossings[key] = make(i, costs)
+        return costs.crossings[key]
+    return _message_or_sum(i, seat, costs)
+
+
+def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
         assert i.peer is not None
@@ -275,6 +305,20 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
             costs.links, members, size, step_latency=costs.step_latency
         )
     return costs.reductions.get(key, NOTHING)
+
+
+def _broadcast(i: Instruction, costs: _Costs) -> Traffic:
+    """Of a whole broadcast, for the first of its messages."""
+    if i.peer != i.ranks[1]:
+        return NOTHING
+    chain = [costs.plan.devices[rank] for rank in i.ranks]
+    passed = broadcast(costs.links, chain, i.bytes, step_latency=costs.step_latency)
+    return replace(passed, latency=passed.latency + costs.system.boundary)
+
+
+def _gather(i: Instruction, costs: _Costs) -> Traffic:
+    members = [costs.plan.devices[rank] for rank in i.ranks]
+    return all_gather(costs.links, members, i.bytes, step_latency=costs.step_latency)
 
 
 def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:

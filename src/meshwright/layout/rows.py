@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
+from itertools import pairwise
+from math import lcm
 
+from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
+from meshwright.plan.spec import BoundaryKind
 from meshwright.records import record
 
 
@@ -16,26 +20,84 @@ class Move:
     target: int
     rows: tuple[int, int]
     """[first, last) within the micro-batch."""
+    part: tuple[int, int, int] | None = None
+    """Only pieces [first, last) of so many equal ones, of each tensor's rows laid flat."""
+    chain: tuple[int, ...] = ()
+    """Of a broadcast: its source, then all who receive it."""
 
 
-def boundary_moves(source: StageSeats, target: StageSeats) -> tuple[Move, ...]:
+def boundary_moves(
+    source: StageSeats, target: StageSeats, kind: BoundaryKind = "direct"
+) -> tuple[Move, ...]:
     """Every target rank receives its rows once, whatever the two meshes look like.
 
-    Activations at a boundary are the same on all tensor ranks of a replica, so target tensor rank
-    t takes its rows from source tensor rank t modulo the source's width: equal widths pair off, a
-    wider source spreads its senders.
+    Activations at a boundary are the same on all tensor ranks of a replica.
+    `direct`: target tensor rank t takes its rows from source tensor rank t modulo the source's
+    width: equal widths pair off, a wider source spreads its senders.
+    `scatter_gather`: all tensor ranks of the source send an equal part, and the target's receive
+    one each, which they still have to put together.
+    `broadcast`: one tensor rank of the source sends to all of the target's.
     """
-    moves = []
-    first = 0
-    for target_replica in target.seats:
-        while source.seats[first][0].rows[1] <= target_replica[0].rows[0]:
-            first += 1
-        for source_replica in islice(source.seats, first, None):
-            low = max(target_replica[0].rows[0], source_replica[0].rows[0])
-            high = min(target_replica[0].rows[1], source_replica[0].rows[1])
-            if low >= high:
-                break
-            for t, seat in enumerate(target_replica):
-                sender = source_replica[t % len(source_replica)]
-                moves.append(Move(source=sender.rank, target=seat.rank, rows=(low, high)))
+    moves: list[Move] = []
+    for number, task in enumerate(unit_tasks(_layout(source), _layout(target))):
+        if kind == "scatter_gather":
+            moves += _scattered(task)
+        elif kind == "broadcast" and len(task.receivers) > 1:
+            moves += _broadcast(task, number)
+        else:
+            moves += _direct(task)
     return tuple(moves)
+
+
+def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+    """Rows whose parts several ranks put together among themselves, with these ranks, ascending."""
+    found: dict[tuple[int, int], dict[int, None]] = {}
+    for move in moves:
+        if move.part is not None:
+            found.setdefault(move.rows, {})[move.target] = None
+    return tuple((rows, tuple(sorted(ranks))) for rows, ranks in found.items() if len(ranks) > 1)
+
+
+def _layout(stage: StageSeats) -> Layout:
+    seats = [seat for replica in stage.seats for seat in replica]
+    return Layout(shape=(seats[-1].rows[1],), tiles={seat.rank: (seat.rows,) for seat in seats})
+
+
+def _direct(task: UnitTask) -> list[Move]:
+    (rows,) = task.tile
+    return [
+        Move(source=task.holders[t % len(task.holders)], target=rank, rows=rows)
+        for t, rank in enumerate(task.receivers)
+    ]
+
+
+def _broadcast(task: UnitTask, number: int) -> list[Move]:
+    (rows,) = task.tile
+    chain = (task.holders[number % len(task.holders)], *sorted(task.receivers))
+    return [Move(source=chain[0], target=rank, rows=rows, chain=chain) for rank in chain[1:]]
+
+
+def _scattered(task: UnitTask) -> list[Move]:
+    """The flat tensor, divided evenly over the holders, becomes divided over the receivers."""
+    (rows,) = task.tile
+    of = lcm(len(task.holders), len(task.receivers))
+    if of == 1:
+        return _direct(task)
+    pieces = unit_tasks(_divided(of, task.holders), _divided(of, sorted(task.receivers)))
+    return [
+        Move(
+            source=piece.holders[0],
+            target=piece.receivers[0],
+            rows=rows,
+            part=(*piece.tile[0], of),
+        )
+        for piece in pieces
+    ]
+
+
+def _divided(size: int, ranks: Sequence[int]) -> Layout:
+    ends = range(0, size + 1, size // len(ranks))
+    return Layout(
+        shape=(size,),
+        tiles={rank: (ends,) for rank, ends in zip(ranks, pairwise(ends), strict=True)},
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
@@ -40,6 +40,8 @@ class StageSeats:
     recompute: bool
     seats: tuple[tuple[Seat, ...], ...]
     """Data width x tensor width, as the stage's devices."""
+    boundary: BoundaryKind = "direct"
+    """How tensors cross the cut between the stage before and this one, both ways."""
 
 
 def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
@@ -66,6 +68,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     is_last=s == len(pipeline.stages) - 1,
                     position=position_of[s],
                     layers=stage.layers,
+                    boundary=stage.boundary or "direct",
                     recompute=stage.recompute,
                     seats=tuple(
                         tuple(

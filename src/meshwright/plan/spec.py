@@ -32,6 +32,12 @@ ScheduleName = Literal[
 """Orders of work in a pipeline. `list` (made by the list scheduler) and `custom` (by hand, or
 imported) stand in the plan itself: `Pipeline.actions`."""
 
+BoundaryKind = Literal["direct", "scatter_gather", "broadcast"]
+"""How tensors cross the cut between two stages. `direct`: each device receives all it needs from
+one device of the other side. `scatter_gather`: the devices of a replica send and receive equal
+parts, which the receivers put together among themselves. `broadcast`: one device sends to all
+devices of a replica at once."""
+
 
 @record
 class Job:
@@ -65,6 +71,8 @@ class Stage:
     """One row per replica; the devices of a row share each layer by tensor parallelism."""
     rows: tuple[int, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
+    boundary: BoundaryKind | None = None
+    """How activations arrive from the stage before, and gradients go back to it; absent: direct."""
     recompute: bool = False
     """Keep only what enters each layer, and repeat its forward in the backward; the model's last
     layer, whose backward follows at once, keeps what it made."""

@@ -116,6 +116,10 @@ def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
                 f"[{expected}, ...]: every layer exactly once, in order",
             )
         expected = last
+        if s == 0 and stage.boundary is not None:
+            found = f"{stage.boundary!r} on the first stage"
+            wanted = "absent: nothing comes from a stage before it"
+            yield Problem(source, f"{where}.stages[0].boundary", found, wanted)
 
 
 def _schedule(

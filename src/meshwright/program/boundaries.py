@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from meshwright.layout.rows import Move, boundary_moves
+from meshwright.layout.rows import Move, boundary_moves, gathered
 from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
-from meshwright.program.instructions import RECEIVES, Instruction, Op
+from meshwright.program.instructions import GATHERS, RECEIVES, Instruction, Op
 from meshwright.records import record
 
 
@@ -39,11 +39,13 @@ def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerG
     forward_out, backward_in = cut_bytes(model, stage.layers[1])
     incoming, outgoing = {}, {}
     if before is not None:
-        arriving, leaving = boundary_moves(before, stage), boundary_moves(stage, before)
+        arriving = boundary_moves(before, stage, stage.boundary)
+        leaving = boundary_moves(stage, before, stage.boundary)
         incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward_in)
         outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward_out)
     if after is not None:
-        arriving, leaving = boundary_moves(after, stage), boundary_moves(stage, after)
+        arriving = boundary_moves(after, stage, after.boundary)
+        leaving = boundary_moves(stage, after, after.boundary)
         incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward_in)
         outgoing[Op.FORWARD] = Boundary(op=Op.SEND_F, moves=leaving, row_bytes=forward_out)
     return Boundaries(incoming=incoming, outgoing=outgoing)
@@ -62,11 +64,31 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
     receiving = boundary.op in RECEIVES
     for move in boundary.moves:
         if (move.target if receiving else move.source) == seat.rank:
+            first, last, of = move.part or (0, 1, 1)
+            size = boundary.row_bytes * (move.rows[1] - move.rows[0])
             yield Instruction(
                 op=boundary.op,
                 stage=seat.stage,
                 micro_batch=micro_batch,
                 peer=move.source if receiving else move.target,
                 rows=move.rows,
-                bytes=round(boundary.row_bytes * (move.rows[1] - move.rows[0])),
+                part=move.part,
+                ranks=move.chain,
+                bytes=round(size * (last - first) / of),
+            )
+
+
+def gathers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
+    """What this rank must put together with others of its replica before it can read it."""
+    if boundary is None or not boundary.row_bytes:
+        return
+    for rows, ranks in gathered(boundary.moves):
+        if seat.rank in ranks:
+            yield Instruction(
+                op=GATHERS[boundary.op],
+                stage=seat.stage,
+                micro_batch=micro_batch,
+                rows=rows,
+                ranks=ranks,
+                bytes=round(boundary.row_bytes * (rows[1] - rows[0])),
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from meshwright.errors import Problem, ProgramError
 from meshwright.program.deadlock import deadlocks, stage_before
 from meshwright.program.instructions import (
+    GATHERED,
     MATCHING_RECEIVE,
     RECEIVES,
     SENDS,
@@ -155,11 +156,12 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
     calls: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for rank, instructions in enumerate(program.ranks):
         for index, i in enumerate(instructions):
-            if i.op not in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
+            if i.op not in (Op.REDUCE_GRAD, Op.REDUCE_NORM, *GATHERED):
                 continue
             if rank not in i.ranks:
                 yield Problem(source, _at(rank, index), text(i), f"rank {rank} among its ranks")
-            calls[i.ranks][rank].append(text(i).split(" ", 1)[1])
+            call = text(i) if i.op in GATHERED else text(i).split(" ", 1)[1]
+            calls[i.ranks][rank].append(call)
     for group, by_rank in sorted(calls.items()):
         first = by_rank[group[0]]
         for rank in group[1:]:

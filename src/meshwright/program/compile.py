@@ -8,7 +8,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
-from meshwright.program.boundaries import Boundaries, boundaries_of, transfers
+from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
 from meshwright.program.buckets import BUCKET_BYTES, Bucket, Sum, gradient_buckets, sums_of
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.orders import orders_of
@@ -119,6 +119,9 @@ def _group_program(
             yield from transfers(seats[s], micro_batch, incoming)
         yield from reductions.get(index, ())
         op, s, first, last = action
+        if op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
+            incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
+            yield from gathers(seats[s], first, incoming)
         yield Instruction(
             op=op,
             stage=group.stages[s].number,

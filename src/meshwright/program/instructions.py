@@ -7,6 +7,10 @@ on stage 0. One rule gives every instruction its timing, in the simulator and in
   moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward (the stage's
   last B or W) that completes its gradients and starts, inside it, when the last of its layers is
   done; a rank's REDUCE_GRADs start in the order of its list.
+* Messages of one broadcast (sends and receives that name the same ranks) move together, when all of
+  them are posted.
+* GATHER_F and GATHER_B block: they wait for the receives of their micro-batch and meet the other
+  tensor ranks of the replica.
 * Compute (F, B, I, W) runs on the rank's compute stream in order, and waits for the receives that
   it reads: RECV_F is read by F, RECV_B by B or I, and W reads what its I has kept.
 * A rank may hold several stages of a pipeline; its list then mixes their instructions. Between two
@@ -43,6 +47,10 @@ class Op(StrEnum):
     SEND_B = "SEND_B"
     """Hand the gradients of a cut to the stage before."""
     RECV_B = "RECV_B"
+    GATHER_F = "GATHER_F"
+    """Put activations together of which each tensor rank of a replica has received a part."""
+    GATHER_B = "GATHER_B"
+    """The same for gradients of a cut."""
     REDUCE_GRAD = "REDUCE_GRAD"
     """Sum the gradients of some layers over every rank that holds them."""
     REDUCE_NORM = "REDUCE_NORM"
@@ -56,6 +64,9 @@ COMPUTE = frozenset(
 SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
+GATHERS = {Op.RECV_F: Op.GATHER_F, Op.RECV_B: Op.GATHER_B}
+"""What completes a receive that brings only a part."""
+GATHERED = {gather: receive for receive, gather in GATHERS.items()}
 
 
 @record
@@ -71,6 +82,9 @@ class Instruction:
     """Rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
     """Rows of the micro-batch that are computed or moved, [first, last)."""
+    part: tuple[int, int, int] | None = None
+    """Of a send or receive that moves only pieces [first, last) of so many equal ones, of each
+    tensor's rows laid flat."""
     layers: tuple[int, int] | None = None
     """Layers of an F or B, or those whose gradients a REDUCE_GRAD sums, [first, last)."""
     tied: str | None = None
@@ -80,7 +94,8 @@ class Instruction:
     gradients that it sums, which all of them hold (of UNDIVIDED, each 1 / its tensor width). None:
     all that a member holds."""
     ranks: tuple[int, ...] = ()
-    """Members of a collective, ascending."""
+    """Members of a collective, ascending; of a send or receive that is one message of a broadcast:
+    its source, then all who receive it."""
     bytes: int = 0
     """Size of the message, or of the buffer that is reduced."""
 
@@ -106,6 +121,8 @@ def text(instruction: Instruction) -> str:
         words.append(f"peer={instruction.peer}")
     if instruction.rows is not None:
         words.append(f"rows={_pair(instruction.rows)}")
+    if instruction.part is not None:
+        words.append("part={}:{}/{}".format(*instruction.part))
     if instruction.layers is not None:
         words.append(f"layers={_pair(instruction.layers)}")
     if instruction.tied is not None:
@@ -131,6 +148,10 @@ def _value(key: str, value: str) -> Any:
     if key in ("rows", "layers", "micro_batches"):
         first, last = value.split(":")
         return int(first), int(last)
+    if key == "part":
+        pieces, _, of = value.partition("/")
+        first, last = pieces.split(":")
+        return int(first), int(last), int(of)
     if key == "ranks":
         return tuple(int(rank) for rank in value.split(","))
     if key == "tied":

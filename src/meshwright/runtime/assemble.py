@@ -163,5 +163,7 @@ def _messages(
         world.backward if backward else world.forward,
         world.device,
         backward=backward,
+        chains=world.chains,
+        replica=world.tensor,
         window=in_flight(plan.schedule, 0, len(pipeline.stages), pipeline.micro_batches),
     )

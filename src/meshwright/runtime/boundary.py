@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from meshwright.program.instructions import Instruction
+from meshwright.program.instructions import SENDS, Instruction
 from meshwright.runtime.build import Crossing
 
 
@@ -42,6 +42,8 @@ class Messages:
         *,
         backward: bool,
         window: int,
+        chains: Mapping[tuple[int, ...], ProcessGroup] | None = None,
+        replica: ProcessGroup | None = None,
     ) -> None:
         self.tensors = [t for t in tensors if t.gradient] if backward else list(tensors)
         self.first, self.last = rows
@@ -50,8 +52,14 @@ class Messages:
         self.backward = backward
         self.window = window
         """Micro-batches whose sends may be under way at once."""
+        self.chains = chains or {}
+        """Groups for broadcasts, by their source and all who receive them."""
+        self.replica = replica
+        """Tensor ranks that put parts together."""
         self._buffers: dict[int, list[Tensor]] = {}
         self._summands: dict[int, list[tuple[int, Tensor]]] = {}
+        self._parts: dict[int, dict[tuple[int, int], list[tuple[Tensor, Tensor]]]] = {}
+        """By micro-batch and rows: what arrives in parts, and where it is laid flat."""
         self._arriving: dict[int, list[Handle]] = {}
         self._leaving: deque[tuple[int, Handle]] = deque()
 
@@ -70,28 +78,56 @@ class Messages:
         if i.micro_batch not in self._buffers:
             empty = [torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in self.tensors]
             self._buffers[i.micro_batch] = empty
-        works = []
+        if i.part is None:
+            return self._works(dist.irecv, i, self._places(i))
+        parts = self._parts.setdefault(i.micro_batch, {})
+        if i.rows not in parts:
+            parts[i.rows] = [(place, laid_flat(place, i.part[2])) for place in self._places(i)]
+        into = [part_of(flat, place.numel(), i.part) for place, flat in parts[i.rows]]
+        return self._works(dist.irecv, i, into)
+
+    def _places(self, i: Instruction) -> list[Tensor]:
+        """Where the tensors of some rows belong."""
+        assert i.micro_batch is not None
+        assert i.rows is not None
+        places = []
         for k, (tensor, buffer) in enumerate(
             zip(self.tensors, self._buffers[i.micro_batch], strict=True)
         ):
-            into = buffer
+            place = buffer
             if tensor.by_rows:
-                into = buffer[i.rows[0] - self.first : i.rows[1] - self.first]
+                place = buffer[i.rows[0] - self.first : i.rows[1] - self.first]
             elif self.backward and i.rows[0] != self.first:
-                into = torch.empty_like(buffer)
-                self._summands.setdefault(i.micro_batch, []).append((k, into))
-            works.append(self._work(dist.irecv, into, i.peer, i.micro_batch, k))
-        return works
+                place = torch.empty_like(buffer)
+                self._summands.setdefault(i.micro_batch, []).append((k, place))
+            places.append(place)
+        return places
 
     def expect(self, i: Instruction, handle: Handle) -> None:
         """A receive that was posted, for `receive` to wait for."""
         assert i.micro_batch is not None
         self._arriving.setdefault(i.micro_batch, []).append(handle)
 
-    def receive(self, micro_batch: int) -> list[Tensor]:
-        """The tensors of a micro-batch, once they are here."""
+    def gather(self, i: Instruction) -> None:
+        """Completes rows of which each tensor rank has received a part."""
+        assert i.micro_batch is not None
+        assert i.rows is not None
+        self._wait(i.micro_batch)
+        for _, flat in self._parts[i.micro_batch][i.rows]:
+            pieces = list(flat.chunk(len(i.ranks)))
+            dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
+
+    def _wait(self, micro_batch: int) -> None:
         for handle in self._arriving.pop(micro_batch, ()):
             handle.wait()
+
+    def receive(self, micro_batch: int) -> list[Tensor]:
+        """The tensors of a micro-batch, once they are here."""
+        self._wait(micro_batch)
+        for parts in self._parts.pop(micro_batch, {}).values():
+            for place, flat in parts:
+                if flat.data_ptr() != place.data_ptr():
+                    place.copy_(flat[: place.numel()].view_as(place))
         tensors = self._buffers.pop(micro_batch, [])
         for k, summand in self._summands.pop(micro_batch, ()):
             tensors[k] += summand
@@ -102,8 +138,8 @@ class Messages:
         assert i.micro_batch is not None
         assert i.rows is not None
         assert i.peer is not None
-        works = []
-        for k, (tensor, value) in enumerate(zip(self.tensors, values, strict=True)):
+        leaving = []
+        for tensor, value in zip(self.tensors, values, strict=True):
             if tensor.by_rows:
                 shape = (i.rows[1] - i.rows[0], *tensor.shape[1:])
                 part = None if value is None else value[i.rows[0] - self.first :][: shape[0]]
@@ -114,8 +150,10 @@ class Messages:
                 part = torch.zeros(shape, dtype=tensor.dtype, device=self.device)
             part = part.detach().contiguous()
             assert (part.shape, part.dtype) == (shape, tensor.dtype), tensor
-            works.append(self._work(dist.isend, part, i.peer, i.micro_batch, k))
-        return works
+            if i.part is not None:
+                part = part_of(part.view(-1), part.numel(), i.part)
+            leaving.append(part)
+        return self._works(dist.isend, i, leaving)
 
     def sent(self, i: Instruction, handle: Handle) -> None:
         """Keeps what is under way; lets go of what has arrived, or must have by now."""
@@ -131,10 +169,42 @@ class Messages:
         while self._leaving:
             self._leaving.popleft()[1].wait()
 
-    def _work(
-        self, post: Callable[..., Work | None], tensor: Tensor, peer: int, micro_batch: int, k: int
-    ) -> Work:
-        tag = micro_batch * len(self.tensors) + k
-        work = post(tensor, peer, group=self.group, tag=tag)
-        assert work is not None, "a peer outside the group"
-        return work
+    def _works(
+        self, post: Callable[..., Work | None], i: Instruction, tensors: Sequence[Tensor]
+    ) -> list[Work]:
+        if i.ranks:
+            return self._broadcast(i, tensors)
+        assert i.micro_batch is not None
+        works = []
+        for k, tensor in enumerate(tensors):
+            # A tensor of fewer numbers than parts: nothing is left for the last ones.
+            if tensor.numel():
+                tag = i.micro_batch * len(self.tensors) + k
+                work = post(tensor, i.peer, group=self.group, tag=tag)
+                assert work is not None, "a peer outside the group"
+                works.append(work)
+        return works
+
+    def _broadcast(self, i: Instruction, tensors: Sequence[Tensor]) -> list[Work]:
+        """The source takes part once, with the first of its sends."""
+        if i.op in SENDS and i.peer != i.ranks[1]:
+            return []
+        group = self.chains[i.ranks]
+        works = [dist.broadcast(t, i.ranks[0], group=group, async_op=True) for t in tensors]
+        return [work for work in works if work is not None]
+
+
+def laid_flat(place: Tensor, of: int) -> Tensor:
+    """Room for so many equal parts of a tensor: the tensor itself where they fill it."""
+    length = -(-place.numel() // of)
+    if length * of == place.numel():
+        return place.view(-1)
+    return torch.empty(length * of, dtype=place.dtype, device=place.device)
+
+
+def part_of(flat: Tensor, size: int, part: tuple[int, int, int]) -> Tensor:
+    """Pieces [first, last) of so many equal ones, of the `size` numbers that begin a flat tensor;
+    the last pieces are what is left."""
+    first, last, of = part
+    length = -(-size // of)
+    return flat[min(first * length, size) : min(last * length, size)]

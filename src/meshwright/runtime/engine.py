@@ -22,7 +22,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.buckets import BUCKET_BYTES
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Instruction, Op
+from meshwright.program.instructions import GATHERED, Instruction, Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.runtime import world as worlds
@@ -199,6 +199,8 @@ class Engine:
             Op.RECV_F: self._receive,
             Op.SEND_B: self._send,
             Op.RECV_B: self._receive,
+            Op.GATHER_F: self._gather,
+            Op.GATHER_B: self._gather,
             Op.REDUCE_GRAD: self._own.reducer.arm,
             Op.REDUCE_NORM: self._reduce_norm,
             Op.OPTIMIZER_STEP: self._optimizer_step,
@@ -237,6 +239,10 @@ class Engine:
     def _send(self, i: Instruction) -> None:
         messages = self._own.messages[i.op]
         messages.sent(i, self._posted(i, messages.post_send(i, self._made[i.op])))
+
+    def _gather(self, i: Instruction) -> None:
+        with self._measured(i):
+            self._own.messages[GATHERED[i.op]].gather(i)
 
     def _reduce_norm(self, i: Instruction) -> None:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""

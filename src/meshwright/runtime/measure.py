@@ -18,6 +18,7 @@ from torch.distributed import Work
 
 from meshwright.program.instructions import (
     COMPUTE,
+    GATHERED,
     MATCHING_RECEIVE,
     RECEIVES,
     SENDS,
@@ -264,6 +265,8 @@ def _meeting(rank: int, i: Instruction) -> _Meeting:
         return (MATCHING_RECEIVE[i.op], rank, i.peer, i.micro_batch, i.rows)
     if i.op in RECEIVES:
         return (i.op, i.peer, rank, i.micro_batch, i.rows)
+    if i.op in GATHERED:
+        return (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
     if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
         return (i.op, i.ranks, i.layers, i.tied, i.tile)
     return (i.op, rank, i.micro_batch)
@@ -296,6 +299,6 @@ def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
 def _stream(op: Op) -> Stream:
     if op in SENDS:
         return "send"
-    if op in RECEIVES:
+    if op in RECEIVES or op in GATHERED:
         return "receive"
     return "reduce" if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) else "compute"

@@ -50,6 +50,9 @@ def agree(program: Program, world: World, messages: dict[Op, Messages]) -> None:
                 )
             )
 
+    for ranks, group in world.chains.items():
+        dist.broadcast(torch.zeros(1, device=world.device), ranks[0], group=group)
+
 
 def equalise(
     buckets: Iterable[FlatBucket], held: Sequence[Held], world: World, team: Team | None

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from meshwright.errors import LaunchError, Problem, TrainingError
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Instruction, Op, Program, text
+from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
 
 TIMEOUT_SECONDS = 300.0
 """A message that takes longer than this is taken for lost."""
@@ -45,6 +45,8 @@ class World:
     backward: ProcessGroup
     reduce: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
     """For sums of gradients, by the ranks that take part."""
+    chains: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
+    """For broadcasts over a boundary, by their source and all who receive them."""
     tensor: ProcessGroup | None = None
     """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
     owned: bool = True
@@ -144,7 +146,8 @@ def close(world: World) -> None:
     if world.owned:
         dist.destroy_process_group()
         return
-    for group in {world.forward, world.backward, *world.reduce.values()} - {world.everyone}:
+    shared = {world.forward, world.backward, *world.reduce.values(), *world.chains.values()}
+    for group in shared - {world.everyone}:
         dist.destroy_process_group(group)
     if world.tensor is not None:
         dist.destroy_process_group(world.tensor)
@@ -213,7 +216,23 @@ def _groups(
         group = new(ranks)
         if rank in ranks:
             world.reduce[ranks] = group
+    for ranks in broadcast_groups(program):
+        group = new(ranks)
+        if rank in ranks:
+            world.chains[ranks] = group
     return world
+
+
+def broadcast_groups(program: Program) -> tuple[tuple[int, ...], ...]:
+    """The distinct chains of ranks along which tensors are broadcast, in the order of first use."""
+    return tuple(
+        dict.fromkeys(
+            instruction.ranks
+            for instructions in program.ranks
+            for instruction in instructions
+            if instruction.op in SENDS and instruction.ranks
+        )
+    )
 
 
 def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:

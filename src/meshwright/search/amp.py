@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.search import partition
-
 Array = NDArray[np.float64]
 
 
@@ -162,19 +160,6 @@ def _sizes(chosen: NDArray[np.intp], index: NDArray[np.intp]) -> tuple[int, ...]
         sizes.append(last - cut)
         last = cut
     return (*reversed([*sizes, last + 1]),)
-
-
-def assign_exactly(times: Array, cuts: Array, stages: int, micro_batches: int) -> tuple[int, ...]:
-    """The number of layers of every stage that really minimises AMP's latency: never worse than
-    `assign_faithfully`."""
-    loads = np.broadcast_to(
-        partition.chain_loads(times[None]), (stages, len(times) + 1, len(times) + 1)
-    )
-    before = np.zeros((stages - 1, len(times) + 1))
-    before[:, 1:-1] = cuts.T
-    best = partition.assign(loads, before, micro_batches)
-    assert best is not None, "more stages than layers"
-    return tuple(int(size) for size in np.diff(best.bounds))
 
 
 def _uniform(model: AmpModel, stages: int) -> tuple[int, ...]:

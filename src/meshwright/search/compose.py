@@ -1,18 +1,23 @@
-"""Lines from pools of like units: which pools stand in a line, in which order, how deep and wide.
+"""Lines from pools of like devices: which stand in a line, in which order, how deep and wide.
 
-A pool is all units of one type on nodes of one kind at one site: they are interchangeable. Letters:
-S stages, M micro-batches.
+A pool is all devices of one type on nodes of one kind at one site, cut into units: they are
+interchangeable. Letters: S stages, M micro-batches, P parameters of the model.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import permutations
 from math import prod
 
-from meshwright.search.costs import Costs
+import numpy as np
+
+from meshwright.model.spec import num_parameters
+from meshwright.program.buckets import gradient_bytes
+from meshwright.search.costs import Costs, ring, seconds_per_byte
 from meshwright.search.fitting import Fitted, Stages, fit_line, pace
 from meshwright.search.lines import Unit
 from meshwright.search.space import divisors, usable_devices
@@ -20,20 +25,21 @@ from meshwright.search.space import divisors, usable_devices
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of stages that a pool may be cut into."""
 
-DEPTH_VECTORS = 192
-"""Up to so many ways to give every pool of a block its depth, all are tried."""
+COMBINED = 60_000
+"""Ways to give every pool of a block its tensor width and depth that are priced at once; where
+there are more, all pools get equal widths."""
 
-LINES = (24, 192)
-"""Lines of one block of pools that are fitted, the most promising first: at least and at most; in
-between so many that their devices are FITTED_DEVICES. Four times as many may fail to fit."""
-
-FITTED_DEVICES = 8_000
+PROMISING = 48
+"""Ways to cut a block, for each size of micro-batch, that are kept."""
 
 ROW_COUNTS = 6
-"""Micro-batch sizes tried with every shape."""
+"""Micro-batch sizes tried with a share of the batch that is not fixed."""
 
 KEPT = 3
-"""Lines of one block that go into the mix."""
+"""Lines of one block that go into a strategy of several lines."""
+
+FITTED = 24
+"""Lines of one block that are fitted for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,81 +57,61 @@ class Pool:
         """Rows per second of all of them, without any loss."""
         return len(self.units) / self.pace
 
+    @property
+    def tensor(self) -> int:
+        """Devices of a unit."""
+        return len(self.units[0])
+
+
+Widths = dict[int, Pool]
+"""One pool, by tensor width."""
+
 
 def pools(costs: Costs, tensor: int) -> tuple[Pool, ...]:
     """The units of `tensor` devices that the cluster offers; fastest first."""
+    every = (widths[tensor] for widths in pool_table(costs, (tensor,)) if tensor in widths)
+    return tuple(sorted(every, key=lambda pool: pool.pace))
+
+
+def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
+    """The pools of a cluster in the order of their devices, at these tensor widths."""
     nodes = {node.name: node for node in costs.cluster.nodes}
     by_class: dict[tuple[str, str], list[str]] = {}
     for device in usable_devices(costs.cluster, costs.job):
         by_class.setdefault((device.node, device.type), []).append(device.name)
-    found: dict[object, list[Unit]] = {}
+    found: dict[object, list[list[str]]] = {}
     for (name, kind), devices in by_class.items():
         node = nodes[name]
-        units = [tuple(devices[i : i + tensor]) for i in range(0, len(devices), tensor)]
-        whole = [unit for unit in units if len(unit) == tensor]
         key = (kind, node.site, node.inside, node.network, len(node.devices))
-        found.setdefault(key, []).extend(whole)
-    every = [
-        Pool(tuple(units), pace(costs, units[0]), nodes[costs.devices[units[0][0]].node].site)
-        for units in found.values()
-        if units
-    ]
-    return tuple(sorted(every, key=lambda pool: pool.pace))
-
-
-def offers(
-    costs: Costs, block: tuple[Pool, ...], share: float, *, alone: bool
-) -> tuple[Fitted, ...]:
-    """The best lines of a block of pools for about `share` rows of the batch, best first.
-
-    `alone`: the share is the whole batch, and must be met.
-    """
-    most = 4 * KEPT if alone else KEPT
-    found: list[tuple[float, int, Fitted]] = []
-    size = sum(len(pool.units) * len(pool.units[0]) for pool in block)
-    enough = min(LINES[1], max(LINES[0], FITTED_DEVICES // size))
-    scored = _promising(costs, block, share, alone=alone)
-    for number, (bound, shape, rows) in enumerate(scored[: 4 * enough]):
-        if (len(found) >= 2 * most and bound >= found[2 * most - 1][0]) or len(found) == enough:
-            break
-        fitted = fit_line(costs, _written(shape), rows, max(1, round(share / rows)), "1f1b")
-        if fitted is not None:
-            seconds = fitted.once + (share / rows - 1) * fitted.slowest
-            insort(found, (seconds, number, fitted), key=lambda entry: entry[:2])
-    kept: list[Fitted] = []
-    for _, _, fitted in found:
-        if sum(_stages(k) == _stages(fitted) for k in kept) < 2:
-            kept.append(fitted)
-    return tuple(kept[:most])
-
-
-def _stages(fitted: Fitted) -> Stages:
-    return tuple(team.units for team in fitted.line.teams)
-
-
-def _row_counts(widest: int, share: float, *, alone: bool) -> list[int]:
-    """Rows of a micro-batch: a few for every replica of the widest stage."""
-    if alone:
-        every = [rows for rows in divisors(round(share)) if rows >= widest]
-        step = max(1, -(-len(every) // ROW_COUNTS))
-        return every[::step]
-    full = max(1, round(share / widest)) * widest
-    every = sorted({*(widest << i for i in range(ROW_COUNTS - 2)), full, max(widest, round(share))})
-    return [rows for rows in every if rows <= max(widest, share)]
+        found.setdefault(key, []).append(devices)
+    table = []
+    for groups in found.values():
+        site = nodes[costs.devices[groups[0][0]].node].site
+        widths: Widths = {}
+        for tensor in tensors:
+            units = tuple(
+                tuple(devices[i : i + tensor])
+                for devices in groups
+                for i in range(0, len(devices) - tensor + 1, tensor)
+            )
+            if units:
+                widths[tensor] = Pool(units, pace(costs, units[0]), site)
+        if widths:
+            table.append(widths)
+    return tuple(table)
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     """A block of pools as stages, before they are written down device by device."""
 
     pools: tuple[Pool, ...]
     depths: tuple[int, ...]
     """Stages of each pool, all of equal width; one number: all pools mixed in every stage."""
-    across: bool
-    """Neighbouring units stand in neighbouring stages, not beside each other as replicas."""
 
     @property
     def mixed(self) -> bool:
+        """Whether every stage has units of every pool."""
         return len(self.depths) < len(self.pools)
 
     @property
@@ -136,65 +122,139 @@ class _Shape:
         return tuple(len(p.units) // d for p, d in zip(self.pools, self.depths, strict=True))
 
 
-def _promising(
-    costs: Costs, block: tuple[Pool, ...], share: float, *, alone: bool
-) -> list[tuple[float, _Shape, int]]:
-    """Shapes of a block with rows of a micro-batch, by the least time that they could take."""
-    scored = [
-        (_optimistic(costs, shape, rows, share), shape, rows)
-        for shape in _shapes(block, len(costs.model.layers))
-        for rows in _row_counts(max(shape.widths), share, alone=alone)
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A shape with its micro-batches."""
+
+    guess: float
+    """Seconds of a balanced line: no cut costs anything, layers can be divided."""
+    shape: Shape
+    rows: int
+
+    @property
+    def build(self) -> tuple[Pool, ...]:
+        """What tells it from drafts that differ in depth alone."""
+        return self.shape.pools
+
+
+def drafts(
+    costs: Costs, block: Sequence[Widths], share: float, row_counts: Sequence[int]
+) -> list[Draft]:
+    """The most promising ways to cut a block for a share of the batch; best guess first."""
+    found: list[Draft] = []
+    layers = len(costs.model.layers)
+    for options in _choices(block, layers):
+        for rows in row_counts:
+            found += _separate(costs, options, share, rows)
+    for tensor in sorted(set.intersection(*map(set, block))) if len(block) > 1 else ():
+        together = tuple(widths[tensor] for widths in block)
+        number = sum(len(pool.units) for pool in together)
+        for depth in (d for d in DEPTHS if d <= min(layers, number)):
+            shape = Shape(together, (depth,))
+            found += (
+                Draft(_mixed_guess(costs, shape, rows, share), shape, rows)
+                for rows in row_counts
+                if rows >= shape.widths[0]
+            )
+    return sorted(found, key=lambda draft: draft.guess)
+
+
+Option = tuple[Pool, int]
+"""A pool at some tensor width, and its number of stages."""
+
+
+def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]]]:
+    """For every pool of a block the options that are combined with all options of the others."""
+    every = [
+        [(pool, d) for pool in widths.values() for d in DEPTHS if d <= min(len(pool.units), layers)]
+        for widths in block
     ]
-    scored.sort(key=lambda entry: entry[0])
-    return scored
+    if prod(map(len, every)) <= COMBINED:
+        yield every
+        return
+    for tensor in sorted({tensor for widths in block for tensor in widths}):
+        nearest = [
+            widths[max((t for t in widths if t <= tensor), default=min(widths))] for widths in block
+        ]
+        for width in sorted(
+            {len(pool.units) // d for pool in nearest for d in DEPTHS if d <= len(pool.units)}
+        ):
+            yield [[(pool, max(1, len(pool.units) // width))] for pool in nearest]
 
 
-def _optimistic(costs: Costs, shape: _Shape, rows: int, share: float) -> float:
-    """Perfectly balanced, without links, the first micro-batch on the fastest stage alone."""
-    if shape.mixed:
-        each = max(1, rows // shape.widths[0])
-        total = sum(len(pool.units) / pace(costs, pool.units[0], each) for pool in shape.pools)
-        return share / total
-    speeds = [
-        width / pace(costs, pool.units[0], max(1, rows // width))
-        for pool, width in zip(shape.pools, shape.widths, strict=True)
-    ]
-    total = sum(s * depth for s, depth in zip(speeds, shape.depths, strict=True))
-    return (share - rows) / total + rows / max(speeds)
+def _separate(
+    costs: Costs, options: Sequence[list[Option]], share: float, rows: int
+) -> Iterator[Draft]:
+    """Every pool in stages of its own:
+
+    (M - 1 + S) * rows / speed of all + the slowest pool's gradient reduction
+    """
+    usable = [[o for o in own if len(o[0].units) // o[1] <= rows] for own in options]
+    if not all(usable):
+        return
+    axes = len(usable)
+    speed, depth, slope = np.zeros(1), np.zeros(1), np.zeros(1)
+    for axis, own in enumerate(usable):
+        turned = [1] * axes
+        turned[axis] = len(own)
+        facts = np.array([_facts(costs, pool, stages, rows) for pool, stages in own])
+        speed = speed + facts[:, 0].reshape(turned)
+        depth = depth + facts[:, 1].reshape(turned)
+        slope = np.maximum(slope, (facts[:, 2] * facts[:, 0]).reshape(turned))
+    size = num_parameters(costs.model) * gradient_bytes(costs.job)
+    guess = (share - rows + depth * rows) / speed + size * slope / speed
+    guess = np.where(depth <= len(costs.model.layers), guess, np.inf).reshape(-1)
+    shape = tuple(map(len, usable))
+    most = min(PROMISING, len(guess))
+    for index in np.argsort(guess, kind="stable")[:most]:
+        if np.isfinite(guess[index]):
+            chosen = [own[i] for own, i in zip(usable, np.unravel_index(index, shape), strict=True)]
+            stages = Shape(tuple(pool for pool, _ in chosen), tuple(d for _, d in chosen))
+            yield Draft(float(guess[index]), stages, rows)
 
 
-def _shapes(block: tuple[Pool, ...], most: int) -> Iterator[_Shape]:
-    """Every pool a run of stages, in every order; and all pools mixed in every stage."""
-    orders = list(permutations(block)) if len(block) <= 3 else [block, block[::-1]]
-    for order in orders:
-        for depths in _depths(order, most):
-            yield _Shape(order, depths, across=False)
-            wide = (d > 1 and len(p.units) // d > 1 for p, d in zip(order, depths, strict=True))
-            if any(wide):
-                yield _Shape(order, depths, across=True)
-    if len(block) > 1:
-        number = sum(len(pool.units) for pool in block)
-        for depth in (d for d in DEPTHS if d <= min(most, number)):
-            yield _Shape(block, (depth,), across=True)
+def _facts(costs: Costs, pool: Pool, depth: int, rows: int) -> tuple[float, float, float]:
+    """Rows per second, stages, and seconds of reduction for each byte of the pool's share."""
+    width = len(pool.units) // depth
+    speed = depth * width / pace(costs, pool.units[0], -(-rows // width))
+    if width == 1:
+        return speed, depth, 0.0
+    members = tuple(unit[0] for unit in pool.units[:width])
+    _, slope = seconds_per_byte(costs, [ring(costs, members)])
+    return speed, depth, slope / depth / pool.tensor
 
 
-def _depths(order: Sequence[Pool], most: int) -> Iterator[tuple[int, ...]]:
-    """How many stages each pool becomes: all ways if they are few, else equal widths or one."""
-    options = [[d for d in DEPTHS if d <= len(pool.units)] for pool in order]
-    if prod(map(len, options)) <= DEPTH_VECTORS:
-        found = set(product(*options))
-    else:
-        widths = {len(p.units) // d for p, each in zip(order, options, strict=True) for d in each}
-        found = {
-            tuple(len(pool.units) // min(width, len(pool.units)) for pool in order)
-            for width in widths
-        }
-        found.add((1,) * len(order))
-    yield from (depths for depths in sorted(found) if sum(depths) <= most)
+def _mixed_guess(costs: Costs, shape: Shape, rows: int, share: float) -> float:
+    each = max(1, rows // shape.widths[0])
+    speed = sum(len(pool.units) / pace(costs, pool.units[0], each) for pool in shape.pools)
+    return (share - rows + rows * shape.depths[0]) / speed
 
 
-def _written(shape: _Shape) -> Stages:
-    """The units of every stage."""
+def by_build(found: Sequence[Draft]) -> list[Draft]:
+    """The best of every build, then the second of each: what the links between pools cost is not
+    in the guess."""
+    turns: Counter[object] = Counter()
+    placed = []
+    for number, draft in enumerate(found):
+        placed.append((turns[draft.build], draft.guess, number, draft))
+        turns[draft.build] += 1
+    return [entry[3] for entry in sorted(placed, key=lambda entry: entry[:3])]
+
+
+def orders(shape: Shape) -> Iterator[Shape]:
+    """Its pools in every order; of many, as they are and the other way round."""
+    count = len(shape.pools)
+    if shape.mixed or count == 1:
+        yield shape
+        return
+    ways = permutations(range(count)) if count <= 3 else (range(count), range(count)[::-1])
+    for way in ways:
+        yield Shape(tuple(shape.pools[i] for i in way), tuple(shape.depths[i] for i in way))
+
+
+def written(shape: Shape, *, across: bool) -> Stages:
+    """The units of every stage. `across`: neighbouring units stand in neighbouring stages, not
+    beside each other as replicas."""
     if shape.mixed:
         units = tuple(unit for pool in shape.pools for unit in pool.units)
         depth, width = shape.depths[0], shape.widths[0]
@@ -202,8 +262,56 @@ def _written(shape: _Shape) -> Stages:
     found: list[tuple[Unit, ...]] = []
     for pool, depth, width in zip(shape.pools, shape.depths, shape.widths, strict=True):
         for s in range(depth):
-            if shape.across:
+            if across:
                 found.append(pool.units[s : s + width * depth : depth])
             else:
                 found.append(pool.units[s * width : (s + 1) * width])
     return tuple(found)
+
+
+def two_ways(shape: Shape) -> bool:
+    """Whether `across` makes a difference."""
+    pairs = zip(shape.widths, shape.depths, strict=True)
+    return not shape.mixed and any(width > 1 and depth > 1 for width, depth in pairs)
+
+
+def offers(costs: Costs, block: tuple[Pool, ...], share: float) -> tuple[Fitted, ...]:
+    """The best lines of a block of pools for about `share` rows of the batch, best first."""
+    widest = max(len(pool.units) for pool in block)
+    table = [{pool.tensor: pool} for pool in block]
+    found: list[tuple[float, int, Fitted]] = []
+    number = 0
+    for draft in drafts(costs, table, share, _row_counts(widest, share)):
+        for shape in orders(draft.shape):
+            number += 1
+            stages = written(shape, across=False)
+            fitted = fit_line(costs, stages, draft.rows, max(1, round(share / draft.rows)), "1f1b")
+            if fitted is not None:
+                seconds = fitted.once + (share / draft.rows - 1) * fitted.slowest
+                insort(found, (seconds, number, fitted), key=lambda entry: entry[:2])
+        if len(found) >= FITTED or number > 4 * FITTED:
+            break
+    kept: list[Fitted] = []
+    for _, _, fitted in found:
+        if sum(_stages(k) == _stages(fitted) for k in kept) < 2:
+            kept.append(fitted)
+    return tuple(kept[:KEPT])
+
+
+def _stages(fitted: Fitted) -> Stages:
+    return tuple(team.units for team in fitted.line.teams)
+
+
+def _row_counts(widest: int, share: float) -> list[int]:
+    """Rows of a micro-batch: a few for every replica of the widest stage."""
+    full = max(1, round(share / widest)) * widest
+    few = {1 << i for i in range(ROW_COUNTS)}
+    every = sorted({*few, *(widest << i for i in range(3)), full, max(1, round(share))})
+    return [rows for rows in every if rows <= max(1, share)]
+
+
+def whole_batch(costs: Costs) -> tuple[int, ...]:
+    """Rows of a micro-batch that a single line may have."""
+    every = divisors(costs.job.global_batch)
+    step = -(-len(every) // 12)
+    return every[::step]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,8 @@ class Costs:
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
     """Seconds of the optimizer, by device type, layers and tensor width."""
-    crossings: dict[tuple[object, object], tuple[float, float, float]] = field(default_factory=dict)
-    """Of two teams with equal rows: latency, seconds per byte and row ahead, and back."""
+    crossings: dict[tuple[object, object], Any] = field(default_factory=dict)
+    """Of two teams: what a cut between them asks of the links, ahead and back."""
     _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
         default_factory=dict
     )
@@ -73,6 +74,12 @@ class Costs:
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
     fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
+    fitted: dict[object, Any] = field(default_factory=dict)
+    """Lines with their best cuts, by teams, micro-batches and schedule; None where none fits."""
+    sums: dict[tuple[tuple[str, ...], ...], tuple[float, tuple[tuple[str, float], ...]]] = field(
+        default_factory=dict
+    )
+    """Of the rings among units: latency, and seconds per byte on every resource."""
 
 
 def costs_of(

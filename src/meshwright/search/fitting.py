@@ -5,13 +5,12 @@ Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 
-from meshwright.cluster.topology import path
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
@@ -24,11 +23,9 @@ from meshwright.search.costs import (
     unit_prefix,
     unit_times,
 )
-from meshwright.search.lines import Line, Team, Unit, moves
+from meshwright.search.crossing import crossings
+from meshwright.search.lines import Line, Team, Unit
 from meshwright.search.partition import Array, assign, chain_loads
-
-TRANSFERS = 64
-"""Transfers of one cut that are looked at one by one."""
 
 Stages = tuple[tuple[Unit, ...], ...]
 """The units of every stage of a line."""
@@ -77,15 +74,39 @@ def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ..
 
 
 def fit_line(
-    costs: Costs, stages: Stages, rows: int, micro_batches: int, schedule: ScheduleName
+    costs: Costs,
+    stages: Stages,
+    rows: int,
+    micro_batches: int,
+    schedule: ScheduleName,
+    limit: float = float("inf"),
 ) -> Fitted | None:
-    """The cuts that make the line fastest among those that fit; None if none does, or if there are
-    fewer rows than replicas or fewer layers than stages."""
+    """The cuts that make the line fastest among those that fit; None if none does, if there are
+    fewer rows than replicas or fewer layers than stages, or if not even layers that could be cut
+    anywhere would take less than `limit` seconds."""
     layers = len(costs.model.layers)
     if len(stages) > layers or rows < max(len(units) for units in stages):
         return None
     teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
-    return recut(costs, teams, micro_batches, schedule)
+    if limit < float("inf") and micro_batches / _fluid(costs, teams) >= limit:
+        return None
+    key = (teams, micro_batches, schedule)
+    if key not in costs.fitted:
+        costs.fitted[key] = recut(costs, teams, micro_batches, schedule)
+    found: Fitted | None = costs.fitted[key]
+    return found
+
+
+def _fluid(costs: Costs, teams: tuple[Team, ...]) -> float:
+    """Micro-batches a second of stages that are never idle."""
+    speed = 0.0
+    for team in teams:
+        slowest = 0.0
+        for unit, rows in distinct_replicas(costs, team.units, team.rows):
+            forward, backward = unit_prefix(costs, unit, rows)
+            slowest = max(slowest, forward[-1] + backward[-1])
+        speed += 1 / slowest
+    return speed
 
 
 def recut(
@@ -135,64 +156,10 @@ def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int) -> Array:
 
 
 def _cuts(costs: Costs, here: Team, there: Team) -> Array:
-    """Seconds [L + 1] of activations and gradients across a cut before each layer, all replicas at
-    once."""
-    even = len(set(here.rows)) == len(set(there.rows)) == 1
-    key = (here.units, there.units)
-    found = costs.crossings.get(key) if even else None
-    if found is None:
-        found = _crossing(costs, here, there)
-        if even:
-            costs.crossings[key] = found
-    latency, ahead, back = found
+    """Seconds [L + 1] of activations and gradients across a cut before each layer."""
+    rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))
-    for per_byte, sizes in ((ahead, costs.table.cut), (back, costs.table.cut_gradient)):
-        seconds += np.where(sizes > 0, latency + per_byte * sum(here.rows) * sizes, 0.0)
+    sizes = costs.table.cut, costs.table.cut_gradient
+    for way, bytes_L in zip(crossings(costs, here, there), sizes, strict=True):
+        seconds += np.where(bytes_L > 0, way.latency + way.slowest * rows * bytes_L, 0.0)
     return seconds
-
-
-def _crossing(costs: Costs, here: Team, there: Team) -> tuple[float, float, float]:
-    """Latency, and seconds for each byte of each row of the micro-batch, ahead and back.
-
-    Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
-    uplinks, is scaled to all of them.
-    """
-    ahead, back = _Crossing(), _Crossing()
-    counted, rows = 0, sum(here.rows)
-    for i, j, moved in islice(moves(here, there), TRANSFERS):
-        source, target = here.units[i], there.units[j]
-        counted += moved
-        for t, name in enumerate(target):
-            ahead.add(costs, source[t % len(source)], name, moved)
-        for t, name in enumerate(source):
-            back.add(costs, target[t % len(target)], name, moved)
-    latency = max(ahead.latency, back.latency)
-    per_byte = [way.seconds_per_row_byte(costs, rows / counted) / rows for way in (ahead, back)]
-    return latency, per_byte[0], per_byte[1]
-
-
-@dataclass(slots=True)
-class _Crossing:
-    """Transfers of one direction that begin together."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-    """By resource."""
-    latency: float = 0.0
-
-    def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
-        way = path(costs.links, source, target)
-        self.latency = max(self.latency, way.latency)
-        for name in way.resources:
-            self.rows[name] = self.rows.get(name, 0) + rows
-
-    def seconds_per_row_byte(self, costs: Costs, scale: float) -> float:
-        """For each byte of a row, on the busiest resource; `scale`: all transfers to those added
-        up."""
-        capacity, owner = costs.links.capacities, costs.owner
-        return max(
-            (
-                rows / capacity[name] * (scale if owner.get(name, "").startswith("@") else 1)
-                for name, rows in self.rows.items()
-            ),
-            default=0.0,
-        )

@@ -187,7 +187,8 @@ def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
             latency, slope = _ring(costs, team.units)
             tensor = len(team.units[0])
             whole, last = (
-                _own(costs, (a, end), tensor) * width - (end - a)  # buckets are of whole bytes
+                own_parameters(costs, (a, end), tensor) * width
+                - (end - a)  # buckets are of whole bytes
                 for end in (b, a + 1)
             )
             for u, seconds in enumerate(backward[s]):
@@ -217,7 +218,7 @@ def _ring(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, float]:
     return seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
 
 
-def _own(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
+def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
     """Numbers on each tensor rank of a stage that are not tied."""
     first, last = layers
     table = costs.table

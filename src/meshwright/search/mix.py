@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from typing import Protocol, TypeVar
 
-from meshwright.search.compose import KEPT, Pool, offers, pools
+from meshwright.search.compose import (
+    KEPT,
+    Pool,
+    Widths,
+    by_build,
+    drafts,
+    offers,
+    orders,
+    pool_table,
+    pools,
+    two_ways,
+    whole_batch,
+    written,
+)
 from meshwright.search.costs import Costs
 from meshwright.search.fitting import Fitted, fit_line
 from meshwright.search.lines import Line
-from meshwright.search.lower import after_lines, line_bound
 
 FEW_POOLS = 4
 """Up to so many pools every way to group them is tried."""
@@ -33,21 +44,54 @@ class Sited(Protocol):
 Group = TypeVar("Group", bound=Sited)
 
 
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """A strategy, and its seconds in closed form."""
+def single_lines(costs: Costs, limit: Callable[[], float]) -> Iterator[tuple[Line, ...]]:
+    """Lines of whole pools for all of the batch, the most promising first, over all tensor widths
+    of every pool; those whose guess is above the limit are left out."""
+    table = pool_table(costs, legal_widths(costs))
+    row_counts = whole_batch(costs)
+    found = []
+    for block in blocks(table):
+        found += drafts(costs, block, costs.job.global_batch, row_counts)
+    found.sort(key=lambda draft: draft.guess)
+    for draft in by_build(found):
+        if draft.guess >= limit():
+            continue
+        for shape in orders(draft.shape):
+            for across in (False, True) if two_ways(shape) else (False,):
+                stages = written(shape, across=across)
+                fitted = fit_line(
+                    costs, stages, draft.rows, costs.job.global_batch // draft.rows, "1f1b"
+                )
+                yield (fitted.line,) if fitted else ()
 
-    seconds: float
-    lines: tuple[Line, ...]
+
+def blocks(table: Sequence[Widths]) -> Iterator[tuple[Widths, ...]]:
+    """Sets of pools that one line may use; of many pools all, those of a site, and all but the
+    slowest."""
+    if len(table) <= FEW_POOLS:
+        for number in range(len(table), 0, -1):
+            yield from combinations(table, number)
+        return
+    first = [min(widths.values(), key=lambda pool: pool.pace) for widths in table]
+    ordered = [table[i] for i in sorted(range(len(table)), key=lambda i: first[i].pace)]
+    sites = dict.fromkeys(pool.site for pool in first)
+    found = [tuple(ordered[:number]) for number in range(len(table), 0, -1)]
+    found += [
+        tuple(w for w, pool in zip(table, first, strict=True) if pool.site == site)
+        for site in sites
+    ]
+    found += [(widths,) for widths in table]
+    seen: list[tuple[Widths, ...]] = []
+    for block in found:
+        if block not in seen:
+            seen.append(block)
+            yield block
 
 
-def mixed_strategies(costs: Costs, most: int) -> list[Mixed]:
-    """The best strategies made of whole pools, over all tensor widths; best first."""
-    found: list[Mixed] = []
+def several_lines(costs: Costs) -> Iterator[tuple[Line, ...]]:
+    """Strategies of two lines and more, made of whole pools, over all tensor widths."""
     for tensor in legal_widths(costs):
-        found += _at_width(costs, pools(costs, tensor))
-    found.sort(key=lambda mixed: mixed.seconds)
-    return found[:most]
+        yield from _at_width(costs, pools(costs, tensor))
 
 
 def legal_widths(costs: Costs) -> tuple[int, ...]:
@@ -57,30 +101,24 @@ def legal_widths(costs: Costs) -> tuple[int, ...]:
     return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))
 
 
-def _at_width(costs: Costs, every: tuple[Pool, ...]) -> Iterator[Mixed]:
-    known: dict[tuple[Block, bool, float], tuple[Fitted, ...]] = {}
+def _at_width(costs: Costs, every: tuple[Pool, ...]) -> Iterator[tuple[Line, ...]]:
+    known: dict[tuple[Block, float], tuple[Fitted, ...]] = {}
     batch = costs.job.global_batch
     for grouping in groupings(every):
+        if len(grouping) == 1 or len(grouping) > batch:
+            continue
         speed = sum(pool.speed for block in grouping for pool in block)
         choices = []
         for block in grouping:
             share = batch * sum(pool.speed for pool in block) / speed
-            key = (block, len(grouping) == 1, round(share, 1))
+            key = (block, round(share, 1))
             if key not in known:
-                known[key] = offers(costs, block, share, alone=key[1])
+                known[key] = offers(costs, block, share)
             choices.append(known[key])
-        if len(grouping) == 1:
-            yield from (_judged(costs, (fitted.line,)) for fitted in choices[0])
-            continue
         for chosen in product(*(choice[:KEPT] for choice in choices)):
             lines = shared_out(costs, chosen, batch)
             if lines is not None:
-                yield _judged(costs, lines)
-
-
-def _judged(costs: Costs, lines: tuple[Line, ...]) -> Mixed:
-    bound = max(line_bound(costs, line, "1f1b") for line in lines)
-    return Mixed(bound + after_lines(costs, lines), lines)
+                yield lines
 
 
 def groupings(every: Sequence[Group]) -> Iterator[tuple[tuple[Group, ...], ...]]:

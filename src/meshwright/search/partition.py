@@ -109,7 +109,8 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
     bounds, free, slowest = _shortest(loads, cuts, np.inf)
     if weight * slowest + free < best.seconds * (1 - ROUNDING):
         best = Assignment(bounds=bounds, seconds=weight * slowest + free, slowest=slowest)
-    between = loads[(loads > tightest[1]) & (loads < slowest)]
+    ceiling = min(slowest, (best.seconds - free) / weight) if weight else 0.0
+    between = loads[(loads > tightest[1]) & (loads < ceiling)]
     betas = np.unique(between)
     intervals = [(0, len(betas), free)]
     while intervals:

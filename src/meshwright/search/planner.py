@@ -20,6 +20,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
+from meshwright.search.boundaries import all_direct, choose_boundaries
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
 from meshwright.search.contest import SAME, Contest, Played, enter, parts_in, work_of
 from meshwright.search.costs import Costs, costs_of
@@ -92,11 +93,13 @@ def find_plan(
     exhausted = improve(contest, schedules, tell)
     by_hand = _all_by_hand(contest)
     _regular(contest, [(n, found) for n, found in by_hand if isinstance(found, Estimate)], tell)
+    choose_boundaries(contest, tell)
     if contest.best is None:
         raise _nothing(contest, explored, tell)
     winner = _simplest(contest)
     misfits = _misfits(costs, winner.seconds, by_hand, explored)
-    proof = Certificate(winner.seconds, EXHAUSTIVE) if exhausted else certificate(costs)
+    settled = exhausted and all_direct(winner.plan)
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
 

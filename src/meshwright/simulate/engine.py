@@ -20,6 +20,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import (
+    GATHERED,
     MATCHING_RECEIVE,
     SENDS,
     Instruction,
@@ -38,6 +39,8 @@ _STREAMS: dict[Op, Stream] = {
     Op.SEND_B: "send",
     Op.RECV_F: "receive",
     Op.RECV_B: "receive",
+    Op.GATHER_F: "receive",
+    Op.GATHER_B: "receive",
     Op.REDUCE_GRAD: "reduce",
     Op.REDUCE_NORM: "reduce",
 }
@@ -75,6 +78,17 @@ class _Collective:
     ready: set[At] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _Chain:
+    """Broadcasts along one chain of ranks, one after another."""
+
+    posted: dict[tuple[int | None, tuple[int, int] | None], list[At]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """Sends and receives, by micro-batch and rows."""
+    busy: bool = False
+
+
 class _Step:
     """One step being played."""
 
@@ -86,6 +100,7 @@ class _Step:
         self.network = Network(bandwidth=prices.bandwidth)
         self.ranks = [_Rank(memory=size) for size in prices.static_bytes]
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
+        self.chains: dict[tuple[int, ...], _Chain] = defaultdict(_Chain)
         self.collectives: dict[At, _Collective] = {}
         self.intervals: list[Interval] = []
         self.memory = [
@@ -100,8 +115,10 @@ class _Step:
         for rank, instructions in enumerate(self.program.ranks):
             turn: dict[Any, int] = defaultdict(int)
             for index, i in enumerate(instructions):
-                if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
-                    key = (i.op, i.ranks, i.layers, i.tied, i.tile)
+                if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM, *GATHERED):
+                    key: tuple[Any, ...] = (i.op, i.ranks, i.layers, i.tied, i.tile)
+                    if i.op in GATHERED:
+                        key = (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
                     key = (*key[:2], None, None, None) if i.op is Op.REDUCE_NORM else key
                     turn[key] += 1
                     group = groups[(key, turn[key])]
@@ -131,6 +148,11 @@ class _Step:
             at, i = (rank, state.position), instructions[state.position]
             if i.op is Op.REDUCE_NORM:
                 if state.open_reductions:
+                    return
+                state.busy = True
+                self.ready(at)
+            elif i.op in GATHERED:
+                if state.awaited[_READS[GATHERED[i.op]], i.stage, i.micro_batch]:
                     return
                 state.busy = True
                 self.ready(at)
@@ -170,6 +192,13 @@ class _Step:
 
     def post(self, at: At, i: Instruction) -> None:
         assert i.peer is not None
+        if i.ranks:
+            if i.op in _READS:
+                self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] += 1
+            chain = self.chains[i.ranks]
+            chain.posted[i.micro_batch, i.rows].append(at)
+            self.pass_on(chain, i.ranks)
+            return
         if i.op in SENDS:
             channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
             channel.sends.append(at)
@@ -194,6 +223,32 @@ class _Step:
         self.match(channel)
         self.advance(receive[0])
 
+    def pass_on(self, chain: _Chain, ranks: tuple[int, ...]) -> None:
+        """Begin the first broadcast whose sends and receives are all posted."""
+        for key, ends in () if chain.busy else chain.posted.items():
+            if len(ends) == 2 * (len(ranks) - 1):
+                chain.busy = True
+                del chain.posted[key]
+                first = next(at for at in ends if self.peer(at) == ranks[1])
+                self.move(first, self.passed_on, chain, ranks, ends, self.now)
+                return
+
+    def passed_on(
+        self, chain: _Chain, ranks: tuple[int, ...], ends: list[At], began: float
+    ) -> None:
+        for at in ends:
+            self.record(at, began)
+            i = self.program.ranks[at[0]][at[1]]
+            if i.op in _READS:
+                self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] -= 1
+        chain.busy = False
+        self.pass_on(chain, ranks)
+        for rank in ranks[1:]:
+            self.advance(rank)
+
+    def peer(self, at: At) -> int | None:
+        return self.program.ranks[at[0]][at[1]].peer
+
     def ready(self, at: At) -> None:
         collective = self.collectives[at]
         collective.ready.add(at)
@@ -205,7 +260,7 @@ class _Step:
         i = self.program.ranks[first[0]][first[1]]
         if len(collective.ready) < len(i.ranks):
             return
-        if i.op is Op.REDUCE_NORM:
+        if i.op is Op.REDUCE_NORM or i.op in GATHERED:
             self.move(first, self.met, collective, self.now)
             return
         states = [self.ranks[rank] for rank, _ in collective.members]
@@ -302,6 +357,11 @@ def _stuck(step: _Step) -> Iterator[Problem]:
         for rank, index in (*channel.sends, *channel.receives):
             found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without a partner"
             wanted = f"a send from rank {source} for every receive on rank {target}"
+            yield Problem("program", f"rank {rank}[{index}]", found, wanted)
+    for chain in step.chains.values():
+        for rank, index in (at for ends in chain.posted.values() for at in ends):
+            found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without the others"
+            wanted = "all sends and receives of its broadcast"
             yield Problem("program", f"rank {rank}[{index}]", found, wanted)
 
 

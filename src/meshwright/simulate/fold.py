@@ -85,7 +85,9 @@ def _folded(
     """The most like copies of a pipeline that has its nodes for itself; empty: there are none."""
     pipeline = plan.pipelines[p]
     mine = {node_of(d) for stage in pipeline.stages for unit in stage.devices for d in unit}
-    if cluster.direct or any(len(users[node]) > 1 for node in mine):
+    # Broadcasts and gathers meet ranks that would be copies of each other.
+    met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
+    if met or cluster.direct or any(len(users[node]) > 1 for node in mine):
         return []
     return next(_foldings(pipeline, nodes, across=across), [])
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from meshwright.program.instructions import Op
+from meshwright.program.instructions import GATHERED, GATHERS, Op
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
@@ -77,8 +77,15 @@ class _Walk:
         if i.op is Op.OPTIMIZER_STEP:
             return [*self.latest(own, before), *self.latest([self.norms[i.rank]], before)]
         if i.stream == "compute":
-            reads = self.reads[_READS[i.op], i.rank, i.stage, i.micro_batch]
+            reads = [
+                read
+                for op in (_READS[i.op], GATHERS[_READS[i.op]])
+                for read in self.reads[op, i.rank, i.stage, i.micro_batch]
+            ]
             return [*self.latest(own, before), *self.latest(reads, before)]
+        if i.op in GATHERED:
+            parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
+            return [*self.latest(own, before), *self.latest(parts, before)]
         if i.op is Op.REDUCE_GRAD or i.peer is None:
             return self.latest(own, before)
         source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)

@@ -1,0 +1,83 @@
+"""What a cut between two stages asks of the links, all replicas at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+from meshwright.cluster.topology import path
+from meshwright.search.costs import Costs
+from meshwright.search.lines import Team, moves
+
+TRANSFERS = 64
+"""Transfers of one cut that are looked at one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """One direction of a cut."""
+
+    latency: float
+    """Seconds before the first byte arrives."""
+    slowest: float
+    """Seconds for each byte of a micro-batch, on the busiest resource."""
+    occupied: tuple[tuple[str, float], ...]
+    """The same for every resource."""
+
+    def seconds(self, size: float) -> float:
+        """Of a micro-batch of so many bytes."""
+        return self.latency + self.slowest * size if size else 0.0
+
+
+def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+    """Of activations and of gradients.
+
+    Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
+    uplinks, is scaled to all of them.
+    """
+    even = len(set(here.rows)) == len(set(there.rows)) == 1
+    key = (here.units, there.units) if even else (here, there)
+    found = costs.crossings.get(key)
+    if found is None:
+        found = costs.crossings[key] = _crossings(costs, here, there)
+    return found
+
+
+@dataclass(slots=True)
+class _Way:
+    rows: dict[str, int] = field(default_factory=dict)
+    """By resource."""
+    latency: float = 0.0
+
+    def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
+        way = path(costs.links, source, target)
+        if source != target:
+            self.latency = max(self.latency, way.latency + costs.system.boundary)
+        for name in way.resources:
+            self.rows[name] = self.rows.get(name, 0) + rows
+
+
+def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+    ahead, back = _Way(), _Way()
+    counted, rows = 0, sum(here.rows)
+    for i, j, moved in islice(moves(here, there), TRANSFERS):
+        source, target = here.units[i], there.units[j]
+        counted += moved
+        for t, name in enumerate(target):
+            ahead.add(costs, source[t % len(source)], name, moved)
+        for t, name in enumerate(source):
+            back.add(costs, target[t % len(target)], name, moved)
+    latency = max(ahead.latency, back.latency)
+    return _priced(costs, ahead, latency, rows, counted), _priced(
+        costs, back, latency, rows, counted
+    )
+
+
+def _priced(costs: Costs, way: _Way, latency: float, rows: int, counted: int) -> Crossing:
+    capacity, owner = costs.links.capacities, costs.owner
+    occupied = tuple(
+        (name, moved / rows / capacity[name] * scale)
+        for name, moved in way.rows.items()
+        for scale in (rows / counted if owner.get(name, "").startswith("@") else 1.0,)
+    )
+    return Crossing(latency, max((each for _, each in occupied), default=0.0), occupied)

@@ -1,0 +1,280 @@
+"""What a strategy takes, worked out in a hundredth of the simulator's time.
+
+The same program is followed stage by stage instead of rank by rank: the replicas of a stage keep
+step, transfers of one cut share links only with each other, and reductions queue at each resource.
+Neighbours are compared by it; what the simulator says decides. Letters: S stages, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from meshwright.plan.spec import ScheduleName
+from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
+from meshwright.program.instructions import Op
+from meshwright.program.schedules import orders
+from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
+from meshwright.search.crossing import crossings
+from meshwright.search.lines import Line, Team, Unit
+from meshwright.search.lower import after_lines, own_parameters
+
+ROUNDS = 2.5
+"""Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
+
+FOLLOWED = 24
+"""At least so many are followed."""
+
+
+def preview_seconds(
+    costs: Costs, lines: Sequence[Line], schedule: ScheduleName, limit: float = float("inf")
+) -> float:
+    """Seconds of a step without contention between pipelines; where it must be `limit` or more,
+    something in between."""
+    pipes = [_pipe(costs, line) for line in lines]
+    after = after_lines(costs, lines)
+    least = max(_least(pipe, schedule) for pipe in pipes) + after
+    if least >= limit:
+        return least
+    spans = [_last_backwards(pipe, schedule) for pipe in pipes]
+    return _reduced(costs, lines, spans) + after
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipe:
+    """A pipeline in seconds of one micro-batch, by stage and by cut."""
+
+    count: int
+    forward: list[float]
+    backward: list[float]
+    ahead: list[float]
+    back: list[float]
+    busiest: float
+    """Of the link that all cuts together load most."""
+
+
+def _pipe(costs: Costs, line: Line) -> _Pipe:
+    forward, backward = [], []
+    for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
+        replicas = distinct_replicas(costs, team.units, team.rows)
+        sums = [unit_prefix(costs, unit, rows) for unit, rows in replicas]
+        forward.append(max(f[b] - f[a] for f, _ in sums))
+        backward.append(max(g[b] - g[a] for _, g in sums))
+    ahead: list[float] = []
+    back: list[float] = []
+    busy: dict[str, float] = {}
+    for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True):
+        ways = crossings(costs, here, there)
+        for found, way, table in zip(
+            (ahead, back), ways, (costs.table.cut, costs.table.cut_gradient), strict=True
+        ):
+            size = float(table[cut]) * line.rows
+            found.append(way.seconds(size))
+            for name, each in way.occupied:
+                busy[name] = busy.get(name, 0.0) + each * size
+    return _Pipe(
+        line.micro_batches, forward, backward, ahead, back, max(busy.values(), default=0.0)
+    )
+
+
+def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
+    """Seconds of all micro-batches on one stage, with 1F1B in rounds of as many as it may hold, and
+    of the first one on its way there and back."""
+    depth, count = len(pipe.forward), pipe.count
+    loads = [f + b for f, b in zip(pipe.forward, pipe.backward, strict=True)]
+    cuts = [a + b for a, b in zip(pipe.ahead, pipe.back, strict=True)]
+    trip = whole = sum(loads) + sum(cuts)
+    worst = pipe.count * pipe.busiest
+    for s, load in enumerate(loads):
+        rounds = (count - 1) // min(depth - s, count) + 1 if schedule == "1f1b" else 1
+        worst = max(worst, whole - trip + max(count * load, rounds * trip))
+        trip -= load + (cuts[s] if s < depth - 1 else 0.0)
+    return worst
+
+
+Span = tuple[float, float]
+"""Begin and end of a stage's last backward."""
+
+
+def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
+    depth, count = len(pipe.forward), pipe.count
+    if depth == 1:
+        end = count * (pipe.forward[0] + pipe.backward[0])
+        return [(end - pipe.backward[0], end)]
+    some = followed(depth, count)
+    ends, pace = _follow(pipe, schedule, some)
+    late = max((count - some) * pace, count * pipe.busiest - ends[0])
+    return [(end + late - own, end + late) for end, own in zip(ends, pipe.backward, strict=True)]
+
+
+def followed(depth: int, count: int) -> int:
+    """Micro-batches that are followed one by one."""
+    return min(count, max(FOLLOWED, int(ROUNDS * depth) + 2)) if depth > 1 else 0
+
+
+@lru_cache(maxsize=1024)
+def _orders(
+    schedule: ScheduleName, depth: int, count: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Of every stage: 0 for a forward or 1 for a backward, and its micro-batch."""
+    layout = tuple((s,) for s in range(depth))
+    return tuple(
+        tuple((int(action.op is Op.BACKWARD), action.first) for action in order)
+        for order in orders(schedule, layout, count)
+    )
+
+
+@dataclass(slots=True)
+class _Stage:
+    """A stage that is being followed; of every pair, the first is for forwards."""
+
+    order: tuple[tuple[int, int], ...]
+    seconds: tuple[float, float]
+    delays: tuple[float, float]
+    """Seconds of the transfers that come in."""
+    sources: tuple[list[float] | None, list[float] | None]
+    """The `ends` that they follow; None: nothing comes in."""
+    ends: tuple[list[float], list[float]]
+    """Of its computations so far, by micro-batch."""
+    free: list[float]
+    """When the last transfer was over."""
+    at: int = 0
+    now: float = 0.0
+    earlier: float = 0.0
+    """When the computation before the last one ended."""
+
+
+def _advance(stage: _Stage) -> bool:
+    """Follow a stage up to the first transfer that has not begun; whether it got any further.
+
+    A transfer begins when its tensor is there, the one before it in its channel is over and its
+    receiver has posted it: two computations ahead of the one that reads it.
+    """
+    begun, order = stage.at, stage.order
+    while stage.at < len(order):
+        way, number = order[stage.at]
+        source, start = stage.sources[way], stage.now
+        if source is not None:
+            if len(source) <= number:
+                break
+            arrival = max(source[number], stage.earlier, stage.free[way]) + stage.delays[way]
+            stage.free[way] = arrival
+            start = max(start, arrival)
+        stage.earlier, stage.now = stage.now, start + stage.seconds[way]
+        stage.ends[way].append(stage.now)
+        stage.at += 1
+    return stage.at > begun
+
+
+def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float], float]:
+    """When each stage ends its last backward, and the seconds of every further micro-batch."""
+    depth = len(pipe.forward)
+    ends: list[tuple[list[float], list[float]]] = [([], []) for _ in range(depth)]
+    stages = [
+        _Stage(
+            order=order,
+            seconds=(pipe.forward[s], pipe.backward[s]),
+            delays=(pipe.ahead[s - 1] if s else 0.0, pipe.back[s] if s < depth - 1 else 0.0),
+            sources=(ends[s - 1][0] if s else None, ends[s + 1][1] if s < depth - 1 else None),
+            ends=ends[s],
+            free=[0.0, 0.0],
+        )
+        for s, order in enumerate(_orders(schedule, depth, count))
+    ]
+    waiting = deque([0])
+    while waiting:
+        s = waiting.popleft()
+        if _advance(stages[s]):
+            waiting.extend(other for other in (s + 1, s - 1) if 0 <= other < depth)
+    return [stage.now for stage in stages], _pace(ends, schedule, count)
+
+
+def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, count: int) -> float:
+    """Seconds between micro-batches where the pipeline runs evenly."""
+    depth, first, last = len(ends), ends[0][1], ends[-1][0]
+    if schedule == "gpipe":
+        some = count - 1 - count // 2
+        return (last[-1] - last[-1 - some] + first[-1] - first[-1 - some]) / max(1, some)
+    steady = count - depth - 1
+    return (first[steady] - first[steady - depth]) / depth if steady >= depth else 0.0
+
+
+def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
+    """When all gradients are summed."""
+    end = max(span[0][1] for span in spans)
+    free: dict[str, float] = {}
+    for begin, complete, size, units in sorted(
+        _sums(costs, lines, spans), key=lambda found: found[1]
+    ):
+        latency, used = _rings(costs, units)
+        closing = min(size, BUCKET_BYTES)
+        slowest = 0.0
+        for name, each in used:
+            done = max(free.get(name, 0.0), begin) + each * size
+            free[name] = done
+            slowest = max(slowest, done, complete + each * closing)
+        end = max(end, slowest + latency)
+    return end
+
+
+Sum = tuple[float, float, float, tuple[Unit, ...]]
+"""When the first gradients are there, when the last are, bytes on each rank, and the units."""
+
+Holder = tuple[Team, tuple[int, int], Span]
+"""A stage with its layers and its last backward."""
+
+
+def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> Iterator[Sum]:
+    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
+    width = gradient_bytes(costs.job) * costs.system.gradient_width
+    stages: list[Holder] = [
+        (team, layers, span)
+        for line, own in zip(lines, spans, strict=True)
+        for team, layers, span in zip(line.teams, pairwise(line.bounds), own, strict=True)
+    ]
+    for a, b in pairwise(sorted({cut for line in lines for cut in line.bounds})):
+        holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
+        units = tuple(unit for team, _, _ in holders for unit in team.units)
+        size = own_parameters(costs, (a, b), len(units[0])) * width
+        if len(units) > 1 and size > 0:
+            begin = max(_passed(costs, holder, b) for holder in holders)
+            yield begin, max(_passed(costs, holder, a) for holder in holders), size, units
+    for tied in costs.model.tied:
+        holders = [
+            stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
+        ]
+        units = tuple(unit for team, _, _ in holders for unit in team.units)
+        if len(units) > 1:
+            ready = max(end for _, _, (_, end) in holders)
+            share = len(units[0]) if tied.split else 1
+            yield ready, ready, tied.parameters / share * width, units
+
+
+def _passed(costs: Costs, holder: Holder, layer: int) -> float:
+    """When a stage's last backward, from its last layer to its first, has come to a layer and its
+    gradients may be sent."""
+    team, (first, last), (begin, end) = holder
+    _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
+    whole = prefix[last] - prefix[first]
+    done = (prefix[last] - prefix[layer]) / whole if whole else 1.0
+    delay = costs.system.reduction_delay
+    return begin + (end - begin) * (delay + (1 - delay) * done)
+
+
+def _rings(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, tuple[tuple[str, float], ...]]:
+    """The rings of all tensor ranks: latency, and seconds per byte on every resource."""
+    found = costs.sums.get(units)
+    if found is None:
+        latency = 0.0
+        used: dict[str, float] = {}
+        for t in range(len(units[0])):
+            traffic = ring(costs, tuple(unit[t] for unit in units))
+            latency = max(latency, traffic.latency)
+            for name, size in traffic.bytes_by_resource.items():
+                each = size / PROBE_BYTES / costs.links.capacities[name]
+                used[name] = used.get(name, 0.0) + each
+        found = costs.sums[units] = latency, tuple(used.items())
+    return found

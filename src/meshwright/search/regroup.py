@@ -1,0 +1,178 @@
+"""Devices change places: from stage to stage, in and out of use, into wider and narrower groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshwright.search.contest import Strategy
+from meshwright.search.costs import Costs, unit_kind
+from meshwright.search.fitting import Stages
+from meshwright.search.lines import Line, Unit
+from meshwright.search.mix import legal_widths
+from meshwright.search.moves import alike, runs_of, stages_of
+from meshwright.search.space import usable_devices
+
+
+def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """A run of like stages, or all of a line, with another depth, width or tensor width."""
+    widths = legal_widths(costs)
+    for i, line in enumerate(strategy[1]):
+        runs = runs_of(costs, stages_of(line))
+        for r, run in enumerate(runs):
+            for other in _recasts(costs, run, widths):
+                stages = tuple(s for part in (*runs[:r], other, *runs[r + 1 :]) for s in part)
+                yield from rebuilt(costs, strategy, limit, {i: stages})
+        if len(runs) > 1:
+            ways = [list(_recasts(costs, run, widths)) for run in runs]
+            for together in zip(*ways, strict=False):
+                yield from rebuilt(
+                    costs, strategy, limit, {i: tuple(s for part in together for s in part)}
+                )
+
+
+def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Stages]:
+    """Of every run in the same order: tensor widths by depths around its own."""
+    depth, tensor = len(run), len(run[0][0])
+    names = [name for stage in run for unit in stage for name in unit]
+    place = {name: i for i, name in enumerate(costs.devices)}
+    at = widths.index(tensor) if tensor in widths else 0
+    for other in dict.fromkeys((tensor, *widths[max(0, at - 1) : at + 2])):
+        by_node: dict[tuple[str, str], list[str]] = {}
+        for name in sorted(names, key=place.__getitem__):
+            device = costs.devices[name]
+            by_node.setdefault((device.node, device.type), []).append(name)
+        units = [
+            tuple(own[i : i + other])
+            for own in by_node.values()
+            for i in range(0, len(own) - other + 1, other)
+        ]
+        around = {depth * tensor // other, depth, depth - 1, depth + 1, depth * 2, depth // 2}
+        for number in sorted(d for d in around if 0 < d <= len(units)):
+            width = len(units) // number
+            yield tuple(tuple(units[s * width : (s + 1) * width]) for s in range(number))
+            if width > 1 and number > 1:
+                yield tuple(tuple(units[s : number * width : number]) for s in range(number))
+
+
+def stages(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """Two neighbouring stages become one, one becomes two; units of two stages are exchanged."""
+    for i, line in enumerate(strategy[1]):
+        own = stages_of(line)
+        for s, units in enumerate(own):
+            if s and len(own[s - 1][0]) == len(units[0]):
+                merged = (*own[: s - 1], (*own[s - 1], *units), *own[s + 1 :])
+                yield from rebuilt(costs, strategy, limit, {i: merged})
+            half = len(units) // 2
+            for cut in sorted({half, len(units) - half} - {0, len(units)}):
+                split = (*own[:s], units[:cut], units[cut:], *own[s + 1 :])
+                yield from rebuilt(costs, strategy, limit, {i: split})
+        for s, here in enumerate(own):
+            for t in range(s + 1, len(own)):
+                for one in _distinct(costs, here):
+                    for other in _distinct(costs, own[t]):
+                        alike = unit_kind(costs, one) == unit_kind(costs, other)
+                        if not alike and len(one) == len(other):
+                            swap = {one: other, other: one}
+                            changed = tuple(tuple(swap.get(u, u) for u in st) for st in own)
+                            yield from rebuilt(costs, strategy, limit, {i: changed})
+
+
+def devices(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """One unit to another stage, to a stage of its own, or out of use; an idle one into use."""
+    every = [stages_of(line) for line in strategy[1]]
+    places = [(i, s) for i, own in enumerate(every) for s in range(len(own))]
+    for unit in _idle(costs, strategy[1]):
+        for i, s in places:
+            if len(every[i][s][0]) == len(unit):
+                yield from rebuilt(costs, strategy, limit, {i: _joined(every[i], s, unit)})
+                for alone in (_inserted(every[i], s, unit), _inserted(every[i], s + 1, unit)):
+                    yield from rebuilt(costs, strategy, limit, {i: alone})
+    for i, s in places:
+        for unit in _distinct(costs, every[i][s]):
+            yield from rebuilt(costs, strategy, limit, {i: _without(every[i], s, unit)})
+            for j, goal in places:
+                if (i, s) != (j, goal):
+                    yield from _moved(costs, strategy, every, (i, s), (j, goal), unit, limit)
+
+
+def _moved(
+    costs: Costs,
+    strategy: Strategy,
+    every: list[Stages],
+    source: tuple[int, int],
+    target: tuple[int, int],
+    unit: Unit,
+    limit: float,
+) -> Iterator[Strategy]:
+    """The unit in the target's stage, or in a new one before it."""
+    (i, s), (j, goal) = source, target
+    if len(unit) != len(every[j][goal][0]):
+        return
+    for put in (_joined, _inserted):
+        if i != j:
+            changed = {i: _without(every[i], s, unit), j: put(every[j], goal, unit)}
+        else:
+            left = _without(every[i], s, unit)
+            at = goal - (len(left) < len(every[i]) and goal > s)
+            changed = {i: put(left, at, unit)}
+        yield from rebuilt(costs, strategy, limit, changed)
+
+
+def _distinct(costs: Costs, units: tuple[Unit, ...]) -> list[Unit]:
+    """One unit of every kind in every node."""
+    found: dict[object, Unit] = {}
+    for unit in units:
+        found.setdefault((unit_kind(costs, unit), costs.devices[unit[0]].node), unit)
+    return list(found.values())
+
+
+def _without(own: Stages, s: int, unit: Unit) -> Stages:
+    left = tuple(u for u in own[s] if u != unit)
+    return (*own[:s], *((left,) if left else ()), *own[s + 1 :])
+
+
+def _joined(own: Stages, s: int, unit: Unit) -> Stages:
+    return (*own[:s], (*own[s], unit), *own[s + 1 :])
+
+
+def _inserted(own: Stages, s: int, unit: Unit) -> Stages:
+    return (*own[:s], (unit,), *own[s:])
+
+
+def _idle(costs: Costs, lines: tuple[Line, ...]) -> list[Unit]:
+    """Unused devices of every class, as units of every width in use."""
+    used = {name for line in lines for team in line.teams for unit in team.units for name in unit}
+    tensors = sorted({len(team.units[0]) for line in lines for team in line.teams})
+    free: dict[tuple[str, str], list[str]] = {}
+    for device in usable_devices(costs.cluster, costs.job):
+        if device.name not in used:
+            free.setdefault((device.node, device.type), []).append(device.name)
+    return [
+        tuple(names[:tensor])
+        for names in free.values()
+        for tensor in tensors
+        if len(names) >= tensor
+    ]
+
+
+def rebuilt(
+    costs: Costs, strategy: Strategy, limit: float, changed: dict[int, Stages]
+) -> Iterator[Strategy]:
+    """The strategy with other stages for some of its lines; a line that has none left leaves its
+    share to the first of the others."""
+    schedule, lines = strategy
+    left = [i for i in range(len(lines)) if changed.get(i, True)]
+    orphaned = sum(line.share for i, line in enumerate(lines) if i not in left)
+    found = []
+    for i in left:
+        line, own = lines[i], stages_of(lines[i])
+        share = line.share + (orphaned if i == left[0] else 0)
+        if share == line.share and changed.get(i, own) == own:
+            found.append(line)
+            continue
+        fitted = alike(costs, changed.get(i, own), line.rows, share, schedule, limit)
+        if fitted is None:
+            return
+        found.append(fitted)
+    if found:
+        yield schedule, tuple(found)

@@ -1,0 +1,149 @@
+"""The kind of each boundary is chosen in the simulator."""
+
+from dataclasses import replace
+
+import pytest
+from searchworlds import NVLINK, cluster, device, job, model
+
+from meshwright.cluster.spec import Link
+from meshwright.cost.instructions import price
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.validate import validate_plan
+from meshwright.program.compile import compile_plan
+from meshwright.search.boundaries import (
+    KINDS,
+    all_direct,
+    choose_boundaries,
+    wide_cuts,
+    with_boundaries,
+)
+from meshwright.search.contest import Contest, enter
+from meshwright.search.costs import costs_of
+from meshwright.search.planner import find_plan
+from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.traffic import link_loads
+
+SLOW = Link(bandwidth=1e7, latency=1e-5)
+
+
+def world(*stages: Stage, rows: int = 4):
+    """Two nodes of four over a slow network; each row crosses a cut with 100 kB."""
+    where = cluster(("fast",) * 4, ("fast",) * 4, network=SLOW)
+    graph = model([10.0] * 4)
+    names = [d for stage in stages for replica in stage.devices for d in replica]
+    plan = Plan(
+        name="by hand",
+        model=Subject(name="any", fingerprint=""),
+        cluster=Subject(name="any", fingerprint=""),
+        job=job(2 * rows),
+        devices=tuple(sorted(names)),
+        pipelines=(Pipeline(micro_batches=2, rows=rows, stages=stages),),
+    )
+    return graph, where, plan
+
+
+def stage(layers: tuple[int, int], *replicas: str) -> Stage:
+    """`a0 a1` is one replica of two tensor ranks."""
+    named = tuple(tuple(f"{d[0]}:{d[1]}" for d in replica.split()) for replica in replicas)
+    return Stage(layers=layers, devices=named)
+
+
+def contest_of(graph, where, plan) -> Contest:
+    contest = Contest(costs_of(graph, where, plan.job, None), "")
+    enter(contest, plan, "by hand")
+    return contest
+
+
+def test_replicated_tensors_cross_a_slow_network_once():
+    """Direct, four devices of a node each receive the same bytes over one interface."""
+    graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
+    contest = contest_of(graph, where, plan)
+    direct = contest.best.seconds
+    choose_boundaries(contest, lambda *_: None)
+    chosen = contest.best.plan.pipelines[0].stages[1].boundary
+    assert chosen in KINDS
+    assert contest.best.seconds < 0.5 * direct
+    for kind in KINDS:
+        other = with_boundaries(plan, [(0, 1)], kind)
+        seconds = simulate_plan(other, graph, where).step_seconds
+        assert seconds >= contest.best.seconds * (1 - 1e-9)
+    again = contest_of(graph, where, plan)
+    choose_boundaries(again, lambda *_: None)
+    assert again.best.plan == contest.best.plan
+
+
+def test_without_tensor_ranks_there_is_nothing_to_choose():
+    graph, where, plan = world(stage((0, 2), "a0", "a1"), stage((2, 4), "b0", "b1"))
+    contest = contest_of(graph, where, plan)
+    assert not list(wide_cuts(plan))
+    choose_boundaries(contest, lambda *_: None)
+    assert contest.best.plan == plan
+    assert len(contest.others) == 1
+
+
+def test_what_is_no_faster_stays_direct():
+    """Inside one node every device has a port of its own."""
+    where = replace(cluster(("fast",) * 4), nodes=cluster(("fast",) * 4).nodes)
+    graph, _, plan = world(stage((0, 2), "a0 a1"), stage((2, 4), "a2 a3"))
+    contest = contest_of(graph, where, plan)
+    choose_boundaries(contest, lambda *_: None)
+    assert where.nodes[0].inside == NVLINK
+    assert contest.best.plan == plan
+    assert contest.dropped["boundaries that are not faster"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_carry_what_crosses_once(kind):
+    """Two micro-batches of 400 kB each way; direct, four times that towards four devices."""
+    graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
+
+    def carried(plan: Plan) -> dict[str, float]:
+        program = compile_plan(plan, graph)
+        prices = price(program, plan, graph, where)
+        return {load.name: load.bytes for load in link_loads(program, prices, plan, graph, where)}
+
+    network = "a network out"
+    sums = carried(plan)[network] - 4 * 2 * 400_000
+    assert carried(with_boundaries(plan, [(0, 1)], kind))[network] == pytest.approx(
+        2 * 400_000 + sums
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_that_meet_are_played_one_by_one(kind):
+    graph, where, plan = world(stage((0, 2), "a0 a1", "a2 a3"), stage((2, 4), "b0 b1", "b2 b3"))
+    changed = with_boundaries(plan, [(0, 1)], kind)
+    assert len(fold(changed, where).ranks) == 8
+    assert len(fold(plan, where).ranks) < 8
+    whole = simulate_plan(changed, graph, where).step_seconds
+    assert simulate_folded(changed, graph, where).step_seconds == pytest.approx(whole)
+
+
+def test_a_plan_found_has_its_boundaries_chosen():
+    """Two nodes that must share layers by tensor parallelism to hold them."""
+    where = cluster(("fast",) * 4, ("fast",) * 4, network=SLOW, types=(device("fast", 20.0, 2.0),))
+    graph = model([10.0] * 2, parameters=240_000_000)
+    plan = find_plan(graph, where, job(8))
+    validate_plan(plan, graph, where)
+    assert list(wide_cuts(plan))
+    assert not all_direct(plan)
+    seconds = simulate_plan(plan, graph, where).step_seconds
+    assert plan.prediction.step_seconds == pytest.approx(seconds)
+    for cut in wide_cuts(plan):
+        other = with_boundaries(plan, [cut], "direct")
+        assert simulate_plan(other, graph, where).step_seconds >= seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_take_the_time_of_their_bytes(kind):
+    """One micro-batch of 4 rows: 400 kB over 10 MB/s each way instead of four times that."""
+    graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
+    one = replace(plan, pipelines=(replace(plan.pipelines[0], micro_batches=1),))
+
+    def sent(plan: Plan) -> float:
+        timeline = simulate_plan(plan, graph, where)
+        return max(i.end_seconds - i.start_seconds for i in timeline.intervals if i.op == "RECV_F")
+
+    assert sent(one) == pytest.approx(4 * 0.04, rel=0.01)
+    assert sent(with_boundaries(one, [(0, 1)], kind)) == pytest.approx(0.04, rel=0.01)

@@ -1,0 +1,91 @@
+"""The preview against the simulator: exact where nothing is shared, close elsewhere."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchworlds import NVLINK, cluster, job, model, small_worlds
+
+from meshwright.cluster.spec import Link
+from meshwright.search.costs import costs_of
+from meshwright.search.fitting import fit_line
+from meshwright.search.lines import plan_of
+from meshwright.search.preview import preview_seconds
+from meshwright.simulate.engine import simulate_plan
+
+SCHEDULES = ("1f1b", "gpipe")
+
+
+def simulated(costs, lines, schedule):
+    plan = plan_of(costs, lines, schedule)
+    return simulate_plan(plan, costs.model, costs.cluster).step_seconds
+
+
+def chain_of(costs, rows, count, schedule):
+    """Every device a stage."""
+    stages = tuple(((name,),) for name in costs.devices)
+    return fit_line(costs, stages, rows, count, schedule)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.sampled_from(["fast", "slow"]), min_size=1, max_size=2),
+    st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=5, max_size=8),
+    st.integers(1, 20),
+    st.sampled_from(SCHEDULES),
+    st.sampled_from([1e8, 1e10]),
+)
+def test_it_is_exact_where_every_link_has_one_user(kinds, layers, count, schedule, bandwidth):
+    network = Link(bandwidth=bandwidth, latency=1e-5)
+    where = cluster(*((kind,) for kind in kinds), network=network)
+    costs = costs_of(model(layers), where, job(2 * count))
+    line = chain_of(costs, 2, count, schedule).line
+    seconds = preview_seconds(costs, (line,), schedule)
+    assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-9)
+
+
+@settings(max_examples=20)
+@given(st.integers(3, 5), st.integers(1, 20), st.sampled_from(SCHEDULES))
+def test_long_lines_are_close_where_links_are_fast(depth, count, schedule):
+    """An inner stage sends activations one way and gradients the other through one port."""
+    where = cluster(("fast", "slow", "fast", "slow", "fast")[:depth])
+    costs = costs_of(model([5.0, 10.0, 40.0, 5.0, 5.0, 10.0]), where, job(2 * count))
+    line = chain_of(costs, 2, count, schedule).line
+    seconds = preview_seconds(costs, (line,), schedule)
+    assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_micro_batches_that_are_not_followed_come_at_an_even_pace(schedule):
+    where = cluster(("fast", "slow"), ("slow", "fast"))
+    costs = costs_of(model([10.0, 5.0, 40.0, 10.0, 20.0]), where, job(200))
+    line = chain_of(costs, 1, 200, schedule).line
+    seconds = preview_seconds(costs, (line,), schedule)
+    assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=5e-3)
+
+
+@settings(max_examples=30)
+@given(small_worlds({2: (4, 6), 3: (5, 6)}), st.sampled_from(SCHEDULES))
+def test_replicas_and_tied_layers_are_close(world, schedule):
+    graph, where, todo = world
+    costs = costs_of(graph, where, todo)
+    units = tuple((name,) for name in costs.devices)
+    rows = max(len(units), todo.global_batch)
+    found = fit_line(costs, (units,), rows, 2, schedule)
+    if found is not None:
+        seconds = preview_seconds(costs, (found.line,), schedule)
+        assert seconds == pytest.approx(simulated(costs, (found.line,), schedule), rel=0.25)
+
+
+@settings(max_examples=20)
+@given(st.floats(0.1, 2), st.integers(1, 12), st.sampled_from(SCHEDULES))
+def test_a_limit_is_kept_from_both_sides(share, count, schedule):
+    """Below the limit the answer is the same; else it is something between limit and answer."""
+    where = cluster(("fast", "slow"), ("slow",), network=NVLINK)
+    costs = costs_of(model([10.0, 5.0, 40.0, 10.0]), where, job(count))
+    line = chain_of(costs, 1, count, schedule).line
+    seconds = preview_seconds(costs, (line,), schedule)
+    limited = preview_seconds(costs, (line,), schedule, share * seconds)
+    if share > 1:
+        assert limited == seconds
+    else:
+        assert share * seconds * (1 - 1e-12) <= limited <= seconds * (1 + 1e-9)
