@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import field
+from importlib.metadata import version
 from pathlib import Path
 
+from meshwright import __version__
 from meshwright.cluster.spec import Cluster, Link, Precision
 from meshwright.cost.constants import Calibration, implausible
 from meshwright.errors import Problem, ProfileError
@@ -67,7 +70,7 @@ class Profile:
     """LayerGraph.name."""
     sequence: int
     versions: dict[str, str] = field(default_factory=dict)
-    """torch, Python and driver, as measured with."""
+    """torch, Python and machine, as measured with."""
     layers: tuple[LayerTime, ...] = ()
     optimizers: tuple[OptimizerTime, ...] = ()
     links: LinkTimes | None = None
@@ -75,6 +78,34 @@ class Profile:
     """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""
     calibration: Calibration | None = None
     """Constants fitted to measured steps; None: the defaults."""
+
+
+def versions() -> dict[str, str]:
+    """What a measurement on this machine depends on, as `Profile.versions` holds it."""
+    return {
+        "meshwright": __version__,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {_processor()}",
+    }
+
+
+def _processor() -> str:
+    """Name of this machine's processor, as the system gives it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def strange_versions(profile: Profile) -> tuple[str, ...]:
+    """Sentences about what a profile was measured with and this machine does not have."""
+    here = versions()
+    return tuple(
+        f"the profile was measured with {name} {found}; this is {here[name]}"
+        for name, found in profile.versions.items()
+        if name in here and found != here[name]
+    )
 
 
 AGAIN = "measure again with `meshwright profile`"

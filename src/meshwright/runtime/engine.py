@@ -95,7 +95,7 @@ class Engine:
         self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout_seconds)
         self.rank = self.world.rank
         self.steps = 0
-        dilator = None if dilation is None else Dilator(dilation)
+        self.dilator = None if dilation is None else Dilator(dilation)
         self._current: Instruction | None = None
         with worlds.noticing(self.world, lambda: None):
             self._own = assemble(
@@ -104,10 +104,10 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                habits=Habits(seed=seed, dilator=dilator, debug=debug, compile=compile),
+                habits=Habits(seed=seed, dilator=self.dilator, debug=debug, compile=compile),
                 posted=lambda i, works: self._player.posted(i, works),
             )
-        self._player = Player(self._own, plan, self.program.ranks[self.rank], dilator)
+        self._player = Player(self._own, plan, self.program.ranks[self.rank], self.dilator)
         trainable = [h.parameter for h in self._own.held if h.parameter.requires_grad]
         self._optimizer = optimizer(trainable)
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
