@@ -4,8 +4,8 @@
 
 Two processes train a small model; the processor time of every instruction is taken, and from it
 that of the calls it is there to make: reading the batch, the layers' forwards, autograd's
-backwards, posting messages and waiting for them. The rest is the interpreter. Processor time, so that what else runs on the
-machine does not count.
+backwards, posting messages and waiting for them. The rest is the interpreter. Processor time, so
+that what else runs on the machine does not count.
 """
 
 from __future__ import annotations
