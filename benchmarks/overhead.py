@@ -3,9 +3,9 @@
     python benchmarks/overhead.py [--steps 30] [--schedule 1f1b-2bp]
 
 Two processes train a small model; the processor time of every instruction is taken, and from it
-that of the calls it is there to make: the layers' forwards, autograd's backwards, posting messages
-and waiting for them. The rest is the interpreter. Processor time, so that what else runs on the
-machine does not count.
+that of the calls it is there to make: reading the batch, the layers' forwards, autograd's
+backwards, posting messages and waiting for them. The rest is the interpreter. Processor time, so
+that what else runs on the machine does not count.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def worker(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows, micro_batches, blocks = 2, 8, 4
+    share, micro_batches, blocks = 2, 8, 4
     stages = (
         Stage(layers=(0, 3), devices=(("here:0",),)),
         Stage(layers=(3, blocks + 2), devices=(("here:1",),)),
@@ -100,13 +100,13 @@ def worker(options: argparse.Namespace) -> None:
     nobody = Subject(name="any", fingerprint="")
     plan = Plan(
         name="overhead", model=nobody, cluster=nobody,
-        job=Job(global_batch=rows * micro_batches, sequence=16, precision="fp32"),
+        job=Job(global_batch=share * micro_batches, sequence=16, precision="fp32"),
         schedule=options.schedule, devices=("here:0", "here:1"),
-        pipelines=(Pipeline(micro_batches=micro_batches, rows=rows, stages=stages),),
+        pipelines=(Pipeline(micro_batches=micro_batches, rows=share, stages=stages),),
     )  # fmt: skip
     torch.manual_seed(0)
     model = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=blocks, tied=False)
-    tokens = torch.randint(64, (rows * micro_batches, 17))
+    tokens = torch.randint(64, (share * micro_batches, 17))
     batch = (tokens[:, :-1], tokens[:, 1:])
     engine = Engine(
         model, plan, inputs=batch, clip_norm=1.0,
@@ -117,8 +117,9 @@ def worker(options: argparse.Namespace) -> None:
     watch(engine, clock)
     samples: dict[str, list[tuple[float, float]]] = defaultdict(list)
     engine._actions = [(measured(act, samples[i.op.value], clock), i) for act, i in engine._actions]
+    rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
     for step in range(options.steps + 3):
-        engine.step(lambda a, b: tuple(x[a:b] for x in batch))
+        engine.step(rows)
         if step == 2:
             for own in samples.values():
                 own.clear()

@@ -1,6 +1,6 @@
 """Tokens per second of the runtime against PyTorch's own, on the same model and processes.
 
-    python benchmarks/runtime.py [--steps 20] [--cases dp2,pp2] [--json OUT] [--start]
+    python benchmarks/runtime.py [--steps 20] [--cases dp2,pp2] [--json OUT] [--alone]
 
 Even plans (the same on both sides):
 dp2: DistributedDataParallel.  pp2, pp4: pipelining.Schedule1F1B.
@@ -10,7 +10,7 @@ Uneven: un2: a head as heavy as six blocks. Theirs has as many blocks in either 
 stage times differ by two; ours cuts where measured times balance.
 
 Both sides live in the same processes and take turns, step by step; medians are compared.
---start: instead, each side in processes of its own: seconds from the first import to the end of the
+--alone: instead, each side in processes of its own: seconds from the first import to the end of the
 first step, and resident memory after it.
 """
 
@@ -87,15 +87,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--start", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--worker")
     parser.add_argument("--sides", default="theirs,ours")
     options = parser.parse_args()
     if options.worker:
-        run = start if options.start else worker
+        run = start if options.alone else worker
         run(CASES[options.worker], options)
         return
-    table = start_table if options.start else speed_table
+    table = start_table if options.alone else speed_table
     results = table(options)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
@@ -122,7 +122,7 @@ def start_table(options: argparse.Namespace) -> dict:
     results = {}
     for case in options.cases.split(","):
         for side in ("theirs", "ours"):
-            r = results[f"{case} {side}"] = launch(case, ["--start", "--sides", side])
+            r = results[f"{case} {side}"] = launch(case, ["--alone", "--sides", side])
             print(
                 f"{case:6}{side:>8}{r['seconds']:>10.2f}{r['cpu_seconds']:>8.2f}"
                 f"{r['resident_bytes'] / 1e6:>14.0f}",

@@ -98,6 +98,8 @@ class Messages:
         """Where the tensors of some rows belong."""
         assert i.micro_batch is not None
         assert i.rows is not None
+        if i.rows == (self.first, self.last):
+            return self._buffers[i.micro_batch]
         places = []
         for k, (tensor, buffer) in enumerate(
             zip(self.tensors, self._buffers[i.micro_batch], strict=True)
@@ -150,7 +152,9 @@ class Messages:
         for tensor, value in zip(self.tensors, values, strict=True):
             if tensor.by_rows:
                 shape = (i.rows[1] - i.rows[0], *tensor.shape[1:])
-                part = None if value is None else value[i.rows[0] - self.first :][: shape[0]]
+                part = value
+                if value is not None and i.rows != (self.first, self.last):
+                    part = value[i.rows[0] - self.first : i.rows[1] - self.first]
             else:
                 shape = tensor.shape
                 part = None if self.backward and i.rows[0] != self.first else value
