@@ -18,7 +18,7 @@ from meshwright.testbed.bed import design
 from meshwright.testbed.launch import Launcher
 from meshwright.testbed.times import virtual_times
 from meshwright.testbed.train import train_on
-from meshwright.testbed.virtual import VirtualLayer, VirtualOptimizer
+from meshwright.testbed.virtual import Pace, VirtualLayer, VirtualOptimizer
 
 
 class Twice(nn.Module):
@@ -35,7 +35,7 @@ class Twice(nn.Module):
 def test_a_layer_spends_its_time_both_ways_and_gives_every_gradient() -> None:
     spent: list[float] = []
     module = Twice()
-    layer = VirtualLayer(module, 0.25, 0.5, spent.append)
+    layer = VirtualLayer(module, 0.25, 0.5, spent.append, Pace())
     x = torch.randn(2, 3, requires_grad=True)
     y, numbers = layer(x)
     assert (y.shape, y.requires_grad) == ((2, 5), True)
