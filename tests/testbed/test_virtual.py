@@ -50,7 +50,7 @@ def test_a_layer_spends_its_time_both_ways_and_gives_every_gradient() -> None:
 
 
 def test_another_number_of_rows_gets_its_own_shapes() -> None:
-    layer = VirtualLayer(Twice(), 0.0, 0.0, lambda _: None)
+    layer = VirtualLayer(Twice(), 0.0, 0.0, lambda _: None, Pace())
     assert [layer(torch.randn(rows, 3))[0].shape[0] for rows in (2, 7, 2)] == [2, 7, 2]
 
 
