@@ -93,7 +93,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 6 else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 4 else [])
         for name, case in CASES.items()
     ],
 )
