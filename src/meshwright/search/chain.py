@@ -29,6 +29,9 @@ ROWS = 6
 DEPTHS = 3
 """Numbers of stages, the most promising ones, that a row of devices is cut into."""
 
+NOTHING = 100
+"""Steps of a draw that leads to nothing."""
+
 SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 
 DEEPEST = 24
@@ -50,12 +53,14 @@ def cut_chain(
     best = np.full((number + 1, layers + 1), np.inf)
     best[number, layers] = 0.0
     ways: list[Array] = [best]
-    tables: dict[int, Array] = {}
+    most = min(depth, micro_batches)
+    tables = {held: _table(costs, units, rows, micro_batches, held) for held in {1, most}}
+    ample = np.array_equal(tables[1], tables[most])
     found = []
     for k in range(1, depth + 1):
         held = min(k, micro_batches)
         if held not in tables:
-            tables[held] = _table(costs, units, rows, micro_batches, held)
+            tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
         after = np.maximum(ways[-1], borders)
         ways.append(np.maximum(tables[held], after[None, :, None, :]).min(axis=(1, 3)))
         if np.isfinite(ways[k][0, 0]):
@@ -125,7 +130,7 @@ def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:
 def cost_of_cutting(costs: Costs, number: int) -> int:
     """Steps (about a microsecond each) that `cut_chain` takes for so many units."""
     elements = number**2 * (len(costs.model.layers) + 1) ** 2
-    return int(min(number, DEEPEST) * (elements / 1000 + 1.5 * number**2) + 200)
+    return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
 
 
 Chains = Iterator[tuple[int, list[Strategy]]]
@@ -189,7 +194,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
     if chance.random() < 0.3:
         del units[: chance.randint(1, max(1, len(units) // 2))]
     if not units:
-        return 1, []
+        return NOTHING, []
     half = chance.randint(1, len(units) - 1) if len(units) > 1 and chance.random() < 0.3 else 0
     groups = [tuple(own) for own in (units[:half], units[half:]) if own]
     speeds = [sum(1 / pace(costs, unit) for unit in own) for own in groups]
@@ -197,7 +202,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
     shares = [max(1, round(batch * speed / sum(speeds))) for speed in speeds]
     shares[-1] = batch - sum(shares[:-1])
     if shares[-1] < 1:
-        return 1, []
+        return NOTHING, []
     spent, every = 0, []
     for own, share in zip(groups, shares, strict=True):
         sizes = divisors(share)

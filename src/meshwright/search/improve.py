@@ -99,15 +99,15 @@ def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progre
 
 
 def _next(scout: Scout, drawn: Chains) -> list[Strategy]:
-    """More strategies from rows of devices, against the allowance."""
+    """More strategies of the schedules asked for from rows of devices, against the allowance."""
     spent, strategies = next(drawn)
     scout.left -= spent
-    return strategies
+    return [strategy for strategy in strategies if strategy[0] in scout.schedules]
 
 
 def _starts(scout: Scout, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by preview: those played already and those made of
-    whole pools."""
+    """The best strategies of different builds, by preview: those played already, those made of
+    whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
     costs, contest = scout.contest.costs, scout.contest
     known = [_played(each.plan) for each in contest.others]
