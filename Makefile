@@ -40,6 +40,9 @@ bench: $(READY)   ## list the benchmarks; each one says what it compares and wha
 accuracy: $(READY) ## the cost model against published runs: make accuracy DATA=folder
 	@BIN="$(BIN)" benchmarks/accuracy.sh "$(DATA)"
 
+testbed: $(READY)  ## predicted against measured on emulated clusters: make testbed ARGS=--quick
+	$(BIN)/python benchmarks/testbed_accuracy.py $(ARGS)
+
 lock: $(READY)    ## write constraints.txt anew (names and versions only)
 	$(BIN)/pip install uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --group docs --universal \
@@ -59,4 +62,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs picture bench accuracy lock clean
+.PHONY: help demo test test-slow lint docs picture bench accuracy testbed lock clean

@@ -8,8 +8,9 @@ RMS normalisation are counted as the fused kernels that accelerators have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,18 +20,18 @@ from torch.distributed._tools import fake_collectives  # noqa: F401 - lets fakes
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from meshwright.model.graph import LayerPart
 from meshwright.model.meter import FusedKernels
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.runtime.assemble import Assembly, build_own
+from meshwright.runtime.assemble import Assembly, Habits, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
 from meshwright.runtime.optimizer import LossScale, squared_norm
+from meshwright.runtime.play import Player
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import OptimizerFactory, adamw
 from meshwright.runtime.world import World, reduction_groups
@@ -50,8 +51,9 @@ class _Rehearsal(Engine):
     def __init__(self, plan: Plan, program: Program, own: Assembly, world: World) -> None:
         self.plan, self.program, self.world, self.rank = plan, program, world, world.rank
         self.steps = 0
-        self._dilator = self._recorder = self._schedule = None
+        self._schedule = None
         self._own = own
+        self._player = Player(own, plan, program.ranks[world.rank], None)
         self._scale = LossScale(dynamic=False)
         trainable = [held.parameter for held in own.held if held.parameter.requires_grad]
         self._optimizer = OPTIMIZERS[plan.job.optimizer](trainable)
@@ -61,7 +63,7 @@ class _Rehearsal(Engine):
 
     def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
         self._own.reducer.finish()
-        self._end_of_backwards()
+        self._player.finish()
         squared_norm(self._own.buckets, self.world.device)
         self._mean_loss, self._norm = 0.0, 2.0
 
@@ -98,13 +100,13 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
 
 def _fuse_again(stage: Stage) -> None:
     """Kernels are fused in recomputed layers too: no mode around a backward reaches into it."""
-    plain = stage._run
+    plain = stage._run_layer
 
-    def fused(part: LayerPart, seed: int, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def fused(*args: Any) -> tuple[Tensor, ...]:
         with FusedKernels():
-            return plain(part, seed, read)
+            return plain(*args)
 
-    stage._run = fused  # type: ignore[method-assign]
+    stage._run_layer = fused  # type: ignore[method-assign]
 
 
 def _world(plan: Plan, program: Program, rank: int) -> World:
@@ -158,10 +160,11 @@ def measured_peak(
         with fake, nullcontext() if real else FusedKernels(), tracker:
             own = build_own(
                 model, cuts, plan, program, world,
-                seed=0, dilator=None, posted=lambda _, works: Works(works),
+                habits=Habits(), posted=lambda _, works: Works(works),
             )  # fmt: skip
             if not real:
-                _fuse_again(own.stage)
+                for place in own.places.values():
+                    _fuse_again(place.stage)
             tracker._peak_mem.clear()
             engine = _Rehearsal(plan, program, own, world)
 

@@ -43,6 +43,8 @@ WORDS = {
     "FlopsText": '`"312 TFLOP/s"`',
     "TimeText": '`"50 us"`',
     "Precision": "`fp64`, `fp32`, `fp16` or `bf16`",
+    "Mode": "`dilation`, `virtual` or `quota`",
+    "ClusterSource": "path, or a table as in a cluster file",
     "ScheduleName": "`1f1b` or `gpipe`",
     "BoundaryKind": "`direct`, `scatter_gather` or `broadcast`",
 }

@@ -78,7 +78,7 @@ def even_plan(
         model=Subject(name=model.name, fingerprint=""),
         cluster=Subject(name=cluster.name, fingerprint=""),
         job=Job(global_batch=data * micro_batches, sequence=1, precision="fp32", optimizer="sgd"),
-        schedule="gpipe" if schedule == "gpipe" else "1f1b",
+        schedule=schedule,  # type: ignore[arg-type]
         devices=tuple(devices),
         pipelines=(Pipeline(micro_batches=micro_batches, rows=data, stages=mesh),),
     )

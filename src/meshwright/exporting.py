@@ -91,6 +91,7 @@ def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
         pipelines = tuple(
             replace(
                 pipeline,
+                actions=None,
                 stages=tuple(
                     replace(stage, layers=layers)
                     for stage, layers in zip(pipeline.stages, cuts, strict=True)

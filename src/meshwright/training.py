@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,9 @@ from meshwright.runtime.launch import run_here, torchrun_commands
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, TIMELINE, Metrics, RunSettings
 from meshwright.session import Session
 from meshwright.units import format_bytes
+
+Launch = Callable[[tuple[str, ...], Path, Callable[[dict[str, float]], None]], None]
+"""Runs a prepared folder on these devices, waits, and hands on its metrics line by line."""
 
 
 @record
@@ -114,10 +118,12 @@ def train_here(
     *,
     title: str = "training",
     console: Console | None = None,
+    launch: Launch | None = None,
 ) -> Outcome:
     """Run all ranks on this machine, with a progress bar on a terminal and lines elsewhere.
 
-    Raises LaunchError if they do not fit here, TrainingError if the run has to stop.
+    `launch` starts them in another way than torchrun: on a testbed. Raises LaunchError if they do
+    not fit here, TrainingError if the run has to stop.
     """
     console = console or Console()
     check_this_machine(session, plan)
@@ -134,7 +140,10 @@ def train_here(
             if not sys.stdout.isatty() and _worth_a_line(last.step, settings.steps):
                 console.print(f"{title}: step {last.step}  {loss}  {speed}")
 
-        run_here(len(plan.devices), folder, on_metrics=show)
+        if launch is None:
+            run_here(len(plan.devices), folder, on_metrics=show)
+        else:
+            launch(plan.devices, folder, show)
     return outcome(folder, tuple(metrics))
 
 

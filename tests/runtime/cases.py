@@ -131,7 +131,7 @@ class Case:
             cluster=nothing,
             job=Job(global_batch=ROWS, sequence=SEQUENCE, precision=self.precision),
             schedule=self.schedule,
-            devices=tuple(sorted(found)),
+            devices=tuple(sorted(set(found))),
             pipelines=self.pipelines,
         )
 
@@ -276,6 +276,71 @@ CASES: dict[str, Case] = {
             pipeline(3, 2, (2, "a b"), (2, "cd"), (1, "e")),
             pipeline(1, 2, (2, "f"), (2, "gh"), (1, "i")),
         ),
+    ),
+    "pp2 1f1b-2bp, skips": Case(
+        model=uneven, pipelines=(pipeline(4, 2, (3, "a"), (5, "b")),), schedule="1f1b-2bp"
+    ),
+    "pp2 gpipe-2bp-batched, tied": Case(
+        model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="gpipe-2bp-batched"
+    ),
+    "pp2 1f1b-2bp, tensors without rows": Case(
+        model=Shared, pipelines=(pipeline(2, 4, (3, "a"), (3, "b")),), schedule="1f1b-2bp"
+    ),
+    "pp2 zb-v, tied": Case(
+        model=gpt,
+        pipelines=(pipeline(4, 2, (1, "a"), (2, "b"), (1, "b"), (1, "a")),),
+        schedule="zb-v",
+    ),
+    "pp2 interleaved, skips": Case(
+        model=uneven,
+        pipelines=(pipeline(4, 2, (2, "a"), (3, "b"), (1, "a"), (2, "b")),),
+        schedule="interleaved-1f1b",
+    ),
+    "dp2 pp2 zb-h1, shares 3:1": Case(
+        model=llama,
+        pipelines=(pipeline(2, 4, (2, "a b", (3, 1)), (3, "c d", (1, 3))),),
+        schedule="zb-h1",
+    ),
+    "tp2 pp2 zb-h2, tied": Case(
+        model=gpt, pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),), schedule="zb-h2"
+    ),
+    "tp2 pp2 gpipe-2bp-batched, experts": Case(
+        model=mixtral,
+        pipelines=(pipeline(4, 2, (2, "ab"), (2, "cd")),),
+        schedule="gpipe-2bp-batched",
+    ),
+    "two pipelines of 2, 1f1b-2bp-batched, tied": Case(
+        model=gpt,
+        pipelines=(pipeline(3, 2, (2, "a"), (3, "b")), pipeline(1, 2, (4, "c"), (1, "d"))),
+        schedule="1f1b-2bp-batched",
+    ),
+    "dp2 pp2 zb-v, tied": Case(
+        model=gpt,
+        pipelines=(pipeline(2, 4, (1, "a b"), (2, "c d"), (1, "c d"), (1, "a b")),),
+        schedule="zb-v",
+    ),
+    "two pipelines, interleaved-2bp, tied": Case(
+        model=gpt,
+        pipelines=(
+            pipeline(2, 2, (1, "a"), (1, "b"), (2, "a"), (1, "b")),
+            pipeline(2, 2, (2, "c"), (1, "d"), (1, "c"), (1, "d")),
+        ),
+        schedule="interleaved-1f1b-2bp",
+    ),
+    "pp4 zb-h1, skips": Case(
+        model=uneven,
+        pipelines=(pipeline(8, 1, (1, "a"), (3, "b"), (2, "c"), (2, "d")),),
+        schedule="zb-h1",
+    ),
+    "pp2 1f1b-2bp, recomputed, skips": Case(
+        model=uneven,
+        pipelines=(pipeline(4, 2, (3, "a again"), (5, "b again")),),
+        schedule="1f1b-2bp",
+    ),
+    "pp2 zb-v, recomputed, experts": Case(
+        model=mixtral,
+        pipelines=(pipeline(4, 2, (1, "a again"), (1, "b again"), (1, "b again"), (1, "a again")),),
+        schedule="zb-v",
     ),
 } | {
     f"{kind}, {name}": Case(model=model, pipelines=(crossing(kind, made),), schedule=schedule)

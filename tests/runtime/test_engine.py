@@ -4,6 +4,7 @@ a run."""
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import ROWS, Case, batch, gpt, llama, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
 from meshwright.errors import LaunchError, TrainingError
+from meshwright.model.trace import trace
+from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op
 from meshwright.program.timeline import label
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.seeds import layer_seed
-from meshwright.runtime.world import PeerLost, launched
+from meshwright.runtime.world import PeerLost, connect, launched
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
 
@@ -299,6 +303,48 @@ def test_when_a_rank_dies_every_other_says_so_and_ends(victim: int) -> None:
             assert good, text
             assert float(text.split()[0]) < 10
             assert "has gone or stopped answering" in text
+
+
+def stops(rank: int, case: Case, victim: int) -> str:
+    """What a rank says when another one is stopped in the middle of a step."""
+    torch.manual_seed(5)
+    model, plan = case.model(), case.plan
+    program = compile_plan(plan, trace(model.double(), batch(0), "fp64", plan.job.sequence, "any"))
+    engine = Engine(
+        model, plan, inputs=batch(0), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+        world=connect(plan, program, timeout_seconds=STALL_SECONDS),
+    )  # fmt: skip
+    pids: list[int] = [0] * engine.world.size
+    dist.all_gather_object(pids, os.getpid())
+    engine.step(rows_of(0))
+
+    def rows(first: int, last: int) -> tuple[Tensor, ...]:
+        if rank == victim and first > 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return rows_of(1)(first, last)
+
+    start = time.monotonic()
+    try:
+        engine.step(rows)
+    except PeerLost as lost:
+        os.kill(pids[victim], signal.SIGKILL)
+        assert time.monotonic() - start < 2 * STALL_SECONDS
+        return str(lost)
+    raise AssertionError("nobody noticed")
+
+
+STALL_SECONDS = 12.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 3])
+def test_when_a_rank_stops_every_other_names_it_in_the_same_words(victim: int) -> None:
+    layers = (pipeline(4, 2, (2, "a"), (1, "b"), (1, "c"), (1, "d")),)
+    results = outcomes(4, stops, Case(model=gpt, pipelines=layers), victim, limit=60)
+    texts = {text for rank, (_, text) in enumerate(results) if rank != victim}
+    assert all(good for rank, (good, _) in enumerate(results) if rank != victim), results
+    assert len(texts) == 1, texts
+    assert texts.pop().startswith(f"rank {victim}: found has gone or stopped answering (noticed by")
 
 
 def test_processes_that_build_different_models_are_found() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -66,7 +67,17 @@ def test_a_killed_process_is_the_cause_whoever_was_seen_to_fail_first(tmp_path, 
     found = cause(tmp_path, 1)
     assert type(found) is TrainingError
     assert str(found).startswith("rank 1: found a process that was ended by SIGKILL")
-    assert "noticed by rank 0 at 0F0" in str(found)
+    assert "rank 0 found;" in str(found)
+
+
+def test_a_process_that_stood_still_is_named_as_the_others_saw_it(tmp_path):
+    noticed = failure(0, "PeerLost", secondary=True)
+    problem = replace(
+        noticed.problems[0], source="rank 1", field="", found="has gone (Timed out waiting)"
+    )
+    log = SUMMARY.format(root=1, root_code=-9, other=0, other_code=1)
+    write(tmp_path, log, replace(noticed, problems=(problem,)))
+    assert str(cause(tmp_path, 1)).startswith("rank 1: found has gone (Timed out waiting)")
 
 
 def test_processes_that_torchrun_ended_itself_are_not_the_cause(tmp_path):

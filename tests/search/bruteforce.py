@@ -5,6 +5,7 @@ Nothing is bounded, and nothing is shared with the search but the plan format an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, permutations, product
 
 from meshwright.cluster.spec import devices_of, node_of
@@ -34,7 +35,7 @@ def every_plan(model, cluster, job):
                     pipelines=pipelines,
                 )
                 if _legal(plan, model, cluster):
-                    yield plan
+                    yield from _fitting(plan, model, cluster)
 
 
 def least_seconds(model, cluster, job):
@@ -46,11 +47,35 @@ def least_seconds(model, cluster, job):
 
 
 def _legal(plan, model, cluster):
+    """Also by the search's rule that all holders of a layer have one tensor width."""
     try:
         validate_plan(plan, model, cluster)
     except PlanError:
         return False
-    return not memory_problems(plan, model, cluster)
+    width = {}
+    for stage in (stage for pipeline in plan.pipelines for stage in pipeline.stages):
+        for layer in range(*stage.layers):
+            width.setdefault(layer, set()).update(len(unit) for unit in stage.devices)
+    tied = (set().union(*(width[layer] for layer in each.layers)) for each in model.tied)
+    return all(len(widths) == 1 for widths in (*width.values(), *tied))
+
+
+def _fitting(plan, model, cluster):
+    """The plan if it fits; else every way to recompute in some of its stages that does. Where a
+    stage fits, recomputation would only make it slower."""
+    if not memory_problems(plan, model, cluster):
+        yield plan
+        return
+    counts = [len(pipeline.stages) for pipeline in plan.pipelines]
+    for choice in product((False, True), repeat=sum(counts)):
+        flags = iter(choice)
+        pipelines = tuple(
+            replace(p, stages=tuple(replace(s, recompute=next(flags)) for s in p.stages))
+            for p in plan.pipelines
+        )
+        variant = replace(plan, pipelines=pipelines)
+        if any(choice) and not memory_problems(variant, model, cluster):
+            yield variant
 
 
 def _shapes(cluster):

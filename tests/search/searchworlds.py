@@ -108,6 +108,7 @@ def small_worlds(draw, sizes):
         parameters=draw(st.sampled_from([1000, 1_000_000, 10_000_000])),
         tied=draw(st.booleans()),
         units=draw(st.sampled_from([0, 1, 2, 4])),
+        saved=draw(st.sampled_from([1e6, 6e7])),
     )
     where = cluster(*nodes, network=network, types=types)
     return graph, where, job(draw(st.integers(1, most_rows)))

@@ -110,7 +110,7 @@ def test_the_closed_form_is_near_the_simulator():
     costs = costs_of(GRAPH, machines(8, 8), job(256))
     board = fleetwide.drawing(costs, fleets(costs))
     for choice in fleetwide._at_width(board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")):
-        lines = fleetwide._lines(board, choice)
+        lines = fleetwide._lines(choice)
         if lines is not None:
             plan = plan_of(costs, lines, choice.sketches[0].template.schedule)
             played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds

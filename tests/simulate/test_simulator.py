@@ -165,7 +165,8 @@ def test_memory_rises_with_forwards_and_returns_to_where_it_began() -> None:
         for rank in range(4):
             sizes = [point.bytes for point in timeline.memory if point.rank == rank]
             assert sizes[0] == sizes[-1] == prices.static_bytes[rank]
-            assert max(sizes) - sizes[0] == held[rank] * prices.micro_batch_bytes[rank]
+            each = max(price.held for price in prices.ranks[rank])
+            assert max(sizes) - sizes[0] == held[rank] * each
 
 
 def _prices(*ranks: tuple[Price, ...]) -> Prices:
@@ -174,7 +175,6 @@ def _prices(*ranks: tuple[Price, ...]) -> Prices:
         bandwidth={"wire": 1.0},
         devices=tuple(f"n:{rank}" for rank in range(len(ranks))),
         static_bytes=(0,) * len(ranks),
-        micro_batch_bytes=(0.0,) * len(ranks),
     )
 
 

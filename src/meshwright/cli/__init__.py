@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from meshwright.cli import planning, running
+from meshwright.cli import planning, running, testbed
 from meshwright.cli.options import app
 
-__all__ = ["app", "main", "planning", "running"]
+__all__ = ["app", "main", "planning", "running", "testbed"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Verbs that need no PyTorch: plan, explain, simulate, compare, whatif, export.
+"""Verbs that need no PyTorch: plan, explain, simulate, compare, whatif, export, reorder.
 
 Everything heavy is imported inside them.
 """
@@ -219,3 +219,34 @@ def export(
     if found.plan != plan:
         save_plan(found.plan, output / "plan.json")
         typer.echo(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
+
+
+@app.command()
+def reorder(
+    plan_file: PlanFile,
+    order: Annotated[
+        str, typer.Option(help="1f1b, zb-h1, ...; list: one made for the plan's own times.")
+    ] = "list",
+    csv: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Take it from a torch.distributed.pipelining CSV; once, or for every pipeline.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
+        "plan.json"
+    ),
+) -> None:
+    """Give a plan another order of work: by name, made for it, or imported."""
+    from meshwright.ordering import imported, in_order
+    from meshwright.plan.files import save_plan
+    from meshwright.report.tables import explain as print_explanation
+    from meshwright.session import reopen
+
+    session, plan = reopen(plan_file)
+    found = imported(session, plan, csv) if csv else in_order(session, plan, order)
+    save_plan(found, output)
+    print_explanation(found)
+    typer.echo(f"wrote {output}")

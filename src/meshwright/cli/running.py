@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,12 @@ from meshwright.cli.options import (
     PrecisionChoice,
     app,
 )
+from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_there
+
+if TYPE_CHECKING:
+    from meshwright.plan.spec import Plan
+    from meshwright.session import Session
+    from meshwright.training import Outcome
 
 
 @app.command()
@@ -33,9 +39,19 @@ def profile(
     processes: Annotated[
         int, typer.Option(help="Measure with this many processes here, links between them too.")
     ] = 1,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
+    bed_file: BedOption = None,
+    again: Annotated[
+        bool, typer.Option(help="On a testbed: measure even if nothing has changed.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File; with --testbed, folder.")
+    ] = Path("profile.json"),
 ) -> None:
-    """Measure layer times on this device, and links between ranks; `plan` reads the result."""
+    """Measure layer times on this device, and links between ranks; `plan` reads the result.
+
+    On a testbed every class of links is measured, and the folder gets profile.json, links.json and
+    the cluster.toml with the links as they are.
+    """
     from meshwright.runtime.profile import ProfileSettings, profile_here
 
     settings = ProfileSettings(
@@ -47,6 +63,10 @@ def profile(
         cluster=str(cluster) if cluster else None,
         output=str(output),
     )
+    with launcher_for(bed_file) as launcher:
+        if launcher is not None:
+            profile_testbed(launcher, settings, output, again=again)
+            return
     profile_here(settings, processes)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"wrote {output}")
@@ -74,15 +94,16 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
     save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    debug: Annotated[bool, typer.Option(help="Check messages, trace NaN to its layer.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds until a silent rank is lost.")] = 300.0,
+    compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
-    from rich.console import Console
-
-    from meshwright.report.tables import comparison_table
     from meshwright.runtime.run import RunSettings
-    from meshwright.session import reopen, simulated
-    from meshwright.training import prepare, train_here, training_commands
+    from meshwright.session import reopen
+    from meshwright.testbed.bed import standing_here
+    from meshwright.training import prepare, training_commands
 
     session, found = reopen(plan_file)
     settings = RunSettings(
@@ -94,14 +115,28 @@ def train(
         clip_norm=clip_norm or None,
         seed=seed,
         save_weights=save_weights,
+        debug=debug,
+        timeout_seconds=timeout,
+        compile=compile,
     )
     prepare(session, found, settings, output)
-    for command in training_commands(found, output):
-        typer.echo(command)
+    if standing_here() is None:
+        for command in training_commands(found, output):
+            typer.echo(command)
     if dry_run:
         return
-    outcome = train_here(session, found, settings, output)
+    outcome = train_there(session, found, settings, output)
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    _show(session, found, outcome, report)
+
+
+def _show(session: Session, found: Plan, outcome: Outcome, report: Path | None) -> None:
+    """The measured step beside the predicted one; a page, if one is asked for."""
+    from rich.console import Console
+
+    from meshwright.report.tables import comparison_table
+    from meshwright.session import simulated
+
     predicted = simulated(session, found)
     if outcome.timeline is not None:
         Console().print(comparison_table(predicted, outcome.timeline))

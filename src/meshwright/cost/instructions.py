@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, field, replace
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
@@ -14,24 +11,24 @@ from meshwright.cost.collective import (
     Traffic,
     all_gather,
     all_reduce,
-    alone_seconds,
     boundary_transfer,
     broadcast,
 )
-from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
+from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
     MemoryTables,
     StageMemory,
     framework_bytes,
+    half_bytes,
     memory_tables,
-    stage_memory,
     stage_parameters,
-    table_of,
+    together,
+    weigh,
 )
 from meshwright.cost.profile import Profile
-from meshwright.model.recompute import recomputed
+from meshwright.cost.times import ReplicaTimes, Times
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
@@ -47,8 +44,6 @@ from meshwright.program.instructions import (
 )
 from meshwright.records import record
 
-Array = NDArray[np.float64]
-
 NOTHING = Traffic(bytes_by_resource={})
 
 
@@ -58,6 +53,9 @@ class Price:
 
     seconds: float = 0.0
     """Of compute, the tensor-parallel all-reduces of the layers included."""
+    held: float = 0.0
+    """Of compute: activations in bytes that it leaves (a forward, from its start) or frees
+    (negative, at its end)."""
     traffic: Traffic = NOTHING
     """Of a send (its receive moves with it) or a collective."""
     inside: int | None = None
@@ -79,8 +77,6 @@ class Prices:
     """By rank."""
     static_bytes: tuple[int, ...]
     """By rank: parameters, gradients, optimizer states and buffers."""
-    micro_batch_bytes: tuple[float, ...]
-    """By rank: activations that a forward leaves and the backward of its micro-batch frees."""
     overhead_seconds: float = 0.0
     """Fixed cost of a step outside all instructions."""
 
@@ -130,151 +126,130 @@ def price(
         tables=memory_tables(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
     )
-    times = _Times(costs)
-    ranks: dict[int, tuple[Price, ...]] = {}
-    memory: dict[int, tuple[int, float]] = {}
+    times = Times(model, cluster, profile, costs.links, costs.step_latency)
+    held: dict[int, dict[int, _Seated]] = {rank: {} for rank in range(len(plan.devices))}
     for stage in stage_seats(plan):
         for replica in stage.seats:
-            present = [seat for seat in replica if program.ranks[seat.rank]]
-            absent = [seat for seat in replica if not program.ranks[seat.rank]]
-            ranks.update((seat.rank, ()) for seat in absent)
-            memory.update((seat.rank, (0, 0.0)) for seat in absent)
-            if not present:
+            if not any(program.ranks[seat.rank] for seat in replica):
                 continue
-            seconds = times.of_replica(stage, replica)
-            for seat in present:
-                ranks[seat.rank] = _prices(program.ranks[seat.rank], stage, seat, seconds, costs)
-                memory[seat.rank] = _memory(stage, seat, costs)
-    order = sorted(ranks)
+            computes = ReplicaTimes(
+                times,
+                stage.layers,
+                [costs.types[seat.device] for seat in replica],
+                [seat.device for seat in replica],
+                replica[0].rows[1] - replica[0].rows[0],
+                recompute=stage.recompute,
+                hands_back=bool(costs.tables.plain.cut_gradient[stage.layers[0]]),
+            )
+            for seat in replica:
+                if program.ranks[seat.rank]:
+                    held[seat.rank][stage.number] = _Seated(stage, seat, computes)
     return Prices(
-        ranks=tuple(ranks[rank] for rank in order),
+        ranks=tuple(
+            _prices(program.ranks[rank], own, costs) if own else () for rank, own in held.items()
+        ),
         bandwidth=costs.links.capacities,
         devices=plan.devices,
-        static_bytes=tuple(memory[rank][0] for rank in order),
-        micro_batch_bytes=tuple(memory[rank][1] for rank in order),
+        static_bytes=tuple(
+            _static_bytes([(s.stage, s.seat) for s in own.values()], costs) if own else 0
+            for own in held.values()
+        ),
         overhead_seconds=overhead_seconds(profile),
     )
 
 
-def replica_seconds(
-    model: LayerGraph,
-    layers: tuple[int, int],
-    computed: Sequence[LayerSeconds],
-    links: Topology,
-    devices: Sequence[str],
-    rows: int,
-    *,
-    step_latency: float = 0.0,
-) -> tuple[Array, Array]:
-    """Forward and backward seconds of each layer of a stage on one tensor-parallel replica.
+@dataclass(frozen=True, slots=True)
+class _Seated:
+    """A rank in one of its stages."""
 
-    `computed` holds the compute of every layer for each device type of the replica. The ranks meet
-    in every layer's all-reduces, so the slowest sets the pace; all-reduces overlap nothing.
-    `step_latency`: fixed seconds of one step of a ring.
-    """
-    first, last = layers
-    forward = np.max([c.forward[first:last] for c in computed], axis=0)
-    backward = np.max([c.backward[first:last] for c in computed], axis=0)
-    if len(devices) > 1:
-        cost: dict[float, float] = {}
-
-        def reduce_seconds(sizes: tuple[float, ...]) -> float:
-            for size in sizes:
-                if size not in cost:
-                    traffic = all_reduce(links, devices, size * rows, step_latency=step_latency)
-                    cost[size] = alone_seconds(links, traffic)
-            return sum(cost[size] for size in sizes)
-
-        held = model.layers[first:last]
-        forward = forward + [reduce_seconds(layer.forward_all_reduce_bytes) for layer in held]
-        backward = backward + [reduce_seconds(layer.backward_all_reduce_bytes) for layer in held]
-    return forward, backward
-
-
-def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
-    """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
-    repeats = np.array([recomputed(layer, len(model.layers)) for layer in range(*layers)])
-    result: Array = forward * repeats
-    return result
-
-
-class _Times:
-    """Layer times of replicas, each distinct one worked out once while a plan is priced."""
-
-    def __init__(self, costs: _Costs) -> None:
-        self.costs = costs
-        self.computed: dict[tuple[str, int, int], LayerSeconds] = {}
-
-    def of_replica(self, stage: StageSeats, replica: Sequence[Seat]) -> tuple[Array, Array]:
-        costs, rows = self.costs, replica[0].rows[1] - replica[0].rows[0]
-        kinds = dict.fromkeys(costs.types[seat.device] for seat in replica)
-        for kind in kinds:
-            if (kind, len(replica), rows) not in self.computed:
-                self.computed[kind, len(replica), rows] = layer_seconds(
-                    costs.model, costs.cluster.types[kind], len(replica), rows, costs.profile
-                )
-        computed = [self.computed[kind, len(replica), rows] for kind in kinds]
-        devices = [seat.device for seat in replica]
-        forward, backward = replica_seconds(
-            costs.model,
-            stage.layers,
-            computed,
-            costs.links,
-            devices,
-            rows,
-            step_latency=costs.step_latency,
-        )
-        if stage.recompute:
-            backward = backward + repeated_seconds(costs.model, stage.layers, forward)
-        return forward, backward
+    stage: StageSeats
+    seat: Seat
+    computes: ReplicaTimes
 
 
 def _prices(
-    instructions: Sequence[Instruction],
-    stage: StageSeats,
-    seat: Seat,
-    seconds: tuple[Array, Array],
-    costs: _Costs,
+    instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
 ) -> tuple[Price, ...]:
+    """Of one rank's instructions; `own` by number of the stage."""
     inside = _backward_of_reductions(instructions)
     completes: dict[int, list[tuple[int, float]]] = {}
     for reduction, backward in inside.items():
-        layer = completing_layer(instructions[reduction], stage.layers, costs.model)
-        offset = float(seconds[1][layer - stage.layers[0] :].sum())
-        offset += costs.system.reduction_delay * (float(seconds[1].sum()) - offset)
+        i, seated = instructions[backward], own[instructions[backward].stage]
+        layers = seated.stage.layers
+        seconds = seated.computes.of(i.op, _count(i))
+        layer = completing_layer(instructions[reduction], layers, costs.model)
+        offset = float(seconds[layer - layers[0] :].sum())
+        offset += costs.system.reduction_delay * (float(seconds.sum()) - offset)
         completes.setdefault(backward, []).append((reduction, offset))
-    step = optimizer_seconds(
-        costs.cluster.types[costs.types[seat.device]],
-        costs.plan.job.optimizer,
-        float(stage_parameters(costs.tables.plain, stage.layers, len(stage.seats[seat.replica]))),
-        costs.profile,
-        costs.model.precision,
-    )
-    compute = {
-        Op.FORWARD: float(seconds[0].sum()),
-        Op.BACKWARD: float(seconds[1].sum()),
-        Op.OPTIMIZER_STEP: step,
-    }
-    return tuple(
-        Price(seconds=compute[i.op], completes=tuple(completes.get(index, ())))
-        if i.op in COMPUTE
-        else Price(traffic=_traffic(i, seat, costs), inside=inside.get(index))
-        for index, i in enumerate(instructions)
-    )
+    known: dict[tuple[int, Op, int], Price] = {}
+    found = []
+    for index, i in enumerate(instructions):
+        if i.op not in COMPUTE:
+            traffic = _traffic(i, own[i.stage].seat, costs)
+            found.append(Price(traffic=traffic, inside=inside.get(index)))
+            continue
+        key = (i.stage, i.op, _count(i))
+        if key not in known:
+            known[key] = _compute_price(i, own, costs)
+        if index in completes:
+            found.append(replace(known[key], completes=tuple(completes[index])))
+        else:
+            found.append(known[key])
+    return tuple(found)
+
+
+def _tensor(stage: StageSeats, seat: Seat) -> int:
+    """Tensor width of the replica that a rank is in."""
+    return len(stage.seats[seat.replica])
+
+
+def _count(i: Instruction) -> int:
+    """Micro-batches that a compute instruction works on."""
+    return 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]
+
+
+def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Price:
+    seated = own[i.stage]
+    if i.op is Op.OPTIMIZER_STEP:
+        seconds = optimizer_seconds(
+            costs.cluster.types[costs.types[seated.seat.device]],
+            costs.plan.job.optimizer,
+            sum(
+                float(
+                    stage_parameters(costs.tables.plain, s.stage.layers, _tensor(s.stage, s.seat))
+                )
+                for s in own.values()
+            ),
+            costs.profile,
+            costs.model.precision,
+        )
+        return Price(seconds=seconds)
+    full = float(_weighed(seated.stage, seated.seat, costs).activations)
+    rows = seated.seat.rows[1] - seated.seat.rows[0]
+    tensor = _tensor(seated.stage, seated.seat)
+    half = half_bytes(costs.tables, seated.stage, tensor, rows)
+    held = {
+        Op.FORWARD: full,
+        Op.BACKWARD: -full,
+        Op.BACKWARD_INPUT: half - full,
+        Op.BACKWARD_WEIGHT: -half * _count(i),
+    }[i.op]
+    return Price(seconds=float(seated.computes.of(i.op, _count(i)).sum()), held=held)
 
 
 def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Index of each REDUCE_GRAD to that of the backward after it; one after the last backward is
-    complete when it is posted, and absent."""
-    found: dict[int, int] = {}
-    posted: list[int] = []
-    for index, i in enumerate(instructions):
-        if i.op is Op.REDUCE_GRAD:
-            posted.append(index)
-        elif i.op is Op.BACKWARD:
-            found.update(dict.fromkeys(posted, index))
-            posted = []
-    return found
+    """Index of each REDUCE_GRAD to that of its stage's last backward (B or W), if that comes after
+    it; one that is posted later is complete then, and absent."""
+    last = {
+        i.stage: index
+        for index, i in enumerate(instructions)
+        if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+    }
+    return {
+        index: last[i.stage]
+        for index, i in enumerate(instructions)
+        if i.op is Op.REDUCE_GRAD and last.get(i.stage, -1) > index
+    }
 
 
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
@@ -321,15 +296,23 @@ def _gather(i: Instruction, costs: _Costs) -> Traffic:
     return all_gather(costs.links, members, i.bytes, step_latency=costs.step_latency)
 
 
-def _memory(stage: StageSeats, seat: Seat, costs: _Costs) -> tuple[int, float]:
-    """Bytes that a rank always holds, and those of one micro-batch."""
-    rows = seat.rows[1] - seat.rows[0]
-    tensor = len(stage.seats[seat.replica])
+def _weighed(stage: StageSeats, seat: Seat, costs: _Costs) -> StageMemory:
+    """A stage with one micro-batch in flight."""
+    tensor, rows = _tensor(stage, seat), seat.rows[1] - seat.rows[0]
     key = (stage.recompute, stage.layers, tensor, rows)
     if key not in costs.weighed:
-        table = table_of(costs.tables, stage)
-        costs.weighed[key] = stage_memory(table, stage.layers, tensor, rows, 1)
-    parts = costs.weighed[key]
+        costs.weighed[key] = weigh(costs.tables, stage, tensor, rows)
+    return costs.weighed[key]
+
+
+def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], costs: _Costs) -> int:
+    """Bytes that a rank always holds, whatever is in flight."""
+    parts = together(
+        costs.tables.plain,
+        [stage for stage, _ in own],
+        _tensor(*own[0]),
+        [_weighed(stage, seat, costs) for stage, seat in own],
+    )
+    device = costs.cluster.types[costs.types[own[0][1].device]]
     states = parts.parameters + parts.gradients + parts.optimizer
-    framework = framework_bytes(costs.cluster.types[costs.types[seat.device]])
-    return round(states + parts.buffers) + framework, float(parts.activations)
+    return framework_bytes(device) + round(float(states + parts.buffers))

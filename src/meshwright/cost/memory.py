@@ -6,7 +6,7 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
+from meshwright.cost.holding import SPLIT_KEEPS, Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph, Tensor, Tied
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
-from meshwright.program.schedules import in_flight
 from meshwright.records import record
 
 Array = NDArray[np.float64]
@@ -227,7 +227,7 @@ def _workspace(
 
 
 def stage_memory(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
     """Bytes on each device of a stage that works on `rows` rows of every micro-batch and holds
     `in_flight` micro-batches between forward and backward.
@@ -257,7 +257,7 @@ def stage_memory(
 
 
 def _of_many_rows(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
     """Each number of rows by itself."""
     first, last, each, held = np.broadcast_arrays(*layers, rows, in_flight)
@@ -274,7 +274,7 @@ def _of_many_rows(
 
 
 def stage_memory_bytes(
-    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Ints
+    table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> Floats:
     """All of `stage_memory`, in bytes; to be compared with `usable_bytes`."""
     parts = stage_memory(table, layers, tensor, rows, in_flight)
@@ -294,43 +294,79 @@ def usable_bytes(device: DeviceType) -> int:
     return device.memory - framework_bytes(device)
 
 
+def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> StageMemory:
+    """A replica of a stage, `tensor` wide, with one micro-batch of `rows` rows in flight."""
+    return stage_memory(table_of(tables, stage), stage.layers, tensor, rows, 1)
+
+
+def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
+    """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
+    them again. Where there is nothing for I to do, what the forward left."""
+    if not tables.plain.cut_gradient[stage.layers[0]]:
+        return float(weigh(tables, stage, tensor, rows).activations)
+    return SPLIT_KEEPS * float(
+        stage_memory(tables.plain, stage.layers, tensor, rows, 1).activations
+    )
+
+
+def together(
+    table: MemoryTable, stages: Sequence[StageSeats], tensor: int, parts: Sequence[StageMemory]
+) -> StageMemory:
+    """All that one device holds of several stages, each with one micro-batch: the casts of all, but
+    buffers of one at a time."""
+    casts = [cast_bytes(table, stage.layers, tensor) for stage in stages]
+    buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
+    return StageMemory(
+        parameters=sum(part.parameters for part in parts),
+        gradients=sum(part.gradients for part in parts),
+        optimizer=sum(part.optimizer for part in parts),
+        activations=sum(part.activations for part in parts),
+        buffers=buffers + sum(casts),
+    )
+
+
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
     """Predicted bytes of every device of a plan, in rank order.
 
-    A stage holds as many micro-batches at once as its schedule opens (1F1B min(M, S - s), GPipe M).
+    Activations are the most that is held at any point of the device's order of work. Raises
+    PlanError for a schedule in the plan that cannot be played.
     """
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
     everything = stage_seats(plan)
-    for stage, _, held in held_by_stage(plan):
-        for seat in (seat for replica in stage.seats for seat in replica):
-            rows = seat.rows[1] - seat.rows[0]
-            tensor = len(stage.seats[seat.replica])
-            parts = stage_memory(table_of(tables, stage), stage.layers, tensor, rows, held)
-            copied = copied_gradient_bytes(model, plan.job, everything, stage, seat)
+    for holders in holders_of(plan):
+        known: dict[tuple[int, int], tuple[StageMemory, float]] = {}
+        for seat in (seat for replica in holders.stages[0].seats for seat in replica):
+            key = len(holders.stages[0].seats[seat.replica]), seat.rows[1] - seat.rows[0]
+            if key not in known:
+                known[key] = _weighed(tables, holders, *key)
+            parts, activations = known[key]
+            copied = sum(
+                copied_gradient_bytes(model, plan.job, everything, stage, seat)
+                for stage in holders.stages
+            )
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,
                 parameters=round(parts.parameters),
                 gradients=round(parts.gradients),
                 optimizer=round(parts.optimizer),
-                activations=round(parts.activations),
-                buffers=round(max(parts.buffers, copied - parts.activations))
-                + framework_bytes(device),
+                activations=round(activations),
+                buffers=round(max(parts.buffers, copied - activations)) + framework_bytes(device),
                 capacity=device.memory,
             )
     return tuple(found[rank] for rank in sorted(found))
 
 
-def held_by_stage(plan: Plan) -> Iterator[tuple[StageSeats, str, int]]:
-    """Every stage, its path in the plan, and the micro-batches it holds at once."""
-    stages = stage_seats(plan)
-    for stage in stages:
-        pipeline = plan.pipelines[stage.pipeline]
-        depth = stage.number - next(s.number for s in stages if s.pipeline == stage.pipeline)
-        held = in_flight(plan.schedule, depth, len(pipeline.stages), pipeline.micro_batches)
-        yield stage, f"pipelines[{stage.pipeline}].stages[{depth}]", held
+def _weighed(
+    tables: MemoryTables, holders: Holders, tensor: int, rows: int
+) -> tuple[StageMemory, float]:
+    """All stages of a device, and the activations that it holds at its worst moment."""
+    parts = [weigh(tables, stage, tensor, rows) for stage in holders.stages]
+    half = [half_bytes(tables, stage, tensor, rows) for stage in holders.stages]
+    held = most_held(holders, [float(part.activations) for part in parts], half)
+    return together(tables.plain, holders.stages, tensor, parts), held
 
 
 def total_bytes(memory: DeviceMemory) -> int:

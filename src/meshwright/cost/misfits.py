@@ -8,11 +8,11 @@ import numpy as np
 
 from meshwright.cluster.spec import Cluster, DeviceType, devices_of
 from meshwright.cost.framework import HOLES
+from meshwright.cost.holding import SPLIT_KEEPS, holders_of, most_held
 from meshwright.cost.memory import (
     MemoryTables,
     device_memory,
     framework_bytes,
-    held_by_stage,
     memory_tables,
     stage_memory_bytes,
     table_of,
@@ -23,6 +23,8 @@ from meshwright.model.spec import Layer, LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.units import format_bytes
+
+LESS = "give it fewer layers and fewer rows, or a device with more memory"
 
 
 def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
@@ -36,7 +38,9 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
     tables = memory_tables(model, plan.job)
     by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
     problems = []
-    for stage, path, held in held_by_stage(plan):
+    for holders in holders_of(plan):
+        stage, count = holders.stages[0], len(holders.stages)
+        held = most_held(holders, (1.0,) * count, (SPLIT_KEEPS,) * count)
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity
@@ -45,10 +49,10 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                 problems.append(
                     Problem(
                         f"plan {plan.name}",
-                        path,
+                        holders.path,
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, tables, stage, seat, held, room),
+                        _what_helps(model, tables, stage, seat, held, room) if count == 1 else LESS,
                     )
                 )
     return tuple(problems)
@@ -73,7 +77,7 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 
 
 def _what_helps(
-    model: LayerGraph, tables: MemoryTables, stage: StageSeats, seat: Seat, held: int, room: float
+    model: LayerGraph, tables: MemoryTables, stage: StageSeats, seat: Seat, held: float, room: float
 ) -> str:
     """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
     (first, last), rows = stage.layers, seat.rows[1] - seat.rows[0]
@@ -94,6 +98,4 @@ def _what_helps(
         if stage_memory_bytes(table, stage.layers, width, rows, held) <= room:
             advice.append(f"tensor width {width}")
             break
-    return (
-        "; or ".join(advice) or "give it fewer layers and fewer rows, or a device with more memory"
-    )
+    return "; or ".join(advice) or LESS

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import field
+from importlib.metadata import version
 from pathlib import Path
 
+from meshwright import __version__
 from meshwright.cluster.spec import Cluster, Link, Precision
 from meshwright.cost.constants import Calibration, implausible
 from meshwright.errors import Problem, ProfileError
@@ -29,6 +32,10 @@ class LayerTime:
     """Rows of the micro-batch."""
     forward_seconds: Seconds
     backward_seconds: Seconds
+    input_seconds: Seconds | None = None
+    """Of a backward in two parts, the one that makes the gradients of the layer's inputs."""
+    weight_seconds: Seconds | None = None
+    """And the one that makes those of its weights. Absent: not measured."""
     spread: float = 0.0
     """Interquartile range of the repeats over their median."""
 
@@ -63,7 +70,7 @@ class Profile:
     """LayerGraph.name."""
     sequence: int
     versions: dict[str, str] = field(default_factory=dict)
-    """torch, Python and driver, as measured with."""
+    """torch, Python and machine, as measured with."""
     layers: tuple[LayerTime, ...] = ()
     optimizers: tuple[OptimizerTime, ...] = ()
     links: LinkTimes | None = None
@@ -71,6 +78,34 @@ class Profile:
     """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""
     calibration: Calibration | None = None
     """Constants fitted to measured steps; None: the defaults."""
+
+
+def versions() -> dict[str, str]:
+    """What a measurement on this machine depends on, as `Profile.versions` holds it."""
+    return {
+        "meshwright": __version__,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {_processor()}",
+    }
+
+
+def _processor() -> str:
+    """Name of this machine's processor, as the system gives it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def strange_versions(profile: Profile) -> tuple[str, ...]:
+    """Sentences about what a profile was measured with and this machine does not have."""
+    here = versions()
+    return tuple(
+        f"the profile was measured with {name} {found}; this is {here[name]}"
+        for name, found in profile.versions.items()
+        if name in here and found != here[name]
+    )
 
 
 AGAIN = "measure again with `meshwright profile`"
@@ -113,6 +148,8 @@ def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
             (f"{at}.backward_seconds", entry.backward_seconds),
         ]
         not_negative.append((f"{at}.spread", entry.spread))
+        parts = {"input_seconds": entry.input_seconds, "weight_seconds": entry.weight_seconds}
+        not_negative += [(f"{at}.{name}", s or 0.0) for name, s in parts.items()]
     for i, optimizer in enumerate(profile.optimizers):
         at = f"optimizers[{i}]"
         positive.append((f"{at}.seconds_per_parameter", optimizer.seconds_per_parameter))
@@ -122,8 +159,8 @@ def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
         if link is not None:
             positive.append((f"links.{level}.bandwidth", link.bandwidth))
             not_negative.append((f"links.{level}.latency", link.latency))
-    if profile.links and profile.links.all_reduce_latency is not None:
-        not_negative.append(("links.all_reduce_latency", profile.links.all_reduce_latency))
+    latency = profile.links.all_reduce_latency if profile.links else None
+    not_negative.append(("links.all_reduce_latency", latency or 0.0))
     for name, value in positive:
         if not _positive(value):
             yield Problem(source, name, str(value), "a number above zero", AGAIN)

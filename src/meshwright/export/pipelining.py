@@ -1,23 +1,27 @@
-"""A plan's program as the compute-only CSV of torch.distributed.pipelining: a line per stage.
+"""A plan's program as the compute-only CSV of torch.distributed.pipelining, and back: a line for
+each group of devices.
 
-Form: `_PipelineScheduleRuntime._load_csv` of torch 2.13. Every pipeline is a file of its own, with
-its stages numbered from 0; all replicas of a pipeline read the same one.
+Form: `_PipelineScheduleRuntime._load_csv` of torch 2.13: actions such as `0F3`, separated by
+commas. Every pipeline is a file of its own, with its stages numbered from 0; all replicas of a
+pipeline read the same one.
 """
 
 from __future__ import annotations
 
-from meshwright.errors import PlanError
+from collections.abc import Sequence
+from dataclasses import replace
+
+from meshwright.errors import PlanError, Problem
 from meshwright.export.grid import pipeline_problems
-from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import stage_seats
-from meshwright.plan.spec import Plan
-from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.plan.spec import Pipeline, Plan
+from meshwright.plan.virtual import layout_of
+from meshwright.program.actions import Order, one, parse_order, word, words
+from meshwright.program.orders import check_orders, orders_of
 
 TOOL = "torch.distributed.pipelining"
 
 
-def pipelining_files(plan: Plan, model: LayerGraph) -> dict[str, str]:
+def pipelining_files(plan: Plan) -> dict[str, str]:
     """`schedule.csv`, or `schedule-0.csv` and so on. Raises PlanError for stages of unlike width
     or replicas with unlike rows, between which torch's stages cannot send."""
     PlanError.check(
@@ -25,18 +29,63 @@ def pipelining_files(plan: Plan, model: LayerGraph) -> dict[str, str]:
         for index, pipeline in enumerate(plan.pipelines)
         for problem in pipeline_problems(plan, index, pipeline, TOOL)
     )
-    program = compile_plan(plan, model)
-    lines: dict[int, list[str]] = {}
-    first: dict[int, int] = {}
-    for stage in stage_seats(plan):
-        offset = first.setdefault(stage.pipeline, stage.number)
-        actions = (
-            f"{stage.number - offset}{i.op}{i.micro_batch}"
-            for i in program.ranks[stage.seats[0][0].rank]
-            if i.op in (Op.FORWARD, Op.BACKWARD)
-        )
-        lines.setdefault(stage.pipeline, []).append(",".join(actions))
-    texts = {index: "\n".join(rows) + "\n" for index, rows in lines.items()}
-    if len(set(texts.values())) == 1:
+    texts = [schedule_csv(orders_of(plan, index)) for index in range(len(plan.pipelines))]
+    if len(set(texts)) == 1:
         return {"schedule.csv": texts[0]}
-    return {f"schedule-{index}.csv": text for index, text in texts.items()}
+    return {f"schedule-{index}.csv": text for index, text in enumerate(texts)}
+
+
+def schedule_csv(orders: Sequence[Order]) -> str:
+    """Orders as CSV; a batched W as so many single ones, which is all that torch has."""
+    rows = (
+        ",".join(
+            word(one(action.op, action.stage, m), alone=False)
+            for action in order
+            for m in range(action.first, action.last)
+        )
+        for order in orders
+    )
+    return "\n".join(rows) + "\n"
+
+
+def with_schedule(plan: Plan, texts: Sequence[str], sources: Sequence[str]) -> Plan:
+    """The plan in the order of CSV files, one for every pipeline or one for all, as the schedule
+    `custom`. Raises PlanError, naming file, line and word, for what cannot be played."""
+    if len(texts) not in (1, len(plan.pipelines)):
+        wanted = f"1, or one for each of {len(plan.pipelines)} pipelines"
+        raise PlanError(Problem("schedule", "files", str(len(texts)), wanted))
+    pairs = list(zip(texts, sources, strict=True))
+    pairs = pairs * len(plan.pipelines) if len(pairs) == 1 else pairs
+    pipelines = tuple(
+        replace(pipeline, actions=_actions(pipeline, text, source))
+        for pipeline, (text, source) in zip(plan.pipelines, pairs, strict=True)
+    )
+    return replace(plan, schedule="custom", pipelines=pipelines, prediction=None)
+
+
+def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
+    layout = layout_of(pipeline)
+    rows = [row for row in text.splitlines() if row.strip()]
+    if len(rows) != len(layout):
+        wanted = f"{len(layout)}, one for each group of devices of the pipeline"
+        raise PlanError(Problem(source, "lines", str(len(rows)), wanted))
+    numbered = (tuple(range(len(pipeline.stages))),) * len(layout)
+    found = []
+    for number, (row, every, held) in enumerate(zip(rows, numbered, layout, strict=True), start=1):
+        # Every word names its stage, as one of several would.
+        order = parse_order(row.replace(",", " "), every, source=source, field=f"line {number}")
+        PlanError.check(
+            Problem(
+                source,
+                f"line {number}, word {index}",
+                word(action, alone=False),
+                f"stages of its devices: {', '.join(map(str, held))}",
+            )
+            for index, action in enumerate(order)
+            if action.stage not in held
+        )
+        found.append(order)
+    check_orders(found, layout, pipeline.micro_batches, source=source, where="file")
+    return tuple(
+        words(order, alone=len(held) == 1) for order, held in zip(found, layout, strict=True)
+    )

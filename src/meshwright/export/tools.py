@@ -41,7 +41,7 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
     """
     check_tool(tool)
     if tool == PIPELINING:
-        return pipelining_files(plan, model)
+        return pipelining_files(plan)
     if plan.model.source.endswith(".toml"):
         wanted = f"a language model by name or config.json, which {tool} can build"
         mend = f"--to {PIPELINING} takes any model"

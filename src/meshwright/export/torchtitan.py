@@ -57,7 +57,15 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     }
 
 
+SCHEDULES: dict[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe"}
+"""torchtitan's names of the orders that it plays on stages with devices of their own."""
+
+
 def _problems(plan: Plan, language: LanguageModel) -> Iterator[Problem]:
+    if plan.schedule not in SCHEDULES and any(len(p.stages) > 1 for p in plan.pipelines):
+        wanted = "1f1b or gpipe, which torchtitan plays on these stages"
+        mend = "`--to pipelining-csv` writes any order for torch.distributed.pipelining itself"
+        yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
     if language.family == "gpt2":
         wanted = "a decoder of the Llama kind: torchtitan has no GPT-2"
         yield Problem(plan.name, "model", language.name, wanted)
@@ -78,7 +86,7 @@ def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
         ("pipeline_parallel_degree", grid.stages),
     ]
     if grid.stages > 1:
-        schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
+        schedule = SCHEDULES[plan.schedule]
         settings.append(("pipeline_parallel_schedule", schedule))
         settings.append(("num_pp_microbatches", grid.micro_batches))
     return settings

@@ -50,8 +50,11 @@ class Timeline:
 
 
 def label(instruction: Instruction) -> str:
-    """`0F3`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`, `0REDUCE_GRAD 4:8 1:2/4` of a tile."""
-    micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
+    """`0F3`, `0W0:4`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`, and of a tile
+    `0REDUCE_GRAD 4:8 1:2/4`."""
+    micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
+    if instruction.micro_batches is not None:
+        micro_batch = "{}:{}".format(*instruction.micro_batches)
     word = f"{instruction.stage}{instruction.op}{micro_batch}"
     if instruction.op is not Op.REDUCE_GRAD:
         return word

@@ -32,6 +32,7 @@ from meshwright.report.sentences import (
 from meshwright.report.tables import devices_text, rows_text
 from meshwright.report.template import render, source
 from meshwright.report.tracks import timeline_data
+from meshwright.simulate.compare import Comparison
 from meshwright.simulate.parts import parts
 
 PROGRAM_LINES = 20_000
@@ -88,7 +89,7 @@ class Bar:
     mark: float = 0.0
 
 
-def write_report(
+def write_report(  # noqa: PLR0913 - a page shows what there is
     path: Path,
     plan: Plan,
     cluster: Cluster,
@@ -98,6 +99,7 @@ def write_report(
     measured: Timeline | None = None,
     losses: Mapping[str, Sequence[float]] | None = None,
     rivals: Sequence[Rival] = (),
+    comparison: Comparison | None = None,
 ) -> None:
     """Write the page. `losses` by run; `rivals` in the order of their rows, the plan itself last:
     the step that it took is theirs, a median of many, where `measured` shows one of them."""
@@ -109,6 +111,7 @@ def write_report(
         measured=measured,
         losses=losses or {},
         rivals=rivals,
+        comparison=comparison,
     )
     path.write_text(text, encoding="utf-8")
 
@@ -122,6 +125,7 @@ def report_html(
     measured: Timeline | None,
     losses: Mapping[str, Sequence[float]],
     rivals: Sequence[Rival],
+    comparison: Comparison | None = None,
 ) -> str:
     """The page as text."""
     prediction = plan.prediction
@@ -148,6 +152,7 @@ def report_html(
         sentences=_sentences(prediction, predicted, cluster),
         rivals=_rival_bars(rivals),
         losses=loss_svg(losses) if any(losses.values()) else "",
+        comparison=comparison,
         prediction=prediction,
         program=_program(plan, model),
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 KINDS = {
     "F": "#0072b2",
     "B": "#e69f00",
+    "I": "#f0c050",
+    "W": "#f0e442",
     "OPTIMIZER_STEP": "#009e73",
     "send": "#56b4e9",
     "receive": "#d55e00",
@@ -19,6 +21,8 @@ KINDS = {
 KIND_NAMES = {
     "F": "forward",
     "B": "backward",
+    "I": "backward, inputs",
+    "W": "backward, weights",
     "OPTIMIZER_STEP": "optimizer step",
     "send": "send",
     "receive": "receive",

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import Work
 
 from meshwright.model.graph import LayeredModel
 from meshwright.model.shard import Tile, own_tile
-from meshwright.plan.ranks import Seat, StageSeats, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, held_together, seats_of, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Op, Program
-from meshwright.program.schedules import in_flight
 from meshwright.runtime.boundary import Handle, Messages
-from meshwright.runtime.build import Crossing, Held, build_stage, cut_for
+from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.collect import Home, parameter_homes
+from meshwright.runtime.debug import Tracer
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.reduce import (
     FlatBucket,
@@ -33,15 +34,27 @@ from meshwright.runtime.world import World
 
 
 @dataclass(slots=True)
+class Place:
+    """One stage of those that a rank holds."""
+
+    seat: Seat
+    stage: Stage
+    messages: dict[Op, Messages]
+    """By what this rank does with them: SEND_F, RECV_F, SEND_B, RECV_B."""
+    previous_here: bool
+    """This rank holds the stage before, too: what passes between them stays here."""
+    next_here: bool
+
+
+@dataclass(slots=True)
 class Assembly:
     """One rank, ready to start."""
 
-    seat: Seat
+    places: dict[int, Place]
+    """By number of the stage."""
+    device: torch.device
     team: Team | None
-    stage: Stage
     held: tuple[Held, ...]
-    messages: dict[Op, Messages]
-    """By what this rank does with them: SEND_F, RECV_F, SEND_B, RECV_B."""
     reducer: Reducer
     homes: tuple[Home, ...]
 
@@ -51,6 +64,18 @@ class Assembly:
         return list(self.reducer.buckets.values())
 
 
+@dataclass(slots=True, kw_only=True)
+class Habits:
+    """How a rank does what its program says."""
+
+    seed: int = 0
+    dilator: Dilator | None = None
+    debug: bool = False
+    """Every message is preceded by a header, every layer's numbers are looked at."""
+    compile: bool = False
+    """Layers run through torch.compile."""
+
+
 def assemble(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -58,19 +83,18 @@ def assemble(
     program: Program,
     world: World,
     *,
-    seed: int,
-    dilator: Dilator | None,
+    habits: Habits,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
-    """Builds this rank's stage and meets the others to start from equal weights.
+    """Builds this rank's stages and meets the others to start from equal weights.
 
     `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
     if the processes did not build the same model.
     """
-    _, seat = _seat(stage_seats(plan), world.rank)
+    _, seat = _own_seats(stage_seats(plan), world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
-    own = build_own(model, cuts, plan, program, world, seed=seed, dilator=dilator, posted=posted)
-    agree(program, world, own.messages)
+    own = build_own(model, cuts, plan, program, world, habits=habits, posted=posted)
+    agree(program, world, {n: place.messages for n, place in own.places.items()})
     equalise(own.buckets, own.held, world, own.team)
     return own
 
@@ -82,8 +106,7 @@ def build_own(
     program: Program,
     world: World,
     *,
-    seed: int,
-    dilator: Dilator | None,
+    habits: Habits,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
     """All that one rank holds, of a model cut for its rows; nothing is communicated.
@@ -91,38 +114,75 @@ def build_own(
     Raises ModelError or PlanError.
     """
     stages = stage_seats(plan)
-    place, seat = _seat(stages, world.rank)
+    mine = _own_seats(stages, world.rank)
     homes = parameter_homes(model, cuts[0], stages)
+    place, seat = mine[0]
     width = len(place.seats[seat.replica])
-    team = _team(world, seat, width, dilator)
-    built = build_stage(model, cuts, place, seed=seed, device=world.device, team=team)
+    team = _team(world, seat, width, habits.dilator)
+    built = build_stages(
+        model, cuts, [place for place, _ in mine], seed=habits.seed, device=world.device, team=team
+    )
+    held = tuple({one.name: one for each in built for one in each.held}.values())
     own = own_tile(width, seat.tensor_index)
-    buckets = _buckets(built.held, program.ranks[world.rank], built.tied, own, world)
-    catch_up = (lambda: None) if dilator is None else dilator.catch_up
+    buckets = _buckets(held, program.ranks[world.rank], built[0].tied, own, world)
+    catch_up = (lambda: None) if habits.dilator is None else habits.dilator.catch_up
     return Assembly(
-        seat=seat,
-        team=team,
-        stage=Stage(built, plan.job.precision, world.device, seed),
-        held=built.held,
-        messages={
-            Op.SEND_F: _messages(plan, seat, built.outgoing, world, backward=False),
-            Op.RECV_F: _messages(plan, seat, built.incoming, world, backward=False),
-            Op.SEND_B: _messages(plan, seat, built.incoming, world, backward=True),
-            Op.RECV_B: _messages(plan, seat, built.outgoing, world, backward=True),
+        places={
+            place.number: _place(each, place, seat, stages, plan, world, habits)
+            for each, (place, seat) in zip(built, mine, strict=True)
         },
+        device=world.device,
+        team=team,
+        held=held,
         reducer=Reducer(buckets, posted, catch_up),
         homes=homes,
     )
 
 
-def _seat(stages: Sequence[StageSeats], rank: int) -> tuple[StageSeats, Seat]:
-    return next(
-        (stage, seat)
-        for stage in stages
-        for replica in stage.seats
-        for seat in replica
-        if seat.rank == rank
+def _place(
+    built: BuiltStage,
+    place: StageSeats,
+    seat: Seat,
+    stages: Sequence[StageSeats],
+    plan: Plan,
+    world: World,
+    habits: Habits,
+) -> Place:
+    def messages(tensors: Sequence[Crossing], *, backward: bool, incoming: bool) -> Messages:
+        return Messages(
+            tensors,
+            seat.rows,
+            world.backward if backward else world.forward,
+            world.device,
+            backward=backward,
+            window=plan.pipelines[seat.pipeline].micro_batches,
+            lane=(place.number if incoming else place.number + 1, len(stages) + 1),
+            chains=world.chains,
+            replica=world.tensor,
+            debug=habits.debug,
+        )
+
+    precision = plan.job.precision
+    stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
+    if habits.debug:
+        stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
+    return Place(
+        seat=seat,
+        stage=stage,
+        messages={
+            Op.SEND_F: messages(built.outgoing, backward=False, incoming=False),
+            Op.RECV_F: messages(built.incoming, backward=False, incoming=True),
+            Op.SEND_B: messages(built.incoming, backward=True, incoming=True),
+            Op.RECV_B: messages(built.outgoing, backward=True, incoming=False),
+        },
+        previous_here=not place.is_first and held_together(stages[place.number - 1], place),
+        next_here=not place.is_last and held_together(place, stages[place.number + 1]),
     )
+
+
+def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats, Seat]]:
+    """The stages that a rank holds, in layer order, and its seats in them."""
+    return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 
 def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team | None:
@@ -151,19 +211,3 @@ def _buckets(
         }
         buckets[key] = make_bucket(group, own, members)
     return buckets
-
-
-def _messages(
-    plan: Plan, seat: Seat, tensors: Sequence[Crossing], world: World, *, backward: bool
-) -> Messages:
-    pipeline = plan.pipelines[seat.pipeline]
-    return Messages(
-        tensors,
-        seat.rows,
-        world.backward if backward else world.forward,
-        world.device,
-        backward=backward,
-        chains=world.chains,
-        replica=world.tensor,
-        window=in_flight(plan.schedule, 0, len(pipeline.stages), pipeline.micro_batches),
-    )

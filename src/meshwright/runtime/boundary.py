@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 from meshwright.program.instructions import SENDS, Instruction
 from meshwright.runtime.build import Crossing
+from meshwright.runtime.debug import Headers
 
 
 class Handle(Protocol):
@@ -33,7 +34,7 @@ class Messages:
     sends its own to the first of several makers and zeros to the rest.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a direction is made of
         self,
         tensors: Sequence[Crossing],
         rows: tuple[int, int],
@@ -44,6 +45,8 @@ class Messages:
         window: int,
         chains: Mapping[tuple[int, ...], ProcessGroup] | None = None,
         replica: ProcessGroup | None = None,
+        lane: tuple[int, int],
+        debug: bool = False,
     ) -> None:
         self.tensors = [t for t in tensors if t.gradient] if backward else list(tensors)
         self.first, self.last = rows
@@ -56,12 +59,17 @@ class Messages:
         """Groups for broadcasts, by their source and all who receive them."""
         self.replica = replica
         """Tensor ranks that put parts together."""
+        self.lane = lane
+        """Number of the cut, among how many: what crosses several between two ranks stays apart."""
+        self.headers = Headers(device) if debug else None
         self._buffers: dict[int, list[Tensor]] = {}
         self._summands: dict[int, list[tuple[int, Tensor]]] = {}
         self._parts: dict[int, dict[tuple[int, int], list[tuple[Tensor, Tensor]]]] = {}
         """By micro-batch and rows: what arrives in parts, and where it is laid flat."""
-        self._arriving: dict[int, list[Handle]] = {}
-        self._leaving: deque[tuple[int, Handle]] = deque()
+        self._arriving: dict[int, list[tuple[Instruction, Handle]]] = {}
+        self._leaving: deque[tuple[Instruction, Handle]] = deque()
+        self.waiting: Instruction | None = None
+        """What is waited for at this moment."""
 
     def signature(self) -> list[str]:
         """What both sides must agree on: name, shape of one row, type."""
@@ -90,6 +98,8 @@ class Messages:
         """Where the tensors of some rows belong."""
         assert i.micro_batch is not None
         assert i.rows is not None
+        if i.rows == (self.first, self.last):
+            return self._buffers[i.micro_batch]
         places = []
         for k, (tensor, buffer) in enumerate(
             zip(self.tensors, self._buffers[i.micro_batch], strict=True)
@@ -106,24 +116,24 @@ class Messages:
     def expect(self, i: Instruction, handle: Handle) -> None:
         """A receive that was posted, for `receive` to wait for."""
         assert i.micro_batch is not None
-        self._arriving.setdefault(i.micro_batch, []).append(handle)
+        self._arriving.setdefault(i.micro_batch, []).append((i, handle))
 
     def gather(self, i: Instruction) -> None:
         """Completes rows of which each tensor rank has received a part."""
         assert i.micro_batch is not None
         assert i.rows is not None
-        self._wait(i.micro_batch)
+        self._wait_for(i.micro_batch)
         for _, flat in self._parts[i.micro_batch][i.rows]:
             pieces = list(flat.chunk(len(i.ranks)))
             dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
 
-    def _wait(self, micro_batch: int) -> None:
-        for handle in self._arriving.pop(micro_batch, ()):
-            handle.wait()
+    def _wait_for(self, micro_batch: int) -> None:
+        for i, handle in self._arriving.pop(micro_batch, ()):
+            self._wait(i, handle)
 
     def receive(self, micro_batch: int) -> list[Tensor]:
         """The tensors of a micro-batch, once they are here."""
-        self._wait(micro_batch)
+        self._wait_for(micro_batch)
         for parts in self._parts.pop(micro_batch, {}).values():
             for place, flat in parts:
                 if flat.data_ptr() != place.data_ptr():
@@ -142,7 +152,9 @@ class Messages:
         for tensor, value in zip(self.tensors, values, strict=True):
             if tensor.by_rows:
                 shape = (i.rows[1] - i.rows[0], *tensor.shape[1:])
-                part = None if value is None else value[i.rows[0] - self.first :][: shape[0]]
+                part = value
+                if value is not None and i.rows != (self.first, self.last):
+                    part = value[i.rows[0] - self.first : i.rows[1] - self.first]
             else:
                 shape = tensor.shape
                 part = None if self.backward and i.rows[0] != self.first else value
@@ -158,31 +170,48 @@ class Messages:
     def sent(self, i: Instruction, handle: Handle) -> None:
         """Keeps what is under way; lets go of what has arrived, or must have by now."""
         assert i.micro_batch is not None
-        self._leaving.append((i.micro_batch, handle))
-        while self._leaving and (
-            self._leaving[0][0] <= i.micro_batch - self.window or self._leaving[0][1].done()
-        ):
-            self._leaving.popleft()[1].wait()
+        self._leaving.append((i, handle))
+        while self._leaving:
+            first, earlier = self._leaving[0]
+            assert first.micro_batch is not None
+            if first.micro_batch > i.micro_batch - self.window and not earlier.done():
+                return
+            self._wait(*self._leaving.popleft())
 
     def finish(self) -> None:
         """Waits until everything that was sent has left."""
         while self._leaving:
-            self._leaving.popleft()[1].wait()
+            self._wait(*self._leaving.popleft())
+
+    def _wait(self, i: Instruction, handle: Handle) -> None:
+        self.waiting = i
+        handle.wait()
+        self.waiting = None
 
     def _works(
-        self, post: Callable[..., Work | None], i: Instruction, tensors: Sequence[Tensor]
+        self, start: Callable[..., Work | None], i: Instruction, tensors: Sequence[Tensor]
     ) -> list[Work]:
         if i.ranks:
             return self._broadcast(i, tensors)
         assert i.micro_batch is not None
+
+        def post(message: Tensor, tag: int) -> Work:
+            work = start(message, i.peer, group=self.group, tag=tag)
+            assert work is not None, "a peer outside the group"
+            return work
+
         works = []
         for k, tensor in enumerate(tensors):
             # A tensor of fewer numbers than parts: nothing is left for the last ones.
-            if tensor.numel():
-                tag = i.micro_batch * len(self.tensors) + k
-                work = post(tensor, i.peer, group=self.group, tag=tag)
-                assert work is not None, "a peer outside the group"
-                works.append(work)
+            if not tensor.numel():
+                continue
+            tag = (i.micro_batch * len(self.tensors) + k) * self.lane[1] + self.lane[0]
+            if self.headers is None:
+                works.append(post(tensor, tag))
+            elif i.op in SENDS:
+                works += self.headers.send(i, k, tensor, tag, post)
+            else:
+                works.append(self.headers.receive(i, k, tensor, tag, post))
         return works
 
     def _broadcast(self, i: Instruction, tensors: Sequence[Tensor]) -> list[Work]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,30 +108,31 @@ def cut_for(
     return few, more
 
 
-def build_stage(
+def build_stages(
     model: nn.Module,
     cuts: tuple[LayeredModel, LayeredModel],
-    stage: StageSeats,
+    stages: Sequence[StageSeats],
     *,
     seed: int,
     device: torch.device,
     team: Team | None,
-) -> BuiltStage:
-    """The layers of one rank, on its device, divided among its team.
+) -> tuple[BuiltStage, ...]:
+    """The layers of one rank, on its device, divided among its team; stages come in layer order.
+
+    A parameter that several of the stages use is one Parameter, and one Held, in all of them.
 
     A module on the meta device gets storage and then its own `reset_parameters()`, under a seed
     that depends on its name alone; real weights are kept. Raises ModelError for a module on meta
     that cannot set its values, PlanError for one that cannot be divided.
     """
     layered, more = cuts
-    first, last = stage.layers
-    parts = layered.layers[first:last]
+    layers = {n: layered.layers[n] for stage in stages for n in range(*stage.layers)}
     own = own_tile(1, 0) if team is None else own_tile(team.width, team.index)
-    division = _Division(team=team, own=own, table=_table(model, parts))
+    division = _Division(team=team, own=own, table=_table(model, tuple(layers.values())))
     shared: dict[str, nn.Parameter] = {}
     unreal: list[_Place] = []
     # Layer by layer, so that no more than one is ever held in full.
-    for number, part in enumerate(parts, first):
+    for number, part in layers.items():
         for name in part.modules:
             materialise(model.get_submodule(name), name, seed, device)
         places = list(_places(part, number))
@@ -144,17 +145,23 @@ def build_stage(
     if team is not None:
         for name, split in division.table.items():
             divide(model.get_submodule(name), name, split, division.sizes.get(name, 0), team)
-    return BuiltStage(
-        inputs=layered.inputs,
-        parts=parts,
-        incoming=_crossings(layered, more, first),
-        outgoing=_crossings(layered, more, last),
-        held=tuple(division.held.values()),
-        tied=frozenset(layered.tied),
-        recomputed=tuple(
-            stage.recompute and recomputed(layer, len(layered.layers))
-            for layer in range(first, last)
-        ),
+    return tuple(
+        BuiltStage(
+            inputs=layered.inputs,
+            parts=layered.layers[first:last],
+            incoming=_crossings(layered, more, first),
+            outgoing=_crossings(layered, more, last),
+            held=tuple(
+                one for one in division.held.values() if any(first <= n < last for n in one.layers)
+            ),
+            tied=frozenset(layered.tied),
+            recomputed=tuple(
+                stage.recompute and recomputed(layer, len(layered.layers))
+                for layer in range(first, last)
+            ),
+        )
+        for stage in stages
+        for first, last in (stage.layers,)
     )
 
 

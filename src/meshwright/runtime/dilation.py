@@ -13,7 +13,7 @@ class Dilation:
     """How slow the emulated device is."""
 
     share: float
-    """Of a core: computing lasts CPU time / share."""
+    """Of a core: computing lasts CPU time / share. Infinite: only what is spent takes time."""
 
 
 class Dilator:
@@ -28,6 +28,9 @@ class Dilator:
         self.share = dilation.share
         self._wall = 0.0
         self._cpu = 0.0
+        self._spent = 0.0
+        self.lasted = 0.0
+        """Seconds of the emulated device until the last `catch_up`: waiting for a core is none."""
         self._late = 0.0
         """Seconds by which the last sleep took too long; the next instruction gives them back."""
 
@@ -35,11 +38,17 @@ class Dilator:
         """An instruction starts."""
         self._wall = time.perf_counter() - self._late
         self._late = 0.0
+        self._spent = 0.0
         self._cpu = time.thread_time()
+
+    def spend(self, seconds: float) -> None:
+        """The emulated device needs so many seconds more, for something that is not computed."""
+        self._spent += seconds
 
     def catch_up(self) -> None:
         """Sleeps until the work since `begin` has lasted its time on the emulated device."""
-        due = self._wall + (time.thread_time() - self._cpu) / self.share
+        self.lasted = self._spent + (time.thread_time() - self._cpu) / self.share
+        due = self._wall + self.lasted
         left = due - time.perf_counter()
         if left > 0:
             time.sleep(left)

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import Work
 
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
-from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.buckets import BUCKET_BYTES
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import GATHERED, Instruction, Op
+from meshwright.program.instructions import Instruction, Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.runtime import world as worlds
-from meshwright.runtime.assemble import assemble
-from meshwright.runtime.boundary import Handle
+from meshwright.runtime.assemble import Habits, assemble
 from meshwright.runtime.build import set_precision
 from meshwright.runtime.collect import collect_parameters
+from meshwright.runtime.compiling import check_compilable
 from meshwright.runtime.dilation import Dilation, Dilator
-from meshwright.runtime.measure import Recorder, Works, gather, peak_bytes, static_bytes
+from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
 from meshwright.runtime.optimizer import (
     LossScale,
     Schedule,
@@ -41,6 +38,7 @@ from meshwright.runtime.optimizer import (
     squared_norm,
     stop_for_missing,
 )
+from meshwright.runtime.play import Player
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.world import World
 
@@ -62,8 +60,10 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. Raises a MeshwrightError if plan,
-    model and processes do not go together.
+    factor of the optimizer's own rates at each step, from 0. `debug`: every message has a header
+    that is checked on arrival, and the layer in which a number is none is named. `compile`: layers
+    run through torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
+    Raises a MeshwrightError if plan, model and processes do not go together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -79,6 +79,9 @@ class Engine:
         dilation: Dilation | None = None,
         world: World | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        debug: bool = False,
+        compile: bool = False,
+        timeout_seconds: float = worlds.TIMEOUT_SECONDS,
     ) -> None:
         self.plan = plan
         job = plan.job
@@ -87,11 +90,12 @@ class Engine:
         validate_plan(plan, self.model)
         self.program = compile_plan(plan, self.model, bucket_bytes=bucket_bytes)
         check_program(self.program)
-        self.world = world or worlds.connect(plan, self.program)
+        if compile:
+            check_compilable(plan, self.program)
+        self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout_seconds)
         self.rank = self.world.rank
         self.steps = 0
-        self._dilator = None if dilation is None else Dilator(dilation)
-        self._recorder: Recorder | None = None
+        self.dilator = None if dilation is None else Dilator(dilation)
         self._current: Instruction | None = None
         with worlds.noticing(self.world, lambda: None):
             self._own = assemble(
@@ -100,10 +104,10 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                seed=seed,
-                dilator=self._dilator,
-                posted=self._posted,
+                habits=Habits(seed=seed, dilator=self.dilator, debug=debug, compile=compile),
+                posted=lambda i, works: self._player.posted(i, works),
             )
+        self._player = Player(self._own, plan, self.program.ranks[self.rank], self.dilator)
         trainable = [h.parameter for h in self._own.held if h.parameter.requires_grad]
         self._optimizer = optimizer(trainable)
         self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -136,16 +140,13 @@ class Engine:
         parameter gets no gradient; PeerLost if another rank has gone.
         """
         started = time.perf_counter()
-        self._rows = rows
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self._made: dict[Op, Sequence[Tensor | None]] = {}
+        self._player.start(rows, self.steps, self._scale.value)
         self._own.reducer.zero()
-        with worlds.noticing(self.world, lambda: self._current):
+        with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
             for act, instruction in self._actions:
                 self._current = instruction
                 act(instruction)
-            for messages in self._own.messages.values():
-                messages.finish()
+            self._player.wait()
         self._current = None
         self.steps += 1
         seconds = time.perf_counter() - started
@@ -155,8 +156,8 @@ class Engine:
         """One step, measured instruction by instruction; the Timeline is on rank 0 only."""
         dist.barrier(group=self.world.everyone)
         own = self._own
-        casts = own.stage.casts.tensors()
-        self._recorder = Recorder(
+        casts = [c for place in own.places.values() for c in place.stage.casts.tensors()]
+        recorder = self._player.recorder = Recorder(
             self.program.ranks[self.rank],
             self.world.device,
             weights=[*(one.parameter for one in own.held), *casts],
@@ -165,9 +166,9 @@ class Engine:
         )
         try:
             result = self.step(rows)
-            measured = self._recorder.close()
+            measured = recorder.close()
         finally:
-            self._recorder = None
+            self._player.recorder = None
         return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
 
     def parameters(self) -> dict[str, Tensor] | None:
@@ -193,65 +194,19 @@ class Engine:
 
     def _table(self) -> dict[Op, Callable[[Instruction], None]]:
         return {
-            Op.FORWARD: self._forward,
-            Op.BACKWARD: self._backward,
-            Op.SEND_F: self._send,
-            Op.RECV_F: self._receive,
-            Op.SEND_B: self._send,
-            Op.RECV_B: self._receive,
-            Op.GATHER_F: self._gather,
-            Op.GATHER_B: self._gather,
-            Op.REDUCE_GRAD: self._own.reducer.arm,
+            **self._player.table(),
             Op.REDUCE_NORM: self._reduce_norm,
             Op.OPTIMIZER_STEP: self._optimizer_step,
         }
-
-    def _forward(self, i: Instruction) -> None:
-        assert i.micro_batch is not None
-        assert i.rows is not None
-        stage = self._own.stage
-        self._made.clear()
-        received = self._own.messages[Op.RECV_F].receive(i.micro_batch)
-        first = first_row(self.plan, self._own.seat.pipeline, i.micro_batch) + i.rows[0]
-        batch = stage.read(self._rows, first, first + i.rows[1] - i.rows[0])
-        with self._computing(i):
-            results = stage.forward(
-                i.micro_batch, received, batch, step=self.steps, first_row=first
-            )
-        if not stage.makes_loss:
-            self._made[Op.SEND_F] = results
-        elif self._own.seat.tensor_index == 0:
-            self._loss += results[0].detach() * self._weight(i)
-
-    def _backward(self, i: Instruction) -> None:
-        assert i.micro_batch is not None
-        self._made.clear()
-        arrived = self._own.messages[Op.RECV_B].receive(i.micro_batch)
-        weight = self._weight(i) * self._scale.value
-        with self._computing(i):
-            self._made[Op.SEND_B] = self._own.stage.backward(i.micro_batch, arrived, weight)
-        self._own.reducer.flush()
-
-    def _receive(self, i: Instruction) -> None:
-        messages = self._own.messages[i.op]
-        messages.expect(i, self._posted(i, messages.post_receive(i)))
-
-    def _send(self, i: Instruction) -> None:
-        messages = self._own.messages[i.op]
-        messages.sent(i, self._posted(i, messages.post_send(i, self._made[i.op])))
-
-    def _gather(self, i: Instruction) -> None:
-        with self._measured(i):
-            self._own.messages[GATHERED[i.op]].gather(i)
 
     def _reduce_norm(self, i: Instruction) -> None:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
         own, size = self._own, self.world.size
         own.reducer.finish()
-        self._end_of_backwards()
-        with self._measured(i):
+        self._player.finish()
+        with self._player.measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
-            totals[0] = self._loss
+            totals[0] = self._player.loss
             totals[1] = squared_norm(own.buckets, self.world.device)
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)
@@ -273,34 +228,6 @@ class Engine:
         if self._schedule is not None:
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self._schedule(self.steps)
-        with self._computing(i):
+        with self._player.computing(i):
             clip(self._own.buckets, clip_factor(self._norm, self._clip_norm) / scale)
             self._optimizer.step()
-
-    # What they share.
-
-    def _end_of_backwards(self) -> None:
-        """Lets go of what only forwards and backwards need."""
-        self._made.clear()
-        self._own.stage.casts.drop()
-
-    def _weight(self, i: Instruction) -> float:
-        """Share of the global batch that a slice of rows is."""
-        assert i.rows is not None
-        return (i.rows[1] - i.rows[0]) / self.plan.job.global_batch
-
-    @contextmanager
-    def _computing(self, i: Instruction) -> Iterator[None]:
-        """Around computing: stretched where a slower device is emulated, measured where asked."""
-        if self._dilator is not None:
-            self._dilator.begin()
-        with self._measured(i):
-            yield
-            if self._dilator is not None:
-                self._dilator.catch_up()
-
-    def _measured(self, i: Instruction) -> AbstractContextManager[None]:
-        return nullcontext() if self._recorder is None else self._recorder.computing(i)
-
-    def _posted(self, i: Instruction, works: list[Work]) -> Handle:
-        return Works(works) if self._recorder is None else self._recorder.posted(i, works)

@@ -71,11 +71,11 @@ def cause(folder: Path, status: int) -> MeshwrightError:
     log = (folder / "launcher.log").read_text()
     wanted = "every rank alive to the end"
     lost = _first_lost(log)
-    if lost is not None:
+    noticed = failures[0].problems[0] if failures else None
+    # What has stopped is ended by torchrun, by SIGKILL: then the others know better.
+    if lost is not None and not (noticed is not None and "Timed out" in noticed.found):
         rank, how = lost
-        seen = f"noticed by rank {failures[0].rank} at {failures[0].problems[0].field}; " if (
-            failures
-        ) else ""  # fmt: skip
+        seen = "" if noticed is None else f"{noticed.source} {noticed.found}; "
         return TrainingError(Problem(f"rank {rank}", "", how, wanted, seen + logs))
     if failures:
         return TrainingError(*failures[0].problems)

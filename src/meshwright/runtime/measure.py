@@ -64,7 +64,7 @@ class _Watched:
     def _watch(self, works: Sequence[Work], span: _Span) -> None:
         try:
             Works(works).wait()
-        except RuntimeError as failure:
+        except Exception as failure:
             self._failure = failure
         span.end = _at(time.monotonic())
 
@@ -113,7 +113,8 @@ class Recorder:
         self._index = {id(i): n for n, i in enumerate(instructions)}
         self._spans: list[_Span] = []
         self._memory: list[tuple[Moment, int]] = []
-        self._saved: dict[int, int] = {}
+        self._saved: dict[tuple[int, int], int] = {}
+        """Bytes that a stage keeps of a micro-batch."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             self._origin = _cuda_event()
@@ -128,14 +129,21 @@ class Recorder:
         return lambda: self.record.started + float(self._origin.elapsed_time(event)) / 1e3
 
     @contextmanager
-    def computing(self, i: Instruction) -> Iterator[None]:
-        """Around what an instruction computes, or waits for by itself."""
+    def computing(
+        self, i: Instruction, kept_bytes: Callable[[Instruction], int | None]
+    ) -> Iterator[None]:
+        """Around what an instruction computes, or waits for by itself; `kept_bytes` tells what an I
+        has left for its W, None: everything."""
         start = self.now()
         with self._saving(i) if i.op is Op.FORWARD else nullcontext():
             yield
         self._spans.append(_Span(self._index[id(i)], start, self.now()))
-        if i.op is Op.BACKWARD and i.micro_batch is not None:
-            self._saved.pop(i.micro_batch, None)
+        left = kept_bytes(i) if i.op is Op.BACKWARD_INPUT else None
+        if left is not None:
+            self._keep(i, left)
+        elif i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
+            for micro_batch in micro_batches_of(i):
+                self._saved.pop((i.stage, micro_batch), None)
         if i.op in COMPUTE:
             self._remember()
 
@@ -154,7 +162,6 @@ class Recorder:
     @contextmanager
     def _saving(self, i: Instruction) -> Iterator[None]:
         """Around a forward: counts the bytes that it keeps for its backward."""
-        assert i.micro_batch is not None
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -165,7 +172,11 @@ class Recorder:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
-        self._saved[i.micro_batch] = sum(sizes.values())
+        self._keep(i, sum(sizes.values()))
+
+    def _keep(self, i: Instruction, size: int) -> None:
+        assert i.micro_batch is not None
+        self._saved[i.stage, i.micro_batch] = size
 
     def _remember(self) -> None:
         """Memory in use at this moment."""
@@ -182,6 +193,14 @@ class Recorder:
         self.record.spans = [(s.index, s.start(), s.end()) for s in self._spans]
         self.record.memory = [(moment(), size) for moment, size in self._memory]
         return self.record
+
+
+def micro_batches_of(i: Instruction) -> Sequence[int]:
+    """The micro-batches that an instruction computes; a W may have several."""
+    if i.micro_batches is not None:
+        return range(*i.micro_batches)
+    assert i.micro_batch is not None
+    return (i.micro_batch,)
 
 
 def _at(seconds: float) -> Moment:
@@ -262,14 +281,15 @@ _Meeting = tuple[object, ...]
 def _meeting(rank: int, i: Instruction) -> _Meeting:
     """What all ranks that take part in one message or sum have in common."""
     if i.op in SENDS:
-        return (MATCHING_RECEIVE[i.op], rank, i.peer, i.micro_batch, i.rows)
+        stage = i.stage + 1 if i.op is Op.SEND_F else i.stage - 1
+        return (MATCHING_RECEIVE[i.op], rank, i.peer, stage, i.micro_batch, i.rows)
     if i.op in RECEIVES:
-        return (i.op, i.peer, rank, i.micro_batch, i.rows)
+        return (i.op, i.peer, rank, i.stage, i.micro_batch, i.rows)
     if i.op in GATHERED:
         return (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
     if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
         return (i.op, i.ranks, i.layers, i.tied, i.tile)
-    return (i.op, rank, i.micro_batch)
+    return (i.op, rank, i.stage, i.micro_batch, i.micro_batches)
 
 
 def _ready(spans: list[list[tuple[Instruction, float, float]]]) -> dict[_Meeting, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections import defaultdict
@@ -24,7 +23,7 @@ from rich.progress import Progress
 from meshwright.cluster.discover import discover
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision, devices_of
-from meshwright.cost.profile import LayerTime, OptimizerTime, Profile
+from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile, versions
 from meshwright.errors import LaunchError, Problem, ProfileError
 from meshwright.model.hf import load_model
 from meshwright.model.spec import LayerGraph
@@ -48,6 +47,7 @@ class ProfileSettings:
     model: str
     sequence: int
     rows: tuple[int, ...]
+    """Of the micro-batches; none: only links are measured."""
     tensor: tuple[int, ...] = (1,)
     precision: Precision
     cluster: str | None = None
@@ -57,6 +57,8 @@ class ProfileSettings:
     """Emulation: share of a core that a device type gets."""
     optimizer: str = "adamw"
     repeats: int = 7
+    pairs: str | None = None
+    """File for the links of every class of pairs; None: one link for each level, in the profile."""
 
 
 @record
@@ -120,7 +122,6 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
     import torch.distributed as dist
 
     from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
-    from meshwright.runtime.profile_links import measure_links
     from meshwright.runtime.train import OPTIMIZERS
     from meshwright.runtime.world import pick_device
 
@@ -136,22 +137,41 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
         dist.barrier()
         layers.append(layer_times(bench, layer=case.layer, rows=case.rows, tensor=case.tensor))
     dist.barrier()
-    own = (layers, optimizer_time(bench, OPTIMIZERS[settings.optimizer](1e-4), settings.optimizer))
-    links = measure_links(cluster, device, repeats=settings.repeats)
+    steps = []
+    if settings.rows:
+        factory = OPTIMIZERS[settings.optimizer](1e-4)
+        steps.append(optimizer_time(bench, factory, settings.optimizer))
+    own = (layers, steps)
+    links = _links(settings, cluster, device)
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     if dist.get_rank() == 0:
         profile = Profile(
             model=graph.name,
             sequence=graph.sequence,
-            versions={"torch": torch.__version__, "python": platform.python_version()},
+            versions=versions(),
             layers=merged_layers([one for some, _ in everyone for one in some]),
-            optimizers=merged_optimizers([one for _, one in everyone]),
+            optimizers=merged_optimizers([one for _, some in everyone for one in some]),
             links=links,
         )
         Path(settings.output).write_text(dumps(profile))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) -> LinkTimes | None:
+    import torch.distributed as dist
+
+    from meshwright.runtime.profile_links import measure_links
+    from meshwright.runtime.profile_pairs import measure_pairs
+
+    if settings.pairs is None:
+        return measure_links(cluster, device, repeats=settings.repeats)
+    report = measure_pairs(cluster, device)
+    if dist.get_rank() == 0:
+        Path(settings.pairs).write_text(dumps(report))
+    step = report.all_reduce.step_latency if report.all_reduce else None
+    return LinkTimes(all_reduce_latency=step)
 
 
 def _bench(

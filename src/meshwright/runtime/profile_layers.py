@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meshwright.cost.profile import LayerTime, OptimizerTime
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
-from meshwright.runtime.build import BuiltStage, build_stage, cut_for, set_precision
+from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
@@ -43,12 +43,13 @@ class Stopwatch:
             ended.record()
             torch.cuda.synchronize(self.device)
             return float(began.elapsed_time(ended)) / 1000
-        start = time.perf_counter()
         if self.dilator is not None:
             self.dilator.begin()
-        act()
-        if self.dilator is not None:
+            act()
             self.dilator.catch_up()
+            return self.dilator.lasted
+        start = time.perf_counter()
+        act()
         return time.perf_counter() - start
 
 
@@ -121,10 +122,10 @@ def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, 
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     model = bench.make_model()
     set_precision(model, graph.precision)
-    built = build_stage(
+    (built,) = build_stages(
         model,
         cut_for(model, bench.inputs, graph.precision, rows),
-        seats,
+        (seats,),
         seed=0,
         device=device,
         team=team,

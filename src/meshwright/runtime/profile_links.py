@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from meshwright.cluster.spec import Cluster, Device, Link, devices_of
+from meshwright.cost.pairs import fit_line
 from meshwright.cost.profile import LinkTimes
 
 SIZES = (2**12, 2**16, 2**20, 2**22)
@@ -32,12 +32,12 @@ def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> Li
     found: dict[str, Link] = {}
     for level, (a, b) in representative_pairs(devices).items():
         inside = next(node.inside for node in cluster.nodes if node.name == devices[a].node)
-        points = [_median(_ping_pong(a, b, size, device), repeats) for size in SIZES]
+        points = [_median(one_round_trip(((a, b),), size, device), repeats) for size in SIZES]
         latency, bandwidth = fit_line(SIZES, points)
         shared = level == "inside" and inside.shared
         found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared)
-    small = _median(_all_reduce(SIZES[0], device), repeats)
-    measured = _from_rank_0((found, small / (2 * (world - 1))))
+    small = _median(one_all_reduce(SIZES[0], device), repeats)
+    measured = from_rank(0, (found, small / (2 * (world - 1))))
     links, step = measured
     return LinkTimes(all_reduce_latency=step, **links)
 
@@ -54,37 +54,31 @@ def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]
     return dict(sorted(pairs.items(), key=lambda item: LEVELS.index(item[0])))
 
 
-def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """(latency, bandwidth) of seconds = latency + size / bandwidth, by least relative squares."""
-    weights = 1 / np.asarray(seconds)
-    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=float)], axis=1)
-    latency, slope = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)[0]
-    if slope <= 0:
-        slope = seconds[-1] / sizes[-1]
-    return max(float(latency), 0.0), 1 / float(slope)
-
-
-def _ping_pong(a: int, b: int, size: int, device: torch.device) -> Callable[[], float]:
-    """One way of a message there and back."""
+def one_round_trip(
+    pairs: Sequence[tuple[int, int]], size: int, device: torch.device
+) -> Callable[[], float]:
+    """One way of a message there and back between the first pair; the others do the same."""
     rank = dist.get_rank()
     data = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def act() -> float:
         dist.barrier()
         start = time.perf_counter()
-        if rank == a:
-            dist.send(data, b)
-            dist.recv(data, b)
-        elif rank == b:
-            dist.recv(data, a)
-            dist.send(data, a)
+        for a, b in pairs:
+            if rank == a:
+                dist.send(data, b)
+                dist.recv(data, b)
+            elif rank == b:
+                dist.recv(data, a)
+                dist.send(data, a)
         _settle(device)
         return (time.perf_counter() - start) / 2
 
     return act
 
 
-def _all_reduce(size: int, device: torch.device) -> Callable[[], float]:
+def one_all_reduce(size: int, device: torch.device) -> Callable[[], float]:
+    """Seconds of one all-reduce over all ranks."""
     data = torch.zeros(size // 4, device=device)
 
     def act() -> float:
@@ -110,7 +104,8 @@ def _median(act: Callable[[], float], repeats: int) -> float:
 T = TypeVar("T")
 
 
-def _from_rank_0(value: T) -> T:
+def from_rank(rank: int, value: T) -> T:
+    """What one rank says, on all of them."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=rank)
     return box[0]

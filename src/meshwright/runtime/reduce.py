@@ -47,8 +47,10 @@ class FlatBucket:
     """Of what is divided, the share that this rank holds."""
     members: dict[Tile | None, Members]
     """By the tile that they sum, as in their instruction; empty: this rank is alone."""
-    pending: int = 0
-    """Gradients that the last backward has yet to accumulate."""
+    pending: set[str] = field(default_factory=set)
+    """Parameters whose gradients are not complete."""
+    completing: bool = False
+    """The last backward that adds to them has begun."""
     armed: list[Instruction] = field(default_factory=list)
     with_gradient: set[str] = field(default_factory=set)
     """Parameters that have had a gradient."""
@@ -177,23 +179,43 @@ class Reducer:
             bucket.buffer.zero_()
 
     def arm(self, instruction: Instruction) -> None:
-        """The next backward completes these gradients: sum them as soon as it has."""
+        """Sum these gradients as soon as they are complete, in the order of these calls."""
         bucket = self.buckets[instruction.layers, instruction.tied]
         if not bucket.armed:
-            bucket.pending = len(bucket.held)
+            bucket.pending = {one.name for one in bucket.held}
             self._queue.append(bucket)
         bucket.armed.append(instruction)
 
-    def advance(self) -> None:
-        """Starts every reduction at the head of the queue that is complete."""
-        while self._queue and self._queue[0].pending == 0:
-            self._launch(self._queue.popleft())
+    def begin(self, completed: Sequence[Key], settled: Sequence[nn.Parameter] = ()) -> None:
+        """A backward begins that is the last to bring these buckets gradients; `settled` have all
+        of theirs already."""
+        done = {id(parameter) for parameter in settled}
+        for key in completed:
+            bucket = self.buckets[key]
+            bucket.completing = True
+            bucket.pending -= {one.name for one in bucket.held if id(one.parameter) in done}
+        self._advance()
 
-    def flush(self) -> None:
-        """After the last backward: starts what is left, gradients that never came being zero."""
-        while self._queue:
-            self._queue[0].pending = 0
-            self._launch(self._queue.popleft())
+    def end(self, completed: Sequence[Key]) -> None:
+        """It has ended: gradients that never came are zero."""
+        for key in completed:
+            self.buckets[key].pending.clear()
+        self._advance()
+
+    def accumulated(self, bucket: FlatBucket, name: str) -> None:
+        """A parameter has got its gradient of a backward."""
+        bucket.with_gradient.add(name)
+        if bucket.completing:
+            bucket.pending.discard(name)
+            if not bucket.pending:
+                self._advance()
+
+    def _advance(self) -> None:
+        """Starts every reduction at the head of the queue that is complete."""
+        while self._queue and self._queue[0].completing and not self._queue[0].pending:
+            bucket = self._queue.popleft()
+            bucket.completing = False
+            self._launch(bucket)
 
     def finish(self) -> None:
         """Waits for all sums."""
@@ -248,11 +270,4 @@ def _nothing() -> None:
 
 
 def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Parameter], None]:
-    def accumulated(_: Tensor) -> None:
-        bucket.with_gradient.add(name)
-        if bucket.pending:
-            bucket.pending -= 1
-            if bucket.pending == 0:
-                reducer.advance()
-
-    return accumulated
+    return lambda _: reducer.accumulated(bucket, name)

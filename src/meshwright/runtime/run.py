@@ -42,6 +42,12 @@ class RunSettings:
     peak_flops: dict[str, float] = field(default_factory=dict)
     """FLOP/s of each device at the job's precision, where known: for MFU."""
     save_weights: bool = False
+    debug: bool = False
+    """Headers on messages, a look at every layer's numbers."""
+    timeout_seconds: float = 300.0
+    """A rank that waits for a message longer than this takes the other one for lost."""
+    compile: bool = False
+    """Run layers through torch.compile."""
 
 
 @record

@@ -3,42 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meshwright.cluster.spec import Precision
-from meshwright.model.graph import LOSS, LayerPart, autocast
+from meshwright.model.graph import LOSS, autocast
 from meshwright.runtime.build import BuiltStage
 from meshwright.runtime.casts import Casts
+from meshwright.runtime.debug import Tracer
 from meshwright.runtime.seeds import generator_of, layer_seed
+from meshwright.runtime.split import Deferred, Deferring, backward_weights
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
 """[first, last) to the batch tensors of those rows of the step's global batch."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pass:
+    """One micro-batch on its way through a stage."""
+
+    leaves: list[Tensor]
+    """What was received."""
+    batch: Mapping[str, Tensor]
+    step: int
+    first_row: int
+    split: bool
+    """Its weight gradients come apart from those of its inputs."""
+    results: list[Tensor] = field(default_factory=list)
+    deferred: Deferred | None = None
+    given: list[Tensor] = field(default_factory=list)
+    """Gradients of the results."""
+    weight: float = 0.0
 
 
 class Stage:
     """A rank's layers, and what their backwards still need."""
 
     def __init__(
-        self, built: BuiltStage, precision: Precision, device: torch.device, seed: int
+        self,
+        built: BuiltStage,
+        precision: Precision,
+        device: torch.device,
+        seed: int,
+        *,
+        compile: bool = False,
     ) -> None:
         self.parts = built.parts
-        self.casts = Casts([part.module for part in built.parts], precision)
+        self._modules = [torch.compile(p.module) if compile else p.module for p in built.parts]
+        # Compiled code casts weights where it reads them.
+        self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
         self.device = device
         self.seed = seed
+        self.tracer: Tracer | None = None
+        """Looks at every layer's numbers, if anybody does."""
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
+        self.first = not any(crossing.gradient for crossing in built.incoming)
+        """Nobody waits for its backward."""
+        self.parameters = frozenset(one.name for one in built.held)
+        self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._done_after = _last_reads(built, self._results)
         self._generator = generator_of(device)
         self._recomputed = built.recomputed
-        self._kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._passes: dict[int, _Pass] = {}
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
         """The batch tensors that these layers read, on their device."""
@@ -60,49 +97,70 @@ class Stage:
         *,
         step: int,
         first_row: int,
+        split: bool = False,
     ) -> list[Tensor]:
         """The tensors of the outgoing cut, or the loss alone on the last stage.
 
         `first_row` is the place of this slice in the global batch. Each layer draws its random
-        numbers from a seed of its own; the generator is afterwards as it was.
+        numbers from a seed of its own; the generator is afterwards as it was. `split`: the backward
+        will come in two parts.
         """
         leaves = [
             tensor.requires_grad_() if crossing.gradient else tensor
             for tensor, crossing in zip(received, self.incoming, strict=True)
         ]
-        values = dict(batch)
-        values.update((c.name, leaf) for c, leaf in zip(self.incoming, leaves, strict=True))
+        own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
+        self._passes[micro_batch] = own
+        self._trace(own.step, (micro_batch,))
+        deferring = Deferring(self._parameters) if split else None
+        with deferring or nullcontext():
+            own.results = self._run(own)
+        own.deferred = None if deferring is None else deferring.deferred
+        return own.results
+
+    def _run(self, own: _Pass) -> list[Tensor]:
+        values = dict(own.batch)
+        values.update((c.name, leaf) for c, leaf in zip(self.incoming, own.leaves, strict=True))
         state = self._generator.get_state()
         with autocast(self.precision, self.device.type):
-            each = zip(self.parts, self._recomputed, self._done_after, strict=True)
-            for part, again, done in each:
-                seed = layer_seed(self.seed, step, part.name, first_row)
-                read = [values[name] for name in part.reads]
-                made = (
-                    self._run_again_later(part, seed, read)
-                    if again
-                    else self._run(part, seed, read)
-                )
+            each = zip(self.parts, self._modules, self._recomputed, self._done_after, strict=True)
+            for part, module, again, done in each:
+                seed = layer_seed(self.seed, own.step, part.name, own.first_row)
+                reads = [values[name] for name in part.reads]
+                if self.tracer is not None:
+                    reads = self.tracer.read(part.name, reads)
+                run = self._run_again_later if again else self._run_layer
+                made = run(module, seed, reads, own.split)
+                if self.tracer is not None:
+                    self.tracer.made(part.name, made)
                 values.update(zip(part.writes, made, strict=True))
                 for name in done:
                     del values[name]
         self._generator.set_state(state)
-        results = [values[name] for name in self._results]
-        self._kept[micro_batch] = (leaves, results)
-        return results
+        return [values[name] for name in self._results]
 
-    def _run(self, part: LayerPart, seed: int, read: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _run_layer(
+        self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], _: bool = False
+    ) -> tuple[Tensor, ...]:
         self._generator.manual_seed(seed)
-        made: tuple[Tensor, ...] = part.module(*read)
+        made: tuple[Tensor, ...] = module(*reads)
         return made
 
     def _run_again_later(
-        self, part: LayerPart, seed: int, read: Sequence[Tensor]
+        self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], split: bool
     ) -> tuple[Tensor, ...]:
-        """Keeps `read` alone; the backward runs the layer again, with the same random numbers."""
+        """Keeps `reads` alone; the backward runs the layer again, with the same random numbers.
+
+        The first part of a split backward does so; what the second needs is kept from there.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
+
         return checkpoint(  # type: ignore[no-any-return]
-            self._run, part, seed, read, use_reentrant=False, preserve_rng_state=False
-        )
+            self._run_layer, module, seed, reads,
+            use_reentrant=False, preserve_rng_state=False, context_fn=contexts,
+        )  # fmt: skip
 
     def backward(
         self, micro_batch: int, gradients: Sequence[Tensor], weight: float
@@ -112,16 +170,80 @@ class Stage:
         `gradients` are those of the outgoing tensors that have one; on the last stage `weight`,
         the loss's share of the global mean, stands for them.
         """
-        leaves, results = self._kept.pop(micro_batch)
-        roots = [tensor for tensor in results if tensor.requires_grad]
+        own = self._passes.pop(micro_batch)
+        self._trace(own.step, (micro_batch,))
+        self._prepare(own, gradients, weight)
+        self._run_back([own])
+        return self._of_leaves(own)
+
+    def backward_input(
+        self, micro_batch: int, gradients: Sequence[Tensor], weight: float
+    ) -> list[Tensor | None]:
+        """The first part of a backward: gives the gradients of the incoming tensors.
+
+        A stage that nobody waits for only keeps `gradients`; its second part does all the work.
+        """
+        own = self._passes[micro_batch]
+        if self.first:
+            own.given = list(gradients)
+            own.weight = weight
+            return []
+        self._trace(own.step, (micro_batch,))
+        self._prepare(own, gradients, weight)
+        self._run_back([own])
+        found = self._of_leaves(own)
+        own.leaves, own.batch = [], {}
+        return found
+
+    def backward_weight(self, micro_batches: Sequence[int]) -> None:
+        """The second part: accumulates the parameters' gradients of some micro-batches at once."""
+        passes = [self._passes.pop(micro_batch) for micro_batch in micro_batches]
+        self._trace(passes[0].step, micro_batches)
+        if self.first:
+            for own in passes:
+                self._prepare(own, own.given, own.weight)
+            self._run_back(passes)
+        backward_weights([own.deferred for own in passes if own.deferred is not None])
+
+    def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
+        """Parameters whose gradients the first part of these micro-batches' backward has made."""
+        passes = [self._passes[micro_batch] for micro_batch in micro_batches]
+        if self.first:
+            return []
+        deferred = {
+            one for own in passes if own.deferred is not None for one in own.deferred.parameters()
+        }
+        return [parameter for parameter in self._parameters if id(parameter) not in deferred]
+
+    def kept_bytes(self, micro_batch: int) -> int | None:
+        """What the first part of a backward has left for the second; None: all that there was."""
+        deferred = self._passes[micro_batch].deferred
+        return None if self.first or deferred is None else deferred.kept_bytes()
+
+    def _trace(self, step: int, micro_batches: Sequence[int]) -> None:
+        if self.tracer is not None:
+            self.tracer.begin(step, micro_batches)
+
+    def _prepare(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
+        """Finds the gradients of the results, and forgets those that have none."""
+        own.given = []
+        if any(tensor.requires_grad for tensor in own.results):
+            own.given = self._given(own.results, gradients, weight)
+        own.results = [tensor for tensor in own.results if tensor.requires_grad]
+
+    def _run_back(self, passes: Sequence[_Pass]) -> None:
+        roots = [tensor for own in passes for tensor in own.results]
+        given = [gradient for own in passes for gradient in own.given]
+        for own in passes:
+            own.results, own.given = [], []
         if roots:
-            given = self._given(results, gradients, weight)
-            del results
             state = self._generator.get_state() if any(self._recomputed) else None
             torch.autograd.backward(roots, given)
             if state is not None:
                 self._generator.set_state(state)
-        return [leaf.grad for leaf, c in zip(leaves, self.incoming, strict=True) if c.gradient]
+
+    def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
+        return [leaf.grad for leaf, c in zip(own.leaves, self.incoming, strict=True) if c.gradient]
 
     def _given(
         self, results: Sequence[Tensor], gradients: Sequence[Tensor], weight: float

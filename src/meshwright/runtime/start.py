@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,22 +17,25 @@ from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
 
 
-def agree(program: Program, world: World, messages: dict[Op, Messages]) -> None:
+def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messages]]) -> None:
     """Every pair that will exchange messages exchanges their description first.
 
     It opens the connections (pairs of NCCL open theirs in the first message, both at once: here in
     one order for all ranks), and finds processes whose models differ, whose messages would
-    otherwise be taken for something else. Raises TrainingError.
+    otherwise be taken for something else. `messages`: by stage and operation of this rank. Raises
+    TrainingError.
     """
     pairs = sorted(
-        {(i.op, rank, i.peer) for rank, found in enumerate(program.ranks) for i in found
+        {(i.op, i.stage, rank, i.peer) for rank, found in enumerate(program.ranks) for i in found
          if i.op in SENDS and i.peer is not None}
     )  # fmt: skip
-    for op, source, target in pairs:
+    for op, stage, source, target in pairs:
         if world.rank not in (source, target):
             continue
         sends = world.rank == source
-        end = messages[op if sends else MATCHING_RECEIVE[op]]
+        end = messages[stage if sends else receiver(op, stage)][
+            op if sends else MATCHING_RECEIVE[op]
+        ]
         own = torch.tensor([mix(*end.signature())], device=world.device)
         if sends:
             dist.send(own, target, group=end.group)
@@ -52,6 +55,11 @@ def agree(program: Program, world: World, messages: dict[Op, Messages]) -> None:
 
     for ranks, group in world.chains.items():
         dist.broadcast(torch.zeros(1, device=world.device), ranks[0], group=group)
+
+
+def receiver(op: Op, stage: int) -> int:
+    """The stage to which a stage sends."""
+    return stage + 1 if op is Op.SEND_F else stage - 1
 
 
 def equalise(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from meshwright.program.timeline import Timeline
 from meshwright.runtime.dilation import Dilation
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.run import Metrics
+from meshwright.runtime.world import TIMEOUT_SECONDS
 
 Batch = tuple[Tensor, ...]
 Rows = Callable[[int, int, int], Batch]
@@ -123,6 +125,9 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     peak_flops: float | None = None,
     dilation: Dilation | None = None,
     keep_parameters: bool = False,
+    debug: bool = False,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    compile: bool = False,
 ) -> Trained:
     """Train `model` by `plan`; every process of the launcher calls this with the same arguments.
 
@@ -131,7 +136,9 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     with `loss`, all but the last tensor go to the model and `loss(output, last)` is that mean.
     `data` is a dataset whose items are tuples of tensors, or rows by (step, first, last).
     `optimizer` is made from this rank's parameters; `learning_rate` gives its factor at each step.
-    `on_metrics` is called on rank 0. Raises a MeshwrightError for anything that the user can mend.
+    `on_metrics` is called on rank 0. `debug` and `compile` as Engine has them; a rank that waits
+    `timeout_seconds` for another takes it for lost. Raises a MeshwrightError for anything that the
+    user can mend.
     """
     batch = plan.job.global_batch
     rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
@@ -147,12 +154,12 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
         learning_rate=learning_rate,
         seed=seed,
         dilation=dilation,
+        debug=debug,
+        timeout_seconds=timeout_seconds,
+        compile=compile,
     ) as engine:
         for step in range(steps):
-
-            def of_step(first: int, last: int, step: int = step) -> Batch:
-                return rows(step, first, last)
-
+            of_step = partial(rows, step)
             if step == record_step:
                 result, timeline = engine.record(of_step)
             else:

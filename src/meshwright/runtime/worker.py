@@ -64,6 +64,9 @@ def run(folder: Path) -> None:
             peak_flops=sum(p for p in peaks if p) if all(peaks) else None,
             dilation=Dilation(share=share) if share else None,
             keep_parameters=settings.save_weights,
+            debug=settings.debug,
+            timeout_seconds=settings.timeout_seconds,
+            compile=settings.compile,
         )
     if rank == 0:
         _keep(folder, trained)

@@ -21,6 +21,7 @@ from meshwright.errors import LaunchError, Problem, TrainingError
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
+from meshwright.runtime.pulse import Pulse
 
 TIMEOUT_SECONDS = 300.0
 """A message that takes longer than this is taken for lost."""
@@ -49,6 +50,8 @@ class World:
     """For broadcasts over a boundary, by their source and all who receive them."""
     tensor: ProcessGroup | None = None
     """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
+    pulse: Pulse | None = None
+    """Signs of life among the ranks; None: nobody can go."""
     owned: bool = True
     """True if closing this World must end torch.distributed too."""
 
@@ -141,6 +144,8 @@ def connect(
 
 def close(world: World) -> None:
     """Leaves all groups."""
+    if world.pulse is not None:
+        world.pulse.stop()
     if not dist.is_initialized():
         return
     if world.owned:
@@ -206,12 +211,11 @@ def _groups(
         backward=new(range(size)),
         owned=owned,
     )
-    for stage in stage_seats(plan):
-        for replica in stage.seats:
-            ranks = tuple(seat.rank for seat in replica)
-            if len(ranks) > 1:
-                group = new(ranks)
-                world.tensor = group if rank in ranks else world.tensor
+    replicas = (replica for stage in stage_seats(plan) for replica in stage.seats)
+    for ranks in dict.fromkeys(tuple(seat.rank for seat in replica) for replica in replicas):
+        if len(ranks) > 1:
+            group = new(ranks)
+            world.tensor = group if rank in ranks else world.tensor
     for ranks in reduction_groups(program):
         group = new(ranks)
         if rank in ranks:
@@ -220,6 +224,8 @@ def _groups(
         group = new(ranks)
         if rank in ranks:
             world.chains[ranks] = group
+    # Last: groups are made by way of the store, too.
+    world.pulse = Pulse(rank, size) if size > 1 else None
     return world
 
 
@@ -278,11 +284,18 @@ def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -
         known = doing.ranks if doing is not None and doing.ranks else range(world.size)
         others = [str(r) for r in known if r != world.rank]
         whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
+    where = "between steps" if doing is None else text(doing)
+    noticed = f"noticed by rank {world.rank}, at {where}: {_first_line(failure)[:160]}"
+    if world.pulse is not None:
+        gone, noticed = world.pulse.verdict(noticed)
+        if gone:
+            whom = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+    verb = "have" if whom.startswith("ranks") else "has"
     return PeerLost(
         Problem(
-            f"rank {world.rank}",
-            "between steps" if doing is None else text(doing),
-            f"{whom} has gone or stopped answering ({_first_line(failure)[:160]})",
+            whom,
+            "",
+            f"{verb} gone or stopped answering ({noticed})",
             "every rank alive to the end",
             "look for the first failure among the other ranks' logs",
         )

@@ -22,7 +22,7 @@ from meshwright.units import format_seconds
 FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
 WIDE = "all work spread over the best number of devices, and the norm of the gradients over those"
-EXHAUSTIVE = "every plan of the space was looked at"
+EXHAUSTIVE = "every plan of the space was looked at, in the orders 1F1B and GPipe"
 
 GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""

@@ -7,7 +7,7 @@ floor's; nothing here has a formula of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ from meshwright.cost.collective import (
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.instructions import replica_seconds
 from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
+from meshwright.cost.times import repeated_seconds, replica_seconds
+from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
 from meshwright.search.partition import Array
@@ -52,12 +53,16 @@ class Costs:
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
     table: MemoryTable
+    again: MemoryTable | None
+    """Of stages that recompute; None: no stage may."""
+    repeats: bool
+    """Every stage recomputes, and `table` is that of such stages."""
     devices: dict[str, Device]
     _inside: dict[str, int]
     """Number of the link inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
     _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
-    _memory: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
+    _memory: dict[tuple[int, int, bool], tuple[Array, Array]] = field(default_factory=dict)
     _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
     optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
@@ -70,9 +75,9 @@ class Costs:
     owner: dict[str, str] = field(default_factory=dict)
     """Of every resource: its device, node or `@site`."""
     _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
-    loads: dict[tuple[Kind, int, int], Array] = field(default_factory=dict)
-    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, where it
-    fits."""
+    loads: dict[tuple[Kind, int, int, bool], Array] = field(default_factory=dict)
+    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, that
+    recomputes or not, where it fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
     fitted: dict[object, Any] = field(default_factory=dict)
     """Lines with their best cuts, by teams, micro-batches and schedule; None where none fits."""
@@ -83,9 +88,15 @@ class Costs:
 
 
 def costs_of(
-    model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
+    model: LayerGraph,
+    cluster: Cluster,
+    job: Job,
+    profile: Profile | None = None,
+    *,
+    recomputation: bool = False,
 ) -> Costs:
-    """Nothing is priced before it is asked for. Measured links replace those of the cluster."""
+    """Nothing is priced before it is asked for. Measured links replace those of the cluster.
+    `recomputation`: stages that do not fit otherwise may recompute."""
     cluster = reached_links(cluster, profile)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
@@ -97,9 +108,26 @@ def costs_of(
         step_latency=ring_step(profile),
         system=system_constants(profile.calibration if profile else None),
         table=memory_table(model, job),
+        again=memory_table(with_recomputation(model), job) if recomputation else None,
+        repeats=False,
         owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},
         _inside={node.name: numbers[node.inside] for node in cluster.nodes},
+    )
+
+
+def recomputing(costs: Costs, again: MemoryTable) -> Costs:
+    """The same where every stage recomputes."""
+    return replace(
+        costs,
+        table=again,
+        again=None,
+        repeats=True,
+        _times={},
+        _memory={},
+        loads={},
+        _prefixes={},
+        fitted={},
     )
 
 
@@ -128,7 +156,7 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     if key not in costs._times:
         computed = [layer_times(costs, kind, len(unit), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
-        costs._times[key] = replica_seconds(
+        forward, backward = replica_seconds(
             costs.model,
             whole,
             computed,
@@ -137,6 +165,9 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
             rows,
             step_latency=costs.step_latency,
         )
+        if costs.repeats:
+            backward = backward + repeated_seconds(costs.model, whole, forward)
+        costs._times[key] = forward, backward
     return costs._times[key]
 
 
@@ -201,14 +232,20 @@ def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> 
     return np.max(forward, axis=0), np.max(backward, axis=0)
 
 
-def stage_bytes(costs: Costs, tensor: int, rows: int) -> tuple[Array, Array]:
+def stage_bytes(
+    costs: Costs, tensor: int, rows: int, *, again: bool = False
+) -> tuple[Array, Array]:
     """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it always
-    holds, and those of every micro-batch in flight."""
-    key = (tensor, rows)
+    holds, and those of every micro-batch in flight. `again`: of a stage that recomputes."""
+    key = (tensor, rows, again)
     if key not in costs._memory:
+        table = costs.table
+        if again:
+            assert costs.again is not None, "no stage may recompute"
+            table = costs.again
         size = len(costs.model.layers) + 1
         first, last = np.triu_indices(size, k=1)
-        parts = stage_memory(costs.table, (first, last), tensor, rows, 1)
+        parts = stage_memory(table, (first, last), tensor, rows, 1)
         always, each = np.zeros((size, size)), np.zeros((size, size))
         always[first, last] = parts.parameters + parts.gradients + parts.optimizer + parts.buffers
         each[first, last] = parts.activations

@@ -14,6 +14,7 @@ from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
+from meshwright.cost.times import repeated_seconds
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
@@ -64,6 +65,15 @@ class Misfit:
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b)."""
+
+    always: Array
+    each: Array
+    """And for every micro-batch in flight."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chain:
     """The stages of a candidate as numbers."""
 
@@ -72,10 +82,10 @@ class Chain:
     forward_cut: Array
     """Seconds [S - 1, L + 1] of the activations across a cut before each layer."""
     backward_cut: Array
-    always: Array
-    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b), whatever is in flight."""
-    each: Array
-    """And for every micro-batch in flight."""
+    plain: Needs
+    """Of stages that keep what their layers make."""
+    again: Needs | None
+    """Of stages that recompute, if they may."""
     held: Array
     """Micro-batches in flight [S]."""
     capacity: Array
@@ -108,7 +118,8 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
     """All that the assignment of layers needs to know."""
     shape, stages = candidate.shape, candidate.placement.stages
     times = [stage_times(costs, stage, shape.rows) for stage in stages]
-    always, each = stage_bytes(costs, shape.grid.tensor, shape.rows)
+    tensor, rows = shape.grid.tensor, shape.rows
+    again = Needs(*stage_bytes(costs, tensor, rows, again=True)) if costs.again else None
     held = np.array(
         [in_flight(shape.schedule, s, len(stages), shape.micro_batches) for s in range(len(stages))]
     )
@@ -117,8 +128,8 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
         backward=np.array([backward for _, backward in times]),
         forward_cut=_cuts(costs, candidate, costs.table.cut, forward=True),
         backward_cut=_cuts(costs, candidate, costs.table.cut_gradient, forward=False),
-        always=always,
-        each=each,
+        plain=Needs(*stage_bytes(costs, tensor, rows)),
+        again=again,
         held=held,
         capacity=capacities(costs, candidate.placement.types),
     )
@@ -145,8 +156,12 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     if candidate.fixed is not None:
         return _given(costs, candidate, candidate.fixed, facts)
     loads = chain_loads(facts.forward + facts.backward)
-    need = facts.always + facts.each * facts.held[:, None, None]
+    need = _bytes(facts.plain, facts)
     fitting = forbid_beyond(loads, need, facts.capacity)
+    if facts.again and not np.array_equal(fitting, loads):
+        need = _bytes(facts.again, facts)
+        repeated = forbid_beyond(chain_loads(_repeated(costs, facts)), need, facts.capacity)
+        fitting = np.where(np.isfinite(fitting), fitting, loads + repeated)
     cuts = facts.forward_cut + facts.backward_cut
     found = assign(fitting, cuts, candidate.shape.micro_batches)
     if found is None:
@@ -167,6 +182,33 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     )
 
 
+def _bytes(needs: Needs, facts: Chain) -> Array:
+    """Bytes [S, L + 1, L + 1] of every stage."""
+    found: Array = needs.always + needs.each * facts.held[:, None, None]
+    return found
+
+
+def _repeated(costs: Costs, facts: Chain) -> Array:
+    """Seconds [S, L] that recomputation adds to each layer's backward."""
+    whole = (0, facts.forward.shape[1])
+    return np.array([repeated_seconds(costs.model, whole, each) for each in facts.forward])
+
+
+def recomputed_stages(facts: Chain, bounds: Bounds) -> tuple[bool, ...]:
+    """The stages that do not fit otherwise, if they may recompute."""
+    if facts.again is None:
+        return (False,) * (len(bounds) - 1)
+    return tuple(
+        _excess(facts.plain, facts, s, layers) > 0 for s, layers in enumerate(pairwise(bounds))
+    )
+
+
+def _excess(needs: Needs, facts: Chain, s: int, layers: tuple[int, int]) -> float:
+    a, b = layers
+    need = needs.always[a, b] + needs.each[a, b] * facts.held[s]
+    return float(need - facts.capacity[s])
+
+
 def _tails(costs: Costs, candidate: Candidate) -> Array:
     """Seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline: their reduction
     alone on the links, and the optimizer. The assignment does not see them; of the cuts with its
@@ -185,8 +227,10 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
     excess = max(
-        float(facts.always[a, b] + facts.each[a, b] * facts.held[s] - facts.capacity[s])
-        for s, (a, b) in enumerate(pairwise(bounds))
+        _excess((facts.again if again else None) or facts.plain, facts, s, layers)
+        for s, (layers, again) in enumerate(
+            zip(pairwise(bounds), recomputed_stages(facts, bounds), strict=True)
+        )
     )
     if excess > 0:
         return Misfit(candidate, bounds, excess)
@@ -211,6 +255,13 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     shape, ranges = candidate.shape, tuple(pairwise(bounds))
     forward = np.array([facts.forward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
     backward = np.array([facts.backward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
+    recomputed = recomputed_stages(facts, bounds)
+    if any(recomputed):
+        repeated = _repeated(costs, facts)
+        backward += [
+            repeated[s, a:b].sum() if again else 0.0
+            for s, ((a, b), again) in enumerate(zip(ranges, recomputed, strict=True))
+        ]
     ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
     for s, cut in enumerate(bounds[1:-1]):
         ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]

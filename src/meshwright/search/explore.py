@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
@@ -216,7 +216,9 @@ def _best(estimates: list[Estimate]) -> list[Estimate]:
 
 def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit | None:
     """The best hand-made candidate that fits; else the nearest to it; None if there is none. AMP
-    chooses by its own ranking, the others by ours."""
+    chooses by its own ranking and knows no recomputation, the others by ours."""
+    if name == "amp":
+        costs = replace(costs, again=None)
     found = [evaluate(costs, candidate) for candidate in BASELINES[name](costs, used)]
     fitting = [e for e in found if isinstance(e, Estimate)]
     if fitting:

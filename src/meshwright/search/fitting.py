@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from meshwright.cost.times import repeated_seconds
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
@@ -135,22 +136,33 @@ def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: Schedul
 
 
 def team_loads(costs: Costs, team: Team, held: int) -> Array:
-    """Seconds [L + 1, L + 1] of the slowest replica; infinite where one of them does not fit."""
+    """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
+    otherwise; infinite where one does not fit even then."""
+    plain = _slowest(costs, team, held, again=False)
+    size = len(plain)
+    if costs.again is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
+        return plain
+    return np.where(np.isfinite(plain), plain, _slowest(costs, team, held, again=True))
+
+
+def _slowest(costs: Costs, team: Team, held: int, *, again: bool) -> Array:
     worst: Array | None = None
     for unit, rows in distinct_replicas(costs, team.units, team.rows):
-        key = (unit_kind(costs, unit), rows, held)
+        key = (unit_kind(costs, unit), rows, held, again)
         if key not in costs.loads:
-            costs.loads[key] = _replica_loads(costs, unit, rows, held)
+            costs.loads[key] = _replica_loads(costs, unit, rows, held, again=again)
         loads = costs.loads[key]
         worst = loads if worst is None else np.maximum(worst, loads)
     assert worst is not None, "a stage has units"
     return worst
 
 
-def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int) -> Array:
+def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int, *, again: bool) -> Array:
     forward, backward = unit_times(costs, unit, rows)
+    if again:
+        backward = backward + repeated_seconds(costs.model, (0, len(forward)), forward)
     loads: Array = chain_loads((forward + backward)[None])[0]
-    always, each = stage_bytes(costs, len(unit), rows)
+    always, each = stage_bytes(costs, len(unit), rows, again=again)
     loads[always + each * held > unit_capacity(costs, unit)] = np.inf
     return loads
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.balanced import Build, balanced
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Costs, recomputing
 from meshwright.search.fitting import fit_line
 from meshwright.search.lines import Line
 from meshwright.search.mix import groupings
@@ -85,6 +85,7 @@ class Choice:
     """A strategy: templates with their numbers of micro-batches, and its seconds in closed form."""
 
     seconds: float
+    board: Drawing
     sketches: tuple[Sketch, ...]
     counts: tuple[int, ...]
 
@@ -93,16 +94,18 @@ def fleet_strategies(
     costs: Costs, schedules: Sequence[ScheduleName], dropped: Counter[str], over: Over
 ) -> Iterator[tuple[ScheduleName, tuple[Line, ...]]]:
     """Strategies over whole fleets, best first, written down one at a time."""
-    board = drawing(costs, fleets(costs))
+    boards = [drawing(costs, fleets(costs))]
+    if costs.again is not None:
+        boards.append(drawing(recomputing(costs, costs.again), boards[0].fleets))
     every: list[Choice] = []
-    for tensor in _tensor_widths(board):
+    for board, tensor in product(boards, _tensor_widths(boards[0])):
         if every and over():
             break
         limit = min((choice.seconds for choice in every), default=float("inf"))
         every += _at_width(board, tensor, schedules, over, limit)
     every.sort(key=lambda choice: choice.seconds)
     for choice in _diverse(every):
-        lines = _lines(board, choice)
+        lines = _lines(choice)
         if lines is None:
             dropped["does not fit in memory"] += 1
         else:
@@ -126,7 +129,8 @@ def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:
             yield choice
 
 
-def _lines(board: Drawing, choice: Choice) -> tuple[Line, ...] | None:
+def _lines(choice: Choice) -> tuple[Line, ...] | None:
+    board = choice.board
     taken: dict[int, int] = {}
     lines = []
     for each, count in zip(choice.sketches, choice.counts, strict=True):
@@ -167,7 +171,7 @@ def _at_width(
         if alone:
             for each in offers[0]:
                 count = batch // each.template.rows
-                found = Choice(whole_seconds(board, (each,), (count,)), (each,), (count,))
+                found = Choice(whole_seconds(board, (each,), (count,)), board, (each,), (count,))
                 best = min(best, found.seconds)
                 yield found
             continue
@@ -348,5 +352,5 @@ def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choic
             continue
         seconds = whole_seconds(board, chosen, (*counts, last))
         if best is None or seconds < best.seconds:
-            best = Choice(seconds, chosen, (*counts, last))
+            best = Choice(seconds, board, chosen, (*counts, last))
     return best

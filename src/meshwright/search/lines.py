@@ -48,15 +48,17 @@ class Line:
         return self.rows * self.micro_batches
 
 
-def as_pipeline(line: Line) -> Pipeline:
-    """As plans write it: equal rows are not listed."""
+def as_pipeline(costs: Costs, line: Line, schedule: ScheduleName) -> Pipeline:
+    """As plans write it: equal rows are not listed, and stages recompute that do not fit
+    otherwise."""
     stages = tuple(
         Stage(
             layers=layers,
             devices=team.units,
             rows=None if len(set(team.rows)) == 1 else team.rows,
+            recompute=must_recompute(costs, line, s, schedule),
         )
-        for layers, team in zip(pairwise(line.bounds), line.teams, strict=True)
+        for s, (layers, team) in enumerate(zip(pairwise(line.bounds), line.teams, strict=True))
     )
     return Pipeline(micro_batches=line.micro_batches, rows=line.rows, stages=stages)
 
@@ -83,7 +85,7 @@ def plan_of(
         job=costs.job,
         schedule=schedule,
         devices=tuple(name for name in costs.devices if name in used),
-        pipelines=tuple(as_pipeline(line) for line in lines),
+        pipelines=tuple(as_pipeline(costs, line, schedule) for line in lines),
     )
 
 
@@ -118,16 +120,34 @@ def lines_label(lines: Sequence[Line], schedule: ScheduleName, missing: int = 0)
 
 
 def fits(costs: Costs, line: Line, schedule: ScheduleName) -> bool:
-    """Whether every device of every stage holds what it must."""
-    depth = len(line.teams)
-    for s, (team, (a, b)) in enumerate(zip(line.teams, pairwise(line.bounds), strict=True)):
-        held = in_flight(schedule, s, depth, line.micro_batches)
-        for unit, rows in distinct_replicas(costs, team.units, team.rows):
-            room = unit_capacity(costs, unit)
-            always, each = stage_bytes(costs, len(unit), rows)
-            if always[a, b] + each[a, b] * held > room:
-                return False
+    """Whether every device of every stage holds what it must, recomputing if need be."""
+    may = costs.again is not None
+    return all(
+        stage_fits(costs, line, s, schedule)
+        or (may and stage_fits(costs, line, s, schedule, again=True))
+        for s in range(len(line.teams))
+    )
+
+
+def stage_fits(
+    costs: Costs, line: Line, s: int, schedule: ScheduleName, *, again: bool = False
+) -> bool:
+    """Whether every device of a stage holds what it must; `again`: if it recomputes."""
+    team, a, b = line.teams[s], line.bounds[s], line.bounds[s + 1]
+    held = in_flight(schedule, s, len(line.teams), line.micro_batches)
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        always, each = stage_bytes(costs, len(unit), rows, again=again)
+        if always[a, b] + each[a, b] * held > unit_capacity(costs, unit):
+            return False
     return True
+
+
+def must_recompute(costs: Costs, line: Line, s: int, schedule: ScheduleName) -> bool:
+    """Whether a stage does not fit without recomputation, and may recompute. Where it fits, it
+    would only take longer."""
+    if costs.repeats:
+        return True
+    return costs.again is not None and not stage_fits(costs, line, s, schedule)
 
 
 def moves(source: Team, target: Team) -> Iterator[tuple[int, int, int]]:

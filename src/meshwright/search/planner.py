@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -46,6 +46,7 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.search.schedule import reschedule
 from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
@@ -61,6 +62,10 @@ MOST_ROWS = 1 << 17
 """Layers of a model and rows of a batch that are planned for: tables of cuts grow with the square
 of the former, simulated steps with the latter."""
 
+HOPELESS, MOST_HOPELESS = 1.25, 8_000
+"""Times the best plan's seconds beyond which, in closed form, a plan is only simulated if that is
+less work than this."""
+
 MISFITS_SHOWN = 3
 RUNNERS_UP = 6
 
@@ -72,20 +77,22 @@ def find_plan(
     profile: Profile | None = None,
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
+    reorder: bool = True,
     progress: Progress | None = None,
     budget_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
-    Without `budget_seconds` the same input gives the same plan, byte for byte; with it, the best
-    plan found when the time was up, or the first one that fits if that takes a moment longer.
-    Raises FitError when nothing fits, saying by how much and what would help; ClusterError when no
-    device offers the job's precision or a link carries nothing; PlanError when job and model
-    disagree, are too large, or the time was up before a plan was found.
+    `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
+    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with
+    it, the best plan found when the time was up, or the first one that fits if that takes a moment
+    longer. Raises FitError when nothing fits, saying by how much and what would help; ClusterError
+    when no device offers the job's precision or a link carries nothing; PlanError when job and
+    model disagree, are too large, or the time was up before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     _check(model, cluster, job)
-    costs = costs_of(model, cluster, job, profile)
+    costs = costs_of(model, cluster, job, profile, recomputation=True)
     tell = progress or (lambda _what, _done, _all: None)
     contest = Contest(costs, fingerprint(cluster), deadline)
     explored = _explored(contest, schedules, tell)
@@ -96,9 +103,12 @@ def find_plan(
     choose_boundaries(contest, tell)
     if contest.best is None:
         raise _nothing(contest, explored, tell)
+    if reorder:
+        reschedule(contest, tell)
     winner = _simplest(contest)
-    misfits = _misfits(costs, winner.seconds, by_hand, explored)
-    settled = exhausted and all_direct(winner.plan)
+    played = {each.name for each in contest.others}
+    misfits = _misfits(costs, winner.seconds, played, by_hand, explored)
+    settled = exhausted and all_direct(winner.plan) and winner.plan.schedule in schedules
     proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else certificate(costs)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
@@ -145,12 +155,19 @@ def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Prog
             contest.dropped["beyond the budget"] += len(field) - index
             break
         plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
-        title = label(estimate.candidate, estimate.bounds)
-        if contest.best and work_of(plan, fold(plan, contest.costs.cluster)) > SIMULATED_WORK:
+        title = _title(name, estimate)
+        hopeless = contest.best and estimate.seconds > HOPELESS * contest.best.seconds
+        most = MOST_HOPELESS if hopeless else SIMULATED_WORK
+        if contest.best and work_of(plan, fold(plan, contest.costs.cluster)) > most:
             contest.dropped["too much to simulate"] += 1
         else:
-            enter(contest, plan, f"{name}: {title}" if name else title)
+            enter(contest, plan, title)
     tell("simulating", len(field), len(field))
+
+
+def _title(name: str, estimate: Estimate) -> str:
+    title = label(estimate.candidate, estimate.bounds)
+    return f"{name}: {title}" if name else title
 
 
 def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
@@ -169,14 +186,19 @@ def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
 def _misfits(
     costs: Costs,
     seconds: float,
+    played: Container[str],
     by_hand: Iterable[tuple[str, Estimate | Misfit]],
     explored: Explored,
 ) -> Iterable[RunnerUp]:
-    """Hand-made plans that do not fit, and strategies that could be faster if they did."""
+    """Hand-made plans that do not fit or were too much to simulate, and strategies that could be
+    faster if they did fit."""
     for name, found in by_hand:
         if isinstance(found, Misfit):
             title = f"{name}: {label(found.candidate, found.bounds)}"
             yield RunnerUp(name=title, reason=why_misfit(costs, found))
+        elif _title(name, found) not in played:
+            reason = "in closed form, too much to simulate"
+            yield RunnerUp(name=_title(name, found), step_seconds=found.seconds, reason=reason)
     faster = (m for m in explored.misfits if optimistic_seconds(costs, m.candidate) < seconds)
     yield from misfits_as_runners_up(costs, faster, MISFITS_SHOWN)
 
@@ -196,7 +218,7 @@ def baseline_plan(
     if name not in BASELINES:
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
-    costs = costs_of(model, cluster, job, profile)
+    costs = costs_of(model, cluster, job, profile, recomputation=True)
     found = best_by_hand(costs, name, whole(costs))
     if found is None:
         raise PlanError(

@@ -19,9 +19,11 @@ from meshwright.errors import Problem, ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
+from meshwright.program.deadlock import READS
 from meshwright.program.instructions import (
     GATHERED,
     MATCHING_RECEIVE,
+    RECEIVES,
     SENDS,
     Instruction,
     Op,
@@ -44,7 +46,6 @@ _STREAMS: dict[Op, Stream] = {
     Op.REDUCE_GRAD: "reduce",
     Op.REDUCE_NORM: "reduce",
 }
-_READS = {Op.RECV_F: Op.FORWARD, Op.RECV_B: Op.BACKWARD}
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class _Rank:
     busy: bool = False
     """Computing, or waiting in a collective that blocks."""
     awaited: dict[tuple[Op, int, int | None], int] = field(default_factory=lambda: defaultdict(int))
-    """Receives posted and not arrived, by the compute instruction that reads them."""
+    """Receives posted and not arrived: RECV_F or RECV_B, stage, micro-batch."""
     reductions: list[int] = field(default_factory=list)
     """Indices of the REDUCE_GRADs, in program order; those before `next_reduction` have begun."""
     next_reduction: int = 0
@@ -152,7 +153,7 @@ class _Step:
                 state.busy = True
                 self.ready(at)
             elif i.op in GATHERED:
-                if state.awaited[_READS[GATHERED[i.op]], i.stage, i.micro_batch]:
+                if state.awaited[GATHERED[i.op], i.stage, i.micro_batch]:
                     return
                 state.busy = True
                 self.ready(at)
@@ -160,10 +161,10 @@ class _Step:
                 state.open_reductions += 1
                 if self.prices.ranks[rank][at[1]].inside is None:
                     self.ready(at)
-            elif i.op in SENDS or i.op in _READS:
+            elif i.op in SENDS or i.op in RECEIVES:
                 self.post(at, i)
             else:
-                if state.awaited[i.op, i.stage, i.micro_batch]:
+                if i.op in READS and state.awaited[READS[i.op], i.stage, i.micro_batch]:
                     return
                 self.compute(at, i)
             state.position += 1
@@ -173,14 +174,14 @@ class _Step:
         self.ranks[rank].busy = True
         price = self.prices.ranks[rank][index]
         if i.op is Op.FORWARD:
-            self.hold(rank, self.prices.micro_batch_bytes[rank])
+            self.hold(rank, price.held)
         for reduction, offset in price.completes:
             self.at(self.now + offset, self.ready, (rank, reduction))
         self.at(self.now + price.seconds, self.computed, at, i, self.now)
 
     def computed(self, at: At, i: Instruction, began: float) -> None:
-        if i.op is Op.BACKWARD:
-            self.hold(at[0], -self.prices.micro_batch_bytes[at[0]])
+        if i.op is not Op.FORWARD and (held := self.prices.ranks[at[0]][at[1]].held):
+            self.hold(at[0], held)
         self.record(at, began)
         self.ranks[at[0]].busy = False
         self.advance(at[0])
@@ -193,8 +194,8 @@ class _Step:
     def post(self, at: At, i: Instruction) -> None:
         assert i.peer is not None
         if i.ranks:
-            if i.op in _READS:
-                self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] += 1
+            if i.op in RECEIVES:
+                self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
             chain = self.chains[i.ranks]
             chain.posted[i.micro_batch, i.rows].append(at)
             self.pass_on(chain, i.ranks)
@@ -205,7 +206,7 @@ class _Step:
         else:
             channel = self.channels[i.peer, at[0], i.op]
             channel.receives.append(at)
-            self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] += 1
+            self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
         self.match(channel)
 
     def match(self, channel: _Channel) -> None:
@@ -218,7 +219,7 @@ class _Step:
         self.record(send, began)
         self.record(receive, began)
         i = self.program.ranks[receive[0]][receive[1]]
-        self.ranks[receive[0]].awaited[_READS[i.op], i.stage, i.micro_batch] -= 1
+        self.ranks[receive[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         channel.busy = False
         self.match(channel)
         self.advance(receive[0])
@@ -239,8 +240,8 @@ class _Step:
         for at in ends:
             self.record(at, began)
             i = self.program.ranks[at[0]][at[1]]
-            if i.op in _READS:
-                self.ranks[at[0]].awaited[_READS[i.op], i.stage, i.micro_batch] -= 1
+            if i.op in RECEIVES:
+                self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         chain.busy = False
         self.pass_on(chain, ranks)
         for rank in ranks[1:]:

@@ -6,22 +6,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from meshwright.program.deadlock import READS
 from meshwright.program.instructions import GATHERED, GATHERS, Op
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
 PARTS = ("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
 
+_BACK = (Op.BACKWARD, Op.BACKWARD_INPUT)
 _MAKES = {
-    Op.RECV_F: Op.FORWARD,
-    Op.RECV_B: Op.BACKWARD,
-    Op.SEND_F: Op.FORWARD,
-    Op.SEND_B: Op.BACKWARD,
+    Op.RECV_F: (Op.FORWARD,),
+    Op.RECV_B: _BACK,
+    Op.SEND_F: (Op.FORWARD,),
+    Op.SEND_B: _BACK,
 }
-_READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
 _PART = {
     Op.FORWARD: "compute",
     Op.BACKWARD: "compute",
+    Op.BACKWARD_INPUT: "compute",
+    Op.BACKWARD_WEIGHT: "compute",
     Op.OPTIMIZER_STEP: "optimizer",
     Op.REDUCE_GRAD: "reductions",
     Op.REDUCE_NORM: "reductions",
@@ -77,11 +80,9 @@ class _Walk:
         if i.op is Op.OPTIMIZER_STEP:
             return [*self.latest(own, before), *self.latest([self.norms[i.rank]], before)]
         if i.stream == "compute":
-            reads = [
-                read
-                for op in (_READS[i.op], GATHERS[_READS[i.op]])
-                for read in self.reads[op, i.rank, i.stage, i.micro_batch]
-            ]
+            read = READS.get(i.op)
+            kinds = (read, GATHERS[read]) if read else ()
+            reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
             return [*self.latest(own, before), *self.latest(reads, before)]
         if i.op in GATHERED:
             parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
@@ -89,8 +90,8 @@ class _Walk:
         if i.op is Op.REDUCE_GRAD or i.peer is None:
             return self.latest(own, before)
         source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
-        made = [c for c in self.compute[source] if c.op is _MAKES[i.op]]
-        made = [c for c in made if c.micro_batch == i.micro_batch]
+        made = [c for c in self.compute[source] if c.op in _MAKES[i.op]]
+        made = [c for c in made if (c.stage, c.micro_batch) == (_maker(i), i.micro_batch)]
         earlier = self.channels[i.op, i.rank, i.peer]
         posted = self.compute[target]
         return [x for group in (made, earlier, posted) for x in self.latest(group, before)]
@@ -98,6 +99,13 @@ class _Walk:
     def end_of_compute(self, rank: int, before: float) -> float:
         """When a rank's last compute before a moment ended."""
         return max((c.end_seconds for c in self.latest(self.compute[rank], before)), default=0.0)
+
+
+def _maker(i: Interval) -> int:
+    """The stage that makes what a message carries."""
+    if i.stream == "send":
+        return i.stage
+    return i.stage - 1 if i.op is Op.RECV_F else i.stage + 1
 
 
 def critical_path(timeline: Timeline) -> tuple[Segment, ...]:
@@ -152,7 +160,7 @@ def parts(timeline: Timeline) -> dict[str, float]:
         seconds[s.part] += s.end_seconds - s.start_seconds
     busy: dict[int, float] = defaultdict(float)
     for i in timeline.intervals:
-        if i.op in (Op.FORWARD, Op.BACKWARD):
+        if _PART.get(i.op) == "compute":
             busy[i.rank] += i.end_seconds - i.start_seconds
     needed = min(seconds["compute"], max(busy.values(), default=0.0))
     seconds["bubble"] = seconds["compute"] - needed

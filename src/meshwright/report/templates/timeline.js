@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const host = document.getElementById("timelines");
   const hint = document.getElementById("hint");
-  const COMPUTE_KINDS = 3; // kinds 0 to 2 are compute; 3 to 5 are send, receive, reduce
+  const COMPUTE_KINDS = 5; // kinds 0 to 4 are compute; 5 to 7 are send, receive, reduce
   const many = data.ranks.length > 64;
   const ROW = many ? { compute: 8, thin: 1, gap: 2 } : { compute: 18, thin: 4, gap: 7 };
   const ROW_HEIGHT = ROW.compute + 3 * ROW.thin + ROW.gap;

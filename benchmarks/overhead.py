@@ -1,0 +1,182 @@
+"""What the interpreter adds to an instruction on the host, apart from what PyTorch itself does.
+
+    python benchmarks/overhead.py [--steps 30] [--schedule 1f1b-2bp]
+
+Two processes train a small model; the processor time of every instruction is taken, and from it
+that of the calls it is there to make: reading the batch, the layers' forwards, autograd's
+backwards, posting messages and waiting for them. The rest is the interpreter. Processor time, so
+that what else runs on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+
+def main() -> None:
+    """Print medians by operation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--schedule", default="1f1b-2bp")
+    parser.add_argument("--worker", type=Path)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        arguments = ["--steps", str(options.steps), "--schedule", options.schedule]
+        subprocess.run(
+            [*torchrun, "--nproc-per-node=2", __file__, "--worker", str(out), *arguments],
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+        )  # fmt: skip
+        found = json.loads(out.read_text())
+    print(f"{'operation':16}{'median, us':>12}{'of them PyTorch':>17}{'interpreter':>13}")
+    for op, (whole, inside, rest) in found.items():
+        print(f"{op:16}{whole:>12.1f}{inside:>17.1f}{rest:>13.1f}")
+
+
+class Clock:
+    """Processor time inside PyTorch's calls."""
+
+    def __init__(self) -> None:
+        self.inside = 0.0
+        self.depth = 0
+        self.cost = 0.0
+
+    def around(self, function):
+        """The function, with the time that it takes added up, unless called from such a one."""
+
+        def timed(*args, **kwargs):
+            if self.depth:
+                return function(*args, **kwargs)
+            self.depth += 1
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside += time.thread_time() - began + self.cost
+                self.depth -= 1
+
+        return timed
+
+    def calibrate(self) -> None:
+        """What the clock itself takes of the time outside."""
+        nothing = self.around(lambda: None)
+        began = time.thread_time()
+        for _ in range(10000):
+            nothing()
+        self.cost = (time.thread_time() - began - self.inside) / 10000
+        self.inside = 0.0
+
+
+def worker(options: argparse.Namespace) -> None:
+    """Train, and take the time."""
+    import torch
+    import torch.distributed as dist
+    from torch.utils import checkpoint  # noqa: F401 - imported ahead of the clock
+
+    from meshwright.model.zoo.gpt import GPT
+    from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+    from meshwright.runtime.engine import Engine
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    share, micro_batches, blocks = 2, 8, 4
+    stages = (
+        Stage(layers=(0, 3), devices=(("here:0",),)),
+        Stage(layers=(3, blocks + 2), devices=(("here:1",),)),
+    )
+    nobody = Subject(name="any", fingerprint="")
+    plan = Plan(
+        name="overhead", model=nobody, cluster=nobody,
+        job=Job(global_batch=share * micro_batches, sequence=16, precision="fp32"),
+        schedule=options.schedule, devices=("here:0", "here:1"),
+        pipelines=(Pipeline(micro_batches=micro_batches, rows=share, stages=stages),),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=blocks, tied=False)
+    tokens = torch.randint(64, (share * micro_batches, 17))
+    batch = (tokens[:, :-1], tokens[:, 1:])
+    engine = Engine(
+        model, plan, inputs=batch, clip_norm=1.0,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
+    )  # fmt: skip
+    clock = Clock()
+    clock.calibrate()
+    watch(engine, clock)
+    samples: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    engine._actions = [(measured(act, samples[i.op.value], clock), i) for act, i in engine._actions]
+    rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
+    for step in range(options.steps + 3):
+        engine.step(rows)
+        if step == 2:
+            for own in samples.values():
+                own.clear()
+    gathered: list = [None] * 2
+    dist.all_gather_object(gathered, dict(samples))
+    if dist.get_rank() == 0:
+        options.worker.write_text(json.dumps(medians(gathered)))
+    dist.barrier()
+    os._exit(0)
+
+
+def watch(engine, clock: Clock) -> None:
+    """Puts the clock around every call that does an instruction's own work."""
+    import torch
+    import torch.distributed as dist
+
+    for place in engine._own.places.values():
+        place.stage._modules = [clock.around(module) for module in place.stage._modules]
+    torch.autograd.backward = clock.around(torch.autograd.backward)
+    for name in ("isend", "irecv", "all_reduce"):
+        setattr(dist, name, clock.around(getattr(dist, name)))
+    work = type(dist.all_reduce(torch.zeros(1), async_op=True))
+    for name in ("wait", "is_completed"):
+        setattr(work, name, clock.around(getattr(work, name)))
+    engine._optimizer.step = clock.around(engine._optimizer.step)
+
+
+def measured(act, own: list, clock: Clock):
+    """An action that leaves its time, and PyTorch's part of it."""
+
+    def timed(i) -> None:
+        clock.inside = 0.0
+        began = time.thread_time()
+        act(i)
+        own.append((time.thread_time() - began, clock.inside))
+
+    return timed
+
+
+def medians(gathered: list) -> dict[str, tuple[float, float, float]]:
+    """By operation and over all, in microseconds: whole, PyTorch's part, and the rest."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for one in gathered:
+        for op, own in one.items():
+            found[op] += own
+            if op not in ("REDUCE_NORM", "OPTIMIZER_STEP"):
+                found["all"] += own
+    return {
+        op: (
+            1e6 * statistics.median(whole for whole, _ in own),
+            1e6 * statistics.median(inside for _, inside in own),
+            1e6 * statistics.median(whole - inside for whole, inside in own),
+        )
+        for op, own in found.items()
+        if own
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Strategies on testbeds: which there are, what the simulator says of them, what they take.
+
+Shared by testbed_accuracy.py and worth_it.py. Every measured step is a line of a JSON-lines file,
+by which an interrupted suite goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from meshwright.cluster.files import cluster_from
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.pairs import LinkReport, fitted_cluster
+from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
+from meshwright.errors import FitError, MeshwrightError, PlanError
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.files import save_plan
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Job, Plan
+from meshwright.records import dumps, fingerprint, load, parse
+from meshwright.runtime.profile import ProfileSettings
+from meshwright.search.baselines import BASELINES
+from meshwright.search.costs import Costs, costs_of
+from meshwright.search.estimate import Estimate, evaluate
+from meshwright.search.explain import as_plan
+from meshwright.search.explore import candidates_of, whole
+from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.simulate.engine import simulate_plan
+from meshwright.testbed.bed import Standing, standing
+from meshwright.testbed.launch import Launcher
+from meshwright.testbed.load import Watch
+from meshwright.testbed.profile import LINKS, profile_on
+from meshwright.testbed.spec import Bed, BedFile, Mode, bed_of
+from meshwright.testbed.times import TIMES, virtual_times
+
+HERE = Path(__file__).parent
+SEQUENCE = 64
+STEPS = 6
+WARM_UP = 2
+ROWS = (1, 2, 4, 8, 16)
+SHARES = {"fast": 0.4, "mid": 0.2, "slow": 0.1}
+"""Of a core, in dilation; virtual devices have the same ratio of speeds."""
+CORE_FLOPS = 100e9
+"""Peak of the whole core that virtual devices have shares of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A cluster as a table: nodes as (name, devices, Mbit/s, site), uplinks in Mbit/s by site."""
+
+    name: str
+    nodes: tuple[tuple[str, str, float, str], ...]
+    uplinks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> int:
+        return sum(int(devices.split(" x ")[0]) for _, devices, _, _ in self.nodes)
+
+
+def cluster_of(place: Place) -> Cluster:
+    """As a cluster file would give it."""
+    used = {devices.split(" x ")[1] for _, devices, _, _ in place.nodes}
+    inside = {"bandwidth": "16 Gbit/s", "latency": "50 us", "shared": True}
+    data = {
+        "format": 1,
+        "name": place.name,
+        "device": {
+            kind: {"like": "cpu", "peak": {"fp32": f"{SHARES[kind] * CORE_FLOPS / 1e9} GFLOP/s"}}
+            for kind in used
+        },
+        "site": [
+            {"name": site, "uplink": {"bandwidth": f"{rate} Mbit/s", "latency": "0 us"}}
+            for site, rate in place.uplinks.items()
+        ],
+        "node": [
+            {
+                "name": name,
+                "devices": [devices],
+                "network": {"bandwidth": f"{rate} Mbit/s", "latency": "0 us"},
+                "inside": inside,
+                "site": site,
+            }
+            for name, devices, rate, site in place.nodes
+        ],
+    }
+    if not data["site"]:
+        del data["site"]
+    return cluster_from(data, source=place.name)
+
+
+def bed_at(place: Place, mode: Mode, *, foreign_share: float, attempts: int) -> Bed:
+    """The testbed of a place."""
+    cluster = cluster_of(place)
+    used = {device.type for device in devices_of(cluster)}
+    entry = BedFile(
+        name=place.name,
+        cluster="",
+        mode=mode,
+        shares={} if mode == "virtual" else {kind: SHARES[kind] for kind in used},
+        foreign_share=foreign_share,
+        attempts=attempts,
+    )
+    return bed_of(entry, cluster, source=place.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One place, one model, one way to be slow."""
+
+    place: Place
+    mode: Mode
+    model: str
+    batch: int = 16
+
+    @property
+    def key(self) -> str:
+        return f"{self.mode}/{self.place.name}/{self.model}"
+
+
+@dataclass(slots=True)
+class Known:
+    """A setting with all that predictions need."""
+
+    setting: Setting
+    graph: LayerGraph
+    cluster: Cluster
+    profile: Profile | None
+    job: Job
+
+    @property
+    def costs(self) -> Costs:
+        return costs_of(self.graph, self.cluster, self.job, self.profile)
+
+
+class Suite:
+    """Settings one after the other: each testbed is brought up once for all that is done on it."""
+
+    def __init__(self, work: Path, *, foreign_share: float, attempts: int) -> None:
+        self.work, self.foreign_share, self.attempts = work, foreign_share, attempts
+        work.mkdir(parents=True, exist_ok=True)
+        self.results = work / "results.jsonl"
+        self.done = {line["key"]: line for line in self.lines()}
+        self._stack = ExitStack()
+        self._up: tuple[tuple[str, str], Launcher] | None = None
+
+    def lines(self) -> list[dict]:
+        """Everything measured so far."""
+        text = self.results.read_text().splitlines() if self.results.exists() else []
+        found = []
+        for line in text:
+            with suppress(json.JSONDecodeError):  # cut off in the middle of a line
+                found.append(json.loads(line))
+        return found
+
+    def close(self) -> None:
+        """Takes the last testbed down."""
+        self._stack.close()
+        self._up = None
+
+    def launcher(self, setting: Setting) -> Launcher:
+        """On the setting's testbed, brought up if another one stands."""
+        mark = (setting.place.name, setting.mode)
+        if self._up is None or self._up[0] != mark:
+            self.close()
+            bed = bed_at(
+                setting.place,
+                setting.mode,
+                foreign_share=self.foreign_share,
+                attempts=self.attempts,
+            )
+            up: Standing = self._stack.enter_context(standing(bed))
+            self._up = mark, self._stack.enter_context(Launcher(up))
+        return self._up[1]
+
+    def known(self, setting: Setting) -> Known:
+        """Measured links and layers; kept in the work folder."""
+        from testbed_rank import graph_of
+
+        graph = graph_of(setting.model, SEQUENCE)
+        # Processes that share cores wait for each other at every sum inside a layer.
+        graph = replace(
+            graph, layers=tuple(replace(layer, tensor_units=1) for layer in graph.layers)
+        )
+        links = self._links(setting)
+        bed = self.launcher(setting).up.bed
+        layers = self._layers(setting) if setting.mode != "virtual" else None
+        step = links.all_reduce.step_latency if links.all_reduce else None
+        profile = Profile(
+            model=setting.model,
+            sequence=SEQUENCE,
+            links=LinkTimes(all_reduce_latency=step),
+            layers=tuple(layers[0]) if layers else (),
+            optimizers=tuple(layers[1]) if layers else (),
+        )
+        return Known(
+            setting=setting,
+            graph=graph,
+            cluster=fitted_cluster(bed.cluster, links),
+            profile=profile,
+            job=Job(
+                global_batch=setting.batch, sequence=SEQUENCE, precision="fp32", optimizer="sgd"
+            ),
+        )
+
+    def _links(self, setting: Setting) -> LinkReport:
+        folder = self.work / "links" / f"{setting.mode}-{setting.place.name}"
+        settings = ProfileSettings(
+            model="gpt-tiny", sequence=SEQUENCE, rows=(), precision="fp32", output=""
+        )
+        profile_on(self.launcher(setting), settings, folder)
+        return load(folder / LINKS, LinkReport, error=MeshwrightError)
+
+    def _layers(self, setting: Setting) -> tuple[list[LayerTime], list[OptimizerTime]]:
+        folder = self.work / "layers" / f"{setting.place.name}-{setting.model}"
+        path = folder / "layers.json"
+        if not path.exists():
+            launcher = self.launcher(setting)
+            devices = devices_of(launcher.up.bed.cluster)
+            names = tuple(device.name for device in devices)
+            job = {
+                "action": "measure",
+                "model": setting.model,
+                "sequence": SEQUENCE,
+                "rows": ROWS,
+                "repeats": 5,
+                "devices": names,
+                "types": [device.type for device in devices],
+                "shares": launcher.up.shares,
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "job.json").write_text(json.dumps(job))
+            launcher.run(names, folder, module="testbed_rank")
+        data = json.loads(path.read_text())
+        return (
+            [parse(t, LayerTime, source="", error=MeshwrightError) for t in data["layers"]],
+            [parse(t, OptimizerTime, source="", error=MeshwrightError) for t in data["optimizers"]],
+        )
+
+    def measure(self, known: Known, name: str, plan: Plan) -> dict:
+        """The result of one strategy: measured before, or now."""
+        key = f"{known.setting.key}/{name}/{fingerprint(plan)}"
+        if key in self.done:
+            return self.done[key]
+        line = {"key": key, "setting": known.setting.key, "strategy": name,
+                "plan": describe(plan)}  # fmt: skip
+        expected = expected_seconds(known, plan)
+        best: dict | None = None
+        for attempt in range(1, self.attempts + 1):
+            seconds, foreign = self._train(known, plan)
+            found = {
+                "predicted": expected,
+                "measured": median(seconds[WARM_UP:]),
+                "seconds": seconds,
+                "foreign": foreign,
+                "attempts": attempt,
+            }
+            best = found if best is None or foreign < best["foreign"] else best
+            if foreign <= self.foreign_share:
+                break
+        line |= best or {}
+        with self.results.open("a") as results:
+            results.write(json.dumps(line) + "\n")
+        self.done[key] = line
+        return line
+
+    def _train(self, known: Known, plan: Plan) -> tuple[list[float], float]:
+        setting = known.setting
+        launcher = self.launcher(setting)
+        folder = self.work / "run"
+        folder.mkdir(exist_ok=True)
+        save_plan(replace(plan, prediction=None), folder / "plan.json")
+        job = {
+            "action": "train",
+            "model": setting.model,
+            "mode": setting.mode,
+            "steps": STEPS,
+            "shares": launcher.up.shares,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        if setting.mode == "virtual":
+            cluster = launcher.up.bed.cluster
+            table = virtual_times(plan, known.graph, cluster, known.profile)
+            (folder / TIMES).write_text(dumps(table))
+        watch = Watch(launcher.processor_seconds)
+        launcher.run(plan.devices, folder, module="testbed_rank")
+        return json.loads((folder / "seconds.json").read_text()), watch.foreign_share()
+
+
+def expected_seconds(known: Known, plan: Plan) -> float:
+    """As the simulator sees one step."""
+    return simulate_plan(plan, known.graph, known.cluster, known.profile).step_seconds
+
+
+def hand_made(known: Known) -> Iterator[tuple[str, Plan]]:
+    """The rivals, each with its best micro-batch; AMP's as AMP chooses."""
+    for name in BASELINES:
+        with suppress(FitError, PlanError):
+            yield name, baseline_plan(name, known.graph, known.cluster, known.job, known.profile)
+
+
+def even_plans(known: Known, count: int) -> list[tuple[str, Plan]]:
+    """The `count` even grids that promise most, whatever their schedule and micro-batch."""
+    costs = known.costs
+    found = [evaluate(costs, c) for c in BASELINES["even"](costs, whole(costs))]
+    fitting = sorted((e for e in found if isinstance(e, Estimate)), key=lambda e: e.seconds)
+    mark = fingerprint(known.cluster)
+    return [
+        (f"even-{n}", as_plan(costs, e.candidate, e.bounds, mark))
+        for n, e in enumerate(fitting[:count])
+    ]
+
+
+def sampled(known: Known, count: int, slowest: float = 4.0) -> list[tuple[str, Plan]]:
+    """Strategies spread evenly, by the logarithm of their promised seconds, from the best to
+    `slowest` times as slow."""
+    costs = known.costs
+    every = candidates_of(costs, ("1f1b", "gpipe"), Counter())
+    thin = every[:: max(1, len(every) // 400)]
+    found = sorted(
+        (e for e in (evaluate(costs, c) for c in thin) if isinstance(e, Estimate)),
+        key=lambda e: e.seconds,
+    )
+    near = [e for e in found if e.seconds <= slowest * found[0].seconds]
+    places = np.log([e.seconds for e in near])
+    goals = np.linspace(places[0], places[-1], count)
+    picks = dict.fromkeys(int(np.argmin(np.abs(places - goal))) for goal in goals)
+    mark = fingerprint(known.cluster)
+    return [
+        (f"sample-{n}", as_plan(costs, near[i].candidate, near[i].bounds, mark))
+        for n, i in enumerate(picks)
+    ]
+
+
+def best_plan(known: Known) -> Plan:
+    """Meshwright's own."""
+    return find_plan(known.graph, known.cluster, known.job, known.profile)
+
+
+def distinct(plans: list[tuple[str, Plan]]) -> list[tuple[str, Plan]]:
+    """Without those that only have another name."""
+    found: dict[str, tuple[str, Plan]] = {}
+    for name, plan in plans:
+        found.setdefault(fingerprint(replace(plan, name="", prediction=None)), (name, plan))
+    return list(found.values())
+
+
+def say(text: str) -> None:
+    """At once, also into a file."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,145 @@
+"""What each device does in the benchmarks on a testbed: measures its layers, or trains a plan.
+
+Started by testbed_cases.py, with a folder that holds job.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright.model.spec import LayerGraph
+from meshwright.model.trace import trace
+from meshwright.model.zoo.gpt import GPT
+from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.uneven import Uneven
+from meshwright.plan.files import load_plan
+from meshwright.records import dumps, load, plain
+from meshwright.runtime.dilation import Dilation, Dilator
+from meshwright.runtime.engine import Engine
+from meshwright.runtime.failure import rank_process
+from meshwright.runtime.profile import merged_layers, merged_optimizers
+from meshwright.runtime.profile_layers import (
+    Bench,
+    Stopwatch,
+    distinct_layers,
+    layer_times,
+    optimizer_time,
+)
+from meshwright.runtime.train import sgd
+from meshwright.testbed.times import TIMES, VirtualTimes
+from meshwright.testbed.virtual import VirtualEngine
+
+VOCABULARY = 256
+BUILDERS = {
+    "gpt": partial(
+        GPT, vocabulary=VOCABULARY, positions=256, width=256, heads=8, layers=6, tied=False
+    ),
+    "gpt-24": partial(
+        GPT, vocabulary=VOCABULARY, positions=256, width=160, heads=8, layers=24, tied=False
+    ),
+    "llama": partial(
+        Llama, vocabulary=VOCABULARY, width=256, heads=8, kv_heads=4, layers=6, hidden=704
+    ),
+    "uneven": partial(
+        Uneven,
+        vocabulary=VOCABULARY,
+        widths=(256, 192, 128, 64, 32),
+        hidden=(512, 384, 256, 128, 128, 384, 1024, 3072),
+    ),
+}
+"""Small enough for seconds, large enough that arithmetic and messages are felt."""
+
+
+def make_model(name: str) -> nn.Module:
+    """A model on the meta device."""
+    with torch.device("meta"):
+        return BUILDERS[name]()
+
+
+def batch(rows: int, sequence: int) -> tuple[Tensor, ...]:
+    """Tokens and targets; always the same."""
+    tokens = torch.randint(VOCABULARY, (rows, sequence + 1), generator=torch.Generator())
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def graph_of(name: str, sequence: int) -> LayerGraph:
+    """The model as the planner sees it."""
+    return trace(make_model(name), batch(1, sequence), "fp32", sequence, name)
+
+
+def measure(job: dict, folder: Path) -> None:
+    """Layers and optimizer on every device; rank 0 writes them."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    graph = graph_of(job["model"], job["sequence"])
+    share = job["shares"].get(job["devices"][rank])
+    bench = Bench(
+        make_model=partial(make_model, job["model"]),
+        graph=graph,
+        inputs=batch(1, job["sequence"]),
+        kind=job["types"][rank],
+        watch=Stopwatch(torch.device("cpu"), Dilator(Dilation(share=share)) if share else None),
+        repeats=job["repeats"],
+    )
+    layers = []
+    for layer in distinct_layers(graph).values():
+        for rows in job["rows"]:
+            dist.barrier()
+            layers.append(layer_times(bench, layer=layer, rows=rows, tensor=1))
+    dist.barrier()
+    own = (layers, optimizer_time(bench, sgd(1e-3), "sgd"))
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if rank == 0:
+        found = {
+            "layers": [plain(t) for t in merged_layers([t for some, _ in everyone for t in some])],
+            "optimizers": [plain(t) for t in merged_optimizers([t for _, t in everyone])],
+        }
+        (folder / "layers.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def train(job: dict, folder: Path) -> None:
+    """A few steps of a plan; rank 0 writes their seconds and one timeline."""
+    plan = load_plan(folder / "plan.json")
+    rank = int(os.environ["RANK"])
+    whole = batch(plan.job.global_batch, plan.job.sequence)
+
+    def rows(first: int, last: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[first:last] for tensor in whole)
+
+    model = make_model(job["model"])
+    if job["mode"] == "virtual":
+        times = load(folder / TIMES, VirtualTimes, error=ValueError)
+        engine = VirtualEngine(model, plan, inputs=rows(0, 1), times=times.ranks)
+    else:
+        share = job["shares"].get(plan.devices[rank])
+        dilation = Dilation(share=share) if share else None
+        engine = Engine(model, plan, inputs=rows(0, 1), optimizer=sgd(1e-3), dilation=dilation)
+    with engine:
+        seconds = [engine.step(rows).seconds for _ in range(job["steps"])]
+        _, timeline = engine.record(rows)
+    if rank == 0:
+        (folder / "timeline.json").write_text(dumps(timeline))
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def main() -> None:
+    """One rank."""
+    folder = Path(sys.argv[1])
+    with rank_process(folder):
+        torch.set_num_threads(1)
+        job = json.loads((folder / "job.json").read_text())
+        {"measure": measure, "train": train}[job["action"]](job, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Verbs of the testbed: an emulated cluster, and predictions against what it measures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshwright.cli.options import ClusterOption, PlanFile, ProfileOption, app
+
+if TYPE_CHECKING:
+    from meshwright.plan.spec import Plan
+    from meshwright.runtime.profile import ProfileSettings
+    from meshwright.runtime.run import RunSettings
+    from meshwright.session import Session
+    from meshwright.testbed.launch import Launcher
+    from meshwright.training import Outcome
+
+BedFile = Annotated[Path, typer.Argument(help="testbed.toml: a cluster and scale factors.")]
+BedOption = Annotated[
+    Path | None, typer.Option("--testbed", help="Emulate this cluster here (testbed.toml).")
+]
+
+testbed = typer.Typer(no_args_is_help=True, help="Emulate a mixed cluster on this machine.")
+app.add_typer(testbed, name="testbed")
+
+
+@testbed.command(context_settings={"ignore_unknown_options": True})
+def run(
+    bed_file: BedFile,
+    command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
+    dry_run: Annotated[bool, typer.Option(help="Only print every system command.")] = False,
+) -> None:
+    """Bring the cluster up, run a command in it, take it down.
+
+    A verb of meshwright starts its own processes, one for each device of its plan. Any other
+    command is started once for each device of the cluster, with the variables that torchrun sets.
+    """
+    from meshwright.cluster.spec import devices_of
+    from meshwright.testbed.bed import master_port, plan_bed, rank_environment, standing
+    from meshwright.testbed.launch import Launcher, as_shell, run_verb
+    from meshwright.testbed.spec import load_bed
+
+    bed = load_bed(bed_file)
+    devices = tuple(device.name for device in devices_of(bed.cluster))
+    own = Path(command[0]).name == "meshwright"
+    if dry_run:
+        drawn, lines = plan_bed(bed)
+        up = drawn.standing
+        undo = len(drawn.down) + len(drawn.groups)
+        port = master_port()
+        inside = [" ".join(command)] if own else [
+            as_shell(up, device, rank_environment(up, devices, rank, port), command)
+            for rank, device in enumerate(devices)
+        ]  # fmt: skip
+        for line in (*lines[: len(lines) - undo], *inside, *lines[len(lines) - undo :]):
+            typer.echo(line)
+        _say_absent(up.absent)
+        return
+    with standing(bed) as up:
+        _say_absent(up.absent)
+        if own:
+            status = run_verb(up, command)
+        else:
+            with Launcher(up) as launcher:
+                status = launcher.run_command(devices, command)
+    raise typer.Exit(status)
+
+
+@testbed.command()
+def status() -> None:
+    """What this machine can emulate, and the testbeds that stand on it."""
+    from meshwright.testbed.bed import new_identity
+    from meshwright.testbed.machine import abilities
+    from meshwright.testbed.traces import is_orphan, standing_traces, traces_folder
+
+    able = abilities(f"{new_identity()}-probe")
+    typer.echo(f"link rates: {able.shaper or 'no'}")
+    typer.echo(f"link latencies: {'netem' if able.latency else 'no'}")
+    quotas = f"cgroup v{able.quotas.version}" if able.quotas else "no"
+    typer.echo(f"CPU quotas: {quotas}")
+    for what, why in able.missing.items():
+        typer.echo(f"no {what}: {why}")
+    for traces in standing_traces(traces_folder()):
+        state = "left behind" if is_orphan(traces) else f"process {traces.owner}"
+        typer.echo(f"testbed {traces.identity}: {state}")
+
+
+@testbed.command()
+def down() -> None:
+    """Take away what killed launchers have left; nothing else."""
+    from meshwright.testbed.traces import sweep, traces_folder
+
+    taken = sweep(traces_folder())
+    typer.echo(f"took down {', '.join(taken)}" if taken else "nothing was left behind")
+
+
+def _say_absent(absent: tuple[str, ...]) -> None:
+    for each in absent:
+        typer.echo(f"not emulated: {each}", err=True)
+
+
+@contextmanager
+def launcher_for(bed_file: Path | None) -> Iterator[Launcher | None]:
+    """A testbed of its own, the one in which this command runs, or none."""
+    from meshwright.testbed.bed import standing, standing_here
+    from meshwright.testbed.launch import Launcher
+    from meshwright.testbed.spec import load_bed
+
+    here = standing_here()
+    if bed_file is not None:
+        with standing(load_bed(bed_file)) as up, Launcher(up) as launcher:
+            _say_absent(up.absent)
+            yield launcher
+    elif here is not None:
+        with Launcher(here) as launcher:
+            yield launcher
+    else:
+        yield None
+
+
+def profile_testbed(
+    launcher: Launcher, settings: ProfileSettings, folder: Path, *, again: bool
+) -> None:
+    """`profile` on a testbed: measures into a folder, and shows the links with their residuals."""
+    from rich.console import Console
+
+    from meshwright.report.verification import links_table
+    from meshwright.testbed.profile import profile_on
+
+    if folder.suffix:
+        raise typer.BadParameter(f"found {folder}; wanted a folder", param_hint="--output")
+    found = profile_on(launcher, settings, folder, again=again)
+    Console().print(links_table(found.links))
+    typer.echo("as measured before: --again measures anew" if found.cached else "measured")
+    typer.echo(f"plan with --cluster {found.cluster_file} --profile {found.profile_file}")
+
+
+def train_there(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> Outcome:
+    """`train` on the testbed in which it runs, else on this machine."""
+    from meshwright.testbed.train import train_on
+    from meshwright.training import train_here
+
+    with launcher_for(None) as launcher:
+        if launcher is None:
+            return train_here(session, plan, settings, folder)
+        found = train_on(launcher, session, plan, settings, folder)
+    if found.disturbed:
+        share = f"others used {found.foreign_share:.0%} of the processor meanwhile"
+        typer.echo(f"disturbed: {share}, in the best of {found.attempts} attempts", err=True)
+    return found.outcome
+
+
+@app.command()
+def verify(
+    plan_file: PlanFile,
+    against: Annotated[
+        str, typer.Option(help="Rivals to train as well: dp, megatron, amp.")
+    ] = "dp,megatron,amp",
+    bed_file: BedOption = None,
+    cluster: ClusterOption = None,
+    profile: ProfileOption = None,
+    steps: Annotated[int, typer.Option(min=3, help="Of each strategy.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/verify"),
+) -> None:
+    """Train a few steps of a plan and of its rivals: predicted against measured, part by part."""
+    from rich.console import Console
+
+    from meshwright.runtime.run import RunSettings
+    from meshwright.session import reopen
+    from meshwright.verify import verify_here
+
+    session, found = reopen(plan_file, cluster=cluster, profile=profile)
+    names = tuple(name for name in against.split(",") if name)
+    settings = RunSettings(model=found.model.source, steps=steps)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with launcher_for(bed_file) as launcher:
+        verify_here(session, found, names, launcher, settings, output, console)
+    typer.echo(f"wrote {output / 'report.html'}")

@@ -1,0 +1,166 @@
+"""Seconds that a replica of a stage computes, by layer and by kind of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Topology
+from meshwright.cost.collective import all_reduce, alone_seconds
+from meshwright.cost.compute import LayerSeconds, layer_seconds
+from meshwright.cost.halves import backward_shares
+from meshwright.cost.profile import Profile
+from meshwright.model.recompute import recomputed
+from meshwright.model.spec import LayerGraph
+from meshwright.program.instructions import Op
+
+Array = NDArray[np.float64]
+
+
+def replica_seconds(
+    model: LayerGraph,
+    layers: tuple[int, int],
+    computed: Sequence[LayerSeconds],
+    links: Topology,
+    devices: Sequence[str],
+    rows: int,
+    *,
+    step_latency: float = 0.0,
+) -> tuple[Array, Array]:
+    """Forward and backward seconds of each layer of a stage on one tensor-parallel replica.
+
+    `computed` holds the compute of every layer for each device type of the replica. The ranks meet
+    in every layer's all-reduces, so the slowest sets the pace; all-reduces overlap nothing.
+    `step_latency`: fixed seconds of one step of a ring.
+    """
+    first, last = layers
+    forward = np.max([c.forward[first:last] for c in computed], axis=0)
+    backward = np.max([c.backward[first:last] for c in computed], axis=0)
+    if len(devices) > 1:
+        cost: dict[float, float] = {}
+
+        def reduce_seconds(sizes: tuple[float, ...]) -> float:
+            for size in sizes:
+                if size not in cost:
+                    traffic = all_reduce(links, devices, size * rows, step_latency=step_latency)
+                    cost[size] = alone_seconds(links, traffic)
+            return sum(cost[size] for size in sizes)
+
+        held = model.layers[first:last]
+        forward = forward + [reduce_seconds(layer.forward_all_reduce_bytes) for layer in held]
+        backward = backward + [reduce_seconds(layer.backward_all_reduce_bytes) for layer in held]
+    return forward, backward
+
+
+def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
+    """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
+    repeats = np.array([recomputed(layer, len(model.layers)) for layer in range(*layers)])
+    result: Array = forward * repeats
+    return result
+
+
+class Times:
+    """Layer times of replicas, each distinct one worked out once while a plan is priced."""
+
+    def __init__(
+        self,
+        model: LayerGraph,
+        cluster: Cluster,
+        profile: Profile | None,
+        links: Topology,
+        step_latency: float,
+    ) -> None:
+        self.model, self.cluster, self.profile = model, cluster, profile
+        self.links, self.step_latency = links, step_latency
+        self._computed: dict[tuple[str, int, int], LayerSeconds] = {}
+        self._shares: dict[tuple[str, int, int], Array] = {}
+
+    def computed(self, kind: str, tensor: int, rows: int) -> LayerSeconds:
+        """Compute of every layer on one device type."""
+        key = (kind, tensor, rows)
+        if key not in self._computed:
+            device = self.cluster.types[kind]
+            self._computed[key] = layer_seconds(self.model, device, tensor, rows, self.profile)
+        return self._computed[key]
+
+    def shares(self, kind: str, tensor: int, rows: int) -> Array:
+        """[layer, part] of a backward in two parts on one device type."""
+        key = (kind, tensor, rows)
+        if key not in self._shares:
+            device = self.cluster.types[kind]
+            self._shares[key] = backward_shares(self.model, device, tensor, rows, self.profile)
+        return self._shares[key]
+
+
+class ReplicaTimes:
+    """What one tensor-parallel replica of a stage computes. Its ranks go at the slowest's pace."""
+
+    def __init__(
+        self,
+        times: Times,
+        layers: tuple[int, int],
+        kinds: Sequence[str],
+        devices: Sequence[str],
+        rows: int,
+        *,
+        recompute: bool,
+        hands_back: bool,
+    ) -> None:
+        self.times, self.layers, self.devices, self.rows = times, layers, devices, rows
+        self.kinds = tuple(dict.fromkeys(kinds))
+        self.recompute, self.hands_back = recompute, hands_back
+        """Whether a stage before it waits for gradients; else there is nothing for an I to do."""
+        self._whole: tuple[Array, Array] | None = None
+        self._known: dict[tuple[Op, int], Array] = {}
+
+    def of(self, op: Op, micro_batches: int = 1) -> Array:
+        """Seconds of each layer in an F, B, I or W; a W may make the weight gradients of several
+        micro-batches at once, which for the products are so many more rows."""
+        key = (op, micro_batches)
+        if key not in self._known:
+            self._known[key] = self._seconds(op, micro_batches)
+        return self._known[key]
+
+    def _seconds(self, op: Op, micro_batches: int) -> Array:
+        if op is Op.FORWARD:
+            return self._both()[0]
+        if op is Op.BACKWARD:
+            return self._both()[1]
+        if not self.hands_back:
+            # Autograd has nothing to give to a stage before the first: all is left to the W.
+            whole = self._both()[1]
+            return whole * (micro_batches if op is Op.BACKWARD_WEIGHT else 0)
+        first, last = self.layers
+        part = 0 if op is Op.BACKWARD_INPUT else 1
+        found, rows = [], self.rows * micro_batches
+        for kind in self.kinds:
+            own = self.times.computed(kind, len(self.devices), rows).backward
+            found.append(
+                (own * self.times.shares(kind, len(self.devices), rows)[:, part])[first:last]
+            )
+        seconds: Array = np.max(found, axis=0)
+        if op is Op.BACKWARD_INPUT:
+            computed = [self.times.computed(k, len(self.devices), self.rows) for k in self.kinds]
+            alone = np.max([c.backward[first:last] for c in computed], axis=0)
+            seconds = seconds + (self._both()[1] - alone)  # its all-reduces, and what it recomputes
+        return seconds
+
+    def _both(self) -> tuple[Array, Array]:
+        if self._whole is None:
+            tensor = len(self.devices)
+            forward, backward = replica_seconds(
+                self.times.model,
+                self.layers,
+                [self.times.computed(kind, tensor, self.rows) for kind in self.kinds],
+                self.times.links,
+                self.devices,
+                self.rows,
+                step_latency=self.times.step_latency,
+            )
+            if self.recompute:
+                backward = backward + repeated_seconds(self.times.model, self.layers, forward)
+            self._whole = forward, backward
+        return self._whole

@@ -1,0 +1,60 @@
+"""Another order of work for a plan: a schedule by name, one made for its times, or one imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast, get_args
+
+from meshwright.cost.misfits import memory_problems
+from meshwright.errors import FitError, PlanError, Problem
+from meshwright.export.pipelining import with_schedule
+from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.plan.validate import validate_plan
+from meshwright.plan.virtual import IN_PLAN
+from meshwright.program.check import check_program
+from meshwright.program.compile import compile_plan
+from meshwright.program.listing import LOOKED_AT
+from meshwright.search.costs import costs_of
+from meshwright.search.schedule import in_listed_order, pipeline_works
+from meshwright.session import Session, predicted
+
+
+def in_order(session: Session, plan: Plan, name: str) -> Plan:
+    """The plan with a schedule by name, `list` for one that is made for it, and its prediction.
+
+    Raises PlanError for a name that nobody knows or a schedule that these stages cannot play, and
+    FitError where it needs too much memory.
+    """
+    names = [each for each in get_args(ScheduleName) if each != "custom"]
+    if name not in names:
+        raise PlanError(Problem("--order", "", repr(name), f"one of: {', '.join(names)}"))
+    if name not in IN_PLAN:
+        pipelines = tuple(replace(pipeline, actions=None) for pipeline in plan.pipelines)
+        schedule = cast("ScheduleName", name)
+        found = replace(plan, schedule=schedule, pipelines=pipelines, prediction=None)
+        return _checked(session, found)
+    costs = costs_of(session.model, session.cluster, session.job, session.profile)
+    listed = in_listed_order(plan, pipeline_works(plan, costs), LOOKED_AT)
+    if listed is None:
+        FitError.check(memory_problems(plan, session.model, session.cluster))
+        wanted = "room for one micro-batch on every device"
+        raise FitError(Problem(plan.name, "pipelines", "none", wanted))
+    return _checked(session, listed)
+
+
+def imported(session: Session, plan: Plan, files: Sequence[Path]) -> Plan:
+    """The plan in the order of torch.distributed.pipelining CSV files, with its prediction.
+
+    Raises PlanError, naming file, line and word, for an order that cannot be played.
+    """
+    texts = [file.read_text() for file in files]
+    return _checked(session, with_schedule(plan, texts, [str(file) for file in files]))
+
+
+def _checked(session: Session, plan: Plan) -> Plan:
+    validate_plan(plan, session.model, session.cluster)
+    FitError.check(memory_problems(plan, session.model, session.cluster))
+    check_program(compile_plan(plan, session.model), source=plan.name)
+    return predicted(session, plan)

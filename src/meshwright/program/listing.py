@@ -1,0 +1,87 @@
+"""The list scheduler: an order for a pipeline's own times and memory, at least as good as any
+schedule with a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, product
+from operator import itemgetter
+from typing import get_args
+
+from meshwright.plan.spec import ScheduleName
+from meshwright.plan.virtual import IN_PLAN, layout_wanted
+from meshwright.program.greedy import Rule, listed
+from meshwright.program.refine import refined
+from meshwright.program.schedules import orders
+from meshwright.program.work import Codes, Work, fits, seconds, to_codes
+
+LOOKED_AT = 1_000_000
+"""Actions that are placed or timed in the search for one order: the end of the search, the same on
+every machine (a long pipeline has its first few orders looked at all the same)."""
+
+STARTS = 3
+"""Orders that are then changed a little."""
+
+TRIES = 4_000
+"""Changes tried on each, if the rest of the work allows so many;"""
+
+WORTH = 20
+"""none if it allows fewer."""
+
+NAMES: tuple[ScheduleName, ...] = tuple(
+    name for name in get_args(ScheduleName) if name not in IN_PLAN and not name.endswith("-batched")
+)
+"""Schedules with a rule; a batched weight part is, for its timing, several."""
+
+_SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
+"""Of these, the ones worth the time on any pipeline."""
+
+
+def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
+    """The fastest order found that fits; None if none does.
+
+    Candidates are every schedule with a rule and list schedules after many rules, of which the best
+    is then changed a little for as long as that helps. Long pipelines have fewer candidates.
+    """
+    length = 3 * work.micro_batches * len(work.forward)
+    names, rules = list(NAMES), list(_rules(work))
+    if length * (len(names) + len(rules)) > looked_at:
+        names, rules = list(_SHORT), rules[: max(looked_at // length - 2 * len(_SHORT), 1)]
+    found: list[tuple[float, list[Codes]]] = []
+    for each in chain(_named(work, names), (listed(work, rule) for rule in rules)):
+        if each is not None:
+            found.append(each)
+            if len(found) > STARTS:
+                found.sort(key=itemgetter(0))
+                del found[STARTS:]
+    tries = min(TRIES, looked_at // length // STARTS)
+    if tries >= WORTH:
+        found = [refined(work, codes, tries) for _, codes in found]
+    return min(found, key=itemgetter(0))[1] if found else None
+
+
+def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
+    for name in names:
+        if not layout_wanted(name, work.layout):
+            codes = to_codes(orders(name, work.layout, work.micro_batches))
+            if fits(work, codes):
+                yield seconds(work, codes), codes
+
+
+def _rules(work: Work) -> Iterator[Rule]:
+    """All combinations of a few settings, those that most often win first."""
+    stages, count = len(work.forward), work.micro_batches
+    every = (count,) * stages
+    just = tuple(stages - s for s in range(stages))
+    eager = tuple(2 * (stages - s) - 1 for s in range(stages))
+    for split, ahead, lag, patience, forward_first in product(
+        (True, False),
+        (eager, every, just),
+        (every, tuple(range(stages)), (0,) * stages),
+        (0.0, 0.5, 1.0),
+        (False, True),
+    ):
+        if split or (lag is every and patience == 0.0):
+            yield Rule(
+                ahead=ahead, lag=lag, patience=patience, forward_first=forward_first, split=split
+            )

@@ -1,0 +1,88 @@
+"""Local search: small changes to an order, kept while they do no harm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from meshwright.program.work import B, Codes, F, I, W, Work, most_held, play
+
+REACH = 6
+"""Places by which an action is moved at most."""
+
+Score = tuple[float, float]
+"""End of the last action, and the mean of the groups' ends: what is level in the first may still
+lead on by the second."""
+
+
+def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list[Codes]]:
+    """The best order found from one that fits, by as many random changes, after its seconds; the
+    same every time."""
+    random = Random(0)
+    best = [list(own) for own in codes]
+    score = _score(work, best)
+    for _ in range(tries):
+        g = random.randrange(len(best))
+        own = _changed(best[g], random)
+        if own is None or most_held(work, own) > work.room[g] or not _in_order(own):
+            continue
+        changed = [own if k == g else other for k, other in enumerate(best)]
+        other_score = _score(work, changed)
+        if other_score <= score:
+            best, score = changed, other_score
+    return score[0], best
+
+
+def _score(work: Work, codes: Sequence[Codes]) -> Score:
+    ends = play(work, codes)
+    if ends is None:
+        return float("inf"), float("inf")
+    last = [own[-1] for own in ends]
+    return max(last), sum(last)
+
+
+def _changed(own: Codes, random: Random) -> Codes | None:
+    """An action moved, a backward cut in two, or two parts joined."""
+    k = random.randrange(len(own))
+    code, kind = own[k], own[k] & 3
+    if kind == B and random.random() < 0.5:
+        return [*own[:k], code - B + I, code - B + W, *own[k + 1 :]]
+    if kind == I and random.random() < 0.2:
+        return _joined(own, k)
+    to = k + random.randint(-REACH, REACH)
+    if to == k or not 0 <= to < len(own) or own[to] == code:
+        return None
+    rest = own[:k] + own[k + 1 :]
+    return [*rest[:to], code, *rest[to:]]
+
+
+def _joined(own: Codes, k: int) -> Codes | None:
+    """I at `k` with the weight part of its micro-batch as one B, where the I stands."""
+    i, w = own[k], own[k] - I + W
+    turn = own[:k].count(i)
+    at, seen = k, -1
+    for at in range(k + 1, len(own)):
+        seen += own[at] == w
+        if seen + own[:k].count(w) == turn:
+            break
+    return [*own[:k], i - I + B, *own[k + 1 : at], *own[at + 1 :]]
+
+
+def _in_order(own: Codes) -> bool:
+    """Whether every backward follows its forward, and every weight part its input part."""
+    stages = max(own) // 4 + 1
+    ahead, lag = [0] * stages, [0] * stages
+    for code in own:
+        kind, s = code & 3, code >> 2
+        if kind == F:
+            ahead[s] += 1
+        elif kind == W:
+            lag[s] -= 1
+            if lag[s] < 0:
+                return False
+        else:
+            ahead[s] -= 1
+            lag[s] += kind == I
+            if ahead[s] < 0:
+                return False
+    return True

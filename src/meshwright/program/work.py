@@ -1,0 +1,187 @@
+"""A pipeline's work in seconds and bytes, and how long any order of it takes: quick enough to try
+thousands of orders.
+
+Timing follows the rules of program/instructions.py on links that nothing else uses, so that the
+simulator comes to the same seconds there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+
+from meshwright.plan.virtual import Layout
+from meshwright.program.actions import Order, one
+from meshwright.program.instructions import Op
+from meshwright.records import record
+
+F, B, I, W = range(4)  # noqa: E741 - the words of schedules
+OPS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+CODES = {op: code for code, op in enumerate(OPS)}
+
+Codes = list[int]
+"""An order as numbers, 4 x stage + F, B, I or W: every kind of work of a stage takes its
+micro-batches in turn, so that they need not be named."""
+
+
+@record
+class Work:
+    """What the stages of one pipeline have to do for every micro-batch."""
+
+    layout: Layout
+    micro_batches: int
+    forward: tuple[float, ...]
+    """Seconds by stage; so are the next three."""
+    whole: tuple[float, ...]
+    """A backward in one piece."""
+    inputs: tuple[float, ...]
+    weights: tuple[float, ...]
+    onward: tuple[float, ...]
+    """Seconds of the transfer from a stage to the next; so many as there are cuts."""
+    back: tuple[float, ...]
+    """And of the gradients, from the next stage."""
+    full: tuple[float, ...]
+    """Bytes by stage that a micro-batch keeps between forward and backward,"""
+    half: tuple[float, ...]
+    """and between I and W."""
+    room: tuple[float, ...]
+    """Bytes by group of devices that activations may take."""
+
+    @property
+    def group_of(self) -> tuple[int, ...]:
+        """Of every stage."""
+        places = {s: g for g, held in enumerate(self.layout) for s in held}
+        return tuple(places[s] for s in range(len(places)))
+
+
+def to_orders(codes: Sequence[Codes]) -> tuple[Order, ...]:
+    """Numbers to actions."""
+    return tuple(_to_order(own) for own in codes)
+
+
+def _to_order(own: Codes) -> Order:
+    forwards, backwards = Counter[int](), Counter[int]()
+    waiting: defaultdict[int, deque[int]] = defaultdict(deque)
+    order = []
+    for code in own:
+        kind, s = code & 3, code >> 2
+        if kind == F:
+            m = forwards[s]
+            forwards[s] += 1
+        elif kind == W:
+            m = waiting[s].popleft()
+        else:
+            m = backwards[s]
+            backwards[s] += 1
+            if kind == I:
+                waiting[s].append(m)
+        order.append(one(OPS[kind], s, m))
+    return tuple(order)
+
+
+def to_codes(orders: Sequence[Order]) -> list[Codes]:
+    """Actions, each kind in turn, to numbers; a batched W as so many single ones."""
+    return [
+        [4 * a.stage + CODES[a.op] for a in order for _ in range(a.last - a.first)]
+        for order in orders
+    ]
+
+
+def fits(work: Work, codes: Sequence[Codes]) -> bool:
+    """Whether no group holds more than it has room for."""
+    return all(most_held(work, own) <= work.room[g] for g, own in enumerate(codes))
+
+
+def most_held(work: Work, own: Codes) -> float:
+    """Most bytes of activations that an order holds at once."""
+    change = [0.0] * (4 * len(work.full))
+    for s, (full, half) in enumerate(zip(work.full, work.half, strict=True)):
+        change[4 * s : 4 * s + 4] = (full, -full, half - full, -half)
+    held = most = 0.0
+    for code in own:
+        held += change[code]
+        most = max(most, held)
+    return most
+
+
+def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
+    """When every action ends, by group; None if some wait for ever.
+
+    A receive is posted when the action before the last one ahead of its reader ends; messages of
+    one cut and direction go one after the other.
+    """
+    step = _Play(work, codes)
+    upwards = True
+    while True:
+        groups = range(len(codes))
+        if not any([step.advance(g) for g in (groups if upwards else reversed(groups))]):  # noqa: C419
+            break
+        upwards = not upwards
+    if any(len(ends) < len(own) for ends, own in zip(step.ends, codes, strict=True)):
+        return None
+    return step.ends
+
+
+def seconds(work: Work, codes: Sequence[Codes]) -> float:
+    """From the first action to the end of the last; infinite if that never comes."""
+    ends = play(work, codes)
+    return max(own[-1] for own in ends) if ends is not None else float("inf")
+
+
+class _Play:
+    def __init__(self, work: Work, codes: Sequence[Codes]) -> None:
+        stages = len(work.forward)
+        self.codes = codes
+        self.ends: list[list[float]] = [[] for _ in codes]
+        self.last = stages - 1
+        self.took = [
+            each
+            for s in range(stages)
+            for each in (work.forward[s], work.whole[s], work.inputs[s], work.weights[s])
+        ]
+        group = work.group_of
+        # By stage: seconds of the message that it waits for; None where nothing is sent.
+        self.wait_f: list[float | None] = [
+            work.onward[s - 1] if s and group[s - 1] != group[s] else None for s in range(stages)
+        ]
+        self.wait_b: list[float | None] = [
+            work.back[s] if s < self.last and group[s + 1] != group[s] else None
+            for s in range(stages)
+        ]
+        self.forwards: list[list[float]] = [[] for _ in range(stages)]
+        self.backwards: list[list[float]] = [[] for _ in range(stages)]
+        self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
+
+    def advance(self, group: int) -> bool:
+        """Play a group until it has to wait for another; whether it moved."""
+        own, ends = self.codes[group], self.ends[group]
+        began = k = len(ends)
+        now = ends[-1] if ends else 0.0
+        while k < len(own):
+            code = own[k]
+            kind, s = code & 3, code >> 2
+            if kind == F:
+                done, made = self.forwards[s], self.forwards[s - 1] if s else None
+                wait, free = self.wait_f[s], self.free_f
+            elif kind == W:
+                done, made, wait, free = None, None, None, self.free_b
+            else:
+                done, made = self.backwards[s], self.backwards[s + 1] if s < self.last else None
+                wait, free = self.wait_b[s], self.free_b
+            if made is not None:
+                assert done is not None
+                m = len(done)
+                if m >= len(made):
+                    break
+                ready = made[m]
+                if wait is not None:
+                    posted = ends[k - 2] if k > 1 else 0.0
+                    ready = max(ready, posted, free[s]) + wait
+                    free[s] = ready
+                now = max(now, ready)
+            now += self.took[code]
+            ends.append(now)
+            if done is not None:
+                done.append(now)
+            k += 1
+        return k > began

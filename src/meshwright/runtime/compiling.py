@@ -1,0 +1,42 @@
+"""Where torch.compile can be used, and where not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from meshwright.errors import LaunchError, PlanError, Problem
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import Op, Program
+
+COMPILERS = ("g++", "clang++")
+
+
+def check_compilable(plan: Plan, program: Program) -> None:
+    """Raises PlanError for a plan whose layers cannot run compiled, LaunchError where a compiler is
+    missing."""
+    PlanError.check(_problems(plan, program))
+    compilers = (os.environ.get("CXX", ""), *COMPILERS)
+    if not torch.cuda.is_available() and not any(map(shutil.which, filter(None, compilers))):
+        found = f"none of {', '.join(COMPILERS)} on the PATH"
+        mend = "install one, set CXX, or train without `compile`"
+        raise LaunchError(Problem("environment", "CXX", found, "a C++ compiler", mend))
+
+
+def _problems(plan: Plan, program: Program) -> Iterator[Problem]:
+    source = f"plan {plan.name}"
+    if any(i.op is Op.BACKWARD_WEIGHT for own in program.ranks for i in own):
+        found = f"{plan.schedule}, with backwards in two parts"
+        wanted = "one whose backwards are whole: compiled code makes all gradients at once"
+        yield Problem(source, "schedule", found, wanted, "train without `compile`")
+    for p, pipeline in enumerate(plan.pipelines):
+        for s, stage in enumerate(pipeline.stages):
+            width = max(map(len, stage.devices))
+            if width > 1:
+                where = f"pipelines[{p}].stages[{s}].devices"
+                wanted = "1: sums inside a layer are not compiled"
+                mend = "train without `compile`"
+                yield Problem(source, where, f"tensor width {width}", wanted, mend)

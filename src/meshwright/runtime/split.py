@@ -1,0 +1,354 @@
+"""A backward in two parts: first the gradients that the stage before waits for, later those of the
+weights (2BP, Rae et al. 2024; zero bubble, Qi et al. 2023).
+
+While a forward runs under `Deferring`, every product of an activation and a weight becomes two
+nodes of autograd. One stands in the graph of the activations: its backward makes the gradient of
+the activation alone and keeps what the other needs. The other leads from a token to the weight; a
+backward from the token makes the weight's gradient. So each product is computed once, all of
+autograd's accumulation and hooks work as ever, and the first part frees the graph: only inputs and
+output gradients of the products wait for the second. Parameters outside products (norms, biases
+that are added, embeddings) get their gradients in the first part: their operations make both at
+once, in memory-bound kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+PRODUCTS: frozenset[Callable[..., Tensor]] = frozenset(
+    {
+        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+        torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.bilinear,
+        Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm,
+        Tensor.__matmul__, Tensor.__rmatmul__,
+    }
+)  # fmt: skip
+"""Operations, beside `linear`, whose weight gradients are worth putting off."""
+
+_ALIASES = frozenset(
+    f"{name}Backward0"
+    for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "Expand", "Select",
+                 "Slice", "Squeeze", "Unsqueeze", "Alias", "ToCopy")
+) | {"_CopyBackward"}  # fmt: skip
+"""Nodes between a parameter and the form of it that a product reads."""
+
+
+class _Linear:
+    """x W^T + b: both matrix products by hand, so that those of several micro-batches can join."""
+
+    __slots__ = ("parts", "weights")
+
+    def __init__(self, weights: tuple[int, ...]) -> None:
+        self.weights = weights
+        """Identities of the parameters."""
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        """Input and output gradient, once the first part of the backward has come by."""
+
+    def join(self, other: _Linear) -> bool:
+        """Takes over another micro-batch's part in the same gradients, if it can."""
+        if self.weights != other.weights or not self.parts:
+            return False
+        self.parts += other.parts
+        other.parts = []
+        return True
+
+    def ready(self) -> bool:
+        """Whether anything came back to this product."""
+        return bool(self.parts)
+
+    def kept(self) -> Iterator[Tensor]:
+        """What waits for the second part."""
+        for part in self.parts:
+            yield from part
+
+    def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
+        """Of weight and bias: dW = dy^T x and db = sum dy, over all rows of all parts."""
+        flat = [(_rows(x), _rows(dy)) for x, dy in self.parts]
+        self.parts = []
+        x, dy = flat[0] if len(flat) == 1 else (torch.cat(both) for both in zip(*flat, strict=True))
+        yield dy.t().mm(x) if needed[0] else None
+        if len(needed) > 1:
+            yield dy.sum(0) if needed[1] else None
+
+
+class _Any:
+    """Any other product, by autograd on a graph of its own."""
+
+    __slots__ = ("edge", "gradient", "inner", "weights")
+
+    def __init__(self, weights: tuple[int, ...]) -> None:
+        self.weights = weights
+        self.edge: GradientEdge | None = None
+        self.inner: list[Tensor] = []
+        """Stand-ins for the weights in the graph of its own."""
+        self.gradient: Tensor | None = None
+
+    def ready(self) -> bool:
+        return self.gradient is not None
+
+    def kept(self) -> Iterator[Tensor]:
+        if self.gradient is not None:
+            yield self.gradient
+
+    def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
+        assert self.edge is not None
+        assert self.gradient is not None
+        wanted = [w for w, want in zip(self.inner, needed, strict=True) if want]
+        found = iter(torch.autograd.grad([self.edge], wanted, [self.gradient]))
+        self.edge = self.gradient = None
+        for want in needed:
+            yield next(found) if want else None
+
+
+Product = _Linear | _Any
+
+
+class _Token(Function):
+    """Stands for a product's weights: its backward makes their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Product, *weights: Tensor) -> Tensor:
+        ctx.product = product
+        return torch.empty((), device=weights[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.product.gradients(ctx.needs_input_grad[1:])
+
+
+class _LinearInput(Function):
+    """A linear product whose backward makes the gradient of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: _Linear, x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor
+    ) -> Tensor:
+        ctx.product = product
+        ctx.save_for_backward(x, weight)
+        # Into a tensor of its own: the result of F.linear can be a view, which what follows could
+        # not change in place.
+        result = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+        flat_x, flat = _rows(x), result.view(-1, len(weight))
+        if bias is None:
+            torch.mm(flat_x, weight.t(), out=flat)
+        else:
+            torch.addmm(bias, flat_x, weight.t(), out=flat)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.product.parts.append((x, grad))
+        return None, grad @ weight if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class _AnyInput(Function):
+    """Any product; its backward makes the gradients of its activations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: _Any,
+        call: Callable[[Sequence[Tensor]], Tensor],
+        _: Tensor,
+        *activations: Tensor,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[3:]
+        inner = [a.detach().requires_grad_(n) for a, n in zip(activations, needs, strict=True)]
+        # Kept as they are, whatever becomes of what others keep: both parts read them.
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+            result = call(inner)
+        product.edge = get_gradient_edge(result)
+        ctx.product = product
+        ctx.inner = inner
+        # Not `detach`: a view could not be changed in place by what follows.
+        return result.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product: _Any = ctx.product
+        assert product.edge is not None
+        product.gradient = grad
+        wanted = [a for a in ctx.inner if a.requires_grad]
+        found: Iterator[Tensor] = iter(())
+        if wanted:
+            edges = [product.edge]
+            found = iter(torch.autograd.grad(edges, wanted, [grad], retain_graph=True))
+        return None, None, None, *(next(found) if a.requires_grad else None for a in ctx.inner)
+
+
+class Deferred:
+    """The weight gradients of one micro-batch, once `Deferring` has seen its forward."""
+
+    def __init__(self) -> None:
+        self.products: list[tuple[Tensor, Product]] = []
+        """With their tokens, in the order of the forward."""
+
+    def parameters(self) -> set[int]:
+        """Identities of the parameters whose gradients are put off."""
+        return {one for _, product in self.products for one in product.weights}
+
+    def kept_bytes(self) -> int:
+        """Memory that the second part of the backward still needs."""
+        sizes = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for _, product in self.products
+            for tensor in product.kept()
+        }
+        return sum(sizes.values())
+
+
+class Deferring(TorchFunctionMode):
+    """One forward under it puts off the gradients of the weights in its products."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self._weights = {id(p) for p in parameters if p.requires_grad}
+        self._anchors: dict[torch.device, Tensor] = {}
+        self.deferred = Deferred()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and torch.is_grad_enabled():
+            return self._linear(*args, **kwargs)
+        if func in PRODUCTS and torch.is_grad_enabled():
+            return self._any(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weights = [w for w in (weight, bias) if w is not None and w.requires_grad]
+        sources = tuple(source(w, self._weights) for w in weights)
+        if weight.ndim != 2 or not weight.requires_grad or None in sources:
+            return F.linear(input, weight, bias)
+        x, weight = _cast(input), _cast(weight)
+        bias = None if bias is None else _cast(bias)
+        product = _Linear(cast("tuple[int, ...]", sources))
+        self._defer(product, [w for w in (weight, bias) if w is not None])
+        fixed = None if bias is None else bias.detach()
+        anchor = self._anchor(x.device)
+        result = _LinearInput.apply(product, x, weight.detach(), fixed, anchor)  # type: ignore[no-untyped-call]
+        return cast("Tensor", result)
+
+    def _any(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = list(_tensors((args, kwargs)))
+        weights = [t for t in tensors if t.requires_grad and source(t, self._weights) is not None]
+        if not weights:
+            return func(*args, **kwargs)
+        product = _Any(tuple(cast("int", source(w, self._weights)) for w in weights))
+        product.inner = [w.detach().requires_grad_() for w in weights]
+        self._defer(product, weights)
+        fixed = {id(w): inner for w, inner in zip(weights, product.inner, strict=True)}
+        activations = [t for t in tensors if id(t) not in fixed]
+
+        def call(inner: Sequence[Tensor]) -> Any:
+            by_identity = {id(a): b for a, b in zip(activations, inner, strict=True)} | fixed
+            again, named = _replaced((args, kwargs), by_identity)
+            return func(*again, **named)
+
+        anchor = self._anchor(weights[0].device)
+        return _AnyInput.apply(product, call, anchor, *activations)  # type: ignore[no-untyped-call]
+
+    def _defer(self, product: Product, weights: Sequence[Tensor]) -> None:
+        token = _Token.apply(product, *weights)  # type: ignore[no-untyped-call]
+        self.deferred.products.append((token, product))
+
+    def _anchor(self, device: torch.device) -> Tensor:
+        """Makes the result of a product require a gradient, whatever its activations do."""
+        if device not in self._anchors:
+            self._anchors[device] = torch.empty(0, device=device, requires_grad=True)
+        return self._anchors[device]
+
+
+def backward_weights(micro_batches: Sequence[Deferred]) -> None:
+    """The second part of the backward of some micro-batches whose first part is done.
+
+    Gradients accumulate, and hooks fire, in the order of an ordinary backward. Linear products of
+    the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
+    """
+    tokens: list[Tensor] = []
+    first: dict[tuple[tuple[int, ...], int], _Linear] = {}
+    for deferred in micro_batches:
+        seen: Counter[tuple[int, ...]] = Counter()
+        for token, product in deferred.products:
+            if not product.ready():
+                continue
+            if isinstance(product, _Linear):
+                key = (product.weights, seen[product.weights])
+                seen[product.weights] += 1
+                if key in first and first[key].join(product):
+                    continue
+                first.setdefault(key, product)
+            tokens.append(token)
+    if tokens:
+        torch.autograd.backward(tokens)
+    for deferred in micro_batches:
+        deferred.products.clear()
+
+
+def source(tensor: Tensor, known: set[int]) -> int | None:
+    """Identity of the parameter that `tensor` is a form of (itself, a view, a cast), if any."""
+    if tensor.is_leaf:
+        return id(tensor) if id(tensor) in known else None
+    node: Node | None = tensor.grad_fn
+    while node is not None and node.name() in _ALIASES:
+        before = [each for each, _ in node.next_functions if each is not None]
+        if len(before) != 1:
+            return None
+        node = before[0]
+        parameter = getattr(node, "variable", None)
+        if parameter is not None:
+            return id(parameter) if id(parameter) in known else None
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    """What autocast makes of an operand of a product."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _replaced(value: Any, by_identity: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return by_identity[id(value)]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_replaced(each, by_identity) for each in value)
+    if isinstance(value, dict):
+        return {key: _replaced(each, by_identity) for key, each in value.items()}
+    return value

@@ -1,0 +1,189 @@
+"""The last choice: in which order the stages of the best plans work.
+
+The search ranks plans in the orders 1F1B and GPipe, for which it has bounds. Then the best of them
+are tried in every order that there is, and in one made for them by the list scheduler: program.work
+times all, and the simulator plays the few fastest that fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import itemgetter
+
+from meshwright.cluster.topology import topology
+from meshwright.cost.collective import alone_seconds
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.links import reached_links
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.plan.ranks import describe, stage_seats
+from meshwright.plan.spec import Pipeline, Plan, ScheduleName
+from meshwright.plan.virtual import layout_of, layout_wanted
+from meshwright.program.actions import Order, words
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import SENDS, Op, Program
+from meshwright.program.listing import NAMES, best_order
+from meshwright.program.schedules import orders
+from meshwright.program.work import Work, seconds, to_codes, to_orders
+from meshwright.search.contest import Contest, Played, enter, work_of
+from meshwright.search.costs import Costs
+from meshwright.search.explore import Progress
+from meshwright.simulate.fold import fold
+
+FINALISTS = 3
+"""Plans of different builds that are tried in every order."""
+
+PLAYED = 3
+"""Named orders of each that are simulated, beside the listed one."""
+
+LISTED = 60_000
+"""Actions that the list scheduler may look at for one pipeline."""
+
+MOST_ACTIONS = 40_000
+"""Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
+
+
+def reschedule(contest: Contest, tell: Progress) -> None:
+    """Enter the finalists in the orders that suit them best; the contest keeps the fastest."""
+    finalists = _finalists(contest)
+    for done, played in enumerate(finalists):
+        tell("ordering", done, len(finalists))
+        if contest.late:
+            contest.dropped["beyond the budget"] += len(finalists) - done
+            break
+        for plan in _reordered(contest, played):
+            memory = device_memory(plan, contest.costs.model, contest.costs.cluster)
+            if any(total_bytes(each) > each.capacity for each in memory):
+                contest.dropped["order of work that does not fit in memory"] += 1
+            else:
+                enter(contest, plan, describe(plan))
+    tell("ordering", len(finalists), len(finalists))
+
+
+def _finalists(contest: Contest) -> list[Played]:
+    """The best plan of each build in which there is an order to choose."""
+    builds: dict[str, Played] = {}
+    for played in sorted(contest.others, key=lambda p: p.seconds):
+        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
+            builds.setdefault(played.plan.name, played)
+    return list(builds.values())[:FINALISTS]
+
+
+def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
+    """The plan in its fastest named orders, and in one of its own."""
+    costs, plan = contest.costs, played.plan
+    if work_of(plan, fold(plan, costs.cluster)) > MOST_ACTIONS:
+        contest.dropped["too large to try other orders"] += 1
+        return
+    works = pipeline_works(plan, costs)
+    ranked = []
+    for name in NAMES:
+        if name != plan.schedule and not any(layout_wanted(name, work.layout) for work in works):
+            took = max(_named_seconds(name, work) for work in works)
+            ranked.append((took, name))
+    for _, name in sorted(ranked, key=itemgetter(0))[:PLAYED]:
+        yield replace(plan, schedule=name)
+    listed = in_listed_order(plan, works, LISTED)
+    if listed is not None:
+        yield listed
+
+
+def in_listed_order(plan: Plan, works: Sequence[Work], looked_at: int) -> Plan | None:
+    """The plan in an order of its own, by its pipelines' work; None if nothing fits."""
+    found = [best_order(work, looked_at) for work in works]
+    orders_of = [to_orders(codes) for codes in found if codes is not None]
+    if len(orders_of) < len(works):
+        return None
+    pipelines = tuple(
+        replace(pipeline, actions=as_actions(pipeline, order))
+        for pipeline, order in zip(plan.pipelines, orders_of, strict=True)
+    )
+    return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
+
+
+def _named_seconds(name: ScheduleName, work: Work) -> float:
+    return seconds(work, to_codes(orders(name, work.layout, work.micro_batches)))
+
+
+def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
+    """Orders as a plan writes them."""
+    pairs = zip(found, layout_of(pipeline), strict=True)
+    return tuple(words(order, alone=len(held) == 1) for order, held in pairs)
+
+
+def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
+    """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
+    as its slowest rank; transfers are priced as if alone."""
+    whole, split = _priced(plan, costs, "1f1b"), _priced(plan, costs, "zb-h1")
+    stages = stage_seats(plan)
+    by_stage = _by_stage(*split, costs)
+    backward = _by_stage(*whole, costs)
+    room = _rooms(plan, costs, split[1])
+    works = []
+    for p, pipeline in enumerate(plan.pipelines):
+        own = [stage.number for stage in stages if stage.pipeline == p]
+        cuts = own[:-1]
+
+        def column(numbers: list[int], *key: object) -> tuple[float, ...]:
+            return tuple(by_stage.get((n, *key), 0.0) for n in numbers)
+
+        works.append(
+            Work(
+                layout=layout_of(pipeline),
+                micro_batches=pipeline.micro_batches,
+                forward=column(own, Op.FORWARD),
+                whole=tuple(backward[n, Op.BACKWARD] for n in own),
+                inputs=column(own, Op.BACKWARD_INPUT),
+                weights=column(own, Op.BACKWARD_WEIGHT),
+                onward=column(cuts, Op.SEND_F),
+                back=column(own[1:], Op.SEND_B),
+                full=column(own, "full"),
+                half=column(own, "half"),
+                room=tuple(room[own[held[0]]] for held in layout_of(pipeline)),
+            )
+        )
+    return works
+
+
+def _priced(plan: Plan, costs: Costs, schedule: ScheduleName) -> tuple[Program, Prices]:
+    """A single micro-batch of a plan, by its cheapest ranks to play."""
+    single = tuple(replace(p, micro_batches=1, actions=None) for p in plan.pipelines)
+    probe = replace(plan, schedule=schedule, pipelines=single)
+    folded = fold(plan, costs.cluster)
+    program = compile_plan(probe, costs.model, only=folded.ranks)
+    return program, price(program, probe, costs.model, costs.cluster, costs.profile)
+
+
+def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
+    """The most of any rank, by stage and kind of work, transfer or memory."""
+    links = topology(reached_links(costs.cluster, costs.profile))
+    found: dict[tuple[object, ...], float] = {}
+
+    def most(key: tuple[object, ...], value: float) -> None:
+        found[key] = max(found.get(key, 0.0), value)
+
+    for instructions, own in zip(program.ranks, prices.ranks, strict=True):
+        full: dict[int, float] = {}
+        for i, cost in zip(instructions, own, strict=True):
+            if i.op in SENDS:
+                most((i.stage, i.op), alone_seconds(links, cost.traffic))
+            elif i.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
+                most((i.stage, i.op), cost.seconds)
+                if i.op is Op.FORWARD:
+                    full[i.stage] = cost.held
+                    most((i.stage, "full"), cost.held)
+                elif i.op is Op.BACKWARD_INPUT:
+                    most((i.stage, "half"), full[i.stage] + cost.held)
+    return found
+
+
+def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
+    """Bytes left for activations on the fullest rank of each stage."""
+    rooms: dict[int, float] = {}
+    for stage in stage_seats(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            if prices.ranks[seat.rank]:
+                capacity = costs.cluster.types[costs.devices[seat.device].type].memory
+                left = capacity - prices.static_bytes[seat.rank]
+                rooms[stage.number] = min(rooms.get(stage.number, float("inf")), left)
+    return rooms

@@ -1,0 +1,244 @@
+"""Bringing a testbed up, and taking it down whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from meshwright.cluster.spec import devices_of, node_of
+from meshwright.errors import LaunchError, Problem
+from meshwright.records import dumps, load, record
+from meshwright.testbed.machine import COMMAND_SECONDS, Abilities, Quotas, abilities
+from meshwright.testbed.network import Command, Wiring, as_text, wiring
+from meshwright.testbed.spec import Bed, check_room, device_shares
+from meshwright.testbed.traces import (
+    Traces,
+    erase,
+    existing_namespaces,
+    owned,
+    sweep,
+    traces_folder,
+    write_down,
+)
+
+VARIABLE = "MESHWRIGHT_TESTBED"
+"""Path of the Standing in which a command is run."""
+QUOTA_PERIOD = 10_000
+"""Microseconds: short against an instruction, so that a quota slows evenly."""
+
+
+@record
+class Standing:
+    """A testbed that is up: where its devices' processes belong."""
+
+    bed: Bed
+    """As asked for, but in the mode that could be had."""
+    namespaces: dict[str, str]
+    """By node; empty where there are none, and all processes meet on the loopback."""
+    addresses: dict[str, str]
+    """By node."""
+    groups: dict[str, str]
+    """Control group by device, where quotas make the speed."""
+    absent: tuple[str, ...]
+    """What is not as the cluster says, and why: belongs beside every result."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of a core for the dilation of devices, by name."""
+        return device_shares(self.bed) if self.bed.mode == "dilation" else {}
+
+
+@record
+class Design:
+    """What bringing a testbed up will do."""
+
+    standing: Standing
+    up: tuple[Command, ...]
+    down: tuple[Command, ...]
+    groups: tuple[tuple[str, float], ...]
+    """Folders of control groups, with their shares of a core."""
+    namespaces: tuple[str, ...]
+
+
+def new_identity() -> str:
+    """A beginning for names that nobody has used: `mw-1f09ac`."""
+    taken = existing_namespaces()
+    while True:
+        identity = f"mw-{secrets.token_hex(3)}"
+        if not any(name.startswith(identity) for name in taken):
+            return identity
+
+
+def design(bed: Bed, able: Abilities, identity: str) -> Design:
+    """The whole testbed on paper."""
+    mode, absent = bed.mode, list[str]()
+    quotas = able.quotas if mode == "quota" else None
+    if mode == "quota" and quotas is None:
+        mode = "dilation"
+        absent.append(f"CPU quotas ({able.missing['CPU quotas']}): dilation in their place")
+    groups = _groups(bed, quotas, identity) if quotas else {}
+    if able.namespaces:
+        net = wiring(bed, able, identity)
+    else:
+        reason = able.missing["namespaces and link rates"]
+        absent.append(f"namespaces and link rates ({reason}): all messages take the loopback")
+        net = Wiring(namespaces=(), by_node={}, addresses={}, up=(), down=(), absent=())
+    return Design(
+        standing=Standing(
+            bed=replace(bed, mode=mode),
+            namespaces=net.by_node,
+            addresses=net.addresses,
+            groups={device: folder for device, (folder, _) in groups.items()},
+            absent=(*absent, *net.absent),
+        ),
+        up=net.up,
+        down=net.down,
+        groups=tuple(groups.values()),
+        namespaces=net.namespaces,
+    )
+
+
+def _groups(bed: Bed, quotas: Quotas, identity: str) -> dict[str, tuple[str, float]]:
+    shares = device_shares(bed)
+    return {
+        device.name: (str(Path(quotas.folder) / f"{identity}-d{i}"), shares[device.name])
+        for i, device in enumerate(devices_of(bed.cluster))
+    }
+
+
+def plan_bed(bed: Bed) -> tuple[Design, tuple[str, ...]]:
+    """What bringing it up would do here, as text, and the design. Leaves nothing behind."""
+    identity = new_identity()
+    drawn = design(bed, abilities(f"{identity}-probe"), identity)
+    lines = [as_text(command) for command in drawn.up]
+    for folder, share in drawn.groups:
+        lines.append(f"mkdir {folder}  # {share:g} of a core")
+    lines += [as_text(command) for command in drawn.down]
+    lines += [f"rmdir {folder}" for folder, _ in drawn.groups]
+    return drawn, tuple(lines)
+
+
+@contextmanager
+def standing(bed: Bed, *, folder: Path | None = None) -> Iterator[Standing]:
+    """The testbed, up for as long as the block runs.
+
+    What earlier launchers left is taken down first. Nothing of it outlives the block: not after an
+    exception, Ctrl-C or SIGTERM; after SIGKILL the next start takes it down. Raises LaunchError if
+    the machine has too little, or a command fails.
+    """
+    check_room(bed, cores=os.cpu_count() or 1, free_bytes=psutil.virtual_memory().available)
+    folder = folder or traces_folder()
+    sweep(folder)
+    identity = new_identity()
+    traces = owned(identity, (f"{identity}-probe",), ())
+    with _ended_by_signals():
+        write_down(traces, folder)
+        try:
+            drawn = design(bed, abilities(f"{identity}-probe"), identity)
+            groups = tuple(path for path, _ in drawn.groups)
+            traces = replace(traces, namespaces=drawn.namespaces, groups=groups)
+            write_down(traces, folder)
+            _make(drawn)
+            yield drawn.standing
+        finally:
+            _erase_calmly(traces, folder)
+
+
+def _make(drawn: Design) -> None:
+    for command in drawn.up:
+        _run(command)
+    for folder, share in drawn.groups:
+        group = Path(folder)
+        group.mkdir()
+        quota = max(round(share * QUOTA_PERIOD), 1000)
+        period = round(quota / share)
+        if (group / "cpu.max").exists():
+            (group / "cpu.max").write_text(f"{quota} {period}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(str(period))
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+
+
+def _run(command: Command) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+    )
+    if done.returncode:
+        found = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise LaunchError(Problem("testbed", as_text(command), found, "to succeed"))
+
+
+def _erase_calmly(traces: Traces, folder: Path) -> None:
+    """Takes the testbed down; a second Ctrl-C does not stop half-way."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with suppress(ValueError):  # not the main thread: signals do not come here
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+    try:
+        erase(traces, folder)
+    finally:
+        with suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack, as Ctrl-C does."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    with suppress(ValueError):
+        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_standing(up: Standing, path: Path) -> None:
+    """For the commands that run in it; see VARIABLE."""
+    path.write_text(dumps(up))
+
+
+def standing_here() -> Standing | None:
+    """The testbed in which this command runs, if it does."""
+    path = os.environ.get(VARIABLE)
+    return load(Path(path), Standing, error=LaunchError) if path else None
+
+
+def rank_environment(
+    up: Standing, devices: tuple[str, ...], rank: int, port: str
+) -> dict[str, str]:
+    """What a launcher tells the process of one device, and what gloo needs to know."""
+    nodes = [node_of(device) for device in devices]
+    own = nodes[rank]
+    named = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(len(devices)),
+        "LOCAL_RANK": str(nodes[:rank].count(own)),
+        "LOCAL_WORLD_SIZE": str(nodes.count(own)),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": up.addresses[nodes[0]] if up.addresses else "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return named | ({"GLOO_SOCKET_IFNAME": "eth0"} if up.addresses else {})
+
+
+def master_port() -> str:
+    """A port that is not likely to have been used a moment ago."""
+    return str(20_000 + (time.monotonic_ns() // 1_000_000) % 30_000)

@@ -1,0 +1,105 @@
+"""Measuring a testbed: its devices' layers and its links, kept for as long as nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from meshwright.cluster.files import dump_cluster
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.pairs import LinkReport, fitted_cluster
+from meshwright.cost.profile import Profile, load_profile, versions
+from meshwright.errors import ProfileError
+from meshwright.records import dumps, fingerprint, load, record
+from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings
+from meshwright.testbed.launch import Launcher
+from meshwright.testbed.spec import Bed
+
+PROFILE, CLUSTER, LINKS, SOURCE = "profile.json", "cluster.toml", "links.json", "source.json"
+"""In the folder of a profile: times, the cluster as measured, every point, and what it is of."""
+AS_ASKED = "cluster-as-asked.toml"
+
+
+@record
+class Source:
+    """Everything that the measurements depend on."""
+
+    bed: Bed
+    settings: ProfileSettings
+    versions: dict[str, str]
+
+
+@record
+class Profiled:
+    """A measured testbed."""
+
+    profile: Profile
+    cluster: Cluster
+    """With the links as measured."""
+    links: LinkReport
+    profile_file: Path
+    cluster_file: Path
+    cached: bool
+    """It had been measured before, and nothing has changed since."""
+
+
+def profile_on(
+    launcher: Launcher,
+    settings: ProfileSettings,
+    folder: Path,
+    *,
+    again: bool = False,
+    console: Console | None = None,
+) -> Profiled:
+    """Measure a standing testbed into `folder`, unless it holds the same measurements already.
+
+    The emulated speed is the testbed's; virtual devices have no layers to measure. Raises
+    LaunchError, ProfileError.
+    """
+    bed = launcher.up.bed
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _settings(bed, settings, folder)
+    mark = fingerprint(Source(bed=replace(bed, source=""), settings=settings, versions=versions()))
+    known = folder / SOURCE
+    if not again and known.is_file() and known.read_text() == mark:
+        return _read(folder, bed, cached=True)
+    known.unlink(missing_ok=True)
+    (folder / AS_ASKED).write_text(dump_cluster(bed.cluster), encoding="utf-8")
+    work = folder / "ranks"
+    work.mkdir(exist_ok=True)
+    (work / SETTINGS).write_text(dumps(settings))
+    devices = tuple(device.name for device in devices_of(bed.cluster))
+    if console:
+        console.print(f"measuring {len(devices)} devices and their links")
+    launcher.run(devices, work, module=MODULE)
+    found = _read(folder, bed, cached=False)
+    (folder / CLUSTER).write_text(dump_cluster(found.cluster), encoding="utf-8")
+    known.write_text(mark)
+    return found
+
+
+def _settings(bed: Bed, settings: ProfileSettings, folder: Path) -> ProfileSettings:
+    virtual = bed.mode == "virtual"
+    where = folder.resolve()
+    return replace(
+        settings,
+        rows=() if virtual else settings.rows,
+        cluster=str(where / AS_ASKED),
+        output=str(where / PROFILE),
+        pairs=str(where / LINKS),
+        shares=bed.shares if bed.mode == "dilation" else {},
+    )
+
+
+def _read(folder: Path, bed: Bed, *, cached: bool) -> Profiled:
+    links = load(folder / LINKS, LinkReport, error=ProfileError)
+    return Profiled(
+        profile=load_profile(folder / PROFILE),
+        cluster=fitted_cluster(bed.cluster, links),
+        links=links,
+        profile_file=folder / PROFILE,
+        cluster_file=folder / CLUSTER,
+        cached=cached,
+    )

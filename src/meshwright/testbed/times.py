@@ -1,0 +1,98 @@
+"""The table that virtual devices live by: how long each layer takes on each rank."""
+
+from __future__ import annotations
+
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.compute import layer_seconds, optimizer_seconds
+from meshwright.cost.instructions import price
+from meshwright.cost.memory import memory_table, stage_parameters
+from meshwright.cost.profile import Profile
+from meshwright.errors import LaunchError, Problem
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Op
+from meshwright.records import Seconds, record
+
+TIMES = "virtual.json"
+"""In the run folder."""
+
+
+@record
+class RankTimes:
+    """Seconds of one rank's instructions, for its rows of a micro-batch."""
+
+    forward: tuple[Seconds, ...]
+    """By layer of the model."""
+    backward: tuple[Seconds, ...]
+    optimizer: Seconds
+    parts: dict[str, Seconds]
+    """Of backwards in two parts: `3I1` is the first part on stage 3, `3W2` the second one of two
+    micro-batches."""
+
+
+@record
+class VirtualTimes:
+    """Of all ranks of a plan."""
+
+    ranks: tuple[RankTimes, ...]
+
+
+def virtual_times(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
+) -> VirtualTimes:
+    """The seconds that the cost model expects: measured layers where the profile has them, else
+    the roofline of the device types.
+
+    Raises LaunchError for tensor parallelism: the sums inside a layer need its arithmetic.
+    """
+    types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
+    table = memory_table(model, plan.job)
+    parts = _parts(plan, model, cluster, profile)
+    held: dict[int, float] = {}
+    ranks: dict[int, RankTimes] = {}
+    for stage in stage_seats(plan):
+        width = len(stage.seats[0])
+        if width > 1:
+            mend = "plan without tensor parallelism, or emulate by dilation"
+            found = f"{width} devices that share a layer"
+            raise LaunchError(Problem(plan.name, "tensor", found, "1, of virtual devices", mend))
+        for (seat,) in stage.seats:
+            kind, rows = types[seat.device], seat.rows[1] - seat.rows[0]
+            seconds = layer_seconds(model, kind, 1, rows, profile)
+            own = held.get(seat.rank, 0.0) + float(stage_parameters(table, stage.layers, 1))
+            held[seat.rank] = own
+            ranks[seat.rank] = RankTimes(
+                forward=tuple(map(float, seconds.forward)),
+                backward=tuple(map(float, seconds.backward)),
+                optimizer=optimizer_seconds(
+                    kind, plan.job.optimizer, own, profile, model.precision
+                ),
+                parts=parts[seat.rank],
+            )
+    return VirtualTimes(ranks=tuple(ranks[rank] for rank in sorted(ranks)))
+
+
+def part_key(stage: int, op: Op, micro_batches: int) -> str:
+    """How `RankTimes.parts` names a part."""
+    return f"{stage}{op}{micro_batches}"
+
+
+def _parts(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
+) -> list[dict[str, Seconds]]:
+    program = compile_plan(plan, model)
+    prices = price(program, plan, model, cluster, profile)
+    return [
+        {
+            part_key(i.stage, i.op, _count(i.micro_batches)): cost.seconds
+            for i, cost in zip(instructions, costs, strict=True)
+            if i.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+        }
+        for instructions, costs in zip(program.ranks, prices.ranks, strict=True)
+    ]
+
+
+def _count(micro_batches: tuple[int, int] | None) -> int:
+    return 1 if micro_batches is None else micro_batches[1] - micro_batches[0]

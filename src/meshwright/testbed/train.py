@@ -1,0 +1,114 @@
+"""Training runs on a testbed that is up, and how much else the machine did meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from meshwright.plan.spec import Plan
+from meshwright.records import dumps, record
+from meshwright.runtime.run import RunSettings
+from meshwright.session import Session
+from meshwright.testbed.launch import Launcher
+from meshwright.testbed.load import Watch
+from meshwright.testbed.times import TIMES, virtual_times
+from meshwright.training import Outcome, train_here
+
+WORKER = "meshwright.testbed.worker"
+
+
+@record
+class Run:
+    """One training run on a testbed."""
+
+    outcome: Outcome
+    foreign_share: float
+    """Of the machine's processor time, used by others meanwhile."""
+    attempts: int
+    disturbed: bool
+    """Others used more than the testbed allows in every attempt; this is the calmest of them."""
+
+
+def train_on(
+    launcher: Launcher,
+    session: Session,
+    plan: Plan,
+    settings: RunSettings,
+    folder: Path,
+    *,
+    title: str = "training",
+    console: Console | None = None,
+) -> Run:
+    """Train by a plan on the testbed, again where others disturbed the run.
+
+    Raises what `training.train_here` raises; LaunchError for a plan that virtual devices cannot
+    follow.
+    """
+    bed = launcher.up.bed
+    runs: list[Run] = []
+    for attempt in range(1, bed.attempts + 1):
+        outcome, foreign = _attempt(launcher, session, plan, settings, folder, title, console)
+        runs.append(
+            Run(
+                outcome=outcome,
+                foreign_share=foreign,
+                attempts=attempt,
+                disturbed=foreign > bed.foreign_share,
+            )
+        )
+        if not runs[-1].disturbed:
+            return runs[-1]
+    calmest = min(runs, key=lambda run: run.foreign_share)
+    return replace(calmest, attempts=len(runs))
+
+
+def _attempt(
+    launcher: Launcher,
+    session: Session,
+    plan: Plan,
+    settings: RunSettings,
+    folder: Path,
+    title: str,
+    console: Console | None,
+) -> tuple[Outcome, float]:
+    up = launcher.up
+    watch = Watch(launcher.processor_seconds)
+    outcome = train_here(
+        session,
+        plan,
+        replace(settings, shares={d: up.shares[d] for d in plan.devices if d in up.shares}),
+        folder,
+        title=title,
+        console=console,
+        launch=launch_for(launcher, session, plan),
+    )
+    return outcome, watch.foreign_share()
+
+
+def launch_for(
+    launcher: Launcher, session: Session, plan: Plan
+) -> Callable[[tuple[str, ...], Path, Callable[[dict[str, float]], None]], None]:
+    """How `train_here` starts ranks on this testbed. Raises LaunchError, see `virtual_times`."""
+    up = launcher.up
+    if up.bed.mode != "virtual":
+        return partial(_launch, launcher, None)
+    times = virtual_times(plan, session.model, up.bed.cluster, session.profile)
+    return partial(_launch, launcher, dumps(times))
+
+
+def _launch(
+    launcher: Launcher,
+    times: str | None,
+    devices: tuple[str, ...],
+    folder: Path,
+    tell: Callable[[dict[str, float]], None],
+) -> None:
+    if times is None:
+        launcher.run(devices, folder, on_metrics=tell)
+        return
+    (folder / TIMES).write_text(times)
+    launcher.run(devices, folder, module=WORKER, on_metrics=tell)

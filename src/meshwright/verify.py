@@ -1,0 +1,308 @@
+"""Predicted against measured: a plan and its rivals, trained for a few steps each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from meshwright.cluster.spec import devices_of
+from meshwright.cost.profile import strange_versions
+from meshwright.errors import FitError, PlanError, Problem, TrainingError
+from meshwright.plan.files import save_plan
+from meshwright.plan.ranks import describe, stage_seats
+from meshwright.plan.spec import Plan
+from meshwright.program.timeline import Timeline
+from meshwright.records import dumps, load, record
+from meshwright.report.page import Rival, write_report
+from meshwright.report.verification import kinds_table, strategies_table
+from meshwright.runtime.run import TIMELINE, RunSettings
+from meshwright.session import Session, by_hand, predicted, simulated
+from meshwright.simulate.compare import Comparison, compare
+from meshwright.testbed.launch import Launcher
+from meshwright.testbed.load import Watch
+from meshwright.testbed.train import Run, train_on
+from meshwright.training import train_here
+
+Array = NDArray[np.float64]
+RIVALS = {"dp": "ddp", "megatron": "even", "amp": "amp"}
+"""What a user says, and the baseline of the search that it is."""
+Train = Callable[[Session, Plan, RunSettings, Path, str], Run]
+"""Runs one plan; the last argument is what it is called."""
+TENSOR_ON_A_TESTBED = (
+    "the plan has tensor parallelism: emulated devices share cores, and wait for each other's turn "
+    "at every sum inside a layer as no devices of their own do"
+)
+
+
+@record
+class Verified:
+    """One strategy, as predicted and as measured."""
+
+    name: str
+    plan: str
+    """In one line."""
+    predicted_seconds: float
+    measured_seconds: float
+    """Median over the steps after the first few."""
+    spread: float
+    """(largest - smallest) / median of those steps."""
+    foreign_share: float
+    """Of the machine's processor time, used by others meanwhile; -1 where nobody looked."""
+    disturbed: bool
+    parts: Comparison | None = None
+    """Instruction by instruction, of one step."""
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+
+@record
+class Verification:
+    """A plan among its rivals."""
+
+    strategies: tuple[Verified, ...]
+    """The plan itself first."""
+    absent: tuple[str, ...] = ()
+    """What the testbed does not emulate, and why."""
+    warnings: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Rivals that could not be tried, and why."""
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, over all strategies; None for less than three."""
+        return spearman(
+            [each.predicted_seconds for each in self.strategies],
+            [each.measured_seconds for each in self.strategies],
+        )
+
+    @property
+    def regret(self) -> float:
+        """Measured seconds of the plan over those of the fastest strategy tried, less one."""
+        best = min(each.measured_seconds for each in self.strategies)
+        return self.strategies[0].measured_seconds / best - 1
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Rank correlation, equal values sharing their mean rank; None where it says nothing: for less
+    than three, or all alike (Spearman 1904)."""
+    if len(left) < 3 or len(set(left)) == 1 or len(set(right)) == 1:
+        return None
+    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Array:
+    array = np.asarray(values)
+    below = (array[:, None] > array[None, :]).sum(axis=1)
+    equal = (array[:, None] == array[None, :]).sum(axis=1)
+    ranks: Array = below + (equal - 1) / 2
+    return ranks
+
+
+def rivals_of(
+    session: Session, names: Sequence[str]
+) -> tuple[list[tuple[str, Plan]], tuple[str, ...]]:
+    """The plans of these rivals, and why some have none. Raises PlanError for an unknown name."""
+    unknown = [name for name in names if name not in RIVALS]
+    PlanError.check(
+        Problem("--against", "", repr(name), "one of " + ", ".join(RIVALS)) for name in unknown
+    )
+    found, left_out = [], []
+    for name in names:
+        try:
+            found.append((name, by_hand(session, RIVALS[name])))
+        except (FitError, PlanError) as failure:
+            left_out.append(f"{name}: {failure}")
+    return found, tuple(left_out)
+
+
+def verify(
+    session: Session,
+    contenders: Sequence[tuple[str, Plan]],
+    train: Train,
+    settings: RunSettings,
+    folder: Path,
+) -> tuple[Verified, ...]:
+    """Train a few steps of every contender and compare with its prediction. Each leaves a run
+    folder with its plan and both timelines."""
+    return tuple(
+        _verified(session, name, plan, train, settings, folder / _safe(name))
+        for name, plan in contenders
+    )
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+def _verified(
+    session: Session,
+    name: str,
+    plan: Plan,
+    train: Train,
+    settings: RunSettings,
+    folder: Path,
+) -> Verified:
+    expected: Timeline = simulated(session, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_plan(predicted(session, plan), folder / "predicted.json")
+    run = train(session, plan, settings, folder, name)
+    outcome = run.outcome
+    if len(outcome.metrics) < 2:
+        raise TrainingError(Problem(name, "steps", str(len(outcome.metrics)), "at least 2"))
+    warm = [line.step_seconds for line in outcome.metrics[min(2, len(outcome.metrics) - 1) :]]
+    measured = median(warm)
+    (folder / "predicted-timeline.json").write_text(dumps(expected))
+    return Verified(
+        name=name,
+        plan=describe(plan),
+        predicted_seconds=expected.step_seconds,
+        measured_seconds=measured,
+        spread=(max(warm) - min(warm)) / measured,
+        foreign_share=run.foreign_share,
+        disturbed=run.disturbed,
+        parts=compare(expected, outcome.timeline) if outcome.timeline else None,
+    )
+
+
+def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
+    """Sentences about the layer times of a plan that its profile does not have."""
+    if session.profile is None:
+        return ()
+    rows: dict[str, set[int]] = defaultdict(set)
+    for entry in session.profile.layers:
+        rows[entry.device].add(entry.rows)
+    types = {device.name: device.type for device in devices_of(session.cluster)}
+    found: dict[str, None] = {}
+    for stage in stage_seats(plan):
+        for seat in (seat for replica in stage.seats for seat in replica):
+            kind, count = types[seat.device], seat.rows[1] - seat.rows[0]
+            known = ", ".join(map(str, sorted(rows[kind])))
+            if not rows[kind]:
+                found[f"{kind} was not measured: its layers are priced by the datasheet"] = None
+            elif count not in rows[kind]:
+                way = "inter" if min(rows[kind]) < count < max(rows[kind]) else "extra"
+                found[f"{count} rows on {kind}: {way}polated from {known}"] = None
+    return tuple(found)
+
+
+def without_tensor_parallelism(session: Session) -> Session:
+    """The session whose layers cannot be divided: processes that share cores wait for each other's
+    turn at every sum inside a layer, as no devices of their own do."""
+    layers = tuple(replace(layer, tensor_units=1) for layer in session.model.layers)
+    return replace(session, model=replace(session.model, layers=layers))
+
+
+def verify_here(
+    session: Session,
+    plan: Plan,
+    names: Sequence[str],
+    launcher: Launcher | None,
+    settings: RunSettings,
+    folder: Path,
+    console: Console,
+) -> Verification:
+    """Train the plan and these rivals on a testbed, or on this machine; print the comparison, and
+    leave it in `folder` as verification.json and report.html.
+
+    Raises what training raises; PlanError for an unknown rival.
+    """
+    warnings = list(strange_versions(session.profile)) if session.profile else []
+    virtual = launcher is not None and launcher.up.bed.mode == "virtual"
+    if not virtual:
+        warnings += unmeasured(session, plan)
+    if session.profile is None and not virtual:
+        warnings.append("no profile: predictions come from datasheets, see `meshwright profile`")
+    fair = without_tensor_parallelism(session) if launcher else session
+    rivals, left_out = rivals_of(fair, names)
+    if launcher and any(
+        len(row) > 1 for p in plan.pipelines for s in p.stages for row in s.devices
+    ):
+        warnings.append(TENSOR_ON_A_TESTBED)
+    train = _on_testbed(launcher, console) if launcher else _on_this_machine(console)
+    strategies = verify(session, [("plan", plan), *rivals], train, settings, folder)
+    verification = Verification(
+        strategies=strategies,
+        absent=launcher.up.absent if launcher else (),
+        warnings=tuple(warnings),
+        left_out=left_out,
+    )
+    _print(verification, console)
+    (folder / "verification.json").write_text(dumps(verification), encoding="utf-8")
+    _report(session, plan, verification, folder)
+    return verification
+
+
+def _on_testbed(launcher: Launcher, console: Console) -> Train:
+    def train(session: Session, plan: Plan, settings: RunSettings, folder: Path, title: str) -> Run:
+        return train_on(launcher, session, plan, settings, folder, title=title, console=console)
+
+    return train
+
+
+def _on_this_machine(console: Console) -> Train:
+    def train(session: Session, plan: Plan, settings: RunSettings, folder: Path, title: str) -> Run:
+        watch = Watch()
+        outcome = train_here(session, plan, settings, folder, title=title, console=console)
+        foreign = watch.foreign_share()
+        return Run(outcome=outcome, foreign_share=foreign, attempts=1, disturbed=False)
+
+    return train
+
+
+def _print(verification: Verification, console: Console) -> None:
+    plan = verification.strategies[0]
+    if plan.parts:
+        console.print(kinds_table(plan.parts))
+        console.print()
+    rows = [
+        (s.name, s.plan, s.predicted_seconds, s.measured_seconds, s.spread)
+        for s in verification.strategies
+    ]
+    console.print(strategies_table(rows))
+    console.print()
+    says = [f"regret of the plan: {verification.regret:.1%}"]
+    if verification.rank_correlation is not None:
+        says.append(f"rank correlation: {verification.rank_correlation:.3f}")
+    says += [
+        f"{s.name}: others used {s.foreign_share:.0%} of the processor meanwhile; measure again "
+        "on a quiet machine"
+        for s in verification.strategies
+        if s.disturbed
+    ]
+    says += [f"not emulated: {each}" for each in verification.absent]
+    says += [f"left out: {each}" for each in verification.left_out]
+    says += [f"warning: {each}" for each in verification.warnings]
+    for sentence in says:
+        console.print(f"• {sentence}", highlight=False, markup=False)
+
+
+def _report(session: Session, plan: Plan, verification: Verification, folder: Path) -> None:
+    own, *rivals = verification.strategies
+    path = folder / "plan" / TIMELINE
+    write_report(
+        folder / "report.html",
+        plan,
+        session.cluster,
+        session.model,
+        predicted=simulated(session, plan),
+        measured=load(path, Timeline, error=TrainingError) if path.exists() else None,
+        rivals=tuple(
+            Rival(
+                name=each.name,
+                predicted_seconds=each.predicted_seconds,
+                measured_seconds=each.measured_seconds,
+            )
+            for each in (*rivals, own)
+        ),
+        comparison=own.parts,
+    )

@@ -1,0 +1,103 @@
+"""Measured pairs of devices to the links of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from meshwright.cluster.files import cluster_from
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.topology import path, topology
+from meshwright.cost.collective import all_reduce, alone_seconds
+from meshwright.cost.pairs import (
+    LinkReport,
+    Point,
+    classes,
+    collective_times,
+    fitted_cluster,
+    pair_times,
+)
+
+SIZES = (4096, 2**18, 2**20, 2**22)
+
+
+def _cluster(rates: dict[str, str], uplink: str | None = None) -> Cluster:
+    """A node of two devices for each rate; with an uplink, each at a site of its own."""
+    return cluster_from(
+        {
+            "format": 1,
+            "name": "x",
+            **({"site": [{"name": n, "uplink": {"bandwidth": uplink, "latency": "1 ms"}}
+                         for n in rates]} if uplink else {}),
+            "node": [
+                {"name": n, "devices": ["2 x T4"],
+                 "inside": {"bandwidth": "80 Gbit/s", "latency": "10 us"},
+                 "network": {"bandwidth": rate, "latency": "50 us"},
+                 **({"site": n} if uplink else {})}
+                for n, rate in rates.items()
+            ],
+        },
+        source="x",
+    )  # fmt: skip
+
+
+def _measured(cluster: Cluster) -> LinkReport:
+    """What perfect measurements on this cluster would show."""
+    links = topology(cluster)
+    pairs = []
+    for one, other in classes(cluster, devices_of(cluster)).values():
+        way = path(links, one.name, other.name)
+        rate = min(links.capacities[name] for name in way.resources)
+        points = [Point(bytes=size, seconds=way.latency + size / rate) for size in SIZES]
+        pairs.append(pair_times((one.name, other.name), points, None))
+    return LinkReport(pairs=tuple(pairs))
+
+
+def test_a_cluster_is_found_again_from_its_messages() -> None:
+    true = _cluster({"a": "10 Gbit/s", "b": "10 Gbit/s", "c": "2 Gbit/s"})
+    nodes = tuple(
+        replace(node, network=replace(node.network, bandwidth=node.network.bandwidth * 3))
+        for node in true.nodes
+    )
+    stated = replace(true, nodes=nodes)
+    found = fitted_cluster(stated, _measured(true))
+    for node, wanted in zip(found.nodes, true.nodes, strict=True):
+        assert node.network.bandwidth == pytest.approx(wanted.network.bandwidth)
+        assert node.network.latency == pytest.approx(wanted.network.latency)
+        assert node.inside.bandwidth == pytest.approx(wanted.inside.bandwidth)
+
+
+def test_a_bottleneck_between_sites_belongs_to_the_uplink() -> None:
+    sites = _cluster({"a": "10 Gbit/s", "b": "10 Gbit/s"}, uplink="1 Gbit/s")
+    found = fitted_cluster(sites, _measured(sites))
+    links = topology(found)
+    way = path(links, "a:0", "b:0")
+    assert min(links.capacities[n] for n in way.resources) == pytest.approx(1.25e8)
+
+
+def test_a_burst_does_not_pass_for_bandwidth() -> None:
+    rate, burst = 2.5e7, 50_000
+    points = [Point(bytes=s, seconds=1e-4 + max(s - burst, 0) / rate) for s in SIZES]
+    assert pair_times(("a:0", "b:0"), points, None).bandwidth == pytest.approx(rate)
+
+
+def test_two_pairs_that_share_a_link_take_the_time_of_twice_the_bytes() -> None:
+    points = [Point(bytes=s, seconds=s / 1e8) for s in SIZES]
+    found = pair_times(("a:0", "b:0"), points, Point(bytes=2**20, seconds=2 * 2**20 / 1e8))
+    assert found.sharing == pytest.approx(1.0)
+    assert found.residual == pytest.approx(0.0, abs=1e-9)
+
+
+def test_all_reduces_show_the_cost_of_a_step() -> None:
+    cluster = _cluster({"a": "10 Gbit/s", "b": "10 Gbit/s"})
+    names = [device.name for device in devices_of(cluster)]
+    links = topology(cluster)
+    points = [
+        Point(bytes=size, seconds=alone_seconds(links, all_reduce(links, names, size,
+                                                                  step_latency=3e-4)))
+        for size in SIZES
+    ]  # fmt: skip
+    found = collective_times(cluster, points)
+    assert found.step_latency == pytest.approx(3e-4)
+    assert found.residuals == pytest.approx([0.0] * len(SIZES), abs=1e-9)

@@ -1,0 +1,85 @@
+"""The list scheduler: legal, within memory, never behind a named schedule, near the optimum."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from listings import best_named, random_work
+
+from meshwright.program.listing import best_order
+from meshwright.program.orders import check_orders
+from meshwright.program.refine import refined
+from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
+
+
+def check(work: Work, looked_at: int) -> None:
+    codes = best_order(work, looked_at)
+    assert codes is not None
+    orders = to_orders(codes)
+    check_orders(orders, work.layout, work.micro_batches, source="test", where="pipelines[0]")
+    assert to_codes(orders) == codes
+    assert fits(work, codes)
+    assert seconds(work, codes) <= best_named(work)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6))
+def test_an_order_is_legal_fits_and_is_never_behind_a_named_one(seed):
+    check(random_work(Random(seed)), 30_000)
+
+
+@pytest.mark.slow
+def test_a_thousand_pipelines_are_never_behind_a_named_schedule():
+    for seed in range(1000):
+        check(random_work(Random(seed), 6, 12), 100_000)
+
+
+def test_the_same_work_gives_the_same_order():
+    work = random_work(Random(7))
+    assert best_order(work, 50_000) == best_order(work, 50_000)
+
+
+@given(st.integers(0, 10**6))
+def test_changing_an_order_never_makes_it_slower(seed):
+    work = random_work(Random(seed))
+    codes = best_order(work, 1)
+    assert codes is not None
+    took, better = refined(work, codes, 50)
+    assert took == seconds(work, better) <= seconds(work, codes)
+
+
+def test_no_room_for_a_single_micro_batch_gives_no_order():
+    work = random_work(Random(1))
+    fields = {name: getattr(work, name) for name in Work.__dataclass_fields__}
+    assert best_order(Work(**{**fields, "room": (1.0,) * len(work.room)})) is None
+
+
+def test_virtual_stages_are_listed_too():
+    base = random_work(Random(3), 4, 6)
+    stages = len(base.forward)
+    fields = {name: getattr(base, name) for name in Work.__dataclass_fields__}
+    work = Work(**{**fields, "layout": (tuple(range(stages)),), "room": (1000.0,)})
+    codes = best_order(work, 30_000)
+    assert codes is not None
+    ends = play(work, codes)
+    assert ends is not None
+    each = sum(work.forward) + sum(work.whole)
+    assert ends[0][-1] == pytest.approx(each * work.micro_batches)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pipelines_are_within_three_percent_of_the_optimum():
+    pytest.importorskip("ortools", reason="the exact solver is not installed")
+    from optimum import least_seconds
+
+    for seed in range(25):
+        work = random_work(Random(seed))
+        codes = best_order(work)
+        assert codes is not None
+        took = seconds(work, codes)
+        least, _ = least_seconds(work, took, 5.0)
+        assert took <= 1.03 * least, seed

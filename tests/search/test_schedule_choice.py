@@ -1,0 +1,169 @@
+"""The last choice of the search: orders of work, timed as the simulator does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.cost.instructions import price
+from meshwright.cost.memory import device_memory
+from meshwright.errors import PlanError
+from meshwright.export.pipelining import schedule_csv, with_schedule
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.plan.validate import validate_plan
+from meshwright.program.check import check_program
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Op, dumps, loads
+from meshwright.program.listing import NAMES
+from meshwright.program.orders import orders_of
+from meshwright.program.schedules import orders
+from meshwright.program.work import seconds, to_codes
+from meshwright.search.costs import costs_of
+from meshwright.search.planner import find_plan
+from meshwright.search.schedule import in_listed_order, pipeline_works
+from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.fold import simulate_folded
+from strategies import chain
+from worlds import even_plan, one_node
+
+CLUSTER = one_node(6, bandwidth=1e12, latency=3e-3)
+"""Slow transfers that do not slow each other down."""
+
+
+def uneven(count: int = 4) -> LayerGraph:
+    return chain([3.0, 1.0, 2.0, 1.0, 3.0, 0.5, 1.0, 1.0][:count])
+
+
+def pipeline(model: LayerGraph, stages: int, micro_batches: int, schedule: str = "1f1b") -> Plan:
+    plan = even_plan(model, CLUSTER, stages=stages, micro_batches=micro_batches)
+    job = replace(plan.job, sequence=model.sequence)
+    return replace(plan, schedule=schedule, job=job)
+
+
+def virtual(schedule: str, groups: int, micro_batches: int) -> Plan:
+    """Two stages of one layer on each device."""
+    model = uneven(2 * groups)
+    plan = pipeline(model, 2 * groups, micro_batches)
+    devices = [stage.devices for stage in plan.pipelines[0].stages[:groups]]
+    turned = devices[::-1] if schedule == "zb-v" else devices
+    stages = tuple(
+        replace(stage, devices=place)
+        for stage, place in zip(plan.pipelines[0].stages, [*devices, *turned], strict=True)
+    )
+    pipelines = (replace(plan.pipelines[0], stages=stages),)
+    names = tuple(place[0][0] for place in devices)
+    return replace(plan, schedule=schedule, devices=names, pipelines=pipelines)
+
+
+def compute_end(plan: Plan, model: LayerGraph) -> float:
+    timeline = simulate_plan(plan, model, CLUSTER)
+    kinds = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+    return max(i.end_seconds for i in timeline.intervals if i.op in kinds)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    schedule=st.sampled_from([n for n in NAMES if n != "zb-v" and "interleaved" not in n]),
+    stages=st.integers(2, 4),
+    micro_batches=st.integers(1, 7),
+)
+def test_the_quick_clock_agrees_with_the_simulator(schedule, stages, micro_batches):
+    model = uneven(stages)
+    plan = pipeline(model, stages, micro_batches, schedule)
+    validate_plan(plan, model)
+    check_program(compile_plan(plan, model))
+    work = pipeline_works(plan, costs_of(model, CLUSTER, plan.job, None))[0]
+    quick = seconds(work, to_codes(orders(schedule, work.layout, micro_batches)))
+    assert quick == pytest.approx(compute_end(plan, model), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", "interleaved-1f1b", "interleaved-1f1b-2bp-batched"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_virtual_stages_compile_to_a_sound_program(schedule, groups):
+    plan = virtual(schedule, groups, 6)
+    model = uneven(2 * groups)
+    validate_plan(plan, model)
+    program = compile_plan(plan, model)
+    check_program(program)
+    assert loads(dumps(program)) == program
+    whole = simulate_plan(plan, model, CLUSTER)
+    assert simulate_folded(plan, model, CLUSTER).step_seconds == pytest.approx(whole.step_seconds)
+    passes = [i for i in program.ranks[0] if i.op in (Op.SEND_F, Op.SEND_B)]
+    assert bool(passes) == (groups > 1)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_virtual_stages_ask_for_a_schedule_that_plays_them(schedule):
+    plan = replace(virtual("interleaved-1f1b", 2, 4), schedule=schedule)
+    with pytest.raises(PlanError, match="again"):
+        validate_plan(plan, uneven())
+
+
+@settings(deadline=None, max_examples=20)
+@given(stages=st.integers(2, 4), micro_batches=st.integers(1, 6))
+def test_a_listed_plan_runs_as_it_was_timed_and_is_never_behind(stages, micro_batches):
+    model = uneven(stages)
+    plan = pipeline(model, stages, micro_batches)
+    works = pipeline_works(plan, costs_of(model, CLUSTER, plan.job, None))
+    listed = in_listed_order(plan, works, 20_000)
+    assert listed is not None
+    validate_plan(listed, model)
+    check_program(compile_plan(listed, model))
+    took = compute_end(listed, model)
+    for name in NAMES:
+        if name != "zb-v" and "interleaved" not in name:
+            assert took <= compute_end(replace(plan, schedule=name), model) * (1 + 1e-9)
+
+
+def test_memory_of_a_plan_is_the_high_water_mark_of_its_simulated_step():
+    model = uneven()
+    for schedule in ("gpipe", "1f1b", "1f1b-2bp-batched", "zb-h1", "zb-h2"):
+        plan = pipeline(model, 4, 8, schedule)
+        program = compile_plan(plan, model)
+        static = price(program, plan, model, CLUSTER).static_bytes
+        timeline = simulate_plan(plan, model, CLUSTER)
+        for rank, memory in enumerate(device_memory(plan, model, CLUSTER)):
+            most = max(p.bytes for p in timeline.memory if p.rank == rank) - static[rank]
+            assert memory.activations == pytest.approx(most, abs=2)
+
+
+def test_the_search_takes_the_order_that_suits_the_plan():
+    model = uneven(8)
+    job = replace(pipeline(model, 4, 8).job, global_batch=16)
+    found = find_plan(model, CLUSTER, job)
+    assert found == find_plan(model, CLUSTER, job)
+    validate_plan(found, model, CLUSTER)
+    check_program(compile_plan(found, model))
+    assert found.prediction is not None
+    rivals = [r.step_seconds for r in found.prediction.runners_up if r.step_seconds is not None]
+    assert found.prediction.step_seconds <= min(rivals, default=float("inf")) * (1 + 2e-3)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "eager-1f1b-2bp", "zb-h1"])
+def test_csv_and_back_is_the_same_order(schedule):
+    plan = pipeline(uneven(), 4, 5, schedule)
+    text = schedule_csv(orders_of(plan, 0))
+    back = with_schedule(plan, [text], ["schedule.csv"])
+    assert orders_of(back, 0) == orders_of(plan, 0)
+    virtually = virtual("zb-v", 2, 5)
+    text = schedule_csv(orders_of(virtually, 0))
+    assert orders_of(with_schedule(virtually, [text], ["v.csv"]), 0) == orders_of(virtually, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("0F0,0B0\n", "line"),
+        ("0F0,0B0\n1F0,1B0,1SEND_F0\n", "line 2, word 2"),
+        ("0F0,0B0\n0F0,1B0\n", "stages of its devices: 1"),
+        ("0F0\n1F0,1B0\n", "no B0"),
+    ],
+)
+def test_a_csv_that_cannot_be_played_is_refused_by_line(text, wanted):
+    with pytest.raises(PlanError) as caught:
+        with_schedule(pipeline(uneven(2), 2, 1), [text], ["s.csv"])
+    assert wanted in str(caught.value)

@@ -1,0 +1,125 @@
+"""Virtual devices: tensors and gradients of the right shapes, after the time of the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from beds import JOB, NOTHING, bed, pipeline_plan
+from torch import nn
+
+from meshwright.cost.profile import Profile
+from meshwright.errors import LaunchError, MeshwrightError
+from meshwright.model.hf import load_model
+from meshwright.runtime.run import RunSettings
+from meshwright.session import Session, predicted
+from meshwright.testbed.bed import design
+from meshwright.testbed.launch import Launcher
+from meshwright.testbed.times import virtual_times
+from meshwright.testbed.train import train_on
+from meshwright.testbed.virtual import Pace, VirtualLayer, VirtualOptimizer
+
+
+class Twice(nn.Module):
+    """A layer with a parameter, an output with a gradient and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x), torch.arange(x.shape[0])
+
+
+def test_a_layer_spends_its_time_both_ways_and_gives_every_gradient() -> None:
+    spent: list[float] = []
+    module = Twice()
+    layer = VirtualLayer(module, 0.25, 0.5, spent.append, Pace())
+    x = torch.randn(2, 3, requires_grad=True)
+    y, numbers = layer(x)
+    assert (y.shape, y.requires_grad) == ((2, 5), True)
+    assert (numbers.dtype, numbers.requires_grad) == (torch.int64, False)
+    assert spent == [0.25]
+    y.backward(torch.ones_like(y))
+    assert spent == [0.25, 0.5]
+    assert x.grad is not None
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
+
+
+def test_another_number_of_rows_gets_its_own_shapes() -> None:
+    layer = VirtualLayer(Twice(), 0.0, 0.0, lambda _: None, Pace())
+    assert [layer(torch.randn(rows, 3))[0].shape[0] for rows in (2, 7, 2)] == [2, 7, 2]
+
+
+def test_an_optimizer_step_takes_its_time_and_moves_nothing() -> None:
+    spent: list[float] = []
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = VirtualOptimizer([weight], 0.125)
+    optimizer.spend = spent.append
+    optimizer.step()
+    assert spent == [0.125]
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_the_table_is_the_cost_models() -> None:
+    model = load_model("gpt-tiny", 16, "fp32")
+    plan = pipeline_plan(((("a:0",),), (("b:0",),)), (0, 5, 10))
+    fast, slow = virtual_times(plan, model, bed().cluster, None).ranks
+    assert len(fast.forward) == len(model.layers)
+    assert all(4 * f == pytest.approx(s) or f <= s for f, s in zip(
+        fast.forward, slow.forward, strict=True))  # fmt: skip
+    measured = Profile(model="gpt-tiny", sequence=16)
+    assert virtual_times(plan, model, bed().cluster, measured).ranks == (fast, slow)
+
+
+def test_sums_inside_layers_need_their_arithmetic() -> None:
+    model = load_model("gpt-tiny", 16, "fp32")
+    plan = pipeline_plan(((("a:0", "a:1"),),), (0, 10))
+    with pytest.raises(LaunchError, match="share a layer"):
+        virtual_times(plan, model, bed().cluster, None)
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path) -> None:
+    """On the loopback, which every machine permits. Instructions sleep at least their time, so that
+    the step cannot be shorter than the busiest rank's."""
+    virtual = bed(compute_scale=0.2)
+    up = design(virtual, NOTHING, "mw-none").standing
+    model = load_model("gpt-tiny", 16, "fp32")
+    session = Session(
+        model=model,
+        cluster=virtual.cluster,
+        job=JOB,
+        profile=None,
+        model_source="gpt-tiny",
+        cluster_source="",
+        profile_source="",
+        warnings=(),
+    )
+    plan = predicted(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
+    with Launcher(up) as launcher:
+        run = train_on(launcher, session, plan, RunSettings(model="gpt-tiny", steps=4), tmp_path)
+    assert plan.prediction is not None
+    compute = plan.prediction.parts["compute"]
+    assert len(run.outcome.metrics) == 4
+    assert run.outcome.step_seconds > 0.99 * compute
+    assert run.outcome.timeline is not None
+    assert set(run.outcome.losses) == {0.0}
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
+    up = design(bed(), NOTHING, "mw-none").standing
+    with Launcher(up) as launcher, pytest.raises(MeshwrightError, match=r"run\.json.*no such file"):
+        launcher.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.worker")
+
+
+def test_a_command_ends_with_the_status_of_the_process_that_failed() -> None:
+    up = design(bed(), NOTHING, "mw-none").standing
+    with Launcher(up) as launcher:
+        assert launcher.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"]) == 1
+        assert launcher.run_command(("a:0",), ["sh", "-c", "kill -9 $$"]) == 9
