@@ -96,7 +96,7 @@ def oracle(where: World, seed: int, known: Plan | None) -> float:
     scout = Scout(contest, SCHEDULES)
     chance = Random(seed)
     starts = [random_strategy(costs, chance) for _ in range(DRAWN)]
-    if known:
+    if known and known.schedule in SCHEDULES:
         starts.append((known.schedule, tuple(line_of(p) for p in known.pipelines)))
     for start in starts:
         if start is not None:

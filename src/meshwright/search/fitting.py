@@ -116,7 +116,7 @@ def recut(
     """The same with the rows given as well."""
     loads = np.array(
         [
-            _loads(costs, team, _held(s, teams, micro_batches, schedule))
+            team_loads(costs, team, _held(s, teams, micro_batches, schedule))
             for s, team in enumerate(teams)
         ]
     )
@@ -135,7 +135,7 @@ def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: Schedul
     return in_flight(schedule, s, len(teams), micro_batches)
 
 
-def _loads(costs: Costs, team: Team, held: int) -> Array:
+def team_loads(costs: Costs, team: Team, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
     otherwise; infinite where one does not fit even then."""
     plain = _slowest(costs, team, held, again=False)

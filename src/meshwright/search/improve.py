@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from random import Random
 
 from meshwright.plan.spec import Plan, ScheduleName
+from meshwright.search.chain import Chains, chains
 from meshwright.search.climb import Scout, around, climb, rate
 from meshwright.search.contest import WORK, Contest, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
@@ -18,22 +20,32 @@ from meshwright.search.fleetwide import fleet_strategies
 from meshwright.search.lines import line_of
 from meshwright.search.mix import several_lines, single_lines
 
-STEPS = (400_000, 20_000, 3_000_000)
+STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
 most."""
 
 FLEETWIDE = 12
 """Strategies over whole fleets of nodes that are played."""
 
-SINGLE, SEVERAL, CLIMBS, NEAR = 0.2, 0.1, 0.5, 0.2
-"""Shares of the steps: strategies of one line, of several, their climbs, and what lies near the
-best in the end."""
+FEW = 16
+"""Devices up to which rows of them are cut into stages instead of whole fleets of nodes."""
+
+SINGLE, SEVERAL, CHAINS, CLIMBS, NEAR = 0.1, 0.05, 0.2, 0.6, 0.05
+"""Shares of the steps: strategies of one line of whole pools, of several, of devices in a row,
+their climbs, and what lies near the best in the end."""
 
 HOPEFUL = 1.8
 """Times the best preview beyond which a strategy is not climbed from."""
 
-SHARE, LAST = 4, 50
-"""Parts of the remaining steps of which a climb gets one; part of all steps with which it ends."""
+HEATS, LAST = 0.4, 50
+"""Share of the remaining steps that a race of climbs gets; part of all steps with which they
+end."""
+
+STAY = 2
+"""Of so many climbs of a race one goes on to the next heat."""
+
+DRAWN = 8
+"""Starts of a race, at least."""
 
 NEARBY = 1.6
 """Times the preview of a summit up to which its surroundings are climbed from."""
@@ -44,7 +56,7 @@ SURROUNDING = 16
 FAILED = 400
 """Steps that a composed line costs which does not fit."""
 
-SAME_BUILD = 3
+SAME_BUILD = 1
 """Strategies of one build that are climbed from."""
 
 PLAYED = 6
@@ -65,8 +77,9 @@ def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress)
     least, each, most = STEPS
     steps = min(most, least + each * len(contest.costs.devices))
     scout = Scout(contest, schedules)
-    starts = _starts(scout, steps, tell)
-    for summit in _summits(scout, starts, round(CLIMBS * steps), tell):
+    drawn = chains(contest.costs, Random(0))
+    starts = _starts(scout, drawn, steps, tell)
+    for summit in _summits(scout, starts, drawn, round(CLIMBS * steps), tell):
         challenge(contest, summit)
     scout.left = round(NEAR * steps)
     _polish(scout)
@@ -85,14 +98,22 @@ def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progre
     tell("composing", FLEETWIDE, FLEETWIDE)
 
 
-def _starts(scout: Scout, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by preview: those played already and those made of
-    whole pools."""
+def _next(scout: Scout, drawn: Chains) -> list[Strategy]:
+    """More strategies of the schedules asked for from rows of devices, against the allowance."""
+    spent, strategies = next(drawn)
+    scout.left -= spent
+    return [strategy for strategy in strategies if strategy[0] in scout.schedules]
+
+
+def _starts(scout: Scout, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
+    """The best strategies of different builds, by preview: those played already, those made of
+    whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
     costs, contest = scout.contest.costs, scout.contest
     known = [_played(each.plan) for each in contest.others]
-    fleets = fleet_strategies(costs, scout.schedules, contest.dropped, lambda: contest.late)
-    known += islice(fleets, FLEETWIDE)
+    if len(costs.devices) > FEW:
+        fleets = fleet_strategies(costs, scout.schedules, contest.dropped, lambda: contest.late)
+        known += islice(fleets, FLEETWIDE)
     found = {strategy: rate(scout, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
     sources = single_lines(costs, lambda: best[0]), several_lines(costs)
@@ -108,25 +129,29 @@ def _starts(scout: Scout, steps: int, tell: Progress) -> list[Strategy]:
             if scout.over:
                 break
         tell("composing", number + 1, 2)
+    scout.left = round(CHAINS * steps)
+    while not scout.over:
+        for strategy in _next(scout, drawn):
+            found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
+            best[0] = min(best[0], found[strategy])
     hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best[0]]
-    return _by_turns(scout, hopeful)
+    return _by_turns(hopeful)
 
 
-def _by_turns(scout: Scout, ordered: Sequence[Strategy]) -> list[Strategy]:
+def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
     """The first of every build, then the second of each."""
     turns: dict[object, list[Strategy]] = {}
     for strategy in ordered:
-        own = turns.setdefault(_build(scout, strategy), [])
+        own = turns.setdefault(_build(strategy), [])
         if len(own) < SAME_BUILD:
             own.append(strategy)
     return [own[i] for i in range(SAME_BUILD) for own in turns.values() if i < len(own)]
 
 
-def _build(scout: Scout, strategy: Strategy) -> object:
-    """Types of devices and tensor widths, in the order in which they stand."""
-    devices = scout.contest.costs.devices
+def _build(strategy: Strategy) -> object:
+    """Numbers of stages, and the tensor widths in the order in which they stand."""
     return tuple(
-        tuple(dict.fromkeys((devices[t.units[0][0]].type, len(t.units[0])) for t in line.teams))
+        (len(line.teams), tuple(dict.fromkeys(len(team.units[0]) for team in line.teams)))
         for line in strategy[1]
     )
 
@@ -136,31 +161,52 @@ def _played(plan: Plan) -> Strategy:
 
 
 def _summits(
-    scout: Scout, starts: Sequence[Strategy], steps: int, tell: Progress
+    scout: Scout, starts: Sequence[Strategy], drawn: Chains, steps: int, tell: Progress
 ) -> list[Strategy]:
-    """Where climbs end, best first: from the starts, then from the surroundings of the best summit
-    for as long as the steps last. No climb takes more than a share of the steps that are left."""
+    """Where climbs end, best first: heats of the starts, then of what lies around the best summit
+    or, where that has been seen, of rows drawn at random, for as long as the steps last."""
     reached: dict[Strategy, float] = {}
     left = steps
-    waiting = list(starts)
     surrounded: set[Strategy] = set()
+    waiting = list(starts)
     while left > steps // LAST and not scout.contest.late:
         tell("improving", steps - left, steps)
-        scout.left = given = left // SHARE
-        if waiting:
-            summit = climb(scout, waiting.pop(0))
-            reached[summit] = rate(scout, summit)
-            if scout.left <= 0 and summit == _ordered(reached)[0]:
-                waiting.insert(0, summit)
-        else:
-            best = next((s for s in _ordered(reached) if s not in surrounded), None)
-            if best is None:
-                break
+        given = left if left < steps // 4 else round(left * HEATS)
+        scout.left = given
+        best = next(iter(_ordered(reached)), None)
+        if not waiting and best is not None and best not in surrounded:
             surrounded.add(best)
             waiting = around(scout, best, reached[best] * NEARBY)[:SURROUNDING]
-        left -= max(given - scout.left, FAILED)
+        while len(waiting) < DRAWN and not scout.over:
+            waiting += _next(scout, drawn)
+        left -= given - scout.left
+        left -= max(FAILED, _heats(scout, waiting, reached))
+        waiting = []
     tell("improving", steps, steps)
     return _ordered(reached)[:PLAYED]
+
+
+def _heats(scout: Scout, starts: Sequence[Strategy], reached: dict[Strategy, float]) -> int:
+    """Climb from all starts a little, then from the better ones of where that led, and so on; the
+    steps that it took of those allowed."""
+    allowed = left = max(scout.left, 0)
+    racing = list(dict.fromkeys(starts))
+    heats = 1
+    while len(racing) > STAY**heats:
+        heats += 1
+    while racing and left > 0 and not scout.contest.late:
+        share, heats = left / max(1, heats), heats - 1
+        further: dict[Strategy, float] = {}
+        for number, start in enumerate(racing):
+            scout.left = given = round(share / (len(racing) - number))
+            summit = climb(scout, start)
+            spent = given - scout.left
+            share, left = share - spent, left - spent
+            reached[summit] = rate(scout, summit)
+            if scout.left <= 0:
+                further[summit] = reached[summit]
+        racing = _ordered(further)[: max(1, len(racing) // STAY)]
+    return allowed - left
 
 
 def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:

@@ -1,0 +1,220 @@
+"""A row of devices cut into stages: which neighbours work as replicas and which layers they take.
+
+Letters: N units, L layers, M micro-batches, K stages from a unit to the end of the row, units
+[i, j) and layers [a, b) of one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, permutations
+from random import Random
+
+import numpy as np
+
+from meshwright.plan.spec import ScheduleName
+from meshwright.program.buckets import gradient_bytes
+from meshwright.search.contest import Strategy
+from meshwright.search.costs import Costs, ring, seconds_per_byte
+from meshwright.search.crossing import crossings
+from meshwright.search.fitting import Stages, apportion, fit_line, pace, team_loads
+from meshwright.search.lines import Line, Team, Unit
+from meshwright.search.mix import legal_widths
+from meshwright.search.partition import Array
+from meshwright.search.space import divisors, usable_devices
+
+ROWS = 6
+"""Sizes of micro-batches that every row of devices is cut for."""
+
+DEPTHS = 3
+"""Numbers of stages, the most promising ones, that a row of devices is cut into."""
+
+NOTHING = 100
+"""Steps of a draw that leads to nothing."""
+
+SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+
+DEEPEST = 24
+"""Most stages that are looked at."""
+
+
+def cut_chain(
+    costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int
+) -> list[tuple[float, Stages]]:
+    """The best way to cut a row of units into every number of stages, with the seconds of
+
+        (M - 1 + K) * the slowest stage's micro-batch and its part of the reduction
+
+    and none for those that do not fit. The most promising come first.
+    """
+    number, layers = len(units), len(costs.model.layers)
+    depth = min(number, layers, DEEPEST)
+    borders = _borders(costs, units, rows)
+    best = np.full((number + 1, layers + 1), np.inf)
+    best[number, layers] = 0.0
+    ways: list[Array] = [best]
+    most = min(depth, micro_batches)
+    tables = {held: _table(costs, units, rows, micro_batches, held) for held in {1, most}}
+    ample = np.array_equal(tables[1], tables[most])
+    found = []
+    for k in range(1, depth + 1):
+        held = min(k, micro_batches)
+        if held not in tables:
+            tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
+        after = np.maximum(ways[-1], borders)
+        ways.append(np.maximum(tables[held], after[None, :, None, :]).min(axis=(1, 3)))
+        if np.isfinite(ways[k][0, 0]):
+            seconds = float(ways[k][0, 0]) * (micro_batches - 1 + k)
+            found.append((seconds, k))
+    return [
+        (seconds, _traced(units, ways, tables, borders, k, micro_batches))
+        for seconds, k in sorted(found)
+    ]
+
+
+def _traced(
+    units: Sequence[Unit],
+    ways: Sequence[Array],
+    tables: dict[int, Array],
+    borders: Array,
+    depth: int,
+    micro_batches: int,
+) -> Stages:
+    stages, i, a = [], 0, 0
+    for k in range(depth, 0, -1):
+        after = np.maximum(ways[k - 1], borders)
+        worst = np.maximum(tables[min(k, micro_batches)][i, :, a, :], after)
+        j, b = np.unravel_index(int(worst.argmin()), worst.shape)
+        stages.append(tuple(units[i : int(j)]))
+        i, a = int(j), int(b)
+    return tuple(stages)
+
+
+def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, held: int) -> Array:
+    """Seconds [N + 1, N + 1, L + 1, L + 1] of a micro-batch, and of the part of the reduction that
+    comes to it, on a stage that holds so many micro-batches; infinite where they do not fit."""
+    number, size = len(units), len(costs.model.layers) + 1
+    table = np.full((number + 1, number + 1, size, size), np.inf)
+    for i in range(number):
+        for j in range(i + 1, min(number, i + rows) + 1):
+            own = tuple(units[i:j])
+            loads = team_loads(costs, Team(own, apportion(costs, own, rows)), held)
+            if j - i > 1:
+                loads = loads + _reduction(costs, own) / micro_batches
+            table[i, j] = loads
+    return table
+
+
+def _reduction(costs: Costs, units: tuple[Unit, ...]) -> Array:
+    """Seconds [L + 1, L + 1] in which the gradients of layers [a, b) are summed."""
+    _, slope = seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
+    held = costs.table.replicated + costs.table.split / len(units[0])
+    width = gradient_bytes(costs.job) * costs.system.gradient_width * slope
+    seconds: Array = np.maximum(held[None, :] - held[:, None], 0.0) * width
+    return seconds
+
+
+def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:
+    """Seconds [N + 1, L + 1] of a micro-batch from one unit to the next, by the unit and the layer
+    that it is cut before."""
+    seconds = np.zeros((len(units) + 1, len(costs.table.cut)))
+    for j in range(1, len(units)):
+        here, there = Team((units[j - 1],), (rows,)), Team((units[j],), (rows,))
+        sizes = costs.table.cut, costs.table.cut_gradient
+        for way, size in zip(crossings(costs, here, there), sizes, strict=True):
+            found = np.where(size > 0, way.latency + way.slowest * rows * size, 0.0)
+            seconds[j] = np.maximum(seconds[j], found)
+    return seconds
+
+
+def cost_of_cutting(costs: Costs, number: int) -> int:
+    """Steps (about a microsecond each) that `cut_chain` takes for so many units."""
+    elements = number**2 * (len(costs.model.layers) + 1) ** 2
+    return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
+
+
+Chains = Iterator[tuple[int, list[Strategy]]]
+"""Strategies, and the steps that they took."""
+
+
+def chains(costs: Costs, chance: Random) -> Chains:
+    """Devices in rows, cut into stages, and the steps that it took: first type by type in every
+    order, then, without end, in orders drawn at random and as one pipeline or two."""
+    batch = costs.job.global_batch
+    for units in _sorted_rows(costs):
+        sizes = divisors(batch)
+        for rows in sizes[:: -(-len(sizes) // ROWS)]:
+            lines = _lines(costs, units, rows, batch)
+            yield cost_of_cutting(costs, len(units)), _scheduled([(line,) for line in lines])
+    while True:
+        yield _drawn(costs, chance)
+
+
+def _sorted_rows(costs: Costs) -> Iterator[tuple[Unit, ...]]:
+    """The devices of every set of types, in every order of the types; the most devices first."""
+    for tensor in legal_widths(costs):
+        by_type: dict[str, list[Unit]] = {}
+        for own in _by_node(costs, tensor):
+            by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
+        kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
+        for number in range(len(kinds), 0, -1):
+            for chosen in combinations(kinds, number):
+                for order in permutations(chosen):
+                    yield tuple(unit for kind in order for unit in by_type[kind])
+
+
+def _by_node(costs: Costs, tensor: int) -> list[list[Unit]]:
+    names: dict[tuple[str, str], list[str]] = {}
+    for device in usable_devices(costs.cluster, costs.job):
+        names.setdefault((device.node, device.type), []).append(device.name)
+    found = [
+        [tuple(own[i : i + tensor]) for i in range(0, len(own) - tensor + 1, tensor)]
+        for own in names.values()
+    ]
+    return [own for own in found if own]
+
+
+def _lines(costs: Costs, units: tuple[Unit, ...], rows: int, share: int) -> list[Line]:
+    """The most promising pipelines of a row of units for a share of the batch."""
+    schedule: ScheduleName = "1f1b"
+    count = share // rows
+    cut = cut_chain(costs, units, rows, count)[:DEPTHS]
+    found = (fit_line(costs, stages, rows, count, schedule) for _, stages in cut)
+    return [fitted.line for fitted in found if fitted]
+
+
+def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
+    """Nodes or units in any order, often not all of them, as one pipeline or two."""
+    tensor = chance.choice(legal_widths(costs)[:2])
+    nodes = _by_node(costs, tensor)
+    chance.shuffle(nodes)
+    units = [unit for own in nodes for unit in own]
+    if chance.random() < 0.4:
+        chance.shuffle(units)
+    if chance.random() < 0.3:
+        del units[: chance.randint(1, max(1, len(units) // 2))]
+    if not units:
+        return NOTHING, []
+    half = chance.randint(1, len(units) - 1) if len(units) > 1 and chance.random() < 0.3 else 0
+    groups = [tuple(own) for own in (units[:half], units[half:]) if own]
+    speeds = [sum(1 / pace(costs, unit) for unit in own) for own in groups]
+    batch = costs.job.global_batch
+    shares = [max(1, round(batch * speed / sum(speeds))) for speed in speeds]
+    shares[-1] = batch - sum(shares[:-1])
+    if shares[-1] < 1:
+        return NOTHING, []
+    spent, every = 0, []
+    for own, share in zip(groups, shares, strict=True):
+        sizes = divisors(share)
+        every.append(_lines(costs, own, chance.choice(sizes), share))
+        spent += cost_of_cutting(costs, len(own))
+    return spent, _scheduled(list(zip(*every, strict=False)))
+
+
+def _scheduled(found: Sequence[tuple[Line, ...]]) -> list[Strategy]:
+    """With either schedule, where it makes a difference."""
+    return [
+        (schedule, lines)
+        for lines in found
+        for schedule in SCHEDULES[: 1 + any(len(line.teams) > 1 for line in lines)]
+    ]
