@@ -32,8 +32,8 @@ def test_an_order_is_legal_fits_and_is_never_behind_a_named_one(seed):
 
 
 @pytest.mark.slow
-def test_a_thousand_pipelines_are_never_behind_a_named_schedule():
-    for seed in range(1000):
+def test_hundreds_of_pipelines_are_never_behind_a_named_schedule():
+    for seed in range(200):
         check(random_work(Random(seed), 6, 12), 100_000)
 
 
@@ -76,7 +76,7 @@ def test_pipelines_are_within_three_percent_of_the_optimum():
     pytest.importorskip("ortools", reason="the exact solver is not installed")
     from optimum import least_seconds
 
-    for seed in range(25):
+    for seed in range(12):
         work = random_work(Random(seed))
         codes = best_order(work)
         assert codes is not None
