@@ -16,98 +16,29 @@ import argparse
 import json
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
+
+from resharding_cases import CASES, ITEM, METHODS, ONE_TO_MANY, Case, layouts
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.cluster.topology import Topology, path, topology
 from meshwright.cost.collective import all_gather
-from meshwright.layout.order import Multicast, Turn, best_order, by_size, lower_bound, timed
-from meshwright.layout.reshard import Strategy, Transfer, multicasts, reshard
-from meshwright.layout.tiles import Layout, elements, layout, unit_tasks
+from meshwright.layout.order import lower_bound
+from meshwright.layout.reshard import Transfer, multicasts, reshard
+from meshwright.layout.tiles import elements, unit_tasks
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
 
-ITEM = 4
-"""Bytes of an int32."""
 NETWORK = 10e9 / 8
 INSIDE = 20e9
 LATENCY = 50e-6
 CHUNK = 4 * 2**20
 """Bytes that a chain passes on at once."""
-
-Mesh = tuple[int, int]
-Spec = tuple[str, ...]
-"""For each dimension: R, or the mesh axes that divide it: h (hosts), d (devices)."""
-
-LARGE = (1024, 1024, 512)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tensor on one mesh that must appear on another."""
-
-    name: str
-    source: Mesh
-    target: Mesh
-    shape: tuple[int, ...]
-    has: Spec
-    wants: Spec
-
-
-CASES = (
-    Case("1", (2, 4), (2, 4), LARGE, ("h", "R", "R"), ("h", "R", "R")),
-    Case("2", (2, 4), (2, 4), LARGE, ("R", "R", "R"), ("h", "R", "R")),
-    Case("3", (2, 4), (2, 4), LARGE, ("R", "h", "R"), ("h", "R", "R")),
-    Case("4", (2, 4), (2, 4), LARGE, ("R", "hd", "R"), ("hd", "R", "R")),
-    Case("5", (2, 4), (2, 4), LARGE, ("d", "R", "R"), ("h", "R", "R")),
-    Case("6", (2, 4), (3, 4), (3072, 1024, 170), ("h", "R", "R"), ("h", "R", "R")),
-    Case("7", (1, 4), (2, 4), LARGE, ("d", "R", "R"), ("R", "R", "R")),
-    Case("8", (1, 4), (2, 4), LARGE, ("d", "R", "R"), ("R", "R", "R")),
-    Case("9", (2, 4), (2, 4), LARGE, ("R", "h", "R"), ("R", "R", "h")),
-)
-ONE_TO_MANY = tuple(
-    Case(f"1 to {h}x{d}", (1, 1), (h, d), (2**28,), ("R",), ("R",))
-    for h, d in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (3, 2), (4, 2))
-)
-METHODS: dict[str, tuple[Strategy | None, Callable[[Sequence[Multicast]], Sequence[Turn]]]] = {
-    "send/receive": ("send", lambda works: timed(works, first_sender(works))),
-    "all-gather": ("gather", lambda works: timed(works, first_sender(works))),
-    "as they come": ("broadcast", lambda works: in_turn(works, first_sender(works))),
-    "by size": ("broadcast", lambda works: in_turn(works, by_size(works))),
-    "ordered": (None, best_order),
-}
-
-
-def first_sender(works: Sequence[Multicast]) -> list[tuple[int, str]]:
-    """No balancing."""
-    return [(index, work.senders[0]) for index, work in enumerate(works)]
-
-
-def in_turn(works: Sequence[Multicast], choice: list[tuple[int, str]]) -> Sequence[Turn]:
-    """Kept in the order of the choice, which `timed` sorts by start."""
-    place = {index: k for k, (index, _) in enumerate(choice)}
-    return sorted(timed(works, choice), key=lambda turn: place[turn.task])
-
-
-def layouts(case: Case) -> tuple[Layout, Layout, dict[int, str]]:
-    """Both sides, and the host of every rank."""
-    count, more = prod(case.source), prod(case.target)
-    source = layout(case.shape, range(count), case.source, axes(case.has))
-    target = layout(case.shape, range(count, count + more), case.target, axes(case.wants))
-    hosts = {rank: f"a{rank // case.source[1]}" for rank in range(count)}
-    hosts |= {count + k: f"b{k // case.target[1]}" for k in range(more)}
-    return source, target, hosts
-
-
-def axes(spec: Spec) -> list[tuple[int, ...]]:
-    """Mesh axes by dimension."""
-    return [tuple("hd".index(axis) for axis in each if axis != "R") for each in spec]
 
 
 def cluster_of(hosts: dict[int, str]) -> tuple[Topology, dict[int, str]]:

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from resharding import CASES, ITEM, METHODS, Case, layouts
+from resharding_cases import CASES, ITEM, METHODS, Case, layouts
 
 from meshwright.layout.reshard import Transfer, messages, reshard
 from meshwright.layout.tiles import elements
