@@ -7,6 +7,7 @@ numpy arrays that broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,7 @@ class MemoryTables:
     recomputed: MemoryTable
 
 
+@lru_cache(maxsize=8)
 def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
     """Both tables of a model trained by a job."""
     return MemoryTables(

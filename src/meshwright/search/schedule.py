@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from operator import itemgetter
 
 from meshwright.cluster.topology import topology
@@ -26,8 +27,9 @@ from meshwright.program.listing import NAMES, best_order
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
 from meshwright.search.contest import Contest, Played, enter, work_of
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.explore import Progress
+from meshwright.search.lines import line_of
 from meshwright.simulate.fold import fold
 
 FINALISTS = 3
@@ -61,12 +63,25 @@ def reschedule(contest: Contest, tell: Progress) -> None:
 
 
 def _finalists(contest: Contest) -> list[Played]:
-    """The best plan of each build in which there is an order to choose."""
+    """The best plan of each build in which there is an order to choose and that could win by it."""
     builds: dict[str, Played] = {}
     for played in sorted(contest.others, key=lambda p: p.seconds):
         if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
             builds.setdefault(played.plan.name, played)
-    return list(builds.values())[:FINALISTS]
+    hopeful = [p for p in builds.values() if _busy_seconds(contest.costs, p.plan) < contest.limit]
+    return hopeful[:FINALISTS]
+
+
+def _busy_seconds(costs: Costs, plan: Plan) -> float:
+    """Seconds that the busiest unit computes before the norm, in any order of work."""
+    most = 0.0
+    for line in (line_of(pipeline) for pipeline in plan.pipelines):
+        for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
+            for unit, rows in distinct_replicas(costs, team.units, team.rows):
+                forward, backward = unit_prefix(costs, unit, rows)
+                each = forward[b] - forward[a] + backward[b] - backward[a]
+                most = max(most, line.micro_batches * each)
+    return most
 
 
 def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
