@@ -205,6 +205,9 @@ CASES: dict[str, Case] = {
     "pp2, tensors without rows": Case(
         model=Shared, pipelines=(pipeline(2, 4, (3, "a"), (3, "b")),)
     ),
+    "pp2, nothing but tensors without rows": Case(
+        model=Shared, pipelines=(pipeline(2, 4, (1, "a"), (5, "b")),)
+    ),
     "dp2 pp2": Case(model=llama, pipelines=(pipeline(2, 4, (2, "a b"), (3, "c d")),)),
     "tp2 pp2, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),)),
     "dp2 tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab cd")),)),

@@ -35,20 +35,31 @@ def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerG
     """What a stage receives and sends in each direction, with bytes per row."""
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
-    forward_in, backward_out = cut_bytes(model, stage.layers[0])
-    forward_out, backward_in = cut_bytes(model, stage.layers[1])
     incoming, outgoing = {}, {}
     if before is not None:
         arriving = boundary_moves(before, stage, stage.boundary)
         leaving = boundary_moves(stage, before, stage.boundary)
-        incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward_in)
-        outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward_out)
+        forward, backward = _crossing(model, stage.layers[0])
+        if forward is not None:
+            incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward)
+        if backward is not None:
+            outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward)
     if after is not None:
         arriving = boundary_moves(after, stage, after.boundary)
         leaving = boundary_moves(stage, after, after.boundary)
-        incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward_in)
-        outgoing[Op.FORWARD] = Boundary(op=Op.SEND_F, moves=leaving, row_bytes=forward_out)
+        forward, backward = _crossing(model, stage.layers[1])
+        if backward is not None:
+            incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward)
+        if forward is not None:
+            outgoing[Op.FORWARD] = Boundary(op=Op.SEND_F, moves=leaving, row_bytes=forward)
     return Boundaries(incoming=incoming, outgoing=outgoing)
+
+
+def _crossing(model: LayerGraph, cut: int) -> tuple[float | None, float | None]:
+    """`cut_bytes`; None where nothing crosses. Tensors without rows cross, and have none per row."""
+    alive = alive_at(model, cut)
+    ahead, back = cut_bytes(model, cut)
+    return ahead if alive else None, back if any(t.gradient for t in alive) else None
 
 
 def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
@@ -59,7 +70,7 @@ def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
 
 def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
     """This rank's part of what crosses a boundary one way, if anything does."""
-    if boundary is None or not boundary.row_bytes:
+    if boundary is None:
         return
     receiving = boundary.op in RECEIVES
     for move in boundary.moves:
@@ -80,7 +91,7 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
 
 def gathers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
     """What this rank must put together with others of its replica before it can read it."""
-    if boundary is None or not boundary.row_bytes:
+    if boundary is None:
         return
     for rows, ranks in gathered(boundary.moves):
         if seat.rank in ranks:
