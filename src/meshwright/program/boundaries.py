@@ -56,7 +56,7 @@ def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerG
 
 
 def _crossing(model: LayerGraph, cut: int) -> tuple[float | None, float | None]:
-    """`cut_bytes`; None where nothing crosses. Tensors without rows cross, and have none per row."""
+    """`cut_bytes`, None where nothing crosses; tensors without rows do, and have none per row."""
     alive = alive_at(model, cut)
     ahead, back = cut_bytes(model, cut)
     return ahead if alive else None, back if any(t.gradient for t in alive) else None
