@@ -69,6 +69,9 @@ def built(case: Drawn) -> nn.Module:
     return MODELS[case.model][0]()
 
 
+CLOSE = 1e-8
+"""Relative; rounding alone comes to a few 1e-9 in twenty steps of the worst of many plans."""
+
 EPS = 1e-4
 """Adam divides a gradient that is nearly zero by its own size: with the usual 1e-8, rounding in the
 last bit grows a million times in twenty steps of some plans."""
@@ -123,10 +126,10 @@ def test_any_legal_plan_trains_as_one_process_does(pool: Pool, case: Drawn) -> N
     ranks = pool.run(len(case.plan.devices), play, case)
     for found, _ in ranks:
         assert torch.tensor(found, dtype=torch.float64) == pytest.approx(
-            torch.tensor(wanted, dtype=torch.float64), rel=1e-9
+            torch.tensor(wanted, dtype=torch.float64), rel=CLOSE
         )
     parameters = ranks[0][1]
     assert parameters.keys() == weights.keys()
     for name, value in weights.items():
         error = (parameters[name] - value).abs().max() / value.abs().max().clamp_min(1e-12)
-        assert error < 1e-9, name
+        assert error < CLOSE, name

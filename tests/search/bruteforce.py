@@ -66,16 +66,23 @@ def _fitting(plan, model, cluster):
     if not memory_problems(plan, model, cluster):
         yield plan
         return
-    counts = [len(pipeline.stages) for pipeline in plan.pipelines]
-    for choice in product((False, True), repeat=sum(counts)):
-        flags = iter(choice)
-        pipelines = tuple(
-            replace(p, stages=tuple(replace(s, recompute=next(flags)) for s in p.stages))
-            for p in plan.pipelines
-        )
-        variant = replace(plan, pipelines=pipelines)
-        if any(choice) and not memory_problems(variant, model, cluster):
+    count = sum(len(pipeline.stages) for pipeline in plan.pipelines)
+    if memory_problems(_recomputing(plan, (True,) * count), model, cluster):
+        return
+    for choice in product((False, True), repeat=count):
+        variant = _recomputing(plan, choice)
+        if not memory_problems(variant, model, cluster):
             yield variant
+
+
+def _recomputing(plan, choice):
+    """The plan with recomputation in the stages that are chosen, over all pipelines."""
+    flags = iter(choice)
+    pipelines = tuple(
+        replace(p, stages=tuple(replace(s, recompute=next(flags)) for s in p.stages))
+        for p in plan.pipelines
+    )
+    return replace(plan, pipelines=pipelines)
 
 
 def _shapes(cluster):
