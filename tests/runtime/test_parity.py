@@ -90,6 +90,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
+@pytest.mark.timeout(1800)  # the first case of a size plays all of them
 @pytest.mark.parametrize(
     "name",
     [
