@@ -47,7 +47,7 @@ class Player:
             for i in instructions
             if i.op is Op.FORWARD and i.micro_batch is not None
         }
-        self._split = split_forwards(own.places, instructions)
+        self._split = split_forwards(instructions)
         self._completed = completions(own, instructions)
         self._sends = Counter(_crossed(i) for i in instructions if i.op in SENDS)
         self._made: dict[Crossed, tuple[Sequence[Tensor | None], int]] = {}
@@ -232,20 +232,13 @@ class Player:
         return Works(works) if self.recorder is None else self.recorder.posted(i, works)
 
 
-def split_forwards(
-    places: dict[int, Place], instructions: Sequence[Instruction]
-) -> frozenset[tuple[int, int]]:
-    """Stages and micro-batches whose forward must prepare a backward in two parts.
-
-    Where nobody waits for the first part, the second is an ordinary backward, unless it serves
-    several micro-batches at once.
-    """
+def split_forwards(instructions: Sequence[Instruction]) -> frozenset[tuple[int, int]]:
+    """Stages and micro-batches whose forward must prepare a backward in two parts."""
     return frozenset(
         (i.stage, micro_batch)
         for i in instructions
         if i.op is Op.BACKWARD_WEIGHT
         for micro_batch in micro_batches_of(i)
-        if not places[i.stage].stage.first or len(micro_batches_of(i)) > 1
     )
 
 

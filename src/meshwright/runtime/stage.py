@@ -36,9 +36,6 @@ class _Pass:
     """Its weight gradients come apart from those of its inputs."""
     results: list[Tensor] = field(default_factory=list)
     deferred: Deferred | None = None
-    given: list[Tensor] = field(default_factory=list)
-    """Gradients of the results."""
-    weight: float = 0.0
 
 
 class Stage:
@@ -67,8 +64,6 @@ class Stage:
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
-        self.first = not any(crossing.gradient for crossing in built.incoming)
-        """Nobody waits for its backward."""
         self.parameters = frozenset(one.name for one in built.held)
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
@@ -172,8 +167,7 @@ class Stage:
         """
         own = self._passes.pop(micro_batch)
         self._trace(own.step, (micro_batch,))
-        self._prepare(own, gradients, weight)
-        self._run_back([own])
+        self._run_back(own, gradients, weight)
         return self._of_leaves(own)
 
     def backward_input(
@@ -181,16 +175,12 @@ class Stage:
     ) -> list[Tensor | None]:
         """The first part of a backward: gives the gradients of the incoming tensors.
 
-        A stage that nobody waits for only keeps `gradients`; its second part does all the work.
+        A stage that nobody waits for does it all the same: in most orders of work the second parts
+        come late, and what is left to them there lengthens the step.
         """
         own = self._passes[micro_batch]
-        if self.first:
-            own.given = list(gradients)
-            own.weight = weight
-            return []
         self._trace(own.step, (micro_batch,))
-        self._prepare(own, gradients, weight)
-        self._run_back([own])
+        self._run_back(own, gradients, weight)
         found = self._of_leaves(own)
         own.leaves, own.batch = [], {}
         return found
@@ -199,17 +189,11 @@ class Stage:
         """The second part: accumulates the parameters' gradients of some micro-batches at once."""
         passes = [self._passes.pop(micro_batch) for micro_batch in micro_batches]
         self._trace(passes[0].step, micro_batches)
-        if self.first:
-            for own in passes:
-                self._prepare(own, own.given, own.weight)
-            self._run_back(passes)
         backward_weights([own.deferred for own in passes if own.deferred is not None])
 
     def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
         """Parameters whose gradients the first part of these micro-batches' backward has made."""
         passes = [self._passes[micro_batch] for micro_batch in micro_batches]
-        if self.first:
-            return []
         deferred = {
             one for own in passes if own.deferred is not None for one in own.deferred.parameters()
         }
@@ -218,29 +202,23 @@ class Stage:
     def kept_bytes(self, micro_batch: int) -> int | None:
         """What the first part of a backward has left for the second; None: all that there was."""
         deferred = self._passes[micro_batch].deferred
-        return None if self.first or deferred is None else deferred.kept_bytes()
+        return None if deferred is None else deferred.kept_bytes()
 
     def _trace(self, step: int, micro_batches: Sequence[int]) -> None:
         if self.tracer is not None:
             self.tracer.begin(step, micro_batches)
 
-    def _prepare(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
-        """Finds the gradients of the results, and forgets those that have none."""
-        own.given = []
-        if any(tensor.requires_grad for tensor in own.results):
-            own.given = self._given(own.results, gradients, weight)
-        own.results = [tensor for tensor in own.results if tensor.requires_grad]
-
-    def _run_back(self, passes: Sequence[_Pass]) -> None:
-        roots = [tensor for own in passes for tensor in own.results]
-        given = [gradient for own in passes for gradient in own.given]
-        for own in passes:
-            own.results, own.given = [], []
-        if roots:
-            state = self._generator.get_state() if any(self._recomputed) else None
-            torch.autograd.backward(roots, given)
-            if state is not None:
-                self._generator.set_state(state)
+    def _run_back(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
+        results, own.results = own.results, []
+        roots = [tensor for tensor in results if tensor.requires_grad]
+        if not roots:
+            return
+        given = self._given(results, gradients, weight)
+        del results
+        state = self._generator.get_state() if any(self._recomputed) else None
+        torch.autograd.backward(roots, given)
+        if state is not None:
+            self._generator.set_state(state)
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
         return [leaf.grad for leaf, c in zip(own.leaves, self.incoming, strict=True) if c.gradient]
