@@ -206,7 +206,7 @@ class Engine:
         self._player.finish()
         with self._player.measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
-            totals[0] = self._player.loss
+            totals[0] = self._player.loss()
             totals[1] = squared_norm(own.buckets, self.world.device)
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)

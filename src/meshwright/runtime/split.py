@@ -237,6 +237,11 @@ class Deferring(TorchFunctionMode):
         self._anchors: dict[torch.device, Tensor] = {}
         self.deferred = Deferred()
 
+    def begin(self) -> Deferred:
+        """What the next forward under it puts off goes here."""
+        self.deferred = Deferred()
+        return self.deferred
+
     def __torch_function__(
         self,
         func: Any,
@@ -253,21 +258,24 @@ class Deferring(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         operands = (weight,) if bias is None else (weight, bias)
+        low = _low_precision(input)
+        if low is None and weight.ndim == 2 and all(id(w) in self._weights for w in operands):
+            product = _Linear(tuple(map(id, operands)), operands)
+            self.deferred.products.append((None, product))
+            return self._product(product, input, operands)
         sources = tuple(source(w, self._weights) for w in operands if w.requires_grad)
         if weight.ndim != 2 or not weight.requires_grad or None in sources:
             return F.linear(input, weight, bias)
-        low = _low_precision(input)
-        as_they_are = low is None and all(w.is_leaf and w.requires_grad for w in operands)
-        product = _Linear(cast("tuple[int, ...]", sources), operands if as_they_are else ())
         if low is not None:
             input, *operands = (t.to(low) for t in (input, *operands))  # type: ignore[assignment]
-        if as_they_are:
-            self.deferred.products.append((None, product))
-        else:
-            self._defer(product, operands)
-        anchor = self._anchor(input.device)
+        product = _Linear(cast("tuple[int, ...]", sources), ())
+        self._defer(product, operands)
+        return self._product(product, input, operands)
+
+    def _product(self, product: _Linear, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         fixed = (w.detach() for w in operands)
-        return cast("Tensor", _LinearInput.apply(product, anchor, input, *fixed))  # type: ignore[no-untyped-call]
+        anchor = self._anchor(x.device)
+        return cast("Tensor", _LinearInput.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
 
     def _any(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
@@ -306,13 +314,15 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
     the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
     """
     ready = list(_ready(micro_batches))
-    own = [product.parameters if isinstance(product, _Linear) else () for _, product in ready]
-    if all(each and all(map(_adds_in_place, each)) for each in own):
-        _accumulate([cast("_Linear", product) for _, product in ready])
+    plain = [cast("_Linear", product) for token, product in ready if token is None]
+    if len(plain) == len(ready) and all(_adds_in_place(p) for own in plain for p in own.parameters):
+        _accumulate(plain)
     else:
         tokens = [
-            _Token.apply(product, *parameters) if token is None else token  # type: ignore[no-untyped-call]
-            for (token, product), parameters in zip(ready, own, strict=True)
+            _Token.apply(product, *cast("_Linear", product).parameters)  # type: ignore[no-untyped-call]
+            if token is None
+            else token
+            for token, product in ready
         ]
         torch.autograd.backward(tokens)
     for deferred in micro_batches:
@@ -321,6 +331,9 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
 
 def _ready(micro_batches: Sequence[Deferred]) -> Iterator[tuple[Tensor | None, Product]]:
     """All that anything came back to; linear products that can join, once."""
+    if len(micro_batches) == 1:
+        yield from (each for each in micro_batches[0].products if each[1].ready())
+        return
     first: dict[tuple[tuple[int, ...], int], _Linear] = {}
     for deferred in micro_batches:
         seen: Counter[tuple[int, ...]] = Counter()

@@ -38,6 +38,20 @@ class _Pass:
     deferred: Deferred | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class _Layer:
+    """One layer, as a forward runs it."""
+
+    name: str
+    module: Callable[..., Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    done: tuple[str, ...]
+    """Tensors that nobody needs after it."""
+    again: bool
+    """It runs again in the backward."""
+
+
 class Stage:
     """A rank's layers, and what their backwards still need."""
 
@@ -51,7 +65,6 @@ class Stage:
         compile: bool = False,
     ) -> None:
         self.parts = built.parts
-        self._modules = [torch.compile(p.module) if compile else p.module for p in built.parts]
         # Compiled code casts weights where it reads them.
         self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
         self.incoming = built.incoming
@@ -67,9 +80,10 @@ class Stage:
         self.parameters = frozenset(one.name for one in built.held)
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
-        self._done_after = _last_reads(built, self._results)
+        self._received = tuple(crossing.name for crossing in built.incoming)
+        self._layers = _layers(built, self._results, compile=compile)
+        self._deferring = Deferring(self._parameters)
         self._generator = generator_of(device)
-        self._recomputed = built.recomputed
         self._passes: dict[int, _Pass] = {}
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
@@ -97,8 +111,8 @@ class Stage:
         """The tensors of the outgoing cut, or the loss alone on the last stage.
 
         `first_row` is the place of this slice in the global batch. Each layer draws its random
-        numbers from a seed of its own; the generator is afterwards as it was. `split`: the backward
-        will come in two parts.
+        numbers from a seed of its own, and leaves the generator where that has led. `split`: the
+        backward will come in two parts.
         """
         leaves = [
             tensor.requires_grad_() if crossing.gradient else tensor
@@ -107,31 +121,29 @@ class Stage:
         own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
         self._passes[micro_batch] = own
         self._trace(own.step, (micro_batch,))
-        deferring = Deferring(self._parameters) if split else None
-        with deferring or nullcontext():
+        if split:
+            own.deferred = self._deferring.begin()
+            with self._deferring:
+                own.results = self._run(own)
+        else:
             own.results = self._run(own)
-        own.deferred = None if deferring is None else deferring.deferred
         return own.results
 
     def _run(self, own: _Pass) -> list[Tensor]:
-        values = dict(own.batch)
-        values.update((c.name, leaf) for c, leaf in zip(self.incoming, own.leaves, strict=True))
-        state = self._generator.get_state()
+        values = {**own.batch, **dict(zip(self._received, own.leaves, strict=True))}
         with autocast(self.precision, self.device.type):
-            each = zip(self.parts, self._modules, self._recomputed, self._done_after, strict=True)
-            for part, module, again, done in each:
-                seed = layer_seed(self.seed, own.step, part.name, own.first_row)
-                reads = [values[name] for name in part.reads]
+            for layer in self._layers:
+                seed = layer_seed(self.seed, own.step, layer.name, own.first_row)
+                reads = [values[name] for name in layer.reads]
                 if self.tracer is not None:
-                    reads = self.tracer.read(part.name, reads)
-                run = self._run_again_later if again else self._run_layer
-                made = run(module, seed, reads, own.split)
+                    reads = self.tracer.read(layer.name, reads)
+                run = self._run_again_later if layer.again else self._run_layer
+                made = run(layer.module, seed, reads, own.split)
                 if self.tracer is not None:
-                    self.tracer.made(part.name, made)
-                values.update(zip(part.writes, made, strict=True))
-                for name in done:
+                    self.tracer.made(layer.name, made)
+                values.update(zip(layer.writes, made, strict=True))
+                for name in layer.done:
                     del values[name]
-        self._generator.set_state(state)
         return [values[name] for name in self._results]
 
     def _run_layer(
@@ -150,7 +162,10 @@ class Stage:
         """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
+            if not split:
+                return nullcontext(), nullcontext()
+            self._deferring.begin()
+            return nullcontext(), self._deferring
 
         return checkpoint(  # type: ignore[no-any-return]
             self._run_layer, module, seed, reads,
@@ -215,13 +230,10 @@ class Stage:
             return
         given = self._given(results, gradients, weight)
         del results
-        state = self._generator.get_state() if any(self._recomputed) else None
         torch.autograd.backward(roots, given)
-        if state is not None:
-            self._generator.set_state(state)
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
-        return [leaf.grad for leaf, c in zip(own.leaves, self.incoming, strict=True) if c.gradient]
+        return [leaf.grad for leaf in own.leaves if leaf.requires_grad]
 
     def _given(
         self, results: Sequence[Tensor], gradients: Sequence[Tensor], weight: float
@@ -239,12 +251,20 @@ def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
     return tuple(name for name in built.inputs if name in read)
 
 
-def _last_reads(built: BuiltStage, results: Sequence[str]) -> list[list[str]]:
-    """For each layer the tensors that nobody needs after it."""
+def _layers(built: BuiltStage, results: Sequence[str], *, compile: bool) -> list[_Layer]:
     seen = set(results)
-    done: list[list[str]] = []
-    for part in reversed(built.parts):
+    found: list[_Layer] = []
+    for part, again in zip(reversed(built.parts), reversed(built.recomputed), strict=True):
         names = dict.fromkeys((*part.reads, *part.writes))
-        done.append([name for name in names if name not in seen])
+        found.append(
+            _Layer(
+                name=part.name,
+                module=torch.compile(part.module) if compile else part.module,
+                reads=part.reads,
+                writes=part.writes,
+                done=tuple(name for name in names if name not in seen),
+                again=again,
+            )
+        )
         seen.update(names)
-    return done[::-1]
+    return found[::-1]
