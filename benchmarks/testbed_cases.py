@@ -26,7 +26,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job, Plan
-from meshwright.records import dumps, fingerprint, load, parse
+from meshwright.records import dumps, fingerprint, load, parse, plain
 from meshwright.runtime.profile import ProfileSettings
 from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, costs_of
@@ -251,7 +251,7 @@ class Suite:
         if key in self.done:
             return self.done[key]
         line = {"key": key, "setting": known.setting.key, "strategy": name,
-                "plan": describe(plan)}  # fmt: skip
+                "plan": describe(plan), "whole_plan": plain(plan)}  # fmt: skip
         expected = expected_seconds(known, plan)
         best: dict | None = None
         for attempt in range(1, self.attempts + 1):
