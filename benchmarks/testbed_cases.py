@@ -246,13 +246,13 @@ class Suite:
         )
 
     def measure(self, known: Known, name: str, plan: Plan) -> dict:
-        """The result of one strategy: measured before, or now."""
+        """The result of one strategy: measured before, or now; predicted now."""
         key = f"{known.setting.key}/{name}/{fingerprint(plan)}"
+        expected = expected_seconds(known, plan)
         if key in self.done:
-            return self.done[key]
+            return self.done[key] | {"predicted": expected}
         line = {"key": key, "setting": known.setting.key, "strategy": name,
                 "plan": describe(plan), "whole_plan": plain(plan)}  # fmt: skip
-        expected = expected_seconds(known, plan)
         best: dict | None = None
         for attempt in range(1, self.attempts + 1):
             seconds, foreign = self._train(known, plan)
