@@ -34,8 +34,8 @@ class Rival:
 
     name: str
     plan: Plan
-    system: dict = field(default_factory=dict)
-    """For torch_rank.py; empty: our own runtime."""
+    job: dict = field(default_factory=dict)
+    """What its ranks are told; without a `system` our own runtime runs it."""
 
 
 def torch_rivals(known: Known) -> list[Rival]:

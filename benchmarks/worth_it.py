@@ -65,13 +65,20 @@ ALIKE = 1.1
 """PyTorch's DDP over our data parallelism: what is the same work may differ by."""
 
 
+FEW = {"steps": 3}
+"""Of data parallelism, whose steps last for seconds."""
+
+
 def contenders(known: Known) -> list[Rival]:
     """Meshwright's plan first, then our runtime's even plans and PyTorch's own systems."""
     hand = dict(hand_made(known))
     own = [("ddp", hand["ddp"])] if "ddp" in hand else []
     plans = distinct([*own, *even_plans(known, 3)])
-    best = Rival("meshwright", best_plan(known))
-    return [best, *(Rival(name, plan) for name, plan in plans), *torch_rivals(known)]
+    return [
+        Rival("meshwright", best_plan(known)),
+        *(Rival(name, plan, FEW if name == "ddp" else {}) for name, plan in plans),
+        *torch_rivals(known),
+    ]
 
 
 def medians(suite: Suite, known: Known, rivals: list[Rival], turns: int) -> dict[str, float]:
@@ -79,10 +86,10 @@ def medians(suite: Suite, known: Known, rivals: list[Rival], turns: int) -> dict
     seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     for turn in range(turns):
         for rival in rivals:
-            line = suite.measure(known, f"{rival.name}#{turn}", rival.plan, rival.system)
+            line = suite.measure(known, f"{rival.name}#{turn}", rival.plan, rival.job)
             seconds[rival.name].append(line["measured"])
             error = line["predicted"] / line["measured"] - 1
-            like = "plan like it" if rival.system else "prediction"
+            like = "plan like it" if "system" in rival.job else "prediction"
             say(f"  {rival.name:26} {line['measured']:8.3f} s  {like} {error:+.1%}")
         own, *others = rivals
         best = min(seconds[rival.name][0] for rival in others)

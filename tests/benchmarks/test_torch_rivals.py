@@ -112,15 +112,15 @@ def known_at(setting: Setting, graph: LayerGraph) -> Known:
 def test_every_system_comes_with_a_plan_that_holds(graph: LayerGraph) -> None:
     known = known_at(Setting(EIGHT, "virtual", "gpt"), graph)
     rivals = torch_rivals(known)
-    systems = {(r.system["system"], r.plan.schedule) for r in rivals}
+    systems = {(r.job["system"], r.plan.schedule) for r in rivals}
     assert systems == {("ddp", "1f1b"), ("fsdp", "1f1b"), ("pipelining", "1f1b"),
                        ("pipelining", "interleaved-1f1b")}  # fmt: skip
     for rival in rivals:
         validate_plan(rival.plan, graph, known.cluster)
     # Nodes of two and of six devices cannot be replicas of each other.
-    assert not any(r.system.get("hybrid") for r in rivals)
+    assert not any(r.job.get("hybrid") for r in rivals)
     even = known_at(Setting(PAIR, "virtual", "gpt"), graph)
-    assert sum(r.system.get("hybrid", False) for r in torch_rivals(even)) == 2
+    assert sum(r.job.get("hybrid", False) for r in torch_rivals(even)) == 2
 
 
 def test_amp_is_told_of_nodes_of_one_size(graph: LayerGraph) -> None:
@@ -164,11 +164,11 @@ def test_every_system_runs_to_its_end(
     seen = set()
     try:
         for rival in torch_rivals(known):
-            kind = (rival.plan.schedule, *rival.system.values())
+            kind = (rival.plan.schedule, *rival.job.values())
             if kind in seen:
                 continue
             seen.add(kind)
-            line = suite.measure(known, rival.name, rival.plan, rival.system)
+            line = suite.measure(known, rival.name, rival.plan, rival.job)
             assert line["measured"] > 0.99 * compute_seconds(known, rival), rival.name
     finally:
         suite.close()
