@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, batch, gpt, pipeline
+from cases import Case, Idle, batch, gpt, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
@@ -152,19 +152,6 @@ def test_the_first_number_that_is_none_is_traced_to_its_layer(case: Case, backwa
 
 
 # Parameters without gradient, where backwards come in two parts.
-
-
-class Idle(nn.Module):
-    """A parameter that takes part in the forward, but not in the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = gpt()
-        self.idle = nn.Linear(1, 1)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self.inner(tokens, targets)
-        return loss + self.idle(loss.detach()[None]).sum().detach() * 0
 
 
 def idle(_: int, case: Case) -> str:
