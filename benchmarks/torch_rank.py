@@ -116,9 +116,9 @@ def accumulating(own: Own, model: nn.Module, quiet: Callable[[], Any]) -> Step:
 
 def data_parallel(own: Own, job: dict) -> Step:
     """DistributedDataParallel as its documentation recommends it."""
-    del job
     model = DistributedDataParallel(
         own.build(own.stages[0].layers),
+        bucket_cap_mb=job["bucket_mb"],
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,
         init_sync=False,

@@ -44,7 +44,7 @@ def torch_rivals(known: Known) -> list[Rival]:
 
 
 def replicated(known: Known) -> Iterator[Rival]:
-    """DDP, and FSDP2: over all devices, or inside nodes with sums across them (hybrid); with
+    """DDP, with its own buckets and with small ones, which overlap more; and FSDP2: over all devices, or inside nodes with sums across them (hybrid); with
     parameters let go after the forward (ZeRO 3), or kept for the backward (ZeRO 2)."""
     costs = known.costs
     whole_share = [c for c in BASELINES["ddp"](costs, whole(costs)) if c.shape.micro_batches == 1]
@@ -52,7 +52,8 @@ def replicated(known: Known) -> Iterator[Rival]:
         return
     (candidate,) = whole_share
     plan = _plan(costs, candidate)
-    yield Rival("torch-ddp", plan, {"system": "ddp"})
+    for name, megabytes in (("torch-ddp", 25), ("torch-ddp-1mb", 1)):
+        yield Rival(name, plan, {"system": "ddp", "bucket_mb": megabytes})
     sizes = {len(node.devices) for node in known.cluster.nodes}
     for hybrid, reshard in product((False, True), (True, False)):
         if hybrid and (len(sizes) > 1 or len(known.cluster.nodes) == 1 or sizes == {1}):
