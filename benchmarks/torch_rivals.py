@@ -44,8 +44,9 @@ def torch_rivals(known: Known) -> list[Rival]:
 
 
 def replicated(known: Known) -> Iterator[Rival]:
-    """DDP, with its own buckets and with small ones, which overlap more; and FSDP2: over all devices, or inside nodes with sums across them (hybrid); with
-    parameters let go after the forward (ZeRO 3), or kept for the backward (ZeRO 2)."""
+    """DDP, with its own buckets and with small ones, which overlap more; FSDP2 over all devices, or
+    inside nodes with sums across them (hybrid), with parameters let go after the forward (ZeRO 3),
+    or kept for the backward (ZeRO 2)."""
     costs = known.costs
     whole_share = [c for c in BASELINES["ddp"](costs, whole(costs)) if c.shape.micro_batches == 1]
     if not whole_share:
