@@ -245,8 +245,10 @@ class Suite:
             [parse(t, OptimizerTime, source="", error=MeshwrightError) for t in data["optimizers"]],
         )
 
-    def measure(self, known: Known, name: str, plan: Plan) -> dict:
-        """The result of one strategy: measured before, or now; predicted now."""
+    def measure(self, known: Known, name: str, plan: Plan, job: dict | None = None) -> dict:
+        """The result of one strategy: measured before, or now; predicted now. With a `system` in
+        `job` PyTorch's own runs it (see torch_rank.py), and the plan is ours that is most like
+        it."""
         key = f"{known.setting.key}/{name}/{fingerprint(plan)}"
         expected = expected_seconds(known, plan)
         if key in self.done:
@@ -255,10 +257,10 @@ class Suite:
                 "plan": describe(plan), "whole_plan": plain(plan)}  # fmt: skip
         best: dict | None = None
         for attempt in range(1, self.attempts + 1):
-            seconds, foreign = self._train(known, plan)
+            seconds, foreign = self._train(known, plan, job or {})
             found = {
                 "predicted": expected,
-                "measured": median(seconds[WARM_UP:]),
+                "measured": median(seconds[min(WARM_UP, len(seconds) - 1) :]),
                 "seconds": seconds,
                 "foreign": foreign,
                 "attempts": attempt,
@@ -272,7 +274,7 @@ class Suite:
         self.done[key] = line
         return line
 
-    def _train(self, known: Known, plan: Plan) -> tuple[list[float], float]:
+    def _train(self, known: Known, plan: Plan, changes: dict) -> tuple[list[float], float]:
         setting = known.setting
         launcher = self.launcher(setting)
         folder = self.work / "run"
@@ -284,14 +286,15 @@ class Suite:
             "mode": setting.mode,
             "steps": STEPS,
             "shares": launcher.up.shares,
-        }
+        } | changes
         (folder / "job.json").write_text(json.dumps(job))
         if setting.mode == "virtual":
             cluster = launcher.up.bed.cluster
             table = virtual_times(plan, known.graph, cluster, known.profile)
             (folder / TIMES).write_text(dumps(table))
         watch = Watch(launcher.processor_seconds)
-        launcher.run(plan.devices, folder, module="testbed_rank")
+        module = "torch_rank" if "system" in changes else "testbed_rank"
+        launcher.run(plan.devices, folder, module=module)
         return json.loads((folder / "seconds.json").read_text()), watch.foreign_share()
 
 

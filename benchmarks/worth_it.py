@@ -1,4 +1,4 @@
-"""Meshwright's plan against even strategies and AMP's, trained on emulated clusters.
+"""Meshwright's plan against the even strategies that people use, trained on emulated clusters.
 
     python benchmarks/worth_it.py [--work DIR] [--only SETTING ...] [--turns 3]
 
@@ -10,10 +10,12 @@ even      the same cluster and a GPT: where nothing is to be gained, nothing may
 A slow device has a quarter of a fast one's speed, as T4 and V100 have by the catalogue's peaks and
 efficiencies (65 x 0.35 and 125 x 0.71 TFLOP/s). Link rates keep the paper's ratio of communication
 to arithmetic: 10 Gbit/s, V100 and 32 rows of 1,024 tokens become 75 Mbit/s, 0.4 of a slow core and
-32 rows of 64. Devices are virtual. The even strategies are data parallelism and the three grids
-(data x pipeline, any micro-batch, 1F1B) that promise most; the fastest measured one is the
-baseline. All plans of a setting take turns. Tensor parallelism is left out on all sides, FSDP too:
-the runtime has none. Ends with 1 where a limit is missed.
+32 rows of 64. Devices are virtual. The rivals are data parallelism and the three grids (data x
+pipeline, any micro-batch, 1F1B) that promise most, on our runtime; and PyTorch's own DDP, FSDP2 and
+pipelines (torch_rivals.py). The fastest measured one is the baseline. All take turns; after the
+first one those that were not within a tenth of the best rival stay out. PyTorch's DDP must be about
+as fast as our runtime's data parallelism, else something holds it back. Tensor parallelism is left
+out on all sides: virtual devices have none. Ends with 1 where a limit is missed.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from testbed_cases import (
     hand_made,
     say,
 )
+from torch_rivals import Rival, torch_rivals
 
 from meshwright.plan.ranks import describe
-from meshwright.plan.spec import Plan
 
 SLOW, QUICK = 75, 375
 MIXED = Place(
@@ -57,30 +59,58 @@ SETTINGS = {
 """With the least speed-up over the best even strategy that is wanted."""
 
 
-def contenders(known: Known) -> tuple[list[tuple[str, Plan]], str | None]:
-    """Meshwright's plan first; and the name under which AMP's choice stands among them."""
+NEAR = 1.1
+"""Of the best rival's seconds: who is above in the first turn has no part in the others."""
+ALIKE = 1.1
+"""PyTorch's DDP over our data parallelism: what is the same work may differ by."""
+
+
+FEW = {"steps": 3}
+"""Of data parallelism, whose steps last for seconds."""
+
+
+def contenders(known: Known) -> list[Rival]:
+    """Meshwright's plan first, then our runtime's even plans and PyTorch's own systems."""
     hand = dict(hand_made(known))
-    rivals = [("ddp", hand["ddp"])] if "ddp" in hand else []
-    rivals += even_plans(known, 3)
-    if "amp" not in hand:
-        return distinct([("meshwright", best_plan(known)), *rivals]), None
-    every = distinct([("meshwright", best_plan(known)), *rivals, ("amp", hand["amp"])])
-    amp = next(name for name, plan in every if plan.pipelines == hand["amp"].pipelines)
-    return every, amp
+    own = [("ddp", hand["ddp"])] if "ddp" in hand else []
+    plans = distinct([*own, *even_plans(known, 3)])
+    return [
+        Rival("meshwright", best_plan(known)),
+        *(Rival(name, plan, FEW if name == "ddp" else {}) for name, plan in plans),
+        *torch_rivals(known),
+    ]
 
 
-def medians(
-    suite: Suite, known: Known, plans: list[tuple[str, Plan]], turns: int
-) -> dict[str, tuple[float, Plan]]:
-    """Median over the turns; in each turn every plan is run once."""
-    seconds: dict[str, list[float]] = {name: [] for name, _ in plans}
+def medians(suite: Suite, known: Known, rivals: list[Rival], turns: int) -> dict[str, float]:
+    """Seconds by name, the median over the turns; in each turn everybody left is run once."""
+    seconds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     for turn in range(turns):
-        for name, plan in plans:
-            line = suite.measure(known, f"{name}#{turn}", plan)
-            seconds[name].append(line["measured"])
+        for rival in rivals:
+            line = suite.measure(known, f"{rival.name}#{turn}", rival.plan, rival.job)
+            seconds[rival.name].append(line["measured"])
             error = line["predicted"] / line["measured"] - 1
-            say(f"  {name:10} {line['measured']:8.3f} s  prediction {error:+.1%}")
-    return {name: (median(seconds[name]), plan) for name, plan in plans}
+            like = "plan like it" if "system" in rival.job else "prediction"
+            say(f"  {rival.name:26} {line['measured']:8.3f} s  {like} {error:+.1%}")
+        own, *others = rivals
+        best = min(seconds[rival.name][0] for rival in others)
+        rivals = [own, *(o for o in others if seconds[o.name][0] <= NEAR * best)]
+    return {name: median(found) for name, found in seconds.items()}
+
+
+def judge(name: str, rivals: list[Rival], found: dict[str, float], limit: float) -> list[str]:
+    """Prints who won by how much; what is not as it should be."""
+    own = found["meshwright"]
+    others = {n: s for n, s in found.items() if n != "meshwright"}
+    best = min(others, key=lambda n: others[n])
+    say(f"{name}: {own:.3f} s by {describe(rivals[0].plan)}")
+    say(f"  {others[best] / own:.2f} x as fast as {best} (wanted {limit})")
+    missed = [name] if others[best] / own < limit else []
+    if "ddp" in found:
+        ratio = found["torch-ddp"] / found["ddp"]
+        say(f"  PyTorch's DDP takes {ratio:.2f} of the time of our data parallelism")
+        if ratio > ALIKE:
+            missed.append(f"{name}: PyTorch's DDP is held back")
+    return missed
 
 
 def main() -> int:
@@ -101,20 +131,8 @@ def main() -> int:
             setting, limit = SETTINGS[name]
             known = suite.known(setting)
             say(f"{name}: {setting.place.name}, {setting.model}")
-            plans, amps = contenders(known)
-            found = medians(suite, known, plans, options.turns)
-            own, plan = found["meshwright"]
-            amp = found[amps] if amps else None
-            # Where nothing can be gained, Meshwright's plan may be the best even one itself.
-            others = {n: s for n, (s, _) in found.items() if n not in ("meshwright", "amp")}
-            best, even = min(((s, n) for n, s in others.items()), default=(own, "meshwright"))
-            say(f"{name}: {own:.3f} s by {describe(plan)}")
-            say(f"  {best / own:.2f} x as fast as {even} (wanted {limit})")
-            if amp:
-                say(f"  {amp[0] / own:.2f} x as fast as AMP's {describe(amp[1])}")
-            slower_than_amp = amp is not None and amp[0] / own < 0.99
-            if best / own < limit or slower_than_amp:
-                missed.append(name)
+            rivals = contenders(known)
+            missed += judge(name, rivals, medians(suite, known, rivals, options.turns), limit)
     finally:
         suite.close()
     say(f"missed: {', '.join(missed)}" if missed else "all limits met")
