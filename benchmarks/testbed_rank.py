@@ -19,6 +19,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
+from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.files import load_plan
 from meshwright.records import dumps, load, plain
@@ -47,6 +48,9 @@ BUILDERS = {
     ),
     "llama": partial(
         Llama, vocabulary=VOCABULARY, width=256, heads=8, kv_heads=4, layers=6, hidden=704
+    ),
+    "u-transformer": partial(
+        UTransformer, vocabulary=VOCABULARY, positions=256, width=128, heads=4, layers=1, levels=2
     ),
     "uneven": partial(
         Uneven,

@@ -124,7 +124,7 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
     before, after = (alive_at(model, cut) for cut in layers)
     boundary = sum(t.bytes for t in before if not t.kept) + sum(t.bytes for t in after)
     gradients = [sum(t.bytes for t in cut if t.gradient) for cut in (before, after)]
-    transfers = max(sum(t.bytes for t in before), gradients[1]) + gradients[0]
+    transfers = sum(t.bytes for t in before) + gradients[1] + gradients[0]
     activations = (sum(kept) + boundary * rows) * held
     return 16 * parameters + 2 * casts + activations + transfers * rows + worst - sum(kept)
 

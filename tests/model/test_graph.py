@@ -10,6 +10,7 @@ from meshwright.model.graph import LayeredModel, cut
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
 MODELS = {
@@ -18,6 +19,9 @@ MODELS = {
     "llama": lambda: Llama(vocabulary=50, width=16, heads=4, kv_heads=2, layers=2, hidden=40),
     "mixtral": lambda: Mixtral(
         vocabulary=50, width=16, heads=4, kv_heads=2, layers=2, hidden=24, experts=4
+    ),
+    "u-transformer": lambda: UTransformer(
+        vocabulary=50, positions=16, width=8, heads=2, layers=1, levels=2
     ),
     "uneven": lambda: Uneven(vocabulary=50, widths=(24, 16, 8), hidden=(64, 32, 16, 128)),
 }

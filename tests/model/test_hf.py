@@ -64,7 +64,7 @@ def test_fields_that_configs_may_leave_out():
     assert from_config(MIXTRAL, "c").experts == 8
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny"])
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "u-transformer-tiny"])
 def test_tiny_models_are_built_and_predict_bytes(name):
     model = build(name, 32)
     assert sum(p.numel() for p in model.parameters()) == num_parameters(
@@ -127,8 +127,9 @@ def test_files_that_are_not_there_or_not_json(tmp_path):
 def test_a_sequence_must_fit_the_position_table(sequence):
     with pytest.raises(ModelError, match=r"sequence: found .* wanted 1 to 1024"):
         load_model("gpt2", sequence, "bf16")
-    with pytest.raises(ModelError, match="wanted 1 to 1024"):
-        build("gpt2", sequence)
+    for name in ("gpt2", "u-transformer-tiny"):
+        with pytest.raises(ModelError, match="wanted 1 to 1024"):
+            build(name, sequence)
 
 
 def test_rotary_positions_have_no_table_to_exceed():

@@ -18,6 +18,7 @@ from meshwright.model.zoo.build import build
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
 MODELS = {
@@ -25,6 +26,9 @@ MODELS = {
     "llama": lambda: Llama(vocabulary=61, width=32, heads=4, kv_heads=2, layers=2, hidden=88),
     "mixtral": lambda: Mixtral(
         vocabulary=61, width=32, heads=4, kv_heads=2, layers=2, hidden=56, experts=4
+    ),
+    "u-transformer": lambda: UTransformer(
+        vocabulary=61, positions=16, width=16, heads=2, layers=1, levels=2
     ),
     "uneven": lambda: Uneven(vocabulary=61, widths=(48, 24, 16), hidden=(96, 32, 48, 128)),
 }
@@ -133,6 +137,18 @@ def test_what_is_alive_at_each_cut_of_a_u():
     sizes = {t.name: t.bytes for t in graph.tensors}
     assert sizes["embedding"] == 16 * 48 * 4
     assert sizes["decoder.1/cat_1"] == 16 * 96 * 4
+
+
+def test_the_middle_of_a_u_transformer_is_thin_beside_what_skips_it():
+    graph = trace(MODELS["u-transformer"](), batch())
+    middle = [layer.name for layer in graph.layers].index("middle.0")
+    crossing = {t.name: t.bytes for t in alive_at(graph, middle)}
+    wide = 16 * 16 * 4
+    assert crossing == {"encoder.0": wide, "encoder.2": wide / 2, "encoder.3": wide / 4}
+    blocks = {layer.name: layer for layer in graph.layers}
+    outer, inner = blocks["encoder.0"], blocks["middle.0"]
+    assert outer.forward_flops == inner.forward_flops
+    assert (outer.tensor_units, inner.tensor_units) == (2, 8)
 
 
 def test_an_uneven_vocabulary_is_divided_in_proportion():

@@ -9,6 +9,7 @@ from torch import nn
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama, rotate
 from meshwright.model.zoo.moe import Experts, Mixtral
+from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
 MODELS = {
@@ -16,6 +17,9 @@ MODELS = {
     "llama": lambda: Llama(vocabulary=20, width=32, heads=4, kv_heads=2, layers=2, hidden=64),
     "mixtral": lambda: Mixtral(
         vocabulary=20, width=32, heads=4, kv_heads=2, layers=2, hidden=48, experts=4
+    ),
+    "u-transformer": lambda: UTransformer(
+        vocabulary=20, positions=16, width=16, heads=2, layers=1, levels=2
     ),
     "uneven": lambda: Uneven(vocabulary=20, widths=(32, 16, 8), hidden=(64, 16, 32, 48)),
 }

@@ -13,6 +13,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
@@ -96,6 +97,13 @@ def llama() -> nn.Module:
 def uneven() -> nn.Module:
     """Eight layers of uneven cost with three skip connections."""
     return Uneven(vocabulary=VOCABULARY, widths=(8, 12, 16, 6), hidden=(8, 16, 12, 4, 20, 8))
+
+
+def u_transformer() -> nn.Module:
+    """Eleven layers; two skip connections over the middle, which is a quarter of the wider one."""
+    return UTransformer(
+        vocabulary=VOCABULARY, positions=SEQUENCE, width=8, heads=2, layers=1, levels=2
+    )
 
 
 def pipeline(
@@ -352,6 +360,23 @@ CASES: dict[str, Case] = {
         model=uneven,
         pipelines=(pipeline(4, 2, (3, "a again"), (5, "b again")),),
         schedule="1f1b-2bp",
+    ),
+    "pp2 eager, u-transformer": Case(
+        model=u_transformer,
+        pipelines=(pipeline(8, 1, (5, "a"), (6, "b")),),
+        schedule="eager-1f1b",
+    ),
+    "tp2 to dp1 by broadcast, eager, u-transformer": Case(
+        model=u_transformer,
+        pipelines=(crossing("broadcast", pipeline(8, 1, (5, "ab"), (6, "c"))),),
+        schedule="eager-1f1b",
+    ),
+    "2x1 of 3:1 rows to 1x2 by scatter-gather, eager, u-transformer": Case(
+        model=u_transformer,
+        pipelines=(
+            crossing("scatter_gather", pipeline(2, 4, (6, "a b again", (3, 1)), (5, "cd"))),
+        ),
+        schedule="eager-1f1b",
     ),
     "pp2 zb-v, recomputed, experts": Case(
         model=mixtral,

@@ -235,9 +235,9 @@ def stage_memory(
     `in_flight` micro-batches between forward and backward.
 
     Activations are what layers save (their split part divided) and the tensors at both cuts, which
-    stay until their gradients have been computed. Buffers are the message that arrives for the
-    next instruction (an activation or a gradient), the gradient that leaves, the casts of weights,
-    and the most that a backward needs beyond what is kept.
+    stay until their gradients have been computed. Buffers are the messages that arrive for the
+    next instructions (an activation and a gradient), the gradient that leaves, the casts of
+    weights, and the most that a backward needs beyond what is kept.
     """
     if not isinstance(rows, (int, np.integer)):
         return _of_many_rows(table, layers, tensor, rows, in_flight)
@@ -246,7 +246,7 @@ def stage_memory(
     saved = table.saved_replicated + table.saved_split / tensor
     kept = saved * rows + table.saved_fixed
     boundary = table.cut_unkept[first] + table.cut[last]
-    arriving = np.maximum(table.cut[first], table.cut_gradient[last])
+    arriving = table.cut[first] + table.cut_gradient[last]
     transfers = (arriving + table.cut_gradient[first]) * rows
     workspace = _workspace(table, layers, tensor, int(rows), kept)
     return StageMemory(

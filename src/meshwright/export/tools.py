@@ -46,4 +46,9 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
         wanted = f"a language model by name or config.json, which {tool} can build"
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", plan.model.source, wanted, mend))
-    return _WRITERS[tool](plan, model, language_model(plan.model.source, plan.job.sequence))
+    language = language_model(plan.model.source, plan.job.sequence)
+    if language.family == "u-transformer":
+        wanted = f"a model of equal blocks, which {tool} can build"
+        mend = f"--to {PIPELINING} takes any model"
+        raise PlanError(Problem(plan.name, "model.source", language.name, wanted, mend))
+    return _WRITERS[tool](plan, model, language)

@@ -1,4 +1,4 @@
-"""Language models by their few numbers: GPT-2, Llama, Mistral and Mixtral."""
+"""Language models by their few numbers: GPT-2, Llama, Mistral, Mixtral and U-Transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from meshwright.errors import Problem
 from meshwright.records import record
 
-Family = Literal["gpt2", "llama", "mixtral"]
+Family = Literal["gpt2", "llama", "mixtral", "u-transformer"]
 
 
 @record
@@ -19,7 +19,7 @@ class LanguageModel:
     family: Family
     vocabulary: int
     positions: int
-    """Longest sequence: the size of GPT-2's position table, what the others are made for."""
+    """Longest sequence: the size of the position table, or (`rotary`) what it is made for."""
     width: int
     layers: int
     heads: int
@@ -34,6 +34,14 @@ class LanguageModel:
     chosen: int = 0
     """Experts that a token goes to."""
     rotary_base: float = 10000.0
+    levels: int = 0
+    """Of a U-Transformer: how often its encoder shortens the sequence and doubles the width;
+    `width` and `heads` are those of its ends, `layers` its blocks on each level of either side."""
+
+
+def rotary(family: Family) -> bool:
+    """Whether positions are turned into the queries and keys, not looked up in a table."""
+    return family in ("llama", "mixtral")
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int, **other: int) -> LanguageModel:
@@ -82,10 +90,28 @@ def _llama(  # noqa: PLR0913
     )
 
 
+def _u_transformer(name: str, width: int, layers: int, heads: int, levels: int) -> LanguageModel:
+    return LanguageModel(
+        name=name,
+        family="u-transformer",
+        vocabulary=256,
+        positions=1024,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head=width // heads,
+        hidden=4 * width,
+        levels=levels,
+    )
+
+
 _LLAMA_3 = {"vocabulary": 128256, "positions": 8192, "rotary_base": 5e5}
 
 # From the config.json that the authors published with each model; the tiny ones are for trying
-# things out, with a vocabulary of bytes.
+# things out, with a vocabulary of bytes. The U-Transformers are of our own making, for pictures of
+# 32 x 32 bytes, in the sizes that "On Optimizing the Communication of Model Parallelism"
+# (arXiv 2211.05322) trains.
 NAMED = {
     model.name: model
     for model in (
@@ -103,6 +129,9 @@ NAMED = {
         _gpt2("gpt-tiny", 256, 8, 8, vocabulary=256),
         _llama("llama-tiny", 256, 8, 8, 4, 704, vocabulary=256),
         _llama("mixtral-tiny", 256, 4, 8, 4, 352, vocabulary=256, experts=4),
+        _u_transformer("u-transformer-1b", 608, 2, 8, 3),
+        _u_transformer("u-transformer-2b", 864, 2, 8, 3),
+        _u_transformer("u-transformer-tiny", 64, 1, 4, 2),
     )
 }
 
@@ -123,7 +152,7 @@ def problems_of(
         yield problem("kv_heads", f"a divisor of the {model.heads} attention heads")
     if not wrong and model.family == "gpt2" and model.width % model.heads:
         yield problem("heads", f"a divisor of the width {model.width}")
-    if not wrong and model.family != "gpt2" and model.head % 2:
+    if not wrong and rotary(model.family) and model.head % 2:
         yield problem("head", "an even number: rotary positions turn pairs of features")
     if model.family == "mixtral" and not 1 <= model.chosen <= model.experts:
         yield problem("chosen", f"between 1 and the {model.experts} experts")

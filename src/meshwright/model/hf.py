@@ -9,7 +9,7 @@ from typing import Any, cast
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model.analytic import layer_graph
-from meshwright.model.config import NAMED, Family, LanguageModel, problems_of
+from meshwright.model.config import NAMED, Family, LanguageModel, problems_of, rotary
 from meshwright.model.files import load_file
 from meshwright.model.spec import LayerGraph
 from meshwright.records import read
@@ -53,7 +53,23 @@ def load_model(source: str | Path, sequence: int, precision: Precision) -> Layer
     """
     if str(source).endswith(".toml"):
         return load_file(Path(source), sequence, precision)
-    return layer_graph(language_model(source, sequence), sequence, precision)
+    model = language_model(source, sequence)
+    if model.family == "u-transformer":
+        return _traced(model, sequence, precision)
+    return layer_graph(model, sequence, precision)
+
+
+def _traced(model: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
+    """Of a family without formulas: its module is run on fake tensors."""
+    import torch
+
+    from meshwright.model.trace import trace
+    from meshwright.model.zoo.build import from_language_model
+
+    with torch.device("meta"):
+        module = from_language_model(model)
+        tokens = torch.empty(1, sequence, dtype=torch.long)
+    return trace(module, (tokens, tokens), precision, sequence, model.name)
 
 
 def language_model(source: str | Path, sequence: int | None = None) -> LanguageModel:
@@ -62,9 +78,10 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
     model = NAMED.get(str(source)) or _from_file(str(source))
     if sequence is not None:
         wanted = "a whole number above 0"
-        if model.family == "gpt2":
+        table = not rotary(model.family)
+        if table:
             wanted = f"1 to {model.positions}, the size of the position table"
-        too_long = model.family == "gpt2" and sequence > model.positions
+        too_long = table and sequence > model.positions
         if sequence < 1 or too_long:
             raise ModelError(Problem(str(source), "sequence", str(sequence), wanted,
                                      "choose another --sequence"))  # fmt: skip

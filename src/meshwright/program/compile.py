@@ -47,12 +47,12 @@ def compile_plan(
 ) -> Program:
     """The program of a valid plan; ranks that are not among `only` get no instructions.
 
-    A receive is posted one compute instruction ahead of the one that reads it, in the order in
-    which the other side sends; a send right after the one that makes it; and the reductions ahead
-    of the last backward that they need, in the order in which a backward over the whole model
-    completes their gradients. Without clipping (`clipped` false) weights change as soon as a rank's
-    own gradients are summed, ahead of the norm. Raises PlanError for a schedule in the plan that
-    cannot be played.
+    A receive is posted `posting.AHEAD` compute instructions ahead of the one that reads it, in the
+    order in which the other side sends; a send right after the one that makes it; and the
+    reductions ahead of the last backward that they need, in the order in which a backward over the
+    whole model completes their gradients. Without clipping (`clipped` false) weights change as soon
+    as a rank's own gradients are summed, ahead of the norm. Raises PlanError for a schedule in the
+    plan that cannot be played.
     """
     stages = stage_seats(plan)
     buckets = gradient_buckets(model, plan.job, stages, bucket_bytes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from heapq import heappop, heappush
 
+from meshwright.program.posting import AHEAD
 from meshwright.program.work import B, Codes, F, I, W, Work
 from meshwright.records import record
 
@@ -47,8 +49,9 @@ class _Listing:
         )
         self.codes: list[Codes] = [[] for _ in range(groups)]
         self.now = [0.0] * groups
-        self.before = [0.0] * groups
-        """When the action before the last one ended: receives of the next are posted then."""
+        self.before = [deque([0.0] * AHEAD, AHEAD) for _ in range(groups)]
+        """When the AHEAD actions before the last one ended: receives of the next are posted when
+        the first of these did."""
         self.held = [0.0] * groups
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
@@ -127,7 +130,7 @@ class _Listing:
         if self.group[source] == g:
             return made[m]
         wait = self.work.onward[s - 1] if kind == F else self.work.back[s]
-        return max(made[m], self.before[g], free) + wait
+        return max(made[m], self.before[g][0], free) + wait
 
     def take(self, g: int, code: int, at: float) -> None:
         """Do an action, and tell the groups that wait for what it makes."""
@@ -148,5 +151,6 @@ class _Listing:
                 other = self.group[target]
                 heappush(self.events, (max(end, self.now[other]), other))
         self.codes[g].append(code)
-        self.before[g], self.now[g] = self.now[g], end
+        self.before[g].append(self.now[g])
+        self.now[g] = end
         heappush(self.events, (end, g))

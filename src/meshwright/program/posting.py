@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from meshwright.program.actions import Order
 from meshwright.program.instructions import Op
 
-AHEAD = 1
+AHEAD = 2
 """Computations of a rank between posting a receive and reading it, beside waiting: a transfer hides
-behind this many."""
+behind this many. Of a stage that alternates, a forward and a backward: with one, gradients would
+have a forward alone to hide behind."""
 
 
 def receives_ahead(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order, one
 from meshwright.program.instructions import Op
+from meshwright.program.posting import AHEAD
 from meshwright.records import record
 
 F, B, I, W = range(4)  # noqa: E741 - the words of schedules
@@ -107,8 +108,8 @@ def most_held(work: Work, own: Codes) -> float:
 def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
     """When every action ends, by group; None if some wait for ever.
 
-    A receive is posted when the action before the last one ahead of its reader ends; messages of
-    one cut and direction go one after the other.
+    A receive is posted AHEAD actions before its reader, when the action before these ends; messages
+    of one cut and direction go one after the other.
     """
     step = _Play(work, codes)
     upwards = True
@@ -175,7 +176,7 @@ class _Play:
                     break
                 ready = made[m]
                 if wait is not None:
-                    posted = ends[k - 2] if k > 1 else 0.0
+                    posted = ends[k - AHEAD - 1] if k > AHEAD else 0.0
                     ready = max(ready, posted, free[s]) + wait
                     free[s] = ready
                 now = max(now, ready)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
 from meshwright.program.instructions import Op
+from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
 from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
 from meshwright.search.crossing import crossings
@@ -143,15 +144,15 @@ class _Stage:
     """When the last transfer was over."""
     at: int = 0
     now: float = 0.0
-    earlier: float = 0.0
-    """When the computation before the last one ended."""
+    earlier: deque[float] = field(default_factory=lambda: deque([0.0] * AHEAD, AHEAD))
+    """When the computations before the last one ended."""
 
 
 def _advance(stage: _Stage) -> bool:
     """Follow a stage up to the first transfer that has not begun; whether it got any further.
 
     A transfer begins when its tensor is there, the one before it in its channel is over and its
-    receiver has posted it: two computations ahead of the one that reads it.
+    receiver has posted it: when all but AHEAD computations before the one that reads it are done.
     """
     begun, order = stage.at, stage.order
     while stage.at < len(order):
@@ -160,10 +161,11 @@ def _advance(stage: _Stage) -> bool:
         if source is not None:
             if len(source) <= number:
                 break
-            arrival = max(source[number], stage.earlier, stage.free[way]) + stage.delays[way]
+            arrival = max(source[number], stage.earlier[0], stage.free[way]) + stage.delays[way]
             stage.free[way] = arrival
             start = max(start, arrival)
-        stage.earlier, stage.now = stage.now, start + stage.seconds[way]
+        stage.earlier.append(stage.now)
+        stage.now = start + stage.seconds[way]
         stage.ends[way].append(stage.now)
         stage.at += 1
     return stage.at > begun

@@ -1,1 +1,1 @@
-"""Models that train: GPT-2, Llama, Mixtral, and one with uneven layers (torch)."""
+"""Models that train: GPT-2, Llama, Mixtral, a U-Transformer, and one with uneven layers (torch)."""

@@ -12,6 +12,7 @@ from meshwright.model.hf import language_model
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.u_transformer import UTransformer
 
 
 def vocabulary_of(source: str | Path) -> int:
@@ -45,6 +46,15 @@ def from_language_model(c: LanguageModel) -> nn.Module:
             layers=c.layers,
             hidden=c.hidden,
             tied=c.tied,
+        )
+    if c.family == "u-transformer":
+        return UTransformer(
+            vocabulary=c.vocabulary,
+            positions=c.positions,
+            width=c.width,
+            heads=c.heads,
+            layers=c.layers,
+            levels=c.levels,
         )
     numbers = {
         "vocabulary": c.vocabulary,
