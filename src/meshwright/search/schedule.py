@@ -20,7 +20,7 @@ from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.plan.virtual import layout_of, layout_wanted
-from meshwright.program.actions import Order, words
+from meshwright.program.actions import Order, one, words
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import SENDS, Op, Program
 from meshwright.program.listing import NAMES, best_order
@@ -129,7 +129,8 @@ def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
 def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
     as its slowest rank; transfers are priced as if alone."""
-    whole, split = _priced(plan, costs, "1f1b"), _priced(plan, costs, "zb-h1")
+    whole = _priced(plan, costs, Op.BACKWARD)
+    split = _priced(plan, costs, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     stages = stage_seats(plan)
     by_stage = _by_stage(*split, costs)
     backward = _by_stage(*whole, costs)
@@ -160,13 +161,27 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     return works
 
 
-def _priced(plan: Plan, costs: Costs, schedule: ScheduleName) -> tuple[Program, Prices]:
+def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     """A single micro-batch of a plan, by its cheapest ranks to play."""
-    single = tuple(replace(p, micro_batches=1, actions=None) for p in plan.pipelines)
-    probe = replace(plan, schedule=schedule, pipelines=single)
+    single = tuple(
+        replace(p, micro_batches=1, actions=_there_and_back(p, backward)) for p in plan.pipelines
+    )
+    probe = replace(plan, schedule="custom", pipelines=single)
     folded = fold(plan, costs.cluster)
     program = compile_plan(probe, costs.model, only=folded.ranks)
     return program, price(program, probe, costs.model, costs.cluster, costs.profile)
+
+
+def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:
+    """One micro-batch through all stages of any layout, with backwards in these parts."""
+    found = tuple(
+        (
+            *(one(Op.FORWARD, s, 0) for s in held),
+            *(one(op, s, 0) for s in reversed(held) for op in backward),
+        )
+        for held in layout_of(pipeline)
+    )
+    return as_actions(pipeline, found)
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
