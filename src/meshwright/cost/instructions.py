@@ -23,7 +23,7 @@ from meshwright.cost.memory import (
     framework_bytes,
     half_bytes,
     memory_tables,
-    stage_parameters,
+    rank_parameters,
     together,
     weigh,
 )
@@ -214,11 +214,10 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
         seconds = optimizer_seconds(
             costs.cluster.types[costs.types[seated.seat.device]],
             costs.plan.job.optimizer,
-            sum(
-                float(
-                    stage_parameters(costs.tables.plain, s.stage.layers, _tensor(s.stage, s.seat))
-                )
-                for s in own.values()
+            rank_parameters(
+                costs.tables.plain,
+                [s.stage for s in own.values()],
+                _tensor(seated.stage, seated.seat),
             ),
             costs.profile,
             costs.model.precision,

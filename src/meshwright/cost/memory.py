@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
-from meshwright.cost.holding import SPLIT_KEEPS, Holders, holders_of, most_held
+from meshwright.cost.holding import Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph, Tensor, Tied
@@ -194,6 +194,15 @@ def stage_parameters(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int)
     return held
 
 
+def rank_parameters(table: MemoryTable, stages: Sequence[StageSeats], tensor: int) -> float:
+    """Parameters that a rank holds of all its stages; of a tied one that several use, one."""
+    held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
+    for tied in table.tied:
+        using = sum(tied.users[b] > tied.users[a] for a, b in (stage.layers for stage in stages))
+        held -= max(using - 1, 0) * _share(tied, tensor)
+    return held
+
+
 def _share(tied: TiedUses, tensor: int) -> float:
     return tied.parameters / tensor if tied.split else float(tied.parameters)
 
@@ -303,12 +312,20 @@ def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> St
 
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
     """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
-    them again. Where there is nothing for I to do, what the forward left."""
-    if not tables.plain.cut_gradient[stage.layers[0]]:
+    them again. Where there is nothing for I to do, what the forward left.
+
+    It is the inputs and output gradients of all products, in a transformer block of GPT-2 as many
+    bytes as the forward saved (7 + 9 tensors of its width against 16). The loss saves in fp32 what
+    its gradient has in the width of products.
+    """
+    table, (_, last) = tables.plain, stage.layers
+    if not table.cut_gradient[stage.layers[0]]:
         return float(weigh(tables, stage, tensor, rows).activations)
-    return SPLIT_KEEPS * float(
-        stage_memory(tables.plain, stage.layers, tensor, rows, 1).activations
-    )
+    kept = float(stage_memory(table, stage.layers, tensor, rows, 1).activations)
+    if table.unit.casts and last == len(table.saved_fixed) - 1:
+        saved = table.saved_replicated + table.saved_split / tensor
+        kept -= float(saved[-1] - saved[-2]) * rows / 2
+    return kept
 
 
 def together(
@@ -318,10 +335,11 @@ def together(
     buffers of one at a time."""
     casts = [cast_bytes(table, stage.layers, tensor) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
+    parameters = rank_parameters(table, stages, tensor)
     return StageMemory(
-        parameters=sum(part.parameters for part in parts),
-        gradients=sum(part.gradients for part in parts),
-        optimizer=sum(part.optimizer for part in parts),
+        parameters=parameters * table.unit.weights,
+        gradients=parameters * table.unit.gradients,
+        optimizer=parameters * table.unit.optimizer,
         activations=sum(part.activations for part in parts),
         buffers=buffers + sum(casts),
     )
