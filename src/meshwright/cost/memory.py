@@ -198,7 +198,7 @@ def rank_parameters(table: MemoryTable, stages: Sequence[StageSeats], tensor: in
     """Parameters that a rank holds of all its stages; of a tied one that several use, one."""
     held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
     for tied in table.tied:
-        using = sum(tied.users[b] > tied.users[a] for a, b in (stage.layers for stage in stages))
+        using = sum(bool(tied.users[b] > tied.users[a]) for a, b in (s.layers for s in stages))
         held -= max(using - 1, 0) * _share(tied, tensor)
     return held
 

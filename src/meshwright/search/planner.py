@@ -47,6 +47,7 @@ from meshwright.search.explore import (
 )
 from meshwright.search.improve import improve
 from meshwright.search.schedule import reschedule
+from meshwright.search.virtual_stages import divide_stages
 from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
@@ -105,6 +106,7 @@ def find_plan(
         raise _nothing(contest, explored, tell)
     if reorder:
         reschedule(contest, tell)
+        divide_stages(contest, tell)
     winner = _simplest(contest)
     played = {each.name for each in contest.others}
     misfits = _misfits(costs, winner.seconds, played, by_hand, explored)
