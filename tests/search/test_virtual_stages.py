@@ -14,11 +14,15 @@ from searchworlds import cluster, device, job, model
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import FitError
+from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import layout_of
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
+from meshwright.report.drawing import plan_svg
+from meshwright.report.sentences import limits
+from meshwright.report.tracks import timeline_data
 from meshwright.search import planner
 from meshwright.search.certificate import certificate
 from meshwright.search.chunks import _seconds, _tables, cut_in_chunks
@@ -90,6 +94,11 @@ def test_tied_ends_are_folded_onto_one_device(monkeypatch):
     first, *_, last = found.pipelines[0].stages
     assert first.devices == last.devices
     assert any(r.name.startswith("dp1 tp1 pp4 [") for r in found.prediction.runners_up)
+    assert describe(found).startswith("dp1 tp1 pp4 vpp2 [")
+    assert "The first devices hold its last layers too" in limits(found)[-1]
+    assert "a:0, slow: rank 0, stages 0, 7 , l0" in plan_svg(found, where, graph)
+    ranks = timeline_data([simulate_plan(found, graph, where)], where, found)["ranks"]
+    assert ranks[0] == {"device": "a:0", "type": "slow", "stage": "0, 7"}
     assert found == find_plan(graph, where, job(4))
 
 

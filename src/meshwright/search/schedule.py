@@ -99,11 +99,14 @@ def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
-    """The schedules with a rule that play these pipelines, after their seconds; fastest first."""
+    """The schedules with a rule that play these pipelines, after their seconds; fastest first.
+    Interleaving one stage of each device is eager 1F1B."""
+    divided = any(len(held) > 1 for work in works for held in work.layout)
     ranked = [
         (max(_named_seconds(name, work) for work in works), name)
         for name in NAMES
-        if not any(layout_wanted(name, work.layout) for work in works)
+        if (divided or not name.startswith("interleaved"))
+        and not any(layout_wanted(name, work.layout) for work in works)
     ]
     return sorted(ranked, key=itemgetter(0))
 
