@@ -7,6 +7,7 @@ numpy arrays that broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
@@ -76,6 +77,8 @@ class MemoryTable:
     alone: Moments
     divided: Moments
     tied: tuple[TiedUses, ...]
+    worst: dict[tuple[int, int], tuple[Array, RangeMaxima]] = field(default_factory=dict)
+    """By tensor width and rows: bytes at each layer's own worst moment, as far as asked for."""
 
 
 @record
@@ -224,9 +227,11 @@ def _workspace(
     forward and backward; `kept` is cumulative. Where a stage holds two users of a tied parameter,
     the later one's gradient waits for the earlier one's, and then their sum is made beside both."""
     first, last = layers
-    moments = table.divided if tensor > 1 else table.alone
-    peaks = kept[1:] + temporaries(moments, tensor, rows)
-    maxima = RangeMaxima(peaks)
+    if (tensor, rows) not in table.worst:
+        moments = table.divided if tensor > 1 else table.alone
+        peaks = kept[1:] + temporaries(moments, tensor, rows)
+        table.worst[tensor, rows] = peaks, RangeMaxima(peaks)
+    peaks, maxima = table.worst[tensor, rows]
     most = maxima.of(first, last)
     for tied in table.tied:
         several = tied.users[last] - tied.users[first] > 1
@@ -311,12 +316,10 @@ def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> St
 
 
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
-    """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
-    them again. Where there is nothing for I to do, what the forward left.
-
-    It is the inputs and output gradients of all products, in a transformer block of GPT-2 as many
-    bytes as the forward saved (7 + 9 tensors of its width against 16). The loss saves in fp32 what
-    its gradient has in the width of products.
+    """What a stage keeps of a micro-batch between I and W: inputs and output gradients of products,
+    in a block of GPT-2 as much as the forward saved (7 + 9 tensors of its width against 16), of
+    recomputed layers too, which I has run again. The loss saves in fp32 what its gradient has in
+    the width of products. Where there is nothing for I to do, what the forward left.
     """
     table, (_, last) = tables.plain, stage.layers
     if not table.cut_gradient[stage.layers[0]]:

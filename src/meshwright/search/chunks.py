@@ -123,7 +123,8 @@ def _moments(order: Order, stages: int) -> NDArray[np.intp]:
             now[stage] -= (last - first) * (op is not Op.BACKWARD_INPUT)
     every = np.array([*found], dtype=np.intp)
     covered = (every[:, None] <= every[None]).all(axis=2).sum(axis=1) > 1
-    return every[~covered]
+    kept: NDArray[np.intp] = every[~covered]
+    return kept
 
 
 def _loads(costs: Costs, team: Team, *, again: bool) -> Array:
@@ -194,7 +195,8 @@ def _seconds(tables: _Tables, bounds: NDArray[np.intp]) -> Array:
     excess = np.maximum(tables.always[at] @ tables.member + moving - 1, 0).sum(axis=1)
     across = tables.cuts[at[0][:-1], bounds[:, 1:-1]].sum(axis=1)
     seconds: Array = tables.micro_batches * busiest + (groups - 1) * load.max(axis=1) / 3 + across
-    return seconds + OVERFULL * tables.loads[:, 0, -1].max() * excess
+    seconds += OVERFULL * tables.loads[:, 0, -1].max() * excess
+    return seconds
 
 
 def chunks_of(layout: Layout) -> Sequence[int]:
