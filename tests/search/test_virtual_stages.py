@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchworlds import cluster, device, job, model
 
@@ -23,7 +23,6 @@ from meshwright.program.compile import compile_plan
 from meshwright.report.drawing import plan_svg
 from meshwright.report.sentences import limits
 from meshwright.report.tracks import timeline_data
-from meshwright.search import planner
 from meshwright.search.certificate import certificate
 from meshwright.search.chunks import _seconds, _tables, cut_in_chunks
 from meshwright.search.contest import Contest, enter
@@ -53,26 +52,15 @@ def waiting_worlds(draw):
     return graph, cluster(*nodes, network=network, types=types), job(draw(st.integers(1, 6)))
 
 
-def without(monkeypatch, *world):
-    """The plan that is found if no stages are divided."""
-    with monkeypatch.context() as patch:
-        patch.setattr(planner, "divide_stages", lambda _contest, _tell: None)
-        return find_plan(*world)
-
-
-@settings(
-    max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=15, deadline=None)
 @given(world=waiting_worlds())
-def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(monkeypatch, world):
+def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
     graph, where, todo = world
     try:
         found = find_plan(*world)
     except FitError:
         return
-    assert found.prediction.step_seconds <= without(monkeypatch, *world).prediction.step_seconds
+    assert found.prediction.step_seconds <= find_plan(*world, divide=False).prediction.step_seconds
     validate_plan(found, graph, where)
     check_program(compile_plan(found, graph))
     assert all(total_bytes(m) <= m.capacity for m in device_memory(found, graph, where))
@@ -81,12 +69,13 @@ def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(monkeypatc
     assert whole == pytest.approx(found.prediction.step_seconds, rel=1e-9)
 
 
-def test_tied_ends_are_folded_onto_one_device(monkeypatch):
+def test_tied_ends_are_folded_onto_one_device():
     """The table of first and last layer needs no network when one device holds both."""
     graph = model([10.0] * 12, parameters=10_000_000, tied=True)
     slow = Link(bandwidth=1e8, latency=1e-5)
     where = cluster(("slow",), ("slow",), ("slow",), ("slow",), network=slow)
-    found, plain = find_plan(graph, where, job(4)), without(monkeypatch, graph, where, job(4))
+    found = find_plan(graph, where, job(4))
+    plain = find_plan(graph, where, job(4), divide=False)
     assert stages_held(found) == 2
     assert stages_held(plain) == 1
     assert found.name.endswith("-vpp2")

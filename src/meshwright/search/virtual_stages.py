@@ -19,7 +19,7 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Sta
 from meshwright.plan.virtual import Layout
 from meshwright.program.work import Work
 from meshwright.search.chunks import Bounds, chunks_of, cut_in_chunks
-from meshwright.search.contest import Contest, enter, work_of
+from meshwright.search.contest import Contest, Played, enter, work_of
 from meshwright.search.costs import Costs
 from meshwright.search.explore import Progress
 from meshwright.search.fitting import fluid_rate
@@ -35,6 +35,7 @@ from meshwright.search.schedule import (
     pipeline_works,
 )
 from meshwright.simulate.fold import fold
+from meshwright.simulate.parts import parts as parts_of
 
 LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (
     ("interleaved-1f1b", 2),
@@ -74,7 +75,7 @@ def divide_stages(contest: Contest, tell: Progress) -> None:
         if contest.late:
             contest.dropped["virtual stages beyond the budget"] += len(field) - done
             break
-        if not _hopeful(contest, played.plan):
+        if not _hopeful(contest, played):
             contest.dropped["virtual stages that could not win"] += 1
         elif work_of(played.plan, fold(played.plan, contest.costs.cluster)) > MOST_ACTIONS:
             contest.dropped["too large to divide its stages"] += 1
@@ -84,11 +85,19 @@ def divide_stages(contest: Contest, tell: Progress) -> None:
     tell("dividing stages", len(field), len(field))
 
 
-def _hopeful(contest: Contest, plan: Plan) -> bool:
-    """Whether its devices, never idle, would beat the best step by enough."""
-    costs, lines = contest.costs, [line_of(pipeline) for pipeline in plan.pipelines]
+def _hopeful(contest: Contest, played: Played) -> bool:
+    """Whether a plan would beat the best step by enough without its bubble and the reduction of
+    what first and last layers share; and with devices that are never idle."""
+    costs, limit = contest.costs, contest.limit * (1 - WORTH)
+    for each, timeline in contest.timelines:
+        if each is played:
+            lost = parts_of(timeline)
+            spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
+            if played.seconds - spared >= limit:
+                return False
+    lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
     busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
-    return busy + after_lines(costs, lines) < contest.limit * (1 - WORTH)
+    return busy + after_lines(costs, lines) < limit
 
 
 def _play(contest: Contest, drafts: list[_Draft]) -> None:
