@@ -29,6 +29,7 @@ from meshwright.search.contest import Contest, Played, enter, work_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
+from meshwright.search.lower import after_lines
 from meshwright.simulate.fold import fold, priced_for_all
 
 FINALISTS = 3
@@ -39,6 +40,9 @@ PLAYED = 3
 
 LISTED = 60_000
 """Actions that the list scheduler may look at for one pipeline."""
+
+ROUGH = 0.02
+"""Share by which program.work may be slower than the simulator."""
 
 MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
@@ -67,20 +71,21 @@ def finalists(contest: Contest) -> list[Played]:
     for played in sorted(contest.others, key=lambda p: p.seconds):
         if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
             builds.setdefault(played.plan.name, played)
-    hopeful = [p for p in builds.values() if _busy_seconds(contest.costs, p.plan) < contest.limit]
+    hopeful = [p for p in builds.values() if _least_seconds(contest.costs, p.plan) < contest.limit]
     return hopeful[:FINALISTS]
 
 
-def _busy_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest unit computes before the norm, in any order of work."""
+def _least_seconds(costs: Costs, plan: Plan) -> float:
+    """Seconds that the busiest unit computes, in any order of work, and all that comes after."""
     most = 0.0
-    for line in (line_of(pipeline) for pipeline in plan.pipelines):
+    lines = [line_of(pipeline) for pipeline in plan.pipelines]
+    for line in lines:
         for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
             for unit, rows in distinct_replicas(costs, team.units, team.rows):
                 forward, backward = unit_prefix(costs, unit, rows)
                 each = forward[b] - forward[a] + backward[b] - backward[a]
                 most = max(most, line.micro_batches * each)
-    return most
+    return most + after_lines(costs, lines)
 
 
 def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
@@ -90,12 +95,16 @@ def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
         contest.dropped["too large to try other orders"] += 1
         return
     works = pipeline_works(plan, costs)
-    others = [name for _, name in in_named_orders(works) if name != plan.schedule]
-    for name in others[:PLAYED]:
-        yield replace(plan, schedule=name, prediction=None)
-    listed = in_listed_order(plan, works, LISTED)
-    if listed is not None:
-        yield listed
+    after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+    others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
+    for took, name in others[:PLAYED]:
+        if took + after < contest.limit * (1 + ROUGH):
+            yield replace(plan, schedule=name, prediction=None)
+        else:
+            contest.dropped["orders of work that are not faster"] += 1
+    listed = listed_orders(works, LISTED)
+    if listed is not None and listed[0] + after < contest.limit * (1 + ROUGH):
+        yield in_listed_orders(plan, listed[1])
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
