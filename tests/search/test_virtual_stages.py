@@ -156,7 +156,7 @@ def test_cuts_are_near_the_best_of_all(gflops, schedule, micro_batches):
     every = np.array([(0, *c, len(gflops)) for c in combinations(range(1, len(gflops)), 3)])
     best = _seconds(_tables(costs, line, layout, schedule, frozenset()), every).min()
     assert list(bounds) == sorted(set(bounds))
-    assert best * (1 - 1e-12) <= seconds <= best * 1.15
+    assert best * (1 - 1e-12) <= seconds <= best * 1.3
 
 
 def test_the_time_that_is_up_leaves_the_best_plan_so_far():

@@ -37,6 +37,9 @@ memory."""
 EVENNESS = 1e-3
 """Weight of the groups' quadratic mean beside the busiest one."""
 
+REACH = 4
+"""Layers by which cuts are moved at most at once."""
+
 Bounds = tuple[int, ...]
 
 
@@ -67,21 +70,23 @@ def cut_in_chunks(
     """K + 1 layer indices for the stages of a layout on the teams of a line, and the seconds of its
     micro-batches by `_seconds`; the groups in `again` recompute.
 
-    From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one
-    for as long as that helps.
+    From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
+    or by a few where one does not help.
     """
     tables = _tables(costs, line, layout, schedule, again)
     bounds = _proportional(tables)
     best = float(_seconds(tables, bounds[None])[0])
-    shifts = _shifts(len(bounds))
-    while True:
-        moved = bounds + shifts
+    shifts, reach = _shifts(len(bounds)), 1
+    while reach <= REACH:
+        moved = bounds + reach * shifts
         moved = moved[(np.diff(moved, axis=1) > 0).all(axis=1)]
         seconds = _seconds(tables, moved) if len(moved) else np.array([np.inf])
         choice = int(seconds.argmin())
-        if not seconds[choice] < best * (1 - 1e-9):
-            return tuple(bounds.tolist()), best
-        bounds, best = moved[choice], float(seconds[choice])
+        if seconds[choice] < best * (1 - 1e-9):
+            bounds, best, reach = moved[choice], float(seconds[choice]), 1
+        else:
+            reach += 1
+    return tuple(bounds.tolist()), best
 
 
 def _tables(
