@@ -46,7 +46,10 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
-        names, rules = list(_SHORT), rules[: max(looked_at // length - 2 * len(_SHORT), 1)]
+        # Gradients in two parts cost more in all: whether that pays is not for the rule to say.
+        few = max((looked_at // length - 2 * len(_SHORT)) // 2, 1)
+        split, whole = ([rule for rule in rules if rule.split is both] for both in (True, False))
+        names, rules = list(_SHORT), [*split[:few], *whole[:few]]
     found: list[tuple[float, list[Codes]]] = []
     for each in chain(_named(work, names), (listed(work, rule) for rule in rules)):
         if each is not None:

@@ -89,15 +89,16 @@ def _hopeful(contest: Contest, played: Played) -> bool:
     """Whether a plan would beat the best step by enough without its bubble and the reduction of
     what first and last layers share; and with devices that are never idle."""
     costs, limit = contest.costs, contest.limit * (1 - WORTH)
+    lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
+    busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
+    if busy + after_lines(costs, lines) >= limit:
+        return False
     for each, timeline in contest.timelines:
         if each is played:
             lost = parts_of(timeline)
             spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
-            if played.seconds - spared >= limit:
-                return False
-    lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
-    busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
-    return busy + after_lines(costs, lines) < limit
+            return played.seconds - spared < limit
+    return True
 
 
 def _play(contest: Contest, drafts: list[_Draft]) -> None:
