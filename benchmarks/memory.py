@@ -21,16 +21,15 @@ import torch
 from rehearsal import measured_peak
 from torch import nn
 
-from meshwright.cluster.spec import Precision
-from meshwright.cost.memory import memory_table, stage_memory
+from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
+from meshwright.cost.holding import holders_of, most_held
+from meshwright.cost.memory import device_memory, framework_bytes
 from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
-from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.zoo.build import from_language_model
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
-from meshwright.program.schedules import in_flight
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
@@ -87,6 +86,8 @@ class Case:
     micro_batches: int = 2
     schedule: ScheduleName = "1f1b"
     recompute: bool = False
+    chunks: int = 1
+    """Stages that each of them really is: dealt out in turn, with zb-v down and back up."""
 
 
 FAST = (
@@ -96,6 +97,8 @@ FAST = (
     Case("llama-9M", "fp32", "adamw", 256, 4, 2, 3, 2, 1, 4),
     Case("mixtral-11M", "bf16", "adamw", 128, 4, 1, 2, 1, 1, 3, "gpipe"),
     Case("llama-9M", "bf16", "adamw", 256, 2, 1, 3, 1, 1, 4, recompute=True),
+    Case("llama-9M", "bf16", "adamw", 256, 4, 0, 2, 1, 1, 4, "interleaved-1f1b", chunks=2),
+    Case("gpt-7M", "bf16", "adamw", 256, 4, 0, 2, 1, 1, 4, "zb-v", chunks=2),
 )
 SLOW = (
     Case("gpt-7M", "bf16", "sgd", 64, 1, 0, 2, 4, 2, 4),
@@ -123,6 +126,14 @@ SLOW = (
     Case("gpt-89M", "fp32", "adamw", 512, 4, 1, 2, 2, 1, 4, recompute=True),
     Case("llama-103M", "bf16", "adamw", 512, 8, 1, 4, 1, 1, 8, recompute=True),
     Case("mixtral-92M", "bf16", "sgd", 256, 8, 0, 3, 2, 1, 6, "gpipe", recompute=True),
+    Case("gpt-7M", "bf16", "adamw", 256, 4, 1, 2, 1, 1, 4, "1f1b-2bp"),
+    Case("gpt-7M", "fp32", "adamw", 256, 4, 1, 3, 1, 1, 4, "zb-h2"),
+    Case("gpt-89M", "bf16", "adamw", 512, 2, 0, 2, 1, 1, 8, "interleaved-1f1b", chunks=2),
+    Case("gpt-89M", "bf16", "adamw", 512, 2, 1, 2, 1, 1, 8, "interleaved-1f1b", chunks=4),
+    Case("gpt-89M", "fp32", "adamw", 512, 4, 0, 4, 1, 1, 8, "zb-v", chunks=2),
+    Case("gpt-89M", "bf16", "adamw", 512, 2, 1, 4, 1, 1, 8, "zb-v", chunks=2),
+    Case("llama-103M", "bf16", "adamw", 512, 2, 2, 4, 1, 1, 8, "interleaved-1f1b", chunks=2),
+    Case("mixtral-11M", "bf16", "sgd", 128, 4, 0, 2, 1, 1, 3, "zb-v", chunks=2),
 )
 
 
@@ -144,16 +155,19 @@ class Result:
 
 def plan_of(case: Case, layers: int) -> Plan:
     """Equal stages, each on data x tensor devices."""
-    cuts = [round(layers * s / case.stages) for s in range(case.stages + 1)]
+    number = case.stages * case.chunks
+    cuts = [round(layers * s / number) for s in range(number + 1)]
     devices = [f"n:{n}" for n in range(case.stages * case.data * case.tensor)]
     names = iter(devices)
     mesh = [
         tuple(tuple(next(names) for _ in range(case.tensor)) for _ in range(case.data))
         for _ in range(case.stages)
     ]
+    turned = mesh[::-1] if case.schedule == "zb-v" else mesh
+    places = [(mesh, turned)[c % 2][s] for c in range(case.chunks) for s in range(case.stages)]
     stages = tuple(
-        Stage(layers=(cuts[s], cuts[s + 1]), devices=mesh[s], recompute=case.recompute)
-        for s in range(case.stages)
+        Stage(layers=(cuts[s], cuts[s + 1]), devices=place, recompute=case.recompute)
+        for s, place in enumerate(places)
     )
     rows = case.rows * case.data
     return Plan(
@@ -172,13 +186,33 @@ def plan_of(case: Case, layers: int) -> Plan:
     )
 
 
+DEVICE = DeviceType(
+    name="any",
+    memory=1 << 40,
+    memory_bandwidth=1e12,
+    peak={"fp32": 1e12, "bf16": 1e12},
+    matmul_efficiency=1.0,
+    attention_efficiency=1.0,
+    memory_efficiency=1.0,
+)
+"""Memory does not depend on its speed."""
+
+
+def rank_of(case: Case) -> int:
+    """The first of the first replica."""
+    return case.stage * case.data * case.tensor
+
+
 def predicted(case: Case, graph: LayerGraph, plan: Plan) -> dict[str, float]:
-    """Bytes by kind."""
-    held = in_flight(case.schedule, case.stage, case.stages, case.micro_batches)
-    layers = plan.pipelines[0].stages[case.stage].layers
-    weighed = with_recomputation(graph) if case.recompute else graph
-    found = stage_memory(memory_table(weighed, plan.job), layers, case.tensor, case.rows, held)
-    return {part: float(getattr(found, part)) for part in PARTS}
+    """Bytes by kind, without what the framework takes."""
+    link = Link(bandwidth=1e12, latency=0.0)
+    kinds = (DEVICE.name,) * len(plan.devices)
+    node = Node(name="n", site="s", devices=kinds, inside=link, network=link)
+    types = {DEVICE.name: DEVICE}
+    cluster = Cluster(name="n", types=types, nodes=(node,), sites=(Site(name="s"),))
+    found = device_memory(plan, graph, cluster)[rank_of(case)]
+    parts = {part: float(getattr(found, part)) for part in PARTS}
+    return {**parts, "buffers": parts["buffers"] - framework_bytes(DEVICE)}
 
 
 def compare(case: Case, *, real: bool = False) -> Result:
@@ -193,24 +227,30 @@ def compare(case: Case, *, real: bool = False) -> Result:
     plan = plan_of(case, len(graph.layers))
     parts = predicted(case, graph, plan)
     formulas = layer_graph(MODELS[case.model], case.sequence, case.precision)
-    rank = case.stage * case.data * case.tensor
     return Result(
         case=case,
-        measured=measured_peak(make, (tokens, tokens), plan, graph, rank, real=real),
+        measured=measured_peak(make, (tokens, tokens), plan, graph, rank_of(case), real=real),
         trace=sum(parts.values()),
         formulas=sum(predicted(case, formulas, plan).values()),
         parts=parts,
     )
 
 
+def held_of(case: Case) -> int:
+    """Micro-batches of all its stages that a rank holds at most, between forward and backward."""
+    plan = plan_of(case, case.stages * case.chunks)
+    holders = [*holders_of(plan)][case.stage]
+    return round(most_held(holders, (1.0,) * case.chunks, (1.0,) * case.chunks))
+
+
 def row(result: Result) -> str:
     """A line of the table."""
     c, mib = result.case, 2**20
-    where = f"{c.stage + 1}/{c.stages}" + ("r" if c.recompute else "")
+    where = f"{c.stage + 1}/{c.stages}" + "r" * c.recompute + f"v{c.chunks}" * (c.chunks > 1)
+    held = held_of(c)
     parts = " ".join(f"{result.parts[part] / mib:>7.1f}" for part in PARTS)
-    held = in_flight(c.schedule, c.stage, c.stages, c.micro_batches)
     return (
-        f"{c.model:12}{c.precision:5}{c.optimizer:6}{c.sequence:>5}{c.rows:>3} {where:>5}{held:>3}"
+        f"{c.model:12}{c.precision:5}{c.optimizer:6}{c.sequence:>5}{c.rows:>3} {where:>6}{held:>3}"
         f"{c.tensor:>3} {result.measured / mib:>8.1f} {result.trace / mib:>8.1f}"
         f"{100 * result.error(result.trace):>6.1f}%{100 * result.error(result.formulas):>6.1f}%"
         f"  {parts}"
@@ -223,9 +263,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(
-        "model       prec opt    seq row stage fl tp measured    trace  error formulas"
+        "model       prec opt    seq row  stage fl tp measured    trace  error formulas"
         "   weights   grads  states activat. buffers   (MiB; fl: micro-batches in flight, "
-        "r: recomputed)"
+        "r: recomputed, v: stages on each device)"
     )
     results = []
     for case in (*FAST, *SLOW):

@@ -15,6 +15,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
+from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 from meshwright.search.baselines import BASELINES
 from meshwright.session import Session, by_hand, predicted
@@ -82,22 +83,25 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
 
 
 def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
-    """The plan on the same devices with layers cut evenly, in the order 1F1B."""
-    stages = len(plan.pipelines[0].stages)
-    if any(len(pipeline.stages) != stages for pipeline in plan.pipelines):
+    """The plan on the same devices, one stage on each, with layers cut evenly, in the order
+    1F1B."""
+    layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
+    groups = len(layouts[0])
+    if any(len(layout) != groups for layout in layouts):
         return
     own = tuple(stage.layers for stage in plan.pipelines[0].stages)
-    for cuts in dict.fromkeys((own, *even_cuts(len(model.layers), stages))):
+    known = (own,) if len(own) == groups else ()
+    for cuts in dict.fromkeys((*known, *even_cuts(len(model.layers), groups))):
         pipelines = tuple(
             replace(
                 pipeline,
                 actions=None,
                 stages=tuple(
-                    replace(stage, layers=layers)
-                    for stage, layers in zip(pipeline.stages, cuts, strict=True)
+                    replace(pipeline.stages[held[0]], layers=layers)
+                    for held, layers in zip(layout, cuts, strict=True)
                 ),
             )
-            for pipeline in plan.pipelines
+            for pipeline, layout in zip(plan.pipelines, layouts, strict=True)
         )
         yield replace(plan, schedule="1f1b", pipelines=pipelines, prediction=None)
 

@@ -254,6 +254,63 @@ def test_stages_of_unlike_width_and_unequal_rows_are_refused_by_all():
         assert "stages[0].rows: found [3, 1]" in refused(tool, unequal, model)
 
 
+def several(layout: str, schedule: str, **grid: object) -> tuple[Plan, LayerGraph]:
+    """Ten layers in four stages on two devices, the second half dealt out in turn or back up."""
+    plan, model = make("3|2|2|3", **grid)  # type: ignore[arg-type]
+    (pipeline,) = plan.pipelines
+    first = pipeline.stages[:2]
+    again = first if layout == "loop" else first[::-1]
+    stages = tuple(
+        replace(stage, devices=place.devices)
+        for stage, place in zip(pipeline.stages, (*first, *again), strict=True)
+    )
+    devices = tuple(d for stage in first for replica in stage.devices for d in replica)
+    pipelines = (replace(pipeline, stages=stages),)
+    return replace(plan, schedule=schedule, devices=devices, pipelines=pipelines), model
+
+
+def test_several_stages_of_each_device_are_told_or_refused():
+    plan, model = several("loop", "interleaved-1f1b", data=2)
+    found = arguments(plan, model)
+    assert found["--pipeline-model-parallel-size"] == "2"
+    assert found["--num-virtual-stages-per-pipeline-rank"] == "2"
+    (pipeline,) = plan.pipelines
+    cuts = ((0, 4), (4, 5), (5, 7), (7, 10))
+    moved = tuple(replace(s, layers=c) for s, c in zip(pipeline.stages, cuts, strict=True))
+    uneven = replace(plan, pipelines=(replace(pipeline, stages=moved),))
+    found = arguments(uneven, model)
+    assert found["--pipeline-model-parallel-layout"] == "Ettt|t|tt|ttL"
+    assert "--num-virtual-stages-per-pipeline-rank" not in found
+    odd = several("loop", "interleaved-1f1b", micro_batches=5)[0]
+    assert "a multiple of 2" in refused("megatron", odd, model)
+    folded = several("v", "zb-v")[0]
+    for tool in ("megatron", "deepspeed", "accelerate"):
+        assert "2 stages on each device" in refused(tool, folded, model)
+    single = several("loop", "interleaved-1f1b", micro_batches=1)[0]
+    assert "2 stages on each device" in refused("deepspeed", single, model)
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule", "name"),
+    [("loop", "interleaved-1f1b", "Interleaved1F1B"), ("v", "zb-v", "ZBVZeroBubble")],
+)
+def test_torchtitan_deals_several_stages_to_each_device(layout, schedule, name):
+    plan, model = several(layout, schedule, model=LLAMA)
+    files = export_files(plan, model, "torchtitan")
+    scope: dict = {}
+    exec(files["meshwright_plan.py"], scope)
+    parallelism = (
+        scope["apply"](SimpleNamespace(parallelism=SimpleNamespace(), training=SimpleNamespace()))
+    ).parallelism
+    assert parallelism.pipeline_parallel_degree == 2
+    assert parallelism.pipeline_parallel_schedule == name
+    assert [len(part) for part in parallelism.module_fqns_per_model_part] == [3, 2, 2, 4]
+    assert "--nproc-per-node=2" in files["launch.sh"]
+    for order in ("list", "interleaved-1f1b-2bp"):
+        other = replace(plan, schedule=order)
+        assert "interleaved-1f1b or zb-v" in refused("torchtitan", other, model)
+
+
 REFUSALS = {
     "megatron schedule": ("megatron", make("5|5"), "gpipe", '"schedule": "1f1b"'),
     "megatron precision": ("megatron", make("10", precision="fp64"), "1f1b", "bf16 or fp16"),

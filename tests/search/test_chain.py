@@ -24,7 +24,7 @@ def groupings(units):
 
 
 def test_every_number_of_stages_is_offered_once_and_no_unit_is_lost():
-    found = cut_chain(costs(), UNITS, 4, 6)
+    found = list(cut_chain(costs(), UNITS, 4, 6))
     assert sorted(len(stages) for _, stages in found) == [1, 2, 3, 4]
     assert [seconds for seconds, _ in found] == sorted(seconds for seconds, _ in found)
     for _, stages in found:

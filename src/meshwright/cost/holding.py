@@ -10,11 +10,6 @@ from meshwright.program.actions import Order, high_water
 from meshwright.program.orders import orders_of
 from meshwright.records import record
 
-SPLIT_KEEPS = 27 / 16
-"""Bytes kept between I and W, over those kept between forward and backward: all that the forward
-saved, and the gradients that the weights' will be made of. A transformer block keeps 16 tensors of
-its width after the forward and 11 gradients more after I (counted in PyTorch 2.13)."""
-
 
 @record
 class Holders:

@@ -23,7 +23,7 @@ from meshwright.cost.memory import (
     framework_bytes,
     half_bytes,
     memory_tables,
-    stage_parameters,
+    rank_parameters,
     together,
     weigh,
 )
@@ -216,11 +216,10 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
         seconds = optimizer_seconds(
             costs.cluster.types[costs.types[seated.seat.device]],
             costs.plan.job.optimizer,
-            sum(
-                float(
-                    stage_parameters(costs.tables.plain, s.stage.layers, _tensor(s.stage, s.seat))
-                )
-                for s in own.values()
+            rank_parameters(
+                costs.tables.plain,
+                [s.stage for s in own.values()],
+                _tensor(seated.stage, seated.seat),
             ),
             costs.profile,
             costs.model.precision,
@@ -229,13 +228,11 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
     full = float(_weighed(seated.stage, seated.seat, costs).activations)
     rows = seated.seat.rows[1] - seated.seat.rows[0]
     tensor = _tensor(seated.stage, seated.seat)
-    half = half_bytes(costs.tables, seated.stage, tensor, rows)
-    held = {
-        Op.FORWARD: full,
-        Op.BACKWARD: -full,
-        Op.BACKWARD_INPUT: half - full,
-        Op.BACKWARD_WEIGHT: -half * _count(i),
-    }[i.op]
+    if i.op in (Op.FORWARD, Op.BACKWARD):
+        held = full if i.op is Op.FORWARD else -full
+    else:
+        half = half_bytes(costs.tables, seated.stage, tensor, rows)
+        held = half - full if i.op is Op.BACKWARD_INPUT else -half * _count(i)
     return Price(seconds=float(seated.computes.of(i.op, _count(i)).sum()), held=held)
 
 

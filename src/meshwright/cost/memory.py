@@ -7,6 +7,7 @@ numpy arrays that broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
 from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
-from meshwright.cost.holding import SPLIT_KEEPS, Holders, holders_of, most_held
+from meshwright.cost.holding import Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
 from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph, Tensor, Tied
@@ -76,6 +77,8 @@ class MemoryTable:
     alone: Moments
     divided: Moments
     tied: tuple[TiedUses, ...]
+    worst: dict[tuple[int, int], tuple[Array, RangeMaxima]] = field(default_factory=dict)
+    """By tensor width and rows: bytes at each layer's own worst moment, as far as asked for."""
 
 
 @record
@@ -194,6 +197,15 @@ def stage_parameters(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int)
     return held
 
 
+def rank_parameters(table: MemoryTable, stages: Sequence[StageSeats], tensor: int) -> float:
+    """Parameters that a rank holds of all its stages; of a tied one that several use, one."""
+    held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
+    for tied in table.tied:
+        using = sum(bool(tied.users[b] > tied.users[a]) for a, b in (s.layers for s in stages))
+        held -= max(using - 1, 0) * _share(tied, tensor)
+    return held
+
+
 def _share(tied: TiedUses, tensor: int) -> float:
     return tied.parameters / tensor if tied.split else float(tied.parameters)
 
@@ -215,9 +227,11 @@ def _workspace(
     forward and backward; `kept` is cumulative. Where a stage holds two users of a tied parameter,
     the later one's gradient waits for the earlier one's, and then their sum is made beside both."""
     first, last = layers
-    moments = table.divided if tensor > 1 else table.alone
-    peaks = kept[1:] + temporaries(moments, tensor, rows)
-    maxima = RangeMaxima(peaks)
+    if (tensor, rows) not in table.worst:
+        moments = table.divided if tensor > 1 else table.alone
+        peaks = kept[1:] + temporaries(moments, tensor, rows)
+        table.worst[tensor, rows] = peaks, RangeMaxima(peaks)
+    peaks, maxima = table.worst[tensor, rows]
     most = maxima.of(first, last)
     for tied in table.tied:
         several = tied.users[last] - tied.users[first] > 1
@@ -302,11 +316,17 @@ def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> St
 
 
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
-    """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
-    them again."""
-    return SPLIT_KEEPS * float(
-        stage_memory(tables.plain, stage.layers, tensor, rows, 1).activations
-    )
+    """What a stage keeps of a micro-batch between I and W: inputs and output gradients of products,
+    in a block of GPT-2 as much as the forward saved (7 + 9 tensors of its width against 16), of
+    recomputed layers too, which I has run again. The loss saves in fp32 what its gradient has in
+    the width of products.
+    """
+    table, (_, last) = tables.plain, stage.layers
+    kept = float(stage_memory(table, stage.layers, tensor, rows, 1).activations)
+    if table.unit.casts and last == len(table.saved_fixed) - 1:
+        saved = table.saved_replicated + table.saved_split / tensor
+        kept -= float(saved[-1] - saved[-2]) * rows / 2
+    return kept
 
 
 def together(
@@ -316,10 +336,11 @@ def together(
     buffers of one at a time."""
     casts = [cast_bytes(table, stage.layers, tensor) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
+    parameters = rank_parameters(table, stages, tensor)
     return StageMemory(
-        parameters=sum(part.parameters for part in parts),
-        gradients=sum(part.gradients for part in parts),
-        optimizer=sum(part.optimizer for part in parts),
+        parameters=parameters * table.unit.weights,
+        gradients=parameters * table.unit.gradients,
+        optimizer=parameters * table.unit.optimizer,
         activations=sum(part.activations for part in parts),
         buffers=buffers + sum(casts),
     )

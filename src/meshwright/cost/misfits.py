@@ -8,7 +8,7 @@ import numpy as np
 
 from meshwright.cluster.spec import Cluster, DeviceType, devices_of
 from meshwright.cost.framework import HOLES
-from meshwright.cost.holding import SPLIT_KEEPS, holders_of, most_held
+from meshwright.cost.holding import holders_of, most_held
 from meshwright.cost.memory import (
     MemoryTables,
     device_memory,
@@ -40,7 +40,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
     problems = []
     for holders in holders_of(plan):
         stage, count = holders.stages[0], len(holders.stages)
-        held = most_held(holders, (1.0,) * count, (SPLIT_KEEPS,) * count)
+        held = most_held(holders, (1.0,) * count, (1.0,) * count)
         for seat in (seat for replica in stage.seats for seat in replica):
             memory = by_device[seat.device]
             excess = total_bytes(memory) - memory.capacity

@@ -8,10 +8,11 @@ from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe, mesh_text
 from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
 Mesh = tuple[tuple[tuple[str, ...], ...], ...]
-"""Device names by stage, replica and tensor index."""
+"""Device names by group of devices (its first stage), replica and tensor index."""
 
 
 @record
@@ -21,7 +22,7 @@ class Grid:
     data: int
     tensor: int
     layers: tuple[tuple[int, int], ...]
-    """First layer of each stage, and one past its last."""
+    """First layer of each stage, and one past its last; several stages of one mesh each count."""
     rows: int
     """Rows of a micro-batch of one replica."""
     micro_batches: int
@@ -30,7 +31,13 @@ class Grid:
 
     @property
     def stages(self) -> int:
-        return len(self.layers)
+        """Groups of devices that a micro-batch passes, each with one stage or several."""
+        return len(self.mesh)
+
+    @property
+    def chunks(self) -> int:
+        """Stages of each group."""
+        return len(self.layers) // len(self.mesh)
 
 
 def grid_of(plan: Plan, tool: str) -> Grid:
@@ -43,7 +50,7 @@ def grid_of(plan: Plan, tool: str) -> Grid:
     stages = plan.pipelines[0].stages
     mesh = tuple(
         tuple(replica for pipeline in plan.pipelines for replica in pipeline.stages[s].devices)
-        for s in range(len(stages))
+        for s, *_ in layout_of(plan.pipelines[0])
     )
     return Grid(
         data=len(mesh[0]),
@@ -63,7 +70,7 @@ def _widths(stage: Stage) -> tuple[int, int]:
 def _work(pipeline: Pipeline) -> tuple[object, ...]:
     """What two pipelines must have in common to be replicas of one."""
     stages = tuple((stage.layers, _widths(stage)) for stage in pipeline.stages)
-    return pipeline.micro_batches, pipeline.rows, stages
+    return pipeline.micro_batches, pipeline.rows, stages, layout_of(pipeline)
 
 
 def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
@@ -115,7 +122,11 @@ def is_even(blocks: tuple[int, ...]) -> bool:
 
 def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
     """A Problem if the order of forwards and backwards is not 1F1B where that matters."""
-    if plan.schedule != "1f1b" and grid.stages > 1 and grid.micro_batches > 1:
+    if grid.chunks > 1:
+        found = f"{grid.chunks} stages on each device, {plan.schedule}"
+        wanted = f"one stage on each device: {tool} has no such order"
+        yield Problem(plan.name, "schedule", found, wanted)
+    elif plan.schedule != "1f1b" and grid.stages > 1 and grid.micro_batches > 1:
         wanted = f"1f1b, the only order of {tool} for stages that do not interleave"
         mend = 'set "schedule": "1f1b" in the plan: it needs less memory'
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)

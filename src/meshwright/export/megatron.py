@@ -5,7 +5,9 @@ Names: megatron/training/arguments.py and the records it makes options of, Megat
 
 from __future__ import annotations
 
-from meshwright.errors import PlanError
+from collections.abc import Iterator
+
+from meshwright.errors import PlanError, Problem
 from meshwright.export.grid import (
     Grid,
     blocks_by_stage,
@@ -32,7 +34,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     PlanError.check(
-        [*only_schedule(plan, grid, TOOL), *only_precisions(plan, TOOL, "bf16", "fp16", "fp32")]
+        [*_order_problems(plan, grid), *only_precisions(plan, TOOL, "bf16", "fp16", "fp32")]
     )
     order = stage_major(grid)
     mapping: list[str] = []
@@ -57,6 +59,15 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         "arguments.txt": "\n".join(lines) + "\n",
         "launch.sh": launch_script(order, command, environment=environment),
     }
+
+
+def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
+    """Interleaving is as many micro-batches at a time as there are groups of devices."""
+    if plan.schedule != "interleaved-1f1b" or grid.chunks == 1 or grid.stages == 1:
+        yield from only_schedule(plan, grid, TOOL)
+    elif grid.micro_batches % grid.stages:
+        wanted = f"a multiple of {grid.stages}: {TOOL} interleaves so many at a time"
+        yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
 
 
 def _model(c: LanguageModel, sequence: int) -> list[str]:
@@ -89,12 +100,12 @@ def _model(c: LanguageModel, sequence: int) -> list[str]:
 
 
 def _split(blocks: tuple[int, ...], grid: Grid) -> list[str]:
-    """Nothing where stages are even, a count for the first or last stage where the others are, and
-    the layout of every stage else."""
+    """Nothing where stages are even but their number on each device, a count for the first or last
+    stage where the others are, and the layout of every stage else."""
     if grid.stages == 1 or is_even(blocks):
-        return []
+        return [f"--num-virtual-stages-per-pipeline-rank {grid.chunks}"] * (grid.chunks > 1)
     first, *middle, last = blocks
-    ends_only = first > 0 and last > 0 and len(set(middle)) == 1
+    ends_only = grid.chunks == 1 and first > 0 and last > 0 and len(set(middle)) == 1
     if not ends_only:
         stages = ["t" * count for count in blocks]
         stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"

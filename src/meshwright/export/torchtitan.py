@@ -24,7 +24,9 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     """`meshwright_plan.py` and `launch.sh`. Raises PlanError where torchtitan has no such plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
-    PlanError.check([*only_precisions(plan, TOOL, "bf16", "fp32"), *_problems(plan, language)])
+    PlanError.check(
+        [*only_precisions(plan, TOOL, "bf16", "fp32"), *_problems(plan, grid, language)]
+    )
     base = BASES.get(language.name)
     lines = [
         f'"""{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."""',
@@ -57,13 +59,19 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     }
 
 
-SCHEDULES: dict[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe"}
-"""torchtitan's names of the orders that it plays on stages with devices of their own."""
+SINGLE: dict[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe"}
+SEVERAL: dict[str, str] = {"interleaved-1f1b": "Interleaved1F1B", "zb-v": "ZBVZeroBubble"}
+"""torchtitan's names of the orders that it plays on one stage, and on several, of each device."""
 
 
-def _problems(plan: Plan, language: LanguageModel) -> Iterator[Problem]:
-    if plan.schedule not in SCHEDULES and any(len(p.stages) > 1 for p in plan.pipelines):
-        wanted = "1f1b or gpipe, which torchtitan plays on these stages"
+def _problems(plan: Plan, grid: Grid, language: LanguageModel) -> Iterator[Problem]:
+    rounds = max(1, grid.micro_batches // grid.stages)
+    if plan.schedule == "interleaved-1f1b" and grid.micro_batches % rounds:
+        wanted = f"a multiple of {rounds}: as many micro-batches in each round of {grid.stages}"
+        yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
+    names = _schedules(grid)
+    if plan.schedule not in names and len(grid.layers) > 1:
+        wanted = f"{' or '.join(names)}, which torchtitan plays on these stages"
         mend = "`--to pipelining-csv` writes any order for torch.distributed.pipelining itself"
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
     if language.family == "gpt2":
@@ -72,6 +80,10 @@ def _problems(plan: Plan, language: LanguageModel) -> Iterator[Problem]:
     if plan.job.optimizer != "adamw":
         wanted = "adamw: torchtitan has Adam and AdamW"
         yield Problem(plan.name, "job.optimizer", plan.job.optimizer, wanted)
+
+
+def _schedules(grid: Grid) -> dict[str, str]:
+    return SEVERAL if grid.chunks > 1 and grid.stages > 1 else SINGLE
 
 
 def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
@@ -86,21 +98,21 @@ def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
         ("pipeline_parallel_degree", grid.stages),
     ]
     if grid.stages > 1:
-        schedule = SCHEDULES[plan.schedule]
+        schedule = _schedules(grid)[plan.schedule]
         settings.append(("pipeline_parallel_schedule", schedule))
         settings.append(("num_pp_microbatches", grid.micro_batches))
     return settings
 
 
 def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
-    """The modules of every stage, by name."""
+    """The modules of every stage, by name; torchtitan deals several to each device as plans do."""
     if grid.stages == 1:
         return []
     lines, done = ["    parallelism.module_fqns_per_model_part = ["], 0
     for stage, count in enumerate(blocks):
         names = [f"layers.{index}" for index in range(done, done + count)]
         names = ["tok_embeddings", *names] if stage == 0 else names
-        names = [*names, "norm", "lm_head"] if stage == grid.stages - 1 else names
+        names = [*names, "norm", "lm_head"] if stage == len(blocks) - 1 else names
         lines.append(f"        {names!r},")
         done += count
     return [*lines, "    ]"]

@@ -122,7 +122,8 @@ def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
 
 def describe(plan: Plan) -> str:
     """A plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`, where r recomputes; unequal rows of
-    replicas as `7+1`, unequal tensor widths as `tp4+2`."""
+    replicas as `7+1`, unequal tensor widths as `tp4+2`; `pp2 vpp3` are three stages on each of two
+    groups of devices."""
     lines = []
     for pipeline in plan.pipelines:
         meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
@@ -133,7 +134,10 @@ def describe(plan: Plan) -> str:
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]
         share = "|".join(unequal) or str(pipeline.rows)
-        lines.append(f"{mesh} pp{len(pipeline.stages)} [{cuts}] {pipeline.micro_batches}x{share}")
+        groups = len(layout_of(pipeline))
+        each = len(pipeline.stages) / max(groups, 1)
+        depth = f"pp{groups}" + f" vpp{each:g}" * (each > 1)
+        lines.append(f"{mesh} {depth} [{cuts}] {pipeline.micro_batches}x{share}")
     return " + ".join(lines) + f" {plan.schedule}"
 
 

@@ -22,8 +22,9 @@ class Rule:
     """A weight part is begun if what comes next waits at most so much of its length for it."""
     forward_first: bool
     """Of a forward and a backward that are both at hand, which goes first."""
-    split: bool
-    """Whether backwards are in two parts, where there is memory for what lies between them."""
+    split: int
+    """The last so many backwards of each stage are in two parts, where there is memory for what
+    lies between them."""
 
 
 def listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
@@ -109,9 +110,11 @@ class _Listing:
 
     def backward(self, s: int) -> int:
         """In two parts, if that is the rule and there is room."""
+        if len(self.backwards[s]) < self.count - self.rule.split:
+            return B
         grows = self.work.half[s] - self.work.full[s]
         g = self.group[s]
-        return I if self.rule.split and self.held[g] + grows <= self.work.room[g] else B
+        return I if self.held[g] + grows <= self.work.room[g] else B
 
     def ready(self, s: int, kind: int, g: int) -> float:
         """When what the work needs is there; infinite while nobody has begun to make it."""

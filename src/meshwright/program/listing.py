@@ -46,7 +46,10 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
-        names, rules = list(_SHORT), rules[: max(looked_at // length - 2 * len(_SHORT), 1)]
+        # Gradients in two parts cost more in all: whether that pays is not for the rule to say.
+        few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
+        kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
+        names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
     found: list[tuple[float, list[Codes]]] = []
     for each in chain(_named(work, names), (listed(work, rule) for rule in rules)):
         if each is not None:
@@ -75,7 +78,7 @@ def _rules(work: Work) -> Iterator[Rule]:
     just = tuple(stages - s for s in range(stages))
     eager = tuple(2 * (stages - s) - 1 for s in range(stages))
     for split, ahead, lag, patience, forward_first in product(
-        (True, False),
+        (count, 0),
         (eager, every, just),
         (every, tuple(range(stages)), (0,) * stages),
         (0.0, 0.5, 1.0),
@@ -85,3 +88,6 @@ def _rules(work: Work) -> Iterator[Rule]:
             yield Rule(
                 ahead=ahead, lag=lag, patience=patience, forward_first=forward_first, split=split
             )
+    # Two parts cost more than one: while the pipeline drains, the later one fills gaps.
+    for patience, ahead in product((0.0, 1.0), (eager, just)):
+        yield Rule(ahead=ahead, lag=every, patience=patience, forward_first=True, split=stages)

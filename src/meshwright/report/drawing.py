@@ -126,9 +126,9 @@ class _Cells:
         self.model = model
         self.colours = stage_colours(len(stages))
         self.stages = stages
-        self.seats: dict[str, Seat] = {
-            seat.device: seat for stage in stages for replica in stage.seats for seat in replica
-        }
+        self.seats: dict[str, list[Seat]] = {}
+        for seat in (seat for stage in stages for replica in stage.seats for seat in replica):
+            self.seats.setdefault(seat.device, []).append(seat)
         prediction = plan.prediction
         self.memory = {each.device: each for each in prediction.memory} if prediction else {}
         largest = max(len(node.devices) for node in cluster.nodes)
@@ -138,20 +138,19 @@ class _Cells:
     def cell(self, node: Node, index: int, x: float, y: float) -> Cell:
         """One device at a place."""
         name, kind = f"{node.name}:{index}", node.devices[index]
-        seat = self.seats.get(name)
-        if seat is None:
+        seats = self.seats.get(name, [])
+        if not seats:
             free = (self._fit(f"{index}  {kind}"), "not used") if self.size.letters else ("",)
             hint = f"{name}, {kind}: not used"
             return Cell(x=x, y=y, fill="", ink="", lines=free, hint=hint)
-        layers = layers_text(self.model, self.stages[seat.stage].layers)
+        seat = seats[0]
+        layers = ", ".join(layers_text(self.model, self.stages[s.stage].layers) for s in seats)
+        numbers = ", ".join(str(s.stage) for s in seats)
+        held = f"stage{'s' * (len(seats) > 1)} {numbers}"
         colour = self.colours[seat.stage]
-        lines = (
-            self._fit(f"{index}  {kind}"),
-            f"stage {seat.stage}",
-            self._fit(layers),
-        )
+        lines = (self._fit(f"{index}  {kind}"), self._fit(held), self._fit(layers))
         share = self._share(seat)
-        hint = f"{name}, {kind}: rank {seat.rank}, stage {seat.stage} {share}, {layers}"
+        hint = f"{name}, {kind}: rank {seat.rank}, {held} {share}, {layers}"
         cell = Cell(x=x, y=y, fill=colour, ink=ink_on(colour), lines=lines, hint=hint)
         if not self.size.letters:
             cell = replace(cell, lines=(str(seat.stage),))

@@ -14,7 +14,7 @@ from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.plan.ranks import mesh_text, stage_seats
-from meshwright.plan.spec import DeviceMemory, Plan, Prediction
+from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps
 from meshwright.program.timeline import Timeline
@@ -149,7 +149,7 @@ def report_html(
         part_colours=PARTS,
         memory=_memory_bars(prediction.memory if prediction else ()),
         memory_colours=MEMORY,
-        sentences=_sentences(prediction, predicted, cluster),
+        sentences=_sentences(plan, predicted, cluster),
         rivals=_rival_bars(rivals),
         losses=loss_svg(losses) if any(losses.values()) else "",
         comparison=comparison,
@@ -257,10 +257,8 @@ def _rival_bars(rivals: Sequence[Rival]) -> list[Bar]:
     ]
 
 
-def _sentences(
-    prediction: Prediction | None, predicted: Timeline, cluster: Cluster
-) -> tuple[str, ...]:
-    known = limits(prediction) if prediction else ()
+def _sentences(plan: Plan, predicted: Timeline, cluster: Cluster) -> tuple[str, ...]:
+    known = limits(plan)
     return (*known[:1], busiest_sentence(predicted, cluster), *known[1:])
 
 

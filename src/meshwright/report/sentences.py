@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.memory import total_bytes
 from meshwright.plan.ranks import describe
-from meshwright.plan.spec import DeviceMemory, Plan, Prediction
+from meshwright.plan.spec import DeviceMemory, Plan
+from meshwright.plan.virtual import layout_of
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.units import format_bytes, format_seconds
 
@@ -76,14 +77,31 @@ def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
     return text + "."
 
 
-def limits(prediction: Prediction) -> tuple[str, ...]:
-    """What limits the step, in a sentence each: time, then memory."""
+def limits(plan: Plan) -> tuple[str, ...]:
+    """What limits the predicted step, in a sentence each: time, memory, and why devices hold
+    several stages."""
     sentences = []
-    if sum(prediction.parts.values()) > 0:
+    prediction = plan.prediction
+    if prediction and sum(prediction.parts.values()) > 0:
         sentences.append(parts_sentence(prediction.parts))
-    if prediction.memory:
+    if prediction and prediction.memory:
         sentences.append(memory_sentence(prediction.memory))
+    sentences += _virtual_stages(plan)
     return tuple(sentences)
+
+
+def _virtual_stages(plan: Plan) -> Iterator[str]:
+    """Why a device holds several stages, if one does."""
+    layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
+    most = max((len(held) for layout in layouts for held in layout), default=1)
+    if most > 1:
+        text = f"Devices hold up to {most} stages of a pipeline: it fills and drains in the time "
+        text += "of shorter stages, for more transfers."
+        if any(
+            len(layout) > 1 and layout[0][-1] == sum(map(len, layout)) - 1 for layout in layouts
+        ):
+            text += " The first devices hold its last layers too."
+        yield text
 
 
 def error_sentence(predicted: float, measured: float) -> str:

@@ -50,7 +50,7 @@ def explain(plan: Plan, console: Console | None = None) -> None:
         console.print()
         console.print(memory_table(prediction.memory, wide=console.width >= _WIDE))
     console.print()
-    for sentence in limits(prediction):
+    for sentence in limits(plan):
         console.print(f"• {sentence}", highlight=False, markup=False)
     if prediction.runners_up:
         console.print()

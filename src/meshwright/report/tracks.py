@@ -15,22 +15,20 @@ _KINDS = tuple(KINDS)
 
 
 def timeline_data(timelines: Sequence[Timeline], cluster: Cluster, plan: Plan) -> dict[str, Any]:
-    """Ranks with device, type and stage, kinds with colours, and every interval of every timeline.
+    """Ranks with device, type and stage (or stages), kinds with colours, and every interval of
+    every timeline.
 
     An interval is [kind, start, end, label, peer, bytes], times in microseconds to the nanosecond;
     the last two are left out where there are none.
     """
     types = {device.name: device.type for device in devices_of(cluster)}
-    stages = {
-        seat.rank: stage.number
-        for stage in stage_seats(plan)
-        for replica in stage.seats
-        for seat in replica
-    }
+    stages: dict[int, list[int]] = {}
+    for seat in (s for stage in stage_seats(plan) for replica in stage.seats for s in replica):
+        stages.setdefault(seat.rank, []).append(seat.stage)
     names = {"simulated": "predicted", "measured": "measured"}
     return {
         "ranks": [
-            {"device": device, "type": types[device], "stage": stages[rank]}
+            {"device": device, "type": types[device], "stage": _number(stages[rank])}
             for rank, device in enumerate(plan.devices)
         ],
         "kinds": [{"name": KIND_NAMES[kind], "colour": KINDS[kind]} for kind in _KINDS],
@@ -43,6 +41,10 @@ def timeline_data(timelines: Sequence[Timeline], cluster: Cluster, plan: Plan) -
             for timeline in timelines
         ],
     }
+
+
+def _number(stages: list[int]) -> int | str:
+    return ", ".join(map(str, stages)) if len(stages) > 1 else stages[0]
 
 
 def _by_rank(timeline: Timeline) -> list[list[list[Any]]]:

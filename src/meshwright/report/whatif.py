@@ -91,12 +91,8 @@ def print_whatif(found: WhatIf, console: Console | None = None) -> None:
     console.print(Text(f"the best plan for it: {describe(found.best)}", style="bold"))
     console.print(plan_table(found.best))
     console.print()
-    for sentence in (*_limits(found.best), *_busiest(found)):
+    for sentence in (*limits(found.best), *_busiest(found)):
         console.print(f"• {sentence}", highlight=False, markup=False)
-
-
-def _limits(plan: Plan) -> tuple[str, ...]:
-    return limits(plan.prediction) if plan.prediction else ()
 
 
 def _busiest(found: WhatIf) -> tuple[str, ...]:

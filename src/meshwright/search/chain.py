@@ -7,7 +7,7 @@ Letters: N units, L layers, M micro-batches, K stages from a unit to the end of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations
+from itertools import combinations, islice, permutations
 from random import Random
 
 import numpy as np
@@ -37,15 +37,19 @@ SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 DEEPEST = 24
 """Most stages that are looked at."""
 
+Table = list[Array]
+"""By unit i, seconds [J, L + 1, L + 1] of stages with units [i, i + 1), [i, i + 2) and so on."""
+
 
 def cut_chain(
     costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int
-) -> list[tuple[float, Stages]]:
+) -> Iterator[tuple[float, Stages]]:
     """The best way to cut a row of units into every number of stages, with the seconds of
 
         (M - 1 + K) * the slowest stage's micro-batch and its part of the reduction
 
-    and none for those that do not fit. The most promising come first.
+    and none for those that do not fit. The most promising come first, each written down when it is
+    asked for.
     """
     number, layers = len(units), len(costs.model.layers)
     depth = min(number, layers, DEEPEST)
@@ -55,27 +59,35 @@ def cut_chain(
     ways: list[Array] = [best]
     most = min(depth, micro_batches)
     tables = {held: _table(costs, units, rows, micro_batches, held) for held in {1, most}}
-    ample = np.array_equal(tables[1], tables[most])
+    ample = all(map(np.array_equal, tables[1], tables[most]))
     found = []
     for k in range(1, depth + 1):
         held = min(k, micro_batches)
         if held not in tables:
             tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
         after = np.maximum(ways[-1], borders)
-        ways.append(np.maximum(tables[held], after[None, :, None, :]).min(axis=(1, 3)))
+        ways.append(_one_stage_more(tables[held], after))
         if np.isfinite(ways[k][0, 0]):
             seconds = float(ways[k][0, 0]) * (micro_batches - 1 + k)
             found.append((seconds, k))
-    return [
-        (seconds, _traced(units, ways, tables, borders, k, micro_batches))
-        for seconds, k in sorted(found)
-    ]
+    for seconds, k in sorted(found):
+        yield seconds, _traced(units, ways, tables, borders, k, micro_batches)
+
+
+def _one_stage_more(table: Table, after: Array) -> Array:
+    """The least of the worst [N + 1, L + 1] over all stages that begin at each unit and layer, if
+    `after` follows."""
+    best = np.full(after.shape, np.inf)
+    for i, loads in enumerate(table):
+        ends = after[i + 1 : i + 1 + len(loads), None, :]
+        best[i] = np.maximum(loads, ends).min(axis=0).min(axis=1)
+    return best
 
 
 def _traced(
     units: Sequence[Unit],
     ways: Sequence[Array],
-    tables: dict[int, Array],
+    tables: dict[int, Table],
     borders: Array,
     depth: int,
     micro_batches: int,
@@ -83,35 +95,42 @@ def _traced(
     stages, i, a = [], 0, 0
     for k in range(depth, 0, -1):
         after = np.maximum(ways[k - 1], borders)
-        worst = np.maximum(tables[min(k, micro_batches)][i, :, a, :], after)
-        j, b = np.unravel_index(int(worst.argmin()), worst.shape)
-        stages.append(tuple(units[i : int(j)]))
-        i, a = int(j), int(b)
+        loads = tables[min(k, micro_batches)][i][:, a, :]
+        worst = np.maximum(loads, after[i + 1 : i + 1 + len(loads)])
+        more, b = np.unravel_index(int(worst.argmin()), worst.shape)
+        j = i + 1 + int(more)
+        stages.append(tuple(units[i:j]))
+        i, a = j, int(b)
     return tuple(stages)
 
 
-def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, held: int) -> Array:
-    """Seconds [N + 1, N + 1, L + 1, L + 1] of a micro-batch, and of the part of the reduction that
-    comes to it, on a stage that holds so many micro-batches; infinite where they do not fit."""
+def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, held: int) -> Table:
+    """Seconds of a micro-batch, and of the part of the reduction that comes to it, on a stage that
+    holds so many micro-batches; infinite where they do not fit."""
     number, size = len(units), len(costs.model.layers) + 1
-    table = np.full((number + 1, number + 1, size, size), np.inf)
+    table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
+    gradients = _gradients(costs, len(units[0]))
     for i in range(number):
         for j in range(i + 1, min(number, i + rows) + 1):
             own = tuple(units[i:j])
             loads = team_loads(costs, Team(own, apportion(costs, own, rows)), held)
             if j - i > 1:
-                loads = loads + _reduction(costs, own) / micro_batches
-            table[i, j] = loads
+                loads = loads + gradients * _slope(costs, own) / micro_batches
+            table[i][j - i - 1] = loads
     return table
 
 
-def _reduction(costs: Costs, units: tuple[Unit, ...]) -> Array:
-    """Seconds [L + 1, L + 1] in which the gradients of layers [a, b) are summed."""
+def _gradients(costs: Costs, tensor: int) -> Array:
+    """Gradients [L + 1, L + 1] of layers [a, b) on one tensor rank."""
+    held = costs.table.replicated + costs.table.split / tensor
+    found: Array = np.maximum(held[None, :] - held[:, None], 0.0)
+    return found
+
+
+def _slope(costs: Costs, units: tuple[Unit, ...]) -> float:
+    """Seconds in which units sum one gradient."""
     _, slope = seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
-    held = costs.table.replicated + costs.table.split / len(units[0])
-    width = gradient_bytes(costs.job) * costs.system.gradient_width * slope
-    seconds: Array = np.maximum(held[None, :] - held[:, None], 0.0) * width
-    return seconds
+    return gradient_bytes(costs.job) * costs.system.gradient_width * slope
 
 
 def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:
@@ -178,7 +197,7 @@ def _lines(costs: Costs, units: tuple[Unit, ...], rows: int, share: int) -> list
     """The most promising pipelines of a row of units for a share of the batch."""
     schedule: ScheduleName = "1f1b"
     count = share // rows
-    cut = cut_chain(costs, units, rows, count)[:DEPTHS]
+    cut = islice(cut_chain(costs, units, rows, count), DEPTHS)
     found = (fit_line(costs, stages, rows, count, schedule) for _, stages in cut)
     return [fitted.line for fitted in found if fitted]
 

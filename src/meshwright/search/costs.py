@@ -24,10 +24,9 @@ from meshwright.cost.collective import (
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import reached_links, ring_step
-from meshwright.cost.memory import MemoryTable, memory_table, stage_memory, usable_bytes
+from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
-from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
 from meshwright.search.partition import Array
@@ -98,6 +97,7 @@ def costs_of(
     """Nothing is priced before it is asked for. Measured links replace those of the cluster.
     `recomputation`: stages that do not fit otherwise may recompute."""
     cluster = reached_links(cluster, profile)
+    tables = memory_tables(model, job)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
@@ -107,8 +107,8 @@ def costs_of(
         links=topology(cluster),
         step_latency=ring_step(profile),
         system=system_constants(profile.calibration if profile else None),
-        table=memory_table(model, job),
-        again=memory_table(with_recomputation(model), job) if recomputation else None,
+        table=tables.plain,
+        again=tables.recomputed if recomputation else None,
         repeats=False,
         owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},

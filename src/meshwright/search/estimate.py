@@ -74,14 +74,9 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
-    """The stages of a candidate as numbers."""
+class Memory:
+    """What the stages of a candidate need of their devices' memory."""
 
-    forward: Array
-    backward: Array
-    forward_cut: Array
-    """Seconds [S - 1, L + 1] of the activations across a cut before each layer."""
-    backward_cut: Array
     plain: Needs
     """Of stages that keep what their layers make."""
     again: Needs | None
@@ -90,6 +85,18 @@ class Chain:
     """Micro-batches in flight [S]."""
     capacity: Array
     """Bytes [S]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The stages of a candidate as numbers."""
+
+    forward: Array
+    backward: Array
+    forward_cut: Array
+    """Seconds [S - 1, L + 1] of the activations across a cut before each layer."""
+    backward_cut: Array
+    memory: Memory
 
 
 def optimistic_seconds(costs: Costs, candidate: Candidate) -> float:
@@ -118,19 +125,25 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
     """All that the assignment of layers needs to know."""
     shape, stages = candidate.shape, candidate.placement.stages
     times = [stage_times(costs, stage, shape.rows) for stage in stages]
-    tensor, rows = shape.grid.tensor, shape.rows
-    again = Needs(*stage_bytes(costs, tensor, rows, again=True)) if costs.again else None
-    held = np.array(
-        [in_flight(shape.schedule, s, len(stages), shape.micro_batches) for s in range(len(stages))]
-    )
     return Chain(
         forward=np.array([forward for forward, _ in times]),
         backward=np.array([backward for _, backward in times]),
         forward_cut=_cuts(costs, candidate, costs.table.cut, forward=True),
         backward_cut=_cuts(costs, candidate, costs.table.cut_gradient, forward=False),
+        memory=memory_of(costs, candidate),
+    )
+
+
+def memory_of(costs: Costs, candidate: Candidate) -> Memory:
+    """What decides which layers fit where."""
+    shape, stages = candidate.shape, len(candidate.placement.stages)
+    tensor, rows = shape.grid.tensor, shape.rows
+    return Memory(
         plain=Needs(*stage_bytes(costs, tensor, rows)),
-        again=again,
-        held=held,
+        again=Needs(*stage_bytes(costs, tensor, rows, again=True)) if costs.again else None,
+        held=np.array(
+            [in_flight(shape.schedule, s, stages, shape.micro_batches) for s in range(stages)]
+        ),
         capacity=capacities(costs, candidate.placement.types),
     )
 
@@ -155,17 +168,17 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     facts = chain(costs, candidate)
     if candidate.fixed is not None:
         return _given(costs, candidate, candidate.fixed, facts)
-    loads = chain_loads(facts.forward + facts.backward)
-    need = _bytes(facts.plain, facts)
-    fitting = forbid_beyond(loads, need, facts.capacity)
-    if facts.again and not np.array_equal(fitting, loads):
-        need = _bytes(facts.again, facts)
-        repeated = forbid_beyond(chain_loads(_repeated(costs, facts)), need, facts.capacity)
+    loads, memory = chain_loads(facts.forward + facts.backward), facts.memory
+    need = _bytes(memory.plain, memory)
+    fitting = forbid_beyond(loads, need, memory.capacity)
+    if memory.again and not np.array_equal(fitting, loads):
+        need = _bytes(memory.again, memory)
+        repeated = forbid_beyond(chain_loads(_repeated(costs, facts)), need, memory.capacity)
         fitting = np.where(np.isfinite(fitting), fitting, loads + repeated)
     cuts = facts.forward_cut + facts.backward_cut
     found = assign(fitting, cuts, candidate.shape.micro_batches)
     if found is None:
-        excess = np.where(np.isfinite(loads), need - facts.capacity[:, None, None], np.inf)
+        excess = np.where(np.isfinite(loads), need - memory.capacity[:, None, None], np.inf)
         least = least_worst(excess)
         assert least is not None, "grids have no more stages than layers"
         return Misfit(candidate, least[0], least[1])
@@ -182,9 +195,9 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     )
 
 
-def _bytes(needs: Needs, facts: Chain) -> Array:
+def _bytes(needs: Needs, memory: Memory) -> Array:
     """Bytes [S, L + 1, L + 1] of every stage."""
-    found: Array = needs.always + needs.each * facts.held[:, None, None]
+    found: Array = needs.always + needs.each * memory.held[:, None, None]
     return found
 
 
@@ -194,19 +207,19 @@ def _repeated(costs: Costs, facts: Chain) -> Array:
     return np.array([repeated_seconds(costs.model, whole, each) for each in facts.forward])
 
 
-def recomputed_stages(facts: Chain, bounds: Bounds) -> tuple[bool, ...]:
+def recomputed_stages(memory: Memory, bounds: Bounds) -> tuple[bool, ...]:
     """The stages that do not fit otherwise, if they may recompute."""
-    if facts.again is None:
+    if memory.again is None:
         return (False,) * (len(bounds) - 1)
     return tuple(
-        _excess(facts.plain, facts, s, layers) > 0 for s, layers in enumerate(pairwise(bounds))
+        _excess(memory.plain, memory, s, layers) > 0 for s, layers in enumerate(pairwise(bounds))
     )
 
 
-def _excess(needs: Needs, facts: Chain, s: int, layers: tuple[int, int]) -> float:
+def _excess(needs: Needs, memory: Memory, s: int, layers: tuple[int, int]) -> float:
     a, b = layers
-    need = needs.always[a, b] + needs.each[a, b] * facts.held[s]
-    return float(need - facts.capacity[s])
+    need = needs.always[a, b] + needs.each[a, b] * memory.held[s]
+    return float(need - memory.capacity[s])
 
 
 def _tails(costs: Costs, candidate: Candidate) -> Array:
@@ -226,10 +239,11 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
 
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
+    memory = facts.memory
     excess = max(
-        _excess((facts.again if again else None) or facts.plain, facts, s, layers)
+        _excess((memory.again if again else None) or memory.plain, memory, s, layers)
         for s, (layers, again) in enumerate(
-            zip(pairwise(bounds), recomputed_stages(facts, bounds), strict=True)
+            zip(pairwise(bounds), recomputed_stages(memory, bounds), strict=True)
         )
     )
     if excess > 0:
@@ -255,7 +269,7 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     shape, ranges = candidate.shape, tuple(pairwise(bounds))
     forward = np.array([facts.forward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
     backward = np.array([facts.backward[s, a:b].sum() for s, (a, b) in enumerate(ranges)])
-    recomputed = recomputed_stages(facts, bounds)
+    recomputed = recomputed_stages(facts.memory, bounds)
     if any(recomputed):
         repeated = _repeated(costs, facts)
         backward += [

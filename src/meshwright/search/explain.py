@@ -12,7 +12,7 @@ from meshwright.errors import FitError, Problem
 from meshwright.model.spec import structure
 from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject
 from meshwright.search.costs import Costs
-from meshwright.search.estimate import Bounds, Candidate, Misfit, chain, recomputed_stages
+from meshwright.search.estimate import Bounds, Candidate, Misfit, memory_of, recomputed_stages
 from meshwright.units import format_bytes, format_seconds
 
 NAMES = {
@@ -29,7 +29,7 @@ NAMES = {
 def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: str) -> Plan:
     """The plan that a candidate with these layer cuts stands for, without a prediction."""
     shape, grid = candidate.shape, candidate.shape.grid
-    recomputed = recomputed_stages(chain(costs, candidate), bounds)
+    recomputed = recomputed_stages(memory_of(costs, candidate), bounds)
     stages = tuple(
         Stage(layers=layers, devices=devices, recompute=again)
         for layers, devices, again in zip(

@@ -89,7 +89,7 @@ def fit_line(
     if len(stages) > layers or rows < max(len(units) for units in stages):
         return None
     teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
-    if limit < float("inf") and micro_batches / _fluid(costs, teams) >= limit:
+    if limit < float("inf") and micro_batches / fluid_rate(costs, teams) >= limit:
         return None
     key = (teams, micro_batches, schedule)
     if key not in costs.fitted:
@@ -98,7 +98,7 @@ def fit_line(
     return found
 
 
-def _fluid(costs: Costs, teams: tuple[Team, ...]) -> float:
+def fluid_rate(costs: Costs, teams: tuple[Team, ...]) -> float:
     """Micro-batches a second of stages that are never idle."""
     speed = 0.0
     for team in teams:
@@ -123,7 +123,7 @@ def recut(
     size = loads.shape[1]
     cuts = np.zeros((max(len(teams) - 1, 0), size))
     for s, (here, there) in enumerate(pairwise(teams)):
-        cuts[s] = _cuts(costs, here, there)
+        cuts[s] = cut_seconds(costs, here, there)
     found = assign(loads, cuts, micro_batches)
     if found is None:
         return None
@@ -167,7 +167,7 @@ def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int, *, again: boo
     return loads
 
 
-def _cuts(costs: Costs, here: Team, there: Team) -> Array:
+def cut_seconds(costs: Costs, here: Team, there: Team) -> Array:
     """Seconds [L + 1] of activations and gradients across a cut before each layer."""
     rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))

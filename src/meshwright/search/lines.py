@@ -145,8 +145,6 @@ def stage_fits(
 def must_recompute(costs: Costs, line: Line, s: int, schedule: ScheduleName) -> bool:
     """Whether a stage does not fit without recomputation, and may recompute. Where it fits, it
     would only take longer."""
-    if costs.repeats:
-        return True
     return costs.again is not None and not stage_fits(costs, line, s, schedule)
 
 

@@ -172,6 +172,16 @@ def _trips(facts: _Chain) -> Grid:
     return trips
 
 
+def tail_seconds(costs: Costs, line: Line) -> float:
+    """Least seconds from the end of the first stage's last backward to that of its reductions;
+    teams may hold several stages."""
+    (team, *_), last = line.teams, line.bounds[1]
+    some = zip(team.units[:UNITS], team.rows[:UNITS], strict=True)
+    backward = [unit_prefix(costs, unit, rows)[1][last] for unit, rows in some]
+    others: Grid = [[] for _ in line.teams[1:]]
+    return max(_tails(costs, line, [backward, *others])[0])
+
+
 def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
     """Reductions between the units of each stage, and of tied parameters between stages.
 
@@ -201,7 +211,7 @@ def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
             for s, (a, b) in enumerate(pairwise(line.bounds))
             if any(a <= layer < b for layer in tied.layers)
         ]
-        units = tuple(unit for s in stages for unit in line.teams[s].units)
+        units = tuple(dict.fromkeys(unit for s in stages for unit in line.teams[s].units))
         if len(units) > 1:
             latency, slope = _ring(costs, units)
             size = tied.parameters * width / (len(units[0]) if tied.split else 1) - 1

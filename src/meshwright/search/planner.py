@@ -47,6 +47,7 @@ from meshwright.search.explore import (
 )
 from meshwright.search.improve import improve
 from meshwright.search.schedule import reschedule
+from meshwright.search.virtual_stages import divide_stages
 from meshwright.simulate.fold import fold
 
 SIMULATED_WORK = 80_000
@@ -70,7 +71,7 @@ MISFITS_SHOWN = 3
 RUNNERS_UP = 6
 
 
-def find_plan(
+def find_plan(  # noqa: PLR0913 - options, each with a default
     model: LayerGraph,
     cluster: Cluster,
     job: Job,
@@ -78,17 +79,19 @@ def find_plan(
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
     reorder: bool = True,
+    divide: bool = True,
     progress: Progress | None = None,
     budget_seconds: float | None = None,
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
     `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
-    in all others. Without `budget_seconds` the same input gives the same plan, byte for byte; with
-    it, the best plan found when the time was up, or the first one that fits if that takes a moment
-    longer. Raises FitError when nothing fits, saying by how much and what would help; ClusterError
-    when no device offers the job's precision or a link carries nothing; PlanError when job and
-    model disagree, are too large, or the time was up before a plan was found.
+    in all others and, with `divide`, with several stages on each device. Without `budget_seconds`
+    the same input gives the same plan, byte for byte; with it, the best plan found when the time
+    was up, or the first one that fits if that takes a moment longer. Raises FitError when nothing
+    fits, saying by how much and what would help; ClusterError when no device offers the job's
+    precision or a link carries nothing; PlanError when job and model disagree, are too large, or
+    the time was up before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     _check(model, cluster, job)
@@ -105,6 +108,8 @@ def find_plan(
         raise _nothing(contest, explored, tell)
     if reorder:
         reschedule(contest, tell)
+        if divide:
+            divide_stages(contest, tell)
     winner = _simplest(contest)
     played = {each.name for each in contest.others}
     misfits = _misfits(costs, winner.seconds, played, by_hand, explored)

@@ -7,20 +7,19 @@ times all, and the simulator plays the few fastest that fit.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
 
-from meshwright.cluster.topology import topology
-from meshwright.cost.collective import alone_seconds
+from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.instructions import Prices, price
-from meshwright.cost.links import reached_links
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.plan.virtual import layout_of, layout_wanted
-from meshwright.program.actions import Order, words
+from meshwright.program.actions import Order, one, words
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import SENDS, Op, Program
 from meshwright.program.listing import NAMES, best_order
@@ -30,7 +29,8 @@ from meshwright.search.contest import Contest, Played, enter, work_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
-from meshwright.simulate.fold import fold
+from meshwright.search.lower import after_lines
+from meshwright.simulate.fold import fold, priced_for_all
 
 FINALISTS = 3
 """Plans of different builds that are tried in every order."""
@@ -41,17 +41,20 @@ PLAYED = 3
 LISTED = 60_000
 """Actions that the list scheduler may look at for one pipeline."""
 
+ROUGH = 0.02
+"""Share by which program.work may be slower than the simulator."""
+
 MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
 
 
 def reschedule(contest: Contest, tell: Progress) -> None:
     """Enter the finalists in the orders that suit them best; the contest keeps the fastest."""
-    finalists = _finalists(contest)
-    for done, played in enumerate(finalists):
-        tell("ordering", done, len(finalists))
+    field = finalists(contest)
+    for done, played in enumerate(field):
+        tell("ordering", done, len(field))
         if contest.late:
-            contest.dropped["beyond the budget"] += len(finalists) - done
+            contest.dropped["beyond the budget"] += len(field) - done
             break
         for plan in _reordered(contest, played):
             memory = device_memory(plan, contest.costs.model, contest.costs.cluster)
@@ -59,29 +62,30 @@ def reschedule(contest: Contest, tell: Progress) -> None:
                 contest.dropped["order of work that does not fit in memory"] += 1
             else:
                 enter(contest, plan, describe(plan))
-    tell("ordering", len(finalists), len(finalists))
+    tell("ordering", len(field), len(field))
 
 
-def _finalists(contest: Contest) -> list[Played]:
+def finalists(contest: Contest) -> list[Played]:
     """The best plan of each build in which there is an order to choose and that could win by it."""
     builds: dict[str, Played] = {}
     for played in sorted(contest.others, key=lambda p: p.seconds):
         if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
             builds.setdefault(played.plan.name, played)
-    hopeful = [p for p in builds.values() if _busy_seconds(contest.costs, p.plan) < contest.limit]
+    hopeful = [p for p in builds.values() if _least_seconds(contest.costs, p.plan) < contest.limit]
     return hopeful[:FINALISTS]
 
 
-def _busy_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest unit computes before the norm, in any order of work."""
+def _least_seconds(costs: Costs, plan: Plan) -> float:
+    """Seconds that the busiest unit computes, in any order of work, and all that comes after."""
     most = 0.0
-    for line in (line_of(pipeline) for pipeline in plan.pipelines):
+    lines = [line_of(pipeline) for pipeline in plan.pipelines]
+    for line in lines:
         for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
             for unit, rows in distinct_replicas(costs, team.units, team.rows):
                 forward, backward = unit_prefix(costs, unit, rows)
                 each = forward[b] - forward[a] + backward[b] - backward[a]
                 most = max(most, line.micro_batches * each)
-    return most
+    return most + after_lines(costs, lines)
 
 
 def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
@@ -91,27 +95,56 @@ def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
         contest.dropped["too large to try other orders"] += 1
         return
     works = pipeline_works(plan, costs)
-    ranked = []
-    for name in NAMES:
-        if name != plan.schedule and not any(layout_wanted(name, work.layout) for work in works):
-            took = max(_named_seconds(name, work) for work in works)
-            ranked.append((took, name))
-    for _, name in sorted(ranked, key=itemgetter(0))[:PLAYED]:
-        yield replace(plan, schedule=name)
-    listed = in_listed_order(plan, works, LISTED)
-    if listed is not None:
-        yield listed
+    after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+    others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
+    for took, name in others[:PLAYED]:
+        if took + after < contest.limit * (1 + ROUGH):
+            yield replace(plan, schedule=name, prediction=None)
+        else:
+            contest.dropped["orders of work that are not faster"] += 1
+    listed = listed_orders(works, LISTED)
+    if listed is not None and listed[0] + after < contest.limit * (1 + ROUGH):
+        yield in_listed_orders(plan, listed[1])
+
+
+def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
+    """The schedules with a rule that play these pipelines, after their seconds; fastest first.
+    Interleaving one stage of each device is eager 1F1B."""
+    divided = any(len(held) > 1 for work in works for held in work.layout)
+    ranked = [
+        (max(_named_seconds(name, work) for work in works), name)
+        for name in NAMES
+        if (divided or not name.startswith("interleaved"))
+        and not any(layout_wanted(name, work.layout) for work in works)
+    ]
+    return sorted(ranked, key=itemgetter(0))
 
 
 def in_listed_order(plan: Plan, works: Sequence[Work], looked_at: int) -> Plan | None:
     """The plan in an order of its own, by its pipelines' work; None if nothing fits."""
-    found = [best_order(work, looked_at) for work in works]
-    orders_of = [to_orders(codes) for codes in found if codes is not None]
-    if len(orders_of) < len(works):
-        return None
+    made = listed_orders(works, looked_at)
+    return in_listed_orders(plan, made[1]) if made else None
+
+
+def listed_orders(
+    works: Sequence[Work], looked_at: int
+) -> tuple[float, list[tuple[Order, ...]]] | None:
+    """Orders made for pipelines' work, after the seconds of the slowest; None if nothing fits."""
+    slowest, found = 0.0, []
+    for work in works:
+        codes = best_order(work, looked_at)
+        if codes is None:
+            return None
+        slowest = max(slowest, seconds(work, codes))
+        found.append(to_orders(codes))
+    return slowest, found
+
+
+def in_listed_orders(plan: Plan, found: Sequence[tuple[Order, ...]]) -> Plan:
+    """The plan with an order for each of its pipelines."""
     pipelines = tuple(
         replace(pipeline, actions=as_actions(pipeline, order))
-        for pipeline, order in zip(plan.pipelines, orders_of, strict=True)
+        for pipeline, order in zip(plan.pipelines, found, strict=True)
     )
     return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
 
@@ -128,8 +161,9 @@ def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
 
 def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
-    as its slowest rank; transfers are priced as if alone."""
-    whole, split = _priced(plan, costs, "1f1b"), _priced(plan, costs, "zb-h1")
+    as its slowest rank; transfers share links with those of the same cut alone."""
+    whole = _priced(plan, costs, Op.BACKWARD)
+    split = _priced(plan, costs, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     stages = stage_seats(plan)
     by_stage = _by_stage(*split, costs)
     backward = _by_stage(*whole, costs)
@@ -160,19 +194,35 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     return works
 
 
-def _priced(plan: Plan, costs: Costs, schedule: ScheduleName) -> tuple[Program, Prices]:
+def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     """A single micro-batch of a plan, by its cheapest ranks to play."""
-    single = tuple(replace(p, micro_batches=1, actions=None) for p in plan.pipelines)
-    probe = replace(plan, schedule=schedule, pipelines=single)
+    single = tuple(
+        replace(p, micro_batches=1, actions=_there_and_back(p, backward)) for p in plan.pipelines
+    )
+    probe = replace(plan, schedule="custom", pipelines=single)
     folded = fold(plan, costs.cluster)
     program = compile_plan(probe, costs.model, only=folded.ranks)
-    return program, price(program, probe, costs.model, costs.cluster, costs.profile)
+    prices = price(program, probe, costs.model, costs.cluster, costs.profile)
+    return program, priced_for_all(program, prices, folded, costs.cluster)
+
+
+def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:
+    """One micro-batch through all stages of any layout, with backwards in these parts."""
+    found = tuple(
+        (
+            *(one(Op.FORWARD, s, 0) for s in held),
+            *(one(op, s, 0) for s in reversed(held) for op in backward),
+        )
+        for held in layout_of(pipeline)
+    )
+    return as_actions(pipeline, found)
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
-    """The most of any rank, by stage and kind of work, transfer or memory."""
-    links = topology(reached_links(costs.cluster, costs.profile))
+    """The most of any rank, by stage and kind of work or memory; transfers of all replicas, which
+    keep step."""
     found: dict[tuple[object, ...], float] = {}
+    sent: defaultdict[tuple[object, ...], list[Traffic]] = defaultdict(list)
 
     def most(key: tuple[object, ...], value: float) -> None:
         found[key] = max(found.get(key, 0.0), value)
@@ -181,7 +231,7 @@ def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[obje
         full: dict[int, float] = {}
         for i, cost in zip(instructions, own, strict=True):
             if i.op in SENDS:
-                most((i.stage, i.op), alone_seconds(links, cost.traffic))
+                sent[i.stage, i.op].append(cost.traffic)
             elif i.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
                 most((i.stage, i.op), cost.seconds)
                 if i.op is Op.FORWARD:
@@ -189,6 +239,8 @@ def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[obje
                     most((i.stage, "full"), cost.held)
                 elif i.op is Op.BACKWARD_INPUT:
                     most((i.stage, "half"), full[i.stage] + cost.held)
+    for key, traffics in sent.items():
+        found[key] = alone_seconds(costs.links, together(traffics))
     return found
 
 

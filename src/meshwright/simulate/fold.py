@@ -189,7 +189,8 @@ def simulate_folded(
     prices = price(program, plan, model, cluster, profile)
     if len(folded.ranks) == len(plan.devices):
         return simulate(program, prices)
-    return simulate(_among_themselves(program, folded), _for_all(program, prices, folded, cluster))
+    shared = priced_for_all(program, prices, folded, cluster)
+    return simulate(_among_themselves(program, folded), shared)
 
 
 def _among_themselves(program: Program, folded: Fold) -> Program:
@@ -209,8 +210,9 @@ def _among_themselves(program: Program, folded: Fold) -> Program:
     )
 
 
-def _for_all(program: Program, prices: Prices, folded: Fold, cluster: Cluster) -> Prices:
-    """Transfers carry the bytes of all copies; rings keep to the resources of those played."""
+def priced_for_all(program: Program, prices: Prices, folded: Fold, cluster: Cluster) -> Prices:
+    """Prices of the ranks that are played, among all the others: transfers carry the bytes of all
+    copies; rings keep to the resources of those played."""
     owner = owners(cluster)
     sites = {f"@{site.name}" for site in cluster.sites}
     devices = {prices.devices[rank] for rank in folded.ranks}

@@ -1,0 +1,210 @@
+"""Layer cuts for pipelines whose devices hold several stages each.
+
+Letters: G groups of devices, K stages, L layers, M micro-batches, a stage's first layer, b one past
+its last. Group g of a pipeline of one stage a group holds stage g there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost.times import repeated_seconds
+from meshwright.plan.spec import ScheduleName
+from meshwright.plan.virtual import Layout
+from meshwright.program.actions import Order
+from meshwright.program.instructions import Op
+from meshwright.program.schedules import orders
+from meshwright.search.costs import (
+    Costs,
+    distinct_replicas,
+    stage_bytes,
+    unit_capacity,
+    unit_times,
+)
+from meshwright.search.fitting import cut_seconds
+from meshwright.search.lines import Line, Team
+from meshwright.search.partition import Array
+
+OVERFULL = 1e3
+"""Steps of the whole model on the busiest group that it costs to overfill one by all of its
+memory."""
+
+EVENNESS = 1e-3
+"""Weight of the groups' quadratic mean beside the busiest one."""
+
+REACH = 4
+"""Layers by which cuts are moved at most at once."""
+
+Bounds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What a choice of cuts comes to: entry [k, a, b] is of stage k with layers [a, b)."""
+
+    member: Array
+    """[K, G], 1 where a group holds a stage."""
+    loads: Array
+    """Seconds of a micro-batch, there and back."""
+    always: Array
+    """Share of the devices' memory that is always held,"""
+    each: Array
+    """and that of every micro-batch in flight."""
+    held: Array
+    """[K, H] micro-batches of every stage in flight at moments of one group when most may be."""
+    moments: NDArray[np.intp]
+    """Of every group, the first of its moments."""
+    cuts: Array
+    """Seconds [K - 1, L + 1] across the cut after each stage."""
+    micro_batches: int
+
+
+def cut_in_chunks(
+    costs: Costs, line: Line, layout: Layout, schedule: ScheduleName, again: frozenset[int]
+) -> tuple[Bounds, float]:
+    """K + 1 layer indices for the stages of a layout on the teams of a line, and the seconds of its
+    micro-batches by `_seconds`; the groups in `again` recompute.
+
+    From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
+    or by a few where one does not help.
+    """
+    tables = _tables(costs, line, layout, schedule, again)
+    bounds = _proportional(tables)
+    best = float(_seconds(tables, bounds[None])[0])
+    shifts, reach = _shifts(len(bounds)), 1
+    while reach <= REACH:
+        moved = bounds + reach * shifts
+        moved = moved[(np.diff(moved, axis=1) > 0).all(axis=1)]
+        seconds = _seconds(tables, moved) if len(moved) else np.array([np.inf])
+        choice = int(seconds.argmin())
+        if seconds[choice] < best * (1 - 1e-9):
+            bounds, best, reach = moved[choice], float(seconds[choice]), 1
+        else:
+            reach += 1
+    return tuple(bounds.tolist()), best
+
+
+def _tables(
+    costs: Costs, line: Line, layout: Layout, schedule: ScheduleName, again: frozenset[int]
+) -> _Tables:
+    places = chunks_of(layout)
+    stages, size = len(places), len(costs.model.layers) + 1
+    loads, always, each = (np.zeros((stages, size, size)) for _ in range(3))
+    for k, g in enumerate(places):
+        loads[k] = _loads(costs, line.teams[g], again=g in again)
+        always[k], each[k] = _shares(costs, line.teams[g], again=g in again)
+    cuts = np.zeros((max(stages - 1, 0), size))
+    for k, (one, other) in enumerate(pairwise(places)):
+        if one != other:
+            cuts[k] = cut_seconds(costs, line.teams[one], line.teams[other])
+    moments = [_moments(order, stages) for order in orders(schedule, layout, line.micro_batches)]
+    return _Tables(
+        member=np.equal.outer(places, np.arange(len(layout))).astype(np.float64),
+        loads=loads,
+        always=always,
+        each=each,
+        held=np.concatenate(moments).T.astype(np.float64),
+        moments=np.cumsum([0, *map(len, moments[:-1])]),
+        cuts=cuts,
+        micro_batches=line.micro_batches,
+    )
+
+
+def _moments(order: Order, stages: int) -> NDArray[np.intp]:
+    """[H, K]: micro-batches of each stage in flight when a backward is due, less what is no more
+    than at another time."""
+    now = [0] * stages
+    found: dict[tuple[int, ...], None] = {}
+    for op, stage, first, last in order:
+        if op is Op.FORWARD:
+            now[stage] += last - first
+        else:
+            found[tuple(now)] = None
+            now[stage] -= (last - first) * (op is not Op.BACKWARD_INPUT)
+    every = np.array([*found], dtype=np.intp)
+    covered = (every[:, None] <= every[None]).all(axis=2).sum(axis=1) > 1
+    kept: NDArray[np.intp] = every[~covered]
+    return kept
+
+
+def _loads(costs: Costs, team: Team, *, again: bool) -> Array:
+    """Seconds [L + 1, L + 1] of the slowest replica."""
+    found: list[Array] = []
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        forward, backward = unit_times(costs, unit, rows)
+        both = forward + backward
+        if again:
+            both = both + repeated_seconds(costs.model, (0, len(forward)), forward)
+        sums = np.concatenate([[0.0], np.cumsum(both)])
+        found.append(sums[None, :] - sums[:, None])
+    worst: Array = np.max(found, axis=0)
+    return worst
+
+
+def _shares(costs: Costs, team: Team, *, again: bool) -> tuple[Array, Array]:
+    """Shares [L + 1, L + 1] of the fullest replica's memory: always, and each micro-batch."""
+    always: list[Array] = []
+    each: list[Array] = []
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        fixed, moving = stage_bytes(costs, len(unit), rows, again=again)
+        always.append(fixed / unit_capacity(costs, unit))
+        each.append(moving / unit_capacity(costs, unit))
+    return np.max(always, axis=0), np.max(each, axis=0)
+
+
+def _proportional(tables: _Tables) -> NDArray[np.intp]:
+    """Equal stages of every group, in proportion to its speed; at least one layer each."""
+    stages, size = tables.loads.shape[0], tables.loads.shape[1]
+    whole = tables.loads[:, 0, -1]
+    done = (tables.loads[:, 0, :] / whole[:, None]).mean(axis=0)
+    wanted = np.cumsum(1 / whole) / (1 / whole).sum()
+    found = [0]
+    for k in range(stages - 1):
+        nearest = int(np.abs(done - wanted[k]).argmin())
+        found.append(min(max(nearest, found[-1] + 1), size - stages + k))
+    return np.array([*found, size - 1], dtype=np.intp)
+
+
+def _shifts(size: int) -> NDArray[np.intp]:
+    """Every run of inner cuts, one layer to the left or to the right: what is between two of them
+    moves along, so that any two stages can exchange a layer."""
+    rows = []
+    for first in range(1, size - 1):
+        for last in range(first, size - 1):
+            shift = np.zeros(size, dtype=np.intp)
+            shift[first : last + 1] = 1
+            rows += [shift, -shift]
+    return np.array(rows, dtype=np.intp).reshape(-1, size)
+
+
+def _seconds(tables: _Tables, bounds: NDArray[np.intp]) -> Array:
+    """Of each choice of cuts [N, K + 1]:
+
+        M * busiest group + (G - 1) * slowest stage / 3 + transfers of one micro-batch
+
+    and more where groups are overfull. A pipeline fills in the time of the forwards, a third, of
+    G - 1 stages, not of G - 1 groups; while it drains there are gradients of weights to do. The
+    groups' quadratic mean counts a little, for where two are the busiest, relieving one must show.
+    """
+    stages, groups = tables.member.shape
+    at = np.arange(stages), bounds[:, :-1], bounds[:, 1:]
+    load = tables.loads[at]
+    busy = load @ tables.member
+    busiest = busy.max(axis=1) + EVENNESS * np.sqrt((busy**2).mean(axis=1))
+    moving = np.maximum.reduceat(tables.each[at] @ tables.held, tables.moments, axis=1)
+    excess = np.maximum(tables.always[at] @ tables.member + moving - 1, 0).sum(axis=1)
+    across = tables.cuts[at[0][:-1], bounds[:, 1:-1]].sum(axis=1)
+    seconds: Array = tables.micro_batches * busiest + (groups - 1) * load.max(axis=1) / 3 + across
+    seconds += OVERFULL * tables.loads[:, 0, -1].max() * excess
+    return seconds
+
+
+def chunks_of(layout: Layout) -> Sequence[int]:
+    """The group of every stage."""
+    places = {k: g for g, held in enumerate(layout) for k in held}
+    return [places[k] for k in range(len(places))]

@@ -1,0 +1,227 @@
+"""Beside the choice of an order: several stages on each device, for plans whose devices wait.
+
+A pipeline fills and drains in the time of its stages; cut in two, they take half of that, for twice
+as many transfers. The layers of every finalist are cut anew into several stages for each group of
+devices, dealt out in turn (interleaved) or down the line and back up (V); program.work times them,
+and the simulator plays the few that may win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import attrgetter
+
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
+from meshwright.plan.virtual import Layout
+from meshwright.program.work import Work
+from meshwright.search.chunks import Bounds, chunks_of, cut_in_chunks
+from meshwright.search.contest import Contest, Played, enter, work_of
+from meshwright.search.costs import Costs
+from meshwright.search.explore import Progress
+from meshwright.search.fitting import fluid_rate
+from meshwright.search.lines import line_of
+from meshwright.search.lower import after_lines, tail_seconds
+from meshwright.search.schedule import (
+    LISTED,
+    MOST_ACTIONS,
+    finalists,
+    in_listed_orders,
+    in_named_orders,
+    listed_orders,
+    pipeline_works,
+)
+from meshwright.simulate.fold import fold
+from meshwright.simulate.parts import parts as parts_of
+
+LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (
+    ("interleaved-1f1b", 2),
+    ("interleaved-1f1b", 4),
+    ("zb-v", 2),
+)
+"""The rule that deals out the stages, and how many each group of devices gets."""
+
+WORTH = 0.02
+"""Share of the best step that must be lost to anything but work for stages to be divided."""
+
+ROUGH = 0.03
+"""Share by which the closed form, or an order that is not made for the plan, may be too slow."""
+
+PLAYED = 2
+"""Divided plans that are simulated, beside one in an order of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A divided plan that fits, in the order in which the quick clock likes it best."""
+
+    seconds: float
+    after: float
+    """Of these, seconds after the last backward."""
+    plan: Plan
+    works: list[Work]
+
+
+def divide_stages(contest: Contest, tell: Progress) -> None:
+    """Enter the finalists with several stages on each device, where that may win; the contest keeps
+    the fastest."""
+    field = finalists(contest)
+    drafts: list[_Draft] = []
+    for done, played in enumerate(field):
+        tell("dividing stages", done, len(field))
+        if contest.late:
+            contest.dropped["virtual stages beyond the budget"] += len(field) - done
+            break
+        if not _hopeful(contest, played):
+            contest.dropped["virtual stages that could not win"] += 1
+        elif work_of(played.plan, fold(played.plan, contest.costs.cluster)) > MOST_ACTIONS:
+            contest.dropped["too large to divide its stages"] += 1
+        else:
+            drafts += _drafts(contest, played.plan)
+    _play(contest, sorted(drafts, key=attrgetter("seconds")))
+    tell("dividing stages", len(field), len(field))
+
+
+def _hopeful(contest: Contest, played: Played) -> bool:
+    """Whether a plan would beat the best step by enough without its bubble and the reduction of
+    what first and last layers share; and with devices that are never idle."""
+    costs, limit = contest.costs, contest.limit * (1 - WORTH)
+    lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
+    busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
+    if busy + after_lines(costs, lines) >= limit:
+        return False
+    for each, timeline in contest.timelines:
+        if each is played:
+            lost = parts_of(timeline)
+            spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
+            return played.seconds - spared < limit
+    return True
+
+
+def _play(contest: Contest, drafts: list[_Draft]) -> None:
+    """Simulate the fastest drafts, and the best of them in an order made for it."""
+    known = [draft.seconds for draft in drafts]
+    for k, draft in enumerate(drafts):
+        if k >= PLAYED or draft.seconds >= contest.limit or contest.late:
+            contest.dropped["virtual stages that are not faster"] += len(drafts) - k
+            break
+        known[k] = enter(contest, draft.plan, describe(draft.plan)).seconds
+    best = min(known, default=float("inf"))
+    if best < contest.limit * (1 + ROUGH) and not contest.late:
+        _play_listed(contest, drafts[known.index(best)])
+
+
+def _play_listed(contest: Contest, draft: _Draft) -> None:
+    made = listed_orders(draft.works, LISTED)
+    if made is None or made[0] + draft.after >= contest.limit:
+        return
+    plan = in_listed_orders(draft.plan, made[1])
+    if _fits(contest.costs, plan):
+        enter(contest, plan, describe(plan))
+
+
+def _drafts(contest: Contest, plan: Plan) -> Iterator[_Draft]:
+    """The plan with its stages divided in every way."""
+    costs = contest.costs
+    after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+    for schedule, chunks in LAYOUTS:
+        limit = (contest.limit - after) * (1 + ROUGH)
+        divided = divided_plan(costs, plan, schedule, chunks, limit)
+        if isinstance(divided, str):
+            contest.dropped[divided] += 1
+            continue
+        works = pipeline_works(divided, costs)
+        late = after + max(tail_seconds(costs, line_of(p)) for p in divided.pipelines)
+        for seconds, name in in_named_orders(works):
+            ordered = replace(divided, schedule=name)
+            if _fits(costs, ordered):
+                yield _Draft(seconds + late, late, ordered, works)
+                break
+
+
+def _fits(costs: Costs, plan: Plan) -> bool:
+    memory = device_memory(plan, costs.model, costs.cluster)
+    return all(total_bytes(each) <= each.capacity for each in memory)
+
+
+def divided_plan(
+    costs: Costs,
+    plan: Plan,
+    schedule: ScheduleName,
+    chunks: int,
+    limit: float = float("inf"),
+) -> Plan | str:
+    """The plan with `chunks` stages on every group of devices, in the layout that the schedule
+    plays; or why there is none: too few layers, not enough memory even where groups recompute, or
+    pipelines that would take `limit` seconds in closed form."""
+    lines = [line_of(pipeline) for pipeline in plan.pipelines]
+    layouts = [_layout(schedule, len(line.teams), chunks) for line in lines]
+    if any(sum(map(len, layout)) > len(costs.model.layers) for layout in layouts):
+        return "virtual stages with fewer layers than stages"
+    again = [frozenset[int]()] * len(lines)
+    while True:
+        cuts = [
+            cut_in_chunks(costs, line, layout, schedule, groups)
+            for line, layout, groups in zip(lines, layouts, again, strict=True)
+        ]
+        if max(seconds for _, seconds in cuts) >= limit:
+            return "virtual stages that are slower in closed form"
+        pipelines = tuple(
+            _divided(*each) for each in zip(plan.pipelines, layouts, cuts, again, strict=True)
+        )
+        found = replace(
+            plan,
+            name=f"{plan.name}-vpp{chunks}",
+            schedule=schedule,
+            pipelines=pipelines,
+            prediction=None,
+        )
+        memory = device_memory(found, costs.model, costs.cluster)
+        over = {each.device for each in memory if total_bytes(each) > each.capacity}
+        if not over:
+            return found
+        more = [
+            groups | {g for g, team in enumerate(line.teams) if _any_of(team.units, over)}
+            for line, groups in zip(lines, again, strict=True)
+        ]
+        if costs.again is None or more == again:
+            return "virtual stages that do not fit in memory"
+        again = more
+
+
+def _any_of(units: tuple[tuple[str, ...], ...], names: set[str]) -> bool:
+    return any(name in names for unit in units for name in unit)
+
+
+def _layout(schedule: ScheduleName, groups: int, chunks: int) -> Layout:
+    """The stages of every group."""
+    if schedule == "zb-v":
+        return tuple((g, 2 * groups - 1 - g) for g in range(groups))
+    each = chunks if groups > 1 else 1
+    return tuple(tuple(range(g, each * groups, groups)) for g in range(groups))
+
+
+def _divided(
+    pipeline: Pipeline, layout: Layout, cuts: tuple[Bounds, float], again: frozenset[int]
+) -> Pipeline:
+    places = chunks_of(layout)
+    stages = tuple(
+        Stage(
+            layers=layers,
+            devices=pipeline.stages[g].devices,
+            rows=pipeline.stages[g].rows,
+            boundary=_boundary(pipeline, places[k - 1], g) if k else None,
+            recompute=g in again,
+        )
+        for k, (layers, g) in enumerate(zip(pairwise(cuts[0]), places, strict=True))
+    )
+    return replace(pipeline, stages=stages, actions=None)
+
+
+def _boundary(pipeline: Pipeline, source: int, target: int) -> BoundaryKind | None:
+    """That of the cut between the same groups, if there was one."""
+    neighbours = abs(source - target) == 1
+    return pipeline.stages[max(source, target)].boundary if neighbours else None

@@ -1,0 +1,83 @@
+"""A plan of the search in which devices hold several stages: it runs, and training equals one
+process's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import ROWS, SEQUENCE, Case, batch, gpt
+from ranks import run_ranks
+from test_parity import RATE, SMALL_BUCKETS, STEPS, built, exact, factor, reference, relative
+
+from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
+from meshwright.model.trace import trace
+from meshwright.plan.spec import Job
+from meshwright.plan.virtual import layout_of
+from meshwright.search.planner import find_plan
+
+
+def cluster(*kinds: str) -> Cluster:
+    """A node for each device: slow ones, on a network on which parameters are dear to reduce."""
+    types = {
+        name: DeviceType(
+            name=name,
+            memory=1 << 34,
+            memory_bandwidth=1e15,
+            peak={"fp64": flops},
+            matmul_efficiency=1.0,
+            attention_efficiency=1.0,
+            memory_efficiency=1.0,
+        )
+        for name, flops in (("fast", 2e8), ("slow", 1e8))
+    }
+    link = Link(bandwidth=1e6, latency=1e-6)
+    nodes = tuple(
+        Node(name="ab"[i], site="here", devices=(kind,), inside=link, network=link)
+        for i, kind in enumerate(kinds)
+    )
+    return Cluster(name="slow", types=types, nodes=nodes, sites=(Site(name="here"),))
+
+
+def searched() -> Case:
+    """Of the tied model: both its ends on one device."""
+    model = partial(gpt, layers=8)
+    graph = trace(model(), batch(0), "fp64", SEQUENCE, "gpt")
+    job = Job(global_batch=ROWS, sequence=SEQUENCE, precision="fp64")
+    plan = find_plan(graph, cluster("fast", "slow"), job)
+    return Case(model=model, pipelines=plan.pipelines, schedule=plan.schedule)
+
+
+def play(_: int, case: Case) -> tuple[list[tuple[float, float]], Any]:
+    """Loss and norm of every step, and the parameters at the end."""
+    from meshwright.runtime.engine import Engine
+
+    with Engine(
+        built(case),
+        case.plan,
+        inputs=batch(0),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+        clip_norm=case.clip_norm,
+        learning_rate=factor,
+        bucket_bytes=SMALL_BUCKETS,
+    ) as engine:
+        results = []
+        for step in range(STEPS):
+            whole = batch(step % 2)
+            results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
+        return [(r.loss, r.grad_norm) for r in results], engine.parameters()
+
+
+@pytest.mark.timeout(300)
+def test_a_searched_plan_with_several_stages_on_each_device_trains_as_one_process() -> None:
+    case = searched()
+    (pipeline,) = case.pipelines
+    assert max(map(len, layout_of(pipeline))) > 1
+    ranks = run_ranks(case.world_size, play, case, limit=120)
+    wanted, weights = reference(case)
+    for losses, _ in ranks:
+        assert exact(losses) == pytest.approx(exact(wanted), rel=1e-9)
+    for name, value in weights.items():
+        assert relative(ranks[0][1][name], value.detach()) < 1e-9, name
