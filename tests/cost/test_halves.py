@@ -80,16 +80,6 @@ def test_joined_weight_gradients_are_one_product_over_all_rows() -> None:
     assert seconds[Op.BACKWARD_WEIGHT, 4] == pytest.approx(3 + 2 * 4)
 
 
-def test_a_first_stage_does_all_in_its_second_part() -> None:
-    """Alone it is an ordinary backward; joined, first parts one by one and products together."""
-    plain = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule="gpipe-2bp")
-    assert priced(plain, 0)[Op.BACKWARD_INPUT, 1] == 0.0
-    assert priced(plain, 0)[Op.BACKWARD_WEIGHT, 1] == pytest.approx(10.0)
-    joined = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule="gpipe-2bp-batched")
-    assert priced(joined, 0)[Op.BACKWARD_INPUT, 1] == 0.0
-    assert priced(joined, 0)[Op.BACKWARD_WEIGHT, 4] == pytest.approx(4 * 6 + (3 + 2 * 4))
-
-
 @pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp", "zb-h1"])
 def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
     plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule=schedule)

@@ -129,18 +129,10 @@ class ReplicaTimes:
             return self._both()[0]
         if op is Op.BACKWARD:
             return self._both()[1]
-        if self.hands_back:
-            return self._part(op, micro_batches)
-        # Autograd has nothing to give to a stage before the first: all is left to the W, which is
-        # an ordinary backward unless it joins the weight gradients of several.
-        if op is Op.BACKWARD_INPUT:
-            return 0.0 * self._both()[1]
-        if micro_batches == 1:
-            return self._both()[1]
-        inputs = self._part(Op.BACKWARD_INPUT, 1)
-        return micro_batches * inputs + self._part(Op.BACKWARD_WEIGHT, micro_batches)
-
-    def _part(self, op: Op, micro_batches: int) -> Array:
+        if not self.hands_back:
+            # Autograd has nothing to give to a stage before the first: all is left to the W.
+            whole = self._both()[1]
+            return whole * (micro_batches if op is Op.BACKWARD_WEIGHT else 0)
         first, last = self.layers
         part = 0 if op is Op.BACKWARD_INPUT else 1
         found, rows = [], self.rows * micro_batches

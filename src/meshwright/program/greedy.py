@@ -105,9 +105,12 @@ class _Listing:
         return behind > self.rule.lag[s] or (at < coming and done <= coming)
 
     def backward(self, s: int) -> int:
-        """In two parts, if that is the rule and there is room."""
+        """In two parts, if that is the rule and there is room; whole on the first stage once its
+        group has no forward left, as nobody waits for it then."""
         grows = self.work.half[s] - self.work.full[s]
         g = self.group[s]
+        if s == 0 and len(self.forwards[max(self.work.layout[g])]) == self.count:
+            return B
         return I if self.rule.split and self.held[g] + grows <= self.work.room[g] else B
 
     def ready(self, s: int, kind: int, g: int) -> float:

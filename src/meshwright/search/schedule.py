@@ -19,8 +19,8 @@ from meshwright.cost.links import reached_links
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
-from meshwright.plan.virtual import layout_of, layout_wanted
-from meshwright.program.actions import Order, words
+from meshwright.plan.virtual import Layout, layout_of, layout_wanted
+from meshwright.program.actions import Order, one, words
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import SENDS, Op, Program
 from meshwright.program.listing import NAMES, best_order
@@ -129,7 +129,8 @@ def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
 def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
     as its slowest rank; transfers are priced as if alone."""
-    whole, split = _priced(plan, costs, "1f1b"), _priced(plan, costs, "zb-h1")
+    whole = _priced(plan, costs, Op.BACKWARD)
+    split = _priced(plan, costs, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     stages = stage_seats(plan)
     by_stage = _by_stage(*split, costs)
     backward = _by_stage(*whole, costs)
@@ -160,13 +161,26 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     return works
 
 
-def _priced(plan: Plan, costs: Costs, schedule: ScheduleName) -> tuple[Program, Prices]:
-    """A single micro-batch of a plan, by its cheapest ranks to play."""
-    single = tuple(replace(p, micro_batches=1, actions=None) for p in plan.pipelines)
-    probe = replace(plan, schedule=schedule, pipelines=single)
+def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
+    """A single micro-batch of a plan with this backward, by its cheapest ranks to play."""
+    single = tuple(
+        replace(p, micro_batches=1, actions=as_actions(p, _one_micro_batch(layout_of(p), backward)))
+        for p in plan.pipelines
+    )
+    probe = replace(plan, schedule="list", pipelines=single)
     folded = fold(plan, costs.cluster)
     program = compile_plan(probe, costs.model, only=folded.ranks)
     return program, price(program, probe, costs.model, costs.cluster, costs.profile)
+
+
+def _one_micro_batch(layout: Layout, backward: Sequence[Op]) -> tuple[Order, ...]:
+    return tuple(
+        (
+            *(one(Op.FORWARD, stage, 0) for stage in held),
+            *(one(op, stage, 0) for stage in reversed(held) for op in backward),
+        )
+        for held in layout
+    )
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
