@@ -136,9 +136,13 @@ def watch(engine, clock: Clock) -> None:
     import torch
     import torch.distributed as dist
 
+    from meshwright.runtime import split
+
     for place in engine._own.places.values():
-        place.stage._modules = [clock.around(module) for module in place.stage._modules]
+        for layer in place.stage._layers:
+            layer.module = clock.around(layer.module)
     torch.autograd.backward = clock.around(torch.autograd.backward)
+    split._accumulate = clock.around(split._accumulate)
     for name in ("isend", "irecv", "all_reduce"):
         setattr(dist, name, clock.around(getattr(dist, name)))
     work = type(dist.all_reduce(torch.zeros(1), async_op=True))

@@ -57,9 +57,10 @@ class _Rehearsal(Engine):
         self._scale = LossScale(dynamic=False)
         trainable = [held.parameter for held in own.held if held.parameter.requires_grad]
         self._optimizer = OPTIMIZERS[plan.job.optimizer](trainable)
-        self._clip_norm = 1.0
+        self._clip_norm, self._early, self._squared = 1.0, False, None
         table = self._table()
         self._actions = [(table[i.op], i) for i in program.ranks[world.rank]]
+        self._first_actions = self._actions
 
     def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
         self._own.reducer.finish()

@@ -80,6 +80,13 @@ def test_joined_weight_gradients_are_one_product_over_all_rows() -> None:
     assert seconds[Op.BACKWARD_WEIGHT, 4] == pytest.approx(3 + 2 * 4)
 
 
+def test_a_first_stage_does_its_parts_like_the_others() -> None:
+    seconds = priced(even_plan(MODEL, CLUSTER, stages=4, micro_batches=8, schedule="1f1b-2bp"), 0)
+    assert seconds[Op.BACKWARD_INPUT, 1] == pytest.approx(6.0)
+    assert seconds[Op.BACKWARD_WEIGHT, 1] == pytest.approx(5.0)
+    assert seconds[Op.BACKWARD, 1] == pytest.approx(10.0)
+
+
 @pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp", "zb-h1"])
 def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
     plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule=schedule)

@@ -22,6 +22,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op, Program, dumps, loads
 from meshwright.program.schedules import in_flight, orders
 from strategies import chain, models_and_plans
+from worlds import even_plan, one_node
 
 
 @given(models_and_plans())
@@ -219,6 +220,19 @@ def test_a_broken_program_is_refused_by_name(rank, edit, words):
 def test_unreadable_text_names_the_line(line):
     with pytest.raises(ProgramError, match="line 2"):
         loads(f"rank 0\n  {line}\n")
+
+
+def test_clipping_is_all_ranks_or_none() -> None:
+    model = chain([1.0, 1.0])
+    cluster = one_node(2)
+    plan = even_plan(model, cluster, stages=2, micro_batches=2)
+    clipped, free = (compile_plan(plan, model, clipped=each) for each in (True, False))
+    check_program(free)
+    for one, other in zip(clipped.ranks, free.ranks, strict=True):
+        assert other == (*one[:-2], one[-1], one[-2])
+    with pytest.raises(ProgramError) as caught:
+        check_program(Program(ranks=(clipped.ranks[0], free.ranks[1])))
+    assert "REDUCE_NORM on rank 0, OPTIMIZER_STEP on rank 1" in str(caught.value)
 
 
 def test_stages_of_unlike_tensor_widths_reduce_with_their_own_kind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.model.shard import Column, Row, Split, held
@@ -103,14 +105,17 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_parts_give_what_one_backward_gives(kind: str, together: bool) -> None:
+def test_two_parts_give_what_one_backward_gives(kind: str, together: bool, buffers: bool) -> None:
     torch.manual_seed(1)
     module = KINDS[kind]().double()
     pairs = inputs(3)
     wanted = [whole(module, *pair) for pair in pairs]
     weights = gradients(module)
+    for parameter in module.parameters() if buffers else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     halves = [first_part(module, *pair) for pair in pairs]
     for (found, _), other in zip(halves, wanted, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
@@ -147,19 +152,40 @@ def test_nothing_is_computed_twice(kind: str) -> None:
     assert second > 0
 
 
+class Calls(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_weights_of_several_micro_batches_are_one_product() -> None:
-    calls = []
-
-    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
-
     module = view_at_the_end().double()
     deferred = [first_part(module, *pair)[1] for pair in inputs(4)]
-    with Counting():
+    with Calls() as calls:
         backward_weights(deferred)
-    assert calls.count(torch.ops.aten.mm.default) == 2
+    assert calls.count["mm"] == 2
+
+
+@pytest.mark.parametrize(("rows", "products"), [(1, 1), (WIDTH, 3)])
+def test_products_add_to_gradients_and_join_where_that_moves_less(rows: int, products: int) -> None:
+    """Of three micro-batches: a product more reads and writes WIDTH x WIDTH numbers, joining
+    2 x rows x WIDTH of each of the three."""
+    module = nn.Linear(WIDTH, WIDTH).double()
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pair = torch.randn(2, rows, WIDTH, dtype=torch.float64)
+    deferred = [first_part(module, pair[0], pair[1])[1] for _ in range(3)]
+    with Calls() as calls:
+        backward_weights(deferred)
+    assert calls.count["mm"] == 0
+    assert calls.count["addmm"] == products
+    assert calls.count["cat"] == (2 if products == 1 else 0)
 
 
 def test_gradient_hooks_fire_once_in_the_second_part_and_gradients_stay_views() -> None:

@@ -18,6 +18,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.simulate.engine import simulate, simulate_plan
+from meshwright.simulate.parts import parts
 from strategies import chain, models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -153,6 +154,21 @@ def test_the_norm_waits_for_every_rank_and_the_optimizer_for_the_norm() -> None:
     assert len({start for start, _ in norms}) == 1
     assert norms[0][0] == pytest.approx(max(end for _, end in work))
     assert min(start for start, _ in of_kind(timeline, Op.OPTIMIZER_STEP)) >= norms[0][1]
+
+
+def test_without_clipping_a_stage_that_is_done_does_not_wait_for_late_ones() -> None:
+    model, cluster = chain([1.0, 3.0, 1.0], tied=True), one_node(3, bandwidth=1e6)
+    plan = even_plan(model, cluster, stages=3, micro_batches=2)
+    late = simulate_plan(plan, model, cluster)
+    early = simulate_plan(plan, model, cluster, clipped=False)
+    steps = [i for i in early.intervals if i.op is Op.OPTIMIZER_STEP]
+    for step in steps:
+        before = [i.end_seconds for i in early.intervals if i.rank == step.rank
+                  and i.op in (Op.BACKWARD, Op.REDUCE_GRAD)]  # fmt: skip
+        assert step.start_seconds == max(before)
+    assert len({step.start_seconds for step in steps}) > 1
+    assert early.step_seconds <= late.step_seconds
+    assert sum(parts(early).values()) == pytest.approx(early.step_seconds)
 
 
 def test_memory_rises_with_forwards_and_returns_to_where_it_began() -> None:

@@ -29,7 +29,7 @@ def backward_shares(
     Measured where the profile has both parts of this kind of layer on this device type (seconds
     interpolated between numbers of rows, at the nearest tensor width); else by FLOPs: the weight
     gradients of products cost as much as the products did, attention scores have none, and what
-    multiplies nothing (an embedding) is all W.
+    multiplies nothing (an embedding) is all I.
     """
     tied = {layer for each in model.tied for layer in each.layers}
     known: dict[tuple[str, bool], tuple[float, float]] = {}
@@ -84,10 +84,8 @@ def _by_flops(
 ) -> float:
     """Share of the backward that makes weight gradients: as many FLOPs as the products of the
     forward, as large a part of the traffic, and the gradients written."""
-    if not layer.parameters and not tied:
+    if not (layer.parameters or tied) or not layer.backward_flops:
         return 0.0
-    if not layer.backward_flops:
-        return 1.0
     products = min(layer.forward_flops, layer.backward_flops)
     share = products / layer.backward_flops
     weights = replace(

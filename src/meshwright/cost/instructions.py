@@ -139,7 +139,6 @@ def price(
                 [seat.device for seat in replica],
                 replica[0].rows[1] - replica[0].rows[0],
                 recompute=stage.recompute,
-                hands_back=bool(costs.tables.plain.cut_gradient[stage.layers[0]]),
             )
             for seat in replica:
                 if program.ranks[seat.rank]:

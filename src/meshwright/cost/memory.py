@@ -303,9 +303,7 @@ def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> St
 
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
     """What a stage keeps of a micro-batch between I and W, recomputed layers included: I has run
-    them again. Where there is nothing for I to do, what the forward left."""
-    if not tables.plain.cut_gradient[stage.layers[0]]:
-        return float(weigh(tables, stage, tensor, rows).activations)
+    them again."""
     return SPLIT_KEEPS * float(
         stage_memory(tables.plain, stage.layers, tensor, rows, 1).activations
     )

@@ -107,12 +107,10 @@ class ReplicaTimes:
         rows: int,
         *,
         recompute: bool,
-        hands_back: bool,
     ) -> None:
         self.times, self.layers, self.devices, self.rows = times, layers, devices, rows
         self.kinds = tuple(dict.fromkeys(kinds))
-        self.recompute, self.hands_back = recompute, hands_back
-        """Whether a stage before it waits for gradients; else there is nothing for an I to do."""
+        self.recompute = recompute
         self._whole: tuple[Array, Array] | None = None
         self._known: dict[tuple[Op, int], Array] = {}
 
@@ -129,10 +127,6 @@ class ReplicaTimes:
             return self._both()[0]
         if op is Op.BACKWARD:
             return self._both()[1]
-        if not self.hands_back:
-            # Autograd has nothing to give to a stage before the first: all is left to the W.
-            whole = self._both()[1]
-            return whole * (micro_batches if op is Op.BACKWARD_WEIGHT else 0)
         first, last = self.layers
         part = 0 if op is Op.BACKWARD_INPUT else 1
         found, rows = [], self.rows * micro_batches

@@ -170,25 +170,36 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
                 yield Problem(source, f"rank {rank}", found, f"as on rank {group[0]}: {first}")
 
 
+_ENDS = (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
+
+
 def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
-    """Gradients are complete before the norm, the norm is known before the weights change."""
+    """Gradients are complete before the norm is taken or the weights change, which end the step in
+    either order, the same on all ranks."""
+    first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
         at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}
-        for op in (Op.REDUCE_NORM, Op.OPTIMIZER_STEP):
+        for op in _ENDS:
             if len(at[op]) != 1:
                 yield Problem(source, f"rank {rank}", f"{len(at[op])} {op}", f"exactly one {op}")
-        norm = min(at[Op.REDUCE_NORM], default=len(instructions))
+        ends = sorted((k, op) for op in _ENDS for k in at[op])
+        end = ends[0][0] if ends else len(instructions)
+        for _, op in ends[:1]:
+            first.setdefault(op, rank)
         last_backward = {
             i.stage: k
             for k, i in enumerate(instructions)
             if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
         }
-        late = [k for k, i in enumerate(instructions) if k > norm and i.op is not Op.OPTIMIZER_STEP]
-        late += [k for k in at[Op.OPTIMIZER_STEP] if k < norm]
+        late = [k for k, i in enumerate(instructions) if k > end and i.op not in _ENDS]
         for k in late:
             wanted = "backwards and transfers, then REDUCE_NORM, then OPTIMIZER_STEP"
             yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
         for k in at[Op.REDUCE_GRAD]:
-            if last_backward.get(instructions[k].stage, -1) < k < norm:
+            if last_backward.get(instructions[k].stage, -1) < k < end:
                 wanted = "posted before the backward that completes its gradients"
                 yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
+    if len(first) > 1:
+        found = ", ".join(f"{op} on rank {rank}" for op, rank in first.items())
+        wanted = "all ranks to clip (REDUCE_NORM first) or none"
+        yield Problem(source, "end of the step", f"first {found}", wanted)

@@ -42,6 +42,7 @@ def compile_plan(
     model: LayerGraph,
     *,
     bucket_bytes: int = BUCKET_BYTES,
+    clipped: bool = True,
     only: Container[int] | None = None,
 ) -> Program:
     """The program of a valid plan; ranks that are not among `only` get no instructions.
@@ -49,7 +50,9 @@ def compile_plan(
     A receive is posted one compute instruction ahead of the one that reads it, in the order in
     which the other side sends; a send right after the one that makes it; and the reductions ahead
     of the last backward that they need, in the order in which a backward over the whole model
-    completes their gradients. Raises PlanError for a schedule in the plan that cannot be played.
+    completes their gradients. Without clipping (`clipped` false) weights change as soon as a rank's
+    own gradients are summed, ahead of the norm. Raises PlanError for a schedule in the plan that
+    cannot be played.
     """
     stages = stage_seats(plan)
     buckets = gradient_buckets(model, plan.job, stages, bucket_bytes)
@@ -61,14 +64,17 @@ def compile_plan(
             if only is not None and seat.rank not in only:
                 continue
             own = tuple(sums_of(seat.rank, buckets))
-            ranks[seat.rank] = (
-                *_group_program(group, seat, own, model),
+            end = (
                 Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES),
                 Instruction(
                     op=Op.OPTIMIZER_STEP,
                     stage=first.number,
                     layers=None if others else first.layers,
                 ),
+            )
+            ranks[seat.rank] = (
+                *_group_program(group, seat, own, model),
+                *(end if clipped else reversed(end)),
             )
     return Program(ranks=tuple(ranks))
 

@@ -17,7 +17,8 @@ on stage 0. One rule gives every instruction its timing, in the simulator and in
   neighbouring stages on the same rank nothing is sent: the later F, B or I takes what the earlier
   one has left.
 * REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank;
-  OPTIMIZER_STEP follows it.
+  OPTIMIZER_STEP follows it. Where gradients are not clipped it comes before it instead, and waits
+  for the rank's own REDUCE_GRADs alone: stages that are done early do not wait for late ones.
 * A step ends when everything that was posted has arrived.
 """
 

@@ -30,6 +30,8 @@ from meshwright.runtime.compiling import check_compilable
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
 from meshwright.runtime.optimizer import (
+    PARTLY,
+    UNTOUCHED,
     LossScale,
     Schedule,
     check_finite,
@@ -60,9 +62,12 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. `debug`: every message has a header
-    that is checked on arrival, and the layer in which a number is none is named. `compile`: layers
-    run through torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
+    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` a rank's weights
+    change as soon as its own gradients are summed: stages that are done early do not wait for late
+    ones (not under fp16, whose scale all ranks must agree on first). `debug`: every message has a
+    header that is checked on arrival, and the layer in which a number is none is named. `compile`:
+    layers run through torch.compile. A rank that waits `timeout_seconds` for another takes it for
+    lost.
     Raises a MeshwrightError if plan, model and processes do not go together.
     """
 
@@ -88,7 +93,10 @@ class Engine:
         set_precision(model, job.precision)
         self.model: LayerGraph = trace(model, inputs, job.precision, job.sequence, plan.model.name)
         validate_plan(plan, self.model)
-        self.program = compile_plan(plan, self.model, bucket_bytes=bucket_bytes)
+        self._early = clip_norm is None and job.precision != "fp16"
+        self.program = compile_plan(
+            plan, self.model, bucket_bytes=bucket_bytes, clipped=not self._early
+        )
         check_program(self.program)
         if compile:
             check_compilable(plan, self.program)
@@ -115,8 +123,11 @@ class Engine:
         self._clip_norm = clip_norm
         self._scale = LossScale(dynamic=job.precision == "fp16")
         self._peaks = [0] * self.world.size
+        self._squared: Tensor | None = None
         table = self._table()
         self._actions = [(table[i.op], i) for i in self.program.ranks[self.rank]]
+        # Only the first norm tells whether every parameter, on whatever rank, gets a gradient.
+        self._first_actions = sorted(self._actions, key=lambda a: a[1].op is Op.OPTIMIZER_STEP)
 
     def __enter__(self) -> Self:
         return self
@@ -136,14 +147,16 @@ class Engine:
     def step(self, rows: Rows) -> StepResult:
         """One optimizer step on the rows of one global batch, of which each rank reads its own.
 
-        Raises TrainingError, before any weight changes, if loss or gradient are no numbers or a
-        parameter gets no gradient; PeerLost if another rank has gone.
+        Raises TrainingError if loss or gradient are no numbers or a parameter gets no gradient,
+        before any weight changes; without `clip_norm`, and after the first step, before the weights
+        of a rank whose own gradients are no numbers. PeerLost if another rank has gone.
         """
         started = time.perf_counter()
         self._player.start(rows, self.steps, self._scale.value)
         self._own.reducer.zero()
+        self._squared = None
         with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
-            for act, instruction in self._actions:
+            for act, instruction in self._actions if self.steps else self._first_actions:
                 self._current = instruction
                 act(instruction)
             self._player.wait()
@@ -202,12 +215,11 @@ class Engine:
     def _reduce_norm(self, i: Instruction) -> None:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
         own, size = self._own, self.world.size
-        own.reducer.finish()
-        self._player.finish()
+        self._complete()
         with self._player.measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
-            totals[0] = self._player.loss
-            totals[1] = squared_norm(own.buckets, self.world.device)
+            totals[0] = self._player.loss()
+            totals[1] = self._squared_norm()
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)
             totals[3 + self.rank] = peak_bytes(self.world.device)
@@ -217,17 +229,37 @@ class Engine:
         self._norm = squared**0.5 / self._scale.value
         if without:
             stop_for_missing(missing, self.world)
-        check_finite(self.steps, loss, self._norm, self._scale)
+        early = self._early and self.steps > 0
+        check_finite(self.steps, loss, self._norm, self._scale, PARTLY if early else UNTOUCHED)
+
+    def _complete(self) -> None:
+        """Waits until all gradients of this rank are summed."""
+        self._own.reducer.finish()
+        self._player.finish()
+
+    def _squared_norm(self) -> Tensor:
+        """Of this rank's share of the gradient, once a step."""
+        if self._squared is None:
+            self._squared = squared_norm(self._own.buckets, self.world.device)
+        return self._squared
 
     def _optimizer_step(self, i: Instruction) -> None:
+        if self._early:
+            self._complete()
+            if math.isfinite(self._squared_norm().item()):
+                self._update(i, 1.0)
+            return
         overflow = not math.isfinite(self._norm)
         scale = self._scale.value
         self._scale.update(overflow)
-        if overflow:
-            return
+        if not overflow:
+            self._update(i, clip_factor(self._norm, self._clip_norm) / scale)
+
+    def _update(self, i: Instruction, factor: float) -> None:
+        """Changes the weights by their gradients times a factor."""
         if self._schedule is not None:
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self._schedule(self.steps)
         with self._player.computing(i):
-            clip(self._own.buckets, clip_factor(self._norm, self._clip_norm) / scale)
+            clip(self._own.buckets, factor)
             self._optimizer.step()

@@ -66,23 +66,27 @@ class LossScale:
             self.value *= 2
 
 
-def check_finite(step: int, loss: float, norm: float, scale: LossScale) -> None:
-    """Raises TrainingError, on every rank alike, before a number that is none reaches a weight."""
+def check_finite(step: int, loss: float, norm: float, scale: LossScale, weights: str) -> None:
+    """Raises TrainingError, on every rank alike; `weights` says what has become of them. Whatever
+    that is, no number that is none has reached one."""
     if not math.isfinite(loss):
-        _stop(step, "loss", loss)
+        _stop(step, "loss", loss, weights)
     if not math.isfinite(norm) and not (scale.dynamic and scale.value > 1):
-        _stop(step, "gradient norm", norm)
+        _stop(step, "gradient norm", norm, weights)
 
 
-def _stop(step: int, what: str, value: float) -> None:
+UNTOUCHED = "the weights are those before this step"
+PARTLY = "ranks whose own gradients were finite have taken this step: resume from saved weights"
+
+
+def _stop(step: int, what: str, value: float, weights: str) -> None:
     raise TrainingError(
         Problem(
             f"step {step}",
             what,
             str(value),
             "a finite number",
-            "lower the learning rate, clip gradients, or look at this step's batch; "
-            "the weights are those before this step",
+            f"lower the learning rate, clip gradients, or look at this step's batch; {weights}",
         )
     )
 

@@ -18,6 +18,7 @@ from meshwright.runtime.boundary import Handle
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.measure import Recorder, Works, micro_batches_of
 from meshwright.runtime.reduce import Key
+from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
 
 _NOTHING = nullcontext()
@@ -47,7 +48,7 @@ class Player:
             for i in instructions
             if i.op is Op.FORWARD and i.micro_batch is not None
         }
-        self._split = split_forwards(own.places, instructions)
+        self._split = split_forwards(instructions)
         self._completed = completions(own, instructions)
         self._sends = Counter(_crossed(i) for i in instructions if i.op in SENDS)
         self._made: dict[Crossed, tuple[Sequence[Tensor | None], int]] = {}
@@ -57,12 +58,17 @@ class Player:
         self._rows: Rows | None = None
         self._step = 0
         self._scale = 1.0
-        self.loss = torch.zeros((), dtype=torch.float64, device=own.device)
+        self._losses: list[tuple[Tensor, float]] = []
+        """Of the slices of rows, with their shares of the global batch."""
+        self._generator = generator_of(own.device)
+        self._random: Tensor | None = None
+        """What the generator is set back to at the end of the step."""
 
     def start(self, rows: Rows, step: int, scale: float) -> None:
         """A step on the rows of a global batch; `scale` multiplies the loss before backwards."""
         self._rows, self._step, self._scale = rows, step, scale
-        self.loss = torch.zeros_like(self.loss)
+        self._losses.clear()
+        self._random = self._generator.get_state()
         for place in self._own.places.values():
             for messages in place.messages.values():
                 if messages.headers is not None:
@@ -81,10 +87,17 @@ class Player:
 
     def finish(self) -> None:
         """Nothing more is computed in this step: lets go of what only that needs."""
+        assert self._random is not None
+        self._generator.set_state(self._random)
         self._rows = None
         self._made.clear()
         for place in self._own.places.values():
             place.stage.casts.drop()
+
+    def loss(self) -> Tensor:
+        """This rank's part of the mean over the global batch, in float64."""
+        parts = [loss.double() * share for loss, share in self._losses]
+        return sum(parts, torch.zeros((), dtype=torch.float64, device=self._own.device))
 
     def table(self) -> dict[Op, Callable[[Instruction], None]]:
         """One function for each operation."""
@@ -123,7 +136,7 @@ class Player:
             )
         if place.stage.makes_loss:
             if place.seat.tensor_index == 0:
-                self.loss += results[0].detach() * self._weight(i)
+                self._losses.append((results[0].detach(), self._weight(i)))
         elif place.next_here:
             here = [result.detach() for result in results]
             self._here[Op.RECV_F, i.stage + 1, i.micro_batch] = here
@@ -232,20 +245,13 @@ class Player:
         return Works(works) if self.recorder is None else self.recorder.posted(i, works)
 
 
-def split_forwards(
-    places: dict[int, Place], instructions: Sequence[Instruction]
-) -> frozenset[tuple[int, int]]:
-    """Stages and micro-batches whose forward must prepare a backward in two parts.
-
-    Where nobody waits for the first part, the second is an ordinary backward, unless it serves
-    several micro-batches at once.
-    """
+def split_forwards(instructions: Sequence[Instruction]) -> frozenset[tuple[int, int]]:
+    """Stages and micro-batches whose forward must prepare a backward in two parts."""
     return frozenset(
         (i.stage, micro_batch)
         for i in instructions
         if i.op is Op.BACKWARD_WEIGHT
         for micro_batch in micro_batches_of(i)
-        if not places[i.stage].stage.first or len(micro_batches_of(i)) > 1
     )
 
 

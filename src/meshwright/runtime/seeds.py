@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 
 import torch
 
 
+@lru_cache(maxsize=4096)
 def mix(*parts: int | str) -> int:
     """A seed of 63 bits made of all parts."""
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -18,7 +20,7 @@ def layer_seed(seed: int, step: int, layer: str, first_row: int) -> int:
 
     Plans with the same slices of rows draw the same masks, whichever ranks hold them.
     """
-    return mix(seed, step, layer, first_row)
+    return mix(seed, layer) ^ mix(step, first_row)
 
 
 def initial_seed(seed: int, module: str) -> int:

@@ -4,9 +4,10 @@ weights (2BP, Rae et al. 2024; zero bubble, Qi et al. 2023).
 While a forward runs under `Deferring`, every product of an activation and a weight becomes two
 nodes of autograd. One stands in the graph of the activations: its backward makes the gradient of
 the activation alone and keeps what the other needs. The other leads from a token to the weight; a
-backward from the token makes the weight's gradient. So each product is computed once, all of
-autograd's accumulation and hooks work as ever, and the first part frees the graph: only inputs and
-output gradients of the products wait for the second. Parameters outside products (norms, biases
+backward from the token makes the weight's gradient. (A linear product of parameters as they are
+needs no token: the product itself adds to their gradients, in one pass.) So each product is
+computed once, accumulation and hooks work as ever, and the first part frees the graph: only inputs
+and output gradients of the products wait for the second. Parameters outside products (norms, biases
 that are added, embeddings) get their gradients in the first part: their operations make both at
 once, in memory-bound kernels.
 """
@@ -46,11 +47,14 @@ _ALIASES = frozenset(
 class _Linear:
     """x W^T + b: both matrix products by hand, so that those of several micro-batches can join."""
 
-    __slots__ = ("parts", "weights")
+    __slots__ = ("parameters", "parts", "weights")
 
-    def __init__(self, weights: tuple[int, ...]) -> None:
+    def __init__(self, weights: tuple[int, ...], parameters: tuple[Tensor, ...]) -> None:
         self.weights = weights
         """Identities of the parameters."""
+        self.parameters = parameters
+        """Weight and bias, if the product reads them as they are; else it has a token from the
+        forward."""
         self.parts: list[tuple[Tensor, Tensor]] = []
         """Input and output gradient, once the first part of the backward has come by."""
 
@@ -73,12 +77,34 @@ class _Linear:
 
     def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
         """Of weight and bias: dW = dy^T x and db = sum dy, over all rows of all parts."""
-        flat = [(_rows(x), _rows(dy)) for x, dy in self.parts]
-        self.parts = []
-        x, dy = flat[0] if len(flat) == 1 else (torch.cat(both) for both in zip(*flat, strict=True))
+        ((x, dy),) = _joined(self._taken())
         yield dy.t().mm(x) if needed[0] else None
         if len(needed) > 1:
             yield dy.sum(0) if needed[1] else None
+
+    def accumulate(self) -> None:
+        """Adds both to the gradients of the parameters, where these lie."""
+        weight, *bias = (cast("Tensor", p.grad) for p in self.parameters)
+        parts = self._taken()
+        # One product of all rows writes and reads them once more, every product the gradient.
+        if sum(x.numel() + dy.numel() for x, dy in parts) < (len(parts) - 1) * weight.numel():
+            parts = _joined(parts)
+        for x, dy in parts:
+            torch.addmm(weight, dy.t(), x, out=weight)
+            for each in bias:
+                each.add_(dy.sum(0))
+
+    def _taken(self) -> list[tuple[Tensor, Tensor]]:
+        flat = [(_rows(x), _rows(dy)) for x, dy in self.parts]
+        self.parts = []
+        return flat
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    if len(parts) == 1:
+        return list(parts)
+    x, dy = (torch.cat(both) for both in zip(*parts, strict=True))
+    return [(x, dy)]
 
 
 class _Any:
@@ -131,25 +157,19 @@ class _LinearInput(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, product: _Linear, x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor
+        ctx: Any, product: _Linear, _: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(x, weight)
-        # Into a tensor of its own: the result of F.linear can be a view, which what follows could
-        # not change in place.
-        result = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
-        flat_x, flat = _rows(x), result.view(-1, len(weight))
-        if bias is None:
-            torch.mm(flat_x, weight.t(), out=flat)
-        else:
-            torch.addmm(bias, flat_x, weight.t(), out=flat)
-        return result
+        # Not the result itself: it can be a view, which what follows could not change in place.
+        return F.linear(x, weight, bias).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.product.parts.append((x, grad))
-        return None, grad @ weight if ctx.needs_input_grad[1] else None, None, None, None
+        needed = ctx.needs_input_grad
+        return None, None, grad @ weight if needed[2] else None, *(None for _ in needed[3:])
 
 
 class _AnyInput(Function):
@@ -191,8 +211,8 @@ class Deferred:
     """The weight gradients of one micro-batch, once `Deferring` has seen its forward."""
 
     def __init__(self) -> None:
-        self.products: list[tuple[Tensor, Product]] = []
-        """With their tokens, in the order of the forward."""
+        self.products: list[tuple[Tensor | None, Product]] = []
+        """With their tokens, if they have one, in the order of the forward."""
 
     def parameters(self) -> set[int]:
         """Identities of the parameters whose gradients are put off."""
@@ -217,6 +237,11 @@ class Deferring(TorchFunctionMode):
         self._anchors: dict[torch.device, Tensor] = {}
         self.deferred = Deferred()
 
+    def begin(self) -> Deferred:
+        """What the next forward under it puts off goes here."""
+        self.deferred = Deferred()
+        return self.deferred
+
     def __torch_function__(
         self,
         func: Any,
@@ -232,18 +257,25 @@ class Deferring(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        weights = [w for w in (weight, bias) if w is not None and w.requires_grad]
-        sources = tuple(source(w, self._weights) for w in weights)
+        operands = (weight,) if bias is None else (weight, bias)
+        low = _low_precision(input)
+        if low is None and weight.ndim == 2 and all(id(w) in self._weights for w in operands):
+            product = _Linear(tuple(map(id, operands)), operands)
+            self.deferred.products.append((None, product))
+            return self._product(product, input, operands)
+        sources = tuple(source(w, self._weights) for w in operands if w.requires_grad)
         if weight.ndim != 2 or not weight.requires_grad or None in sources:
             return F.linear(input, weight, bias)
-        x, weight = _cast(input), _cast(weight)
-        bias = None if bias is None else _cast(bias)
-        product = _Linear(cast("tuple[int, ...]", sources))
-        self._defer(product, [w for w in (weight, bias) if w is not None])
-        fixed = None if bias is None else bias.detach()
+        if low is not None:
+            input, *operands = (t.to(low) for t in (input, *operands))  # type: ignore[assignment]
+        product = _Linear(cast("tuple[int, ...]", sources), ())
+        self._defer(product, operands)
+        return self._product(product, input, operands)
+
+    def _product(self, product: _Linear, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        fixed = (w.detach() for w in operands)
         anchor = self._anchor(x.device)
-        result = _LinearInput.apply(product, x, weight.detach(), fixed, anchor)  # type: ignore[no-untyped-call]
-        return cast("Tensor", result)
+        return cast("Tensor", _LinearInput.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
 
     def _any(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
@@ -281,7 +313,27 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
     Gradients accumulate, and hooks fire, in the order of an ordinary backward. Linear products of
     the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
     """
-    tokens: list[Tensor] = []
+    ready = list(_ready(micro_batches))
+    plain = [cast("_Linear", product) for token, product in ready if token is None]
+    if len(plain) == len(ready) and all(_adds_in_place(p) for own in plain for p in own.parameters):
+        _accumulate(plain)
+    else:
+        tokens = [
+            _Token.apply(product, *cast("_Linear", product).parameters)  # type: ignore[no-untyped-call]
+            if token is None
+            else token
+            for token, product in ready
+        ]
+        torch.autograd.backward(tokens)
+    for deferred in micro_batches:
+        deferred.products.clear()
+
+
+def _ready(micro_batches: Sequence[Deferred]) -> Iterator[tuple[Tensor | None, Product]]:
+    """All that anything came back to; linear products that can join, once."""
+    if len(micro_batches) == 1:
+        yield from (each for each in micro_batches[0].products if each[1].ready())
+        return
     first: dict[tuple[tuple[int, ...], int], _Linear] = {}
     for deferred in micro_batches:
         seen: Counter[tuple[int, ...]] = Counter()
@@ -294,11 +346,26 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
                 if key in first and first[key].join(product):
                     continue
                 first.setdefault(key, product)
-            tokens.append(token)
-    if tokens:
-        torch.autograd.backward(tokens)
-    for deferred in micro_batches:
-        deferred.products.clear()
+            yield token, product
+
+
+def _adds_in_place(parameter: Tensor) -> bool:
+    """Whether nobody wants to see a gradient by itself before it is added to the others."""
+    grad = parameter.grad
+    return grad is not None and grad.dtype == parameter.dtype and not parameter._backward_hooks
+
+
+def _accumulate(products: Sequence[_Linear]) -> None:
+    """What a backward from their tokens would do, without a tensor for each gradient."""
+    left = Counter(id(p) for product in products for p in product.parameters)
+    with torch.no_grad():
+        for product in reversed(products):
+            product.accumulate()
+            for parameter in product.parameters:
+                left[id(parameter)] -= 1
+                if not left[id(parameter)]:
+                    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                        hook(parameter)
 
 
 def source(tensor: Tensor, known: set[int]) -> int | None:
@@ -326,12 +393,12 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _cast(tensor: Tensor) -> Tensor:
-    """What autocast makes of an operand of a product."""
+def _low_precision(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a product; None: nothing."""
     kind = tensor.device.type
     if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -36,9 +36,20 @@ class _Pass:
     """Its weight gradients come apart from those of its inputs."""
     results: list[Tensor] = field(default_factory=list)
     deferred: Deferred | None = None
-    given: list[Tensor] = field(default_factory=list)
-    """Gradients of the results."""
-    weight: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Layer:
+    """One layer, as a forward runs it."""
+
+    name: str
+    module: Callable[..., Any]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    done: tuple[str, ...]
+    """Tensors that nobody needs after it."""
+    again: bool
+    """It runs again in the backward."""
 
 
 class Stage:
@@ -54,7 +65,6 @@ class Stage:
         compile: bool = False,
     ) -> None:
         self.parts = built.parts
-        self._modules = [torch.compile(p.module) if compile else p.module for p in built.parts]
         # Compiled code casts weights where it reads them.
         self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
         self.incoming = built.incoming
@@ -67,14 +77,13 @@ class Stage:
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
-        self.first = not any(crossing.gradient for crossing in built.incoming)
-        """Nobody waits for its backward."""
         self.parameters = frozenset(one.name for one in built.held)
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
-        self._done_after = _last_reads(built, self._results)
+        self._received = tuple(crossing.name for crossing in built.incoming)
+        self._layers = _layers(built, self._results, compile=compile)
+        self._deferring = Deferring(self._parameters)
         self._generator = generator_of(device)
-        self._recomputed = built.recomputed
         self._passes: dict[int, _Pass] = {}
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
@@ -102,8 +111,8 @@ class Stage:
         """The tensors of the outgoing cut, or the loss alone on the last stage.
 
         `first_row` is the place of this slice in the global batch. Each layer draws its random
-        numbers from a seed of its own; the generator is afterwards as it was. `split`: the backward
-        will come in two parts.
+        numbers from a seed of its own, and leaves the generator where that has led. `split`: the
+        backward will come in two parts.
         """
         leaves = [
             tensor.requires_grad_() if crossing.gradient else tensor
@@ -112,31 +121,29 @@ class Stage:
         own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
         self._passes[micro_batch] = own
         self._trace(own.step, (micro_batch,))
-        deferring = Deferring(self._parameters) if split else None
-        with deferring or nullcontext():
+        if split:
+            own.deferred = self._deferring.begin()
+            with self._deferring:
+                own.results = self._run(own)
+        else:
             own.results = self._run(own)
-        own.deferred = None if deferring is None else deferring.deferred
         return own.results
 
     def _run(self, own: _Pass) -> list[Tensor]:
-        values = dict(own.batch)
-        values.update((c.name, leaf) for c, leaf in zip(self.incoming, own.leaves, strict=True))
-        state = self._generator.get_state()
+        values = {**own.batch, **dict(zip(self._received, own.leaves, strict=True))}
         with autocast(self.precision, self.device.type):
-            each = zip(self.parts, self._modules, self._recomputed, self._done_after, strict=True)
-            for part, module, again, done in each:
-                seed = layer_seed(self.seed, own.step, part.name, own.first_row)
-                reads = [values[name] for name in part.reads]
+            for layer in self._layers:
+                seed = layer_seed(self.seed, own.step, layer.name, own.first_row)
+                reads = [values[name] for name in layer.reads]
                 if self.tracer is not None:
-                    reads = self.tracer.read(part.name, reads)
-                run = self._run_again_later if again else self._run_layer
-                made = run(module, seed, reads, own.split)
+                    reads = self.tracer.read(layer.name, reads)
+                run = self._run_again_later if layer.again else self._run_layer
+                made = run(layer.module, seed, reads, own.split)
                 if self.tracer is not None:
-                    self.tracer.made(part.name, made)
-                values.update(zip(part.writes, made, strict=True))
-                for name in done:
+                    self.tracer.made(layer.name, made)
+                values.update(zip(layer.writes, made, strict=True))
+                for name in layer.done:
                     del values[name]
-        self._generator.set_state(state)
         return [values[name] for name in self._results]
 
     def _run_layer(
@@ -155,7 +162,10 @@ class Stage:
         """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
+            if not split:
+                return nullcontext(), nullcontext()
+            self._deferring.begin()
+            return nullcontext(), self._deferring
 
         return checkpoint(  # type: ignore[no-any-return]
             self._run_layer, module, seed, reads,
@@ -172,8 +182,7 @@ class Stage:
         """
         own = self._passes.pop(micro_batch)
         self._trace(own.step, (micro_batch,))
-        self._prepare(own, gradients, weight)
-        self._run_back([own])
+        self._run_back(own, gradients, weight)
         return self._of_leaves(own)
 
     def backward_input(
@@ -181,16 +190,12 @@ class Stage:
     ) -> list[Tensor | None]:
         """The first part of a backward: gives the gradients of the incoming tensors.
 
-        A stage that nobody waits for only keeps `gradients`; its second part does all the work.
+        A stage that nobody waits for does it all the same: in most orders of work the second parts
+        come late, and what is left to them there lengthens the step.
         """
         own = self._passes[micro_batch]
-        if self.first:
-            own.given = list(gradients)
-            own.weight = weight
-            return []
         self._trace(own.step, (micro_batch,))
-        self._prepare(own, gradients, weight)
-        self._run_back([own])
+        self._run_back(own, gradients, weight)
         found = self._of_leaves(own)
         own.leaves, own.batch = [], {}
         return found
@@ -199,17 +204,11 @@ class Stage:
         """The second part: accumulates the parameters' gradients of some micro-batches at once."""
         passes = [self._passes.pop(micro_batch) for micro_batch in micro_batches]
         self._trace(passes[0].step, micro_batches)
-        if self.first:
-            for own in passes:
-                self._prepare(own, own.given, own.weight)
-            self._run_back(passes)
         backward_weights([own.deferred for own in passes if own.deferred is not None])
 
     def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
         """Parameters whose gradients the first part of these micro-batches' backward has made."""
         passes = [self._passes[micro_batch] for micro_batch in micro_batches]
-        if self.first:
-            return []
         deferred = {
             one for own in passes if own.deferred is not None for one in own.deferred.parameters()
         }
@@ -218,32 +217,23 @@ class Stage:
     def kept_bytes(self, micro_batch: int) -> int | None:
         """What the first part of a backward has left for the second; None: all that there was."""
         deferred = self._passes[micro_batch].deferred
-        return None if self.first or deferred is None else deferred.kept_bytes()
+        return None if deferred is None else deferred.kept_bytes()
 
     def _trace(self, step: int, micro_batches: Sequence[int]) -> None:
         if self.tracer is not None:
             self.tracer.begin(step, micro_batches)
 
-    def _prepare(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
-        """Finds the gradients of the results, and forgets those that have none."""
-        own.given = []
-        if any(tensor.requires_grad for tensor in own.results):
-            own.given = self._given(own.results, gradients, weight)
-        own.results = [tensor for tensor in own.results if tensor.requires_grad]
-
-    def _run_back(self, passes: Sequence[_Pass]) -> None:
-        roots = [tensor for own in passes for tensor in own.results]
-        given = [gradient for own in passes for gradient in own.given]
-        for own in passes:
-            own.results, own.given = [], []
-        if roots:
-            state = self._generator.get_state() if any(self._recomputed) else None
-            torch.autograd.backward(roots, given)
-            if state is not None:
-                self._generator.set_state(state)
+    def _run_back(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
+        results, own.results = own.results, []
+        roots = [tensor for tensor in results if tensor.requires_grad]
+        if not roots:
+            return
+        given = self._given(results, gradients, weight)
+        del results
+        torch.autograd.backward(roots, given)
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
-        return [leaf.grad for leaf, c in zip(own.leaves, self.incoming, strict=True) if c.gradient]
+        return [leaf.grad for leaf in own.leaves if leaf.requires_grad]
 
     def _given(
         self, results: Sequence[Tensor], gradients: Sequence[Tensor], weight: float
@@ -261,12 +251,20 @@ def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
     return tuple(name for name in built.inputs if name in read)
 
 
-def _last_reads(built: BuiltStage, results: Sequence[str]) -> list[list[str]]:
-    """For each layer the tensors that nobody needs after it."""
+def _layers(built: BuiltStage, results: Sequence[str], *, compile: bool) -> list[_Layer]:
     seen = set(results)
-    done: list[list[str]] = []
-    for part in reversed(built.parts):
+    found: list[_Layer] = []
+    for part, again in zip(reversed(built.parts), reversed(built.recomputed), strict=True):
         names = dict.fromkeys((*part.reads, *part.writes))
-        done.append([name for name in names if name not in seen])
+        found.append(
+            _Layer(
+                name=part.name,
+                module=torch.compile(part.module) if compile else part.module,
+                reads=part.reads,
+                writes=part.writes,
+                done=tuple(name for name in names if name not in seen),
+                again=again,
+            )
+        )
         seen.update(names)
-    return done[::-1]
+    return found[::-1]

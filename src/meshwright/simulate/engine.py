@@ -147,9 +147,9 @@ class _Step:
         state, instructions = self.ranks[rank], self.program.ranks[rank]
         while not state.busy and state.position < len(instructions):
             at, i = (rank, state.position), instructions[state.position]
+            if i.op in (Op.REDUCE_NORM, Op.OPTIMIZER_STEP) and state.open_reductions:
+                return
             if i.op is Op.REDUCE_NORM:
-                if state.open_reductions:
-                    return
                 state.busy = True
                 self.ready(at)
             elif i.op in GATHERED:
@@ -367,11 +367,17 @@ def _stuck(step: _Step) -> Iterator[Problem]:
 
 
 def simulate_plan(
-    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None = None
+    plan: Plan,
+    model: LayerGraph,
+    cluster: Cluster,
+    profile: Profile | None = None,
+    *,
+    clipped: bool = True,
 ) -> Timeline:
-    """The step that a valid plan takes: compiled, priced and played.
+    """The step that a valid plan takes, gradients being `clipped` or not: compiled, priced and
+    played.
 
     Raises ClusterError where a device does not offer the model's precision.
     """
-    program = compile_plan(plan, model)
+    program = compile_plan(plan, model, clipped=clipped)
     return simulate(program, price(program, plan, model, cluster, profile))

@@ -78,7 +78,9 @@ class _Walk:
             reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
             return [*self.latest(own, before), *self.latest(others, before), *reductions]
         if i.op is Op.OPTIMIZER_STEP:
-            return [*self.latest(own, before), *self.latest([self.norms[i.rank]], before)]
+            sums = [r for r in self.reductions if r.rank == i.rank]
+            ends = (own, [self.norms[i.rank]], sums)
+            return [gate for group in ends for gate in self.latest(group, before)]
         if i.stream == "compute":
             read = READS.get(i.op)
             kinds = (read, GATHERS[read]) if read else ()

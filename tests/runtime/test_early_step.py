@@ -1,0 +1,110 @@
+"""Without clipping, weights change as soon as a rank's own gradients are summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, batch, gpt, pipeline, plain
+from ranks import run_ranks
+from torch import Tensor
+
+from meshwright.errors import TrainingError
+from meshwright.program.instructions import Op
+from meshwright.runtime.engine import Engine
+
+STEPS, RATE = 6, 1e-2
+TWO_PIPELINES = Case(
+    model=gpt, pipelines=(pipeline(2, 2, (2, "a"), (3, "b")), pipeline(2, 2, (5, "c")))
+)
+ONE = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="1f1b-2bp")
+
+
+def engine_of(case: Case) -> Engine:
+    torch.manual_seed(5)
+    return Engine(
+        case.model(),
+        case.plan,
+        inputs=batch(0),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+        learning_rate=lambda step: 1 - step / 10,
+    )
+
+
+def step_of(engine: Engine, step: int) -> tuple[float, float]:
+    whole = batch(step % 2)
+    result = engine.step(lambda a, b: tuple(t[a:b] for t in whole))
+    return result.loss, result.grad_norm
+
+
+def trained(_: int, case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor] | None]:
+    with engine_of(case) as engine:
+        ends = [i.op for i in engine.program.ranks[engine.rank][-2:]]
+        assert ends == [Op.OPTIMIZER_STEP, Op.REDUCE_NORM]
+        return [step_of(engine, step) for step in range(STEPS)], engine.parameters()
+
+
+def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Nothing but PyTorch."""
+    torch.manual_seed(5)
+    model = case.model().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    found = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / 10)
+        optimizer.zero_grad()
+        loss = model(*batch(step % 2))
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())  # type: ignore[misc]
+        found.append((loss.item(), norm.item()))
+        optimizer.step()
+    return found, dict(model.named_parameters())
+
+
+def exact(numbers: list[tuple[float, float]]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", [TWO_PIPELINES, ONE], ids=["two pipelines", "two parts"])
+def test_training_without_clipping_equals_one_process(case: Case) -> None:
+    ranks = run_ranks(case.world_size, trained, case)
+    wanted, weights = alone(case)
+    for found, _ in ranks:
+        assert exact(found) == pytest.approx(exact(wanted), rel=1e-9)
+    parameters = ranks[0][1]
+    assert parameters is not None
+    for name, value in weights.items():
+        error = (parameters[name] - value.detach()).abs().max() / value.detach().abs().max()
+        assert error < 1e-9, name
+
+
+def spoiled(rank: int, case: Case) -> Any:
+    """What the third step says, and whether this rank's weights have taken it."""
+    engine = engine_of(case)
+    for step in range(2):
+        step_of(engine, step)
+    held = [one.parameter for one in engine._own.held]
+    before = [parameter.detach().clone() for parameter in held]
+    if rank == 0:
+        held[-1].register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]
+    with pytest.raises(TrainingError) as caught:
+        step_of(engine, 2)
+    engine.close()
+    return (
+        str(caught.value),
+        [torch.equal(a, b) for a, b in zip(before, held, strict=True)],
+        all(bool(p.isfinite().all()) for p in held),
+    )
+
+
+def test_gradients_that_are_no_numbers_reach_no_weight_and_stop_every_rank() -> None:
+    case = Case(model=plain, pipelines=ONE.pipelines, schedule="1f1b-2bp")
+    (text, first, good), (same, second, too) = run_ranks(2, spoiled, case)
+    assert text == same
+    assert "step 2: gradient norm: found nan" in text
+    assert "resume from saved weights" in text
+    assert good
+    assert too
+    assert all(first), "no weight of the rank with the bad gradient has changed"
+    assert not any(second), "the other rank has taken the step"
