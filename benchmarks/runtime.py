@@ -9,7 +9,9 @@ against interleaved 1F1B with backwards in two parts.  zbv2, zbv4: ScheduleZBVZe
 Uneven: un2: a head as heavy as six blocks. Theirs has as many blocks in either stage, so that
 stage times differ by two; ours cuts where measured times balance.
 
-Both sides live in the same processes and take turns, step by step; medians are compared.
+Both sides live in the same processes and take turns, step by step; medians are compared. CPU: the
+ratio of the processor seconds that all processes take for a step, which tells something on a busy
+machine, too.
 --alone: instead, each side in processes of its own: seconds from the first import to the end of the
 first step, and resident memory after it.
 """
@@ -53,14 +55,17 @@ def main() -> None:
 
 def speed_table(options: argparse.Namespace) -> dict:
     """Tokens per second and their ratio, case by case."""
-    print(f"{'case':6}{'baseline':>32}{'tokens/s':>10}{'ours':>10}{'ratio':>8}{'quartiles':>16}")
+    print(
+        f"{'case':6}{'baseline':>32}{'tokens/s':>10}{'ours':>10}{'ratio':>8}{'quartiles':>16}"
+        f"{'CPU':>8}"
+    )
     results = {}
     for case in options.cases.split(","):
         r = results[case] = launch(case, ["--steps", str(options.steps)])
         quartiles = f"{r['ratio_low']:.3f}-{r['ratio_high']:.3f}"
         print(
             f"{case:6}{r['baseline']:>32}{r['baseline_tokens_per_second']:>10.0f}"
-            f"{r['tokens_per_second']:>10.0f}{r['ratio']:>8.3f}{quartiles:>16}",
+            f"{r['tokens_per_second']:>10.0f}{r['ratio']:>8.3f}{quartiles:>16}{r['cpu_ratio']:>8.3f}",
             flush=True,
         )
     return results
@@ -100,21 +105,28 @@ def launch(case: str, arguments: list[str]) -> dict:
 
 def worker(case: Case, options: argparse.Namespace) -> None:
     """Take turns: one step of PyTorch's, one of ours."""
+    import torch
     import torch.distributed as dist
 
     sides, batch = sides_of(case, options.sides)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.steps + 3):
         order = list(sides.items())
         for name, step in order if turn % 2 else reversed(order):
             dist.barrier()
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             step(batch)
             dist.barrier()
             if turn >= 3:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - began[0])
+                processor[name].append(time.process_time() - began[1])
+    for name, own in processor.items():
+        total = torch.tensor(own)
+        dist.all_reduce(total)
+        processor[name] = total.tolist()
     if dist.get_rank() == 0:
-        options.json.write_text(json.dumps(summary(case, seconds)))
+        options.json.write_text(json.dumps(summary(case, seconds, processor)))
     leave()
 
 
@@ -147,7 +159,7 @@ def leave() -> None:
     os._exit(0)
 
 
-def summary(case: Case, seconds: dict[str, list[float]]) -> dict:
+def summary(case: Case, seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> dict:
     """Medians of both, and of their ratio turn by turn."""
     tokens = case.batch * SEQUENCE
     ratios = sorted(a / b for a, b in zip(seconds["theirs"], seconds["ours"], strict=True))
@@ -159,6 +171,7 @@ def summary(case: Case, seconds: dict[str, list[float]]) -> dict:
         "ratio": middle,
         "ratio_low": low,
         "ratio_high": high,
+        "cpu_ratio": statistics.median(processor["theirs"]) / statistics.median(processor["ours"]),
     }
 
 

@@ -58,6 +58,9 @@ class Op(StrEnum):
     """Sum loss and squared gradient norm over all ranks."""
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
 
+    # Enum's own is a call into Python, in every look-up of an operation.
+    __hash__ = str.__hash__
+
 
 COMPUTE = frozenset(
     {Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.OPTIMIZER_STEP}

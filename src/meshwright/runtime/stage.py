@@ -83,6 +83,7 @@ class Stage:
         self._received = tuple(crossing.name for crossing in built.incoming)
         self._layers = _layers(built, self._results, compile=compile)
         self._deferring = Deferring(self._parameters)
+        self._arithmetic = autocast(precision, device.type)
         self._generator = generator_of(device)
         self._passes: dict[int, _Pass] = {}
 
@@ -131,7 +132,7 @@ class Stage:
 
     def _run(self, own: _Pass) -> list[Tensor]:
         values = {**own.batch, **dict(zip(self._received, own.leaves, strict=True))}
-        with autocast(self.precision, self.device.type):
+        with self._arithmetic:
             for layer in self._layers:
                 seed = layer_seed(self.seed, own.step, layer.name, own.first_row)
                 reads = [values[name] for name in layer.reads]
@@ -162,10 +163,7 @@ class Stage:
         """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            if not split:
-                return nullcontext(), nullcontext()
-            self._deferring.begin()
-            return nullcontext(), self._deferring
+            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
 
         return checkpoint(  # type: ignore[no-any-return]
             self._run_layer, module, seed, reads,
@@ -241,9 +239,9 @@ class Stage:
         """The gradients of those results that require one here."""
         if self.makes_loss:
             return [torch.full_like(results[0], weight)]
-        by_name = dict(zip((t.name for t in self.outgoing if t.gradient), gradients, strict=True))
-        pairs = zip(self._results, results, strict=True)
-        return [by_name[name] for name, tensor in pairs if tensor.requires_grad]
+        ended = [tensor for t, tensor in zip(self.outgoing, results, strict=True) if t.gradient]
+        pairs = zip(ended, gradients, strict=True)
+        return [gradient for tensor, gradient in pairs if tensor.requires_grad]
 
 
 def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
