@@ -17,8 +17,8 @@ demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, 
 test: $(READY)    ## the tests that take seconds (one after the other: many start processes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## the tests that take minutes: eight processes, exhaustive searches
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(ARGS)
+test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -26,7 +26,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job, Plan
-from meshwright.records import dumps, fingerprint, load, parse
+from meshwright.records import dumps, fingerprint, load, parse, plain
 from meshwright.runtime.profile import ProfileSettings
 from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, costs_of
@@ -246,13 +246,13 @@ class Suite:
         )
 
     def measure(self, known: Known, name: str, plan: Plan) -> dict:
-        """The result of one strategy: measured before, or now."""
+        """The result of one strategy: measured before, or now; predicted now."""
         key = f"{known.setting.key}/{name}/{fingerprint(plan)}"
-        if key in self.done:
-            return self.done[key]
-        line = {"key": key, "setting": known.setting.key, "strategy": name,
-                "plan": describe(plan)}  # fmt: skip
         expected = expected_seconds(known, plan)
+        if key in self.done:
+            return self.done[key] | {"predicted": expected}
+        line = {"key": key, "setting": known.setting.key, "strategy": name,
+                "plan": describe(plan), "whole_plan": plain(plan)}  # fmt: skip
         best: dict | None = None
         for attempt in range(1, self.attempts + 1):
             seconds, foreign = self._train(known, plan)

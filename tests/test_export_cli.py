@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import meshwright
+from commands import meshwright, refused
 
 CLUSTER = """\
 format = 1
@@ -82,8 +82,4 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_ends_with_its_message_and_no_traceback(planned, name):
     line, *words = MISTAKES[name]
-    done = meshwright(*line.split(), cwd=planned)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in done.stderr
+    refused(line, words, cwd=planned)

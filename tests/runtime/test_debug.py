@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, batch, gpt, pipeline
+from cases import Case, Idle, batch, crossing, gpt, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from meshwright.runtime.engine import Engine
 from meshwright.runtime.world import PeerLost
 
 TWO = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),))
+WIDER = Case(model=gpt, pipelines=(crossing("broadcast", pipeline(4, 2, (2, "a"), (3, "bc"))),))
 SPLIT = replace(TWO, schedule="1f1b-2bp")
 
 
@@ -45,6 +46,24 @@ def losses(_: int, cases: list[Case]) -> list[tuple[float, float]]:
 def test_debugging_changes_no_number() -> None:
     for plain, debugged in run_ranks(2, losses, [TWO, SPLIT])[0]:
         assert plain == debugged
+
+
+def test_debugging_a_broadcast_changes_no_number() -> None:
+    for plain, debugged in run_ranks(3, losses, [WIDER])[0]:
+        assert plain == debugged
+
+
+def skips_a_broadcast(rank: int) -> str:
+    engine = engine_of(WIDER, debug=True)
+    engine.steps += rank == 0
+    with pytest.raises(TrainingError) as caught:
+        engine.step(rows)
+    return f"{type(caught.value).__name__} {caught.value}"
+
+
+def test_a_broadcast_of_another_step_is_refused() -> None:
+    results = [text for good, text in outcomes(3, skips_a_broadcast) if good]
+    assert any("wanted activation 0 of step 0, micro-batch 0" in text for text in results), results
 
 
 # Headers.
@@ -152,19 +171,6 @@ def test_the_first_number_that_is_none_is_traced_to_its_layer(case: Case, backwa
 
 
 # Parameters without gradient, where backwards come in two parts.
-
-
-class Idle(nn.Module):
-    """A parameter that takes part in the forward, but not in the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = gpt()
-        self.idle = nn.Linear(1, 1)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self.inner(tokens, targets)
-        return loss + self.idle(loss.detach()[None]).sum().detach() * 0
 
 
 def idle(_: int, case: Case) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import ROWS, Case, batch, gpt, llama, pipeline
+from cases import ROWS, Case, Idle, batch, gpt, llama, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
@@ -232,19 +232,6 @@ class NotANumber(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss = self.inner(tokens, targets)
         return (self.last(loss[None]) * float("nan")).sum()
-
-
-class Idle(nn.Module):
-    """A parameter that takes part in the forward, but not in the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = gpt()
-        self.idle = nn.Linear(1, 1)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self.inner(tokens, targets)
-        return loss + self.idle(loss.detach()[None]).sum().detach() * 0
 
 
 def stopped(_: int, case: Case) -> tuple[str, bool]:

@@ -72,6 +72,29 @@ def test_a_ring_over_a_bus_counts_as_its_streams() -> None:
     assert rates[single] * 10.0 == pytest.approx(1.0)
 
 
+def queued(**sizes: float) -> Flow:
+    return Flow(bytes_by_resource=sizes, then=lambda: None, queued=True)
+
+
+def test_messages_that_queue_pass_one_after_another() -> None:
+    a, b = queued(wire=10.0), queued(wire=10.0)
+    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.5, b)])
+    assert ended == {a: pytest.approx(2.0), b: pytest.approx(4.0)}
+
+
+def test_one_that_is_held_up_elsewhere_leaves_the_rest_to_the_next() -> None:
+    """The first gets 1 B/s at its narrow end, the second the other 4 until both have ended."""
+    a, b = queued(wire=10.0, narrow=10.0), queued(wire=8.0)
+    ended = play(Network(bandwidth={"wire": 5.0, "narrow": 1.0}), [(0.0, a), (0.0, b)])
+    assert ended == {a: pytest.approx(10.0), b: pytest.approx(2.0)}
+
+
+def test_the_first_in_the_queue_shares_with_a_collective() -> None:
+    ring, a, b = flow(wire=8.0), queued(wire=4.0), queued(wire=4.0)
+    ended = play(Network(bandwidth={"wire": 4.0}), [(0.0, ring), (0.0, a), (0.0, b)])
+    assert ended == {a: pytest.approx(2.0), ring: pytest.approx(4.0), b: pytest.approx(4.0)}
+
+
 def test_a_dead_link_is_named() -> None:
     with pytest.raises(ClusterError, match="wire"):
         fair_rates({"wire": 0.0}, [flow(wire=1.0)])
@@ -104,6 +127,20 @@ def test_no_resource_is_overfull_and_every_flow_has_a_full_one(
             )
             for name in f.bytes_by_resource
         )
+
+
+@given(st.lists(st.tuples(sizes, st.booleans()), min_size=1, max_size=6), speeds)
+def test_queues_leave_no_link_idle_that_somebody_could_use(
+    demands: list[tuple[dict[str, float], bool]], bandwidth: dict[str, float]
+) -> None:
+    flows = [queued(**demand) if waits else flow(**demand) for demand, waits in demands]
+    rates = fair_rates(bandwidth, flows)
+    used = {
+        name: sum(rates[f] * f.bytes_by_resource.get(name, 0.0) for f in flows) for name in "abcd"
+    }
+    assert all(used[name] <= bandwidth[name] * (1 + 1e-9) for name in used)
+    full = {name for name in used if used[name] >= bandwidth[name] * (1 - 1e-9)}
+    assert all(full & set(f.bytes_by_resource) for f in flows)
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 5.0), sizes), min_size=1, max_size=6), speeds)

@@ -16,7 +16,7 @@ from meshwright.cost.collective import (
 )
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step
+from meshwright.cost.links import messages_queue, overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import (
     MemoryTables,
     StageMemory,
@@ -92,6 +92,8 @@ class _Costs:
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
+    queued: bool
+    """Messages over one link pass one after another."""
     system: SystemConstants
     tables: MemoryTables
     types: dict[str, str]
@@ -122,6 +124,7 @@ def price(
         profile=profile,
         links=topology(reached_links(cluster, profile)),
         step_latency=ring_step(profile),
+        queued=messages_queue(cluster),
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
         types={device.name: device.type for device in devices_of(cluster)},
@@ -268,9 +271,10 @@ def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     devices = costs.plan.devices
     if i.op in SENDS:
         assert i.peer is not None
-        return boundary_transfer(
+        moved = boundary_transfer(
             costs.links, seat.device, devices[i.peer], i.bytes, costs.system.boundary
         )
+        return replace(moved, queued=costs.queued)
     size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
     key = (i.ranks, i.bytes)
     if len(i.ranks) > 1 and key not in costs.reductions:

@@ -30,6 +30,16 @@ def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
     return replace(cluster, nodes=nodes, sites=sites)
 
 
+def messages_queue(cluster: Cluster) -> bool:
+    """Whether messages over one link pass one after another.
+
+    gloo, which serves wherever a device is a CPU, hands whole messages to sockets, and the queue
+    before the wire empties in their order: devices of a node that send at the same time fall out
+    of step, and the first need not wait for the last. The channels of NCCL share a link.
+    """
+    return any(kind.processor == "cpu" for kind in cluster.types.values())
+
+
 def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
     """The cluster with its links as a profile knows them: measured ones as they are, the others at
     the share of their stated bandwidth that was fitted."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import lcm
 
+from meshwright.cluster.spec import node_of
+from meshwright.layout.reshard import reshard
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import BoundaryKind
@@ -36,17 +38,14 @@ def boundary_moves(
     width: equal widths pair off, a wider source spreads its senders.
     `scatter_gather`: all tensor ranks of the source send an equal part, and the target's receive
     one each, which they still have to put together.
-    `broadcast`: one tensor rank of the source sends to all of the target's.
+    `broadcast`: one tensor rank of the source sends to all of the target's; which one, and which
+    rows first, so that the nodes' interfaces are busy alike and wait little for each other.
     """
-    moves: list[Move] = []
-    for number, task in enumerate(unit_tasks(_layout(source), _layout(target))):
-        if kind == "scatter_gather":
-            moves += _scattered(task)
-        elif kind == "broadcast" and len(task.receivers) > 1:
-            moves += _broadcast(task, number)
-        else:
-            moves += _direct(task)
-    return tuple(moves)
+    if kind == "broadcast":
+        return tuple(_broadcasts(source, target))
+    tasks = unit_tasks(_layout(source), _layout(target))
+    moves = _scattered if kind == "scatter_gather" else _direct
+    return tuple(move for task in tasks for move in moves(task))
 
 
 def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
@@ -71,10 +70,19 @@ def _direct(task: UnitTask) -> list[Move]:
     ]
 
 
-def _broadcast(task: UnitTask, number: int) -> list[Move]:
-    (rows,) = task.tile
-    chain = (task.holders[number % len(task.holders)], *sorted(task.receivers))
-    return [Move(source=chain[0], target=rank, rows=rows, chain=chain) for rank in chain[1:]]
+def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
+    nodes = {
+        seat.rank: node_of(seat.device)
+        for stage in (source, target)
+        for replica in stage.seats
+        for seat in replica
+    }
+    for transfer in reshard(_layout(source), _layout(target), nodes):
+        (rows,) = transfer.tile
+        several = transfer.strategy == "broadcast"
+        chain = (transfer.source, *transfer.receivers) if several else ()
+        for rank in transfer.receivers:
+            yield Move(source=transfer.source, target=rank, rows=rows, chain=chain)
 
 
 def _scattered(task: UnitTask) -> list[Move]:

@@ -219,8 +219,15 @@ class Messages:
         if i.op in SENDS and i.peer != i.ranks[1]:
             return []
         group = self.chains[i.ranks]
-        works = [dist.broadcast(t, i.ranks[0], group=group, async_op=True) for t in tensors]
-        return [work for work in works if work is not None]
+
+        def start(tensor: Tensor) -> Work:
+            work = dist.broadcast(tensor, i.ranks[0], group=group, async_op=True)
+            assert work is not None, "a rank outside the chain"
+            return work
+
+        if self.headers is None:
+            return [start(tensor) for tensor in tensors]
+        return [w for k, t in enumerate(tensors) for w in self.headers.broadcast(i, k, t, start)]
 
 
 def laid_flat(place: Tensor, of: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import Instruction, Op, text
+from meshwright.program.instructions import SENDS, Instruction, Op, text
 from meshwright.runtime.build import Held
 
 _DTYPES = (
@@ -59,6 +59,28 @@ class Headers:
             (payload or post(tensor, 2 * tag + 1)).wait()
 
         return _Checked(finish)
+
+    def broadcast(
+        self, i: Instruction, k: int, tensor: Tensor, start: Callable[[Tensor], Work]
+    ) -> list[Work]:
+        """Starts tensor number `k` of a broadcast, its header first; `wait` checks as a receive's.
+
+        Both are started at once: the broadcasts of a group must come in one order on all its ranks.
+        """
+        wanted = self._header(i, k, tensor)
+        header = torch.tensor(wanted, device=self.device)
+        arriving, payload = start(header), start(tensor)
+        if i.op in SENDS:
+            return [arriving, payload]
+
+        def finish() -> None:
+            arriving.wait()
+            found = header.tolist()
+            if found != wanted:
+                raise _wrong(i, found, wanted)
+            payload.wait()
+
+        return [_Checked(finish)]
 
     def _header(self, i: Instruction, k: int, tensor: Tensor) -> list[int]:
         assert i.micro_batch is not None

@@ -35,8 +35,6 @@ class RunSettings:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     seed: int = 0
-    record_step: int | None = None
-    """Step that is measured instruction by instruction; None: the last but one."""
     shares: dict[str, float] = field(default_factory=dict)
     """Emulation: share of a core that a device gets, by device name."""
     peak_flops: dict[str, float] = field(default_factory=dict)
@@ -48,6 +46,12 @@ class RunSettings:
     """A rank that waits for a message longer than this takes the other one for lost."""
     compile: bool = False
     """Run layers through torch.compile."""
+
+    @property
+    def recorded_step(self) -> int:
+        """The step that is measured instruction by instruction: a late one, when caches are warm;
+        the last but one where there is a choice."""
+        return max(0, self.steps - 2)
 
 
 @record

@@ -18,7 +18,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.runtime.dilation import Dilation
-from meshwright.runtime.engine import Engine
+from meshwright.runtime.engine import Engine, StepResult
 from meshwright.runtime.run import Metrics
 from meshwright.runtime.world import TIMEOUT_SECONDS
 
@@ -143,8 +143,6 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     batch = plan.job.global_batch
     rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
     module = model if loss is None else WithLoss(model, loss)
-    losses: list[float] = []
-    timeline: Timeline | None = None
     with Engine(
         module,
         plan,
@@ -158,30 +156,52 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
         timeout_seconds=timeout_seconds,
         compile=compile,
     ) as engine:
-        for step in range(steps):
-            of_step = partial(rows, step)
-            if step == record_step:
-                result, timeline = engine.record(of_step)
-            else:
-                result = engine.step(of_step)
-            losses.append(result.loss)
-            if on_metrics is not None and engine.rank == 0:
-                on_metrics(_metrics(step, result, plan, engine, peak_flops))
+        losses, timeline = run_steps(
+            engine,
+            rows,
+            steps,
+            on_metrics=on_metrics,
+            record_step=record_step,
+            peak_flops=peak_flops,
+        )
         parameters = engine.parameters() if keep_parameters else None
-    return Trained(losses=tuple(losses), timeline=timeline, parameters=parameters)
+    return Trained(losses=losses, timeline=timeline, parameters=parameters)
 
 
-def _metrics(
-    step: int, result: Any, plan: Plan, engine: Engine, peak_flops: float | None
-) -> Metrics:
-    flops = step_flops(engine.model, plan.job.global_batch)
+def run_steps(
+    engine: Engine,
+    rows: Rows,
+    steps: int,
+    *,
+    on_metrics: Callable[[Metrics], None] | None = None,
+    record_step: int | None = None,
+    peak_flops: float | None = None,
+) -> tuple[tuple[float, ...], Timeline | None]:
+    """The losses of some steps, and on rank 0 the timeline of the recorded one. See `train`."""
+    losses: list[float] = []
+    timeline: Timeline | None = None
+    for step in range(steps):
+        of_step = partial(rows, step)
+        if step == record_step:
+            result, timeline = engine.record(of_step)
+        else:
+            result = engine.step(of_step)
+        losses.append(result.loss)
+        if on_metrics is not None and engine.rank == 0:
+            on_metrics(_metrics(step, result, engine, peak_flops))
+    return tuple(losses), timeline
+
+
+def _metrics(step: int, result: StepResult, engine: Engine, peak_flops: float | None) -> Metrics:
+    job = engine.plan.job
+    flops = step_flops(engine.model, job.global_batch)
     return Metrics(
         step=step,
         loss=result.loss,
         gradient_norm=result.grad_norm,
         learning_rate=engine.learning_rate,
         step_seconds=result.seconds,
-        tokens_per_second=plan.job.global_batch * plan.job.sequence / result.seconds,
+        tokens_per_second=job.global_batch * job.sequence / result.seconds,
         mfu=flops / result.seconds / peak_flops if peak_flops else None,
         memory_bytes=engine.memory_bytes(),
     )

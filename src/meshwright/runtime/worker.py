@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -45,7 +46,7 @@ def run(folder: Path) -> None:
     with (folder / METRICS).open("a" if rank else "w", buffering=1) as metrics:
 
         def write(line: Metrics) -> None:
-            metrics.write(json.dumps(plain(line)) + "\n")
+            write_line(metrics, line)
             if sys.stdout.isatty():
                 speed = f"{line.tokens_per_second:.0f} tokens/s"
                 print(f"step {line.step}  loss {line.loss:.4f}  {speed}", flush=True)
@@ -53,14 +54,14 @@ def run(folder: Path) -> None:
         trained = train(
             model,
             plan,
-            _rows(corpus, plan, vocabulary, settings.seed),
+            rows_of(corpus, plan, vocabulary, settings.seed),
             optimizer=OPTIMIZERS[plan.job.optimizer](settings.learning_rate, settings.weight_decay),
             steps=settings.steps,
             learning_rate=warmup_cosine(settings.steps, settings.warmup_steps),
             clip_norm=settings.clip_norm,
             seed=settings.seed,
             on_metrics=write,
-            record_step=_record_step(settings),
+            record_step=settings.recorded_step,
             peak_flops=sum(p for p in peaks if p) if all(peaks) else None,
             dilation=Dilation(share=share) if share else None,
             keep_parameters=settings.save_weights,
@@ -72,7 +73,14 @@ def run(folder: Path) -> None:
         _keep(folder, trained)
 
 
-def _rows(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
+def write_line(metrics: TextIO, line: Metrics) -> None:
+    """One step's line of the metrics file."""
+    metrics.write(json.dumps(plain(line)) + "\n")
+
+
+def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
+    """Which rows of the corpus make up which rows of a step's batch."""
+
     def rows(step: int, first: int, last: int) -> Batch:
         arrays = batch_rows(
             corpus,
@@ -87,13 +95,6 @@ def _rows(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
         return tuple(torch.from_numpy(array) for array in arrays)
 
     return rows
-
-
-def _record_step(settings: RunSettings) -> int:
-    """A late step, when caches are warm; the last one but one where there is a choice."""
-    if settings.record_step is not None:
-        return settings.record_step
-    return max(0, settings.steps - 2)
 
 
 def _keep(folder: Path, trained: Trained) -> None:

@@ -136,7 +136,8 @@ class _Step:
             react(*arguments)
             if self.network.touched and (not self.events or self.events[0][0] > self.now):
                 for flow in settle(self.network, self.now):
-                    self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
+                    if flow.rate:
+                        self.at(max(flow.ends, self.now), self.leave, flow, flow.version)
 
     def at(self, seconds: float, react: Callable[..., None], *arguments: Any) -> None:
         self.sequence += 1
@@ -295,7 +296,12 @@ class _Step:
         sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
         if sizes:
             stream = traffic.stream or 0.0
-            flow = Flow(bytes_by_resource=sizes, then=partial(then, *arguments), stream=stream)
+            flow = Flow(
+                bytes_by_resource=sizes,
+                then=partial(then, *arguments),
+                stream=stream,
+                queued=traffic.queued,
+            )
             self.at(arrival, self.enter, flow)
         else:
             self.at(arrival, then, *arguments)

@@ -1,9 +1,12 @@
-"""Flows that share resources: every stream of bytes gets its max-min fair share."""
+"""Flows that share resources: every stream of bytes gets its max-min fair share, but for messages
+that queue: of those on one resource the first gets what all of them would."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from meshwright.errors import ClusterError, Problem
 
@@ -19,6 +22,10 @@ class Flow:
     stream: float = 0.0
     """Bytes of one of the equal streams the flow is made of: what fairness is measured in. 0: the
     least of its bytes."""
+    queued: bool = False
+    """Waits for those of its kind that came before it on any of its resources."""
+    number: int = 0
+    """In the order of arrival."""
     left: float = 1.0
     """Share of the bytes still to move."""
     rate: float = 0.0
@@ -37,7 +44,7 @@ class Flow:
     @property
     def ends(self) -> float:
         """Seconds at which the flow is over if its rate stays."""
-        return self.since + self.left / self.rate
+        return self.since + self.left / self.rate if self.rate else inf
 
 
 @dataclass(slots=True, eq=False)
@@ -50,13 +57,15 @@ class Network:
     """By resource, in order of arrival."""
     touched: dict[Flow, None] = field(default_factory=dict)
     """Flows whose share of some resource may have changed."""
+    arrived: int = 0
 
 
 def start(network: Network, flow: Flow, now: float) -> None:
     """Let a flow in; `settle` gives it its rate."""
     for resource in flow.bytes_by_resource:
         network.flows.setdefault(resource, {})[flow] = None
-    flow.since = now
+    network.arrived += 1
+    flow.since, flow.number = now, network.arrived
     network.touched[flow] = None
 
 
@@ -106,26 +115,52 @@ def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
 def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Flow, float]:
     """Shares per second of each flow, max-min fair between streams.
 
-    Progressive filling: all streams speed up together; those through the first resource to fill
-    stay at that speed, the rest go on (Bertsekas and Gallager, Data Networks, section 6.5.2). Flows
-    with equal streams on the same resources, as the buckets of one ring, are treated as one.
-    Raises ClusterError for a resource without bandwidth.
+    Queued flows: those first in line on all their resources share with the rest; the others get, in
+    the order of arrival, what is left. Raises ClusterError for a resource without bandwidth.
     """
-    alike: dict[tuple[tuple[str, float], ...], list[Flow]] = {}
-    for flow in dict.fromkeys(flows):
-        alike.setdefault(flow.weights, []).append(flow)
-    left = {resource: bandwidth[resource] for weights in alike for resource, _ in weights}
+    every = dict.fromkeys(flows)
+    left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
     empty = [resource for resource, speed in left.items() if speed <= 0]
     ClusterError.check(
         Problem(f"link {resource}", "bandwidth", "0", "above zero") for resource in empty
     )
+    waiting = _not_first(every)
+    rates = _filled(left, [flow for flow in every if flow not in waiting])
+    for flow in waiting:
+        speed = min(left[resource] / weight for resource, weight in flow.weights)
+        rates[flow] = speed / flow.stream
+        for resource, weight in flow.weights:
+            left[resource] = max(left[resource] - speed * weight, 0.0)
+    return rates
+
+
+def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
+    """Queued flows that have one before them on some resource, in the order of arrival."""
+    waiting: dict[Flow, None] = {}
+    taken: set[str] = set()
+    for flow in sorted((flow for flow in flows if flow.queued), key=lambda flow: flow.number):
+        if not taken.isdisjoint(flow.bytes_by_resource):
+            waiting[flow] = None
+        taken.update(flow.bytes_by_resource)
+    return waiting
+
+
+def _filled(left: dict[str, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+    """Progressive filling, which takes what it gives from `left`: all streams speed up together;
+    those through the first resource to fill stay at that speed, the rest go on (Bertsekas and
+    Gallager, Data Networks, section 6.5.2). Flows with equal streams on the same resources, as the
+    buckets of one ring, are treated as one.
+    """
+    alike: dict[tuple[tuple[str, float], ...], list[Flow]] = {}
+    for flow in flows:
+        alike.setdefault(flow.weights, []).append(flow)
     rates: dict[Flow, float] = {}
     while alike:
-        load = dict.fromkeys(left, 0.0)
+        load: dict[str, float] = defaultdict(float)
         for weights, members in alike.items():
             for resource, weight in weights:
                 load[resource] += weight * len(members)
-        speed, fullest = min((left[r] / load[r], r) for r in load if load[r])
+        speed, fullest = min((left[r] / load[r], r) for r in load)
         for weights in [w for w in alike if any(resource == fullest for resource, _ in w)]:
             members = alike.pop(weights)
             rates.update((flow, speed / flow.stream) for flow in members)

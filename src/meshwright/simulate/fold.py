@@ -19,6 +19,7 @@ from meshwright.cluster.spec import Cluster, Node, node_of
 from meshwright.cluster.topology import owners
 from meshwright.cost.collective import Traffic
 from meshwright.cost.instructions import Price, Prices, price
+from meshwright.cost.links import messages_queue
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan
@@ -85,9 +86,11 @@ def _folded(
     """The most like copies of a pipeline that has its nodes for itself; empty: there are none."""
     pipeline = plan.pipelines[p]
     mine = {node_of(d) for stage in pipeline.stages for unit in stage.devices for d in unit}
-    # Broadcasts and gathers meet ranks that would be copies of each other.
+    # Broadcasts and gathers meet ranks that would be copies of each other; messages that pass one
+    # after another make copies unlike.
     met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
-    if met or cluster.direct or any(len(users[node]) > 1 for node in mine):
+    turns = len(pipeline.stages) > 1 and messages_queue(cluster)
+    if turns or met or cluster.direct or any(len(users[node]) > 1 for node in mine):
         return []
     return next(_foldings(pipeline, nodes, across=across), [])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.program.deadlock import READS
@@ -73,7 +73,7 @@ class _Walk:
         """What may have kept an interval from beginning earlier; the likelier of equals first."""
         before, own = i.start_seconds, self.compute[i.rank]
         if i.op is Op.REDUCE_NORM:
-            others = (c for rank in sorted(self.compute) for c in self.compute[rank])
+            others = self.everyones()
             reductions = self.latest(self.reductions, before)
             reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
             return [*self.latest(own, before), *self.latest(others, before), *reductions]
@@ -89,7 +89,10 @@ class _Walk:
         if i.op in GATHERED:
             parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
             return [*self.latest(own, before), *self.latest(parts, before)]
-        if i.op is Op.REDUCE_GRAD or i.peer is None:
+        if i.op is Op.REDUCE_GRAD:
+            # It may wait for its turn, after a sum for which somebody else was late.
+            return [*self.latest(own, before), *self.latest(self.everyones(), before)]
+        if i.peer is None:
             return self.latest(own, before)
         source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
         made = [c for c in self.compute[source] if c.op in _MAKES[i.op]]
@@ -97,6 +100,10 @@ class _Walk:
         earlier = self.channels[i.op, i.rank, i.peer]
         posted = self.compute[target]
         return [x for group in (made, earlier, posted) for x in self.latest(group, before)]
+
+    def everyones(self) -> Iterator[Interval]:
+        """What all ranks compute."""
+        return (c for rank in sorted(self.compute) for c in self.compute[rank])
 
     def end_of_compute(self, rank: int, before: float) -> float:
         """When a rank's last compute before a moment ended."""
