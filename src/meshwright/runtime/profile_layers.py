@@ -79,7 +79,8 @@ def distinct_layers(model: LayerGraph) -> dict[str, int]:
 def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
     """One layer at one size, as the medians of the repeats after two that warm up.
 
-    Every second repeat is followed by one with the backward in two parts.
+    Every second repeat is followed by one with the backward in two parts. What a forward takes
+    longer that prepares it is counted to the first part: neither comes without the other.
     """
     stage, built = _stage_of(bench, layer, rows, tensor)
     turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
@@ -89,7 +90,8 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
         if turn % 2:
             parts.append(turns.in_parts())
     forward, backward = zip(*wholes[2:], strict=True)
-    inputs, weights = zip(*parts, strict=True)
+    prepared, inputs, weights = zip(*parts, strict=True)
+    preparing = max(0.0, median(prepared) - median(forward))
     return LayerTime(
         device=bench.kind,
         signature=bench.graph.layers[layer].signature,
@@ -98,7 +100,7 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
         rows=rows,
         forward_seconds=median(forward),
         backward_seconds=median(backward),
-        input_seconds=median(inputs),
+        input_seconds=preparing + median(inputs),
         weight_seconds=median(weights),
         spread=max(_spread(forward), _spread(backward)),
     )
@@ -119,12 +121,13 @@ class _Turns:
         given = _gradients(self.stage, self.built)
         return forward, self.watch.seconds(partial(self.stage.backward, 0, given, 1.0))
 
-    def in_parts(self) -> tuple[float, float]:
-        """Seconds of the two parts of a backward: gradients of inputs, gradients of weights."""
-        self._forward(split=True)()
+    def in_parts(self) -> tuple[float, float, float]:
+        """Seconds of a forward that prepares two parts of a backward, and of these: gradients of
+        inputs, gradients of weights."""
+        forward = self.watch.seconds(self._forward(split=True))
         given = _gradients(self.stage, self.built)
         inputs = self.watch.seconds(partial(self.stage.backward_input, 0, given, 1.0))
-        return inputs, self.watch.seconds(partial(self.stage.backward_weight, (0,)))
+        return forward, inputs, self.watch.seconds(partial(self.stage.backward_weight, (0,)))
 
     def _forward(self, *, split: bool) -> Callable[[], object]:
         received = [_like(t.shape, t.dtype, self.stage.device) for t in self.built.incoming]
