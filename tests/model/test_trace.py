@@ -2,6 +2,7 @@
 
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_attention_dropout_does_not_unroll_the_fused_kernel():
 def test_amounts_do_not_depend_on_the_rows_of_the_example():
     model = MODELS["gpt"]()
     assert trace(model, batch(rows=1)) == trace(model, batch(rows=7))
+
+
+def test_what_tensor_ranks_divide_is_looked_at_only_where_it_is_asked_for():
+    model = GPT(vocabulary=32, positions=8, width=16, heads=4, layers=2)
+    batch = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
+    full, plain = trace(model, batch), trace(model, batch, divided=False)
+    nothing = {"split_flops": 0.0, "split_saved_bytes": 0.0, "tensor_moments": ()}
+    wanted = tuple(replace(layer, **nothing) for layer in full.layers)
+    assert plain == replace(full, layers=wanted)
+    assert plain != full
 
 
 def test_equal_layers_share_a_signature():

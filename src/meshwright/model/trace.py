@@ -32,6 +32,8 @@ def trace(
     precision: Precision = "fp32",
     sequence: int | None = None,
     name: str | None = None,
+    *,
+    divided: bool = True,
 ) -> LayerGraph:
     """The LayerGraph of a model whose forward takes a batch and returns its mean loss.
 
@@ -39,7 +41,8 @@ def trace(
     on the meta device. `sequence` is by default the second dimension of the first input. Traffic is
     the sum of what every operation of the forward reads and writes, nothing fused but attention and
     RMS normalisation. FLOPs are those of matrix products. Parameters without gradient are not
-    counted. Raises ModelError.
+    counted. Not `divided`: what tensor ranks would divide is not looked at, which takes most of the
+    time, and left 0. Raises ModelError.
     """
     _check_rows(model, inputs)
     batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS]
@@ -54,12 +57,13 @@ def trace(
         key = _structure(part, table, shapes[0])
 
         units = shard.tensor_units(model, part.modules)
-        for width in _widths(units, table):
+        widths = _widths(units, table) if divided else (1,)
+        for width in widths:
             if (key, width) not in measured:
                 pairs = zip((part, same), shapes, strict=True)
                 runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
                 measured[key, width] = per_row(_alike(part, runs))
-        amounts = {width: measured[key, width] for width in _widths(units, table)}
+        amounts = {width: measured[key, width] for width in widths}
         kept |= {(name, len(layers)) for name, keeps in
                  zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
         layers.append(_layer(part, few.tied, table, units, key, amounts))
@@ -235,7 +239,8 @@ def _layer(
     key: str,
     amounts: dict[int, Amounts],
 ) -> Layer:
-    whole, share = amounts[1], amounts[_first_width(units, table)]
+    whole = amounts[1]
+    share = amounts.get(_first_width(units, table), whole)
     own = _numbers(part, lambda name: name not in tied)
     split = _numbers(part, lambda name: name not in tied, table)
     left = _share_held(part, table, _first_width(units, table))

@@ -221,7 +221,7 @@ class Messages:
         group = self.chains[i.ranks]
 
         def start(tensor: Tensor) -> Work:
-            work = dist.broadcast(tensor, i.ranks[0], group=group, async_op=True)
+            work: Work | None = dist.broadcast(tensor, i.ranks[0], group=group, async_op=True)
             assert work is not None, "a rank outside the chain"
             return work
 

@@ -91,7 +91,9 @@ class Engine:
         self.plan = plan
         job = plan.job
         set_precision(model, job.precision)
-        self.model: LayerGraph = trace(model, inputs, job.precision, job.sequence, plan.model.name)
+        self.model: LayerGraph = trace(
+            model, inputs, job.precision, job.sequence, plan.model.name, divided=_divides(plan)
+        )
         validate_plan(plan, self.model)
         self._early = clip_norm is None and job.precision != "fp16"
         self.program = compile_plan(
@@ -263,3 +265,8 @@ class Engine:
         with self._player.computing(i):
             clip(self._own.buckets, factor)
             self._optimizer.step()
+
+
+def _divides(plan: Plan) -> bool:
+    """Whether any layer is held by several tensor ranks."""
+    return any(len(r) > 1 for p in plan.pipelines for s in p.stages for r in s.devices)

@@ -21,9 +21,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
+
+from meshwright.runtime.products import (
+    LinearInput,
+    LinearProduct,
+    OtherInput,
+    OtherProduct,
+    Product,
+    Token,
+)
 
 PRODUCTS: frozenset[Callable[..., Tensor]] = frozenset(
     {
@@ -42,169 +50,6 @@ _ALIASES = frozenset(
                  "Slice", "Squeeze", "Unsqueeze", "Alias", "ToCopy")
 ) | {"_CopyBackward"}  # fmt: skip
 """Nodes between a parameter and the form of it that a product reads."""
-
-
-class _Linear:
-    """x W^T + b: both matrix products by hand, so that those of several micro-batches can join."""
-
-    __slots__ = ("parameters", "parts", "weights")
-
-    def __init__(self, weights: tuple[int, ...], parameters: tuple[Tensor, ...]) -> None:
-        self.weights = weights
-        """Identities of the parameters."""
-        self.parameters = parameters
-        """Weight and bias, if the product reads them as they are; else it has a token from the
-        forward."""
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        """Input and output gradient, once the first part of the backward has come by."""
-
-    def join(self, other: _Linear) -> bool:
-        """Takes over another micro-batch's part in the same gradients, if it can."""
-        if self.weights != other.weights or not self.parts:
-            return False
-        self.parts += other.parts
-        other.parts = []
-        return True
-
-    def ready(self) -> bool:
-        """Whether anything came back to this product."""
-        return bool(self.parts)
-
-    def kept(self) -> Iterator[Tensor]:
-        """What waits for the second part."""
-        for part in self.parts:
-            yield from part
-
-    def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
-        """Of weight and bias: dW = dy^T x and db = sum dy, over all rows of all parts."""
-        ((x, dy),) = _joined(self._taken())
-        yield dy.t().mm(x) if needed[0] else None
-        if len(needed) > 1:
-            yield dy.sum(0) if needed[1] else None
-
-    def accumulate(self) -> None:
-        """Adds both to the gradients of the parameters, where these lie."""
-        weight, *bias = (cast("Tensor", p.grad) for p in self.parameters)
-        parts = self._taken()
-        # One product of all rows writes and reads them once more, every product the gradient.
-        if sum(x.numel() + dy.numel() for x, dy in parts) < (len(parts) - 1) * weight.numel():
-            parts = _joined(parts)
-        for x, dy in parts:
-            torch.addmm(weight, dy.t(), x, out=weight)
-            for each in bias:
-                each.add_(dy.sum(0))
-
-    def _taken(self) -> list[tuple[Tensor, Tensor]]:
-        flat = [(_rows(x), _rows(dy)) for x, dy in self.parts]
-        self.parts = []
-        return flat
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    if len(parts) == 1:
-        return list(parts)
-    x, dy = (torch.cat(both) for both in zip(*parts, strict=True))
-    return [(x, dy)]
-
-
-class _Any:
-    """Any other product, by autograd on a graph of its own."""
-
-    __slots__ = ("edge", "gradient", "inner", "weights")
-
-    def __init__(self, weights: tuple[int, ...]) -> None:
-        self.weights = weights
-        self.edge: GradientEdge | None = None
-        self.inner: list[Tensor] = []
-        """Stand-ins for the weights in the graph of its own."""
-        self.gradient: Tensor | None = None
-
-    def ready(self) -> bool:
-        return self.gradient is not None
-
-    def kept(self) -> Iterator[Tensor]:
-        if self.gradient is not None:
-            yield self.gradient
-
-    def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
-        assert self.edge is not None
-        assert self.gradient is not None
-        wanted = [w for w, want in zip(self.inner, needed, strict=True) if want]
-        found = iter(torch.autograd.grad([self.edge], wanted, [self.gradient]))
-        self.edge = self.gradient = None
-        for want in needed:
-            yield next(found) if want else None
-
-
-Product = _Linear | _Any
-
-
-class _Token(Function):
-    """Stands for a product's weights: its backward makes their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Product, *weights: Tensor) -> Tensor:
-        ctx.product = product
-        return torch.empty((), device=weights[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.product.gradients(ctx.needs_input_grad[1:])
-
-
-class _LinearInput(Function):
-    """A linear product whose backward makes the gradient of its input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, product: _Linear, _: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        ctx.product = product
-        ctx.save_for_backward(x, weight)
-        # Not the result itself: it can be a view, which what follows could not change in place.
-        return F.linear(x, weight, bias).data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.product.parts.append((x, grad))
-        needed = ctx.needs_input_grad
-        return None, None, grad @ weight if needed[2] else None, *(None for _ in needed[3:])
-
-
-class _AnyInput(Function):
-    """Any product; its backward makes the gradients of its activations."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: _Any,
-        call: Callable[[Sequence[Tensor]], Tensor],
-        _: Tensor,
-        *activations: Tensor,
-    ) -> Tensor:
-        needs = ctx.needs_input_grad[3:]
-        inner = [a.detach().requires_grad_(n) for a, n in zip(activations, needs, strict=True)]
-        # Kept as they are, whatever becomes of what others keep: both parts read them.
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            result = call(inner)
-        product.edge = get_gradient_edge(result)
-        ctx.product = product
-        ctx.inner = inner
-        # Not `detach`: a view could not be changed in place by what follows.
-        return result.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        product: _Any = ctx.product
-        assert product.edge is not None
-        product.gradient = grad
-        wanted = [a for a in ctx.inner if a.requires_grad]
-        found: Iterator[Tensor] = iter(())
-        if wanted:
-            edges = [product.edge]
-            found = iter(torch.autograd.grad(edges, wanted, [grad], retain_graph=True))
-        return None, None, None, *(next(found) if a.requires_grad else None for a in ctx.inner)
 
 
 class Deferred:
@@ -260,7 +105,7 @@ class Deferring(TorchFunctionMode):
         operands = (weight,) if bias is None else (weight, bias)
         low = _low_precision(input)
         if low is None and weight.ndim == 2 and all(id(w) in self._weights for w in operands):
-            product = _Linear(tuple(map(id, operands)), operands)
+            product = LinearProduct(tuple(map(id, operands)), operands)
             self.deferred.products.append((None, product))
             return self._product(product, input, operands)
         sources = tuple(source(w, self._weights) for w in operands if w.requires_grad)
@@ -268,21 +113,21 @@ class Deferring(TorchFunctionMode):
             return F.linear(input, weight, bias)
         if low is not None:
             input, *operands = (t.to(low) for t in (input, *operands))  # type: ignore[assignment]
-        product = _Linear(cast("tuple[int, ...]", sources), ())
+        product = LinearProduct(cast("tuple[int, ...]", sources), ())
         self._defer(product, operands)
         return self._product(product, input, operands)
 
-    def _product(self, product: _Linear, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    def _product(self, product: LinearProduct, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         fixed = (w.detach() for w in operands)
         anchor = self._anchor(x.device)
-        return cast("Tensor", _LinearInput.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
+        return cast("Tensor", LinearInput.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
 
     def _any(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
         weights = [t for t in tensors if t.requires_grad and source(t, self._weights) is not None]
         if not weights:
             return func(*args, **kwargs)
-        product = _Any(tuple(cast("int", source(w, self._weights)) for w in weights))
+        product = OtherProduct(tuple(cast("int", source(w, self._weights)) for w in weights))
         product.inner = [w.detach().requires_grad_() for w in weights]
         self._defer(product, weights)
         fixed = {id(w): inner for w, inner in zip(weights, product.inner, strict=True)}
@@ -294,10 +139,10 @@ class Deferring(TorchFunctionMode):
             return func(*again, **named)
 
         anchor = self._anchor(weights[0].device)
-        return _AnyInput.apply(product, call, anchor, *activations)  # type: ignore[no-untyped-call]
+        return OtherInput.apply(product, call, anchor, *activations)  # type: ignore[no-untyped-call]
 
     def _defer(self, product: Product, weights: Sequence[Tensor]) -> None:
-        token = _Token.apply(product, *weights)  # type: ignore[no-untyped-call]
+        token = Token.apply(product, *weights)  # type: ignore[no-untyped-call]
         self.deferred.products.append((token, product))
 
     def _anchor(self, device: torch.device) -> Tensor:
@@ -314,12 +159,12 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
     the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
     """
     ready = list(_ready(micro_batches))
-    plain = [cast("_Linear", product) for token, product in ready if token is None]
+    plain = [cast("LinearProduct", product) for token, product in ready if token is None]
     if len(plain) == len(ready) and all(_adds_in_place(p) for own in plain for p in own.parameters):
         _accumulate(plain)
     else:
         tokens = [
-            _Token.apply(product, *cast("_Linear", product).parameters)  # type: ignore[no-untyped-call]
+            Token.apply(product, *cast("LinearProduct", product).parameters)  # type: ignore[no-untyped-call]
             if token is None
             else token
             for token, product in ready
@@ -334,13 +179,13 @@ def _ready(micro_batches: Sequence[Deferred]) -> Iterator[tuple[Tensor | None, P
     if len(micro_batches) == 1:
         yield from (each for each in micro_batches[0].products if each[1].ready())
         return
-    first: dict[tuple[tuple[int, ...], int], _Linear] = {}
+    first: dict[tuple[tuple[int, ...], int], LinearProduct] = {}
     for deferred in micro_batches:
         seen: Counter[tuple[int, ...]] = Counter()
         for token, product in deferred.products:
             if not product.ready():
                 continue
-            if isinstance(product, _Linear):
+            if isinstance(product, LinearProduct):
                 key = (product.weights, seen[product.weights])
                 seen[product.weights] += 1
                 if key in first and first[key].join(product):
@@ -355,7 +200,7 @@ def _adds_in_place(parameter: Tensor) -> bool:
     return grad is not None and grad.dtype == parameter.dtype and not parameter._backward_hooks
 
 
-def _accumulate(products: Sequence[_Linear]) -> None:
+def _accumulate(products: Sequence[LinearProduct]) -> None:
     """What a backward from their tokens would do, without a tensor for each gradient."""
     left = Counter(id(p) for product in products for p in product.parameters)
     with torch.no_grad():
@@ -382,15 +227,6 @@ def source(tensor: Tensor, known: set[int]) -> int | None:
         if parameter is not None:
             return id(parameter) if id(parameter) in known else None
     return None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """All leading dimensions as one."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _low_precision(tensor: Tensor) -> torch.dtype | None:
