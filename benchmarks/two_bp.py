@@ -8,8 +8,9 @@ measured as `meshwright profile` does; the simulator knows nothing else. All pla
 processes and take turns, step by step. A gain is the ratio of the median seconds of a step without
 and with the backward in two parts; the unit gain is the closed form for F = I = W and no transfers.
 
-naive: GPipe with one micro-batch.  joined: weight gradients of several micro-batches at the end of
-a step in one product.  Ends with 1 where a measured gain is less than 0.9 of the simulated one.
+batched: weight gradients of several micro-batches at the end of a step together. Others on the
+machine must leave the stages their shares: lower `share` where they are many. Ends with 1 where a
+measured gain is less than 0.9 of the simulated one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from meshwright.runtime.launch import run_here
 from meshwright.runtime.profile import ProfileSettings, profile_here
 from meshwright.runtime.run import METRICS
 from meshwright.simulate.engine import simulate_plan
+from meshwright.testbed.load import Watch
 
 STAGES = 4
 BLOCKS = 8
@@ -240,7 +242,12 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]
     expected = {
         key: simulate_plan(plan, graph, here(), profile).step_seconds for key, plan in plans.items()
     }
-    return table(expected, measured(folder, options))
+    watch = Watch()
+    found = measured(folder, options)
+    foreign = watch.foreign_share()
+    lines = table(expected, found)
+    print(f"others used {foreign:.0%} of the machine; more than half leaves the stages no share")
+    return lines
 
 
 def main() -> int:
