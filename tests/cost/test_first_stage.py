@@ -13,7 +13,7 @@ MODEL, CLUSTER = even_model(4, parameters=1000), one_node(4)
 
 
 def test_each_part_takes_as_long_as_on_other_stages() -> None:
-    plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule="1f1b-2bp")
+    plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=8, schedule="1f1b-2bp")
     program = compile_plan(plan, MODEL)
     prices = price(program, plan, MODEL, CLUSTER, None)
     seconds = [

@@ -72,6 +72,24 @@ def test_every_named_schedule_does_everything_once_and_ends(schedule, groups, co
 
 
 @pytest.mark.parametrize("schedule", NAMED)
+@given(groups=st.integers(1, 6), count=st.integers(1, 17), chunks=st.integers(1, 3))
+def test_backwards_that_nobody_waits_for_stay_whole(schedule, groups, count, chunks):
+    """On the first stage two parts are worth their passes only if forwards come between them."""
+    order = orders(schedule, layout(schedule, groups, chunks), count)[0]
+    waited_for = [k for k, action in enumerate(order) if action.op is Op.FORWARD or action.stage]
+    for k, action in enumerate(order):
+        if action.op is Op.BACKWARD_INPUT and action.stage == 0:
+            weight = next(
+                n
+                for n, other in enumerate(order)
+                if other.op is Op.BACKWARD_WEIGHT
+                and other.stage == 0
+                and other.first <= action.first < other.last
+            )
+            assert any(k < n < weight for n in waited_for)
+
+
+@pytest.mark.parametrize("schedule", NAMED)
 @given(groups=st.integers(1, 4), count=st.integers(1, 9))
 def test_words_and_numbers_say_the_same_as_actions(schedule, groups, count):
     places = layout(schedule, groups)

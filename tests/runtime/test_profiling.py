@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.cluster.spec import Device
 from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, load_profile
 from meshwright.errors import LaunchError
 from meshwright.model.hf import load_model
+from meshwright.model.zoo.build import build
 from meshwright.runtime.profile import (
     ProfileSettings,
     cases,
@@ -17,7 +23,7 @@ from meshwright.runtime.profile import (
     merged_optimizers,
     profile_here,
 )
-from meshwright.runtime.profile_layers import distinct_layers
+from meshwright.runtime.profile_layers import Bench, Stopwatch, distinct_layers, layer_times
 from meshwright.runtime.profile_links import SIZES, fit_line, representative_pairs
 
 
@@ -53,8 +59,11 @@ def time_of(forward: float, **changes: object) -> LayerTime:
 
 
 def test_ranks_of_a_type_are_merged_into_their_median():
-    merged = merged_layers([time_of(1.0), time_of(3.0), time_of(2.0), time_of(9.0, device="V100")])
+    parts = [{"input_seconds": s, "weight_seconds": 2 * s} for s in (5.0, 7.0, 6.0)]
+    measured = [time_of(s, **part) for s, part in zip((1.0, 3.0, 2.0), parts, strict=True)]
+    merged = merged_layers([*measured, time_of(9.0, device="V100")])
     assert [(m.device, m.forward_seconds) for m in merged] == [("T4", 2.0), ("V100", 9.0)]
+    assert [(m.input_seconds, m.weight_seconds) for m in merged] == [(6.0, 12.0), (None, None)]
     steps = [
         OptimizerTime(device="T4", optimizer="adamw", seconds_per_parameter=s) for s in (1, 2, 9)
     ]
@@ -82,6 +91,41 @@ def test_equal_layers_are_measured_once_and_illegal_widths_not_at_all(tmp_path):
     blocks = distinct[graph.layers[1].signature]
     assert (blocks, 1) in found
     assert (blocks, 3) not in found
+
+
+class Operations(Stopwatch):
+    """Counts floating-point operations in place of seconds, one at least."""
+
+    def seconds(self, act: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            act()
+        return float(counter.get_total_flops() or 1)
+
+
+def operations(at: int) -> LayerTime:
+    def make_model() -> nn.Module:
+        with torch.device("meta"):
+            return build("gpt-tiny", 16)
+
+    tokens = torch.zeros((1, 16), dtype=torch.long)
+    bench = Bench(
+        make_model=make_model,
+        graph=load_model("gpt-tiny", 16, "fp32"),
+        inputs=(tokens, tokens),
+        kind="cpu",
+        watch=Operations(torch.device("cpu"), None),
+        repeats=2,
+    )
+    return layer_times(bench, layer=at, rows=3, tensor=1)
+
+
+def test_the_parts_of_a_backward_are_measured_and_do_its_work_between_them():
+    block = operations(1)
+    assert block.input_seconds is not None
+    assert block.weight_seconds is not None
+    # Every product of the forward has a weight, but those of attention's scores.
+    assert block.forward_seconds > block.weight_seconds > 0.5 * block.forward_seconds
+    assert block.input_seconds + block.weight_seconds == block.backward_seconds
 
 
 def test_more_processes_than_devices_are_refused(tmp_path):
@@ -113,6 +157,7 @@ def test_two_processes_measure_layers_optimizer_and_links(tmp_path):
         for kind in ("cpu", "slow")
     }
     assert by_type["slow"] > 3 * by_type["cpu"]
+    assert all(t.weight_seconds for t in made.layers)
     assert made.links is not None
     assert made.links.inside is not None
     assert {o.device for o in made.optimizers} == {"cpu", "slow"}

@@ -147,8 +147,9 @@ def host_seconds(measured: Pair, work: Pair, launch: Pair) -> Pair:
     return result
 
 
-def _at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair]) -> Pair:
-    """Linear between measured sizes and, beyond them, along the two nearest.
+def at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair]) -> Pair:
+    """Seconds at a number of rows: linear between measured sizes and, beyond them, along the two
+    nearest.
 
     Around a single size, what the host took stays and the rest grows with the rows.
     """
@@ -177,10 +178,10 @@ def _measured(
     """Measured seconds; a width that was not measured is scaled from the nearest narrower one (else
     the narrowest) by the roofline."""
     if tensor in widths:
-        return _at_rows(widths[tensor], rows, partial(host, tensor))
+        return at_rows(widths[tensor], rows, partial(host, tensor))
     narrower = [width for width in widths if width < tensor]
     width = max(narrower) if narrower else min(widths)
-    known = _at_rows(widths[width], rows, partial(host, width))
+    known = at_rows(widths[width], rows, partial(host, width))
     result: Pair = known * model(tensor, rows) / model(width, rows)
     return result
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import DeviceType
-from meshwright.cost.compute import device_seconds
+from meshwright.cost.compute import at_rows, device_seconds
 from meshwright.cost.constants import device_constants
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.model.spec import Layer, LayerGraph
@@ -26,9 +26,10 @@ def backward_shares(
 ) -> Array:
     """[layer, part]: seconds of a layer's I and of its W over those of its whole backward.
 
-    Measured where the profile has both parts of this kind of layer on this device type (at the
-    nearest size); else by FLOPs: the weight gradients of products cost as much as the products
-    did, attention scores have none, and what multiplies nothing (an embedding) is all I.
+    Measured where the profile has both parts of this kind of layer on this device type (seconds
+    interpolated between numbers of rows, at the nearest tensor width); else by FLOPs: the weight
+    gradients of products cost as much as the products did, attention scores have none, and what
+    multiplies nothing (an embedding) is all I.
     """
     tied = {layer for each in model.tied for layer in each.layers}
     known: dict[tuple[str, bool], tuple[float, float]] = {}
@@ -37,7 +38,7 @@ def backward_shares(
         if key not in known:
             times = _measured(profile, device, layer, model.precision)
             if times:
-                known[key] = _nearest(times, tensor, rows)
+                known[key] = _interpolated(times, tensor, rows)
             else:
                 weight = _by_flops(layer, key[1], model, device, tensor, rows, profile)
                 twice = SPLIT_COST if 0.0 < weight < 1.0 else 1.0
@@ -59,11 +60,17 @@ def _measured(
     ]
 
 
-def _nearest(times: Sequence[LayerTime], tensor: int, rows: int) -> tuple[float, float]:
-    near = min(times, key=lambda t: (abs(t.tensor - tensor), abs(t.rows - rows), t.rows))
-    assert near.input_seconds is not None
-    assert near.weight_seconds is not None
-    return near.input_seconds / near.backward_seconds, near.weight_seconds / near.backward_seconds
+def _interpolated(times: Sequence[LayerTime], tensor: int, rows: int) -> tuple[float, float]:
+    width = min((t.tensor for t in times), key=lambda each: (abs(each - tensor), each))
+    points = {t.rows: _seconds(t) for t in times if t.tensor == width}
+    inputs, weights, whole = at_rows(points, rows, lambda _, measured: 0.0 * measured)
+    if not whole:  # so few rows that the line through the measurements is below zero
+        inputs, weights, whole = points[min(points, key=lambda each: abs(each - rows))]
+    return float(inputs / whole), float(weights / whole)
+
+
+def _seconds(entry: LayerTime) -> Array:
+    return np.array([entry.input_seconds, entry.weight_seconds, entry.backward_seconds])
 
 
 def _by_flops(

@@ -33,7 +33,8 @@ class LayerTime:
     forward_seconds: Seconds
     backward_seconds: Seconds
     input_seconds: Seconds | None = None
-    """Of a backward in two parts, the one that makes the gradients of the layer's inputs."""
+    """Of a backward in two parts, the one that makes the gradients of the layer's inputs, with what
+    the forward takes longer to prepare it."""
     weight_seconds: Seconds | None = None
     """And the one that makes those of its weights. Absent: not measured."""
     spread: float = 0.0

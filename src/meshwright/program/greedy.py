@@ -109,11 +109,13 @@ class _Listing:
         return behind > self.rule.lag[s] or (at < coming and done <= coming)
 
     def backward(self, s: int) -> int:
-        """In two parts, if that is the rule and there is room."""
-        if len(self.backwards[s]) < self.count - self.rule.split:
+        """In two parts, if that is the rule and there is room; whole on the first stage once its
+        group has no forward left, as nobody waits for it then."""
+        g = self.group[s]
+        alone = s == 0 and len(self.forwards[max(self.work.layout[g])]) == self.count
+        if alone or len(self.backwards[s]) < self.count - self.rule.split:
             return B
         grows = self.work.half[s] - self.work.full[s]
-        g = self.group[s]
         return I if self.held[g] + grows <= self.work.room[g] else B
 
     def ready(self, s: int, kind: int, g: int) -> float:

@@ -37,7 +37,10 @@ def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
 
 def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order:
     """As 1F1B with the backward in two parts, the weight part `lag` micro-batches behind: at most
-    `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241)."""
+    `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241). Where there is no lag
+    (on the first stage), a whole backward does the same in fewer passes."""
+    if lag == 0:
+        return one_f_one_b(stage, micro_batches, warm_up)
     order = [one(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
     for m in range(micro_batches):
         order.append(one(Op.BACKWARD_INPUT, stage, m))
@@ -55,12 +58,13 @@ def delayed(order: Order, *, filled: bool, batched: bool) -> Order:
     """2BP (arXiv 2405.18047): a backward hands the gradients of its inputs on first, and the
     weight part waits. Where the base schedule alternates (`filled`), its backwards after the last
     forward leave room for one weight part each; the rest comes at the end, those of one stage at
-    once if `batched`."""
+    once if `batched`. After the last forward nobody waits for what the first stage does: its
+    backwards stay whole, in fewer passes."""
     last_forward = max(k for k, action in enumerate(order) if action.op is Op.FORWARD)
     waiting: deque[Action] = deque()
     found: list[Action] = []
     for k, action in enumerate(order):
-        if action.op is Op.FORWARD:
+        if action.op is Op.FORWARD or (action.stage == 0 and k > last_forward):
             found.append(action)
             continue
         found.append(action._replace(op=Op.BACKWARD_INPUT))

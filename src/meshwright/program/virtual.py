@@ -71,6 +71,8 @@ def zb_v(groups: int, micro_batches: int) -> tuple[Order, ...]:
 def _one_v(group: int, groups: int, micro_batches: int) -> Order:
     down, up = group, 2 * groups - 1 - group
     f, i, w = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
+    # Nobody waits for the first stage's, whose parts would follow each other at once.
+    both = (i, w) if down else (Op.BACKWARD,)
     played = max(micro_batches, 2 * groups - 1)
     turns = _Turns(micro_batches)
     for _ in range(2 * (groups - group) - 1):
@@ -83,14 +85,14 @@ def _one_v(group: int, groups: int, micro_batches: int) -> Order:
     for _ in range(played - groups):
         if turns.next[f, down] < played:
             turns.take(down, f)
-        turns.take(down, i, w)
+        turns.take(down, *both)
         turns.take(up, f, i, w)
     for _ in range(group):
         turns.take(down, i)
         turns.take(up, i)
     for _ in range(groups - group):
-        turns.take(down, i, w)
-    for stage in (up, down):
-        while turns.left(w, stage) > 0:
-            turns.take(stage, w)
+        turns.take(down, *both)
+    for stage, last in ((up, w), (down, both[-1])):
+        while turns.left(last, stage) > 0:
+            turns.take(stage, last)
     return tuple(turns.order)

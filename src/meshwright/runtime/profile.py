@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import field, replace
 from itertools import product
 from pathlib import Path
@@ -219,10 +219,17 @@ def merged_layers(times: list[LayerTime]) -> tuple[LayerTime, ...]:
             same[0],
             forward_seconds=median(one.forward_seconds for one in same),
             backward_seconds=median(one.backward_seconds for one in same),
+            input_seconds=_median(one.input_seconds for one in same),
+            weight_seconds=_median(one.weight_seconds for one in same),
             spread=max(one.spread for one in same),
         )
         for _, same in sorted(groups.items())
     )
+
+
+def _median(measured: Iterable[float | None]) -> float | None:
+    known = [each for each in measured if each is not None]
+    return median(known) if known else None
 
 
 def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
@@ -77,21 +77,21 @@ def distinct_layers(model: LayerGraph) -> dict[str, int]:
 
 
 def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
-    """One layer at one size, as the medians of the repeats after two that warm up."""
-    device = bench.watch.device
+    """One layer at one size, as the medians of the repeats after two that warm up.
+
+    Every second repeat is followed by one with the backward in two parts. What a forward takes
+    longer that prepares it is counted to the first part: neither comes without the other.
+    """
     stage, built = _stage_of(bench, layer, rows, tensor)
-    batch = _batch_of(stage, built, bench, rows)
-    forward, backward = [], []
+    turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
+    wholes, parts = [], []
     for turn in range(bench.repeats + 2):
-        received = [_like(t.shape, t.dtype, device) for t in built.incoming]
-        forward_seconds = bench.watch.seconds(
-            partial(stage.forward, 0, received, batch, step=0, first_row=0)
-        )
-        given = _gradients(stage, built, device)
-        backward_seconds = bench.watch.seconds(partial(stage.backward, 0, given, 1.0))
-        if turn >= 2:
-            forward.append(forward_seconds)
-            backward.append(backward_seconds)
+        wholes.append(turns.whole())
+        if turn % 2:
+            parts.append(turns.in_parts())
+    forward, backward = zip(*wholes[2:], strict=True)
+    prepared, inputs, weights = zip(*parts, strict=True)
+    preparing = max(0.0, median(prepared) - median(forward))
     return LayerTime(
         device=bench.kind,
         signature=bench.graph.layers[layer].signature,
@@ -100,8 +100,40 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
         rows=rows,
         forward_seconds=median(forward),
         backward_seconds=median(backward),
+        input_seconds=preparing + median(inputs),
+        weight_seconds=median(weights),
         spread=max(_spread(forward), _spread(backward)),
     )
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Forward and backward of a stage on one micro-batch, again and again."""
+
+    watch: Stopwatch
+    stage: Stage
+    built: BuiltStage
+    batch: dict[str, Tensor]
+
+    def whole(self) -> tuple[float, float]:
+        """Seconds of forward and backward."""
+        forward = self.watch.seconds(self._forward(split=False))
+        given = _gradients(self.stage, self.built)
+        return forward, self.watch.seconds(partial(self.stage.backward, 0, given, 1.0))
+
+    def in_parts(self) -> tuple[float, float, float]:
+        """Seconds of a forward that prepares two parts of a backward, and of these: gradients of
+        inputs, gradients of weights."""
+        forward = self.watch.seconds(self._forward(split=True))
+        given = _gradients(self.stage, self.built)
+        inputs = self.watch.seconds(partial(self.stage.backward_input, 0, given, 1.0))
+        return forward, inputs, self.watch.seconds(partial(self.stage.backward_weight, (0,)))
+
+    def _forward(self, *, split: bool) -> Callable[[], object]:
+        received = [_like(t.shape, t.dtype, self.stage.device) for t in self.built.incoming]
+        return partial(
+            self.stage.forward, 0, received, self.batch, step=0, first_row=0, split=split
+        )
 
 
 def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, BuiltStage]:
@@ -157,13 +189,13 @@ def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _gradients(stage: Stage, built: BuiltStage, device: torch.device) -> list[Tensor]:
+def _gradients(stage: Stage, built: BuiltStage) -> list[Tensor]:
     if stage.makes_loss:
         return []
-    return [_like(t.shape, t.dtype, device) for t in built.outgoing if t.gradient]
+    return [_like(t.shape, t.dtype, stage.device) for t in built.outgoing if t.gradient]
 
 
-def _spread(samples: list[float]) -> float:
+def _spread(samples: Sequence[float]) -> float:
     low, _, high = quantiles(samples, n=4)
     return (high - low) / median(samples)
 

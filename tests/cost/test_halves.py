@@ -1,0 +1,100 @@
+"""How a backward in two parts is priced: measured parts, and weight gradients that are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.cost.halves import backward_shares
+from meshwright.cost.instructions import price
+from meshwright.cost.profile import LayerTime, Profile
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Op
+from meshwright.testbed.times import part_key, virtual_times
+from worlds import DEVICE, even_model, even_plan, one_node
+
+MODEL, CLUSTER = even_model(4), one_node(4)
+
+
+def measured(points: Sequence[tuple[int, float, float, float]]) -> Profile:
+    """Rows, seconds of the whole backward, of its first part, of its second."""
+    return Profile(
+        model="even",
+        sequence=1,
+        layers=tuple(
+            LayerTime(
+                device="g",
+                signature="s",
+                precision="fp32",
+                tensor=1,
+                rows=rows,
+                forward_seconds=1.0,
+                backward_seconds=whole,
+                input_seconds=inputs,
+                weight_seconds=weights,
+            )
+            for rows, whole, inputs, weights in points
+        ),
+    )
+
+
+FIXED = measured([(1, 10.0, 6.0, 5.0), (4, 28.0, 18.0, 11.0)])
+"""I = 2 + 4 rows, W = 3 + 2 rows, B = 4 + 6 rows."""
+
+
+@given(st.integers(1, 64), st.integers(1, 4))
+def test_measured_parts_lie_on_the_line_through_the_measurements(rows: int, tensor: int) -> None:
+    shares = backward_shares(MODEL, DEVICE, tensor, rows, FIXED)
+    assert shares[0] * (4 + 6 * rows) == pytest.approx([2 + 4 * rows, 3 + 2 * rows])
+
+
+def test_one_measured_size_gives_its_shares_at_every_size() -> None:
+    for rows in (1, 3, 100):
+        shares = backward_shares(MODEL, DEVICE, 1, rows, measured([(3, 8.0, 5.0, 4.0)]))
+        assert shares[0] == pytest.approx([5 / 8, 4 / 8])
+
+
+def test_where_the_line_is_below_zero_the_nearest_size_counts() -> None:
+    steep = measured([(4, 1.0, 0.5, 0.25), (8, 9.0, 6.0, 3.0)])
+    assert backward_shares(MODEL, DEVICE, 1, 1, steep)[0] == pytest.approx([0.5, 0.25])
+
+
+def priced(plan: Plan, rank: int) -> dict[tuple[Op, int], float]:
+    """Seconds of one rank's kinds of work, by how many micro-batches they serve."""
+    program = compile_plan(plan, MODEL)
+    prices = price(program, plan, MODEL, CLUSTER, FIXED)
+    return {
+        (i.op, 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]): p.seconds
+        for i, p in zip(program.ranks[rank], prices.ranks[rank], strict=True)
+    }
+
+
+def test_joined_weight_gradients_are_one_product_over_all_rows() -> None:
+    plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule="gpipe-2bp-batched")
+    seconds = priced(plan, 1)
+    assert seconds[Op.BACKWARD_INPUT, 1] == pytest.approx(6.0)
+    assert seconds[Op.BACKWARD_WEIGHT, 4] == pytest.approx(3 + 2 * 4)
+
+
+def test_a_first_stage_does_its_parts_like_the_others() -> None:
+    seconds = priced(even_plan(MODEL, CLUSTER, stages=4, micro_batches=8, schedule="1f1b-2bp"), 0)
+    assert seconds[Op.BACKWARD_INPUT, 1] == pytest.approx(6.0)
+    assert seconds[Op.BACKWARD_WEIGHT, 1] == pytest.approx(5.0)
+    assert seconds[Op.BACKWARD, 1] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp", "zb-h1"])
+def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
+    plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule=schedule)
+    table = virtual_times(plan, MODEL, CLUSTER, FIXED)
+    for rank, times in enumerate(table.ranks):
+        expected = {
+            part_key(rank, op, count): seconds
+            for (op, count), seconds in priced(plan, rank).items()
+            if op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+        }
+        assert times.parts == expected
