@@ -8,15 +8,15 @@ from itertools import pairwise
 from math import ceil
 
 from meshwright.model.shard import UNDIVIDED, Tile, common_tiles, holder
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import Job
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
-BUCKET_BYTES = 25 * 2**20
-"""Gradients are reduced in buckets of at least this size: large enough for full bandwidth, small
-enough to start early (the default of DistributedDataParallel)."""
+MOST_BYTES, LEAST_BYTES = 25 * 2**20, 2**20
+BUCKETS = 16
+"""Of a whole model's gradients, at least."""
 
 Ranks = tuple[int, ...]
 
@@ -54,8 +54,16 @@ def gradient_bytes(job: Job) -> int:
     return 8 if job.precision == "fp64" else 4
 
 
+def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
+    """Gradients are summed in buckets of at least this size: large enough for full bandwidth, small
+    enough to start early. 25 MiB, the default of DistributedDataParallel, would leave a small model
+    nothing to hide its sums behind."""
+    share = gradient_bytes(job) * num_parameters(model) // BUCKETS
+    return max(LEAST_BYTES, min(share, MOST_BYTES))
+
+
 def gradient_buckets(
-    model: LayerGraph, job: Job, stages: Sequence[StageSeats], bucket_bytes: int = BUCKET_BYTES
+    model: LayerGraph, job: Job, stages: Sequence[StageSeats], bucket_bytes: int
 ) -> tuple[Bucket, ...]:
     """All buckets, in the order in which a backward from the last layer completes them.
 

@@ -9,7 +9,13 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
-from meshwright.program.buckets import BUCKET_BYTES, Bucket, Sum, gradient_buckets, sums_of
+from meshwright.program.buckets import (
+    Bucket,
+    Sum,
+    gradient_buckets,
+    sums_of,
+    usual_bucket_bytes,
+)
 from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
@@ -41,7 +47,7 @@ def compile_plan(
     plan: Plan,
     model: LayerGraph,
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     clipped: bool = True,
     only: Container[int] | None = None,
 ) -> Program:
@@ -55,7 +61,8 @@ def compile_plan(
     plan that cannot be played.
     """
     stages = stage_seats(plan)
-    buckets = gradient_buckets(model, plan.job, stages, bucket_bytes)
+    size = bucket_bytes or usual_bucket_bytes(model, plan.job)
+    buckets = gradient_buckets(model, plan.job, stages, size)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model):

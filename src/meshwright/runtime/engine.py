@@ -16,7 +16,6 @@ from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
-from meshwright.program.buckets import BUCKET_BYTES
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Op
@@ -83,7 +82,7 @@ class Engine:
         seed: int = 0,
         dilation: Dilation | None = None,
         world: World | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         debug: bool = False,
         compile: bool = False,
         timeout_seconds: float = worlds.TIMEOUT_SECONDS,

@@ -29,6 +29,7 @@ from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
+from meshwright.program.buckets import usual_bucket_bytes
 from meshwright.search.partition import Array
 
 PROBE_BYTES = 1 << 24
@@ -51,6 +52,8 @@ class Costs:
     step_latency: float
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
+    bucket_bytes: int
+    """Of the gradients that are summed at once."""
     table: MemoryTable
     again: MemoryTable | None
     """Of stages that recompute; None: no stage may."""
@@ -107,6 +110,7 @@ def costs_of(
         links=topology(cluster),
         step_latency=ring_step(profile),
         system=system_constants(profile.calibration if profile else None),
+        bucket_bytes=usual_bucket_bytes(model, job),
         table=tables.plain,
         again=tables.recomputed if recomputation else None,
         repeats=False,

@@ -15,7 +15,7 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
 from meshwright.cost.times import repeated_seconds
-from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
+from meshwright.program.buckets import gradient_bytes
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
@@ -349,7 +349,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
             found[s, 0] = alone_seconds(
                 costs.links, Traffic(bytes_by_resource=busy, latency=mine.latency)
             )
-            found[s, 1] = found[s, 0] * min(1.0, BUCKET_BYTES / max(size for _, size in own))
+            found[s, 1] = found[s, 0] * min(1.0, costs.bucket_bytes / max(size for _, size in own))
     return found
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.buckets import BUCKET_BYTES, gradient_bytes
+from meshwright.program.buckets import gradient_bytes
 from meshwright.program.instructions import Op
 from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
@@ -212,7 +212,7 @@ def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -
         _sums(costs, lines, spans), key=lambda found: found[1]
     ):
         latency, used = _rings(costs, units)
-        closing = min(size, BUCKET_BYTES)
+        closing = min(size, costs.bucket_bytes)
         slowest = 0.0
         for name, each in used:
             done = max(free.get(name, 0.0), begin) + each * size
