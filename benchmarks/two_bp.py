@@ -138,7 +138,7 @@ def profiled(folder: Path, share: float, rows: int) -> tuple[LayerGraph, Profile
         optimizer="sgd",
         repeats=11,
     )
-    return load_model(config, SEQUENCE, "fp32"), profile_here(settings, STAGES)
+    return load_model(config, SEQUENCE, "fp32"), profile_here(settings, STAGES, again=True)[0]
 
 
 def measured(folder: Path, options: argparse.Namespace) -> dict[Key, list[float]]:

@@ -108,7 +108,7 @@ def _prepare(folder: Path, console: Console) -> Session:
         output=str(profile),
         shares=SHARES,
     )
-    profile_here(settings, processes=4, console=console)
+    profile_here(settings, processes=4, again=True, console=console)
     session = open_session(
         model=MODEL,
         cluster=cluster,

@@ -135,15 +135,26 @@ def test_more_processes_than_devices_are_refused(tmp_path):
         profile_here(settings(tmp_path, cluster=str(cluster)), processes=2)
 
 
+def test_what_was_measured_otherwise_is_measured_again(tmp_path):
+    one, _ = profile_here(settings(tmp_path), processes=1)
+    assert profile_here(settings(tmp_path), processes=1) == (one, True)
+    for changed in (settings(tmp_path, rows=(1,)), settings(tmp_path, repeats=4)):
+        assert profile_here(changed, processes=1)[1] is False
+    assert profile_here(settings(tmp_path, repeats=4), processes=1, again=True)[1] is False
+    (tmp_path / "profile.json").write_text("{}")
+    assert profile_here(settings(tmp_path, repeats=4), processes=1)[1] is False
+
+
 def test_two_processes_measure_layers_optimizer_and_links(tmp_path):
     cluster = tmp_path / "c.toml"
     cluster.write_text(
         'format = 1\nname = "c"\n[device.slow]\nlike = "cpu"\n'
         '[[node]]\nname = "a"\ndevices = ["cpu", "slow"]\n'
     )
-    made = profile_here(
-        settings(tmp_path, cluster=str(cluster), tensor=(1, 2), shares={"slow": 0.1}), processes=2
-    )
+    asked = settings(tmp_path, cluster=str(cluster), tensor=(1, 2), shares={"slow": 0.1})
+    made, known = profile_here(asked, processes=2)
+    assert not known
+    assert profile_here(asked, processes=2) == (made, True)
     graph = load_model("gpt-tiny", 16, "fp32")
     from meshwright.cluster.files import load_cluster
 

@@ -72,8 +72,19 @@ def test_a_ring_over_a_bus_counts_as_its_streams() -> None:
     assert rates[single] * 10.0 == pytest.approx(1.0)
 
 
-def queued(**sizes: float) -> Flow:
-    return Flow(bytes_by_resource=sizes, then=lambda: None, queued=True)
+senders = count()
+
+
+def queued(sender: str = "", **sizes: float) -> Flow:
+    """From a sender of its own, unless that is given."""
+    name = sender or f"sender {next(senders)}"
+    return Flow(bytes_by_resource=sizes, then=lambda: None, sender=name)
+
+
+def test_messages_of_one_sender_do_not_wait_for_each_other() -> None:
+    a, b, c = queued("x", wire=10.0), queued("x", wire=10.0), queued("y", wire=10.0)
+    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b), (0.0, c)])
+    assert ended == {a: pytest.approx(4.0), b: pytest.approx(4.0), c: pytest.approx(6.0)}
 
 
 def test_messages_that_queue_pass_one_after_another() -> None:

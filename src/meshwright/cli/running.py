@@ -41,7 +41,7 @@ def profile(
     ] = 1,
     bed_file: BedOption = None,
     again: Annotated[
-        bool, typer.Option(help="On a testbed: measure even if nothing has changed.")
+        bool, typer.Option(help="Measure even if nothing has changed since the last time.")
     ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File; with --testbed, folder.")
@@ -67,9 +67,10 @@ def profile(
         if launcher is not None:
             profile_testbed(launcher, settings, output, again=again)
             return
-    profile_here(settings, processes)
+    _, known = profile_here(settings, processes, again=again)
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"wrote {output}")
+        done = f"{output} holds these measurements already; --again measures anew"
+        typer.echo(done if known else f"wrote {output}")
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

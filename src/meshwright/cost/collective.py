@@ -29,8 +29,9 @@ class Traffic:
     stream: float | None = None
     """Bytes of one of the equal streams it is made of, where that is not the least of the above: it
     stands for several like it, whose bytes are added up."""
-    queued: bool = False
-    """Whether it waits for others of the kind that came before it on one of its resources."""
+    sender: str | None = None
+    """The device it comes from, where those of other devices that came before it on one of its
+    resources go first."""
 
 
 def transfer(topology: Topology, source: str, target: str, size: float) -> Traffic:

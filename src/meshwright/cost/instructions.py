@@ -93,7 +93,7 @@ class _Costs:
     step_latency: float
     """Fixed seconds of one step of a ring."""
     queued: bool
-    """Messages over one link pass one after another."""
+    """Messages of several devices over one link pass one after another."""
     system: SystemConstants
     tables: MemoryTables
     types: dict[str, str]
@@ -271,7 +271,7 @@ def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
         moved = boundary_transfer(
             costs.links, seat.device, devices[i.peer], i.bytes, costs.system.boundary
         )
-        return replace(moved, queued=costs.queued)
+        return replace(moved, sender=seat.device if costs.queued else None)
     size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
     key = (i.ranks, i.bytes)
     if len(i.ranks) > 1 and key not in costs.reductions:

@@ -31,7 +31,7 @@ def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
 
 
 def messages_queue(cluster: Cluster) -> bool:
-    """Whether messages over one link pass one after another.
+    """Whether messages of several devices over one link pass one after another.
 
     gloo, which serves wherever a device is a CPU, hands whole messages to sockets, and the queue
     before the wire empties in their order: devices of a node that send at the same time fall out

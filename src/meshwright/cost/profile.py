@@ -72,6 +72,8 @@ class Profile:
     sequence: int
     versions: dict[str, str] = field(default_factory=dict)
     """torch, Python and machine, as measured with."""
+    source: str = ""
+    """Fingerprint of what was measured, how and where: the same is not measured again."""
     layers: tuple[LayerTime, ...] = ()
     optimizers: tuple[OptimizerTime, ...] = ()
     links: LinkTimes | None = None

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import field, replace
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,7 @@ from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
 from meshwright.errors import LaunchError, Problem, ProfileError
 from meshwright.model.hf import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.records import dumps, load, record
+from meshwright.records import dumps, fingerprint, load, record
 from meshwright.runtime.launch import run_here
 from meshwright.runtime.run import METRICS
 
@@ -62,6 +63,18 @@ class ProfileSettings:
 
 
 @record
+class Source:
+    """What a profile depends on."""
+
+    settings: ProfileSettings
+    """Without the names of files."""
+    model: str
+    cluster: Cluster | None
+    processes: int
+    versions: dict[str, str]
+
+
+@record
 class Case:
     """One thing to measure."""
 
@@ -78,23 +91,58 @@ def cases(settings: ProfileSettings, graph: LayerGraph, layers: dict[str, int]) 
 
 
 def profile_here(
-    settings: ProfileSettings, processes: int, *, console: Console | None = None
-) -> Profile:
+    settings: ProfileSettings,
+    processes: int,
+    *,
+    again: bool = False,
+    console: Console | None = None,
+) -> tuple[Profile, bool]:
     """Measure and write the profile: as a rank if a launcher started this process, else with
-    `processes` processes on this machine. Raises ProfileError or LaunchError."""
+    `processes` processes on this machine; unless the file holds these measurements already, which
+    the second result says. Raises ProfileError or LaunchError."""
     graph = load_model(settings.model, settings.sequence, settings.precision)
-    if settings.cluster:
-        _check_ranks(settings, load_cluster(Path(settings.cluster)), processes)
-    if "RANK" in os.environ:
-        measure(settings, graph, None)
-    else:
-        with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
-            _measure_in_processes(settings, processes, Path(scratch), console or Console())
-    return load(Path(settings.output), Profile, error=ProfileError)
+    launched = "RANK" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if launched else processes
+    cluster = load_cluster(Path(settings.cluster)) if settings.cluster else None
+    if cluster:
+        _check_ranks(settings, cluster, world)
+    mark = fingerprint(
+        Source(
+            settings=replace(settings, cluster=None, output="", pairs=None),
+            model=fingerprint(graph),
+            cluster=cluster,
+            processes=world,
+            versions=versions(),
+        )
+    )
+    if launched:
+        return measure(settings, graph, None, mark=mark, again=again)
+    known = None if again else _known(settings, mark)
+    if known is not None:
+        return known, True
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
+        _measure_in_processes(settings, processes, Path(scratch), console or Console())
+    found = load(Path(settings.output), Profile, error=ProfileError)
+    return _kept(settings, replace(found, source=mark)), False
 
 
-def _check_ranks(settings: ProfileSettings, cluster: Cluster, processes: int) -> None:
-    world = int(os.environ.get("WORLD_SIZE", processes))
+def _known(settings: ProfileSettings, mark: str) -> Profile | None:
+    """What the output file holds, if it is what would be measured."""
+    path = Path(settings.output)
+    if not path.is_file():
+        return None
+    with suppress(ProfileError):  # something else stands there, and is written over
+        profile = load(path, Profile, error=ProfileError)
+        return profile if profile.source == mark else None
+    return None
+
+
+def _kept(settings: ProfileSettings, profile: Profile) -> Profile:
+    Path(settings.output).write_text(dumps(profile))
+    return profile
+
+
+def _check_ranks(settings: ProfileSettings, cluster: Cluster, world: int) -> None:
     devices = devices_of(cluster)
     if world > len(devices):
         found = f"{world} processes"
@@ -116,8 +164,15 @@ def _measure_in_processes(
         run_here(processes, folder, module=MODULE, on_metrics=show)
 
 
-def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -> None:
-    """What one rank does; rank 0 writes the result."""
+def measure(
+    settings: ProfileSettings,
+    graph: LayerGraph,
+    folder: Path | None,
+    *,
+    mark: str = "",
+    again: bool = True,
+) -> tuple[Profile, bool]:
+    """What one rank does; rank 0 writes the result, or finds it written."""
     import torch
     import torch.distributed as dist
 
@@ -128,6 +183,11 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    first = dist.get_rank() == 0
+    known = _from_first(_known(settings, mark) if first and not again else None)
+    if known is not None:
+        dist.destroy_process_group()
+        return known, True
     cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
     bench = _bench(settings, graph, cluster, device)
     layers = []
@@ -145,18 +205,28 @@ def measure(settings: ProfileSettings, graph: LayerGraph, folder: Path | None) -
     links = _links(settings, cluster, device)
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
-    if dist.get_rank() == 0:
-        profile = Profile(
-            model=graph.name,
-            sequence=graph.sequence,
-            versions=versions(),
-            layers=merged_layers([one for some, _ in everyone for one in some]),
-            optimizers=merged_optimizers([one for _, some in everyone for one in some]),
-            links=links,
-        )
-        Path(settings.output).write_text(dumps(profile))
-    dist.barrier()
+    profile = Profile(
+        model=graph.name,
+        sequence=graph.sequence,
+        versions=versions(),
+        source=mark,
+        layers=merged_layers([one for some, _ in everyone for one in some]),
+        optimizers=merged_optimizers([one for _, some in everyone for one in some]),
+        links=links,
+    )
+    found = _from_first(_kept(settings, profile) if first else None)
+    assert found is not None
     dist.destroy_process_group()
+    return found, False
+
+
+def _from_first(profile: Profile | None) -> Profile | None:
+    """What the first rank has, on every one: their files may be on other machines."""
+    import torch.distributed as dist
+
+    shared = [profile]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) -> LinkTimes | None:

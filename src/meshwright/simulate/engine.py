@@ -300,7 +300,7 @@ class _Step:
                 bytes_by_resource=sizes,
                 then=partial(then, *arguments),
                 stream=stream,
-                queued=traffic.queued,
+                sender=traffic.sender,
             )
             self.at(arrival, self.enter, flow)
         else:

@@ -1,5 +1,5 @@
 """Flows that share resources: every stream of bytes gets its max-min fair share, but for messages
-that queue: of those on one resource the first gets what all of them would."""
+that queue: of the senders on one resource the first gets what all of them would."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Flow:
     stream: float = 0.0
     """Bytes of one of the equal streams the flow is made of: what fairness is measured in. 0: the
     least of its bytes."""
-    queued: bool = False
-    """Waits for those of its kind that came before it on any of its resources."""
+    sender: str | None = None
+    """If known: waits for those of other senders that came before it on any of its resources."""
     number: int = 0
     """In the order of arrival."""
     left: float = 1.0
@@ -137,11 +137,12 @@ def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Fl
 def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
     """Queued flows that have one before them on some resource, in the order of arrival."""
     waiting: dict[Flow, None] = {}
-    taken: set[str] = set()
-    for flow in sorted((flow for flow in flows if flow.queued), key=lambda flow: flow.number):
-        if not taken.isdisjoint(flow.bytes_by_resource):
+    first: dict[str, str] = {}
+    for flow in sorted((flow for flow in flows if flow.sender), key=lambda flow: flow.number):
+        assert flow.sender is not None
+        served = [first.setdefault(name, flow.sender) for name in flow.bytes_by_resource]
+        if any(sender != flow.sender for sender in served):
             waiting[flow] = None
-        taken.update(flow.bytes_by_resource)
     return waiting
 
 
