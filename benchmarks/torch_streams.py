@@ -40,15 +40,18 @@ class Waited(dist.Work):
         return True
 
 
+def allocated(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What FSDP2 asks for buffers."""
+    return torch.empty(*size, dtype=dtype, device=device)
+
+
 class Gather:
     """FSDP2's all-gather."""
 
+    allocate = staticmethod(allocated)
+
     def __init__(self, device: Dilator) -> None:
         self.device = device
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What it asks for buffers."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -65,6 +68,8 @@ class Gather:
 class Stream:
     """What happens one after the other, beside the computing."""
 
+    allocate = staticmethod(allocated)
+
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup | None) -> None:
         self.inside, self.across = inside, across
         self._thread = ThreadPoolExecutor(1)
@@ -79,10 +84,6 @@ class Stream:
         for posted in self._posted:
             posted.result()
         self._posted.clear()
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What FSDP2 asks for buffers."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

@@ -28,29 +28,29 @@ def built(case: Case) -> nn.Module:
     return case.model()
 
 
-def play(_: int, names: list[str]) -> dict[str, Any]:
-    """Losses on every rank, and the parameters on rank 0, of some cases one after another."""
+def trained(case: Case) -> tuple[list[tuple[float, float]], Any]:
+    """Loss and norm of every step, and on rank 0 the parameters at the end."""
     from meshwright.runtime.engine import Engine
 
-    found = {}
-    for name in names:
-        case = CASES[name]
-        with Engine(
-            built(case),
-            case.plan,
-            inputs=batch(0),
-            optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
-            clip_norm=case.clip_norm,
-            learning_rate=factor,
-            bucket_bytes=SMALL_BUCKETS,
-        ) as engine:
-            results = []
-            for step in range(STEPS):
-                whole = batch(step % 2)
-                results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
-            losses = [(r.loss, r.grad_norm) for r in results]
-            found[name] = (losses, engine.parameters())
-    return found
+    with Engine(
+        built(case),
+        case.plan,
+        inputs=batch(0),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+        clip_norm=case.clip_norm,
+        learning_rate=factor,
+        bucket_bytes=SMALL_BUCKETS,
+    ) as engine:
+        results = []
+        for step in range(STEPS):
+            whole = batch(step % 2)
+            results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
+        return [(r.loss, r.grad_norm) for r in results], engine.parameters()
+
+
+def play(_: int, names: list[str]) -> dict[str, Any]:
+    """Some cases one after another."""
+    return {name: trained(CASES[name]) for name in names}
 
 
 @cache

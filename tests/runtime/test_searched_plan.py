@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 from cases import ROWS, SEQUENCE, Case, batch, gpt
 from ranks import run_ranks
-from test_parity import RATE, SMALL_BUCKETS, STEPS, built, exact, factor, reference, relative
+from test_parity import exact, reference, relative, trained
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.model.trace import trace
@@ -51,23 +50,8 @@ def searched() -> Case:
 
 
 def play(_: int, case: Case) -> tuple[list[tuple[float, float]], Any]:
-    """Loss and norm of every step, and the parameters at the end."""
-    from meshwright.runtime.engine import Engine
-
-    with Engine(
-        built(case),
-        case.plan,
-        inputs=batch(0),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
-        clip_norm=case.clip_norm,
-        learning_rate=factor,
-        bucket_bytes=SMALL_BUCKETS,
-    ) as engine:
-        results = []
-        for step in range(STEPS):
-            whole = batch(step % 2)
-            results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
-        return [(r.loss, r.grad_norm) for r in results], engine.parameters()
+    """On one rank."""
+    return trained(case)
 
 
 @pytest.mark.timeout(300)
