@@ -18,7 +18,7 @@ test: $(READY)    ## the tests that take seconds (one after the other: many star
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .
