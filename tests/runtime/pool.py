@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import tempfile
 import time
@@ -80,3 +81,4 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         _rank(function, rank, count, store, pipe, args)
+        gc.collect()  # an engine is full of circles, and its groups have threads

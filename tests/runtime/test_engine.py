@@ -3,6 +3,7 @@ a run."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -374,3 +375,25 @@ def too_many(_: int, case: Case) -> str:
 def test_a_group_of_the_wrong_size_is_refused() -> None:
     case = Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a")),))
     assert all("found 2 processes; wanted 1" in text for text in run_ranks(2, too_many, case))
+
+
+def engines_left(_: int) -> tuple[int, int]:
+    """Engines that are still there after three were closed, and the hooks on the model's
+    parameters."""
+    case = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),))
+    for _turn in range(3):
+        model = case.model()
+        with Engine(model, case.plan, inputs=batch(0), optimizer=sgd_of, clip_norm=1.0) as engine:
+            engine.step(lambda a, b: tuple(t[a:b] for t in batch(0)))
+        del engine
+    gc.collect()
+    left = sum(isinstance(each, Engine) for each in gc.get_objects())
+    return left, sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+
+def sgd_of(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+def test_a_closed_engine_leaves_nothing_behind() -> None:
+    assert run_ranks(2, engines_left) == [(0, 0), (0, 0)]

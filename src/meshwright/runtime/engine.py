@@ -201,7 +201,8 @@ class Engine:
         return max(self._peaks)
 
     def close(self) -> None:
-        """Leaves the process groups."""
+        """Leaves the process groups, and the model as it was."""
+        self._own.reducer.close()
         worlds.close(self.world)
 
     # One function for each operation.

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.shard import UNDIVIDED, Ranges, Tile, within
@@ -168,10 +169,21 @@ class Reducer:
         self._catch_up = catch_up
         self._queue: deque[FlatBucket] = deque()
         self._under_way: deque[tuple[Handle, Callable[[], None]]] = deque()
-        for bucket in buckets.values():
-            for one in bucket.held:
-                hook = _hook(self, bucket, one.name)
-                one.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._hooks: list[RemovableHandle] = [
+            one.parameter.register_post_accumulate_grad_hook(_hook(self, bucket, one.name))  # type: ignore[no-untyped-call]
+            for bucket in buckets.values()
+            for one in bucket.held
+        ]
+
+    def close(self) -> None:
+        """Leaves the parameters alone.
+
+        Autograd holds hooks where Python does not see the circle that they close, through which
+        nothing of an engine, its groups and their threads included, would ever be freed.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def zero(self) -> None:
         """Starts a step: all gradients zero."""
