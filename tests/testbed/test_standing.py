@@ -90,7 +90,8 @@ def test_nothing_stays_after_an_error(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts aside ignores it
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from beds import bed
