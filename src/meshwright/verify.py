@@ -16,7 +16,7 @@ from meshwright.cluster.spec import devices_of
 from meshwright.cost.profile import strange_versions
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
 from meshwright.plan.files import save_plan
-from meshwright.plan.ranks import describe, stage_seats
+from meshwright.plan.ranks import describe, divides_layers, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
@@ -224,9 +224,7 @@ def verify_here(
         warnings.append("no profile: predictions come from datasheets, see `meshwright profile`")
     fair = without_tensor_parallelism(session) if launcher else session
     rivals, left_out = rivals_of(fair, names)
-    if launcher and any(
-        len(row) > 1 for p in plan.pipelines for s in p.stages for row in s.devices
-    ):
+    if launcher and divides_layers(plan):
         warnings.append(TENSOR_ON_A_TESTBED)
     train = _on_testbed(launcher, console) if launcher else _on_this_machine(console)
     strategies = verify(session, [("plan", plan), *rivals], train, settings, folder)

@@ -95,6 +95,11 @@ def held_together(one: StageSeats, other: StageSeats) -> bool:
     return (one.pipeline, one.position) == (other.pipeline, other.position)
 
 
+def divides_layers(plan: Plan) -> bool:
+    """Whether any layer is held by several tensor ranks."""
+    return any(len(replica) > 1 for p in plan.pipelines for s in p.stages for replica in s.devices)
+
+
 def seats_of(stages: Sequence[StageSeats], rank: int) -> tuple[Seat, ...]:
     """A rank's seats, by stage; more than one where a schedule has virtual stages."""
     seats = (seat for stage in stages for replica in stage.seats for seat in replica)

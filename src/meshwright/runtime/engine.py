@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
+from meshwright.plan.ranks import divides_layers
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
@@ -90,8 +91,9 @@ class Engine:
         self.plan = plan
         job = plan.job
         set_precision(model, job.precision)
+        shared = divides_layers(plan)
         self.model: LayerGraph = trace(
-            model, inputs, job.precision, job.sequence, plan.model.name, divided=_divides(plan)
+            model, inputs, job.precision, job.sequence, plan.model.name, divided=shared
         )
         validate_plan(plan, self.model)
         self._early = clip_norm is None and job.precision != "fp16"
@@ -265,8 +267,3 @@ class Engine:
         with self._player.computing(i):
             clip(self._own.buckets, factor)
             self._optimizer.step()
-
-
-def _divides(plan: Plan) -> bool:
-    """Whether any layer is held by several tensor ranks."""
-    return any(len(r) > 1 for p in plan.pipelines for s in p.stages for r in s.devices)
