@@ -13,7 +13,6 @@ from searchworlds import FAST, GIB, SLOW, cluster, device, job, model
 from meshwright.cluster.spec import Link, devices_of
 from meshwright.cost.instructions import price
 from meshwright.cost.memory import device_memory, total_bytes
-from meshwright.program.buckets import MOST_BYTES
 from meshwright.program.compile import compile_plan
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import (
@@ -90,14 +89,12 @@ def test_what_is_said_to_fit_fits_and_what_is_not_never_does(case):
 @settings(max_examples=60)
 @given(candidates())
 def test_the_closed_form_is_near_the_simulator(case):
-    """Within a quarter: it leaves out how single transfers queue. In buckets of the usual largest
-    size: those of small models are smaller than a layer here, which it does not know."""
+    """Within a quarter: it leaves out how single transfers queue."""
     costs, candidate = case
-    costs = replace(costs, bucket_bytes=MOST_BYTES)
     found = evaluate(costs, candidate)
     if isinstance(found, Estimate):
         plan = as_plan(costs, candidate, found.bounds, "")
-        program = compile_plan(plan, costs.model, bucket_bytes=MOST_BYTES)
+        program = compile_plan(plan, costs.model)
         simulated = simulate(program, price(program, plan, costs.model, costs.cluster)).step_seconds
         assert found.seconds == pytest.approx(simulated, rel=0.25)
 

@@ -326,30 +326,37 @@ def _optimizer(costs: Costs, candidate: Candidate, s: int, parameters: float) ->
 
 
 def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int], ...]) -> Array:
-    """Seconds [S, 2] that every stage's gradients need, all stages at once: all of them, and the
-    last bucket alone."""
+    """Seconds [S, 2] that every stage's gradients need, all stages at once: all of them, and those
+    alone that are sent last: a bucket, of a layer at least, and tied parameters."""
     found = np.zeros((len(ranges), 2))
-    rings: list[tuple[set[int], Traffic, float]] = []
+    sizes = np.zeros((len(ranges), 2))
+    rings: list[tuple[set[int], Traffic]] = []
     for s, layers in enumerate(ranges):
-        size = _own_gradient_bytes(costs, layers, candidate.shape.grid.tensor)
-        rings += [({s}, scaled(t, size), size) for t in _rings(costs, candidate, (s,))]
+        size, first = (
+            _own_gradient_bytes(costs, run, candidate.shape.grid.tensor)
+            for run in (layers, (layers[0], layers[0] + 1))
+        )
+        if own := _rings(costs, candidate, (s,)):
+            sizes[s] = size, min(size, max(costs.bucket_bytes, first))
+            rings += [({s}, scaled(t, size)) for t in own]
     for tied in costs.model.tied:
         holders = tuple(
             s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
         )
         share = candidate.shape.grid.tensor if tied.split else 1
         size = tied.parameters / share * _gradient_bytes(costs)
-        rings += [(set(holders), scaled(t, size), size) for t in _rings(costs, candidate, holders)]
-    everything = together(traffic for _, traffic, _ in rings).bytes_by_resource
+        if between := _rings(costs, candidate, holders):
+            sizes[list(holders)] += size
+            rings += [(set(holders), scaled(t, size)) for t in between]
+    everything = together(traffic for _, traffic in rings).bytes_by_resource
     for s in range(len(ranges)):
-        own = [(traffic, size) for holders, traffic, size in rings if s in holders and size > 0]
-        if own:
-            mine = together(traffic for traffic, _ in own)
+        if sizes[s, 0] > 0:
+            mine = together(traffic for holders, traffic in rings if s in holders)
             busy = {name: everything[name] for name in mine.bytes_by_resource}
             found[s, 0] = alone_seconds(
                 costs.links, Traffic(bytes_by_resource=busy, latency=mine.latency)
             )
-            found[s, 1] = found[s, 0] * min(1.0, costs.bucket_bytes / max(size for _, size in own))
+            found[s, 1] = found[s, 0] * sizes[s, 1] / sizes[s, 0]
     return found
 
 

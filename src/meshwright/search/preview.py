@@ -208,11 +208,10 @@ def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -
     """When all gradients are summed."""
     end = max(span[0][1] for span in spans)
     free: dict[str, float] = {}
-    for begin, complete, size, units in sorted(
+    for begin, complete, size, closing, units in sorted(
         _sums(costs, lines, spans), key=lambda found: found[1]
     ):
         latency, used = _rings(costs, units)
-        closing = min(size, costs.bucket_bytes)
         slowest = 0.0
         for name, each in used:
             done = max(free.get(name, 0.0), begin) + each * size
@@ -222,8 +221,9 @@ def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -
     return end
 
 
-Sum = tuple[float, float, float, tuple[Unit, ...]]
-"""When the first gradients are there, when the last are, bytes on each rank, and the units."""
+Sum = tuple[float, float, float, float, tuple[Unit, ...]]
+"""When the first gradients are there, when the last are, bytes on each rank, those that are sent
+last, and the units."""
 
 Holder = tuple[Team, tuple[int, int], Span]
 """A stage with its layers and its last backward."""
@@ -243,7 +243,9 @@ def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> I
         size = own_parameters(costs, (a, b), len(units[0])) * width
         if len(units) > 1 and size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
-            yield begin, max(_passed(costs, holder, a) for holder in holders), size, units
+            complete = max(_passed(costs, holder, a) for holder in holders)
+            least = own_parameters(costs, (a, a + 1), len(units[0])) * width
+            yield begin, complete, size, min(size, max(costs.bucket_bytes, least)), units
     for tied in costs.model.tied:
         holders = [
             stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
@@ -252,7 +254,8 @@ def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> I
         if len(units) > 1:
             ready = max(end for _, _, (_, end) in holders)
             share = len(units[0]) if tied.split else 1
-            yield ready, ready, tied.parameters / share * width, units
+            size = tied.parameters / share * width
+            yield ready, ready, size, size, units
 
 
 def _passed(costs: Costs, holder: Holder, layer: int) -> float:
