@@ -7,7 +7,8 @@ dp2: DistributedDataParallel.  pp2, pp4: pipelining.Schedule1F1B.
 il2, il4: ScheduleInterleaved1F1B, two stages a process.  zb2, zb4: ScheduleInterleavedZeroBubble
 against interleaved 1F1B with backwards in two parts.  zbv2, zbv4: ScheduleZBVZeroBubble.
 Uneven: un2: a head as heavy as six blocks. Theirs has as many blocks in either stage, so that
-stage times differ by two; ours cuts where measured times balance.
+stage times differ by two; ours cuts where measured times balance, in the order ZB-H1, for which
+PyTorch's schedules want several stages a process.
 
 Both sides live in the same processes and take turns, step by step; medians are compared. CPU: the
 ratio of the processor seconds that all processes take for a step, which tells something on a busy

@@ -54,7 +54,8 @@ CASES = {
         processes=4, theirs="ScheduleZBVZeroBubble", schedule="zb-v", stages_each=2, blocks=8
     ),
     "un2": Case(
-        processes=2, theirs="Schedule1F1B", width=128, blocks=12, vocabulary=8192, balanced=True
+        processes=2, theirs="Schedule1F1B", schedule="zb-h1", width=128, blocks=12,
+        vocabulary=8192, balanced=True,
     ),
 }  # fmt: skip
 

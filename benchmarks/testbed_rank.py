@@ -22,7 +22,7 @@ from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.files import load_plan
-from meshwright.records import dumps, load, plain
+from meshwright.records import load, plain
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.failure import rank_process
@@ -112,7 +112,7 @@ def measure(job: dict, folder: Path) -> None:
 
 
 def train(job: dict, folder: Path) -> None:
-    """A few steps of a plan; rank 0 writes their seconds and one timeline."""
+    """A few steps of a plan; rank 0 writes their seconds."""
     plan = load_plan(folder / "plan.json")
     rank = int(os.environ["RANK"])
     whole = batch(plan.job.global_batch, plan.job.sequence)
@@ -130,9 +130,7 @@ def train(job: dict, folder: Path) -> None:
         engine = Engine(model, plan, inputs=rows(0, 1), optimizer=sgd(1e-3), dilation=dilation)
     with engine:
         seconds = [engine.step(rows).seconds for _ in range(job["steps"])]
-        _, timeline = engine.record(rows)
     if rank == 0:
-        (folder / "timeline.json").write_text(dumps(timeline))
         (folder / "seconds.json").write_text(json.dumps(seconds))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.profile import strange_versions
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
+from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe, divides_layers, stage_seats
 from meshwright.plan.spec import Plan
@@ -195,13 +196,6 @@ def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def without_tensor_parallelism(session: Session) -> Session:
-    """The session whose layers cannot be divided: processes that share cores wait for each other's
-    turn at every sum inside a layer, as no devices of their own do."""
-    layers = tuple(replace(layer, tensor_units=1) for layer in session.model.layers)
-    return replace(session, model=replace(session.model, layers=layers))
-
-
 def verify_here(
     session: Session,
     plan: Plan,
@@ -222,7 +216,8 @@ def verify_here(
         warnings += unmeasured(session, plan)
     if session.profile is None and not virtual:
         warnings.append("no profile: predictions come from datasheets, see `meshwright profile`")
-    fair = without_tensor_parallelism(session) if launcher else session
+    model = without_tensor_parallelism(session.model) if launcher else session.model
+    fair = replace(session, model=model)
     rivals, left_out = rivals_of(fair, names)
     if launcher and divides_layers(plan):
         warnings.append(TENSOR_ON_A_TESTBED)

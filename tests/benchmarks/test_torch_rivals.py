@@ -70,7 +70,7 @@ def sharded_gradients(rank: int, hybrid: bool, reshard: bool) -> list[torch.Tens
     stream = sharded(
         model,
         reshard=reshard,
-        device=Dilator(Dilation(share=1.0)),
+        device=Dilator(Dilation(share=float("inf"))),
         gathering=own(sets),
         reducing=own(sets),
         across=own(across) if hybrid else None,

@@ -79,9 +79,10 @@ def test_virtual_devices_have_no_shares() -> None:
 
 
 def test_more_speed_than_the_machine_has_is_refused() -> None:
-    check_room(bed("dilation"), cores=2, free_bytes=2**40)
-    with pytest.raises(LaunchError, match=r"1\.00 cores for 4 devices.*at most 0\.90 of 1"):
-        check_room(bed("dilation"), cores=1, free_bytes=2**40)
+    check_room(bed("dilation"), cores=4, free_bytes=2**40)
+    check_room(bed("quota"), cores=2, free_bytes=2**40)
+    with pytest.raises(LaunchError, match=r"1\.00 cores for 4 devices.*at most 0\.90 \(1 of 2 c"):
+        check_room(bed("dilation"), cores=2, free_bytes=2**40)
 
 
 def test_more_devices_than_the_memory_holds_are_refused() -> None:

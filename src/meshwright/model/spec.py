@@ -136,6 +136,16 @@ def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer
     )
 
 
+def without_tensor_parallelism(model: LayerGraph) -> LayerGraph:
+    """The model with layers that cannot be divided.
+
+    On an emulated cluster processes that share cores wait for each other's turn at every sum inside
+    a layer, as no devices of their own do: such plans are left out there, on all sides.
+    """
+    layers = tuple(replace(layer, tensor_units=1) for layer in model.layers)
+    return replace(model, layers=layers)
+
+
 def num_parameters(model: LayerGraph) -> int:
     """Distinct trainable numbers of the whole model."""
     return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)

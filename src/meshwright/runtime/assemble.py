@@ -190,7 +190,7 @@ def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team
         return None
     team = Team(world.tensor, seat.tensor_index, width)
     if dilator is not None:
-        team.before_sum, team.after_sum = dilator.catch_up, dilator.resume
+        team.before_sum, team.after_sum = dilator.end, dilator.resume
     return team
 
 

@@ -4,11 +4,20 @@ as on a device that has only a share of a core."""
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
+from functools import cache
 from math import isfinite
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from meshwright.records import record
+from meshwright.runtime.heap import keep_memory
+from meshwright.runtime.turns import Turn
+
+SOON_SECONDS = 1e-3
+"""Between two instructions of a device that is not idle."""
 
 
 @record
@@ -19,16 +28,40 @@ class Dilation:
     """Of a core: computing lasts CPU time / share. Infinite: only what is spent takes time."""
 
 
+WIDTH, LENGTH = 32, 8
+
+
+@cache
+def _gymnasium() -> tuple[Tensor, ...]:
+    shapes = ((1, LENGTH, WIDTH), (WIDTH,), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH))
+    return tuple(torch.ones(shape, requires_grad=True) for shape in shapes)
+
+
+def exercise(mode: AbstractContextManager[object]) -> None:
+    """What layers are made of, on next to nothing: a millisecond that brings the code of products,
+    norms, attention and activations, and that of their gradients, back into the caches."""
+    x, scale, square, up, down = _gymnasium()
+    with mode:
+        normed = F.layer_norm(x, (WIDTH,), scale) + x * torch.rsqrt(x.square().mean(-1, True) + 1)
+        heads = F.linear(normed, square).view(1, LENGTH, 2, -1).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        y = F.linear(mixed.transpose(1, 2).flatten(-2), up)
+        loss = F.linear(F.gelu(y) * F.silu(y), down).log_softmax(-1).mean()
+        if loss.requires_grad:
+            torch.autograd.grad(loss, (scale, square, up, down))
+
+
 class Dilator:
     """Stretches one rank's compute instructions.
 
-    The CPU time of the computing thread counts, so that waiting for a core is not stretched too.
-    Whatever others can see (a bucket on its way, a sum among tensor ranks) must be preceded by
-    `catch_up`, so that it happens when the slow device would have got there.
+    The CPU time of the computing thread counts, so that waiting for a core is not stretched too,
+    and devices compute in turns (see turns.py). Whatever others can see within an instruction must
+    be preceded by `catch_up` (a bucket on its way) or come between `end` and `resume` (a sum among
+    tensor ranks), so that it happens when the slow device would have got there.
 
     A process that wakes finds cold caches, which no device does whose neighbours do not share its
     core: stretched by 1 / share, half a millisecond of it would be the time of a layer. So a little
-    arithmetic, forward and backward, goes before every instruction and does not count.
+    exercise comes first whenever it woke, and does not count.
     """
 
     def __init__(self, dilation: Dilation) -> None:
@@ -38,21 +71,21 @@ class Dilator:
         self._spent = 0.0
         self.lasted = 0.0
         """Seconds of the emulated device until the last `catch_up`: waiting for a core is none."""
-        self._late = 0.0
-        """Seconds by which the last sleep took too long; the next instruction gives them back."""
-        self._idle = torch.ones(64, 64), torch.ones(64, 64, requires_grad=True)
+        self._late = self._ended = 0.0
+        """Seconds by which the last instruction took too long, and when it ended. The next one
+        gives them back, unless the device stood idle between them."""
+        self._turn: Turn | None = None
+        if isfinite(dilation.share):
+            keep_memory()
+            self._turn = Turn()
 
     def begin(self) -> None:
         """An instruction starts."""
         began = time.perf_counter()
-        if isfinite(self.share):
-            self._warm_up()
+        if self._turn is not None:
+            self._turn.take()
+            exercise(torch.enable_grad())
         self._start(began)
-
-    def _warm_up(self) -> None:
-        x, weight = self._idle
-        with torch.enable_grad():
-            torch.autograd.grad((x @ weight).sum(), weight)
 
     def spend(self, seconds: float) -> None:
         """The emulated device needs so many seconds more, for something that is not computed."""
@@ -60,18 +93,36 @@ class Dilator:
 
     def catch_up(self) -> None:
         """Sleeps until the work since `begin` has lasted its time on the emulated device."""
-        self.lasted = self._spent + (time.thread_time() - self._cpu) / self.share
+        turn = self._turn if self._turn is not None and self._turn.mine else None
+        self.end()
+        if turn is not None:
+            turn.take()
+            awake = time.thread_time()
+            exercise(torch.no_grad())  # within a backward
+            self._cpu += time.thread_time() - awake
+
+    def end(self) -> None:
+        """Catches up, and others may compute: an instruction ends, or waits for others."""
+        self.stop()
         due = self._wall + self.lasted
         left = due - time.perf_counter()
         if left > 0:
             time.sleep(left)
-        self._late = min(max(0.0, time.perf_counter() - due), 1e-3) if left > 0 else 0.0
+        self._ended = time.perf_counter()
+        self._late = self._ended - due if left > 0 or self._turn is not None else 0.0
+
+    def stop(self) -> float:
+        """Others may compute; what the work since `begin` lasts, in seconds, is not slept off."""
+        self.lasted = self._spent + (time.thread_time() - self._cpu) / self.share
+        if self._turn is not None:
+            self._turn.leave()
+        return self.lasted
 
     def resume(self) -> None:
         """After a wait for others, which is neither computing nor to be slept off."""
-        self._start(time.perf_counter())
+        self.begin()
 
     def _start(self, began: float) -> None:
-        self._wall = began - self._late
+        self._wall = began - (self._late if began - self._ended < SOON_SECONDS else 0.0)
         self._late = self._spent = 0.0
         self._cpu = time.thread_time()

@@ -191,10 +191,14 @@ class Player:
     @contextmanager
     def _stretched(self, i: Instruction) -> Iterator[None]:
         assert self._dilator is not None
-        self._dilator.begin()
         with self.measured(i):
-            yield
-            self._dilator.catch_up()
+            self._dilator.begin()
+            try:
+                yield
+                self._dilator.end()
+            except BaseException:
+                self._dilator.stop()
+                raise
 
     def computing(self, i: Instruction) -> AbstractContextManager[None]:
         """Around computing: stretched where a slower device is emulated, measured where asked."""

@@ -26,6 +26,10 @@ Model = Callable[[], nn.Module]
 """Makes the model anew, on the meta device."""
 
 
+WARM_UP = 4
+"""Repeats that do not count."""
+
+
 class Stopwatch:
     """Seconds of something that this rank's device does, stretched if the device is emulated."""
 
@@ -46,8 +50,7 @@ class Stopwatch:
         if self.dilator is not None:
             self.dilator.begin()
             act()
-            self.dilator.catch_up()
-            return self.dilator.lasted
+            return self.dilator.stop()
         start = time.perf_counter()
         act()
         return time.perf_counter() - start
@@ -77,7 +80,7 @@ def distinct_layers(model: LayerGraph) -> dict[str, int]:
 
 
 def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
-    """One layer at one size, as the medians of the repeats after two that warm up.
+    """One layer at one size, as the medians of the repeats after those that warm up.
 
     Every second repeat is followed by one with the backward in two parts. What a forward takes
     longer that prepares it is counted to the first part: neither comes without the other.
@@ -85,11 +88,11 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
     stage, built = _stage_of(bench, layer, rows, tensor)
     turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
     wholes, parts = [], []
-    for turn in range(bench.repeats + 2):
+    for turn in range(bench.repeats + WARM_UP):
         wholes.append(turns.whole())
         if turn % 2:
             parts.append(turns.in_parts())
-    forward, backward = zip(*wholes[2:], strict=True)
+    forward, backward = zip(*wholes[WARM_UP:], strict=True)
     prepared, inputs, weights = zip(*parts, strict=True)
     preparing = max(0.0, median(prepared) - median(forward))
     return LayerTime(

@@ -39,6 +39,7 @@ class Team:
         self.width = width
         self.before_sum: Callable[[], None] | None = None
         self.after_sum: Callable[[], None] | None = None
+        """Around everything that waits for the team, which is all in `sum_`."""
 
     def sum_(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
         """Sums `x` over the team, in place."""
@@ -197,13 +198,10 @@ def _vocabulary_loss(module: nn.Module, team: Team) -> Callable[[Tensor, Tensor]
     def forward(logits: Tensor, targets: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
         if not starts:
-            sizes = [
-                torch.zeros(1, dtype=torch.long, device=flat.device)
-                for _ in range(dist.get_world_size(team.group))
-            ]
-            mine = torch.tensor([flat.shape[1]], device=flat.device)
-            dist.all_gather(sizes, mine, group=team.group)
-            starts.append(sum(int(size) for size in sizes[: team.index]))
+            sizes = torch.zeros(team.width, dtype=torch.long, device=flat.device)
+            sizes[team.index] = flat.shape[1]
+            team.sum_(sizes)
+            starts.append(int(sizes[: team.index].sum()))
         args = (flat, targets.flatten(), starts[0], ignore, team)
         result = _VocabularyCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
         return cast("Tensor", result)

@@ -13,6 +13,7 @@ from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
 from meshwright.errors import ClusterError, LaunchError, Problem
 from meshwright.records import load, record
+from meshwright.runtime.turns import turns_at_once
 
 Mode = Literal["dilation", "virtual", "quota"]
 ClusterSource = str | dict[str, Any]
@@ -197,13 +198,13 @@ def check_room(bed: Bed, *, cores: int, free_bytes: int) -> None:
     devices = len(devices_of(bed.cluster))
     problems = []
     wanted = sum(device_shares(bed).values())
-    most = cores * (1 - FREE_CORES)
+    computing = cores if bed.mode == "quota" else turns_at_once(cores)
+    most = computing * (1 - FREE_CORES)
     if wanted > most:
         mend = 'lower the shares, or emulate with mode = "virtual"'
         found = f"{wanted:.2f} cores for {devices} devices"
-        problems.append(
-            Problem(bed.source, "shares", found, f"at most {most:.2f} of {cores}", mend)
-        )
+        limit = f"at most {most:.2f} ({computing} of {cores} compute)"
+        problems.append(Problem(bed.source, "shares", found, limit, mend))
     if devices * PROCESS_BYTES > free_bytes:
         room = free_bytes // PROCESS_BYTES
         problems.append(
