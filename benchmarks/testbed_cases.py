@@ -228,7 +228,7 @@ class Suite:
                 "model": setting.model,
                 "sequence": SEQUENCE,
                 "rows": ROWS,
-                "repeats": 11,
+                "repeats": 7,
                 "devices": names,
                 "types": [device.type for device in devices],
                 "shares": launcher.up.shares,
