@@ -201,7 +201,7 @@ def _vocabulary_loss(module: nn.Module, team: Team) -> Callable[[Tensor, Tensor]
             sizes = torch.zeros(team.width, dtype=torch.long, device=flat.device)
             sizes[team.index] = flat.shape[1]
             team.sum_(sizes)
-            starts.append(int(sizes[: team.index].sum()))
+            starts.append(sum(int(sizes[i]) for i in range(team.index)))
         args = (flat, targets.flatten(), starts[0], ignore, team)
         result = _VocabularyCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
         return cast("Tensor", result)
