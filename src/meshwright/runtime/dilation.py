@@ -81,11 +81,7 @@ class Dilator:
 
     def begin(self) -> None:
         """An instruction starts."""
-        began = time.perf_counter()
-        if self._turn is not None:
-            self._turn.take()
-            exercise(torch.enable_grad())
-        self._start(began)
+        self._start(torch.enable_grad())
 
     def spend(self, seconds: float) -> None:
         """The emulated device needs so many seconds more, for something that is not computed."""
@@ -98,7 +94,7 @@ class Dilator:
         if turn is not None:
             turn.take()
             awake = time.thread_time()
-            exercise(torch.no_grad())  # within a backward
+            exercise(torch.no_grad())
             self._cpu += time.thread_time() - awake
 
     def end(self) -> None:
@@ -120,9 +116,13 @@ class Dilator:
 
     def resume(self) -> None:
         """After a wait for others, which is neither computing nor to be slept off."""
-        self.begin()
+        self._start(torch.no_grad())  # it may be within a backward
 
-    def _start(self, began: float) -> None:
+    def _start(self, mode: AbstractContextManager[object]) -> None:
+        began = time.perf_counter()
+        if self._turn is not None:
+            self._turn.take()
+            exercise(mode)
         self._wall = began - (self._late if began - self._ended < SOON_SECONDS else 0.0)
         self._late = self._spent = 0.0
         self._cpu = time.thread_time()
