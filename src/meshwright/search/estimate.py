@@ -332,11 +332,10 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
     sizes = np.zeros((len(ranges), 2))
     rings: list[tuple[set[int], Traffic]] = []
     for s, layers in enumerate(ranges):
-        size, first = (
-            _own_gradient_bytes(costs, run, candidate.shape.grid.tensor)
-            for run in (layers, (layers[0], layers[0] + 1))
-        )
         if own := _rings(costs, candidate, (s,)):
+            tensor = candidate.shape.grid.tensor
+            size = _own_gradient_bytes(costs, layers, tensor)
+            first = _own_gradient_bytes(costs, (layers[0], layers[0] + 1), tensor)
             sizes[s] = size, min(size, max(costs.bucket_bytes, first))
             rings += [({s}, scaled(t, size)) for t in own]
     for tied in costs.model.tied:
