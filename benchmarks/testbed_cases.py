@@ -44,7 +44,7 @@ from meshwright.testbed.times import TIMES, virtual_times
 
 HERE = Path(__file__).parent
 SEQUENCE = 64
-STEPS = {"dilation": 6, "quota": 6, "virtual": 4}
+STEPS = {"dilation": 6, "virtual": 4}
 """Arithmetic takes longer in one step than in the next; sleeping does not."""
 WARM_UP = 1
 ROWS = (1, 2, 4, 8, 16)
@@ -217,11 +217,14 @@ class Suite:
         return load(folder / LINKS, LinkReport, error=MeshwrightError)
 
     def _layers(self, setting: Setting) -> tuple[list[LayerTime], list[OptimizerTime]]:
-        folder = self.work / "layers" / f"{setting.place.name}-{setting.model}"
+        """Measured on the first testbed that has these types of devices: elsewhere on this machine
+        they are the same."""
+        devices = devices_of(self.launcher(setting).up.bed.cluster)
+        types = [device.type for device in devices]
+        folder = self.work / "layers" / "-".join((setting.model, *sorted(set(types))))
         path = folder / "layers.json"
         if not path.exists():
             launcher = self.launcher(setting)
-            devices = devices_of(launcher.up.bed.cluster)
             names = tuple(device.name for device in devices)
             job = {
                 "action": "measure",
@@ -230,7 +233,7 @@ class Suite:
                 "rows": ROWS,
                 "repeats": 7,
                 "devices": names,
-                "types": [device.type for device in devices],
+                "types": types,
                 "shares": launcher.up.shares,
             }
             folder.mkdir(parents=True, exist_ok=True)

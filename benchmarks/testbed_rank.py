@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meshwright.cost.profile import LayerTime
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.zoo.gpt import GPT
@@ -93,21 +94,22 @@ def measure(job: dict, folder: Path) -> None:
         watch=Stopwatch(torch.device("cpu"), Dilator(Dilation(share=share)) if share else None),
         repeats=job["repeats"],
     )
-    layers = []
-    for layer in distinct_layers(graph).values():
-        for rows in job["rows"]:
+    layers: list[LayerTime] = []
+    for rows in job["rows"]:
+        for found in layer_times(
+            bench, layers=distinct_layers(graph).values(), rows=rows, tensor=1
+        ):
+            layers.append(found)
             dist.barrier()
-            layers.append(layer_times(bench, layer=layer, rows=rows, tensor=1))
-    dist.barrier()
     own = (layers, optimizer_time(bench, sgd(1e-3), "sgd"))
     everyone = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     if rank == 0:
-        found = {
+        merged = {
             "layers": [plain(t) for t in merged_layers([t for some, _ in everyone for t in some])],
             "optimizers": [plain(t) for t in merged_optimizers([t for _, t in everyone])],
         }
-        (folder / "layers.json").write_text(json.dumps(found))
+        (folder / "layers.json").write_text(json.dumps(merged))
     dist.barrier()
 
 

@@ -16,6 +16,7 @@ from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, loa
 from meshwright.errors import LaunchError
 from meshwright.model.hf import load_model
 from meshwright.model.zoo.build import build
+from meshwright.runtime import pace
 from meshwright.runtime.profile import (
     ProfileSettings,
     cases,
@@ -87,7 +88,9 @@ def test_equal_layers_are_measured_once_and_illegal_widths_not_at_all(tmp_path):
     distinct = distinct_layers(graph)
     assert len(distinct) == 3
     chosen = settings(tmp_path, tensor=(1, 3), rows=(1,))
-    found = [(case.layer, case.tensor) for case in cases(chosen, graph, distinct)]
+    found = [
+        (n, case.tensor) for case in cases(chosen, graph, distinct.values()) for n in case.layers
+    ]
     blocks = distinct[graph.layers[1].signature]
     assert (blocks, 1) in found
     assert (blocks, 3) not in found
@@ -116,7 +119,8 @@ def operations(at: int) -> LayerTime:
         watch=Operations(torch.device("cpu"), None),
         repeats=2,
     )
-    return layer_times(bench, layer=at, rows=3, tensor=1)
+    (found,) = layer_times(bench, layers=[at], rows=3, tensor=1)
+    return found
 
 
 def test_the_parts_of_a_backward_are_measured_and_do_its_work_between_them():
@@ -143,6 +147,17 @@ def test_what_was_measured_otherwise_is_measured_again(tmp_path):
     assert profile_here(settings(tmp_path, repeats=4), processes=1, again=True)[1] is False
     (tmp_path / "profile.json").write_text("{}")
     assert profile_here(settings(tmp_path, repeats=4), processes=1)[1] is False
+
+
+def test_emulated_devices_are_measured_again_where_their_speed_refers_to_another(
+    tmp_path, monkeypatch
+):
+    emulated = settings(tmp_path, shares={"cpu": 0.5})
+    one, _ = profile_here(emulated, processes=1)
+    assert profile_here(emulated, processes=1) == (one, True)
+    usual = pace.usual_seconds()
+    monkeypatch.setattr(pace, "usual_seconds", lambda: 2 * usual)
+    assert profile_here(emulated, processes=1)[1] is False
 
 
 def test_two_processes_measure_layers_optimizer_and_links(tmp_path):

@@ -4,16 +4,14 @@ as on a device that has only a share of a core."""
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
-from functools import cache
+from collections.abc import Callable
 from math import isfinite
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from meshwright.records import record
 from meshwright.runtime.heap import keep_memory
+from meshwright.runtime.pace import Pace, exercise, usual_seconds
 from meshwright.runtime.turns import Turn
 
 SOON_SECONDS = 1e-3
@@ -25,30 +23,8 @@ class Dilation:
     """How slow the emulated device is."""
 
     share: float
-    """Of a core: computing lasts CPU time / share. Infinite: only what is spent takes time."""
-
-
-WIDTH, LENGTH = 32, 8
-
-
-@cache
-def _gymnasium() -> tuple[Tensor, ...]:
-    shapes = ((1, LENGTH, WIDTH), (WIDTH,), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH))
-    return tuple(torch.ones(shape, requires_grad=True) for shape in shapes)
-
-
-def exercise(mode: AbstractContextManager[object]) -> None:
-    """What layers are made of, on next to nothing: a millisecond that brings the code of products,
-    norms, attention and activations, and that of their gradients, back into the caches."""
-    x, scale, square, up, down = _gymnasium()
-    with mode:
-        normed = F.layer_norm(x, (WIDTH,), scale) + x * torch.rsqrt(x.square().mean(-1, True) + 1)
-        heads = F.linear(normed, square).view(1, LENGTH, 2, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-        y = F.linear(mixed.transpose(1, 2).flatten(-2), up)
-        loss = F.linear(F.gelu(y) * F.silu(y), down).log_softmax(-1).mean()
-        if loss.requires_grad:
-            torch.autograd.grad(loss, (scale, square, up, down))
+    """Of a core at its usual pace: computing lasts CPU time / share. Infinite: only what is spent
+    takes time."""
 
 
 class Dilator:
@@ -61,7 +37,8 @@ class Dilator:
 
     A process that wakes finds cold caches, which no device does whose neighbours do not share its
     core: stretched by 1 / share, half a millisecond of it would be the time of a layer. So a little
-    exercise comes first whenever it woke, and does not count.
+    exercise comes first whenever it woke, and does not count but to tell the core's pace (see
+    pace.py): the emulated device is as fast while neighbours slow this machine down.
     """
 
     def __init__(self, dilation: Dilation) -> None:
@@ -75,13 +52,15 @@ class Dilator:
         """Seconds by which the last instruction took too long, and when it ended. The next one
         gives them back, unless the device stood idle between them."""
         self._turn: Turn | None = None
+        self._pace: Pace | None = None
         if isfinite(dilation.share):
             keep_memory()
             self._turn = Turn()
+            self._pace = Pace(usual_seconds())
 
     def begin(self) -> None:
         """An instruction starts."""
-        self._start(torch.enable_grad())
+        self._start(wake=self._pace.wake if self._pace is not None else _exercise)
 
     def spend(self, seconds: float) -> None:
         """The emulated device needs so many seconds more, for something that is not computed."""
@@ -94,7 +73,7 @@ class Dilator:
         if turn is not None:
             turn.take()
             awake = time.thread_time()
-            exercise(torch.no_grad())
+            _exercise()
             self._cpu += time.thread_time() - awake
 
     def end(self) -> None:
@@ -109,20 +88,26 @@ class Dilator:
 
     def stop(self) -> float:
         """Others may compute; what the work since `begin` lasts, in seconds, is not slept off."""
-        self.lasted = self._spent + (time.thread_time() - self._cpu) / self.share
+        slowness = self._pace.slowness if self._pace is not None else 1.0
+        self.lasted = self._spent + (time.thread_time() - self._cpu) / slowness / self.share
         if self._turn is not None:
             self._turn.leave()
         return self.lasted
 
     def resume(self) -> None:
         """After a wait for others, which is neither computing nor to be slept off."""
-        self._start(torch.no_grad())  # it may be within a backward
+        self._start(wake=_exercise)
 
-    def _start(self, mode: AbstractContextManager[object]) -> None:
+    def _start(self, wake: Callable[[], None]) -> None:
         began = time.perf_counter()
         if self._turn is not None:
             self._turn.take()
-            exercise(mode)
+            wake()
         self._wall = began - (self._late if began - self._ended < SOON_SECONDS else 0.0)
         self._late = self._spent = 0.0
         self._cpu = time.thread_time()
+
+
+def _exercise() -> None:
+    """Where it may be within a backward, in which another one must not start."""
+    exercise(torch.no_grad())

@@ -72,22 +72,24 @@ class Source:
     cluster: Cluster | None
     processes: int
     versions: dict[str, str]
+    pace: float | None
+    """As `reference_pace`."""
 
 
 @record
 class Case:
-    """One thing to measure."""
+    """Layers that are measured at one size."""
 
-    layer: int
+    layers: tuple[int, ...]
     rows: int
     tensor: int
 
 
-def cases(settings: ProfileSettings, graph: LayerGraph, layers: dict[str, int]) -> Iterator[Case]:
-    """Every distinct layer at every size and legal width."""
-    for layer, tensor, rows in product(layers.values(), settings.tensor, settings.rows):
-        if graph.layers[layer].tensor_units % tensor == 0:
-            yield Case(layer=layer, rows=rows, tensor=tensor)
+def cases(settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]) -> Iterator[Case]:
+    """Every size, with those of the distinct layers that have the width."""
+    for tensor, rows in product(settings.tensor, settings.rows):
+        legal = tuple(n for n in layers if graph.layers[n].tensor_units % tensor == 0)
+        yield Case(layers=legal, rows=rows, tensor=tensor)
 
 
 def profile_here(
@@ -113,6 +115,7 @@ def profile_here(
             cluster=cluster,
             processes=world,
             versions=versions(),
+            pace=reference_pace(settings),
         )
     )
     if launched:
@@ -124,6 +127,16 @@ def profile_here(
         _measure_in_processes(settings, processes, Path(scratch), console or Console())
     found = load(Path(settings.output), Profile, error=ProfileError)
     return _kept(settings, replace(found, source=mark)), False
+
+
+def reference_pace(settings: ProfileSettings) -> float | None:
+    """What the speed of emulated devices refers to on this machine (see pace.py); None: real ones
+    are measured."""
+    if not settings.shares:
+        return None
+    from meshwright.runtime.pace import usual_seconds
+
+    return usual_seconds()
 
 
 def _known(settings: ProfileSettings, mark: str) -> Profile | None:
@@ -190,13 +203,13 @@ def measure(
         return known, True
     cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
     bench = _bench(settings, graph, cluster, device)
-    layers = []
-    todo = list(cases(settings, graph, distinct_layers(graph)))
-    for done, case in enumerate(todo):
-        _tell(folder, dist.get_rank(), done, len(todo))
-        dist.barrier()
-        layers.append(layer_times(bench, layer=case.layer, rows=case.rows, tensor=case.tensor))
-    dist.barrier()
+    layers: list[LayerTime] = []
+    todo = list(cases(settings, graph, distinct_layers(graph).values()))
+    for case in todo:
+        for layer in layer_times(bench, layers=case.layers, rows=case.rows, tensor=case.tensor):
+            layers.append(layer)
+            _tell(folder, dist.get_rank(), len(layers), sum(len(case.layers) for case in todo))
+            dist.barrier()
     steps = []
     if settings.rows:
         factory = OPTIMIZERS[settings.optimizer](1e-4)

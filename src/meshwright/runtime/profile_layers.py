@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
@@ -83,14 +83,18 @@ def distinct_layers(model: LayerGraph) -> dict[str, int]:
     return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
 
 
-def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
-    """One layer at one size, as the medians of the repeats after those that warm up.
+def layer_times(
+    bench: Bench, *, layers: Iterable[int], rows: int, tensor: int
+) -> Iterator[LayerTime]:
+    """Each of the layers at one size, as the medians of the repeats after those that warm up."""
+    for layer, stage, built in _stages_of(bench, layers, rows, tensor):
+        turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
+        yield _time_of(turns, bench, layer=layer, rows=rows, tensor=tensor)
 
-    Every second repeat is followed by one with the backward in two parts. What a forward takes
-    longer that prepares it is counted to the first part: neither comes without the other.
-    """
-    stage, built = _stage_of(bench, layer, rows, tensor)
-    turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
+
+def _time_of(turns: _Turns, bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
+    """Every second repeat is followed by one with the backward in two parts. What a forward takes
+    longer that prepares it is counted to the first part: neither comes without the other."""
     wholes, parts = [], []
     for turn in range(bench.repeats + WARM_UP):
         wholes.append(turns.whole())
@@ -115,61 +119,81 @@ def layer_times(bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTim
 
 @dataclass(frozen=True)
 class _Turns:
-    """Forward and backward of a stage on one micro-batch, again and again."""
+    """Forward and backward of a stage on micro-batches, again and again; seconds of one.
+
+    Those of an emulated device, which slept, are measured two at a time: of a stage's layers only
+    the first finds caches as a sleep leaves them."""
 
     watch: Stopwatch
     stage: Stage
     built: BuiltStage
     batch: dict[str, Tensor]
 
+    @property
+    def micro_batches(self) -> range:
+        """Those of one turn."""
+        return range(1 if self.watch.dilator is None else 2)
+
     def whole(self) -> tuple[float, float]:
         """Seconds of forward and backward."""
-        forward = self.watch.seconds(self._forward(split=False))
-        given = _gradients(self.stage, self.built)
-        return forward, self.watch.seconds(partial(self.stage.backward, 0, given, 1.0))
+        forward = self._forward(split=False)
+        return forward, self._backward(self.stage.backward)
 
     def in_parts(self) -> tuple[float, float, float]:
         """Seconds of a forward that prepares two parts of a backward, and of these: gradients of
         inputs, gradients of weights."""
-        forward = self.watch.seconds(self._forward(split=True))
-        given = _gradients(self.stage, self.built)
-        inputs = self.watch.seconds(partial(self.stage.backward_input, 0, given, 1.0))
-        return forward, inputs, self.watch.seconds(partial(self.stage.backward_weight, (0,)))
+        forward = self._forward(split=True)
+        inputs = self._backward(self.stage.backward_input)
+        return forward, inputs, self._seconds([partial(self.stage.backward_weight, (m,))
+                                               for m in self.micro_batches])  # fmt: skip
 
-    def _forward(self, *, split: bool) -> Callable[[], object]:
-        received = [_like(t.shape, t.dtype, self.stage.device) for t in self.built.incoming]
-        return partial(
-            self.stage.forward, 0, received, self.batch, step=0, first_row=0, split=split
-        )
+    def _forward(self, *, split: bool) -> float:
+        received = [
+            [_like(t.shape, t.dtype, self.stage.device) for t in self.built.incoming]
+            for _ in self.micro_batches
+        ]
+        run = partial(self.stage.forward, step=0, first_row=0, split=split)
+        return self._seconds([partial(run, m, received[m], self.batch) for m in self.micro_batches])
+
+    def _backward(self, run: Callable[[int, list[Tensor], float], object]) -> float:
+        given = [_gradients(self.stage, self.built) for _ in self.micro_batches]
+        return self._seconds([partial(run, m, given[m], 1.0) for m in self.micro_batches])
+
+    def _seconds(self, acts: Sequence[Callable[[], object]]) -> float:
+        return self.watch.seconds(lambda: [act() for act in acts]) / len(acts)
 
 
-def _stage_of(bench: Bench, layer: int, rows: int, tensor: int) -> tuple[Stage, BuiltStage]:
-    """A stage of a single layer, as the first of `tensor` ranks would hold it."""
+def _stages_of(
+    bench: Bench, layers: Iterable[int], rows: int, tensor: int
+) -> Iterator[tuple[int, Stage, BuiltStage]]:
+    """For each layer a stage with no other, as the first of `tensor` ranks would hold it; one at a
+    time has storage."""
     graph, device = bench.graph, bench.watch.device
+    # Sums over a team of one: what is measured is compute, communication is priced apart.
+    team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
+    model = bench.make_model()
+    set_precision(model, graph.precision)
+    cuts = cut_for(model, bench.inputs, graph.precision, rows)
+    for layer in layers:
+        seats = _seats(layer, rows, of=len(graph.layers))
+        (built,) = build_stages(model, cuts, (seats,), seed=0, device=device, team=team)
+        yield layer, Stage(built, graph.precision, device, seed=0), built
+        for part in built.parts:
+            part.module.to("meta")
+
+
+def _seats(layer: int, rows: int, *, of: int) -> StageSeats:
     seat = Seat(rank=0, device="", pipeline=0, stage=0, replica=0, tensor_index=0, rows=(0, rows))
-    seats = StageSeats(
+    return StageSeats(
         number=0,
         pipeline=0,
         is_first=layer == 0,
-        is_last=layer == len(graph.layers) - 1,
+        is_last=layer == of - 1,
         position=0,
         layers=(layer, layer + 1),
         recompute=False,
         seats=((seat,),),
     )
-    # Sums over a team of one: what is measured is compute, communication is priced apart.
-    team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
-    model = bench.make_model()
-    set_precision(model, graph.precision)
-    (built,) = build_stages(
-        model,
-        cut_for(model, bench.inputs, graph.precision, rows),
-        (seats,),
-        seed=0,
-        device=device,
-        team=team,
-    )
-    return Stage(built, graph.precision, device, seed=0), built
 
 
 def _alone() -> dist.ProcessGroup:
@@ -213,8 +237,7 @@ def optimizer_time(bench: Bench, optimizer: OptimizerFactory, name: str) -> Opti
     Clipping's norm and scaling, and the zeroing of gradients, are part of it.
     """
     points = []
-    for layer in _smallest_and_largest(bench.graph):
-        _, built = _stage_of(bench, layer, 1, 1)
+    for _, _, built in _stages_of(bench, _smallest_and_largest(bench.graph), 1, 1):
         parameters = [one.parameter for one in built.held]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)

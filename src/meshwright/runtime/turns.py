@@ -20,6 +20,13 @@ def turns_at_once(cores: int) -> int:
     return max(1, cores // 2)
 
 
+def turns_folder() -> Path:
+    """What emulated devices share on this machine; made if there is none."""
+    folder = Path(tempfile.gettempdir()) / f"meshwright-turns-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 class Turn:
     """This process's right to compute, by a lock that the system lifts when a process ends.
 
@@ -27,8 +34,8 @@ class Turn:
     """
 
     def __init__(self, folder: Path | None = None, at_once: int | None = None) -> None:
-        folder = folder or Path(tempfile.gettempdir()) / f"meshwright-turns-{os.getuid()}"
-        self._files = _files(folder, at_once or turns_at_once(os.cpu_count() or 1))
+        at_once = at_once or turns_at_once(os.cpu_count() or 1)
+        self._files = _files(folder or turns_folder(), at_once)
         self._held: int | None = None
 
     @property
@@ -64,5 +71,4 @@ def _free(file: int) -> bool:
 
 @cache
 def _files(folder: Path, at_once: int) -> tuple[int, ...]:
-    folder.mkdir(mode=0o700, exist_ok=True)
     return tuple(os.open(folder / str(n), os.O_CREAT | os.O_RDWR, 0o600) for n in range(at_once))

@@ -13,9 +13,8 @@ from random import Random
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.buckets import gradient_bytes
 from meshwright.search.contest import Strategy
-from meshwright.search.costs import Costs, ring, seconds_per_byte
+from meshwright.search.costs import Costs, reduced_width, ring, seconds_per_byte
 from meshwright.search.crossing import crossings
 from meshwright.search.fitting import Stages, apportion, fit_line, pace, team_loads
 from meshwright.search.lines import Line, Team, Unit
@@ -130,7 +129,7 @@ def _gradients(costs: Costs, tensor: int) -> Array:
 def _slope(costs: Costs, units: tuple[Unit, ...]) -> float:
     """Seconds in which units sum one gradient."""
     _, slope = seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
-    return gradient_bytes(costs.job) * costs.system.gradient_width * slope
+    return reduced_width(costs) * slope
 
 
 def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:

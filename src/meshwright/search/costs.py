@@ -29,7 +29,7 @@ from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
-from meshwright.program.buckets import usual_bucket_bytes
+from meshwright.program.buckets import gradient_bytes, usual_bucket_bytes
 from meshwright.search.partition import Array
 
 PROBE_BYTES = 1 << 24
@@ -264,6 +264,28 @@ def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
         [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) - 5 for stage in types],
         dtype=np.float64,
     )
+
+
+def reduced_width(costs: Costs) -> float:
+    """Bytes on the links for the gradient of one parameter."""
+    return gradient_bytes(costs.job) * costs.system.gradient_width
+
+
+def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
+    """Numbers on each tensor rank of a stage that are not tied."""
+    first, last = layers
+    table = costs.table
+    held = table.replicated[last] - table.replicated[first]
+    return float(held + (table.split[last] - table.split[first]) / tensor)
+
+
+def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[float, float]:
+    """Of these layers' gradients that are not tied, on each tensor rank: all, and those that are
+    sent last, a bucket of one layer at least."""
+    width, first = reduced_width(costs), layers[0]
+    everything = own_parameters(costs, layers, tensor) * width
+    least = own_parameters(costs, (first, first + 1), tensor) * width
+    return everything, min(everything, max(costs.bucket_bytes, least))
 
 
 def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:

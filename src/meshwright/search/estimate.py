@@ -15,12 +15,13 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
 from meshwright.cost.times import repeated_seconds
-from meshwright.program.buckets import gradient_bytes
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
     capacities,
     pair,
+    reduced_bytes,
+    reduced_width,
     ring,
     scaled,
     seconds_per_byte,
@@ -233,7 +234,7 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
     per_parameter = []
     for s in range(len(candidate.placement.stages)):
         _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
-        per_parameter.append(slope * _gradient_bytes(costs) + _optimizer(costs, candidate, s, 1))
+        per_parameter.append(slope * reduced_width(costs) + _optimizer(costs, candidate, s, 1))
     tails: Array = held * np.array(per_parameter)[:, None, None]
     return tails
 
@@ -334,16 +335,14 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
     for s, layers in enumerate(ranges):
         if own := _rings(costs, candidate, (s,)):
             tensor = candidate.shape.grid.tensor
-            size = _own_gradient_bytes(costs, layers, tensor)
-            first = _own_gradient_bytes(costs, (layers[0], layers[0] + 1), tensor)
-            sizes[s] = size, min(size, max(costs.bucket_bytes, first))
-            rings += [({s}, scaled(t, size)) for t in own]
+            sizes[s] = reduced_bytes(costs, layers, tensor)
+            rings += [({s}, scaled(t, sizes[s, 0])) for t in own]
     for tied in costs.model.tied:
         holders = tuple(
             s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
         )
         share = candidate.shape.grid.tensor if tied.split else 1
-        size = tied.parameters / share * _gradient_bytes(costs)
+        size = tied.parameters / share * reduced_width(costs)
         if between := _rings(costs, candidate, holders):
             sizes[list(holders)] += size
             rings += [(set(holders), scaled(t, size)) for t in between]
@@ -357,19 +356,6 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
             )
             found[s, 1] = found[s, 0] * sizes[s, 1] / sizes[s, 0]
     return found
-
-
-def _gradient_bytes(costs: Costs) -> float:
-    """Bytes of one gradient on the links."""
-    return gradient_bytes(costs.job) * costs.system.gradient_width
-
-
-def _own_gradient_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
-    first, last = layers
-    table = costs.table
-    held = table.replicated[last] - table.replicated[first]
-    held += (table.split[last] - table.split[first]) / tensor
-    return float(held) * _gradient_bytes(costs)
 
 
 def _rings(costs: Costs, candidate: Candidate, stages: tuple[int, ...]) -> list[Traffic]:

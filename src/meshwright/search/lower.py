@@ -20,6 +20,7 @@ from meshwright.program.compile import NORM_BYTES
 from meshwright.search.costs import (
     Costs,
     distinct_units,
+    own_parameters,
     pair,
     ring,
     scaled,
@@ -226,11 +227,3 @@ def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
 def _ring(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, float]:
     """Latency and seconds per byte of the rings of these units' first tensor ranks."""
     return seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
-
-
-def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
-    """Numbers on each tensor rank of a stage that are not tied."""
-    first, last = layers
-    table = costs.table
-    held = table.replicated[last] - table.replicated[first]
-    return float(held + (table.split[last] - table.split[first]) / tensor)

@@ -14,14 +14,21 @@ from functools import lru_cache
 from itertools import pairwise
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.buckets import gradient_bytes
 from meshwright.program.instructions import Op
 from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
-from meshwright.search.costs import PROBE_BYTES, Costs, distinct_replicas, ring, unit_prefix
+from meshwright.search.costs import (
+    PROBE_BYTES,
+    Costs,
+    distinct_replicas,
+    reduced_bytes,
+    reduced_width,
+    ring,
+    unit_prefix,
+)
 from meshwright.search.crossing import crossings
 from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.lower import after_lines, own_parameters
+from meshwright.search.lower import after_lines
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
@@ -231,7 +238,6 @@ Holder = tuple[Team, tuple[int, int], Span]
 
 def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> Iterator[Sum]:
     """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
-    width = gradient_bytes(costs.job) * costs.system.gradient_width
     stages: list[Holder] = [
         (team, layers, span)
         for line, own in zip(lines, spans, strict=True)
@@ -240,12 +246,11 @@ def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> I
     for a, b in pairwise(sorted({cut for line in lines for cut in line.bounds})):
         holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
         units = tuple(unit for team, _, _ in holders for unit in team.units)
-        size = own_parameters(costs, (a, b), len(units[0])) * width
+        size, last = reduced_bytes(costs, (a, b), len(units[0]))
         if len(units) > 1 and size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
             complete = max(_passed(costs, holder, a) for holder in holders)
-            least = own_parameters(costs, (a, a + 1), len(units[0])) * width
-            yield begin, complete, size, min(size, max(costs.bucket_bytes, least)), units
+            yield begin, complete, size, last, units
     for tied in costs.model.tied:
         holders = [
             stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
@@ -254,7 +259,7 @@ def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> I
         if len(units) > 1:
             ready = max(end for _, _, (_, end) in holders)
             share = len(units[0]) if tied.split else 1
-            size = tied.parameters / share * width
+            size = tied.parameters / share * reduced_width(costs)
             yield ready, ready, size, size, units
 
 

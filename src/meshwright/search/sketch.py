@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Link
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
-from meshwright.program.buckets import gradient_bytes
 from meshwright.program.schedules import in_flight
-from meshwright.search.costs import Costs, stage_bytes, unit_capacity, unit_prefix
+from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
 from meshwright.search.lower import optimizer_of
 from meshwright.search.templates import Fleet, Segment, Template
 
@@ -132,9 +131,7 @@ def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
         costs=costs,
         fleets=every,
         widest_cut=float(np.median(inner)) if len(inner) else 0.0,
-        gradients=float(stage_parameters(costs.table, (0, len(names)), 1))
-        * gradient_bytes(costs.job)
-        * costs.system.gradient_width,
+        gradients=float(stage_parameters(costs.table, (0, len(names)), 1)) * reduced_width(costs),
         common=(names.index(common), number),
     )
 
@@ -290,7 +287,7 @@ def reduction_seconds(
     fleet, width = board.fleets[segment.fleet], segment.width
     if width == 1 and not crowded:
         return 0.0
-    size = held * gradient_bytes(board.costs.job) * board.costs.system.gradient_width
+    size = held * reduced_width(board.costs)
     passed = 2.0 * size * (1.0 if crowded else (width - 1) / width)
     run = fleet.each // tensor // segment.block
     within = passed / fleet.inside.bandwidth

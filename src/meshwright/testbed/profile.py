@@ -13,7 +13,7 @@ from meshwright.cost.pairs import LinkReport, fitted_cluster
 from meshwright.cost.profile import Profile, load_profile, versions
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, fingerprint, load, record
-from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings
+from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings, reference_pace
 from meshwright.testbed.launch import Launcher
 from meshwright.testbed.spec import Bed
 
@@ -29,6 +29,8 @@ class Source:
     bed: Bed
     settings: ProfileSettings
     versions: dict[str, str]
+    pace: float | None
+    """As `reference_pace`."""
 
 
 @record
@@ -61,7 +63,14 @@ def profile_on(
     bed = launcher.up.bed
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(bed, settings, folder)
-    mark = fingerprint(Source(bed=replace(bed, source=""), settings=settings, versions=versions()))
+    mark = fingerprint(
+        Source(
+            bed=replace(bed, source=""),
+            settings=settings,
+            versions=versions(),
+            pace=reference_pace(settings),
+        )
+    )
     known = folder / SOURCE
     if not again and known.is_file() and known.read_text() == mark:
         return _read(folder, bed, cached=True)

@@ -1,0 +1,46 @@
+"""An emulated device is as fast while the machine under it is slow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from meshwright.runtime import pace
+from meshwright.runtime.dilation import Dilation, Dilator
+
+
+def test_what_is_usual_is_measured_once_on_a_machine(tmp_path: Path) -> None:
+    usual = pace.usual_seconds(tmp_path)
+    assert usual > 0
+    assert pace.usual_seconds(tmp_path) == usual
+    (tmp_path / "usual").write_text("0.25")
+    assert pace.usual_seconds(tmp_path) == 0.25
+
+
+def test_the_median_of_the_last_wakings_is_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0] * pace.FIRST_CALLS + [2.0, 2.0, 50.0] + [3.0] * pace.RECENT)
+    monkeypatch.setattr(pace, "sample", lambda: next(seconds))
+    found = pace.Pace(usual_seconds=2.0)
+    assert found.slowness == 1.0
+    for _ in range(3):
+        found.wake()
+    assert found.slowness == 1.0
+    for _ in range(pace.RECENT):
+        found.wake()
+    assert found.slowness == 1.5
+
+
+@pytest.mark.parametrize("slowness", [1.0, 2.0])
+def test_a_slow_spell_of_the_machine_is_none_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, slowness: float
+) -> None:
+    usual = pace.usual_seconds()
+    monkeypatch.setattr(pace, "sample", lambda: slowness * usual)
+    dilator = Dilator(Dilation(share=0.5))
+    dilator.begin()
+    end = time.thread_time() + 0.02 * slowness
+    while time.thread_time() < end:
+        pass
+    assert dilator.stop() == pytest.approx(0.04, rel=0.1)
