@@ -15,20 +15,20 @@ def test_what_is_usual_is_measured_once_on_a_machine(tmp_path: Path) -> None:
     usual = pace.usual_seconds(tmp_path)
     assert usual > 0
     assert pace.usual_seconds(tmp_path) == usual
-    (tmp_path / "usual").write_text("0.25")
+    (tmp_path / pace.USUAL).write_text("0.25")
     assert pace.usual_seconds(tmp_path) == 0.25
 
 
-def test_the_median_of_the_last_wakings_is_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_median_of_the_last_samples_is_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([9.0] * pace.FIRST_CALLS + [2.0, 2.0, 50.0] + [3.0] * pace.RECENT)
     monkeypatch.setattr(pace, "sample", lambda: next(seconds))
     found = pace.Pace(usual_seconds=2.0)
     assert found.slowness == 1.0
     for _ in range(3):
-        found.wake()
+        found.learn()
     assert found.slowness == 1.0
     for _ in range(pace.RECENT):
-        found.wake()
+        found.learn()
     assert found.slowness == 1.5
 
 

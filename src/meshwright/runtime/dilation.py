@@ -4,7 +4,6 @@ as on a device that has only a share of a core."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from math import isfinite
 
 import torch
@@ -16,6 +15,8 @@ from meshwright.runtime.turns import Turn
 
 SOON_SECONDS = 1e-3
 """Between two instructions of a device that is not idle."""
+LONG_SECONDS = 0.02
+"""Of computing, during which the core's pace may have become another."""
 
 
 @record
@@ -43,9 +44,9 @@ class Dilator:
 
     def __init__(self, dilation: Dilation) -> None:
         self.share = dilation.share
-        self._wall = 0.0
-        self._cpu = 0.0
-        self._spent = 0.0
+        self._wall = self._cpu = 0.0
+        """When the instruction, and when its computing began or went on."""
+        self._stretched = self._spent = 0.0
         self.lasted = 0.0
         """Seconds of the emulated device until the last `catch_up`: waiting for a core is none."""
         self._late = self._ended = 0.0
@@ -60,7 +61,10 @@ class Dilator:
 
     def begin(self) -> None:
         """An instruction starts."""
-        self._start(wake=self._pace.wake if self._pace is not None else _exercise)
+        self._start()
+        if self._turn is not None:
+            exercise(torch.enable_grad())
+            self._cpu = time.thread_time()
 
     def spend(self, seconds: float) -> None:
         """The emulated device needs so many seconds more, for something that is not computed."""
@@ -68,13 +72,10 @@ class Dilator:
 
     def catch_up(self) -> None:
         """Sleeps until the work since `begin` has lasted its time on the emulated device."""
-        turn = self._turn if self._turn is not None and self._turn.mine else None
+        computing = self._turn is not None and self._turn.mine
         self.end()
-        if turn is not None:
-            turn.take()
-            awake = time.thread_time()
-            _exercise()
-            self._cpu += time.thread_time() - awake
+        if computing:
+            self._wake()
 
     def end(self) -> None:
         """Catches up, and others may compute: an instruction ends, or waits for others."""
@@ -88,26 +89,32 @@ class Dilator:
 
     def stop(self) -> float:
         """Others may compute; what the work since `begin` lasts, in seconds, is not slept off."""
-        slowness = self._pace.slowness if self._pace is not None else 1.0
-        self.lasted = self._spent + (time.thread_time() - self._cpu) / slowness / self.share
+        computed = time.thread_time() - self._cpu
+        slowness = 1.0
+        if self._pace is not None:
+            if computed > LONG_SECONDS:
+                self._pace.learn()
+            slowness = self._pace.slowness
+        self._stretched += computed / slowness / self.share
+        self.lasted = self._spent + self._stretched
         if self._turn is not None:
             self._turn.leave()
+        self._cpu = time.thread_time()
         return self.lasted
 
     def resume(self) -> None:
         """After a wait for others, which is neither computing nor to be slept off."""
-        self._start(wake=_exercise)
+        self._start()
 
-    def _start(self, wake: Callable[[], None]) -> None:
+    def _start(self) -> None:
         began = time.perf_counter()
-        if self._turn is not None:
-            self._turn.take()
-            wake()
+        self._wake()
         self._wall = began - (self._late if began - self._ended < SOON_SECONDS else 0.0)
-        self._late = self._spent = 0.0
+        self._late = self._spent = self._stretched = 0.0
+
+    def _wake(self) -> None:
+        """Computes (on), when it is this rank's turn. Possibly within a backward."""
+        if self._turn is not None and self._pace is not None:
+            self._turn.take()
+            self._pace.learn()
         self._cpu = time.thread_time()
-
-
-def _exercise() -> None:
-    """Where it may be within a backward, in which another one must not start."""
-    exercise(torch.no_grad())

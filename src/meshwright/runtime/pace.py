@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meshwright import __version__
 from meshwright.runtime.turns import turns_folder
 
 WIDTH, LENGTH = 32, 8
@@ -24,7 +25,8 @@ PRODUCT_WEIGHT = 8.0
 """Of the product's seconds to the exercise's: layers slow down like such a sum, in which the
 product is most. Chosen by layers of 1 to 16 rows, watched while the machine's speed changed."""
 RECENT = 9
-"""Wakings of which the median tells the pace."""
+"""Samples of which the median tells the pace."""
+USUAL = f"usual-{__version__}"
 FIRST_CALLS = 3
 """In a process; they find nothing prepared."""
 FIRST_SAMPLES = 40
@@ -57,17 +59,19 @@ def exercise(mode: AbstractContextManager[object]) -> None:
 
 
 def sample() -> float:
-    """CPU seconds of a product and an exercise, always the same, weighted as layers feel them."""
+    """CPU seconds of a product and an exercise, always the same, weighted as layers feel them; no
+    backward is part of it, for it may be within one."""
     left, right, out = _factors()
     began = time.thread_time()
-    torch.mm(left, right, out=out)
-    multiplied = time.thread_time()
-    exercise(torch.enable_grad())
+    with torch.no_grad():
+        torch.mm(left, right, out=out)
+        multiplied = time.thread_time()
+        exercise(torch.no_grad())
     return PRODUCT_WEIGHT * (multiplied - began) + time.thread_time() - multiplied
 
 
 class Pace:
-    """How much longer than usual this rank's work takes, by what it last took to wake."""
+    """How much longer than usual this rank's work takes, by the last samples."""
 
     def __init__(self, usual_seconds: float) -> None:
         self._usual = usual_seconds
@@ -75,8 +79,8 @@ class Pace:
         for _ in range(FIRST_CALLS):
             sample()
 
-    def wake(self) -> None:
-        """Exercises, and learns from it."""
+    def learn(self) -> None:
+        """One more sample, which is an exercise too."""
         self._recent.append(sample())
 
     @property
@@ -88,7 +92,7 @@ class Pace:
 def usual_seconds(folder: Path | None = None) -> float:
     """Of a `sample` on this machine, measured by the first who asks and the same for all after it,
     so that an emulated device is as fast in a run as it was in its profile."""
-    file = os.open((folder or turns_folder()) / "usual", os.O_CREAT | os.O_RDWR, 0o600)
+    file = os.open((folder or turns_folder()) / USUAL, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX)
         known = os.read(file, 64)
