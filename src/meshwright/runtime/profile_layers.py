@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.cost.profile import LayerTime, OptimizerTime
+from meshwright.model.graph import LayeredModel
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
@@ -171,15 +172,22 @@ def _stages_of(
     graph, device = bench.graph, bench.watch.device
     # Sums over a team of one: what is measured is compute, communication is priced apart.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
-    model = bench.make_model()
-    set_precision(model, graph.precision)
-    cuts = cut_for(model, bench.inputs, graph.precision, rows)
+    model, cuts = _cut(bench, rows)
     for layer in layers:
+        if team is not None:  # modules that were divided stay so
+            model, cuts = _cut(bench, rows)
         seats = _seats(layer, rows, of=len(graph.layers))
         (built,) = build_stages(model, cuts, (seats,), seed=0, device=device, team=team)
         yield layer, Stage(built, graph.precision, device, seed=0), built
         for part in built.parts:
             part.module.to("meta")
+
+
+def _cut(bench: Bench, rows: int) -> tuple[nn.Module, tuple[LayeredModel, LayeredModel]]:
+    """A new model, on meta, in layers."""
+    model = bench.make_model()
+    set_precision(model, bench.graph.precision)
+    return model, cut_for(model, bench.inputs, bench.graph.precision, rows)
 
 
 def _seats(layer: int, rows: int, *, of: int) -> StageSeats:
