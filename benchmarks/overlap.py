@@ -28,7 +28,7 @@ from meshwright.cluster.spec import Cluster, Precision, devices_of
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.model.analytic import layer_graph
 from meshwright.model.config import NAMED, LanguageModel
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
 

@@ -24,7 +24,7 @@ from growth import growth_svg
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.errors import FitError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job
 from meshwright.search.certificate import sentence

@@ -26,7 +26,7 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import FitError, PlanError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan
 from meshwright.plan.validate import validate_plan

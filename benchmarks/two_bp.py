@@ -27,7 +27,7 @@ from statistics import median, quantiles
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.profile import Profile
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject

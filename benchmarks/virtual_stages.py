@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from meshwright.cluster.files import load_cluster as load_cluster
     from meshwright.cost.profile import load_profile as load_profile
     from meshwright.errors import MeshwrightError as MeshwrightError
-    from meshwright.model.hf import load_model as load_model
+    from meshwright.model.load import load_model as load_model
     from meshwright.model.loss import WithLoss as WithLoss
     from meshwright.model.trace import trace as trace
     from meshwright.plan.files import load_plan as load_plan
@@ -37,7 +37,7 @@ _HOME = {
     "discover": "cluster.discover",
     "load_cluster": "cluster.files",
     "load_profile": "cost.profile",
-    "load_model": "model.hf",
+    "load_model": "model.load",
     "WithLoss": "model.loss",
     "trace": "model.trace",
     "load_plan": "plan.files",

@@ -13,7 +13,7 @@ from meshwright.cost.memory import device_memory
 from meshwright.cost.misfits import memory_problems
 from meshwright.cost.profile import Profile, check_profile, load_profile
 from meshwright.errors import ClusterError, FitError, PlanError, Problem
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan, Prediction, Subject

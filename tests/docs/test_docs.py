@@ -14,7 +14,7 @@ from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import devices_of
 from meshwright.errors import PlanError
 from meshwright.model.files import from_table
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.plan.spec import Plan
 from meshwright.records import parse
 

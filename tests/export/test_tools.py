@@ -21,7 +21,7 @@ from meshwright.export.deepspeed import uniform
 from meshwright.export.grid import grid_of
 from meshwright.export.launch import launch_script
 from meshwright.export.tools import TOOLS, export_files
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 

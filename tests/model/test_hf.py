@@ -8,7 +8,8 @@ import pytest
 
 from meshwright.errors import ModelError
 from meshwright.model.config import NAMED
-from meshwright.model.hf import from_config, language_model, load_model
+from meshwright.model.hf import from_config, language_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import num_parameters
 from meshwright.model.zoo.build import build, vocabulary_of
 
@@ -145,7 +146,7 @@ def test_a_hand_written_model_cannot_be_built():
 
 def test_describing_models_imports_no_torch():
     code = (
-        "import sys; import meshwright.model.hf, meshwright.model.shard; "
-        "meshwright.model.hf.load_model('gpt2', 128, 'bf16'); sys.exit('torch' in sys.modules)"
+        "import sys; import meshwright.model.load, meshwright.model.shard; "
+        "meshwright.model.load.load_model('gpt2', 128, 'bf16'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.errors import ModelError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import alive_at, num_parameters
 
 GOOD = """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.errors import ModelError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.shard import Column, Row
 from meshwright.model.spec import LayerGraph, alive_at, num_parameters
 from meshwright.model.trace import trace

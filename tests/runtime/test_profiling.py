@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meshwright.cluster.spec import Device
 from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, load_profile
 from meshwright.errors import LaunchError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.zoo.build import build
 from meshwright.runtime import pace
 from meshwright.runtime.profile import (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cost.profile import LayerTime, Profile, strange_versions, versions
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.session import Session
 from meshwright.verify import Verification, Verified, spearman, unmeasured
 

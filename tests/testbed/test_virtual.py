@@ -11,7 +11,7 @@ from torch import nn
 
 from meshwright.cost.profile import Profile
 from meshwright.errors import LaunchError, MeshwrightError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, predicted
 from meshwright.testbed.bed import design

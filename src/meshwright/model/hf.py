@@ -1,4 +1,4 @@
-"""Models by name, by Hugging Face `config.json`, or by hand: to the planner's LayerGraph."""
+"""Language models by name, or by Hugging Face `config.json`: their numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import NAMED, Family, LanguageModel, problems_of, rotary
-from meshwright.model.files import load_file
-from meshwright.model.spec import LayerGraph
 from meshwright.records import read
 
 FAMILIES: dict[str, Family] = {
@@ -43,33 +39,6 @@ _FIELDS: dict[Family, dict[str, str]] = {
     "mixtral": _MIXTRAL_FIELDS,
 }
 _OPTIONAL = {"kv_heads": "num_key_value_heads", "head": "head_dim", "hidden": "n_inner"}
-
-
-def load_model(source: str | Path, sequence: int, precision: Precision) -> LayerGraph:
-    """The LayerGraph of a known name, a `config.json` (or its folder), or a hand-written `.toml`.
-
-    In a hand-written file amounts are as they are written: `sequence` and `precision` name what
-    they were written for. Raises ModelError.
-    """
-    if str(source).endswith(".toml"):
-        return load_file(Path(source), sequence, precision)
-    model = language_model(source, sequence)
-    if model.family == "u-transformer":
-        return _traced(model, sequence, precision)
-    return layer_graph(model, sequence, precision)
-
-
-def _traced(model: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
-    """Of a family without formulas: its module is run on fake tensors."""
-    import torch
-
-    from meshwright.model.trace import trace
-    from meshwright.model.zoo.build import from_language_model
-
-    with torch.device("meta"):
-        module = from_language_model(model)
-        tokens = torch.empty(1, sequence, dtype=torch.long)
-    return trace(module, (tokens, tokens), precision, sequence, model.name)
 
 
 def language_model(source: str | Path, sequence: int | None = None) -> LanguageModel:

@@ -26,7 +26,7 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision, devices_of
 from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile, versions
 from meshwright.errors import LaunchError, Problem, ProfileError
-from meshwright.model.hf import load_model
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.records import dumps, fingerprint, load, record
 from meshwright.runtime.launch import run_here
