@@ -24,8 +24,8 @@ class Dilation:
     """How slow the emulated device is."""
 
     share: float
-    """Of a core at its usual pace: computing lasts CPU time / share. Infinite: only what is spent
-    takes time."""
+    """Of a core at its usual pace (see pace.py): computing lasts CPU time / share. Infinite: only
+    what is spent takes time."""
 
 
 class Dilator:
