@@ -219,12 +219,12 @@ class Suite:
     def _layers(self, setting: Setting) -> tuple[list[LayerTime], list[OptimizerTime]]:
         """Measured on the first testbed that has these types of devices: elsewhere on this machine
         they are the same."""
-        devices = devices_of(self.launcher(setting).up.bed.cluster)
+        launcher = self.launcher(setting)
+        devices = devices_of(launcher.up.bed.cluster)
         types = [device.type for device in devices]
         folder = self.work / "layers" / "-".join((setting.model, *sorted(set(types))))
         path = folder / "layers.json"
         if not path.exists():
-            launcher = self.launcher(setting)
             names = tuple(device.name for device in devices)
             job = {
                 "action": "measure",

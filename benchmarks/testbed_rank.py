@@ -94,11 +94,10 @@ def measure(job: dict, folder: Path) -> None:
         watch=Stopwatch(torch.device("cpu"), Dilator(Dilation(share=share)) if share else None),
         repeats=job["repeats"],
     )
+    distinct = distinct_layers(graph).values()
     layers: list[LayerTime] = []
     for rows in job["rows"]:
-        for found in layer_times(
-            bench, layers=distinct_layers(graph).values(), rows=rows, tensor=1
-        ):
+        for found in layer_times(bench, layers=distinct, rows=rows, tensor=1):
             layers.append(found)
             dist.barrier()
     own = (layers, optimizer_time(bench, sgd(1e-3), "sgd"))

@@ -86,10 +86,11 @@ class Case:
 
 
 def cases(settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]) -> Iterator[Case]:
-    """Every size, with those of the distinct layers that have the width."""
+    """Every size, with those of the distinct layers that have the width, if any have."""
     for tensor, rows in product(settings.tensor, settings.rows):
         legal = tuple(n for n in layers if graph.layers[n].tensor_units % tensor == 0)
-        yield Case(layers=legal, rows=rows, tensor=tensor)
+        if legal:
+            yield Case(layers=legal, rows=rows, tensor=tensor)
 
 
 def profile_here(
@@ -205,10 +206,11 @@ def measure(
     bench = _bench(settings, graph, cluster, device)
     layers: list[LayerTime] = []
     todo = list(cases(settings, graph, distinct_layers(graph).values()))
+    total = sum(len(case.layers) for case in todo)
     for case in todo:
         for layer in layer_times(bench, layers=case.layers, rows=case.rows, tensor=case.tensor):
             layers.append(layer)
-            _tell(folder, dist.get_rank(), len(layers), sum(len(case.layers) for case in todo))
+            _tell(folder, dist.get_rank(), len(layers), total)
             dist.barrier()
     steps = []
     if settings.rows:

@@ -173,8 +173,8 @@ def _stages_of(
     # Sums over a team of one: what is measured is compute, communication is priced apart.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     model, cuts = _cut(bench, rows)
-    for layer in layers:
-        if team is not None:  # modules that were divided stay so
+    for n, layer in enumerate(layers):
+        if n and team is not None:  # modules that were divided stay so
             model, cuts = _cut(bench, rows)
         seats = _seats(layer, rows, of=len(graph.layers))
         (built,) = build_stages(model, cuts, (seats,), seed=0, device=device, team=team)

@@ -246,8 +246,10 @@ def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> I
     for a, b in pairwise(sorted({cut for line in lines for cut in line.bounds})):
         holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
         units = tuple(unit for team, _, _ in holders for unit in team.units)
+        if len(units) < 2:
+            continue
         size, last = reduced_bytes(costs, (a, b), len(units[0]))
-        if len(units) > 1 and size > 0:
+        if size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
             complete = max(_passed(costs, holder, a) for holder in holders)
             yield begin, complete, size, last, units
