@@ -3,12 +3,13 @@
     python benchmarks/runtime.py [--steps 20] [--cases dp2,pp2] [--json OUT] [--alone]
 
 Even plans (the same on both sides):
-dp2: DistributedDataParallel.  pp2, pp4: pipelining.Schedule1F1B.
+dp2: DistributedDataParallel, with buckets of 25 MiB on both sides.  dp2s: ours as small as usual,
+for links slower than a machine's own.  pp2, pp4: pipelining.Schedule1F1B.
 il2, il4: ScheduleInterleaved1F1B, two stages a process.  zb2, zb4: ScheduleInterleavedZeroBubble
 against interleaved 1F1B with backwards in two parts.  zbv2, zbv4: ScheduleZBVZeroBubble.
 Uneven: un2: a head as heavy as six blocks. Theirs has as many blocks in either stage, so that
-stage times differ by two; ours cuts where measured times balance, in the order ZB-H1, for which
-PyTorch's schedules want several stages a process.
+stage times differ by two; ours cuts where times measured in such stages balance, in the order
+ZB-H1, for which PyTorch's schedules want several stages a process.
 
 Both sides live in the same processes and take turns, step by step; medians are compared. CPU: the
 ratio of the processor seconds that all processes take for a step, which tells something on a busy

@@ -5,8 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 SEQUENCE = 128
+
+DDP_BUCKET = 25 * 2**20
+"""Bytes that DistributedDataParallel sums at once, but for the first MiB."""
+
+BALANCING_STEPS = 6
+"""Of which the first one does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,8 @@ class Case:
     blocks: int = 6
     vocabulary: int = 256
     balanced: bool = False
+    bucket_bytes: int | None = None
+    """Of our sums of gradients; None: as usual."""
 
     @property
     def batch(self) -> int:
@@ -31,7 +40,11 @@ class Case:
 
 
 CASES = {
-    "dp2": Case(processes=2, theirs="DistributedDataParallel", micro_batches=1, rows=16),
+    "dp2": Case(
+        processes=2, theirs="DistributedDataParallel", micro_batches=1, rows=16,
+        bucket_bytes=DDP_BUCKET,
+    ),
+    "dp2s": Case(processes=2, theirs="DistributedDataParallel", micro_batches=1, rows=16),
     "pp2": Case(processes=2, theirs="Schedule1F1B"),
     "pp4": Case(processes=4, theirs="Schedule1F1B"),
     "il2": Case(
@@ -69,18 +82,24 @@ def sides_of(case: Case, names: str):
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)
-    tokens = torch.randint(case.vocabulary, (case.batch, SEQUENCE + 1))
-    batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     sides = {}
     for name in names.split(","):
         if name == "ours":
-            sides[name] = meshwright_steps(case, size)
+            sides[name] = meshwright_steps(case)
         elif case.theirs == "DistributedDataParallel":
             sides[name] = ddp(case, rank, size)
         else:
             sides[name] = pipelining(case, rank, size)
-    return sides, batch
+    return sides, whole_batch(case)
+
+
+def whole_batch(case: Case):
+    """The same rows for all."""
+    import torch
+
+    torch.manual_seed(0)
+    tokens = torch.randint(case.vocabulary, (case.batch, SEQUENCE + 1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def model(case: Case):
@@ -198,48 +217,31 @@ def stage_module(whole, first: int, last: int):
     return StageModule()
 
 
-def balanced_cut(case: Case) -> int:
-    """The layer at which measured compute is halved, agreed upon by all."""
-    import torch
-    import torch.distributed as dist
-
-    whole = model(case)
-    x = torch.randn(case.rows, SEQUENCE, case.width)
-    targets = torch.zeros(case.rows, SEQUENCE, dtype=torch.long)
-
-    def seconds(run) -> float:
-        found = []
-        for _ in range(5):
-            leaf = x.clone().requires_grad_()
-            began = time.process_time()
-            run(leaf).sum().backward()
-            found.append(time.process_time() - began)
-        return statistics.median(found)
-
-    block, head = seconds(whole.blocks[0]), seconds(lambda leaf: whole.head(leaf, targets))
-    before = (case.blocks + head / block) / 2
-    cut = torch.tensor([1 + min(case.blocks, round(before))])
-    dist.broadcast(cut, 0)
-    return int(cut)
-
-
-def meshwright_steps(case: Case, size: int):
+def meshwright_steps(case: Case):
     """Our engine on the same plan; on one of its own where the case asks for balance."""
+    if case.theirs == "DistributedDataParallel":
+        at = [0, case.blocks + 2]
+    else:
+        at = [0, balanced_cut(case), case.blocks + 2] if case.balanced else cuts(case)
+    engine, batch = meshwright_engine(case, at), whole_batch(case)
+    return lambda _: step_of(engine, batch)
+
+
+def meshwright_engine(case: Case, at: list[int]):
+    """Our engine for stages that begin and end at these layers; a single one is on every device."""
     import torch
 
     from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
     from meshwright.runtime.engine import Engine
 
+    size = case.processes
     devices = tuple(f"here:{i}" for i in range(size))
-    if case.theirs == "DistributedDataParallel":
-        stages = (Stage(layers=(0, case.blocks + 2), devices=tuple((d,) for d in devices)),)
-    else:
-        at = [0, balanced_cut(case), case.blocks + 2] if case.balanced else cuts(case)
-        holder = {s: rank for rank in range(size) for s in stages_of(case, rank, size)}
-        stages = tuple(
-            Stage(layers=(at[s], at[s + 1]), devices=((devices[holder[s]],),))
-            for s in range(len(at) - 1)
-        )
+    holder = {s: rank for rank in range(size) for s in stages_of(case, rank, size)}
+    single = tuple((d,) for d in devices)
+    stages = tuple(
+        Stage(layers=(first, last), devices=((devices[holder[s]],),) if len(at) > 2 else single)
+        for s, (first, last) in enumerate(pairwise(at))
+    )
     plan = Plan(
         name="benchmark",
         model=Subject(name="gpt", fingerprint=""),
@@ -250,7 +252,35 @@ def meshwright_steps(case: Case, size: int):
         pipelines=(Pipeline(micro_batches=case.micro_batches, rows=case.rows, stages=stages),),
     )
     example = torch.zeros(2, SEQUENCE, dtype=torch.long)
-    engine = Engine(
-        model(case), plan, inputs=(example, example), optimizer=adamw, clip_norm=1.0, seed=0
-    )
-    return lambda batch: engine.step(lambda a, b: tuple(x[a:b] for x in batch))
+    return Engine(
+        model(case), plan, inputs=(example, example), optimizer=adamw, clip_norm=1.0,
+        bucket_bytes=case.bucket_bytes,
+    )  # fmt: skip
+
+
+def step_of(engine, batch) -> None:
+    """One step on the whole batch."""
+    engine.step(lambda first, last: tuple(x[first:last] for x in batch))
+
+
+def balanced_cut(case: Case) -> int:
+    """The layer at which the compute of two stages is halved: from the processor seconds that each
+    takes for a step where both have as many blocks."""
+    import torch
+    import torch.distributed as dist
+
+    even, batch = cuts(case), whole_batch(case)
+    engine = meshwright_engine(case, even)
+    seconds = []
+    for _ in range(BALANCING_STEPS):
+        dist.barrier()
+        began = time.process_time()
+        step_of(engine, batch)
+        seconds.append(time.process_time() - began)
+    engine.close()
+    own = torch.zeros(2)
+    own[dist.get_rank()] = statistics.median(seconds[1:])
+    dist.all_reduce(own)
+    first, second = own.tolist()
+    block = first / (even[1] - 1)
+    return 1 + min(case.blocks, round((first + second) / 2 / block))
