@@ -15,7 +15,7 @@ Both sides live in the same processes and take turns, step by step; medians are 
 ratio of the processor seconds that all processes take for a step, which tells something on a busy
 machine, too.
 --alone: instead, each side in processes of its own: seconds from the first import to the end of the
-first step, and resident memory after it.
+first step, and resident memory after it; un2 with as many blocks in either stage on both sides.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from runtime_sides import CASES, SEQUENCE, Case, sides_of
@@ -139,7 +140,7 @@ def start(case: Case, options: argparse.Namespace) -> None:
 
     from meshwright.runtime.measure import peak_bytes
 
-    sides, batch = sides_of(case, options.sides)
+    sides, batch = sides_of(replace(case, balanced=False), options.sides)
     for step in sides.values():
         step(batch)
     dist.barrier()

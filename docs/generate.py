@@ -15,16 +15,28 @@ from importlib import import_module
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
+from typing import get_args
 
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
+from meshwright.cluster.spec import Precision
 from meshwright.model.config import NAMED
+from meshwright.plan.spec import BoundaryKind
 from meshwright.program.instructions import Op
+from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "meshwright"
 PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+CHOICES = {"Precision": Precision, "Mode": Mode, "BoundaryKind": BoundaryKind}
+
+
+def _one_of(kind: object) -> str:
+    *others, last = (f"`{value}`" for value in get_args(kind))
+    return f"{', '.join(others)} or {last}"
+
 
 WORDS = {
     "str": "text",
@@ -42,11 +54,9 @@ WORDS = {
     "RateText": '`"25 Gbit/s"`',
     "FlopsText": '`"312 TFLOP/s"`',
     "TimeText": '`"50 us"`',
-    "Precision": "`fp64`, `fp32`, `fp16` or `bf16`",
-    "Mode": "`dilation`, `virtual` or `quota`",
     "ClusterSource": "path, or a table as in a cluster file",
-    "ScheduleName": "`1f1b` or `gpipe`",
-    "BoundaryKind": "`direct`, `scatter_gather` or `broadcast`",
+    "ScheduleName": "name of an [order of work](schedules.md)",
+    **{name: _one_of(kind) for name, kind in CHOICES.items()},
 }
 
 
@@ -160,7 +170,7 @@ def _sentence(path: Path) -> str:
     """The first sentence of a module's docstring, without its full stop."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first = " ".join(text.partition("\n\n")[0].split())
-    return re.split(r"(?<=[.?])\s", first)[0].removesuffix(".")
+    return re.split(r"(?<=[.?])(?<! al\.)(?<!\.\.\.)\s", first)[0].removesuffix(".")
 
 
 PARTS: dict[str, Callable[[], str]] = {

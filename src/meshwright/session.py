@@ -185,9 +185,9 @@ def predicted(session: Session, plan: Plan) -> Plan:
     return replace(plan, prediction=prediction)
 
 
-def simulated(session: Session, plan: Plan) -> Timeline:
-    """One simulated step."""
-    return simulate_plan(plan, session.model, session.cluster, session.profile)
+def simulated(session: Session, plan: Plan, *, clipped: bool = True) -> Timeline:
+    """One simulated step, its gradients clipped or not."""
+    return simulate_plan(plan, session.model, session.cluster, session.profile, clipped=clipped)
 
 
 def error_text(session: Session, seconds: float) -> str:

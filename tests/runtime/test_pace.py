@@ -20,6 +20,10 @@ def test_what_is_usual_is_measured_once_on_a_machine(tmp_path: Path) -> None:
     assert pace.usual_seconds(tmp_path) == usual
     (tmp_path / pace.USUAL).write_text("0.25")
     assert pace.usual_seconds(tmp_path) == 0.25
+    (tmp_path / pace.USUAL).write_text("0.0052e-")
+    again = pace.usual_seconds(tmp_path)
+    assert again >= pace.REFERENCE_SECONDS
+    assert float((tmp_path / pace.USUAL).read_text()) == again
 
 
 def test_the_median_of_the_last_samples_is_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,17 +128,19 @@ def train(
         return
     outcome = train_there(session, found, settings, output)
     typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
-    _show(session, found, outcome, report)
+    _show(session, found, outcome, report, clipped=settings.clip_norm is not None)
 
 
-def _show(session: Session, found: Plan, outcome: Outcome, report: Path | None) -> None:
+def _show(
+    session: Session, found: Plan, outcome: Outcome, report: Path | None, *, clipped: bool
+) -> None:
     """The measured step beside the predicted one; a page, if one is asked for."""
     from rich.console import Console
 
     from meshwright.report.tables import comparison_table
     from meshwright.session import simulated
 
-    predicted = simulated(session, found)
+    predicted = simulated(session, found, clipped=clipped)
     if outcome.timeline is not None:
         Console().print(comparison_table(predicted, outcome.timeline))
     if report:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from math import inf
 
 from meshwright.program.posting import AHEAD
 from meshwright.program.work import B, Codes, F, I, W, Work
 from meshwright.records import record
+
+Need = tuple[list[float] | None, float | None, list[float]]
+"""When the source has made what is waited for, None if there is no source; seconds of the message,
+None if it is of the same group; and by stage, when the link is free again."""
 
 
 @record
@@ -40,7 +46,8 @@ class _Listing:
     def __init__(self, work: Work, rule: Rule) -> None:
         self.work, self.rule = work, rule
         self.stages, self.count = len(work.forward), work.micro_batches
-        self.group = work.group_of
+        self.group, self.layout = work.group_of, work.layout
+        self.full, self.room, self.ahead = work.full, work.room, rule.ahead
         groups = len(work.layout)
         self.seconds = (work.forward, work.whole, work.inputs, work.weights)
         self.keeps = tuple(
@@ -57,13 +64,27 @@ class _Listing:
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.halves, self.weights = [0] * self.stages, [0] * self.stages
-        self.free_f, self.free_b = [0.0] * self.stages, [0.0] * self.stages
+        self.for_f = list(self.needs(range(-1, self.stages - 1), work.onward, self.forwards))
+        self.for_b = list(self.needs(range(1, self.stages + 1), work.back, self.backwards))
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
 
         self.back = I if rule.split else B
         self.hurry = 1 - rule.patience
         self.first = 0 if rule.forward_first else 2 * self.stages
         """Urgency of a forward on stage 0; that of a backward is the number of stages."""
+
+    def needs(
+        self, sources: Iterable[int], seconds: Sequence[float], made: list[list[float]]
+    ) -> Iterator[Need]:
+        """By stage, whose work it waits for in one direction."""
+        free = [0.0] * self.stages
+        for s, source in enumerate(sources):
+            if not 0 <= source < self.stages:
+                yield None, None, free
+            elif self.group[source] == self.group[s]:
+                yield made[source], None, free
+            else:
+                yield made[source], seconds[min(s, source)], free
 
     def run(self) -> None:
         """Let groups choose in the order of time until nobody has anything left."""
@@ -74,33 +95,30 @@ class _Listing:
 
     def choose(self, g: int, at: float) -> None:
         """The next action of a group that is free, or when to look again."""
-        best, urgency, coming = -1, float("inf"), float("inf")
+        best, urgency, coming = -1, inf, inf
         behind, late = 0, -1
-        for s in self.work.layout[g]:
+        for s in self.layout[g]:
             lag = self.halves[s] - self.weights[s]
             if lag > behind:
                 behind, late = lag, s
             done, back = len(self.forwards[s]), len(self.backwards[s])
             if done > back:
-                ready = self.ready(s, self.back, g)
+                ready = self.ready(s, self.back, back, g)
                 if ready > at:
-                    coming = min(coming, ready)
+                    coming = ready if ready < coming else coming
                 elif self.stages - s < urgency:
                     best, urgency = 4 * s + self.backward(s), self.stages - s
-            if done < self.count and done - back < self.rule.ahead[s]:
-                ready = self.ready(s, F, g)
+            if done < self.count and done - back < self.ahead[s]:
+                ready = self.ready(s, F, done, g)
                 if ready > at:
-                    coming = min(coming, ready)
-                elif (
-                    self.first - s < urgency
-                    and self.held[g] + self.work.full[s] <= self.work.room[g]
-                ):
+                    coming = ready if ready < coming else coming
+                elif self.first - s < urgency and self.held[g] + self.full[s] <= self.room[g]:
                     best, urgency = 4 * s + F, self.first - s
         if late >= 0 and self.is_time(late, behind, at, coming if best < 0 else at):
             best = 4 * late + W
         if best >= 0:
             self.take(g, best, at)
-        elif coming < float("inf"):
+        elif coming < inf:
             heappush(self.events, (coming, g))
 
     def is_time(self, s: int, behind: int, at: float, coming: float) -> bool:
@@ -118,24 +136,20 @@ class _Listing:
         grows = self.work.half[s] - self.work.full[s]
         return I if self.held[g] + grows <= self.work.room[g] else B
 
-    def ready(self, s: int, kind: int, g: int) -> float:
-        """When what the work needs is there; infinite while nobody has begun to make it."""
-        if kind == F:
-            done, made = self.forwards[s], self.forwards[s - 1] if s else None
-            source, free = s - 1, self.free_f[s]
-        else:
-            last = s == self.stages - 1
-            done, made = self.backwards[s], None if last else self.backwards[s + 1]
-            source, free = s + 1, self.free_b[s]
+    def ready(self, s: int, kind: int, m: int, g: int) -> float:
+        """When what a micro-batch's work needs is there; infinite while nobody has begun to make
+        it."""
+        made, wait, free = (self.for_f if kind == F else self.for_b)[s]
         if made is None:
             return 0.0
-        m = len(done)
         if m >= len(made):
-            return float("inf")
-        if self.group[source] == g:
+            return inf
+        if wait is None:
             return made[m]
-        wait = self.work.onward[s - 1] if kind == F else self.work.back[s]
-        return max(made[m], self.before[g][0], free) + wait
+        begins, posted = made[m], self.before[g][0]
+        if posted > begins:
+            begins = posted
+        return (free[s] if free[s] > begins else begins) + wait
 
     def take(self, g: int, code: int, at: float) -> None:
         """Do an action, and tell the groups that wait for what it makes."""
@@ -147,10 +161,11 @@ class _Listing:
         if kind == W:
             self.weights[s] += 1
         else:
-            source = s - 1 if kind == F else s + 1
-            if 0 <= source < self.stages and self.group[source] != g:
-                (self.free_f if kind == F else self.free_b)[s] = self.ready(s, kind, g)
-            (self.forwards if kind == F else self.backwards)[s].append(end)
+            done = (self.forwards if kind == F else self.backwards)[s]
+            _, wait, free = (self.for_f if kind == F else self.for_b)[s]
+            if wait is not None:
+                free[s] = self.ready(s, kind, len(done), g)
+            done.append(end)
             target = s + 1 if kind == F else s - 1
             if 0 <= target < self.stages and self.group[target] != g:
                 other = self.group[target]

@@ -19,11 +19,8 @@ LOOKED_AT = 1_000_000
 """Actions that are placed or timed in the search for one order: the end of the search, the same on
 every machine (a long pipeline has its first few orders looked at all the same)."""
 
-STARTS = 3
-"""Orders that are then changed a little."""
-
-TRIES = 4_000
-"""Changes tried on each, if the rest of the work allows so many;"""
+TRIES = 12_000
+"""Changes tried on the best of them, if the rest of the work allows so many;"""
 
 WORTH = 20
 """none if it allows fewer."""
@@ -40,8 +37,8 @@ _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     """The fastest order found that fits; None if none does.
 
-    Candidates are every schedule with a rule and list schedules after many rules, of which the best
-    is then changed a little for as long as that helps. Long pipelines have fewer candidates.
+    Candidates are every schedule with a rule and list schedules after many rules; the best of them
+    is then annealed. Long pipelines have fewer candidates.
     """
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
@@ -50,17 +47,13 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
         few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
         kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
         names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
-    found: list[tuple[float, list[Codes]]] = []
-    for each in chain(_named(work, names), (listed(work, rule) for rule in rules)):
-        if each is not None:
-            found.append(each)
-            if len(found) > STARTS:
-                found.sort(key=itemgetter(0))
-                del found[STARTS:]
-    tries = min(TRIES, looked_at // length // STARTS)
-    if tries >= WORTH:
-        found = [refined(work, codes, tries) for _, codes in found]
-    return min(found, key=itemgetter(0))[1] if found else None
+    listings = (listed(work, rule) for rule in rules)
+    found = [each for each in chain(_named(work, names), listings) if each is not None]
+    if not found:
+        return None
+    _, best = min(found, key=itemgetter(0))
+    tries = min(TRIES, looked_at // length)
+    return refined(work, best, tries)[1] if tries >= WORTH else best
 
 
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:

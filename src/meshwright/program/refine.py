@@ -1,44 +1,62 @@
-"""Local search: small changes to an order, kept while they do no harm."""
+"""Simulated annealing (Kirkpatrick et al. 1983): small random changes to an order; what makes it
+slower is kept, too, by chance, less and less of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp, inf
 from random import Random
 
 from meshwright.program.work import B, Codes, F, I, W, Work, most_held, play
 
-REACH = 6
+REACH = 4
 """Places by which an action is moved at most."""
 
+WARMTH = 0.02
+"""Of the seconds of the best order so far: changes by so much are kept by a chance of 1 / e at
+first, and by none at the end."""
+
+LEVEL = 0.2
+"""Weight of the mean of the groups' ends beside the last one: what is level in that may still lead
+on."""
+
 Score = tuple[float, float]
-"""End of the last action, and the mean of the groups' ends: what is level in the first may still
-lead on by the second."""
+"""End of the last action, and the mean of the groups' ends."""
 
 
 def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list[Codes]]:
-    """The best order found from one that fits, by as many random changes, after its seconds; the
-    same every time."""
+    """The best order met on the way from one that fits, by as many random changes, after its
+    seconds; the same every time."""
     random = Random(0)
-    best = [list(own) for own in codes]
-    score = _score(work, best)
-    for _ in range(tries):
-        g = random.randrange(len(best))
-        own = _changed(best[g], random)
+    now = [list(own) for own in codes]
+    best, score = now, _score(work, now)
+    least = score
+    for turn in range(tries):
+        g = random.randrange(len(now))
+        own = _changed(now[g], random)
         if own is None or most_held(work, own) > work.room[g] or not _in_order(own):
             continue
-        changed = [own if k == g else other for k, other in enumerate(best)]
+        changed = [own if k == g else other for k, other in enumerate(now)]
         other_score = _score(work, changed)
-        if other_score <= score:
-            best, score = changed, other_score
-    return score[0], best
+        warmth = WARMTH * least[0] * (1 - turn / tries)
+        if other_score <= score or random.random() < exp(_worse(score, other_score) / -warmth):
+            now, score = changed, other_score
+            if score < least:
+                best, least = now, score
+    return least[0], best
+
+
+def _worse(one: Score, other: Score) -> float:
+    """Seconds by which the other is worse than the one."""
+    return max(other[0] - one[0] + LEVEL * (other[1] - one[1]), 0.0)
 
 
 def _score(work: Work, codes: Sequence[Codes]) -> Score:
     ends = play(work, codes)
     if ends is None:
-        return float("inf"), float("inf")
+        return inf, inf
     last = [own[-1] for own in ends]
-    return max(last), sum(last)
+    return max(last), sum(last) / len(last)
 
 
 def _changed(own: Codes, random: Random) -> Codes | None:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
@@ -100,10 +100,11 @@ def usual_seconds(folder: Path | None = None) -> float:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX)
         known = os.read(file, 64)
-        if known:
+        with suppress(ValueError):  # nothing yet, or cut short by a full disk
             return float(known)
         taken = max(REFERENCE_SECONDS, quantiles(_after_naps(), n=10)[0])
-        os.write(file, repr(taken).encode())
+        os.ftruncate(file, 0)
+        os.pwrite(file, repr(taken).encode(), 0)
         return taken
     finally:
         os.close(file)
