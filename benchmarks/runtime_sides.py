@@ -68,7 +68,7 @@ CASES = {
     ),
     "un2": Case(
         processes=2, theirs="Schedule1F1B", schedule="zb-h1", width=128, blocks=12,
-        vocabulary=8192, balanced=True,
+        vocabulary=13312, balanced=True,
     ),
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from meshwright.program.timeline import label
 from meshwright.runtime import pace
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.engine import Engine
-from meshwright.runtime.seeds import layer_seed
+from meshwright.runtime.seeds import layer_seed, rows_seed
 from meshwright.runtime.world import PeerLost, connect, launched
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
@@ -71,7 +71,7 @@ def seeded_losses(steps: int, slice_rows: int) -> list[float]:
 
     def seed(name: str) -> Callable[..., None]:
         return lambda *_: (
-            torch.manual_seed(layer_seed(3, place["step"], name, place["row"])) and None
+            torch.manual_seed(layer_seed(3, name) ^ rows_seed(place["step"], place["row"])) and None
         )
 
     for name in ("embedding", "blocks.0", "blocks.1", "blocks.2", "head"):

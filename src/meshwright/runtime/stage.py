@@ -16,7 +16,7 @@ from meshwright.model.graph import LOSS, autocast
 from meshwright.runtime.build import BuiltStage
 from meshwright.runtime.casts import Casts
 from meshwright.runtime.debug import Tracer
-from meshwright.runtime.seeds import generator_of, layer_seed
+from meshwright.runtime.seeds import generator_of, layer_seed, rows_seed
 from meshwright.runtime.split import Deferred, Deferring, backward_weights
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
@@ -43,6 +43,8 @@ class _Layer:
     """One layer, as a forward runs it."""
 
     name: str
+    seed: int
+    """Its part in the seeds of its forwards."""
     module: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -71,7 +73,6 @@ class Stage:
         self.outgoing = built.outgoing
         self.precision: Precision = precision
         self.device = device
-        self.seed = seed
         self.tracer: Tracer | None = None
         """Looks at every layer's numbers, if anybody does."""
         self.inputs = built.inputs
@@ -81,7 +82,7 @@ class Stage:
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._received = tuple(crossing.name for crossing in built.incoming)
-        self._layers = _layers(built, self._results, compile=compile)
+        self._layers = _layers(built, self._results, seed, compile=compile)
         self._deferring = Deferring(self._parameters)
         self._arithmetic = autocast(precision, device.type)
         self._generator = generator_of(device)
@@ -132,14 +133,14 @@ class Stage:
 
     def _run(self, own: _Pass) -> list[Tensor]:
         values = {**own.batch, **dict(zip(self._received, own.leaves, strict=True))}
+        of_rows = rows_seed(own.step, own.first_row)
         with self._arithmetic:
             for layer in self._layers:
-                seed = layer_seed(self.seed, own.step, layer.name, own.first_row)
                 reads = [values[name] for name in layer.reads]
                 if self.tracer is not None:
                     reads = self.tracer.read(layer.name, reads)
                 run = self._run_again_later if layer.again else self._run_layer
-                made = run(layer.module, seed, reads, own.split)
+                made = run(layer.module, layer.seed ^ of_rows, reads, own.split)
                 if self.tracer is not None:
                     self.tracer.made(layer.name, made)
                 values.update(zip(layer.writes, made, strict=True))
@@ -249,7 +250,7 @@ def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
     return tuple(name for name in built.inputs if name in read)
 
 
-def _layers(built: BuiltStage, results: Sequence[str], *, compile: bool) -> list[_Layer]:
+def _layers(built: BuiltStage, results: Sequence[str], seed: int, *, compile: bool) -> list[_Layer]:
     seen = set(results)
     found: list[_Layer] = []
     for part, again in zip(reversed(built.parts), reversed(built.recomputed), strict=True):
@@ -257,6 +258,7 @@ def _layers(built: BuiltStage, results: Sequence[str], *, compile: bool) -> list
         found.append(
             _Layer(
                 name=part.name,
+                seed=layer_seed(seed, part.name),
                 module=torch.compile(part.module) if compile else part.module,
                 reads=part.reads,
                 writes=part.writes,
