@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 SEQUENCE = 128
@@ -223,8 +224,7 @@ def meshwright_steps(case: Case):
         at = [0, case.blocks + 2]
     else:
         at = [0, balanced_cut(case), case.blocks + 2] if case.balanced else cuts(case)
-    engine, batch = meshwright_engine(case, at), whole_batch(case)
-    return lambda _: step_of(engine, batch)
+    return partial(step_of, meshwright_engine(case, at))
 
 
 def meshwright_engine(case: Case, at: list[int]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
@@ -33,9 +33,9 @@ PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CHOICES = {"Precision": Precision, "Mode": Mode, "BoundaryKind": BoundaryKind}
 
 
-def _one_of(kind: object) -> str:
-    *others, last = (f"`{value}`" for value in get_args(kind))
-    return f"{', '.join(others)} or {last}"
+def _one_of(values: Iterable[object]) -> str:
+    *others, last = (f"`{value}`" for value in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 WORDS = {
@@ -56,7 +56,7 @@ WORDS = {
     "TimeText": '`"50 us"`',
     "ClusterSource": "path, or a table as in a cluster file",
     "ScheduleName": "name of an [order of work](schedules.md)",
-    **{name: _one_of(kind) for name, kind in CHOICES.items()},
+    **{name: _one_of(get_args(kind)) for name, kind in CHOICES.items()},
 }
 
 
@@ -69,7 +69,7 @@ def words(annotation: ast.expr) -> str:
             return words(first)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
             values = options.elts if isinstance(options, ast.Tuple) else [options]
-            return " or ".join(f"`{ast.literal_eval(value)}`" for value in values)
+            return _one_of(ast.literal_eval(value) for value in values)
         case ast.Subscript(
             value=ast.Name(id="tuple"),
             slice=ast.Tuple(elts=[one, ast.Constant(value=value)]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from math import inf
 
@@ -64,27 +63,22 @@ class _Listing:
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.halves, self.weights = [0] * self.stages, [0] * self.stages
-        self.for_f = list(self.needs(range(-1, self.stages - 1), work.onward, self.forwards))
-        self.for_b = list(self.needs(range(1, self.stages + 1), work.back, self.backwards))
+        wait_f, wait_b = work.waits
+        free_f, free_b = [0.0] * self.stages, [0.0] * self.stages
+        self.for_f: list[Need] = [
+            (made, wait, free_f)
+            for made, wait in zip([None, *self.forwards[:-1]], wait_f, strict=True)
+        ]
+        self.for_b: list[Need] = [
+            (made, wait, free_b)
+            for made, wait in zip([*self.backwards[1:], None], wait_b, strict=True)
+        ]
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
 
         self.back = I if rule.split else B
         self.hurry = 1 - rule.patience
         self.first = 0 if rule.forward_first else 2 * self.stages
         """Urgency of a forward on stage 0; that of a backward is the number of stages."""
-
-    def needs(
-        self, sources: Iterable[int], seconds: Sequence[float], made: list[list[float]]
-    ) -> Iterator[Need]:
-        """By stage, whose work it waits for in one direction."""
-        free = [0.0] * self.stages
-        for s, source in enumerate(sources):
-            if not 0 <= source < self.stages:
-                yield None, None, free
-            elif self.group[source] == self.group[s]:
-                yield made[source], None, free
-            else:
-                yield made[source], seconds[min(s, source)], free
 
     def run(self) -> None:
         """Let groups choose in the order of time until nobody has anything left."""
@@ -130,11 +124,11 @@ class _Listing:
         """In two parts, if that is the rule and there is room; whole on the first stage once its
         group has no forward left, as nobody waits for it then."""
         g = self.group[s]
-        alone = s == 0 and len(self.forwards[max(self.work.layout[g])]) == self.count
+        alone = s == 0 and len(self.forwards[max(self.layout[g])]) == self.count
         if alone or len(self.backwards[s]) < self.count - self.rule.split:
             return B
-        grows = self.work.half[s] - self.work.full[s]
-        return I if self.held[g] + grows <= self.work.room[g] else B
+        grows = self.work.half[s] - self.full[s]
+        return I if self.held[g] + grows <= self.room[g] else B
 
     def ready(self, s: int, kind: int, m: int, g: int) -> float:
         """When what a micro-batch's work needs is there; infinite while nobody has begun to make

@@ -47,13 +47,12 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
         few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
         kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
         names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
-    listings = (listed(work, rule) for rule in rules)
-    found = [each for each in chain(_named(work, names), listings) if each is not None]
-    if not found:
+    listings = filter(None, (listed(work, rule) for rule in rules))
+    best = min(chain(_named(work, names), listings), key=itemgetter(0), default=None)
+    if best is None:
         return None
-    _, best = min(found, key=itemgetter(0))
     tries = min(TRIES, looked_at // length)
-    return refined(work, best, tries)[1] if tries >= WORTH else best
+    return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
 
 
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:

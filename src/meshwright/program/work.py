@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from itertools import pairwise
 
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order, one
@@ -53,6 +54,16 @@ class Work:
         """Of every stage."""
         places = {s: g for g, held in enumerate(self.layout) for s in held}
         return tuple(places[s] for s in range(len(places)))
+
+    @property
+    def waits(self) -> tuple[list[float | None], list[float | None]]:
+        """By stage, seconds of the message that its forward and its backward wait for; None where
+        nothing is sent: at the ends, and within a group."""
+        group = self.group_of
+        cut = [one != other for one, other in pairwise(group)]
+        onward = [wait if sent else None for wait, sent in zip(self.onward, cut, strict=True)]
+        back = [wait if sent else None for wait, sent in zip(self.back, cut, strict=True)]
+        return [None, *onward], [*back, None]
 
 
 def to_orders(codes: Sequence[Codes]) -> tuple[Order, ...]:
@@ -140,15 +151,7 @@ class _Play:
             for s in range(stages)
             for each in (work.forward[s], work.whole[s], work.inputs[s], work.weights[s])
         ]
-        group = work.group_of
-        # By stage: seconds of the message that it waits for; None where nothing is sent.
-        self.wait_f: list[float | None] = [
-            work.onward[s - 1] if s and group[s - 1] != group[s] else None for s in range(stages)
-        ]
-        self.wait_b: list[float | None] = [
-            work.back[s] if s < self.last and group[s + 1] != group[s] else None
-            for s in range(stages)
-        ]
+        self.wait_f, self.wait_b = work.waits
         self.forwards: list[list[float]] = [[] for _ in range(stages)]
         self.backwards: list[list[float]] = [[] for _ in range(stages)]
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages

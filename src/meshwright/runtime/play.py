@@ -145,11 +145,9 @@ class Player:
 
     def _backward(self, i: Instruction) -> None:
         completed = self._completed.get(id(i), ())
-        if completed:
-            self._own.reducer.begin(completed)
+        self._own.reducer.begin(completed)
         self._go_back(i, self._own.places[i.stage].stage.backward)
-        if completed:
-            self._own.reducer.end(completed)
+        self._own.reducer.end(completed)
 
     def _backward_input(self, i: Instruction) -> None:
         self._go_back(i, self._own.places[i.stage].stage.backward_input)
@@ -183,8 +181,7 @@ class Player:
             self._own.reducer.begin(completed, stage.settled(micro_batches))
         with self.computing(i):
             stage.backward_weight(micro_batches)
-        if completed:
-            self._own.reducer.end(completed)
+        self._own.reducer.end(completed)
 
     def _weight(self, i: Instruction) -> float:
         """Share of the global batch that a slice of rows is."""
@@ -205,9 +202,7 @@ class Player:
 
     def computing(self, i: Instruction) -> AbstractContextManager[None]:
         """Around computing: stretched where a slower device is emulated, measured where asked."""
-        if self._dilator is not None:
-            return self._stretched(i)
-        return _NOTHING if self.recorder is None else self.measured(i)
+        return self.measured(i) if self._dilator is None else self._stretched(i)
 
     def measured(self, i: Instruction) -> AbstractContextManager[None]:
         """Around what an instruction does: measured where asked."""
