@@ -4,13 +4,16 @@
 
 Two processes train a small model; the processor time of every instruction is taken, and from it
 that of the calls it is there to make: reading the batch, the layers' forwards, autograd's
-backwards, making room for messages, posting them and waiting for them. The rest is the interpreter.
-Processor time, so that what else runs on the machine counts only by what it takes of the caches.
+backwards, making room for messages, posting them and waiting for them. The rest is the interpreter,
+less what the clock itself takes, by instructions that do nothing and are timed among the others:
+between layers and backwards caches are cold for the clock, too. Processor time, so that what else
+runs on the machine counts only by what it takes of the caches.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -46,13 +49,21 @@ def main() -> None:
         print(f"{op:16}{whole:>12.1f}{inside:>17.1f}{rest:>13.1f}")
 
 
+ENDS = ("REDUCE_NORM", "OPTIMIZER_STEP")
+"""Once a step, not once a micro-batch."""
+
+Sample = tuple[float, float, int]
+"""Seconds of an instruction, of them in PyTorch's calls, and how many calls these were."""
+Samples = dict[str, list[Sample]]
+
+
 class Clock:
-    """Processor time inside PyTorch's calls."""
+    """Processor time inside PyTorch's calls, and their number."""
 
     def __init__(self) -> None:
         self.inside = 0.0
+        self.calls = 0
         self.depth = 0
-        self.cost = 0.0
 
     def around(self, function):
         """The function, with the time that it takes added up, unless called from such a one."""
@@ -65,19 +76,11 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                self.inside += time.thread_time() - began + self.cost
+                self.inside += time.thread_time() - began
+                self.calls += 1
                 self.depth -= 1
 
         return timed
-
-    def calibrate(self) -> None:
-        """What the clock itself takes of the time outside."""
-        nothing = self.around(lambda: None)
-        began = time.thread_time()
-        for _ in range(10000):
-            nothing()
-        self.cost = (time.thread_time() - began - self.inside) / 10000
-        self.inside = 0.0
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -108,19 +111,22 @@ def worker(options: argparse.Namespace) -> None:
     model = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=blocks, tied=False)
     tokens = torch.randint(64, (share * micro_batches, 17))
     batch = (tokens[:, :-1], tokens[:, 1:])
+    clock = Clock()
+    watch(clock)
     engine = Engine(
         model, plan, inputs=batch, clip_norm=1.0,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
     )  # fmt: skip
-    clock = Clock()
-    clock.calibrate()
-    watch(engine, clock)
-    samples: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    engine._actions = [(measured(act, samples[i.op.value], clock), i) for act, i in engine._actions]
+    watch_own(engine, clock)
     rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
-    for step in range(options.steps + 3):
+    samples: Samples = defaultdict(list)
+    actions = engine._actions
+    timed = [(measured(act, samples[i.op.value], clock), i) for act, i in actions]
+    followed = [(followed_by_nothing(act, samples, clock), i) for act, i in actions]
+    for step in range(2 * options.steps + 4):
+        engine._actions = followed if step % 2 else timed
         engine.step(rows)
-        if step == 2:
+        if step == 3:
             for own in samples.values():
                 own.clear()
     gathered: list = [None] * 2
@@ -131,17 +137,20 @@ def worker(options: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def watch(engine, clock: Clock) -> None:
-    """Puts the clock around every call that does an instruction's own work."""
+def watch(clock: Clock) -> None:
+    """Puts the clock around every call of PyTorch that does an instruction's own work."""
     import torch
     import torch.distributed as dist
 
     from meshwright.runtime import split
 
-    for place in engine._own.places.values():
-        for layer in place.stage._layers:
-            layer.module = clock.around(layer.module)
-    torch.autograd.backward = clock.around(torch.autograd.backward)
+    back = torch.autograd.backward
+
+    def backward(roots, *others) -> None:
+        back(roots, *others)
+        roots.clear()  # which frees the graph
+
+    torch.autograd.backward = clock.around(backward)
     split._accumulate = clock.around(split._accumulate)
     torch.empty = clock.around(torch.empty)
     for name in ("isend", "irecv", "all_reduce"):
@@ -149,36 +158,60 @@ def watch(engine, clock: Clock) -> None:
     work = type(dist.all_reduce(torch.zeros(1), async_op=True))
     for name in ("wait", "is_completed"):
         setattr(work, name, clock.around(getattr(work, name)))
-    engine._optimizer.step = clock.around(engine._optimizer.step)
 
 
-def measured(act, own: list, clock: Clock):
+def watch_own(engine, clock: Clock) -> None:
+    """The same around its layers and its optimizer."""
+    for place in engine._own.places.values():
+        for layer in place.stage._layers:
+            layer.module = clock.around(layer.module)
+    for optimizer in engine._optimizers:
+        optimizer.step = clock.around(optimizer.step)
+
+
+def measured(act, own: list[Sample], clock: Clock):
     """An action that leaves its time, and PyTorch's part of it."""
 
-    def timed(i) -> None:
-        clock.inside = 0.0
+    def timed() -> None:
+        clock.inside, clock.calls = 0.0, 0
         began = time.thread_time()
-        act(i)
-        own.append((time.thread_time() - began, clock.inside))
+        act()
+        own.append((time.thread_time() - began, clock.inside, clock.calls))
 
     return timed
 
 
-def medians(gathered: list) -> dict[str, tuple[float, float, float]]:
-    """By operation and over all, in microseconds: whole, PyTorch's part, and the rest."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+def followed_by_nothing(act, samples: Samples, clock: Clock):
+    """An action that is not timed, and then nothing, or a call of nothing, that is."""
+    nothing = clock.around(lambda: None)
+    empty = measured(lambda: None, samples["empty"], clock)
+    call = measured(nothing, samples["call"], clock)
+    turns = itertools.cycle((empty, call))
+
+    def both() -> None:
+        act()
+        next(turns)()
+
+    return both
+
+
+def medians(gathered: list[Samples]) -> dict[str, tuple[float, float, float]]:
+    """By operation and over all, in microseconds: whole, PyTorch's part, and the rest, less what
+    the clock takes."""
+    found: Samples = defaultdict(list)
     for one in gathered:
         for op, own in one.items():
             found[op] += own
-            if op not in ("REDUCE_NORM", "OPTIMIZER_STEP"):
-                found["all"] += own
+    empty = statistics.median(whole for whole, _, _ in found.pop("empty"))
+    call = statistics.median(whole - inside for whole, inside, _ in found.pop("call")) - empty
+    found["all"] = [one for op, own in found.items() if op not in ENDS for one in own]
     return {
         op: (
-            1e6 * statistics.median(whole for whole, _ in own),
-            1e6 * statistics.median(inside for _, inside in own),
-            1e6 * statistics.median(whole - inside for whole, inside in own),
+            1e6 * statistics.median(whole - empty - calls * call for whole, _, calls in own),
+            1e6 * statistics.median(inside for _, inside, _ in own),
+            1e6 * statistics.median(w - inside - empty - calls * call for w, inside, calls in own),
         )
-        for op, own in found.items()
+        for op, own in {**found, "clock": [(empty, 0.0, 0), (empty + call, 0.0, 1)]}.items()
         if own
     }
 

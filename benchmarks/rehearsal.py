@@ -30,7 +30,7 @@ from meshwright.runtime.assemble import Assembly, Habits, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
-from meshwright.runtime.optimizer import LossScale, squared_norm
+from meshwright.runtime.optimizer import LossScale, updates
 from meshwright.runtime.play import Player
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import OptimizerFactory, adamw
@@ -55,17 +55,17 @@ class _Rehearsal(Engine):
         self._own = own
         self._player = Player(own, plan, program.ranks[world.rank], None)
         self._scale = LossScale(dynamic=False)
-        trainable = [held.parameter for held in own.held if held.parameter.requires_grad]
-        self._optimizer = OPTIMIZERS[plan.job.optimizer](trainable)
-        self._clip_norm, self._early, self._squared = 1.0, False, None
-        table = self._table()
-        self._actions = [(table[i.op], i) for i in program.ranks[world.rank]]
+        make = OPTIMIZERS[plan.job.optimizer]
+        self._updates = updates(program.ranks[world.rank], own.reducer.buckets, make)
+        self._clip_norm, self._early = 1.0, False
+        self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
 
     def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
-        self._own.reducer.finish()
+        self._own.reducer.finish(self._own.buckets)
         self._player.finish()
-        squared_norm(self._own.buckets, self.world.device)
+        for update in self._updates.values():
+            update.squared_norm(self.world.device)
         self._mean_loss, self._norm = 0.0, 2.0
 
 

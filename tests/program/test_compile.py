@@ -235,6 +235,36 @@ def test_clipping_is_all_ranks_or_none() -> None:
     assert "REDUCE_NORM on rank 0, OPTIMIZER_STEP on rank 1" in str(caught.value)
 
 
+def test_without_clipping_every_bucket_is_updated_for_itself() -> None:
+    model = chain([1.0] * 4, tied=True)
+    cluster = one_node(4)
+    replicas = even_plan(model, cluster, data=2, stages=2, micro_batches=2)
+    program = compile_plan(replicas, model, bucket_bytes=1, clipped=False)
+    check_program(program)
+    steps = [
+        {(i.layers, i.tied) for i in own if i.op is Op.OPTIMIZER_STEP} for own in program.ranks
+    ]
+    tied = (None, "shared")
+    assert (
+        steps
+        == [{((0, 1), None), ((1, 2), None), tied}] * 2
+        + [{((2, 3), None), ((3, 4), None), tied}] * 2
+    )
+    own = tuple(i for i in program.ranks[0] if (i.op, i.layers) != (Op.OPTIMIZER_STEP, (1, 2)))
+    with pytest.raises(ProgramError) as caught:
+        check_program(Program(ranks=(own, *program.ranks[1:])))
+    assert "0REDUCE_GRAD layers=1:2" in str(caught.value)
+    assert "an OPTIMIZER_STEP of the same layers" in str(caught.value)
+
+
+def test_what_one_rank_alone_holds_is_updated_before_what_is_shared() -> None:
+    model, cluster = chain([1.0, 1.0], tied=True), one_node(2)
+    plan = even_plan(model, cluster, stages=2, micro_batches=2)
+    for own in compile_plan(plan, model, clipped=False).ranks:
+        steps = [(i.layers, i.tied) for i in own if i.op is Op.OPTIMIZER_STEP]
+        assert steps == [(None, None), (None, "shared")]
+
+
 def test_stages_of_unlike_tensor_widths_reduce_with_their_own_kind():
     model = chain([1.0] * 4)
     plan = Plan(

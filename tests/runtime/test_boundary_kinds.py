@@ -26,14 +26,15 @@ def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
         left[0] += tensor.nbytes
         return isend(tensor, *args, **options)
 
-    def spread(tensor: torch.Tensor, source: int, *args: Any, **options: Any) -> Any:
-        left[0] += tensor.nbytes * (source == rank)
-        return broadcast(tensor, source, *args, **options)
+    def spread(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        left[0] += tensor.nbytes * (args[:1] == (rank,))
+        return broadcast(tensor, *args, **options)
 
     def rows(first: int, last: int) -> tuple[torch.Tensor, ...]:
         return tuple(t[first:last] for t in batch(0))
 
     found = {}
+    dist.isend, dist.broadcast = sent, spread
     for name in NAMES:
         case = CASES[name]
         with Engine(
@@ -42,17 +43,16 @@ def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
             inputs=batch(0),
             optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
         ) as engine:
-            dist.isend, dist.broadcast = sent, spread
             left[0] = 0
             _, timeline = engine.record(rows)
-            dist.isend, dist.broadcast = isend, broadcast
+            bytes_left = left[0]
             planned = sum(
                 i.bytes
                 for i in engine.program.ranks[rank]
                 if i.op in SENDS and (not i.ranks or i.peer == i.ranks[1])
             )
             labels = None if timeline is None else Counter(i.label for i in timeline.intervals)
-            found[name] = (left[0], planned, labels)
+            found[name] = (bytes_left, planned, labels)
     return found
 
 

@@ -18,17 +18,21 @@ STEPS, RATE = 6, 1e-2
 TWO_PIPELINES = Case(
     model=gpt, pipelines=(pipeline(2, 2, (2, "a"), (3, "b")), pipeline(2, 2, (5, "c")))
 )
+SMALL_BUCKETS = 256
+"""Bytes: every layer is summed, and then updated, for itself."""
+UNLIKE = Case(model=gpt, pipelines=(pipeline(2, 2, (2, "ab"), (3, "c")), pipeline(2, 2, (5, "d"))))
 ONE = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="1f1b-2bp")
 
 
-def engine_of(case: Case) -> Engine:
+def engine_of(case: Case, *, fused: bool = False) -> Engine:
     torch.manual_seed(5)
     return Engine(
         case.model(),
         case.plan,
         inputs=batch(0),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=fused),
         learning_rate=lambda step: 1 - step / 10,
+        bucket_bytes=SMALL_BUCKETS,
     )
 
 
@@ -39,9 +43,13 @@ def step_of(engine: Engine, step: int) -> tuple[float, float]:
 
 
 def trained(_: int, case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor] | None]:
-    with engine_of(case) as engine:
-        ends = [i.op for i in engine.program.ranks[engine.rank][-2:]]
-        assert ends == [Op.OPTIMIZER_STEP, Op.REDUCE_NORM]
+    with engine_of(case, fused=len(case.pipelines) > 1) as engine:
+        own = engine.program.ranks[engine.rank]
+        summed = {(i.layers, i.tied) for i in own if i.op is Op.REDUCE_GRAD}
+        steps = [(i.layers, i.tied) for i in own if i.op is Op.OPTIMIZER_STEP]
+        assert summed <= set(steps)
+        assert (len(steps) > 2) == (len(case.pipelines) > 1)
+        assert own[-1].op is Op.REDUCE_NORM
         return [step_of(engine, step) for step in range(STEPS)], engine.parameters()
 
 
@@ -66,7 +74,11 @@ def exact(numbers: list[tuple[float, float]]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("case", [TWO_PIPELINES, ONE], ids=["two pipelines", "two parts"])
+@pytest.mark.parametrize(
+    "case",
+    [TWO_PIPELINES, UNLIKE, ONE],
+    ids=["two pipelines", "unlike tensor widths", "two parts"],
+)
 def test_training_without_clipping_equals_one_process(case: Case) -> None:
     ranks = run_ranks(case.world_size, trained, case)
     wanted, weights = alone(case)
@@ -79,9 +91,9 @@ def test_training_without_clipping_equals_one_process(case: Case) -> None:
         assert error < 1e-9, name
 
 
-def spoiled(rank: int, case: Case) -> Any:
+def spoiled(rank: int, case: Case, fused: bool) -> Any:
     """What the third step says, and whether this rank's weights have taken it."""
-    engine = engine_of(case)
+    engine = engine_of(case, fused=fused)
     for step in range(2):
         step_of(engine, step)
     held = [one.parameter for one in engine._own.held]
@@ -98,9 +110,10 @@ def spoiled(rank: int, case: Case) -> Any:
     )
 
 
-def test_gradients_that_are_no_numbers_reach_no_weight_and_stop_every_rank() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_gradients_that_are_no_numbers_reach_no_weight_and_stop_every_rank(fused: bool) -> None:
     case = Case(model=plain, pipelines=ONE.pipelines, schedule="1f1b-2bp")
-    (text, first, good), (same, second, too) = run_ranks(2, spoiled, case)
+    (text, first, good), (same, second, too) = run_ranks(2, spoiled, case, fused)
     assert text == same
     assert "step 2: gradient norm: found nan" in text
     assert "resume from saved weights" in text

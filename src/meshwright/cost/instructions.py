@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,13 +33,14 @@ from meshwright.cost.times import ReplicaTimes, Times
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.buckets import completing_layer
+from meshwright.program.buckets import completing_layer, gradient_bytes
 from meshwright.program.instructions import (
     COMPUTE,
     GATHERED,
     RECEIVES,
     SENDS,
     Instruction,
+    Key,
     Op,
     Program,
 )
@@ -190,6 +192,9 @@ def _prices(
             traffic = _traffic(i, own[i.stage].seat, costs)
             found.append(Price(traffic=traffic, inside=inside.get(index)))
             continue
+        if i.op is Op.OPTIMIZER_STEP:
+            found.append(_optimizer_price(i, instructions, own, costs))
+            continue
         key = (i.stage, i.op, _count(i))
         if key not in known:
             known[key] = _compute_price(i, own, costs)
@@ -212,19 +217,6 @@ def _count(i: Instruction) -> int:
 
 def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Price:
     seated = own[i.stage]
-    if i.op is Op.OPTIMIZER_STEP:
-        seconds = optimizer_seconds(
-            costs.cluster.types[costs.types[seated.seat.device]],
-            costs.plan.job.optimizer,
-            rank_parameters(
-                costs.tables.plain,
-                [s.stage for s in own.values()],
-                _tensor(seated.stage, seated.seat),
-            ),
-            costs.profile,
-            costs.model.precision,
-        )
-        return Price(seconds=seconds)
     full = float(_weighed(seated.stage, seated.seat, costs).activations)
     rows = seated.seat.rows[1] - seated.seat.rows[0]
     tensor = _tensor(seated.stage, seated.seat)
@@ -234,6 +226,34 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
         half = half_bytes(costs.tables, seated.stage, tensor, rows)
         held = half - full if i.op is Op.BACKWARD_INPUT else -half * _count(i)
     return Price(seconds=float(seated.computes.of(i.op, _count(i)).sum()), held=held)
+
+
+def _optimizer_price(
+    i: Instruction, instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
+) -> Price:
+    """Of the parameters whose gradients the rank sums under the step's name, or of all others that
+    it holds: of a step that is the only one, all."""
+    seated = own[i.stage]
+    steps = {(s.layers, s.tied) for s in instructions if s.op is Op.OPTIMIZER_STEP}
+    summed: Counter[Key] = Counter()
+    for each in instructions:
+        if each.op is Op.REDUCE_GRAD and len(steps) > 1:
+            summed[each.layers, each.tied] += each.bytes
+    width, tensor = gradient_bytes(costs.plan.job), _tensor(seated.stage, seated.seat)
+    if (i.layers, i.tied) in summed:
+        parameters = summed[i.layers, i.tied] / width
+    else:
+        held = rank_parameters(costs.tables.plain, [s.stage for s in own.values()], tensor)
+        parameters = held - summed.total() / width
+    return Price(
+        seconds=optimizer_seconds(
+            costs.cluster.types[costs.types[seated.seat.device]],
+            costs.plan.job.optimizer,
+            max(parameters, 0.0),
+            costs.profile,
+            costs.model.precision,
+        )
+    )
 
 
 def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:

@@ -173,15 +173,33 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
 _ENDS = (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
 
 
+def _updates(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
+    """One norm; one optimizer step, or several before it that leave no summed gradient out."""
+    norms = [k for k, i in enumerate(instructions) if i.op is Op.REDUCE_NORM]
+    steps = [k for k, i in enumerate(instructions) if i.op is Op.OPTIMIZER_STEP]
+    if len(norms) != 1:
+        found = f"{len(norms)} {Op.REDUCE_NORM}"
+        yield Problem(source, f"rank {rank}", found, f"exactly one {Op.REDUCE_NORM}")
+    early = [k for k in steps if norms and k < norms[0]]
+    if not steps or (len(steps) > 1 and early != steps):
+        found = f"{len(steps)} {Op.OPTIMIZER_STEP}"
+        wanted = f"exactly one {Op.OPTIMIZER_STEP}, or several before {Op.REDUCE_NORM}"
+        yield Problem(source, f"rank {rank}", found, wanted)
+    if len(steps) > 1:
+        updated = {(instructions[k].layers, instructions[k].tied) for k in steps}
+        for k, i in enumerate(instructions):
+            if i.op is Op.REDUCE_GRAD and (i.layers, i.tied) not in updated:
+                wanted = f"an {Op.OPTIMIZER_STEP} of the same layers or tied parameter"
+                yield Problem(source, _at(rank, k), text(i), wanted)
+
+
 def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
     """Gradients are complete before the norm is taken or the weights change, which end the step in
     either order, the same on all ranks."""
     first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
         at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}
-        for op in _ENDS:
-            if len(at[op]) != 1:
-                yield Problem(source, f"rank {rank}", f"{len(at[op])} {op}", f"exactly one {op}")
+        yield from _updates(rank, instructions, source)
         ends = sorted((k, op) for op in _ENDS for k in at[op])
         end = ends[0][0] if ends else len(instructions)
         for _, op in ends[:1]:

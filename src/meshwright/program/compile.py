@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
@@ -56,9 +57,9 @@ def compile_plan(
     A receive is posted `posting.AHEAD` compute instructions ahead of the one that reads it, in the
     order in which the other side sends; a send right after the one that makes it; and the
     reductions ahead of the last backward that they need, in the order in which a backward over the
-    whole model completes their gradients. Without clipping (`clipped` false) weights change as soon
-    as a rank's own gradients are summed, ahead of the norm. Raises PlanError for a schedule in the
-    plan that cannot be played.
+    whole model completes their gradients. Without clipping (`clipped` false) the weights of each
+    bucket change as soon as its gradients are summed, ahead of the norm. Raises PlanError for a
+    schedule in the plan that cannot be played.
     """
     stages = stage_seats(plan)
     size = bucket_bytes or usual_bucket_bytes(model, plan.job)
@@ -71,19 +72,32 @@ def compile_plan(
             if only is not None and seat.rank not in only:
                 continue
             own = tuple(sums_of(seat.rank, buckets))
-            end = (
-                Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES),
-                Instruction(
-                    op=Op.OPTIMIZER_STEP,
-                    stage=first.number,
-                    layers=None if others else first.layers,
-                ),
+            norm = Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES)
+            whole = Instruction(
+                op=Op.OPTIMIZER_STEP,
+                stage=first.number,
+                layers=None if others else first.layers,
             )
             ranks[seat.rank] = (
                 *_group_program(group, seat, own, model),
-                *(end if clipped else reversed(end)),
+                *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
             )
     return Program(ranks=tuple(ranks))
+
+
+def _early_updates(
+    group: _Group, sums: Sequence[tuple[Bucket, Sum]], whole: Instruction
+) -> Iterator[Instruction]:
+    """Each bucket's weights change when its own gradients are summed; first those of this rank
+    alone, if there are any."""
+    buckets = dict.fromkeys((bucket.layers, bucket.tied) for bucket, _ in sums)
+    summed = {layer for layers, _ in buckets if layers is not None for layer in range(*layers)}
+    if not buckets:
+        yield whole
+    elif any(not summed.issuperset(range(*stage.layers)) for stage in group.stages.values()):
+        yield replace(whole, layers=None)
+    for layers, tied in buckets:
+        yield replace(whole, layers=layers, tied=tied)
 
 
 def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[_Group]:

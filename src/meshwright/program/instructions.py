@@ -16,9 +16,10 @@ on stage 0. One rule gives every instruction its timing, in the simulator and in
 * A rank may hold several stages of a pipeline; its list then mixes their instructions. Between two
   neighbouring stages on the same rank nothing is sent: the later F, B or I takes what the earlier
   one has left.
-* REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank;
-  OPTIMIZER_STEP follows it. Where gradients are not clipped it comes before it instead, and waits
-  for the rank's own REDUCE_GRADs alone: stages that are done early do not wait for late ones.
+* REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank; OPTIMIZER_STEP
+  follows it. Where gradients are not clipped, OPTIMIZER_STEPs come before it instead: one for each
+  bucket, which waits for the REDUCE_GRADs of the same layers or tied parameter alone, and before
+  them one for all that nobody else holds. What is done early does not wait for what is late.
 * A step ends when everything that was posted has arrived.
 """
 
@@ -90,9 +91,10 @@ class Instruction:
     """Of a send or receive that moves only pieces [first, last) of so many equal ones, of each
     tensor's rows laid flat."""
     layers: tuple[int, int] | None = None
-    """Layers of an F or B, or those whose gradients a REDUCE_GRAD sums, [first, last)."""
+    """Layers of an F or B, those whose gradients a REDUCE_GRAD sums, or whose weights an
+    OPTIMIZER_STEP changes (None there: all that no other one of the rank does), [first, last)."""
     tied: str | None = None
-    """Tied parameter that a REDUCE_GRAD sums, instead of layers."""
+    """Tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP, instead of layers."""
     tile: Tile | None = None
     """Of a REDUCE_GRAD whose members hold the layers in unlike tensor widths: the part of the
     gradients that it sums, which all of them hold (of UNDIVIDED, each 1 / its tensor width). None:
@@ -102,6 +104,10 @@ class Instruction:
     its source, then all who receive it."""
     bytes: int = 0
     """Size of the message, or of the buffer that is reduced."""
+
+
+Key = tuple[tuple[int, int] | None, str | None]
+"""Layers or tied parameter, of a REDUCE_GRAD or OPTIMIZER_STEP."""
 
 
 @record

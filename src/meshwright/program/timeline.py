@@ -56,11 +56,11 @@ def label(instruction: Instruction) -> str:
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)
     word = f"{instruction.stage}{instruction.op}{micro_batch}"
-    if instruction.op is not Op.REDUCE_GRAD:
+    if instruction.op not in (Op.REDUCE_GRAD, Op.OPTIMIZER_STEP):
         return word
     if instruction.layers is not None:
         word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
-    else:
+    elif instruction.tied is not None:
         word = f"{word} {instruction.tied}"
     tile = instruction.tile
     return word if tile is None else f"{word} {tile.first}:{tile.last}/{tile.of}"

@@ -1,9 +1,14 @@
-"""One direction of a stage's boundary: posts the messages that a cut needs, and waits for them."""
+"""One direction of a stage's boundary: posts the messages that a cut needs, and waits for them.
+
+What an instruction says is looked up once, when it is bound; in a step its tensors alone are new.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,13 +22,29 @@ from meshwright.runtime.debug import Headers
 
 
 class Handle(Protocol):
-    """Something under way."""
+    """Something under way, as torch.distributed's Work."""
 
-    def done(self) -> bool:
+    def is_completed(self) -> bool:
         """Whether it has arrived already."""
 
     def wait(self) -> object:
         """Returns when it has arrived; raises if it never will."""
+
+
+Post = Callable[[Sequence[Tensor]], list[Work]]
+"""Starts the messages of one instruction, a tensor each."""
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """The tensors of a micro-batch on their way here."""
+
+    tensors: list[Tensor]
+    under_way: list[tuple[Instruction, Handle]] = field(default_factory=list)
+    summands: list[tuple[int, Tensor]] = field(default_factory=list)
+    """What is to be added to which tensor."""
+    parts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By rows: what arrives in parts, and where it is laid flat."""
 
 
 class Messages:
@@ -62,11 +83,8 @@ class Messages:
         self.lane = lane
         """Number of the cut, among how many: what crosses several between two ranks stays apart."""
         self.headers = Headers(device) if debug else None
-        self._buffers: dict[int, list[Tensor]] = {}
-        self._summands: dict[int, list[tuple[int, Tensor]]] = {}
-        self._parts: dict[int, dict[tuple[int, int], list[tuple[Tensor, Tensor]]]] = {}
-        """By micro-batch and rows: what arrives in parts, and where it is laid flat."""
-        self._arriving: dict[int, list[tuple[Instruction, Handle]]] = {}
+        self._arrivals: dict[int, _Arrival] = {}
+        """By micro-batch."""
         self._leaving: deque[tuple[Instruction, Handle]] = deque()
         self.waiting: Instruction | None = None
         """What is waited for at this moment."""
@@ -78,94 +96,107 @@ class Messages:
             for t in self.tensors
         ]
 
-    def post_receive(self, i: Instruction) -> list[Work]:
-        """Starts a receive; the caller hands back what to wait for by `expect`."""
-        assert i.micro_batch is not None
-        assert i.rows is not None
-        assert i.peer is not None
-        if i.micro_batch not in self._buffers:
-            empty = [torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in self.tensors]
-            self._buffers[i.micro_batch] = empty
-        if i.part is None:
-            return self._works(dist.irecv, i, self._places(i))
-        parts = self._parts.setdefault(i.micro_batch, {})
-        if i.rows not in parts:
-            parts[i.rows] = [(place, laid_flat(place, i.part[2])) for place in self._places(i)]
-        into = [part_of(flat, place.numel(), i.part) for place, flat in parts[i.rows]]
-        return self._works(dist.irecv, i, into)
+    def receiver(self, i: Instruction) -> Callable[[], list[Work]]:
+        """What starts a receive; the caller hands back what to wait for by `expect`."""
+        micro_batch, rows, part = i.micro_batch, i.rows, i.part
+        assert micro_batch is not None
+        assert rows is not None
+        post = self._post(dist.irecv, i)
+        arrivals = self._arrivals
+        sizes = [(t.shape, t.dtype) for t in self.tensors]
+        whole = rows == (self.first, self.last)
 
-    def _places(self, i: Instruction) -> list[Tensor]:
+        def start() -> list[Work]:
+            arrival = arrivals.get(micro_batch)
+            if arrival is None:
+                empty = [torch.empty(s, dtype=dtype, device=self.device) for s, dtype in sizes]
+                arrival = arrivals[micro_batch] = _Arrival(empty)
+            places = arrival.tensors if whole else self._places(arrival, rows)
+            if part is None:
+                return post(places)
+            if rows not in arrival.parts:
+                arrival.parts[rows] = [(place, laid_flat(place, part[2])) for place in places]
+            flats = arrival.parts[rows]
+            return post([part_of(flat, place.numel(), part) for place, flat in flats])
+
+        return start
+
+    def _places(self, arrival: _Arrival, rows: tuple[int, int]) -> list[Tensor]:
         """Where the tensors of some rows belong."""
-        assert i.micro_batch is not None
-        assert i.rows is not None
-        if i.rows == (self.first, self.last):
-            return self._buffers[i.micro_batch]
         places = []
-        for k, (tensor, buffer) in enumerate(
-            zip(self.tensors, self._buffers[i.micro_batch], strict=True)
-        ):
+        for k, (tensor, buffer) in enumerate(zip(self.tensors, arrival.tensors, strict=True)):
             place = buffer
             if tensor.by_rows:
-                place = buffer[i.rows[0] - self.first : i.rows[1] - self.first]
-            elif self.backward and i.rows[0] != self.first:
+                place = buffer[rows[0] - self.first : rows[1] - self.first]
+            elif self.backward and rows[0] != self.first:
                 place = torch.empty_like(buffer)
-                self._summands.setdefault(i.micro_batch, []).append((k, place))
+                arrival.summands.append((k, place))
             places.append(place)
         return places
 
     def expect(self, i: Instruction, handle: Handle) -> None:
         """A receive that was posted, for `receive` to wait for."""
         assert i.micro_batch is not None
-        self._arriving.setdefault(i.micro_batch, []).append((i, handle))
+        self._arrivals[i.micro_batch].under_way.append((i, handle))
 
     def gather(self, i: Instruction) -> None:
         """Completes rows of which each tensor rank has received a part."""
         assert i.micro_batch is not None
         assert i.rows is not None
-        self._wait_for(i.micro_batch)
-        for _, flat in self._parts[i.micro_batch][i.rows]:
+        arrival = self._arrivals[i.micro_batch]
+        self._wait_for(arrival)
+        for _, flat in arrival.parts[i.rows]:
             pieces = list(flat.chunk(len(i.ranks)))
             dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
 
-    def _wait_for(self, micro_batch: int) -> None:
-        for i, handle in self._arriving.pop(micro_batch, ()):
+    def _wait_for(self, arrival: _Arrival) -> None:
+        for i, handle in arrival.under_way:
             self._wait(i, handle)
+        arrival.under_way.clear()
 
     def receive(self, micro_batch: int) -> list[Tensor]:
         """The tensors of a micro-batch, once they are here."""
-        self._wait_for(micro_batch)
-        for parts in self._parts.pop(micro_batch, {}).values():
+        arrival = self._arrivals.pop(micro_batch, None)
+        if arrival is None:
+            return []
+        self._wait_for(arrival)
+        for parts in arrival.parts.values():
             for place, flat in parts:
                 if flat.data_ptr() != place.data_ptr():
                     place.copy_(flat[: place.numel()].view_as(place))
-        tensors = self._buffers.pop(micro_batch, [])
-        for k, summand in self._summands.pop(micro_batch, ()):
-            tensors[k] += summand
-        return tensors
+        for k, summand in arrival.summands:
+            arrival.tensors[k] += summand
+        return arrival.tensors
 
-    def post_send(self, i: Instruction, values: Sequence[Tensor | None]) -> list[Work]:
-        """Starts a send of a micro-batch's rows; an absent gradient travels as zeros."""
-        assert i.micro_batch is not None
+    def sender(self, i: Instruction) -> Callable[[Sequence[Tensor | None]], list[Work]]:
+        """What starts a send of a micro-batch's rows; an absent gradient travels as zeros."""
+        parts = [self._part_of(tensor, i) for tensor in self.tensors]
+        post = self._post(dist.isend, i)
+
+        def start(values: Sequence[Tensor | None]) -> list[Work]:
+            return post([part(value) for part, value in zip(parts, values, strict=True)])
+
+        return start
+
+    def _part_of(self, tensor: Crossing, i: Instruction) -> Callable[[Tensor | None], Tensor]:
+        """From a whole tensor to what of it a send hands over."""
         assert i.rows is not None
-        assert i.peer is not None
-        leaving = []
-        for tensor, value in zip(self.tensors, values, strict=True):
-            if tensor.by_rows:
-                shape = (i.rows[1] - i.rows[0], *tensor.shape[1:])
-                part = value
-                if value is not None and i.rows != (self.first, self.last):
-                    part = value[i.rows[0] - self.first : i.rows[1] - self.first]
+        first, last = i.rows[0] - self.first, i.rows[1] - self.first
+        whole = not tensor.by_rows or i.rows == (self.first, self.last)
+        absent = not tensor.by_rows and self.backward and first != 0
+        shape = torch.Size((last - first, *tensor.shape[1:]) if tensor.by_rows else tensor.shape)
+
+        def part(value: Tensor | None) -> Tensor:
+            if value is None or absent:
+                found = torch.zeros(shape, dtype=tensor.dtype, device=self.device)
             else:
-                shape = tensor.shape
-                part = None if self.backward and i.rows[0] != self.first else value
-            if part is None:
-                part = torch.zeros(shape, dtype=tensor.dtype, device=self.device)
-            part = part.detach().contiguous()
-            assert (part.shape, part.dtype) == (shape, tensor.dtype), tensor
-            if i.part is not None:
-                part = part_of(part.view(-1), part.numel(), i.part)
-            leaving.append(part)
-        return self._works(dist.isend, i, leaving)
+                found = (value if whole else value[first:last]).contiguous()
+                if found.requires_grad:
+                    found = found.detach()
+            assert found.shape == shape and found.dtype is tensor.dtype, tensor  # noqa: PT018
+            return found if i.part is None else part_of(found.view(-1), found.numel(), i.part)
+
+        return part
 
     def sent(self, i: Instruction, handle: Handle) -> None:
         """Keeps what is under way; lets go of what has arrived, or must have by now."""
@@ -174,7 +205,7 @@ class Messages:
         while self._leaving:
             first, earlier = self._leaving[0]
             assert first.micro_batch is not None
-            if first.micro_batch > i.micro_batch - self.window and not earlier.done():
+            if first.micro_batch > i.micro_batch - self.window and not earlier.is_completed():
                 return
             self._wait(*self._leaving.popleft())
 
@@ -188,31 +219,36 @@ class Messages:
         handle.wait()
         self.waiting = None
 
-    def _works(
-        self, start: Callable[..., Work | None], i: Instruction, tensors: Sequence[Tensor]
-    ) -> list[Work]:
+    def _post(self, start: Callable[..., Work | None], i: Instruction) -> Post:
+        """What starts the messages of a send or receive."""
         if i.ranks:
-            return self._broadcast(i, tensors)
+            return partial(self._broadcast, i)
         assert i.micro_batch is not None
+        count, (cut, cuts) = len(self.tensors), self.lane
+        tags = [(i.micro_batch * count + k) * cuts + cut for k in range(count)]
 
         def post(message: Tensor, tag: int) -> Work:
             work = start(message, i.peer, group=self.group, tag=tag)
             assert work is not None, "a peer outside the group"
             return work
 
-        works = []
-        for k, tensor in enumerate(tensors):
-            # A tensor of fewer numbers than parts: nothing is left for the last ones.
-            if not tensor.numel():
-                continue
-            tag = (i.micro_batch * len(self.tensors) + k) * self.lane[1] + self.lane[0]
-            if self.headers is None:
-                works.append(post(tensor, tag))
-            elif i.op in SENDS:
-                works += self.headers.send(i, k, tensor, tag, post)
-            else:
-                works.append(self.headers.receive(i, k, tensor, tag, post))
-        return works
+        # A tensor of fewer numbers than parts: nothing is left for the last ones.
+
+        def every(tensors: Sequence[Tensor]) -> list[Work]:
+            named = zip(tensors, tags, strict=True)
+            return [post(tensor, tag) for tensor, tag in named if tensor.numel()]
+
+        def headed(tensors: Sequence[Tensor]) -> list[Work]:
+            assert self.headers is not None
+            works = []
+            for k, (tensor, tag) in enumerate(zip(tensors, tags, strict=True)):
+                if tensor.numel() and i.op in SENDS:
+                    works += self.headers.send(i, k, tensor, tag, post)
+                elif tensor.numel():
+                    works.append(self.headers.receive(i, k, tensor, tag, post))
+            return works
+
+        return every if self.headers is None else headed
 
     def _broadcast(self, i: Instruction, tensors: Sequence[Tensor]) -> list[Work]:
         """The source takes part once, with the first of its sends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -35,12 +36,11 @@ from meshwright.runtime.optimizer import (
     LossScale,
     Schedule,
     check_finite,
-    clip,
     clip_factor,
-    squared_norm,
     stop_for_missing,
+    updates,
 )
-from meshwright.runtime.play import Player
+from meshwright.runtime.play import Action, Player
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.world import World
 
@@ -62,9 +62,10 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` a rank's weights
-    change as soon as its own gradients are summed: stages that are done early do not wait for late
-    ones (not under fp16, whose scale all ranks must agree on first). `debug`: every message has a
+    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` weights change,
+    bucket by bucket, as soon as their gradients are summed: layers that are done early do not wait
+    for late ones (not under fp16, whose scale all ranks must agree on first), and `optimizer` is
+    called for the parameters of each bucket. `debug`: every message has a
     header that is checked on arrival, and the layer in which a number is none is named. `compile`:
     layers run through torch.compile. A rank that waits `timeout_seconds` for another takes it for
     lost.
@@ -118,17 +119,14 @@ class Engine:
                 habits=Habits(seed=seed, dilator=self.dilator, debug=debug, compile=compile),
                 posted=lambda i, works: self._player.posted(i, works),
             )
-        self._player = Player(self._own, plan, self.program.ranks[self.rank], self.dilator)
-        trainable = [h.parameter for h in self._own.held if h.parameter.requires_grad]
-        self._optimizer = optimizer(trainable)
-        self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        own = self.program.ranks[self.rank]
+        self._player = Player(self._own, plan, own, self.dilator)
+        self._updates = updates(own, self._own.reducer.buckets, optimizer)
         self._schedule = learning_rate
         self._clip_norm = clip_norm
         self._scale = LossScale(dynamic=job.precision == "fp16")
         self._peaks = [0] * self.world.size
-        self._squared: Tensor | None = None
-        table = self._table()
-        self._actions = [(table[i.op], i) for i in self.program.ranks[self.rank]]
+        self._actions = [(self._bind(i), i) for i in own]
         # Only the first norm tells whether every parameter, on whatever rank, gets a gradient.
         self._first_actions = sorted(self._actions, key=lambda a: a[1].op is Op.OPTIMIZER_STEP)
 
@@ -152,16 +150,17 @@ class Engine:
 
         Raises TrainingError if loss or gradient are no numbers or a parameter gets no gradient,
         before any weight changes; without `clip_norm`, and after the first step, before the weights
-        of a rank whose own gradients are no numbers. PeerLost if another rank has gone.
+        of a bucket whose own gradients are no numbers. PeerLost if another rank has gone.
         """
         started = time.perf_counter()
         self._player.start(rows, self.steps, self._scale.value)
         self._own.reducer.zero()
-        self._squared = None
+        for update in self._updates.values():
+            update.squared = None
         with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
             for act, instruction in self._actions if self.steps else self._first_actions:
                 self._current = instruction
-                act(instruction)
+                act()
             self._player.wait()
         self._current = None
         self.steps += 1
@@ -177,7 +176,7 @@ class Engine:
             self.program.ranks[self.rank],
             self.world.device,
             weights=[*(one.parameter for one in own.held), *casts],
-            static_bytes=static_bytes(own.held, own.buckets, self._optimizer)
+            static_bytes=static_bytes(own.held, own.buckets, self._optimizers)
             + sum(cast.nbytes for cast in casts),
         )
         try:
@@ -196,7 +195,11 @@ class Engine:
     @property
     def learning_rate(self) -> float:
         """Of the last step (of the first parameter group)."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        return float(self._optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [each.optimizer for each in self._updates.values() if each.optimizer is not None]
 
     def memory_bytes(self) -> int:
         """Most memory that any rank has had in use: allocated on a device, resident on a CPU."""
@@ -207,26 +210,27 @@ class Engine:
         self._own.reducer.close()
         worlds.close(self.world)
 
-    # One function for each operation.
-
-    def _table(self) -> dict[Op, Callable[[Instruction], None]]:
-        return {
-            **self._player.table(),
-            Op.REDUCE_NORM: self._reduce_norm,
-            Op.OPTIMIZER_STEP: self._optimizer_step,
-        }
+    def _bind(self, i: Instruction) -> Action:
+        """What plays an instruction."""
+        if i.op is Op.REDUCE_NORM:
+            return partial(self._reduce_norm, i)
+        if i.op is Op.OPTIMIZER_STEP:
+            return partial(self._optimizer_step, i)
+        return self._player.bind(i)
 
     def _reduce_norm(self, i: Instruction) -> None:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
-        own, size = self._own, self.world.size
-        self._complete()
+        own, size, device = self._own, self.world.size, self.world.device
+        own.reducer.finish(own.buckets)
+        self._player.finish()
         with self._player.measured(i):
-            totals = torch.zeros(3 + size, dtype=torch.float64, device=self.world.device)
+            totals = torch.zeros(3 + size, dtype=torch.float64, device=device)
             totals[0] = self._player.loss()
-            totals[1] = self._squared_norm()
+            for update in self._updates.values():
+                totals[1] += update.squared_norm(device)
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)
-            totals[3 + self.rank] = peak_bytes(self.world.device)
+            totals[3 + self.rank] = peak_bytes(device)
             dist.all_reduce(totals, group=self.world.everyone)
             loss, squared, without, *peaks = totals.tolist()
         self._mean_loss, self._peaks = loss, [int(peak) for peak in peaks]
@@ -236,34 +240,18 @@ class Engine:
         early = self._early and self.steps > 0
         check_finite(self.steps, loss, self._norm, self._scale, PARTLY if early else UNTOUCHED)
 
-    def _complete(self) -> None:
-        """Waits until all gradients of this rank are summed."""
-        self._own.reducer.finish()
-        self._player.finish()
-
-    def _squared_norm(self) -> Tensor:
-        """Of this rank's share of the gradient, once a step."""
-        if self._squared is None:
-            self._squared = squared_norm(self._own.buckets, self.world.device)
-        return self._squared
-
     def _optimizer_step(self, i: Instruction) -> None:
+        update = self._updates[i.layers, i.tied]
+        rate = 1.0 if self._schedule is None else self._schedule(self.steps)
         if self._early:
-            self._complete()
-            if math.isfinite(self._squared_norm().item()):
-                self._update(i, 1.0)
+            self._own.reducer.finish(update.buckets)
+            self._player.finish()
+            with self._player.computing(i):
+                update.run_if_finite(self.world.device, rate)
             return
         overflow = not math.isfinite(self._norm)
         scale = self._scale.value
         self._scale.update(overflow)
         if not overflow:
-            self._update(i, clip_factor(self._norm, self._clip_norm) / scale)
-
-    def _update(self, i: Instruction, factor: float) -> None:
-        """Changes the weights by their gradients times a factor."""
-        if self._schedule is not None:
-            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * self._schedule(self.steps)
-        with self._player.computing(i):
-            clip(self._own.buckets, factor)
-            self._optimizer.step()
+            with self._player.computing(i):
+                update.run(clip_factor(self._norm, self._clip_norm) / scale, rate)

@@ -43,7 +43,7 @@ class Works:
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
 
-    def done(self) -> bool:
+    def is_completed(self) -> bool:
         """Whether all have arrived already."""
         return all(work.is_completed() for work in self.works)
 
@@ -51,6 +51,11 @@ class Works:
         """Until all have arrived; on CUDA the current stream waits, not the host."""
         for work in self.works:
             work.wait()
+
+
+def under_way(works: Sequence[Work]) -> Handle:
+    """What to wait for: of one message, itself."""
+    return works[0] if len(works) == 1 else Works(works)
 
 
 class _Watched:
@@ -68,7 +73,7 @@ class _Watched:
             self._failure = failure
         span.end = _at(time.monotonic())
 
-    def done(self) -> bool:
+    def is_completed(self) -> bool:
         return not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -214,13 +219,16 @@ def _cuda_event() -> torch.cuda.Event:
 
 
 def static_bytes(
-    held: Sequence[Held], buckets: Sequence[FlatBucket], optimizer: torch.optim.Optimizer
+    held: Sequence[Held],
+    buckets: Sequence[FlatBucket],
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
     """Weights, gradients and optimizer states of one rank."""
     weights = sum(one.parameter.nbytes for one in held)
     gradients = sum(bucket.buffer.nbytes for bucket in buckets)
     states = sum(
         value.nbytes
+        for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, Tensor)

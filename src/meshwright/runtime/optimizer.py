@@ -3,18 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshwright.errors import Problem, TrainingError
+from meshwright.program.instructions import Instruction, Key, Op
 from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World
 
 Schedule = Callable[[int], float]
 """Step, from 0, to factor of the learning rate."""
+
+Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+"""Makes an optimizer of some parameters."""
+
+
+@dataclass(slots=True)
+class Update:
+    """What one OPTIMIZER_STEP changes."""
+
+    buckets: list[FlatBucket]
+    optimizer: torch.optim.Optimizer | None
+    """None: it has nothing to change."""
+    rates: list[float]
+    """The optimizer's own, by parameter group."""
+    squared: Tensor | None = None
+    """Of this step's gradients, once it has been asked for."""
+
+    def squared_norm(self, device: torch.device) -> Tensor:
+        """This rank's share of the squared norm of these gradients."""
+        if self.squared is None:
+            self.squared = squared_norm(self.buckets, device)
+        return self.squared
+
+    def run(self, factor: float, rate: float) -> None:
+        """Changes the weights by their gradients times a factor, at rates times a factor."""
+        if self.optimizer is None:
+            return
+        for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * own
+        clip(self.buckets, factor)
+        self.optimizer.step()
+
+    def run_if_finite(self, device: torch.device, rate: float) -> None:
+        """The same where all gradients are numbers. A fused optimizer sees to that on its device,
+        by the flag that torch.amp.GradScaler gives it: the host need not wait for the gradients."""
+        good = self.squared_norm(device).isfinite()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = good.logical_not().float()  # type: ignore[union-attr]
+            self.run(1.0, rate)
+        elif good.item():
+            self.run(1.0, rate)
+
+
+def updates(
+    instructions: Sequence[Instruction], buckets: Mapping[Key, FlatBucket], make: Factory
+) -> dict[Key, Update]:
+    """Of each of a rank's OPTIMIZER_STEPs, by its layers or tied parameter: the buckets of that
+    name, or those that no step names; the only one changes all."""
+    named = dict.fromkeys((i.layers, i.tied) for i in instructions if i.op is Op.OPTIMIZER_STEP)
+    found = {}
+    for key in named:
+        own = [b for k, b in buckets.items() if k == key or (key not in buckets and k not in named)]
+        own = own if len(named) > 1 else list(buckets.values())
+        parameters = [one.parameter for bucket in own for one in bucket.held]
+        optimizer = make(parameters) if parameters else None
+        groups = optimizer.param_groups if optimizer else []
+        found[key] = Update(own, optimizer, [float(group["lr"]) for group in groups])
+    assert sum(len(each.buckets) for each in found.values()) == len(buckets), "a weight forgotten"
+    return found
 
 
 def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
@@ -76,7 +137,7 @@ def check_finite(step: int, loss: float, norm: float, scale: LossScale, weights:
 
 
 UNTOUCHED = "the weights are those before this step"
-PARTLY = "ranks whose own gradients were finite have taken this step: resume from saved weights"
+PARTLY = "layers whose own gradients were finite have taken this step: resume from saved weights"
 
 
 def _stop(step: int, what: str, value: float, weights: str) -> None:

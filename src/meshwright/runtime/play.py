@@ -1,10 +1,14 @@
-"""What a rank does in a step before its norm: computes, hands over, sends, receives."""
+"""What a rank does in a step before its norm: computes, hands over, sends, receives.
+
+Every instruction is bound once, to a function without arguments in which all is looked up that is
+the same in every step.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,16 +16,21 @@ from torch.distributed import Work
 
 from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import GATHERED, SENDS, Instruction, Op
+from meshwright.program.instructions import GATHERED, SENDS, Instruction, Key, Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.dilation import Dilator
-from meshwright.runtime.measure import Recorder, Works, micro_batches_of
-from meshwright.runtime.reduce import Key
+from meshwright.runtime.measure import Recorder, micro_batches_of, under_way
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
 
 _NOTHING = nullcontext()
+
+Action = Callable[[], None]
+"""Plays one instruction, in every step."""
+
+Taking = Callable[[], list[Tensor]]
+Keeping = Callable[[Sequence[Tensor | None]], None]
 
 Crossed = tuple[Op, int, int]
 """SEND_F, RECV_F, SEND_B or RECV_B; stage, micro-batch."""
@@ -50,9 +59,9 @@ class Player:
         }
         self._split = split_forwards(instructions)
         self._completed = completions(own, instructions)
-        self._sends = Counter(_crossed(i) for i in instructions if i.op in SENDS)
-        self._made: dict[Crossed, tuple[Sequence[Tensor | None], int]] = {}
-        """What is to be sent, and how many sends take it."""
+        self._last_sends = {_crossed(i): i for i in instructions if i.op in SENDS}
+        self._made: dict[Crossed, Sequence[Tensor | None]] = {}
+        """What is to be sent."""
         self._here: dict[Crossed, list[Tensor]] = {}
         """What one stage of this rank hands to another."""
         self._rows: Rows | None = None
@@ -86,10 +95,11 @@ class Player:
         return next((end.waiting for end in ends if end.waiting is not None), None)
 
     def finish(self) -> None:
-        """Nothing more is computed in this step: lets go of what only that needs."""
-        assert self._random is not None
+        """No more forwards or backwards in this step: lets go of what only they need."""
+        if self._random is None:
+            return
         self._generator.set_state(self._random)
-        self._rows = None
+        self._rows = self._random = None
         self._made.clear()
         for place in self._own.places.values():
             place.stage.casts.drop()
@@ -99,89 +109,126 @@ class Player:
         parts = [loss.double() * share for loss, share in self._losses]
         return sum(parts, torch.zeros((), dtype=torch.float64, device=self._own.device))
 
-    def table(self) -> dict[Op, Callable[[Instruction], None]]:
-        """One function for each operation."""
-        return {
-            Op.FORWARD: self._forward,
-            Op.BACKWARD: self._backward,
-            Op.BACKWARD_INPUT: self._backward_input,
-            Op.BACKWARD_WEIGHT: self._backward_weight,
-            Op.SEND_F: self._send,
-            Op.RECV_F: self._receive,
-            Op.SEND_B: self._send,
-            Op.RECV_B: self._receive,
-            Op.GATHER_F: self._gather,
-            Op.GATHER_B: self._gather,
-            Op.REDUCE_GRAD: self._own.reducer.arm,
-        }
+    def bind(self, i: Instruction) -> Action:
+        """What plays an instruction."""
+        match i.op:
+            case Op.FORWARD:
+                return self._forward(i)
+            case Op.BACKWARD | Op.BACKWARD_INPUT:
+                return self._backward(i)
+            case Op.BACKWARD_WEIGHT:
+                return self._backward_weight(i)
+            case Op.SEND_F | Op.SEND_B:
+                return self._send(i)
+            case Op.RECV_F | Op.RECV_B:
+                return self._receive(i)
+            case Op.GATHER_F | Op.GATHER_B:
+                return partial(self._gather, i)
+            case Op.REDUCE_GRAD:
+                return partial(self._own.reducer.arm, i)
+        raise AssertionError(i)
 
     # Computing.
 
-    def _forward(self, i: Instruction) -> None:
-        assert i.micro_batch is not None
-        assert i.rows is not None
-        assert self._rows is not None
+    def _forward(self, i: Instruction) -> Action:
+        micro_batch, rows = i.micro_batch, i.rows
+        assert micro_batch is not None
+        assert rows is not None
         place = self._own.places[i.stage]
-        received = self._take(place, Op.RECV_F, i.micro_batch)
-        first = self._rows_before[i.stage, i.micro_batch] + i.rows[0]
-        batch = place.stage.read(self._rows, first, first + i.rows[1] - i.rows[0])
-        with self.computing(i):
-            results = place.stage.forward(
-                i.micro_batch,
-                received,
-                batch,
-                step=self._step,
-                first_row=first,
-                split=(i.stage, i.micro_batch) in self._split,
-            )
+        stage = place.stage
+        split = (i.stage, micro_batch) in self._split
+        first = self._rows_before[i.stage, micro_batch] + rows[0]
+        last = first + rows[1] - rows[0]
+        take, keep = self._taking(place, Op.RECV_F, micro_batch), self._keeping_forward(place, i)
+
+        def run() -> None:
+            assert self._rows is not None
+            received = take()
+            batch = stage.read(self._rows, first, last)
+            with self.computing(i):
+                results = stage.forward(
+                    micro_batch, received, batch, step=self._step, first_row=first, split=split
+                )
+            keep(results)
+
+        return run
+
+    def _keeping_forward(self, place: Place, i: Instruction) -> Callable[[Sequence[Tensor]], None]:
+        assert i.micro_batch is not None
         if place.stage.makes_loss:
-            if place.seat.tensor_index == 0:
-                self._losses.append((results[0].detach(), self._weight(i)))
-        elif place.next_here:
-            here = [result.detach() for result in results]
-            self._here[Op.RECV_F, i.stage + 1, i.micro_batch] = here
-        else:
-            self._keep(Op.SEND_F, i, results)
+            share = self._weight(i)
+            counts = place.seat.tensor_index == 0
 
-    def _backward(self, i: Instruction) -> None:
-        completed = self._completed.get(id(i), ())
-        self._own.reducer.begin(completed)
-        self._go_back(i, self._own.places[i.stage].stage.backward)
-        self._own.reducer.end(completed)
+            def note(results: Sequence[Tensor]) -> None:
+                if counts:
+                    self._losses.append((results[0].detach(), share))
 
-    def _backward_input(self, i: Instruction) -> None:
-        self._go_back(i, self._own.places[i.stage].stage.backward_input)
+            return note
+        if place.next_here:
+            key = (Op.RECV_F, i.stage + 1, i.micro_batch)
 
-    def _go_back(
-        self, i: Instruction, run: Callable[[int, Sequence[Tensor], float], list[Tensor | None]]
-    ) -> None:
-        assert i.micro_batch is not None
+            def hand_over(results: Sequence[Tensor]) -> None:
+                self._here[key] = [result.detach() for result in results]
+
+            return hand_over
+        return self._keeping(Op.SEND_F, i)
+
+    def _backward(self, i: Instruction) -> Action:
+        micro_batch = i.micro_batch
+        assert micro_batch is not None
         place = self._own.places[i.stage]
-        arrived = self._take(place, Op.RECV_B, i.micro_batch)
-        with self.computing(i):
-            gradients = run(i.micro_batch, arrived, self._weight(i) * self._scale)
-        del arrived
-        if not place.previous_here:
-            self._keep(Op.SEND_B, i, gradients)
-        elif gradients:
-            ends = [c for c in place.stage.incoming if c.gradient]
-            here = [
-                torch.zeros(end.shape, dtype=end.dtype, device=self._own.device)
-                if gradient is None
-                else gradient
-                for end, gradient in zip(ends, gradients, strict=True)
-            ]
-            self._here[Op.RECV_B, i.stage - 1, i.micro_batch] = here
+        stage, reducer = place.stage, self._own.reducer
+        completed = self._completed.get(id(i), ())
+        weight = self._weight(i)
+        take, keep = self._taking(place, Op.RECV_B, micro_batch), self._keeping_backward(place, i)
+        whole = i.op is Op.BACKWARD
 
-    def _backward_weight(self, i: Instruction) -> None:
-        stage = self._own.places[i.stage].stage
+        def run() -> None:
+            if completed:
+                reducer.begin(completed)
+            arrived = take()
+            with self.computing(i):
+                back = stage.backward if whole else stage.backward_input
+                gradients = back(micro_batch, arrived, weight * self._scale)
+            del arrived
+            keep(gradients)
+            if completed:
+                reducer.end(completed)
+
+        return run
+
+    def _keeping_backward(self, place: Place, i: Instruction) -> Keeping:
+        assert i.micro_batch is not None
+        if not place.previous_here:
+            return self._keeping(Op.SEND_B, i)
+        key = (Op.RECV_B, i.stage - 1, i.micro_batch)
+        ends = [c for c in place.stage.incoming if c.gradient]
+
+        def hand_over(gradients: Sequence[Tensor | None]) -> None:
+            if gradients:
+                self._here[key] = [
+                    torch.zeros(end.shape, dtype=end.dtype, device=self._own.device)
+                    if gradient is None
+                    else gradient
+                    for end, gradient in zip(ends, gradients, strict=True)
+                ]
+
+        return hand_over
+
+    def _backward_weight(self, i: Instruction) -> Action:
+        stage, reducer = self._own.places[i.stage].stage, self._own.reducer
         micro_batches = micro_batches_of(i)
         completed = self._completed.get(id(i), ())
-        if completed:
-            self._own.reducer.begin(completed, stage.settled(micro_batches))
-        with self.computing(i):
-            stage.backward_weight(micro_batches)
-        self._own.reducer.end(completed)
+
+        def run() -> None:
+            if completed:
+                reducer.begin(completed, stage.settled(micro_batches))
+            with self.computing(i):
+                stage.backward_weight(micro_batches)
+            if completed:
+                reducer.end(completed)
+
+        return run
 
     def _weight(self, i: Instruction) -> float:
         """Share of the global batch that a slice of rows is."""
@@ -216,29 +263,29 @@ class Player:
 
     # Transfers.
 
-    def _take(self, place: Place, op: Op, micro_batch: int) -> list[Tensor]:
+    def _taking(self, place: Place, op: Op, micro_batch: int) -> Taking:
         """What comes in over a cut: from a stage of this rank, or by messages."""
         if place.next_here if op is Op.RECV_B else place.previous_here:
-            return self._here.pop((op, place.seat.stage, micro_batch), [])
-        return place.messages[op].receive(micro_batch)
+            return partial(self._here.pop, (op, place.seat.stage, micro_batch), [])
+        return partial(place.messages[op].receive, micro_batch)
 
-    def _keep(self, op: Op, i: Instruction, values: Sequence[Tensor | None]) -> None:
+    def _keeping(self, op: Op, i: Instruction) -> Keeping:
+        """What goes out over a cut, for the sends that take it, if any."""
         assert i.micro_batch is not None
         key = (op, i.stage, i.micro_batch)
-        if self._sends[key]:
-            self._made[key] = (values, self._sends[key])
+        return partial(self._made.__setitem__, key) if key in self._last_sends else _drop
 
-    def _receive(self, i: Instruction) -> None:
+    def _receive(self, i: Instruction) -> Action:
         messages = self._own.places[i.stage].messages[i.op]
-        messages.expect(i, self.posted(i, messages.post_receive(i)))
+        start = messages.receiver(i)
+        return lambda: messages.expect(i, self.posted(i, start()))
 
-    def _send(self, i: Instruction) -> None:
+    def _send(self, i: Instruction) -> Action:
         messages = self._own.places[i.stage].messages[i.op]
+        start = messages.sender(i)
         key = _crossed(i)
-        values, left = self._made.pop(key)
-        if left > 1:
-            self._made[key] = (values, left - 1)
-        messages.sent(i, self.posted(i, messages.post_send(i, values)))
+        values = self._made.pop if self._last_sends[key] is i else self._made.__getitem__
+        return lambda: messages.sent(i, self.posted(i, start(values(key))))
 
     def _gather(self, i: Instruction) -> None:
         with self.measured(i):
@@ -246,7 +293,11 @@ class Player:
 
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
         """What to wait for where communication has been posted."""
-        return Works(works) if self.recorder is None else self.recorder.posted(i, works)
+        return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
+
+
+def _drop(_: object) -> None:
+    pass
 
 
 def split_forwards(instructions: Sequence[Instruction]) -> frozenset[tuple[int, int]]:

@@ -16,13 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.shard import UNDIVIDED, Ranges, Tile, within
-from meshwright.program.instructions import Instruction
+from meshwright.program.instructions import Instruction, Key
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
-
-Key = tuple[tuple[int, int] | None, str | None]
-"""Layers or tied parameter, as in the instruction that reduces them."""
 
 OWN: Key = (None, None)
 """Gradients that this rank alone makes."""
@@ -36,7 +33,7 @@ class Members:
     size: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FlatBucket:
     """Gradients that are complete at once: every `parameter.grad` is a view of `buffer`."""
 
@@ -155,6 +152,16 @@ def _places(bucket: FlatBucket, tile: Tile) -> Iterator[tuple[int, Ranges | None
             yield index, within(own, part)
 
 
+@dataclass(slots=True)
+class _UnderWay:
+    """A sum that has begun."""
+
+    of: FlatBucket
+    handle: Handle
+    put_back: Callable[[], None]
+    """What is to be done when it has ended."""
+
+
 class Reducer:
     """Starts the armed reductions in the program's order, each when its gradients are complete."""
 
@@ -168,7 +175,7 @@ class Reducer:
         self._launched = launched
         self._catch_up = catch_up
         self._queue: deque[FlatBucket] = deque()
-        self._under_way: deque[tuple[Handle, Callable[[], None]]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._hooks: list[RemovableHandle] = [
             one.parameter.register_post_accumulate_grad_hook(_hook(self, bucket, one.name))  # type: ignore[no-untyped-call]
             for bucket in buckets.values()
@@ -229,12 +236,15 @@ class Reducer:
             bucket.completing = False
             self._launch(bucket)
 
-    def finish(self) -> None:
-        """Waits for all sums."""
-        for handle, put_back in self._under_way:
-            handle.wait()
-            put_back()
-        self._under_way.clear()
+    def finish(self, buckets: Sequence[FlatBucket]) -> None:
+        """Waits for the sums of some buckets, and those that began before."""
+        last = max((n for n, each in enumerate(self._under_way) if each.of in buckets), default=-1)
+        for _ in range(last + 1):
+            self._end(self._under_way.popleft())
+
+    def _end(self, first: _UnderWay) -> None:
+        first.handle.wait()
+        first.put_back()
 
     def missing(self) -> list[str]:
         """Trainable parameters that have had no gradient so far."""
@@ -249,15 +259,14 @@ class Reducer:
             group = bucket.members[instruction.tile].group
             work = dist.all_reduce(summand, group=group, async_op=True)
             assert work is not None
-            self._under_way.append((self._launched(instruction, [work]), put_back))
+            handle = self._launched(instruction, [work])
+            self._under_way.append(_UnderWay(bucket, handle, put_back))
         bucket.armed.clear()
 
     def _put_back_what_is_done(self) -> None:
         """So that copies do not pile up until the end of the step."""
-        while self._under_way and self._under_way[0][0].done():
-            handle, put_back = self._under_way.popleft()
-            handle.wait()
-            put_back()
+        while self._under_way and self._under_way[0].handle.is_completed():
+            self._end(self._under_way.popleft())
 
 
 def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:

@@ -87,6 +87,8 @@ class Stage:
         self._arithmetic = autocast(precision, device.type)
         self._generator = generator_of(device)
         self._passes: dict[int, _Pass] = {}
+        self._root: tuple[float, Tensor] | None = None
+        """The last weight of a loss, and the tensor that its backward started from."""
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
         """The batch tensors that these layers read, on their device."""
@@ -239,7 +241,9 @@ class Stage:
     ) -> list[Tensor]:
         """The gradients of those results that require one here."""
         if self.makes_loss:
-            return [torch.full_like(results[0], weight)]
+            if self._root is None or self._root[0] != weight:
+                self._root = weight, torch.full_like(results[0], weight)
+            return [self._root[1]]
         ended = [tensor for t, tensor in zip(self.outgoing, results, strict=True) if t.gradient]
         pairs = zip(ended, gradients, strict=True)
         return [gradient for tensor, gradient in pairs if tensor.requires_grad]

@@ -5,7 +5,7 @@ The timing rules are those of program/instructions.py.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from meshwright.program.instructions import (
     RECEIVES,
     SENDS,
     Instruction,
+    Key,
     Op,
     Program,
     text,
@@ -59,8 +60,8 @@ class _Rank:
     reductions: list[int] = field(default_factory=list)
     """Indices of the REDUCE_GRADs, in program order; those before `next_reduction` have begun."""
     next_reduction: int = 0
-    open_reductions: int = 0
-    """Posted and not finished."""
+    open_reductions: Counter[Key] = field(default_factory=Counter)
+    """Posted and not finished, by what they sum."""
     memory: float = 0.0
 
 
@@ -148,7 +149,9 @@ class _Step:
         state, instructions = self.ranks[rank], self.program.ranks[rank]
         while not state.busy and state.position < len(instructions):
             at, i = (rank, state.position), instructions[state.position]
-            if i.op in (Op.REDUCE_NORM, Op.OPTIMIZER_STEP) and state.open_reductions:
+            if i.op is Op.OPTIMIZER_STEP and state.open_reductions[i.layers, i.tied]:
+                return
+            if i.op is Op.REDUCE_NORM and state.open_reductions.total():
                 return
             if i.op is Op.REDUCE_NORM:
                 state.busy = True
@@ -159,7 +162,7 @@ class _Step:
                 state.busy = True
                 self.ready(at)
             elif i.op is Op.REDUCE_GRAD:
-                state.open_reductions += 1
+                state.open_reductions[i.layers, i.tied] += 1
                 if self.prices.ranks[rank][at[1]].inside is None:
                     self.ready(at)
             elif i.op in SENDS or i.op in RECEIVES:
@@ -276,9 +279,10 @@ class _Step:
                     self.reduce(self.collectives[rank, index])
 
     def reduced(self, collective: _Collective, began: float) -> None:
-        for at in collective.members:
-            self.record(at, began)
-            self.ranks[at[0]].open_reductions -= 1
+        for rank, index in collective.members:
+            self.record((rank, index), began)
+            i = self.program.ranks[rank][index]
+            self.ranks[rank].open_reductions[i.layers, i.tied] -= 1
         for rank, _ in collective.members:
             self.advance(rank)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.compute import layer_seconds, optimizer_seconds
 from meshwright.cost.instructions import price
-from meshwright.cost.memory import memory_table, stage_parameters
 from meshwright.cost.profile import Profile
 from meshwright.errors import LaunchError, Problem
 from meshwright.model.spec import LayerGraph
@@ -18,6 +19,9 @@ from meshwright.records import Seconds, record
 TIMES = "virtual.json"
 """In the run folder."""
 
+MANY = 1e9
+"""Parameters by which a step of an optimizer is told from one of none."""
+
 
 @record
 class RankTimes:
@@ -27,6 +31,8 @@ class RankTimes:
     """By layer of the model."""
     backward: tuple[Seconds, ...]
     optimizer: Seconds
+    """Of one of its steps, however few parameters it changes."""
+    optimizer_per_parameter: Seconds
     parts: dict[str, Seconds]
     """Of backwards in two parts: `3I1` is the first part on stage 3, `3W2` the second one of two
     micro-batches."""
@@ -48,9 +54,7 @@ def virtual_times(
     Raises LaunchError for tensor parallelism: the sums inside a layer need its arithmetic.
     """
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
-    table = memory_table(model, plan.job)
     parts = _parts(plan, model, cluster, profile)
-    held: dict[int, float] = {}
     ranks: dict[int, RankTimes] = {}
     for stage in stage_seats(plan):
         width = len(stage.seats[0])
@@ -61,14 +65,13 @@ def virtual_times(
         for (seat,) in stage.seats:
             kind, rows = types[seat.device], seat.rows[1] - seat.rows[0]
             seconds = layer_seconds(model, kind, 1, rows, profile)
-            own = held.get(seat.rank, 0.0) + float(stage_parameters(table, stage.layers, 1))
-            held[seat.rank] = own
+            update = partial(optimizer_seconds, kind, plan.job.optimizer)
+            none, some = (update(n, profile, model.precision) for n in (0.0, MANY))
             ranks[seat.rank] = RankTimes(
                 forward=tuple(map(float, seconds.forward)),
                 backward=tuple(map(float, seconds.backward)),
-                optimizer=optimizer_seconds(
-                    kind, plan.job.optimizer, own, profile, model.precision
-                ),
+                optimizer=none,
+                optimizer_per_parameter=(some - none) / MANY,
                 parts=parts[seat.rank],
             )
     return VirtualTimes(ranks=tuple(ranks[rank] for rank in sorted(ranks)))

@@ -115,8 +115,11 @@ class VirtualEngine(Engine):
         super().__init__(*arguments, optimizer=optimizer, dilation=PACE, **named)
         assert self.dilator is not None
         own, spend, pace = times[self.rank], self.dilator.spend, Pace()
-        assert isinstance(self._optimizer, VirtualOptimizer)
-        self._optimizer.seconds, self._optimizer.spend = own.optimizer, spend
+        for each in self._optimizers:
+            assert isinstance(each, VirtualOptimizer)
+            held = sum(p.numel() for group in each.param_groups for p in group["params"])
+            each.seconds = own.optimizer + held * own.optimizer_per_parameter
+            each.spend = spend
         index = {layer.name: n for n, layer in enumerate(self.model.layers)}
         for number, place in self._own.places.items():
             for part in place.stage.parts:
