@@ -3,11 +3,12 @@
     python benchmarks/overhead.py [--steps 30] [--schedule 1f1b-2bp]
 
 Two processes train a small model; the processor time of every instruction is taken, and from it
-that of the calls it is there to make: reading the batch, the layers' forwards, autograd's
-backwards, making room for messages, posting them and waiting for them. The rest is the interpreter,
-less what the clock itself takes, by instructions that do nothing and are timed among the others:
-between layers and backwards caches are cold for the clock, too. Processor time, so that what else
-runs on the machine counts only by what it takes of the caches.
+that of the calls it is there to make: reading the batch, the layers' forwards, the backwards
+(whole or in parts, the release of their graphs included), making room for messages, posting them
+and waiting for them. The rest is the interpreter, less what the clock itself takes. That is told by
+blanks, timed among the others: what only calls PyTorch, which leaves cold caches to the clock, or
+calls nothing (of sends and receives). Processor time, so that what else runs on the machine counts
+only by what it takes of the caches.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ def main() -> None:
 
 ENDS = ("REDUCE_NORM", "OPTIMIZER_STEP")
 """Once a step, not once a micro-batch."""
+
+COMPUTING = ("F", "B", "I", "W")
+BLANKS = ("empty", "nothing", "once", "twice")
+"""Those of sends and receives, and those of what computes."""
 
 Sample = tuple[float, float, int]
 """Seconds of an instruction, of them in PyTorch's calls, and how many calls these were."""
@@ -122,7 +127,12 @@ def worker(options: argparse.Namespace) -> None:
     samples: Samples = defaultdict(list)
     actions = engine._actions
     timed = [(measured(act, samples[i.op.value], clock), i) for act, i in actions]
-    followed = [(followed_by_nothing(act, samples, clock), i) for act, i in actions]
+    small = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=1, tied=False)
+
+    def work() -> None:
+        torch.autograd.backward([small(*rows(0, share))])
+
+    followed = [(followed_by_blanks(act, samples, clock, work), i) for act, i in actions]
     for step in range(2 * options.steps + 4):
         engine._actions = followed if step % 2 else timed
         engine.step(rows)
@@ -142,7 +152,7 @@ def watch(clock: Clock) -> None:
     import torch
     import torch.distributed as dist
 
-    from meshwright.runtime import split
+    from meshwright.runtime import stage
 
     back = torch.autograd.backward
 
@@ -151,7 +161,7 @@ def watch(clock: Clock) -> None:
         roots.clear()  # which frees the graph
 
     torch.autograd.backward = clock.around(backward)
-    split._accumulate = clock.around(split._accumulate)
+    stage.backward_weights = clock.around(stage.backward_weights)
     torch.empty = clock.around(torch.empty)
     for name in ("isend", "irecv", "all_reduce"):
         setattr(dist, name, clock.around(getattr(dist, name)))
@@ -181,12 +191,16 @@ def measured(act, own: list[Sample], clock: Clock):
     return timed
 
 
-def followed_by_nothing(act, samples: Samples, clock: Clock):
-    """An action that is not timed, and then nothing, or a call of nothing, that is."""
-    nothing = clock.around(lambda: None)
-    empty = measured(lambda: None, samples["empty"], clock)
-    call = measured(nothing, samples["call"], clock)
-    turns = itertools.cycle((empty, call))
+def followed_by_blanks(act, samples: Samples, clock: Clock, work):
+    """An action that is not timed, and then one that only calls PyTorch, which is."""
+    nothing, computing = clock.around(lambda: None), clock.around(work)
+
+    def twice() -> None:
+        computing()
+        computing()
+
+    blanks = {"empty": lambda: None, "nothing": nothing, "once": computing, "twice": twice}
+    turns = itertools.cycle([measured(blank, samples[k], clock) for k, blank in blanks.items()])
 
     def both() -> None:
         act()
@@ -202,18 +216,28 @@ def medians(gathered: list[Samples]) -> dict[str, tuple[float, float, float]]:
     for one in gathered:
         for op, own in one.items():
             found[op] += own
-    empty = statistics.median(whole for whole, _, _ in found.pop("empty"))
-    call = statistics.median(whole - inside for whole, inside, _ in found.pop("call")) - empty
+    blank = {key: _median_rest(found.pop(key)) for key in BLANKS}
+    call, cold_call = blank["nothing"] - blank["empty"], blank["twice"] - blank["once"]
+    for op, own in found.items():
+        first, each = (
+            (blank["once"] - cold_call, cold_call) if op in COMPUTING else (blank["empty"], call)
+        )
+        found[op] = [(whole - first - calls * each, inside, 0) for whole, inside, calls in own]
     found["all"] = [one for op, own in found.items() if op not in ENDS for one in own]
     return {
         op: (
-            1e6 * statistics.median(whole - empty - calls * call for whole, _, calls in own),
+            1e6 * statistics.median(whole for whole, _, _ in own),
             1e6 * statistics.median(inside for _, inside, _ in own),
-            1e6 * statistics.median(w - inside - empty - calls * call for w, inside, calls in own),
+            1e6 * _median_rest(own),
         )
-        for op, own in {**found, "clock": [(empty, 0.0, 0), (empty + call, 0.0, 1)]}.items()
+        for op, own in found.items()
         if own
     }
+
+
+def _median_rest(own: list[Sample]) -> float:
+    """Seconds outside of PyTorch."""
+    return statistics.median(whole - inside for whole, inside, _ in own)
 
 
 if __name__ == "__main__":

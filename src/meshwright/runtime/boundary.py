@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -150,8 +150,9 @@ class Messages:
             dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
 
     def _wait_for(self, arrival: _Arrival) -> None:
-        for i, handle in arrival.under_way:
-            self._wait(i, handle)
+        for self.waiting, handle in arrival.under_way:
+            handle.wait()
+        self.waiting = None
         arrival.under_way.clear()
 
     def receive(self, micro_batch: int) -> list[Tensor]:
@@ -219,23 +220,23 @@ class Messages:
         handle.wait()
         self.waiting = None
 
-    def _post(self, start: Callable[..., Work | None], i: Instruction) -> Post:
+    def _post(self, start: Callable[..., Any], i: Instruction) -> Post:
         """What starts the messages of a send or receive."""
         if i.ranks:
             return partial(self._broadcast, i)
         assert i.micro_batch is not None
         count, (cut, cuts) = len(self.tensors), self.lane
         tags = [(i.micro_batch * count + k) * cuts + cut for k in range(count)]
+        peer, group = i.peer, self.group
 
         def post(message: Tensor, tag: int) -> Work:
-            work = start(message, i.peer, group=self.group, tag=tag)
-            assert work is not None, "a peer outside the group"
-            return work
-
-        # A tensor of fewer numbers than parts: nothing is left for the last ones.
+            return cast("Work", start(message, peer, group, tag))
 
         def every(tensors: Sequence[Tensor]) -> list[Work]:
             named = zip(tensors, tags, strict=True)
+            if i.part is None:
+                return [start(tensor, peer, group, tag) for tensor, tag in named]
+            # A tensor of fewer numbers than parts: nothing is left for the last ones.
             return [post(tensor, tag) for tensor, tag in named if tensor.numel()]
 
         def headed(tensors: Sequence[Tensor]) -> list[Work]:

@@ -49,6 +49,8 @@ class Player:
         self.recorder: Recorder | None = None
         self._own = own
         self._dilator = dilator
+        self.computing = self.measured if dilator is None else self._stretched
+        """Around computing: stretched where a slower device is emulated, measured where asked."""
         self._share = 1 / plan.job.global_batch
         self._rows_before = {
             (i.stage, i.micro_batch): first_row(
@@ -246,10 +248,6 @@ class Player:
             except BaseException:
                 self._dilator.stop()
                 raise
-
-    def computing(self, i: Instruction) -> AbstractContextManager[None]:
-        """Around computing: stretched where a slower device is emulated, measured where asked."""
-        return self.measured(i) if self._dilator is None else self._stretched(i)
 
     def measured(self, i: Instruction) -> AbstractContextManager[None]:
         """Around what an instruction does: measured where asked."""

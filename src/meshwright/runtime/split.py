@@ -158,10 +158,9 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
     Gradients accumulate, and hooks fire, in the order of an ordinary backward. Linear products of
     the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
     """
-    ready = list(_ready(micro_batches))
-    plain = [cast("LinearProduct", product) for token, product in ready if token is None]
-    if len(plain) == len(ready) and all(_adds_in_place(p) for own in plain for p in own.parameters):
-        _accumulate(plain)
+    ready = _ready(micro_batches)
+    if _all_add_in_place(ready):
+        _accumulate([cast("LinearProduct", product) for _, product in ready])
     else:
         tokens = [
             Token.apply(product, *cast("LinearProduct", product).parameters)  # type: ignore[no-untyped-call]
@@ -174,11 +173,11 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
         deferred.products.clear()
 
 
-def _ready(micro_batches: Sequence[Deferred]) -> Iterator[tuple[Tensor | None, Product]]:
+def _ready(micro_batches: Sequence[Deferred]) -> list[tuple[Tensor | None, Product]]:
     """All that anything came back to; linear products that can join, once."""
     if len(micro_batches) == 1:
-        yield from (each for each in micro_batches[0].products if each[1].ready())
-        return
+        return [each for each in micro_batches[0].products if each[1].ready()]
+    found: list[tuple[Tensor | None, Product]] = []
     first: dict[tuple[tuple[int, ...], int], LinearProduct] = {}
     for deferred in micro_batches:
         seen: Counter[tuple[int, ...]] = Counter()
@@ -191,13 +190,20 @@ def _ready(micro_batches: Sequence[Deferred]) -> Iterator[tuple[Tensor | None, P
                 if key in first and first[key].join(product):
                     continue
                 first.setdefault(key, product)
-            yield token, product
+            found.append((token, product))
+    return found
 
 
-def _adds_in_place(parameter: Tensor) -> bool:
+def _all_add_in_place(ready: Sequence[tuple[Tensor | None, Product]]) -> bool:
     """Whether nobody wants to see a gradient by itself before it is added to the others."""
-    grad = parameter.grad
-    return grad is not None and grad.dtype == parameter.dtype and not parameter._backward_hooks
+    for token, product in ready:
+        if token is not None:
+            return False
+        for parameter in cast("LinearProduct", product).parameters:
+            grad = parameter.grad
+            if grad is None or grad.dtype != parameter.dtype or parameter._backward_hooks:
+                return False
+    return True
 
 
 def _accumulate(products: Sequence[LinearProduct]) -> None:

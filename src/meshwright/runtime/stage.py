@@ -81,6 +81,8 @@ class Stage:
         self.parameters = frozenset(one.name for one in built.held)
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
+        self._ends = [n for n, crossing in enumerate(built.outgoing) if crossing.gradient]
+        """Places of the results whose gradients come back."""
         self._received = tuple(crossing.name for crossing in built.incoming)
         self._layers = _layers(built, self._results, seed, compile=compile)
         self._deferring = Deferring(self._parameters)
@@ -124,7 +126,8 @@ class Stage:
         ]
         own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
         self._passes[micro_batch] = own
-        self._trace(own.step, (micro_batch,))
+        if self.tracer is not None:
+            self.tracer.begin(own.step, (micro_batch,))
         if split:
             own.deferred = self._deferring.begin()
             with self._deferring:
@@ -182,7 +185,8 @@ class Stage:
         the loss's share of the global mean, stands for them.
         """
         own = self._passes.pop(micro_batch)
-        self._trace(own.step, (micro_batch,))
+        if self.tracer is not None:
+            self.tracer.begin(own.step, (micro_batch,))
         self._run_back(own, gradients, weight)
         return self._of_leaves(own)
 
@@ -195,7 +199,8 @@ class Stage:
         come late, and what is left to them there lengthens the step.
         """
         own = self._passes[micro_batch]
-        self._trace(own.step, (micro_batch,))
+        if self.tracer is not None:
+            self.tracer.begin(own.step, (micro_batch,))
         self._run_back(own, gradients, weight)
         found = self._of_leaves(own)
         own.leaves, own.batch = [], {}
@@ -204,7 +209,8 @@ class Stage:
     def backward_weight(self, micro_batches: Sequence[int]) -> None:
         """The second part: accumulates the parameters' gradients of some micro-batches at once."""
         passes = [self._passes.pop(micro_batch) for micro_batch in micro_batches]
-        self._trace(passes[0].step, micro_batches)
+        if self.tracer is not None:
+            self.tracer.begin(passes[0].step, micro_batches)
         backward_weights([own.deferred for own in passes if own.deferred is not None])
 
     def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
@@ -220,33 +226,29 @@ class Stage:
         deferred = self._passes[micro_batch].deferred
         return None if deferred is None else deferred.kept_bytes()
 
-    def _trace(self, step: int, micro_batches: Sequence[int]) -> None:
-        if self.tracer is not None:
-            self.tracer.begin(step, micro_batches)
-
     def _run_back(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
         results, own.results = own.results, []
-        roots = [tensor for tensor in results if tensor.requires_grad]
-        if not roots:
-            return
-        given = self._given(results, gradients, weight)
+        roots: list[Tensor] = []
+        given: list[Tensor] = []
+        if not self.makes_loss:
+            for n, gradient in zip(self._ends, gradients, strict=True):
+                if results[n].requires_grad:
+                    roots.append(results[n])
+                    given.append(gradient)
+        elif results[0].requires_grad:
+            roots.append(results[0])
+            given.append(self._gradient_of_loss(results[0], weight))
         del results
-        torch.autograd.backward(roots, given)
+        if roots:
+            torch.autograd.backward(roots, given)
+
+    def _gradient_of_loss(self, loss: Tensor, weight: float) -> Tensor:
+        if self._root is None or self._root[0] != weight:
+            self._root = weight, torch.full_like(loss, weight)
+        return self._root[1]
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
         return [leaf.grad for leaf in own.leaves if leaf.requires_grad]
-
-    def _given(
-        self, results: Sequence[Tensor], gradients: Sequence[Tensor], weight: float
-    ) -> list[Tensor]:
-        """The gradients of those results that require one here."""
-        if self.makes_loss:
-            if self._root is None or self._root[0] != weight:
-                self._root = weight, torch.full_like(results[0], weight)
-            return [self._root[1]]
-        ended = [tensor for t, tensor in zip(self.outgoing, results, strict=True) if t.gradient]
-        pairs = zip(ended, gradients, strict=True)
-        return [gradient for tensor, gradient in pairs if tensor.requires_grad]
 
 
 def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
