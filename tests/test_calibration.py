@@ -16,6 +16,7 @@ from meshwright.cost.profile import load_profile
 from meshwright.errors import ProfileError
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
+from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, error_text, open_session, with_sources
 from meshwright.simulate.engine import simulate_plan
 
@@ -59,7 +60,11 @@ def write_runs(session: Session, folder: Path, count: int) -> list[Path]:
         run = folder / f"run-{index}"
         run.mkdir()
         save_plan(with_sources(session, plan), run / "plan.json")
-        seconds = simulate_plan(plan, session.model, session.cluster, truth).step_seconds
+        settings = RunSettings(model="gpt2", steps=6, clip_norm=1.0 if index else None)
+        (run / "run.json").write_text(dumps(settings))
+        seconds = simulate_plan(
+            plan, session.model, session.cluster, truth, clipped=settings.clip_norm is not None
+        ).step_seconds
         line = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}
         steps = [9.0, 1.0, 1.0, seconds, seconds, seconds]
         text = [

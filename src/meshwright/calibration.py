@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,8 +19,8 @@ from meshwright.cost.constants import DEFAULT_DEVICE, DEFAULT_SYSTEM, DEVICE_NAM
 from meshwright.cost.profile import Profile
 from meshwright.errors import FitError, Problem, ProfileError
 from meshwright.plan.spec import Plan
-from meshwright.records import fingerprint, parse
-from meshwright.runtime.run import METRICS, PLAN, Metrics
+from meshwright.records import fingerprint, load, parse
+from meshwright.runtime.run import METRICS, PLAN, SETTINGS, Metrics, RunSettings
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, evaluate, given_seconds
 from meshwright.search.explain import as_plan
@@ -99,13 +100,16 @@ def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
     ]
     ProfileError.check(strangers)
     plans = [plan for _, plan in opened]
+    clipped = [
+        load(folder / SETTINGS, RunSettings, error=ProfileError).clip_norm is not None
+        for folder in folders
+    ]
     base = base_profile(session)
 
     def seconds(constants: Calibration, runs: NDArray[np.int64]) -> Array:
         profile = replace(base, calibration=constants)
-        steps = [
-            simulate_plan(plans[int(i)], session.model, session.cluster, profile) for i in runs
-        ]
+        play = partial(simulate_plan, model=session.model, cluster=session.cluster, profile=profile)
+        steps = [play(plans[i], clipped=clipped[i]) for i in map(int, runs)]
         return np.array([step.step_seconds for step in steps])
 
     knobs = knobs_for(session.cluster, session.profile)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
+from cases import Case, batch, gpt, pipeline
+from ranks import run_ranks
 
-from meshwright.runtime.dilation import Dilation, Dilator
+from meshwright.plan.spec import ScheduleName
+from meshwright.runtime.dilation import SLICE_SECONDS, Dilation, Dilator
+from meshwright.runtime.engine import Engine
 from meshwright.runtime.turns import Turn, turns_at_once
 
 LIMIT_SECONDS = 30.0
@@ -70,3 +76,51 @@ def test_a_dilated_device_computes_between_begin_and_end() -> None:
     assert turn.mine
     assert dilator.stop() > 0
     assert not turn.mine
+
+
+@pytest.mark.parametrize("slices", [0.1, 1.5])
+def test_between_layers_others_compute_if_a_device_has_for_long(slices: float) -> None:
+    dilator = Dilator(Dilation(share=0.5))
+    turn = dilator._turn
+    assert turn is not None
+    told: list[str] = []
+    leave, take = turn.leave, turn.take
+    turn.leave = lambda: (told.append("leave"), leave())[1]  # type: ignore[method-assign]
+    turn.take = lambda: (told.append("take"), take())[1]  # type: ignore[method-assign]
+    dilator.begin()
+    began = time.perf_counter()
+    end = time.thread_time() + slices * SLICE_SECONDS
+    while time.thread_time() < end:
+        pass
+    dilator.pause()
+    assert turn.mine
+    assert told == (["take", "leave", "take"] if slices > 1 else ["take"])
+    if slices > 1:
+        assert time.perf_counter() - began >= dilator.lasted
+    dilator.stop()
+
+
+def pauses(_: int, case: Case) -> int:
+    """How often a device may let others compute in a step."""
+    count = [0]
+
+    def counted(_: Dilator) -> None:
+        count[0] += 1
+
+    Dilator.pause = counted  # type: ignore[method-assign]
+    torch.manual_seed(5)
+    with Engine(
+        case.model(),
+        case.plan,
+        inputs=batch(0),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+        dilation=Dilation(share=0.5),
+    ) as engine:
+        engine.step(lambda a, b: tuple(t[a:b] for t in batch(0)))
+    return count[0]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "1f1b-2bp"])
+def test_every_layer_is_a_place_to_pause_forwards_and_backwards(schedule: ScheduleName) -> None:
+    case = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b again")),), schedule=schedule)
+    assert run_ranks(2, pauses, case) == [4 * 2 * 2, 4 * 2 * 3]

@@ -165,6 +165,8 @@ def _place(
     stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
     if habits.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
+    if habits.dilator is not None:
+        stage.pause = habits.dilator.pause
     return Place(
         seat=seat,
         stage=stage,

@@ -4,7 +4,9 @@ as on a device that has only a share of a core."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from math import isfinite
+from typing import TypeVar
 
 import torch
 
@@ -13,10 +15,18 @@ from meshwright.runtime.heap import keep_memory
 from meshwright.runtime.pace import Pace, exercise, usual_seconds
 from meshwright.runtime.turns import Turn
 
+T = TypeVar("T")
+
 SOON_SECONDS = 1e-3
-"""Between two instructions of a device that is not idle."""
+"""A device that waits longer for others is idle."""
+BETWEEN_SECONDS = 0.02
+"""At most from one instruction of a device that is not idle to the next."""
 LONG_SECONDS = 0.02
 """Of computing, during which the core's pace may have become another."""
+SLICE_SECONDS = 0.05
+"""Of computing, after which others may compute before the next layer."""
+HAND_OVER_SECONDS = 2e-4
+"""That those who wait for a turn need to take it."""
 
 
 @record
@@ -61,10 +71,18 @@ class Dilator:
 
     def begin(self) -> None:
         """An instruction starts."""
-        self._start()
+        self._start(BETWEEN_SECONDS)
         if self._turn is not None:
             exercise(torch.enable_grad())
             self._cpu = time.thread_time()
+
+    def waiting(self, wait: Callable[[], T]) -> T:
+        """Waits for others between instructions. A device that stood idle was not late."""
+        began = time.perf_counter()
+        found = wait()
+        if time.perf_counter() - began > SOON_SECONDS:
+            self._late = 0.0
+        return found
 
     def spend(self, seconds: float) -> None:
         """The emulated device needs so many seconds more, for something that is not computed."""
@@ -75,6 +93,15 @@ class Dilator:
         computing = self._turn is not None and self._turn.mine
         self.end()
         if computing:
+            self._wake()
+
+    def pause(self) -> None:
+        """Between two layers. A device that has computed for long lets others do so: their short
+        instructions would wait for all of a large micro-batch."""
+        computing = self._turn is not None and self._turn.mine
+        if computing and time.thread_time() - self._cpu > SLICE_SECONDS:
+            self.end()
+            time.sleep(HAND_OVER_SECONDS)
             self._wake()
 
     def end(self) -> None:
@@ -104,12 +131,12 @@ class Dilator:
 
     def resume(self) -> None:
         """After a wait for others, which is neither computing nor to be slept off."""
-        self._start()
+        self._start(SOON_SECONDS)
 
-    def _start(self) -> None:
+    def _start(self, soon: float) -> None:
         began = time.perf_counter()
         self._wake()
-        self._wall = began - (self._late if began - self._ended < SOON_SECONDS else 0.0)
+        self._wall = began - (self._late if began - self._ended < soon else 0.0)
         self._late = self._spent = self._stretched = 0.0
 
     def _wake(self) -> None:

@@ -265,7 +265,8 @@ class Player:
         """What comes in over a cut: from a stage of this rank, or by messages."""
         if place.next_here if op is Op.RECV_B else place.previous_here:
             return partial(self._here.pop, (op, place.seat.stage, micro_batch), [])
-        return partial(place.messages[op].receive, micro_batch)
+        take = partial(place.messages[op].receive, micro_batch)
+        return take if self._dilator is None else partial(self._dilator.waiting, take)
 
     def _keeping(self, op: Op, i: Instruction) -> Keeping:
         """What goes out over a cut, for the sends that take it, if any."""

@@ -75,6 +75,8 @@ class Stage:
         self.device = device
         self.tracer: Tracer | None = None
         """Looks at every layer's numbers, if anybody does."""
+        self.pause: Callable[[], None] | None = None
+        """Called between layers, forwards and backwards."""
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
@@ -148,10 +150,21 @@ class Stage:
                 made = run(layer.module, layer.seed ^ of_rows, reads, own.split)
                 if self.tracer is not None:
                     self.tracer.made(layer.name, made)
+                if self.pause is not None:
+                    self._pause(made)
                 values.update(zip(layer.writes, made, strict=True))
                 for name in layer.done:
                     del values[name]
         return [values[name] for name in self._results]
+
+    def _pause(self, made: Sequence[Tensor]) -> None:
+        """After a layer's forward, and ahead of its backward."""
+        assert self.pause is not None
+        pause = self.pause
+        pause()
+        for tensor in made:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: pause())  # type: ignore[no-untyped-call]
 
     def _run_layer(
         self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], _: bool = False
