@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order, one
@@ -24,6 +25,10 @@ CODES = {op: code for code, op in enumerate(OPS)}
 Codes = list[int]
 """An order as numbers, 4 x stage + F, B, I or W: every kind of work of a stage takes its
 micro-batches in turn, so that they need not be named."""
+
+Waits = list[float | None]
+"""By stage, seconds of the message that its forward or backward waits for; None where nothing is
+sent: at the ends, and within a group."""
 
 
 @record
@@ -56,9 +61,8 @@ class Work:
         return tuple(places[s] for s in range(len(places)))
 
     @property
-    def waits(self) -> tuple[list[float | None], list[float | None]]:
-        """By stage, seconds of the message that its forward and its backward wait for; None where
-        nothing is sent: at the ends, and within a group."""
+    def waits(self) -> tuple[Waits, Waits]:
+        """Those of forwards, and of backwards."""
         group = self.group_of
         cut = [one != other for one, other in pairwise(group)]
         onward = [wait if sent else None for wait, sent in zip(self.onward, cut, strict=True)]
@@ -140,18 +144,20 @@ def seconds(work: Work, codes: Sequence[Codes]) -> float:
     return max(own[-1] for own in ends) if ends is not None else float("inf")
 
 
+@lru_cache(maxsize=1)
+def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
+    """Seconds by code, and what stages wait for: the same for thousands of orders."""
+    each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
+    return list(chain.from_iterable(each)), work.waits
+
+
 class _Play:
     def __init__(self, work: Work, codes: Sequence[Codes]) -> None:
         stages = len(work.forward)
         self.codes = codes
         self.ends: list[list[float]] = [[] for _ in codes]
         self.last = stages - 1
-        self.took = [
-            each
-            for s in range(stages)
-            for each in (work.forward[s], work.whole[s], work.inputs[s], work.weights[s])
-        ]
-        self.wait_f, self.wait_b = work.waits
+        self.took, (self.wait_f, self.wait_b) = _durations(work)
         self.forwards: list[list[float]] = [[] for _ in range(stages)]
         self.backwards: list[list[float]] = [[] for _ in range(stages)]
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
