@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cases import Case, batch, gpt, pipeline
 from ranks import run_ranks
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.runtime.dilation import SLICE_SECONDS, Dilation, Dilator
+from meshwright.runtime.dilation import SLICE_SECONDS, SOON_SECONDS, Dilation, Dilator
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.turns import Turn, turns_at_once
 
@@ -98,6 +99,25 @@ def test_between_layers_others_compute_if_a_device_has_for_long(slices: float) -
     if slices > 1:
         assert time.perf_counter() - began >= dilator.lasted
     dilator.stop()
+
+
+def test_a_device_is_late_only_if_it_did_not_stand_idle() -> None:
+    dilator = Dilator(Dilation(share=0.5))
+
+    def busy(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    for idle, given_back in ((0.0, 0.5), (2 * SOON_SECONDS, 0.0)):
+        dilator.begin()
+        dilator.end()
+        dilator._late = 0.5
+        dilator.waiting(partial(busy, idle))
+        began = time.perf_counter()
+        dilator.begin()
+        assert began - dilator._wall == pytest.approx(given_back, abs=0.25)
+        dilator.stop()
 
 
 def pauses(_: int, case: Case) -> int:

@@ -150,7 +150,8 @@ class Messages:
             dist.all_gather(pieces, pieces[i.ranks.index(dist.get_rank())], group=self.replica)
 
     def _wait_for(self, arrival: _Arrival) -> None:
-        for self.waiting, handle in arrival.under_way:
+        for i, handle in arrival.under_way:
+            self.waiting = i
             handle.wait()
         self.waiting = None
         arrival.under_way.clear()

@@ -65,10 +65,9 @@ class Engine:
     factor of the optimizer's own rates at each step, from 0. Without `clip_norm` weights change,
     bucket by bucket, as soon as their gradients are summed: layers that are done early do not wait
     for late ones (not under fp16, whose scale all ranks must agree on first), and `optimizer` is
-    called for the parameters of each bucket. `debug`: every message has a
-    header that is checked on arrival, and the layer in which a number is none is named. `compile`:
-    layers run through torch.compile. A rank that waits `timeout_seconds` for another takes it for
-    lost.
+    called for the parameters of each bucket. `debug`: every message has a header that is checked on
+    arrival, and the layer in which a number is none is named. `compile`: layers run through
+    torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
     Raises a MeshwrightError if plan, model and processes do not go together.
     """
 
@@ -194,8 +193,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step (of the first parameter group)."""
-        return float(self._optimizers[0].param_groups[0]["lr"])
+        """Of the last step, of the first parameter group; 0 where this rank changes nothing."""
+        return next((float(each.param_groups[0]["lr"]) for each in self._optimizers), 0.0)
 
     @property
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -221,7 +220,7 @@ class Engine:
     def _reduce_norm(self, i: Instruction) -> None:
         """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
         own, size, device = self._own, self.world.size, self.world.device
-        own.reducer.finish(own.buckets)
+        self._player.meet(partial(own.reducer.finish, own.buckets))
         self._player.finish()
         with self._player.measured(i):
             totals = torch.zeros(3 + size, dtype=torch.float64, device=device)
@@ -231,7 +230,7 @@ class Engine:
             missing = own.reducer.missing() if self.steps == 0 else []
             totals[2] = len(missing)
             totals[3 + self.rank] = peak_bytes(device)
-            dist.all_reduce(totals, group=self.world.everyone)
+            self._player.meet(partial(dist.all_reduce, totals, group=self.world.everyone))
             loss, squared, without, *peaks = totals.tolist()
         self._mean_loss, self._peaks = loss, [int(peak) for peak in peaks]
         self._norm = squared**0.5 / self._scale.value
@@ -244,7 +243,7 @@ class Engine:
         update = self._updates[i.layers, i.tied]
         rate = 1.0 if self._schedule is None else self._schedule(self.steps)
         if self._early:
-            self._own.reducer.finish(update.buckets)
+            self._player.meet(partial(self._own.reducer.finish, update.buckets))
             self._player.finish()
             with self._player.computing(i):
                 update.run_if_finite(self.world.device, rate)

@@ -288,7 +288,14 @@ class Player:
 
     def _gather(self, i: Instruction) -> None:
         with self.measured(i):
-            self._own.places[i.stage].messages[GATHERED[i.op]].gather(i)
+            self.meet(partial(self._own.places[i.stage].messages[GATHERED[i.op]].gather, i))
+
+    def meet(self, wait: Callable[[], object]) -> None:
+        """Waits for others at a place where computing stops for it."""
+        if self._dilator is None:
+            wait()
+        else:
+            self._dilator.waiting(wait)
 
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
         """What to wait for where communication has been posted."""
