@@ -58,6 +58,7 @@ class _Rehearsal(Engine):
         make = OPTIMIZERS[plan.job.optimizer]
         self._updates = updates(program.ranks[world.rank], own.reducer.buckets, make)
         self._clip_norm, self._early = 1.0, False
+        self._on_device, self._unread = False, None
         self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
 

@@ -1,4 +1,5 @@
-"""Without clipping, weights change as soon as a rank's own gradients are summed."""
+"""When weights change: without clipping as soon as their own gradients are summed; and never by what
+is no number, whether host or device decides."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from cases import Case, batch, gpt, pipeline, plain
 from ranks import run_ranks
 from torch import Tensor
 
+from meshwright.cluster.spec import Precision
 from meshwright.errors import TrainingError
 from meshwright.program.instructions import Op
 from meshwright.runtime.engine import Engine
@@ -24,7 +26,7 @@ UNLIKE = Case(model=gpt, pipelines=(pipeline(2, 2, (2, "ab"), (3, "c")), pipelin
 ONE = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="1f1b-2bp")
 
 
-def engine_of(case: Case, *, fused: bool = False) -> Engine:
+def engine_of(case: Case, *, fused: bool = False, clip_norm: float | None = None) -> Engine:
     torch.manual_seed(5)
     return Engine(
         case.model(),
@@ -33,6 +35,7 @@ def engine_of(case: Case, *, fused: bool = False) -> Engine:
         optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=fused),
         learning_rate=lambda step: 1 - step / 10,
         bucket_bytes=SMALL_BUCKETS,
+        clip_norm=clip_norm,
     )
 
 
@@ -51,6 +54,11 @@ def trained(_: int, case: Case) -> tuple[list[tuple[float, float]], dict[str, Te
         assert (len(steps) > 2) == (len(case.pipelines) > 1)
         assert own[-1].op is Op.REDUCE_NORM
         return [step_of(engine, step) for step in range(STEPS)], engine.parameters()
+
+
+def clipped(_: int, case: Case, fused: bool) -> tuple[list[tuple[float, float]], bool]:
+    with engine_of(case, fused=fused, clip_norm=0.1) as engine:
+        return [step_of(engine, step) for step in range(STEPS)], engine._on_device
 
 
 def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
@@ -91,9 +99,9 @@ def test_training_without_clipping_equals_one_process(case: Case) -> None:
         assert error < 1e-9, name
 
 
-def spoiled(rank: int, case: Case, fused: bool) -> Any:
+def spoiled(rank: int, case: Case, fused: bool, clip_norm: float | None = None) -> Any:
     """What the third step says, and whether this rank's weights have taken it."""
-    engine = engine_of(case, fused=fused)
+    engine = engine_of(case, fused=fused, clip_norm=clip_norm)
     for step in range(2):
         step_of(engine, step)
     held = [one.parameter for one in engine._own.held]
@@ -119,5 +127,24 @@ def test_gradients_that_are_no_numbers_reach_no_weight_and_stop_every_rank(fused
     assert "resume from saved weights" in text
     assert good
     assert too
-    assert all(first), "no weight of the rank with the bad gradient has changed"
+    assert all(first), "no weight of the bad bucket has changed"
     assert not any(second), "the other rank has taken the step"
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_with_clipping_no_weight_of_any_rank_takes_such_a_step(fused: bool) -> None:
+    case = Case(model=plain, pipelines=ONE.pipelines)
+    for text, same, finite in run_ranks(2, spoiled, case, fused, 1.0):
+        assert "step 2: gradient norm: found nan" in text
+        assert "the weights are those before this step" in text
+        assert all(same)
+        assert finite
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_the_device_decides_alone_is_what_the_host_would(precision: Precision) -> None:
+    case = Case(model=gpt, pipelines=ONE.pipelines, precision=precision)
+    (plain_losses, *_), (fused_losses, *_) = (
+        run_ranks(2, clipped, case, fused)[0] for fused in (False, True)
+    )
+    assert exact(fused_losses) == pytest.approx(exact(plain_losses), rel=1e-5)

@@ -37,7 +37,7 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Any]:
         built(case),
         case.plan,
         inputs=batch(0),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=True),
         clip_norm=case.clip_norm,
         learning_rate=factor,
         bucket_bytes=SMALL_BUCKETS,

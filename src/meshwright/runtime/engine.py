@@ -35,8 +35,10 @@ from meshwright.runtime.optimizer import (
     UNTOUCHED,
     LossScale,
     Schedule,
+    Update,
     check_finite,
     clip_factor,
+    clip_factor_on_device,
     stop_for_missing,
     updates,
 )
@@ -125,6 +127,11 @@ class Engine:
         self._clip_norm = clip_norm
         self._scale = LossScale(dynamic=job.precision == "fp16")
         self._peaks = [0] * self.world.size
+        self._on_device = not self._scale.dynamic and all(
+            update.on_device for update in self._updates.values()
+        )
+        self._unread: Tensor | None = None
+        """Sums over all ranks that the host has not looked at."""
         self._actions = [(self._bind(i), i) for i in own]
         # Only the first norm tells whether every parameter, on whatever rank, gets a gradient.
         self._first_actions = sorted(self._actions, key=lambda a: a[1].op is Op.OPTIMIZER_STEP)
@@ -161,6 +168,8 @@ class Engine:
                 self._current = instruction
                 act()
             self._player.wait()
+            if self._unread is not None:
+                self._read(self._unread)
         self._current = None
         self.steps += 1
         seconds = time.perf_counter() - started
@@ -227,15 +236,22 @@ class Engine:
             totals[0] = self._player.loss()
             for update in self._updates.values():
                 totals[1] += update.squared_norm(device)
-            missing = own.reducer.missing() if self.steps == 0 else []
-            totals[2] = len(missing)
+            totals[2] = len(own.reducer.missing()) if self.steps == 0 else 0
             totals[3 + self.rank] = peak_bytes(device)
             self._player.meet(partial(dist.all_reduce, totals, group=self.world.everyone))
-            loss, squared, without, *peaks = totals.tolist()
+        self._unread = totals
+        # Weights wait for the host where it has to decide whether they may change.
+        if self.steps == 0 or not (self._early or self._on_device):
+            self._read(totals)
+
+    def _read(self, totals: Tensor) -> None:
+        """Waits until the device has got here. Raises TrainingError, on all ranks alike."""
+        self._unread = None
+        loss, squared, without, *peaks = totals.tolist()
         self._mean_loss, self._peaks = loss, [int(peak) for peak in peaks]
         self._norm = squared**0.5 / self._scale.value
         if without:
-            stop_for_missing(missing, self.world)
+            stop_for_missing(self._own.reducer.missing(), self.world)
         early = self._early and self.steps > 0
         check_finite(self.steps, loss, self._norm, self._scale, PARTLY if early else UNTOUCHED)
 
@@ -246,11 +262,28 @@ class Engine:
             self._player.meet(partial(self._own.reducer.finish, update.buckets))
             self._player.finish()
             with self._player.computing(i):
-                update.run_if_finite(self.world.device, rate)
-            return
-        overflow = not math.isfinite(self._norm)
-        scale = self._scale.value
-        self._scale.update(overflow)
-        if not overflow:
+                self._update_early(update, rate)
+        elif self._unread is not None:
             with self._player.computing(i):
-                update.run(clip_factor(self._norm, self._clip_norm) / scale, rate)
+                self._update_unread(update, rate, self._unread)
+        else:
+            overflow = not math.isfinite(self._norm)
+            scale = self._scale.value
+            self._scale.update(overflow)
+            if not overflow:
+                with self._player.computing(i):
+                    update.run(clip_factor(self._norm, self._clip_norm) / scale, rate)
+
+    def _update_early(self, update: Update, rate: float) -> None:
+        """Where all gradients of these weights are numbers."""
+        good = update.squared_norm(self.world.device).isfinite()
+        if self._on_device:
+            update.run_on_device(good, rate)
+        elif good.item():
+            update.run(1.0, rate)
+
+    def _update_unread(self, update: Update, rate: float, totals: Tensor) -> None:
+        """Where loss and norm are numbers, which the device alone knows yet."""
+        assert self._clip_norm is not None, "only clipped weights wait for the norm"
+        factor = clip_factor_on_device(totals[1].sqrt(), self._clip_norm)
+        update.run_on_device(totals[:2].isfinite().all(), rate, factor)

@@ -49,15 +49,25 @@ class Update:
         clip(self.buckets, factor)
         self.optimizer.step()
 
-    def run_if_finite(self, device: torch.device, rate: float) -> None:
-        """The same where all gradients are numbers. A fused optimizer sees to that on its device,
-        by the flag that torch.amp.GradScaler gives it: the host need not wait for the gradients."""
-        good = self.squared_norm(device).isfinite()
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = good.logical_not().float()  # type: ignore[union-attr]
-            self.run(1.0, rate)
-        elif good.item():
-            self.run(1.0, rate)
+    @property
+    def on_device(self) -> bool:
+        """Whether the optimizer takes what decides about its step (a factor, and a flag that there
+        is none) from its device, as torch.amp.GradScaler hands them over: the host need not wait
+        for the gradients. Fused optimizers do."""
+        supports = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return self.optimizer is None or bool(supports)
+
+    def run_on_device(self, good: Tensor, rate: float, factor: Tensor | None = None) -> None:
+        """As `run`, if the flag is set."""
+        if self.optimizer is None:
+            return
+        self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
+        if factor is not None and self.buckets[0].buffer.dtype == torch.float32:
+            self.optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]
+        elif factor is not None:  # the kernel's own is a float32
+            for bucket in self.buckets:
+                bucket.buffer.mul_(factor)
+        self.run(1.0, rate)
 
 
 def updates(
@@ -102,6 +112,11 @@ def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
 def clip_factor(norm: float, clip_norm: float | None) -> float:
     """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+
+
+def clip_factor_on_device(norm: Tensor, clip_norm: float) -> Tensor:
+    """The same of a norm that the host has not read."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class LossScale:
