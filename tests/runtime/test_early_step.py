@@ -1,5 +1,4 @@
-"""When weights change: without clipping as soon as their own gradients are summed; and never by what
-is no number, whether host or device decides."""
+"""When weights change: without clipping as soon as they can; never by what is no number."""
 
 from __future__ import annotations
 
