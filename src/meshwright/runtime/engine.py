@@ -90,8 +90,7 @@ class Engine:
         compile: bool = False,
         timeout_seconds: float = worlds.TIMEOUT_SECONDS,
     ) -> None:
-        self.plan = plan
-        job = plan.job
+        self.plan, job = plan, plan.job
         set_precision(model, job.precision)
         shared = divides_layers(plan)
         self.model: LayerGraph = trace(
@@ -127,9 +126,8 @@ class Engine:
         self._clip_norm = clip_norm
         self._scale = LossScale(dynamic=job.precision == "fp16")
         self._peaks = [0] * self.world.size
-        self._on_device = not self._scale.dynamic and all(
-            update.on_device for update in self._updates.values()
-        )
+        fused = all(update.on_device for update in self._updates.values())
+        self._on_device = fused and not self._scale.dynamic
         self._unread: Tensor | None = None
         """Sums over all ranks that the host has not looked at."""
         self._actions = [(self._bind(i), i) for i in own]
