@@ -30,10 +30,10 @@ from meshwright.runtime.assemble import Assembly, Habits, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Works
-from meshwright.runtime.optimizer import LossScale, updates
+from meshwright.runtime.optimizer import LossScale, OptimizerFactory, updates
 from meshwright.runtime.play import Player
 from meshwright.runtime.stage import Stage
-from meshwright.runtime.train import OptimizerFactory, adamw
+from meshwright.runtime.train import adamw
 from meshwright.runtime.world import World, reduction_groups
 
 STEPS = 2

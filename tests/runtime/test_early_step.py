@@ -140,10 +140,15 @@ def test_with_clipping_no_weight_of_any_rank_takes_such_a_step(fused: bool) -> N
         assert finite
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_the_device_decides_alone_is_what_the_host_would(precision: Precision) -> None:
+# Host and device round a factor differently in its last bit. In bf16 that may turn a weight to its
+# other neighbour, 2**-8 away: a few such turns among thousands of weights move the loss by 1e-4.
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_what_the_device_decides_alone_is_what_the_host_would(
+    precision: Precision, error: float
+) -> None:
     case = Case(model=gpt, pipelines=ONE.pipelines, precision=precision)
-    (plain_losses, *_), (fused_losses, *_) = (
+    (plain_losses, on_host), (fused_losses, on_device) = (
         run_ranks(2, clipped, case, fused)[0] for fused in (False, True)
     )
-    assert exact(fused_losses) == pytest.approx(exact(plain_losses), rel=1e-5)
+    assert (on_host, on_device) == (False, True)
+    assert exact(fused_losses) == pytest.approx(exact(plain_losses), rel=error)

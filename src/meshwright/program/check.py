@@ -173,10 +173,11 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
 _ENDS = (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
 
 
-def _updates(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
+def _updates(
+    rank: int, instructions: tuple[Instruction, ...], at: dict[Op, list[int]], source: str
+) -> Iterator[Problem]:
     """One norm; one optimizer step, or several before it that leave no summed gradient out."""
-    norms = [k for k, i in enumerate(instructions) if i.op is Op.REDUCE_NORM]
-    steps = [k for k, i in enumerate(instructions) if i.op is Op.OPTIMIZER_STEP]
+    norms, steps = at[Op.REDUCE_NORM], at[Op.OPTIMIZER_STEP]
     if len(norms) != 1:
         found = f"{len(norms)} {Op.REDUCE_NORM}"
         yield Problem(source, f"rank {rank}", found, f"exactly one {Op.REDUCE_NORM}")
@@ -187,8 +188,9 @@ def _updates(rank: int, instructions: tuple[Instruction, ...], source: str) -> I
         yield Problem(source, f"rank {rank}", found, wanted)
     if len(steps) > 1:
         updated = {(instructions[k].layers, instructions[k].tied) for k in steps}
-        for k, i in enumerate(instructions):
-            if i.op is Op.REDUCE_GRAD and (i.layers, i.tied) not in updated:
+        for k in at[Op.REDUCE_GRAD]:
+            i = instructions[k]
+            if (i.layers, i.tied) not in updated:
                 wanted = f"an {Op.OPTIMIZER_STEP} of the same layers or tied parameter"
                 yield Problem(source, _at(rank, k), text(i), wanted)
 
@@ -199,7 +201,7 @@ def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
     first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
         at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}
-        yield from _updates(rank, instructions, source)
+        yield from _updates(rank, instructions, at, source)
         ends = sorted((k, op) for op in _ENDS for k in at[op])
         end = ends[0][0] if ends else len(instructions)
         for _, op in ends[:1]:

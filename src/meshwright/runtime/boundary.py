@@ -151,9 +151,7 @@ class Messages:
 
     def _wait_for(self, arrival: _Arrival) -> None:
         for i, handle in arrival.under_way:
-            self.waiting = i
-            handle.wait()
-        self.waiting = None
+            self._wait(i, handle)
         arrival.under_way.clear()
 
     def receive(self, micro_batch: int) -> list[Tensor]:
@@ -235,10 +233,8 @@ class Messages:
 
         def every(tensors: Sequence[Tensor]) -> list[Work]:
             named = zip(tensors, tags, strict=True)
-            if i.part is None:
-                return [start(tensor, peer, group, tag) for tensor, tag in named]
             # A tensor of fewer numbers than parts: nothing is left for the last ones.
-            return [post(tensor, tag) for tensor, tag in named if tensor.numel()]
+            return [post(tensor, tag) for tensor, tag in named if i.part is None or tensor.numel()]
 
         def headed(tensors: Sequence[Tensor]) -> list[Work]:
             assert self.headers is not None

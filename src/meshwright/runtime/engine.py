@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -34,6 +33,7 @@ from meshwright.runtime.optimizer import (
     PARTLY,
     UNTOUCHED,
     LossScale,
+    OptimizerFactory,
     Schedule,
     Update,
     check_finite,
@@ -79,7 +79,7 @@ class Engine:
         plan: Plan,
         *,
         inputs: tuple[Tensor, ...],
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: OptimizerFactory,
         clip_norm: float | None = None,
         learning_rate: Schedule | None = None,
         seed: int = 0,

@@ -18,7 +18,7 @@ from meshwright.runtime.world import World
 Schedule = Callable[[int], float]
 """Step, from 0, to factor of the learning rate."""
 
-Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of some parameters."""
 
 
@@ -71,14 +71,15 @@ class Update:
 
 
 def updates(
-    instructions: Sequence[Instruction], buckets: Mapping[Key, FlatBucket], make: Factory
+    instructions: Sequence[Instruction], buckets: Mapping[Key, FlatBucket], make: OptimizerFactory
 ) -> dict[Key, Update]:
     """Of each of a rank's OPTIMIZER_STEPs, by its layers or tied parameter: the buckets of that
     name, or those that no step names; the only one changes all."""
     named = dict.fromkeys((i.layers, i.tied) for i in instructions if i.op is Op.OPTIMIZER_STEP)
+    rest = [bucket for key, bucket in buckets.items() if key not in named]
     found = {}
     for key in named:
-        own = [b for k, b in buckets.items() if k == key or (key not in buckets and k not in named)]
+        own = [buckets[key]] if key in buckets else rest
         own = own if len(named) > 1 else list(buckets.values())
         parameters = [one.parameter for bucket in own for one in bucket.held]
         optimizer = make(parameters) if parameters else None

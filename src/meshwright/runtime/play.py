@@ -158,12 +158,12 @@ class Player:
     def _keeping_forward(self, place: Place, i: Instruction) -> Callable[[Sequence[Tensor]], None]:
         assert i.micro_batch is not None
         if place.stage.makes_loss:
+            if place.seat.tensor_index > 0:
+                return _drop
             share = self._weight(i)
-            counts = place.seat.tensor_index == 0
 
             def note(results: Sequence[Tensor]) -> None:
-                if counts:
-                    self._losses.append((results[0].detach(), share))
+                self._losses.append((results[0].detach(), share))
 
             return note
         if place.next_here:

@@ -19,9 +19,9 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
 from meshwright.runtime.dilation import Dilator
+from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
-from meshwright.runtime.train import OptimizerFactory
 
 Model = Callable[[], nn.Module]
 """Makes the model anew, on the meta device."""

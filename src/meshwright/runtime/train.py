@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -19,13 +19,13 @@ from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.runtime.dilation import Dilation
 from meshwright.runtime.engine import Engine, StepResult
+from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.runtime.run import Metrics
 from meshwright.runtime.world import TIMEOUT_SECONDS
 
 Batch = tuple[Tensor, ...]
 Rows = Callable[[int, int, int], Batch]
 """(step, first, last) -> the batch tensors of rows [first, last) of that step's global batch."""
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[..., Tensor]
 
 
