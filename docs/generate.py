@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
-from typing import get_args
+from typing import Annotated, get_args, get_origin
 
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
@@ -43,12 +43,18 @@ WORDS = {
     "int": "whole number",
     "float": "number",
     "bool": "true or false",
+    "Name": "text",
+    "Line": "text",
+    "Text": "text",
+    "Actions": "text",
+    "Format": "`1`",
+    "PartName": "part of a step",
+    "LayerIndex": "whole number",
     "Bytes": 'bytes, or `"80 GiB"`',
-    "Size": 'bytes, or `"80 GiB"`',
     "Seconds": 'seconds, or `"50 us"`',
+    "PositiveSeconds": 'seconds, or `"50 us"`, above 0',
     "Flops": 'FLOP/s, or `"312 TFLOP/s"`',
     "Work": 'FLOP, or `"12 GFLOP"`',
-    "Count": "whole number",
     "BytesPerSecond": 'bytes/s, or `"25 Gbit/s"`',
     "SizeText": '`"80 GiB"`',
     "RateText": '`"25 Gbit/s"`',
@@ -60,13 +66,47 @@ WORDS = {
 }
 
 
-def words(annotation: ast.expr) -> str:
-    """A field's type for people who write files."""
+BEYOND = 1e15
+"""A limit above this is in nobody's way, and is not told."""
+
+
+def limits(kind: object) -> str:
+    """What the numbers of an annotated type may be: `, 1 to 100`."""
+    marks = [mark for each in get_args(kind)[1:] for mark in getattr(each, "metadata", ())]
+    found = {
+        name: f"{getattr(mark, name):,}".removesuffix(".0")
+        for mark in marks
+        for name in ("ge", "gt", "le", "lt")
+        if abs(getattr(mark, name, 2 * BEYOND)) < BEYOND
+    }
+    if "gt" in found:
+        found.pop("ge", None)
+    if {"ge", "le"} <= found.keys():
+        return f", {found['ge']} to {found['le']}"
+    told = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    return "".join(f", {word} {found[name]}" for name, word in told.items() if name in found)
+
+
+def named(name: str, names: Mapping[str, object]) -> str:
+    """The words for a type by its name: a known one, one with limits, or a record of the page."""
+    if name in WORDS:
+        return WORDS[name]
+    kind = names.get(name)
+    if get_origin(kind) is Annotated:
+        return WORDS[get_args(kind)[0].__name__] + limits(kind)
+    return f"[{name}](#{name.lower()})"
+
+
+def words(annotation: ast.expr, names: Mapping[str, object]) -> str:
+    """A field's type for people who write files; `names` are those of the record's module."""
     match annotation:
         case ast.BinOp(left=left, right=ast.Constant(value=None)):
-            return words(left)
+            return words(left, names)
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
-            return words(first)
+            kind = eval(ast.unparse(annotation), dict(names))
+            if isinstance(first, ast.Name) and get_origin(names.get(first.id)) is Annotated:
+                return WORDS.get(first.id, WORDS[get_args(kind)[0].__name__]) + limits(kind)
+            return words(first, names) + limits(kind)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
             values = options.elts if isinstance(options, ast.Tuple) else [options]
             return _one_of(ast.literal_eval(value) for value in values)
@@ -74,13 +114,13 @@ def words(annotation: ast.expr) -> str:
             value=ast.Name(id="tuple"),
             slice=ast.Tuple(elts=[one, ast.Constant(value=value)]),
         ) if value is ...:
-            return f"list of: {words(one)}"
+            return f"list of: {words(one, names)}"
         case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=each)):
-            return "[" + ", ".join(words(one) for one in each) + "]"
+            return "[" + ", ".join(words(one, names) for one in each) + "]"
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, value])):
-            return f"table: {words(key)} → {words(value)}"
+            return f"table: {words(key, names)} → {words(value, names)}"
         case ast.Name(id=name):
-            return WORDS.get(name, f"[{name}](#{name.lower()})")
+            return named(name, names)
     raise ValueError(f"no words for {ast.unparse(annotation)}")
 
 
@@ -120,7 +160,7 @@ def fields(path: str) -> str:
     for field, text in _explained(tree.body):
         assert isinstance(field.target, ast.Name)
         title = _alias(field.annotation) or field.target.id
-        value = words(field.annotation)
+        value = words(field.annotation, vars(import_module(module)))
         lines.append(f"| `{title}` | {value} | {_default(field.value)} | {text} |")
     return "\n".join(line.replace("|  |", "| |") for line in lines)
 

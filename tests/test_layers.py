@@ -14,7 +14,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 FLOORS = (
     "units",
+    "text",
     "errors",
+    "files",
+    "formats",
     "records",
     "cluster",
     "model",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from meshwright import files
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.calibrate import Knob, calibrate, informative, place_of, value_at, with_values
 from meshwright.cost.constants import DEFAULT_DEVICE, DEFAULT_SYSTEM, DEVICE_NAMES, Calibration
 from meshwright.cost.profile import Profile
 from meshwright.errors import FitError, Problem, ProfileError
+from meshwright.formats import from_text
 from meshwright.plan.spec import Plan
 from meshwright.records import fingerprint, load, parse
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, Metrics, RunSettings
@@ -36,6 +39,8 @@ SLOWEST = 3.0
 """Proposals take at most so many times as long as the fastest candidate looked at."""
 WARM_UP = 3
 """Steps at the beginning of a run that do not count."""
+Proposals = Annotated[int, Field(ge=0, le=1000)]
+"""How many plans are proposed; 0: none, but runs are calibrated to."""
 DERIVATIVE = 0.02
 """Of a constant's range."""
 
@@ -67,18 +72,28 @@ def knobs_for(cluster: Cluster, profile: Profile | None) -> tuple[Knob, ...]:
 def run_seconds(folder: Path) -> float:
     """Median step seconds of a run, the first steps apart. Raises ProfileError."""
     path = folder / METRICS
-    if not path.is_file():
+    if not files.exists(path):
         wanted = "a run folder, as `meshwright train` writes it"
         raise ProfileError(Problem(str(path), "", "no such file", wanted))
-    lines = [
-        parse(json.loads(text), Metrics, source=f"{path}:{number}", error=ProfileError)
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    seconds = [
+        _metrics(text, f"{path}:{number}").step_seconds
+        for number, text in files.read_lines(path, error=ProfileError)
     ]
-    warm = [line.step_seconds for line in lines[WARM_UP:]]
+    warm = seconds[WARM_UP:]
     if not warm:
-        found, wanted = f"{len(lines)} steps", f"more than {WARM_UP}"
+        found, wanted = f"{len(seconds)} steps", f"more than {WARM_UP}"
         raise ProfileError(Problem(str(path), "", found, wanted))
     return median(warm)
+
+
+def _metrics(text: str, source: str) -> Metrics:
+    """One step's line. A line that is cut short is what a killed run leaves at its end."""
+    mend = "take the line away if it is the last one of a run that was stopped"
+    try:
+        data = from_text(text, source=source, error=ProfileError, finite=False)
+        return parse(data, Metrics, source=source, error=ProfileError)
+    except ProfileError as failure:
+        raise ProfileError(*(replace(each, mend=mend) for each in failure.problems)) from None
 
 
 def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from meshwright import files
 from meshwright.errors import Problem, TrainingError
 from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
@@ -20,6 +21,7 @@ from meshwright.plan.spec import Plan
 from meshwright.records import record
 from meshwright.report.page import Rival, write_report
 from meshwright.report.tables import explain
+from meshwright.report.terminal import words
 from meshwright.report.trace import dump_trace
 from meshwright.runtime.profile import ProfileSettings, profile_here
 from meshwright.runtime.run import RunSettings
@@ -74,7 +76,7 @@ class Contender:
 def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
     """The whole demo; leaves cluster, profile, plans, runs, traces and report.html in `folder`."""
     console = console or Console()
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     session = _prepare(folder, console)
     console.rule("plan")
     found = search(session)
@@ -90,13 +92,13 @@ def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
     console.print(_table(contenders))
     _verdict(contenders, console)
     _report(session, contenders, folder)
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(words(f"report: {folder / 'report.html'}"))
 
 
 def _prepare(folder: Path, console: Console) -> Session:
     """Write the cluster and measure it."""
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
-    cluster.write_text(CLUSTER)
+    files.write_text(cluster, CLUSTER)
     console.rule("profile")
     console.print("4 processes on this machine play 2 fast and 2 slow devices (speeds 10 : 3)")
     settings = ProfileSettings(
@@ -161,8 +163,8 @@ def _table(contenders: tuple[Contender, ...]) -> Table:
     for each in contenders:
         measured = each.outcome.step_seconds
         table.add_row(
-            each.title,
-            describe(each.plan),
+            words(each.title),
+            words(describe(each.plan)),
             f"{each.predicted_seconds:.3f} s",
             f"{measured:.3f} s",
             f"{each.predicted_seconds / measured - 1:+.1%}",
@@ -176,8 +178,10 @@ def _verdict(contenders: tuple[Contender, ...], console: Console) -> None:
     foretold = even.predicted_seconds / found.predicted_seconds
     losses = found.outcome.losses
     console.print(
-        f"The plan found trains {measured:.2f}x as fast as the best even plan (predicted: "
-        f"{foretold:.2f}x), to the same loss: {losses[0]:.4f} to {losses[-1]:.4f}."
+        words(
+            f"The plan found trains {measured:.2f}x as fast as the best even plan (predicted: "
+            f"{foretold:.2f}x), to the same loss: {losses[0]:.4f} to {losses[-1]:.4f}."
+        )
     )
 
 

@@ -9,13 +9,30 @@ MeshwrightError            the family: catch this one
 ├── DataError              training data cannot be read or are too short
 ├── FitError               nothing that fits in memory was found
 ├── LaunchError            processes cannot be started or cannot find each other
-└── TrainingError          a run had to stop: NaN loss, a lost rank
+├── TrainingError          a run had to stop: NaN loss, a lost rank
+├── OptionError            an option of the command line has a value that it cannot have
+├── OutputError            a file or folder cannot be written
+└── MachineError           the operating system refused something else
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown
+
+PROBLEMS_SHOWN = 100
+"""A message that names more mistakes is read by nobody; the others are counted."""
+
+_SHOWN = {
+    "source": SHOWN_OF_A_NAME,
+    "field": SHOWN_OF_A_NAME,
+    "found": 4 * SHOWN_OF_A_NAME,
+    "wanted": SHOWN_LETTERS,
+    "mend": SHOWN_LETTERS,
+}
+"""Letters of each text of a Problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +47,12 @@ class Problem:
     wanted: str
     mend: str = ""
 
+    def __post_init__(self) -> None:
+        # What is found comes from anywhere, and a message must not steer the terminal it is on.
+        for name, most in _SHOWN.items():
+            lines = name not in ("source", "field")
+            object.__setattr__(self, name, shown(getattr(self, name), most, lines=lines))
+
     def __str__(self) -> str:
         where = f"{self.source}: {self.field}" if self.field else self.source
         mend = f"\n    {self.mend}" if self.mend else ""
@@ -40,7 +63,10 @@ class MeshwrightError(Exception):
     """One or more problems that the user can mend; its text is all a user sees."""
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+        lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
+        if len(problems) > PROBLEMS_SHOWN:
+            lines.append(f"... and {len(problems) - PROBLEMS_SHOWN:,} more mistakes")
+        super().__init__("\n".join(lines))
         self.problems = problems
 
     @classmethod
@@ -85,3 +111,15 @@ class LaunchError(MeshwrightError):
 
 class TrainingError(MeshwrightError):
     """A run had to stop: a loss that is not a number, a lost rank."""
+
+
+class OptionError(MeshwrightError):
+    """An option of the command line has a value that it cannot have."""
+
+
+class OutputError(MeshwrightError):
+    """A file or folder cannot be written."""
+
+
+class MachineError(MeshwrightError):
+    """The operating system refused something that no other error is about."""

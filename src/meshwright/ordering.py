@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
+from meshwright import files
 from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, PlanError, Problem
 from meshwright.export.pipelining import with_schedule
@@ -44,13 +45,13 @@ def in_order(session: Session, plan: Plan, name: str) -> Plan:
     return _checked(session, listed)
 
 
-def imported(session: Session, plan: Plan, files: Sequence[Path]) -> Plan:
+def imported(session: Session, plan: Plan, orders: Sequence[Path]) -> Plan:
     """The plan in the order of torch.distributed.pipelining CSV files, with its prediction.
 
     Raises PlanError, naming file, line and word, for an order that cannot be played.
     """
-    texts = [file.read_text() for file in files]
-    return _checked(session, with_schedule(plan, texts, [str(file) for file in files]))
+    texts = [files.read_text(path, error=PlanError) for path in orders]
+    return _checked(session, with_schedule(plan, texts, [str(path) for path in orders]))
 
 
 def _checked(session: Session, plan: Plan) -> Plan:

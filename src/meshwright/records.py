@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -26,18 +26,33 @@ from typing import (
     get_type_hints,
 )
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from meshwright import units
-from meshwright.errors import MeshwrightError, Problem
+from meshwright.errors import MeshwrightError, OptionError, Problem
+from meshwright.formats import field as _field
+from meshwright.formats import read_table
+from meshwright.text import LINE_LETTERS, NAME_LETTERS, did_you_mean, flaw
 
 T = TypeVar("T")
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only, slotted dataclass that files are checked against."""
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    """A frozen, keyword-only, slotted dataclass that files are checked against.
+
+    Its numbers are finite. What else a number may be stands beside its field, as
+    `Annotated[int, Field(ge=1, le=10)]` or as one of the types below.
+    """
+    cls.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)
 
 
@@ -45,25 +60,66 @@ def _reader(parse: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-Bytes = Annotated[int, _reader(units.parse_bytes)]
-BytesPerSecond = Annotated[float, _reader(units.parse_bandwidth)]
-Flops = Annotated[float, _reader(units.parse_flops)]
-Seconds = Annotated[float, _reader(units.parse_seconds)]
+def _one_line(text: str) -> str:
+    if wrong := flaw(text):
+        raise ValueError(f"one line of printable text, without {wrong}")
+    return text
+
+
+def _format(value: object) -> object:
+    if type(value) is not int or value != FORMAT:
+        newer = type(value) is int and value > FORMAT
+        why = "a file of a newer version of meshwright" if newer else "the format of this version"
+        raise ValueError(f"{FORMAT}" if not newer else f"{FORMAT}: this is {why}")
+    return value
+
+
+def one_of(*words: str) -> AfterValidator:
+    """For a text that must be one of some words."""
+
+    def check(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return text
+
+    return AfterValidator(check)
+
+
+FORMAT = 1
+"""Of every kind of file."""
+Format = Annotated[int, BeforeValidator(_format), Field(ge=FORMAT, le=FORMAT)]
+
+Name = Annotated[str, Field(max_length=NAME_LETTERS), AfterValidator(_one_line)]
+"""What something is called."""
+Line = Annotated[str, Field(max_length=LINE_LETTERS), AfterValidator(_one_line)]
+"""A sentence, a path, a description."""
+Text = Annotated[str, Field(max_length=LINE_LETTERS)]
+"""Several lines of it."""
+
+_MOST = 2**60
+"""No size or speed that a machine has, or will have: whatever is larger is a slip, and would
+overflow."""
+Bytes = Annotated[int, _reader(units.parse_bytes), Field(ge=0, le=_MOST)]
+BytesPerSecond = Annotated[float, _reader(units.parse_bandwidth), Field(gt=0, le=1e30)]
+Flops = Annotated[float, _reader(units.parse_flops), Field(ge=0, le=1e30)]
+Seconds = Annotated[float, _reader(units.parse_seconds), Field(ge=0, le=1e30)]
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Ratio = Annotated[float, Field(ge=0, le=1e30)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+
+Rank = Annotated[int, Field(ge=0, le=2**20)]
+Rows = Annotated[int, Field(ge=1, le=2**20)]
+"""Of a batch, a micro-batch, a share of one; also how many micro-batches."""
+Tokens = Annotated[int, Field(ge=1, le=2**27)]
+"""Length of a row."""
+LayerIndex = Annotated[int, Field(ge=0, le=2**20)]
 
 
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _field(path: tuple[int | str, ...]) -> str:
-    """`("stages", 1, "layers")` to `stages[1].layers`."""
-    text = ""
-    for part in path:
-        if part == "[key]":  # pydantic's mark for a table's key that is itself at fault
-            continue
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 def _short(value: object) -> str:
@@ -74,28 +130,74 @@ def _short(value: object) -> str:
 def _known_fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
     """Names of the fields of the record at `path` inside a `kind`; none if it is no record."""
     for part in path:
-        if get_origin(kind) in (Union, UnionType):
-            kind = next(choice for choice in get_args(kind) if choice is not NoneType)
+        kind = _chosen(kind)
         if is_dataclass(kind):
             kind = get_type_hints(cast("type", kind)).get(str(part))
         else:
-            kind = get_args(kind)[-1 if get_origin(kind) is dict else 0]
-    if get_origin(kind) in (Union, UnionType):
-        kind = next(choice for choice in get_args(kind) if choice is not NoneType)
-    return [each.name for each in fields(kind)] if is_dataclass(kind) else []
+            inside = get_args(kind) or (None,)
+            kind = inside[-1 if get_origin(kind) is dict else 0]
+    kind = _chosen(kind)
+    return [each.name.removesuffix("_") for each in fields(kind)] if is_dataclass(kind) else []
+
+
+def _chosen(kind: Any) -> Any:
+    """Of a field that may be left out, the type that it has if it is not."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    return next((each for each in get_args(kind) if each is not NoneType), None)
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_long": "at most {max_length} letters",
+    "string_too_short": "at least {min_length} letters",
+    "too_short": "at least {min_length} entries",
+    "too_long": "at most {max_length} entries",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "dataclass_type": "a table of named fields",
+    "literal_error": "{expected}",
+}
+"""What is wanted, by pydantic's name of the mistake."""
+
+
+def _wanted(mistake: Any) -> str:
+    pattern = _WANTED.get(mistake["type"])
+    if pattern is None:
+        return str(mistake["msg"]).removeprefix("Value error, ")
+    limits = {name: _figure(value) for name, value in mistake.get("ctx", {}).items()}
+    return pattern.format(**limits)
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 def _problem(mistake: Any, kind: Any, source: str, mend: str) -> Problem:
-    found, wanted = _short(mistake["input"]), mistake["msg"].removeprefix("Value error, ")
-    path = mistake["loc"]
+    found, wanted = _short(mistake["input"]), _wanted(mistake)
+    path = tuple(part for part in mistake["loc"] if part != "[key]")
+    # "[key]" is pydantic's mark for a table's key that is itself at fault
     if mistake["type"] == "missing":
         found, wanted = "nothing", "this field, which is required"
     elif mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_fields(kind, path[:-1])
-        near = get_close_matches(str(path[-1]), known, 1)
         found, wanted = "an unknown field", f"one of: {', '.join(known)}"
-        mend = f"Did you mean {near[0]!r}?" if near else mend
-    return Problem(source=source, field=_field(path), found=found, wanted=wanted, mend=mend)
+        mend = did_you_mean(str(path[-1]), known) or mend
+    return Problem(source, _field(path), found, wanted, mend)
+
+
+_MISTAKES_READ = 10_000
+"""A file with more of them is told how many there are: to list them would take all memory."""
 
 
 def parse(
@@ -108,31 +210,73 @@ def parse(
     try:
         return cast("T", _adapter(cast("Any", kind)).validate_json(json.dumps(data, default=str)))
     except ValidationError as failure:
-        raise error(
-            *(_problem(mistake, kind, source, mend) for mistake in failure.errors())
-        ) from None
+        count = failure.error_count()
+        if count > _MISTAKES_READ:
+            wanted = "what the documentation says of this file"
+            raise error(Problem(source, "", f"{count:,} mistakes", wanted, mend)) from None
+        mistakes = failure.errors(include_url=False)
+        raise error(*(_problem(each, kind, source, mend) for each in mistakes)) from None
+    except (ValueError, RecursionError) as failure:  # digits or levels without end
+        raise error(Problem(source, "", str(failure), "plain data", mend)) from None
+
+
+def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
+    """What a record that was made in memory holds and a file could not."""
+    try:
+        parse(plain(value), type(value), source=source, error=MeshwrightError)
+    except MeshwrightError as failure:
+        return failure.problems
+    return ()
+
+
+def checked(kind: type[T], options: Mapping[str, str], **values: object) -> T:
+    """A record made of what the command line was given; `options` has the name of the option by
+    field. Raises OptionError with one Problem for every value that its field cannot have, in the
+    name of the option."""
+    try:
+        return parse(values, kind, source="options", error=OptionError)
+    except OptionError as failure:
+        named = []
+        for each in failure.problems:
+            name = re.split(r"[.\[]", each.field)[0]
+            inside = each.field.removeprefix(name) if name in options else each.field
+            named.append(replace(each, source=options.get(name, each.source), field=inside))
+        raise OptionError(*named) from None
+
+
+def checked_value(kind: Any, value: object, option: str) -> Any:
+    """A single value of an option, if a field of type `kind` could hold it. Raises OptionError."""
+    return checked(_holder(kind), {"value": option}, value=value).value
+
+
+@lru_cache
+def _holder(kind: Any) -> Any:
+    """A record with one field, of this type."""
+    return record(type("Holder", (), {"__annotations__": {"value": kind}}))
 
 
 def read(path: Path, *, error: type[MeshwrightError]) -> dict[str, Any]:
     """The table in a TOML or JSON file. Raises `error` if it is missing or malformed."""
+    return read_table(path, error=error)
+
+
+def check_format(data: Mapping[str, object], *, source: str, error: type[MeshwrightError]) -> None:
+    """Raise `error` unless the data of a file say that they are of the format of this version."""
+    if "format" not in data:
+        mend = f"write: format = {FORMAT}"
+        raise error(Problem(source, "format", "nothing", f"format {FORMAT}", mend))
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
-        raise error(Problem(str(path), "", "no such file", "a readable file")) from None
-    except (OSError, UnicodeDecodeError) as failure:
-        raise error(Problem(str(path), "", str(failure), "a readable text file")) from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as failure:
-        kind = "TOML" if path.suffix == ".toml" else "JSON"
-        raise error(Problem(str(path), "", f"{failure}", f"well-formed {kind}")) from None
-    if not isinstance(data, dict):
-        raise error(Problem(str(path), "", type(data).__name__, "a table of named fields"))
-    return data
+        _format(data["format"])
+    except ValueError as failure:
+        found, wanted = _short(data["format"]), f"format {failure}"
+        raise error(Problem(source, "format", found, wanted)) from None
 
 
-def load(path: Path, kind: type[T], *, error: type[MeshwrightError]) -> T:
-    """A TOML or JSON file to a record. Raises `error`, naming the file and every field at fault."""
-    return parse(read(path, error=error), kind, source=str(path), error=error)
+def load(path: Path, kind: type[T], *, error: type[MeshwrightError], large: bool = False) -> T:
+    """A TOML or JSON file to a record; `large`: one that a run of ours has written, which may be
+    larger than others. Raises `error`, naming the file and every field at fault."""
+    data = read_table(path, error=error, large=large)
+    return parse(data, kind, source=str(path), error=error)
 
 
 def plain(value: object) -> Any:

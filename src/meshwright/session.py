@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
+from meshwright import files
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
@@ -21,7 +22,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
-from meshwright.records import fingerprint, record
+from meshwright.records import checked, fingerprint, record
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.facts import Measured, measure
@@ -58,18 +59,18 @@ def open_session(
     """Read and check all inputs. Raises the MeshwrightError of the first file at fault."""
     machines = load_cluster(cluster)
     chosen = _precision(precision, machines, str(cluster))
-    graph = load_model(model, sequence, chosen)
+    job = checked(
+        Job,
+        {"global_batch": "--global-batch", "sequence": "--sequence"},
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=chosen,
+        optimizer=optimizer,
+    )
+    graph = load_model(model, job.sequence, chosen)
     times = load_profile(profile) if profile else None
     if times:
         check_profile(times, graph, machines, source=str(profile))
-    if global_batch < 1:
-        raise PlanError(Problem("--global-batch", "", str(global_batch), "at least 1"))
-    job = Job(
-        global_batch=global_batch,
-        sequence=graph.sequence,
-        precision=chosen,
-        optimizer="sgd" if optimizer == "sgd" else "adamw",
-    )
     return Session(
         model=graph,
         cluster=machines,
@@ -167,7 +168,7 @@ def reopen(
 def _beside(plan_file: Path, source: str, field: str) -> Path:
     """A source of a plan, looked for where it says and beside the plan itself."""
     for path in (Path(source), plan_file.parent / source, plan_file.parent / Path(source).name):
-        if source and path.is_file():
+        if source and files.is_file(path):
             return path
     mend = "correct the field, or name the file on the command line"
     found = repr(source) if source else "nothing"

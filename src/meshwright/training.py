@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,20 +10,32 @@ from statistics import median
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from meshwright import files
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.memory import device_memory
-from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.errors import LaunchError, ModelError, Problem, TrainingError
 from meshwright.model.hf import language_model
 from meshwright.plan.files import save_plan
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
+from meshwright.report.terminal import words
 from meshwright.runtime.corpus import check_corpus, open_corpus
 from meshwright.runtime.launch import run_here, torchrun_commands
-from meshwright.runtime.run import METRICS, PLAN, SETTINGS, TIMELINE, Metrics, RunSettings
+from meshwright.runtime.run import (
+    METRICS,
+    OWN_NAMES,
+    PLAN,
+    SETTINGS,
+    TIMELINE,
+    Metrics,
+    RunSettings,
+)
 from meshwright.session import Session
+from meshwright.text import printable
 from meshwright.units import format_bytes
 
 Launch = Callable[[tuple[str, ...], Path, Callable[[dict[str, float]], None]], None]
@@ -51,7 +62,7 @@ def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -
     vocabulary = language_model(settings.model, plan.job.sequence).vocabulary
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     data = str(Path(settings.data).resolve()) if settings.data else None
     settings = replace(settings, model=_kept_model(settings.model, folder), data=data)
     save_plan(replace(plan, model=replace(plan.model, source=settings.model)), folder / PLAN)
@@ -61,17 +72,18 @@ def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -
         for device in plan.devices
         if session.cluster.types[types[device]].processor == "gpu"
     }
-    (folder / SETTINGS).write_text(dumps(replace(settings, peak_flops=known)))
+    settings = replace(settings, peak_flops=known)
+    files.write_text(folder / SETTINGS, dumps(settings), durable=True)
 
 
 def _kept_model(source: str, folder: Path) -> str:
     """A config file goes along with the run: other nodes may not have it where it is."""
     path = Path(source)
-    if not path.is_file():
+    if not files.is_file(path):
         return source
-    copy = folder / path.name
+    copy = folder / (path.name if path.name not in OWN_NAMES else "model-config.json")
     if path.resolve() != copy.resolve():
-        shutil.copyfile(path, copy)
+        files.copy(path, copy, error=ModelError)
     return str(copy)
 
 
@@ -130,7 +142,9 @@ def train_here(
     prepare(session, plan, settings, folder)
     metrics: list[Metrics] = []
     with _progress(console) as progress:
-        bar = progress.add_task(title, total=settings.steps, loss="", speed="starting")
+        bar = progress.add_task(
+            escape(printable(title)), total=settings.steps, loss="", speed="starting"
+        )
 
         def show(line: dict[str, float]) -> None:
             metrics.append(Metrics(**line))  # type: ignore[arg-type]
@@ -138,7 +152,7 @@ def train_here(
             loss, speed = f"loss {last.loss:.4f}", f"{last.tokens_per_second:,.0f} tokens/s"
             progress.update(bar, advance=1, loss=loss, speed=speed)
             if not sys.stdout.isatty() and _worth_a_line(last.step, settings.steps):
-                console.print(f"{title}: step {last.step}  {loss}  {speed}")
+                console.print(words(f"{title}: step {last.step}  {loss}  {speed}"))
 
         if launch is None:
             run_here(len(plan.devices), folder, on_metrics=show)
@@ -172,6 +186,10 @@ def outcome(folder: Path, metrics: tuple[Metrics, ...]) -> Outcome:
     warm = metrics[min(3, len(metrics) - 1) :]
     return Outcome(
         metrics=metrics,
-        timeline=load(timeline, Timeline, error=TrainingError) if timeline.exists() else None,
+        timeline=(
+            load(timeline, Timeline, error=TrainingError, large=True)
+            if files.exists(timeline)
+            else None
+        ),
         step_seconds=median(line.step_seconds for line in warm),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from meshwright import files
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.profile import strange_versions
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
@@ -22,6 +23,7 @@ from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
 from meshwright.report.page import Rival, write_report
+from meshwright.report.terminal import words
 from meshwright.report.verification import kinds_table, strategies_table
 from meshwright.runtime.run import TIMELINE, RunSettings
 from meshwright.session import Session, by_hand, predicted, simulated
@@ -29,6 +31,7 @@ from meshwright.simulate.compare import Comparison, compare
 from meshwright.testbed.launch import Launcher
 from meshwright.testbed.load import Watch
 from meshwright.testbed.train import Run, train_on
+from meshwright.text import file_name
 from meshwright.training import train_here
 
 Array = NDArray[np.float64]
@@ -136,13 +139,9 @@ def verify(
     """Train a few steps of every contender and compare with its prediction. Each leaves a run
     folder with its plan and both timelines."""
     return tuple(
-        _verified(session, name, plan, train, settings, folder / _safe(name))
+        _verified(session, name, plan, train, settings, folder / file_name(name))
         for name, plan in contenders
     )
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
 
 
 def _verified(
@@ -154,7 +153,7 @@ def _verified(
     folder: Path,
 ) -> Verified:
     expected: Timeline = simulated(session, plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     save_plan(predicted(session, plan), folder / "predicted.json")
     run = train(session, plan, settings, folder, name)
     outcome = run.outcome
@@ -162,7 +161,7 @@ def _verified(
         raise TrainingError(Problem(name, "steps", str(len(outcome.metrics)), "at least 2"))
     warm = [line.step_seconds for line in outcome.metrics[min(2, len(outcome.metrics) - 1) :]]
     measured = median(warm)
-    (folder / "predicted-timeline.json").write_text(dumps(expected))
+    files.write_text(folder / "predicted-timeline.json", dumps(expected))
     return Verified(
         name=name,
         plan=describe(plan),
@@ -230,7 +229,7 @@ def verify_here(
         left_out=left_out,
     )
     _print(verification, console)
-    (folder / "verification.json").write_text(dumps(verification), encoding="utf-8")
+    files.write_text(folder / "verification.json", dumps(verification))
     _report(session, plan, verification, folder)
     return verification
 
@@ -276,7 +275,7 @@ def _print(verification: Verification, console: Console) -> None:
     says += [f"left out: {each}" for each in verification.left_out]
     says += [f"warning: {each}" for each in verification.warnings]
     for sentence in says:
-        console.print(f"• {sentence}", highlight=False, markup=False)
+        console.print(words(f"• {sentence}"))
 
 
 def _report(session: Session, plan: Plan, verification: Verification, folder: Path) -> None:
@@ -288,7 +287,9 @@ def _report(session: Session, plan: Plan, verification: Verification, folder: Pa
         session.cluster,
         session.model,
         predicted=simulated(session, plan),
-        measured=load(path, Timeline, error=TrainingError) if path.exists() else None,
+        measured=(
+            load(path, Timeline, error=TrainingError, large=True) if files.exists(path) else None
+        ),
         rivals=tuple(
             Rival(
                 name=each.name,

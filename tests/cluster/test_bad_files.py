@@ -54,7 +54,7 @@ BAD = {
     "zero devices": (GOOD.replace("2 x T4", "0 x T4", 1), "node[0].devices[0]", "4 x T4"),
     "empty node": (GOOD.replace('["2 x T4"]', "[]", 1), "node[0].devices", "at least one"),
     "count of zero": (GOOD + "count = 0", "node[1].count", "1 or more"),
-    "count of a half": (GOOD + "count = 1.5", "node[1].count", "integer"),
+    "count of a half": (GOOD + "count = 1.5", "node[1].count", "a whole number"),
     "too many nodes": (GOOD + "count = 1000000", "node", "at most 100,000"),
     "too many devices": (GOOD.replace("2 x", "99999999999 x", 1), "node", "at most 100,000"),
     "two of a name": (GOOD.replace('"b"', '"a"'), "node.name", "'a' 2 times"),
@@ -118,7 +118,7 @@ BAD = {
     "efficiency not a number": (
         GOOD + "[device.T4]\nmemory_efficiency = nan",
         "device.T4.memory_efficiency",
-        "at most 1",
+        "a finite number",
     ),
     "new type without figures": (
         GOOD + '[device.New]\nmemory = "8 GiB"',

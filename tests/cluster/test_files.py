@@ -94,6 +94,7 @@ links = st.builds(
     latency=st.one_of(st.just(0.0), st.floats(1e-9, 10.0)),
     shared=st.booleans(),
 )
+PRINTABLE = st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True)
 shares = st.floats(0.01, 1.0)
 kinds = st.builds(
@@ -108,7 +109,7 @@ kinds = st.builds(
     attention_efficiency=shares,
     memory_efficiency=shares,
     processor=st.sampled_from(["gpu", "cpu"]),
-    source=st.text(st.characters(blacklist_categories=["Cs"]), max_size=20),
+    source=st.text(PRINTABLE, max_size=20),
 )
 
 
@@ -142,7 +143,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
         else ()
     )
     return Cluster(
-        name=draw(st.text(st.characters(blacklist_categories=["Cs"]), max_size=8)),
+        name=draw(st.text(PRINTABLE, max_size=8)),
         types=types,
         nodes=tuple(nodes),
         sites=tuple(sites),

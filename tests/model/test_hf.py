@@ -1,6 +1,7 @@
 """Models by name and config.json, and what is said about bad ones."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -83,15 +84,24 @@ def without(config: dict[str, object], field: str) -> dict[str, object]:
     [
         (without(GPT2, "model_type"), "c.json: model_type: found nothing; wanted one of gpt2"),
         (GPT2 | {"model_type": "bert"}, "model_type: found 'bert'"),
-        (without(GPT2, "n_embd"), "n_embd: found 'nothing'; wanted a whole number"),
+        (without(GPT2, "n_embd"), "n_embd: found nothing; wanted this field"),
         (GPT2 | {"n_layer": "12"}, "n_layer: found '12'"),
         (GPT2 | {"n_layer": True}, "n_layer: found True"),
         (GPT2 | {"n_layer": 0}, "n_layer: found 0"),
         (GPT2 | {"vocab_size": -5}, "vocab_size: found -5"),
+        (GPT2 | {"vocab_size": 10**30}, "vocab_size: found 1000.*wanted at most 10,000,000"),
+        (GPT2 | {"n_layer": 12.0}, "n_layer: found 12.0; wanted a whole number"),
+        (GPT2 | {"layer_norm_epsilon": math.inf}, "layer_norm_epsilon: found inf"),
+        (LLAMA | {"rms_norm_eps": 1.0}, "rms_norm_eps: found 1.0; wanted less than 1"),
+        (LLAMA | {"tie_word_embeddings": math.nan}, "tie_word_embeddings: found nan"),
+        (LLAMA | {"tie_word_embeddings": 1}, "tie_word_embeddings: found 1; wanted true or false"),
+        (LLAMA | {"rope_parameters": {"rope_theta": -1.0}}, "rope_parameters.rope_theta: found -1"),
+        (LLAMA | {"_name_or_path": "a\nb"}, "_name_or_path: found 'a"),
+        (LLAMA | {"model_type": ["llama"]}, "model_type: found \\['llama'\\]"),
         (GPT2 | {"n_head": 7}, "n_head: found 7; wanted a divisor of n_embd = 768"),
         (LLAMA | {"num_key_value_heads": 5}, "num_key_value_heads: found 5; wanted a divisor of"),
         (LLAMA | {"head_dim": 63}, "head_dim: found 63; wanted an even number"),
-        (without(MIXTRAL, "num_local_experts"), "num_local_experts: found 'nothing'"),
+        (without(MIXTRAL, "num_local_experts"), "num_local_experts: found nothing"),
         (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok: found 9; wanted between 1"),
     ],
 )

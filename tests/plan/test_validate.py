@@ -129,9 +129,8 @@ def test_each_mistake_is_named_with_its_field(name):
     edit, field, words = EDITS[name]
     data = good()
     edit(data)
-    plan = Plan(**{**data, **_records(data)})
     with pytest.raises(PlanError) as caught:
-        validate_plan(plan, MODEL, CLUSTER, source="plan.json")
+        validate_plan(Plan(**_records(data)), MODEL, CLUSTER, source="plan.json")
     hits = [p for p in caught.value.problems if field in p.field and words in str(p)]
     assert hits, str(caught.value)
     assert "plan.json" in str(caught.value)
@@ -140,7 +139,7 @@ def test_each_mistake_is_named_with_its_field(name):
 def _records(data: dict) -> dict:
     from meshwright.records import parse
 
-    plan = parse(data, Plan, source="x", error=PlanError)
+    plan = parse(data, Plan, source="plan.json", error=PlanError)
     return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
 
 
@@ -182,7 +181,7 @@ def test_tensor_width_must_divide_the_heads():
         ("{", "well-formed JSON"),
         ("[1]", "a table of named fields"),
         ("{}", "format"),
-        ('{"format": 2}', "wanted 1"),
+        ('{"format": 2}', "wanted format 1"),
         ('{"format": 1, "colour": "red"}', "colour"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The program itself, and the arguments that several verbs share."""
+"""The program itself, the arguments that several verbs share, and what verbs say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from meshwright import files
+from meshwright.text import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,3 +45,15 @@ ProfileOption = Annotated[
 ModelOption = Annotated[
     str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
 ]
+
+
+def say(text: str, *, to_errors: bool = False) -> None:
+    """Print a line; what would steer the terminal is written out."""
+    typer.echo(printable(text, lines=True), err=to_errors)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise OutputError, before anything is worked out, if a file could not be written."""
+    for path in paths:
+        if path is not None:
+            files.check_output(path)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from meshwright import files
 from meshwright.cli.options import (
     ClusterOption,
     ModelOption,
@@ -18,6 +19,8 @@ from meshwright.cli.options import (
     PrecisionChoice,
     ProfileOption,
     app,
+    check_outputs,
+    say,
 )
 
 
@@ -41,15 +44,13 @@ def plan(
 ) -> None:
     """Find the fastest plan for a model on a cluster."""
     from meshwright.plan.files import save_plan
+    from meshwright.records import PositiveSeconds, checked_value
     from meshwright.report.tables import explain as print_explanation
     from meshwright.search.certificate import sentence
     from meshwright.session import error_text, open_session, search
-    from meshwright.units import parse_seconds
 
-    try:
-        seconds = parse_seconds(budget) if budget else None
-    except ValueError as failure:
-        raise typer.BadParameter(str(failure), param_hint="--budget") from None
+    seconds = checked_value(PositiveSeconds, budget, "--budget") if budget else None
+    check_outputs(output)
     session = open_session(
         model=model,
         cluster=cluster,
@@ -60,15 +61,15 @@ def plan(
         optimizer=optimizer.value,
     )
     for warning in session.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", to_errors=True)
     found = search(session, budget_seconds=seconds)
     save_plan(found, output)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
-        typer.echo(text)
+        say(text)
     if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
-        typer.echo(text)
-    typer.echo(f"wrote {output}")
+        say(text)
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -82,7 +83,7 @@ def explain(plan_file: PlanFile) -> None:
     found = found if found.prediction else predicted(session, found)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
-        typer.echo(text)
+        say(text)
 
 
 @app.command()
@@ -100,27 +101,28 @@ def simulate(
     from meshwright.report.tables import timeline_summary
     from meshwright.session import error_text, reopen, simulated
 
+    check_outputs(trace, program, report)
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
     timeline = simulated(session, found)
     timeline_summary(found, timeline)
     if text := error_text(session, timeline.step_seconds):
-        typer.echo(text)
+        say(text)
     if program:
         from meshwright.program.compile import compile_plan
         from meshwright.program.instructions import dumps
 
-        program.write_text(dumps(compile_plan(found, session.model)))
-        typer.echo(f"wrote {program}")
+        files.write_text(program, dumps(compile_plan(found, session.model)))
+        say(f"wrote {program}")
     if trace:
         from meshwright.report.trace import dump_trace
 
         dump_trace(timeline, trace)
-        typer.echo(f"wrote {trace}")
+        say(f"wrote {trace}")
     if report:
         from meshwright.report.page import write_report
 
         write_report(report, found, session.cluster, session.model, predicted=timeline)
-        typer.echo(f"wrote {report}")
+        say(f"wrote {report}")
 
 
 @app.command()
@@ -140,6 +142,7 @@ def compare(
     from meshwright.session import measured, reopen
     from meshwright.simulate.facts import check_comparable, judge
 
+    check_outputs(report)
     one, two = (
         measured(*reopen(file), name)
         for file, name in zip((first, second), short_names(first, second), strict=True)
@@ -152,7 +155,7 @@ def compare(
         print_comparison(one, two, verdict)
     if report:
         write_comparison(report, one, two, verdict)
-        typer.echo(f"wrote {report}", err=json)
+        say(f"wrote {report}", to_errors=json)
 
 
 @app.command()
@@ -181,6 +184,7 @@ def whatif(
     from meshwright.session import reopen
     from meshwright.whatif import Edits, what_if
 
+    check_outputs(output)
     edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
     found, cluster = what_if(*reopen(plan_file), edits)
     if json:
@@ -188,8 +192,8 @@ def whatif(
     else:
         print_whatif(found)
     if output:
-        output.write_text(dump_cluster(cluster))
-        typer.echo(f"wrote {output}", err=json)
+        files.write_text(output, dump_cluster(cluster))
+        say(f"wrote {output}", to_errors=json)
 
 
 @app.command()
@@ -210,15 +214,16 @@ def export(
     from meshwright.plan.ranks import describe
     from meshwright.session import reopen
 
+    files.check_folder(output)
     session, plan = reopen(plan_file)
     found = exported(session, plan, to, nearest=nearest)
-    output.mkdir(parents=True, exist_ok=True)
+    files.make_folder(output)
     for name, text in found.files.items():
-        (output / name).write_text(text)
-        typer.echo(f"wrote {output / name}")
+        files.write_text(output / name, text)
+        say(f"wrote {output / name}")
     if found.plan != plan:
         save_plan(found.plan, output / "plan.json")
-        typer.echo(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
+        say(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
 
 
 @app.command()
@@ -245,8 +250,9 @@ def reorder(
     from meshwright.report.tables import explain as print_explanation
     from meshwright.session import reopen
 
+    check_outputs(output)
     session, plan = reopen(plan_file)
     found = imported(session, plan, csv) if csv else in_order(session, plan, order)
     save_plan(found, output)
     print_explanation(found)
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")

@@ -6,16 +6,21 @@ Everything heavy is imported inside them.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshwright import files
 from meshwright.cli.options import (
     ModelOption,
     PlanFile,
     PrecisionChoice,
     app,
+    check_outputs,
+    say,
 )
 from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_there
 
@@ -52,9 +57,13 @@ def profile(
     On a testbed every class of links is measured, and the folder gets profile.json, links.json and
     the cluster.toml with the links as they are.
     """
-    from meshwright.runtime.profile import ProfileSettings, profile_here
+    from meshwright.records import checked, checked_value
+    from meshwright.runtime.profile import Processes, ProfileSettings, profile_here
 
-    settings = ProfileSettings(
+    checked_value(Processes, processes, "--processes")
+    settings = checked(
+        ProfileSettings,
+        {name: f"--{name}" for name in ("model", "sequence", "rows", "tensor", "output")},
         model=model,
         sequence=sequence,
         rows=_numbers(rows, "--rows"),
@@ -63,6 +72,8 @@ def profile(
         cluster=str(cluster) if cluster else None,
         output=str(output),
     )
+    if bed_file is None:
+        check_outputs(output)
     with launcher_for(bed_file) as launcher:
         if launcher is not None:
             profile_testbed(launcher, settings, output, again=again)
@@ -70,14 +81,28 @@ def profile(
     _, known = profile_here(settings, processes, again=again)
     if os.environ.get("RANK", "0") == "0":
         done = f"{output} holds these measurements already; --again measures anew"
-        typer.echo(done if known else f"wrote {output}")
+        say(done if known else f"wrote {output}")
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"found {text!r}; wanted numbers such as 1,2,4", param_hint=option)
-    return tuple(int(part) for part in parts)
+    from meshwright.errors import OptionError, Problem
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
+        raise OptionError(Problem(option, "", repr(text), "numbers such as 1,2,4"))
+    return tuple(map(int, parts))
+
+
+_OPTIONS = {
+    "steps": "--steps",
+    "learning_rate": "--learning-rate",
+    "warmup_steps": "--warmup-steps",
+    "clip_norm": "--clip-norm",
+    "seed": "--seed",
+    "timeout_seconds": "--timeout",
+    "data": "--data",
+}
+"""Of `train`, by the field of RunSettings."""
 
 
 @app.command()
@@ -101,13 +126,16 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
 ) -> None:
     """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
+    from meshwright.records import checked
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen
     from meshwright.testbed.bed import standing_here
     from meshwright.training import prepare, training_commands
 
     session, found = reopen(plan_file)
-    settings = RunSettings(
+    settings = checked(
+        RunSettings,
+        _OPTIONS,
         model=found.model.source,
         data=data,
         steps=steps,
@@ -120,14 +148,16 @@ def train(
         timeout_seconds=timeout,
         compile=compile,
     )
+    files.check_folder(output)
+    check_outputs(report)
     prepare(session, found, settings, output)
     if standing_here() is None:
         for command in training_commands(found, output):
-            typer.echo(command)
+            say(command)
     if dry_run:
         return
     outcome = train_there(session, found, settings, output)
-    typer.echo(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
+    say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     _show(session, found, outcome, report, clipped=settings.clip_norm is not None)
 
 
@@ -155,7 +185,7 @@ def _show(
             measured=outcome.timeline,
             losses={found.name: outcome.losses},
         )
-        typer.echo(f"wrote {report}")
+        say(f"wrote {report}")
 
 
 @app.command()
@@ -177,22 +207,29 @@ def calibrate(
     ] = Path("calibrated.json"),
 ) -> None:
     """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
-    from meshwright.calibration import from_runs, proposals
+    from meshwright.calibration import Proposals, from_runs, proposals
+    from meshwright.errors import OptionError, Problem
     from meshwright.plan.files import save_plan
-    from meshwright.records import dumps
+    from meshwright.records import checked_value, dumps
     from meshwright.session import open_session, with_sources
+    from meshwright.text import file_name
 
+    checked_value(Proposals, propose, "--propose")
     if not propose:
+        check_outputs(output)
         found = from_runs(runs or [], cluster)
-        output.write_text(dumps(found), encoding="utf-8")
+        files.write_text(output, dumps(found), durable=True)
         fitted = found.calibration
         if fitted and fitted.error:
             low, high = fitted.error.low, fitted.error.high
-            typer.echo(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
-        typer.echo(f"wrote {output}")
+            say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
+        say(f"wrote {output}")
         return
     if not model or cluster is None:
-        raise typer.BadParameter("--propose needs --model and --cluster", param_hint="--propose")
+        wanted = "--model and --cluster as well, to know what to propose for"
+        raise OptionError(Problem("--propose", "", "nothing else", wanted))
+    folder = output if output.suffix == "" else Path("calibration")
+    files.check_folder(folder)
     session = open_session(
         model=model,
         cluster=cluster,
@@ -202,13 +239,12 @@ def calibrate(
         precision=precision.value if precision else None,
         optimizer="adamw",
     )
-    folder = output if output.suffix == "" else Path("calibration")
-    folder.mkdir(parents=True, exist_ok=True)
     for index, proposed in enumerate(proposals(session, propose)):
-        path = folder / f"{index}-{proposed.name}.json"
+        path = folder / f"{index}-{file_name(proposed.name)}.json"
         save_plan(with_sources(session, proposed), path)
-        typer.echo(f"meshwright train {path} --steps 12 -o {folder / f'run-{index}'}")
-    typer.echo(f"then: meshwright calibrate {folder}/run-* -o calibrated.json")
+        run = folder / f"run-{index}"
+        say(shlex.join(["meshwright", "train", str(path), "--steps", "12", "-o", str(run)]))
+    say(f"then: meshwright calibrate {shlex.quote(str(folder))}/run-* -o calibrated.json")
 
 
 @app.command()
@@ -218,16 +254,20 @@ def discover(
     """Describe the machine this runs on."""
     from meshwright.cluster.discover import discover_toml
 
-    output.write_text(discover_toml())
-    typer.echo(f"wrote {output}")
+    check_outputs(output)
+    files.write_text(output, discover_toml())
+    say(f"wrote {output}")
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each plan.")] = 10,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each plan.")] = 10,
 ) -> None:
     """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
     from meshwright.demo import run_demo
+    from meshwright.records import checked_value
+    from meshwright.runtime.run import Steps
 
-    run_demo(output, steps)
+    files.check_folder(output)
+    run_demo(output, checked_value(Steps, steps, "--steps"))

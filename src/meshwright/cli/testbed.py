@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshwright.cli.options import ClusterOption, PlanFile, ProfileOption, app
+from meshwright import files
+from meshwright.cli.options import ClusterOption, PlanFile, ProfileOption, app, say
 
 if TYPE_CHECKING:
     from meshwright.plan.spec import Plan
@@ -58,7 +59,7 @@ def run(
             for rank, device in enumerate(devices)
         ]  # fmt: skip
         for line in (*lines[: len(lines) - undo], *inside, *lines[len(lines) - undo :]):
-            typer.echo(line)
+            say(line)
         _say_absent(up.absent)
         return
     with standing(bed) as up:
@@ -79,15 +80,15 @@ def status() -> None:
     from meshwright.testbed.traces import is_orphan, standing_traces, traces_folder
 
     able = abilities(f"{new_identity()}-probe")
-    typer.echo(f"link rates: {able.shaper or 'no'}")
-    typer.echo(f"link latencies: {'netem' if able.latency else 'no'}")
+    say(f"link rates: {able.shaper or 'no'}")
+    say(f"link latencies: {'netem' if able.latency else 'no'}")
     quotas = f"cgroup v{able.quotas.version}" if able.quotas else "no"
-    typer.echo(f"CPU quotas: {quotas}")
+    say(f"CPU quotas: {quotas}")
     for what, why in able.missing.items():
-        typer.echo(f"no {what}: {why}")
+        say(f"no {what}: {why}")
     for traces in standing_traces(traces_folder()):
         state = "left behind" if is_orphan(traces) else f"process {traces.owner}"
-        typer.echo(f"testbed {traces.identity}: {state}")
+        say(f"testbed {traces.identity}: {state}")
 
 
 @testbed.command()
@@ -96,12 +97,12 @@ def down() -> None:
     from meshwright.testbed.traces import sweep, traces_folder
 
     taken = sweep(traces_folder())
-    typer.echo(f"took down {', '.join(taken)}" if taken else "nothing was left behind")
+    say(f"took down {', '.join(taken)}" if taken else "nothing was left behind")
 
 
 def _say_absent(absent: tuple[str, ...]) -> None:
     for each in absent:
-        typer.echo(f"not emulated: {each}", err=True)
+        say(f"not emulated: {each}", to_errors=True)
 
 
 @contextmanager
@@ -129,15 +130,16 @@ def profile_testbed(
     """`profile` on a testbed: measures into a folder, and shows the links with their residuals."""
     from rich.console import Console
 
+    from meshwright.errors import OptionError, Problem
     from meshwright.report.verification import links_table
     from meshwright.testbed.profile import profile_on
 
     if folder.suffix:
-        raise typer.BadParameter(f"found {folder}; wanted a folder", param_hint="--output")
+        raise OptionError(Problem("--output", "", str(folder), "a folder, without a suffix"))
     found = profile_on(launcher, settings, folder, again=again)
     Console().print(links_table(found.links))
-    typer.echo("as measured before: --again measures anew" if found.cached else "measured")
-    typer.echo(f"plan with --cluster {found.cluster_file} --profile {found.profile_file}")
+    say("as measured before: --again measures anew" if found.cached else "measured")
+    say(f"plan with --cluster {found.cluster_file} --profile {found.profile_file}")
 
 
 def train_there(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> Outcome:
@@ -151,7 +153,7 @@ def train_there(session: Session, plan: Plan, settings: RunSettings, folder: Pat
         found = train_on(launcher, session, plan, settings, folder)
     if found.disturbed:
         share = f"others used {found.foreign_share:.0%} of the processor meanwhile"
-        typer.echo(f"disturbed: {share}, in the best of {found.attempts} attempts", err=True)
+        say(f"disturbed: {share}, in the best of {found.attempts} attempts", to_errors=True)
     return found.outcome
 
 
@@ -170,14 +172,16 @@ def verify(
     """Train a few steps of a plan and of its rivals: predicted against measured, part by part."""
     from rich.console import Console
 
+    from meshwright.records import checked
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen
     from meshwright.verify import verify_here
 
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
     names = tuple(name for name in against.split(",") if name)
-    settings = RunSettings(model=found.model.source, steps=steps)
+    settings = checked(RunSettings, {"steps": "--steps"}, model=found.model.source, steps=steps)
+    files.check_folder(output)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with launcher_for(bed_file) as launcher:
         verify_here(session, found, names, launcher, settings, output, console)
-    typer.echo(f"wrote {output / 'report.html'}")
+    say(f"wrote {output / 'report.html'}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 
 from meshwright.cluster.catalog import catalog
@@ -19,7 +18,11 @@ from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
 from meshwright.cluster.types import nearest_types
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import record
+from meshwright.text import NAME_LETTERS, did_you_mean
 from meshwright.units import format_bandwidth, format_seconds
+
+EDITED = ", edited"
+"""At the end of the name of a cluster that is not what its file says."""
 
 
 @record
@@ -62,7 +65,8 @@ def edited(
     for step in steps:
         changed = attempt(step, changed)
     ClusterError.check(problems)
-    return Edited(cluster=replace(changed, name=f"{cluster.name}, edited"), notes=tuple(notes))
+    name = f"{cluster.name.removesuffix(EDITED)[: NAME_LETTERS - len(EDITED)]}{EDITED}"
+    return Edited(cluster=replace(changed, name=name), notes=tuple(notes))
 
 
 def _set(cluster: Cluster, text: str) -> Edited:
@@ -123,8 +127,7 @@ def _no_such(cluster: Cluster, name: str, found: list[str], option: str) -> Prob
         return Problem(option, "", what, "a name that only one thing has")
     kinds = {kind for node in cluster.nodes for kind in node.devices}
     known = [*nodes_named(cluster), *sorted(kinds), *sorted({node.site for node in cluster.nodes})]
-    near = get_close_matches(name, known, 1, cutoff=0.5)
-    mend = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    mend = did_you_mean(name, known, cutoff=0.5) or f"Known: {', '.join(known)}."
     wanted = "a node, a device like 'p3-0:1', a device type or a site"
     return Problem(option, "", repr(name), wanted, mend)
 

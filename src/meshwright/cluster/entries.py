@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator
@@ -12,9 +11,9 @@ from pydantic import BeforeValidator
 from meshwright import units
 from meshwright.cluster.spec import Link, Precision
 from meshwright.errors import ClusterError, Problem
-from meshwright.records import parse, record
+from meshwright.records import Count, Line, Name, PositiveShare, check_format, parse, record
+from meshwright.text import did_you_mean
 
-FORMAT = 1
 T = TypeVar("T")
 
 
@@ -57,19 +56,19 @@ class LinksEntry:
 class NodeEntry:
     """`[[node]]`: one host, or `count` equal ones."""
 
-    name: str
-    devices: tuple[str, ...]
-    count: int | None = None
+    name: Name
+    devices: tuple[Name, ...]
+    count: Count | None = None
     inside: LinkEntry | None = None
     network: LinkEntry | None = None
-    site: str = "main"
+    site: Name = "main"
 
 
 @record
 class SiteEntry:
     """`[[site]]`"""
 
-    name: str
+    name: Name
     uplink: LinkEntry | None = None
 
 
@@ -77,24 +76,24 @@ class SiteEntry:
 class DeviceEntry:
     """`[device.NAME]`: figures that differ from the catalogue's, from `like`'s, or all of them."""
 
-    like: str | None = None
+    like: Name | None = None
     memory: SizeText | None = None
     memory_bandwidth: RateText | None = None
     peak: dict[Precision, FlopsText] | None = None
     """Joins the peaks of the type it changes; 0 takes a precision away."""
-    matmul_efficiency: float | None = None
-    attention_efficiency: float | None = None
-    memory_efficiency: float | None = None
+    matmul_efficiency: PositiveShare | None = None
+    attention_efficiency: PositiveShare | None = None
+    memory_efficiency: PositiveShare | None = None
     processor: Literal["gpu", "cpu"] | None = None
     inside: LinkEntry | None = None
-    source: str | None = None
+    source: Line | None = None
 
 
 @record
 class PairEntry:
     """`[[link]]`: one pair of nodes."""
 
-    between: tuple[str, str]
+    between: tuple[Name, Name]
     bandwidth: RateText
     latency: TimeText
     shared: bool = False
@@ -112,9 +111,9 @@ def _as_rows(value: object) -> object:
 class MatrixEntry:
     """`[matrix]`: every pair of some nodes; `"-"` where there is no direct link."""
 
-    nodes: tuple[str, ...]
-    bandwidth: tuple[tuple[str, ...], ...]
-    latency: Annotated[tuple[tuple[str, ...], ...], BeforeValidator(_as_rows)]
+    nodes: tuple[Name, ...]
+    bandwidth: tuple[tuple[Name, ...], ...]
+    latency: Annotated[tuple[tuple[Name, ...], ...], BeforeValidator(_as_rows)]
     """One text stands for all pairs."""
 
 
@@ -168,17 +167,18 @@ class _Reading:
 
 
 def _header_problems(data: dict[str, Any], source: str) -> Iterator[Problem]:
-    version = data.get("format")
-    if version != FORMAT or isinstance(version, bool):
-        found = "nothing" if version is None else repr(version)
-        yield Problem(source, "format", found, f"format {FORMAT}", f"Write: format = {FORMAT}")
-    if not isinstance(data.get("name", ""), str):
-        yield Problem(source, "name", repr(data["name"]), "a name in quotes")
+    try:
+        check_format(data, source=source, error=ClusterError)
+    except ClusterError as failure:
+        yield from failure.problems
+    try:
+        parse(data.get("name", ""), Name, source=source, error=ClusterError)
+    except ClusterError as failure:
+        yield from (replace(each, field="name") for each in failure.problems)
     for key in data:
         if key not in _KNOWN:
-            near = get_close_matches(key, _KNOWN, 1)
-            mend = f"Did you mean {near[0]!r}?" if near else ""
-            yield Problem(source, key, "an unknown field", f"one of: {', '.join(_KNOWN)}", mend)
+            wanted, mend = f"one of: {', '.join(_KNOWN)}", did_you_mean(key, _KNOWN)
+            yield Problem(source, key, "an unknown field", wanted, mend)
 
 
 def _table(reading: _Reading, kind: type[T], where: str, value: object) -> T | None:

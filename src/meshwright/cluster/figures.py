@@ -35,12 +35,6 @@ def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
     """One Problem for each bandwidth, latency, size or speed that cannot be meant."""
     for field, value, allowed in _figures(entries):
         yield from out_of_range(field, value, allowed, source)
-    for name, entry in entries.devices.items():
-        for kind in ("matmul", "attention", "memory"):
-            share = getattr(entry, f"{kind}_efficiency")
-            if share is not None and not 0 < share <= 1:
-                field = f"device.{name}.{kind}_efficiency"
-                yield Problem(source, field, str(share), "more than 0, at most 1")
 
 
 def out_of_range(field: str, value: float, allowed: Range, source: str) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -12,12 +12,14 @@ from typing import Any
 from meshwright import records, units
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.check import DEFAULT_SITE, devices_in, names_of, problems_of
-from meshwright.cluster.entries import FORMAT, Entries, NodeEntry, link_of, read_entries
+from meshwright.cluster.entries import Entries, NodeEntry, link_of, read_entries
 from meshwright.cluster.matrix import matrix_links
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
 from meshwright.cluster.types import resolve_type
 from meshwright.errors import ClusterError
+from meshwright.text import quoted
 
+_BARE_KEY = re.compile("[A-Za-z0-9_-]+")
 _UNUSED_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
 """Network interface of a machine that is alone and says nothing: 10 Gbit/s Ethernet."""
 
@@ -94,11 +96,11 @@ def dump_cluster(cluster: Cluster) -> str:
     """TOML text that `load_cluster` reads back to an equal cluster."""
     networks = {node.network for node in cluster.nodes}
     shared = networks.pop() if len(networks) == 1 else None
-    lines = [f"format = {FORMAT}", f"name = {_text(cluster.name)}"]
+    lines = [f"format = {records.FORMAT}", f"name = {quoted(cluster.name)}"]
     if shared:
         lines += ["", "[links]", f"network = {_link(shared)}"]
     for site in cluster.sites:
-        lines += ["", "[[site]]", f"name = {_text(site.name)}"]
+        lines += ["", "[[site]]", f"name = {quoted(site.name)}"]
         lines += [f"uplink = {_link(site.uplink)}"] if site.uplink else []
     for base, nodes in _runs(cluster.nodes):
         lines += ["", *_node_lines(base, nodes, shared)]
@@ -108,7 +110,7 @@ def dump_cluster(cluster: Cluster) -> str:
         if name not in used or known is None or known.type != kind:
             lines += ["", *_type_lines(kind)]
     for direct in cluster.direct:
-        lines += ["", "[[link]]", f"between = [{', '.join(map(_text, direct.between))}]"]
+        lines += ["", "[[link]]", f"between = [{', '.join(map(quoted, direct.between))}]"]
         lines += _link_fields(direct.link)
     return "\n".join(lines) + "\n"
 
@@ -128,13 +130,13 @@ def _runs(nodes: tuple[Node, ...]) -> list[tuple[str | None, list[Node]]]:
 
 def _node_lines(base: str | None, nodes: list[Node], shared: Link | None) -> list[str]:
     node = nodes[0]
-    lines = ["[[node]]", f"name = {_text(base or node.name)}"]
+    lines = ["[[node]]", f"name = {quoted(base or node.name)}"]
     lines += [f"count = {len(nodes)}"] if base else []
     runs = [(kind, len([*run])) for kind, run in groupby(node.devices)]
-    lines += [f"devices = [{', '.join(_text(f'{count} x {kind}') for kind, count in runs)}]"]
+    lines += [f"devices = [{', '.join(quoted(f'{count} x {kind}') for kind, count in runs)}]"]
     lines += [f"inside = {_link(node.inside)}"]
     lines += [] if shared else [f"network = {_link(node.network)}"]
-    return [*lines, f"site = {_text(node.site)}"]
+    return [*lines, f"site = {quoted(node.site)}"]
 
 
 def _type_lines(kind: DeviceType) -> list[str]:
@@ -147,15 +149,15 @@ def _type_lines(kind: DeviceType) -> list[str]:
         kind.memory_bandwidth, units.format_throughput, units.parse_bandwidth, "B/s"
     )
     return [
-        f"[device.{_text(kind.name) if '.' in kind.name else kind.name}]",
+        f"[device.{kind.name if _BARE_KEY.fullmatch(kind.name) else quoted(kind.name)}]",
         f"memory = {_quantity(kind.memory, units.format_bytes, units.parse_bytes, 'B')}",
         f"memory_bandwidth = {throughput}",
         f"peak = {{ {peaks} }}",
         f"matmul_efficiency = {kind.matmul_efficiency!r}",
         f"attention_efficiency = {kind.attention_efficiency!r}",
         f"memory_efficiency = {kind.memory_efficiency!r}",
-        f"processor = {_text(kind.processor)}",
-        f"source = {_text(kind.source)}",
+        f"processor = {quoted(kind.processor)}",
+        f"source = {quoted(kind.source)}",
     ]
 
 
@@ -176,8 +178,4 @@ def _rate(bytes_per_second: float) -> str:
 def _quantity(value: float, show: Any, read: Any, unit: str) -> str:
     """The readable text where that is exact, else all digits."""
     readable = show(value)
-    return _text(readable if read(readable) == value else f"{value!r} {unit}")
-
-
-def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return quoted(readable if read(readable) == value else f"{value!r} {unit}")

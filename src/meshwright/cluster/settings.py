@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, cast, get_args
 
 from meshwright import units
@@ -21,6 +20,7 @@ from meshwright.cluster.figures import (
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import record
+from meshwright.text import did_you_mean
 
 LEVELS = ("inside", "network", "uplink")
 _TOPICS = ("link", "node", "site", "device")
@@ -88,8 +88,7 @@ class _Place:
 
 
 def _unknown(place: _Place, found: str, known: tuple[str, ...]) -> ClusterError:
-    near = get_close_matches(found, known, 1, cutoff=0.5)
-    mend = f"Did you mean {near[0]!r}?" if near else ""
+    mend = did_you_mean(found, known, cutoff=0.5)
     wanted = f"one of: {', '.join(known)}" if known else "nothing: the cluster has none"
     return ClusterError(Problem(place.option, place.field, repr(found), wanted, mend))
 

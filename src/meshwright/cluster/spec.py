@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from meshwright.records import Bytes, BytesPerSecond, Flops, Seconds, record
+from pydantic import Field
+
+from meshwright.records import (
+    Bytes,
+    BytesPerSecond,
+    Flops,
+    Line,
+    Name,
+    PositiveShare,
+    Seconds,
+    record,
+)
 
 Precision = Literal["fp64", "fp32", "fp16", "bf16"]
 """Arithmetic of forward and backward. Weights and optimizer states stay fp32 (fp64 for fp64)."""
@@ -26,19 +37,19 @@ class Link:
 class DeviceType:
     """One kind of accelerator (or CPU process): what its datasheet says, and what it reaches."""
 
-    name: str
-    memory: Bytes
+    name: Name
+    memory: Annotated[Bytes, Field(gt=0)]
     """Bytes that a program can use."""
     memory_bandwidth: BytesPerSecond
-    peak: dict[Precision, Flops]
+    peak: dict[Precision, Annotated[Flops, Field(gt=0)]]
     """Dense peak by precision, FLOP/s; a precision that is absent is not offered."""
-    matmul_efficiency: float = 0.6
+    matmul_efficiency: PositiveShare = 0.6
     """Share of the peak that large matrix products reach."""
-    attention_efficiency: float = 0.35
-    memory_efficiency: float = 0.8
+    attention_efficiency: PositiveShare = 0.35
+    memory_efficiency: PositiveShare = 0.8
     processor: Literal["gpu", "cpu"] = "gpu"
     """A cpu process reserves no device context or collective buffers."""
-    source: str = ""
+    source: Line = ""
     """Where the figures are from."""
 
 
@@ -46,9 +57,9 @@ class DeviceType:
 class Node:
     """Devices that share a host."""
 
-    name: str
-    site: str
-    devices: tuple[str, ...]
+    name: Name
+    site: Name
+    devices: tuple[Name, ...]
     """Type name of each device, by local index."""
     inside: Link
     """Between devices of this node."""
@@ -60,7 +71,7 @@ class Node:
 class Site:
     """Nodes behind one uplink."""
 
-    name: str
+    name: Name
     uplink: Link | None = None
     """None: sites meet at full network speed."""
 
@@ -69,7 +80,7 @@ class Site:
 class DirectLink:
     """An explicit link between two nodes that replaces the hierarchy for that pair."""
 
-    between: tuple[str, str]
+    between: tuple[Name, Name]
     link: Link
 
 
@@ -77,19 +88,19 @@ class DirectLink:
 class Device:
     """One accelerator of a cluster."""
 
-    name: str
+    name: Name
     """`node:index`."""
-    type: str
-    node: str
-    site: str
+    type: Name
+    node: Name
+    site: Name
 
 
 @record
 class Cluster:
     """All of it, expanded: one Node per host."""
 
-    name: str
-    types: dict[str, DeviceType]
+    name: Name
+    types: dict[Name, DeviceType]
     nodes: tuple[Node, ...]
     sites: tuple[Site, ...]
     direct: tuple[DirectLink, ...] = ()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.entries import DeviceEntry, link_of
 from meshwright.cluster.spec import DeviceType, Link
 from meshwright.errors import Problem
+from meshwright.text import nearest
 
 _NEEDED = ("memory", "memory_bandwidth", "peak")
 _FIGURES = (
@@ -26,7 +26,7 @@ def nearest_types(name: str, known: Mapping[str, object]) -> str:
     names = sorted({*catalog(), *known})
     folded = {each.lower(): each for each in names}
     near = [each for each in folded if each.startswith(name.lower())]
-    near = near or get_close_matches(name.lower(), folded, 3, cutoff=0.5)
+    near = near or nearest(name.lower(), folded, count=3, cutoff=0.5)
     close = " or ".join(repr(folded[each]) for each in near)
     mend = f"Did you mean {close}? " if near else ""
     return f"{mend}Known: {', '.join(names)}; or define [device.{name}]."

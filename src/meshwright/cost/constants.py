@@ -12,36 +12,36 @@ from dataclasses import field, fields, replace
 
 from meshwright.cluster.spec import DeviceType
 from meshwright.errors import Problem
-from meshwright.records import Seconds, record
+from meshwright.records import Count, Format, Line, Name, PositiveShare, Ratio, Seconds, record
 
 
 @record
 class DeviceConstants:
     """What one type of device reaches, with the host that drives it."""
 
-    matmul_efficiency: float | None = None
-    attention_efficiency: float | None = None
-    memory_efficiency: float | None = None
+    matmul_efficiency: PositiveShare | None = None
+    attention_efficiency: PositiveShare | None = None
+    memory_efficiency: PositiveShare | None = None
     """None: the device type's own figure."""
-    head_efficiency: float = 1.0
+    head_efficiency: PositiveShare = 1.0
     launch_forward: Seconds = 50e-6
     launch_backward: Seconds = 100e-6
     layer_overhead: Seconds = 0.0
-    weight_traffic: float = 1.0
-    optimizer_traffic: float = 1.0
+    weight_traffic: Ratio = 1.0
+    optimizer_traffic: Ratio = 1.0
 
 
 @record
 class SystemConstants:
     """What the links reach, and what the training framework does between computations."""
 
-    inside_efficiency: float = 1.0
-    network_efficiency: float = 1.0
+    inside_efficiency: PositiveShare = 1.0
+    network_efficiency: PositiveShare = 1.0
     ring_step: Seconds = 0.0
     boundary: Seconds = 0.0
-    gradient_width: float = 1.0
-    reduction_delay: float = 0.0
-    shard_exposure: float = 0.3
+    gradient_width: Ratio = 1.0
+    reduction_delay: Ratio = 0.0
+    shard_exposure: Ratio = 0.3
     step: Seconds = 0.0
 
 
@@ -187,20 +187,20 @@ SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
 class ErrorBar:
     """How far predictions were off where they could be checked: relative, measured / predicted."""
 
-    low: float
-    high: float
+    low: Ratio
+    high: Ratio
     """Tenth and ninetieth percentile, each run predicted from the others."""
-    runs: int
+    runs: Count
 
 
 @record
 class Calibration:
     """Constants fitted to measured steps."""
 
-    format: int = 1
-    source: str = ""
+    format: Format = 1
+    source: Line = ""
     """What was fitted: for people."""
-    devices: dict[str, DeviceConstants] = field(default_factory=dict)
+    devices: dict[Name, DeviceConstants] = field(default_factory=dict)
     """By device type."""
     system: SystemConstants = SystemConstants()
     error: ErrorBar | None = None

@@ -11,14 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_reduce, alone_seconds
-from meshwright.records import Bytes, BytesPerSecond, Seconds, record
+from meshwright.records import (
+    Bytes,
+    BytesPerSecond,
+    Name,
+    PositiveSeconds,
+    Ratio,
+    Seconds,
+    record,
+)
 
+Error = Annotated[float, Field(ge=-1, le=1e30)]
+"""(predicted - measured) / measured."""
 SLOWER = 0.97
 """Of the bandwidth that both nodes showed elsewhere: a pair below it has a bottleneck between."""
 
@@ -28,22 +40,22 @@ class Point:
     """Median seconds of one size."""
 
     bytes: Bytes
-    seconds: Seconds
+    seconds: PositiveSeconds
 
 
 @record
 class PairTimes:
     """Messages between two devices that stand for all pairs like them."""
 
-    between: tuple[str, str]
+    between: tuple[Name, Name]
     latency: Seconds
     bandwidth: BytesPerSecond
-    residual: float
+    residual: Ratio
     """Largest relative distance of a point from latency + bytes / bandwidth."""
     points: tuple[Point, ...]
     crowded: Point | None = None
     """The largest message while a second pair of the same two nodes sends as much."""
-    sharing: float | None = None
+    sharing: Ratio | None = None
     """Of the line's seconds for twice the bytes, what the crowded message took: 1 for a fair
     half of the link each; 0.5 if the two pairs have links of their own."""
 
@@ -55,7 +67,7 @@ class CollectiveTimes:
     points: tuple[Point, ...]
     step_latency: Seconds
     """Fixed cost of one step of a ring, by the point that leaves least room for one."""
-    residuals: tuple[float, ...]
+    residuals: tuple[Error, ...]
     """(predicted - measured) / measured of every point, from the fitted links."""
 
 

@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator
 from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from meshwright import __version__
 from meshwright.cluster.spec import Cluster, Link, Precision
 from meshwright.cost.constants import Calibration, implausible
 from meshwright.errors import Problem, ProfileError
 from meshwright.model.spec import LayerGraph
-from meshwright.records import Seconds, load, record
+from meshwright.records import (
+    Format,
+    Line,
+    Name,
+    PositiveSeconds,
+    Ratio,
+    Rows,
+    Seconds,
+    Tokens,
+    parse,
+    read,
+    record,
+)
+
+TensorWidth = Annotated[int, Field(ge=1, le=2**16)]
 
 
 @record
 class LayerTime:
     """Median time of one kind of layer on one kind of device."""
 
-    device: str
+    device: Name
     """Device type."""
-    signature: str
+    signature: Name
     """Layer.signature."""
     precision: Precision
-    tensor: int
+    tensor: TensorWidth
     """Tensor width; the time contains no communication."""
-    rows: int
+    rows: Rows
     """Rows of the micro-batch."""
-    forward_seconds: Seconds
-    backward_seconds: Seconds
+    forward_seconds: PositiveSeconds
+    backward_seconds: PositiveSeconds
     input_seconds: Seconds | None = None
     """Of a backward in two parts, the one that makes the gradients of the layer's inputs, with what
     the forward takes longer to prepare it."""
     weight_seconds: Seconds | None = None
     """And the one that makes those of its weights. Absent: not measured."""
-    spread: float = 0.0
+    spread: Ratio = 0.0
     """Interquartile range of the repeats over their median."""
 
 
@@ -45,9 +61,9 @@ class LayerTime:
 class OptimizerTime:
     """Time of one optimizer step (clipping included) per parameter that a rank holds."""
 
-    device: str
-    optimizer: str
-    seconds_per_parameter: Seconds
+    device: Name
+    optimizer: Name
+    seconds_per_parameter: PositiveSeconds
     overhead_seconds: Seconds = 0.0
 
 
@@ -66,13 +82,13 @@ class LinkTimes:
 class Profile:
     """Everything measured for one model on one cluster."""
 
-    format: int = 1
-    model: str
+    format: Format = 1
+    model: Name
     """LayerGraph.name."""
-    sequence: int
-    versions: dict[str, str] = field(default_factory=dict)
+    sequence: Tokens
+    versions: dict[Name, Line] = field(default_factory=dict)
     """torch, Python and machine, as measured with."""
-    source: str = ""
+    source: Line = ""
     """Fingerprint of what was measured, how and where: the same is not measured again."""
     layers: tuple[LayerTime, ...] = ()
     optimizers: tuple[OptimizerTime, ...] = ()
@@ -116,60 +132,22 @@ AGAIN = "measure again with `meshwright profile`"
 
 def load_profile(path: Path) -> Profile:
     """A profile from its JSON or TOML file. Raises ProfileError with every mistake found."""
-    profile = load(path, Profile, error=ProfileError)
-    ProfileError.check(_nonsense(profile, str(path)))
+    data = read(path, error=ProfileError)
+    profile = parse(data, Profile, source=str(path), error=ProfileError, mend=AGAIN)
+    ProfileError.check(_implausible(profile, str(path)))
     return profile
 
 
 def check_profile(
     profile: Profile, model: LayerGraph, cluster: Cluster, *, source: str = "profile"
 ) -> None:
-    """Raises ProfileError with every measurement that is nonsense or from elsewhere."""
-    ProfileError.check((*_nonsense(profile, source), *_foreign(profile, model, cluster, source)))
+    """Raises ProfileError with every measurement that is implausible or from elsewhere."""
+    ProfileError.check((*_implausible(profile, source), *_foreign(profile, model, cluster, source)))
 
 
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
-
-
-def _nonsense(profile: Profile, source: str) -> Iterator[Problem]:
-    positive, not_negative = [], [("step_overhead_seconds", profile.step_overhead_seconds)]
+def _implausible(profile: Profile, source: str) -> Iterator[Problem]:
     if profile.calibration:
         yield from implausible(profile.calibration, source)
-    if profile.format != 1:
-        yield Problem(source, "format", str(profile.format), "1", AGAIN)
-    for i, entry in enumerate(profile.layers):
-        at = f"layers[{i}]"
-        positive += [
-            (f"{at}.tensor", entry.tensor),
-            (f"{at}.rows", entry.rows),
-            (f"{at}.forward_seconds", entry.forward_seconds),
-            (f"{at}.backward_seconds", entry.backward_seconds),
-        ]
-        not_negative.append((f"{at}.spread", entry.spread))
-        parts = {"input_seconds": entry.input_seconds, "weight_seconds": entry.weight_seconds}
-        not_negative += [(f"{at}.{name}", s or 0.0) for name, s in parts.items()]
-    for i, optimizer in enumerate(profile.optimizers):
-        at = f"optimizers[{i}]"
-        positive.append((f"{at}.seconds_per_parameter", optimizer.seconds_per_parameter))
-        not_negative.append((f"{at}.overhead_seconds", optimizer.overhead_seconds))
-    for level in ("inside", "network", "site") if profile.links else ():
-        link = getattr(profile.links, level)
-        if link is not None:
-            positive.append((f"links.{level}.bandwidth", link.bandwidth))
-            not_negative.append((f"links.{level}.latency", link.latency))
-    latency = profile.links.all_reduce_latency if profile.links else None
-    not_negative.append(("links.all_reduce_latency", latency or 0.0))
-    for name, value in positive:
-        if not _positive(value):
-            yield Problem(source, name, str(value), "a number above zero", AGAIN)
-    for name, value in not_negative:
-        if not _not_negative(value):
-            yield Problem(source, name, str(value), "a number not below zero", AGAIN)
 
 
 def _foreign(

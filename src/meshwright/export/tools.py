@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from meshwright.errors import PlanError, Problem
 from meshwright.export.accelerate import accelerate_files
@@ -15,6 +14,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
+from meshwright.text import did_you_mean
 
 _WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]] = {
     "torchtitan": torchtitan_files,
@@ -29,9 +29,8 @@ TOOLS = (*_WRITERS, PIPELINING)
 def check_tool(tool: str) -> None:
     """Raise PlanError for a tool that nobody knows."""
     if tool not in TOOLS:
-        near = get_close_matches(tool, TOOLS, 1)
-        mend = f"Did you mean {near[0]!r}?" if near else ""
-        raise PlanError(Problem("--to", "", repr(tool), f"one of: {', '.join(TOOLS)}", mend))
+        wanted, mend = f"one of: {', '.join(TOOLS)}", did_you_mean(tool, TOOLS)
+        raise PlanError(Problem("--to", "", repr(tool), wanted, mend))
 
 
 def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:

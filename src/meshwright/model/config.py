@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from meshwright.errors import Problem
-from meshwright.records import record
+from meshwright.records import Name, record
 
 Family = Literal["gpt2", "llama", "mixtral", "u-transformer"]
+
+# Ten and more times what any published model has; what is larger is a slip, and would overflow.
+Vocabulary = Annotated[int, Field(ge=1, le=10**7)]
+Positions = Annotated[int, Field(ge=1, le=2**30)]
+Width = Annotated[int, Field(ge=1, le=10**6)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Heads = Annotated[int, Field(ge=1, le=10**5)]
+Hidden = Annotated[int, Field(ge=1, le=10**7)]
+Experts = Annotated[int, Field(ge=0, le=10**5)]
+RotaryBase = Annotated[float, Field(gt=0, le=1e15)]
 
 
 @record
 class LanguageModel:
     """What defines a model of one of the families; all numbers are counts."""
 
-    name: str
+    name: Name
     family: Family
-    vocabulary: int
-    positions: int
+    vocabulary: Vocabulary
+    positions: Positions
     """Longest sequence: the size of the position table, or (`rotary`) what it is made for."""
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int
+    width: Width
+    layers: Layers
+    heads: Heads
+    kv_heads: Heads
+    head: Width
     """Features of one head."""
-    hidden: int
+    hidden: Hidden
     """Inner features of the feed-forward module, of one expert."""
     tied: bool = False
     """Input embedding and output projection are one parameter."""
-    experts: int = 0
-    chosen: int = 0
+    experts: Experts = 0
+    chosen: Experts = 0
     """Experts that a token goes to."""
-    rotary_base: float = 10000.0
-    levels: int = 0
+    rotary_base: RotaryBase = 10000.0
+    levels: Annotated[int, Field(ge=0, le=20)] = 0
     """Of a U-Transformer: how often its encoder shortens the sequence and doubles the width;
     `width` and `heads` are those of its ends, `layers` its blocks on each level of either side."""
 
@@ -139,20 +151,18 @@ NAMED = {
 def problems_of(
     model: LanguageModel, source: str, fields: dict[str, str] | None = None
 ) -> Iterator[Problem]:
-    """What is wrong with the numbers; `fields` are their names in the file, where they differ."""
+    """What is wrong between numbers that are each in their range; `fields` are their names in the
+    file, where they differ."""
     names = fields or {}
 
     def problem(field: str, wanted: str) -> Problem:
         return Problem(source, names.get(field, field), str(getattr(model, field)), wanted)
 
-    sizes = ("vocabulary", "positions", "width", "layers", "heads", "kv_heads", "head", "hidden")
-    wrong = [field for field in sizes if getattr(model, field) < 1]
-    yield from (problem(field, "a whole number above 0") for field in wrong)
-    if not wrong and model.heads % model.kv_heads:
+    if model.heads % model.kv_heads:
         yield problem("kv_heads", f"a divisor of the {model.heads} attention heads")
-    if not wrong and model.family == "gpt2" and model.width % model.heads:
+    if model.family == "gpt2" and model.width % model.heads:
         yield problem("heads", f"a divisor of the width {model.width}")
-    if not wrong and rotary(model.family) and model.head % 2:
+    if rotary(model.family) and model.head % 2:
         yield problem("head", "an even number: rotary positions turn pairs of features")
     if model.family == "mixtral" and not 1 <= model.chosen <= model.experts:
         yield problem("chosen", f"between 1 and the {model.experts} experts")

@@ -26,6 +26,7 @@ parameters = 1_000_000
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,30 +36,35 @@ from pydantic import Field
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.records import Bytes, Flops, fingerprint, parse, read, record
+from meshwright.records import Bytes, Flops, Name, fingerprint, parse, read, record
 
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[Bytes, Field(ge=0)]
-Work = Annotated[Flops, Field(ge=0)]
+Word = Annotated[Name, Field(min_length=1)]
+"""What a layer is called."""
+Work = Flops
+"""FLOP, not FLOP/s."""
+Parameters = Annotated[int, Field(ge=0, le=10**15)]
+Widths = Annotated[int, Field(ge=1, le=2**30)]
+MOST_LAYERS = 10_000
+"""Of a model. No published one has a tenth of them."""
 
 
 @record
 class LayerEntry:
     """One [[layer]]; amounts per row."""
 
-    name: Annotated[str, Field(min_length=1)]
-    count: Annotated[int, Field(ge=1)] | None = None
+    name: Word
+    count: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
     forward: Work
     attention: Work = 0.0
     """FLOPs of attention, beside `forward`."""
     backward: Work | None = None
-    parameters: Count = 0
-    output: Size = 0
-    saved: Size | None = None
-    traffic: Size | None = None
+    parameters: Parameters = 0
+    output: Bytes = 0
+    saved: Bytes | None = None
+    traffic: Bytes | None = None
     """Absent: the output and what is saved."""
-    workspace: Size = 0
-    tensor_units: Annotated[int, Field(ge=1)] = 1
+    workspace: Bytes = 0
+    tensor_units: Widths = 1
     """Tensor widths that divide this are legal; all of the layer is divided, its output and its
     input's gradient are summed."""
 
@@ -67,9 +73,9 @@ class LayerEntry:
 class SkipEntry:
     """One [[skip]]: layer `to` reads what layer `from` makes."""
 
-    from_: Annotated[str, Field(alias="from")]
-    to: str
-    bytes: Size | None = None
+    from_: Annotated[Name, Field(alias="from")]
+    to: Name
+    bytes: Bytes | None = None
     """Absent: the very output that the next layer reads. Given: another tensor of that size."""
 
 
@@ -77,9 +83,9 @@ class SkipEntry:
 class TiedEntry:
     """One [[tied]]: a parameter of several layers, beside their own."""
 
-    name: Annotated[str, Field(min_length=1)]
-    layers: Annotated[tuple[str, ...], Field(min_length=2)]
-    parameters: Annotated[int, Field(ge=1)]
+    name: Word
+    layers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MOST_LAYERS)]
+    parameters: Annotated[Parameters, Field(ge=1)]
     split: bool = False
 
 
@@ -87,10 +93,10 @@ class TiedEntry:
 class ModelFile:
     """The whole file."""
 
-    name: str
-    layer: Annotated[tuple[LayerEntry, ...], Field(min_length=1)]
-    skip: tuple[SkipEntry, ...] = ()
-    tied: tuple[TiedEntry, ...] = ()
+    name: Name
+    layer: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MOST_LAYERS)]
+    skip: Annotated[tuple[SkipEntry, ...], Field(max_length=MOST_LAYERS)] = ()
+    tied: Annotated[tuple[TiedEntry, ...], Field(max_length=MOST_LAYERS)] = ()
 
 
 def load_file(path: Path, sequence: int, precision: Precision) -> LayerGraph:
@@ -103,6 +109,10 @@ def from_table(
 ) -> LayerGraph:
     """A hand-written model from its parsed TOML. Raises ModelError with every mistake."""
     file = parse(table, ModelFile, source=source, error=ModelError)
+    many = sum(entry.count or 1 for entry in file.layer)
+    if many > MOST_LAYERS:
+        found, wanted = f"{many:,} layers", f"at most {MOST_LAYERS:,}"
+        raise ModelError(Problem(source, "layer", found, wanted))
     layers = tuple(_layers(file))
     index = {layer.name: number for number, layer in enumerate(layers)}
     ModelError.check(_mistakes(file, layers, index, source))
@@ -131,18 +141,19 @@ def _names(entry: LayerEntry) -> list[str]:
 def _layers(file: ModelFile) -> Iterator[Layer]:
     incoming = 0
     for entry in file.layer:
+        signature = fingerprint(entry)
         for name in _names(entry):
-            yield _layer(entry, name, incoming)
+            yield _layer(entry, name, signature, incoming)
             incoming = entry.output
 
 
-def _layer(entry: LayerEntry, name: str, incoming: int) -> Layer:
+def _layer(entry: LayerEntry, name: str, signature: str, incoming: int) -> Layer:
     saved = entry.output if entry.saved is None else entry.saved
     forward = entry.forward + entry.attention
     divided = entry.tensor_units > 1
     return Layer(
         name=name,
-        signature=fingerprint(entry),
+        signature=signature,
         forward_flops=entry.forward,
         attention_flops=entry.attention,
         backward_flops=2 * forward if entry.backward is None else entry.backward,
@@ -164,9 +175,10 @@ def _mistakes(
     file: ModelFile, layers: tuple[Layer, ...], index: dict[str, int], source: str
 ) -> Iterator[Problem]:
     names = [layer.name for layer in layers]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        wanted = "a name of its own for every layer"
-        yield Problem(source, "layer", f"{name!r} {names.count(name)} times", wanted)
+    for name, times in sorted(Counter(names).items()):
+        if times > 1:
+            wanted = "a name of its own for every layer"
+            yield Problem(source, "layer", f"{name!r} {times} times", wanted)
     known = f"one of {', '.join(names[:12])}" + (", ..." if len(names) > 12 else "")
     for number, skip in enumerate(file.skip):
         ends = {"from": skip.from_, "to": skip.to}
@@ -187,13 +199,16 @@ def _mistakes(
 
 def _tensors(file: ModelFile, layers: tuple[Layer, ...], index: dict[str, int]) -> Iterator[Tensor]:
     outputs = [entry.output for entry in file.layer for _ in _names(entry)]
+    further: dict[str, set[int]] = defaultdict(set)
+    for skip in file.skip:
+        if skip.bytes is None:
+            further[skip.from_].add(index[skip.to])
     for number, layer in enumerate(layers[:-1]):
-        further = {index[s.to] for s in file.skip if s.from_ == layer.name and s.bytes is None}
         yield Tensor(
             name=layer.name,
             bytes=float(outputs[number]),
             producer=number,
-            consumers=tuple(sorted({number + 1, *further})),
+            consumers=tuple(sorted({number + 1, *further[layer.name]})),
         )
     for skip in file.skip:
         if skip.bytes is not None:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
+from pydantic import Field
+
+from meshwright import files
 from meshwright.errors import ModelError, Problem
-from meshwright.model.config import NAMED, Family, LanguageModel, problems_of, rotary
-from meshwright.records import read
+from meshwright.model.config import (
+    NAMED,
+    Experts,
+    Family,
+    Heads,
+    Hidden,
+    LanguageModel,
+    Layers,
+    Positions,
+    RotaryBase,
+    Vocabulary,
+    Width,
+    problems_of,
+    rotary,
+)
+from meshwright.records import Line, parse, read, record
+from meshwright.text import NAME_LETTERS, nearest
+
+T = TypeVar("T")
 
 FAMILIES: dict[str, Family] = {
     "gpt2": "gpt2",
@@ -17,28 +37,74 @@ FAMILIES: dict[str, Family] = {
     "mixtral": "mixtral",
 }
 
-_GPT2_FIELDS = {
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+"""Added to a variance. The modules of `model.zoo` have their own, so that it is checked and no
+more."""
+
+
+@record
+class Gpt2Config:
+    """What is looked at in the config.json of a GPT-2."""
+
+    vocab_size: Vocabulary
+    n_positions: Positions
+    n_embd: Width
+    n_layer: Layers
+    n_head: Heads
+    n_inner: Hidden | None = None
+    tie_word_embeddings: bool = True
+    layer_norm_epsilon: Epsilon | None = None
+    name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
+
+
+@record
+class RopeParameters:
+    """`rope_parameters` of a newer config."""
+
+    rope_theta: RotaryBase | None = None
+
+
+@record
+class LlamaConfig:
+    """What is looked at in the config.json of a Llama, Mistral or Mixtral."""
+
+    vocab_size: Vocabulary
+    max_position_embeddings: Positions
+    hidden_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    intermediate_size: Hidden
+    num_key_value_heads: Heads | None = None
+    head_dim: Width | None = None
+    tie_word_embeddings: bool = False
+    rms_norm_eps: Epsilon | None = None
+    rope_theta: RotaryBase | None = None
+    rope_parameters: RopeParameters = RopeParameters()
+    num_local_experts: Experts = 0
+    num_experts_per_tok: Experts = 0
+    name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
+
+
+_GPT2_NAMES = {
     "vocabulary": "vocab_size",
     "positions": "n_positions",
     "width": "n_embd",
     "layers": "n_layer",
     "heads": "n_head",
+    "hidden": "n_inner",
 }
-_LLAMA_FIELDS = {
+_LLAMA_NAMES = {
     "vocabulary": "vocab_size",
     "positions": "max_position_embeddings",
     "width": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "hidden": "intermediate_size",
+    "kv_heads": "num_key_value_heads",
+    "head": "head_dim",
+    "experts": "num_local_experts",
+    "chosen": "num_experts_per_tok",
 }
-_MIXTRAL_FIELDS = _LLAMA_FIELDS | {"experts": "num_local_experts", "chosen": "num_experts_per_tok"}
-_FIELDS: dict[Family, dict[str, str]] = {
-    "gpt2": _GPT2_FIELDS,
-    "llama": _LLAMA_FIELDS,
-    "mixtral": _MIXTRAL_FIELDS,
-}
-_OPTIONAL = {"kv_heads": "num_key_value_heads", "head": "head_dim", "hidden": "n_inner"}
 
 
 def language_model(source: str | Path, sequence: int | None = None) -> LanguageModel:
@@ -59,10 +125,10 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
 
 def _from_file(source: str) -> LanguageModel:
     path = Path(source)
-    if path.is_dir():
+    if files.is_folder(path):
         path = path / "config.json"
-    if path.suffix != ".json" and not path.exists():
-        near = get_close_matches(source, NAMED, n=1, cutoff=0.4)
+    if path.suffix != ".json" and not files.exists(path):
+        near = nearest(source, NAMED, cutoff=0.4)
         mend = f"did you mean {near[0]}?" if near else "give a config.json or a .toml file"
         wanted = "a path, or one of " + ", ".join(NAMED)
         raise ModelError(Problem("model", "", f"unknown name {source!r}", wanted, mend))
@@ -72,42 +138,82 @@ def _from_file(source: str) -> LanguageModel:
 def from_config(config: dict[str, Any], source: str) -> LanguageModel:
     """A Hugging Face config as a LanguageModel. Raises ModelError with every field at fault."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         found = "nothing" if kind is None else repr(kind)
         wanted = "one of " + ", ".join(FAMILIES)
         mend = "describe other models as a .toml file, or trace their nn.Module"
         raise ModelError(Problem(source, "model_type", found, wanted, mend))
-    family = FAMILIES[kind]
-    fields = _FIELDS[family]
-    present = {own: theirs for own, theirs in _OPTIONAL.items() if config.get(theirs) is not None}
-    fields = fields | {k: v for k, v in present.items() if (family == "gpt2") == (v == "n_inner")}
-    ModelError.check(_unreadable(config, fields, source))
-    numbers = {own: int(config[theirs]) for own, theirs in fields.items()}
-    heads, width = numbers["heads"], numbers["width"]
-    if "head" not in numbers and (heads < 1 or width % heads):
-        wanted = f"a divisor of {fields['width']} = {width}"
-        raise ModelError(Problem(source, fields["heads"], str(heads), wanted))
-    defaults = {"kv_heads": heads, "head": width // max(heads, 1), "hidden": 4 * width}
-    model = LanguageModel(
-        name=str(config.get("_name_or_path") or Path(source).parent.name or kind),
-        family=family,
-        tied=config.get("tie_word_embeddings", family == "gpt2") is True,
-        rotary_base=_rotary_base(config),
-        **cast("dict[str, Any]", defaults | numbers),
-    )
-    ModelError.check(problems_of(model, source, _OPTIONAL | fields))
+    given = {key: value for key, value in config.items() if value is not None}
+    name = str(given.get("_name_or_path") or Path(source).parent.name or kind)[-NAME_LETTERS:]
+    if FAMILIES[kind] == "gpt2":
+        model, names = _gpt2(_parsed(given, Gpt2Config, source), name, source), _GPT2_NAMES
+    else:
+        llama = _parsed(given, LlamaConfig, source)
+        model, names = _llama(llama, FAMILIES[kind], name, source), _LLAMA_NAMES
+    ModelError.check(problems_of(model, source, names))
     return model
 
 
-def _unreadable(config: dict[str, Any], fields: dict[str, str], source: str) -> list[Problem]:
-    return [
-        Problem(source, theirs, repr(config.get(theirs, "nothing")), "a whole number above 0")
-        for theirs in fields.values()
-        if type(config.get(theirs)) is not int or config[theirs] < 1
-    ]
+def _parsed(given: dict[str, Any], kind: type[T], source: str) -> T:
+    """Of all that a config holds, what a record asks for."""
+    known = {
+        "_" + f.name if f.name == "name_or_path" else f.name for f in fields(cast("Any", kind))
+    }
+    own = {key: value for key, value in given.items() if key in known}
+    rope = own.get("rope_parameters")
+    if isinstance(rope, dict):
+        theta = rope.get("rope_theta")
+        own["rope_parameters"] = {} if theta is None else {"rope_theta": theta}
+    return parse(own, kind, source=source, error=ModelError)
 
 
-def _rotary_base(config: dict[str, Any]) -> float:
-    parameters = config.get("rope_parameters")
-    nested = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    return float(config.get("rope_theta") or nested or 10000.0)
+def _gpt2(c: Gpt2Config, name: str, source: str) -> LanguageModel:
+    return LanguageModel(
+        name=name,
+        family="gpt2",
+        vocabulary=c.vocab_size,
+        positions=c.n_positions,
+        width=c.n_embd,
+        layers=c.n_layer,
+        heads=c.n_head,
+        kv_heads=c.n_head,
+        head=_head(c.n_embd, c.n_head, _GPT2_NAMES, source),
+        hidden=c.n_inner or 4 * c.n_embd,
+        tied=c.tie_word_embeddings,
+    )
+
+
+def _llama(c: LlamaConfig, family: Family, name: str, source: str) -> LanguageModel:
+    """Raises ModelError."""
+    mixture = family == "mixtral"
+    if mixture:
+        wanted = "this field, which a mixture of experts needs"
+        ModelError.check(
+            Problem(source, field, "nothing", wanted)
+            for field in ("num_local_experts", "num_experts_per_tok")
+            if not getattr(c, field)
+        )
+    return LanguageModel(
+        name=name,
+        family=family,
+        vocabulary=c.vocab_size,
+        positions=c.max_position_embeddings,
+        width=c.hidden_size,
+        layers=c.num_hidden_layers,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads or c.num_attention_heads,
+        head=c.head_dim or _head(c.hidden_size, c.num_attention_heads, _LLAMA_NAMES, source),
+        hidden=c.intermediate_size,
+        tied=c.tie_word_embeddings,
+        experts=c.num_local_experts if mixture else 0,
+        chosen=c.num_experts_per_tok if mixture else 0,
+        rotary_base=float(c.rope_theta or c.rope_parameters.rope_theta or 10000.0),
+    )
+
+
+def _head(width: int, heads: int, names: dict[str, str], source: str) -> int:
+    """Features of a head where the config does not say. Raises ModelError."""
+    if width % heads:
+        wanted = f"a divisor of {names['width']} = {width}"
+        raise ModelError(Problem(source, names["heads"], str(heads), wanted))
+    return width // heads

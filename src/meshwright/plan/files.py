@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meshwright.errors import PlanError, Problem
-from meshwright.plan.spec import FORMAT, Plan
+from meshwright import files
+from meshwright.errors import PlanError
+from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
-from meshwright.records import dumps, parse, read
+from meshwright.records import check_format, dumps, parse, read
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan and check it by itself. Raises PlanError with every mistake, file and field."""
     data = read(path, error=PlanError)
-    found = data.get("format")
-    if found != FORMAT:
-        mend = "write the plan with this version" if isinstance(found, int) else ""
-        raise PlanError(Problem(str(path), "format", repr(found), str(FORMAT), mend))
+    check_format(data, source=str(path), error=PlanError)
     plan = parse(data, Plan, source=str(path), error=PlanError)
     validate_plan(plan, source=str(path))
     return plan
@@ -24,5 +22,4 @@ def load_plan(path: Path) -> Plan:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan as JSON; the same plan always gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(plan))
+    files.write_text(path, dumps(plan), durable=True)

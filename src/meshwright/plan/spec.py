@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from meshwright.cluster.spec import Precision
-from meshwright.records import Bytes, Seconds, record
+from meshwright.records import (
+    Bytes,
+    Count,
+    Format,
+    LayerIndex,
+    Line,
+    Name,
+    PositiveSeconds,
+    Rows,
+    Seconds,
+    Tokens,
+    one_of,
+    record,
+)
 
-FORMAT = 1
+MicroBatches = Annotated[int, Field(ge=1, le=2**16)]
 
 ScheduleName = Literal[
     "1f1b",
@@ -38,14 +53,19 @@ one device of the other side. `scatter_gather`: the devices of a replica send an
 parts, which the receivers put together among themselves. `broadcast`: one device sends to all
 devices of a replica at once."""
 
+PartName = Annotated[
+    str, one_of("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
+]
+"""Where the seconds of a step go."""
+
 
 @record
 class Job:
     """What one optimizer step must do, whatever the plan."""
 
-    global_batch: int
+    global_batch: Rows
     """Rows per step, over the whole cluster."""
-    sequence: int
+    sequence: Tokens
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
@@ -54,22 +74,26 @@ class Job:
 class Subject:
     """The model, cluster or profile that a plan was made for."""
 
-    name: str
-    fingerprint: str
+    name: Name
+    fingerprint: Name
     """Of the LayerGraph or Cluster record; empty: any will do (plans written by hand)."""
-    source: str = ""
+    source: Line = ""
     """Where it can be had again: a model name, a `config.json`, a `.toml`."""
+
+
+Actions = Annotated[str, Field(max_length=2**24)]
+"""Of one group of devices in a step."""
 
 
 @record
 class Stage:
     """A run of consecutive layers on a mesh of devices, data width x tensor width."""
 
-    layers: tuple[int, int]
+    layers: tuple[LayerIndex, LayerIndex]
     """First layer, and one past the last."""
-    devices: tuple[tuple[str, ...], ...]
+    devices: tuple[tuple[Name, ...], ...]
     """One row per replica; the devices of a row share each layer by tensor parallelism."""
-    rows: tuple[int, ...] | None = None
+    rows: tuple[Rows, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
     boundary: BoundaryKind | None = None
     """How activations arrive from the stage before, and gradients go back to it; absent: direct."""
@@ -82,13 +106,13 @@ class Stage:
 class Pipeline:
     """Stages that together hold the whole model and work through a share of the batch."""
 
-    micro_batches: int
-    rows: int
+    micro_batches: MicroBatches
+    rows: Rows
     """Rows of one micro-batch, over all replicas of a stage together."""
     stages: tuple[Stage, ...]
     """In layer order. The same devices may hold several (virtual stages), each time with the same
     `devices` and `rows`, where the schedule can play that."""
-    actions: tuple[str, ...] | None = None
+    actions: tuple[Actions, ...] | None = None
     """With schedule `list` or `custom`: what each group of devices computes, in order, one text per
     group in the order of their first stages. Words are F, B, I (gradients of the inputs) or W (of
     the weights) and a micro-batch, after the stage's place in the pipeline where the group holds
@@ -100,40 +124,40 @@ class Pipeline:
 class DeviceMemory:
     """Predicted memory of one device at its worst moment, in bytes."""
 
-    device: str
+    device: Name
     parameters: Bytes
     gradients: Bytes
     optimizer: Bytes
     activations: Bytes
     buffers: Bytes
     """Transfers in flight, temporaries, and what the framework takes."""
-    capacity: Bytes
+    capacity: Annotated[Bytes, Field(gt=0)]
 
 
 @record
 class RunnerUp:
     """Another strategy that was looked at, and why it is not the plan."""
 
-    name: str
-    step_seconds: Seconds | None = None
+    name: Line
+    step_seconds: PositiveSeconds | None = None
     """None: it does not fit."""
-    reason: str
+    reason: Line
 
 
 @record
 class Prediction:
     """What the search believed when it chose."""
 
-    step_seconds: Seconds
-    parts: dict[str, Seconds]
+    step_seconds: PositiveSeconds
+    parts: dict[PartName, Seconds]
     """Critical path by kind: compute, bubble, transfers, reductions, optimizer."""
     memory: tuple[DeviceMemory, ...]
     runners_up: tuple[RunnerUp, ...] = ()
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[Line, Count] = field(default_factory=dict)
     """Candidates not followed up, counted by reason."""
     lower_bound_seconds: Seconds | None = None
     """No plan of the space can be faster, under the same costs."""
-    bound_reason: str = ""
+    bound_reason: Line = ""
 
 
 @record
@@ -141,15 +165,15 @@ class Plan:
     """A strategy for one model on one cluster. Classic dp x tp x pp is one pipeline of `pp` stages,
     each on a dp x tp mesh; unlike replicas are several pipelines with shares of the batch."""
 
-    format: Literal[1] = 1
-    name: str
+    format: Format = 1
+    name: Name
     model: Subject
     cluster: Subject
     profile: Subject | None = None
     """The measured times that the search used; None: datasheets."""
     job: Job
     schedule: ScheduleName = "1f1b"
-    devices: tuple[str, ...]
+    devices: tuple[Name, ...]
     """Devices in use, in rank order: node by node, as the launcher starts them."""
     pipelines: tuple[Pipeline, ...]
     prediction: Prediction | None = None

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from meshwright.program.instructions import Instruction, Op
-from meshwright.records import record
+from meshwright.records import Bytes, Line, Name, PositiveSeconds, Rank, record
 
 Stream = Literal["compute", "send", "receive", "reduce"]
 """Tracks of one rank. Compute is serial; transfers overlap it and each other."""
+
+Moment = Annotated[float, Field(ge=-1e9, le=1e30)]
+"""Seconds from the start of a step; clocks of several machines may put it a little before."""
+MicroBatch = Annotated[int, Field(ge=0, le=2**20)]
 
 
 @record
 class Interval:
     """One instruction of one rank."""
 
-    rank: int
+    rank: Rank
     stream: Stream
     op: Op
-    stage: int
-    micro_batch: int | None = None
-    label: str
+    stage: Rank
+    micro_batch: MicroBatch | None = None
+    label: Line
     """The first word of its text, `0F3`; for a REDUCE_GRAD with layers, `0REDUCE_GRAD 4:8`."""
-    start_seconds: float
-    end_seconds: float
-    peer: int | None = None
-    bytes: int = 0
+    start_seconds: Moment
+    end_seconds: Moment
+    peer: Rank | None = None
+    bytes: Bytes = 0
 
 
 @record
 class MemoryPoint:
     """Bytes in use on one rank from this moment on."""
 
-    rank: int
-    seconds: float
-    bytes: int
+    rank: Rank
+    seconds: Moment
+    bytes: Bytes
 
 
 @record
@@ -42,9 +48,9 @@ class Timeline:
     """One step. Seconds count from its start, the same instant for every rank."""
 
     source: Literal["simulated", "measured"]
-    devices: tuple[str, ...]
+    devices: tuple[Name, ...]
     """By rank."""
-    step_seconds: float
+    step_seconds: PositiveSeconds
     intervals: tuple[Interval, ...]
     memory: tuple[MemoryPoint, ...] = ()
 

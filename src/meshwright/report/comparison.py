@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwright import __version__
+from meshwright import __version__, files
 from meshwright.cost.memory import total_bytes
 from meshwright.plan.ranks import mesh_text, stage_seats
 from meshwright.plan.spec import Plan
@@ -18,6 +18,7 @@ from meshwright.report.page import Bar, Piece
 from meshwright.report.palette import PARTS
 from meshwright.report.tables import devices_text, plan_table
 from meshwright.report.template import render, source
+from meshwright.report.terminal import words
 from meshwright.simulate.facts import Facts, Measured, Verdict
 from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_bytes, format_seconds
@@ -66,11 +67,11 @@ def print_comparison(
     """Print who holds what in both, what a step costs, what the links carry, and who wins."""
     console = console or Console()
     for each in (first, second):
-        console.print(Text(f"{each.facts.name}: {each.facts.plan}", style="bold"))
+        console.print(words(f"{each.facts.name}: {each.facts.plan}", style="bold"))
         console.print(plan_table(each.plan))
         console.print()
     for difference in verdict.differences:
-        console.print(f"• not alike: {difference}", highlight=False, markup=False)
+        console.print(words(f"• not alike: {difference}"))
     if verdict.differences:
         console.print()
     console.print(figures_table(first.facts, second.facts))
@@ -78,7 +79,7 @@ def print_comparison(
     console.print(links_table(first.facts, second.facts))
     console.print()
     sentence = verdict_sentence(first.facts, second.facts, verdict)
-    console.print(f"• {sentence}", highlight=False, markup=False)
+    console.print(words(f"• {sentence}"))
 
 
 Line = tuple[str, str, str, str]
@@ -127,11 +128,17 @@ def figures_table(first: Facts, second: Facts) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in (first.name, second.name):
-        table.add_column(Text(name, overflow="fold"), justify="right", max_width=24)
+        table.add_column(_heading(name), justify="right", max_width=24)
     table.add_column("change", justify="right")
     for line in figures(first, second):
-        table.add_row(*map(Text, line))
+        table.add_row(*map(words, line))
     return table
+
+
+def _heading(name: str) -> Text:
+    heading = words(name)
+    heading.overflow = "fold"
+    return heading
 
 
 def link_rows(first: Facts, second: Facts) -> list[tuple[str, LinkLoad | None, LinkLoad | None]]:
@@ -153,13 +160,13 @@ def links_table(first: Facts, second: Facts) -> Table:
     table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("link, bytes a step")
     for name in (first.name, second.name):
-        table.add_column(Text(name, overflow="fold"), justify="right", max_width=24)
+        table.add_column(_heading(name), justify="right", max_width=24)
         table.add_column("busy", justify="right")
     for name, one, two in rows[:MOST_LINKS]:
         cells: list[str] = []
         for load, facts in ((one, first), (two, second)):
             cells += _load_cells(load, facts.step_seconds)
-        table.add_row(Text(name), *cells)
+        table.add_row(words(name), *cells)
     if not rows:
         table.add_row("nothing", "-", "", "-", "")
     return table
@@ -197,7 +204,7 @@ def write_comparison(path: Path, first: Measured, second: Measured, verdict: Ver
             for name, one, two in link_rows(first.facts, second.facts)
         ],
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
 
 
 def _stage_lines(plan: Plan) -> list[tuple[int, str, str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meshwright import __version__
+from meshwright import __version__, files
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph, num_parameters
@@ -113,7 +113,7 @@ def write_report(  # noqa: PLR0913 - a page shows what there is
         rivals=rivals,
         comparison=comparison,
     )
-    path.write_text(text, encoding="utf-8")
+    files.write_text(path, text)
 
 
 def report_html(

@@ -15,6 +15,7 @@ from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.report.palette import MEMORY, PARTS
 from meshwright.report.sentences import limits, parts_sentence, tokens_per_second
+from meshwright.report.terminal import words
 from meshwright.simulate.parts import parts
 from meshwright.units import format_bytes, format_seconds
 
@@ -28,12 +29,12 @@ def explain(plan: Plan, console: Console | None = None) -> None:
     """Print who holds what, what a step costs and why, what fills the devices, and who lost."""
     console = console or Console()
     job = plan.job
-    console.print(f"[bold]{describe(plan)}[/]", highlight=False)
+    console.print(words(describe(plan), style="bold"))
     console.print(
-        f"{plan.model.name} on {plan.cluster.name}: {job.global_batch} rows of {job.sequence} "
-        f"a step, {job.precision}, {job.optimizer}\n",
-        highlight=False,
-        markup=False,
+        words(
+            f"{plan.model.name} on {plan.cluster.name}: {job.global_batch} rows of {job.sequence} "
+            f"a step, {job.precision}, {job.optimizer}\n"
+        )
     )
     console.print(plan_table(plan))
     prediction = plan.prediction
@@ -51,7 +52,7 @@ def explain(plan: Plan, console: Console | None = None) -> None:
         console.print(memory_table(prediction.memory, wide=console.width >= _WIDE))
     console.print()
     for sentence in limits(plan):
-        console.print(f"• {sentence}", highlight=False, markup=False)
+        console.print(words(f"• {sentence}"))
     if prediction.runners_up:
         console.print()
         console.print(runners_up_table(prediction.runners_up, seconds))
@@ -78,7 +79,7 @@ def plan_table(plan: Plan) -> Table:
             str(last - first),
             mesh_text(stage.seats),
             rows_text(stage, rows[stage.pipeline]),
-            Text(devices_text(tuple(s.device for replica in stage.seats for s in replica))),
+            words(devices_text(tuple(s.device for replica in stage.seats for s in replica))),
         )
     return table
 
@@ -95,14 +96,14 @@ def rows_text(stage: StageSeats, rows: int) -> str:
 
 def devices_text(devices: tuple[str, ...]) -> str:
     """Device names, shortened where they count up: `p3-0:0-3 g4-0:0`."""
-    words = []
+    found = []
     split = [(node, int(index)) for node, _, index in (d.rpartition(":") for d in devices)]
     runs = groupby(enumerate(split), key=lambda item: (item[1][0], item[1][1] - item[0]))
     for (node, _), run in runs:
         indices = [index for _, (_, index) in run]
         end = f"-{indices[-1]}" if len(indices) > 1 else ""
-        words.append(f"{node}:{indices[0]}{end}")
-    return " ".join(words)
+        found.append(f"{node}:{indices[0]}{end}")
+    return " ".join(found)
 
 
 def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
@@ -154,7 +155,7 @@ def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Tabl
         alike = tuple(run)
         one = alike[0]
         table.add_row(
-            Text(devices_text(tuple(each.device for each in alike))),
+            words(devices_text(tuple(each.device for each in alike))),
             *(format_bytes(getattr(one, kind)) for kind in kinds),
             format_bytes(total_bytes(one)),
             format_bytes(one.capacity),
@@ -187,7 +188,7 @@ def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> T
         seconds = each.step_seconds
         step = "-" if seconds is None else format_seconds(seconds)
         slower = "" if seconds is None else f"{seconds / best_seconds - 1:+.1%}"
-        table.add_row(Text(each.name), step, slower, Text(each.reason))
+        table.add_row(words(each.name), step, slower, words(each.reason))
     return table
 
 
@@ -197,7 +198,7 @@ def dropped_table(dropped: Mapping[str, int]) -> Table:
     table.add_column("dropped", justify="right")
     table.add_column("because")
     for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(str(count), Text(reason))
+        table.add_row(str(count), words(reason))
     return table
 
 
@@ -214,7 +215,7 @@ def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = N
     console.print()
     console.print(busy_table(timeline))
     console.print()
-    console.print(f"• {parts_sentence(found)}", highlight=False)
+    console.print(words(f"• {parts_sentence(found)}"))
 
 
 def busy_table(timeline: Timeline) -> Table:
@@ -230,7 +231,7 @@ def busy_table(timeline: Timeline) -> Table:
         busy = busy_seconds(timeline, rank)
         table.add_row(
             str(rank),
-            Text(device),
+            words(device),
             format_seconds(busy),
             f"{busy / timeline.step_seconds:.0%}",
             format_bytes(peaks[rank]) if peaks[rank] else "",

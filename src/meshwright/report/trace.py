@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from meshwright import files
 from meshwright.program.timeline import Interval, Stream, Timeline
 
 Event = dict[str, Any]
@@ -95,4 +96,4 @@ def _sort_index(kind: str, process: int, track: int, index: int) -> Event:
 
 def dump_trace(timeline: Timeline, path: Path) -> None:
     """Write `trace` as JSON."""
-    path.write_text(json.dumps(trace(timeline)) + "\n")
+    files.write_text(path, json.dumps(trace(timeline)) + "\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
-from rich.text import Text
 
 from meshwright.cost.pairs import LinkReport
+from meshwright.report.terminal import words
 from meshwright.simulate.compare import Comparison
 from meshwright.units import format_bandwidth, format_bytes, format_seconds
 
@@ -44,8 +44,8 @@ def strategies_table(rows: Sequence[tuple[str, str, float, float, float]]) -> Ta
         table.add_column(heading, justify="left" if heading in ("strategy", "plan") else "right")
     for name, plan, predicted, measured, spread in rows:
         table.add_row(
-            Text(name),
-            Text(plan),
+            words(name),
+            words(plan),
             format_seconds(predicted),
             format_seconds(measured),
             _error(predicted, measured),
@@ -66,7 +66,7 @@ def links_table(report: LinkReport) -> Table:
         table.add_column(heading, justify="left" if heading == "link" else "right")
     for pair in report.pairs:
         table.add_row(
-            f"{pair.between[0]} - {pair.between[1]}",
+            words(f"{pair.between[0]} - {pair.between[1]}"),
             format_seconds(pair.latency),
             format_bandwidth(pair.bandwidth),
             f"{pair.residual:.1%}",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.report.sentences import limits, tokens_per_second
 from meshwright.report.tables import plan_table
+from meshwright.report.terminal import words
 from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_seconds
 
@@ -82,17 +82,17 @@ def print_whatif(found: WhatIf, console: Console | None = None) -> None:
     """Print what was assumed, what it buys, the plan for it, and what would limit that."""
     console = console or Console()
     for edit in found.edits:
-        console.print(f"• {edit}", highlight=False, markup=False)
+        console.print(words(f"• {edit}"))
     console.print()
     console.print(_options_table(found))
     console.print()
-    console.print(f"• {bought(found)}", highlight=False, markup=False)
+    console.print(words(f"• {bought(found)}"))
     console.print()
-    console.print(Text(f"the best plan for it: {describe(found.best)}", style="bold"))
+    console.print(words(f"the best plan for it: {describe(found.best)}", style="bold"))
     console.print(plan_table(found.best))
     console.print()
     for sentence in (*limits(found.best), *_busiest(found)):
-        console.print(f"• {sentence}", highlight=False, markup=False)
+        console.print(words(f"• {sentence}"))
 
 
 def _busiest(found: WhatIf) -> tuple[str, ...]:
@@ -110,10 +110,10 @@ def _options_table(found: WhatIf) -> Table:
     told: dict[str, str] = {}
     for each in found.options:
         if each.step_seconds is None or each.tokens_per_second is None:
-            table.add_row(each.name, "-", "-", Text(each.reason))
+            table.add_row(each.name, "-", "-", words(each.reason))
             continue
         rate = f"{each.tokens_per_second:,.0f}"
         plan = told.get(each.plan, each.plan)
         told.setdefault(each.plan, "the same")
-        table.add_row(each.name, format_seconds(each.step_seconds), rate, Text(plan))
+        table.add_row(each.name, format_seconds(each.step_seconds), rate, words(plan))
     return table

@@ -16,19 +16,38 @@ from dataclasses import field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 
+from meshwright import files
 from meshwright.cluster.discover import discover
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision, devices_of
-from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile, versions
+from meshwright.cost.profile import (
+    LayerTime,
+    LinkTimes,
+    OptimizerTime,
+    Profile,
+    TensorWidth,
+    versions,
+)
 from meshwright.errors import LaunchError, Problem, ProfileError
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.records import dumps, fingerprint, load, record
+from meshwright.records import (
+    Line,
+    Name,
+    PositiveShare,
+    Rows,
+    Tokens,
+    dumps,
+    fingerprint,
+    load,
+    record,
+)
 from meshwright.runtime.launch import run_here
 from meshwright.runtime.run import METRICS
 
@@ -37,6 +56,8 @@ if TYPE_CHECKING:
 
     from meshwright.runtime.profile_layers import Bench
 
+Processes = Annotated[int, Field(ge=1, le=4096)]
+"""On one machine."""
 SETTINGS = "profile-settings.json"
 MODULE = "meshwright.runtime.profile"
 
@@ -45,20 +66,20 @@ MODULE = "meshwright.runtime.profile"
 class ProfileSettings:
     """What to measure."""
 
-    model: str
-    sequence: int
-    rows: tuple[int, ...]
+    model: Line
+    sequence: Tokens
+    rows: Annotated[tuple[Rows, ...], Field(max_length=100)]
     """Of the micro-batches; none: only links are measured."""
-    tensor: tuple[int, ...] = (1,)
+    tensor: Annotated[tuple[TensorWidth, ...], Field(max_length=100)] = (1,)
     precision: Precision
-    cluster: str | None = None
+    cluster: Line | None = None
     """Which device each rank is; None: this machine, as discovered."""
-    output: str
-    shares: dict[str, float] = field(default_factory=dict)
+    output: Line
+    shares: dict[Name, PositiveShare] = field(default_factory=dict)
     """Emulation: share of a core that a device type gets."""
-    optimizer: str = "adamw"
-    repeats: int = 7
-    pairs: str | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 7
+    pairs: Line | None = None
     """File for the links of every class of pairs; None: one link for each level, in the profile."""
 
 
@@ -143,7 +164,7 @@ def reference_pace(settings: ProfileSettings) -> float | None:
 def _known(settings: ProfileSettings, mark: str) -> Profile | None:
     """What the output file holds, if it is what would be measured."""
     path = Path(settings.output)
-    if not path.is_file():
+    if not files.is_file(path):
         return None
     with suppress(ProfileError):  # something else stands there, and is written over
         profile = load(path, Profile, error=ProfileError)
@@ -152,7 +173,7 @@ def _known(settings: ProfileSettings, mark: str) -> Profile | None:
 
 
 def _kept(settings: ProfileSettings, profile: Profile) -> Profile:
-    Path(settings.output).write_text(dumps(profile))
+    files.write_text(Path(settings.output), dumps(profile), durable=True)
     return profile
 
 
@@ -168,7 +189,7 @@ def _measure_in_processes(
     settings: ProfileSettings, processes: int, folder: Path, console: Console
 ) -> None:
     absolute = replace(settings, output=str(Path(settings.output).resolve()))
-    (folder / SETTINGS).write_text(dumps(absolute))
+    files.write_text(folder / SETTINGS, dumps(absolute))
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("measuring", total=None)
 
@@ -254,7 +275,7 @@ def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) ->
         return measure_links(cluster, device, repeats=settings.repeats)
     report = measure_pairs(cluster, device)
     if dist.get_rank() == 0:
-        Path(settings.pairs).write_text(dumps(report))
+        files.write_text(Path(settings.pairs), dumps(report))
     step = report.all_reduce.step_latency if report.all_reduce else None
     return LinkTimes(all_reduce_latency=step)
 
@@ -290,8 +311,8 @@ def _bench(
 
 def _tell(folder: Path | None, rank: int, done: int, total: int) -> None:
     if folder is not None and rank == 0:
-        with (folder / METRICS).open("a") as progress:
-            progress.write(json.dumps({"done": done, "total": total}) + "\n")
+        with files.growing(folder / METRICS) as progress:
+            files.add_line(progress, json.dumps({"done": done, "total": total}))
 
 
 def merged_layers(times: list[LayerTime]) -> tuple[LayerTime, ...]:

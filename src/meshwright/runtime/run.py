@@ -13,36 +13,58 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from meshwright.errors import Problem
-from meshwright.records import record
+from meshwright.records import (
+    Bytes,
+    Count,
+    Flops,
+    Line,
+    Name,
+    PositiveSeconds,
+    PositiveShare,
+    Rank,
+    Ratio,
+    record,
+)
 
 SETTINGS, PLAN, METRICS, TIMELINE = "run.json", "plan.json", "metrics.jsonl", "timeline.json"
 WEIGHTS, LOGS = "model.safetensors", "logs"
+OWN_NAMES = (SETTINGS, PLAN, METRICS, TIMELINE, WEIGHTS)
+"""What a run writes; nothing else may be put into its folder under these names."""
+
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators take."""
 
 
 @record
 class RunSettings:
     """How to train, beyond what the plan says."""
 
-    model: str
+    model: Line
     """Name, `config.json` or folder: what `model.zoo.build` understands."""
-    data: str | None = None
+    data: Line | None = None
     """Path of the corpus; None: the standard library's source."""
-    steps: int = 100
-    learning_rate: float = 3e-4
-    warmup_steps: int = 10
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    seed: int = 0
-    shares: dict[str, float] = field(default_factory=dict)
+    steps: Steps = 100
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 3e-4
+    """Of the optimizer, at the peak of its schedule."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 10
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = 1.0
+    """Largest norm of the gradients; None: they are not clipped."""
+    seed: Seed = 0
+    shares: dict[Name, PositiveShare] = field(default_factory=dict)
     """Emulation: share of a core that a device gets, by device name."""
-    peak_flops: dict[str, float] = field(default_factory=dict)
+    peak_flops: dict[Name, Flops] = field(default_factory=dict)
     """FLOP/s of each device at the job's precision, where known: for MFU."""
     save_weights: bool = False
     debug: bool = False
     """Headers on messages, a look at every layer's numbers."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: Annotated[float, Field(ge=1, le=1e6)] = 300.0
     """A rank that waits for a message longer than this takes the other one for lost."""
     compile: bool = False
     """Run layers through torch.compile."""
@@ -58,15 +80,16 @@ class RunSettings:
 class Metrics:
     """One line of metrics.jsonl."""
 
-    step: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    step_seconds: float
-    tokens_per_second: float
-    mfu: float | None = None
+    step: Count
+    loss: Annotated[float, Field(ge=-1e30, le=1e30)]
+    gradient_norm: Annotated[float, Field(allow_inf_nan=True)]
+    """Infinite, or none at all, in a step of fp16 that overflowed and was left out."""
+    learning_rate: Ratio
+    step_seconds: PositiveSeconds
+    tokens_per_second: Ratio
+    mfu: Ratio | None = None
     """Share of the peak that the model's FLOPs make up; None where the peak is unknown."""
-    memory_bytes: int
+    memory_bytes: Bytes
     """Largest over all ranks."""
 
 
@@ -74,10 +97,10 @@ class Metrics:
 class Failure:
     """Why a rank stopped."""
 
-    rank: int
-    seconds: float
+    rank: Rank
+    seconds: Ratio
     """When, by the machine's clock: the first failure is the cause, the rest follow from it."""
-    kind: str
+    kind: Name
     """Name of the MeshwrightError, or of another exception."""
     problems: tuple[Problem, ...]
     secondary: bool

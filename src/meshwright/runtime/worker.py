@@ -10,6 +10,7 @@ from typing import TextIO
 
 import torch
 
+from meshwright import files
 from meshwright.errors import MeshwrightError
 from meshwright.model.zoo.build import build, vocabulary_of
 from meshwright.plan.files import load_plan
@@ -43,7 +44,7 @@ def run(folder: Path) -> None:
     with torch.device("meta"):
         model = build(settings.model, plan.job.sequence)
     peaks = [settings.peak_flops.get(name) for name in plan.devices]
-    with (folder / METRICS).open("a" if rank else "w", buffering=1) as metrics:
+    with files.growing(folder / METRICS, anew=rank == 0) as metrics:
 
         def write(line: Metrics) -> None:
             write_line(metrics, line)
@@ -75,7 +76,7 @@ def run(folder: Path) -> None:
 
 def write_line(metrics: TextIO, line: Metrics) -> None:
     """One step's line of the metrics file."""
-    metrics.write(json.dumps(plain(line)) + "\n")
+    files.add_line(metrics, json.dumps(plain(line)))
 
 
 def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
@@ -99,12 +100,13 @@ def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
 
 def _keep(folder: Path, trained: Trained) -> None:
     if trained.timeline is not None:
-        (folder / TIMELINE).write_text(dumps(trained.timeline))
+        files.write_text(folder / TIMELINE, dumps(trained.timeline))
     if trained.parameters is not None:
         from safetensors.torch import save_file
 
         whole = {name: value.contiguous() for name, value in trained.parameters.items()}
-        save_file(whole, folder / WEIGHTS)
+        with files.replacing(folder / WEIGHTS, durable=True) as draft:
+            save_file(whole, draft)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from meshwright import files
 from meshwright.cluster.files import dump_cluster
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.pairs import LinkReport, fitted_cluster
@@ -61,7 +62,7 @@ def profile_on(
     LaunchError, ProfileError.
     """
     bed = launcher.up.bed
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     settings = _settings(bed, settings, folder)
     mark = fingerprint(
         Source(
@@ -72,21 +73,25 @@ def profile_on(
         )
     )
     known = folder / SOURCE
-    if not again and known.is_file() and known.read_text() == mark:
+    if not again and files.is_file(known) and _mark(known) == mark:
         return _read(folder, bed, cached=True)
-    known.unlink(missing_ok=True)
-    (folder / AS_ASKED).write_text(dump_cluster(bed.cluster), encoding="utf-8")
+    files.remove(known)
+    files.write_text(folder / AS_ASKED, dump_cluster(bed.cluster))
     work = folder / "ranks"
-    work.mkdir(exist_ok=True)
-    (work / SETTINGS).write_text(dumps(settings))
+    files.make_folder(work)
+    files.write_text(work / SETTINGS, dumps(settings))
     devices = tuple(device.name for device in devices_of(bed.cluster))
     if console:
         console.print(f"measuring {len(devices)} devices and their links")
     launcher.run(devices, work, module=MODULE)
     found = _read(folder, bed, cached=False)
-    (folder / CLUSTER).write_text(dump_cluster(found.cluster), encoding="utf-8")
-    known.write_text(mark)
+    files.write_text(folder / CLUSTER, dump_cluster(found.cluster))
+    files.write_text(known, mark)
     return found
+
+
+def _mark(path: Path) -> str:
+    return files.read_text(path, error=ProfileError)
 
 
 def _settings(bed: Bed, settings: ProfileSettings, folder: Path) -> ProfileSettings:

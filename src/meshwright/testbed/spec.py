@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
 from meshwright.errors import ClusterError, LaunchError, Problem
-from meshwright.records import load, record
+from meshwright.records import Format, Line, Name, PositiveShare, load, problems_in, record
 from meshwright.runtime.turns import turns_at_once
 
 Mode = Literal["dilation", "virtual", "quota"]
-ClusterSource = str | dict[str, Any]
+ClusterSource = Line | dict[Name, Any]
+Scale = Annotated[float, Field(gt=0, le=1e6)]
+CoreShare = Annotated[float, Field(gt=0, le=1)]
+"""Share of one core."""
+Attempts = Annotated[int, Field(ge=1, le=100)]
 
 PROCESS_BYTES = 350 * 2**20
 """Resident memory of a process with PyTorch, before it holds a model."""
@@ -28,26 +33,26 @@ FREE_CORES = 0.1
 class BedFile:
     """`testbed.toml`, as it is written."""
 
-    format: Literal[1] = 1
-    name: str
+    format: Format = 1
+    name: Name
     cluster: ClusterSource
     """A cluster file beside this one, or the content of one."""
     mode: Mode = "dilation"
     """How devices are slow: real arithmetic and then sleep; sleep alone; a CPU quota."""
-    fastest_share: float | None = None
+    fastest_share: CoreShare | None = None
     """Of a core, for the fastest device type; the others in proportion to their fp32 peaks."""
-    shares: dict[str, float] = field(default_factory=dict)
+    shares: dict[Name, CoreShare] = field(default_factory=dict)
     """Of a core, by device type, where the proportion of the peaks is not what is wanted."""
-    compute_scale: float = 1.0
+    compute_scale: Scale = 1.0
     """Speed of a virtual device over that of its type."""
-    bandwidth_scale: float = 1.0
+    bandwidth_scale: Scale = 1.0
     """Of every link."""
-    latency_scale: float = 1.0
+    latency_scale: Scale = 1.0
     small_first: bool = True
     """On shaped links packets below 256 bytes overtake, as on a network card of many queues."""
-    foreign_share: float = 0.1
+    foreign_share: PositiveShare = 0.1
     """Share of the machine that others may use before a run counts as disturbed."""
-    attempts: int = 3
+    attempts: Attempts = 3
     """How often a disturbed run is tried; the least disturbed one counts."""
 
 
@@ -55,16 +60,16 @@ class BedFile:
 class Bed:
     """A testbed that could be brought up."""
 
-    name: str
-    source: str
+    name: Name
+    source: Line
     mode: Mode
     cluster: Cluster
     """What is emulated: the cluster with its links and device types scaled."""
-    shares: dict[str, float]
+    shares: dict[Name, CoreShare]
     """Of a core, by device type; empty for virtual devices."""
     small_first: bool
-    foreign_share: float
-    attempts: int
+    foreign_share: PositiveShare
+    attempts: Attempts
 
 
 def load_bed(path: Path) -> Bed:
@@ -98,14 +103,7 @@ def _used(cluster: Cluster) -> list[str]:
 
 
 def _mistakes(entry: BedFile, cluster: Cluster, source: str) -> Iterator[Problem]:
-    for name in ("compute_scale", "bandwidth_scale", "latency_scale"):
-        value = getattr(entry, name)
-        if not (math.isfinite(value) and value > 0):
-            yield Problem(source, name, str(value), "a number above zero")
-    if entry.attempts < 1:
-        yield Problem(source, "attempts", str(entry.attempts), "at least 1")
-    if not 0 < entry.foreign_share <= 1:
-        yield Problem(source, "foreign_share", str(entry.foreign_share), "above 0, at most 1")
+    yield from problems_in(entry, source=source)
     yield from _mistaken_shares(entry, _used(cluster), source)
 
 
@@ -113,9 +111,6 @@ def _mistaken_shares(entry: BedFile, used: list[str], source: str) -> Iterator[P
     given = {f"shares.{kind}": share for kind, share in entry.shares.items()}
     if entry.fastest_share is not None:
         given["fastest_share"] = entry.fastest_share
-    for name, share in given.items():
-        if not 0 < share <= 1:
-            yield Problem(source, name, str(share), "a share of one core: above 0, at most 1")
     for kind in entry.shares.keys() - set(used):
         yield Problem(source, f"shares.{kind}", "no such device type", f"of {', '.join(used)}")
     if entry.mode == "virtual":

@@ -14,7 +14,7 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Op
-from meshwright.records import Seconds, record
+from meshwright.records import Name, Seconds, record
 
 TIMES = "virtual.json"
 """In the run folder."""
@@ -33,7 +33,7 @@ class RankTimes:
     optimizer: Seconds
     """Of one of its steps, however few parameters it changes."""
     optimizer_per_parameter: Seconds
-    parts: dict[str, Seconds]
+    parts: dict[Name, Seconds]
     """Of backwards in two parts: `3I1` is the first part on stage 3, `3W2` the second one of two
     micro-batches."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from meshwright import files
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.runtime.run import RunSettings
@@ -110,5 +111,5 @@ def _launch(
     if times is None:
         launcher.run(devices, folder, on_metrics=tell)
         return
-    (folder / TIMES).write_text(times)
+    files.write_text(folder / TIMES, times)
     launcher.run(devices, folder, module=WORKER, on_metrics=tell)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from meshwright import files
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.zoo.build import build, vocabulary_of
 from meshwright.plan.files import load_plan
@@ -35,7 +36,7 @@ def run(folder: Path) -> None:
     rows = rows_of(corpus, plan, vocabulary, settings.seed)
     with (
         VirtualEngine(model, plan, inputs=rows(0, 0, 1), times=times.ranks) as engine,
-        (folder / METRICS).open("a", buffering=1) as metrics,
+        files.growing(folder / METRICS) as metrics,
     ):
         _, timeline = run_steps(
             engine,
@@ -45,7 +46,7 @@ def run(folder: Path) -> None:
             record_step=settings.recorded_step,
         )
     if timeline is not None:
-        (folder / TIMELINE).write_text(dumps(timeline))
+        files.write_text(folder / TIMELINE, dumps(timeline))
 
 
 def main() -> None:

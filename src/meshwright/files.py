@@ -1,0 +1,381 @@
+"""The one door through which the files of a user are read and written.
+
+What is read must be a regular file of a bearable size: a pipe would wait for ever and /dev/zero has
+no end, so everything else is refused by name. What is written is complete or not there at all: it
+grows in a draft beside the file, which takes the file's place when it is whole. Both say in one
+error which path it is about, what the system said and what mends it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal, TextIO
+
+from meshwright.errors import MachineError, MeshwrightError, OutputError, Problem
+from meshwright.text import flaw
+
+MEBI = 2**20
+MOST_BYTES = 64 * MEBI
+"""Size of a file that is read as a whole."""
+MOST_LINE_BYTES = MEBI
+"""Size of a line of a file that is read line by line."""
+MOST_LINES_BYTES = 4096 * MEBI
+"""Size of such a file."""
+
+_CHUNK = MEBI
+_UNWAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_CLOEXEC", 0)
+_NULL_DEVICE = (1, 3)
+"""Its numbers on Linux: what is written there is not kept, and asked to be so."""
+
+_KINDS = (
+    (stat.S_ISREG, "a file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_SAID = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the quota of disk space used up",
+    errno.EROFS: "a read-only file system",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EFBIG: "a file larger than this process may write",
+    errno.ENAMETOOLONG: "a name that is too long",
+    errno.ENOTDIR: "a path through a file, as if it were a folder",
+    errno.ELOOP: "symbolic links that lead in a circle",
+    errno.EMFILE: "too many open files",
+    errno.ENXIO: "a pipe that nobody reads",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_MENDS = {
+    errno.ENOSPC: "free some space, or choose a place on another disk",
+    errno.EDQUOT: "free some space, or choose a place on another disk",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or change who may use this one",
+    errno.EPERM: "choose another place, or change who may use this one",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter one",
+    errno.ENOTDIR: "correct the path",
+    errno.ELOOP: "mend the links",
+    errno.EMFILE: "raise the limit (ulimit -n)",
+}
+
+
+def said(failure: OSError) -> str:
+    """What the system said, in plain words."""
+    return _SAID.get(failure.errno or 0) or failure.strerror or type(failure).__name__
+
+
+def fault(failure: OSError) -> MachineError:
+    """A failure that nobody foresaw, as an error like all others."""
+    path = failure.filename or failure.filename2
+    where = os.fsdecode(path) if isinstance(path, str | bytes) else "the operating system"
+    if path is None and failure.errno in _FULL:  # files are written in `told`
+        where = "standard output"
+    mend = _MENDS.get(failure.errno or 0, "")
+    return MachineError(Problem(where, "", said(failure), "that the system allows it", mend))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, as far as this process may know."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, as far as this process may know."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything, as far as this process may know."""
+    return _mode(path) != 0
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def _kind(mode: int) -> str:
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "nothing")
+
+
+def _unnameable(path: Path) -> str:
+    """Why a path can be neither shown nor kept in a file; empty if it can."""
+    wrong = flaw(str(path))
+    return f"a path with {wrong}" if wrong else ""
+
+
+@contextmanager
+def _reading(path: Path, error: type[MeshwrightError], most: int) -> Iterator[BinaryIO]:
+    """A regular file, open. Raises `error` for whatever goes wrong inside the block too."""
+    if wrong := _unnameable(path):
+        raise error(Problem(str(path), "", wrong, "a name of letters", "rename it"))
+    try:
+        _check_regular(path, os.stat(path), error, most)
+        with os.fdopen(os.open(path, os.O_RDONLY | _UNWAITING), "rb") as file:
+            # Asked again: another file may stand there by now.
+            _check_regular(path, os.fstat(file.fileno()), error, most)
+            yield file
+    except FileNotFoundError:
+        raise error(Problem(str(path), "", "no such file", "a readable file")) from None
+    except OSError as failure:
+        mend = _MENDS.get(failure.errno or 0, "")
+        wanted = "a readable text file"
+        raise error(Problem(str(path), "", said(failure), wanted, mend)) from None
+
+
+def _check_regular(
+    path: Path, found: os.stat_result, error: type[MeshwrightError], most: int
+) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        wanted = "a regular file, a readable text file"
+        raise error(Problem(str(path), "", _kind(found.st_mode), wanted))
+    if found.st_size > most:
+        raise _too_large(path, error, most, f"{found.st_size:,} bytes")
+
+
+def _too_large(path: Path, error: type[MeshwrightError], most: int, found: str) -> MeshwrightError:
+    return error(Problem(str(path), "", found, f"at most {most:,} bytes"))
+
+
+def check_input(path: Path, *, error: type[MeshwrightError]) -> None:
+    """Raise `error` unless there is a regular file that this process may read, of any size."""
+    with _reading(path, error, sys.maxsize):
+        pass
+
+
+def read_bytes(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> bytes:
+    """A file as it stands. Raises `error`, naming the path, for whatever prevents it."""
+    with _reading(path, error, most) as file:
+        chunks: list[bytes] = []
+        size = 0
+        while chunk := file.read(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                raise _too_large(path, error, most, "more bytes than it had at first")
+        return b"".join(chunks)
+
+
+def read_text(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> str:
+    """A file of UTF-8 text; a byte order mark and the line ends of Windows are taken away. Raises
+    `error`, naming path and place, for bytes that are none."""
+    data = read_bytes(path, error=error, most=most).removeprefix(codecs.BOM_UTF8)
+    return _decoded(data, path, error).replace("\r\n", "\n")
+
+
+def read_lines(path: Path, *, error: type[MeshwrightError]) -> Iterator[tuple[int, str]]:
+    """Number and text of every line of a UTF-8 file that may be larger than memory. Raises
+    `error`."""
+    with _reading(path, error, MOST_LINES_BYTES) as file:
+        number = 0
+        while line := file.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MOST_LINE_BYTES:
+                found, wanted = "an endless line", f"at most {MOST_LINE_BYTES:,} bytes in a line"
+                raise error(Problem(f"{path}:{number}", "", found, wanted))
+            own = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield number, _decoded(own, path, error, line=number).rstrip("\r\n")
+
+
+def _decoded(data: bytes, path: Path, error: type[MeshwrightError], *, line: int = 1) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        byte, place = f"byte 0x{data[failure.start]:02x}", failure.start
+        reason, mend = "which is no UTF-8", "save it as UTF-8 text"
+    else:
+        if "\0" not in text:
+            return text
+        byte, place = "byte 0x00", data.index(0)
+        reason, mend = "which no text holds", ""
+    number = line + data.count(b"\n", 0, place)
+    column = place - data.rfind(b"\n", 0, place)
+    found = f"{byte} in line {number}, at byte {column} of it, {reason}"
+    raise error(Problem(str(path), "", found, "a readable text file", mend)) from None
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Failures of the system while a path is written, as one OutputError about that path."""
+    if wrong := _unnameable(path):
+        raise OutputError(Problem(str(path), "", wrong, "a name of letters"))
+    try:
+        yield
+    except OSError as failure:
+        mend = _MENDS.get(failure.errno or 0, "")
+        wanted = "a place that can be written to"
+        raise OutputError(Problem(str(path), "", said(failure), wanted, mend)) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is what a shell makes of `>(...)`, this process's own output, or /dev/null:
+    then bytes are poured into it as they come."""
+    mode = _mode(path)
+    if stat.S_ISFIFO(mode):
+        return True
+    if not stat.S_ISCHR(mode):
+        return False
+    found = os.stat(path)
+    if (os.major(found.st_rdev), os.minor(found.st_rdev)) == _NULL_DEVICE:
+        return True
+    own = []
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            own.append(os.fstat(descriptor))
+    return any((each.st_dev, each.st_ino) == (found.st_dev, found.st_ino) for each in own)
+
+
+def _destination(path: Path) -> Path:
+    """The regular file, there or not, that a path leads to. Raises OutputError, OSError."""
+    real = Path(os.path.realpath(path))
+    try:
+        found = os.stat(real)
+    except FileNotFoundError:
+        return real
+    if not stat.S_ISREG(found.st_mode):
+        wanted = "a regular file, or a name that is free"
+        raise OutputError(Problem(str(path), "", _kind(found.st_mode), wanted))
+    if not os.access(real, os.W_OK):
+        raise PermissionError(errno.EACCES, "")
+    return real
+
+
+def _check_folder_of(path: Path, folder: Path) -> None:
+    """Raise OutputError or OSError unless a folder is there to be written to, or can be made."""
+    while not exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not is_folder(folder):
+        found = f"{folder}, which is {_kind(_mode(folder))}"
+        raise OutputError(Problem(str(path), "", found, "a folder that can be made or written to"))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        readonly = os.statvfs(folder).f_flag & os.ST_RDONLY
+        raise OSError(errno.EROFS if readonly else errno.EACCES, "")
+
+
+def check_output(path: Path) -> None:
+    """Raise OutputError, before long work, if its result could not be written to a path."""
+    with told(path):
+        if not _is_stream(path):
+            real = _destination(path)
+            _check_folder_of(path, real.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise OutputError, before long work, if a folder could not be made or written to."""
+    with told(path):
+        with suppress(FileNotFoundError):
+            os.stat(path)  # tells of links in a circle, and of names that are too long
+        _check_folder_of(path, Path(os.path.realpath(path)))
+
+
+def make_folder(path: Path) -> None:
+    """The folder, with those above it. Raises OutputError."""
+    with told(path):
+        if exists(path) and not is_folder(path):
+            raise OutputError(Problem(str(path), "", _kind(_mode(path)), "a folder"))
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Take a file away, if it is there. Raises OutputError."""
+    with told(path):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a whole file as UTF-8, and the folders above it; `durable`: it also survives a loss of
+    power. Raises OutputError."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as failure:
+        found = f"text with half of a character, U+{ord(text[failure.start]):04X}"
+        raise OutputError(Problem(str(path), "", found, "text that UTF-8 can hold")) from None
+    if _is_stream(path):
+        with told(path):
+            _pour(path, data)
+        return
+    with replacing(path, durable=durable) as draft:
+        draft.write_bytes(data)
+
+
+def _pour(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | _UNWAITING)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A draft beside `path`, to be written in the block. It takes the place of what is there if the
+    block ends well, and is gone if not. Raises OutputError, also for an OSError of the block."""
+    with told(path):
+        real = _destination(path)
+        _check_folder_of(path, real.parent)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        draft = real.parent / f".meshwright-{secrets.token_hex(6)}.draft"
+        mode = stat.S_IMODE(_mode(real)) if exists(real) else None
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _UNWAITING, 0o666))
+        try:
+            if mode is not None:
+                draft.chmod(mode)
+            yield draft
+            if durable:
+                _settle(draft)
+            os.replace(draft, real)
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | _UNWAITING)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy(source: Path, target: Path, *, error: type[MeshwrightError]) -> None:
+    """A small file, once more. Raises `error` for the source, OutputError for the target."""
+    data = read_bytes(source, error=error)
+    with replacing(target) as draft:
+        draft.write_bytes(data)
+
+
+@contextmanager
+def growing(path: Path, *, anew: bool = False) -> Iterator[TextIO]:
+    """A file for `add_line`; `anew`: without the lines that it has. Raises OutputError."""
+    with told(path):
+        real = _destination(path)
+        mode: Literal["w", "a"] = "w" if anew else "a"
+        file = open(real, mode, 1, encoding="utf-8", opener=_open_unwaiting)  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # of a line that could not be written, which `add_line` has told
+            file.close()
+
+
+def _open_unwaiting(path: str, flags: int) -> int:
+    return os.open(path, flags | _UNWAITING, 0o666)
+
+
+def add_line(file: TextIO, line: str) -> None:
+    """One line more in a growing file. Raises OutputError."""
+    with told(Path(file.name)):
+        file.write(f"{line}\n")

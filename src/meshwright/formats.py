@@ -1,0 +1,146 @@
+"""JSON and TOML as plain data, read strictly: what two readers could take for different things, and
+what no file of ours can mean, is refused with its place.
+
+Refused are keys that stand twice, NaN and infinities, whole numbers of thousands of digits, dates,
+text that steers a terminal, and nesting or lists without end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections import Counter
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+from meshwright import files
+from meshwright.errors import MeshwrightError, Problem
+from meshwright.text import flaw
+
+MOST_DEPTH = 64
+MOST_ENTRIES = 4_000_000
+"""Commas, brackets and line ends of a file: bounds what its data take in memory."""
+LARGE = 16
+"""Times as large as others a file may be that a run of ours has written."""
+MOST_DIGITS = 1000
+MISTAKES_TOLD = 100
+"""A file with more of them is not looked at to its end."""
+_ENDLESS = re.compile(rf"[0-9_]{{{MOST_DIGITS + 1},}}")
+
+Place = tuple[int | str, ...]
+"""Keys and indices that lead to a value."""
+
+
+class _Doubled(dict[str, Any]):
+    """A table in which a key stands twice."""
+
+    key: str
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) == len(pairs):
+        return table
+    doubled = _Doubled(table)
+    doubled.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return doubled
+
+
+def field(place: Place) -> str:
+    """`("stages", 1, "layers")` to `stages[1].layers`."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def read_table(path: Path, *, error: type[MeshwrightError], large: bool = False) -> dict[str, Any]:
+    """The table in a TOML or JSON file, told apart by its name. Raises `error`, naming path and
+    field, where the file is missing or malformed."""
+    times = LARGE if large else 1
+    text = files.read_text(path, error=error, most=files.MOST_BYTES * times)
+    toml = path.suffix == ".toml"
+    data = from_text(text, toml=toml, source=str(path), error=error, most=MOST_ENTRIES * times)
+    if not isinstance(data, dict):
+        raise error(Problem(str(path), "", type(data).__name__, "a table of named fields"))
+    return data
+
+
+def from_text(
+    text: str,
+    *,
+    source: str,
+    error: type[MeshwrightError],
+    toml: bool = False,
+    finite: bool = True,
+    most: int = MOST_ENTRIES,
+) -> Any:
+    """The data in a text of TOML or JSON; not `finite`: NaN and infinities are let through. Raises
+    `error` with one Problem for every mistake."""
+    _check_size(text, source, error, most)
+    found: list[Problem] = []
+    try:
+        data = tomllib.loads(text) if toml else json.loads(text, object_pairs_hook=_table)
+        _look(data, (), source, finite, found)
+    except RecursionError:
+        raise error(_too_deep(source, ())) from None
+    except ValueError as failure:  # what both readers raise for malformed text
+        wanted = f"well-formed {'TOML' if toml else 'JSON'}"
+        raise error(Problem(source, "", f"{failure}", wanted)) from None
+    error.check(found)
+    return data
+
+
+def _check_size(text: str, source: str, error: type[MeshwrightError], most: int) -> None:
+    entries = sum(map(text.count, ",[{\n"))
+    if entries > most:
+        raise error(Problem(source, "", f"some {entries:,} entries", f"at most {most:,}"))
+    if endless := _ENDLESS.search(text):
+        line = text.count("\n", 0, endless.start()) + 1
+        found = f"a number of {len(endless[0]):,} digits in line {line}"
+        raise error(Problem(source, "", found, f"at most {MOST_DIGITS:,} digits"))
+
+
+def _too_deep(source: str, place: Place) -> Problem:
+    found = "tables or lists that are nested too deep"
+    return Problem(source, field(place[:3]), found, f"at most {MOST_DEPTH} levels")
+
+
+def _look(value: object, place: Place, source: str, finite: bool, found: list[Problem]) -> None:
+    """Add what must not stand in data, wherever it stands."""
+    if len(place) > MOST_DEPTH:
+        found.append(_too_deep(source, place))
+    elif isinstance(value, dict):
+        if isinstance(value, _Doubled):
+            twice = field((*place, value.key))
+            found.append(Problem(source, twice, "a key that stands twice", "each key once"))
+        for key, each in value.items():
+            if wrong := flaw(key):
+                at = field((*place, key))
+                found.append(Problem(source, at, f"a key with {wrong}", "printable text"))
+            _look_inside(each, place, key, source, finite, found)
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            _look_inside(each, place, index, source, finite, found)
+
+
+def _look_inside(
+    value: object, place: Place, last: int | str, source: str, finite: bool, found: list[Problem]
+) -> None:
+    if len(found) >= MISTAKES_TOLD:
+        return
+    if isinstance(value, str):
+        if wrong := flaw(value, lines=True):
+            at = field((*place, last))
+            found.append(Problem(source, at, f"text with {wrong}", "printable text"))
+    elif isinstance(value, float):
+        if finite and not math.isfinite(value):
+            found.append(Problem(source, field((*place, last)), str(value), "a finite number"))
+    elif isinstance(value, dict | list):
+        _look(value, (*place, last), source, finite, found)
+    elif isinstance(value, date | time):
+        at, wanted = field((*place, last)), "text in quotes, or a number"
+        found.append(Problem(source, at, "a date or time", wanted))

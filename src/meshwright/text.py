@@ -1,0 +1,110 @@
+"""Text that strangers wrote: what a name may hold, and how any text is shown.
+
+A name from a file can reach a terminal, a shell, a page or another program. Letters of all
+languages are welcome in it; what steers a terminal, hides, or turns the direction of reading is
+not.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+NAME_LETTERS = 200
+"""Longest name of a model, a layer, a cluster, a node, a device type."""
+LINE_LETTERS = 65_536
+"""Longest sentence, path or description."""
+SHOWN_LETTERS = 8_000
+"""Longest text that a message shows; the rest of it is counted."""
+SHOWN_OF_A_NAME = 500
+_COMPARED_LETTERS = 100
+"""Longest word for which a similar one is looked up: that takes the square of its length."""
+_COMPARED_WORDS = 20_000
+
+_REFUSED = {
+    "Cc": "a control character",
+    "Cf": "an invisible character",
+    "Cs": "half of a character",
+    "Zl": "a line separator",
+    "Zp": "a paragraph separator",
+}
+_JOINERS = "\u200c\u200d"
+"""Invisible, but Persian, Indian scripts and emoji are written with them."""
+_PLAIN = re.compile(r"[\x20-\x7e]*")
+_FILE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def _is_refused(letter: str, allowed: str) -> bool:
+    return unicodedata.category(letter) in _REFUSED and letter not in _JOINERS + allowed
+
+
+def flaw(text: str, *, lines: bool = False) -> str:
+    """The first character that must not stand in a text, in words; empty where all may stand.
+
+    With `lines` the text may have several lines, and tabs in them.
+    """
+    if _PLAIN.fullmatch(text):
+        return ""
+    allowed = "\n\t" if lines else ""
+    for letter in text:
+        if _is_refused(letter, allowed):
+            return f"{_REFUSED[unicodedata.category(letter)]}, U+{ord(letter):04X}"
+    return ""
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with `\\x1b` in place of the characters that `flaw` refuses."""
+    if not flaw(text, lines=lines):
+        return text
+    allowed = "\n\t" if lines else ""
+    return "".join(_escaped(c) if _is_refused(c, allowed) else c for c in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def shown(text: str, most: int = SHOWN_LETTERS, *, lines: bool = True) -> str:
+    """A text for a message: printable, and not endless."""
+    if len(text) > most:
+        text = f"{text[:most]} ... ({len(text) - most:,} more letters)"
+    return printable(text, lines=lines)
+
+
+def quoted(text: str) -> str:
+    """A text between double quotes, as TOML and YAML both read it.
+
+    Raises ValueError for half a character, which neither can write down.
+    """
+    if any(unicodedata.category(letter) == "Cs" for letter in text):
+        raise ValueError(f"text without halves of characters, not {text!r}")
+    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", "\b": "\\b"}
+    letters = (short.get(c) or (c if c.isprintable() or c in _JOINERS else _code(c)) for c in text)
+    return f'"{"".join(letters)}"'
+
+
+def _code(letter: str) -> str:
+    number = ord(letter)
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def file_name(name: str) -> str:
+    """A name of a file in a folder of ours, made from a name that may hold anything: of ASCII
+    letters, digits, dot, dash and underscore, without a dot or dash at its beginning."""
+    return _FILE_NAME.sub("-", name).lstrip(".-")[:100] or "unnamed"
+
+
+def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Of the words that are known, those most like a word that is not."""
+    words = list(known)
+    if len(word) > _COMPARED_LETTERS or len(words) > _COMPARED_WORDS:
+        return []
+    return get_close_matches(word, words, count, cutoff)
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`Did you mean 'gpt2'?`, or nothing where no known word is like it."""
+    near = nearest(word, known, cutoff=cutoff)
+    return f"Did you mean {near[0]!r}?" if near else ""
