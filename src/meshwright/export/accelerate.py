@@ -6,6 +6,7 @@ data parallelism of its own, stages and tensor parallelism through its Megatron-
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
@@ -17,6 +18,7 @@ from meshwright.export.grid import (
     only_schedule,
 )
 from meshwright.export.launch import PORT, by_node, is_node_by_node, stage_major, visible
+from meshwright.export.writing import comment, shell_default
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
@@ -84,7 +86,9 @@ def _yaml(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> str:
     kind = "MULTI_GPU" if len(order) > 1 else "NO"
     precision = plan.job.precision
     lines = [
-        f"# {plan.name}: {grid.rows} rows of {plan.job.sequence} tokens in a batch of the data",
+        comment(
+            f"{plan.name}: {grid.rows} rows of {plan.job.sequence} tokens in a batch of the data"
+        ),
         f"# loader, {grid.micro_batches} batches and {plan.job.global_batch} rows in a step.",
         "compute_environment: LOCAL_MACHINE",
         f"distributed_type: {'MEGATRON_LM' if _needs_plugin(grid) else kind}",
@@ -118,9 +122,11 @@ def _launch(grid: Grid) -> str:
     lines = [
         "#!/usr/bin/env bash",
         "# Start it on every node, in this folder: bash launch.sh NODE [more arguments]",
-        f"# NODE: {' '.join(names)} (names that the others can reach; else set MASTER_ADDR)",
+        comment(
+            f"NODE: {shlex.join(names)} (names that the others can reach; else set MASTER_ADDR)"
+        ),
         "set -euo pipefail",
-        f'export MASTER_ADDR="${{MASTER_ADDR:-{names[0]}}}"',
+        f'export MASTER_ADDR="${{MASTER_ADDR:-{shell_default(names[0])}}}"',
         f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
     ]
     if not _needs_plugin(grid):
@@ -128,7 +134,7 @@ def _launch(grid: Grid) -> str:
     lines += ['node="${1:?the name of this node}"; shift', 'case "$node" in']
     for rank, (node, devices) in enumerate(nodes):
         lines += [
-            f"  {node})",
+            f"  {shlex.quote(node)})",
             f"    CUDA_VISIBLE_DEVICES={visible(devices)} accelerate launch \\",
             f"      --config_file accelerate.yaml --machine_rank {rank} \\",
             '      --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\',

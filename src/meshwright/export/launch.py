@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from itertools import groupby
 
 from meshwright.cluster.spec import node_of
 from meshwright.export.grid import Grid
+from meshwright.export.writing import comment, shell_default
 
 PORT = 29500
 
@@ -38,8 +40,8 @@ def is_node_by_node(order: Sequence[str]) -> bool:
 
 
 def visible(devices: Sequence[str]) -> str:
-    """The devices of one node as CUDA numbers them: local rank 0 first."""
-    return ",".join(device.rpartition(":")[2] for device in devices)
+    """The devices of one node as CUDA numbers them, local rank 0 first: a word of a shell."""
+    return shlex.quote(",".join(device.rpartition(":")[2] for device in devices))
 
 
 def launch_script(order: Sequence[str], command: str, *, environment: str = "") -> str:
@@ -53,9 +55,11 @@ def launch_script(order: Sequence[str], command: str, *, environment: str = "") 
     lines = [
         "#!/usr/bin/env bash",
         "# Start it on every node, in this folder: bash launch.sh NODE [more arguments]",
-        f"# NODE: {' '.join(nodes)} (names that the others can reach; else set MASTER_ADDR)",
+        comment(
+            f"NODE: {shlex.join(nodes)} (names that the others can reach; else set MASTER_ADDR)"
+        ),
         "set -euo pipefail",
-        f'export MASTER_ADDR="${{MASTER_ADDR:-{nodes[0]}}}"',
+        f'export MASTER_ADDR="${{MASTER_ADDR:-{shell_default(nodes[0])}}}"',
         f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
         *([f"export {environment}"] if environment else []),
         'node="${1:?the name of this node}"; shift',
@@ -63,7 +67,11 @@ def launch_script(order: Sequence[str], command: str, *, environment: str = "") 
     ]
     start = _torchrun if is_node_by_node(order) else _processes
     for index, node in enumerate(nodes):
-        lines += [f"  {node})", *start(order, node, index, len(nodes), command), "    ;;"]
+        lines += [
+            f"  {shlex.quote(node)})",
+            *start(order, node, index, len(nodes), command),
+            "    ;;",
+        ]
     lines += ['  *) echo "no ranks on $node" >&2; exit 2 ;;', "esac"]
     return "\n".join(lines) + "\n"
 

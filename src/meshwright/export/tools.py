@@ -14,7 +14,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.text import did_you_mean
+from meshwright.text import did_you_mean, flaw
 
 _WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]] = {
     "torchtitan": torchtitan_files,
@@ -39,6 +39,11 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
     Raises PlanError with every reason why the tool cannot express the plan.
     """
     check_tool(tool)
+    PlanError.check(
+        Problem(plan.name, "devices", device, "names that a script can hold", f"without {wrong}")
+        for device in plan.devices
+        if (wrong := flaw(device))
+    )
     if tool == PIPELINING:
         return pipelining_files(plan)
     if plan.model.source.endswith(".toml"):

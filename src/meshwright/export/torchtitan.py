@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from meshwright.errors import PlanError, Problem
 from meshwright.export.grid import Grid, blocks_by_stage, grid_of, only_precisions
 from meshwright.export.launch import launch_script, stage_major
-from meshwright.model.config import LanguageModel
+from meshwright.export.writing import docstring
+from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 
@@ -27,9 +28,10 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
     PlanError.check(
         [*only_precisions(plan, TOOL, "bf16", "fp32"), *_problems(plan, grid, language)]
     )
-    base = BASES.get(language.name)
+    own = language == NAMED.get(language.name)  # a config may call itself what it is not
+    base = BASES.get(language.name) if own else None
     lines = [
-        f'"""{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."""',
+        docstring(f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."),
         "",
         *(["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute),
         *([f"from torchtitan.models.llama3.config_registry import {base}", ""] if base else []),

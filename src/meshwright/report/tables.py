@@ -42,10 +42,8 @@ def explain(plan: Plan, console: Console | None = None) -> None:
         return
     seconds = prediction.step_seconds
     rate = tokens_per_second(plan, seconds)
-    console.print(
-        f"\n[bold]{format_seconds(seconds)} a step[/], {rate:,.0f} tokens/s, predicted",
-        highlight=False,
-    )
+    console.print()
+    console.print(_speed(seconds, rate, "predicted"))
     console.print(parts_table({"predicted": prediction.parts}))
     if prediction.memory:
         console.print()
@@ -59,6 +57,11 @@ def explain(plan: Plan, console: Console | None = None) -> None:
     if prediction.dropped:
         console.print()
         console.print(dropped_table(prediction.dropped))
+
+
+def _speed(seconds: float, rate: float, source: str) -> Text:
+    step = (f"{format_seconds(seconds)} a step", "bold")
+    return Text.assemble(step, f", {rate:,.0f} tokens/s, {source}")
 
 
 def plan_table(plan: Plan) -> Table:
@@ -207,10 +210,7 @@ def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = N
     console = console or Console()
     seconds, found = timeline.step_seconds, parts(timeline)
     rate = tokens_per_second(plan, seconds)
-    console.print(
-        f"[bold]{format_seconds(seconds)} a step[/], {rate:,.0f} tokens/s, {timeline.source}",
-        highlight=False,
-    )
+    console.print(_speed(seconds, rate, timeline.source))
     console.print(parts_table({timeline.source: found}))
     console.print()
     console.print(busy_table(timeline))

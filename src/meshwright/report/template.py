@@ -7,7 +7,13 @@ from functools import lru_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from meshwright.text import printable
 from meshwright.units import format_bytes, format_seconds
+
+
+def _shown(value: object) -> object:
+    """What is put in, without characters that a page must not hold."""
+    return printable(value, lines=True) if isinstance(value, str) else value
 
 
 @lru_cache(maxsize=1)
@@ -16,6 +22,7 @@ def _environment() -> Environment:
         loader=PackageLoader("meshwright.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

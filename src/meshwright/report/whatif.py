@@ -110,10 +110,10 @@ def _options_table(found: WhatIf) -> Table:
     told: dict[str, str] = {}
     for each in found.options:
         if each.step_seconds is None or each.tokens_per_second is None:
-            table.add_row(each.name, "-", "-", words(each.reason))
+            table.add_row(words(each.name), "-", "-", words(each.reason))
             continue
         rate = f"{each.tokens_per_second:,.0f}"
         plan = told.get(each.plan, each.plan)
         told.setdefault(each.plan, "the same")
-        table.add_row(each.name, format_seconds(each.step_seconds), rate, words(plan))
+        table.add_row(words(each.name), format_seconds(each.step_seconds), rate, words(plan))
     return table

@@ -14,6 +14,7 @@ from meshwright.cost.pairs import LinkReport, fitted_cluster
 from meshwright.cost.profile import Profile, load_profile, versions
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, fingerprint, load, record
+from meshwright.report.terminal import words
 from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings, reference_pace
 from meshwright.testbed.launch import Launcher
 from meshwright.testbed.spec import Bed
@@ -82,7 +83,7 @@ def profile_on(
     files.write_text(work / SETTINGS, dumps(settings))
     devices = tuple(device.name for device in devices_of(bed.cluster))
     if console:
-        console.print(f"measuring {len(devices)} devices and their links")
+        console.print(words(f"measuring {len(devices)} devices and their links"))
     launcher.run(devices, work, module=MODULE)
     found = _read(folder, bed, cached=False)
     files.write_text(folder / CLUSTER, dump_cluster(found.cluster))
