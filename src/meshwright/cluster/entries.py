@@ -63,6 +63,11 @@ class NodeEntry:
     inside: LinkEntry | None = None
     network: LinkEntry | None = None
     site: str = "main"
+    address: str | tuple[str, ...] | None = None
+    """Host name or IP address in the network that training uses; with `count`, a list with one for
+    each. Absent: the node's name is its host name."""
+    interface: str | None = None
+    """Network interface that training uses, `eth0`; absent: the one that has the address."""
 
 
 @record

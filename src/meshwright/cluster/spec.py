@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from meshwright.records import Bytes, BytesPerSecond, Flops, Seconds, record
+from meshwright.records import Bytes, BytesPerSecond, Flops, Seconds, fingerprint, record
 
 Precision = Literal["fp64", "fp32", "fp16", "bf16"]
 """Arithmetic of forward and backward. Weights and optimizer states stay fp32 (fp64 for fp64)."""
@@ -74,6 +75,16 @@ class DirectLink:
 
 
 @record
+class Endpoint:
+    """Where a node is found in the network that training uses."""
+
+    address: str | None = None
+    """Host name or IP address; None: the node's name is its host name."""
+    interface: str | None = None
+    """Network interface; None: the one that has the address."""
+
+
+@record
 class Device:
     """One accelerator of a cluster."""
 
@@ -93,6 +104,13 @@ class Cluster:
     nodes: tuple[Node, ...]
     sites: tuple[Site, ...]
     direct: tuple[DirectLink, ...] = ()
+    endpoints: dict[str, Endpoint] | None = None
+    """By node name, of the nodes that say so."""
+
+
+def cluster_fingerprint(cluster: Cluster) -> str:
+    """What plans remember their cluster by: the hardware, wherever it is found."""
+    return fingerprint(replace(cluster, endpoints=None))
 
 
 def node_of(device: str) -> str:

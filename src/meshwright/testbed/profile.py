@@ -13,8 +13,9 @@ from meshwright.cost.pairs import LinkReport, fitted_cluster
 from meshwright.cost.profile import Profile, load_profile, versions
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, fingerprint, load, record
-from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings, reference_pace
-from meshwright.testbed.launch import Launcher
+from meshwright.runtime import profile as measuring
+from meshwright.runtime.profile import SETTINGS, ProfileSettings, reference_pace
+from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.spec import Bed
 
 PROFILE, CLUSTER, LINKS, SOURCE = "profile.json", "cluster.toml", "links.json", "source.json"
@@ -48,7 +49,7 @@ class Profiled:
 
 
 def profile_on(
-    launcher: Launcher,
+    launcher: BedLauncher,
     settings: ProfileSettings,
     folder: Path,
     *,
@@ -82,7 +83,7 @@ def profile_on(
     devices = tuple(device.name for device in devices_of(bed.cluster))
     if console:
         console.print(f"measuring {len(devices)} devices and their links")
-    launcher.run(devices, work, module=MODULE)
+    launcher.ranks.run(devices, work, module=measuring.__name__)
     found = _read(folder, bed, cached=False)
     (folder / CLUSTER).write_text(dump_cluster(found.cluster), encoding="utf-8")
     known.write_text(mark)
