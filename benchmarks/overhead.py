@@ -18,12 +18,12 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+
+from again import start_again
 
 
 def main() -> None:
@@ -38,12 +38,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         arguments = ["--steps", str(options.steps), "--schedule", options.schedule]
-        subprocess.run(
-            [*torchrun, "--nproc-per-node=2", __file__, "--worker", str(out), *arguments],
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
-        )  # fmt: skip
+        start_again(2, ["--worker", str(out), *arguments])
         found = json.loads(out.read_text())
     print(f"{'operation':16}{'median, us':>12}{'of them PyTorch':>17}{'interpreter':>13}")
     for op, (whole, inside, rest) in found.items():
@@ -97,6 +93,7 @@ def worker(options: argparse.Namespace) -> None:
     from meshwright.model.zoo.gpt import GPT
     from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
     from meshwright.runtime.engine import Engine
+    from meshwright.runtime.exchange import from_all
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -139,8 +136,7 @@ def worker(options: argparse.Namespace) -> None:
         if step == 3:
             for own in samples.values():
                 own.clear()
-    gathered: list = [None] * 2
-    dist.all_gather_object(gathered, dict(samples))
+    gathered = from_all(dict(samples), dict[str, list[Sample]])
     if dist.get_rank() == 0:
         options.worker.write_text(json.dumps(medians(gathered)))
     dist.barrier()

@@ -24,13 +24,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from again import start_again
 from runtime_sides import CASES, SEQUENCE, Case, sides_of
 
 BEGAN = time.perf_counter()
@@ -90,19 +90,10 @@ def start_table(options: argparse.Namespace) -> dict:
 
 
 def launch(case: str, arguments: list[str]) -> dict:
-    """One case under torchrun; returns what its rank 0 wrote."""
+    """One case in processes of its own; returns what its rank 0 wrote."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [
-                *torchrun, f"--nproc-per-node={CASES[case].processes}", __file__,
-                "--worker", case, "--json", str(out), *arguments,
-            ],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=900,
-        )  # fmt: skip
+        start_again(CASES[case].processes, ["--worker", case, "--json", str(out), *arguments])
         return json.loads(out.read_text())
 
 

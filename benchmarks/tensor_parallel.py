@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from again import start_again
 
 SIZES = {"small": (128, 4, 64, 2), "medium": (512, 8, 128, 4)}
 """Width, heads, sequence, rows."""
@@ -34,16 +33,10 @@ def main() -> None:
     if options.worker:
         worker(options.rounds, options.json)
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     arguments = ["--worker", "--rounds", str(options.rounds)]
     if options.json:
         arguments += ["--json", str(options.json)]
-    subprocess.run(
-        [*torchrun, "--nproc-per-node=2", __file__, *arguments],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
+    start_again(2, arguments)
 
 
 def worker(rounds: int, out: Path | None) -> None:

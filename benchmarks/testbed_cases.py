@@ -36,7 +36,7 @@ from meshwright.search.explore import candidates_of, whole
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.testbed.bed import Standing, standing
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import BedLauncher, launcher_on
 from meshwright.testbed.load import Watch
 from meshwright.testbed.profile import LINKS, profile_on
 from meshwright.testbed.spec import Bed, BedFile, Mode, bed_of
@@ -151,7 +151,7 @@ class Suite:
         self.results = work / "results.jsonl"
         self.done = {line["key"]: line for line in self.lines()}
         self._stack = ExitStack()
-        self._up: tuple[tuple[str, str], Launcher] | None = None
+        self._up: tuple[tuple[str, str], BedLauncher] | None = None
 
     def lines(self) -> list[dict]:
         """Everything measured so far."""
@@ -167,7 +167,7 @@ class Suite:
         self._stack.close()
         self._up = None
 
-    def launcher(self, setting: Setting) -> Launcher:
+    def launcher(self, setting: Setting) -> BedLauncher:
         """On the setting's testbed, brought up if another one stands."""
         mark = (setting.place.name, setting.mode)
         if self._up is None or self._up[0] != mark:
@@ -179,7 +179,7 @@ class Suite:
                 attempts=self.attempts,
             )
             up: Standing = self._stack.enter_context(standing(bed))
-            self._up = mark, self._stack.enter_context(Launcher(up))
+            self._up = mark, self._stack.enter_context(launcher_on(up))
         return self._up[1]
 
     def known(self, setting: Setting) -> Known:
@@ -238,7 +238,7 @@ class Suite:
             }
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.json").write_text(json.dumps(job))
-            launcher.run(names, folder, module="testbed_rank")
+            launcher.ranks.run(names, folder, module="testbed_rank")
         data = json.loads(path.read_text())
         return (
             [parse(t, LayerTime, source="", error=MeshwrightError) for t in data["layers"]],
@@ -295,9 +295,9 @@ class Suite:
             cluster = launcher.up.bed.cluster
             table = virtual_times(plan, known.graph, cluster, known.profile)
             (folder / TIMES).write_text(dumps(table))
-        watch = Watch(launcher.processor_seconds)
+        watch = Watch(launcher.ranks.processor_seconds)
         module = "torch_rank" if "system" in changes else "testbed_rank"
-        launcher.run(plan.devices, folder, module=module)
+        launcher.ranks.run(plan.devices, folder, module=module)
         return json.loads((folder / "seconds.json").read_text()), watch.foreign_share()
 
 

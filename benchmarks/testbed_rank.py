@@ -26,8 +26,9 @@ from meshwright.plan.files import load_plan
 from meshwright.records import load, plain
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.exchange import from_all
 from meshwright.runtime.failure import rank_process
-from meshwright.runtime.profile import merged_layers, merged_optimizers
+from meshwright.runtime.profile import OwnTimes, merged_layers, merged_optimizers
 from meshwright.runtime.profile_layers import (
     Bench,
     Stopwatch,
@@ -100,14 +101,12 @@ def measure(job: dict, folder: Path) -> None:
         for found in layer_times(bench, layers=distinct, rows=rows, tensor=1):
             layers.append(found)
             dist.barrier()
-    own = (layers, optimizer_time(bench, sgd(1e-3), "sgd"))
-    everyone = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    step = optimizer_time(bench, sgd(1e-3), "sgd")
+    everyone = from_all(OwnTimes(layers=tuple(layers), optimizers=(step,)), OwnTimes)
     if rank == 0:
-        merged = {
-            "layers": [plain(t) for t in merged_layers([t for some, _ in everyone for t in some])],
-            "optimizers": [plain(t) for t in merged_optimizers([t for _, t in everyone])],
-        }
+        times = merged_layers([time for own in everyone for time in own.layers])
+        steps = merged_optimizers([time for own in everyone for time in own.optimizers])
+        merged = {"layers": [*map(plain, times)], "optimizers": [*map(plain, steps)]}
         (folder / "layers.json").write_text(json.dumps(merged))
     dist.barrier()
 

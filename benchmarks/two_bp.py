@@ -27,13 +27,14 @@ from statistics import median, quantiles
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.profile import Profile
+from meshwright.launch.local import Launcher
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.profiling import profile_here
 from meshwright.runtime.failure import rank_process
-from meshwright.runtime.launch import run_here
-from meshwright.runtime.profile import ProfileSettings, profile_here
+from meshwright.runtime.profile import ProfileSettings
 from meshwright.runtime.run import METRICS
 from meshwright.simulate.engine import simulate_plan
 from meshwright.testbed.load import Watch
@@ -145,14 +146,18 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[Key, list[float]
     """Seconds of the steps of every plan, turn by turn."""
     job = {"share": options.share, "turns": options.turns}
     (folder / "job.json").write_text(json.dumps(job))
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     found: dict[Key, list[float]] = {key: [] for key in keys()}
 
     def note(line: dict[str, float]) -> None:
         if line["turn"] >= WARM_UP:
             found[keys()[int(line["plan"])]].append(line["seconds"])
 
-    run_here(STAGES, folder, module="two_bp", environment={"PYTHONPATH": path}, on_metrics=note)
+    with Launcher() as launcher:
+        devices = [f"here:{rank}" for rank in range(STAGES)]
+        launcher.run(devices, folder, module="two_bp", on_metrics=note)
     return found
 
 

@@ -102,6 +102,8 @@ def words(annotation: ast.expr, names: Mapping[str, object]) -> str:
     match annotation:
         case ast.BinOp(left=left, right=ast.Constant(value=None)):
             return words(left, names)
+        case ast.BinOp(left=left, right=right):
+            return f"{words(left, names)}, or {words(right, names)}"
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
             kind = eval(ast.unparse(annotation), dict(names))
             if isinstance(first, ast.Name) and get_origin(names.get(first.id)) is Annotated:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from commands import meshwright, refused
@@ -91,7 +88,6 @@ def test_a_plan_is_trained_and_leaves_its_traces(planned):
         cwd=planned,
     )
     assert done.returncode == 0, done.stderr
-    assert "torchrun --nnodes=1" in done.stdout
     assert "predicted" in done.stdout, "how far off the prediction was"
     lines = [json.loads(line) for line in (planned / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -106,56 +102,8 @@ def test_a_plan_is_trained_and_leaves_its_traces(planned):
 def test_dry_run_only_prints_the_commands(planned):
     done = meshwright("train", "plan.json", "--dry-run", "-o", "dry", cwd=planned)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("torchrun") == 1
+    assert done.stdout == "meshwright launch dry --node here\n"
     assert not (planned / "dry/metrics.jsonl").exists()
-
-
-def workers_of(folder: Path) -> list[int]:
-    """Processes of the run in `folder`, its launcher's torchrun included."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if "meshwright.runtime.worker" in (process.info["cmdline"] or ())
-        and str(folder) in process.info["cmdline"]
-    ]
-
-
-def wait_until(condition, seconds: float):
-    """Poll until `condition` gives something, at most `seconds`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")
-
-
-@pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_a_killed_process_takes_the_run_down_and_leaves_no_orphans(planned, victim):
-    folder = planned / f"killed-{victim}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "meshwright", *f"train plan.json --steps 99999 -o {folder}".split()],
-        cwd=planned,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_until(lambda: (folder / "metrics.jsonl").exists() and process.poll() is None, 120)
-        wait_until(lambda: (folder / "metrics.jsonl").read_text(), 120)
-        workers = workers_of(folder)
-        assert len(workers) > 1
-        os.kill(workers[-1] if victim == "worker" else process.pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
-        wait_until(lambda: not workers_of(folder), 30)
-    finally:
-        process.kill()
-    if victim == "worker":
-        assert process.returncode == 2
-        assert errors.startswith("TrainingError:")
-        assert "SIGKILL" in errors
-        assert "Traceback" not in errors
 
 
 PLAN = "plan --model gpt-tiny --cluster cluster.toml --sequence 16"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from meshwright.cluster.files import load_cluster as load_cluster
     from meshwright.cost.profile import load_profile as load_profile
     from meshwright.errors import MeshwrightError as MeshwrightError
+    from meshwright.launch.script import launch as launch
     from meshwright.model.load import load_model as load_model
     from meshwright.model.loss import WithLoss as WithLoss
     from meshwright.model.trace import trace as trace
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from meshwright.plan.spec import Job as Job
     from meshwright.plan.spec import Plan as Plan
     from meshwright.report.tables import explain as explain
-    from meshwright.runtime.launch import launch as launch
     from meshwright.runtime.train import train as train
     from meshwright.search.planner import find_plan as find_plan
     from meshwright.simulate.engine import simulate_plan as simulate_plan
@@ -46,7 +46,7 @@ _HOME = {
     "Plan": "plan.spec",
     "explain": "report.tables",
     "train": "runtime.train",
-    "launch": "runtime.launch",
+    "launch": "launch.script",
     "find_plan": "search.planner",
     "simulate_plan": "simulate.engine",
 }

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from meshwright import files
-from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.spec import Cluster, cluster_fingerprint, devices_of
 from meshwright.cost.calibrate import Knob, calibrate, informative, place_of, value_at, with_values
 from meshwright.cost.constants import DEFAULT_DEVICE, DEFAULT_SYSTEM, DEVICE_NAMES, Calibration
 from meshwright.cost.profile import Profile
 from meshwright.errors import FitError, Problem, ProfileError
 from meshwright.formats import from_text
 from meshwright.plan.spec import Plan
-from meshwright.records import fingerprint, load, parse
+from meshwright.records import load, parse
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, Metrics, RunSettings
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, evaluate, given_seconds
@@ -149,7 +149,7 @@ def proposals(session: Session, count: int) -> tuple[Plan, ...]:
     limit = SLOWEST * min(estimate.seconds for estimate in fitting)
     short = [estimate for estimate in fitting if estimate.seconds <= limit]
     chosen = informative(_sensitivities(session, base, short), count)
-    cluster_print = fingerprint(session.cluster)
+    cluster_print = cluster_fingerprint(session.cluster)
     return tuple(as_plan(plain, short[i].candidate, short[i].bounds, cluster_print) for i in chosen)
 
 

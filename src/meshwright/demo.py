@@ -18,12 +18,13 @@ from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
+from meshwright.profiling import profile_here
 from meshwright.records import record
 from meshwright.report.page import Rival, write_report
 from meshwright.report.tables import explain
 from meshwright.report.terminal import words
 from meshwright.report.trace import dump_trace
-from meshwright.runtime.profile import ProfileSettings, profile_here
+from meshwright.runtime.profile import ProfileSettings
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, by_hand, open_session, search, simulated
 from meshwright.training import Outcome, train_here

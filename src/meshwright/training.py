@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from meshwright import files
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.memory import device_memory
 from meshwright.errors import LaunchError, ModelError, Problem, TrainingError
+from meshwright.launch.local import Launcher
+from meshwright.launch.lock import held
+from meshwright.launch.nodes import launch_commands, launch_node, write_nodes
 from meshwright.model.hf import language_model
 from meshwright.plan.files import save_plan
 from meshwright.plan.spec import Plan
@@ -24,7 +29,6 @@ from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
 from meshwright.report.terminal import words
 from meshwright.runtime.corpus import check_corpus, open_corpus
-from meshwright.runtime.launch import run_here, torchrun_commands
 from meshwright.runtime.run import (
     METRICS,
     OWN_NAMES,
@@ -38,7 +42,7 @@ from meshwright.session import Session
 from meshwright.text import printable
 from meshwright.units import format_bytes
 
-Launch = Callable[[tuple[str, ...], Path, Callable[[dict[str, float]], None]], None]
+Launch = Callable[[tuple[str, ...], Path, RunSettings, Callable[[dict[str, float]], None]], None]
 """Runs a prepared folder on these devices, waits, and hands on its metrics line by line."""
 
 
@@ -87,11 +91,6 @@ def _kept_model(source: str, folder: Path) -> str:
     return str(copy)
 
 
-def training_commands(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """The torchrun command of every node."""
-    return torchrun_commands(plan, folder)
-
-
 def check_this_machine(session: Session, plan: Plan) -> None:
     """Raise LaunchError unless all ranks of the plan can run on this machine together."""
     import torch
@@ -134,31 +133,81 @@ def train_here(
 ) -> Outcome:
     """Run all ranks on this machine, with a progress bar on a terminal and lines elsewhere.
 
-    `launch` starts them in another way than torchrun: on a testbed. Raises LaunchError if they do
-    not fit here, TrainingError if the run has to stop.
+    `launch` starts them in another way: on a testbed. Raises LaunchError if they do not fit here or
+    another run is at work in the folder, TrainingError if the run has to stop.
     """
     console = console or Console()
-    check_this_machine(session, plan)
-    prepare(session, plan, settings, folder)
-    metrics: list[Metrics] = []
-    with _progress(console) as progress:
-        bar = progress.add_task(
-            escape(printable(title)), total=settings.steps, loss="", speed="starting"
-        )
-
-        def show(line: dict[str, float]) -> None:
-            metrics.append(Metrics(**line))  # type: ignore[arg-type]
-            last = metrics[-1]
-            loss, speed = f"loss {last.loss:.4f}", f"{last.tokens_per_second:,.0f} tokens/s"
-            progress.update(bar, advance=1, loss=loss, speed=speed)
-            if not sys.stdout.isatty() and _worth_a_line(last.step, settings.steps):
-                console.print(words(f"{title}: step {last.step}  {loss}  {speed}"))
-
+    with held(folder), ExitStack() as stack:
         if launch is None:
-            run_here(len(plan.devices), folder, on_metrics=show)
-        else:
-            launch(plan.devices, folder, show)
-    return outcome(folder, tuple(metrics))
+            launch = partial(_launch_here, stack.enter_context(Launcher()).warm())
+        check_this_machine(session, plan)
+        prepare(session, plan, settings, folder)
+        with _shown(settings.steps, title, console) as show:
+            launch(plan.devices, folder, settings, show)
+    return outcome(folder, tuple(show.metrics))
+
+
+def _launch_here(
+    launcher: Launcher,
+    devices: tuple[str, ...],
+    folder: Path,
+    settings: RunSettings,
+    tell: Callable[[dict[str, float]], None],
+) -> None:
+    launcher.run(devices, folder, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
+
+
+def prepared_commands(
+    session: Session, plan: Plan, settings: RunSettings, folder: Path, port: int
+) -> list[str]:
+    """Prepare a run over several machines, and give the command for each of its nodes.
+
+    Raises what `prepare` does; LaunchError if another run is at work in the folder.
+    """
+    with held(folder):
+        prepare(session, plan, settings, folder)
+        write_nodes(folder, plan.devices, session.cluster, port)
+    return launch_commands(plan.devices, folder)
+
+
+def train_node(folder: Path, node: str, console: Console) -> Outcome | None:
+    """Run the ranks of one node of a prepared run; None where the results are on another node.
+
+    Raises what `launch_node` does.
+    """
+    settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
+    with _shown(settings.steps, f"training on {node}", console) as show:
+        launch_node(folder, node, show)
+    shown = show.metrics
+    return outcome(folder, tuple(shown)) if shown else None
+
+
+@contextmanager
+def _shown(steps: int, title: str, console: Console) -> Iterator[_Show]:
+    """Shows metrics as they come: a progress bar on a terminal, a few lines elsewhere."""
+    with _progress(console) as progress:
+        bar = progress.add_task(escape(printable(title)), total=steps, loss="", speed="starting")
+        yield _Show(steps, title, console, progress, bar, [])
+
+
+@dataclass
+class _Show:
+    """Takes the lines of metrics.jsonl, one by one."""
+
+    steps: int
+    title: str
+    console: Console
+    progress: Progress
+    bar: TaskID
+    metrics: list[Metrics]
+
+    def __call__(self, line: dict[str, float]) -> None:
+        last = Metrics(**line)  # type: ignore[arg-type]
+        self.metrics.append(last)
+        loss, speed = f"loss {last.loss:.4f}", f"{last.tokens_per_second:,.0f} tokens/s"
+        self.progress.update(self.bar, advance=1, loss=loss, speed=speed)
+        if not sys.stdout.isatty() and _worth_a_line(last.step, self.steps):
+            self.console.print(words(f"{self.title}: step {last.step}  {loss}  {speed}"))
 
 
 def _progress(console: Console) -> Progress:

@@ -28,7 +28,7 @@ from meshwright.report.verification import kinds_table, strategies_table
 from meshwright.runtime.run import TIMELINE, RunSettings
 from meshwright.session import Session, by_hand, predicted, simulated
 from meshwright.simulate.compare import Comparison, compare
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.load import Watch
 from meshwright.testbed.train import Run, train_on
 from meshwright.text import file_name
@@ -199,7 +199,7 @@ def verify_here(
     session: Session,
     plan: Plan,
     names: Sequence[str],
-    launcher: Launcher | None,
+    launcher: BedLauncher | None,
     settings: RunSettings,
     folder: Path,
     console: Console,
@@ -234,7 +234,7 @@ def verify_here(
     return verification
 
 
-def _on_testbed(launcher: Launcher, console: Console) -> Train:
+def _on_testbed(launcher: BedLauncher, console: Console) -> Train:
     def train(session: Session, plan: Plan, settings: RunSettings, folder: Path, title: str) -> Run:
         return train_on(launcher, session, plan, settings, folder, title=title, console=console)
 

@@ -19,7 +19,7 @@ from meshwright.plan.spec import Job
 from meshwright.plan.validate import validate_plan
 from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.testbed.bed import Standing, design
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import BedLauncher, launcher_on
 from meshwright.testbed.times import virtual_times
 
 ROOT = Path(__file__).parents[2]
@@ -133,11 +133,14 @@ def test_amp_is_told_of_nodes_of_one_size(graph: LayerGraph) -> None:
 class OnLoopback(Suite):
     """A suite without a testbed: all processes meet on the loopback."""
 
-    def launcher(self, setting: Setting) -> Launcher:
+    def launcher(self, setting: Setting) -> BedLauncher:
         if self._up is None:
             bed = bed_at(setting.place, "virtual", foreign_share=1.0, attempts=1)
             up: Standing = design(bed, NOTHING, "mw-none").standing
-            self._up = (setting.place.name, setting.mode), self._stack.enter_context(Launcher(up))
+            self._up = (
+                (setting.place.name, setting.mode),
+                self._stack.enter_context(launcher_on(up)),
+            )
         return self._up[1]
 
 

@@ -356,13 +356,13 @@ def mistaken_width(rank: int, case: Case) -> None:
     engine_of(replace(case, model=lambda: GPT(**size, width=width)))
 
 
-def test_missing_launcher_variables_are_named_with_the_command() -> None:
+def test_missing_launcher_variables_are_named_with_the_mend() -> None:
     plan = Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)).plan
     with pytest.raises(LaunchError) as caught:
         launched(plan, {"RANK": "0", "WORLD_SIZE": "2"})
     text = str(caught.value)
     assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in text
-    assert "torchrun --nproc-per-node 2" in text
+    assert "meshwright.launch(plan)" in text
 
 
 @pytest.mark.parametrize(("size", "found"), [("3", "3 processes"), ("two", "'two'")])

@@ -15,7 +15,7 @@ import pytest
 from beds import bed
 
 from meshwright.testbed.bed import standing
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import run_command
 from meshwright.testbed.machine import Abilities, abilities
 from meshwright.testbed.traces import (
     Traces,
@@ -64,10 +64,10 @@ def test_abilities_have_a_reason_for_everything_they_lack(able: Abilities) -> No
 @pytest.mark.usefixtures("namespaces")
 def test_each_process_stands_in_its_node(tmp_path: Path) -> None:
     script = f"ip -br address show dev eth0 > {tmp_path}/$RANK; exit $RANK"
-    with standing(bed(), folder=tmp_path / "traces") as up, Launcher(up) as launcher:
+    with standing(bed(), folder=tmp_path / "traces") as up:
         assert set(up.namespaces) == {"a", "b", "c"}
         devices = ("a:0", "b:0", "c:0")
-        assert launcher.run_command(devices, ["sh", "-c", script]) in (1, 2)
+        assert run_command(up, devices, ["sh", "-c", script]) in (1, 2)
     assert not standing_traces(tmp_path / "traces")
     for rank, device in enumerate(devices):
         address = up.addresses[device.partition(":")[0]]
@@ -96,9 +96,9 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from beds import bed
 from meshwright.testbed.bed import standing
-from meshwright.testbed.launch import Launcher
-with standing(bed(), folder=Path({folder!r})) as up, Launcher(up) as launcher:
-    launcher.run_command(("a:0", "b:0"), ["sh", "-c", "echo $$ > {folder}/$RANK.pid; sleep 600"])
+from meshwright.testbed.launch import run_command
+with standing(bed(), folder=Path({folder!r})) as up:
+    run_command(up, ("a:0", "b:0"), ["sh", "-c", "echo $$ > {folder}/$RANK.pid; sleep 600"])
 """
 
 

@@ -15,7 +15,7 @@ from meshwright.model.load import load_model
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, predicted
 from meshwright.testbed.bed import design
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import launcher_on
 from meshwright.testbed.times import virtual_times
 from meshwright.testbed.train import train_on
 from meshwright.testbed.virtual import Pace, VirtualLayer, VirtualOptimizer
@@ -101,7 +101,7 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
         warnings=(),
     )
     plan = predicted(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
-    with Launcher(up) as launcher:
+    with launcher_on(up) as launcher:
         run = train_on(launcher, session, plan, RunSettings(model="gpt-tiny", steps=4), tmp_path)
     assert plan.prediction is not None
     compute = plan.prediction.parts["compute"]
@@ -114,12 +114,17 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
 @pytest.mark.slow
 def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
     up = design(bed(), NOTHING, "mw-none").standing
-    with Launcher(up) as launcher, pytest.raises(MeshwrightError, match=r"run\.json.*no such file"):
-        launcher.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.worker")
+    with (
+        launcher_on(up) as launcher,
+        pytest.raises(MeshwrightError, match=r"run\.json.*no such file"),
+    ):
+        launcher.ranks.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.worker")
 
 
 def test_a_command_ends_with_the_status_of_the_process_that_failed() -> None:
     up = design(bed(), NOTHING, "mw-none").standing
-    with Launcher(up) as launcher:
-        assert launcher.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"]) == 1
-        assert launcher.run_command(("a:0",), ["sh", "-c", "kill -9 $$"]) == 9
+    with launcher_on(up) as launcher:
+        events = launcher.ranks.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"])
+        assert {event.rank: event.status for event in events} == {0: 0, 1: 1}
+        (event,) = launcher.ranks.run_command(("a:0",), ["sh", "-c", "kill -9 $$"])
+        assert event.status == -9

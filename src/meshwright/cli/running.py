@@ -57,8 +57,9 @@ def profile(
     On a testbed every class of links is measured, and the folder gets profile.json, links.json and
     the cluster.toml with the links as they are.
     """
+    from meshwright.profiling import Processes, profile_here
     from meshwright.records import checked, checked_value
-    from meshwright.runtime.profile import Processes, ProfileSettings, profile_here
+    from meshwright.runtime.profile import ProfileSettings
 
     checked_value(Processes, processes, "--processes")
     settings = checked(
@@ -123,14 +124,21 @@ def train(
     debug: Annotated[bool, typer.Option(help="Check messages, trace NaN to its layer.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a silent rank is lost.")] = 300.0,
     compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Prepare the folder, and print each node's command.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="With --dry-run: where the nodes meet.")
+    ] = 29500,
 ) -> None:
-    """Train by a plan: prints the torchrun commands it stands for, then runs them here."""
+    """Train by a plan on this machine, one process for each of its devices.
+
+    `--dry-run` only prepares the run folder, and prints the command for each node of the plan.
+    """
     from meshwright.records import checked
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen
-    from meshwright.testbed.bed import standing_here
-    from meshwright.training import prepare, training_commands
+    from meshwright.training import prepared_commands
 
     session, found = reopen(plan_file)
     settings = checked(
@@ -150,11 +158,9 @@ def train(
     )
     files.check_folder(output)
     check_outputs(report)
-    prepare(session, found, settings, output)
-    if standing_here() is None:
-        for command in training_commands(found, output):
-            say(command)
     if dry_run:
+        for command in prepared_commands(session, found, settings, output, port):
+            say(command)
         return
     outcome = train_there(session, found, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
@@ -186,6 +192,22 @@ def _show(
             losses={found.name: outcome.losses},
         )
         say(f"wrote {report}")
+
+
+@app.command()
+def launch(
+    folder: Annotated[Path, typer.Argument(help="Run folder that `train --dry-run` prepared.")],
+    node: Annotated[str, typer.Option(help="Name of the node that this is, as in the plan.")],
+) -> None:
+    """Start the ranks of one node of a run over several machines; give it on every node."""
+    from rich.console import Console
+
+    from meshwright.training import train_node
+
+    outcome = train_node(folder, node, Console())
+    if outcome is not None:
+        text = f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {folder}"
+        say(text)
 
 
 @app.command()

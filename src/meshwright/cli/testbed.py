@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from meshwright.runtime.profile import ProfileSettings
     from meshwright.runtime.run import RunSettings
     from meshwright.session import Session
-    from meshwright.testbed.launch import Launcher
+    from meshwright.testbed.launch import BedLauncher
     from meshwright.training import Outcome
 
 BedFile = Annotated[Path, typer.Argument(help="testbed.toml: a cluster and scale factors.")]
@@ -42,8 +43,8 @@ def run(
     command is started once for each device of the cluster, with the variables that torchrun sets.
     """
     from meshwright.cluster.spec import devices_of
-    from meshwright.testbed.bed import master_port, plan_bed, rank_environment, standing
-    from meshwright.testbed.launch import Launcher, as_shell, run_verb
+    from meshwright.testbed.bed import plan_bed, standing
+    from meshwright.testbed.launch import as_shell, run_command, run_verb
     from meshwright.testbed.spec import load_bed
 
     bed = load_bed(bed_file)
@@ -53,22 +54,14 @@ def run(
         drawn, lines = plan_bed(bed)
         up = drawn.standing
         undo = len(drawn.down) + len(drawn.groups)
-        port = master_port()
-        inside = [" ".join(command)] if own else [
-            as_shell(up, device, rank_environment(up, devices, rank, port), command)
-            for rank, device in enumerate(devices)
-        ]  # fmt: skip
+        inside = [shlex.join(command)] if own else as_shell(up, devices, command)
         for line in (*lines[: len(lines) - undo], *inside, *lines[len(lines) - undo :]):
             say(line)
         _say_absent(up.absent)
         return
     with standing(bed) as up:
         _say_absent(up.absent)
-        if own:
-            status = run_verb(up, command)
-        else:
-            with Launcher(up) as launcher:
-                status = launcher.run_command(devices, command)
+        status = run_verb(up, command) if own else run_command(up, devices, command)
     raise typer.Exit(status)
 
 
@@ -106,26 +99,26 @@ def _say_absent(absent: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def launcher_for(bed_file: Path | None) -> Iterator[Launcher | None]:
+def launcher_for(bed_file: Path | None) -> Iterator[BedLauncher | None]:
     """A testbed of its own, the one in which this command runs, or none."""
     from meshwright.testbed.bed import standing, standing_here
-    from meshwright.testbed.launch import Launcher
+    from meshwright.testbed.launch import launcher_on
     from meshwright.testbed.spec import load_bed
 
     here = standing_here()
     if bed_file is not None:
-        with standing(load_bed(bed_file)) as up, Launcher(up) as launcher:
+        with standing(load_bed(bed_file)) as up, launcher_on(up) as launcher:
             _say_absent(up.absent)
             yield launcher
     elif here is not None:
-        with Launcher(here) as launcher:
+        with launcher_on(here) as launcher:
             yield launcher
     else:
         yield None
 
 
 def profile_testbed(
-    launcher: Launcher, settings: ProfileSettings, folder: Path, *, again: bool
+    launcher: BedLauncher, settings: ProfileSettings, folder: Path, *, again: bool
 ) -> None:
     """`profile` on a testbed: measures into a folder, and shows the links with their residuals."""
     from rich.console import Console

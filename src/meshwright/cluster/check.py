@@ -19,6 +19,7 @@ DEFAULT_SITE = "main"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAME_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
+_ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:_-]*")
 _DEVICES = re.compile(r"\s*(?:([0-9]{1,18})\s*[x×]\s*)?(\S+)\s*")
 
 
@@ -71,9 +72,25 @@ def _size_problems(entries: Entries, source: str) -> Iterator[Problem]:
         yield Problem(source, "node", f"{total:,} devices", f"at most {MOST_DEVICES:,}")
 
 
+def _endpoint_problems(where: str, node: NodeEntry, source: str) -> Iterator[Problem]:
+    several = isinstance(node.address, tuple)
+    given = node.address if isinstance(node.address, tuple) else [node.address]
+    for address in given:
+        if address is not None and not _ADDRESS.fullmatch(address):
+            yield Problem(source, f"{where}.address", repr(address), "a host name or an IP address")
+    count = 1 if node.count is None else node.count
+    if node.address is not None and (len(given) != count or several != (node.count is not None)):
+        wanted = "one address" if node.count is None else f"a list of {count}, one for each node"
+        found = f"{len(given)} addresses" if several else "one address"
+        yield Problem(source, f"{where}.address", found, wanted)
+    if node.interface is not None and not _NAME.fullmatch(node.interface):
+        yield Problem(source, f"{where}.interface", repr(node.interface), _NAME_RULE)
+
+
 def _node_problems(where: str, node: NodeEntry, entries: Entries, source: str) -> Iterator[Problem]:
     if not _NAME.fullmatch(node.name):
         yield Problem(source, f"{where}.name", repr(node.name), _NAME_RULE)
+    yield from _endpoint_problems(where, node, source)
     if node.count is not None and node.count < 1:
         yield Problem(source, f"{where}.count", str(node.count), "1 or more")
     if not node.devices:

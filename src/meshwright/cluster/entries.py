@@ -62,6 +62,11 @@ class NodeEntry:
     inside: LinkEntry | None = None
     network: LinkEntry | None = None
     site: Name = "main"
+    address: Name | tuple[Name, ...] | None = None
+    """Host name or IP address in the network that training uses; with `count`, a list with one for
+    each. Absent: the node's name is its host name."""
+    interface: Name | None = None
+    """Network interface that training uses, `eth0`; absent: the one that has the address."""
 
 
 @record

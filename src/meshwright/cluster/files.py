@@ -14,7 +14,7 @@ from meshwright.cluster.catalog import catalog
 from meshwright.cluster.check import DEFAULT_SITE, devices_in, names_of, problems_of
 from meshwright.cluster.entries import Entries, NodeEntry, link_of, read_entries
 from meshwright.cluster.matrix import matrix_links
-from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
+from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Endpoint, Link, Node, Site
 from meshwright.cluster.types import resolve_type
 from meshwright.errors import ClusterError
 from meshwright.text import quoted
@@ -56,7 +56,17 @@ def _expand(entries: Entries) -> Cluster:
         nodes=nodes,
         sites=_sites(entries, nodes),
         direct=tuple(direct),
+        endpoints=dict(_endpoints(entries)) or None,
     )
+
+
+def _endpoints(entries: Entries) -> Iterator[tuple[str, Endpoint]]:
+    for entry in entries.nodes.values():
+        names = names_of(entry)
+        given = entry.address if isinstance(entry.address, tuple) else [entry.address] * len(names)
+        for name, address in zip(names, given, strict=True):
+            if address is not None or entry.interface is not None:
+                yield name, Endpoint(address=address, interface=entry.interface)
 
 
 def _devices(entry: NodeEntry) -> tuple[str, ...]:
@@ -102,8 +112,12 @@ def dump_cluster(cluster: Cluster) -> str:
     for site in cluster.sites:
         lines += ["", "[[site]]", f"name = {quoted(site.name)}"]
         lines += [f"uplink = {_link(site.uplink)}"] if site.uplink else []
-    for base, nodes in _runs(cluster.nodes):
+    endpoints = cluster.endpoints or {}
+    for base, nodes in _runs(cluster.nodes, endpoints):
         lines += ["", *_node_lines(base, nodes, shared)]
+        lines += _endpoint_lines(
+            [endpoints.get(node.name, Endpoint()) for node in nodes], bool(base)
+        )
     used = {kind for node in cluster.nodes for kind in node.devices}
     for name, kind in cluster.types.items():
         known = catalog().get(name)
@@ -115,13 +129,28 @@ def dump_cluster(cluster: Cluster) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _runs(nodes: tuple[Node, ...]) -> list[tuple[str | None, list[Node]]]:
+def _endpoint_lines(endpoints: list[Endpoint], several: bool) -> list[str]:
+    addresses = [each.address for each in endpoints if each.address is not None]
+    text = f"[{', '.join(map(quoted, addresses))}]" if several else ""
+    lines = [f"address = {text or quoted(addresses[0])}"] if addresses else []
+    interface = endpoints[0].interface
+    return [*lines, f"interface = {quoted(interface)}"] if interface is not None else lines
+
+
+def _runs(
+    nodes: tuple[Node, ...], known: dict[str, Endpoint]
+) -> list[tuple[str | None, list[Node]]]:
     """Nodes in order, with runs of equal `base-0`, `base-1` ... gathered under their base."""
+
+    def kind(node: Node) -> tuple[Node, bool, str | None]:
+        endpoint = known.get(node.name, Endpoint())
+        return replace(node, name=""), endpoint.address is None, endpoint.interface
+
     runs: list[tuple[str | None, list[Node]]] = []
     for node in nodes:
         base, _, index = node.name.rpartition("-")
         follows = runs and runs[-1][0] == base and index == str(len(runs[-1][1]))
-        if follows and replace(node, name="") == replace(runs[-1][1][0], name=""):
+        if follows and kind(node) == kind(runs[-1][1][0]):
             runs[-1][1].append(node)
             continue
         runs.append((base if base and index == "0" else None, [node]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from meshwright.records import (
     Name,
     PositiveShare,
     Seconds,
+    fingerprint,
     record,
 )
 
@@ -85,6 +87,16 @@ class DirectLink:
 
 
 @record
+class Endpoint:
+    """Where a node is found in the network that training uses."""
+
+    address: Name | None = None
+    """Host name or IP address; None: the node's name is its host name."""
+    interface: Name | None = None
+    """Network interface; None: the one that has the address."""
+
+
+@record
 class Device:
     """One accelerator of a cluster."""
 
@@ -104,6 +116,13 @@ class Cluster:
     nodes: tuple[Node, ...]
     sites: tuple[Site, ...]
     direct: tuple[DirectLink, ...] = ()
+    endpoints: dict[Name, Endpoint] | None = None
+    """By node name, of the nodes that say so."""
+
+
+def cluster_fingerprint(cluster: Cluster) -> str:
+    """What plans remember their cluster by: the hardware, wherever it is found."""
+    return fingerprint(replace(cluster, endpoints=None))
 
 
 def node_of(device: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from meshwright.cluster.spec import Cluster, devices_of, node_of
+from meshwright.cluster.spec import Cluster, cluster_fingerprint, devices_of, node_of
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.ranks import pipeline_rows
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
-from meshwright.records import fingerprint
 
 
 def validate_plan(
@@ -219,12 +218,12 @@ def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
 
 def _against_cluster(plan: Plan, cluster: Cluster, source: str) -> Iterator[Problem]:
     wanted = plan.cluster.fingerprint
-    if wanted and wanted != fingerprint(cluster):
+    if wanted and wanted != cluster_fingerprint(cluster):
         yield Problem(
             source,
             "cluster.fingerprint",
             f"{wanted} ({plan.cluster.name})",
-            f"{fingerprint(cluster)}, the cluster given ({cluster.name})",
+            f"{cluster_fingerprint(cluster)}, the cluster given ({cluster.name})",
             "plan again for this cluster; or empty the field to use the plan all the same",
         )
     known = {device.name: device for device in devices_of(cluster)}

@@ -29,6 +29,7 @@ from meshwright.program.instructions import (
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
+from meshwright.runtime.exchange import to_first
 from meshwright.runtime.reduce import FlatBucket
 
 Moment = Callable[[], float]
@@ -252,9 +253,7 @@ def gather(
     Ranks of one host share its clock; hosts are aligned at the barrier before the step. What two or
     more ranks do together starts when the last of them is ready.
     """
-    rank = dist.get_rank()
-    records: list[RankRecord] | None = [record] * dist.get_world_size() if rank == 0 else None
-    dist.gather_object(record, records, dst=0, group=group)
+    records = to_first(record, RankRecord, group)
     if records is None:
         return None
     origin: dict[str, float] = {}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import Instruction, Key, Op
+from meshwright.runtime.exchange import from_all
 from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World
 
@@ -171,8 +171,7 @@ def _stop(step: int, what: str, value: float, weights: str) -> None:
 def stop_for_missing(names: list[str], world: World) -> None:
     """Raises TrainingError, on every rank alike, naming the parameters without gradient that any
     rank knows of."""
-    found: list[list[str]] = [[]] * world.size
-    dist.all_gather_object(found, names, group=world.everyone)
+    found = from_all(tuple(names), tuple[str, ...], world.everyone)
     raise TrainingError(
         *(
             Problem(

@@ -1,6 +1,6 @@
 """`meshwright profile`: what every rank measures, and how the ranks' results become one file.
 
-python -m meshwright.runtime.profile FOLDER      one rank, under torchrun
+python -m meshwright.runtime.profile FOLDER      one rank, under a launcher
 """
 
 from __future__ import annotations
@@ -8,19 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import field, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from rich.console import Console
-from rich.progress import Progress
 
 from meshwright import files
 from meshwright.cluster.discover import discover
@@ -34,7 +32,7 @@ from meshwright.cost.profile import (
     TensorWidth,
     versions,
 )
-from meshwright.errors import LaunchError, Problem, ProfileError
+from meshwright.errors import ProfileError
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.records import (
@@ -44,22 +42,20 @@ from meshwright.records import (
     Rows,
     Tokens,
     dumps,
-    fingerprint,
     load,
     record,
 )
-from meshwright.runtime.launch import run_here
 from meshwright.runtime.run import METRICS
+from meshwright.runtime.variables import LOCAL_RANK, RANK, WORLD_SIZE
 
 if TYPE_CHECKING:
     import torch
 
     from meshwright.runtime.profile_layers import Bench
 
-Processes = Annotated[int, Field(ge=1, le=4096)]
-"""On one machine."""
 SETTINGS = "profile-settings.json"
-MODULE = "meshwright.runtime.profile"
+TIMEOUT_SECONDS = 1800.0
+"""For a device that is so much slower than the others."""
 
 
 @record
@@ -98,6 +94,21 @@ class Source:
 
 
 @record
+class Known:
+    """What the first rank's output file holds already."""
+
+    profile: Profile | None = None
+
+
+@record
+class OwnTimes:
+    """What one rank has measured."""
+
+    layers: tuple[LayerTime, ...]
+    optimizers: tuple[OptimizerTime, ...]
+
+
+@record
 class Case:
     """Layers that are measured at one size."""
 
@@ -114,43 +125,6 @@ def cases(settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]) -
             yield Case(layers=legal, rows=rows, tensor=tensor)
 
 
-def profile_here(
-    settings: ProfileSettings,
-    processes: int,
-    *,
-    again: bool = False,
-    console: Console | None = None,
-) -> tuple[Profile, bool]:
-    """Measure and write the profile: as a rank if a launcher started this process, else with
-    `processes` processes on this machine; unless the file holds these measurements already, which
-    the second result says. Raises ProfileError or LaunchError."""
-    graph = load_model(settings.model, settings.sequence, settings.precision)
-    launched = "RANK" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else processes
-    cluster = load_cluster(Path(settings.cluster)) if settings.cluster else None
-    if cluster:
-        _check_ranks(settings, cluster, world)
-    mark = fingerprint(
-        Source(
-            settings=replace(settings, cluster=None, output="", pairs=None),
-            model=fingerprint(graph),
-            cluster=cluster,
-            processes=world,
-            versions=versions(),
-            pace=reference_pace(settings),
-        )
-    )
-    if launched:
-        return measure(settings, graph, None, mark=mark, again=again)
-    known = None if again else _known(settings, mark)
-    if known is not None:
-        return known, True
-    with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
-        _measure_in_processes(settings, processes, Path(scratch), console or Console())
-    found = load(Path(settings.output), Profile, error=ProfileError)
-    return _kept(settings, replace(found, source=mark)), False
-
-
 def reference_pace(settings: ProfileSettings) -> float | None:
     """What the speed of emulated devices refers to on this machine (see pace.py); None: real ones
     are measured."""
@@ -161,7 +135,7 @@ def reference_pace(settings: ProfileSettings) -> float | None:
     return usual_seconds()
 
 
-def _known(settings: ProfileSettings, mark: str) -> Profile | None:
+def known(settings: ProfileSettings, mark: str) -> Profile | None:
     """What the output file holds, if it is what would be measured."""
     path = Path(settings.output)
     if not files.is_file(path):
@@ -172,31 +146,10 @@ def _known(settings: ProfileSettings, mark: str) -> Profile | None:
     return None
 
 
-def _kept(settings: ProfileSettings, profile: Profile) -> Profile:
+def keep(settings: ProfileSettings, profile: Profile) -> Profile:
+    """Write the profile to the output file."""
     files.write_text(Path(settings.output), dumps(profile), durable=True)
     return profile
-
-
-def _check_ranks(settings: ProfileSettings, cluster: Cluster, world: int) -> None:
-    devices = devices_of(cluster)
-    if world > len(devices):
-        found = f"{world} processes"
-        wanted = f"at most {len(devices)}, the devices of {cluster.name}"
-        raise LaunchError(Problem(str(settings.cluster), "node", found, wanted))
-
-
-def _measure_in_processes(
-    settings: ProfileSettings, processes: int, folder: Path, console: Console
-) -> None:
-    absolute = replace(settings, output=str(Path(settings.output).resolve()))
-    files.write_text(folder / SETTINGS, dumps(absolute))
-    with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
-        bar = progress.add_task("measuring", total=None)
-
-        def show(line: dict[str, float]) -> None:
-            progress.update(bar, total=line["total"], completed=line["done"])
-
-        run_here(processes, folder, module=MODULE, on_metrics=show)
 
 
 def measure(
@@ -211,18 +164,23 @@ def measure(
     import torch
     import torch.distributed as dist
 
+    from meshwright.runtime.exchange import from_all, from_rank
     from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
+    from meshwright.runtime.rendezvous import join
     from meshwright.runtime.train import OPTIMIZERS
     from meshwright.runtime.world import pick_device
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    device = pick_device(int(os.environ.get(LOCAL_RANK, "0")))
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    join(int(os.environ[RANK]), int(os.environ[WORLD_SIZE]), device, timeout)
     first = dist.get_rank() == 0
-    known = _from_first(_known(settings, mark) if first and not again else None)
-    if known is not None:
+    # The first rank's file counts: those of the others may be on other machines.
+    held = known(settings, mark) if first and not again else None
+    there = from_rank(0, Known(profile=held), Known)
+    if there.profile is not None:
         dist.destroy_process_group()
-        return known, True
+        return there.profile, True
     cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
     bench = _bench(settings, graph, cluster, device)
     layers: list[LayerTime] = []
@@ -237,32 +195,22 @@ def measure(
     if settings.rows:
         factory = OPTIMIZERS[settings.optimizer](1e-4)
         steps.append(optimizer_time(bench, factory, settings.optimizer))
-    own = (layers, steps)
     links = _links(settings, cluster, device)
-    everyone = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone = from_all(OwnTimes(layers=tuple(layers), optimizers=tuple(steps)), OwnTimes)
     profile = Profile(
         model=graph.name,
         sequence=graph.sequence,
         versions=versions(),
         source=mark,
-        layers=merged_layers([one for some, _ in everyone for one in some]),
-        optimizers=merged_optimizers([one for _, some in everyone for one in some]),
+        layers=merged_layers([one for own in everyone for one in own.layers]),
+        optimizers=merged_optimizers([one for own in everyone for one in own.optimizers]),
         links=links,
     )
-    found = _from_first(_kept(settings, profile) if first else None)
-    assert found is not None
+    if first:
+        keep(settings, profile)
+    found = from_rank(0, profile, Profile)
     dist.destroy_process_group()
     return found, False
-
-
-def _from_first(profile: Profile | None) -> Profile | None:
-    """What the first rank has, on every one: their files may be on other machines."""
-    import torch.distributed as dist
-
-    shared = [profile]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) -> LinkTimes | None:
@@ -354,7 +302,7 @@ def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:
 
 
 def main() -> None:
-    """One rank under torchrun."""
+    """One rank under a launcher."""
     from meshwright.runtime.failure import rank_process
 
     folder = Path(sys.argv[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from meshwright.cluster.spec import Cluster, Device, Link, devices_of
 from meshwright.cost.pairs import fit_line
 from meshwright.cost.profile import LinkTimes
+from meshwright.runtime.exchange import from_rank
 
 SIZES = (2**12, 2**16, 2**20, 2**22)
 """Bytes of the messages: latency shows in the small ones, bandwidth in the large."""
@@ -37,9 +37,8 @@ def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> Li
         shared = level == "inside" and inside.shared
         found[level] = Link(bandwidth=bandwidth, latency=latency, shared=shared)
     small = _median(one_all_reduce(SIZES[0], device), repeats)
-    measured = from_rank(0, (found, small / (2 * (world - 1))))
-    links, step = measured
-    return LinkTimes(all_reduce_latency=step, **links)
+    own = LinkTimes(all_reduce_latency=small / (2 * (world - 1)), **found)
+    return from_rank(0, own, LinkTimes)
 
 
 def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]]:
@@ -99,13 +98,3 @@ def _settle(device: torch.device) -> None:
 def _median(act: Callable[[], float], repeats: int) -> float:
     """The median of this rank's samples after two that warm up."""
     return median([act() for _ in range(repeats + 2)][2:])
-
-
-T = TypeVar("T")
-
-
-def from_rank(rank: int, value: T) -> T:
-    """What one rank says, on all of them."""
-    box = [value]
-    dist.broadcast_object_list(box, src=rank)
-    return box[0]

@@ -18,7 +18,9 @@ from meshwright.cost.pairs import (
     fitted_cluster,
     pair_times,
 )
-from meshwright.runtime.profile_links import from_rank, one_all_reduce, one_round_trip
+from meshwright.records import record
+from meshwright.runtime.exchange import from_rank
+from meshwright.runtime.profile_links import one_all_reduce, one_round_trip
 
 SMALL = 2**12
 LARGE_SECONDS = 0.15
@@ -28,6 +30,14 @@ LARGEST = 2**24
 REPEATS = (7, 5, 5, 3)
 """How often each size is sent after one that warms up."""
 WARM_UP = 1
+
+
+@record
+class Seen:
+    """What one rank has measured of its messages."""
+
+    points: tuple[Point, ...]
+    crowded: Point | None = None
 
 
 def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
@@ -47,8 +57,9 @@ def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
         ]
         crowded = _crowded(one, other, devices, rank_of, sizes[-1], device)
         # Each rank of the pair has seen its own times: the first one's count.
-        points, crowded = from_rank(ends[0][0], (points, crowded))
-        pairs.append(pair_times((one.name, other.name), points, crowded))
+        seen = Seen(points=tuple(points), crowded=crowded)
+        seen = from_rank(ends[0][0], seen, Seen)
+        pairs.append(pair_times((one.name, other.name), seen.points, seen.crowded))
     report = LinkReport(pairs=tuple(pairs))
     if len(devices) < 2 or len(devices) < len(devices_of(cluster)):
         return report
@@ -57,7 +68,7 @@ def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
         Point(bytes=size, seconds=_median(one_all_reduce(size, device), count))
         for size, count in zip(_sizes(min(links.capacities.values())), REPEATS, strict=True)
     ]
-    points = from_rank(0, points)
+    points = [*from_rank(0, Seen(points=tuple(points)), Seen).points]
     return LinkReport(pairs=report.pairs, all_reduce=collective_times(fitted, points))
 
 

@@ -17,20 +17,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.errors import LaunchError, Problem
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
 from meshwright.runtime.pulse import Pulse
+from meshwright.runtime.rendezvous import PeerLost, join
+from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
 
 TIMEOUT_SECONDS = 300.0
 """A message that takes longer than this is taken for lost."""
-
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class PeerLost(TrainingError):  # noqa: N818 - named for what happened
-    """This rank is well, but another one has gone."""
 
 
 @dataclass(slots=True)
@@ -63,8 +59,8 @@ def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, 
     processes than the plan has devices.
     """
     size = len(plan.devices)
-    command = f"torchrun --nproc-per-node {size} your_script.py"
-    missing = [name for name in VARIABLES if name not in environ]
+    mend = "call meshwright.launch(plan) at the start of your script, and run it with python"
+    missing = [name for name in REQUIRED if name not in environ]
     if missing:
         raise LaunchError(
             Problem(
@@ -72,25 +68,25 @@ def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, 
                 ", ".join(missing),
                 "nothing",
                 "the variables that a launcher sets",
-                f"start with: {command}",
+                mend,
             )
         )
     numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in (RANK, WORLD_SIZE, LOCAL_RANK):
         if not environ[name].isdecimal():
             raise LaunchError(Problem("environment", name, repr(environ[name]), "a whole number"))
         numbers[name] = int(environ[name])
-    if numbers["WORLD_SIZE"] != size:
+    if numbers[WORLD_SIZE] != size:
         raise LaunchError(
             Problem(
                 "environment",
                 "WORLD_SIZE",
-                f"{numbers['WORLD_SIZE']} processes",
+                f"{numbers[WORLD_SIZE]} processes",
                 f"{size}, one for each device of plan {plan.name!r}",
-                f"start with: {command}",
+                mend,
             )
         )
-    return numbers["RANK"], numbers["LOCAL_RANK"]
+    return numbers[RANK], numbers[LOCAL_RANK]
 
 
 def pick_device(local_rank: int, kind: str | None = None) -> torch.device:
@@ -133,7 +129,7 @@ def connect(
     if owned:
         rank, local_rank = launched(plan, environ)
         chosen = pick_device(local_rank, device)
-        _initialise(rank, len(plan.devices), chosen, timeout, environ)
+        join(rank, len(plan.devices), chosen, timeout, environ)
     else:
         rank = dist.get_rank()
         local_rank = int(environ.get("LOCAL_RANK", rank))
@@ -156,27 +152,6 @@ def close(world: World) -> None:
         dist.destroy_process_group(group)
     if world.tensor is not None:
         dist.destroy_process_group(world.tensor)
-
-
-def _initialise(
-    rank: int, size: int, device: torch.device, timeout: timedelta, environ: Mapping[str, str]
-) -> None:
-    address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
-    # gloo stays at hand next to NCCL for what lives on the host: timelines, names, barriers.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(
-            backend, init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=timeout
-        )
-    except (RuntimeError, ValueError) as failure:
-        raise LaunchError(
-            Problem(
-                "environment",
-                "MASTER_ADDR, MASTER_PORT",
-                f"{address}, where {size} processes did not meet: {failure}",
-                "an address that every process reaches, and all processes started",
-            )
-        ) from failure
 
 
 def _check_size(plan: Plan) -> None:

@@ -12,13 +12,12 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import inf
 
-from meshwright.cluster.spec import Cluster
+from meshwright.cluster.spec import Cluster, cluster_fingerprint
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import Profile
 from meshwright.errors import ClusterError, MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.records import fingerprint
 from meshwright.search.baselines import BASELINES
 from meshwright.search.boundaries import all_direct, choose_boundaries
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
@@ -97,7 +96,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     _check(model, cluster, job)
     costs = costs_of(model, cluster, job, profile, recomputation=True)
     tell = progress or (lambda _what, _done, _all: None)
-    contest = Contest(costs, fingerprint(cluster), deadline)
+    contest = Contest(costs, cluster_fingerprint(cluster), deadline)
     explored = _explored(contest, schedules, tell)
     _regular(contest, [("", estimate) for estimate in _affordable(explored.finalists)], tell)
     exhausted = improve(contest, schedules, tell)
@@ -237,7 +236,7 @@ def baseline_plan(
         )
     if isinstance(found, Misfit):
         raise nothing_fits(costs, [found], 1)
-    contest = Contest(costs, fingerprint(cluster))
+    contest = Contest(costs, cluster_fingerprint(cluster))
     _regular(contest, [(name, found)], lambda _what, _done, _all: None)
     assert contest.best is not None, "the first plan is always played"
     return _with_prediction(contest, contest.best, [], certificate(costs))

@@ -6,17 +6,16 @@ import os
 import secrets
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from meshwright.cluster.spec import devices_of, node_of
+from meshwright.cluster.spec import devices_of
 from meshwright.errors import LaunchError, Problem
+from meshwright.launch.signals import ended_by_signals
 from meshwright.records import dumps, load, record
 from meshwright.testbed.machine import COMMAND_SECONDS, Abilities, Quotas, abilities
 from meshwright.testbed.network import Command, Wiring, as_text, wiring
@@ -141,7 +140,7 @@ def standing(bed: Bed, *, folder: Path | None = None) -> Iterator[Standing]:
     sweep(folder)
     identity = new_identity()
     traces = owned(identity, (f"{identity}-probe",), ())
-    with _ended_by_signals():
+    with ended_by_signals():
         write_down(traces, folder)
         try:
             drawn = design(bed, abilities(f"{identity}-probe"), identity)
@@ -192,23 +191,6 @@ def _erase_calmly(traces: Traces, folder: Path) -> None:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack, as Ctrl-C does."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    with suppress(ValueError):
-        before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def save_standing(up: Standing, path: Path) -> None:
     """For the commands that run in it; see VARIABLE."""
     path.write_text(dumps(up))
@@ -218,27 +200,3 @@ def standing_here() -> Standing | None:
     """The testbed in which this command runs, if it does."""
     path = os.environ.get(VARIABLE)
     return load(Path(path), Standing, error=LaunchError) if path else None
-
-
-def rank_environment(
-    up: Standing, devices: tuple[str, ...], rank: int, port: str
-) -> dict[str, str]:
-    """What a launcher tells the process of one device, and what gloo needs to know."""
-    nodes = [node_of(device) for device in devices]
-    own = nodes[rank]
-    named = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(len(devices)),
-        "LOCAL_RANK": str(nodes[:rank].count(own)),
-        "LOCAL_WORLD_SIZE": str(nodes.count(own)),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "MASTER_ADDR": up.addresses[nodes[0]] if up.addresses else "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    return named | ({"GLOO_SOCKET_IFNAME": "eth0"} if up.addresses else {})
-
-
-def master_port() -> str:
-    """A port that is not likely to have been used a moment ago."""
-    return str(20_000 + (time.monotonic_ns() // 1_000_000) % 30_000)

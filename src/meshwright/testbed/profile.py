@@ -15,8 +15,9 @@ from meshwright.cost.profile import Profile, load_profile, versions
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, fingerprint, load, record
 from meshwright.report.terminal import words
-from meshwright.runtime.profile import MODULE, SETTINGS, ProfileSettings, reference_pace
-from meshwright.testbed.launch import Launcher
+from meshwright.runtime import profile as measuring
+from meshwright.runtime.profile import SETTINGS, ProfileSettings, reference_pace
+from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.spec import Bed
 
 PROFILE, CLUSTER, LINKS, SOURCE = "profile.json", "cluster.toml", "links.json", "source.json"
@@ -50,7 +51,7 @@ class Profiled:
 
 
 def profile_on(
-    launcher: Launcher,
+    launcher: BedLauncher,
     settings: ProfileSettings,
     folder: Path,
     *,
@@ -84,7 +85,7 @@ def profile_on(
     devices = tuple(device.name for device in devices_of(bed.cluster))
     if console:
         console.print(words(f"measuring {len(devices)} devices and their links"))
-    launcher.run(devices, work, module=MODULE)
+    launcher.ranks.run(devices, work, module=measuring.__name__)
     found = _read(folder, bed, cached=False)
     files.write_text(folder / CLUSTER, dump_cluster(found.cluster))
     files.write_text(known, mark)

@@ -14,10 +14,10 @@ from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session
-from meshwright.testbed.launch import Launcher
+from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.load import Watch
 from meshwright.testbed.times import TIMES, virtual_times
-from meshwright.training import Outcome, train_here
+from meshwright.training import Launch, Outcome, train_here
 
 WORKER = "meshwright.testbed.worker"
 
@@ -35,7 +35,7 @@ class Run:
 
 
 def train_on(
-    launcher: Launcher,
+    launcher: BedLauncher,
     session: Session,
     plan: Plan,
     settings: RunSettings,
@@ -68,7 +68,7 @@ def train_on(
 
 
 def _attempt(
-    launcher: Launcher,
+    launcher: BedLauncher,
     session: Session,
     plan: Plan,
     settings: RunSettings,
@@ -77,7 +77,7 @@ def _attempt(
     console: Console | None,
 ) -> tuple[Outcome, float]:
     up = launcher.up
-    watch = Watch(launcher.processor_seconds)
+    watch = Watch(launcher.ranks.processor_seconds)
     outcome = train_here(
         session,
         plan,
@@ -90,9 +90,7 @@ def _attempt(
     return outcome, watch.foreign_share()
 
 
-def launch_for(
-    launcher: Launcher, session: Session, plan: Plan
-) -> Callable[[tuple[str, ...], Path, Callable[[dict[str, float]], None]], None]:
+def launch_for(launcher: BedLauncher, session: Session, plan: Plan) -> Launch:
     """How `train_here` starts ranks on this testbed. Raises LaunchError, see `virtual_times`."""
     up = launcher.up
     if up.bed.mode != "virtual":
@@ -102,14 +100,16 @@ def launch_for(
 
 
 def _launch(
-    launcher: Launcher,
+    launcher: BedLauncher,
     times: str | None,
     devices: tuple[str, ...],
     folder: Path,
+    settings: RunSettings,
     tell: Callable[[dict[str, float]], None],
 ) -> None:
+    run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
     if times is None:
-        launcher.run(devices, folder, on_metrics=tell)
+        run(devices, folder)
         return
     files.write_text(folder / TIMES, times)
-    launcher.run(devices, folder, module=WORKER, on_metrics=tell)
+    run(devices, folder, module=WORKER)

@@ -1,0 +1,18 @@
+"""Starts the running benchmark again, as the ranks that it measures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from meshwright.launch.local import Launcher
+from meshwright.launch.supervise import first_status
+
+
+def start_again(ranks: int, arguments: Sequence[str]) -> None:
+    """Run this script once for each rank, with these arguments. Ends the program if one fails."""
+    with Launcher() as launcher:
+        devices = [f"here:{rank}" for rank in range(ranks)]
+        events = launcher.run_command(devices, (sys.executable, sys.argv[0], *arguments))
+    if first_status(events):
+        sys.exit(first_status(events))

@@ -1,0 +1,106 @@
+"""What a failed run comes down to: the cause that came first, by rank, in that rank's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from meshwright import errors
+from meshwright.errors import LaunchError, MeshwrightError, Problem, TrainingError
+from meshwright.launch.fork_server import Event
+from meshwright.launch.supervise import ending, failed, signal_name
+from meshwright.records import load, parse
+from meshwright.runtime.run import Failure
+
+WANTED = "every rank alive to the end"
+CLOCKS_DIFFER_SECONDS = 5.0
+"""Between machines, at most; what is older is of an earlier run."""
+
+
+def cause(events: Sequence[Event], folder: Path, *, since: float) -> MeshwrightError:
+    """The error that the end of a run is to be told as, which began at `since`.
+
+    What a rank says of itself and a process that vanished are weighed by time alone, the earlier is
+    the cause. Next come ranks that stand still, and only then what ranks say that merely noticed
+    another one's absence.
+    """
+    words = [*_said(events), *_written(folder, since)]
+    noticed = min((each for each in words if each.secondary), key=_when, default=None)
+    said = {each.rank for each in words}
+    vanished = [event for event in events if failed(event) and event.rank not in said]
+    own = [each for each in words if not each.secondary]
+    candidates: list[Failure | Event] = [*own, *vanished]
+    first = min(candidates, key=_when, default=None)
+    if isinstance(first, Failure):
+        return _in_own_words(first, folder)
+    mend = f"{_seen(noticed)}logs are in {folder}"
+    if first is not None:
+        return _vanished(first, mend)
+    stopped = _standing_still(events)
+    if stopped is not None:
+        found = f"a process that was stopped by {signal_name(-stopped.status)} and has not gone on"
+        return TrainingError(Problem(_who(stopped.rank), "", found, WANTED, mend))
+    problems = noticed.problems if noticed else (Problem("run", "", "no word", WANTED, mend),)
+    return TrainingError(*problems)
+
+
+def _when(each: Failure | Event) -> float:
+    return each.seconds
+
+
+def _said(events: Iterable[Event]) -> Iterator[Failure]:
+    for event in events:
+        if event.kind == "said":
+            # A rank may have died while it spoke, or be somebody's own script.
+            with suppress(MeshwrightError, ValueError, RecursionError):
+                yield parse(json.loads(event.said), Failure, source="rank", error=TrainingError)
+
+
+def _written(folder: Path, since: float) -> Iterator[Failure]:
+    """By ranks of other machines that share the folder; a full disk may have cut it short."""
+    for path in sorted(folder.glob("failure-*.json")):
+        with suppress(MeshwrightError):
+            failure = load(path, Failure, error=TrainingError)
+            if failure.seconds > since - CLOCKS_DIFFER_SECONDS:
+                yield failure
+
+
+def _in_own_words(failure: Failure, folder: Path) -> MeshwrightError:
+    kind = getattr(errors, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, MeshwrightError):
+        return kind(*failure.problems)
+    logs = f"logs are in {folder}"
+    return TrainingError(*(replace(p, mend=p.mend or logs) for p in failure.problems))
+
+
+def _seen(noticed: Failure | None) -> str:
+    if noticed is None:
+        return ""
+    problem = noticed.problems[0]
+    return f"rank {noticed.rank} noticed: {problem.source} {problem.found}; "
+
+
+def _vanished(event: Event, mend: str) -> MeshwrightError:
+    if event.kind == "refused":
+        mend = "raise the limit on processes (ulimit -u), or the memory of this machine"
+        return LaunchError(Problem(_who(event.rank), "", event.said, "to be started", mend))
+    found = f"a process that {ending(event.status)}"
+    return TrainingError(Problem(_who(event.rank), "", found, WANTED, mend))
+
+
+def _who(rank: int) -> str:
+    return f"rank {rank}" if rank >= 0 else "the process that keeps the store"
+
+
+def _standing_still(events: Iterable[Event]) -> Event | None:
+    """The process that was stopped first and has not gone on since."""
+    stopped: dict[int, Event] = {}
+    for event in events:
+        if event.kind == "stopped":
+            stopped.setdefault(event.rank, event)
+        elif event.kind != "said":
+            stopped.pop(event.rank, None)
+    return min(stopped.values(), key=lambda event: event.seconds, default=None)

@@ -1,0 +1,289 @@
+"""The process that all ranks of a machine are forked from.
+
+python -m meshwright.launch.fork_server PARENT_PID OUTPUT_FD MODULE ...
+
+It imports PyTorch and the modules that it is told once, so that a rank starts in milliseconds. Each
+line on its standard input is a SpawnRequest; each line on its standard output is an Event of one of
+its ranks. It listens on no socket and unpickles nothing.
+
+Nothing outlives it. It ends with its launcher and its ranks end with it, whichever of them is
+killed and by whatever signal: Linux sends SIGKILL to each when its parent dies, and where there is
+no such thing the end of the standard input tells it. On SIGTERM it asks its ranks to end first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from meshwright.errors import LaunchError
+from meshwright.records import parse, plain, record
+from meshwright.runtime.variables import REPORT
+
+LONGEST_LINE = 1 << 20
+"""Bytes that a process may say at once."""
+NEW_NETWORK = 0x40000000
+"""CLONE_NEWNET of setns(2)."""
+PARENT_DEATH_SIGNAL, NAME = 1, 15
+"""PR_SET_PDEATHSIG and PR_SET_NAME of prctl(2)."""
+
+
+Kind = Literal["refused", "said", "stopped", "continued", "exited"]
+"""What can happen to a process; `refused`: the system could not make it."""
+
+
+@record
+class SpawnRequest:
+    """A process to be started."""
+
+    rank: int
+    """Its rank; negative for a process that is no rank, such as the store."""
+    environment: dict[str, str]
+    """Variables that it has beside the launcher's."""
+    namespace: str | None = None
+    """Network namespace; None: the launcher's."""
+    group: str | None = None
+    """Folder of its control group; None: the launcher's."""
+    module: str
+    """Its `main()` is called; empty: `arguments` are a command."""
+    arguments: tuple[str, ...]
+    log: str
+    """File for what it prints; empty: it prints where the launcher does."""
+
+
+@record
+class Event:
+    """Something that happened to a rank."""
+
+    rank: int
+    seconds: float
+    """When, by the machine's clock."""
+    kind: Kind
+    status: int = 0
+    """Exit status, or minus the signal that ended or stopped it."""
+    said: str = ""
+    """What it wrote into its report pipe, one line; why it was `refused`."""
+
+
+def end_with_parent(parent: int | None = None, signal_number: int = signal.SIGKILL) -> None:
+    """Ask Linux to end this process when its parent dies, also if that has happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal_number)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+def enter(namespace: str) -> None:
+    """Go into a network namespace. Raises OSError."""
+    handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(handle, NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+    finally:
+        os.close(handle)
+
+
+@dataclass(slots=True)
+class _Child:
+    """A process that was forked, and the pipe in which it speaks."""
+
+    rank: int
+    pipe: int | None
+    unread: bytes = b""
+
+
+@dataclass(slots=True)
+class _Server:
+    """What the server knows of its processes, by process id."""
+
+    events: int
+    """Where Events are written to."""
+    output: int
+    """Where processes print that have no log."""
+    wake: int
+    """Becomes readable when a child has changed its state."""
+    own: tuple[int, ...]
+    """Descriptors that no child needs."""
+    children: dict[int, _Child] = field(default_factory=dict)
+    unread: bytes = b""
+    ending: bool = False
+
+    def serve(self) -> None:
+        """Fork what the launcher asks for and tell what becomes of it, until the input ends or
+        SIGTERM has come."""
+        while not self.ending:
+            pipes = {child.pipe: child for child in self.children.values() if child.pipe}
+            ready, _, _ = select.select([0, self.wake, *pipes], [], [])
+            for pipe in ready:
+                if pipe in pipes:
+                    self.hear(pipes[pipe])
+            if self.wake in ready:
+                os.read(self.wake, 1 << 12)
+                self.reap()
+            if 0 in ready and not self.read_requests():
+                return
+
+    def read_requests(self) -> bool:
+        text = os.read(0, 1 << 16)
+        *lines, self.unread = (self.unread + text).split(b"\n")
+        for line in lines:
+            self.spawn(
+                parse(json.loads(line), SpawnRequest, source="fork server", error=LaunchError)
+            )
+        return bool(text)
+
+    def spawn(self, request: SpawnRequest) -> None:
+        if request.module:
+            # What cannot be imported fails again in the child, which then says so in its log.
+            with suppress(Exception):
+                importlib.import_module(request.module)
+        ours, theirs = os.pipe()
+        server = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as failure:
+            self.tell(request.rank, "refused", said=str(failure))
+            os.close(ours)
+        else:
+            if not pid:
+                _child(request, server, theirs, self.output, (ours, *self.pipes(), *self.own))
+            os.set_blocking(ours, False)
+            self.children[pid] = _Child(request.rank, ours)
+        os.close(theirs)
+
+    def pipes(self) -> list[int]:
+        return [child.pipe for child in self.children.values() if child.pipe]
+
+    def hear(self, child: _Child) -> None:
+        """Pass on the whole lines that a child has written."""
+        if child.pipe is None:
+            return
+        try:
+            text = os.read(child.pipe, 1 << 16)
+        except BlockingIOError:
+            return
+        *lines, child.unread = (child.unread + text).split(b"\n")
+        for line in lines:
+            self.tell(child.rank, "said", said=line.decode(errors="replace"))
+        if not text or len(child.unread) > LONGEST_LINE:
+            os.close(child.pipe)
+            child.pipe = None
+
+    def reap(self) -> None:
+        """Tell every change of state that has not been told."""
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            if not pid:
+                return
+            child = self.children[pid]
+            if os.WIFSTOPPED(status):
+                self.tell(child.rank, "stopped", -os.WSTOPSIG(status))
+            elif os.WIFCONTINUED(status):
+                self.tell(child.rank, "continued")
+            else:
+                self.hear(child)
+                if child.pipe is not None:
+                    os.close(child.pipe)
+                del self.children[pid]
+                self.tell(child.rank, "exited", os.waitstatus_to_exitcode(status))
+
+    def tell(self, rank: int, kind: Kind, status: int = 0, said: str = "") -> None:
+        event = Event(rank=rank, seconds=time.time(), kind=kind, status=status, said=said)
+        line = json.dumps(plain(event)).encode() + b"\n"
+        while line:
+            line = line[os.write(self.events, line) :]
+
+    def ask_to_end(self) -> None:
+        """Hand SIGTERM on to every process, and return when all of them have ended."""
+        for pid in self.children:
+            os.kill(pid, signal.SIGTERM)
+        while self.children:
+            self.reap()
+            select.select([self.wake], [], [], 0.05)
+
+
+def _child(
+    request: SpawnRequest, parent: int, report: int, output: int, others: tuple[int, ...]
+) -> None:
+    """The life of a process, from fork to end. Does not return."""
+    status = 1
+    try:
+        end_with_parent(parent)
+        for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        for pipe in others:
+            os.close(pipe)
+        _live(request, report, output)
+        status = 0
+    except BaseException as failure:
+        sys.stderr.write(f"rank {request.rank}: {failure!r}\n")
+        code = getattr(failure, "code", None)  # of a SystemExit
+        status = code if isinstance(code, int) else 1
+    finally:
+        os._exit(status)
+
+
+def _live(request: SpawnRequest, report: int, output: int) -> None:
+    if request.namespace:
+        enter(request.namespace)
+    if request.group:
+        (Path(request.group) / "cgroup.procs").write_text(str(os.getpid()))
+    os.set_inheritable(report, True)
+    os.environ.update(request.environment, **{REPORT: str(report)})
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request.log:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        output = os.open(request.log, flags, 0o600)
+        os.dup2(output, 2)
+    os.dup2(output, 1)
+    if not request.module:
+        os.execvpe(request.arguments[0], request.arguments, os.environ)
+    if sys.platform == "linux":
+        name = f"rank {request.rank}" if request.rank >= 0 else request.module.rpartition(".")[2]
+        ctypes.CDLL(None).prctl(NAME, name.encode())
+    sys.argv = [request.module, *request.arguments]
+    main: Callable[[], None] = importlib.import_module(request.module).main
+    main()
+
+
+def main() -> None:
+    """Serve the launcher that started this process."""
+    parent, output, modules = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    end_with_parent(parent)
+    events = os.dup(1)
+    os.dup2(2, 1)  # what a module prints when it is imported is no Event
+    for module in modules:
+        importlib.import_module(module)
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    server = _Server(events, output, wake, own=(events, wake, waker))
+
+    def end(*_: object) -> None:
+        server.ending = True
+
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGTERM, end)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    server.serve()
+    if server.ending:
+        server.ask_to_end()
+    # The launcher has gone or wants an end: whatever is left in this session goes, too.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Runs on this machine: one process for each device of a plan, started, followed and ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from meshwright.launch.cause import cause
+from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.signals import ended_by_signals
+from meshwright.launch.store import Meeting, new_token, open_store
+from meshwright.launch.supervise import PRELOADED, ForkServer, failed, see_through
+from meshwright.records import record
+from meshwright.runtime import variables
+from meshwright.runtime.run import LOGS, METRICS, failure_file
+
+Line = dict[str, float]
+Look = Callable[[Line], None]
+WORKER = "meshwright.runtime.worker"
+TIMEOUT_SECONDS = 300.0
+
+
+@record
+class Place:
+    """Where a rank stands, beside what every rank on this machine has."""
+
+    node: str = "here"
+    address: str = variables.LOOPBACK
+    """Of the node."""
+    interface: str | None = None
+    """Over which it talks to others; None: the loopback."""
+    namespace: str | None = None
+    group: str | None = None
+    """Folder of a control group."""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def here(_device: str) -> Place:
+    """All ranks on this machine as it is."""
+    return Place()
+
+
+class Launcher:
+    """Starts runs on this machine, one after the other; a context manager.
+
+    `place` says where the rank of a device stands: testbeds have namespaces for them.
+    """
+
+    def __init__(self, place: Callable[[str], Place] = here) -> None:
+        self._place = place
+        self._server: ForkServer | None = None
+        self._meetings: dict[Place, Meeting] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def warm(self, module: str = WORKER) -> Self:
+        """Begin to import what ranks will need, while the caller does something else."""
+        if self._server is None:
+            self._server = ForkServer(*PRELOADED, module)
+        return self
+
+    def close(self, *, calmly: bool = False) -> None:
+        """End every process that was started."""
+        server, self._server = self._server, None
+        self._meetings.clear()
+        if server is not None:
+            server.close(calmly=calmly)
+
+    def processor_seconds(self) -> float:
+        """Processor time of all ranks that have ended since the last `close`."""
+        return 0.0 if self._server is None else self._server.processor_seconds()
+
+    def run(
+        self,
+        devices: Sequence[str],
+        folder: Path,
+        *,
+        module: str = WORKER,
+        on_metrics: Look = lambda _: None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        node: str | None = None,
+        meeting: Meeting | None = None,
+    ) -> None:
+        """Run `module` on all devices and wait. Each new line of metrics.jsonl goes to
+        `on_metrics`. `node`: only the ranks of that node, which meet all others at `meeting`.
+
+        Raises the MeshwrightError of the first rank that fails, or a TrainingError that says which
+        one was lost. After a failure no process is left.
+        """
+        started = time.time()
+        requests = self.requests(devices, module, (str(folder),), folder / LOGS, node, meeting)
+        clear(folder, None if node is None else [request.rank for request in requests])
+        follower = Follower(folder / METRICS, on_metrics)
+        events = self._see_through(requests, follower.look, timeout_seconds)
+        if not _all_done(events, requests):
+            raise cause(events, folder, since=started)
+
+    def run_command(self, devices: Sequence[str], command: Sequence[str]) -> tuple[Event, ...]:
+        """Run a command once for each device, and say how each ended."""
+        requests = self.requests(devices, "", tuple(command), None)
+        return self._see_through(requests, lambda: None, float("inf"))
+
+    def requests(
+        self,
+        devices: Sequence[str],
+        module: str,
+        arguments: tuple[str, ...],
+        logs: Path | None,
+        node: str | None = None,
+        meeting: Meeting | None = None,
+    ) -> list[SpawnRequest]:
+        """What starts each rank, or those of one node."""
+        places = [self._place(device) for device in devices]
+        meeting = self._meeting(places[0], node, meeting)
+        return [
+            SpawnRequest(
+                rank=rank,
+                environment=environment(places, rank, meeting),
+                namespace=place.namespace,
+                group=place.group,
+                module=module,
+                arguments=arguments,
+                log=str(logs / f"rank-{rank}.log") if logs else "",
+            )
+            for rank, place in enumerate(places)
+            if node in (None, place.node)
+        ]
+
+    def _meeting(self, first: Place, node: str | None, meeting: Meeting | None) -> Meeting:
+        """Where ranks meet. The store is kept where the first rank stands; runs that follow use
+        the same one, each with a new secret."""
+        server = self.warm()._server
+        assert server is not None
+        if meeting is not None:
+            own = node == first.node
+            port, token = meeting.port, meeting.token
+            return open_store(server, first.address, port=port, token=token) if own else meeting
+        where = replace(first, group=None)
+        if where not in self._meetings:
+            self._meetings[where] = open_store(server, first.address, namespace=first.namespace)
+        return replace(self._meetings[where], token=new_token())
+
+    def _see_through(
+        self, requests: list[SpawnRequest], look: Callable[[], None], timeout_seconds: float
+    ) -> tuple[Event, ...]:
+        assert self._server is not None
+        try:
+            with ended_by_signals():
+                events = see_through(
+                    self._server, requests, look=look, timeout_seconds=timeout_seconds
+                )
+        except BaseException:
+            self.close(calmly=True)
+            raise
+        if not _all_done(events, requests):
+            self.close()
+        return events
+
+
+def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool:
+    """Whether every process has ended by itself, its work done."""
+    ended = sum(each.kind == "exited" and each.rank >= 0 for each in events)
+    return ended == len(requests) and not any(map(failed, events))
+
+
+def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[str, str]:
+    """What the launcher of a rank tells it: the variables that torchrun sets, and ours."""
+    nodes, own = [place.node for place in places], places[rank]
+    named = {
+        **variables.FOR_PLAIN_TORCH,
+        variables.RANK: str(rank),
+        variables.WORLD_SIZE: str(len(places)),
+        variables.LOCAL_RANK: str(nodes[:rank].count(own.node)),
+        variables.LOCAL_WORLD_SIZE: str(nodes.count(own.node)),
+        **meeting.environment,
+    }
+    if own.interface:
+        named[variables.INTERFACE] = own.interface
+    return named | dict(own.environment)
+
+
+def clear(folder: Path, ranks: Sequence[int] | None) -> None:
+    """Take away what an earlier run of some ranks (None: of all) has left in a folder, and make
+    room for logs."""
+    (folder / LOGS).mkdir(mode=0o700, parents=True, exist_ok=True)
+    everything = [*folder.glob("failure-*.json")]
+    stale = everything if ranks is None else [failure_file(folder, rank) for rank in ranks]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    if ranks is None or 0 in ranks:
+        (folder / METRICS).unlink(missing_ok=True)
+
+
+class Follower:
+    """Hands on the lines of a growing file, each once."""
+
+    def __init__(self, path: Path, tell: Look) -> None:
+        self.path, self.tell, self.position = path, tell, 0
+
+    def look(self) -> None:
+        """Hand on what has come since the last time."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as lines:
+            lines.seek(self.position)
+            text = lines.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self.position += len(whole)
+        for line in whole.splitlines():
+            self.tell(json.loads(line))

@@ -1,0 +1,108 @@
+"""A run folder belongs to one run at a time.
+
+The lock is the system's own (flock): it is lifted when its holder ends, however it ends. The file
+beside it only tells others who that is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from meshwright.errors import LaunchError, MeshwrightError, Problem
+from meshwright.files import told
+from meshwright.records import dumps, load, record
+
+LOCK = "lock"
+
+
+@record
+class Holder:
+    """Who works in a folder, and since when."""
+
+    process: int
+    host: str
+    since: str
+    """Date and time, by the clock of that host."""
+    command: str
+
+
+@contextmanager
+def held(folder: Path, node: str | None = None) -> Iterator[None]:
+    """Keep every other run out of a folder while the block runs; the folder is made if need be.
+
+    `node`: only the same node of the run is kept out, and whoever wants the whole folder. Raises
+    LaunchError, naming the process that holds it, and since when.
+    """
+    private_folder(folder)
+    names = [(LOCK, fcntl.LOCK_EX)] if node is None else [
+        (LOCK, fcntl.LOCK_SH), (f"{LOCK}-{node}", fcntl.LOCK_EX)
+    ]  # fmt: skip
+    files: list[int] = []
+    try:
+        for name, kind in names:
+            path = folder / name
+            with told(path):
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                file = os.open(path, flags, 0o600)
+            files.append(file)
+            _lock(file, kind, folder, path)
+            if kind == fcntl.LOCK_EX:
+                os.ftruncate(file, 0)
+                os.pwrite(file, dumps(_myself()).encode(), 0)
+        yield
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner can look into; one that is there stays as it is."""
+    with told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _lock(file: int, kind: int, folder: Path, path: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as failure:
+        if failure.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            sys.stderr.write(
+                f"warning: {folder}: this file system keeps no locks ({failure.strerror}): two "
+                "runs in one folder would mix their files\n"
+            )
+            return
+        raise LaunchError(
+            Problem(
+                str(folder),
+                "",
+                f"in use by {_holder(path)}",
+                "a folder in which no other run is at work",
+                "wait for it or end it, or give this run another folder with --output",
+            )
+        ) from None
+
+
+def _myself() -> Holder:
+    return Holder(
+        process=os.getpid(),
+        host=socket.gethostname(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        command=shlex.join(sys.argv)[:200],
+    )
+
+
+def _holder(path: Path) -> str:
+    with suppress(MeshwrightError):  # it has not written its name yet
+        known = load(path.with_name(path.name), Holder, error=LaunchError)
+        return f"process {known.process} on {known.host} since {known.since} ({known.command})"
+    return "another process"

@@ -1,0 +1,130 @@
+"""Runs over several machines: a launcher on each node starts the ranks of that node.
+
+They meet in one store, which the launcher of the first rank's node keeps. It listens on that node's
+address alone, at a port that all know, and everything in it begins with a secret that stands in the
+run folder, in a file that only its owner can read.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from meshwright.cluster.spec import Cluster, Endpoint, node_of
+from meshwright.errors import LaunchError, Problem
+from meshwright.launch.local import Launcher, Line, Place
+from meshwright.launch.lock import held
+from meshwright.launch.store import Meeting, new_token
+from meshwright.plan.files import load_plan
+from meshwright.records import dumps, load, record
+from meshwright.runtime.run import PLAN, SETTINGS, RunSettings
+
+NODES = "nodes.json"
+PORT = 29500
+
+
+@record
+class RunNodes:
+    """The machines of a run, and where they meet: nodes.json in the run folder."""
+
+    nodes: dict[str, Endpoint]
+    """By name, in the order of their first ranks."""
+    port: int
+    token: str
+
+
+def write_nodes(folder: Path, devices: Sequence[str], cluster: Cluster, port: int) -> None:
+    """Write down where the ranks of a prepared run will meet, for its owner alone to read."""
+    known = cluster.endpoints or {}
+    names = dict.fromkeys(map(node_of, devices))
+    nodes = {name: known.get(name, Endpoint()) for name in names}
+    path = folder / NODES
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(dumps(RunNodes(nodes=nodes, port=port, token=new_token())))
+
+
+def launch_commands(devices: Sequence[str], folder: Path) -> list[str]:
+    """The command of every node, to be given there with the run's folder in reach."""
+    names = dict.fromkeys(map(node_of, devices))
+    return [f"meshwright launch {shlex.quote(str(folder))} --node {name}" for name in names]
+
+
+def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
+    """Start the ranks of one node of a prepared run, and wait for them.
+
+    `tell` gets the metrics where the folder has them. Raises LaunchError if the node has no ranks,
+    its address is not one of this machine, or the first node's cannot be had; what
+    `Launcher.run` raises.
+    """
+    settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
+    plan = load_plan(folder / PLAN)
+    run = load(folder / NODES, RunNodes, error=LaunchError)
+    if node not in run.nodes:
+        wanted = f"a node of the run: {', '.join(run.nodes)}"
+        raise LaunchError(Problem(str(folder), "--node", repr(node), wanted))
+    first = next(iter(run.nodes))
+    address = address_of(first, run.nodes[first])
+    meeting = Meeting(address=address, port=run.port, token=run.token)
+    interface = interface_of(node, run.nodes[node])
+
+    def place(device: str) -> Place:
+        own = node_of(device)
+        return Place(node=own, address=address, interface=interface if own == node else None)
+
+    with held(folder, node), Launcher(place) as launcher:
+        launcher.run(
+            plan.devices,
+            folder,
+            on_metrics=tell,
+            timeout_seconds=settings.timeout_seconds,
+            node=node,
+            meeting=meeting,
+        )
+
+
+def address_of(node: str, endpoint: Endpoint) -> str:
+    """The address of a node in the network that training uses. Raises LaunchError if its name is
+    not known here."""
+    name = endpoint.address or node
+    try:
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as failure:
+        raise LaunchError(
+            Problem(
+                f"node {node}",
+                "address",
+                f"{name!r}: {failure.strerror or failure}",
+                "a host name or an IP address that the other nodes reach",
+                'write it into the cluster file: [[node]] address = "10.0.0.5"',
+            )
+        ) from None
+
+
+def interface_of(node: str, endpoint: Endpoint) -> str:
+    """The network interface of this machine that a node's ranks use: the one that the cluster file
+    names, else the one with the node's address. Raises LaunchError if there is no such one here."""
+    there = {
+        name: [each.address.partition("%")[0] for each in addresses]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    if endpoint.interface is not None and endpoint.interface in there:
+        return endpoint.interface
+    address = "" if endpoint.interface is not None else address_of(node, endpoint)
+    for name, addresses in there.items():
+        if address in addresses:
+            return str(name)
+    known = "; ".join(f"{name} {' '.join(addresses)}" for name, addresses in there.items())
+    raise LaunchError(
+        Problem(
+            f"node {node}",
+            "interface" if endpoint.interface is not None else "address",
+            endpoint.interface or address,
+            f"one that this machine has: {known}",
+            "start it on the node itself, or correct [[node]] address in the cluster file",
+        )
+    )

@@ -1,0 +1,115 @@
+"""The process that keeps the store in which the ranks of a run meet.
+
+It is forked beside the ranks, so that it outlives each of them, and stands in the network namespace
+of the first. The store is bound to one address. Its keys begin with a secret that only the run's
+own processes know, and none of its values is unpickled by anyone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import socket
+import sys
+import time
+
+from meshwright.errors import LaunchError, Problem
+from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.supervise import ForkServer
+from meshwright.records import record
+from meshwright.runtime.failure import say
+from meshwright.runtime.variables import MASTER_ADDR, MASTER_PORT, TOKEN
+
+RANK = -1
+"""What stands in the place of a rank."""
+START_SECONDS = 60.0
+
+
+@record
+class Meeting:
+    """Where the ranks of a run find each other."""
+
+    address: str
+    port: int
+    token: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a rank must know of it."""
+        return {MASTER_ADDR: self.address, MASTER_PORT: str(self.port), TOKEN: self.token}
+
+
+def new_token() -> str:
+    """A secret that nobody can guess."""
+    return secrets.token_hex(16)
+
+
+def open_store(
+    server: ForkServer,
+    address: str,
+    *,
+    port: int = 0,
+    token: str | None = None,
+    namespace: str | None = None,
+) -> Meeting:
+    """Start a store that listens on this address alone, on a free port if none is given.
+
+    Raises LaunchError if the address is not one of this machine or the port is taken.
+    """
+    server.spawn(
+        SpawnRequest(
+            rank=RANK,
+            environment={},
+            namespace=namespace,
+            module=__name__,
+            arguments=(address, str(port)),
+            log="",
+        )
+    )
+    said = _first_word(server)
+    if "port" not in said:
+        raise LaunchError(
+            Problem(
+                "rendezvous",
+                f"{address}:{port}",
+                said.get("error", "no answer from the process that keeps the store"),
+                "an address of this machine, and a port that is free",
+                "correct the node's address in the cluster file, or choose another --port",
+            )
+        )
+    return Meeting(address=address, port=int(said["port"]), token=token or new_token())
+
+
+def _first_word(server: ForkServer) -> dict[str, str]:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        for event in server.events(deadline - time.monotonic()):
+            if event.kind == "said":
+                return dict(json.loads(event.said))
+            return {"error": _ending(event)}
+    return {}
+
+
+def _ending(event: Event) -> str:
+    return event.said or f"the process that keeps the store {event.kind}: {event.status}"
+
+
+def main() -> None:
+    """Keep a store until the process is ended."""
+    from torch._C._distributed_c10d import TCPStore
+
+    address, port = sys.argv[1], int(sys.argv[2])
+    try:
+        family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(where[:2], family=family, backlog=4096)
+    except OSError as failure:
+        say(json.dumps({"error": f"{failure.strerror or failure}"}))
+        raise
+    port = listener.getsockname()[1]
+    kept = TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    say(json.dumps({"port": kept.port}))
+    while True:
+        signal.pause()

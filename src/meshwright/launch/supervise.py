@@ -1,0 +1,221 @@
+"""The launcher's side: processes are started, watched and ended, whatever happens to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from meshwright.errors import LaunchError, Problem
+from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.records import parse, plain
+
+MODULE = "meshwright.launch.fork_server"
+PRELOADED = ("torch._dynamo",)
+"""What every rank imports sooner or later, and takes seconds for: the tracing of models."""
+POLL_SECONDS = 0.2
+CALM_SECONDS = 1.0
+"""After the first failure the others have so long to say what they know before they are ended."""
+END_SECONDS = 3.0
+"""Processes that are asked to end have so long before they are killed."""
+
+
+class ForkServer:
+    """The process that ranks are forked from, as its launcher sees it; a context manager.
+
+    It starts to import `modules` at once, while the launcher goes on.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self._unread = b""
+        self._process: subprocess.Popen[bytes] | None = None
+        output = os.dup(1)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(os.getpid()), str(output), *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=(output,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(output)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id; also that of the session in which all ranks are."""
+        assert self._process is not None, "closed"
+        return self._process.pid
+
+    def spawn(self, request: SpawnRequest) -> None:
+        """Ask for a process. Raises LaunchError if the server has ended."""
+        assert self._process is not None, "closed"
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(plain(request)).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def events(self, seconds: float) -> list[Event]:
+        """What has happened; waits at most so long for something to happen.
+
+        Raises LaunchError if the server has ended.
+        """
+        assert self._process is not None, "closed"
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        if not select.select([pipe], [], [], max(0.0, seconds))[0]:
+            return []
+        text = os.read(pipe, 1 << 16)
+        if not text:
+            raise self._ended()
+        *lines, self._unread = (self._unread + text).split(b"\n")
+        return [
+            parse(json.loads(line), Event, source="fork server", error=LaunchError)
+            for line in lines
+        ]
+
+    def stands_still(self) -> bool:
+        """Whether the server itself is stopped: then nothing is heard of any rank."""
+        with suppress(psutil.NoSuchProcess):
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        return False
+
+    def processor_seconds(self) -> float:
+        """Processor time of the server and of all ranks that have ended; 0 once it is closed."""
+        if self._process is None:
+            return 0.0
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
+
+    def close(self, *, calmly: bool = False) -> None:
+        """End the server and every process in its session; `calmly`: they are asked first."""
+        process, self._process, self._unread = self._process, None, b""
+        if process is None:
+            return
+        try:
+            if calmly:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(END_SECONDS)
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):
+                    if pipe is not None:
+                        pipe.close()
+
+    def _ended(self) -> LaunchError:
+        assert self._process is not None
+        how = ending(self._process.wait())
+        self.close()
+        found = f"the process that ranks are forked from {how}"
+        return LaunchError(Problem("launcher", "fork server", found, "to live to the end"))
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words: `ended with status 3`, `was ended by SIGKILL`."""
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal_name(-status)
+    return f"was ended by {name}{_HINTS.get(name, '')}"
+
+
+def first_status(events: Iterable[Event]) -> int:
+    """The exit status that stands for all, as a shell has it: 0, or that of the first failure."""
+    first = next(filter(failed, events), None)
+    if first is None:
+        return 0
+    return 128 - first.status if first.status < 0 else first.status or 1
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, `SIGKILL`; `signal 42` for those that have none."""
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
+_HINTS = {
+    "SIGKILL": ", as the system does when memory runs out",
+    "SIGBUS": ", as when a file that is mapped into memory is cut short",
+}
+
+
+def see_through(
+    server: ForkServer,
+    requests: Sequence[SpawnRequest],
+    *,
+    look: Callable[[], None] = lambda: None,
+    timeout_seconds: float = float("inf"),
+) -> tuple[Event, ...]:
+    """Start processes, wait until all have ended, and say what happened.
+
+    `look` is called about every POLL_SECONDS. When one fails, the others have CALM_SECONDS to say
+    what they know; when one stands still for `timeout_seconds` nobody is waited for any more. Who
+    is left then is ended by `server.close()`, which is the caller's to call. Raises LaunchError if
+    the server ends, or stands still as long.
+    """
+    for request in requests:
+        server.spawn(request)
+    events: list[Event] = []
+    left = {request.rank for request in requests}
+    stopped: dict[int, float] = {}
+    deadline, still = float("inf"), time.monotonic()
+    while left:
+        new = server.events(POLL_SECONDS)
+        events += new
+        for event in new:
+            _note(event, left, stopped)
+        look()
+        now = time.monotonic()
+        if any(map(failed, new)):
+            deadline = min(deadline, now + CALM_SECONDS)
+        if now > deadline or any(now > since + timeout_seconds for since in stopped.values()):
+            break
+        if new or not server.stands_still():
+            still = now
+        elif now > still + timeout_seconds:
+            found = f"the process that ranks are forked from stands still for {now - still:.0f} s"
+            raise LaunchError(Problem("launcher", "fork server", found, "to go on"))
+    look()
+    return tuple(events)
+
+
+def _note(event: Event, left: set[int], stopped: dict[int, float]) -> None:
+    if event.kind == "stopped":
+        stopped[event.rank] = time.monotonic()
+    elif event.kind in ("exited", "refused", "continued"):
+        stopped.pop(event.rank, None)
+        left -= set() if event.kind == "continued" else {event.rank}
+
+
+def failed(event: Event) -> bool:
+    """Whether an event is the end of a process that has not done its work."""
+    needed_by_all = event.rank < 0  # such as the store: it should not end at all
+    ended_badly = event.kind == "exited" and (event.status != 0 or needed_by_all)
+    return event.kind == "refused" or ended_badly

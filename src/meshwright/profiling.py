@@ -1,0 +1,104 @@
+"""A profile from the outside: what is to be measured, whether it is known, and who measures."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import Progress
+
+from meshwright import files
+from meshwright.cluster.files import load_cluster
+from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cost.profile import Profile, versions
+from meshwright.errors import LaunchError, Problem, ProfileError
+from meshwright.launch.local import Launcher
+from meshwright.model.load import load_model
+from meshwright.records import dumps, fingerprint, load
+from meshwright.runtime import profile as measuring
+from meshwright.runtime.profile import (
+    SETTINGS,
+    ProfileSettings,
+    Source,
+    keep,
+    known,
+    measure,
+    reference_pace,
+)
+from meshwright.runtime.variables import RANK, WORLD_SIZE
+
+Processes = Annotated[int, Field(ge=1, le=4096)]
+"""On one machine."""
+
+
+def profile_here(
+    settings: ProfileSettings,
+    processes: int,
+    *,
+    again: bool = False,
+    console: Console | None = None,
+) -> tuple[Profile, bool]:
+    """Measure and write the profile: as a rank if a launcher started this process, else with
+    `processes` processes on this machine; unless the file holds these measurements already, which
+    the second result says. Raises ProfileError or LaunchError."""
+    graph = load_model(settings.model, settings.sequence, settings.precision)
+    launched = RANK in os.environ
+    world = int(os.environ[WORLD_SIZE]) if launched else processes
+    cluster = load_cluster(Path(settings.cluster)) if settings.cluster else None
+    if cluster:
+        _check_ranks(settings, cluster, world)
+    mark = fingerprint(
+        Source(
+            settings=replace(settings, cluster=None, output="", pairs=None),
+            model=fingerprint(graph),
+            cluster=cluster,
+            processes=world,
+            versions=versions(),
+            pace=reference_pace(settings),
+        )
+    )
+    if launched:
+        return measure(settings, graph, None, mark=mark, again=again)
+    there = None if again else known(settings, mark)
+    if there is not None:
+        return there, True
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
+        _measure_in_processes(settings, processes, Path(scratch), console or Console())
+    found = load(Path(settings.output), Profile, error=ProfileError)
+    return keep(settings, replace(found, source=mark)), False
+
+
+def _check_ranks(settings: ProfileSettings, cluster: Cluster, world: int) -> None:
+    devices = devices_of(cluster)
+    if world > len(devices):
+        found = f"{world} processes"
+        wanted = f"at most {len(devices)}, the devices of {cluster.name}"
+        raise LaunchError(Problem(str(settings.cluster), "node", found, wanted))
+
+
+def _measure_in_processes(
+    settings: ProfileSettings, processes: int, folder: Path, console: Console
+) -> None:
+    absolute = replace(settings, output=str(Path(settings.output).resolve()))
+    files.write_text(folder / SETTINGS, dumps(absolute))
+    with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("measuring", total=None)
+
+        def show(line: dict[str, float]) -> None:
+            progress.update(bar, total=line["total"], completed=line["done"])
+
+        with Launcher() as launcher:
+            devices = [f"here:{rank}" for rank in range(processes)]
+            launcher.run(
+                devices,
+                folder,
+                module=measuring.__name__,
+                on_metrics=show,
+                timeout_seconds=measuring.TIMEOUT_SECONDS,
+            )

@@ -1,0 +1,152 @@
+"""Where the processes of a run meet, without listening to more than they must.
+
+Processes that a launcher of ours has started meet in the store that it keeps: a TCPStore that is
+bound to one address (the loopback, where all are on one machine) and whose keys begin with a secret
+of the run. Processes that others have started meet at MASTER_ADDR, which is bound by the first rank
+alone where it can be. Nothing that is read from a store is unpickled here or in torch.distributed.
+Under torchrun that cannot be had: its agent keeps a store on every interface and unpickles what it
+reads there, so a warning is given.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from meshwright.errors import LaunchError, Problem, TrainingError
+from meshwright.runtime.variables import (
+    INTERFACE,
+    LOCAL_WORLD_SIZE,
+    LOOPBACK,
+    MASTER_ADDR,
+    MASTER_PORT,
+    TOKEN,
+    WORLD_SIZE,
+)
+
+TORCHRUN = (
+    "torchrun keeps a store that listens on every interface of this machine and unpickles what it "
+    "finds there: whoever reaches its port runs code as you (see SECURITY.md). `meshwright train`, "
+    "`meshwright launch` and `meshwright.launch(plan)` start processes without that"
+)
+
+
+class PeerLost(TrainingError):  # noqa: N818 - named for what happened
+    """This rank is well, but another one has gone."""
+
+
+def join(
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: timedelta,
+    environ: Mapping[str, str] = os.environ,
+) -> None:
+    """Meet all other ranks and make torch.distributed's default group of them.
+
+    On GPUs gloo stays at hand beside NCCL for what lives on the host: timelines, names, barriers.
+    Raises LaunchError if there is no way to the address, PeerLost with the ranks that have not come
+    when `timeout` is over.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _choose_interface(environ)
+    try:
+        store = _store(rank, size, timeout, environ)
+        _meet(store, rank, size, timeout.total_seconds())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError) as failure:
+        address = f"{environ[MASTER_ADDR]}:{environ[MASTER_PORT]}"
+        found = f"{address}, where {size} processes did not meet: {failure}"
+        wanted = "an address that every process reaches, and all processes started"
+        raise LaunchError(
+            Problem("environment", f"{MASTER_ADDR}, {MASTER_PORT}", found, wanted)
+        ) from failure
+
+
+def _store(rank: int, size: int, timeout: timedelta, environ: Mapping[str, str]) -> Store:
+    address, port = environ[MASTER_ADDR], int(environ[MASTER_PORT])
+    if TOKEN in environ:
+        return PrefixStore(environ[TOKEN], TCPStore(address, port, timeout=timeout))
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if rank == 0:
+            warnings.warn(TORCHRUN, stacklevel=2)
+        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"meshwright/{attempt}", TCPStore(address, port, timeout=timeout))
+    if rank:
+        return TCPStore(address, port, size, timeout=timeout)
+    listener = _listener(address, port)
+    return TCPStore(
+        address,
+        port,
+        size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    """A socket that listens on one address; None if that is not an address of this machine, as
+    behind a translation of addresses: then there is no way but to listen on all."""
+    with suppress(OSError):
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen()
+        return listener
+    return None
+
+
+def _meet(store: Store, rank: int, size: int, seconds: float) -> None:
+    """Wait until all ranks are here. Raises PeerLost, naming those that are not."""
+    store.set(f"here/{rank}", "yes")
+    if store.add("here", 1) == size:
+        store.set("complete", "yes")
+    try:
+        store.wait(["complete"])
+    except RuntimeError as failure:
+        absent = [other for other in range(size) if not store.check([f"here/{other}"])]
+        who = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}"
+        raise PeerLost(
+            Problem(
+                who,
+                "start-up",
+                f"not here when rank {rank} had waited for {seconds:g} s",
+                "every rank to start and to meet the others",
+                "look into the logs of the absent ranks, or start those of the other nodes",
+            )
+        ) from failure
+
+
+def _choose_interface(environ: Mapping[str, str]) -> None:
+    """Keep gloo and NCCL to one network interface: the one that the launcher has named, or the
+    loopback where all ranks are on this machine. What the user has set stays as it is."""
+    chosen = environ.get(INTERFACE)
+    together = environ.get(LOCAL_WORLD_SIZE, "") == environ[WORLD_SIZE]
+    if chosen is None and (together or environ[MASTER_ADDR] in (LOOPBACK, "localhost", "::1")):
+        chosen = loopback_interface()
+    if chosen:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, chosen)
+
+
+def loopback_interface() -> str:
+    """The name of the interface that has the address 127.0.0.1."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == LOOPBACK for each in addresses):
+            return str(name)
+    return "lo0" if sys.platform == "darwin" else "lo"
