@@ -196,6 +196,8 @@ def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
 def test_what_a_shell_puts_in_the_place_of_a_file_is_poured_into(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "not kept")
     check_output(Path("/dev/null"))
+    with pytest.raises(OutputError, match="a device"):
+        check_output(Path("/dev/null"), kept=True)
     reader, writer = os.pipe()
     with os.fdopen(reader) as end:
         write_text(Path(f"/dev/fd/{writer}"), "poured")
@@ -278,6 +280,10 @@ def test_lines_are_added_to_a_regular_file_only(tmp_path: Path) -> None:
     for other in (tmp_path, Path("/dev/zero")):
         with pytest.raises(OutputError), growing(other):
             pass
+    with growing(path) as lines:
+        path.unlink()
+        with pytest.raises(OutputError, match="taken away meanwhile"):
+            add_line(lines, "4")
 
 
 def test_a_failure_that_nobody_foresaw_is_told_with_its_path() -> None:

@@ -76,7 +76,9 @@ def test_json_that_is_refused(text, place, words) -> None:
         ("a = 1979-05-27", "a", "a date or time; wanted text in quotes"),
         ("\n\na = " + "9" * 6000, "", "6,000 digits in line 3"),
         ("a = " + "[" * 100_000, "", "nested too deep"),
-        ("a." * 500 + "b = 1", "a.a.a", "nested too deep"),
+        ("a." * 500 + "b = 1", "", "nested too deep, in line 1"),
+        ("[x]\ny = { " + "'a' . " * 100_000 + "b = 1 }", "", "nested too deep, in line 2"),
+        ("a = 1\n" * 3 + "x" * 4_000_000, "", "well-formed TOML"),
         ('a = "\\u001b"', "a", "a control character"),
         ('"a\\nb" = 1', "a\\nb", "a key with a control character"),
     ],
@@ -95,6 +97,11 @@ def test_all_mistakes_are_told_but_no_endless_list_of_them() -> None:
     with pytest.raises(PlanError) as caught:
         read("[" + "NaN," * 500_000 + "0]")
     assert len(caught.value.problems) == MISTAKES_TOLD
+
+
+def test_long_words_and_lines_of_dots_are_no_depth() -> None:
+    text = f"# {'.' * 4000}\na = '{'x' * 10_000}'\nb = '{'. ' * 4000}'\nc.d.e = 1"
+    assert read(text, toml=True)["c"] == {"d": {"e": 1}}
 
 
 def test_a_run_may_have_written_infinities() -> None:

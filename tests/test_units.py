@@ -129,3 +129,9 @@ def test_what_is_shown_reads_back_to_four_digits(value, pair):
     show, read = pair
     smallest = 0.5 if read is units.parse_bytes else 0.0
     assert read(show(value)) == pytest.approx(value, rel=1e-3, abs=smallest)
+
+
+def test_a_quantity_of_any_length_is_judged_in_one_pass():
+    for text in ("1" * 100_000 + "!", "5" + " " * 100_000 + "!", " " * 100_000, "1." * 50_000):
+        with pytest.raises(ValueError, match="a quantity like"):
+            units.parse_seconds(text)

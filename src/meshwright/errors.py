@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown
 
-PROBLEMS_SHOWN = 100
-"""A message that names more mistakes is read by nobody; the others are counted."""
+PROBLEMS_SHOWN, PROBLEMS_KEPT = 100, 1000
+"""A message that names more mistakes is read by nobody. A file can hold millions of them."""
 
 _SHOWN = {
     "source": SHOWN_OF_A_NAME,
@@ -65,14 +66,15 @@ class MeshwrightError(Exception):
     def __init__(self, *problems: Problem) -> None:
         lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
         if len(problems) > PROBLEMS_SHOWN:
-            lines.append(f"... and {len(problems) - PROBLEMS_SHOWN:,} more mistakes")
+            least = "at least " if len(problems) >= PROBLEMS_KEPT else ""
+            lines.append(f"... and {least}{len(problems) - PROBLEMS_SHOWN:,} more mistakes")
         super().__init__("\n".join(lines))
         self.problems = problems
 
     @classmethod
     def check(cls, problems: Iterable[Problem]) -> None:
-        """Raise all problems together; do nothing if there are none."""
-        found = tuple(problems)
+        """Raise all problems together, but no endless number; do nothing if there are none."""
+        found = tuple(islice(problems, PROBLEMS_KEPT))
         if found:
             raise cls(*found)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -266,10 +265,11 @@ def _check_folder_of(path: Path, folder: Path) -> None:
         raise OSError(errno.EROFS if readonly else errno.EACCES, "")
 
 
-def check_output(path: Path) -> None:
-    """Raise OutputError, before long work, if its result could not be written to a path."""
+def check_output(path: Path, *, kept: bool = False) -> None:
+    """Raise OutputError, before long work, if its result could not be written to a path; `kept`: it
+    will be read again, so that it must be a file."""
     with told(path):
-        if not _is_stream(path):
+        if kept or not _is_stream(path):
             real = _destination(path)
             _check_folder_of(path, real.parent)
 
@@ -327,7 +327,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         real = _destination(path)
         _check_folder_of(path, real.parent)
         real.parent.mkdir(parents=True, exist_ok=True)
-        draft = real.parent / f".meshwright-{secrets.token_hex(6)}.draft"
+        draft = real.parent / f".meshwright-{os.urandom(6).hex()}.draft"
         mode = stat.S_IMODE(_mode(real)) if exists(real) else None
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _UNWAITING, 0o666))
         try:
@@ -376,6 +376,11 @@ def _open_unwaiting(path: str, flags: int) -> int:
 
 
 def add_line(file: TextIO, line: str) -> None:
-    """One line more in a growing file. Raises OutputError."""
-    with told(Path(file.name)):
+    """One line more in a growing file. Raises OutputError, also where the file has been taken away
+    meanwhile: what is written to it then is lost."""
+    path = Path(file.name)
+    with told(path):
         file.write(f"{line}\n")
+        if os.fstat(file.fileno()).st_nlink == 0:
+            found, wanted = "a file that was taken away meanwhile", "it to stay to the end"
+            raise OutputError(Problem(str(path), "", found, wanted))

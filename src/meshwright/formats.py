@@ -20,6 +20,8 @@ from meshwright import files
 from meshwright.errors import MeshwrightError, Problem
 from meshwright.text import flaw
 
+MOST_TOML_BYTES = 8 * files.MEBI
+"""TOML is for people, and is read slowly."""
 MOST_DEPTH = 64
 MOST_ENTRIES = 4_000_000
 """Commas, brackets and line ends of a file: bounds what its data take in memory."""
@@ -28,7 +30,10 @@ LARGE = 16
 MOST_DIGITS = 1000
 MISTAKES_TOLD = 100
 """A file with more of them is not looked at to its end."""
-_ENDLESS = re.compile(rf"[0-9_]{{{MOST_DIGITS + 1},}}")
+_ENDLESS = re.compile(rf"(?<![0-9_])[0-9_]{{{MOST_DIGITS + 1},}}")
+_WORD = "(?:[A-Za-z0-9_-]++|\"[^\"\n]*+\"|'[^'\n]*+')"
+_DEEP_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_WORD}[ \t]*+\.[ \t]*+){{{MOST_DEPTH}}}")
+"""`a.a.a...`: TOML's reader takes the square of its length, at least."""
 
 Place = tuple[int | str, ...]
 """Keys and indices that lead to a value."""
@@ -60,9 +65,9 @@ def field(place: Place) -> str:
 def read_table(path: Path, *, error: type[MeshwrightError], large: bool = False) -> dict[str, Any]:
     """The table in a TOML or JSON file, told apart by its name. Raises `error`, naming path and
     field, where the file is missing or malformed."""
-    times = LARGE if large else 1
-    text = files.read_text(path, error=error, most=files.MOST_BYTES * times)
-    toml = path.suffix == ".toml"
+    times, toml = LARGE if large else 1, path.suffix == ".toml"
+    most = MOST_TOML_BYTES if toml else files.MOST_BYTES * times
+    text = files.read_text(path, error=error, most=most)
     data = from_text(text, toml=toml, source=str(path), error=error, most=MOST_ENTRIES * times)
     if not isinstance(data, dict):
         raise error(Problem(str(path), "", type(data).__name__, "a table of named fields"))
@@ -81,6 +86,8 @@ def from_text(
     """The data in a text of TOML or JSON; not `finite`: NaN and infinities are let through. Raises
     `error` with one Problem for every mistake."""
     _check_size(text, source, error, most)
+    if toml and (deep := _DEEP_KEY.search(text)):
+        raise error(_too_deep(source, (), text.count("\n", 0, deep.start()) + 1))
     found: list[Problem] = []
     try:
         data = tomllib.loads(text) if toml else json.loads(text, object_pairs_hook=_table)
@@ -104,8 +111,8 @@ def _check_size(text: str, source: str, error: type[MeshwrightError], most: int)
         raise error(Problem(source, "", found, f"at most {MOST_DIGITS:,} digits"))
 
 
-def _too_deep(source: str, place: Place) -> Problem:
-    found = "tables or lists that are nested too deep"
+def _too_deep(source: str, place: Place, line: int = 0) -> Problem:
+    found = "tables or lists that are nested too deep" + (f", in line {line}" if line else "")
     return Problem(source, field(place[:3]), found, f"at most {MOST_DEPTH} levels")
 
 

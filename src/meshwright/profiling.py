@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
@@ -18,8 +19,9 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.profile import Profile, versions
 from meshwright.errors import LaunchError, Problem, ProfileError
-from meshwright.launch.local import Launcher
+from meshwright.launch.local import PROCESS_BYTES, Launcher
 from meshwright.model.load import load_model
+from meshwright.model.spec import Layer, LayerGraph
 from meshwright.records import dumps, fingerprint, load
 from meshwright.runtime import profile as measuring
 from meshwright.runtime.profile import (
@@ -32,6 +34,7 @@ from meshwright.runtime.profile import (
     reference_pace,
 )
 from meshwright.runtime.variables import RANK, WORLD_SIZE
+from meshwright.units import format_bytes
 
 Processes = Annotated[int, Field(ge=1, le=4096)]
 """On one machine."""
@@ -68,6 +71,7 @@ def profile_here(
     there = None if again else known(settings, mark)
     if there is not None:
         return there, True
+    _check_memory(settings, graph, processes)
     with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
         _measure_in_processes(settings, processes, Path(scratch), console or Console())
     found = load(Path(settings.output), Profile, error=ProfileError)
@@ -80,6 +84,32 @@ def _check_ranks(settings: ProfileSettings, cluster: Cluster, world: int) -> Non
         found = f"{world} processes"
         wanted = f"at most {len(devices)}, the devices of {cluster.name}"
         raise LaunchError(Problem(str(settings.cluster), "node", found, wanted))
+
+
+def _check_memory(settings: ProfileSettings, graph: LayerGraph, processes: int) -> None:
+    """Raise LaunchError where processors would measure more than this machine has room for: the
+    system would end the processes then, or others in their place."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    free = psutil.virtual_memory().available
+    room = max(free // PROCESS_BYTES, 1)
+    if processes > room:
+        wanted = f"at most {room}, for which this machine has memory free"
+        raise LaunchError(Problem("profile", "processes", str(processes), wanted))
+    width, rows = min(settings.tensor), max(settings.rows, default=0)
+    needed = processes * max(_measured_bytes(layer, rows, width) for layer in graph.layers)
+    if needed > free:
+        found = f"{rows} rows of a micro-batch, which take {format_bytes(needed)}"
+        wanted = f"at most the {format_bytes(free)} that this machine has free"
+        raise LaunchError(Problem("profile", "rows", found, wanted, "measure fewer rows"))
+
+
+def _measured_bytes(layer: Layer, rows: int, width: int) -> float:
+    """What a layer with its gradients and so many rows takes at least."""
+    saved = layer.saved_bytes - layer.split_saved_bytes * (1 - 1 / width)
+    return (saved + layer.workspace_bytes / width) * rows + 8 * layer.parameters / width
 
 
 def _measure_in_processes(

@@ -36,7 +36,7 @@ from pydantic import (
 )
 
 from meshwright import units
-from meshwright.errors import MeshwrightError, OptionError, Problem
+from meshwright.errors import PROBLEMS_KEPT, MeshwrightError, OptionError, Problem
 from meshwright.formats import field as _field
 from meshwright.formats import read_table
 from meshwright.text import LINE_LETTERS, NAME_LETTERS, did_you_mean, flaw
@@ -214,7 +214,7 @@ def parse(
         if count > _MISTAKES_READ:
             wanted = "what the documentation says of this file"
             raise error(Problem(source, "", f"{count:,} mistakes", wanted, mend)) from None
-        mistakes = failure.errors(include_url=False)
+        mistakes = failure.errors(include_url=False)[:PROBLEMS_KEPT]
         raise error(*(_problem(each, kind, source, mend) for each in mistakes)) from None
     except (ValueError, RecursionError) as failure:  # digits or levels without end
         raise error(Problem(source, "", str(failure), "plain data", mend)) from None

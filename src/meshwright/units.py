@@ -17,7 +17,9 @@ _BINARY = {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTP", s
 _PREFIX = _DECIMAL | _BINARY
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "µs": 1_000_000, "ns": 1_000_000_000}
 _SECONDS_IN = {"min": 60, "h": 3600}
-_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ/]*)\s*")
+# Written so that a text of any length is judged in one pass.
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_QUANTITY = re.compile(rf"\s*({_NUMBER})\s*(?:([A-Za-zµ/]+)\s*)?")
 _PREFIXES = "|".join(sorted(_PREFIX, key=len, reverse=True))
 _BYTES = re.compile(f"({_PREFIXES})(B|bit|b)")
 _RATE = re.compile(f"({_PREFIXES})(B|bit|b)(?:/s|ps)")
@@ -28,7 +30,7 @@ def _split(text: str, example: str) -> tuple[float, str]:
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError(f"a quantity like {example!r}, not {text!r}")
-    return float(match[1]), match[2]
+    return float(match[1]), match[2] or ""
 
 
 def _finite(value: float, text: str) -> float:

@@ -103,6 +103,15 @@ EDITS = {
         "pipelines[0].micro_batches",
         "at least 1",
     ),
+    "endless program": (
+        lambda p: (
+            p["pipelines"][0].update(micro_batches=2**17, rows=8),
+            p["job"].update(global_batch=2**20),
+            p["pipelines"][0]["stages"].extend([{"layers": [3, 3], "devices": [["a:2"]]}] * 20),
+        ),
+        "pipelines",
+        "at most 2,000,000",
+    ),
     "no pipelines": (lambda p: p.update(pipelines=[]), "pipelines", "at least one pipeline"),
     "zero sequence": (lambda p: p["job"].update(sequence=0), "job.sequence", "at least 1"),
     "another sequence": (lambda p: p["job"].update(sequence=16), "job.sequence", "8, as the model"),

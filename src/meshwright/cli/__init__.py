@@ -35,7 +35,6 @@ def main() -> None:
 def _status() -> int:
     """Run a verb; its exit status."""
     from meshwright.errors import MachineError, MeshwrightError, Problem
-    from meshwright.files import fault
 
     status = 0
     try:
@@ -49,7 +48,7 @@ def _status() -> int:
     except BrokenPipeError:
         status = UNREAD
     except OSError as failure:
-        status = _tell(fault(failure))
+        status = _tell(_fault(failure))
     except MemoryError:
         mend = "close other programs, or ask for less: a smaller model, batch or cluster"
         status = _tell(MachineError(Problem("this machine", "", "no memory left", "more", mend)))
@@ -57,8 +56,14 @@ def _status() -> int:
     if isinstance(unwritten, BrokenPipeError):
         return UNREAD
     if unwritten is not None:
-        return _tell(fault(OSError(unwritten.errno, unwritten.strerror, "standard output")))
+        return _tell(_fault(OSError(unwritten.errno, unwritten.strerror, "standard output")))
     return status
+
+
+def _fault(failure: OSError) -> MeshwrightError:
+    from meshwright.files import fault
+
+    return fault(failure)
 
 
 def _flushed() -> OSError | None:

@@ -8,9 +8,6 @@ from typing import Annotated
 
 import typer
 
-from meshwright import files
-from meshwright.text import printable
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -49,11 +46,15 @@ ModelOption = Annotated[
 
 def say(text: str, *, to_errors: bool = False) -> None:
     """Print a line; what would steer the terminal is written out."""
+    from meshwright.text import printable
+
     typer.echo(printable(text, lines=True), err=to_errors)
 
 
 def check_outputs(*paths: Path | None) -> None:
     """Raise OutputError, before anything is worked out, if a file could not be written."""
+    from meshwright import files
+
     for path in paths:
         if path is not None:
             files.check_output(path)

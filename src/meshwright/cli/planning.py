@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from meshwright import files
 from meshwright.cli.options import (
     ClusterOption,
     ModelOption,
@@ -39,8 +38,9 @@ def plan(
         "plan.json"
     ),
     budget: Annotated[
-        str, typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done.")
-    ] = "",
+        str | None,
+        typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done."),
+    ] = None,
 ) -> None:
     """Find the fastest plan for a model on a cluster."""
     from meshwright.plan.files import save_plan
@@ -49,7 +49,7 @@ def plan(
     from meshwright.search.certificate import sentence
     from meshwright.session import error_text, open_session, search
 
-    seconds = checked_value(PositiveSeconds, budget, "--budget") if budget else None
+    seconds = checked_value(PositiveSeconds, budget, "--budget") if budget is not None else None
     check_outputs(output)
     session = open_session(
         model=model,
@@ -98,6 +98,7 @@ def simulate(
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
 ) -> None:
     """Play one step of a plan on the cost model."""
+    from meshwright import files
     from meshwright.report.tables import timeline_summary
     from meshwright.session import error_text, reopen, simulated
 
@@ -179,6 +180,7 @@ def whatif(
     ] = None,
 ) -> None:
     """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
+    from meshwright import files
     from meshwright.cluster.files import dump_cluster
     from meshwright.report.whatif import print_whatif, whatif_json
     from meshwright.session import reopen
@@ -209,6 +211,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a plan as the settings of another tool, with the script that starts it."""
+    from meshwright import files
     from meshwright.exporting import exported
     from meshwright.plan.files import save_plan
     from meshwright.plan.ranks import describe

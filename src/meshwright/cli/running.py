@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshwright import files
 from meshwright.cli.options import (
     ModelOption,
     PlanFile,
@@ -57,6 +56,7 @@ def profile(
     On a testbed every class of links is measured, and the folder gets profile.json, links.json and
     the cluster.toml with the links as they are.
     """
+    from meshwright import files
     from meshwright.profiling import Processes, profile_here
     from meshwright.records import checked, checked_value
     from meshwright.runtime.profile import ProfileSettings
@@ -74,7 +74,7 @@ def profile(
         output=str(output),
     )
     if bed_file is None:
-        check_outputs(output)
+        files.check_output(output, kept=True)
     with launcher_for(bed_file) as launcher:
         if launcher is not None:
             profile_testbed(launcher, settings, output, again=again)
@@ -135,6 +135,7 @@ def train(
 
     `--dry-run` only prepares the run folder, and prints the command for each node of the plan.
     """
+    from meshwright import files
     from meshwright.records import checked
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen
@@ -225,10 +226,16 @@ def calibrate(
     precision: Annotated[PrecisionChoice | None, typer.Option(help="As for `plan`.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Profile to write, or folder of plans.")
-    ] = Path("calibrated.json"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Profile to write (default: calibrated.json), or folder of plans (calibration).",
+        ),
+    ] = None,
 ) -> None:
     """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
+    from meshwright import files
     from meshwright.calibration import Proposals, from_runs, proposals
     from meshwright.errors import OptionError, Problem
     from meshwright.plan.files import save_plan
@@ -238,6 +245,7 @@ def calibrate(
 
     checked_value(Proposals, propose, "--propose")
     if not propose:
+        output = output or Path("calibrated.json")
         check_outputs(output)
         found = from_runs(runs or [], cluster)
         files.write_text(output, dumps(found), durable=True)
@@ -250,7 +258,7 @@ def calibrate(
     if not model or cluster is None:
         wanted = "--model and --cluster as well, to know what to propose for"
         raise OptionError(Problem("--propose", "", "nothing else", wanted))
-    folder = output if output.suffix == "" else Path("calibration")
+    folder = output or Path("calibration")
     files.check_folder(folder)
     session = open_session(
         model=model,
@@ -274,6 +282,7 @@ def discover(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("cluster.toml"),
 ) -> None:
     """Describe the machine this runs on."""
+    from meshwright import files
     from meshwright.cluster.discover import discover_toml
 
     check_outputs(output)
@@ -287,6 +296,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each plan.")] = 10,
 ) -> None:
     """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
+    from meshwright import files
     from meshwright.demo import run_demo
     from meshwright.records import checked_value
     from meshwright.runtime.run import Steps

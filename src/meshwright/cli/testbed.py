@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshwright import files
 from meshwright.cli.options import ClusterOption, PlanFile, ProfileOption, app, say
 
 if TYPE_CHECKING:
@@ -165,6 +164,7 @@ def verify(
     """Train a few steps of a plan and of its rivals: predicted against measured, part by part."""
     from rich.console import Console
 
+    from meshwright import files
     from meshwright.records import checked
     from meshwright.runtime.run import RunSettings
     from meshwright.session import reopen

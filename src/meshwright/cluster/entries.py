@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from meshwright import units
 from meshwright.cluster.spec import Link, Precision
@@ -15,6 +15,8 @@ from meshwright.records import Count, Line, Name, PositiveShare, check_format, p
 from meshwright.text import did_you_mean
 
 T = TypeVar("T")
+MOST_IN_MATRIX = 512
+"""Nodes whose links are told pair by pair: their number grows with the square."""
 
 
 def _written(read: Callable[[str], float], example: str) -> BeforeValidator:
@@ -116,7 +118,7 @@ def _as_rows(value: object) -> object:
 class MatrixEntry:
     """`[matrix]`: every pair of some nodes; `"-"` where there is no direct link."""
 
-    nodes: tuple[Name, ...]
+    nodes: Annotated[tuple[Name, ...], Field(max_length=MOST_IN_MATRIX)]
     bandwidth: tuple[tuple[Name, ...], ...]
     latency: Annotated[tuple[tuple[Name, ...], ...], BeforeValidator(_as_rows)]
     """One text stands for all pairs."""

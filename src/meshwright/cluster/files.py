@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def load_cluster(path: Path) -> Cluster:
 def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:
     """The cluster that the content of a cluster file describes. Raises ClusterError."""
     entries, problems = read_entries(data, source)
-    ClusterError.check([*problems, *problems_of(entries, source)])
+    ClusterError.check(chain(problems, problems_of(entries, source)))
     return _expand(entries)
 
 

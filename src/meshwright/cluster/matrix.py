@@ -29,11 +29,13 @@ def _latencies(matrix: MatrixEntry) -> Rows:
 
 def matrix_problems(matrix: MatrixEntry, names: set[str], source: str) -> Iterator[Problem]:
     """Mistakes in the node names, the shape, the symmetry and the entries."""
+    seen: set[str] = set()
     for index, name in enumerate(matrix.nodes):
         if name not in names:
             yield Problem(source, f"matrix.nodes[{index}]", repr(name), "the name of a node")
-        if name in matrix.nodes[:index]:
+        if name in seen:
             yield Problem(source, f"matrix.nodes[{index}]", f"{name!r} again", "each node once")
+        seen.add(name)
     size = len(matrix.nodes)
     shapes = [
         *_shape_problems("matrix.bandwidth", matrix.bandwidth, size, source),

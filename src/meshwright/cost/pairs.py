@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -19,6 +20,7 @@ from pydantic import Field
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_reduce, alone_seconds
+from meshwright.errors import Problem, ProfileError
 from meshwright.records import (
     Bytes,
     BytesPerSecond,
@@ -26,6 +28,7 @@ from meshwright.records import (
     PositiveSeconds,
     Ratio,
     Seconds,
+    load,
     record,
 )
 
@@ -77,6 +80,24 @@ class LinkReport:
 
     pairs: tuple[PairTimes, ...]
     all_reduce: CollectiveTimes | None = None
+
+
+def load_links(path: Path, cluster: Cluster) -> LinkReport:
+    """A report on the links of a cluster from its file. Raises ProfileError with every mistake."""
+    report = load(path, LinkReport, error=ProfileError)
+    known = {device.name for device in devices_of(cluster)}
+    problems = [
+        Problem(str(path), f"pairs[{number}].between", device, f"a device of {cluster.name}")
+        for number, pair in enumerate(report.pairs)
+        for device in pair.between
+        if device not in known
+    ]
+    whole = report.all_reduce
+    if whole and len(whole.points) != len(whole.residuals):
+        found, wanted = f"{len(whole.residuals)}", f"{len(whole.points)}, one for each point"
+        problems.append(Problem(str(path), "all_reduce.residuals", found, wanted))
+    ProfileError.check(problems)
+    return report
 
 
 def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

@@ -30,6 +30,8 @@ from meshwright.records import (
     record,
 )
 
+MOST_TIMES = 50_000
+"""Of layers in a profile: some thousand are usual for many device types."""
 TensorWidth = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -90,8 +92,8 @@ class Profile:
     """torch, Python and machine, as measured with."""
     source: Line = ""
     """Fingerprint of what was measured, how and where: the same is not measured again."""
-    layers: tuple[LayerTime, ...] = ()
-    optimizers: tuple[OptimizerTime, ...] = ()
+    layers: Annotated[tuple[LayerTime, ...], Field(max_length=MOST_TIMES)] = ()
+    optimizers: Annotated[tuple[OptimizerTime, ...], Field(max_length=MOST_TIMES)] = ()
     links: LinkTimes | None = None
     step_overhead_seconds: Seconds = 0.0
     """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""

@@ -23,6 +23,8 @@ Line = dict[str, float]
 Look = Callable[[Line], None]
 WORKER = "meshwright.runtime.worker"
 TIMEOUT_SECONDS = 300.0
+PROCESS_BYTES = 350 * 2**20
+"""Resident memory of a process with PyTorch, before it holds a model."""
 
 
 @record

@@ -125,9 +125,9 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
 
 def _from_file(source: str) -> LanguageModel:
     path = Path(source)
-    if files.is_folder(path):
+    if source and files.is_folder(path):
         path = path / "config.json"
-    if path.suffix != ".json" and not files.exists(path):
+    if not source or (path.suffix != ".json" and not files.exists(path)):
         near = nearest(source, NAMED, cutoff=0.4)
         mend = f"did you mean {near[0]}?" if near else "give a config.json or a .toml file"
         wanted = "a path, or one of " + ", ".join(NAMED)

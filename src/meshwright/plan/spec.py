@@ -23,7 +23,7 @@ from meshwright.records import (
     record,
 )
 
-MicroBatches = Annotated[int, Field(ge=1, le=2**16)]
+MicroBatches = Annotated[int, Field(ge=1, le=2**17)]
 
 ScheduleName = Literal[
     "1f1b",

@@ -12,6 +12,9 @@ from meshwright.plan.ranks import pipeline_rows
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
 
+MOST_PASSES = 2_000_000
+"""Of micro-batches through stages, device by device, in one step."""
+
 
 def validate_plan(
     plan: Plan,
@@ -24,18 +27,25 @@ def validate_plan(
 
     Memory is checked by cost.memory. Raises PlanError with one Problem per mistake.
     """
-    problems = [*_batch(plan, source), *_devices(plan, source)]
+    PlanError.check(_problems(plan, model, cluster, source))
+
+
+def _problems(
+    plan: Plan, model: LayerGraph | None, cluster: Cluster | None, source: str
+) -> Iterator[Problem]:
+    yield from _batch(plan, source)
+    yield from _length(plan, source)
+    yield from _devices(plan, source)
     for p, pipeline in enumerate(plan.pipelines):
         where = f"pipelines[{p}]"
-        problems += _stages(pipeline, where, source)
-        problems += _schedule(plan.schedule, pipeline, where, source)
+        yield from _stages(pipeline, where, source)
+        yield from _schedule(plan.schedule, pipeline, where, source)
         for s, stage in enumerate(pipeline.stages):
-            problems += _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
+            yield from _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
     if model is not None:
-        problems += _against_model(plan, model, source)
+        yield from _against_model(plan, model, source)
     if cluster is not None:
-        problems += _against_cluster(plan, cluster, source)
-    PlanError.check(problems)
+        yield from _against_cluster(plan, cluster, source)
 
 
 def _batch(plan: Plan, source: str) -> Iterator[Problem]:
@@ -60,6 +70,19 @@ def _batch(plan: Plan, source: str) -> Iterator[Problem]:
             f"job.global_batch = {job.global_batch} rows",
             "change micro_batches or rows of a pipeline, or the job's global_batch",
         )
+
+
+def _length(plan: Plan, source: str) -> Iterator[Problem]:
+    """A program is written out for every device; what is far longer than any would take all memory
+    before the first word of it is checked."""
+    passes = sum(
+        pipeline.micro_batches * sum(len(replica) for s in pipeline.stages for replica in s.devices)
+        for pipeline in plan.pipelines
+    )
+    if passes > MOST_PASSES:
+        found = f"{passes:,} micro-batches on all stages and devices together"
+        mend = "give the micro-batches more rows"
+        yield Problem(source, "pipelines", found, f"at most {MOST_PASSES:,}", mend)
 
 
 def _devices(plan: Plan, source: str) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from meshwright.errors import PlanError, Problem
+from meshwright.errors import PROBLEMS_SHOWN, PlanError, Problem
 from meshwright.program.instructions import Op
 
 
@@ -48,14 +48,17 @@ def words(order: Iterable[Action], *, alone: bool) -> str:
     return " ".join(word(action, alone=alone) for action in order)
 
 
-_WORD = re.compile(r"(\d*)([FBIW])(\d+)(?::(\d+))?")
+_WORD = re.compile(r"([0-9]{0,9})([FBIW])([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 
 def parse_order(text: str, held: Sequence[int], *, source: str, field: str) -> Order:
     """The inverse of `words`, for devices that hold the stages `held`. Raises PlanError naming
     every word that is none."""
-    found, problems = [], []
+    found: list[Action] = []
+    problems: list[Problem] = []
     for index, each in enumerate(text.split()):
+        if len(problems) >= PROBLEMS_SHOWN:
+            break
         action = _action(each, held)
         if action is None:
             wanted = "F, B, I or W with a micro-batch, as F0, or W0:4 for several"

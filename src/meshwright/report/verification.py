@@ -24,7 +24,7 @@ def kinds_table(parts: Comparison) -> Table:
             format_seconds(kind.predicted_seconds),
             format_seconds(kind.measured_seconds),
             _error(kind.predicted_seconds, kind.measured_seconds),
-            f"{kind.median_error:.1%}",
+            "" if kind.median_error is None else f"{kind.median_error:.1%}",
         )
     table.add_row(
         "one step",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import DataError, Problem
+from meshwright.files import check_input, said
 from meshwright.records import record
 
 BYTE_VOCABULARY = 256
@@ -33,7 +34,7 @@ class Corpus:
 def open_corpus(source: str | Path | None, vocabulary: int) -> Corpus:
     """`None`: the source of Python's standard library. `*.bin`: raw token numbers (uint16, or
     uint32 for vocabularies beyond 65,536), `*.npy`: a one-dimensional integer array, both memory
-    mapped. Anything else: a text file, one token per byte. Raises DataError.
+    mapped like all files. Anything else: a text file, one token per byte. Raises DataError.
     """
     if vocabulary < BYTE_VOCABULARY and (source is None or _is_text(Path(source))):
         wanted = f"a vocabulary of at least {BYTE_VOCABULARY}: text is read byte by byte"
@@ -41,17 +42,16 @@ def open_corpus(source: str | Path | None, vocabulary: int) -> Corpus:
     if source is None or source == STANDARD_LIBRARY:
         return Corpus(name=STANDARD_LIBRARY, tokens=_standard_library())
     path = Path(source)
+    check_input(path, error=DataError)
     try:
         if path.suffix == ".bin":
             tokens = _memory_map(path, np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32))
         elif path.suffix == ".npy":
             tokens = _array(path)
         else:
-            tokens = np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError:
-        raise DataError(Problem(str(path), "", "no such file", "a text or token file")) from None
+            tokens = _memory_map(path, np.dtype(np.uint8))
     except OSError as failure:
-        raise DataError(Problem(str(path), "", str(failure), "a readable file")) from None
+        raise DataError(Problem(str(path), "", said(failure), "a readable file")) from None
     return Corpus(name=str(path), tokens=tokens)
 
 
@@ -68,10 +68,13 @@ def _memory_map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> Tokens:
 
 
 def _array(path: Path) -> Tokens:
+    wanted = "a saved numpy array"
     try:
         tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as failure:
-        raise DataError(Problem(str(path), "", str(failure), "a saved numpy array")) from None
+    except (ValueError, EOFError, OverflowError, TypeError, SyntaxError) as failure:
+        raise DataError(Problem(str(path), "", str(failure), wanted)) from None
+    if not isinstance(tokens, np.ndarray):  # an archive of several
+        raise DataError(Problem(str(path), "", type(tokens).__name__, wanted))
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         found = f"{tokens.dtype} array of shape {tokens.shape}"
         raise DataError(Problem(str(path), "", found, "a one-dimensional integer array"))

@@ -47,7 +47,7 @@ class RunSettings:
 
     model: Line
     """Name, `config.json` or folder: what `model.zoo.build` understands."""
-    data: Line | None = None
+    data: Annotated[Line, Field(min_length=1)] | None = None
     """Path of the corpus; None: the standard library's source."""
     steps: Steps = 100
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 3e-4

@@ -104,7 +104,7 @@ class _EpochOrder:
     def of(cls, length: int, seed: int, epoch: int) -> list[int]:
         key = (length, seed, epoch)
         if cls._kept[0] != key:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             cls._kept = (key, torch.randperm(length, generator=generator).tolist())
         return cls._kept[1]
 

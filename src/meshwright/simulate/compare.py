@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import isfinite
 from statistics import median
 
 from meshwright.program.instructions import Op
@@ -35,8 +36,9 @@ class KindRow:
     predicted_seconds: float
     """Sum of the durations."""
     measured_seconds: float
-    median_error: float
-    """Median over instructions of |predicted - measured| / measured duration."""
+    median_error: float | None
+    """Median over instructions of |predicted - measured| / measured duration; those that took no
+    time by any clock do not count. None: all of them."""
 
 
 @record
@@ -108,6 +110,12 @@ def compare(predicted: Timeline, measured: Timeline) -> Comparison:
     )
 
 
+def _median_error(rows: list[InstructionRow]) -> float | None:
+    errors = (abs(_error(row.predicted_seconds, row.measured_seconds)) for row in rows)
+    known = [error for error in errors if isfinite(error)]
+    return median(known) if known else None
+
+
 def _kinds(rows: tuple[InstructionRow, ...]) -> tuple[KindRow, ...]:
     by_op: dict[Op, list[InstructionRow]] = defaultdict(list)
     for row in rows:
@@ -118,9 +126,7 @@ def _kinds(rows: tuple[InstructionRow, ...]) -> tuple[KindRow, ...]:
             count=len(by_op[op]),
             predicted_seconds=sum(row.predicted_seconds for row in by_op[op]),
             measured_seconds=sum(row.measured_seconds for row in by_op[op]),
-            median_error=median(
-                abs(_error(row.predicted_seconds, row.measured_seconds)) for row in by_op[op]
-            ),
+            median_error=_median_error(by_op[op]),
         )
         for op in Op
         if op in by_op

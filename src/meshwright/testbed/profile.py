@@ -10,10 +10,10 @@ from rich.console import Console
 from meshwright import files
 from meshwright.cluster.files import dump_cluster
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cost.pairs import LinkReport, fitted_cluster
+from meshwright.cost.pairs import LinkReport, fitted_cluster, load_links
 from meshwright.cost.profile import Profile, load_profile, versions
 from meshwright.errors import ProfileError
-from meshwright.records import dumps, fingerprint, load, record
+from meshwright.records import dumps, fingerprint, record
 from meshwright.report.terminal import words
 from meshwright.runtime import profile as measuring
 from meshwright.runtime.profile import SETTINGS, ProfileSettings, reference_pace
@@ -110,7 +110,7 @@ def _settings(bed: Bed, settings: ProfileSettings, folder: Path) -> ProfileSetti
 
 
 def _read(folder: Path, bed: Bed, *, cached: bool) -> Profiled:
-    links = load(folder / LINKS, LinkReport, error=ProfileError)
+    links = load_links(folder / LINKS, bed.cluster)
     return Profiled(
         profile=load_profile(folder / PROFILE),
         cluster=fitted_cluster(bed.cluster, links),

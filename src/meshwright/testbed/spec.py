@@ -13,6 +13,7 @@ from meshwright.cluster.catalog import catalog
 from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
 from meshwright.errors import ClusterError, LaunchError, Problem
+from meshwright.launch.local import PROCESS_BYTES
 from meshwright.records import Format, Line, Name, PositiveShare, load, problems_in, record
 from meshwright.runtime.turns import turns_at_once
 
@@ -23,8 +24,6 @@ CoreShare = Annotated[float, Field(gt=0, le=1)]
 """Share of one core."""
 Attempts = Annotated[int, Field(ge=1, le=100)]
 
-PROCESS_BYTES = 350 * 2**20
-"""Resident memory of a process with PyTorch, before it holds a model."""
 FREE_CORES = 0.1
 """Share of the cores that stays free for messages and the launcher."""
 
