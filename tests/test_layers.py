@@ -16,6 +16,7 @@ FLOORS = (
     "units",
     "errors",
     "records",
+    "runtime_folder",
     "cluster",
     "model",
     "plan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -43,9 +44,10 @@ def run(folder: Path) -> None:
     with torch.device("meta"):
         model = build(settings.model, plan.job.sequence)
     peaks = [settings.peak_flops.get(name) for name in plan.devices]
-    with (folder / METRICS).open("a" if rank else "w", buffering=1) as metrics:
+    with (folder / METRICS).open("a", buffering=1) if rank == 0 else nullcontext() as metrics:
 
         def write(line: Metrics) -> None:
+            assert metrics is not None, "only the first rank is told"
             write_line(metrics, line)
             if sys.stdout.isatty():
                 speed = f"{line.tokens_per_second:.0f} tokens/s"
@@ -104,7 +106,11 @@ def _keep(folder: Path, trained: Trained) -> None:
         from safetensors.torch import save_file
 
         whole = {name: value.contiguous() for name, value in trained.parameters.items()}
-        save_file(whole, folder / WEIGHTS)
+        draft = folder / f"{WEIGHTS}.draft"
+        save_file(whole, draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(folder / WEIGHTS)
 
 
 def main() -> None:
