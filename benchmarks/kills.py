@@ -97,9 +97,11 @@ class Trial:
     def _names_the_cause(self) -> bool:
         name = self.number.name
         if self.victim == "launcher":
-            statuses = {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15, signal.SIGINT: 128 + 2}
-            spoke = self.number == signal.SIGKILL or self.said.strip() != ""
-            return self.status == statuses[self.number] and spoke
+            # Before it has begun to work, a signal ends it as it ends any process: its caller
+            # is told by the status.
+            early = self.moment == "start-up" or self.number == signal.SIGKILL
+            spoke = self.status == 128 + self.number and self.said.strip() != ""
+            return spoke or (early and self.status == -self.number)
         if self.victim == "starter":
             return self.status == 2 and "the process that ranks are forked from" in self.said
         return self.status == 2 and f"rank {self.rank}" in self.said and name in self.said

@@ -65,6 +65,8 @@ def words(annotation: ast.expr) -> str:
     match annotation:
         case ast.BinOp(left=left, right=ast.Constant(value=None)):
             return words(left)
+        case ast.BinOp(left=left, right=right):
+            return f"{words(left)}, or {words(right)}"
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
             return words(first)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=options):

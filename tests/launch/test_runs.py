@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from actors import gone
-from listening import listening
 from torch._C._distributed_c10d import TCPStore
 
+from actors import gone
 from commands import meshwright
+from listening import listening
 from meshwright.runtime.run import METRICS
 
 CLUSTER = """\
@@ -147,6 +147,7 @@ def test_during_a_run_only_the_loopback_listens_and_no_one_else_gets_in(
         assert "Traceback" not in process.communicate()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "number"),
     [
@@ -205,6 +206,7 @@ def free_port() -> str:
         return str(taken.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_a_node_whose_peer_is_killed_says_which_rank_has_gone(
     planned: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +268,22 @@ def test_a_port_that_is_taken_is_named(planned: Path, tmp_path: Path) -> None:
     assert f"127.0.0.1:{port}: found Address already in use" in done.stderr
 
 
+def test_a_command_runs_on_all_nodes_as_one_group(planned: Path, tmp_path: Path) -> None:
+    """As `profile` does it, which measures the links between them."""
+    port = free_port()
+    what = ("--", sys.executable, "-m", "meshwright", "profile", "--model", "gpt-tiny")
+    sizes = ("--sequence", "16", "--rows", "1", "--cluster", "cluster.toml")
+    command = (*what, *sizes, "-o", str(tmp_path / "profile.json"))
+    where = ("--cluster", "cluster.toml", "--port", port)
+    with (
+        started("launch", "--node", "b", *where, *command, cwd=planned) as b,
+        started("launch", "--node", "a", *where, *command, cwd=planned) as a,
+    ):
+        first, second = a.communicate(timeout=LIMIT), b.communicate(timeout=LIMIT)
+        assert (a.returncode, b.returncode) == (0, 0), (first, second)
+    assert '"network"' in (tmp_path / "profile.json").read_text()
+
+
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -274,12 +292,15 @@ import torch.distributed as dist
 import meshwright as mw
 
 plan = mw.load_plan(Path({plan!r}))
-print("parent" if "RANK" not in os.environ else "rank " + os.environ["RANK"], flush=True)
+def tell(line):  # in one write: two ranks print to the same place
+    os.write(1, line.encode() + b"\\n")
+
+tell("parent" if "RANK" not in os.environ else "rank " + os.environ["RANK"])
 mw.launch(plan)
 dist.init_process_group("gloo")  # as plain PyTorch has it
 total = torch.ones(1)
 dist.all_reduce(total)
-print("sum", int(total), sys.argv[1:], flush=True)
+tell(f"sum {{int(total)}} {{sys.argv[1:]}}")
 dist.barrier()
 if sys.argv[1] == "fails" and dist.get_rank() == 1:
     sys.exit(7)
@@ -288,7 +309,14 @@ if sys.argv[1] == "dies" and dist.get_rank() == 1:
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("ends", 0), ("fails", 7), ("dies", 128 + 9)])
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("ends", 0),
+        pytest.param("fails", 7, marks=pytest.mark.slow),
+        pytest.param("dies", 128 + 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_script_of_ones_own_becomes_the_ranks(
     planned: Path, tmp_path: Path, how: str, status: int
 ) -> None:

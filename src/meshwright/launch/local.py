@@ -109,9 +109,16 @@ class Launcher:
         if not _all_done(events, requests):
             raise cause(events, folder, since=started)
 
-    def run_command(self, devices: Sequence[str], command: Sequence[str]) -> tuple[Event, ...]:
-        """Run a command once for each device, and say how each ended."""
-        requests = self.requests(devices, "", tuple(command), None)
+    def run_command(
+        self,
+        devices: Sequence[str],
+        command: Sequence[str],
+        *,
+        node: str | None = None,
+        meeting: Meeting | None = None,
+    ) -> tuple[Event, ...]:
+        """Run a command once for each device, or each of a node, and say what happened."""
+        requests = self.requests(devices, "", tuple(command), None, node, meeting)
         return self._see_through(requests, lambda: None, float("inf"))
 
     def requests(
@@ -178,7 +185,7 @@ def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool
 
 
 def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[str, str]:
-    """What the launcher of a rank tells it: the variables that torchrun sets, and ours."""
+    """What the launcher of a rank tells it: those variables that every launcher sets, and ours."""
     nodes, own = [place.node for place in places], places[rank]
     named = {
         **variables.FOR_PLAIN_TORCH,

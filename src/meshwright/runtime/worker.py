@@ -1,4 +1,4 @@
-"""What each process of a run does: `torchrun ... -m meshwright.runtime.worker RUN_FOLDER`."""
+"""What each process of a run does: train as the run folder says, as one of the ranks."""
 
 from __future__ import annotations
 
