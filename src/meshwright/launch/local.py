@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from meshwright.launch.accelerators import accelerators
 from meshwright.launch.cause import cause
 from meshwright.launch.fork_server import Event, SpawnRequest
 from meshwright.launch.signals import ended_by_signals
 from meshwright.launch.store import Meeting, new_token, open_store
-from meshwright.launch.supervise import PRELOADED, ForkServer, failed, see_through
+from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, failed, see_through
 from meshwright.records import record
 from meshwright.runtime import variables
 from meshwright.runtime.run import LOGS, METRICS, failure_file
@@ -67,11 +68,16 @@ class Launcher:
     ) -> None:
         self.close()
 
-    def warm(self, module: str = WORKER) -> Self:
+    def warm(self) -> Self:
         """Begin to import what ranks will need, while the caller does something else."""
-        if self._server is None:
-            self._server = ForkServer(*PRELOADED, module)
+        self._started(*PRELOADED, WORKER)
         return self
+
+    def _started(self, *modules: str) -> ForkServer:
+        """The process that ranks are forked from, which has imported these modules or will."""
+        if self._server is None:
+            self._server = ForkServer(*modules)
+        return self._server
 
     def close(self, *, calmly: bool = False) -> None:
         """End every process that was started."""
@@ -79,6 +85,10 @@ class Launcher:
         self._meetings.clear()
         if server is not None:
             server.close(calmly=calmly)
+
+    def accelerators(self) -> int:
+        """The number of CUDA devices that ranks can have here."""
+        return accelerators(self._started(*PRELOADED, WORKER))
 
     def processor_seconds(self) -> float:
         """Processor time of all ranks that have ended since the last `close`."""
@@ -102,6 +112,7 @@ class Launcher:
         one was lost. After a failure no process is left.
         """
         started = time.time()
+        self.warm()
         requests = self.requests(devices, module, (str(folder),), folder / LOGS, node, meeting)
         clear(folder, None if node is None else [request.rank for request in requests])
         follower = Follower(folder / METRICS, on_metrics)
@@ -150,8 +161,7 @@ class Launcher:
     def _meeting(self, first: Place, node: str | None, meeting: Meeting | None) -> Meeting:
         """Where ranks meet. The store is kept where the first rank stands; runs that follow use
         the same one, each with a new secret."""
-        server = self.warm()._server
-        assert server is not None
+        server = self._started()
         if meeting is not None:
             own = node == first.node
             port, token = meeting.port, meeting.token
@@ -180,7 +190,7 @@ class Launcher:
 
 def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool:
     """Whether every process has ended by itself, its work done."""
-    ended = sum(each.kind == "exited" and each.rank >= 0 for each in events)
+    ended = sum(each.kind == "exited" and each.rank != STORE for each in events)
     return ended == len(requests) and not any(map(failed, events))
 
 
