@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -56,15 +57,16 @@ def execute(transfers: Sequence[Transfer], hosts: dict[int, str], rank: int, hav
     return got
 
 
-def worker(rank: int, size: int, port: int, results: Any) -> None:
+def worker(rank: int, size: int, store: str, results: Any) -> None:
     """One process: all cases, one after another."""
     import torch
     import torch.distributed as dist
 
+    from meshwright.runtime.rendezvous import loopback_interface
+
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for case in map(scaled, CASES):
         source, target, hosts = layouts(case)
         whole = torch.arange(prod(case.shape), dtype=torch.int32).view(case.shape)
@@ -96,20 +98,20 @@ def written() -> int:
 def run() -> list[dict[str, Any]]:
     """All cases on real processes; compares what each wrote with what the plan says."""
     size = max(prod(scaled(case).source) + prod(scaled(case).target) for case in CASES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = get_context("fork")
     results = context.Queue()
-    processes = [
-        context.Process(target=worker, args=(rank, size, port, results), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    heard = [results.get(timeout=LIMIT_SECONDS) for _ in range(size * len(CASES) * len(METHODS))]
-    for process in processes:
-        process.join(60)
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [
+            context.Process(target=worker, args=(rank, size, store, results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        count = size * len(CASES) * len(METHODS)
+        heard = [results.get(timeout=LIMIT_SECONDS) for _ in range(count)]
+        for process in processes:
+            process.join(60)
     sent = {(name, method, rank): count for name, method, rank, count in heard}
     print(f"{'case':6}{'method':14}{'messages':>10}{'plan bytes':>12}{'written':>12}{'added':>8}")
     return [

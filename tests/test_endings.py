@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from meshwright import cli
 from meshwright.errors import ClusterError, Problem
+from meshwright.training import _kept_model
 
 CLUSTER = """\
 format = 1
@@ -136,8 +138,8 @@ def said(folder, monkeypatch, capsys):
     """Runs a verb in this process; its status, and what it told."""
     monkeypatch.chdir(folder)
 
-    def run(line: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["meshwright", *line.split()])
+    def run(line: str, *last: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["meshwright", *line.split(), *last])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         told = capsys.readouterr()
@@ -185,3 +187,26 @@ def test_nothing_is_kept_where_nothing_is_wanted(said, folder: Path) -> None:
     assert (status, err) == (0, "")
     assert out.count("wrote /dev/null") == 2
     assert sorted(folder.iterdir()) == before
+
+
+def test_commands_that_are_printed_can_be_given_to_a_shell(said, folder: Path) -> None:
+    line = "calibrate --propose 1 --model gpt-tiny --cluster cluster.toml --sequence 16"
+    status, out, _ = said(f"{line} --precision fp32 -o", "my $plans")
+    assert status == 0
+    first, then = out.splitlines()
+    command = shlex.split(first)
+    assert command[:2] == ["meshwright", "train"]
+    assert (folder / command[2]).parent == folder / "my $plans"
+    assert (folder / command[2]).is_file()
+    assert "'my $plans'/run-*" in then
+
+
+@pytest.mark.parametrize("name", ["plan.json", "run.json", "config.json"])
+def test_a_config_in_a_run_folder_takes_the_name_of_nothing_else(tmp_path: Path, name: str) -> None:
+    own, run = tmp_path / name, tmp_path / "run"
+    own.write_text("{}")
+    run.mkdir()
+    kept = Path(_kept_model(str(own), run))
+    assert kept.read_text() == "{}"
+    assert kept.name == (name if name == "config.json" else "model-config.json")
+    assert _kept_model("gpt2", run) == "gpt2"

@@ -19,6 +19,7 @@ FLOORS = (
     "files",
     "formats",
     "records",
+    "runtime_folder",
     "cluster",
     "model",
     "plan",

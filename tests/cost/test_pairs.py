@@ -11,13 +11,17 @@ from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import path, topology
 from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.pairs import (
+    CollectiveTimes,
     LinkReport,
     Point,
     classes,
     collective_times,
     fitted_cluster,
+    load_links,
     pair_times,
 )
+from meshwright.errors import ProfileError
+from meshwright.records import dumps
 
 SIZES = (4096, 2**18, 2**20, 2**22)
 
@@ -101,3 +105,21 @@ def test_all_reduces_show_the_cost_of_a_step() -> None:
     found = collective_times(cluster, points)
     assert found.step_latency == pytest.approx(3e-4)
     assert found.residuals == pytest.approx([0.0] * len(SIZES), abs=1e-9)
+
+
+def test_a_report_is_read_for_the_cluster_that_it_is_of(tmp_path):
+    cluster = _cluster({"a": "1 Gbit/s", "b": "1 Gbit/s"})
+    points = tuple(Point(bytes=size, seconds=1e-5 + size / 1e8) for size in SIZES)
+    pair = pair_times(("a:0", "b:0"), points, None)
+    whole = CollectiveTimes(points=points, step_latency=0.0, residuals=(0.0,) * len(points))
+    good = LinkReport(pairs=(pair,), all_reduce=whole)
+    path = tmp_path / "links.json"
+    path.write_text(dumps(good))
+    assert load_links(path, cluster) == good
+    strange = replace(pair, between=("a:0", "z:0"))
+    path.write_text(dumps(replace(good, pairs=(strange,), all_reduce=replace(whole, residuals=()))))
+    with pytest.raises(ProfileError) as caught:
+        load_links(path, cluster)
+    assert [p.field for p in caught.value.problems] == [
+        "pairs[0].between", "all_reduce.residuals"
+    ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from io import BytesIO
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import DataError
-from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
+from meshwright.runtime.corpus import Corpus, TokenFile, batch_rows, check_corpus, open_corpus
 
 
 def rows(corpus, step, first, last, *, batch=4, sequence=5, vocabulary=1000):
@@ -51,12 +54,41 @@ def test_the_standard_library_is_always_there():
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_token_files_are_memory_mapped(tmp_path, dtype):
-    path = tmp_path / "tokens.bin"
+def test_token_files_are_read_piece_by_piece(tmp_path, dtype):
+    path, array = tmp_path / "tokens.bin", tmp_path / "tokens.npy"
     np.arange(50, dtype=dtype).tofile(path)
-    corpus = open_corpus(path, 60_000 if dtype == "uint16" else 100_000)
-    assert isinstance(corpus.tokens, np.memmap)
-    assert list(corpus.tokens) == list(range(50))
+    np.save(array, np.arange(50, dtype=dtype))
+    for file in (path, array):
+        tokens = open_corpus(file, 60_000 if dtype == "uint16" else 100_000).tokens
+        assert isinstance(tokens, TokenFile)
+        assert len(tokens) == 50
+        assert list(tokens[0:50]) == list(range(50))
+        assert list(tokens[7:9]) == [7, 8]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.npy", "text.txt"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path, name):
+    path = tmp_path / name
+    write(path, np.arange(4096, dtype=np.uint16) if name.endswith("npy") else bytes(8192))
+    tokens = open_corpus(path, 256).tokens
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=f"{name}.*100 bytes; it was cut short since the run began"):
+        tokens[0:4000]
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.bin", "pipe.npy"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, tmp_path, "/dev/zero"):
+        with pytest.raises(DataError, match="wanted a regular file"):
+            open_corpus(path, 256)
+
+
+def archive() -> bytes:
+    """Several arrays in one file, which numpy opens as well."""
+    file = BytesIO()
+    np.savez(file, one=np.arange(9), other=np.arange(9))
+    return file.getvalue()
 
 
 def write(path, content):
@@ -76,6 +108,7 @@ def write(path, content):
         ("float.npy", np.zeros(9), 256, "one-dimensional integer array"),
         ("square.npy", np.zeros((3, 3), dtype=np.int64), 256, "one-dimensional integer array"),
         ("garbage.npy", b"not numpy", 256, "a saved numpy array"),
+        ("archive.npy", archive(), 256, "a saved numpy array"),
         ("small.txt", b"text", 100, "at least 256"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,17 @@ def test_more_processes_than_devices_are_refused(tmp_path):
     cluster.write_text('format = 1\nname = "c"\n[[node]]\nname = "a"\ndevices = ["cpu"]\n')
     with pytest.raises(LaunchError, match="at most 1, the devices of c"):
         profile_here(settings(tmp_path, cluster=str(cluster)), processes=2)
+
+
+def test_more_than_the_memory_holds_is_refused_before_it_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(available=2**31, total=2**32)
+    )
+    with pytest.raises(LaunchError, match=r"rows: found 1048576 rows.*at most the 2 GiB"):
+        profile_here(settings(tmp_path, rows=(2**20,)), 1)
+    with pytest.raises(LaunchError, match="processes: found 7; wanted at most 5"):
+        profile_here(settings(tmp_path), 7)
 
 
 def test_what_was_measured_otherwise_is_measured_again(tmp_path):

@@ -38,7 +38,9 @@ def profile(
     precision: PrecisionChoice = PrecisionChoice.FP32,
     cluster: Annotated[
         Path | None,
-        typer.Option(help="Under torchrun: which device each rank is. Else: this device alone."),
+        typer.Option(
+            help="Which device each rank is, under `meshwright launch`; else: this device."
+        ),
     ] = None,
     processes: Annotated[
         int, typer.Option(help="Measure with this many processes here, links between them too.")
@@ -197,18 +199,57 @@ def _show(
 
 @app.command()
 def launch(
-    folder: Annotated[Path, typer.Argument(help="Run folder that `train --dry-run` prepared.")],
-    node: Annotated[str, typer.Option(help="Name of the node that this is, as in the plan.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(help="A run folder of `train --dry-run`; or, after --, a command."),
+    ],
+    node: Annotated[str, typer.Option(help="The node that this machine is.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Run a command on all devices of this plan.")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Run a command on all devices of this cluster.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of a command: where the nodes meet.")
+    ] = 29500,
 ) -> None:
-    """Start the ranks of one node of a run over several machines; give it on every node."""
+    """Start one node's processes of a run over several machines; give it on every node.
+
+    They meet at the address of the first node, and use the interface with their node's address, as
+    the cluster file gives them.
+    """
+    if plan_file is not None or cluster is not None:
+        raise typer.Exit(_launch_command(what, node, plan_file, cluster, port))
+    if len(what) != 1:
+        wanted = "one run folder; or --plan or --cluster, and a command after --"
+        raise typer.BadParameter(f"found {' '.join(what)}; wanted {wanted}")
     from rich.console import Console
 
     from meshwright.training import train_node
 
+    folder = Path(what[0])
     outcome = train_node(folder, node, Console())
     if outcome is not None:
         text = f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {folder}"
         say(text)
+
+
+def _launch_command(
+    command: list[str], node: str, plan_file: Path | None, cluster: Path | None, port: int
+) -> int:
+    from meshwright.cluster.files import load_cluster
+    from meshwright.cluster.spec import devices_of
+    from meshwright.launch.nodes import launch_command
+    from meshwright.session import reopen
+
+    if plan_file is not None:
+        session, plan = reopen(plan_file, cluster=cluster)
+        return launch_command(plan.devices, session.cluster, node, command, port)
+    assert cluster is not None
+    machines = load_cluster(cluster)
+    devices = [device.name for device in devices_of(machines)]
+    return launch_command(devices, machines, node, command, port)
 
 
 @app.command()
@@ -236,24 +277,16 @@ def calibrate(
 ) -> None:
     """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
     from meshwright import files
-    from meshwright.calibration import Proposals, from_runs, proposals
+    from meshwright.calibration import Proposals, proposals
     from meshwright.errors import OptionError, Problem
     from meshwright.plan.files import save_plan
-    from meshwright.records import checked_value, dumps
+    from meshwright.records import checked_value
     from meshwright.session import open_session, with_sources
     from meshwright.text import file_name
 
     checked_value(Proposals, propose, "--propose")
     if not propose:
-        output = output or Path("calibrated.json")
-        check_outputs(output)
-        found = from_runs(runs or [], cluster)
-        files.write_text(output, dumps(found), durable=True)
-        fitted = found.calibration
-        if fitted and fitted.error:
-            low, high = fitted.error.low, fitted.error.high
-            say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
-        say(f"wrote {output}")
+        _calibrate(runs or [], cluster, output or Path("calibrated.json"))
         return
     if not model or cluster is None:
         wanted = "--model and --cluster as well, to know what to propose for"
@@ -275,6 +308,21 @@ def calibrate(
         run = folder / f"run-{index}"
         say(shlex.join(["meshwright", "train", str(path), "--steps", "12", "-o", str(run)]))
     say(f"then: meshwright calibrate {shlex.quote(str(folder))}/run-* -o calibrated.json")
+
+
+def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
+    from meshwright import files
+    from meshwright.calibration import from_runs
+    from meshwright.records import dumps
+
+    check_outputs(output)
+    found = from_runs(runs, cluster)
+    files.write_text(output, dumps(found), durable=True)
+    fitted = found.calibration
+    if fitted and fitted.error:
+        low, high = fitted.error.low, fitted.error.high
+        say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
+    say(f"wrote {output}")
 
 
 @app.command()

@@ -39,7 +39,7 @@ def run(
     """Bring the cluster up, run a command in it, take it down.
 
     A verb of meshwright starts its own processes, one for each device of its plan. Any other
-    command is started once for each device of the cluster, with the variables that torchrun sets.
+    command is started once for each device of the cluster, with the variables of a launcher.
     """
     from meshwright.cluster.spec import devices_of
     from meshwright.testbed.bed import plan_bed, standing

@@ -11,7 +11,7 @@ from pathlib import Path
 from meshwright import errors
 from meshwright.errors import LaunchError, MeshwrightError, Problem, TrainingError
 from meshwright.launch.fork_server import Event
-from meshwright.launch.supervise import ending, failed, signal_name
+from meshwright.launch.supervise import STORE, ending, failed, signal_name
 from meshwright.records import load, parse
 from meshwright.runtime.run import Failure
 
@@ -92,7 +92,7 @@ def _vanished(event: Event, mend: str) -> MeshwrightError:
 
 
 def _who(rank: int) -> str:
-    return f"rank {rank}" if rank >= 0 else "the process that keeps the store"
+    return "the process that keeps the store" if rank == STORE else f"rank {rank}"
 
 
 def _standing_still(events: Iterable[Event]) -> Event | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from meshwright.launch.accelerators import accelerators
 from meshwright.launch.cause import cause
 from meshwright.launch.fork_server import Event, SpawnRequest
 from meshwright.launch.signals import ended_by_signals
 from meshwright.launch.store import Meeting, new_token, open_store
-from meshwright.launch.supervise import PRELOADED, ForkServer, failed, see_through
+from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, failed, see_through
 from meshwright.records import record
 from meshwright.runtime import variables
 from meshwright.runtime.run import LOGS, METRICS, failure_file
@@ -69,11 +70,16 @@ class Launcher:
     ) -> None:
         self.close()
 
-    def warm(self, module: str = WORKER) -> Self:
+    def warm(self) -> Self:
         """Begin to import what ranks will need, while the caller does something else."""
-        if self._server is None:
-            self._server = ForkServer(*PRELOADED, module)
+        self._started(*PRELOADED, WORKER)
         return self
+
+    def _started(self, *modules: str) -> ForkServer:
+        """The process that ranks are forked from, which has imported these modules or will."""
+        if self._server is None:
+            self._server = ForkServer(*modules)
+        return self._server
 
     def close(self, *, calmly: bool = False) -> None:
         """End every process that was started."""
@@ -81,6 +87,10 @@ class Launcher:
         self._meetings.clear()
         if server is not None:
             server.close(calmly=calmly)
+
+    def accelerators(self) -> int:
+        """The number of CUDA devices that ranks can have here."""
+        return accelerators(self._started(*PRELOADED, WORKER))
 
     def processor_seconds(self) -> float:
         """Processor time of all ranks that have ended since the last `close`."""
@@ -104,6 +114,7 @@ class Launcher:
         one was lost. After a failure no process is left.
         """
         started = time.time()
+        self.warm()
         requests = self.requests(devices, module, (str(folder),), folder / LOGS, node, meeting)
         clear(folder, None if node is None else [request.rank for request in requests])
         follower = Follower(folder / METRICS, on_metrics)
@@ -111,9 +122,16 @@ class Launcher:
         if not _all_done(events, requests):
             raise cause(events, folder, since=started)
 
-    def run_command(self, devices: Sequence[str], command: Sequence[str]) -> tuple[Event, ...]:
-        """Run a command once for each device, and say how each ended."""
-        requests = self.requests(devices, "", tuple(command), None)
+    def run_command(
+        self,
+        devices: Sequence[str],
+        command: Sequence[str],
+        *,
+        node: str | None = None,
+        meeting: Meeting | None = None,
+    ) -> tuple[Event, ...]:
+        """Run a command once for each device, or each of a node, and say what happened."""
+        requests = self.requests(devices, "", tuple(command), None, node, meeting)
         return self._see_through(requests, lambda: None, float("inf"))
 
     def requests(
@@ -145,8 +163,7 @@ class Launcher:
     def _meeting(self, first: Place, node: str | None, meeting: Meeting | None) -> Meeting:
         """Where ranks meet. The store is kept where the first rank stands; runs that follow use
         the same one, each with a new secret."""
-        server = self.warm()._server
-        assert server is not None
+        server = self._started()
         if meeting is not None:
             own = node == first.node
             port, token = meeting.port, meeting.token
@@ -175,12 +192,12 @@ class Launcher:
 
 def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool:
     """Whether every process has ended by itself, its work done."""
-    ended = sum(each.kind == "exited" and each.rank >= 0 for each in events)
+    ended = sum(each.kind == "exited" and each.rank != STORE for each in events)
     return ended == len(requests) and not any(map(failed, events))
 
 
 def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[str, str]:
-    """What the launcher of a rank tells it: the variables that torchrun sets, and ours."""
+    """What the launcher of a rank tells it: those variables that every launcher sets, and ours."""
     nodes, own = [place.node for place in places], places[rank]
     named = {
         **variables.FOR_PLAIN_TORCH,

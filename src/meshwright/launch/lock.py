@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshwright.errors import LaunchError, MeshwrightError, Problem
-from meshwright.files import told
 from meshwright.records import dumps, load, record
 
 LOCK = "lock"
@@ -40,24 +39,20 @@ def held(folder: Path, node: str | None = None) -> Iterator[None]:
     """Keep every other run out of a folder while the block runs; the folder is made if need be.
 
     `node`: only the same node of the run is kept out, and whoever wants the whole folder. Raises
-    LaunchError, naming the process that holds it, and since when.
+    LaunchError, naming the process that holds it, and since when; or if the folder cannot be made
+    or written to.
     """
-    private_folder(folder)
-    names = [(LOCK, fcntl.LOCK_EX)] if node is None else [
-        (LOCK, fcntl.LOCK_SH), (f"{LOCK}-{node}", fcntl.LOCK_EX)
-    ]  # fmt: skip
+    wanted = {LOCK: fcntl.LOCK_EX}
+    if node is not None:
+        wanted = {LOCK: fcntl.LOCK_SH, f"{LOCK}-{node}": fcntl.LOCK_EX}
     files: list[int] = []
     try:
-        for name, kind in names:
-            path = folder / name
-            with told(path):
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                file = os.open(path, flags, 0o600)
-            files.append(file)
-            _lock(file, kind, folder, path)
+        for name, kind in wanted.items():
+            files.append(_open(folder / name))
+            _lock(files[-1], kind, folder, folder / name)
             if kind == fcntl.LOCK_EX:
-                os.ftruncate(file, 0)
-                os.pwrite(file, dumps(_myself()).encode(), 0)
+                os.ftruncate(files[-1], 0)
+                os.pwrite(files[-1], dumps(_myself()).encode(), 0)
         yield
     finally:
         for file in files:
@@ -66,9 +61,19 @@ def held(folder: Path, node: str | None = None) -> Iterator[None]:
 
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner can look into; one that is there stays as it is."""
-    with told(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _open(path: Path) -> int:
+    try:
+        private_folder(path.parent)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as failure:
+        where = str(failure.filename or path)
+        wanted = "a folder that this run can write to"
+        mend = "give it another one with --output"
+        raise LaunchError(Problem(where, "", str(failure.strerror), wanted, mend)) from None
 
 
 def _lock(file: int, kind: int, folder: Path, path: Path) -> None:
@@ -103,6 +108,6 @@ def _myself() -> Holder:
 
 def _holder(path: Path) -> str:
     with suppress(MeshwrightError):  # it has not written its name yet
-        known = load(path.with_name(path.name), Holder, error=LaunchError)
+        known = load(path, Holder, error=LaunchError)
         return f"process {known.process} on {known.host} since {known.since} ({known.command})"
     return "another process"

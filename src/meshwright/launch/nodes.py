@@ -7,8 +7,10 @@ run folder, in a file that only its owner can read.
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from meshwright.errors import LaunchError, Problem
 from meshwright.launch.local import Launcher, Line, Place
 from meshwright.launch.lock import held
 from meshwright.launch.store import Meeting, new_token
+from meshwright.launch.supervise import ending, failed, first_status
 from meshwright.plan.files import load_plan
-from meshwright.records import dumps, load, record
+from meshwright.records import dumps, fingerprint, load, record
 from meshwright.runtime.run import PLAN, SETTINGS, RunSettings
+from meshwright.runtime.variables import TOKEN
 
 NODES = "nodes.json"
 PORT = 29500
@@ -57,34 +61,62 @@ def launch_commands(devices: Sequence[str], folder: Path) -> list[str]:
 def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
     """Start the ranks of one node of a prepared run, and wait for them.
 
-    `tell` gets the metrics where the folder has them. Raises LaunchError if the node has no ranks,
-    its address is not one of this machine, or the first node's cannot be had; what
+    `tell` gets the metrics, on the node of the first rank. Raises LaunchError if the node has no
+    ranks, its address is not one of this machine, or the first node's cannot be had; what
     `Launcher.run` raises.
     """
     settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
     plan = load_plan(folder / PLAN)
     run = load(folder / NODES, RunNodes, error=LaunchError)
+    meeting, place = _meeting(run, node, str(folder))
+    first = next(iter(run.nodes))
+    with held(folder, node), Launcher(place) as launcher:
+        launcher.run(
+            plan.devices,
+            folder,
+            on_metrics=tell if node == first else lambda _: None,
+            timeout_seconds=settings.timeout_seconds,
+            node=node,
+            meeting=meeting,
+        )
+
+
+def launch_command(
+    devices: Sequence[str], cluster: Cluster | None, node: str, command: Sequence[str], port: int
+) -> int:
+    """Run a command once for each of a node's devices, as one rank each of a run over all; say how
+    they ended, as a shell does. Raises LaunchError as `launch_node`."""
+    known = (cluster.endpoints if cluster else None) or {}
+    names = dict.fromkeys(map(node_of, devices))
+    nodes = {name: known.get(name, Endpoint()) for name in names}
+    run = RunNodes(nodes=nodes, port=port, token=_shared_token(devices, command))
+    meeting, place = _meeting(run, node, "the devices")
+    with Launcher(place) as launcher:
+        events = launcher.run_command(devices, command, node=node, meeting=meeting)
+    for event in filter(failed, events):
+        sys.stderr.write(f"rank {event.rank} {ending(event.status)}\n")
+    return first_status(events)
+
+
+def _shared_token(devices: Sequence[str], command: Sequence[str]) -> str:
+    """The user's secret, the same on all nodes; without one, a word that keeps runs apart."""
+    return os.environ.get(TOKEN) or fingerprint([[*devices], [*command]])
+
+
+def _meeting(run: RunNodes, node: str, source: str) -> tuple[Meeting, Callable[[str], Place]]:
+    """Where all ranks of a run meet, and where those of one node stand."""
     if node not in run.nodes:
         wanted = f"a node of the run: {', '.join(run.nodes)}"
-        raise LaunchError(Problem(str(folder), "--node", repr(node), wanted))
+        raise LaunchError(Problem(source, "--node", repr(node), wanted))
     first = next(iter(run.nodes))
     address = address_of(first, run.nodes[first])
-    meeting = Meeting(address=address, port=run.port, token=run.token)
     interface = interface_of(node, run.nodes[node])
 
     def place(device: str) -> Place:
         own = node_of(device)
         return Place(node=own, address=address, interface=interface if own == node else None)
 
-    with held(folder, node), Launcher(place) as launcher:
-        launcher.run(
-            plan.devices,
-            folder,
-            on_metrics=tell,
-            timeout_seconds=settings.timeout_seconds,
-            node=node,
-            meeting=meeting,
-        )
+    return Meeting(address=address, port=run.port, token=run.token), place
 
 
 def address_of(node: str, endpoint: Endpoint) -> str:

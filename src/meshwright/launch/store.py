@@ -16,13 +16,11 @@ import time
 
 from meshwright.errors import LaunchError, Problem
 from meshwright.launch.fork_server import Event, SpawnRequest
-from meshwright.launch.supervise import ForkServer
+from meshwright.launch.supervise import STORE, ForkServer
 from meshwright.records import record
 from meshwright.runtime.failure import say
 from meshwright.runtime.variables import MASTER_ADDR, MASTER_PORT, TOKEN
 
-RANK = -1
-"""What stands in the place of a rank."""
 START_SECONDS = 60.0
 
 
@@ -59,7 +57,7 @@ def open_store(
     """
     server.spawn(
         SpawnRequest(
-            rank=RANK,
+            rank=STORE,
             environment={},
             namespace=namespace,
             module=__name__,
@@ -97,8 +95,6 @@ def _ending(event: Event) -> str:
 
 def main() -> None:
     """Keep a store until the process is ended."""
-    from torch._C._distributed_c10d import TCPStore
-
     address, port = sys.argv[1], int(sys.argv[2])
     try:
         family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
@@ -107,9 +103,12 @@ def main() -> None:
         say(json.dumps({"error": f"{failure.strerror or failure}"}))
         raise
     port = listener.getsockname()[1]
+    # Who connects before PyTorch is imported here has to wait, but no longer than that.
+    say(json.dumps({"port": port}))
+    from torch._C._distributed_c10d import TCPStore
+
     kept = TCPStore(
         address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
-    say(json.dumps({"port": kept.port}))
-    while True:
+    while kept:
         signal.pause()

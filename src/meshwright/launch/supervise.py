@@ -23,6 +23,8 @@ from meshwright.records import parse, plain
 MODULE = "meshwright.launch.fork_server"
 PRELOADED = ("torch._dynamo",)
 """What every rank imports sooner or later, and takes seconds for: the tracing of models."""
+STORE = -1
+"""What stands in the place of a rank for the process that keeps the store."""
 POLL_SECONDS = 0.2
 CALM_SECONDS = 1.0
 """After the first failure the others have so long to say what they know before they are ended."""
@@ -215,7 +217,7 @@ def _note(event: Event, left: set[int], stopped: dict[int, float]) -> None:
 
 
 def failed(event: Event) -> bool:
-    """Whether an event is the end of a process that has not done its work."""
-    needed_by_all = event.rank < 0  # such as the store: it should not end at all
-    ended_badly = event.kind == "exited" and (event.status != 0 or needed_by_all)
+    """Whether an event is the end of a process that has not done its work; the store's is never
+    done."""
+    ended_badly = event.kind == "exited" and (event.status != 0 or event.rank == STORE)
     return event.kind == "refused" or ended_badly

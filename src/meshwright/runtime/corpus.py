@@ -1,4 +1,4 @@
-"""Training data: text files, memory-mapped token files, and the corpus that is always there.
+"""Training data: text files, token files, and the corpus that is always there.
 
 Rows are cut from the token stream end to end, `sequence` tokens each, and visited in an order that
 is shuffled anew in every epoch. Which row is which depends on the seed alone, never on the plan.
@@ -6,20 +6,32 @@ is shuffled anew in every epoch. Which row is which depends on the seed alone, n
 
 from __future__ import annotations
 
+import os
+import stat
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import DataError, Problem
-from meshwright.files import check_input, said
+from meshwright.files import check_input
 from meshwright.records import record
 
 BYTE_VOCABULARY = 256
 STANDARD_LIBRARY = "python-standard-library"
-Tokens = NDArray[np.integer]
+
+
+class Tokens(Protocol):
+    """A sequence of token numbers, of which slices are read."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> NDArray[np.integer]:
+        """Those from `part.start` to `part.stop`."""
 
 
 @record
@@ -28,13 +40,67 @@ class Corpus:
 
     name: str
     tokens: Tokens
-    """One-dimensional; may be a memory map."""
+
+
+class TokenFile:
+    """Tokens that stay on disk and are read when they are asked for.
+
+    They are not mapped into memory: a file that is cut short while a run reads it would end the
+    process by SIGBUS, without a word.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[np.integer], offset: int, count: int) -> None:
+        self._path, self._dtype, self._offset, self._count = path, dtype, offset, count
+        self._file = _open(path)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> NDArray[np.integer]:
+        """The tokens from `part.start` to `part.stop`. Raises DataError if the file has fewer by
+        now, or cannot be read any more."""
+        start, stop, _ = part.indices(self._count)
+        wanted = max(0, stop - start) * self._dtype.itemsize
+        place = self._offset + start * self._dtype.itemsize
+        try:
+            text = os.pread(self._file, wanted, place)
+        except OSError as failure:
+            raise _unreadable(self._path, failure) from None
+        if len(text) < wanted:
+            found = f"{os.fstat(self._file).st_size} bytes; it was cut short since the run began"
+            needed = f"{self._offset + self._count * self._dtype.itemsize} bytes"
+            raise DataError(Problem(str(self._path), "", found, needed))
+        return np.frombuffer(text, dtype=self._dtype)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+def _open(path: Path) -> int:
+    """A regular file's descriptor. Raises DataError."""
+    try:
+        # A pipe without a writer would be waited for.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DataError(Problem(str(path), "", "no such file", "a text or token file")) from None
+    except (OSError, ValueError) as failure:
+        raise _unreadable(path, failure) from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise DataError(Problem(str(path), "", "no regular file", "a text or token file"))
+    return file
+
+
+def _unreadable(path: Path, failure: Exception) -> DataError:
+    found = getattr(failure, "strerror", None) or str(failure)
+    return DataError(Problem(str(path), "", found, "a readable file"))
 
 
 def open_corpus(source: str | Path | None, vocabulary: int) -> Corpus:
     """`None`: the source of Python's standard library. `*.bin`: raw token numbers (uint16, or
-    uint32 for vocabularies beyond 65,536), `*.npy`: a one-dimensional integer array, both memory
-    mapped like all files. Anything else: a text file, one token per byte. Raises DataError.
+    uint32 for vocabularies beyond 65,536), `*.npy`: a one-dimensional integer array. Anything else:
+    a text file, one token per byte. Raises DataError.
     """
     if vocabulary < BYTE_VOCABULARY and (source is None or _is_text(Path(source))):
         wanted = f"a vocabulary of at least {BYTE_VOCABULARY}: text is read byte by byte"
@@ -43,15 +109,12 @@ def open_corpus(source: str | Path | None, vocabulary: int) -> Corpus:
         return Corpus(name=STANDARD_LIBRARY, tokens=_standard_library())
     path = Path(source)
     check_input(path, error=DataError)
-    try:
-        if path.suffix == ".bin":
-            tokens = _memory_map(path, np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32))
-        elif path.suffix == ".npy":
-            tokens = _array(path)
-        else:
-            tokens = _memory_map(path, np.dtype(np.uint8))
-    except OSError as failure:
-        raise DataError(Problem(str(path), "", said(failure), "a readable file")) from None
+    if path.suffix == ".bin":
+        tokens = _raw(path, np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32))
+    elif path.suffix == ".npy":
+        tokens = _array(path)
+    else:
+        tokens = TokenFile(path, np.dtype(np.uint8), 0, path.stat().st_size)
     return Corpus(name=str(path), tokens=tokens)
 
 
@@ -59,30 +122,33 @@ def _is_text(path: Path) -> bool:
     return path.suffix not in (".bin", ".npy")
 
 
-def _memory_map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> Tokens:
+def _raw(path: Path, dtype: np.dtype[np.unsignedinteger]) -> TokenFile:
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         wanted = f"a positive multiple of {dtype.itemsize}: {dtype.name} tokens"
         raise DataError(Problem(str(path), "", f"{size} bytes", wanted))
-    return np.memmap(path, dtype=dtype, mode="r")
+    return TokenFile(path, dtype, 0, size // dtype.itemsize)
 
 
-def _array(path: Path) -> Tokens:
+def _array(path: Path) -> TokenFile:
+    """An array's tokens, by its header, which is all that is looked at here."""
     wanted = "a saved numpy array"
     try:
-        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OverflowError, TypeError, SyntaxError) as failure:
         raise DataError(Problem(str(path), "", str(failure), wanted)) from None
-    if not isinstance(tokens, np.ndarray):  # an archive of several
+    except OSError as failure:
+        raise _unreadable(path, failure) from None
+    if not isinstance(tokens, np.memmap):  # an archive of several
         raise DataError(Problem(str(path), "", type(tokens).__name__, wanted))
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         found = f"{tokens.dtype} array of shape {tokens.shape}"
         raise DataError(Problem(str(path), "", found, "a one-dimensional integer array"))
-    return tokens
+    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))
 
 
 @lru_cache
-def _standard_library() -> Tokens:
+def _standard_library() -> NDArray[np.uint8]:
     """Every module of the standard library on this machine, in order of name."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     modules = sorted(p for p in folder.rglob("*.py") if "site-packages" not in p.parts)

@@ -66,7 +66,7 @@ def _tell(error: BaseException, folder: Path) -> None:
         rank=rank,
         seconds=time.time(),
         kind=type(error).__name__,
-        problems=_problems(error, rank),
+        problems=_problems(error, rank, folder),
         secondary=type(error).__name__ == "PeerLost",
     )
     say(json.dumps(plain(failure)))
@@ -74,13 +74,15 @@ def _tell(error: BaseException, folder: Path) -> None:
         failure_file(folder, rank).write_text(dumps(failure))
 
 
-def _problems(error: BaseException, rank: int) -> tuple[Problem, ...]:
+def _problems(error: BaseException, rank: int, folder: Path) -> tuple[Problem, ...]:
     if isinstance(error, MeshwrightError):
         return error.problems
     wanted = "a run to the end"
-    if isinstance(error, OSError) and error.filename:
-        mend = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the file"
-        return (Problem(str(error.filename), f"rank {rank}", f"{error.strerror}", wanted, mend),)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and (error.filename or full):
+        # A file that is open already does not say its name when there is no room for more of it.
+        where, mend = str(error.filename or folder), "make room on its disk" if full else ""
+        return (Problem(where, f"rank {rank}", str(error.strerror), wanted, mend),)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     found = f"{type(error).__name__}: {error}"
     where = f"{Path(frame.filename).name}:{frame.lineno}"

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from meshwright.runtime_folder import runtime_folder
 
 
 def turns_at_once(cores: int) -> int:
@@ -21,8 +22,9 @@ def turns_at_once(cores: int) -> int:
 
 
 def turns_folder() -> Path:
-    """What emulated devices share on this machine; made if there is none."""
-    folder = Path(tempfile.gettempdir()) / f"meshwright-turns-{os.getuid()}"
+    """What emulated devices share on this machine; made if there is none. Raises LaunchError, see
+    `runtime_folder`."""
+    folder = runtime_folder() / "turns"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 

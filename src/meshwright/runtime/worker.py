@@ -1,10 +1,11 @@
-"""What each process of a run does: `torchrun ... -m meshwright.runtime.worker RUN_FOLDER`."""
+"""What each process of a run does: train as the run folder says, as one of the ranks."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -44,9 +45,10 @@ def run(folder: Path) -> None:
     with torch.device("meta"):
         model = build(settings.model, plan.job.sequence)
     peaks = [settings.peak_flops.get(name) for name in plan.devices]
-    with files.growing(folder / METRICS, anew=rank == 0) as metrics:
+    with files.growing(folder / METRICS) if rank == 0 else nullcontext() as metrics:
 
         def write(line: Metrics) -> None:
+            assert metrics is not None, "only the first rank is told"
             write_line(metrics, line)
             if sys.stdout.isatty():
                 speed = f"{line.tokens_per_second:.0f} tokens/s"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 
 from meshwright.errors import LaunchError, Problem
 from meshwright.records import dumps, load, record
+from meshwright.runtime_folder import runtime_folder
 from meshwright.testbed.machine import COMMAND_SECONDS
 
 WAIT_SECONDS = 5.0
@@ -40,10 +40,8 @@ class Traces:
 
 
 def traces_folder() -> Path:
-    """Where this user's testbeds are written down; it does not outlive the machine's next start."""
-    if os.geteuid() == 0:
-        return Path("/run/meshwright")
-    return Path(tempfile.gettempdir()) / f"meshwright-{os.geteuid()}"
+    """Where this user's testbeds are written down. Raises LaunchError, see `runtime_folder`."""
+    return runtime_folder() / "testbeds"
 
 
 def owned(identity: str, namespaces: tuple[str, ...], groups: tuple[str, ...]) -> Traces:

@@ -1,0 +1,33 @@
+"""How many accelerators PyTorch sees here, asked of a process that ends when it has answered.
+
+The launcher itself need not import PyTorch for it, and the process that ranks are forked from must
+not be the one that talks to the driver.
+"""
+
+from __future__ import annotations
+
+import json
+
+from meshwright.errors import LaunchError, Problem
+from meshwright.launch.fork_server import SpawnRequest
+from meshwright.launch.supervise import ForkServer, see_through
+from meshwright.runtime.failure import say
+
+RANK = -2
+"""What stands in the place of a rank."""
+
+
+def accelerators(server: ForkServer) -> int:
+    """The number of CUDA devices of this machine. Raises LaunchError if there is no answer."""
+    request = SpawnRequest(rank=RANK, environment={}, module=__name__, arguments=(), log="")
+    for event in see_through(server, [request]):
+        if event.kind == "said":
+            return int(json.loads(event.said))
+    raise LaunchError(Problem("this machine", "accelerators", "no answer", "their number"))
+
+
+def main() -> None:
+    """Say the number."""
+    import torch
+
+    say(json.dumps(torch.cuda.device_count()))
