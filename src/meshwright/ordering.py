@@ -21,6 +21,9 @@ from meshwright.search.costs import costs_of
 from meshwright.search.schedule import in_listed_order, pipeline_works
 from meshwright.session import Session, predicted
 
+MOST_ORDER_BYTES = 16 * files.MEBI
+"""Of a CSV: its words take thirty times as much in memory."""
+
 
 def in_order(session: Session, plan: Plan, name: str) -> Plan:
     """The plan with a schedule by name, `list` for one that is made for it, and its prediction.
@@ -50,7 +53,7 @@ def imported(session: Session, plan: Plan, orders: Sequence[Path]) -> Plan:
 
     Raises PlanError, naming file, line and word, for an order that cannot be played.
     """
-    texts = [files.read_text(path, error=PlanError) for path in orders]
+    texts = [files.read_text(path, error=PlanError, most=MOST_ORDER_BYTES) for path in orders]
     return _checked(session, with_schedule(plan, texts, [str(path) for path in orders]))
 
 
