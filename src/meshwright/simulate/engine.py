@@ -31,11 +31,15 @@ from meshwright.program.instructions import (
     Program,
     text,
 )
+from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
 
 At = tuple[int, int]
 """An instruction: rank, and index in its list."""
+
+Broadcast = tuple[int, int | None, tuple[int, int] | None]
+"""One of those along a chain in one direction: the stage before the cut, micro-batch, rows."""
 
 _STREAMS: dict[Op, Stream] = {
     Op.SEND_F: "send",
@@ -81,13 +85,12 @@ class _Collective:
 
 
 @dataclass(slots=True)
-class _Chain:
-    """Broadcasts along one chain of ranks, one after another."""
+class _Queue:
+    """Broadcasts along one chain, one after another."""
 
-    posted: dict[tuple[int | None, tuple[int, int] | None], list[At]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    """Sends and receives, by micro-batch and rows."""
+    ranks: tuple[int, ...]
+    posted: dict[Broadcast, list[At]] = field(default_factory=lambda: defaultdict(list))
+    """Sends and receives of every broadcast that has not begun."""
     busy: bool = False
 
 
@@ -102,7 +105,7 @@ class _Step:
         self.network = Network(bandwidth=prices.bandwidth)
         self.ranks = [_Rank(memory=size) for size in prices.static_bytes]
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
-        self.chains: dict[tuple[int, ...], _Chain] = defaultdict(_Chain)
+        self.chains: dict[Chain, _Queue] = {}
         self.collectives: dict[At, _Collective] = {}
         self.intervals: list[Interval] = []
         self.memory = [
@@ -200,9 +203,9 @@ class _Step:
         if i.ranks:
             if i.op in RECEIVES:
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
-            chain = self.chains[i.ranks]
-            chain.posted[i.micro_batch, i.rows].append(at)
-            self.pass_on(chain, i.ranks)
+            chain = self.chains.setdefault(chain_of(i), _Queue(i.ranks))
+            chain.posted[stage_before(i), i.micro_batch, i.rows].append(at)
+            self.pass_on(chain)
             return
         if i.op in SENDS:
             channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
@@ -228,27 +231,25 @@ class _Step:
         self.match(channel)
         self.advance(receive[0])
 
-    def pass_on(self, chain: _Chain, ranks: tuple[int, ...]) -> None:
+    def pass_on(self, chain: _Queue) -> None:
         """Begin the first broadcast whose sends and receives are all posted."""
         for key, ends in () if chain.busy else chain.posted.items():
-            if len(ends) == 2 * (len(ranks) - 1):
+            if len(ends) == 2 * (len(chain.ranks) - 1):
                 chain.busy = True
                 del chain.posted[key]
-                first = next(at for at in ends if self.peer(at) == ranks[1])
-                self.move(first, self.passed_on, chain, ranks, ends, self.now)
+                first = next(at for at in ends if self.peer(at) == chain.ranks[1])
+                self.move(first, self.passed_on, chain, ends, self.now)
                 return
 
-    def passed_on(
-        self, chain: _Chain, ranks: tuple[int, ...], ends: list[At], began: float
-    ) -> None:
+    def passed_on(self, chain: _Queue, ends: list[At], began: float) -> None:
         for at in ends:
             self.record(at, began)
             i = self.program.ranks[at[0]][at[1]]
             if i.op in RECEIVES:
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         chain.busy = False
-        self.pass_on(chain, ranks)
-        for rank in ranks[1:]:
+        self.pass_on(chain)
+        for rank in chain.ranks[1:]:
             self.advance(rank)
 
     def peer(self, at: At) -> int | None:
