@@ -106,7 +106,7 @@ def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
     )
     prices = price(program, plan, model, cluster, profile)
     traffic = {i.op: p.traffic for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
-    assert prices.bandwidth["n:0 out"] == 1e8
+    assert {str(r): speed for r, speed in prices.bandwidth.items()}["n:0 out"] == 1e8
     assert traffic[Op.SEND_F].latency == 1e-4
     assert traffic[Op.REDUCE_NORM].latency == pytest.approx(2 * 5e-4)
     assert prices.overhead_seconds == 0.25

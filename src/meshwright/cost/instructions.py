@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cluster.topology import Topology, topology
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import (
     Traffic,
     all_gather,
@@ -73,7 +73,7 @@ class Prices:
 
     ranks: tuple[tuple[Price, ...], ...]
     """As Program.ranks."""
-    bandwidth: Mapping[str, float]
+    bandwidth: Mapping[Resource, float]
     """Bytes per second of every resource that traffic uses."""
     devices: tuple[str, ...]
     """By rank."""

@@ -298,7 +298,9 @@ class _Step:
         """Send an instruction's traffic: its latency, then its bytes."""
         traffic = self.prices.ranks[at[0]][at[1]].traffic
         arrival = self.now + traffic.latency
-        sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
+        sizes = traffic.bytes_by_resource
+        if sizes and min(sizes.values()) <= 0:
+            sizes = {resource: size for resource, size in sizes.items() if size > 0}
         if sizes:
             stream = traffic.stream or 0.0
             flow = Flow(
