@@ -16,6 +16,7 @@ FLOORS = (
     "units",
     "errors",
     "records",
+    "stopping",
     "cluster",
     "model",
     "plan",

@@ -16,11 +16,14 @@ from meshwright.cost.halves import SPLIT_COST
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.search.certificate import (
     CHAIN,
+    LAST,
     certificate,
+    certificate_in_haste,
     least_ring_seconds,
 )
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
+from meshwright.stopping import Stopped, until
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 
@@ -124,3 +127,12 @@ def test_a_backward_that_was_measured_quicker_in_two_parts_counts_as_that():
         ),
     )
     assert bound == pytest.approx(certificate(costs_of(graph, where, todo, parts)).seconds)
+
+
+def test_a_certificate_that_is_left_off_gives_way_to_one_that_takes_no_time():
+    costs = costs_of(model([10.0] * 4), cluster(("fast",) * 2, ("slow",) * 2), job(8))
+    with pytest.raises(Stopped), until(lambda: True):
+        certificate(costs)
+    quick = certificate_in_haste(costs)
+    assert quick.reason == LAST
+    assert 0 < quick.seconds < certificate(costs).seconds

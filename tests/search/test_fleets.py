@@ -19,6 +19,7 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.lines import plan_of
 from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.search.sketch import Sketch, whole_seconds
 from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import simulate_folded
 
@@ -116,6 +117,33 @@ def test_the_closed_form_is_near_the_simulator():
             played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds
             assert 0.75 < choice.seconds / played < 1.2
             break
+
+
+def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):
+    """Thousands of combinations of numbers of micro-batches, of which each pipeline has few."""
+    kinds = ("fast", "slow", "slower")
+    types = {kind: device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds)}
+    nodes = tuple(
+        Node(name=kind, site="here", devices=(kind,), inside=NVLINK, network=NETWORK)
+        for kind in kinds
+    )
+    where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
+    costs = costs_of(model([10.0] * 2), where, job(120))
+    board = fleetwide.drawing(costs, fleets(costs))
+    chosen = tuple(
+        fleetwide.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
+        for i in range(3)
+    )
+    asked = []
+    further = Sketch.further
+    monkeypatch.setattr(
+        Sketch, "further", lambda self, count: asked.append(count) or further(self, count)
+    )
+    best = fleetwide._shared_out(board, chosen, 120)
+    assert sum(best.counts) == 120
+    assert best.counts[0] > best.counts[1] > best.counts[2]
+    assert best.seconds == whole_seconds(board, chosen, best.counts)
+    assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
 
 
 def test_more_nodes_never_give_a_slower_plan():

@@ -39,29 +39,38 @@ def plan(
         str, typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done.")
     ] = "",
 ) -> None:
-    """Find the fastest plan for a model on a cluster."""
-    from meshwright.plan.files import save_plan
-    from meshwright.report.tables import explain as print_explanation
-    from meshwright.search.certificate import sentence
-    from meshwright.session import error_text, open_session, search
-    from meshwright.units import parse_seconds
+    """Find the fastest plan for a model on a cluster. Ctrl-C ends it with the best one so far."""
+    from meshwright.cli.watching import watched
 
-    try:
-        seconds = parse_seconds(budget) if budget else None
-    except ValueError as failure:
-        raise typer.BadParameter(str(failure), param_hint="--budget") from None
-    session = open_session(
-        model=model,
-        cluster=cluster,
-        profile=profile,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision.value if precision else None,
-        optimizer=optimizer.value,
-    )
-    for warning in session.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    found = search(session, budget_seconds=seconds)
+    with watched() as watch:
+        from meshwright.plan.files import save_plan
+        from meshwright.report.tables import explain as print_explanation
+        from meshwright.search.certificate import sentence
+        from meshwright.session import error_text, open_session, search
+        from meshwright.units import parse_seconds
+
+        try:
+            seconds = parse_seconds(budget) if budget else None
+        except ValueError as failure:
+            raise typer.BadParameter(str(failure), param_hint="--budget") from None
+        session = open_session(
+            model=model,
+            cluster=cluster,
+            profile=profile,
+            global_batch=global_batch,
+            sequence=sequence,
+            precision=precision.value if precision else None,
+            optimizer=optimizer.value,
+        )
+        for warning in session.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        found = search(
+            session,
+            budget_seconds=seconds,
+            progress=watch.tell,
+            stop=watch.stop,
+            found=watch.found,
+        )
     save_plan(found, output)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
@@ -69,6 +78,8 @@ def plan(
     if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
         typer.echo(text)
     typer.echo(f"wrote {output}")
+    if watch.interrupted:
+        typer.echo(f"interrupted: {output} holds the best plan found so far", err=True)
 
 
 @app.command()
@@ -176,13 +187,18 @@ def whatif(
     ] = None,
 ) -> None:
     """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
-    from meshwright.cluster.files import dump_cluster
-    from meshwright.report.whatif import print_whatif, whatif_json
-    from meshwright.session import reopen
-    from meshwright.whatif import Edits, what_if
+    from meshwright.cli.watching import watched
 
-    edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
-    found, cluster = what_if(*reopen(plan_file), edits)
+    with watched() as watch:
+        from meshwright.cluster.files import dump_cluster
+        from meshwright.report.whatif import print_whatif, whatif_json
+        from meshwright.session import reopen
+        from meshwright.whatif import Edits, what_if
+
+        edits = Edits(
+            without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
+        )
+        found, cluster = what_if(*reopen(plan_file), edits, progress=watch.tell, stop=watch.stop)
     if json:
         typer.echo(whatif_json(found), nl=False)
     else:
@@ -190,6 +206,8 @@ def whatif(
     if output:
         output.write_text(dump_cluster(cluster))
         typer.echo(f"wrote {output}", err=json)
+    if watch.interrupted:
+        typer.echo("interrupted: compared are the best plans found so far", err=True)
 
 
 @app.command()

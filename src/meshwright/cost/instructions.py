@@ -45,6 +45,7 @@ from meshwright.program.instructions import (
     Program,
 )
 from meshwright.records import record
+from meshwright.stopping import look
 
 NOTHING = Traffic(bytes_by_resource={})
 
@@ -134,6 +135,7 @@ def price(
     times = Times(model, cluster, profile, costs.links, costs.step_latency)
     held: dict[int, dict[int, _Seated]] = {rank: {} for rank in range(len(plan.devices))}
     for stage in stage_seats(plan):
+        look()
         for replica in stage.seats:
             if not any(program.ranks[seat.rank] for seat in replica):
                 continue
@@ -175,6 +177,7 @@ def _prices(
     instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
 ) -> tuple[Price, ...]:
     """Of one rank's instructions; `own` by number of the stage."""
+    look()
     inside = _backward_of_reductions(instructions)
     completes: dict[int, list[tuple[int, float]]] = {}
     for reduction, backward in inside.items():

@@ -19,11 +19,13 @@ from meshwright.plan.spec import Prediction
 from meshwright.search.costs import Costs, layer_times
 from meshwright.search.partition import Array
 from meshwright.search.space import usable_devices
+from meshwright.stopping import look
 from meshwright.units import format_seconds
 
 FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
 WIDE = "all work spread over the best number of devices, and the norm of the gradients over those"
+LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
 EXHAUSTIVE = "every plan of the space was looked at, in the orders 1F1B and GPipe"
 
 GROWTH = 1.02
@@ -79,12 +81,19 @@ def certificate(costs: Costs) -> Certificate:
     return Certificate(bounds[reason] + after, reason)
 
 
+def certificate_in_haste(costs: Costs) -> Certificate:
+    """A bound that holds and takes no time: what comes after the last pipeline."""
+    counts = Counter(device.type for device in usable_devices(costs.cluster, costs.job))
+    return Certificate(_after(costs, counts), LAST)
+
+
 def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
     """Of every layer: least device-seconds per row, and least seconds of a micro-batch, on `tensor`
     devices of a type; infinite where the layer cannot be there."""
     most = _most_rows(costs, kind, tensor)
     work, once = np.full(len(most), np.inf), np.full(len(most), np.inf)
     for rows in _row_counts(costs, int(most.max(initial=0))):
+        look()
         whole, passed = _least_seconds(costs, kind, tensor, rows)
         allowed = rows <= most
         work = np.where(allowed, np.minimum(work, tensor * whole / rows), work)

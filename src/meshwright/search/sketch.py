@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -371,10 +371,23 @@ def between_sites(board: Drawing, sketches: Sequence[Sketch]) -> float:
 
 def whole_seconds(board: Drawing, sketches: Sequence[Sketch], counts: Sequence[float]) -> float:
     """Seconds of a step of these pipelines with these numbers of micro-batches."""
+    return seconds_by_counts(board, sketches)(counts)
+
+
+def seconds_by_counts(
+    board: Drawing, sketches: Sequence[Sketch]
+) -> Callable[[Sequence[float]], float]:
+    """Seconds of a step of these pipelines as a function of their numbers of micro-batches. What a
+    pipeline takes with a number is worked out once: thousands of combinations have few numbers."""
     delay = board.costs.system.reduction_delay
     crowded = len(sketches) > 1
-    meeting = between_sites(board, sketches)
-    return after(board, sketches) + max(
-        each.once + each.further(count) + max(each.exposed(delay, crowded=crowded), meeting)
-        for each, count in zip(sketches, counts, strict=True)
-    )
+    meeting, later = between_sites(board, sketches), after(board, sketches)
+    exposed = [max(each.exposed(delay, crowded=crowded), meeting) for each in sketches]
+    known: list[dict[float, float]] = [{} for _ in sketches]
+
+    def alone(k: int, count: float) -> float:
+        if count not in known[k]:
+            known[k][count] = sketches[k].once + sketches[k].further(count) + exposed[k]
+        return known[k][count]
+
+    return lambda counts: later + max(alone(k, count) for k, count in enumerate(counts))

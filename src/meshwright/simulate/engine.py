@@ -34,12 +34,13 @@ from meshwright.program.instructions import (
 from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
+from meshwright.stopping import look
+
+LOOKED_UP = 1_000
+"""Intervals from one look at whether to go on to the next: a few hundredths of a second."""
 
 At = tuple[int, int]
 """An instruction: rank, and index in its list."""
-
-Broadcast = tuple[int, int | None, tuple[int, int] | None]
-"""One of those along a chain in one direction: the stage before the cut, micro-batch, rows."""
 
 _STREAMS: dict[Op, Stream] = {
     Op.SEND_F: "send",
@@ -89,8 +90,8 @@ class _Queue:
     """Broadcasts along one chain, one after another."""
 
     ranks: tuple[int, ...]
-    posted: dict[Broadcast, list[At]] = field(default_factory=lambda: defaultdict(list))
-    """Sends and receives of every broadcast that has not begun."""
+    posted: dict[tuple[object, ...], list[At]] = field(default_factory=lambda: defaultdict(list))
+    """Sends and receives of broadcasts that have not begun, by cut, micro-batch and rows."""
     busy: bool = False
 
 
@@ -323,6 +324,8 @@ class _Step:
 
     def record(self, at: At, began: float) -> None:
         i = self.program.ranks[at[0]][at[1]]
+        if len(self.intervals) % LOOKED_UP == 0:
+            look()
         self.intervals.append(
             Interval(
                 rank=at[0],

@@ -27,6 +27,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import SENDS, Op, Program
 from meshwright.program.timeline import Timeline
 from meshwright.simulate.engine import simulate
+from meshwright.stopping import look
 
 Copy = tuple[str, ...]
 """Devices of one copy, by place: stage, then replica."""
@@ -129,6 +130,7 @@ def _foldings(pipeline: Pipeline, nodes: dict[str, Node], *, across: bool) -> It
         return
     width = gcd(*(len(stage.devices) for stage in stages))
     for number in (n for n in range(width, 0, -1) if width % n == 0):
+        look()
         parts = [
             [unit for stage in stages for unit in _part(stage.devices, c, number)]
             for c in range(number)
