@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.spec import Link
+from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.instructions import price
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError
@@ -92,6 +93,23 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
         p.inside for p, i in zip(ranks[0], program.ranks[0], strict=True) if i.op is Op.REDUCE_GRAD
     ]
     assert inside == [backward] * 4
+
+
+def test_gradients_as_small_as_the_norm_are_not_taken_for_it() -> None:
+    """Both are of 16 bytes, summed by the same two ranks; of gradients half crosses the links."""
+    model, cluster = even_model(1, parameters=4), one_node(2)
+    plan = even_plan(model, cluster, data=2)
+    half = Calibration(system=SystemConstants(gradient_width=0.5))
+    profile = Profile(model="even", sequence=1, calibration=half)
+    program = compile_plan(plan, model)
+    own = price(program, plan, model, cluster, profile).ranks[0]
+    carried = {
+        i.op: max(p.traffic.bytes_by_resource.values())
+        for i, p in zip(program.ranks[0], own, strict=True)
+        if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM)
+    }
+    assert {i.bytes for i in program.ranks[0] if i.ranks} == {16}
+    assert carried == {Op.REDUCE_GRAD: 8.0, Op.REDUCE_NORM: 16.0}
 
 
 def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:

@@ -101,8 +101,9 @@ class _Costs:
     tables: MemoryTables
     types: dict[str, str]
     """Type name of every device."""
-    reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
-    """Collectives priced before, by members and bytes: all members ask for the same one."""
+    reductions: dict[tuple[tuple[int, ...], float], Traffic] = field(default_factory=dict)
+    """Collectives priced before, by members and bytes on the links: all members ask for the same
+    one."""
     crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
     """Broadcasts and gathers priced before."""
     weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
@@ -296,7 +297,7 @@ def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
         )
         return replace(moved, sender=seat.device if costs.queued else None)
     size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
-    key = (i.ranks, i.bytes)
+    key = (i.ranks, size)
     if len(i.ranks) > 1 and key not in costs.reductions:
         members = [devices[rank] for rank in i.ranks]
         costs.reductions[key] = all_reduce(
