@@ -19,7 +19,8 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.lines import plan_of
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.sketch import Sketch, whole_seconds
+from meshwright.search.sketch import Sketch
+from meshwright.search.sketches import whole_seconds
 from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import simulate_folded
 
@@ -174,6 +175,24 @@ def test_a_budget_ends_a_large_search_with_a_plan_or_says_that_it_was_too_short(
         find_plan(heavy, machines(16, 0), job(512), budget_seconds=0.0)
     with pytest.raises(FitError, match="none of which fits"):
         find_plan(heavy, machines(16, 0), job(512))
+
+
+def test_a_budget_that_is_far_too_short_is_not_overrun_for_long(monkeypatch):
+    """Where the search has found nothing in twice the time, the plain plan of its beginning is
+    what there is."""
+    where = machines(16, 16)
+    clock = [0.0]
+
+    def now():
+        clock[0] += 1e-3
+        return clock[0]
+
+    monkeypatch.setattr("meshwright.search.contest.time.monotonic", now)
+    plain = []
+    plan = find_plan(GRAPH, where, job(512), budget_seconds=0.02, found=plain.append)
+    validate_plan(plan, GRAPH, where)
+    assert plan.prediction.step_seconds == plain[0]
+    assert len(plain) == 1
 
 
 def test_nodes_that_differ_in_their_links_alone_are_one_fleet_where_there_are_many():

@@ -99,13 +99,17 @@ def uninterrupted(name: str) -> tuple[str, int]:
 
 
 def plan_of(name: str, **options) -> Plan | None:
-    """The plan of a search that is stopped; None if it says that it had to end without one."""
+    """The plan of a search that is stopped; None if it says that it had to end without one, or that
+    there is none."""
     try:
         return find_plan(*WORLDS[name], **options)
     except PlanError as refusal:
         if refusal.problems[0].field != "interrupted":
             raise
-        return None
+    except FitError:
+        if name != "nothing fits":
+            raise
+    return None
 
 
 def check_stopped(name: str, n: int) -> None:

@@ -60,6 +60,8 @@ class Contest:
     cluster_print: str
     deadline: float | None = None
     """Of time.monotonic; None: the work alone ends the search."""
+    grace_seconds: float = 0.0
+    """How long a search whose time is up looks for a plan that is better than a spare one."""
     work: int = WORK
     stop: Callable[[], bool] = never
     """Whether somebody wants the search to end."""
@@ -95,12 +97,13 @@ class Contest:
 
     def may_leave_off(self) -> bool:
         """Whether what is under way may be left unfinished: the search is to end, and there is a
-        plan, or none has been found in the moment since it was told to stop."""
+        plan, or none has been found in the time that is left for that."""
         if not self.late or self.best is not None:
             return self.late
-        if self.stopped_at is None:
-            return False
-        return self.spare is not None or time.monotonic() - self.stopped_at > MOMENT_SECONDS
+        now, spared = time.monotonic(), self.spare is not None
+        if self.stopped_at is not None:
+            return spared or now - self.stopped_at > MOMENT_SECONDS
+        return spared and self.deadline is not None and now > self.deadline + self.grace_seconds
 
     @property
     def over(self) -> bool:

@@ -26,11 +26,10 @@ from meshwright.search.sketch import (
     Ints,
     Sketch,
     drawing,
-    seconds_by_counts,
     sketch,
     unit_facts,
-    whole_seconds,
 )
+from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
 from meshwright.search.space import divisors
 from meshwright.search.templates import Segment, Template, blocks_for, fleets, nodes_for, written
 from meshwright.stopping import look
@@ -179,6 +178,8 @@ def _at_width(
             continue
         for chosen in product(*(offer[:OFFERED] for offer in offers)):
             look()
+            if best < float("inf") and over():
+                return
             if len({each.template.schedule for each in chosen}) == 1:
                 shared = _shared_out(board, chosen, batch)
                 if shared is not None:
@@ -218,9 +219,9 @@ def _offers(task: Task) -> list[Sketch]:
     orders = dict.fromkeys((task.block, task.block[::-1]))
     for order in orders:
         for widths in _widths(task, order):
+            look()
             for each in _row_sizes(task, widths):
                 rows = each * max(widths)
-                look()
                 if _ideal(task, order, widths, rows) < SLACK * task.limit:
                     for seconds, template in _scored(task, order, widths, rows):
                         scored.append((seconds, len(scored), template))
@@ -338,7 +339,7 @@ def _depth_grid(
 
 def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choice | None:
     """Numbers of micro-batches near the lines' speeds that add up to the batch and end soonest."""
-    paces = [each.template.rows / (each.further(33) / 32) for each in chosen]
+    paces = [pace(board, each) for each in chosen]
     ideals = [
         batch * pace / sum(paces) / each.template.rows
         for pace, each in zip(paces, chosen, strict=True)

@@ -119,7 +119,14 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     check_inputs(model, cluster, job)
     costs = costs_of(model, cluster, job, profile, recomputation=True)
-    contest = Contest(costs, fingerprint(cluster), deadline, stop=stop, found=found)
+    contest = Contest(
+        costs,
+        fingerprint(cluster),
+        deadline,
+        grace_seconds=budget_seconds or 0.0,
+        stop=stop,
+        found=found,
+    )
     tell = progress or (lambda _what, _done, _all: None)
     seen = _Seen()
     with suppress(Stopped), until(contest.may_leave_off):
