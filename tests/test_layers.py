@@ -20,6 +20,7 @@ FLOORS = (
     "formats",
     "records",
     "runtime_folder",
+    "stopping",
     "cluster",
     "model",
     "plan",

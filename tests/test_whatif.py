@@ -117,3 +117,23 @@ def test_even_cuts_hold_every_layer_on_no_empty_stage(layers, stages):
         assert cuts[-1][1] == layers
         assert all(before[1] == after[0] for before, after in itertools.pairwise(cuts))
         assert all(first < end for first, end in cuts)
+
+
+def test_both_searches_end_when_somebody_wants_it():
+    here = session(two_nodes())
+    plan = search(here)
+    looks = [0]
+
+    def count(limit: float) -> bool:
+        looks[0] += 1
+        return looks[0] > limit
+
+    what_if(here, plan, Edits(added=("1 x a",)), stop=lambda: count(float("inf")))
+    every = looks[0]
+    for limit in (every - 1, every // 2):
+        looks[0] = 0
+        found, _ = what_if(here, plan, Edits(added=("1 x a",)), stop=lambda n=limit: count(n))
+        assert found.best.prediction is not None
+        assert found.seconds_after <= min(
+            each.step_seconds for each in found.options[2:] if each.step_seconds
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
@@ -23,10 +24,13 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import checked, fingerprint, record
+from meshwright.search.contest import ignore
+from meshwright.search.explore import Progress
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.facts import Measured, measure
 from meshwright.simulate.parts import parts
+from meshwright.stopping import never
 from meshwright.units import format_seconds
 
 _SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
@@ -99,16 +103,27 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
     raise ClusterError(Problem(source, "device.peak", found, wanted_text))
 
 
-def search(session: Session, *, budget_seconds: float | None = None) -> Plan:
-    """The plan found for a session. Raises FitError if nothing fits."""
-    found = find_plan(
+def search(
+    session: Session,
+    *,
+    budget_seconds: float | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+    found: Callable[[float], None] = ignore,
+) -> Plan:
+    """The plan found for a session; the options are those of `find_plan`. Raises FitError if
+    nothing fits, PlanError if the search had to end before a plan was found."""
+    best = find_plan(
         session.model,
         session.cluster,
         session.job,
         session.profile,
         budget_seconds=budget_seconds,
+        progress=progress,
+        stop=stop,
+        found=found,
     )
-    return with_sources(session, found)
+    return with_sources(session, best)
 
 
 def by_hand(session: Session, name: str) -> Plan:

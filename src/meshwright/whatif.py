@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from meshwright.cluster.edit import edited
@@ -16,7 +17,9 @@ from meshwright.plan.spec import Plan, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.records import record
 from meshwright.report.whatif import Option, WhatIf, option
+from meshwright.search.explore import Progress
 from meshwright.session import Session, measured, search, simulated
+from meshwright.stopping import never
 
 _TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficiency")
 
@@ -30,11 +33,20 @@ class Edits:
     settings: tuple[str, ...] = ()
 
 
-def what_if(session: Session, plan: Plan, edits: Edits) -> tuple[WhatIf, Cluster]:
+def what_if(
+    session: Session,
+    plan: Plan,
+    edits: Edits,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+) -> tuple[WhatIf, Cluster]:
     """What the edits buy, and the edited cluster.
 
-    Raises ClusterError for edits at fault, PlanError where there are none or measured times make
-    one void, FitError if no plan fits the edited cluster.
+    Two plans are searched for, on either cluster one; `progress` is told of both, and `stop` ends
+    both. Raises ClusterError for edits at fault, PlanError where there are none, where measured
+    times make one void or where a search ended before it had found a plan, FitError if no plan fits
+    the edited cluster.
     """
     _check(session, edits)
     base = _with_own_links(session)
@@ -42,10 +54,11 @@ def what_if(session: Session, plan: Plan, edits: Edits) -> tuple[WhatIf, Cluster
     other = replace(base, cluster=change.cluster)
     known = cluster_warnings(base.cluster)
     doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
-    as_it_is = [("this plan", plan), ("best plan", search(base))]
+    best_before = search(base, progress=progress, stop=stop)
+    as_it_is = [("this plan", plan), ("best plan", best_before)]
     now = [option(f"{name}, cluster as it is", each, simulated(base, each).step_seconds)
            for name, each in as_it_is]  # fmt: skip
-    after = search(other)
+    after = search(other, progress=progress, stop=stop)
     found = option("best plan, edited cluster", after, simulated(other, after).step_seconds)
     kept = _kept(other, plan)
     keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)

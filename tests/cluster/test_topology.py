@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site
-from meshwright.cluster.topology import path, topology
+from meshwright.cluster.topology import Path, Resource, path, topology
 
 GB = 1e9
 
@@ -25,48 +25,72 @@ def cluster(*nodes: Node, direct: tuple[DirectLink, ...] = ()) -> Cluster:
     return Cluster(name="c", types={}, nodes=nodes, sites=sites, direct=direct)
 
 
+def names(way: Path) -> tuple[str, ...]:
+    return tuple(resource.name for resource in way.resources)
+
+
 def test_a_device_reaches_itself_for_nothing():
     way = path(topology(cluster(node("a"))), "a:0", "a:0")
-    assert way.resources == ()
+    assert names(way) == ()
     assert way.latency == 0
 
 
 def test_inside_a_node_ports_are_used_or_the_bus():
     built = topology(cluster(node("a"), node("b", shared=True)))
-    assert path(built, "a:0", "a:1").resources == ("a:0 out", "a:1 in")
-    assert path(built, "a:1", "a:0").resources == ("a:1 out", "a:0 in")
-    assert path(built, "b:0", "b:1").resources == ("b bus",)
+    assert names(path(built, "a:0", "a:1")) == ("a:0 out", "a:1 in")
+    assert names(path(built, "a:1", "a:0")) == ("a:1 out", "a:0 in")
+    assert names(path(built, "b:0", "b:1")) == ("b bus",)
     assert path(built, "b:0", "b:1").latency == 1e-6
 
 
 def test_between_nodes_both_interfaces_and_only_buses_are_crossed():
     built = topology(cluster(node("a"), node("b", shared=True)))
-    assert path(built, "a:0", "b:1").resources == ("a network out", "b network in", "b bus")
-    assert path(built, "b:0", "a:1").resources == ("b bus", "b network out", "a network in")
+    assert names(path(built, "a:0", "b:1")) == ("a network out", "b network in", "b bus")
+    assert names(path(built, "b:0", "a:1")) == ("b bus", "b network out", "a network in")
     assert path(built, "a:0", "b:1").latency == 10e-6
 
 
 def test_between_sites_uplinks_that_exist_are_crossed():
     way = path(topology(cluster(node("a"), node("b", site="far"))), "b:0", "a:0")
-    assert way.resources == ("b network out", "main uplink in", "a network in")
+    assert names(way) == ("b network out", "main uplink in", "a network in")
     assert way.latency == 10e-6 + 1e-3
 
 
 def test_a_direct_link_replaces_the_hierarchy_for_its_pair_both_ways():
     cable = DirectLink(between=("a", "b"), link=Link(bandwidth=5 * GB, latency=2e-6))
     built = topology(cluster(node("a"), node("b"), node("c"), direct=(cable,)))
-    assert path(built, "a:0", "b:0").resources == ("a > b",)
-    assert path(built, "b:0", "a:0").resources == ("b > a",)
+    assert names(path(built, "a:0", "b:0")) == ("a > b",)
+    assert names(path(built, "b:0", "a:0")) == ("b > a",)
     assert path(built, "b:0", "a:0").latency == 2e-6
-    assert path(built, "b:0", "c:0").resources == ("b network out", "c network in")
-    assert built.capacities["a > b"] == built.capacities["b > a"] == 5 * GB
+    assert names(path(built, "b:0", "c:0")) == ("b network out", "c network in")
+    capacities = {resource.name: speed for resource, speed in built.capacities.items()}
+    assert capacities["a > b"] == capacities["b > a"] == 5 * GB
 
 
 def test_a_shared_link_has_one_capacity_for_both_directions():
     wire = Link(bandwidth=GB, latency=0.0, shared=True)
     cable = DirectLink(between=("b", "a"), link=wire)
     built = topology(cluster(node("a"), node("b"), direct=(cable,)))
-    assert path(built, "a:0", "b:0").resources == path(built, "b:0", "a:0").resources == ("a - b",)
+    assert names(path(built, "a:0", "b:0")) == names(path(built, "b:0", "a:0")) == ("a - b",)
+
+
+def test_a_resource_says_what_it_is_and_whose():
+    cable = DirectLink(between=("a", "b"), link=Link(bandwidth=GB, latency=0.0))
+    built = topology(
+        cluster(node("a"), node("b", shared=True), node("c", site="far"), direct=(cable,))
+    )
+    owned = {str(r): (r.kind, r.owner, r.other) for r in built.capacities}
+    assert owned["a:1 in"] == ("port", "a:1", "")
+    assert owned["b bus"] == ("bus", "b", "")
+    assert owned["c network out"] == ("network", "c", "")
+    assert owned["main uplink in"] == ("uplink", "main", "")
+    assert owned["b > a"] == ("link", "b", "a")
+    assert sorted(built.capacities) == sorted(built.capacities, key=str)
+
+
+def test_resources_whose_names_read_alike_are_not_the_same():
+    """Names are for people: what a resource is does not hang on them."""
+    assert Resource("a > b", "link", "a", "b") != Resource("a > b", "bus", "a > b")
 
 
 @given(st.data())

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import DeviceType
+from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.memory import (
     bytes_per_parameter,
@@ -194,6 +195,20 @@ def test_narrow_replicas_copy_the_gradients_that_wide_ones_divide() -> None:
     alike, (wide, _, narrow) = buffers((("n:0",), ("n:1",))), buffers((("n:0", "n:1"), ("n:2",)))
     assert narrow - alike[0] == pytest.approx(16e6, rel=1e-3)
     assert wide < narrow - 15e6
+
+
+@pytest.mark.parametrize("data", [2, 16, 64])
+def test_replicas_that_are_alike_are_weighed_once(data: int, monkeypatch) -> None:
+    """What the weighing of a plan takes grows with its stages, not with stages times devices."""
+    asked = []
+    monkeypatch.setattr(
+        "meshwright.cost.memory.copied_gradient_bytes",
+        lambda *args: asked.append(args) or copied_gradient_bytes(*args),
+    )
+    model, cluster = even_model(4), one_node(data * 2)
+    plan = even_plan(model, cluster, data=data, stages=2)
+    assert len(device_memory(plan, model, cluster)) == 2 * data
+    assert len(asked) == 2
 
 
 def test_a_gpu_keeps_room_for_its_context_and_for_the_allocator() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.spec import Link
+from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.instructions import price
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError
@@ -94,6 +95,23 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
     assert inside == [backward] * 4
 
 
+def test_gradients_as_small_as_the_norm_are_not_taken_for_it() -> None:
+    """Both are of 16 bytes, summed by the same two ranks; of gradients half crosses the links."""
+    model, cluster = even_model(1, parameters=4), one_node(2)
+    plan = even_plan(model, cluster, data=2)
+    half = Calibration(system=SystemConstants(gradient_width=0.5))
+    profile = Profile(model="even", sequence=1, calibration=half)
+    program = compile_plan(plan, model)
+    own = price(program, plan, model, cluster, profile).ranks[0]
+    carried = {
+        i.op: max(p.traffic.bytes_by_resource.values())
+        for i, p in zip(program.ranks[0], own, strict=True)
+        if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM)
+    }
+    assert {i.bytes for i in program.ranks[0] if i.ranks} == {16}
+    assert carried == {Op.REDUCE_GRAD: 8.0, Op.REDUCE_NORM: 16.0}
+
+
 def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
     model, cluster = even_model(2, cut_bytes=1e6), one_node(2, bandwidth=1e9)
     plan = even_plan(model, cluster, stages=2)
@@ -106,7 +124,7 @@ def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
     )
     prices = price(program, plan, model, cluster, profile)
     traffic = {i.op: p.traffic for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
-    assert prices.bandwidth["n:0 out"] == 1e8
+    assert {str(r): speed for r, speed in prices.bandwidth.items()}["n:0 out"] == 1e8
     assert traffic[Op.SEND_F].latency == 1e-4
     assert traffic[Op.REDUCE_NORM].latency == pytest.approx(2 * 5e-4)
     assert prices.overhead_seconds == 0.25

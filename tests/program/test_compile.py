@@ -19,6 +19,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.boundaries import cut_bytes
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
+from meshwright.program.deadlock import deadlocks
 from meshwright.program.instructions import Op, Program, dumps, loads
 from meshwright.program.schedules import in_flight, orders
 from strategies import chain, models_and_plans
@@ -212,6 +213,42 @@ def test_a_broken_program_is_refused_by_name(rank, edit, words):
         check_program(edited(rank, edit))
     for word in words:
         assert word in str(caught.value)
+
+
+def rows_of_two_cuts(*words: str) -> Program:
+    """Two ranks that hold two stages each, and messages from the first to the second."""
+    sent = "\n".join(word.replace("RECV", "SEND") + " peer=1 bytes=4" for word in words[0].split())
+    read = "\n".join(word + " peer=0 bytes=4" for word in words[1].split())
+    return loads(f"rank 0\n{sent}\nrank 1\n{read}\n".replace("/", " rows="))
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        ("0SEND_F0 2SEND_F0", "3RECV_F0 1RECV_F0"),
+        ("0SEND_F0/0:1 0SEND_F0/1:2", "1RECV_F0/1:2 1RECV_F0/0:1"),
+    ],
+)
+def test_messages_that_differ_in_their_cut_or_rows_alone_are_not_the_same(sent, received):
+    with pytest.raises(ProgramError, match="the order of its RECV_Fs"):
+        check_program(rows_of_two_cuts(sent, received))
+
+
+def test_a_forward_waits_for_all_rows_that_it_reads() -> None:
+    program = loads(
+        "rank 0\n0F0\n0SEND_F0 peer=1 rows=0:1\n0B0\n0SEND_F0 peer=1 rows=1:2\n"
+        "rank 1\n1RECV_F0 peer=0 rows=0:1\n1RECV_F0 peer=0 rows=1:2\n1F0\n"
+    )
+    assert [*deadlocks(program, "p")] == []
+    late = loads(
+        "rank 0\n0F0\n0SEND_F0 peer=1 rows=0:1\n0RECV_B0 peer=1\n0B0\n"
+        "0SEND_F0 peer=1 rows=1:2\n"
+        "rank 1\n1RECV_F0 peer=0 rows=0:1\n1RECV_F0 peer=0 rows=1:2\n1F0\n1B0\n"
+        "1SEND_B0 peer=0\n"
+    )
+    first, second = deadlocks(late, "p")
+    assert "0B0, which waits for 0RECV_B0" in first.found
+    assert "1F0, which waits for 1RECV_F0 peer=0 rows=1:2" in second.found
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,20 @@ CASES: dict[str, Case] = {
         ),
         schedule="eager-1f1b",
     ),
+    "tp1 and tp2, interleaved, by broadcast, tied": Case(
+        model=gpt,
+        pipelines=(
+            crossing("broadcast", pipeline(8, 1, (1, "a"), (1, "bc"), (1, "a"), (2, "bc"))),
+        ),
+        schedule="interleaved-1f1b",
+    ),
+    "tp1 and tp2, zb-v, by broadcast": Case(
+        model=lambda: gpt(tied=False),
+        pipelines=(
+            crossing("broadcast", pipeline(8, 1, (1, "a"), (2, "bc"), (1, "bc"), (1, "a"))),
+        ),
+        schedule="zb-v",
+    ),
     "pp2 zb-v, recomputed, experts": Case(
         model=mixtral,
         pipelines=(pipeline(4, 2, (1, "a again"), (1, "b again"), (1, "b again"), (1, "a again")),),

@@ -100,7 +100,7 @@ def exchanged(rank: int, sent: dict[str, Any]) -> str:
         return (dist.irecv if rank else dist.isend)(message, 1 - rank, tag=tag)
 
     if rank == 0:
-        i = replace(i, micro_batch=sent.get("micro_batch", 2))
+        i = replace(i, micro_batch=sent.get("micro_batch", 2), stage=sent.get("stage", 0))
         tensor = sent.get("tensor", tensor)
         for work in headers.send(i, 0, tensor, 5, post)[:1]:
             work.wait()
@@ -115,6 +115,7 @@ def exchanged(rank: int, sent: dict[str, Any]) -> str:
     ("sent", "words"),
     [
         ({"micro_batch": 3}, "micro-batch 3: 2x3 float32"),
+        ({"stage": 2}, "micro-batch 2: 2x3 float32, after stage 2"),
         ({"tensor": torch.ones(2, 4)}, "micro-batch 2: 2x4 float32"),
         ({"tensor": torch.ones(2, 3).bfloat16()}, "micro-batch 2: 2x3 bfloat16"),
     ],

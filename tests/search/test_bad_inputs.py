@@ -10,7 +10,8 @@ from searchworlds import cluster, device, job, model
 from meshwright.cluster.spec import DirectLink, Link
 from meshwright.errors import ClusterError, FitError, PlanError
 from meshwright.plan.validate import validate_plan
-from meshwright.search.planner import MOST_LAYERS, MOST_ROWS, find_plan
+from meshwright.search.inputs import MOST_LAYERS, MOST_ROWS
+from meshwright.search.planner import find_plan
 from meshwright.search.space import divisors
 
 

@@ -19,6 +19,8 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.lines import plan_of
 from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.search.sketch import Sketch
+from meshwright.search.sketches import whole_seconds
 from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import simulate_folded
 
@@ -118,6 +120,33 @@ def test_the_closed_form_is_near_the_simulator():
             break
 
 
+def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):
+    """Thousands of combinations of numbers of micro-batches, of which each pipeline has few."""
+    kinds = ("fast", "slow", "slower")
+    types = {kind: device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds)}
+    nodes = tuple(
+        Node(name=kind, site="here", devices=(kind,), inside=NVLINK, network=NETWORK)
+        for kind in kinds
+    )
+    where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
+    costs = costs_of(model([10.0] * 2), where, job(120))
+    board = fleetwide.drawing(costs, fleets(costs))
+    chosen = tuple(
+        fleetwide.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
+        for i in range(3)
+    )
+    asked = []
+    further = Sketch.further
+    monkeypatch.setattr(
+        Sketch, "further", lambda self, count: asked.append(count) or further(self, count)
+    )
+    best = fleetwide._shared_out(board, chosen, 120)
+    assert sum(best.counts) == 120
+    assert best.counts[0] > best.counts[1] > best.counts[2]
+    assert best.seconds == whole_seconds(board, chosen, best.counts)
+    assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
+
+
 def test_more_nodes_never_give_a_slower_plan():
     seconds = [
         find_plan(GRAPH, machines(fast, slow), job(512)).prediction.step_seconds
@@ -146,6 +175,24 @@ def test_a_budget_ends_a_large_search_with_a_plan_or_says_that_it_was_too_short(
         find_plan(heavy, machines(16, 0), job(512), budget_seconds=0.0)
     with pytest.raises(FitError, match="none of which fits"):
         find_plan(heavy, machines(16, 0), job(512))
+
+
+def test_a_budget_that_is_far_too_short_is_not_overrun_for_long(monkeypatch):
+    """Where the search has found nothing in twice the time, the plain plan of its beginning is
+    what there is."""
+    where = machines(16, 16)
+    clock = [0.0]
+
+    def now():
+        clock[0] += 1e-3
+        return clock[0]
+
+    monkeypatch.setattr("meshwright.search.contest.time.monotonic", now)
+    plain = []
+    plan = find_plan(GRAPH, where, job(512), budget_seconds=0.02, found=plain.append)
+    validate_plan(plan, GRAPH, where)
+    assert plan.prediction.step_seconds == plain[0]
+    assert len(plain) == 1
 
 
 def test_nodes_that_differ_in_their_links_alone_are_one_fleet_where_there_are_many():

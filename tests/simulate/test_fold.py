@@ -1,15 +1,18 @@
 """Playing one of every set of identical replicas gives what playing all of them gives."""
 
 from dataclasses import replace
+from math import ulp
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Cluster, Link, Node, Site
+from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
+from meshwright.cost.instructions import price
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.program.compile import compile_plan
 from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.fold import fold, priced_for_all, simulate_folded
 from meshwright.simulate.parts import parts
 from worlds import DEVICE, even_model, even_plan
 
@@ -153,3 +156,85 @@ def test_one_of_all_replicas_is_played():
     assert len(fold(plan, where).ranks) == 2
     assert len(fold(two_lines(False), where).ranks) == 1 + 2
     assert len(fold(two_lines(True), where).ranks) == 1 + 3
+
+
+@st.composite
+def uneven_clusters(draw) -> Cluster:
+    """Nodes of one to four devices of two types, alike or not, at one site or two, often with an
+    explicit link between two of them."""
+    widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    if draw(st.booleans()):
+        widths = widths[:1] * (len(widths) + 1)
+    kinds = ["g"] if draw(st.booleans()) else ["g", "h"]
+    shared = draw(st.booleans())
+    inside = Link(bandwidth=draw(st.sampled_from([1e9, 3.3e9])), latency=1e-6, shared=shared)
+    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared)
+    places = st.sampled_from(draw(st.sampled_from([["home"], ["home", "away"]])))
+    nodes = tuple(
+        Node(
+            name=f"n{i}",
+            site=draw(places),
+            devices=(draw(st.sampled_from(kinds)),) * width,
+            inside=inside,
+            network=network,
+        )
+        for i, width in enumerate(widths)
+    )
+    pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name < b.name]
+    wire = Link(bandwidth=7.7e7, latency=1e-6, shared=draw(st.booleans()))
+    chosen = draw(st.lists(st.sampled_from(pairs), max_size=2, unique=True)) if pairs else []
+    uplink = Link(bandwidth=draw(st.sampled_from([1e8, 3.1e7])), latency=1e-4)
+    return Cluster(
+        name="uneven",
+        types={"g": DEVICE, "h": replace(DEVICE, name="h", peak={"fp32": 4e11})},
+        nodes=nodes,
+        sites=tuple(Site(name=name, uplink=uplink) for name in ("home", "away")),
+        direct=tuple(DirectLink(between=pair, link=wire) for pair in chosen),
+    )
+
+
+@settings(max_examples=200)
+@given(uneven_clusters(), st.data())
+def test_uneven_clusters_with_explicit_links_take_as_long_folded(where, data):
+    """To the last digit; sums of equal bytes on a shared bus may round in its last place."""
+    model = even_model(
+        6,
+        cut_bytes=data.draw(st.sampled_from([1e4, 12345.0, 1e6])),
+        parameters=data.draw(st.sampled_from([0, 100_003, 3_000_000])),
+    )
+    count = len(devices_of(where))
+    stages = data.draw(st.sampled_from([s for s in (1, 2, 3) if s <= count]))
+    replicas = data.draw(st.integers(1, count // stages))
+    plan = even_plan(
+        model,
+        where,
+        data=replicas,
+        tensor=data.draw(st.integers(1, count // stages // replicas)),
+        stages=stages,
+        micro_batches=data.draw(st.integers(1, 5)),
+        schedule=data.draw(st.sampled_from(["1f1b", "gpipe"])),
+    )
+    whole = simulate_plan(plan, model, where).step_seconds
+    assert abs(simulate_folded(plan, model, where).step_seconds - whole) <= ulp(whole)
+
+
+def test_an_explicit_link_is_priced_as_what_it_is():
+    """Where there is one every rank is played, and nothing changes its price."""
+    where = sites(2, 2, shared=False)
+    wire = DirectLink(between=("n0", "n1"), link=Link(bandwidth=5e7, latency=1e-6))
+    where = replace(where, direct=(wire,))
+    model = even_model(4, cut_bytes=1e4, parameters=100_000)
+    plan = even_plan(model, where, data=2, stages=2, micro_batches=2)
+    folded = fold(plan, where)
+    assert len(folded.ranks) == 4
+    program = compile_plan(plan, model)
+    prices = price(program, plan, model, where)
+    carried = {
+        str(r) for own in prices.ranks for each in own for r in each.traffic.bytes_by_resource
+    }
+    assert {"n0 > n1", "n1 > n0"} <= carried
+    assert _carried(priced_for_all(program, prices, folded)) == _carried(prices)
+
+
+def _carried(prices):
+    return [[each.traffic.bytes_by_resource for each in own] for own in prices.ranks]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.program.timeline import Timeline
+from meshwright.program.instructions import Op
+from meshwright.program.timeline import Interval, Timeline
 from meshwright.simulate.compare import compare
 from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.parts import PARTS, critical_path, parts
+from meshwright.simulate.parts import PARTS, Row, critical_path, latest, parts
 from strategies import models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -118,3 +119,54 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     assert [k.median_error for k in found.kinds if k.op == "F"] == [pytest.approx(0.5)]
     lost = predicted.intervals[0]
     assert found.unmatched == (f"rank {lost.rank}: {lost.label}",)
+
+
+def interval(start: float, end: float) -> Interval:
+    return Interval(
+        rank=0,
+        stream="compute",
+        op=Op.FORWARD,
+        stage=0,
+        micro_batch=0,
+        label="",
+        start_seconds=start,
+        end_seconds=end,
+    )
+
+
+@given(
+    ends=st.lists(st.integers(0, 20), min_size=1),
+    ordered=st.booleans(),
+    before=st.integers(-1, 22),
+    tolerance=st.sampled_from([0.0, 0.5, 3.0]),
+)
+def test_what_ends_last_is_found_without_a_look_at_all(ends, ordered, before, tolerance):
+    intervals = [interval(0.0, float(end)) for end in (sorted(ends) if ordered else ends)]
+    row = Row()
+    for each in intervals:
+        row.append(each)
+    assert row.latest(before, tolerance) == latest(intervals, before, tolerance)
+
+
+class Watched:
+    """An interval that counts who asks for its end."""
+
+    asked = 0
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+
+    @property
+    def end_seconds(self) -> float:
+        Watched.asked += 1
+        return self._end
+
+
+def test_a_long_step_is_not_looked_through_at_every_turn() -> None:
+    row, number = Row(), 2_000
+    for end in range(number):
+        row.append(Watched(float(end)))  # type: ignore[arg-type]
+    Watched.asked = 0
+    for before in range(number):
+        assert len(row.latest(before, 1e-9)) == 1
+    assert Watched.asked == 0

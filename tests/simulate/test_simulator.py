@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import count, islice
 
 import pytest
 from hypothesis import given
@@ -13,10 +14,12 @@ from meshwright.cost.collective import Traffic
 from meshwright.cost.instructions import Price, Prices, price
 from meshwright.errors import ProgramError
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Plan
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Instruction, Op, Program
-from meshwright.program.timeline import Timeline, busy_seconds
+from meshwright.program.deadlock import READS
+from meshwright.program.instructions import GATHERS, Instruction, Op, Program
+from meshwright.program.timeline import Timeline, busy_seconds, label
 from meshwright.simulate.engine import simulate, simulate_plan
 from meshwright.simulate.parts import parts
 from strategies import chain, models_and_plans
@@ -231,3 +234,86 @@ def test_a_collective_that_a_member_never_joins_is_named() -> None:
     norm = Instruction(op=Op.REDUCE_NORM, stage=0, ranks=(0, 1))
     with pytest.raises(ProgramError, match="0REDUCE_NORM"):
         simulate(Program(ranks=((norm,), ())), _prices((Price(),), ()))
+
+
+@st.composite
+def virtual_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
+    """Two or three groups of devices that hold two stages each, with every kind of boundary."""
+    schedule = draw(st.sampled_from(["interleaved-1f1b", "interleaved-1f1b-2bp", "zb-v"]))
+    groups, rows = draw(st.integers(2, 3)), draw(st.integers(2, 4))
+    names = (f"n:{number}" for number in count())
+    meshes = []
+    for _ in range(groups):
+        data = draw(st.integers(1, 2))
+        tensor = draw(st.integers(1, 3))
+        mesh = tuple(tuple(islice(names, tensor)) for _ in range(data))
+        meshes.append((mesh, (rows - data + 1, *(1,) * (data - 1))))
+    order = [*range(groups), *(reversed(range(groups)) if schedule == "zb-v" else range(groups))]
+    kinds = st.sampled_from(["direct", "scatter_gather", "broadcast", "broadcast"])
+    stages = tuple(
+        Stage(
+            layers=(s, s + 1),
+            devices=meshes[g][0],
+            rows=meshes[g][1],
+            boundary=draw(kinds) if s and g != order[s - 1] else None,
+        )
+        for s, g in enumerate(order)
+    )
+    micro_batches = draw(st.integers(1, 5))
+    model = even_model(len(order), cut_bytes=draw(st.sampled_from([1.0, 1e4])))
+    plan = Plan(
+        name="virtual",
+        model=Subject(name="any", fingerprint=""),
+        cluster=Subject(name="any", fingerprint=""),
+        job=Job(global_batch=micro_batches * rows, sequence=1, precision="fp32"),
+        schedule=schedule,
+        devices=tuple(d for mesh, _ in meshes for replica in mesh for d in replica),
+        pipelines=(Pipeline(micro_batches=micro_batches, rows=rows, stages=stages),),
+    )
+    layers = tuple(replace(layer, tensor_units=6) for layer in model.layers)
+    return replace(model, layers=layers), plan
+
+
+@given(virtual_plans())
+def test_messages_of_several_cuts_between_the_same_ranks_are_told_apart(
+    case: tuple[LayerGraph, Plan],
+) -> None:
+    """Every stage computes a micro-batch after all that the cut before it has brought it."""
+    model, plan = case
+    program = compile_plan(plan, model)
+    check_program(program)
+    timeline = simulate_plan(plan, model, one_node(len(plan.devices), bandwidth=1e6))
+    listed = Counter(label(i) for own in program.ranks for i in own)
+    assert Counter(i.label for i in timeline.intervals) == listed
+    arrived: dict[tuple[int, Op, int, int | None], float] = defaultdict(float)
+    for i in timeline.intervals:
+        if i.stream == "receive":
+            key = (i.rank, i.op, i.stage, i.micro_batch)
+            arrived[key] = max(arrived[key], i.end_seconds)
+    for i in timeline.intervals:
+        for op in (READS[i.op], GATHERS[READS[i.op]]) if i.op in READS else ():
+            assert i.start_seconds >= arrived[i.rank, op, i.stage, i.micro_batch]
+
+
+def test_broadcasts_of_several_cuts_and_both_directions_take_their_own_time() -> None:
+    """Down the line and back up on two groups: activations and gradients are broadcast along the
+    same ranks. Nothing else is under way when the first activations and the first gradients are."""
+    model = even_model(4, cut_bytes=1e6)
+    devices = (("n:0",),), (("n:1", "n:2"),)
+    stages = tuple(
+        Stage(layers=(s, s + 1), devices=devices[g], boundary="broadcast" if s % 2 else None)
+        for s, g in enumerate((0, 1, 1, 0))
+    )
+    plan = Plan(
+        name="v",
+        model=Subject(name="any", fingerprint=""),
+        cluster=Subject(name="any", fingerprint=""),
+        job=Job(global_batch=1, sequence=1, precision="fp32"),
+        schedule="zb-v",
+        devices=("n:0", "n:1", "n:2"),
+        pipelines=(Pipeline(micro_batches=1, rows=1, stages=stages),),
+    )
+    wide = replace(model, layers=tuple(replace(layer, tensor_units=2) for layer in model.layers))
+    timeline = simulate_plan(plan, wide, one_node(3, bandwidth=1e9))
+    chained = of_kind(timeline, Op.RECV_F)[:2] + of_kind(timeline, Op.RECV_B)[:2]
+    assert [end - start for start, end in chained] == [pytest.approx(1e-3)] * 4

@@ -42,27 +42,36 @@ def plan(
         typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done."),
     ] = None,
 ) -> None:
-    """Find the fastest plan for a model on a cluster."""
-    from meshwright.plan.files import save_plan
-    from meshwright.records import PositiveSeconds, checked_value
-    from meshwright.report.tables import explain as print_explanation
-    from meshwright.search.certificate import sentence
-    from meshwright.session import error_text, open_session, search
+    """Find the fastest plan for a model on a cluster. Ctrl-C ends it with the best one so far."""
+    from meshwright.cli.watching import watched
 
-    seconds = checked_value(PositiveSeconds, budget, "--budget") if budget is not None else None
-    check_outputs(output)
-    session = open_session(
-        model=model,
-        cluster=cluster,
-        profile=profile,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision.value if precision else None,
-        optimizer=optimizer.value,
-    )
-    for warning in session.warnings:
-        say(f"warning: {warning}", to_errors=True)
-    found = search(session, budget_seconds=seconds)
+    with watched() as watch:
+        from meshwright.plan.files import save_plan
+        from meshwright.records import PositiveSeconds, checked_value
+        from meshwright.report.tables import explain as print_explanation
+        from meshwright.search.certificate import sentence
+        from meshwright.session import error_text, open_session, search
+
+        seconds = checked_value(PositiveSeconds, budget, "--budget") if budget is not None else None
+        check_outputs(output)
+        session = open_session(
+            model=model,
+            cluster=cluster,
+            profile=profile,
+            global_batch=global_batch,
+            sequence=sequence,
+            precision=precision.value if precision else None,
+            optimizer=optimizer.value,
+        )
+        for warning in session.warnings:
+            say(f"warning: {warning}", to_errors=True)
+        found = search(
+            session,
+            budget_seconds=seconds,
+            progress=watch.tell,
+            stop=watch.stop,
+            found=watch.found,
+        )
     save_plan(found, output)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
@@ -70,6 +79,8 @@ def plan(
     if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
         say(text)
     say(f"wrote {output}")
+    if watch.interrupted:
+        say(f"interrupted: {output} holds the best plan found so far", to_errors=True)
 
 
 @app.command()
@@ -180,15 +191,20 @@ def whatif(
     ] = None,
 ) -> None:
     """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
-    from meshwright import files
-    from meshwright.cluster.files import dump_cluster
-    from meshwright.report.whatif import print_whatif, whatif_json
-    from meshwright.session import reopen
-    from meshwright.whatif import Edits, what_if
+    from meshwright.cli.watching import watched
 
-    check_outputs(output)
-    edits = Edits(without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ()))
-    found, cluster = what_if(*reopen(plan_file), edits)
+    with watched() as watch:
+        from meshwright import files
+        from meshwright.cluster.files import dump_cluster
+        from meshwright.report.whatif import print_whatif, whatif_json
+        from meshwright.session import reopen
+        from meshwright.whatif import Edits, what_if
+
+        check_outputs(output)
+        edits = Edits(
+            without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
+        )
+        found, cluster = what_if(*reopen(plan_file), edits, progress=watch.tell, stop=watch.stop)
     if json:
         typer.echo(whatif_json(found), nl=False)
     else:
@@ -196,6 +212,8 @@ def whatif(
     if output:
         files.write_text(output, dump_cluster(cluster))
         say(f"wrote {output}", to_errors=json)
+    if watch.interrupted:
+        say("interrupted: compared are the best plans found so far", to_errors=True)
 
 
 @app.command()

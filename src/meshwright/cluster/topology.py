@@ -8,16 +8,34 @@ capacity for both directions. Transfers that have a resource in common share its
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Literal, NamedTuple
 
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.records import BytesPerSecond, Seconds, record
+
+
+class Resource(NamedTuple):
+    """One direction of one thing that bytes pass through; resources sort by name."""
+
+    name: str
+    """What tables and messages call it."""
+    kind: Literal["port", "bus", "network", "uplink", "link"]
+    """A port is of one device, a bus of all devices of a node, and a network interface of a node; a
+    site has an uplink, and a link is an explicit one between two nodes."""
+    owner: str
+    """The device, node or site that it belongs to; of an explicit link, the node at its one end."""
+    other: str = ""
+    """Of an explicit link, the node at its other end."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @record
 class Path:
     """What a transfer between two devices occupies."""
 
-    resources: tuple[str, ...]
+    resources: tuple[Resource, ...]
     latency: Seconds
     """Seconds before the first byte arrives."""
 
@@ -26,7 +44,7 @@ class Path:
 class Topology:
     """A cluster, looked up by device."""
 
-    capacities: dict[str, BytesPerSecond]
+    capacities: dict[Resource, BytesPerSecond]
     """Bytes per second of each resource."""
     devices: dict[str, Device]
     order: dict[str, int]
@@ -61,8 +79,10 @@ def topology(cluster: Cluster) -> Topology:
     )
 
 
-def _capacities(cluster: Cluster, direct: dict[tuple[str, str], Link]) -> dict[str, BytesPerSecond]:
-    capacities: dict[str, BytesPerSecond] = {}
+def _capacities(
+    cluster: Cluster, direct: dict[tuple[str, str], Link]
+) -> dict[Resource, BytesPerSecond]:
+    capacities: dict[Resource, BytesPerSecond] = {}
     for node in cluster.nodes:
         for way in ("out", "in"):
             capacities[_network(node, way)] = node.network.bandwidth
@@ -77,40 +97,27 @@ def _capacities(cluster: Cluster, direct: dict[tuple[str, str], Link]) -> dict[s
     return capacities
 
 
-def owners(cluster: Cluster) -> dict[str, str]:
-    """What each resource belongs to: a device (its ports), a node (its bus and network interface)
-    or a site (its uplink), written `@site`; explicit links belong to nobody."""
-    found: dict[str, str] = {}
-    for node in cluster.nodes:
-        for way in ("out", "in"):
-            found[_network(node, way)] = node.name
-            for index in range(len(node.devices)):
-                device = f"{node.name}:{index}"
-                found[_inside(node, device, way)] = node.name if node.inside.shared else device
-    for site in cluster.sites:
-        if site.uplink:
-            for way in ("out", "in"):
-                found[_uplink(site.name, site.uplink, way)] = f"@{site.name}"
-    return found
+def _inside(node: Node, device: str, way: str) -> Resource:
+    if node.inside.shared:
+        return Resource(f"{node.name} bus", "bus", node.name)
+    return Resource(f"{device} {way}", "port", device)
 
 
-def _inside(node: Node, device: str, way: str) -> str:
-    return f"{node.name} bus" if node.inside.shared else f"{device} {way}"
+def _network(node: Node, way: str) -> Resource:
+    name = f"{node.name} network" if node.network.shared else f"{node.name} network {way}"
+    return Resource(name, "network", node.name)
 
 
-def _network(node: Node, way: str) -> str:
-    return f"{node.name} network" if node.network.shared else f"{node.name} network {way}"
+def _uplink(site: str, link: Link, way: str) -> Resource:
+    name = f"{site} uplink" if link.shared else f"{site} uplink {way}"
+    return Resource(name, "uplink", site)
 
 
-def _uplink(site: str, link: Link, way: str) -> str:
-    return f"{site} uplink" if link.shared else f"{site} uplink {way}"
-
-
-def _direct(source: str, target: str, link: Link) -> str:
+def _direct(source: str, target: str, link: Link) -> Resource:
     if link.shared:
         source, target = sorted((source, target))
-        return f"{source} - {target}"
-    return f"{source} > {target}"
+        return Resource(f"{source} - {target}", "link", source, target)
+    return Resource(f"{source} > {target}", "link", source, target)
 
 
 def path(topology: Topology, source: str, target: str) -> Path:
@@ -143,7 +150,7 @@ def _path_between(topology: Topology, source: str, target: str) -> Path:
     enter = (_inside(there, "", "in"),) if there.inside.shared else ()
     link = topology.direct.get((source, target))
     if link:
-        middle: tuple[str, ...] = (_direct(source, target, link),)
+        middle: tuple[Resource, ...] = (_direct(source, target, link),)
         return Path(resources=(*leave, *middle, *enter), latency=link.latency)
     middle = (_network(here, "out"), _network(there, "in"))
     latency = max(here.network.latency, there.network.latency)
@@ -153,14 +160,14 @@ def _path_between(topology: Topology, source: str, target: str) -> Path:
     return Path(resources=(*leave, *middle, *enter), latency=latency)
 
 
-def _across(topology: Topology, here: str, there: str) -> tuple[tuple[str, ...], Seconds]:
+def _across(topology: Topology, here: str, there: str) -> tuple[tuple[Resource, ...], Seconds]:
     ends = [
         (_uplink(site, link, way), link.latency)
         for site, way in ((here, "out"), (there, "in"))
         if (link := topology.uplinks[site])
     ]
-    return tuple(name for name, _ in ends), max((latency for _, latency in ends), default=0.0)
+    return tuple(uplink for uplink, _ in ends), max((wait for _, wait in ends), default=0.0)
 
 
-def _distinct(resources: tuple[str, ...]) -> tuple[str, ...]:
+def _distinct(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
     return tuple(dict.fromkeys(resources))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from meshwright.cluster.topology import Topology, path
+from meshwright.cluster.topology import Resource, Topology, path
 from meshwright.records import Seconds, record
 
 
@@ -23,7 +23,7 @@ from meshwright.records import Seconds, record
 class Traffic:
     """What one communication asks of the cluster."""
 
-    bytes_by_resource: dict[str, float]
+    bytes_by_resource: dict[Resource, float]
     latency: Seconds = 0.0
     """Seconds in which no byte moves."""
     stream: float | None = None
@@ -122,7 +122,7 @@ def _hops(
     step_latency: Seconds,
 ) -> Traffic:
     """`size` bytes over each hop, in `steps` steps that each wait for the slowest hop."""
-    carried: dict[str, float] = {}
+    carried: dict[Resource, float] = {}
     slowest = step_latency
     for source, target in hops:
         way = path(topology, source, target)
@@ -134,7 +134,7 @@ def _hops(
 
 def together(traffics: Iterable[Traffic]) -> Traffic:
     """Communications that begin at the same moment: bytes add up, latencies pass side by side."""
-    carried: dict[str, float] = {}
+    carried: dict[Resource, float] = {}
     latency = 0.0
     for traffic in traffics:
         latency = max(latency, traffic.latency)

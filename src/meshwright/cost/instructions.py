@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cluster.topology import Topology, topology
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import (
     Traffic,
     all_gather,
@@ -45,6 +45,7 @@ from meshwright.program.instructions import (
     Program,
 )
 from meshwright.records import record
+from meshwright.stopping import look
 
 NOTHING = Traffic(bytes_by_resource={})
 
@@ -73,7 +74,7 @@ class Prices:
 
     ranks: tuple[tuple[Price, ...], ...]
     """As Program.ranks."""
-    bandwidth: Mapping[str, float]
+    bandwidth: Mapping[Resource, float]
     """Bytes per second of every resource that traffic uses."""
     devices: tuple[str, ...]
     """By rank."""
@@ -100,8 +101,9 @@ class _Costs:
     tables: MemoryTables
     types: dict[str, str]
     """Type name of every device."""
-    reductions: dict[tuple[tuple[int, ...], int], Traffic] = field(default_factory=dict)
-    """Collectives priced before, by members and bytes: all members ask for the same one."""
+    reductions: dict[tuple[tuple[int, ...], float], Traffic] = field(default_factory=dict)
+    """Collectives priced before, by members and bytes on the links: all members ask for the same
+    one."""
     crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
     """Broadcasts and gathers priced before."""
     weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
@@ -134,6 +136,7 @@ def price(
     times = Times(model, cluster, profile, costs.links, costs.step_latency)
     held: dict[int, dict[int, _Seated]] = {rank: {} for rank in range(len(plan.devices))}
     for stage in stage_seats(plan):
+        look()
         for replica in stage.seats:
             if not any(program.ranks[seat.rank] for seat in replica):
                 continue
@@ -175,6 +178,7 @@ def _prices(
     instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
 ) -> tuple[Price, ...]:
     """Of one rank's instructions; `own` by number of the stage."""
+    look()
     inside = _backward_of_reductions(instructions)
     completes: dict[int, list[tuple[int, float]]] = {}
     for reduction, backward in inside.items():
@@ -293,7 +297,7 @@ def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
         )
         return replace(moved, sender=seat.device if costs.queued else None)
     size = i.bytes * (costs.system.gradient_width if i.op is Op.REDUCE_GRAD else 1.0)
-    key = (i.ranks, i.bytes)
+    key = (i.ranks, size)
     if len(i.ranks) > 1 and key not in costs.reductions:
         members = [devices[rank] for rank in i.ranks]
         costs.reductions[key] = all_reduce(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
-from meshwright.cost.copies import copied_gradient_bytes
+from meshwright.cost.copies import copied_gradient_bytes, tensor_widths
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.holding import Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
@@ -24,6 +24,7 @@ from meshwright.model.spec import LayerGraph, Tensor, Tied
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
+from meshwright.stopping import look
 
 Array = NDArray[np.float64]
 Ints = int | NDArray[np.int64]
@@ -355,18 +356,19 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
-    everything = stage_seats(plan)
+    widths = tensor_widths(model, stage_seats(plan))
     for holders in holders_of(plan):
-        known: dict[tuple[int, int], tuple[StageMemory, float]] = {}
+        look()
+        known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
         for seat in (seat for replica in holders.stages[0].seats for seat in replica):
             key = len(holders.stages[0].seats[seat.replica]), seat.rows[1] - seat.rows[0]
             if key not in known:
-                known[key] = _weighed(tables, holders, *key)
-            parts, activations = known[key]
-            copied = sum(
-                copied_gradient_bytes(model, plan.job, everything, stage, seat)
-                for stage in holders.stages
-            )
+                copied = sum(
+                    copied_gradient_bytes(model, plan.job, widths, stage, key[0])
+                    for stage in holders.stages
+                )
+                known[key] = (*_weighed(tables, holders, *key), copied)
+            parts, activations, copied = known[key]
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,

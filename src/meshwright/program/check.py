@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from meshwright.errors import Problem, ProgramError
-from meshwright.program.deadlock import deadlocks, stage_before
+from meshwright.program.deadlock import deadlocks
 from meshwright.program.instructions import (
     GATHERED,
     MATCHING_RECEIVE,
@@ -17,9 +17,7 @@ from meshwright.program.instructions import (
     Program,
     text,
 )
-
-Message = tuple[int, int, Op, int, int]
-"""Source, target, SEND_F or SEND_B, micro-batch, and the stage before the cut."""
+from meshwright.program.messages import Message, message
 
 Task = tuple[int, int]
 """Stage, and one of its micro-batches."""
@@ -109,15 +107,7 @@ def _micro_batches(i: Instruction) -> range:
 
 def _messages(program: Program, op: Op, rank: int) -> list[Message]:
     """Messages that a rank sends (SEND_*) or receives (RECV_*), in its own order."""
-    found = []
-    for i in program.ranks[rank]:
-        if i.op is op:
-            assert i.peer is not None
-            assert i.micro_batch is not None
-            ends = (rank, i.peer) if op in SENDS else (i.peer, rank)
-            kind = op if op in SENDS else Op.SEND_F if op is Op.RECV_F else Op.SEND_B
-            found.append((*ends, kind, i.micro_batch, stage_before(i)))
-    return found
+    return [message(rank, i) for i in program.ranks[rank] if i.op is op]
 
 
 def _unmatched(program: Program, source: str) -> Iterator[Problem]:
@@ -125,29 +115,37 @@ def _unmatched(program: Program, source: str) -> Iterator[Problem]:
     for send, receive in MATCHING_RECEIVE.items():
         sent = Counter(m for rank in ranks for m in _messages(program, send, rank))
         received = Counter(m for rank in ranks for m in _messages(program, receive, rank))
-        for a, b, _, micro_batch, _stage in sorted((sent - received).keys()):
-            found = f"{send}{micro_batch} peer={b}"
-            yield Problem(source, f"rank {a}", found, f"{receive}{micro_batch} on rank {b}")
-        for a, b, _, micro_batch, _stage in sorted((received - sent).keys()):
-            found = f"{receive}{micro_batch} peer={a}"
-            yield Problem(source, f"rank {b}", found, f"{send}{micro_batch} on rank {a}")
+        for m in _in_order(sent - received):
+            found = f"{send}{m.micro_batch} peer={m.target}"
+            wanted = f"{receive}{m.micro_batch} on rank {m.target}"
+            yield Problem(source, f"rank {m.source}", found, wanted)
+        for m in _in_order(received - sent):
+            found = f"{receive}{m.micro_batch} peer={m.source}"
+            wanted = f"{send}{m.micro_batch} on rank {m.source}"
+            yield Problem(source, f"rank {m.target}", found, wanted)
+
+
+def _in_order(messages: Counter[Message]) -> list[Message]:
+    """Messages by their ends, cut and micro-batch; those alike in these as they came."""
+    return sorted(messages, key=lambda m: (m.source, m.target, m.micro_batch or 0, m.cut))
 
 
 def _out_of_order(program: Program, source: str) -> Iterator[Problem]:
     """Between two ranks messages of one direction arrive in the order in which they were sent:
     NCCL has no tags."""
     for send, receive in MATCHING_RECEIVE.items():
-        sent, received = defaultdict(list), defaultdict(list)
+        sent: dict[tuple[int, int], list[Message]] = defaultdict(list)
+        received: dict[tuple[int, int], list[Message]] = defaultdict(list)
         for rank in range(len(program.ranks)):
             for m in _messages(program, send, rank):
-                sent[m[:2]].append(m[3:])
+                sent[m.source, m.target].append(m)
             for m in _messages(program, receive, rank):
-                received[m[:2]].append(m[3:])
+                received[m.source, m.target].append(m)
         for (a, b), order in sorted(sent.items()):
             other = received[a, b]
-            if order != other and sorted(order) == sorted(other):
-                found = f"{send} to rank {b} in the order {[m for m, _ in order]}"
-                wanted = f"the order of its {receive}s, {[m for m, _ in other]}"
+            if order != other and Counter(order) == Counter(other):
+                found = f"{send} to rank {b} in the order {[m.micro_batch for m in order]}"
+                wanted = f"the order of its {receive}s, {[m.micro_batch for m in other]}"
                 yield Problem(source, f"rank {a}", found, wanted)
 
 

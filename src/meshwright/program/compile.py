@@ -21,6 +21,7 @@ from meshwright.program.instructions import Instruction, Op, Program
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
 from meshwright.records import record
+from meshwright.stopping import look
 
 NORM_BYTES = 16
 """Loss and squared gradient norm, two numbers of eight bytes."""
@@ -67,6 +68,7 @@ def compile_plan(
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model):
+        look()
         first, *others = group.stages.values()
         for seat in (seat for replica in first.seats for seat in replica):
             if only is not None and seat.rank not in only:

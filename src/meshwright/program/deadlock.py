@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshwright.errors import Problem
-from meshwright.program.instructions import (
-    MATCHING_RECEIVE,
-    RECEIVES,
-    SENDS,
-    Instruction,
-    Op,
-    Program,
-    text,
-)
+from meshwright.program.instructions import RECEIVES, SENDS, Instruction, Op, Program, text
+from meshwright.program.messages import Message, message
 
 READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B, Op.BACKWARD_INPUT: Op.RECV_B}
 """What a compute instruction waits for."""
@@ -33,11 +26,6 @@ def deadlocks(program: Program, source: str) -> Iterator[Problem]:
             yield Problem(source, f"rank {rank}, instruction {at}", found, wanted)
 
 
-def stage_before(i: Instruction) -> int:
-    """The stage before the cut that a message crosses."""
-    return i.stage if i.op in (Op.SEND_F, Op.RECV_B) else i.stage - 1
-
-
 class _Step:
     """What has been sent and computed so far."""
 
@@ -46,7 +34,7 @@ class _Step:
         self.reads = [_receives_of(instructions) for instructions in program.ranks]
         self.stages = [{i.stage for i in instructions} for instructions in program.ranks]
         self.at = [0] * len(program.ranks)
-        self.sent: set[tuple[int | None, int, Op, int | None, int]] = set()
+        self.sent: set[Message] = set()
         self.done: set[tuple[int, bool, int, int | None]] = set()
 
     def advance(self, rank: int) -> bool:
@@ -55,9 +43,7 @@ class _Step:
         while self.at[rank] < len(self.ranks[rank]) and self.waits_for(rank) is None:
             i = self.ranks[rank][self.at[rank]]
             if i.op in SENDS:
-                assert i.peer is not None
-                kind = MATCHING_RECEIVE[i.op]
-                self.sent.add((rank, i.peer, kind, i.micro_batch, stage_before(i)))
+                self.sent.add(message(rank, i))
             elif i.op in READS:
                 self.done.add((rank, i.op is Op.FORWARD, i.stage, i.micro_batch))
             self.at[rank] += 1
@@ -71,8 +57,7 @@ class _Step:
         for position, receive in self.reads[rank].get((READS[i.op], i.stage, i.micro_batch), ()):
             if position > self.at[rank]:
                 return f"its own {text(receive)}, posted after it"
-            message = (receive.peer, rank, receive.op, receive.micro_batch, stage_before(receive))
-            if message not in self.sent:
+            if message(rank, receive) not in self.sent:
                 return f"{text(receive)}, which rank {receive.peer} has not sent"
         forward = i.op is Op.FORWARD
         beside = i.stage - 1 if forward else i.stage + 1

@@ -14,6 +14,7 @@ from meshwright.program.greedy import Rule, listed
 from meshwright.program.refine import refined
 from meshwright.program.schedules import orders
 from meshwright.program.work import Codes, Work, fits, seconds, to_codes
+from meshwright.stopping import look
 
 LOOKED_AT = 1_000_000
 """Actions that are placed or timed in the search for one order: the end of the search, the same on
@@ -47,7 +48,7 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
         few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
         kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
         names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
-    listings = filter(None, (listed(work, rule) for rule in rules))
+    listings = filter(None, (_listed(work, rule) for rule in rules))
     best = min(chain(_named(work, names), listings), key=itemgetter(0), default=None)
     if best is None:
         return None
@@ -55,8 +56,14 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
 
 
+def _listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
+    look()
+    return listed(work, rule)
+
+
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
     for name in names:
+        look()
         if not layout_wanted(name, work.layout):
             codes = to_codes(orders(name, work.layout, work.micro_batches))
             if fits(work, codes):

@@ -8,6 +8,7 @@ from math import exp, inf
 from random import Random
 
 from meshwright.program.work import B, Codes, F, I, W, Work, most_held, play
+from meshwright.stopping import look
 
 REACH = 4
 """Places by which an action is moved at most."""
@@ -32,6 +33,7 @@ def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list
     best, score = now, _score(work, now)
     least = score
     for turn in range(tries):
+        look()
         g = random.randrange(len(now))
         own = _changed(now[g], random)
         if own is None or most_held(work, own) > work.room[g] or not _in_order(own):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from meshwright.program.instructions import SENDS, Instruction
+from meshwright.program.messages import Chain, chain_of
 from meshwright.runtime.build import Crossing
 from meshwright.runtime.debug import Headers
 
@@ -64,7 +65,7 @@ class Messages:
         *,
         backward: bool,
         window: int,
-        chains: Mapping[tuple[int, ...], ProcessGroup] | None = None,
+        chains: Mapping[Chain, ProcessGroup] | None = None,
         replica: ProcessGroup | None = None,
         lane: tuple[int, int],
         debug: bool = False,
@@ -77,7 +78,7 @@ class Messages:
         self.window = window
         """Micro-batches whose sends may be under way at once."""
         self.chains = chains or {}
-        """Groups for broadcasts, by their source and all who receive them."""
+        """Groups for broadcasts."""
         self.replica = replica
         """Tensor ranks that put parts together."""
         self.lane = lane
@@ -252,7 +253,7 @@ class Messages:
         """The source takes part once, with the first of its sends."""
         if i.op in SENDS and i.peer != i.ranks[1]:
             return []
-        group = self.chains[i.ranks]
+        group = self.chains[chain_of(i)]
 
         def start(tensor: Tensor) -> Work:
             work: Work | None = dist.broadcast(tensor, i.ranks[0], group=group, async_op=True)

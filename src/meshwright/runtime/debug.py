@@ -13,6 +13,7 @@ from torch.distributed import Work
 
 from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import SENDS, Instruction, Op, text
+from meshwright.program.messages import stage_before
 from meshwright.runtime.build import Held
 
 _DTYPES = (
@@ -22,7 +23,7 @@ _DTYPES = (
 _DIRECTIONS = {Op.SEND_F: 0, Op.RECV_F: 0, Op.SEND_B: 1, Op.RECV_B: 1}
 _MARK = 0x6D657368
 _DIMENSIONS = 8
-_LENGTH = 6 + _DIMENSIONS
+_LENGTH = 7 + _DIMENSIONS
 
 Post = Callable[[Tensor, int], Work]
 """Starts a send or a receive of a tensor under a tag."""
@@ -86,7 +87,8 @@ class Headers:
         assert i.micro_batch is not None
         shape = (*tensor.shape, *(-1,) * (_DIMENSIONS - tensor.ndim))
         kind = _DTYPES.index(tensor.dtype)
-        return [_MARK, _DIRECTIONS[i.op], self.step, i.micro_batch, k, kind, *shape]
+        cut = stage_before(i)
+        return [_MARK, _DIRECTIONS[i.op], self.step, i.micro_batch, cut, k, kind, *shape]
 
 
 class _Checked(Work):
@@ -119,13 +121,15 @@ def _wrong(i: Instruction, found: Sequence[int], wanted: Sequence[int]) -> Train
 
 
 def _words(header: Sequence[int]) -> str:
-    mark, direction, step, micro_batch, k, kind, *shape = header
+    mark, direction, step, micro_batch, cut, k, kind, *shape = header
     if mark != _MARK:
         return "no header"
     sizes = "x".join(str(n) for n in shape if n >= 0)
     dtype = str(_DTYPES[kind]).removeprefix("torch.")
     what = "gradient" if direction else "activation"
-    return f"{what} {k} of step {step}, micro-batch {micro_batch}: {sizes} {dtype}"
+    return (
+        f"{what} {k} of step {step}, micro-batch {micro_batch}: {sizes} {dtype}, after stage {cut}"
+    )
 
 
 class Tracer:

@@ -53,7 +53,7 @@ def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messag
                 )
             )
 
-    for ranks, group in world.chains.items():
+    for (_, ranks), group in world.chains.items():
         dist.broadcast(torch.zeros(1, device=world.device), ranks[0], group=group)
 
 

@@ -21,6 +21,7 @@ from meshwright.errors import LaunchError, Problem
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
+from meshwright.program.messages import Chain, chain_of
 from meshwright.runtime.pulse import Pulse
 from meshwright.runtime.rendezvous import PeerLost, join
 from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
@@ -42,8 +43,8 @@ class World:
     backward: ProcessGroup
     reduce: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
     """For sums of gradients, by the ranks that take part."""
-    chains: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
-    """For broadcasts over a boundary, by their source and all who receive them."""
+    chains: dict[Chain, ProcessGroup] = field(default_factory=dict)
+    """For broadcasts over a boundary."""
     tensor: ProcessGroup | None = None
     """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
     pulse: Pulse | None = None
@@ -195,20 +196,21 @@ def _groups(
         group = new(ranks)
         if rank in ranks:
             world.reduce[ranks] = group
-    for ranks in broadcast_groups(program):
+    for chain in broadcast_groups(program):
+        _, ranks = chain
         group = new(ranks)
         if rank in ranks:
-            world.chains[ranks] = group
+            world.chains[chain] = group
     # Last: groups are made by way of the store, too.
     world.pulse = Pulse(rank, size) if size > 1 else None
     return world
 
 
-def broadcast_groups(program: Program) -> tuple[tuple[int, ...], ...]:
-    """The distinct chains of ranks along which tensors are broadcast, in the order of first use."""
+def broadcast_groups(program: Program) -> tuple[Chain, ...]:
+    """The distinct chains along which tensors are broadcast, in the order of first use."""
     return tuple(
         dict.fromkeys(
-            instruction.ranks
+            chain_of(instruction)
             for instructions in program.ranks
             for instruction in instructions
             if instruction.op in SENDS and instruction.ranks

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.stopping import look
+
 Array = NDArray[np.float64]
 
 
@@ -138,6 +140,7 @@ def assign_faithfully(
     chosen = np.zeros((stages, layers, len(marks)), dtype=np.intp)
     columns = np.arange(len(marks))
     for stage in range(1, stages):
+        look()
         before, best = best, np.full_like(best, np.inf)
         end = layers - (stages - 1 - stage)  # later stages need a layer each
         for cut in range(stage - 1, end - 1):
@@ -213,6 +216,7 @@ def predict(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, global_batch: int
 ) -> Prediction:
     """AMP's assignment and step seconds for one strategy. A layer takes three times its forward."""
+    look()
     times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
     times = times[list(model.assigned)]
     micro_batches = global_batch // strategy.data // strategy.micro_batch

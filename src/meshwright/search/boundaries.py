@@ -32,7 +32,7 @@ def choose_boundaries(contest: Contest, tell: Progress) -> None:
         tell("choosing boundaries", done, len(tries))
         plan = with_boundaries(contest.best.plan, changed, kind)
         work = work_of(plan, fold(plan, contest.costs.cluster))
-        late = contest.deadline is not None and contest.over
+        late = contest.stopped or (contest.deadline is not None and contest.over)
         if late or work > left:
             contest.dropped["boundaries beyond the budget"] += len(tries) - done
             break

@@ -6,22 +6,26 @@ Letters: L layers, K device types, w a price for a second on a device of each ty
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from meshwright.cost.compute import optimizer_seconds
+from meshwright.cost.halves import backward_shares
 from meshwright.cost.memory import usable_bytes
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
 from meshwright.search.costs import Costs, layer_times
 from meshwright.search.partition import Array
 from meshwright.search.space import usable_devices
+from meshwright.stopping import look
 from meshwright.units import format_seconds
 
 FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
 WIDE = "all work spread over the best number of devices, and the norm of the gradients over those"
+LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
 EXHAUSTIVE = "every plan of the space was looked at, in the orders 1F1B and GPipe"
 
 GROWTH = 1.02
@@ -51,8 +55,9 @@ def certificate(costs: Costs) -> Certificate:
     because a step of T seconds sells no more than T at these prices (linear programming duality;
     the w only decide how tight it is). Wide: the same for every number of devices in use, to which
     the latency of the norm's ring is added, as `_wide_seconds` has it. Chain: one row passes every
-    layer, forward and backward. Then the optimizer: some device holds at least an equal share of
-    the parameters.
+    layer forward, then every layer backward; of a backward in two parts, the gradients of the
+    weights keep nobody waiting but at the first layer. Then the optimizer: some device holds at
+    least an equal share of the parameters.
     """
     devices = usable_devices(costs.cluster, costs.job)
     counts = Counter(device.type for device in devices)
@@ -76,26 +81,43 @@ def certificate(costs: Costs) -> Certificate:
     return Certificate(bounds[reason] + after, reason)
 
 
+def certificate_in_haste(costs: Costs) -> Certificate:
+    """A bound that holds and takes no time: what comes after the last pipeline."""
+    counts = Counter(device.type for device in usable_devices(costs.cluster, costs.job))
+    return Certificate(_after(costs, counts), LAST)
+
+
 def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
     """Of every layer: least device-seconds per row, and least seconds of a micro-batch, on `tensor`
     devices of a type; infinite where the layer cannot be there."""
     most = _most_rows(costs, kind, tensor)
     work, once = np.full(len(most), np.inf), np.full(len(most), np.inf)
     for rows in _row_counts(costs, int(most.max(initial=0))):
-        times = layer_times(costs, kind, tensor, rows)
-        seconds = times.forward + times.backward
+        look()
+        whole, passed = _least_seconds(costs, kind, tensor, rows)
         allowed = rows <= most
-        work = np.where(allowed, np.minimum(work, tensor * seconds / rows), work)
-        once = np.where(allowed, np.minimum(once, seconds), once)
+        work = np.where(allowed, np.minimum(work, tensor * whole / rows), work)
+        once = np.where(allowed, np.minimum(once, passed), once)
     # Between the row counts that are priced, seconds per row only fall: a layer that memory holds
     # to fewer rows than were priced is bounded by the next larger count.
     larger = _row_counts(costs, costs.job.global_batch)
     for layer in np.flatnonzero(most >= 1):
         above = next(rows for rows in larger if rows >= most[layer])
-        times = layer_times(costs, kind, tensor, above)
-        per_row = float(times.forward[layer] + times.backward[layer]) / above
-        work[layer] = min(work[layer], tensor * per_row)
+        whole, _ = _least_seconds(costs, kind, tensor, above)
+        work[layer] = min(work[layer], tensor * float(whole[layer]) / above)
     return work, once
+
+
+def _least_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
+    """Least seconds of a micro-batch on every layer, its backward whole or in two parts: of all its
+    work, and of what the layer before it waits for."""
+    times = layer_times(costs, kind, tensor, rows)
+    device = costs.cluster.types[kind]
+    shares = backward_shares(costs.model, device, tensor, rows, costs.profile)
+    both = np.minimum(shares.sum(axis=1), 1.0)
+    waited = np.minimum(shares[:, 0], 1.0)
+    waited[0] = both[0]
+    return times.forward + times.backward * both, times.forward + times.backward * waited
 
 
 def _row_counts(costs: Costs, most: int) -> list[int]:
@@ -171,6 +193,7 @@ def _wide_seconds(costs: Costs, work_LK: Array, number_K: Array) -> float:
     speed_K = np.where(able, speed_K, speed_K[able].min())
     most = int(number_K.sum())
     least = float("inf")
+    ring_seconds = least_ring_seconds(costs)
     margins = []
     for margin in np.unique(speed_K):
         price_K = np.maximum(speed_K, margin)
@@ -180,28 +203,35 @@ def _wide_seconds(costs: Costs, work_LK: Array, number_K: Array) -> float:
     while number <= most:
         up_to = min(most, max(number, int(number * GROWTH)))
         work = max(value / (fixed + up_to * margin) for value, fixed, margin in margins)
-        least = min(least, work + _ring_seconds(costs, number))
+        least = min(least, work + ring_seconds(number))
         number = up_to + 1
     return least
 
 
-def _ring_seconds(costs: Costs, number: int) -> float:
-    """Least latency of a ring of so many devices: it leaves a node, or a site, that does not have
-    as many."""
+def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
+    """The least latency of a ring of a number of devices. It leaves a node, or a site, that does
+    not have as many; where one node has them it may still be on several, whose network may be
+    quicker."""
     nodes, sites = costs.cluster.nodes, costs.cluster.sites
-    if number < 2:
-        return 0.0
     direct = [each.link.latency for each in costs.cluster.direct]
-    hops = [node.inside.latency for node in nodes]
-    if number > max(len(node.devices) for node in nodes):
-        hops = [*(node.network.latency for node in nodes), *direct]
-    step = max(min(hops), costs.step_latency)
+    network = min(node.network.latency for node in nodes)
+    between = min([network, *direct])
+    anywhere = min(between, *(node.inside.latency for node in nodes))
+    widest = max(len(node.devices) for node in nodes)
     held = Counter(d.site for d in costs.devices.values())
-    if number > max(held.values()) and not direct:
-        uplinks = sorted(s.uplink.latency if s.uplink else 0.0 for s in sites if held[s.name])
-        network = min(node.network.latency for node in nodes)
-        step = max(step, network + uplinks[1])  # the slower end of the quickest pair
-    return 2 * (number - 1) * step
+    largest, across = max(held.values()), 0.0
+    uplinks = sorted(s.uplink.latency if s.uplink else 0.0 for s in sites if held[s.name])
+    if len(uplinks) > 1 and not direct:
+        across = network + uplinks[1]  # the slower end of the quickest pair
+
+    def seconds(number: int) -> float:
+        if number < 2:
+            return 0.0
+        step = max(between if number > widest else anywhere, costs.step_latency)
+        step = max(step, across) if number > largest else step
+        return 2 * (number - 1) * step
+
+    return seconds
 
 
 def _after(costs: Costs, counts: Counter[str]) -> float:

@@ -21,6 +21,7 @@ from meshwright.search.lines import Line, Team, Unit
 from meshwright.search.mix import legal_widths
 from meshwright.search.partition import Array
 from meshwright.search.space import divisors, usable_devices
+from meshwright.stopping import look
 
 ROWS = 6
 """Sizes of micro-batches that every row of devices is cut for."""
@@ -61,6 +62,7 @@ def cut_chain(
     ample = all(map(np.array_equal, tables[1], tables[most]))
     found = []
     for k in range(1, depth + 1):
+        look()
         held = min(k, micro_batches)
         if held not in tables:
             tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
@@ -110,6 +112,7 @@ def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, h
     table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
     gradients = _gradients(costs, len(units[0]))
     for i in range(number):
+        look()
         for j in range(i + 1, min(number, i + rows) + 1):
             own = tuple(units[i:j])
             loads = team_loads(costs, Team(own, apportion(costs, own, rows)), held)

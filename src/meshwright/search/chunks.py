@@ -29,6 +29,7 @@ from meshwright.search.costs import (
 from meshwright.search.fitting import cut_seconds
 from meshwright.search.lines import Line, Team
 from meshwright.search.partition import Array
+from meshwright.stopping import look
 
 OVERFULL = 1e3
 """Steps of the whole model on the busiest group that it costs to overfill one by all of its
@@ -78,6 +79,7 @@ def cut_in_chunks(
     best = float(_seconds(tables, bounds[None])[0])
     shifts, reach = _shifts(len(bounds)), 1
     while reach <= REACH:
+        look()
         moved = bounds + reach * shifts
         moved = moved[(np.diff(moved, axis=1) > 0).all(axis=1)]
         seconds = _seconds(tables, moved) if len(moved) else np.array([np.inf])
@@ -96,6 +98,7 @@ def _tables(
     stages, size = len(places), len(costs.model.layers) + 1
     loads, always, each = (np.zeros((stages, size, size)) for _ in range(3))
     for k, g in enumerate(places):
+        look()
         loads[k] = _loads(costs, line.teams[g], again=g in again)
         always[k], each[k] = _shares(costs, line.teams[g], again=g in again)
     cuts = np.zeros((max(stages - 1, 0), size))

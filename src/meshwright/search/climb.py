@@ -11,6 +11,7 @@ from meshwright.search.contest import Contest, Strategy
 from meshwright.search.lines import fits, tensor_widths_agree
 from meshwright.search.moves import Move
 from meshwright.search.preview import followed, preview_seconds
+from meshwright.stopping import look
 
 MOVES: tuple[Move, ...] = (
     moves.micro_batches,
@@ -51,6 +52,7 @@ class Scout:
 def rate(scout: Scout, strategy: Strategy, limit: float = float("inf")) -> float:
     """Seconds by preview, infinite where it does not fit; where they are not below the limit,
     perhaps only a bound."""
+    look()
     seconds, final = scout.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
         scout.left -= _steps(strategy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
@@ -14,6 +15,7 @@ from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_wid
 from meshwright.search.lower import after_lines, line_bound
 from meshwright.simulate.fold import Fold, fold, simulate_folded
 from meshwright.simulate.parts import parts as parts_of
+from meshwright.stopping import never
 
 Strategy = tuple[ScheduleName, tuple[Line, ...]]
 
@@ -29,6 +31,9 @@ regular grids: the normal end of a search, the same on every machine."""
 TIMELINES = 12
 """Simulated steps that are kept, to say where their seconds go."""
 
+MOMENT_SECONDS = 1.5
+"""How long a search that was told to stop may go on until it has a first plan."""
+
 DEVICES_LOOKED_AT = 4
 """Devices whose bounds and memory are looked at in the time that one rank takes to play one
 micro-batch."""
@@ -43,6 +48,10 @@ class Played:
     seconds: float
 
 
+def ignore(_seconds: float) -> None:
+    """For a contest whose plans nobody waits for."""
+
+
 @dataclass(slots=True)
 class Contest:
     """What has been played so far, and what may still be."""
@@ -51,7 +60,17 @@ class Contest:
     cluster_print: str
     deadline: float | None = None
     """Of time.monotonic; None: the work alone ends the search."""
+    grace_seconds: float = 0.0
+    """How long a search whose time is up looks for a plan that is better than a spare one."""
     work: int = WORK
+    stop: Callable[[], bool] = never
+    """Whether somebody wants the search to end."""
+    stopped_at: float | None = None
+    """When `stop` first said yes, in seconds of time.monotonic."""
+    found: Callable[[float], None] = ignore
+    """Told the seconds of every plan that is the best so far."""
+    spare: Played | None = None
+    """A plan that takes no part in the contest: it is for those who stop it before it has one."""
     best: Played | None = None
     others: list[Played] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -65,9 +84,26 @@ class Contest:
         return self.best.seconds * (1 - SAME) if self.best else float("inf")
 
     @property
+    def stopped(self) -> bool:
+        """Whether somebody has told the search to end."""
+        if self.stopped_at is None and self.stop():
+            self.stopped_at = time.monotonic()
+        return self.stopped_at is not None
+
+    @property
     def late(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        """Whether the search is to end: the time is up, or somebody wants it."""
+        return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def may_leave_off(self) -> bool:
+        """Whether what is under way may be left unfinished: the search is to end, and there is a
+        plan, or none has been found in the time that is left for that."""
+        if not self.late or self.best is not None:
+            return self.late
+        now, spared = time.monotonic(), self.spare is not None
+        if self.stopped_at is not None:
+            return spared or now - self.stopped_at > MOMENT_SECONDS
+        return spared and self.deadline is not None and now > self.deadline + self.grace_seconds
 
     @property
     def over(self) -> bool:
@@ -84,6 +120,7 @@ def enter(contest: Contest, plan: Plan, name: str) -> Played:
     del contest.timelines[TIMELINES:]
     if contest.best is None or played.seconds < contest.best.seconds:
         contest.best = played
+        contest.found(played.seconds)
     contest.others.append(played)
     return played
 
@@ -139,14 +176,16 @@ def _refused(contest: Contest, strategy: Strategy) -> str:
     return "lower bound above the best" if bound >= contest.limit else ""
 
 
+def timeline_of(contest: Contest, played: Played) -> Timeline | None:
+    """The simulated step of a strategy, if it was kept."""
+    return next((timeline for each, timeline in contest.timelines if each is played), None)
+
+
 def parts_in(contest: Contest, played: Played) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    known = [timeline for each, timeline in contest.timelines if each is played]
     costs = contest.costs
-    timeline = (
-        known[0]
-        if known
-        else simulate_folded(played.plan, costs.model, costs.cluster, costs.profile)
+    timeline = timeline_of(contest, played) or simulate_folded(
+        played.plan, costs.model, costs.cluster, costs.profile
     )
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

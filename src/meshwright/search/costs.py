@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
-from meshwright.cluster.topology import Topology, owners, topology
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
@@ -74,8 +74,6 @@ class Costs:
     _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
         default_factory=dict
     )
-    owner: dict[str, str] = field(default_factory=dict)
-    """Of every resource: its device, node or `@site`."""
     _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
     loads: dict[tuple[Kind, int, int, bool], Array] = field(default_factory=dict)
     """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, that
@@ -83,8 +81,8 @@ class Costs:
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
     fitted: dict[object, Any] = field(default_factory=dict)
     """Lines with their best cuts, by teams, micro-batches and schedule; None where none fits."""
-    sums: dict[tuple[tuple[str, ...], ...], tuple[float, tuple[tuple[str, float], ...]]] = field(
-        default_factory=dict
+    sums: dict[tuple[tuple[str, ...], ...], tuple[float, tuple[tuple[Resource, float], ...]]] = (
+        field(default_factory=dict)
     )
     """Of the rings among units: latency, and seconds per byte on every resource."""
 
@@ -114,7 +112,6 @@ def costs_of(
         table=tables.plain,
         again=tables.recomputed if recomputation else None,
         repeats=False,
-        owner=owners(cluster),
         devices={device.name: device for device in devices_of(cluster)},
         _inside={node.name: numbers[node.inside] for node in cluster.nodes},
     )

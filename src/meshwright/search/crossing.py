@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 
-from meshwright.cluster.topology import path
+from meshwright.cluster.topology import Resource, path
 from meshwright.search.costs import Costs
 from meshwright.search.lines import Team, moves
 
@@ -21,7 +21,7 @@ class Crossing:
     """Seconds before the first byte arrives."""
     slowest: float
     """Seconds for each byte of a micro-batch, on the busiest resource."""
-    occupied: tuple[tuple[str, float], ...]
+    occupied: tuple[tuple[Resource, float], ...]
     """The same for every resource."""
 
     def seconds(self, size: float) -> float:
@@ -45,7 +45,7 @@ def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing
 
 @dataclass(slots=True)
 class _Way:
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[Resource, int] = field(default_factory=dict)
     """By resource."""
     latency: float = 0.0
 
@@ -53,8 +53,8 @@ class _Way:
         way = path(costs.links, source, target)
         if source != target:
             self.latency = max(self.latency, way.latency + costs.system.boundary)
-        for name in way.resources:
-            self.rows[name] = self.rows.get(name, 0) + rows
+        for resource in way.resources:
+            self.rows[resource] = self.rows.get(resource, 0) + rows
 
 
 def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
@@ -74,10 +74,10 @@ def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossin
 
 
 def _priced(costs: Costs, way: _Way, latency: float, rows: int, counted: int) -> Crossing:
-    capacity, owner = costs.links.capacities, costs.owner
+    capacity = costs.links.capacities
     occupied = tuple(
-        (name, moved / rows / capacity[name] * scale)
-        for name, moved in way.rows.items()
-        for scale in (rows / counted if owner.get(name, "").startswith("@") else 1.0,)
+        (resource, moved / rows / capacity[resource] * scale)
+        for resource, moved in way.rows.items()
+        for scale in (rows / counted if resource.kind == "uplink" else 1.0,)
     )
     return Crossing(latency, max((each for _, each in occupied), default=0.0), occupied)

@@ -22,6 +22,7 @@ from meshwright.search.lines import Line, Team, fits, tensor_widths_agree
 from meshwright.search.lower import after_lines, line_bound
 from meshwright.search.skeleton import Skeleton, concrete, skeletons, strategies
 from meshwright.search.space import divisors
+from meshwright.stopping import look
 
 LIMIT = 12_000
 """Pipelines (with their cuts, shares and rows) up to which a space is searched exhaustively."""
@@ -114,6 +115,7 @@ def _of_strategy(
     if any(not offer for offer in offers):
         return
     for shares in compositions(batch, len(strategy)):
+        look()
         for chosen in product(*(offer.get(s, ()) for offer, s in zip(offers, shares, strict=True))):
             lines = [
                 Line(
@@ -141,6 +143,7 @@ def _options(
     if key not in tables.options:
         found: dict[int, list[Option]] = {}
         for line in _filled(tables.costs, skeleton):
+            look()
             if not fits(tables.costs, line, schedule):
                 tables.dropped["does not fit in memory"] += 1
                 continue

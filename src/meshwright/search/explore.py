@@ -29,6 +29,7 @@ from meshwright.search.space import (
     shapes,
     usable_devices,
 )
+from meshwright.stopping import look
 
 MANY_DEVICES = 64
 """Above this number devices are counted by class: strategies over whole fleets of nodes contain the
@@ -157,6 +158,7 @@ def _on(
         places = placements(used.devices, grid, speed)
         for shape in shapes(grid, costs.job, schedules):
             for place in places:
+                look()
                 yield Candidate(used, place, shape)
 
 
@@ -173,7 +175,7 @@ def explore(
     no bound is below the last finalist. Once it is `over`, the search ends as soon as something
     fits, and after AT_LEAST candidates in any case.
     """
-    queue = [(optimistic_seconds(costs, c), i, c) for i, c in enumerate(candidates)]
+    queue = [(_optimistic(costs, c), i, c) for i, c in enumerate(candidates)]
     queue.sort(key=lambda entry: entry[:2])
     finalists: list[Estimate] = []
     misfits: list[Misfit] = []
@@ -186,6 +188,7 @@ def explore(
             break
         if done % 64 == 0:
             tell("searching", done, len(queue))
+        look()
         found = evaluate(costs, candidate)
         if isinstance(found, Misfit):
             dropped["does not fit in memory"] += 1
@@ -196,6 +199,11 @@ def explore(
     dropped["slower in closed form"] -= len(finalists)
     tell("searching", len(queue), len(queue))
     return Explored(finalists=tuple(finalists), misfits=tuple(misfits), tried=len(queue))
+
+
+def _optimistic(costs: Costs, candidate: Candidate) -> float:
+    look()
+    return optimistic_seconds(costs, candidate)
 
 
 def _best(estimates: list[Estimate]) -> list[Estimate]:
@@ -219,7 +227,10 @@ def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit 
     chooses by its own ranking and knows no recomputation, the others by ours."""
     if name == "amp":
         costs = replace(costs, again=None)
-    found = [evaluate(costs, candidate) for candidate in BASELINES[name](costs, used)]
+    found = []
+    for candidate in BASELINES[name](costs, used):
+        look()
+        found.append(evaluate(costs, candidate))
     fitting = [e for e in found if isinstance(e, Estimate)]
     if fitting:
         return fitting[0] if name == "amp" else min(fitting, key=lambda e: e.seconds)

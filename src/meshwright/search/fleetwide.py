@@ -28,10 +28,11 @@ from meshwright.search.sketch import (
     drawing,
     sketch,
     unit_facts,
-    whole_seconds,
 )
+from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
 from meshwright.search.space import divisors
 from meshwright.search.templates import Segment, Template, blocks_for, fleets, nodes_for, written
+from meshwright.stopping import look
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 """Stages on each fleet of a line over several; on one fleet all numbers up to MOST_DEPTHS are."""
@@ -176,6 +177,9 @@ def _at_width(
                 yield found
             continue
         for chosen in product(*(offer[:OFFERED] for offer in offers)):
+            look()
+            if best < float("inf") and over():
+                return
             if len({each.template.schedule for each in chosen}) == 1:
                 shared = _shared_out(board, chosen, batch)
                 if shared is not None:
@@ -215,6 +219,7 @@ def _offers(task: Task) -> list[Sketch]:
     orders = dict.fromkeys((task.block, task.block[::-1]))
     for order in orders:
         for widths in _widths(task, order):
+            look()
             for each in _row_sizes(task, widths):
                 rows = each * max(widths)
                 if _ideal(task, order, widths, rows) < SLACK * task.limit:
@@ -224,6 +229,7 @@ def _offers(task: Task) -> list[Sketch]:
     found: list[tuple[float, int, Sketch]] = []
     best = task.limit
     for seconds, number, template in scored[:SKETCHED]:
+        look()
         if seconds > SLACK * best:
             break
         drawn = sketch(task.board, template, max(1, round(task.share / template.rows)))
@@ -271,6 +277,7 @@ def _scored(
 ) -> Iterator[tuple[float, Template]]:
     """Templates of these widths and rows, with their seconds as if stages were balanced."""
     for blocks in _block_choices(task, order, widths):
+        look()
         grid_DF = _depth_grid(task, order, widths, blocks)
         if not len(grid_DF):
             continue
@@ -332,7 +339,7 @@ def _depth_grid(
 
 def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choice | None:
     """Numbers of micro-batches near the lines' speeds that add up to the batch and end soonest."""
-    paces = [each.template.rows / (each.further(33) / 32) for each in chosen]
+    paces = [pace(board, each) for each in chosen]
     ideals = [
         batch * pace / sum(paces) / each.template.rows
         for pace, each in zip(paces, chosen, strict=True)
@@ -343,6 +350,7 @@ def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choic
     if len(near) > 1:
         near = [options[NEAR // 2 : -NEAR // 2] for options in near]
     best: Choice | None = None
+    seconds_of = seconds_by_counts(board, chosen)
     for counts in product(*near):
         left = batch - sum(
             c * each.template.rows for c, each in zip(counts, chosen[:-1], strict=True)
@@ -350,7 +358,7 @@ def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choic
         last, rest = divmod(left, chosen[-1].template.rows)
         if left <= 0 or rest:
             continue
-        seconds = whole_seconds(board, chosen, (*counts, last))
+        seconds = seconds_of((*counts, last))
         if best is None or seconds < best.seconds:
             best = Choice(seconds, board, chosen, (*counts, last))
     return best

@@ -8,22 +8,37 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import replace
-from math import inf
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from meshwright.cluster.spec import Cluster, cluster_fingerprint
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import Profile
-from meshwright.errors import ClusterError, MeshwrightError, PlanError, Problem
+from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.search.baselines import BASELINES
 from meshwright.search.boundaries import all_direct, choose_boundaries
-from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate
-from meshwright.search.contest import SAME, Contest, Played, enter, parts_in, work_of
+from meshwright.search.certificate import (
+    EXHAUSTIVE,
+    Certificate,
+    certificate,
+    certificate_in_haste,
+)
+from meshwright.search.contest import (
+    SAME,
+    Contest,
+    Played,
+    enter,
+    ignore,
+    parts_in,
+    timeline_of,
+    work_of,
+)
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
+from meshwright.search.exact import LIMIT, space_size
 from meshwright.search.explain import (
     as_plan,
     label,
@@ -45,9 +60,12 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.improve import improve
+from meshwright.search.inputs import check_inputs
+from meshwright.search.plain import plain_plan
 from meshwright.search.schedule import reschedule
 from meshwright.search.virtual_stages import divide_stages
 from meshwright.simulate.fold import fold
+from meshwright.stopping import Stopped, never, until
 
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
@@ -57,14 +75,15 @@ MOST_BY_HAND = 20_000
 """Devices up to which hand-made plans are compared with: beyond them they take longer than the
 search. AMP's own algorithm does where devices are counted by class."""
 
-MOST_LAYERS = 1_000
-MOST_ROWS = 1 << 17
-"""Layers of a model and rows of a batch that are planned for: tables of cuts grow with the square
-of the former, simulated steps with the latter."""
-
 HOPELESS, MOST_HOPELESS = 1.25, 8_000
 """Times the best plan's seconds beyond which, in closed form, a plan is only simulated if that is
 less work than this."""
+
+INTERRUPTED = "all that was left when the search was interrupted"
+"""Why a search that somebody has stopped did not look further."""
+
+PROOF_SECONDS = 1.0
+"""How long a certificate may take that an interrupted search has not worked out before."""
 
 MISFITS_SHOWN = 3
 RUNNERS_UP = 6
@@ -81,40 +100,106 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     divide: bool = True,
     progress: Progress | None = None,
     budget_seconds: float | None = None,
+    stop: Callable[[], bool] = never,
+    found: Callable[[float], None] = ignore,
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
     `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
     in all others and, with `divide`, with several stages on each device. Without `budget_seconds`
     the same input gives the same plan, byte for byte; with it, the best plan found when the time
-    was up, or the first one that fits if that takes a moment longer. Raises FitError when nothing
-    fits, saying by how much and what would help; ClusterError when no device offers the job's
-    precision or a link carries nothing; PlanError when job and model disagree, are too large, or
-    the time was up before a plan was found.
+    was up, or the first one that fits if that takes a moment longer. `stop` is asked several times
+    a second; once it says yes, the search ends at once in the same way. `found` is told the step
+    seconds of every plan that is the best so far. Raises FitError when nothing fits, saying by how
+    much and what would help; ClusterError when no device offers the job's precision or a link
+    carries nothing; PlanError when job and model disagree, are too large, or the search had to end
+    before a plan was found.
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
-    _check(model, cluster, job)
+    check_inputs(model, cluster, job)
     costs = costs_of(model, cluster, job, profile, recomputation=True)
+    contest = Contest(
+        costs,
+        cluster_fingerprint(cluster),
+        deadline,
+        grace_seconds=budget_seconds or 0.0,
+        stop=stop,
+        found=found,
+    )
     tell = progress or (lambda _what, _done, _all: None)
-    contest = Contest(costs, cluster_fingerprint(cluster), deadline)
-    explored = _explored(contest, schedules, tell)
-    _regular(contest, [("", estimate) for estimate in _affordable(explored.finalists)], tell)
-    exhausted = improve(contest, schedules, tell)
-    by_hand = _all_by_hand(contest)
-    _regular(contest, [(n, found) for n, found in by_hand if isinstance(found, Estimate)], tell)
-    choose_boundaries(contest, tell)
+    seen = _Seen()
+    with suppress(Stopped), until(contest.may_leave_off):
+        _search(contest, seen, schedules, tell)
+        if contest.best and reorder:
+            reschedule(contest, tell)
+            if divide:
+                divide_stages(contest, tell)
+    if contest.best is None and contest.spare:
+        contest.best = contest.spare
+        contest.others.append(contest.spare)
     if contest.best is None:
-        raise _nothing(contest, explored, tell)
-    if reorder:
-        reschedule(contest, tell)
-        if divide:
-            divide_stages(contest, tell)
+        raise _nothing(contest, seen.explored, tell)
+    return _found(contest, seen, schedules)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a search has looked at beside what it has played, as far as it got."""
+
+    explored: Explored = Explored(finalists=(), misfits=(), tried=0)
+    by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
+    exhausted: bool = False
+    """Every plan of the space was looked at."""
+    proof: Certificate | None = None
+    """Worked out while the search goes on, for whoever interrupts it does not wait for it."""
+
+
+def _search(
+    contest: Contest, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
+) -> None:
+    """Everything but other orders of work: the contest and `seen` keep what is found."""
+    if is_large(contest.costs):
+        tell("looking for a first plan", 0, 1)
+        contest.spare = plain_plan(contest)
+        if contest.spare:
+            contest.found(contest.spare.seconds)
+        tell("looking for a first plan", 1, 1)
+    seen.explored = _explored(contest, schedules, tell)
+    finalists = _affordable(seen.explored.finalists)
+    _regular(contest, [("", estimate) for estimate in finalists], tell)
+    if (contest.best or contest.spare) and space_size(contest.costs) > LIMIT:
+        tell("bounding", 0, 1)
+        seen.proof = certificate(contest.costs)
+        tell("bounding", 1, 1)
+    seen.exhausted = improve(contest, schedules, tell)
+    seen.by_hand = _all_by_hand(contest)
+    named = [(name, each) for name, each in seen.by_hand if isinstance(each, Estimate)]
+    _regular(contest, named, tell)
+    choose_boundaries(contest, tell)
+
+
+def _found(contest: Contest, seen: _Seen, schedules: Sequence[ScheduleName]) -> Plan:
+    """The best plan of a contest, with all that is to be said of it."""
+    costs = contest.costs
+    if contest.stopped:
+        contest.dropped[INTERRUPTED] += 1
     winner = _simplest(contest)
     played = {each.name for each in contest.others}
-    misfits = _misfits(costs, winner.seconds, played, by_hand, explored)
-    settled = exhausted and all_direct(winner.plan) and winner.plan.schedule in schedules
-    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else certificate(costs)
+    misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
+    settled = seen.exhausted and all_direct(winner.plan) and winner.plan.schedule in schedules
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(contest, seen)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+
+
+def _proof(contest: Contest, seen: _Seen) -> Certificate:
+    """The certificate; where somebody has interrupted the search before it was worked out and
+    waits for it, one that takes no time."""
+    if seen.proof is not None:
+        return seen.proof
+    limit = time.monotonic() + PROOF_SECONDS
+    with suppress(Stopped), until(lambda: contest.stopped and time.monotonic() > limit):
+        return certificate(contest.costs)
+    return certificate_in_haste(contest.costs)
 
 
 def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
@@ -128,15 +213,20 @@ def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progres
 
 
 def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
-    """Why there is no plan: nothing fits, or the time was up before anything was found."""
-    if contest.late:
-        found = "no plan that fits when the time was up"
-        mend = "give it more time, or no budget: then it says by how much nothing fits"
-        return PlanError(Problem("search", "budget", found, "time for at least one plan", mend))
-    if not explored.tried:
-        candidates = sample_of(contest.costs, contest.dropped)
-        explored = explore(contest.costs, candidates, contest.dropped, tell)
-    return nothing_fits(contest.costs, explored.misfits, explored.tried)
+    """Why there is no plan: nothing fits, or the search had to end before anything was found."""
+    with suppress(Stopped), until(contest.may_leave_off):
+        if not contest.late:
+            if not explored.tried:
+                candidates = sample_of(contest.costs, contest.dropped)
+                explored = explore(contest.costs, candidates, contest.dropped, tell)
+            return nothing_fits(contest.costs, explored.misfits, explored.tried)
+    if contest.stopped:
+        where, found, mend = "interrupted", "no plan that fits so far", "let it search for longer"
+    else:
+        where, found = "budget", "no plan that fits when the time was up"
+        mend = "give it more time, or no budget"
+    wanted, mend = "time for at least one plan", f"{mend}: then it says by how much nothing fits"
+    return PlanError(Problem("search", where, found, wanted, mend))
 
 
 def _simplest(contest: Contest) -> Played:
@@ -218,7 +308,7 @@ def baseline_plan(
 
     Raises FitError when it does not fit, PlanError when the name or the job allows no such plan.
     """
-    _check(model, cluster, job)
+    check_inputs(model, cluster, job)
     if name not in BASELINES:
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
@@ -240,44 +330,6 @@ def baseline_plan(
     _regular(contest, [(name, found)], lambda _what, _done, _all: None)
     assert contest.best is not None, "the first plan is always played"
     return _with_prediction(contest, contest.best, [], certificate(costs))
-
-
-def _check(model: LayerGraph, cluster: Cluster, job: Job) -> None:
-    """Raise for what no search could deal with. Files are checked for more when they are read."""
-    ClusterError.check(_link_problems(cluster))
-    PlanError.check(_job_problems(model, job))
-
-
-def _job_problems(model: LayerGraph, job: Job) -> Iterator[Problem]:
-    if not 1 <= job.global_batch <= MOST_ROWS:
-        wanted = f"1 to {MOST_ROWS:,}"
-        yield Problem("job", "global_batch", f"{job.global_batch:,}", wanted)
-    if not 1 <= len(model.layers) <= MOST_LAYERS:
-        found, wanted = f"{len(model.layers):,}", f"1 to {MOST_LAYERS:,}"
-        mend = "describe runs of small layers as one layer each" if model.layers else ""
-        yield Problem(f"model {model.name}", "layers", found, wanted, mend)
-    for name, found, wanted in (
-        ("sequence", str(job.sequence), str(model.sequence)),
-        ("precision", job.precision, model.precision),
-    ):
-        if found != wanted:
-            reason = f"{wanted}, for which model {model.name} was described"
-            yield Problem("job", name, found, reason, "describe the model again for this job")
-
-
-def _link_problems(cluster: Cluster) -> Iterator[Problem]:
-    links = [
-        (f"node {node.name}", name, link)
-        for node in cluster.nodes
-        for name, link in (("inside", node.inside), ("network", node.network))
-    ]
-    links += [(f"site {site.name}", "uplink", site.uplink) for site in cluster.sites if site.uplink]
-    links += [(f"nodes {' and '.join(each.between)}", "link", each.link) for each in cluster.direct]
-    for where, name, link in links:
-        if not 0 < link.bandwidth < inf or not 0 <= link.latency < inf:
-            found = f"{link.bandwidth:g} bytes/s after {link.latency:g} s"
-            wanted = "a bandwidth above zero: every node must be able to reach the others"
-            yield Problem(where, name, found, wanted, "leave out nodes that cannot be reached")
 
 
 def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
@@ -304,17 +356,22 @@ def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
             names.add(other.name)
             builds[other.plan.name] += 1
             chosen.append(other)
-    parts = parts_in(contest, winner)
     return [
         RunnerUp(
-            name=other.name,
-            step_seconds=other.seconds,
-            reason="the same plan"
-            if other.plan == winner.plan
-            else why_slower(parts, parts_in(contest, other)),
+            name=other.name, step_seconds=other.seconds, reason=_why_lost(contest, winner, other)
         )
         for other in chosen
     ]
+
+
+def _why_lost(contest: Contest, winner: Played, other: Played) -> str:
+    """What a strategy spends more on. Whoever has stopped the search does not wait for another
+    simulated step."""
+    if other.plan == winner.plan:
+        return "the same plan"
+    if contest.stopped and timeline_of(contest, other) is None:
+        return "slower in the simulator"
+    return why_slower(parts_in(contest, winner), parts_in(contest, other))
 
 
 def _with_prediction(

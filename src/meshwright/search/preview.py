@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
+from meshwright.cluster.topology import Resource
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.instructions import Op
 from meshwright.program.posting import AHEAD
@@ -73,7 +74,7 @@ def _pipe(costs: Costs, line: Line) -> _Pipe:
         backward.append(max(g[b] - g[a] for _, g in sums))
     ahead: list[float] = []
     back: list[float] = []
-    busy: dict[str, float] = {}
+    busy: dict[Resource, float] = {}
     for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True):
         ways = crossings(costs, here, there)
         for found, way, table in zip(
@@ -214,7 +215,7 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
 def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
     """When all gradients are summed."""
     end = max(span[0][1] for span in spans)
-    free: dict[str, float] = {}
+    free: dict[Resource, float] = {}
     for begin, complete, size, closing, units in sorted(
         _sums(costs, lines, spans), key=lambda found: found[1]
     ):
@@ -276,12 +277,14 @@ def _passed(costs: Costs, holder: Holder, layer: int) -> float:
     return begin + (end - begin) * (delay + (1 - delay) * done)
 
 
-def _rings(costs: Costs, units: tuple[Unit, ...]) -> tuple[float, tuple[tuple[str, float], ...]]:
+def _rings(
+    costs: Costs, units: tuple[Unit, ...]
+) -> tuple[float, tuple[tuple[Resource, float], ...]]:
     """The rings of all tensor ranks: latency, and seconds per byte on every resource."""
     found = costs.sums.get(units)
     if found is None:
         latency = 0.0
-        used: dict[str, float] = {}
+        used: dict[Resource, float] = {}
         for t in range(len(units[0])):
             traffic = ring(costs, tuple(unit[t] for unit in units))
             latency = max(latency, traffic.latency)

@@ -203,7 +203,7 @@ def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     folded = fold(plan, costs.cluster)
     program = compile_plan(probe, costs.model, only=folded.ranks)
     prices = price(program, probe, costs.model, costs.cluster, costs.profile)
-    return program, priced_for_all(program, prices, folded, costs.cluster)
+    return program, priced_for_all(program, prices, folded)
 
 
 def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:

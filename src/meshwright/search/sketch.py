@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Link
-from meshwright.cost.links import overhead_seconds
 from meshwright.cost.memory import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
@@ -120,6 +118,7 @@ class Drawing:
     units: dict[tuple[int, int, int], UnitFacts] = field(default_factory=dict)
     grids: dict[object, Ints] = field(default_factory=dict)
     """Depths worth a look, by what they depend on."""
+    paces: dict[Sketch, float] = field(default_factory=dict)
 
 
 def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
@@ -339,42 +338,3 @@ def _same_node(board: Drawing, template: Template, stage: int, segment: Segment)
             break
         place -= each.depth
     return place % run != run - 1
-
-
-def after(board: Drawing, sketches: Sequence[Sketch]) -> float:
-    """Seconds after the last pipeline: norm over all devices, slowest optimizer, overhead; and the
-    uplinks, where pipelines at several sites hold the same layers."""
-    used = {s.fleet for each in sketches for s in each.template.segments}
-    count = sum(each.template.devices for each in sketches)
-    sites = {board.fleets[number].site for number in used}
-    step = max(hop_latency(board.costs, board.fleets[number].network) for number in used)
-    if len(sites) > 1:
-        uplinks = [u.latency for site in sites if (u := board.costs.links.uplinks[site])]
-        step += max(uplinks, default=0.0)
-    norm = 2 * (count - 1) * step if count > 1 else 0.0
-    return norm + max(each.optimizer for each in sketches) + overhead_seconds(board.costs.profile)
-
-
-def between_sites(board: Drawing, sketches: Sequence[Sketch]) -> float:
-    """Seconds in which the gradients of pipelines at several sites pass the uplinks."""
-    homes = [{board.fleets[s.fleet].site for s in each.template.segments} for each in sketches]
-    sites = set.union(*homes)
-    if len(sites) < 2 or len(sketches) < 2:
-        return 0.0
-    links = [link for site in sites if (link := board.costs.links.uplinks[site])]
-    ring = max(sum(s.width for s in each.template.segments) for each in sketches) * len(sketches)
-    return max(
-        (2 * board.gradients / link.bandwidth + 2 * ring * link.latency for link in links),
-        default=0.0,
-    )
-
-
-def whole_seconds(board: Drawing, sketches: Sequence[Sketch], counts: Sequence[float]) -> float:
-    """Seconds of a step of these pipelines with these numbers of micro-batches."""
-    delay = board.costs.system.reduction_delay
-    crowded = len(sketches) > 1
-    meeting = between_sites(board, sketches)
-    return after(board, sketches) + max(
-        each.once + each.further(count) + max(each.exposed(delay, crowded=crowded), meeting)
-        for each, count in zip(sketches, counts, strict=True)
-    )

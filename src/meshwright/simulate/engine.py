@@ -31,8 +31,13 @@ from meshwright.program.instructions import (
     Program,
     text,
 )
+from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
+from meshwright.stopping import look
+
+LOOKED_UP = 1_000
+"""Intervals from one look at whether to go on to the next: a few hundredths of a second."""
 
 At = tuple[int, int]
 """An instruction: rank, and index in its list."""
@@ -81,13 +86,12 @@ class _Collective:
 
 
 @dataclass(slots=True)
-class _Chain:
-    """Broadcasts along one chain of ranks, one after another."""
+class _Queue:
+    """Broadcasts along one chain, one after another."""
 
-    posted: dict[tuple[int | None, tuple[int, int] | None], list[At]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    """Sends and receives, by micro-batch and rows."""
+    ranks: tuple[int, ...]
+    posted: dict[tuple[object, ...], list[At]] = field(default_factory=lambda: defaultdict(list))
+    """Sends and receives of broadcasts that have not begun, by cut, micro-batch and rows."""
     busy: bool = False
 
 
@@ -102,7 +106,7 @@ class _Step:
         self.network = Network(bandwidth=prices.bandwidth)
         self.ranks = [_Rank(memory=size) for size in prices.static_bytes]
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
-        self.chains: dict[tuple[int, ...], _Chain] = defaultdict(_Chain)
+        self.chains: dict[Chain, _Queue] = {}
         self.collectives: dict[At, _Collective] = {}
         self.intervals: list[Interval] = []
         self.memory = [
@@ -200,9 +204,9 @@ class _Step:
         if i.ranks:
             if i.op in RECEIVES:
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
-            chain = self.chains[i.ranks]
-            chain.posted[i.micro_batch, i.rows].append(at)
-            self.pass_on(chain, i.ranks)
+            chain = self.chains.setdefault(chain_of(i), _Queue(i.ranks))
+            chain.posted[stage_before(i), i.micro_batch, i.rows].append(at)
+            self.pass_on(chain)
             return
         if i.op in SENDS:
             channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
@@ -228,27 +232,25 @@ class _Step:
         self.match(channel)
         self.advance(receive[0])
 
-    def pass_on(self, chain: _Chain, ranks: tuple[int, ...]) -> None:
+    def pass_on(self, chain: _Queue) -> None:
         """Begin the first broadcast whose sends and receives are all posted."""
         for key, ends in () if chain.busy else chain.posted.items():
-            if len(ends) == 2 * (len(ranks) - 1):
+            if len(ends) == 2 * (len(chain.ranks) - 1):
                 chain.busy = True
                 del chain.posted[key]
-                first = next(at for at in ends if self.peer(at) == ranks[1])
-                self.move(first, self.passed_on, chain, ranks, ends, self.now)
+                first = next(at for at in ends if self.peer(at) == chain.ranks[1])
+                self.move(first, self.passed_on, chain, ends, self.now)
                 return
 
-    def passed_on(
-        self, chain: _Chain, ranks: tuple[int, ...], ends: list[At], began: float
-    ) -> None:
+    def passed_on(self, chain: _Queue, ends: list[At], began: float) -> None:
         for at in ends:
             self.record(at, began)
             i = self.program.ranks[at[0]][at[1]]
             if i.op in RECEIVES:
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         chain.busy = False
-        self.pass_on(chain, ranks)
-        for rank in ranks[1:]:
+        self.pass_on(chain)
+        for rank in chain.ranks[1:]:
             self.advance(rank)
 
     def peer(self, at: At) -> int | None:
@@ -297,7 +299,9 @@ class _Step:
         """Send an instruction's traffic: its latency, then its bytes."""
         traffic = self.prices.ranks[at[0]][at[1]].traffic
         arrival = self.now + traffic.latency
-        sizes = {name: size for name, size in traffic.bytes_by_resource.items() if size > 0}
+        sizes = traffic.bytes_by_resource
+        if sizes and min(sizes.values()) <= 0:
+            sizes = {resource: size for resource, size in sizes.items() if size > 0}
         if sizes:
             stream = traffic.stream or 0.0
             flow = Flow(
@@ -320,6 +324,8 @@ class _Step:
 
     def record(self, at: At, began: float) -> None:
         i = self.program.ranks[at[0]][at[1]]
+        if len(self.intervals) % LOOKED_UP == 0:
+            look()
         self.intervals.append(
             Interval(
                 rank=at[0],

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError, Problem
 
 
@@ -15,7 +16,7 @@ from meshwright.errors import ClusterError, Problem
 class Flow:
     """A transfer or collective on its way. It uses all its resources at one common pace."""
 
-    bytes_by_resource: Mapping[str, float]
+    bytes_by_resource: Mapping[Resource, float]
     """Positive amounts only."""
     then: Callable[[], None]
     """What follows its end."""
@@ -34,7 +35,7 @@ class Flow:
     """When `left` was true."""
     version: int = 0
     """Changes whenever the rate does, which dates older forecasts."""
-    weights: tuple[tuple[str, float], ...] = ()
+    weights: tuple[tuple[Resource, float], ...] = ()
     """Streams on every resource."""
 
     def __post_init__(self) -> None:
@@ -51,9 +52,9 @@ class Flow:
 class Network:
     """Resources, and the flows on them."""
 
-    bandwidth: Mapping[str, float]
+    bandwidth: Mapping[Resource, float]
     """Bytes per second of every resource."""
-    flows: dict[str, dict[Flow, None]] = field(default_factory=dict)
+    flows: dict[Resource, dict[Flow, None]] = field(default_factory=dict)
     """By resource, in order of arrival."""
     touched: dict[Flow, None] = field(default_factory=dict)
     """Flows whose share of some resource may have changed."""
@@ -89,7 +90,7 @@ def settle(network: Network, now: float) -> list[Flow]:
 def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
     """These flows, and all that share a resource with them directly or through others."""
     found = dict.fromkeys(flows)
-    queue, seen = list(found), set[str]()
+    queue, seen = list(found), set[Resource]()
     while queue:
         for resource in queue.pop().bytes_by_resource:
             if resource not in seen:
@@ -112,7 +113,7 @@ def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
     return changed
 
 
-def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
     """Shares per second of each flow, max-min fair between streams.
 
     Queued flows: those first in line on all their resources share with the rest; the others get, in
@@ -124,6 +125,11 @@ def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Fl
     ClusterError.check(
         Problem(f"link {resource}", "bandwidth", "0", "above zero") for resource in empty
     )
+    if len(every) == 1:
+        (flow,) = every
+        return {
+            flow: min(left[resource] / weight for resource, weight in flow.weights) / flow.stream
+        }
     waiting = _not_first(every)
     rates = _filled(left, [flow for flow in every if flow not in waiting])
     for flow in waiting:
@@ -137,7 +143,7 @@ def fair_rates(bandwidth: Mapping[str, float], flows: Iterable[Flow]) -> dict[Fl
 def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
     """Queued flows that have one before them on some resource, in the order of arrival."""
     waiting: dict[Flow, None] = {}
-    first: dict[str, str] = {}
+    first: dict[Resource, str] = {}
     for flow in sorted((flow for flow in flows if flow.sender), key=lambda flow: flow.number):
         assert flow.sender is not None
         served = [first.setdefault(name, flow.sender) for name in flow.bytes_by_resource]
@@ -146,23 +152,24 @@ def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
     return waiting
 
 
-def _filled(left: dict[str, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+def _filled(left: dict[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
     """Progressive filling, which takes what it gives from `left`: all streams speed up together;
     those through the first resource to fill stay at that speed, the rest go on (Bertsekas and
     Gallager, Data Networks, section 6.5.2). Flows with equal streams on the same resources, as the
     buckets of one ring, are treated as one.
     """
-    alike: dict[tuple[tuple[str, float], ...], list[Flow]] = {}
+    alike: dict[tuple[tuple[Resource, float], ...], list[Flow]] = {}
     for flow in flows:
         alike.setdefault(flow.weights, []).append(flow)
     rates: dict[Flow, float] = {}
     while alike:
-        load: dict[str, float] = defaultdict(float)
+        load: dict[Resource, float] = defaultdict(float)
         for weights, members in alike.items():
             for resource, weight in weights:
                 load[resource] += weight * len(members)
         speed, fullest = min((left[r] / load[r], r) for r in load)
-        for weights in [w for w in alike if any(resource == fullest for resource, _ in w)]:
+        passing = [w for w, (one, *_) in alike.items() if fullest in one.bytes_by_resource]
+        for weights in passing:
             members = alike.pop(weights)
             rates.update((flow, speed / flow.stream) for flow in members)
             for resource, weight in weights:

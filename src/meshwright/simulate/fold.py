@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from meshwright.cluster.spec import Cluster, Node, node_of
-from meshwright.cluster.topology import owners
+from meshwright.cluster.topology import Resource
 from meshwright.cost.collective import Traffic
 from meshwright.cost.instructions import Price, Prices, price
 from meshwright.cost.links import messages_queue
@@ -27,6 +27,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import SENDS, Op, Program
 from meshwright.program.timeline import Timeline
 from meshwright.simulate.engine import simulate
+from meshwright.stopping import look
 
 Copy = tuple[str, ...]
 """Devices of one copy, by place: stage, then replica."""
@@ -38,8 +39,10 @@ class Fold:
 
     ranks: frozenset[int]
     sharing: dict[str, int]
-    """By node and site: copies of a pipeline that pass its bus, network interface or uplink. Those
-    of a site are by pipeline: `@site|number`."""
+    """By node of a copy that is played: the copies of its pipeline that pass the node's bus and its
+    network interface."""
+    crossing: dict[tuple[str, int], int]
+    """By site and pipeline: copies that pass the site's uplink."""
     pipeline_of: dict[int, int]
     rings: dict[int, int]
     """By pipeline: rings of one bucket, each of its own tensor ranks, that are one here."""
@@ -62,16 +65,17 @@ def fold(plan: Plan, cluster: Cluster) -> Fold:
     rank_of = {device: rank for rank, device in enumerate(plan.devices)}
     pipeline_of: dict[int, int] = {}
     sharing: dict[str, int] = {}
+    crossing: dict[tuple[str, int], int] = {}
     for p, copies in enumerate(found):
         pipeline_of.update((rank_of[device], p) for device in copies[0])
         passing = Counter(node for copy in copies for node in {node_of(d) for d in copy})
         sharing.update({node: passing[node] for node in {node_of(d) for d in copies[0]}})
         for site in {nodes[node_of(device)].site for device in copies[0]}:
-            sharing[f"@{site}|{p}"] = len(copies)
+            crossing[site, p] = len(copies)
     rings = {
         p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(plan.pipelines)
     }
-    return Fold(frozenset(pipeline_of), sharing, pipeline_of, rings)
+    return Fold(frozenset(pipeline_of), sharing, crossing, pipeline_of, rings)
 
 
 def _folded(
@@ -126,6 +130,7 @@ def _foldings(pipeline: Pipeline, nodes: dict[str, Node], *, across: bool) -> It
         return
     width = gcd(*(len(stage.devices) for stage in stages))
     for number in (n for n in range(width, 0, -1) if width % n == 0):
+        look()
         parts = [
             [unit for stage in stages for unit in _part(stage.devices, c, number)]
             for c in range(number)
@@ -189,7 +194,7 @@ def simulate_folded(
     prices = price(program, plan, model, cluster, profile)
     if len(folded.ranks) == len(plan.devices):
         return simulate(program, prices)
-    shared = priced_for_all(program, prices, folded, cluster)
+    shared = priced_for_all(program, prices, folded)
     return simulate(_among_themselves(program, folded), shared)
 
 
@@ -210,24 +215,21 @@ def _among_themselves(program: Program, folded: Fold) -> Program:
     )
 
 
-def priced_for_all(program: Program, prices: Prices, folded: Fold, cluster: Cluster) -> Prices:
+def priced_for_all(program: Program, prices: Prices, folded: Fold) -> Prices:
     """Prices of the ranks that are played, among all the others: transfers carry the bytes of all
     copies; rings keep to the resources of those played."""
-    owner = owners(cluster)
-    sites = {f"@{site.name}" for site in cluster.sites}
     devices = {prices.devices[rank] for rank in folded.ranks}
-    played = devices | set(folded.sharing) | sites
     rings: dict[tuple[int, int], Traffic] = {}
 
     def changed(rank: int, op: Op, price: Price) -> Price:
         traffic = price.traffic
         if op in SENDS:
-            return replace(price, traffic=_many(traffic, folded, owner, folded.pipeline_of[rank]))
+            return replace(price, traffic=_many(traffic, folded, folded.pipeline_of[rank]))
         if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) and traffic.bytes_by_resource:
             number = folded.rings[folded.pipeline_of[rank]] if op is Op.REDUCE_GRAD else 1
             key = (id(traffic), number)
             if key not in rings:
-                rings[key] = _ring(traffic, owner, played, devices, number)
+                rings[key] = _ring(traffic, folded, devices, number)
             return replace(price, traffic=rings[key])
         return price
 
@@ -238,33 +240,55 @@ def priced_for_all(program: Program, prices: Prices, folded: Fold, cluster: Clus
     return replace(prices, ranks=ranks)
 
 
-def _many(traffic: Traffic, folded: Fold, owner: dict[str, str], pipeline: int) -> Traffic:
+def _many(traffic: Traffic, folded: Fold, pipeline: int) -> Traffic:
     """A transfer with those of all copies that pass the same resources."""
     if not traffic.bytes_by_resource:
         return traffic
     return Traffic(
         bytes_by_resource={
-            name: size
-            * folded.sharing.get(owner[name], folded.sharing.get(f"{owner[name]}|{pipeline}", 1))
-            for name, size in traffic.bytes_by_resource.items()
+            resource: size * _copies(resource, folded, pipeline)
+            for resource, size in traffic.bytes_by_resource.items()
         },
         latency=traffic.latency,
         stream=min(traffic.bytes_by_resource.values()),
     )
 
 
-def _ring(
-    traffic: Traffic, owner: dict[str, str], played: set[str], devices: set[str], number: int
-) -> Traffic:
+def _copies(resource: Resource, folded: Fold, pipeline: int) -> int:
+    """How many copies of a pipeline pass a resource that the played one passes. Explicit links are
+    passed by one: where there are any, every rank is played."""
+    match resource.kind:
+        case "bus" | "network":
+            return folded.sharing.get(resource.owner, 1)
+        case "uplink":
+            return folded.crossing.get((resource.owner, pipeline), 1)
+        case "port" | "link":
+            return 1
+
+
+def _ring(traffic: Traffic, folded: Fold, devices: set[str], number: int) -> Traffic:
     """What `number` rings ask of the resources of the ranks that are played; each has its own
     devices' ports."""
     sizes = traffic.bytes_by_resource
     return Traffic(
         bytes_by_resource={
-            name: size * (1 if owner[name] in devices else number)
-            for name, size in sizes.items()
-            if owner[name] in played
+            resource: size * (1 if resource.kind == "port" else number)
+            for resource, size in sizes.items()
+            if _is_played(resource, folded, devices)
         },
         latency=traffic.latency,
         stream=min(sizes.values()),
     )
+
+
+def _is_played(resource: Resource, folded: Fold, devices: set[str]) -> bool:
+    """Whether a resource belongs to devices or nodes that are played; uplinks are everybody's."""
+    match resource.kind:
+        case "port":
+            return resource.owner in devices
+        case "bus" | "network":
+            return resource.owner in folded.sharing
+        case "link":
+            return resource.owner in folded.sharing and resource.other in folded.sharing
+        case "uplink":
+            return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from meshwright.program.deadlock import READS
@@ -42,19 +43,54 @@ class Segment:
     end_seconds: float
 
 
+class Row:
+    """Intervals of which each ends when or after the one before it does, as they do one after
+    another on a rank or in a channel: found by the moment of their end without a look at all."""
+
+    def __init__(self) -> None:
+        self.intervals: list[Interval] = []
+        self.ends: list[float] = []
+        self.in_order = True
+
+    def append(self, interval: Interval) -> None:
+        """One more."""
+        self.in_order &= not self.ends or self.ends[-1] <= interval.end_seconds
+        self.intervals.append(interval)
+        self.ends.append(interval.end_seconds)
+
+    def latest(self, before: float, tolerance: float) -> list[Interval]:
+        """Those that end last, at or before a moment."""
+        if not self.in_order:  # a measured step may hold anything
+            return latest(self.intervals, before, tolerance)
+        last = bisect_right(self.ends, before + tolerance)
+        if not last:
+            return []
+        first = bisect_left(self.ends, self.ends[last - 1] - tolerance, 0, last)
+        return self.intervals[first:last]
+
+
+def latest(intervals: Iterable[Interval], before: float, tolerance: float) -> list[Interval]:
+    """Those that end last, at or before a moment."""
+    ended = [i for i in intervals if i.end_seconds <= before + tolerance]
+    end = max((i.end_seconds for i in ended), default=0.0)
+    return [i for i in ended if i.end_seconds >= end - tolerance]
+
+
 class _Walk:
     """The intervals of a timeline by what a walk back along its critical path asks for."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.tolerance = 1e-9 * timeline.step_seconds
-        self.compute: dict[int, list[Interval]] = defaultdict(list)
+        self.compute: dict[int, Row] = defaultdict(Row)
+        self.makers: dict[tuple[int, int, int | None], list[Interval]] = defaultdict(list)
         self.reads: dict[tuple[Op, int, int, int | None], list[Interval]] = defaultdict(list)
-        self.channels: dict[tuple[Op, int, int | None], list[Interval]] = defaultdict(list)
+        self.channels: dict[tuple[Op, int, int | None], Row] = defaultdict(Row)
         self.reductions: list[Interval] = []
         self.norms: dict[int, Interval] = {}
         for i in timeline.intervals:
             if i.stream == "compute":
                 self.compute[i.rank].append(i)
+                self.makers[i.rank, i.stage, i.micro_batch].append(i)
             elif i.stream == "receive":
                 self.reads[i.op, i.rank, i.stage, i.micro_batch].append(i)
                 self.channels[i.op, i.rank, i.peer].append(i)
@@ -65,49 +101,53 @@ class _Walk:
 
     def latest(self, intervals: Iterable[Interval], before: float) -> list[Interval]:
         """Those that end last, at or before a moment."""
-        ended = [i for i in intervals if i.end_seconds <= before + self.tolerance]
-        end = max((i.end_seconds for i in ended), default=0.0)
-        return [i for i in ended if i.end_seconds >= end - self.tolerance]
+        return latest(intervals, before, self.tolerance)
+
+    def computed(self, rank: int, before: float) -> list[Interval]:
+        """What a rank computed last before a moment."""
+        return self.compute[rank].latest(before, self.tolerance)
 
     def gates(self, i: Interval) -> list[Interval]:
         """What may have kept an interval from beginning earlier; the likelier of equals first."""
-        before, own = i.start_seconds, self.compute[i.rank]
+        before = i.start_seconds
+        own = self.computed(i.rank, before)
         if i.op is Op.REDUCE_NORM:
-            others = self.everyones()
             reductions = self.latest(self.reductions, before)
             reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
-            return [*self.latest(own, before), *self.latest(others, before), *reductions]
+            return [*own, *self.everyones(before), *reductions]
         if i.op is Op.OPTIMIZER_STEP:
             sums = [r for r in self.reductions if r.rank == i.rank]
-            ends = (own, [self.norms[i.rank]], sums)
-            return [gate for group in ends for gate in self.latest(group, before)]
+            ends = ([self.norms[i.rank]], sums)
+            return [*own, *(gate for group in ends for gate in self.latest(group, before))]
         if i.stream == "compute":
             read = READS.get(i.op)
             kinds = (read, GATHERS[read]) if read else ()
             reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
-            return [*self.latest(own, before), *self.latest(reads, before)]
+            return [*own, *self.latest(reads, before)]
         if i.op in GATHERED:
             parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
-            return [*self.latest(own, before), *self.latest(parts, before)]
+            return [*own, *self.latest(parts, before)]
         if i.op is Op.REDUCE_GRAD:
             # It may wait for its turn, after a sum for which somebody else was late.
-            return [*self.latest(own, before), *self.latest(self.everyones(), before)]
+            return [*own, *self.everyones(before)]
         if i.peer is None:
-            return self.latest(own, before)
+            return own
         source, target = (i.peer, i.rank) if i.stream == "receive" else (i.rank, i.peer)
-        made = [c for c in self.compute[source] if c.op in _MAKES[i.op]]
-        made = [c for c in made if (c.stage, c.micro_batch) == (_maker(i), i.micro_batch)]
-        earlier = self.channels[i.op, i.rank, i.peer]
-        posted = self.compute[target]
-        return [x for group in (made, earlier, posted) for x in self.latest(group, before)]
+        made = self.makers[source, _maker(i), i.micro_batch]
+        return [
+            *self.latest((c for c in made if c.op in _MAKES[i.op]), before),
+            *self.channels[i.op, i.rank, i.peer].latest(before, self.tolerance),
+            *self.computed(target, before),
+        ]
 
-    def everyones(self) -> Iterator[Interval]:
-        """What all ranks compute."""
-        return (c for rank in sorted(self.compute) for c in self.compute[rank])
+    def everyones(self, before: float) -> list[Interval]:
+        """What any rank computed last before a moment."""
+        last = [c for rank in sorted(self.compute) for c in self.computed(rank, before)]
+        return self.latest(last, before)
 
     def end_of_compute(self, rank: int, before: float) -> float:
         """When a rank's last compute before a moment ended."""
-        return max((c.end_seconds for c in self.latest(self.compute[rank], before)), default=0.0)
+        return max((c.end_seconds for c in self.computed(rank, before)), default=0.0)
 
 
 def _maker(i: Interval) -> int:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Topology, topology
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce
 from meshwright.cost.instructions import Prices
 from meshwright.model.spec import LayerGraph
@@ -34,23 +34,23 @@ def link_loads(
     A message counts once, at its sender, and a collective once, at its first member; the
     tensor-parallel all-reduces inside forward and backward are counted too.
     """
-    carried: Counter[str] = Counter()
+    carried: Counter[Resource] = Counter()
     for rank, (instructions, costs) in enumerate(zip(program.ranks, prices.ranks, strict=True)):
         for instruction, cost in zip(instructions, costs, strict=True):
             if instruction.op in SENDS or not instruction.ranks or min(instruction.ranks) == rank:
                 carried.update(cost.traffic.bytes_by_resource)
     carried.update(_tensor_parallel(plan, model, topology(cluster)))
     loads = (
-        LinkLoad(name=name, bytes=size, seconds=size / prices.bandwidth[name])
-        for name, size in carried.items()
+        LinkLoad(name=each.name, bytes=size, seconds=size / prices.bandwidth[each])
+        for each, size in carried.items()
         if size > 0
     )
     return tuple(sorted(loads, key=lambda load: (-load.seconds, load.name)))
 
 
-def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[str, float]:
+def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:
     """Bytes by resource of the all-reduces inside layers: micro-batches x rows x bytes of a row."""
-    carried: dict[str, float] = defaultdict(float)
+    carried: dict[Resource, float] = defaultdict(float)
     for stage in stage_seats(plan):
         layers = model.layers[stage.layers[0] : stage.layers[1]]
         row_bytes = sum(
@@ -61,6 +61,6 @@ def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[
             rows = replica[0].rows[1] - replica[0].rows[0]
             size = plan.pipelines[stage.pipeline].micro_batches * rows * row_bytes
             traffic: Traffic = all_reduce(links, [seat.device for seat in replica], size)
-            for name, each in traffic.bytes_by_resource.items():
-                carried[name] += each
+            for resource, each in traffic.bytes_by_resource.items():
+                carried[resource] += each
     return carried

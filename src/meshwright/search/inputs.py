@@ -1,0 +1,54 @@
+"""What no search could deal with: jobs that contradict their model, links that carry nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+
+from meshwright.cluster.spec import Cluster
+from meshwright.errors import ClusterError, PlanError, Problem
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Job
+
+MOST_LAYERS = 1_000
+MOST_ROWS = 1 << 17
+"""Layers of a model and rows of a batch that are planned for: tables of cuts grow with the square
+of the former, simulated steps with the latter."""
+
+
+def check_inputs(model: LayerGraph, cluster: Cluster, job: Job) -> None:
+    """Raise for what no search could deal with. Files are checked for more when they are read."""
+    ClusterError.check(_link_problems(cluster))
+    PlanError.check(_job_problems(model, job))
+
+
+def _job_problems(model: LayerGraph, job: Job) -> Iterator[Problem]:
+    if not 1 <= job.global_batch <= MOST_ROWS:
+        wanted = f"1 to {MOST_ROWS:,}"
+        yield Problem("job", "global_batch", f"{job.global_batch:,}", wanted)
+    if not 1 <= len(model.layers) <= MOST_LAYERS:
+        found, wanted = f"{len(model.layers):,}", f"1 to {MOST_LAYERS:,}"
+        mend = "describe runs of small layers as one layer each" if model.layers else ""
+        yield Problem(f"model {model.name}", "layers", found, wanted, mend)
+    for name, found, wanted in (
+        ("sequence", str(job.sequence), str(model.sequence)),
+        ("precision", job.precision, model.precision),
+    ):
+        if found != wanted:
+            reason = f"{wanted}, for which model {model.name} was described"
+            yield Problem("job", name, found, reason, "describe the model again for this job")
+
+
+def _link_problems(cluster: Cluster) -> Iterator[Problem]:
+    links = [
+        (f"node {node.name}", name, link)
+        for node in cluster.nodes
+        for name, link in (("inside", node.inside), ("network", node.network))
+    ]
+    links += [(f"site {site.name}", "uplink", site.uplink) for site in cluster.sites if site.uplink]
+    links += [(f"nodes {' and '.join(each.between)}", "link", each.link) for each in cluster.direct]
+    for where, name, link in links:
+        if not 0 < link.bandwidth < inf or not 0 <= link.latency < inf:
+            found = f"{link.bandwidth:g} bytes/s after {link.latency:g} s"
+            wanted = "a bandwidth above zero: every node must be able to reach the others"
+            yield Problem(where, name, found, wanted, "leave out nodes that cannot be reached")

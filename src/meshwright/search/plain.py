@@ -1,0 +1,75 @@
+"""A plain strategy for a very large cluster, found in a moment: for whoever cannot wait.
+
+One pipeline on one kind of node, of as few stages as hold the model, every replica with one row of
+a micro-batch: nothing that a search would keep, but a plan that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshwright.search.contest import Contest, Played, Strategy, work_of
+from meshwright.search.costs import Costs, speeds
+from meshwright.search.fitting import fit_line
+from meshwright.search.lines import lines_label, plan_of
+from meshwright.search.mix import legal_widths
+from meshwright.search.space import divisors
+from meshwright.search.templates import Fleet, Segment, Template, fleets, nodes_for, written
+from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.stopping import look
+
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of stages that are tried."""
+
+MOST_WORK = 40_000
+"""Micro-batches of ranks beyond which the strategy would take too long to play."""
+
+
+def plain_plan(contest: Contest) -> Played | None:
+    """The strategy as the simulator sees it; None if nothing plain fits, or it takes too long."""
+    costs = contest.costs
+    strategy = next(_fitting(costs), None)
+    if strategy is None:
+        return None
+    schedule, lines = strategy
+    plan = plan_of(costs, lines, schedule, contest.cluster_print)
+    if work_of(plan, fold(plan, costs.cluster)) > MOST_WORK:
+        return None
+    seconds = simulate_folded(plan, costs.model, costs.cluster, costs.profile).step_seconds
+    missing = len(costs.devices) - len(plan.devices)
+    return Played(lines_label(lines, schedule, missing), plan, seconds)
+
+
+def _fitting(costs: Costs) -> Iterator[Strategy]:
+    """Plain strategies that fit: on the kind of nodes that has the most speed together, in the
+    narrowest tensor groups, of the fewest stages first."""
+    every = fleets(costs)
+    speed = speeds(costs, {fleet.kind for fleet in every})
+    order = sorted(
+        range(len(every)),
+        key=lambda i: -speed[every[i].kind] * every[i].each * len(every[i].nodes),
+    )
+    for number in order:
+        for tensor in (t for t in legal_widths(costs) if every[number].each % t == 0):
+            for depth in (d for d in DEPTHS if d <= len(costs.model.layers)):
+                look()
+                segment = _widest(costs, every[number], number, tensor, depth)
+                if segment is None:
+                    break
+                template = Template(tensor, (segment,), segment.width, "1f1b")
+                stages = written(every, template, {})
+                count = costs.job.global_batch // segment.width
+                fitted = fit_line(costs, stages, segment.width, count, "1f1b")
+                if fitted is not None:
+                    yield "1f1b", (fitted.line,)
+
+
+def _widest(costs: Costs, fleet: Fleet, number: int, tensor: int, depth: int) -> Segment | None:
+    """As many replicas of so many stages as divide the batch and have nodes; None if not one has.
+    A replica's neighbour is on the next node, or beside it where it fills the node."""
+    units = fleet.each // tensor
+    for width in reversed(divisors(costs.job.global_batch)):
+        blocks = [b for b in divisors(units) if width % b == 0]
+        if blocks and nodes_for(units, depth, width, blocks[-1]) <= len(fleet.nodes):
+            return Segment(number, depth, width, blocks[-1])
+    return None

@@ -1,0 +1,138 @@
+"""No plan is faster than its certificate, on whatever links it runs and however its backwards are
+cut in two."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from searchworlds import FAST, SLOW, cluster, job, model
+
+from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
+from meshwright.cost.collective import all_reduce
+from meshwright.cost.halves import SPLIT_COST
+from meshwright.cost.profile import LayerTime, Profile
+from meshwright.search.certificate import (
+    CHAIN,
+    LAST,
+    certificate,
+    certificate_in_haste,
+    least_ring_seconds,
+)
+from meshwright.search.costs import costs_of
+from meshwright.search.planner import find_plan
+from meshwright.stopping import Stopped, until
+
+latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
+
+
+@st.composite
+def wired(draw) -> Cluster:
+    """Nodes whose networks may be quicker than what is inside them, at one site or two, perhaps
+    with explicit links."""
+    nodes = tuple(
+        Node(
+            name=f"n{i}",
+            site=draw(st.sampled_from(["here", "there"])),
+            devices=("fast",) * draw(st.integers(1, 3)),
+            inside=Link(bandwidth=1e10, latency=draw(latencies)),
+            network=Link(bandwidth=1e9, latency=draw(latencies)),
+        )
+        for i in range(draw(st.integers(1, 4)))
+    )
+    uplinks = st.none() | st.builds(Link, bandwidth=st.just(1e9), latency=latencies)
+    pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name < b.name]
+    chosen = draw(st.lists(st.sampled_from(pairs), max_size=2, unique=True)) if pairs else []
+    wire = Link(bandwidth=1e9, latency=draw(latencies))
+    return Cluster(
+        name="wired",
+        types={"fast": FAST},
+        nodes=nodes,
+        sites=tuple(Site(name=name, uplink=draw(uplinks)) for name in ("here", "there")),
+        direct=tuple(DirectLink(between=pair, link=wire) for pair in chosen),
+    )
+
+
+@settings(max_examples=200)
+@given(wired(), st.data())
+def test_no_ring_of_so_many_devices_is_quicker_than_the_least(where, data):
+    costs = costs_of(model([1.0]), where, job())
+    names = [device.name for device in devices_of(where)]
+    members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    ring = all_reduce(costs.links, members, 0.0).latency
+    assert least_ring_seconds(costs)(len(members)) <= ring
+
+
+def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():
+    """Two devices of a node are 2 ms apart, and 1 us from those of other nodes."""
+    slow, quick = Link(bandwidth=1e10, latency=2e-3), Link(bandwidth=1e10, latency=1e-6)
+    nodes = tuple(
+        Node(name=name, site="here", devices=("fast",) * 2, inside=slow, network=quick)
+        for name in "abc"
+    )
+    where = Cluster(name="c", types={"fast": FAST}, nodes=nodes, sites=(Site(name="here"),))
+    graph, todo = model([2.0] * 6, parameters=1000), job(8)
+    bound = certificate(costs_of(graph, where, todo)).seconds
+    assert bound <= find_plan(graph, where, todo).prediction.step_seconds
+
+
+def test_the_gradients_of_weights_are_no_link_of_the_chain():
+    """Six devices for two rows: nobody waits for the weights' parts of layers after the first."""
+    quick = Link(bandwidth=1e12, latency=0.0)
+    where = cluster(*[("fast",)] * 6, network=quick, types=(FAST, SLOW))
+    graph, todo = model([10.0] * 6, parameters=1000, units=0), job(2)
+    step = find_plan(graph, where, todo).prediction.step_seconds
+    bound = certificate(costs_of(graph, where, todo))
+    each = 10e9 / 20e12  # a forward of a row; its backward takes twice that, half of it for weights
+    assert bound.reason == CHAIN
+    assert bound.seconds == pytest.approx(each * (6 + 5 * SPLIT_COST + 2), rel=1e-6)
+    assert bound.seconds < step < 6 * 3 * each
+
+
+def test_a_backward_that_was_measured_quicker_in_two_parts_counts_as_that():
+    graph, where, todo = model([10.0] * 4, parameters=1000), cluster(("fast",) * 2), job(8)
+    chance = Random(0)
+    layers = tuple(
+        LayerTime(
+            device="fast",
+            signature=graph.layers[0].signature,
+            precision="fp32",
+            tensor=1,
+            rows=rows,
+            forward_seconds=1e-3 * rows,
+            backward_seconds=2e-3 * rows,
+            input_seconds=(0.8 + 0.1 * chance.random()) * 1e-3 * rows,
+            weight_seconds=0.8e-3 * rows,
+        )
+        for rows in (1, 2, 4, 8)
+    )
+    profile = Profile(model="chain", sequence=16, layers=layers)
+    bound = certificate(costs_of(graph, where, todo, profile)).seconds
+    parts = Profile(
+        model="chain",
+        sequence=16,
+        layers=tuple(
+            LayerTime(
+                device=each.device,
+                signature=each.signature,
+                precision=each.precision,
+                tensor=1,
+                rows=each.rows,
+                forward_seconds=each.forward_seconds,
+                backward_seconds=each.input_seconds + each.weight_seconds,
+            )
+            for each in layers
+        ),
+    )
+    assert bound == pytest.approx(certificate(costs_of(graph, where, todo, parts)).seconds)
+
+
+def test_a_certificate_that_is_left_off_gives_way_to_one_that_takes_no_time():
+    costs = costs_of(model([10.0] * 4), cluster(("fast",) * 2, ("slow",) * 2), job(8))
+    with pytest.raises(Stopped), until(lambda: True):
+        certificate(costs)
+    quick = certificate_in_haste(costs)
+    assert quick.reason == LAST
+    assert 0 < quick.seconds < certificate(costs).seconds
