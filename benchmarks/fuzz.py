@@ -234,7 +234,7 @@ def _strays(home: Path) -> list[str]:
     """What lies outside the folder of a case, and drafts that nobody took away."""
     expected = {home, home.parent / "tmp", home.parent / "out.txt", home.parent / "err.txt"}
     outside = [p for p in (*home.parent.iterdir(), *home.parents[1].iterdir()) if p not in expected]
-    drafts = [] if home.is_symlink() else list(home.rglob(".meshwright-*.draft"))
+    drafts = [] if home.is_symlink() else list(home.rglob(".*.draft"))
     return [str(p.name) for p in (*outside, *drafts) if p != home.parent]
 
 

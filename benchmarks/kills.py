@@ -162,7 +162,7 @@ class Run:
         done, ahead of the writing; the launcher takes down what it has started after it."""
         if (self.folder / WEIGHTS).exists():
             return "over" if who == "rank" else "teardown"
-        if (self.folder / f"{WEIGHTS}.draft").exists():
+        if any(self.folder.glob(f".{WEIGHTS}.*")):
             return "writing"
         done = self.steps()
         if who == "rank" and done == STEPS:

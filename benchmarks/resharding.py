@@ -27,7 +27,7 @@ from typing import Any
 from resharding_cases import CASES, ITEM, METHODS, ONE_TO_MANY, Case, layouts
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
-from meshwright.cluster.topology import Topology, path, topology
+from meshwright.cluster.topology import Resource, Topology, path, topology
 from meshwright.cost.collective import all_gather
 from meshwright.layout.order import lower_bound
 from meshwright.layout.reshard import Transfer, multicasts, reshard
@@ -86,7 +86,9 @@ class Play:
         self.count += 1
         heappush(self.events, (seconds, self.count, react))
 
-    def flow(self, carried: dict[str, float], latency: float, then: Callable[[], None]) -> None:
+    def flow(
+        self, carried: dict[Resource, float], latency: float, then: Callable[[], None]
+    ) -> None:
         """Bytes on resources at one pace, after a latency."""
         flow = Flow(bytes_by_resource=carried, then=then)
         self.at(self.now + latency, lambda: start(self.network, flow, self.now))
@@ -137,7 +139,7 @@ class Play:
 
     def chain(self, transfer: Transfer, size: float, done: Callable[[], None]) -> None:
         """All hops at the pace of the slowest, after the first chunk has come through."""
-        carried: dict[str, float] = defaultdict(float)
+        carried: dict[Resource, float] = defaultdict(float)
         fill = []
         for source, target in pairwise((transfer.source, *transfer.receivers)):
             way = path(self.links, self.devices[source], self.devices[target])

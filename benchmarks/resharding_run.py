@@ -62,10 +62,10 @@ def worker(rank: int, size: int, store: str, results: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from meshwright.runtime.rendezvous import loopback_interface
+    from meshwright.runtime.variables import kept_to
 
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    os.environ.update(kept_to(None, os.environ))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for case in map(scaled, CASES):
         source, target, hosts = layouts(case)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.cost.profile import LayerTime
+from meshwright.errors import MeshwrightError
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.zoo.gpt import GPT
@@ -122,7 +123,7 @@ def train(job: dict, folder: Path) -> None:
 
     model = make_model(job["model"])
     if job["mode"] == "virtual":
-        times = load(folder / TIMES, VirtualTimes, error=ValueError)
+        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError)
         engine = VirtualEngine(model, plan, inputs=rows(0, 1), times=times.ranks)
     else:
         share = job["shares"].get(plan.devices[rank])

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_sleep import SleepingLayer, SleepingStage
 from torch_streams import sharded
 
+from meshwright.errors import MeshwrightError
 from meshwright.model.graph import LOSS, LayeredModel, cut
 from meshwright.plan.files import load_plan
 from meshwright.plan.ranks import StageSeats, stage_seats
@@ -253,7 +254,7 @@ def main() -> None:
         job = json.loads((folder / "job.json").read_text())
         plan = load_plan(folder / "plan.json")
         dist.init_process_group("gloo")
-        times = load(folder / TIMES, VirtualTimes, error=ValueError).ranks[dist.get_rank()]
+        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError).ranks[dist.get_rank()]
         (pipeline,) = plan.pipelines
         rows = pipeline.rows // len(pipeline.stages[0].devices)
         layered = cut(make_model(job["model"]), batch(rows, plan.job.sequence))

@@ -18,11 +18,11 @@ import pytest
 
 from meshwright import files
 from meshwright.errors import MeshwrightError, OutputError, PlanError
+from meshwright.faults import fault
 from meshwright.files import (
     add_line,
     check_folder,
     check_output,
-    fault,
     growing,
     make_folder,
     read_bytes,
@@ -165,6 +165,20 @@ def test_a_file_keeps_its_mode_and_its_links(tmp_path: Path) -> None:
     assert path.read_text() == "2"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert (tmp_path / "later").read_text() == "3"
+
+
+def test_what_a_killed_process_left_of_a_file_is_taken_away(tmp_path: Path) -> None:
+    path, other = tmp_path / "weights", tmp_path / "weights-2"
+    for name in (path, other):
+        with files.replacing(name) as draft:
+            draft.write_text("half")
+            os.link(draft, f"{draft}.draft")  # keeps it, as if nobody had come to clean up
+    path.write_text("whole")
+    assert len([*tmp_path.glob(".weights*")]) == 2
+    files.remove_drafts(path)
+    assert [*tmp_path.glob(".weights.*")] == []
+    assert len([*tmp_path.glob(".weights-2.*")]) == 1, "another file's is not touched"
+    assert path.read_text() == "whole"
 
 
 def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ FLOORS = (
     "units",
     "text",
     "errors",
+    "faults",
     "files",
     "formats",
     "records",
@@ -60,7 +61,6 @@ WITH_TORCH = (
     "meshwright.runtime",
     "meshwright.testbed.virtual",
     "meshwright.testbed.worker",
-    "meshwright.training",
     "meshwright.demo",
     "meshwright.__main__",
 )

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from meshwright import files
 from meshwright.errors import Problem, TrainingError
+from meshwright.launch.local import Launcher
 from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe
@@ -84,10 +85,11 @@ def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
     even = by_hand(session, "even")
     explain(found, console)
     console.rule("train")
-    contenders = tuple(
-        _train(session, title, plan, folder, steps, console)
-        for title, plan in (("even plan", even), ("plan found", found))
-    )
+    with Launcher() as launcher:
+        contenders = tuple(
+            _train(session, title, plan, folder, steps, console, launcher)
+            for title, plan in (("even plan", even), ("plan found", found))
+        )
     console.rule("result")
     _check_losses(contenders)
     console.print(_table(contenders))
@@ -125,7 +127,13 @@ def _prepare(folder: Path, console: Console) -> Session:
 
 
 def _train(
-    session: Session, title: str, plan: Plan, folder: Path, steps: int, console: Console
+    session: Session,
+    title: str,
+    plan: Plan,
+    folder: Path,
+    steps: int,
+    console: Console,
+    launcher: Launcher,
 ) -> Contender:
     name = title.replace(" ", "-")
     save_plan(plan, folder / f"{name}.json")
@@ -137,7 +145,10 @@ def _train(
         learning_rate=1e-3,
         shares={device: SHARES[kinds[device]] for device in plan.devices},
     )
-    outcome = train_here(session, plan, settings, folder / name, title=title, console=console)
+    run = folder / name
+    outcome = train_here(
+        session, plan, settings, run, title=title, console=console, launcher=launcher
+    )
     if outcome.timeline is not None:
         dump_trace(outcome.timeline, folder / f"{name}-measured-trace.json")
     dump_trace(simulated(session, plan), folder / f"{name}-predicted-trace.json")

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal, TextIO
 
-from meshwright.errors import MachineError, MeshwrightError, OutputError, Problem
+from meshwright.errors import MeshwrightError, OutputError, Problem
+from meshwright.faults import mend_of, said
 from meshwright.text import flaw
 
 MEBI = 2**20
@@ -33,6 +34,9 @@ _CHUNK = MEBI
 _UNWAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NULL_DEVICE = (1, 3)
 """Its numbers on Linux: what is written there is not kept, and asked to be so."""
+_DRAFT_SUFFIX = ".draft"
+_MOST_NAME_BYTES = 200
+"""Longer names of files do not stand in those of their drafts: systems bound both alike."""
 
 _KINDS = (
     (stat.S_ISREG, "a file"),
@@ -42,47 +46,6 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_SAID = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the quota of disk space used up",
-    errno.EROFS: "a read-only file system",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
-    errno.EFBIG: "a file larger than this process may write",
-    errno.ENAMETOOLONG: "a name that is too long",
-    errno.ENOTDIR: "a path through a file, as if it were a folder",
-    errno.ELOOP: "symbolic links that lead in a circle",
-    errno.EMFILE: "too many open files",
-    errno.ENXIO: "a pipe that nobody reads",
-}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_MENDS = {
-    errno.ENOSPC: "free some space, or choose a place on another disk",
-    errno.EDQUOT: "free some space, or choose a place on another disk",
-    errno.EROFS: "choose another place",
-    errno.EACCES: "choose another place, or change who may use this one",
-    errno.EPERM: "choose another place, or change who may use this one",
-    errno.EFBIG: "raise the limit (ulimit -f)",
-    errno.ENAMETOOLONG: "choose a shorter one",
-    errno.ENOTDIR: "correct the path",
-    errno.ELOOP: "mend the links",
-    errno.EMFILE: "raise the limit (ulimit -n)",
-}
-
-
-def said(failure: OSError) -> str:
-    """What the system said, in plain words."""
-    return _SAID.get(failure.errno or 0) or failure.strerror or type(failure).__name__
-
-
-def fault(failure: OSError) -> MachineError:
-    """A failure that nobody foresaw, as an error like all others."""
-    path = failure.filename or failure.filename2
-    where = os.fsdecode(path) if isinstance(path, str | bytes) else "the operating system"
-    if path is None and failure.errno in _FULL:  # files are written in `told`
-        where = "standard output"
-    mend = _MENDS.get(failure.errno or 0, "")
-    return MachineError(Problem(where, "", said(failure), "that the system allows it", mend))
 
 
 def is_file(path: Path) -> bool:
@@ -131,7 +94,7 @@ def _reading(path: Path, error: type[MeshwrightError], most: int) -> Iterator[Bi
     except FileNotFoundError:
         raise error(Problem(str(path), "", "no such file", "a readable file")) from None
     except OSError as failure:
-        mend = _MENDS.get(failure.errno or 0, "")
+        mend = mend_of(failure)
         wanted = "a readable text file"
         raise error(Problem(str(path), "", said(failure), wanted, mend)) from None
 
@@ -215,7 +178,7 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        mend = _MENDS.get(failure.errno or 0, "")
+        mend = mend_of(failure)
         wanted = "a place that can be written to"
         raise OutputError(Problem(str(path), "", said(failure), wanted, mend)) from None
 
@@ -327,7 +290,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         real = _destination(path)
         _check_folder_of(path, real.parent)
         real.parent.mkdir(parents=True, exist_ok=True)
-        draft = real.parent / f".meshwright-{os.urandom(6).hex()}.draft"
+        draft = real.parent / f"{_draft_prefix(real)}{os.urandom(6).hex()}{_DRAFT_SUFFIX}"
         mode = stat.S_IMODE(_mode(real)) if exists(real) else None
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _UNWAITING, 0o666))
         try:
@@ -340,6 +303,20 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+
+
+def remove_drafts(path: Path) -> None:
+    """Take away what killed processes have left of `path`, where nobody writes it now."""
+    with told(path):
+        real = _destination(path)
+        for entry in os.scandir(real.parent):
+            if entry.name.startswith(_draft_prefix(real)) and entry.name.endswith(_DRAFT_SUFFIX):
+                os.unlink(entry.path)
+
+
+def _draft_prefix(path: Path) -> str:
+    short = len(os.fsencode(path.name)) <= _MOST_NAME_BYTES
+    return f".{path.name if short else 'meshwright'}."
 
 
 def _settle(path: Path) -> None:

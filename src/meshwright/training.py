@@ -61,11 +61,7 @@ class Outcome:
 
 
 def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> None:
-    """Write what every process of the run reads. Raises DataError, ModelError for a corpus or a
-    model that cannot be trained on, before any process starts."""
-    vocabulary = language_model(settings.model, plan.job.sequence).vocabulary
-    corpus = open_corpus(settings.data, vocabulary)
-    check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
+    """Write what every process of the run reads."""
     files.make_folder(folder)
     data = str(Path(settings.data).resolve()) if settings.data else None
     settings = replace(settings, model=_kept_model(settings.model, folder), data=data)
@@ -80,6 +76,13 @@ def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -
     files.write_text(folder / SETTINGS, dumps(settings), durable=True)
 
 
+def check_data(plan: Plan, settings: RunSettings) -> None:
+    """Raise DataError, ModelError for a corpus or a model that cannot be trained on."""
+    vocabulary = language_model(settings.model, plan.job.sequence).vocabulary
+    corpus = open_corpus(settings.data, vocabulary)
+    check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
+
+
 def _kept_model(source: str, folder: Path) -> str:
     """A config file goes along with the run: other nodes may not have it where it is."""
     path = Path(source)
@@ -91,25 +94,23 @@ def _kept_model(source: str, folder: Path) -> str:
     return str(copy)
 
 
-def check_this_machine(session: Session, plan: Plan) -> None:
-    """Raise LaunchError unless all ranks of the plan can run on this machine together."""
-    import torch
-
-    devices = torch.cuda.device_count()
-    if 0 < devices < len(plan.devices):
+def check_this_machine(session: Session, plan: Plan, accelerators: int) -> None:
+    """Raise LaunchError unless all ranks of the plan can run on this machine together, which has
+    so many accelerators."""
+    if 0 < accelerators < len(plan.devices):
         raise LaunchError(
             Problem(
                 plan.name,
                 "devices",
                 f"{len(plan.devices)} devices",
-                f"at most {devices}, the accelerators of this machine",
+                f"at most {accelerators}, the accelerators of this machine",
                 "start the printed commands on the plan's own nodes",
             )
         )
     memory = device_memory(plan, session.model, session.cluster)
     needed = sum(m.parameters + m.gradients + m.optimizer + m.activations for m in memory)
     available = psutil.virtual_memory().available
-    if devices == 0 and needed > available:
+    if accelerators == 0 and needed > available:
         raise LaunchError(
             Problem(
                 plan.name,
@@ -129,18 +130,24 @@ def train_here(
     *,
     title: str = "training",
     console: Console | None = None,
+    launcher: Launcher | None = None,
     launch: Launch | None = None,
 ) -> Outcome:
     """Run all ranks on this machine, with a progress bar on a terminal and lines elsewhere.
 
-    `launch` starts them in another way: on a testbed. Raises LaunchError if they do not fit here or
-    another run is at work in the folder, TrainingError if the run has to stop.
+    `launcher` starts them, one of its own if none is given. `launch` starts them in another way: on
+    a testbed, whose devices are this machine's processors. Raises DataError, ModelError as
+    `check_data`, LaunchError if they do not fit here or another run is at work in the folder,
+    TrainingError if the run has to stop.
     """
     console = console or Console()
     with held(folder), ExitStack() as stack:
+        own = None
         if launch is None:
-            launch = partial(_launch_here, stack.enter_context(Launcher()).warm())
-        check_this_machine(session, plan)
+            own = (launcher or stack.enter_context(Launcher())).warm()
+            launch = partial(_launch_here, own)
+        check_data(plan, settings)
+        check_this_machine(session, plan, own.accelerators() if own else 0)
         prepare(session, plan, settings, folder)
         with _shown(settings.steps, title, console) as show:
             launch(plan.devices, folder, settings, show)
@@ -162,8 +169,9 @@ def prepared_commands(
 ) -> list[str]:
     """Prepare a run over several machines, and give the command for each of its nodes.
 
-    Raises what `prepare` does; LaunchError if another run is at work in the folder.
+    Raises what `check_data` does; LaunchError if another run is at work in the folder.
     """
+    check_data(plan, settings)
     with held(folder):
         prepare(session, plan, settings, folder)
         write_nodes(folder, plan.devices, session.cluster, port)

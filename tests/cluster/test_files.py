@@ -28,7 +28,7 @@ def test_examples_load_without_doubts_and_come_back_from_text(path):
 
 
 def test_the_amp_cluster_is_what_its_file_says():
-    cluster = load_cluster(EXAMPLES / "v100-t4.toml")
+    cluster = load_cluster(str(EXAMPLES / "v100-t4.toml"))
     assert [node.name for node in cluster.nodes] == ["p3-0", "p3-1", "p3-2", "g4"]
     assert [device.type for device in devices_of(cluster)] == ["V100-16"] * 12 + ["T4"] * 4
     assert cluster.nodes[0].inside == Link(bandwidth=170e9 / 8, latency=10e-6)

@@ -35,7 +35,7 @@ def read(tmp_path: Path, data: dict[str, Any]) -> Profile:
 def test_a_good_profile_is_read_back_and_accepted(tmp_path: Path) -> None:
     profile = read(tmp_path, GOOD)
     (tmp_path / "again.json").write_text(dumps(profile))
-    assert load_profile(tmp_path / "again.json") == profile
+    assert load_profile(str(tmp_path / "again.json")) == profile
     check_profile(profile, even_model(2), one_node(1))
 
 

@@ -214,5 +214,5 @@ def test_a_plan_survives_the_disk_byte_for_byte(tmp_path):
     save_plan(plan, path)
     first = path.read_bytes()
     assert load_plan(path) == plan
-    save_plan(load_plan(path), path)
+    save_plan(load_plan(str(path)), str(path))
     assert path.read_bytes() == first

@@ -61,7 +61,7 @@ def _status() -> int:
 
 
 def _fault(failure: OSError) -> MeshwrightError:
-    from meshwright.files import fault
+    from meshwright.faults import fault
 
     return fault(failure)
 

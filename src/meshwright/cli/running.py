@@ -21,7 +21,13 @@ from meshwright.cli.options import (
     check_outputs,
     say,
 )
-from meshwright.cli.testbed import BedOption, launcher_for, profile_testbed, train_there
+from meshwright.cli.testbed import (
+    BedOption,
+    launcher_for,
+    launcher_there,
+    profile_testbed,
+    train_there,
+)
 
 if TYPE_CHECKING:
     from meshwright.plan.spec import Plan
@@ -137,35 +143,36 @@ def train(
 
     `--dry-run` only prepares the run folder, and prints the command for each node of the plan.
     """
-    from meshwright import files
-    from meshwright.records import checked
-    from meshwright.runtime.run import RunSettings
-    from meshwright.session import reopen
-    from meshwright.training import prepared_commands
+    with launcher_there(warm=not dry_run) as launcher:
+        from meshwright import files
+        from meshwright.records import checked
+        from meshwright.runtime.run import RunSettings
+        from meshwright.session import reopen
+        from meshwright.training import prepared_commands
 
-    session, found = reopen(plan_file)
-    settings = checked(
-        RunSettings,
-        _OPTIONS,
-        model=found.model.source,
-        data=data,
-        steps=steps,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        clip_norm=clip_norm or None,
-        seed=seed,
-        save_weights=save_weights,
-        debug=debug,
-        timeout_seconds=timeout,
-        compile=compile,
-    )
-    files.check_folder(output)
-    check_outputs(report)
-    if dry_run:
-        for command in prepared_commands(session, found, settings, output, port):
-            say(command)
-        return
-    outcome = train_there(session, found, settings, output)
+        session, found = reopen(plan_file)
+        settings = checked(
+            RunSettings,
+            _OPTIONS,
+            model=found.model.source,
+            data=data,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            clip_norm=clip_norm or None,
+            seed=seed,
+            save_weights=save_weights,
+            debug=debug,
+            timeout_seconds=timeout,
+            compile=compile,
+        )
+        files.check_folder(output)
+        check_outputs(report)
+        if dry_run:
+            for command in prepared_commands(session, found, settings, output, port):
+                say(command)
+            return
+        outcome = train_there(launcher, session, found, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     _show(session, found, outcome, report, clipped=settings.clip_norm is not None)
 

@@ -14,6 +14,7 @@ import typer
 from meshwright.cli.options import ClusterOption, PlanFile, ProfileOption, app, say
 
 if TYPE_CHECKING:
+    from meshwright.launch.local import Launcher
     from meshwright.plan.spec import Plan
     from meshwright.runtime.profile import ProfileSettings
     from meshwright.runtime.run import RunSettings
@@ -134,15 +135,33 @@ def profile_testbed(
     say(f"plan with --cluster {found.cluster_file} --profile {found.profile_file}")
 
 
-def train_there(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> Outcome:
-    """`train` on the testbed in which it runs, else on this machine."""
+@contextmanager
+def launcher_there(*, warm: bool) -> Iterator[BedLauncher | Launcher]:
+    """Starts ranks on the testbed in which this command runs, else on this machine; `warm`: imports
+    what they need while the caller reads its files."""
+    from meshwright.launch.local import Launcher
+
+    with launcher_for(None) as bed, Launcher() as own:
+        if warm:
+            (bed.ranks if bed else own).warm()
+        yield bed or own
+
+
+def train_there(
+    launcher: BedLauncher | Launcher,
+    session: Session,
+    plan: Plan,
+    settings: RunSettings,
+    folder: Path,
+) -> Outcome:
+    """`train` where a launcher stands."""
+    from meshwright.launch.local import Launcher
     from meshwright.testbed.train import train_on
     from meshwright.training import train_here
 
-    with launcher_for(None) as launcher:
-        if launcher is None:
-            return train_here(session, plan, settings, folder)
-        found = train_on(launcher, session, plan, settings, folder)
+    if isinstance(launcher, Launcher):
+        return train_here(session, plan, settings, folder, launcher=launcher)
+    found = train_on(launcher, session, plan, settings, folder)
     if found.disturbed:
         share = f"others used {found.foreign_share:.0%} of the processor meanwhile"
         say(f"disturbed: {share}, in the best of {found.attempts} attempts", to_errors=True)

@@ -24,12 +24,12 @@ _UNUSED_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
 """Network interface of a machine that is alone and says nothing: 10 Gbit/s Ethernet."""
 
 
-def load_cluster(path: Path) -> Cluster:
+def load_cluster(path: str | Path) -> Cluster:
     """The cluster that a file describes.
 
     Raises ClusterError with one Problem for every mistake in the file.
     """
-    return cluster_from(records.read(path, error=ClusterError), source=str(path))
+    return cluster_from(records.read(Path(path), error=ClusterError), source=str(path))
 
 
 def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:

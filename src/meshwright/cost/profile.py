@@ -132,9 +132,9 @@ def strange_versions(profile: Profile) -> tuple[str, ...]:
 AGAIN = "measure again with `meshwright profile`"
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: str | Path) -> Profile:
     """A profile from its JSON or TOML file. Raises ProfileError with every mistake found."""
-    data = read(path, error=ProfileError)
+    data = read(Path(path), error=ProfileError)
     profile = parse(data, Profile, source=str(path), error=ProfileError, mend=AGAIN)
     ProfileError.check(_implausible(profile, str(path)))
     return profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from meshwright import files
 from meshwright.launch.accelerators import accelerators
 from meshwright.launch.cause import cause
 from meshwright.launch.fork_server import Event, SpawnRequest
@@ -18,7 +20,7 @@ from meshwright.launch.store import Meeting, new_token, open_store
 from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, failed, see_through
 from meshwright.records import record
 from meshwright.runtime import variables
-from meshwright.runtime.run import LOGS, METRICS, failure_file
+from meshwright.runtime.run import LOGS, METRICS, TIMELINE, WEIGHTS, failure_file
 
 Line = dict[str, float]
 Look = Callable[[Line], None]
@@ -207,9 +209,7 @@ def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[st
         variables.LOCAL_WORLD_SIZE: str(nodes.count(own.node)),
         **meeting.environment,
     }
-    if own.interface:
-        named[variables.INTERFACE] = own.interface
-    return named | dict(own.environment)
+    return named | variables.kept_to(own.interface, os.environ) | dict(own.environment)
 
 
 def clear(folder: Path, ranks: Sequence[int] | None) -> None:
@@ -222,6 +222,8 @@ def clear(folder: Path, ranks: Sequence[int] | None) -> None:
         path.unlink(missing_ok=True)
     if ranks is None or 0 in ranks:
         (folder / METRICS).unlink(missing_ok=True)
+        for name in (TIMELINE, WEIGHTS):
+            files.remove_drafts(folder / name)
 
 
 class Follower:

@@ -11,15 +11,15 @@ from meshwright.plan.validate import validate_plan
 from meshwright.records import check_format, dumps, parse, read
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Read a plan and check it by itself. Raises PlanError with every mistake, file and field."""
-    data = read(path, error=PlanError)
+    data = read(Path(path), error=PlanError)
     check_format(data, source=str(path), error=PlanError)
     plan = parse(data, Plan, source=str(path), error=PlanError)
     validate_plan(plan, source=str(path))
     return plan
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan as JSON; the same plan always gives the same bytes."""
-    files.write_text(path, dumps(plan), durable=True)
+    files.write_text(Path(path), dumps(plan), durable=True)

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from meshwright.errors import LaunchError, Problem, TrainingError
 from meshwright.runtime.variables import (
-    INTERFACE,
     LOCAL_WORLD_SIZE,
     LOOPBACK,
     MASTER_ADDR,
     MASTER_PORT,
     TOKEN,
     WORLD_SIZE,
+    kept_to,
 )
 
 TORCHRUN = (
@@ -133,20 +131,8 @@ def _meet(store: Store, rank: int, size: int, seconds: float) -> None:
 
 
 def _choose_interface(environ: Mapping[str, str]) -> None:
-    """Keep gloo and NCCL to one network interface: the one that the launcher has named, or the
-    loopback where all ranks are on this machine. What the user has set stays as it is."""
-    chosen = environ.get(INTERFACE)
+    """Keep gloo and NCCL to the loopback where all ranks are on this machine, whoever has started
+    them. What the user or a launcher has set stays as it is."""
     together = environ.get(LOCAL_WORLD_SIZE, "") == environ[WORLD_SIZE]
-    if chosen is None and (together or environ[MASTER_ADDR] in (LOOPBACK, "localhost", "::1")):
-        chosen = loopback_interface()
-    if chosen:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, chosen)
-
-
-def loopback_interface() -> str:
-    """The name of the interface that has the address 127.0.0.1."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == LOOPBACK for each in addresses):
-            return str(name)
-    return "lo0" if sys.platform == "darwin" else "lo"
+    if together or environ[MASTER_ADDR] in (LOOPBACK, "localhost", "::1"):
+        os.environ.update(kept_to(None, os.environ))

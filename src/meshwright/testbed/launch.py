@@ -20,7 +20,7 @@ from meshwright.launch.fork_server import end_with_parent
 from meshwright.launch.local import Launcher, Place, environment
 from meshwright.launch.store import Meeting
 from meshwright.launch.supervise import END_SECONDS, first_status
-from meshwright.runtime.variables import LOOPBACK
+from meshwright.runtime.variables import INTERFACES, LOOPBACK
 from meshwright.testbed.bed import VARIABLE, Standing, save_standing
 
 INTERFACE = "eth0"
@@ -57,13 +57,14 @@ def _place(up: Standing, device: str) -> Place:
     if up.namespaces and node not in up.namespaces:
         wanted = f"a node of testbed {up.bed.name!r}"
         raise LaunchError(Problem("plan", "devices", f"node {node!r}", wanted))
+    # There is no other, whatever the user has set for outside.
+    own = ((variable, INTERFACE) for variable in INTERFACES)
     return Place(
         node=node,
         address=up.addresses.get(node, LOOPBACK),
-        interface=INTERFACE if up.addresses else None,
         namespace=up.namespaces.get(node),
         group=up.groups.get(device),
-        environment=(("CUDA_VISIBLE_DEVICES", ""),),
+        environment=(("CUDA_VISIBLE_DEVICES", ""), *(own if up.addresses else ())),
     )
 
 
