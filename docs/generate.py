@@ -15,7 +15,7 @@ from importlib import import_module
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
@@ -97,6 +97,12 @@ def named(name: str, names: Mapping[str, object]) -> str:
     return f"[{name}](#{name.lower()})"
 
 
+def _evaluated(annotation: ast.expr, names: Mapping[str, object]) -> Any:
+    """The type that an annotation in a module with these names means."""
+    holder = type("Holder", (), {"__annotations__": {"kind": ast.unparse(annotation)}})
+    return get_type_hints(holder, dict(names), include_extras=True)["kind"]
+
+
 def words(annotation: ast.expr, names: Mapping[str, object]) -> str:
     """A field's type for people who write files; `names` are those of the record's module."""
     match annotation:
@@ -105,7 +111,7 @@ def words(annotation: ast.expr, names: Mapping[str, object]) -> str:
         case ast.BinOp(left=left, right=right):
             return f"{words(left, names)}, or {words(right, names)}"
         case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
-            kind = eval(ast.unparse(annotation), dict(names))
+            kind = _evaluated(annotation, names)
             if isinstance(first, ast.Name) and get_origin(names.get(first.id)) is Annotated:
                 return WORDS.get(first.id, WORDS[get_args(kind)[0].__name__]) + limits(kind)
             return words(first, names) + limits(kind)

@@ -22,9 +22,19 @@ EXIT_SECONDS = 20.0
 """A process that has said its word must be gone after this."""
 TIMEOUT = timedelta(seconds=30)
 
-# A server that has imported all this once forks every rank in milliseconds.
+# A server that has imported all this once forks every rank in milliseconds. It looks for modules
+# where any Python does, not in folders of tests, and passes over what it does not find.
+PRELOADED = [
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed",
+    "meshwright.model.zoo.gpt",
+    "meshwright.model.zoo.llama",
+    "meshwright.model.zoo.uneven",
+    "meshwright.runtime.engine",
+]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "ranks_preload"])
+_context.set_forkserver_preload(PRELOADED)
 
 
 def run_ranks(
@@ -98,11 +108,14 @@ def _rank(
     pipe: Connection,
     args: tuple[Any, ...],
 ) -> None:
+    absent = [module for module in PRELOADED if module not in sys.modules]
+
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
+        assert not absent, f"not imported by the server, but anew by every rank: {absent}"
         address = f"file://{store}"
         dist.init_process_group(
             "gloo", init_method=address, rank=rank, world_size=count, timeout=TIMEOUT

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from meshwright.cli.options import say
 from meshwright.errors import MeshwrightError
 from meshwright.units import format_seconds
 
@@ -121,7 +122,7 @@ def watched() -> Iterator[Watch]:
         if not watch.interrupted:
             raise
         watch.close()
-        typer.echo(f"{type(error).__name__}:\n{error}", err=True)
+        say(f"{type(error).__name__}:\n{error}", to_errors=True)
         raise typer.Exit(INTERRUPTED_STATUS) from None
     finally:
         watch.close()
