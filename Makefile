@@ -14,8 +14,8 @@ help:             ## this list
 demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, write report.html
 	$(BIN)/meshwright demo $(ARGS)
 
-test: $(READY)    ## the tests that take seconds (one after the other: many start processes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(ARGS)
+test: $(READY)    ## the tests that take seconds, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile $(ARGS)

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,6 +227,14 @@ def test_what_a_shell_puts_in_the_place_of_a_file_is_poured_into(tmp_path: Path)
     assert (tmp_path / "out").read_text() == "said"
 
 
+def open_to_all(folder: Path) -> None:
+    """Let everybody look into a folder, and into those above it that are ours."""
+    for each in (folder, *folder.parents):
+        if each == Path(tempfile.gettempdir()):
+            return
+        each.chmod(0o755)
+
+
 def as_somebody(function) -> bool:
     """Run in a process without root's rights; whether it ended well."""
     child = os.fork()
@@ -243,8 +252,7 @@ def as_somebody(function) -> bool:
 
 
 def test_what_permissions_forbid_is_said_before_and_when_it_is_done(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     closed, own = tmp_path / "closed", tmp_path / "own"
     closed.mkdir()
     own.mkdir()
@@ -275,9 +283,8 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="lines"), growing(tmp_path / "lines") as lines:
             add_line(lines, "y" * 10_000)
 
+    open_to_all(tmp_path)
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
     assert as_somebody(look)
 
 

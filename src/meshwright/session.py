@@ -14,7 +14,7 @@ from meshwright.cluster.spec import Cluster, Precision
 from meshwright.cost.memory import device_memory
 from meshwright.cost.misfits import memory_problems
 from meshwright.cost.profile import Profile, check_profile, load_profile
-from meshwright.errors import ClusterError, FitError, PlanError, Problem
+from meshwright.errors import ClusterError, FitError, ModelError, PlanError, Problem
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan
@@ -164,15 +164,20 @@ def reopen(
     profile_file = profile
     if profile is None and plan.profile is not None:
         profile_file = _beside(plan_file, plan.profile.source, "profile.source")
-    session = open_session(
-        model=plan.model.source,
-        cluster=cluster_file,
-        profile=profile_file,
-        global_batch=plan.job.global_batch,
-        sequence=plan.job.sequence,
-        precision=plan.job.precision,
-        optimizer=plan.job.optimizer,
-    )
+    try:
+        session = open_session(
+            model=plan.model.source,
+            cluster=cluster_file,
+            profile=profile_file,
+            global_batch=plan.job.global_batch,
+            sequence=plan.job.sequence,
+            precision=plan.job.precision,
+            optimizer=plan.job.optimizer,
+        )
+    except ModelError as error:
+        wanted = "a known name, or a config.json or model.toml that can be read"
+        led = Problem(str(plan_file), "model.source", repr(plan.model.source), wanted)
+        raise ModelError(*error.problems, led) from None
     checked = plan if cluster is None else replace(plan, cluster=Subject(name="", fingerprint=""))
     validate_plan(checked, session.model, session.cluster, source=str(plan_file))
     FitError.check(memory_problems(plan, session.model, session.cluster))

@@ -88,8 +88,8 @@ def test_between_layers_others_compute_if_a_device_has_for_long(slices: float) -
     leave, take = turn.leave, turn.take
     turn.leave = lambda: (told.append("leave"), leave())[1]  # type: ignore[method-assign]
     turn.take = lambda: (told.append("take"), take())[1]  # type: ignore[method-assign]
-    dilator.begin()
     began = time.perf_counter()
+    dilator.begin()
     end = time.thread_time() + slices * SLICE_SECONDS
     while time.thread_time() < end:
         pass
