@@ -169,6 +169,12 @@ class Run:
             return "teardown"
         return "step" if done else "start-up"
 
+    def end(self) -> None:
+        """Kill whoever is left."""
+        for process in self.everyone():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def running(self) -> bool:
         """Whether the launcher has not ended yet."""
         return self.process.poll() is None
@@ -236,17 +242,14 @@ def trial(
         limit = END_SECONDS + SILENCE_SECONDS + 10.0
         wait(lambda: not run.running(), limit)
         _, alive = psutil.wait_procs(everyone[1:], max(0.0, began + limit - time.monotonic()))
-        seconds = time.monotonic() - began
+        seconds, left = time.monotonic() - began, len(alive) + run.running()
         if run.process.returncode == 0:
             return None  # it had done its work before the signal reached it
+        run.end()
         text = run.process.communicate(timeout=END_SECONDS)[1]
-        return Trial(
-            victim, moment, rank, number, seconds, run.process.returncode, text, len(alive)
-        )
+        return Trial(victim, moment, rank, number, seconds, run.process.returncode, text, left)
     finally:
-        for process in run.everyone():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        run.end()
         run.process.communicate()
 
 

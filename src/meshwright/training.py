@@ -147,7 +147,7 @@ def train_here(
             own = (launcher or stack.enter_context(Launcher())).warm()
             launch = partial(_launch_here, own)
         check_data(plan, settings)
-        check_this_machine(session, plan, own.accelerators() if own else 0)
+        check_this_machine(session, plan, own.accelerators(settings.timeout_seconds) if own else 0)
         prepare(session, plan, settings, folder)
         with _shown(settings.steps, title, console) as show:
             launch(plan.devices, folder, settings, show)

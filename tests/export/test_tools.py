@@ -352,8 +352,8 @@ def test_a_model_that_is_no_language_model_is_refused():
     plan, model = make("10")
     by_hand = replace(plan, model=replace(plan.model, source="unet.toml"))
     assert "pipelining-csv takes any model" in refused("megatron", by_hand, model)
+    bent = make("11", model="u-transformer-tiny", data=2)
     for tool in ("torchtitan", "megatron", "deepspeed", "accelerate"):
-        bent = make("11", model="u-transformer-tiny", data=2)
         assert f"equal blocks, which {tool} can build" in refused(tool, *bent)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from meshwright.errors import DataError, LaunchError, Problem, TrainingError
 from meshwright.launch.cause import cause
 from meshwright.launch.fork_server import Event, Kind
 from meshwright.records import dumps, plain
+from meshwright.runtime.failure import of_communication
 from meshwright.runtime.run import Failure, failure_file
 
 START = 1000.0
@@ -83,6 +85,14 @@ def test_a_rank_that_stands_still_is_the_cause_where_others_only_noticed(tmp_pat
     assert "stopped" not in text_of([stopped, gone_on, noticed, ended(0, 9.1)], tmp_path)
     own = said(failure(2, 5))
     assert text_of([stopped, own, ended(2, 5.1)], tmp_path).startswith("rank 2: found found")
+
+
+def test_what_pytorch_says_of_messages_tells_of_others() -> None:
+    lost = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"
+    assert of_communication(RuntimeError(lost))
+    assert of_communication(DistNetworkError("the client socket has failed"))
+    assert not of_communication(RuntimeError("shapes cannot be multiplied\nNCCL"))
+    assert not of_communication(OSError("Connection"))
 
 
 def test_a_process_that_ends_without_a_word_is_named_with_its_status(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from actors import alive, gone, marked
 from meshwright.errors import LaunchError
+from meshwright.launch.accelerators import accelerators
 from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.store import open_store
 from meshwright.launch.supervise import ForkServer, ending, failed, first_status, see_through
 
 HERE = str(Path(__file__).parents[1])
@@ -156,6 +159,18 @@ def test_a_server_that_stands_still_is_not_waited_for_for_ever(
         see_through(server, parts("exits 0"), timeout_seconds=0.5)
     server.close()
     assert gone(pids)
+
+
+@pytest.mark.parametrize(
+    "wait", [partial(accelerators, timeout_seconds=0.5), partial(open_store, address="127.0.0.1")]
+)
+def test_nothing_that_it_is_asked_for_is_waited_for_longer(
+    server: ForkServer, wait: Callable[[ForkServer], object]
+) -> None:
+    server.patience_seconds = 0.5
+    os.kill(server.pid, signal.SIGSTOP)
+    with pytest.raises(LaunchError, match="the process that ranks are forked from stands still"):
+        wait(server)
 
 
 LAUNCHER = """

@@ -256,6 +256,7 @@ def test_a_launcher_that_is_at_the_wrong_place_says_so(
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_named(planned: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -268,6 +269,7 @@ def test_a_port_that_is_taken_is_named(planned: Path, tmp_path: Path) -> None:
     assert f"127.0.0.1:{port}: found Address already in use" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_command_runs_on_all_nodes_as_one_group(planned: Path, tmp_path: Path) -> None:
     """As `profile` does it, which measures the links between them."""
     port = free_port()

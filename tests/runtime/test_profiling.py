@@ -154,6 +154,7 @@ def test_more_than_the_memory_holds_is_refused_before_it_is_measured(tmp_path, m
         profile_here(settings(tmp_path), 7)
 
 
+@pytest.mark.slow
 def test_what_was_measured_otherwise_is_measured_again(tmp_path):
     one, _ = profile_here(settings(tmp_path), processes=1)
     assert profile_here(settings(tmp_path), processes=1) == (one, True)
@@ -164,6 +165,7 @@ def test_what_was_measured_otherwise_is_measured_again(tmp_path):
     assert profile_here(settings(tmp_path, repeats=4), processes=1)[1] is False
 
 
+@pytest.mark.slow
 def test_emulated_devices_are_measured_again_where_their_speed_refers_to_another(
     tmp_path, monkeypatch
 ):

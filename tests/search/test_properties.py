@@ -118,6 +118,7 @@ def test_doubling_the_batch_never_lowers_throughput(world):
     no_less_throughput(*world)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(any_worlds())
 def test_doubling_the_batch_hardly_lowers_throughput_where_the_space_is_not_searched_whole(world):

@@ -17,10 +17,11 @@ RANK = -2
 """What stands in the place of a rank."""
 
 
-def accelerators(server: ForkServer) -> int:
-    """The number of CUDA devices of this machine. Raises LaunchError if there is no answer."""
+def accelerators(server: ForkServer, timeout_seconds: float) -> int:
+    """The number of CUDA devices of this machine. Raises LaunchError if there is no answer, or a
+    process stands still for so long."""
     request = SpawnRequest(rank=RANK, environment={}, module=__name__, arguments=(), log="")
-    for event in see_through(server, [request]):
+    for event in see_through(server, [request], timeout_seconds=timeout_seconds):
         if event.kind == "said":
             return int(json.loads(event.said))
     raise LaunchError(Problem("this machine", "accelerators", "no answer", "their number"))

@@ -90,9 +90,10 @@ class Launcher:
         if server is not None:
             server.close(calmly=calmly)
 
-    def accelerators(self) -> int:
-        """The number of CUDA devices that ranks can have here."""
-        return accelerators(self._started(*PRELOADED, WORKER))
+    def accelerators(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
+        """The number of CUDA devices that ranks can have here. Raises LaunchError if a process that
+        is to tell stands still for so long."""
+        return accelerators(self._started(*PRELOADED, WORKER), timeout_seconds)
 
     def processor_seconds(self) -> float:
         """Processor time of all ranks that have ended since the last `close`."""
@@ -116,7 +117,7 @@ class Launcher:
         one was lost. After a failure no process is left.
         """
         started = time.time()
-        self.warm()
+        self._started(*PRELOADED, WORKER).patience_seconds = timeout_seconds
         requests = self.requests(devices, module, (str(folder),), folder / LOGS, node, meeting)
         clear(folder, None if node is None else [request.rank for request in requests])
         follower = Follower(folder / METRICS, on_metrics)

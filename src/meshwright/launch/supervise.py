@@ -39,6 +39,9 @@ class ForkServer:
     """
 
     def __init__(self, *modules: str) -> None:
+        self.patience_seconds = float("inf")
+        """How long it may stand still."""
+        self._went_on = time.monotonic()
         self._unread = b""
         self._process: subprocess.Popen[bytes] | None = None
         output = os.dup(1)
@@ -82,15 +85,17 @@ class ForkServer:
             raise self._ended() from None
 
     def events(self, seconds: float) -> list[Event]:
-        """What has happened; waits at most so long for something to happen.
+        """What has happened; waits at most so long, and POLL_SECONDS, for something to happen.
 
-        Raises LaunchError if the server has ended.
+        Raises LaunchError if the server has ended, or stood still for `patience_seconds`.
         """
         assert self._process is not None, "closed"
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
-        if not select.select([pipe], [], [], max(0.0, seconds))[0]:
+        if not select.select([pipe], [], [], max(0.0, min(seconds, POLL_SECONDS)))[0]:
+            self._look_whether_it_goes_on()
             return []
+        self._went_on = time.monotonic()
         text = os.read(pipe, 1 << 16)
         if not text:
             raise self._ended()
@@ -100,11 +105,17 @@ class ForkServer:
             for line in lines
         ]
 
-    def stands_still(self) -> bool:
-        """Whether the server itself is stopped: then nothing is heard of any rank."""
+    def _look_whether_it_goes_on(self) -> None:
+        """A server that is stopped tells nothing of any rank."""
+        now, stopped = time.monotonic(), False
         with suppress(psutil.NoSuchProcess):
-            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
-        return False
+            stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        if not stopped:
+            self._went_on = now
+        elif now > self._went_on + self.patience_seconds:
+            still = f"stands still for {now - self._went_on:.0f} s"
+            found = f"the process that ranks are forked from {still}"
+            raise LaunchError(Problem("launcher", "fork server", found, "to go on"))
 
     def processor_seconds(self) -> float:
         """Processor time of the server and of all ranks that have ended; 0 once it is closed."""
@@ -182,12 +193,13 @@ def see_through(
     is left then is ended by `server.close()`, which is the caller's to call. Raises LaunchError if
     the server ends, or stands still as long.
     """
+    server.patience_seconds = timeout_seconds
     for request in requests:
         server.spawn(request)
     events: list[Event] = []
     left = {request.rank for request in requests}
     stopped: dict[int, float] = {}
-    deadline, still = float("inf"), time.monotonic()
+    deadline = float("inf")
     while left:
         new = server.events(POLL_SECONDS)
         events += new
@@ -199,11 +211,6 @@ def see_through(
             deadline = min(deadline, now + CALM_SECONDS)
         if now > deadline or any(now > since + timeout_seconds for since in stopped.values()):
             break
-        if new or not server.stands_still():
-            still = now
-        elif now > still + timeout_seconds:
-            found = f"the process that ranks are forked from stands still for {now - still:.0f} s"
-            raise LaunchError(Problem("launcher", "fork server", found, "to go on"))
     look()
     return tuple(events)
 

@@ -174,8 +174,12 @@ class Engine:
         return StepResult(loss=self._mean_loss, grad_norm=self._norm, seconds=seconds)
 
     def record(self, rows: Rows) -> tuple[StepResult, Timeline | None]:
-        """One step, measured instruction by instruction; the Timeline is on rank 0 only."""
-        dist.barrier(group=self.world.everyone)
+        """One step, measured instruction by instruction; the Timeline is on rank 0 only.
+
+        Raises what `step` does.
+        """
+        with worlds.noticing(self.world, lambda: None):
+            dist.barrier(group=self.world.everyone)
         own = self._own
         casts = [c for place in own.places.values() for c in place.stage.casts.tensors()]
         recorder = self._player.recorder = Recorder(
@@ -190,7 +194,8 @@ class Engine:
             measured = recorder.close()
         finally:
             self._player.recorder = None
-        return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
+        with worlds.noticing(self.world, lambda: None):
+            return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
 
     def parameters(self) -> dict[str, Tensor] | None:
         """Every parameter, whole and on the CPU, by its name in the model; on rank 0 only."""

@@ -17,6 +17,9 @@ from meshwright.records import dumps, plain
 from meshwright.runtime.run import Failure, failure_file
 from meshwright.runtime.variables import RANK, REPORT
 
+_SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket")
+"""In what PyTorch says of a message that did not get through."""
+
 
 @contextmanager
 def rank_process(folder: Path) -> Iterator[None]:
@@ -67,11 +70,24 @@ def _tell(error: BaseException, folder: Path) -> None:
         seconds=time.time(),
         kind=type(error).__name__,
         problems=_problems(error, rank, folder),
-        secondary=type(error).__name__ == "PeerLost",
+        secondary=type(error).__name__ == "PeerLost" or of_communication(error),
     )
     say(json.dumps(plain(failure)))
     with suppress(OSError):
         failure_file(folder, rank).write_text(dumps(failure))
+
+
+def of_communication(error: BaseException) -> bool:
+    """Whether an error came up between ranks, as where another one has gone."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    signs = (sign in first_line(error) for sign in _SIGNS_OF_LOSS)
+    return isinstance(error, RuntimeError) and any(signs)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _problems(error: BaseException, rank: int, folder: Path) -> tuple[Problem, ...]:

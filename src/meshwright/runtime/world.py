@@ -22,6 +22,7 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
 from meshwright.program.messages import Chain, chain_of
+from meshwright.runtime.failure import first_line, of_communication
 from meshwright.runtime.pulse import Pulse
 from meshwright.runtime.rendezvous import PeerLost, join
 from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
@@ -230,28 +231,15 @@ def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
     )
 
 
-_SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket")
-
-
 @contextmanager
 def noticing(world: World, doing: Callable[[], Instruction | None]) -> Iterator[None]:
     """Raises PeerLost, naming the instruction, where a rank that has gone fails communication."""
     try:
         yield
     except RuntimeError as failure:
-        if not _of_communication(failure):
+        if not of_communication(failure):
             raise
         raise _lost_peer(world, doing(), failure) from failure
-
-
-def _of_communication(failure: RuntimeError) -> bool:
-    if isinstance(failure, dist.DistError):
-        return True
-    return any(sign in _first_line(failure) for sign in _SIGNS_OF_LOSS)
-
-
-def _first_line(failure: RuntimeError) -> str:
-    return next(iter(str(failure).strip().splitlines()), "")
 
 
 def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -> PeerLost:
@@ -262,7 +250,7 @@ def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -
         others = [str(r) for r in known if r != world.rank]
         whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
     where = "between steps" if doing is None else text(doing)
-    noticed = f"noticed by rank {world.rank}, at {where}: {_first_line(failure)[:160]}"
+    noticed = f"noticed by rank {world.rank}, at {where}: {first_line(failure)[:160]}"
     if world.pulse is not None:
         gone, noticed = world.pulse.verdict(noticed)
         if gone:
