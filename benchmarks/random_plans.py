@@ -256,14 +256,15 @@ def inputs(case: Case) -> tuple[LayerGraph, Cluster, Job]:
     return model, where, job
 
 
-def tried(case: Case) -> Outcome:
-    """Plan a case and check the plan; whatever goes wrong is in the outcome."""
+def tried(case: Case, budget_seconds: float | None = None) -> Outcome:
+    """Plan a case, in that time if it is given, and check the plan; whatever goes wrong is in the
+    outcome."""
     began = time.perf_counter()
     found, failure = "planned", ""
     try:
         model, where, job = inputs(case)
         profile = profile_of(case, model, where)
-        plan = find_plan(model, where, job, profile)
+        plan = find_plan(model, where, job, profile, budget_seconds=budget_seconds)
         failure = "\n".join(wrongs(plan, model, where, profile))
     except MeshwrightError as refusal:
         found = type(refusal).__name__
@@ -304,14 +305,17 @@ def wrongs(
             yield "read back, the plan is another"
 
 
-def outcomes(numbers: Iterable[int], workers: int) -> Iterator[Outcome]:
+def outcomes(
+    numbers: Iterable[int], workers: int, budget_seconds: float | None = None
+) -> Iterator[Outcome]:
     """Cases of these numbers, as they are done."""
     cases = [draw(number) for number in numbers]
+    play = partial(tried, budget_seconds=budget_seconds)
     if workers < 2:
-        yield from map(tried, cases)
+        yield from map(play, cases)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(tried, cases)
+        yield from pool.map(play, cases)
 
 
 def main() -> None:
@@ -320,6 +324,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="how many cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--budget", type=float, help="seconds for each; default: to the end")
     parser.add_argument("--show", type=int, help="print the files of this case, and try it alone")
     options = parser.parse_args()
     if options.show is not None:
@@ -330,7 +335,8 @@ def main() -> None:
     kinds: Counter[str] = Counter()
     failed = 0
     show = partial(print, flush=True)
-    for done, each in enumerate(outcomes(range(first, first + count), options.workers), start=1):
+    found = outcomes(range(first, first + count), options.workers, options.budget)
+    for done, each in enumerate(found, start=1):
         kinds[each.found] += 1
         if each.failure:
             failed += 1

@@ -1,6 +1,7 @@
 """Clusters as people have them are planned for without a crash, and what the plans say is so.
 
-`python benchmarks/random_plans.py --show N` tries a case that has failed here.
+`python benchmarks/random_plans.py --count 500` gives each search the time that it wants, not the
+second that it has here; `--budget 1 --show N` tries a case that has failed here.
 """
 
 from __future__ import annotations
@@ -104,6 +105,6 @@ def test_every_case_can_be_drawn_and_read_again():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_five_hundred_ordinary_clusters_are_planned_for_without_a_crash():
-    found = [*random_plans.outcomes(range(500), workers=2)]
+    found = [*random_plans.outcomes(range(500), workers=2, budget_seconds=1.0)]
     assert not [f"case {each.case.number}: {each.failure}" for each in found if each.failure]
-    assert sum(each.found == "planned" for each in found) > 400
+    assert sum(each.found == "planned" for each in found) > 380
