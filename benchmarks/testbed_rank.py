@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,9 @@ from meshwright.runtime.profile_layers import (
     layer_times,
     optimizer_time,
 )
+from meshwright.runtime.rendezvous import join
 from meshwright.runtime.train import sgd
+from meshwright.runtime.world import TIMEOUT_SECONDS
 from meshwright.testbed.times import TIMES, VirtualTimes
 from meshwright.testbed.virtual import VirtualEngine
 
@@ -82,9 +85,15 @@ def graph_of(name: str, sequence: int) -> LayerGraph:
     return trace(make_model(name), batch(1, sequence), "fp32", sequence, name)
 
 
+def meet() -> None:
+    """Join the other ranks. Runs share a launcher's store: their keys begin with a run's secret."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    join(rank, size, torch.device("cpu"), timedelta(seconds=TIMEOUT_SECONDS))
+
+
 def measure(job: dict, folder: Path) -> None:
     """Layers and optimizer on every device; rank 0 writes them."""
-    dist.init_process_group("gloo")
+    meet()
     rank = dist.get_rank()
     graph = graph_of(job["model"], job["sequence"])
     share = job["shares"].get(job["devices"][rank])

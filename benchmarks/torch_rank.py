@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from testbed_rank import batch, make_model
+from testbed_rank import batch, make_model, meet
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
@@ -253,7 +253,7 @@ def main() -> None:
         torch.set_num_threads(1)
         job = json.loads((folder / "job.json").read_text())
         plan = load_plan(folder / "plan.json")
-        dist.init_process_group("gloo")
+        meet()
         times = load(folder / TIMES, VirtualTimes, error=MeshwrightError).ranks[dist.get_rank()]
         (pipeline,) = plan.pipelines
         rows = pipeline.rows // len(pipeline.stages[0].devices)
