@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import Layer, LayerGraph, Tensor
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
 
 HALF = 2
@@ -59,7 +59,7 @@ def gpt2() -> LayerGraph:
         head=64,
         hidden=4096,
     )
-    plain = with_unfused_attention(layer_graph(shape, 1024, "fp16"), shape.heads)
+    plain = with_unfused_attention(counted_graph(shape, 1024, "fp16"), shape.heads)
     embedding, *blocks, head = plain.layers
     logits = float(1024 * 52256)
     projection = replace(head, traffic_bytes=logits * HALF, saved_bytes=0.0, workspace_bytes=0.0)

@@ -29,9 +29,9 @@ from meshwright.cost.calibrate import fit, held_out
 from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
 from meshwright.cost.sharded import ShardedStep, sharded_step_seconds
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.units import parse_bandwidth
 
 Array = NDArray[np.float64]
@@ -138,7 +138,7 @@ def mpt(name: str, sequence: int, precision: Precision = "bf16") -> LayerGraph:
         hidden=4 * width,
         tied=True,
     )
-    return layer_graph(shape, sequence, precision)
+    return counted_graph(shape, sequence, precision)
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Run], Array]:

@@ -24,10 +24,10 @@ from torch import nn
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
 from meshwright.cost.holding import holders_of, most_held
 from meshwright.cost.memory import device_memory, framework_bytes
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.zoo.build import from_language_model
 from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
@@ -226,7 +226,7 @@ def compare(case: Case, *, real: bool = False) -> Result:
     graph = trace(make(), (tokens, tokens), case.precision, case.sequence, case.model)
     plan = plan_of(case, len(graph.layers))
     parts = predicted(case, graph, plan)
-    formulas = layer_graph(MODELS[case.model], case.sequence, case.precision)
+    formulas = counted_graph(MODELS[case.model], case.sequence, case.precision)
     return Result(
         case=case,
         measured=measured_peak(make, (tokens, tokens), plan, graph, rank_of(case), real=real),

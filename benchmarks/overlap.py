@@ -26,10 +26,10 @@ from testbed_cases import HERE, Known, Place, Setting, Suite, expected_seconds, 
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster, Precision, devices_of
 from meshwright.cost.memory import device_memory, total_bytes
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph, num_parameters
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
 
 SEQUENCE = 1024
@@ -88,7 +88,7 @@ METHODS: dict[str, tuple[ScheduleName, BoundaryKind, Way]] = {
 def graph_of(case: Case) -> LayerGraph:
     """The case's model as the planner sees it."""
     if case.model in GPT3:
-        return layer_graph(GPT3[case.model], SEQUENCE, case.precision)
+        return counted_graph(GPT3[case.model], SEQUENCE, case.precision)
     return load_model(case.model, SEQUENCE, case.precision)
 
 

@@ -28,9 +28,9 @@ from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.cost.calibrate import fit, folds
 from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
 from meshwright.model.recompute import with_recomputation
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import with_unfused_attention
 from meshwright.plan.spec import Job
 from meshwright.units import parse_bandwidth
@@ -82,7 +82,7 @@ def world(row: dict[str, int], network: float) -> World:
         hidden=4 * width,
         tied=True,
     )
-    model = with_unfused_attention(layer_graph(shape, sequence, "fp16"), heads)
+    model = with_unfused_attention(counted_graph(shape, sequence, "fp16"), heads)
     return World(
         model=model,
         cluster=machines(row["# GPUs"], network),

@@ -29,8 +29,8 @@ from meshwright.cost.constants import (
 )
 from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.profile import LinkTimes, Profile
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import NAMED
+from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.program.instructions import Op
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import Candidate, evaluate
@@ -144,7 +144,7 @@ def test_closed_form_and_simulator_agree_on_late_reductions_and_slow_boundaries(
 
 
 def test_the_output_projection_has_an_efficiency_of_its_own() -> None:
-    model = layer_graph(NAMED["gpt2"], 1024, "bf16")
+    model = counted_graph(NAMED["gpt2"], 1024, "bf16")
     assert head_signatures(model) == {model.layers[-1].signature}
     device = catalog()["A100-80"].type
     slow = Calibration(devices={"A100-80": DeviceConstants(head_efficiency=0.5)})

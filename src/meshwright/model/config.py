@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from meshwright.errors import Problem
+from meshwright.model.transformer.spec import Architecture
 from meshwright.records import Name, record
-
-Family = Literal["gpt2", "llama", "mixtral", "u-transformer"]
 
 # Ten and more times what any published model has; what is larger is a slip, and would overflow.
 Vocabulary = Annotated[int, Field(ge=1, le=10**7)]
@@ -28,7 +27,8 @@ class LanguageModel:
     """What defines a model of one of the families; all numbers are counts."""
 
     name: Name
-    family: Family
+    family: Name
+    """The `model_type` of its config.json, or `u-transformer`."""
     vocabulary: Vocabulary
     positions: Positions
     """Longest sequence: the size of the position table, or (`rotary`) what it is made for."""
@@ -46,14 +46,11 @@ class LanguageModel:
     chosen: Experts = 0
     """Experts that a token goes to."""
     rotary_base: RotaryBase = 10000.0
+    architecture: Architecture | None = None
+    """What its blocks are made of; none of a U-Transformer, whose layers are traced."""
     levels: Annotated[int, Field(ge=0, le=20)] = 0
     """Of a U-Transformer: how often its encoder shortens the sequence and doubles the width;
     `width` and `heads` are those of its ends, `layers` its blocks on each level of either side."""
-
-
-def rotary(family: Family) -> bool:
-    """Whether positions are turned into the queries and keys, not looked up in a table."""
-    return family in ("llama", "mixtral")
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int, **other: int) -> LanguageModel:
@@ -162,7 +159,8 @@ def problems_of(
         yield problem("kv_heads", f"a divisor of the {model.heads} attention heads")
     if model.family == "gpt2" and model.width % model.heads:
         yield problem("heads", f"a divisor of the width {model.width}")
-    if rotary(model.family) and model.head % 2:
+    turned = model.architecture.rotary if model.architecture else None
+    if turned is not None and turned.features % 2:
         yield problem("head", "an even number: rotary positions turn pairs of features")
-    if model.family == "mixtral" and not 1 <= model.chosen <= model.experts:
+    if model.experts and not 1 <= model.chosen <= model.experts:
         yield problem("chosen", f"between 1 and the {model.experts} experts")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from meshwright.cluster.spec import Precision
-from meshwright.model.analytic import layer_graph
 from meshwright.model.config import LanguageModel
 from meshwright.model.files import load_file
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.counted_graph import counted_graph
 
 
 def load_model(source: str | Path, sequence: int, precision: Precision) -> LayerGraph:
@@ -23,7 +23,7 @@ def load_model(source: str | Path, sequence: int, precision: Precision) -> Layer
     model = language_model(source, sequence)
     if model.family == "u-transformer":
         return _traced(model, sequence, precision)
-    return layer_graph(model, sequence, precision)
+    return counted_graph(model, sequence, precision)
 
 
 def _traced(model: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:

@@ -154,14 +154,3 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet is _ATEN._to_copy and _storages(args).keys() & self._cast_once:
             self.casts |= born
         return out
-
-
-def peak(events: list[int], sizes: list[float], ignored: set[int]) -> float:
-    """Most bytes alive at once among the storages that are not ignored."""
-    alive = most = 0.0
-    for event in events:
-        number = abs(event) - 1
-        if number not in ignored:
-            alive += sizes[number] if event > 0 else -sizes[number]
-            most = max(most, alive)
-    return most

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,18 @@ from torch.fx import GraphModule, Node, map_arg
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model import shard
+from meshwright.model.amounts import (
+    ROWS,
+    Amounts,
+    Run,
+    first_width,
+    per_row,
+    widths_run,
+    worst_moments,
+)
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.measure import ROWS, Amounts, Run, Shape, moments_of, per_row, run
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tied
+from meshwright.model.measure import Shape, run
+from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.model.spec import Tensor as Crossing
 from meshwright.model.symbolic import linear_parameters
 
@@ -57,7 +66,7 @@ def trace(
         key = _structure(part, table, shapes[0])
 
         units = shard.tensor_units(model, part.modules)
-        widths = _widths(units, table) if divided else (1,)
+        widths = widths_run(units, table) if divided else (1,)
         for width in widths:
             if (key, width) not in measured:
                 pairs = zip((part, same), shapes, strict=True)
@@ -178,59 +187,6 @@ def _own_shapes(module: nn.Module) -> str:
     return str([(name, tuple(p.shape), p.requires_grad) for name, p in named])
 
 
-def _first_width(units: int, table: dict[str, shard.Split]) -> int:
-    """The smallest legal tensor width above 1; 1 if there is none or nothing is divided."""
-    if not table or units == 1:
-        return 1
-    return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
-
-
-def _widths(units: int, table: dict[str, shard.Split]) -> tuple[int, ...]:
-    """1, and up to two tensor widths from whose difference it is seen what they divide."""
-    first = _first_width(units, table)
-    second = 2 * first if units % (2 * first) == 0 else first
-    return tuple(sorted({1, first, second} if first > 1 else {1}))
-
-
-def _moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
-    """Of one rank, or of one of several: the widest that was run tells which moments are bad."""
-    *fewer, most = amounts
-    worst = moments_of(amounts[most].runs)
-    if most == 1:
-        return tuple(Moment(fixed=fixed, row=row) for fixed, row in worst.values())
-    if not fewer or _length(amounts[fewer[-1]]) != _length(amounts[most]):
-        return tuple(
-            Moment(split_fixed=most * fixed, split_row=most * row) for fixed, row in worst.values()
-        )
-    less = fewer[-1]
-    events = sorted({*worst, *moments_of(amounts[less].runs)})
-    pairs = (moments_of(amounts[width].runs, events).values() for width in (less, most))
-    return tuple(
-        Moment(fixed=fixed.whole, split_fixed=fixed.split, row=row.whole, split_row=row.split)
-        for fixed, row in (
-            [_parts(a, less, b, most) for a, b in zip(wide, narrow, strict=True)]
-            for wide, narrow in zip(*pairs, strict=True)
-        )
-    )
-
-
-class _Parts(NamedTuple):
-    whole: float
-    split: float
-
-
-def _parts(at_less: float, less: int, at_most: float, most: int) -> _Parts:
-    """What of an amount is whole on each rank and what is split, from whole + split / width at two
-    widths."""
-    split = (at_less - at_most) / (1 / less - 1 / most)
-    return _Parts(at_less - split / less, split)
-
-
-def _length(amounts: Amounts) -> int:
-    run, _ = amounts.runs
-    return len(run.forward_events) + len(run.backward_events)
-
-
 def _layer(
     part: LayerPart,
     tied: dict[str, tuple[int, ...]],
@@ -240,10 +196,10 @@ def _layer(
     amounts: dict[int, Amounts],
 ) -> Layer:
     whole = amounts[1]
-    share = amounts.get(_first_width(units, table), whole)
+    share = amounts.get(first_width(units, table), whole)
     own = _numbers(part, lambda name: name not in tied)
     split = _numbers(part, lambda name: name not in tied, table)
-    left = _share_held(part, table, _first_width(units, table))
+    left = _share_held(part, table, first_width(units, table))
 
     def divided(full: float, rest: float) -> float:
         return (full - rest) / (1 - left) if left < 1 else 0.0
@@ -261,8 +217,8 @@ def _layer(
         workspace_bytes=whole.workspace_bytes,
         fixed_saved_bytes=whole.fixed_saved_bytes,
         cast_parameters=_cast(part, tied),
-        moments=_moments({1: whole}),
-        tensor_moments=_moments({w: a for w, a in amounts.items() if w > 1})
+        moments=worst_moments({1: whole}),
+        tensor_moments=worst_moments({w: a for w, a in amounts.items() if w > 1})
         if share is not whole
         else (),
         tensor_units=units,

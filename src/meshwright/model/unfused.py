@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.model.analytic import weight_size
 from meshwright.model.spec import Layer, LayerGraph, with_temporaries
+from meshwright.model.transformer.counted_graph import SIZES
 
 SAVED = 2.5
 """Numbers kept per score: softmax's and dropout's outputs, and a mask of one byte (Korthikanti et
@@ -22,7 +22,7 @@ def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
 
     All of them are divided among tensor ranks, as the heads are.
     """
-    size = 2 if model.precision in ("fp16", "bf16") else weight_size(model.precision)
+    size = SIZES[model.precision][0]
     scores = float(heads * model.sequence**2 * size)
 
     def unfused(layer: Layer) -> Layer:

@@ -9,6 +9,7 @@ from torch import nn
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
+from meshwright.model.zoo.described import Network
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
@@ -37,6 +38,8 @@ def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
 
 def from_language_model(c: LanguageModel) -> nn.Module:
     """The module of a family with these numbers."""
+    if c.architecture is not None:
+        return Network(c)
     if c.family == "gpt2":
         return GPT(
             vocabulary=c.vocabulary,

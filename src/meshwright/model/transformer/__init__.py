@@ -1,0 +1,1 @@
+"""Transformers described once: counted without torch, and executed as modules of the zoo."""

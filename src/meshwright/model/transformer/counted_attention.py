@@ -1,0 +1,170 @@
+"""What attention costs in its several forms, as `model.zoo.attention` computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from meshwright.model.transformer.tape import Sized
+
+if TYPE_CHECKING:
+    from meshwright.model.transformer.counted import Counted
+
+
+def attend(
+    o: Counted, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
+    alibi: bool, bias: Sized | None,
+) -> Sized:  # fmt: skip
+    """Of (rows, heads, tokens, head)."""
+    tokens, reads = q.shape[2], k.shape[2]
+    if window and window < tokens:
+        return _windowed(o, q, k, v, window, cap)
+    if cap is None and bias is None:
+        mask = None
+        if alibi:
+            mask = o.tape.new((1, q.shape[1], tokens, reads), o.a)
+        if v.shape[3] == q.shape[3]:
+            return fused(o, q, k, v, mask)
+        wide = _padded(o, v, q.shape[3])
+        return _narrowed(o, fused(o, q, k, wide, mask), v.shape[3])
+    mask = o.tape.new((1, 1, tokens, reads), o.a) if masked else bias
+    made = capped(o, q, k, v, mask, cap)
+    return o.copied(made, made.shape)
+
+
+def fused(o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
+    """One kernel: 2 pairs (head + value) FLOPs, and back five products where there are two; kept
+    are what it reads, its output and one number for each query."""
+    rows, heads, tokens, head = q.shape
+    value = v.shape[3]
+    pairs = rows * heads * tokens * k.shape[2]
+    o.attention_flops += 2 * pairs * (head + value)
+    shapes = [(each.shape, each.size) for each in (q, k, v)]
+
+    def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+        o.attention_flops += 2 * pairs * (3 * head + 2 * value)
+        return [o.tape.new(shape, size) for shape, size in shapes]
+
+    made = o.tape.record([q, k, v], (rows, heads, tokens, value), q.size, back, [q, k, v])
+    sums = o.tape.new((rows, heads, tokens), o.m)
+    o.tape.traffic += sums.bytes
+    o.tape.keep(made, [made, sums, *([mask] if mask else [])])
+    return made
+
+
+def _padded(o: Counted, x: Sized, width: int) -> Sized:
+    """Values as wide as queries."""
+    made = o.tape.record([x], (*x.shape[:3], width), x.size, _slice(x.shape, x.size))
+    o.tape.traffic += made.bytes - x.bytes
+    return made
+
+
+def _slice(shape: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]
+    def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
+        assert arrived[0] is not None
+        return [Sized(shape, size, arrived[0].storage)]
+
+    return back
+
+
+def _narrowed(o: Counted, x: Sized, width: int) -> Sized:
+    """The first features, copied to where the next product reads them."""
+    shape, size = x.shape, x.size
+    part = o.tape.views(x, [(*shape[:3], width)], lambda _: [o.tape.new(shape, size)])[0]
+    return o.copied(part, part.shape)
+
+
+def matmul(o: Counted, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -> Sized:
+    """A batch of products, whose two factors are kept."""
+    work = 2 * prod(shape) * inner
+    o.flops += work
+    shapes = [(each.shape, each.size) for each in (x, y)]
+
+    def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+        o.flops += 2 * work
+        return [o.tape.new(each, size) for each, size in shapes]
+
+    return o.tape.record([x, y], shape, o.a, back, [x, y])
+
+
+def capped(
+    o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
+    in_order: bool = False,
+) -> Sized:  # fmt: skip
+    """Scores are made, bent and kept. Keys and values that are not `in_order` in memory are copied."""
+    rows, heads, tokens, head = q.shape
+    reads, value = k.shape[2], v.shape[3]
+    if k.shape[1] < heads:
+        k, v = (_spread(o, each, heads) for each in (k, v))
+    elif not in_order:
+        k, v = (o.copied(each, each.shape) for each in (k, v))
+    q = o.elementwise([q], [])
+    q = o.copied(q, q.shape)
+    scores = matmul(o, q, k, (rows, heads, tokens, reads), head)
+    if cap is not None:
+        scores = o.capped(scores, cap)
+    if mask is not None:
+        scores = o.elementwise([scores], [])
+    weights = o.cast_to(scores, o.m) if o.low else scores
+    weights = o.elementwise([weights], [])
+    o.tape.keep(weights, [weights])
+    if o.low:
+        weights = o.cast_to(weights, o.a)
+    return matmul(o, weights, v, (rows, heads, tokens, value), reads)
+
+
+def _spread(o: Counted, x: Sized, heads: int) -> Sized:
+    """Each key-value head beside all the query heads that it serves."""
+    rows, _, reads, head = x.shape
+    made = o.copied(x, (rows, heads, reads, head))
+    o.tape.traffic += made.bytes - x.bytes
+    return made
+
+
+def _windowed(o: Counted, q: Sized, k: Sized, v: Sized, window: int, cap: float | None) -> Sized:
+    """A first piece of the window's length, and others that read themselves and the one before."""
+    rows, heads, tokens, head = q.shape
+    short = -tokens % window
+    if short:
+        q, k, v = (_lengthened(o, each, tokens + short) for each in (q, k, v))
+    later = (tokens + short) // window - 1
+    first = [_piece(o, each, window) for each in (q, k, v)]
+    own = o.copied(_piece(o, q, later * window), (rows * later, heads, window, head))
+    read = [
+        _overlapping(o, each, (rows * later, each.shape[1], 2 * window, each.shape[3]))
+        for each in (k, v)
+    ]
+    mask = o.tape.new((1, 1, window, 2 * window), o.a)
+    if cap is None:
+        one, rest = fused(o, *first), fused(o, own, *read, mask)
+    else:
+        causal = o.tape.new((1, 1, window, window), o.a)
+        one = capped(o, *first, causal, cap)
+        rest = capped(o, own, *read, mask, cap, in_order=True)
+        rest = o.copied(rest, rest.shape)
+    value = v.shape[3]
+    rest = o.tape.views(rest, [(rows, heads, later * window, value)], list)[0]
+    made = o.joined_tokens(one, rest)
+    if short:
+        made = _piece(o, made, tokens)
+        made = o.copied(made, made.shape)
+    return made
+
+
+def _lengthened(o: Counted, x: Sized, tokens: int) -> Sized:
+    made = o.tape.record([x], (*x.shape[:2], tokens, x.shape[3]), x.size, _slice(x.shape, x.size))
+    o.tape.traffic += made.bytes - x.bytes
+    return made
+
+
+def _piece(o: Counted, x: Sized, tokens: int) -> Sized:
+    """A view of some tokens; its gradient is as long as all of them."""
+    shape, size = x.shape, x.size
+    return o.tape.views(x, [(*shape[:2], tokens, shape[3])], lambda _: [o.tape.new(shape, size)])[0]
+
+
+def _overlapping(o: Counted, x: Sized, shape: tuple[int, ...]) -> Sized:
+    made = o.copied(x, shape)
+    o.tape.traffic += made.bytes - x.bytes
+    return made

@@ -1,0 +1,192 @@
+"""Layers of transformers in operations: the one description of what each of them computes."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from meshwright.model.config import LanguageModel
+from meshwright.model.shard import Column, Row, Vocabulary, VocabularyHead, VocabularyLoss
+from meshwright.model.transformer.operations import Operations, Value
+from meshwright.model.transformer.spec import Architecture, Rotary
+from meshwright.model.transformer.usual import made_of
+
+
+def tensor_units(c: LanguageModel, block: int) -> int:
+    """Tensor widths that divide this number are legal for a block."""
+    a = made_of(c)
+    # Normalisations of heads, compressions that all of them read, and slopes that differ from head
+    # to head need them all.
+    if a.query_norm or a.latent is not None or a.position in ("alibi", "relative"):
+        return 1
+    if a.mixture is not None and block not in a.mixture.dense:
+        shared = a.mixture.shared
+        return gcd(c.kv_heads, c.hidden, *([shared] if shared else []))
+    return gcd(c.kv_heads, feed_width(c, block))
+
+
+def feed_width(c: LanguageModel, block: int) -> int:
+    """Inner width of a block's feed-forward module, of one expert where it has experts."""
+    mixture = made_of(c).mixture
+    return mixture.dense_hidden if mixture and block in mixture.dense else c.hidden
+
+
+def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
+    """First layer: tokens, and what is added to them."""
+    a = made_of(c)
+    width = a.embedding_width or c.width
+    x = o.embedding("tokens", tokens, c.vocabulary, width, split=Vocabulary())
+    if a.embedding_scale is not None:
+        x = o.scaled(x, a.embedding_scale)
+    if a.embedding_width:
+        x = o.linear("project", x, width, c.width)
+    if a.position == "learned":
+        x = o.positions("positions", x, c.positions, a.position_offset, frozen=False)
+    if a.segments:
+        x = o.added_row("segments", x, a.segments)
+    if a.embedding_norm:
+        x = o.norm("norm", x, c.width, a.norm)
+    return x
+
+
+def block(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+    """Attention and feed-forward module, each added to the residual stream."""
+    a = made_of(c)
+
+    def norm(name: str, value: Value) -> Value:
+        return o.norm(name, value, c.width, a.norm)
+
+    if a.parallel:
+        read = norm("norm1", x)
+        attended = attention(o, c, number, read)
+        fed = feed(o, c, number, norm("norm2", x) if a.parallel == "two norms" else read)
+        return o.added(o.added(x, attended), fed)
+    if a.place == "before":
+        x = o.added(x, attention(o, c, number, norm("norm1", x)))
+        return o.added(x, feed(o, c, number, norm("norm2", x)))
+    if a.place == "after":
+        x = norm("norm1", o.added(x, attention(o, c, number, x)))
+        return norm("norm2", o.added(x, feed(o, c, number, x)))
+    if a.place == "output":
+        x = o.added(x, norm("norm1", attention(o, c, number, x)))
+        return o.added(x, norm("norm2", feed(o, c, number, x)))
+    x = o.added(x, norm("norm1_after", attention(o, c, number, norm("norm1", x))))
+    return o.added(x, norm("norm2_after", feed(o, c, number, norm("norm2", x))))
+
+
+def _rotary(a: Architecture, number: int) -> Rotary | None:
+    if number in a.unrotated:
+        return None
+    windowed = bool(a.windows) and a.windows[number] > 0
+    return a.local_rotary if windowed and a.local_rotary else a.rotary
+
+
+def attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+    """Self-attention; each key-value head serves a group of query heads."""
+    a = made_of(c)
+    if a.latent is not None:
+        return latent_attention(o, c, x)
+    q, k, v = _projected(o, c, x)
+    if a.clamp is not None:
+        q, k, v = (o.clamped(each, a.clamp) for each in (q, k, v))
+    if a.query_norm == "all":
+        q = o.norm("attention.query_norm", q, c.heads * c.head, a.norm)
+        k = o.norm("attention.key_norm", k, c.kv_heads * c.head, a.norm)
+    q, k, v = (o.heads(each, c.head) for each in (q, k, v))
+    if a.query_norm == "head":
+        q = o.norm("attention.query_norm", q, c.head, a.norm)
+        k = o.norm("attention.key_norm", k, c.head, a.norm)
+    if (rotary := _rotary(a, number)) is not None:
+        q, k = o.rotate(q, rotary), o.rotate(k, rotary)
+    y = o.attention(
+        q, k, v,
+        causal=a.task == "next token",
+        window=a.windows[number] if a.windows else 0,
+        scale=a.score_scale,
+        cap=a.score_cap,
+        alibi=c.heads if a.position == "alibi" else 0,
+    )  # fmt: skip
+    return o.linear("attention.out", o.merged(y), c.heads * c.head, c.width, bias=a.out_bias,
+                    split=Row())  # fmt: skip
+
+
+def _projected(o: Operations, c: LanguageModel, x: Value) -> tuple[Value, Value, Value]:
+    """Queries, keys and values of one product."""
+    sizes = (c.heads * c.head, c.kv_heads * c.head, c.kv_heads * c.head)
+    qkv = o.linear("attention.qkv", x, c.width, sum(sizes), bias=made_of(c).query_bias,
+                   split=Column(parts=sizes))  # fmt: skip
+    q, k, v = o.parts(qkv, sizes)
+    return q, k, v
+
+
+def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
+    """Multi-head latent attention, computed as in training: keys and values are spread out."""
+    a = made_of(c)
+    latent, rotary = a.latent, a.rotary
+    assert latent is not None
+    assert rotary is not None
+    head = latent.plain + latent.rotary
+    if latent.query_rank:
+        low = o.linear("attention.query_down", x, c.width, latent.query_rank, bias=a.query_bias)
+        low = o.norm("attention.query_norm", low, latent.query_rank, a.norm)
+        q = o.linear("attention.query_up", low, latent.query_rank, c.heads * head)
+    else:
+        q = o.linear("attention.query", x, c.width, c.heads * head)
+    down = o.linear("attention.key_value_down", x, c.width, latent.key_value_rank + latent.rotary,
+                    bias=a.query_bias)  # fmt: skip
+    low, common = o.parts(down, (latent.key_value_rank, latent.rotary))
+    low = o.norm("attention.key_value_norm", low, latent.key_value_rank, a.norm)
+    kv = o.linear("attention.key_value_up", low, latent.key_value_rank,
+                  c.heads * (latent.plain + latent.value))  # fmt: skip
+    plain, turned = o.parts(o.heads(q, head), (latent.plain, latent.rotary))
+    q = o.joined(plain, o.rotate(turned, rotary))
+    k, v = o.parts(o.heads(kv, latent.plain + latent.value), (latent.plain, latent.value))
+    k = o.common_head(o.rotate(o.heads(common, latent.rotary), rotary), k)
+    y = o.attention(q, k, v, causal=True, scale=a.score_scale)
+    return o.linear("attention.out", o.merged(y), c.heads * latent.value, c.width, bias=a.out_bias)
+
+
+def feed(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+    """The feed-forward module of a block, or its experts."""
+    a = made_of(c)
+    if a.mixture is None or number in a.mixture.dense:
+        return dense(o, c, "mlp", x, feed_width(c, number))
+    y = o.experts("mlp", x, c)
+    if a.mixture.shared:
+        common = dense(o, c, "mlp.shared", x, a.mixture.shared)
+        if a.mixture.shared_gate:
+            common = o.gated(o.linear("mlp.shared_gate", x, c.width, 1), common)
+        y = o.added(y, common)
+    return y
+
+
+def dense(o: Operations, c: LanguageModel, name: str, x: Value, hidden: int) -> Value:
+    """Two linear maps around an activation, which a gate may multiply."""
+    a = made_of(c)
+    if a.gated:
+        both = o.linear(f"{name}.gate_up", x, c.width, 2 * hidden, bias=a.feed_bias,
+                        split=Column(parts=(hidden, hidden)))  # fmt: skip
+        gate, up = o.parts(both, (hidden, hidden))
+        inner = o.product(o.activate(a.activation, gate), up)
+    else:
+        up = o.linear(f"{name}.up", x, c.width, hidden, bias=a.feed_bias, split=Column())
+        inner = o.activate(a.activation, up)
+    return o.linear(f"{name}.down", inner, hidden, c.width, bias=a.feed_bias, split=Row())
+
+
+def head(o: Operations, c: LanguageModel, x: Value, targets: Value) -> Value:
+    """Last layer: normalisation, projection to the vocabulary, mean loss."""
+    a = made_of(c)
+    width = a.embedding_width or c.width
+    if a.last_norm:
+        x = o.norm("norm", x, c.width, a.norm)
+    if a.embedding_width:
+        x = o.linear("project", x, c.width, width)
+    if a.head_transform:
+        x = o.activate(a.activation, o.linear("transform", x, c.width, c.width, bias=True))
+        x = o.norm("transform_norm", x, c.width, a.norm)
+    if a.logit_scale is not None:
+        x = o.scaled(x, a.logit_scale)
+    logits = o.linear("linear", x, width, c.vocabulary, bias=a.head_bias, split=VocabularyHead())
+    if a.logit_cap is not None:
+        logits = o.capped(logits, a.logit_cap)
+    return o.loss("loss", logits, targets, split=VocabularyLoss())

@@ -1,0 +1,130 @@
+"""Attention as transformers differ in it: windows, caps, distances."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: int = 0,
+    scale: float | None = None,
+    cap: float | None = None,
+    alibi: int = 0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(rows, heads, tokens, head) of queries, keys and values, whose heads divide the queries'.
+
+    A `window` is how many tokens a causal query looks back, itself counted; sequences longer than
+    it are computed in pieces of its length, each with the piece before it.
+    """
+    if window and window < q.shape[2]:
+        return _windowed(q, k, v, window, scale, cap)
+    mask = _distances(alibi, q) if alibi else bias
+    if cap is None and mask is None:
+        width = q.shape[-1]
+        if v.shape[-1] == width:
+            return _fused(q, k, v, causal, scale)
+        padded = F.pad(v, (0, width - v.shape[-1]))
+        return _fused(q, k, padded, causal, scale)[..., : v.shape[-1]]
+    if causal:
+        own = _causal(q.shape[2], k.shape[2], q)
+        mask = own if mask is None else mask.masked_fill(own < 0, float("-inf"))
+    if cap is None and not (mask is not None and mask.requires_grad):
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return _capped(q, k, v, mask, scale, cap)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _causal(tokens: int, reads: int, like: Tensor) -> Tensor:
+    """0 where a query looks, minus infinity where it does not: (1, 1, tokens, reads)."""
+    at = torch.arange(tokens, device=like.device)[:, None] + (reads - tokens)
+    hidden = torch.arange(reads, device=like.device) > at
+    return torch.zeros(1, 1, tokens, reads, device=like.device, dtype=like.dtype).masked_fill(
+        hidden, float("-inf")
+    )
+
+
+def _distances(heads: int, q: Tensor) -> Tensor:
+    """What ALiBi (Press et al. 2022) adds to scores: minus the distance times a slope."""
+    slopes = torch.tensor(slopes_of(heads), device=q.device, dtype=torch.float32)
+    at = torch.arange(q.shape[2], device=q.device)
+    far = (at[None, :] - at[:, None]).float()
+    return (slopes[:, None, None] * far)[None].to(q.dtype)
+
+
+def slopes_of(heads: int) -> list[float]:
+    """A slope for each head: powers of 2^(-8 / heads), and half steps where heads are no power of
+    two."""
+    whole = 2 ** (heads.bit_length() - 1)
+    base = 2.0 ** (-8.0 / whole)
+    slopes = [base**n for n in range(1, whole + 1)]
+    between = 2.0 ** (-4.0 / whole)
+    return slopes + [between ** (2 * n + 1) for n in range(heads - whole)]
+
+
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None
+) -> Tensor:
+    """Scores are made: no fused kernel bends them, or gives a bias its gradient."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(2, 3))
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    exact = torch.promote_types(torch.float32, q.dtype)
+    return torch.matmul(scores.softmax(dim=-1, dtype=exact).to(q.dtype), v)
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, cap: float | None
+) -> Tensor:
+    """The first piece is causal; each later one reads itself and the piece before it."""
+    rows, heads, tokens, _ = q.shape
+    short = -tokens % window
+    if short:
+        q, k, v = (F.pad(each, (0, 0, 0, short)) for each in (q, k, v))
+    pieces = (tokens + short) // window
+    first = _plain(*(each[:, :, :window] for each in (q, k, v)), scale, cap)
+    own = q.transpose(1, 2)[:, window:].reshape(rows * (pieces - 1), window, heads, -1)
+    own = own.transpose(1, 2)
+    # Pieces overlap: of keys and values (rows, heads, pieces, 2 * window, head), then copied.
+    read = [
+        each.unfold(2, 2 * window, window).transpose(3, 4).movedim(2, 1).flatten(0, 1)
+        for each in (k, v)
+    ]
+    at = torch.arange(window, device=q.device)[:, None] + window
+    back = at - torch.arange(2 * window, device=q.device)
+    mask = torch.zeros(1, 1, window, 2 * window, device=q.device, dtype=q.dtype).masked_fill(
+        (back < 0) | (back >= window), float("-inf")
+    )
+    if cap is None:
+        grouped = q.shape[1] != k.shape[1]
+        later = F.scaled_dot_product_attention(own, *read, mask, scale=scale, enable_gqa=grouped)
+    else:
+        later = _capped(own, *read, mask, scale, cap)
+    later = later.transpose(1, 2).reshape(rows, (pieces - 1) * window, heads, v.shape[-1])
+    # Tokens come before heads in memory, as the next product reads them.
+    return torch.cat((first.transpose(1, 2), later), dim=1)[:, :tokens].transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None, cap: float | None) -> Tensor:
+    if cap is None:
+        return _fused(q, k, v, True, scale)
+    return _capped(q, k, v, _causal(q.shape[2], k.shape[2], q), scale, cap)

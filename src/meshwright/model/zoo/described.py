@@ -1,0 +1,278 @@
+"""Modules that compute what `model.transformer.forward` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.model import shard
+from meshwright.model.config import LanguageModel
+from meshwright.model.shard import Split
+from meshwright.model.transformer.counted import INDEX, Counted, Made
+from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
+from meshwright.model.transformer.rotary import frequencies
+from meshwright.model.transformer.spec import Activation, Norm, Rotary
+from meshwright.model.zoo.attention import attend
+from meshwright.model.zoo.mixture import ExpertsOf
+from meshwright.model.zoo.pieces import (
+    INIT_STD,
+    CrossEntropy,
+    Embedding,
+    Linear,
+    RMSNorm,
+    as_is,
+)
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu-squared": lambda x: F.relu(x).square(),
+}
+
+
+class Network(nn.Module):
+    """A transformer whose forward takes the batch and gives the mean loss."""
+
+    def __init__(self, c: LanguageModel) -> None:
+        super().__init__()
+        layers = layers_of(c)
+        self.inputs = inputs_of(c)
+        self.wiring = tuple((layer.name, layer.reads) for layer in layers)
+        made = {layer.name: DescribedLayer(layer, c) for layer in layers}
+        for name, layer in made.items():
+            place, _, number = name.partition(".")
+            if number:
+                if not hasattr(self, place):
+                    self.add_module(place, nn.ModuleList())
+                cast("nn.ModuleList", self.get_submodule(place)).append(layer)
+            else:
+                self.add_module(name, layer)
+        for own, first in tied_parameters(c).items():
+            module, _, attribute = own.rpartition(".")
+            setattr(self.get_submodule(module), attribute, self.get_parameter(first))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        values: dict[str, Tensor] = dict(zip(self.inputs, (tokens, targets), strict=True))
+        for name, reads in self.wiring:
+            values[name] = self.get_submodule(name)(*(values[each] for each in reads))
+        return values[self.wiring[-1][0]]
+
+
+class DescribedLayer(nn.Module):
+    """One layer, with the parameters that its description asks for."""
+
+    def __init__(self, layer: LayerOf, c: LanguageModel) -> None:
+        super().__init__()
+        self.kind = layer.kind
+        self.compute = layer.compute
+        self.tensor_units = layer.units
+        self.tensor_split: dict[str, Split] = {}
+        batch = inputs_of(c)
+        counted = Counted(a=4, m=4)
+        layer.compute(counted, *(
+            counted.tape.leaf((1, 8), INDEX, gradient=False) if name in batch
+            else counted.tape.leaf((1, 8, c.width), 4, gradient=True)
+            for name in layer.reads
+        ))  # fmt: skip
+        for name, made in counted.modules.items():
+            _put(self, name, _module(made, _std(made, c)))
+            if made.split is not None:
+                self.tensor_split[name] = made.split
+        self.tensor_split |= counted.splits
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return cast("Tensor", self.compute(Computed(self), *values))
+
+
+def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
+    *places, last = name.split(".")
+    for place in places:
+        if not hasattr(owner, place):
+            owner.add_module(place, nn.Module())
+        owner = owner.get_submodule(place)
+    owner.add_module(last, module)
+
+
+def _std(made: Made, c: LanguageModel) -> float:
+    """GPT-2 shrinks what is added to the residual stream by the number of additions."""
+    shrunk = c.family == "gpt2" and isinstance(made.split, shard.Row)
+    return INIT_STD / (2 * c.layers) ** 0.5 if shrunk else INIT_STD
+
+
+def _module(made: Made, std: float) -> nn.Module:
+    match made.kind:
+        case "linear":
+            return Linear(*made.sizes, bias=made.bias, std=std)
+        case "table":
+            return Embedding(*made.sizes)
+        case "row":
+            return Row(*made.sizes)
+        case "experts":
+            assert made.model is not None
+            return ExpertsOf(made.model)
+        case "loss":
+            return CrossEntropy()
+    assert made.norm is not None
+    return _norm(made.sizes[0], made.norm)
+
+
+def _norm(width: int, norm: Norm) -> nn.Module:
+    if norm.kind == "rms":
+        return GainPlusOne(width, norm.epsilon) if norm.one_added else RMSNorm(width, norm.epsilon)
+    return LayerNormOf(width, norm)
+
+
+class GainPlusOne(nn.Module):
+    """Root-mean-square normalisation with a gain of 1 + weight."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with as_is(x):
+            return F.rms_norm(x, (x.shape[-1],), (1 + self.weight).to(x.dtype), self.epsilon)
+
+
+class LayerNormOf(nn.LayerNorm):
+    """Layer normalisation that may lack its weights, and keeps the dtype of its input."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__(width, norm.epsilon, elementwise_affine=norm.weight, bias=norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with as_is(x):
+            weight = None if self.weight is None else self.weight.to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Row(nn.Module):
+    """A parameter that is a row of features."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class Computed:
+    """The operations of transformers, computed with the parameters of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def _of(self, name: str) -> Any:
+        return self._layer.get_submodule(name)
+
+    def linear(
+        self, name: str, x: Tensor, inputs: int, outputs: int, *, bias: bool = False,
+        split: Split | None = None,
+    ) -> Tensor:  # fmt: skip
+        return cast("Tensor", self._of(name)(x))
+
+    def embedding(
+        self, name: str, index: Tensor, entries: int, width: int, *, split: Split | None = None
+    ) -> Tensor:
+        return cast("Tensor", self._of(name)(index))
+
+    def positions(self, name: str, x: Tensor, entries: int, offset: int, *, frozen: bool) -> Tensor:
+        index = torch.arange(offset, offset + x.shape[1], device=x.device)
+        return x + cast("Tensor", self._of(name)(index))
+
+    def added_row(self, name: str, x: Tensor, entries: int) -> Tensor:
+        return x + self._of(name).weight[0].to(x.dtype)
+
+    def norm(self, name: str, x: Tensor, width: int, norm: Norm) -> Tensor:
+        return cast("Tensor", self._of(name)(x))
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        own = [x.shape[-1] * size // sum(sizes) for size in sizes]
+        return list(torch.split(x, own, dim=-1))
+
+    def heads(self, x: Tensor, head: int) -> Tensor:
+        return x.view(*x.shape[:-1], -1, head).transpose(1, 2)
+
+    def merged(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    def rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x.transpose(1, 2)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with as_is(x):
+            turns, magnitude = frequencies(rotary, x.shape[1])
+            steps = torch.tensor(turns, device=x.device, dtype=exact)
+            positions = torch.arange(x.shape[1], device=x.device, dtype=exact)
+            angles = positions[:, None, None] * steps
+            cos, sin = angles.cos(), angles.sin()
+            if magnitude != 1.0:
+                cos, sin = cos * magnitude, sin * magnitude
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            turned, rest = x[..., : rotary.features], x[..., rotary.features :]
+            if rotary.adjacent:
+                left, right = turned[..., 0::2], turned[..., 1::2]
+            else:
+                left, right = turned.chunk(2, dim=-1)
+            pieces = [left * cos - right * sin, right * cos + left * sin]
+            whole = torch.cat((*pieces, rest) if rest.shape[-1] else pieces, dim=-1)
+        # Transposed last, so that attention gives its output in the order the next product reads.
+        return whole.transpose(1, 2)
+
+    def common_head(self, x: Tensor, like: Tensor) -> Tensor:
+        return self.joined(like, x.expand(-1, like.shape[1], -1, -1))
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        # Tokens come before heads in memory, as attention hands it on.
+        return torch.cat((x.transpose(1, 2), y.transpose(1, 2)), dim=-1).transpose(1, 2)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int = 0,
+        scale: float | None = None, cap: float | None = None, alibi: int = 0,
+        bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return attend(q, k, v, causal=causal, window=window, scale=scale, cap=cap, alibi=alibi,
+                      bias=bias)  # fmt: skip
+
+    def activate(self, kind: Activation, x: Tensor) -> Tensor:
+        return _ACTIVATIONS[kind](x)
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def clamped(self, x: Tensor, limit: float) -> Tensor:
+        return x.clamp(-limit, limit)
+
+    def capped(self, x: Tensor, cap: float) -> Tensor:
+        return torch.tanh(x / cap) * cap
+
+    def gated(self, gate: Tensor, x: Tensor) -> Tensor:
+        return torch.sigmoid(gate) * x
+
+    def experts(self, name: str, x: Tensor, c: LanguageModel) -> Tensor:
+        return cast("Tensor", self._of(name)(x))
+
+    def loss(
+        self, name: str, logits: Tensor, targets: Tensor, *, split: Split | None = None
+    ) -> Tensor:
+        return cast("Tensor", self._of(name)(logits, targets))

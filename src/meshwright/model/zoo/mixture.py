@@ -1,0 +1,79 @@
+"""Mixtures of experts as families differ in them: scores, groups, shares."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.spec import Mixture
+from meshwright.model.transformer.usual import made_of
+from meshwright.model.zoo.moe import GroupedLinear
+from meshwright.model.zoo.pieces import Linear
+
+
+class ExpertsOf(nn.Module):
+    """A router over gated experts, of which only the chosen ones are computed for each token."""
+
+    def __init__(self, c: LanguageModel) -> None:
+        super().__init__()
+        mixture = made_of(c).mixture
+        assert mixture is not None
+        self.mixture: Mixture = mixture
+        self.experts, self.chosen = c.experts, c.chosen
+        self.router = Linear(c.width, c.experts, bias=False)
+        self.gate_up = GroupedLinear(c.experts, c.width, 2 * c.hidden)
+        self.down = GroupedLinear(c.experts, c.hidden, c.width)
+        self.balance: Tensor | None
+        self.register_buffer("balance", torch.zeros(c.experts) if self.mixture.balanced else None)
+
+    def reset_parameters(self) -> None:
+        """The balance has no parameters to draw; it starts at 0."""
+        if self.balance is not None:
+            self.balance.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        expert, share = self._routed(self.router(flat))
+        order = expert.flatten().argsort(stable=True)
+        ids = torch.arange(self.experts, device=x.device)
+        counts = (expert.flatten() == ids[:, None]).sum(dim=1)
+        gate, up = self.gate_up(flat[order // self.chosen], counts).chunk(2, dim=-1)
+        y = self.down(F.silu(gate) * up, counts)
+        back = y[order.argsort()].view(-1, self.chosen, y.shape[-1])
+        return torch.sum(back * share.to(y.dtype)[..., None], dim=1).view(x.shape)
+
+    def _routed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's experts, and what their outputs are multiplied by."""
+        m = self.mixture
+        exact = torch.promote_types(torch.float32, logits.dtype)
+        if m.score == "softmax" and m.normalised and m.groups == 1:
+            best, expert = logits.topk(self.chosen, dim=-1)
+            share = best.softmax(dim=-1, dtype=exact)
+        else:
+            logits = logits.to(exact)
+            scores = logits.softmax(dim=-1) if m.score == "softmax" else logits.sigmoid()
+            expert = self._looked_at(scores.detach()).topk(self.chosen, dim=-1).indices
+            share = scores.gather(1, expert)
+            if m.normalised:
+                share = share / (share.sum(dim=-1, keepdim=True) + 1e-20)
+        return expert, share if m.scale == 1.0 else share * m.scale
+
+    def _looked_at(self, scores: Tensor) -> Tensor:
+        """Scores by which experts are chosen; of groups that are not looked at, less than any."""
+        m = self.mixture
+        if self.balance is not None:
+            scores = scores + self.balance
+        if m.groups == 1:
+            return scores
+        grouped = scores.unflatten(-1, (m.groups, -1))
+        if m.group_score == "best":
+            of_group = grouped.amax(dim=-1)
+        else:
+            of_group = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        best = of_group.topk(m.groups_chosen, dim=-1).indices
+        seen = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, best, True)
+        return cast("Tensor", grouped.masked_fill(~seen[..., None], float("-inf")).flatten(1))
