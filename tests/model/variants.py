@@ -53,6 +53,9 @@ VARIANTS = (
     _variant("scores capped, window", {"score_cap": 50.0, "windows": (8, 0)}),
     _variant("narrow embedding", {"embedding_width": 24}),
     _variant("experts", {"mixture": Mixture()}, **_EXPERTS),
+    _variant("squared", {"activation": "relu-squared", "gated": False}),
+    _variant("quick", {"activation": "quick-gelu"}),
+    _variant("experts of another kind", {"mixture": Mixture(), "activation": "relu"}, **_EXPERTS),
     _variant("shared expert", {"mixture": Mixture(normalised=False, shared=24, shared_gate=True,
                                                   dense=(1,), dense_hidden=60)}, **_EXPERTS),
     _variant("deepseek-v2", {

@@ -355,11 +355,27 @@ class Counted:
         return self.elementwise([x, share], [x, share])
 
     def activate(self, kind: Activation, x: Sized) -> Sized:
-        """Keeps its input (ReLU its output)."""
-        made = self.elementwise([x], [] if kind == "relu" else [x])
-        if kind == "relu":
-            self.tape.keep(made, [made])
-        return made
+        """Keeps its input (ReLU its output); two are made of others."""
+        if kind == "quick-gelu":
+            gate = self.elementwise([self.scaled(x, 1.702)], [])
+            self.tape.keep(gate, [gate])
+            return self.product(x, gate)
+        if not kind.startswith("relu"):
+            return self.elementwise([x], [x])
+        made = self.elementwise([x], [])
+        self.tape.keep(made, [made])
+        return made if kind == "relu" else self._squared(made)
+
+    def _squared(self, x: Sized) -> Sized:
+        """Keeps its input, which is copied and doubled before the gradient is multiplied by it."""
+        shape, size = x.shape, x.size
+
+        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+            copied, doubled, before = (self.tape.new(shape, size) for _ in range(3))
+            del copied, doubled
+            return [before]
+
+        return self.tape.record([x], shape, size, back, [x])
 
     def product(self, x: Sized, y: Sized) -> Sized:
         """Keeps both."""

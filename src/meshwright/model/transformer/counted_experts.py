@@ -34,7 +34,7 @@ def routed(o: Counted, name: str, x: Sized, c: LanguageModel) -> Sized:
                        Column(parts=(hidden, hidden)), counts)  # fmt: skip
     own = gate_up.shape[-1] // 2
     gate, up = o.parts(gate_up, (own, own))
-    inner = o.product(o.activate("silu", gate), up)
+    inner = o.product(o.activate(made_of(c).activation, gate), up)
     y = _grouped(o, f"{name}.down", inner, c.experts, hidden, width, Row(), counts)
     back = new((tokens * k,), INDEX)
     o.tape.traffic += 2 * back.bytes

@@ -16,6 +16,7 @@ from meshwright.model.transformer.counted import INDEX, Counted, Made
 from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
 from meshwright.model.transformer.rotary import frequencies
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
+from meshwright.model.zoo.activations import ACTIVATIONS
 from meshwright.model.zoo.attention import attend
 from meshwright.model.zoo.mixture import ExpertsOf
 from meshwright.model.zoo.pieces import (
@@ -26,15 +27,6 @@ from meshwright.model.zoo.pieces import (
     RMSNorm,
     as_is,
 )
-
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu-squared": lambda x: F.relu(x).square(),
-}
 
 
 class Network(nn.Module):
@@ -249,7 +241,7 @@ class Computed:
                       bias=bias)  # fmt: skip
 
     def activate(self, kind: Activation, x: Tensor) -> Tensor:
-        return _ACTIVATIONS[kind](x)
+        return ACTIVATIONS[kind](x)
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         return x * y

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.spec import Mixture
 from meshwright.model.transformer.usual import made_of
+from meshwright.model.zoo.activations import ACTIVATIONS
 from meshwright.model.zoo.moe import GroupedLinear
 from meshwright.model.zoo.pieces import Linear
 
@@ -24,6 +24,7 @@ class ExpertsOf(nn.Module):
         assert mixture is not None
         self.mixture: Mixture = mixture
         self.experts, self.chosen = c.experts, c.chosen
+        self.activation = made_of(c).activation
         self.router = Linear(c.width, c.experts, bias=False)
         self.gate_up = GroupedLinear(c.experts, c.width, 2 * c.hidden)
         self.down = GroupedLinear(c.experts, c.hidden, c.width)
@@ -42,7 +43,7 @@ class ExpertsOf(nn.Module):
         ids = torch.arange(self.experts, device=x.device)
         counts = (expert.flatten() == ids[:, None]).sum(dim=1)
         gate, up = self.gate_up(flat[order // self.chosen], counts).chunk(2, dim=-1)
-        y = self.down(F.silu(gate) * up, counts)
+        y = self.down(ACTIVATIONS[self.activation](gate) * up, counts)
         back = y[order.argsort()].view(-1, self.chosen, y.shape[-1])
         return torch.sum(back * share.to(y.dtype)[..., None], dim=1).view(x.shape)
 
