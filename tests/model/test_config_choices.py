@@ -17,6 +17,7 @@ _V2, _V3 = TINY["deepseek_v2"], TINY["deepseek_v3"]
         (_QWEN2_MOE, "layer_types: found nothing"),
         (TINY["qwen3_moe, window"] | {"layer_types": ["full_attention"] * 4}, "layer_types: found"),
         (TINY["llama, linear"] | {"rope_scaling": {"full_attention": {}}}, "full_attention: found"),
+        (TINY["gemma3_text"] | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: found"),
         (_V2 | {"norm_topk_prob": True}, "norm_topk_prob: found True"),
         (_V2 | {"topk_method": "noaux_tc"}, "topk_method: found 'noaux_tc'; wanted greedy or"),
         (_V2 | {"scoring_func": "sigmoid"}, "scoring_func: found 'sigmoid'; wanted softmax"),

@@ -123,7 +123,7 @@ _FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": _decoder(
         "Gemma3", *_WINDOW, "attention_bias", "hidden_activation", "query_pre_attn_scalar",
-        "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
+        "final_logit_softcapping", "rope_local_base_freq",
         "sliding_window_pattern",
         head_dim=256, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
         sliding_window=4096, sliding_window_pattern=6, query_pre_attn_scalar=256, rope_theta=1e6,

@@ -7,8 +7,11 @@ from math import gcd
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Vocabulary, VocabularyHead, VocabularyLoss
 from meshwright.model.transformer.operations import Operations, Value
-from meshwright.model.transformer.spec import Architecture, Rotary
+from meshwright.model.transformer.spec import Architecture, Norm, Rotary
 from meshwright.model.transformer.usual import made_of
+
+COMPRESSED = Norm(kind="rms", epsilon=1e-6)
+"""Of what latent attention compresses; its epsilon is not the blocks' (DeepSeek)."""
 
 
 def tensor_units(c: LanguageModel, block: int) -> int:
@@ -127,14 +130,14 @@ def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
     head = latent.plain + latent.rotary
     if latent.query_rank:
         low = o.linear("attention.query_down", x, c.width, latent.query_rank, bias=a.query_bias)
-        low = o.norm("attention.query_norm", low, latent.query_rank, a.norm)
+        low = o.norm("attention.query_norm", low, latent.query_rank, COMPRESSED)
         q = o.linear("attention.query_up", low, latent.query_rank, c.heads * head)
     else:
         q = o.linear("attention.query", x, c.width, c.heads * head)
     down = o.linear("attention.key_value_down", x, c.width, latent.key_value_rank + latent.rotary,
                     bias=a.query_bias)  # fmt: skip
     low, common = o.parts(down, (latent.key_value_rank, latent.rotary))
-    low = o.norm("attention.key_value_norm", low, latent.key_value_rank, a.norm)
+    low = o.norm("attention.key_value_norm", low, latent.key_value_rank, COMPRESSED)
     kv = o.linear("attention.key_value_up", low, latent.key_value_rank,
                   c.heads * (latent.plain + latent.value))  # fmt: skip
     plain, turned = o.parts(o.heads(q, head), (latent.plain, latent.rotary))
