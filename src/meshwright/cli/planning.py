@@ -242,6 +242,8 @@ def export(
     for name, text in found.files.items():
         files.write_text(output / name, text)
         say(f"wrote {output / name}")
+    for sentence in found.not_expressed:
+        say(f"not expressed: {sentence}")
     if found.plan != plan:
         save_plan(found.plan, output / "plan.json")
         say(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
