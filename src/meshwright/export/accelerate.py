@@ -240,6 +240,8 @@ def _launch(grid: Grid) -> str:
         f'export MASTER_ADDR="${{MASTER_ADDR:-{shell_default(names[0])}}}"',
         f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
     ]
+    if grid.tensor > 1:
+        lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")  # Megatron insists
     if not _needs_plugin(grid):
         lines.append(f"export ACCELERATE_GRADIENT_ACCUMULATION_STEPS={grid.micro_batches}")
     lines += ['node="${1:?the name of this node}"; shift', 'case "$node" in']

@@ -33,6 +33,8 @@ the name of an entry comes before it."""
 RECORDS = {"model": LanguageModel, "job": Job, "plan": Plan, "pipeline": Pipeline, "stage": Stage}
 """Whose fields must be answered for, by the first word of a property's name."""
 NOTES = "NOT_EXPRESSED.md"
+LABEL = "a label"
+PARTS_OF_IT = "field by field"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +131,13 @@ def own_code(name: str) -> Answer:
             return words if value else f"not {words}"
         return "" if absent and value == default else f"{words} {shown(value)}"
 
-    return Answer("yours", note=note, own_code=True)
+    return Answer("listed: your own code", note=note, own_code=True)
 
 
 def own_model() -> dict[str, Answer]:
     """Answers of a tool that is not told of the model: all of it is the user's own code."""
     found = {name: own_code(name) for name in properties_known() if name.startswith("model.")}
-    found["model.name"] = no_matter("a label")
+    found["model.name"] = no_matter(LABEL)
     base, loss = found["model.rotary_base"], found["model.auxiliary_loss"]
     found["model.rotary_base"] = replace(
         base, note=lambda v, asked: base.note(v, asked) if rotary(asked.language.family) else ""
@@ -148,7 +150,7 @@ def own_model() -> dict[str, Answer]:
 
 def regular(tool: str) -> dict[str, Answer]:
     """Answers for what every tool with a regular grid takes alike."""
-    label = no_matter("about the plan")
+    label = no_matter(LABEL)
 
     def boundary(value: str | None, _: Asked) -> str:
         own = f"how tensors cross from stage to stage ({value}): {tool} has a way of its own"
@@ -161,13 +163,13 @@ def regular(tool: str) -> dict[str, Answer]:
         "plan.cluster": label,
         "plan.profile": label,
         "plan.prediction": label,
-        "plan.job": planned("field by field"),
-        "plan.pipelines": planned("field by field"),
+        "plan.job": planned(PARTS_OF_IT),
+        "plan.pipelines": planned(PARTS_OF_IT),
         "plan.devices": planned("launch.sh"),
         "plan.schedule": planned("the order of work, else refused"),
         "pipeline.micro_batches": planned("micro-batches"),
         "pipeline.rows": planned("rows of each replica"),
-        "pipeline.stages": planned("field by field"),
+        "pipeline.stages": planned(PARTS_OF_IT),
         "pipeline.actions": planned("refused, as the schedules that need them"),
         "stage.layers": planned("cuts"),
         "stage.devices": planned("degrees, and launch.sh"),

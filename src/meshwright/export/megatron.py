@@ -10,6 +10,7 @@ from typing import Any
 
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import (
+    LABEL,
     Answer,
     Answers,
     Asked,
@@ -120,7 +121,7 @@ def _gradient_sums(_: Any, asked: Asked) -> list[str]:
 
 ANSWERS: Answers = {
     **regular(TOOL),
-    "model.name": no_matter("a label"),
+    "model.name": no_matter(LABEL),
     "model.family": Answer(
         "`--normalization`, `--swiglu`, `--disable-bias-linear`, `--position-embedding-type`",
         write=lambda value, _: _BLOCKS[value],

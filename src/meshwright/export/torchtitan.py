@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import (
+    LABEL,
     Answer,
     Answers,
     Asked,
@@ -58,7 +59,7 @@ def _positions(value: int, asked: Asked) -> list[str]:
 
 ANSWERS: Answers = {
     **regular(TOOL),
-    "model.name": no_matter("a label"),
+    "model.name": no_matter(LABEL),
     "model.family": only("llama", lacks=f"{TOOL} has no GPT-2 and no Mixtral"),
     "model.vocabulary": _same("vocabulary", "model.vocab_size"),
     "model.positions": by("`rope.max_context_length`", _positions),
