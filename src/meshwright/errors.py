@@ -160,7 +160,15 @@ def _put(text: str, name: str, other: str) -> str:
     """The text with another word for a name; not for a part of a longer one."""
     if not name or name not in text:
         return text
-    return re.sub(rf"(?<![\w:.-]){re.escape(name)}(?![\w:-])", lambda _: other, text)
+    first, *rest = text.split(name)
+    for piece in rest:
+        inside = _continues(first[-1:], "_:.-") or _continues(piece[:1], "_:-")
+        first += (name if inside else other) + piece
+    return first
+
+
+def _continues(letter: str, signs: str) -> bool:
+    return letter.isalnum() or (letter != "" and letter in signs)
 
 
 def _as_one(same: Sequence[Problem]) -> Problem:

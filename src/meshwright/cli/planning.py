@@ -228,7 +228,8 @@ def export(
         bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
     ] = False,
 ) -> None:
-    """Write a plan as the settings of another tool, with the script that starts it."""
+    """Write a plan as the settings of another tool, with the script that starts it, and a list of
+    what the tool is not told."""
     from meshwright import files
     from meshwright.exporting import exported
     from meshwright.plan.files import save_plan
