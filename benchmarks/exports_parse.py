@@ -170,7 +170,10 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
         "use_rope_scaling": False,
         "accumulate_allreduce_grads_in_fp32": case.precision != "fp32",
         "moe_aux_loss_coeff": 0.0,
+        "reset_attention_mask": False,
     }
+    if case.optimizer == "sgd" and not defaults:
+        of_arguments |= {"optimizer": "sgd", "sgd_momentum": 0}
     for name, wanted in of_arguments.items():
         expect(name, getattr(parsed, name), wanted)
 

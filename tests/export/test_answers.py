@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
@@ -207,6 +208,16 @@ def test_megatron_is_told_what_its_own_defaults_would_make_otherwise(model):
     ):
         assert line in found
     assert ("--moe-router-load-balancing-type none" in found) == (model == "mixtral-tiny")
+
+
+def test_sgd_is_without_momentum_whatever_a_tool_would_take():
+    plan, graph = make("10")
+    plan = replace(plan, job=replace(plan.job, optimizer="sgd"))
+    found = export_files(plan, graph, "megatron")["arguments.txt"].splitlines()
+    assert {"--optimizer sgd", "--sgd-momentum 0"} <= {*found}
+    settings = json.loads(export_files(plan, graph, "deepspeed")["ds_config.json"])
+    assert settings["optimizer"]["params"]["momentum"] == 0
+    assert "sgd is without momentum" in export_files(plan, graph, "accelerate")[NOTES]
 
 
 def test_a_vocabulary_that_megatron_must_pad_is_listed():

@@ -48,13 +48,14 @@ _NO_EXPERTS = "its Megatron-LM plugin has no experts"
 _YOURS = {
     **regular(TOOL),
     "job.sequence": listed("the length of a row, in your data: {} tokens"),
-    "job.optimizer": listed("the optimizer, which is your own code: {}"),
+    "job.optimizer": listed("the optimizer, which is your own code: {} (sgd is without momentum)"),
 }
 OWN: Answers = {
     **_YOURS,
     **own_model(),
     "training.clip_norm": listed("clipping: accelerator.clip_grad_norm_(model.parameters(), {})"),
     "training.gradient_sums": no_matter("fp32, as the weights"),
+    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
     "training.sharded_states": no_matter("off by default"),
     "training.sequence_parallel": no_matter("off by default"),
 }
@@ -71,6 +72,7 @@ PLUGIN: Answers = {
     "model.auxiliary_loss": only(0.0, lacks=_NO_EXPERTS),
     "training.clip_norm": Answer("`megatron_lm_gradient_clipping`"),
     "training.gradient_sums": megatron.ANSWERS["training.gradient_sums"],
+    "training.attention_within_documents": no_matter("off by default"),
     "training.sharded_states": Answer("`megatron_lm_use_distributed_optimizer`"),
     "training.sequence_parallel": Answer("`megatron_lm_sequence_parallelism`"),
 }

@@ -24,6 +24,7 @@ ASSUMED: dict[str, object] = {
     "model.auxiliary_loss": 0.0,
     "training.clip_norm": 1.0,
     "training.gradient_sums": "fp32",
+    "training.attention_within_documents": False,
     "training.sharded_states": False,
     "training.sequence_parallel": False,
     "training.optimizer_settings": None,

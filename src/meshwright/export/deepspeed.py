@@ -71,6 +71,7 @@ ANSWERS: Answers = {
     "training.gradient_sums": Answer(
         "`communication_data_type`; of micro-batches listed", note=_gradient_sums
     ),
+    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
     "training.sharded_states": planned("`zero_optimization.stage`"),
     "training.sequence_parallel": no_matter("off by default"),
     "training.optimizer_settings": Answer(
@@ -146,6 +147,7 @@ def _problems(
 
 def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> dict[str, Any]:
     job = plan.job
+    sgd = job.optimizer == "sgd"
     settings: dict[str, Any] = {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": grid.rows,
@@ -154,8 +156,8 @@ def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> d
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 0},
         "optimizer": {
-            "type": "SGD" if job.optimizer == "sgd" else "AdamW",
-            "params": {"lr": LEARNING_RATE},
+            "type": "SGD" if sgd else "AdamW",
+            "params": {"lr": LEARNING_RATE} | ({"momentum": 0.0} if sgd else {}),
         },
     }
     if job.precision != "fp32":

@@ -115,6 +115,11 @@ def _balancing(value: float, asked: Asked) -> list[str]:
     return [f"--moe-router-load-balancing-type {kind}", f"--moe-aux-loss-coeff {shown(value)}"]
 
 
+def _optimizer(value: str, _: Asked) -> list[str]:
+    """Plans have SGD without momentum, which is memory too."""
+    return ["--optimizer sgd", "--sgd-momentum 0"] if value == "sgd" else ["--optimizer adam"]
+
+
 def _gradient_sums(_: Any, asked: Asked) -> list[str]:
     return ["--accumulate-allreduce-grads-in-fp32"] * (asked.plan.job.precision != "fp32")
 
@@ -157,8 +162,10 @@ ANSWERS: Answers = {
         note=_residual_std,
     ),
     "model.auxiliary_loss": by("`--moe-router-load-balancing-type`", _balancing),
+    "job.optimizer": by("`--optimizer`; SGD with `--sgd-momentum 0`", _optimizer),
     "training.clip_norm": written("--clip-grad {}"),
     "training.gradient_sums": by("`--accumulate-allreduce-grads-in-fp32`", _gradient_sums),
+    "training.attention_within_documents": no_matter("off by default"),
     "training.sharded_states": no_matter("off by default"),
     "training.sequence_parallel": no_matter("off by default"),
 }
@@ -192,8 +199,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         f"--micro-batch-size {grid.rows}",
         f"--global-batch-size {plan.job.global_batch}",
         *([] if plan.job.precision == "fp32" else [f"--{plan.job.precision}"]),
-        *lines(ANSWERS, asked, "training"),
-        f"--optimizer {'sgd' if plan.job.optimizer == 'sgd' else 'adam'}",
+        *lines(ANSWERS, asked, "job", "training"),
         *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]

@@ -97,6 +97,9 @@ ANSWERS: Answers = {
         "`training.mixed_precision_reduce`",
         lambda _, __: ["training.mixed_precision_reduce = 'float32'"],
     ),
+    "training.attention_within_documents": listed(
+        "the mask of attention: torchtitan's stays inside each document, the plan's does not"
+    ),
     "training.sharded_states": planned("`data_parallel_shard_degree`"),
     "training.sequence_parallel": written("parallelism.enable_sequence_parallel = {}"),
 }
