@@ -20,6 +20,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Precision
+from meshwright.export import accelerate, deepspeed, megatron, torchtitan
+from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, properties_known
 from meshwright.model.config import NAMED
 from meshwright.plan.spec import BoundaryKind
 from meshwright.program.instructions import Op
@@ -195,6 +197,25 @@ def error_tree() -> str:
     return "```text\n" + errors.__doc__.partition("\n\n")[2].strip() + "\n```"
 
 
+EXPORTS: dict[str, Answers] = {
+    "torchtitan": torchtitan.ANSWERS,
+    "Megatron-LM": megatron.ANSWERS,
+    "DeepSpeed": deepspeed.ANSWERS,
+    "accelerate": accelerate.OWN,
+    "its Megatron-LM plugin": accelerate.PLUGIN,
+}
+
+
+def export_answers() -> str:
+    """What becomes of every property of a training, by tool."""
+    lines = [f"| | {' | '.join(EXPORTS)} |", "| --- " * (len(EXPORTS) + 1) + "|"]
+    for name in properties_known():
+        told = [answers[name].told for answers in EXPORTS.values()]
+        if not {LABEL, PARTS_OF_IT} & {*told}:
+            lines.append(f"| `{name}` | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 def operations() -> str:
     """The vocabulary of programs."""
     return ", ".join(f"`{op.value}`" for op in Op)
@@ -225,6 +246,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "device-types": device_types,
     "model-names": model_names,
     "error-tree": error_tree,
+    "export-answers": export_answers,
     "operations": operations,
     "tree": tree,
 }
