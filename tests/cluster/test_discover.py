@@ -1,23 +1,29 @@
 """What machines say about themselves, and the cluster files that come of it."""
 
 import tomllib
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.discover import describe, discover, discover_toml
 from meshwright.cluster.files import cluster_from
+from meshwright.cluster.host import Answer, Seen, Way
 from meshwright.cluster.machine import (
     Found,
     Gpu,
     inside_of,
     read_default_interface,
-    read_gpus,
     read_speed,
     read_wiring,
     type_of,
 )
+from meshwright.cluster.nvidia import read_gpus
 from meshwright.cluster.spec import Link
+from meshwright.text import flaw
 
 GIB = 2**30
 
@@ -66,14 +72,38 @@ def test_the_weakest_connection_between_gpus_is_read(text, wiring):
     assert read_wiring(text) == wiring
 
 
+def smi(text: str, status: int | None = 0) -> Answer:
+    return Answer(tool="nvidia-smi", text=text, status=status)
+
+
 def test_gpus_are_read_from_query_output():
     text = "NVIDIA A100-SXM4-40GB, 40960, 8.0\nTesla T4, 15360, 7.5\nold driver, 16160\n"
-    assert read_gpus(text) == (
-        Gpu(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
-        Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
-        Gpu(name="old driver", memory=16160 * 2**20, capability=None),
+    assert read_gpus(smi(text)) == Way(
+        how="nvidia-smi",
+        seen=(
+            Seen(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
+            Seen(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
+            Seen(name="old driver", memory=16160 * 2**20, capability=None),
+        ),
     )
-    assert read_gpus("No devices were found\n") == read_gpus("") == ()
+    for status in (0, 6):
+        assert read_gpus(smi("No devices were found\n", status)) == Way(how="nvidia-smi")
+
+
+@given(st.text(), st.sampled_from([None, 0, 1, 2, 6, 9, 15, 255, -11]))
+def test_whatever_a_tool_answers_is_gpus_or_trouble_or_its_word_that_there_are_none(text, status):
+    way = read_gpus(smi(text, status))
+    assert way.seen or way.trouble or "No devices were found" in text
+    if status not in (0, 14):
+        assert way.trouble or way == Way(how="nvidia-smi", notes=way.notes)
+    for words in (way.trouble, *way.notes, *(each.name or "" for each in way.seen)):
+        assert not flaw(words)
+
+
+@given(st.text())
+def test_what_amd_s_tools_answer_is_understood_or_known_not_to_be(text):
+    assert read_rocm_smi(text) in (None, ()) or "card" in text
+    assert read_amd_smi(text) in (None, ()) or "{" in text
 
 
 ROUTES = """\
@@ -118,7 +148,7 @@ def test_nvlink_is_counted_in_lanes_of_its_generation():
 def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
     gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6))
     kind, note = type_of(gpu)
-    assert kind.name == "NVIDIA-Quadro-GV-200"
+    assert kind.name == "Quadro-GV-200-48GiB"
     assert kind.memory == 47 * GIB
     assert kind.peak == catalog()["A10G"].type.peak
     assert "GUESSED" in note
@@ -127,9 +157,65 @@ def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
 
 def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
     kind, note = type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory=20 * GIB))
-    assert kind.name == "A100-40-part"
+    assert kind.name == "A100-40-3g.20gb"
     assert kind.memory == 19 * GIB
-    assert "less than a whole" in note
+    assert kind.peak["bf16"] == pytest.approx(catalog()["A100-40"].type.peak["bf16"] * 3 / 7)
+    assert "a slice, 3g.20gb, with 3/7 of the peak" in note
+
+
+@given(
+    st.lists(
+        st.builds(
+            Gpu,
+            name=st.sampled_from(
+                [
+                    "NVIDIA GeForce RTX 3080",
+                    "GeForce RTX 3080",
+                    "NVIDIA A100-SXM4-40GB",
+                    "",
+                    "cpu",
+                    "Tesla T4",
+                    "T4",
+                    "AMD Instinct MI250X",
+                    "GRID T4-8Q",
+                    "NVIDIA H20",
+                    "RTX 3080 10GB",
+                ]
+            ),
+            memory=st.integers(2**24, 2**43),
+            capability=st.sampled_from([None, (7, 5), (9, 0)]),
+            slice=st.sampled_from([None, "3g.20gb", "1g.5gb+me", "1c.3g.20gb", "strange"]),
+            watts=st.sampled_from([None, 0.0, 100.0, 299.6, 300.4]),
+            usual_watts=st.sampled_from([None, 300.0, 450.0]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_gpu_keeps_the_memory_and_speed_of_its_own_type(gpus):
+    """Whatever cards stand beside it, and whatever they are called."""
+    found = Found(name="host", gpus=tuple(gpus), wiring="PHB", network=1.25e9)
+    cluster, _ = describe(found)
+    for gpu, name in zip(gpus, cluster.nodes[0].devices, strict=True):
+        assert replace(cluster.types[name], name="") == replace(type_of(gpu)[0], name="")
+    assert cluster_from(tomllib.loads(discover_toml(found)), source="here") == cluster
+
+
+def test_a_type_is_called_the_same_whatever_stands_beside_it():
+    cards = [Gpu(name="NVIDIA GeForce RTX 3080", memory=gib * GIB) for gib in (10, 12)]
+    names = ["RTX-3080-10GiB", "RTX-3080-12GiB"]
+    assert [type_of(card)[0].name for card in cards] == names
+    for order in (cards, cards[::-1]):
+        nodes = describe(Found(name="desk", gpus=tuple(order)))[0].nodes
+        assert sorted(nodes[0].devices) == names
+
+
+def test_slices_of_a_card_that_is_not_catalogued_have_their_share_too():
+    whole = Gpu(name="NVIDIA A30", memory=24 * GIB, capability=(8, 0))
+    part = Gpu(name="NVIDIA A30", memory=6 * GIB, capability=(8, 0), slice="1g.6gb", whole=24 * GIB)
+    assert type_of(part)[0].name == "A30-1g.6gb"
+    assert type_of(part)[0].peak["bf16"] == type_of(whole)[0].peak["bf16"] / 4
+    assert type_of(part)[0].memory_bandwidth == type_of(whole)[0].memory_bandwidth / 4
 
 
 def test_without_gpus_each_core_is_a_device():
