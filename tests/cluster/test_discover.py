@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
+from meshwright.cluster.bus import read_lspci
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.discover import describe, discover, discover_toml
 from meshwright.cluster.files import cluster_from
@@ -98,6 +99,22 @@ def test_whatever_a_tool_answers_is_gpus_or_trouble_or_its_word_that_there_are_n
         assert way.trouble or way == Way(how="nvidia-smi", notes=way.notes)
     for words in (way.trouble, *way.notes, *(each.name or "" for each in way.seen)):
         assert not flaw(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3b:00.0 3D controller: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] (rev a1)",
+        "0000:3b:00.0 3D controller [0302]: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] "
+        "[10de:1db5] (rev a1)",
+        "0000:3b:00.0 3D controller [0302]: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] "
+        "[10de:1db5]",
+    ],
+)
+def test_lspci_is_read_with_and_without_numbers(line):
+    (card,) = read_lspci(Answer(tool="lspci", text=f"{line}\n3b:00.1 Audio device: NVIDIA\n"))
+    assert (card.address, card.maker) == ("0000:3b:00.0", "NVIDIA")
+    assert card.name == "NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB]"
 
 
 @given(st.text())

@@ -70,6 +70,19 @@ def test_a_tool_that_hangs_is_left_with_its_children_and_not_asked_again(
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_a_tool_that_never_stops_writing_is_not_read_to_its_end(with_tool: Tools) -> None:
+    host = replace(with_tool("#!/bin/sh\nexec yes Tesla T4, 15360\n"), run=this_host(60).run)
+    began = time.monotonic()
+    assert "one without end" in refused(host)
+    assert time.monotonic() - began < 20
+
+
+def test_windows_line_ends_are_read(with_tool: Tools) -> None:
+    """As from nvidia-smi.exe, called from Linux."""
+    program = "#!/bin/sh\ncase $1 in --query*cap*) printf 'Tesla T4, 15360, 7.5\\r\\n';; esac\n"
+    assert [gpu.name for gpu in look(with_tool(program)).gpus] == ["Tesla T4"]
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [

@@ -112,6 +112,13 @@ def test_a_changed_type_of_the_catalogue_does_not_change_that_of_others() -> Non
     assert cluster.types["T4"].memory == 12 * GIB
 
 
+def test_files_that_were_joined_by_hand_name_the_command(tmp_path: Path) -> None:
+    card = ("NVIDIA GeForce RTX 3080", 10)
+    joined = written(tmp_path, "joined", TWO + discover_toml(host("b", card)).split("\n\n", 2)[2])
+    with pytest.raises(ClusterError, match=r"meshwright discover --merge a\.toml b\.toml"):
+        load_cluster(joined)
+
+
 def test_two_nodes_of_one_name_are_refused(tmp_path: Path) -> None:
     paths = [written(tmp_path, name, discover_toml(host("box"))) for name in ("a", "b")]
     with pytest.raises(ClusterError) as caught:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import selectors
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from meshwright.text import printable, shown
 TOOL_SECONDS = 60.0
 """How long a tool may take. Without persistence mode, nvidia-smi first wakes every GPU."""
 _FIRST_WORDS = 160
+_CHUNK, _MOST_WRITTEN = 2**16, 2**23
 
 _ELSEWHERE = {
     "nvidia-smi": "/usr/lib/wsl/lib",
@@ -46,6 +49,7 @@ class Answer:
     there: bool = True
     """False: it is not installed."""
     hung: bool = False
+    """It did not end in time, or did not end writing."""
 
     @property
     def words(self) -> str:
@@ -53,7 +57,7 @@ class Answer:
         said = " ".join(f"{self.text}\n{self.errors}".split()) or "nothing"
         said = printable(said if len(said) <= _FIRST_WORDS else f"{said[:_FIRST_WORDS]} ...")
         if self.hung:
-            return f"no answer from {self.tool} in time"
+            return f"no answer from {self.tool} in time, or one without end"
         if self.status is None:
             return f"{self.tool} could not be started: {said}"
         return f"{self.tool} ended with exit status {self.status} and said: {said}"
@@ -160,22 +164,45 @@ def _answer(command: tuple[str, ...], seconds: float) -> Answer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
     except OSError as failure:
         return Answer(tool=tool, errors=failure.strerror or "", status=None)
-    try:
-        text, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    with process.stdout or nullcontext(), process.stderr or nullcontext():
+        written = _written(process, seconds)
+    if written is None:
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         # A tool that waits for a driver that hangs cannot even be killed.
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         return Answer(tool=tool, status=None, hung=True)
-    return Answer(tool=tool, text=text, errors=errors, status=process.returncode)
+    return Answer(tool=tool, text=written[0], errors=written[1], status=process.returncode)
+
+
+def _written(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str] | None:
+    """What a process writes to stdout and stderr until it ends; None: it does not in time, or
+    writes without end."""
+    ends = time.monotonic() + seconds
+    written: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as open_ones:
+        for stream in written:
+            open_ones.register(stream, selectors.EVENT_READ)
+        while open_ones.get_map():
+            ready = open_ones.select(max(ends - time.monotonic(), 0.0))
+            for key, _ in ready:
+                chunk = os.read(key.fd, _CHUNK)
+                written[key.fileobj] += chunk
+                if not chunk:
+                    open_ones.unregister(key.fileobj)
+            if not ready or sum(map(len, written.values())) > _MOST_WRITTEN:
+                return None
+    try:
+        process.wait(timeout=max(ends - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        return None
+    text, errors = (part.decode(errors="replace") for part in written.values())
+    return text.replace("\r\n", "\n"), errors.replace("\r\n", "\n")
 
 
 def _file(path: str) -> str:

@@ -241,7 +241,7 @@ def _as_torch_sees(host: Host, best: Way, torch: Way | None) -> tuple[Sequence[S
     said = f" ({' and '.join(hiding)})" if hiding else ""
     most = len(best.seen)
     if torch is None:
-        note = f"{best.how} tells of {most} GPUs, and all are taken: hiding some{said} is PyTorch's"
+        note = f"{best.how} tells of {most} GPUs, and all are taken, whatever is hidden{said}"
         return best.seen, note if hiding else ""
     count = len(torch.seen)
     if count >= most:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from meshwright.cluster.catalog import catalog, type_reported_as
 from meshwright.cluster.spec import DeviceType, Link
 from meshwright.records import Bytes, BytesPerSecond, record
+from meshwright.text import printable
 
 RESERVED_BYTES = 2**30
 """CUDA context, NCCL buffers and the allocator's rounding: the catalogue takes off the same."""
@@ -130,6 +131,7 @@ def type_of(gpu: Gpu) -> tuple[DeviceType, str]:
     with other memory than their like, and cards with less power are types of their own, with
     names that say so.
     """
+    gpu = replace(gpu, name=printable(gpu.name))
     known = type_reported_as(gpu.name)
     relative = known or next(
         (name for least, name in _BY_CAPABILITY if least <= (gpu.capability or (0, 0))), "T4"

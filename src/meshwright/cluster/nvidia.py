@@ -91,7 +91,7 @@ def read_gpus(answer: Answer) -> Way:
     GPU were there.
     """
     seen, notes, strange = [], [], []
-    lines = [line for line in answer.text.splitlines() if line.strip()]
+    lines = [line for line in answer.text.splitlines() if line.strip() and line[:6] != "name, "]
     for line in lines:
         match = _LINE.fullmatch(line)
         if match:
