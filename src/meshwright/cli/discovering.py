@@ -63,12 +63,14 @@ def _described(*, cpus: bool, partial: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def _merged(given: list[Path], output: Path) -> tuple[str, tuple[str, ...]]:
+    from os.path import realpath
+
     from meshwright.cluster.merge import merged_toml
     from meshwright.errors import OptionError, Problem
 
     if not given:
         raise OptionError(Problem("--merge", "", "no file", "a cluster file of every host"))
-    if output.resolve() in {path.resolve() for path in given}:
+    if realpath(output) in map(realpath, given):
         mend = "choose another name with -o"
         raise OptionError(Problem("--output", "", f"{output}, which is merged", "a new file", mend))
     return merged_toml(given)
