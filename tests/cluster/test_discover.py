@@ -1,5 +1,6 @@
 """What machines say about themselves, and the cluster files that come of it."""
 
+import json
 import tomllib
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
-from meshwright.cluster.bus import read_lspci
+from meshwright.cluster.bus import Card, read_lspci
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.discover import describe, discover, discover_toml
 from meshwright.cluster.files import cluster_from
@@ -115,6 +116,39 @@ def test_lspci_is_read_with_and_without_numbers(line):
     (card,) = read_lspci(Answer(tool="lspci", text=f"{line}\n3b:00.1 Audio device: NVIDIA\n"))
     assert (card.address, card.maker) == ("0000:3b:00.0", "NVIDIA")
     assert card.name == "NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB]"
+
+
+@pytest.mark.parametrize(
+    ("address", "maker", "code", "device", "integrated"),
+    [
+        ("0000:00:02.0", "Intel", "0300", "46a6", True),
+        ("0000:29:00.0", "Intel", "0380", "0bda", False),
+        ("0000:01:00.0", "Intel", "1200", "7d1d", True),
+        ("0000:11:00.0", "AMD", "0300", "164e", True),
+        ("0000:05:00.0", "AMD", "1200", "74a1", False),
+        ("0000:03:00.0", "AMD", "0300", "67df", False),
+        ("0000:03:00.0", "AMD", "0300", "", False),
+        ("0000:00:02.0", "NVIDIA", "0300", "2204", False),
+    ],
+)
+def test_graphics_in_a_processor_are_known_from_cards(address, maker, code, device, integrated):
+    card = Card(address=address, maker=maker, code=code, device=device)
+    assert card.is_integrated == integrated
+
+
+def test_memory_is_read_from_every_shape_that_amd_smi_had():
+    def told(size: object) -> object:
+        gpu = {"gpu": 0, "asic": {"market_name": "AMD INSTINCT MI210"}, "vram": {"size": size}}
+        (seen,) = read_amd_smi(json.dumps([gpu]))
+        assert seen.name == "AMD Instinct MI210"
+        return seen.memory or seen.said
+
+    assert told({"value": 64, "unit": "GB"}) == told({"value": "65536", "unit": "MB"}) == 64 * GIB
+    assert told(65536) == 64 * GIB
+    for size in ("N/A", {"value": "N/A", "unit": "MB"}, {"value": 1, "unit": "furlong"}, None):
+        assert told(size) == "no memory of GPU 0"
+    (nameless,) = read_rocm_smi('{"card10": {"Card Series": "N/A", "VRAM Total Memory (B)": "7"}}')
+    assert nameless == Seen(name="AMD GPU", memory=7)
 
 
 @given(st.text())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from meshwright.cluster import host as host_module
 from meshwright.cluster.discover import describe, look
-from meshwright.cluster.host import Host, this_host
+from meshwright.cluster.host import Host, Seen, Way, this_host
 from meshwright.errors import MachineError
 
 Tools = Callable[[str], Host]
@@ -104,3 +108,119 @@ def test_a_tool_that_fails_is_never_a_machine_without_gpus(
     assert words in told
     assert "meshwright discover --cpus" in told
     assert "\x1b" not in told
+
+
+def torch_with(*gpus: SimpleNamespace, cuda: str | None = "12.8", hip: str | None = None):
+    """A PyTorch that sees some GPUs, if it is asked as the real one is."""
+
+    def properties(index: int) -> SimpleNamespace:
+        if isinstance(gpus[index], Exception):
+            raise gpus[index]
+        return gpus[index]
+
+    def is_available() -> bool:
+        if not gpus:
+            warnings.warn("The driver is too old", stacklevel=1)
+        return bool(gpus)
+
+    return SimpleNamespace(
+        version=SimpleNamespace(cuda=cuda, hip=hip),
+        cuda=SimpleNamespace(
+            is_available=is_available,
+            device_count=lambda: len(gpus),
+            get_device_properties=properties,
+        ),
+    )
+
+
+CARD = SimpleNamespace(name="NVIDIA L4", total_memory=22 * 2**30, major=8, minor=9, uuid="5a10")
+
+
+@pytest.mark.parametrize(
+    ("torch", "seen"),
+    [
+        (
+            torch_with(CARD),
+            ("cuda", Seen(name="NVIDIA L4", memory=22 * 2**30, capability=(8, 9), uuid="GPU-5a10")),
+        ),
+        (
+            torch_with(SimpleNamespace(name="AMD\x1b", total_memory=9, major=9, minor=4), cuda=None,
+                       hip="6.2"),
+            ("rocm", Seen(name="AMD\\x1b", memory=9)),
+        ),
+    ],
+)  # fmt: skip
+def test_pytorch_is_asked_for_what_it_sees(monkeypatch, torch, seen) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert this_host().torch() == (seen[0], Way(how="PyTorch", seen=(seen[1],)))
+
+
+def test_what_pytorch_says_instead_is_kept(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch_with())
+    note = "PyTorch sees no GPU: The driver is too old"
+    assert this_host().torch() == ("cuda", Way(how="PyTorch", notes=(note,)))
+    monkeypatch.setitem(sys.modules, "torch", torch_with(RuntimeError("CUDA error:\nlost")))
+    assert this_host().torch() == ("cuda", Way(how="PyTorch", trouble="PyTorch: CUDA error: lost"))
+    monkeypatch.setitem(sys.modules, "torch", torch_with(CARD, cuda=None))
+    assert this_host().torch() is None
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert this_host().torch() is None
+
+
+def test_a_pytorch_that_cannot_be_imported_is_no_gpu_that_cannot_be_read(
+    monkeypatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: not\\nfound')")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    note = "PyTorch cannot be imported: libcudart.so.12: not found"
+    assert this_host().torch() == ("cuda", Way(how="PyTorch", notes=(note,)))
+
+
+class NVMLError(Exception):
+    """As the bindings raise it."""
+
+
+def nvml_with(*names: str | bytes | None, starts: bool = True) -> SimpleNamespace:
+    def start() -> None:
+        if not starts:
+            raise NVMLError("Driver Not Loaded")
+
+    def name_of(handle: int) -> str | bytes:
+        name = names[handle]
+        if name is None:
+            raise NVMLError("GPU is lost")
+        return name
+
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=start,
+        nvmlDeviceGetCount=lambda: len(names),
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=name_of,
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=2**34),
+        nvmlDeviceGetCudaComputeCapability=lambda _: (8, 6),
+    )
+
+
+def test_nvidia_s_library_is_asked_where_python_has_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml_with("RTX A4000", b"RTX A4000", None))
+    known = Seen(name="RTX A4000", memory=2**34, capability=(8, 6))
+    lost = Seen(trouble="NVML: GPU is lost")
+    assert this_host().nvml() == Way(how="NVML", seen=(known, known, lost))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml_with(starts=False))
+    assert this_host().nvml() == Way(how="NVML", trouble="NVML: Driver Not Loaded")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert this_host().nvml() is None
+
+
+def test_a_control_group_bounds_the_memory_of_the_host(monkeypatch) -> None:
+    whole = this_host().memory
+    for place, text, memory in (
+        ("/sys/fs/cgroup/memory.max", "1073741824\n", 2**30),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "1073741824\n", 2**30),
+        ("/sys/fs/cgroup/memory.max", "max\n", None),
+    ):
+        files = {place: text}
+        monkeypatch.setattr(host_module, "_file", lambda path, files=files: files.get(path, ""))
+        assert this_host().memory == (memory or max(whole, this_host().memory))

@@ -136,7 +136,10 @@ def _settled(
     if not most and not troubles:
         return Looked(notes=tuple(notes))
     best = next((way for way in ways if _is_whole(way, host) and len(way.seen) == most), None)
-    if best is None:
+    # Who tells of a lost GPU and not of all may mean one that nobody else tells of.
+    if best is None or any(
+        each.trouble for way in ways if len(way.seen) < most for each in way.seen
+    ):
         return _in_part(host, ways, notes)
     notes += [f"{words}. {best.how} tells of {most}: these are taken" for _, words in troubles]
     seen, note = _as_torch_sees(host, best, torch)
@@ -167,11 +170,10 @@ def _in_part(host: Host, ways: Sequence[Way], notes: Sequence[str]) -> Looked:
     best = max(ways, key=lambda way: (len(_readable(way, host)), len(way.seen)))
     most = max(ways, key=lambda way: len(way.seen))
     told = [(way.how, way.trouble) for way in ways if way.trouble]
+    told += [(way.how, each.trouble) for way in ways for each in way.seen if each.trouble]
     told += _unread(best, host)
     if len(best.seen) < len(most.seen):
         told += _unread(most, host)
-        counts = f"{most.how} tells of {len(most.seen)} GPUs, {best.how} of {len(best.seen)}"
-        told += [(best.how, counts)] if not told else []
     unread: list[tuple[str, str]] = []
     for how, words in told:
         if not any(words in known for _, known in unread):
