@@ -18,14 +18,15 @@ _NONE = "No JSON data to report"
 
 
 def tools(host: Host) -> list[Way]:
-    """What those of AMD's tools that are installed tell; the second is asked where the first
-    fails."""
+    """What those of AMD's tools that are installed tell; the second is asked where the first fails
+    or does not tell all."""
     ways: list[Way] = []
     for command, read in ((AMD_SMI, read_amd_smi), (ROCM_SMI, read_rocm_smi)):
         answer = host.run(command)
         if answer.there:
-            ways.append(_way(answer, read(answer.text)))
-            if not ways[-1].trouble:
+            way = _way(answer, read(answer.text))
+            ways.append(way)
+            if way.seen and not way.trouble and all(each.memory for each in way.seen):
                 break
     return ways
 
