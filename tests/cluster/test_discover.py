@@ -144,7 +144,8 @@ def test_memory_is_read_from_every_shape_that_amd_smi_had():
         return seen.memory or seen.said
 
     assert told({"value": 64, "unit": "GB"}) == told({"value": "65536", "unit": "MB"}) == 64 * GIB
-    assert told(65536) == 64 * GIB
+    assert told(65536) == told({"value": 64 * GIB, "unit": "B"}) == 64 * GIB
+    assert told({"value": 65536 * 1024, "unit": "KB"}) == 64 * GIB
     for size in ("N/A", {"value": "N/A", "unit": "MB"}, {"value": 1, "unit": "furlong"}, None):
         assert told(size) == "no memory of GPU 0"
     (nameless,) = read_rocm_smi('{"card10": {"Card Series": "N/A", "VRAM Total Memory (B)": "7"}}')

@@ -15,7 +15,7 @@ import pytest
 
 from meshwright.cluster import host as host_module
 from meshwright.cluster.discover import describe, look
-from meshwright.cluster.host import Host, Seen, Way, this_host
+from meshwright.cluster.host import Answer, Host, Seen, Way, this_host
 from meshwright.errors import MachineError
 
 Tools = Callable[[str], Host]
@@ -72,6 +72,16 @@ def test_a_tool_that_hangs_is_left_with_its_children_and_not_asked_again(
     (child,) = pid.read_text().split()
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_tool_that_hangs_is_waited_for_once(with_tool: Tools, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    host = with_tool(f"#!/bin/sh\necho $1 >> {asked}\nexec sleep 600\n")
+    cards = Way(how="PyTorch", seen=(Seen(name="NVIDIA L4", memory=23034 * 2**20),) * 2)
+    found = look(replace(host, torch=lambda: ("cuda", cards)))
+    assert describe(found)[0].nodes[0].devices == ("L4", "L4")
+    assert any("no answer from nvidia-smi" in note for note in found.notes)
+    assert len(asked.read_text().split()) == 1
 
 
 def test_a_tool_that_never_stops_writing_is_not_read_to_its_end(with_tool: Tools) -> None:
@@ -224,3 +234,21 @@ def test_a_control_group_bounds_the_memory_of_the_host(monkeypatch) -> None:
         files = {place: text}
         monkeypatch.setattr(host_module, "_file", lambda path, files=files: files.get(path, ""))
         assert this_host().memory == (memory or max(whole, this_host().memory))
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [("gpu-7.example.org", "gpu-7"), ("a b\x1b", "a-b"), ("-.org", "machine"), ("", "machine")],
+)
+def test_a_host_s_name_can_stand_in_a_cluster_file(monkeypatch, called: str, name: str) -> None:
+    monkeypatch.setattr(host_module.socket, "gethostname", lambda: called)
+    assert this_host().name == name
+
+
+def test_only_the_first_words_of_a_long_answer_are_told() -> None:
+    words = Answer(tool="tool", text="word \n" * 100, status=3).words
+    assert words.startswith("tool ended with exit status 3 and said: word word word")
+    assert words.endswith(" ...")
+    assert len(words) < 250
+    short = Answer(tool="tool", text="one\n", errors="two", status=3).words
+    assert short == "tool ended with exit status 3 and said: one two"

@@ -17,7 +17,7 @@ from meshwright.cli.options import app, check_outputs, say
 def discover(
     given: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILES]...", help="With --merge: the cluster files of the hosts."),
+        typer.Argument(metavar="FILES", help="With --merge: the cluster files of the hosts."),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Put the cluster files of several hosts together.")
