@@ -31,6 +31,8 @@ _WARNING = re.compile(r"\s*WARNING:", re.IGNORECASE)
 _LISTED = re.compile(r"GPU (\d+): (.+?) \((?:UUID|S/N): ([^)]*)\)\s*")
 _SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: ([^)]*)\)\s*")
 _SLICE_MEMORY = re.compile(r"\|\s*(\d+)\s+\d+\s+\d+\s+(\d+)\s*\|\s*\d+MiB\s*/\s*(\d+)MiB")
+_UUID = re.compile(r"(?:GPU-)?[0-9A-Fa-f-]{36}")
+"""A Jetson's has no prefix."""
 _NONE = "No devices were found"
 _FINE = (0, 14)
 """Exit statuses with which everything was told; 14 warns of a damaged infoROM."""
@@ -150,7 +152,9 @@ def _with_more(way: Way, host: Host) -> Way:
     for fields in _MORE_FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
         rows = [[cell.strip() for cell in line.split(",")] for line in answer.text.splitlines()]
-        rows = [row for row in rows if len(row) == fields.count(",") + 1 and row[0][:4] == "GPU-"]
+        rows = [
+            row for row in rows if len(row) == fields.count(",") + 1 and _UUID.fullmatch(row[0])
+        ]
         if rows or _UNKNOWN_FIELD not in f"{answer.text}{answer.errors}":
             break
     if len(rows) == len(way.seen):
