@@ -28,7 +28,9 @@ from meshwright.export.answers import (
 from meshwright.export.grid import grid_of
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.config import LanguageModel
-from meshwright.model.hf import language_model
+from meshwright.model.hf import from_config, language_model
+from meshwright.model.transformer.spec import Architecture, Norm
+from meshwright.model.transformer.usual import differences, made_of
 
 TABLES: dict[str, Answers] = {
     "torchtitan": torchtitan.ANSWERS,
@@ -78,7 +80,11 @@ def others() -> dict[str, list[tuple[LanguageModel, LanguageModel]]]:
     """By property of the model: models, and the same with another value of it."""
     hints = get_type_hints(LanguageModel)
     models = [language_model(name) for name in (GPT, LLAMA, "mixtral-tiny")]
-    return {
+    thin = [
+        replace(model, architecture=replace(made_of(model), norm=Norm(kind="rms", epsilon=1e-7)))
+        for model in models
+    ]
+    return {"model.architecture": [*zip(models, thin, strict=True)]} | {
         f"model.{field.name}": [
             (
                 model,
@@ -89,6 +95,7 @@ def others() -> dict[str, list[tuple[LanguageModel, LanguageModel]]]:
             for model in models
         ]
         for field in fields(LanguageModel)
+        if field.name != "architecture"
     }
 
 
@@ -309,3 +316,52 @@ def test_an_answer_that_says_nothing_writes_refuses_and_lists_nothing():
         [], "", ""
     )  # fmt: skip
     assert properties_known()["model.family"] is MISSING
+
+
+QWEN = {"model_type": "qwen2", "vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704,
+        "max_position_embeddings": 4096}  # fmt: skip
+L3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def test_megatron_is_told_what_is_not_as_usual_and_refuses_the_rest():
+    plan, model = make("5|5", model=LLAMA)
+    qwen = from_config(QWEN | {"rms_norm_eps": 1e-6}, "c")
+    found = megatron.megatron_files(plan, model, qwen)["arguments.txt"].splitlines()
+    assert {"--add-qkv-bias", "--norm-epsilon 1e-06"} <= {*found}
+    llama = from_config(QWEN | {"model_type": "llama", "rope_scaling": L3}, "c")
+    found = megatron.megatron_files(plan, model, llama)["arguments.txt"].splitlines()
+    assert {"--use-rope-scaling", "--rope-scaling-factor 32"} <= {*found}
+    gemma = from_config(QWEN | {"model_type": "gemma2", "head_dim": 32}, "c")
+    with pytest.raises(PlanError, match=r"model\.architecture(?s:.*)not told of(?s:.*)score_cap"):
+        megatron.megatron_files(plan, model, gemma)
+
+
+def test_torchtitan_refuses_biases_and_scaled_rotary_positions():
+    plan, model = make("5|5", model=LLAMA)
+    for more in ({}, {"model_type": "llama", "rope_scaling": L3}):
+        language = from_config(QWEN | more, "c")
+        with pytest.raises(PlanError, match=r"not told of (query_bias|rotary\.scaling)"):
+            torchtitan.torchtitan_files(plan, model, language)
+
+
+def test_code_of_ones_own_is_told_what_the_blocks_are_made_of():
+    plan, model = make("10", model=LLAMA)
+    language = from_config(QWEN | {"rms_norm_eps": 1e-6}, "c")
+    told = deepspeed.deepspeed_files(plan, model, language)[NOTES]
+    assert "query_bias True" in told
+    assert "norm.epsilon 1e-06" in told
+
+
+def test_every_field_of_an_architecture_is_a_difference_where_it_differs():
+    llama = language_model(LLAMA)
+    usual = made_of(llama)
+    assert differences(llama) == {}
+    hints = get_type_hints(Architecture)
+    for field in fields(Architecture):
+        kind = hints[field.name]
+        value = getattr(usual, field.name)
+        changed = replace(usual, **{field.name: other(value, kind)})
+        found = differences(replace(llama, architecture=changed))
+        assert any(name.partition(".")[0] == field.name for name in found), field.name

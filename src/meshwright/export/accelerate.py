@@ -19,6 +19,7 @@ from meshwright.export.answers import (
     Answer,
     Answers,
     Asked,
+    is_rotary,
     lines,
     listed,
     no_matter,
@@ -38,13 +39,25 @@ from meshwright.export.grid import (
 )
 from meshwright.export.launch import PORT, by_node, is_node_by_node, stage_major, visible
 from meshwright.export.writing import comment, shell_default
-from meshwright.model.config import LanguageModel, rotary
+from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "accelerate"
 _PLUGIN_FAMILIES = ("gpt2", "llama")
 _NO_EXPERTS = "its Megatron-LM plugin has no experts"
+
+
+def _family(_: str, asked: Asked) -> str:
+    known = base_of(asked.language) in _PLUGIN_FAMILIES
+    return (
+        ""
+        if known
+        else f"one of {', '.join(_PLUGIN_FAMILIES)}: its Megatron-LM plugin has no others"
+    )
+
+
 _YOURS = {
     **regular(TOOL),
     "job.sequence": listed("the length of a row, in your data: {} tokens"),
@@ -65,7 +78,7 @@ PLUGIN: Answers = {
     **{name: answer for name, answer in megatron.ANSWERS.items() if name.startswith("model.")},
     "model.family": replace(
         megatron.ANSWERS["model.family"],
-        wanted=only(*_PLUGIN_FAMILIES, lacks="its Megatron-LM plugin has no others").wanted,
+        wanted=_family,
     ),
     "model.experts": only(0, lacks=_NO_EXPERTS),
     "model.chosen": only(0, lacks=_NO_EXPERTS),
@@ -202,7 +215,7 @@ def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
         "use_cpu: false",
     ]
     if _needs_plugin(grid):
-        turned = rotary(asked.language.family)
+        turned = is_rotary(asked.language)
         text += [
             "megatron_lm_config:",
             f"  megatron_lm_tp_degree: {grid.tensor}",

@@ -8,18 +8,17 @@ and is refused by name wherever it is not at its default.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from meshwright.errors import Problem
 from meshwright.export.grid import Grid
-from meshwright.model.config import LanguageModel, rotary
+from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.usual import differences, made_of
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
 
 ASSUMED: dict[str, object] = {
     "model.dropout": 0.0,
-    "model.norm_epsilon": 1e-5,
-    "model.rotary_scaling": None,
     "model.initial_std": 0.02,
     "model.auxiliary_loss": 0.0,
     "training.clip_norm": 1.0,
@@ -135,13 +134,45 @@ def own_code(name: str) -> Answer:
     return Answer("listed: your own code", note=note, own_code=True)
 
 
+def is_rotary(c: LanguageModel) -> bool:
+    """Whether positions are turned into queries and keys."""
+    return c.family != "u-transformer" and made_of(c).position == "rotary"
+
+
+def blocks(
+    tool: str,
+    told: str,
+    always: Callable[[Asked], Iterable[str]],
+    expressed: Mapping[str, Callable[[Any, Asked], Iterable[str] | None]],
+) -> Answer:
+    """What a model's blocks are made of: lines that always stand, and for what is not as the family
+    usually has it those of a function, which gives None for a value that the tool has not."""
+
+    def said(name: str, value: Any, asked: Asked) -> Iterable[str] | None:
+        return expressed[name](value, asked) if name in expressed else None
+
+    def wanted(value: dict[str, Any], asked: Asked) -> str:
+        other = [name for name, own in value.items() if said(name, own, asked) is None]
+        return f"nothing else than usual: {tool} is not told of {', '.join(other)}" if other else ""
+
+    def write(value: dict[str, Any], asked: Asked) -> Iterable[str]:
+        further = [line for name, own in value.items() for line in said(name, own, asked) or ()]
+        return [*always(asked), *further]
+
+    return Answer(told, write=write, wanted=wanted)
+
+
 def own_model() -> dict[str, Answer]:
     """Answers of a tool that is not told of the model: all of it is the user's own code."""
     found = {name: own_code(name) for name in properties_known() if name.startswith("model.")}
     found["model.name"] = no_matter(LABEL)
     base, loss = found["model.rotary_base"], found["model.auxiliary_loss"]
     found["model.rotary_base"] = replace(
-        base, note=lambda v, asked: base.note(v, asked) if rotary(asked.language.family) else ""
+        base, note=lambda v, asked: base.note(v, asked) if is_rotary(asked.language) else ""
+    )
+    found["model.architecture"] = replace(
+        found["model.architecture"],
+        note=lambda v, _: ", ".join(f"{each} {shown(what)}" for each, what in v.items()),
     )
     found["model.auxiliary_loss"] = replace(
         loss, note=lambda v, asked: loss.note(v, asked) if asked.language.experts else ""
@@ -190,6 +221,11 @@ def regular(tool: str) -> dict[str, Answer]:
 
 def shown(value: object) -> str:
     """A value as tools and people read it: `0`, `1e-05`, `4096`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {shown(own)}" for name, own in value.items()) or "the usual"
+    if is_dataclass(value):
+        told = ((each.name, getattr(value, each.name)) for each in fields(value))
+        return " ".join(f"{name} {shown(own)}" for name, own in told if own)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
@@ -218,6 +254,8 @@ def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
         kind, _, field = name.partition(".")
         owners = [each for each in held.get(kind, ()) if hasattr(each, field)]
         values = [getattr(each, field) for each in owners] or [ASSUMED[name]]
+        if name == "model.architecture":
+            values = [differences(asked.language)]
         yield from ((name, value) for n, value in enumerate(values) if value not in values[:n])
 
 

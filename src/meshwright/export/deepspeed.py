@@ -38,6 +38,7 @@ from meshwright.export.grid import (
 from meshwright.export.launch import launch_script, stage_major
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "DeepSpeed"
@@ -132,7 +133,7 @@ def _problems(
         found = f"{grid.stages} stages of tensor width {grid.tensor}"
         wanted = "stages, or tensor parallelism: AutoTP does not split a PipelineModule"
         yield Problem(plan.name, "pipelines", found, wanted)
-    elif grid.tensor > 1 and language.family not in _PRESETS:
+    elif grid.tensor > 1 and base_of(language) not in _PRESETS:
         wanted = f"one that AutoTP has a preset for: {', '.join(_PRESETS)}"
         yield Problem(plan.name, "model", f"{language.name} of tensor width {grid.tensor}", wanted)
     if grid.recompute and grid.stages == 1:
@@ -165,7 +166,7 @@ def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> d
     if grid.stages > 1:
         settings["pipeline"] = {"stages": grid.stages, "partition": method}
     if grid.tensor > 1:
-        preset = _PRESETS[language.family]
+        preset = _PRESETS[base_of(language)]
         settings["tensor_parallel"] = {"autotp_size": grid.tensor, "preset_model": preset}
     return settings
 

@@ -5,7 +5,7 @@ Names: megatron/training/arguments.py and the records it makes options of, Megat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from meshwright.errors import PlanError, Problem
@@ -14,6 +14,7 @@ from meshwright.export.answers import (
     Answer,
     Answers,
     Asked,
+    blocks,
     by,
     lines,
     no_matter,
@@ -37,6 +38,8 @@ from meshwright.export.grid import (
 from meshwright.export.launch import is_node_by_node, launch_script, replica_major, stage_major
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.spec import Scaling
+from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Plan
 
 TOOL = "Megatron-LM"
@@ -60,8 +63,29 @@ _BLOCKS = {
 """What the families of models are, in Megatron's words."""
 
 
-def _family(value: str, _: Asked) -> str:
-    return "" if value in _BLOCKS else f"one of {', '.join(_BLOCKS)}: {TOOL} has no such blocks"
+def _family(_: str, asked: Asked) -> str:
+    known = base_of(asked.language) in _BLOCKS
+    return "" if known else f"one of {', '.join(_BLOCKS)}: {TOOL} has no such blocks"
+
+
+def _scaled(value: Scaling, _: Asked) -> list[str] | None:
+    """Its other figures are fixed."""
+    if value.kind != "llama3" or (value.low, value.high, value.original) != (1.0, 4.0, 8192):
+        return None
+    return ["--use-rope-scaling", f"--rope-scaling-factor {shown(value.factor)}"]
+
+
+_EXPRESSED: dict[str, Callable[[Any, Asked], list[str] | None]] = {
+    "norm.epsilon": lambda _, __: [],
+    "rotary.scaling": _scaled,
+    "query_bias": lambda _, asked: _query_bias(asked),
+    "query_norm": lambda value, _: ["--qk-layernorm"] if value == "head" else None,
+}
+
+
+def _query_bias(asked: Asked) -> list[str] | None:
+    """Llamas with biases of queries, keys and values alone are Qwens."""
+    return ["--add-qkv-bias"] if base_of(asked.language) != "gpt2" else None
 
 
 def _positions(value: int, asked: Asked) -> list[str]:
@@ -82,7 +106,7 @@ def _groups(value: int, asked: Asked) -> list[str]:
 
 
 def _rotary_base(value: float, asked: Asked) -> list[str]:
-    return [] if asked.language.family == "gpt2" else [f"--rotary-base {value:.0f}"]
+    return [] if base_of(asked.language) == "gpt2" else [f"--rotary-base {value:.0f}"]
 
 
 def _whole(value: float, _: Asked) -> str:
@@ -91,7 +115,7 @@ def _whole(value: float, _: Asked) -> str:
 
 def _residual_std(_: Any, asked: Asked) -> str:
     """GPT-2's own initialisation is what Megatron has for all."""
-    if asked.language.family == "gpt2":
+    if base_of(asked.language) == "gpt2":
         return ""
     return (
         "the first weights: what is added to the residual stream is drawn from a narrower "
@@ -129,7 +153,7 @@ ANSWERS: Answers = {
     "model.name": no_matter(LABEL),
     "model.family": Answer(
         "`--normalization`, `--swiglu`, `--disable-bias-linear`, `--position-embedding-type`",
-        write=lambda value, _: _BLOCKS[value],
+        write=lambda _, asked: _BLOCKS[base_of(asked.language)],
         wanted=_family,
     ),
     "model.vocabulary": Answer(
@@ -154,8 +178,13 @@ ANSWERS: Answers = {
         "--hidden-dropout {}",
         told="`--attention-dropout 0`, `--hidden-dropout 0`",
     ),
-    "model.norm_epsilon": written("--norm-epsilon {}"),
-    "model.rotary_scaling": only(None, lacks=f"nothing else is written for {TOOL}"),
+    "model.architecture": blocks(
+        TOOL,
+        "`--norm-epsilon`, `--use-rope-scaling`, `--add-qkv-bias`, `--qk-layernorm`; what else is "
+        "not usual is refused",
+        lambda asked: [f"--norm-epsilon {shown(made_of(asked.language).norm.epsilon)}"],
+        _EXPRESSED,
+    ),
     "model.initial_std": Answer(
         "`--init-method-std`; narrower on the residual stream (listed)",
         write=lambda value, _: [f"--init-method-std {shown(value)}"],

@@ -51,7 +51,7 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", plan.model.source, wanted, mend))
     language = language_model(plan.model.source, plan.job.sequence)
-    if language.family == "u-transformer":
+    if base_of(language) not in ("gpt2", "llama", "mixtral"):
         wanted = f"a model of equal blocks, which {tool} can build"
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", language.name, wanted, mend))

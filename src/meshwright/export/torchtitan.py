@@ -15,6 +15,7 @@ from meshwright.export.answers import (
     Answer,
     Answers,
     Asked,
+    blocks,
     by,
     lines,
     listed,
@@ -25,6 +26,7 @@ from meshwright.export.answers import (
     planned,
     refusals,
     regular,
+    shown,
     written,
 )
 from meshwright.export.grid import Grid, blocks_by_stage, grid_of, only_precisions
@@ -32,6 +34,7 @@ from meshwright.export.launch import launch_script, stage_major
 from meshwright.export.writing import docstring
 from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Plan
 
 TOOL = "torchtitan"
@@ -47,6 +50,20 @@ def _same(name: str, found: str) -> Answer:
     )
 
 
+def _llama(_: str, asked: Asked) -> str:
+    return (
+        "" if base_of(asked.language) == "llama" else f"llama: {TOOL} has no GPT-2 and no Mixtral"
+    )
+
+
+def _norms(asked: Asked) -> list[str]:
+    epsilon = shown(made_of(asked.language).norm.epsilon)
+    return [
+        f"model.norm.eps = each.attention_norm.eps = each.ffn_norm.eps = {epsilon}",
+        "each.attention.rope.scaling = 'none'",
+    ]
+
+
 def _tied(value: bool, asked: Asked) -> str:
     apart = value and asked.grid.stages > 1
     return f"False: {TOOL} does not tie weights of two stages, and would train two" if apart else ""
@@ -60,7 +77,7 @@ def _positions(value: int, asked: Asked) -> list[str]:
 ANSWERS: Answers = {
     **regular(TOOL),
     "model.name": no_matter(LABEL),
-    "model.family": only("llama", lacks=f"{TOOL} has no GPT-2 and no Mixtral"),
+    "model.family": Answer("only Llamas", wanted=_llama),
     "model.vocabulary": _same("vocabulary", "model.vocab_size"),
     "model.positions": by("`rope.max_context_length`", _positions),
     "model.width": _same("width", "model.dim"),
@@ -79,14 +96,11 @@ ANSWERS: Answers = {
     "model.rotary_base": written("each.attention.rope.theta = {}", told="`rope.theta`"),
     "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
     "model.dropout": only(0.0, lacks=f"{TOOL} has no dropout"),
-    "model.norm_epsilon": written(
-        "model.norm.eps = each.attention_norm.eps = each.ffn_norm.eps = {}",
-        told="`eps` of every norm",
-    ),
-    "model.rotary_scaling": Answer(
-        "`rope.scaling`",
-        write=lambda _, __: ["each.attention.rope.scaling = 'none'"],
-        wanted=lambda value, _: "" if value is None else f"None: no other is written for {TOOL}",
+    "model.architecture": blocks(
+        TOOL,
+        "`eps` of every norm, `rope.scaling`; what is not usual else is refused",
+        _norms,
+        {"norm.epsilon": lambda _, __: []},
     ),
     "model.initial_std": listed(
         "the first weights: drawn from torchtitan's own distributions, not with a deviation of {}"

@@ -1,4 +1,4 @@
-"""What runs of one layer say about a row: the amounts that grow with the rows, the worst moments."""
+"""What runs of one layer say of a row: amounts that grow with the rows, and worst moments."""
 
 from __future__ import annotations
 

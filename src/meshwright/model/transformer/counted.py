@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
+from meshwright.model.config import LanguageModel
 from meshwright.model.shard import (
     Column,
     Row,
@@ -20,7 +22,6 @@ from meshwright.model.shard import (
     VocabularyLoss,
     held,
 )
-from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.counted_attention import attend
 from meshwright.model.transformer.counted_experts import routed
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
@@ -44,9 +45,9 @@ class Parameter:
 
 @dataclass(slots=True)
 class Made:
-    """A module that a layer needs: a linear map, a table, a row, a normalisation, experts, a loss."""
+    """A module that a layer needs."""
 
-    kind: str
+    kind: Literal["linear", "table", "row", "norm", "experts", "convolution", "loss"]
     sizes: tuple[int, ...] = ()
     bias: bool = False
     split: Split | None = None
@@ -221,7 +222,8 @@ class Counted:
     def prepended(self, name: str, x: Sized) -> Sized:
         """One token more in every row."""
         rows, tokens, width = x.shape
-        self._parameter(name, (1, 1, width))
+        self.modules[name] = Made("row", (1, 1, width))
+        self._parameter(f"{name}.weight", (1, 1, width))
         size = x.size
         self.tape.traffic += rows * width * size
 
@@ -233,10 +235,7 @@ class Counted:
     def norm(self, name: str, x: Sized, width: int, norm: Norm) -> Sized:
         """A layer normalisation keeps mean and deviation of each vector, the other one number."""
         self.modules[name] = Made("norm", (width,), norm=norm)
-        if norm.one_added and not self.low:
-            gain = [self.tape.new((width,), self.m)]
-        else:
-            gain = []
+        gain = [self.tape.new((width,), self.m)] if norm.one_added and not self.low else []
         names = [n for n, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
         own = [self._parameter(f"{name}.{each}", (width,)) for each in names]
         weights = [self._cast(each, linear=False) for each in own]
@@ -387,6 +386,73 @@ class Counted:
         low = self.elementwise([low], [])
         self.tape.keep(low, [low])
         return self.elementwise([low], [])
+
+    def patches(self, pixels: Sized, patch: tuple[int, int]) -> Sized:
+        """Copied into another order."""
+        rows, channels, height, width = pixels.shape
+        tokens = (height // patch[0]) * (width // patch[1])
+        made = self.copied(pixels, (rows, tokens, channels * patch[0] * patch[1]))
+        return self.cast_to(made, self.a) if self.low else made
+
+    def convolution(
+        self, name: str, x: Sized, inputs: int, outputs: int, *, stride: int
+    ) -> Sized:
+        """6 tokens inputs outputs FLOPs."""
+        rows, _, before = x.shape
+        tokens = before // stride
+        self.modules[name] = Made("convolution", (inputs, outputs, stride))
+        shapes = [
+            self._parameter(f"{name}.weight", (outputs, inputs, 3)),
+            self._parameter(f"{name}.bias", (outputs,)),
+        ]
+        if self.low and x.size != self.a:
+            x = self.cast_to(x, self.a)
+        weights = [self._cast(each, linear=False) for each in shapes]
+        work = 2 * rows * tokens * inputs * outputs * 3
+        self.flops += work
+        shape, size, wanted = x.shape, x.size, x.source is not None
+
+        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+            self.flops += 2 * work if wanted else work
+            arrived = self.tape.new(shape, size) if wanted else None
+            return [arrived, *self._weight_gradients(shapes)]
+
+        made = self.tape.record([x, *weights], (rows, outputs, tokens), self.a, back,
+                                self._kept(x, weights[0]), trained=True)  # fmt: skip
+        self.tape.traffic -= sum(each.bytes for each in weights)
+        return made
+
+    def turned(self, x: Sized) -> Sized:
+        """A view."""
+        rows, features, tokens = x.shape
+        return self.tape.views(x, [(rows, tokens, features)], _same)[0]
+
+    def first_token(self, x: Sized) -> Sized:
+        """A view, whose gradient is as large as x."""
+        shape, size = x.shape, x.size
+        return self.tape.views(
+            x, [(shape[0], shape[2])], lambda _: [self.tape.new(shape, size)]
+        )[0]
+
+    def relative_bias(
+        self, name: str, x: Sized, heads: int, buckets: int, reach: int, *, both_ways: bool
+    ) -> Sized:
+        """One number for each head and pair of tokens, whatever the rows of the batch."""
+        self.modules[name] = Made("table", (buckets, heads))
+        own = self._parameter(f"{name}.weight", (buckets, heads))
+        tokens = x.shape[1]
+        index = self.tape.new((tokens, tokens), INDEX)
+        shape = (1, heads, tokens, tokens)
+        before = self.tape.traffic
+
+        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+            self.tape.new(own, self.m)
+            return [None]
+
+        made = self.tape.record([index], shape, self.m, back, [index], trained=True)
+        made = self.cast_to(made, self.a) if self.low else made
+        self.tape.traffic = before
+        return made
 
     def loss(
         self, name: str, logits: Sized, targets: Sized, *, split: Split | None = None

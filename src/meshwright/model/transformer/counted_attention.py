@@ -92,7 +92,7 @@ def capped(
     o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
-    """Scores are made, bent and kept. Keys and values that are not `in_order` in memory are copied."""
+    """Scores are made, bent and kept; keys and values not `in_order` in memory are copied."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:

@@ -75,7 +75,8 @@ def _decoder(head: str, *follows: str, **usual: Any) -> Family:
 
 _FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        heads=("GPT2LMHeadModel",), config=Gpt2Config, usual={}, names={"heads": "n_head"}, read=decoders.gpt2,
+        heads=("GPT2LMHeadModel",), config=Gpt2Config, usual={}, names={"heads": "n_head"},
+        read=decoders.gpt2,
     ),
     "llama": _decoder("Llama", "attention_bias", "mlp_bias"),
     "mistral": _decoder("Mistral", "sliding_window", sliding_window=4096),
@@ -150,14 +151,16 @@ _FAMILIES: dict[str, Family] = {
         routed_scaling_factor=2.5,
     ),
     "gpt_neox": Family(
-        heads=("GPTNeoXForCausalLM",), config=NeoxConfig, usual={}, names=_NAMES, read=decoders.neox,
+        heads=("GPTNeoXForCausalLM",), config=NeoxConfig, usual={}, names=_NAMES,
+        read=decoders.neox,
     ),
     "falcon": Family(
         heads=("FalconForCausalLM", "RWForCausalLM"), config=FalconConfig, usual={},
         names=_NAMES | {"kv_heads": "num_kv_heads"}, read=decoders.falcon,
     ),
     "bloom": Family(
-        heads=("BloomForCausalLM",), config=BloomConfig, usual={}, names={"heads": "n_head"}, read=decoders.bloom,
+        heads=("BloomForCausalLM",), config=BloomConfig, usual={}, names={"heads": "n_head"},
+        read=decoders.bloom,
     ),
     "opt": Family(
         heads=("OPTForCausalLM",), config=OptConfig, usual={}, names=_NAMES, read=decoders.opt,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +76,23 @@ def slopes_of(heads: int) -> list[float]:
     slopes = [base**n for n in range(1, whole + 1)]
     between = 2.0 ** (-4.0 / whole)
     return slopes + [between ** (2 * n + 1) for n in range(heads - whole)]
+
+
+def bucket(far: Tensor, buckets: int, reach: int, *, both_ways: bool) -> Tensor:
+    """Which bias a distance has (Raffel et al. 2020): near ones each their own, farther ones by
+    their logarithm, all beyond `reach` the same; `both_ways`: half of them for what comes after."""
+    first = torch.zeros_like(far)
+    if both_ways:
+        buckets //= 2
+        first = (far > 0).long() * buckets
+        far = far.abs()
+    else:
+        far = -far.clamp(max=0)
+    exact = buckets // 2
+    scale = (buckets - exact) / math.log(reach / exact)
+    # In single precision, as models that are already trained have it.
+    distant = exact + ((far.clamp(min=1).float() / exact).log() * scale).long()
+    return first + torch.where(far < exact, far, distant.clamp(max=buckets - 1))
 
 
 def _capped(
