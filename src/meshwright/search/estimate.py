@@ -13,8 +13,8 @@ import numpy as np
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
-from meshwright.cost.memory import stage_parameters
 from meshwright.cost.times import repeated_seconds
+from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
@@ -230,7 +230,7 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
     tensor, size = candidate.shape.grid.tensor, len(costs.model.layers) + 1
     first, last = np.triu_indices(size, k=1)
     held = np.zeros((size, size))
-    held[first, last] = stage_parameters(costs.table, (first, last), tensor)
+    held[first, last] = stage_parameters(costs.table.weights, (first, last), tensor)
     per_parameter = []
     for s in range(len(candidate.placement.stages)):
         _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
@@ -289,7 +289,9 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     exposed = max(0.0, float((lasts - before).max()))
     tensor = shape.grid.tensor
     optimizer = max(
-        _optimizer(costs, candidate, s, float(stage_parameters(costs.table, layers, tensor)))
+        _optimizer(
+            costs, candidate, s, float(stage_parameters(costs.table.weights, layers, tensor))
+        )
         for s, layers in enumerate(ranges)
     )
     overhead = overhead_seconds(costs.profile)
