@@ -30,8 +30,8 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Linear(64, 256)
         self.blocks = nn.ModuleList(
-            nn.Sequential(Adapted(nn.Linear(256, 1024)), nn.GELU(), Adapted(nn.Linear(1024, 256)))
-            for _ in range(4)
+            nn.Sequential(Adapted(nn.Linear(256, 512)), nn.GELU(), Adapted(nn.Linear(512, 256)))
+            for _ in range(3)
         )
         self.out = nn.Linear(256, 10)
 
@@ -50,7 +50,7 @@ for name, weight in model.named_parameters():
     weight.requires_grad_(name.endswith((".a.weight", ".b.weight")))
 
 graph = mw.trace(mw.WithLoss(model, loss), data[:2], sequence=1)
-plan = mw.find_plan(graph, mw.discover(), mw.Job(global_batch=256, sequence=1, precision="fp32"))
+plan = mw.find_plan(graph, mw.discover(), mw.Job(global_batch=128, sequence=1, precision="fp32"))
 if "RANK" not in os.environ:
     trained = sum(layer.parameters for layer in graph.layers)
     frozen = sum(layer.frozen_parameters for layer in graph.layers)
