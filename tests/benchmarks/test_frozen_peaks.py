@@ -9,20 +9,30 @@ from test_memory_peaks import memory
 from adapters import Tuned, tokens
 from meshwright.model.trace import trace
 
+Case = memory.Case
 CASES = {
-    "adapters, fp32": (memory.Case("tuned", "fp32", "adamw", 64, 4), (0, 1, 2, 3), False),
-    "adapters, bf16": (memory.Case("tuned", "bf16", "adamw", 64, 4), (0, 1, 2, 3), False),
+    "adapters, fp32": (Case("tuned", "fp32", "adamw", 64, 4), (0, 1, 2, 3), False),
+    "adapters, bf16": (Case("tuned", "bf16", "adamw", 64, 4), (0, 1, 2, 3), False),
     "last of two stages, tp2": (
-        memory.Case("tuned", "bf16", "adamw", 64, 2, 1, 2, 2, 1, 4), (2, 3), False,
+        Case("tuned", "bf16", "adamw", 64, 2, 1, 2, 2, 1, 4), (2, 3), False,
     ),
     "first of two, which trains nothing": (
-        memory.Case("tuned", "bf16", "adamw", 64, 4, 0, 2, 1, 1, 4), (3,), False,
+        Case("tuned", "bf16", "adamw", 64, 4, 0, 2, 1, 1, 4), (3,), False,
     ),
     "last of two, frozen and tied": (
-        memory.Case("tuned", "fp32", "adamw", 64, 4, 1, 2, 1, 2, 4), (0,), True,
+        Case("tuned", "fp32", "adamw", 64, 4, 1, 2, 1, 2, 4), (0,), True,
     ),
     "recomputed": (
-        memory.Case("tuned", "bf16", "adamw", 64, 8, 1, 2, 1, 1, 4, recompute=True), (1, 2), False,
+        Case("tuned", "bf16", "adamw", 64, 8, 1, 2, 1, 1, 4, recompute=True), (1, 2), False,
+    ),
+    "in two parts, the head frozen": (
+        Case("tuned", "bf16", "adamw", 64, 4, 1, 2, 1, 1, 4, "1f1b-2bp"), (0, 1, 2, 3), False,
+    ),
+    "in two parts, a stage that trains nothing": (
+        Case("tuned", "fp32", "adamw", 64, 4, 1, 2, 1, 1, 4, "gpipe-2bp"), (0,), False,
+    ),
+    "two stages on a device": (
+        Case("tuned", "bf16", "adamw", 64, 4, 0, 2, 1, 1, 4, "zb-v", chunks=2), (1, 3), False,
     ),
 }  # fmt: skip
 

@@ -262,7 +262,8 @@ def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) 
     none = table.untrained
     idle = (none.replicated + none.split / tensor) * rows + none.fixed
     kept -= float(idle[last] - idle[first])
-    if table.weights.unit.casts and last == len(table.saved_fixed) - 1:
+    trains = none.replicated[-1] == none.replicated[-2] and none.split[-1] == none.split[-2]
+    if trains and table.weights.unit.casts and last == len(table.saved_fixed) - 1:
         saved = table.saved_replicated + table.saved_split / tensor
         kept -= float(saved[-1] - saved[-2]) * rows / 2
     return kept
