@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
@@ -280,7 +281,8 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
     for s, cut in enumerate(bounds[1:-1]):
         ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]
-    further = _further(shape, forward, backward, ahead, back)
+    returns = costs.table.cut_returns[list(bounds[1:-1])] > 0
+    further = _further(shape, forward, backward, ahead, back, returns)
     once = float((forward + backward + ahead + back).sum())
     before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
@@ -298,12 +300,19 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     return once + further + exposed + optimizer + overhead
 
 
-def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
+def _further(
+    shape: Shape,
+    forward: Array,
+    backward: Array,
+    ahead: Array,
+    back: Array,
+    returns: NDArray[np.bool_],
+) -> float:
     """Seconds that the micro-batches after the first one add.
 
     GPipe: M - 1 times the slowest forward or transfer, and the slowest backward or transfer. 1F1B:
     M - 1 times the slowest stage or transfer; or, at a stage that may hold d < M micro-batches, its
-    round trip to the last stage and back for every further d of them.
+    round trip to the last stage and back for every further d of them, unless nothing comes back.
     """
     count = shape.micro_batches - 1
     if shape.schedule == "gpipe":
@@ -312,6 +321,8 @@ def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: 
     depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
     trips = np.cumsum((loads + ahead + back)[::-1])[::-1]
     waits = trips * (shape.micro_batches / depth - 1)
+    if not returns.all():
+        waits[: 1 + int(np.flatnonzero(~returns)[-1])] = 0.0
     return max(count * float(max(loads.max(), ahead.max(), back.max())), float(waits.max()))
 
 
