@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from adapters import tuned
 from meshwright.cluster.spec import Precision
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
@@ -396,6 +397,54 @@ CASES: dict[str, Case] = {
         model=mixtral,
         pipelines=(pipeline(4, 2, (1, "a again"), (1, "b again"), (1, "b again"), (1, "a again")),),
         schedule="zb-v",
+    ),
+    "dp2 of 3:1 rows, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2), pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)
+    ),
+    "tp2, adapters": Case(model=tuned(VOCABULARY, 0, 1, 2), pipelines=(pipeline(2, 4, (5, "ab")),)),
+    "pp2, adapters behind a stage that trains nothing": Case(
+        model=tuned(VOCABULARY, 2), pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),)
+    ),
+    "pp2 1f1b-2bp, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2),
+        pipelines=(pipeline(4, 2, (3, "a"), (2, "b")),),
+        schedule="1f1b-2bp",
+    ),
+    "pp2 gpipe-2bp-batched, adapters before a stage that trains nothing": Case(
+        model=tuned(VOCABULARY, 0),
+        pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),),
+        schedule="gpipe-2bp-batched",
+    ),
+    "pp2 recomputed, adapters": Case(
+        model=tuned(VOCABULARY, 1, 2), pipelines=(pipeline(4, 2, (2, "a again"), (3, "b again")),)
+    ),
+    "pp2 zb-v, nothing but the head trained": Case(
+        model=tuned(VOCABULARY, head=True),
+        pipelines=(pipeline(4, 2, (1, "a"), (2, "b"), (1, "b"), (1, "a")),),
+        schedule="zb-v",
+    ),
+    "pp2 eager, frozen and tied": Case(
+        model=tuned(VOCABULARY, 0, 2, tied=True),
+        pipelines=(pipeline(8, 1, (2, "a"), (3, "b")),),
+        schedule="eager-1f1b",
+    ),
+    "frozen and tied, embedding tp2, head tp1": Case(
+        model=tuned(VOCABULARY, 1, tied=True), pipelines=(pipeline(4, 2, (2, "ab"), (3, "c")),)
+    ),
+    "replicas of tp2 and tp1, rows 3:1, adapters": Case(
+        model=tuned(VOCABULARY, 0, 2), pipelines=(pipeline(2, 4, (5, "ab c", (3, 1))),)
+    ),
+    "pp3, the middle and the last train nothing": Case(
+        model=tuned(VOCABULARY, 0), pipelines=(pipeline(4, 2, (2, "a"), (2, "b"), (1, "c")),)
+    ),
+    "tp2 pp2 zb-h2, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2),
+        pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),),
+        schedule="zb-h2",
+    ),
+    "two pipelines of dp2 and of 2 stages, adapters": Case(
+        model=tuned(VOCABULARY, 1, 2),
+        pipelines=(pipeline(2, 3, (5, "a b", (2, 1))), pipeline(2, 1, (2, "c"), (3, "d"))),
     ),
 } | {
     f"{kind}, {name}": Case(model=model, pipelines=(crossing(kind, made),), schedule=schedule)
