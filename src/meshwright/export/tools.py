@@ -13,6 +13,7 @@ from meshwright.export.torchtitan import torchtitan_files
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 from meshwright.text import did_you_mean, flaw
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.amounts import (
@@ -19,7 +20,8 @@ from meshwright.model.amounts import (
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split, held
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.model.transformer.counted import INDEX, Counted, Parameter
+from meshwright.model.transformer.counted import Counted
+from meshwright.model.transformer.made import INDEX, Parameter
 from meshwright.model.transformer.network import (
     LayerOf,
     inputs_of,
@@ -76,7 +78,7 @@ def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> Laye
         sequence=sequence,
         precision=precision,
         layers=tuple(
-            replace(each.layer, name=layer.name, **_without_tied(each, own[number]))
+            replace(each.layer, name=layer.name, **_without_tied(own[number]))
             for number, (layer, each) in enumerate(zip(layers, found, strict=True))
         ),
         tensors=_tensors(layers, found),
@@ -157,7 +159,7 @@ def _counted(layer: LayerOf, job: Job) -> Found:
             one, two = (_run(layer, job, rows, width)[0] for rows in ROWS)
             amounts[width] = per_row((one, two))
     return Found(
-        layer=_layer(layer, job, parameters, table, amounts),
+        layer=_layer(layer, job, parameters, table, amounts, few[1].constants),
         keeps=amounts[1].keeps,
         output_bytes=(many[2] - few[2]) / (ROWS[1] - ROWS[0]),
         parameters=tuple(parameters),
@@ -170,6 +172,7 @@ def _layer(
     parameters: list[Parameter],
     table: dict[str, Split],
     amounts: dict[int, Amounts],
+    constants: int,
 ) -> Layer:
     """All but the parameters, of which some are other layers', too."""
     whole = amounts[1]
@@ -189,6 +192,7 @@ def _layer(
         backward_flops=whole.backward_flops,
         traffic_bytes=whole.traffic_bytes,
         parameters=0,
+        constant_bytes=float(constants * SIZES[job.precision][1]),
         saved_bytes=whole.saved_bytes,
         workspace_bytes=whole.workspace_bytes,
         fixed_saved_bytes=whole.fixed_saved_bytes,
@@ -224,12 +228,13 @@ def _owned(
     ]
 
 
-def _without_tied(found: Found, own: tuple[Parameter, ...]) -> dict[str, int]:
+def _without_tied(own: tuple[Parameter, ...]) -> dict[str, Any]:
     trained = [p for p in own if p.trained]
     return {
         "parameters": sum(prod(p.shape) for p in trained),
         "cast_parameters": sum(prod(p.shape) for p in trained if p.linear),
         "split_parameters": sum(prod(p.shape) for p in trained if _is_divided(p)),
+        "frozen_parameters": sum(prod(p.shape) for p in own if not p.trained),
     }
 
 

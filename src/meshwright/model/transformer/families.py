@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer import decoders
+from meshwright.model.transformer import decoders, encoders
 from meshwright.model.transformer.configs import (
     BloomConfig,
     DecoderConfig,
@@ -14,6 +14,12 @@ from meshwright.model.transformer.configs import (
     Gpt2Config,
     NeoxConfig,
     OptConfig,
+)
+from meshwright.model.transformer.encoder_configs import (
+    BertConfig,
+    T5Config,
+    VitConfig,
+    WhisperConfig,
 )
 from meshwright.records import record
 
@@ -164,6 +170,21 @@ _FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         heads=("OPTForCausalLM",), config=OptConfig, usual={}, names=_NAMES, read=decoders.opt,
+    ),
+    "bert": Family(
+        heads=("BertForMaskedLM",), config=BertConfig, usual={}, names=_NAMES, read=encoders.bert,
+    ),
+    "vit": Family(
+        heads=("ViTForImageClassification",), config=VitConfig, usual={}, names=_NAMES,
+        read=encoders.vit,
+    ),
+    "t5": Family(
+        heads=("T5ForConditionalGeneration", "T5WithLMHeadModel"), config=T5Config, usual={},
+        names={"heads": "num_heads"}, read=encoders.t5,
+    ),
+    "whisper": Family(
+        heads=("WhisperForConditionalGeneration",), config=WhisperConfig, usual={},
+        names={"heads": "decoder_attention_heads"}, read=encoders.whisper,
     ),
 }  # fmt: skip
 

@@ -75,7 +75,9 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
     "num_nextn_predict_layers": "further predicted tokens are not trained (nor by transformers)",
     "vocab_size_or_config_json_file": _ORIGIN,
     "bidirectional": "followed by the model type",
-    "scale_embedding": "followed for Whisper where it is true",
+    **dict.fromkeys(("dense_act_fn", "is_gated_act"), "followed as feed_forward_proj"),
+    "num_hidden_layers": "followed under the other names that the family has",
+    "encoder_stride": "of another head than the one with the loss",
 }  # fmt: skip
 """Field -> why nothing is lost by passing over it."""
 
@@ -92,6 +94,7 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "scale_attn_weights": ((True,), "scores are divided by the square root of a head's features"),
     "scale_attn_by_inverse_layer_idx": ((False,), "scores are not divided by the block's number"),
     "apply_residual_connection_post_layernorm": ((False,), "the residual stream is not normalised"),
+    "scale_embedding": ((False,), "embeddings are not multiplied by the root of their width"),
     "alibi": ((False,), "in Falcon, positions are rotary"),
     "position_embedding_type": (
         ("absolute", "rope", "learned_absolute"),

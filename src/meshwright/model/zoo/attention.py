@@ -120,14 +120,15 @@ def _windowed(
     if short:
         q, k, v = (F.pad(each, (0, 0, 0, short)) for each in (q, k, v))
     pieces = (tokens + short) // window
-    first = _plain(*(each[:, :, :window] for each in (q, k, v)), scale, cap)
+    own_q, own_k, own_v = (each[:, :, :window] for each in (q, k, v))
+    first = _plain(own_q, own_k, own_v, scale, cap)
     own = q.transpose(1, 2)[:, window:].reshape(rows * (pieces - 1), window, heads, -1)
     own = own.transpose(1, 2)
     # Pieces overlap: of keys and values (rows, heads, pieces, 2 * window, head), then copied.
-    read = [
+    keys, values = (
         each.unfold(2, 2 * window, window).transpose(3, 4).movedim(2, 1).flatten(0, 1)
         for each in (k, v)
-    ]
+    )
     at = torch.arange(window, device=q.device)[:, None] + window
     back = at - torch.arange(2 * window, device=q.device)
     mask = torch.zeros(1, 1, window, 2 * window, device=q.device, dtype=q.dtype).masked_fill(
@@ -135,9 +136,11 @@ def _windowed(
     )
     if cap is None:
         grouped = q.shape[1] != k.shape[1]
-        later = F.scaled_dot_product_attention(own, *read, mask, scale=scale, enable_gqa=grouped)
+        later = F.scaled_dot_product_attention(
+            own, keys, values, mask, scale=scale, enable_gqa=grouped
+        )
     else:
-        later = _capped(own, *read, mask, scale, cap)
+        later = _capped(own, keys, values, mask, scale, cap)
     later = later.transpose(1, 2).reshape(rows, (pieces - 1) * window, heads, v.shape[-1])
     # Tokens come before heads in memory, as the next product reads them.
     return torch.cat((first.transpose(1, 2), later), dim=1)[:, :tokens].transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from meshwright.model import shard
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split
-from meshwright.model.transformer.counted import Counted, Made
+from meshwright.model.transformer.counted import Counted
 from meshwright.model.transformer.counted_graph import given_to
+from meshwright.model.transformer.made import Made
 from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
 from meshwright.model.transformer.rotary import frequencies
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
@@ -29,7 +31,7 @@ from meshwright.model.zoo.pieces import (
     as_is,
 )
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -108,7 +110,10 @@ def _module(made: Made, std: float) -> nn.Module:
         case "linear":
             return Linear(*made.sizes, bias=made.bias, std=std)
         case "table":
-            return Embedding(*made.sizes)
+            entries, width = made.sizes
+            return Embedding(entries, width)
+        case "sines":
+            return Sines(*made.sizes)
         case "row":
             return Row(*made.sizes)
         case "convolution":
@@ -165,6 +170,22 @@ class Convolution(nn.Conv1d):
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
+class Sines(Embedding):
+    """A table of sines and cosines that is not trained (Vaswani et al. 2017)."""
+
+    def __init__(self, entries: int, width: int) -> None:
+        super().__init__(entries, width)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        entries, width = self.weight.shape
+        steps = math.log(10000) / (width // 2 - 1)
+        at = torch.arange(width // 2, device=self.weight.device)
+        turns = torch.exp(-steps * at)
+        angles = torch.arange(entries, device=self.weight.device)[:, None] * turns
+        self.weight.data.copy_(torch.cat((angles.sin(), angles.cos()), dim=1))
+
+
 class Row(nn.Module):
     """A parameter that is a row of features."""
 
@@ -202,7 +223,8 @@ class Computed:
         return x + cast("Tensor", self._of(name)(index))
 
     def added_row(self, name: str, x: Tensor, entries: int) -> Tensor:
-        return x + self._of(name).weight[0].to(x.dtype)
+        row: Tensor = self._of(name).weight[0]
+        return x + row.to(x.dtype)
 
     def prepended(self, name: str, x: Tensor) -> Tensor:
         first = self._of(name).weight.to(x.dtype).expand(x.shape[0], -1, -1)
@@ -210,7 +232,8 @@ class Computed:
 
     def patches(self, pixels: Tensor, patch: tuple[int, int]) -> Tensor:
         down, across = patch
-        cut = pixels.unflatten(3, (-1, across)).unflatten(2, (-1, down))
+        rows, channels, height, width = pixels.shape
+        cut = pixels.view(rows, channels, height // down, down, width // across, across)
         tokens = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return tokens.to(activation_dtype(tokens))
 
