@@ -173,6 +173,8 @@ def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
 
 
 class Parts(NamedTuple):
+    """What of an amount is whole on each tensor rank, and what they divide."""
+
     whole: float
     split: float
 

@@ -99,8 +99,6 @@ class DecoderConfig:
     """The cap of scores."""
     final_logit_softcapping: Cap | None = None
     """The cap of logits."""
-    qk_layernorm: bool = False
-    """Whether queries and keys are normalised (Phi)."""
     clip_qkv: Cap | None = None
     """Limit of queries, keys and values."""
     num_local_experts: Experts = 0

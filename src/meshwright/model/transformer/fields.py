@@ -42,7 +42,7 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
          "diversity_penalty", "encoder_no_repeat_ngram_size", "num_beam_groups", "typical_p",
          "exponential_decay_length_penalty", "remove_invalid_values", "output_scores",
          "return_dict_in_generate", "max_new_tokens", "is_decoder", "is_encoder_decoder",
-         "tie_encoder_decoder", "cross_attention_hidden_size", "median_filter_width"), _GENERATION),
+         "cross_attention_hidden_size", "median_filter_width"), _GENERATION),
     **dict.fromkeys(("id2label", "label2id", "finetuning_task", "problem_type"), _LABELS),
     **dict.fromkeys(
         ("transformers_version", "_name_or_path", "_commit_hash", "model_name", "name_or_path",
