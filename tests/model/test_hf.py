@@ -192,7 +192,8 @@ def load_graph(config):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config: found (?s:.*)full precision"),
+        (LLAMA | {"quantization_config": {"bits": 4}},
+         "quantization_config: found (?s:.*)full precision"),
         (LLAMA | {"text_config": {}}, "text_config: found"),
         (LLAMA | {"attention_bais": True}, "attention_bais: (?s:.*)did you mean attention_bias"),
         (LLAMA | {"brand_new": 1}, "brand_new: found 1; wanted a field whose meaning is known"),
@@ -253,5 +254,5 @@ def test_what_is_no_decoder_of_text_is_planned_but_not_trained_from_its_config(n
     path = tmp_path / "config.json"
     path.write_text(json.dumps(PUBLISHED[name]))
     assert load_model(path, 128, "bf16").layers
-    with pytest.raises(ModelError, match="a decoder of text(?s:.*)Engine"):
+    with pytest.raises(ModelError, match=r"a decoder of text(?s:.*)Engine"):
         build(path, 128)
