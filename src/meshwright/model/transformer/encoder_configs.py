@@ -15,7 +15,7 @@ from meshwright.model.transformer.configs import (
     Width,
 )
 from meshwright.model.transformer.spec import Epsilon
-from meshwright.records import Line, record
+from meshwright.records import Line, Name, record
 
 
 @record
@@ -66,7 +66,7 @@ class VitConfig:
     """Colours."""
     num_labels: Annotated[int, Field(ge=1, le=10**7)] | None = None
     """Classes."""
-    id2label: dict[str, Any] | None = None
+    id2label: dict[Name, Any] | None = None
     """The same, with their names; neither: two classes."""
     hidden_act: Line = "gelu"
     """The feed-forward module's activation."""
