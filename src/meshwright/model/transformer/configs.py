@@ -79,8 +79,8 @@ class DecoderConfig:
     """Positions of the first training, for longrope."""
     partial_rotary_factor: Share | None = None
     """The share of a head's features that is turned."""
-    sliding_window: Annotated[int, Field(ge=1, le=2**30)] | None = None
-    """How many tokens attention reaches back."""
+    sliding_window: Annotated[int, Field(ge=0, le=2**30)] | None = None
+    """How many tokens attention reaches back; 0: all."""
     use_sliding_window: bool = False
     """Whether it is used."""
     max_window_layers: Period | None = None
@@ -102,7 +102,7 @@ class DecoderConfig:
     clip_qkv: Cap | None = None
     """Limit of queries, keys and values."""
     num_local_experts: Experts = 0
-    """Experts of a block (Mixtral)."""
+    """Experts of a block (Mixtral; Qwen in newer files)."""
     num_experts: Experts | None = None
     """Experts of a block (Qwen)."""
     n_routed_experts: Experts | None = None
@@ -191,8 +191,10 @@ class NeoxConfig:
     """The longest sequence that positions are made for."""
     hidden_act: Line = "gelu"
     """The feed-forward module's activation."""
-    rotary_pct: Share = 0.25
-    """The share of a head's features that is turned."""
+    rotary_pct: Share | None = None
+    """The share of a head's features that is turned; absent: a quarter."""
+    partial_rotary_factor: Share | None = None
+    """The same in newer files."""
     rotary_emb_base: Base | None = None
     """The base of rotary positions."""
     rope_theta: Base | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -125,11 +125,12 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
     """What a Llama with these fields is."""
     head = c.qk_rope_head_dim if kind.startswith("deepseek") else c.head_dim
     head = head or c.hidden_size // c.num_attention_heads
-    turned = int(head * (c.partial_rotary_factor or _share(c)))
+    turned = int(head * _share(c.rope_parameters, c.partial_rotary_factor or 1.0))
     where = "rope_parameters" if c.rope_parameters is not None else "rope_scaling"
     given = c.rope_parameters if c.rope_parameters is not None else c.rope_scaling
     local = None
-    if given is not None and (FULL in given or SLIDING in given):
+    two = kind in ("gemma3_text", "olmo3")
+    if two and given is not None and (FULL in given or SLIDING in given):
         local, given = given.get(SLIDING), given.get(FULL)
     base = c.rope_theta or 10000.0
     common: dict[str, Any] = {
@@ -140,7 +141,7 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
     }
     full = rotary(given, where, source, base=base, **common)
     own: Rotary | None = None
-    if kind in ("gemma3_text", "olmo3"):
+    if two:
         local_base = c.rope_local_base_freq if kind == "gemma3_text" else full.base
         own = rotary(local, f"{where}.{SLIDING}", source, base=local_base or base, **common)
     word, field = (
@@ -161,9 +162,10 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
     )
 
 
-def _share(c: DecoderConfig) -> float:
-    given = (c.rope_parameters or {}).get("partial_rotary_factor")
-    return float(given) if isinstance(given, int | float) and 0 < given <= 1 else 1.0
+def _share(table: Mapping[str, Any] | None, usual: float) -> float:
+    """Of a head's features that are turned."""
+    given = (table or {}).get("partial_rotary_factor")
+    return float(given) if isinstance(given, int | float) and 0 < given <= 1 else usual
 
 
 def _of_kind(c: DecoderConfig, head: int, kind: str) -> dict[str, Any]:
@@ -193,13 +195,13 @@ def _of_kind(c: DecoderConfig, head: int, kind: str) -> dict[str, Any]:
             norm = Norm(kind="layer", epsilon=c.layer_norm_eps or 1e-5, bias=True)
             biases = dict.fromkeys(("query_bias", "out_bias", "feed_bias", "head_bias"), True)
             return {"norm": norm, "parallel": "one norm", "gated": False, **biases}
-        case "deepseek_v3":
+        case "deepseek_v2" | "deepseek_v3":
             return {"score_scale": _grown_scale(c, head)}
     return {}
 
 
 def _grown_scale(c: DecoderConfig, head: int) -> float | None:
-    """DeepSeek-V3 widens scores as yarn widens cosines."""
+    """DeepSeek widens scores as yarn widens cosines."""
     given = c.rope_scaling or c.rope_parameters or {}
     share, factor = given.get("mscale_all_dim"), given.get("factor", 1.0)
     if not share or factor <= 1:
@@ -211,13 +213,17 @@ def _windows(c: DecoderConfig, kind: str, source: str) -> tuple[int, ...]:
     """How far each block reaches; none given where all reach all."""
     switched = kind.startswith("qwen") or kind == "smollm3"
     window = c.sliding_window if c.use_sliding_window or not switched else None
-    if window is None:
+    if not window:
         return ()
     blocks = range(c.num_hidden_layers)
     if c.layer_types is not None:
         ModelError.check(_kind_problems(c, source))
         slides = [each == SLIDING for each in c.layer_types]
-    elif kind.startswith("qwen"):
+    elif kind == "qwen2_moe":
+        wanted = f"{FULL} or {SLIDING} for each block"
+        why = "versions of transformers differ in which blocks of a qwen2_moe have a window"
+        raise ModelError(Problem(source, "layer_types", "nothing", wanted, why))
+    elif kind in ("qwen2", "qwen3"):
         slides = [block >= (c.max_window_layers or 0) for block in blocks]
     elif kind == "gemma2":
         slides = [block % 2 == 0 for block in blocks]
@@ -280,6 +286,7 @@ def _mixture(c: DecoderConfig, kind: str, source: str) -> tuple[Mixture | None, 
     blocks = range(c.num_hidden_layers)
     if kind in ("qwen2_moe", "qwen3_moe"):
         _needed(c, source, "num_experts", "num_experts_per_tok")
+        experts = c.num_local_experts or c.num_experts or 0
         dense = tuple(
             b for b in blocks if b in c.mlp_only_layers or (b + 1) % c.decoder_sparse_step
         )
@@ -288,32 +295,22 @@ def _mixture(c: DecoderConfig, kind: str, source: str) -> tuple[Mixture | None, 
             normalised=c.norm_topk_prob, shared=shared, shared_gate=kind == "qwen2_moe",
             dense=dense, dense_hidden=c.intermediate_size,
         )  # fmt: skip
-        return mixture, c.num_experts or 0, c.moe_intermediate_size or c.intermediate_size
+        return mixture, experts, c.moe_intermediate_size or c.intermediate_size
     if kind.startswith("deepseek"):
         _needed(c, source, "n_routed_experts", "num_experts_per_tok")
-        return _deepseek(c, source), c.n_routed_experts or 0, c.moe_intermediate_size or 1
+        return _deepseek(c, kind, source), c.n_routed_experts or 0, c.moe_intermediate_size or 1
     return None, 0, c.intermediate_size
 
 
-def _deepseek(c: DecoderConfig, source: str) -> Mixture:
-    ways = ("greedy", "group_limited_greedy", "noaux_tc")
-    if c.topk_method not in ways:
-        wanted = f"one of {', '.join(ways)}"
-        raise ModelError(Problem(source, "topk_method", repr(c.topk_method), wanted))
-    if c.scoring_func not in ("softmax", "sigmoid"):
-        raise ModelError(
-            Problem(source, "scoring_func", repr(c.scoring_func), "softmax or sigmoid")
-        )
+def _deepseek(c: DecoderConfig, kind: str, source: str) -> Mixture:
+    free = kind == "deepseek_v3"
     grouped = c.topk_method != "greedy" and (c.n_group or 1) > 1
-    experts, groups = c.n_routed_experts or 1, c.n_group or 1
-    if grouped and (experts % groups or (c.topk_group or 1) > groups):
-        wanted = f"a divisor of the {experts} experts, and at least topk_group"
-        raise ModelError(Problem(source, "n_group", str(groups), wanted))
-    free = c.topk_method == "noaux_tc"
+    ModelError.check(_choice_problems(c, free, grouped, source))
+    groups = c.n_group or 1
     width = c.moe_intermediate_size or 1
     return Mixture(
         score="sigmoid" if c.scoring_func == "sigmoid" else "softmax",
-        normalised=c.norm_topk_prob and (c.num_experts_per_tok > 1 or free),
+        normalised=c.norm_topk_prob,
         scale=c.routed_scaling_factor,
         groups=groups if grouped else 1,
         groups_chosen=(c.topk_group or 1) if grouped else 1,
@@ -323,6 +320,29 @@ def _deepseek(c: DecoderConfig, source: str) -> Mixture:
         dense=tuple(range(min(c.first_k_dense_replace or 0, c.num_hidden_layers))),
         dense_hidden=c.intermediate_size,
     )
+
+
+def _choice_problems(c: DecoderConfig, free: bool, grouped: bool, source: str) -> Iterator[Problem]:
+    """Where experts are chosen in another way than the two that DeepSeek has."""
+    ways = ("noaux_tc",) if free else ("greedy", "group_limited_greedy")
+    if c.topk_method not in ways:
+        yield Problem(source, "topk_method", repr(c.topk_method), " or ".join(ways))
+    score = "sigmoid" if free else "softmax"
+    if c.scoring_func != score:
+        yield Problem(source, "scoring_func", repr(c.scoring_func), score)
+    if c.norm_topk_prob and not free:
+        why = "transformers passes over it, other code does not"
+        yield Problem(source, "norm_topk_prob", "True", "False in a deepseek_v2", why)
+    if not grouped:
+        return
+    experts, groups, chosen = c.n_routed_experts or 1, c.n_group or 1, c.topk_group or 1
+    if experts % groups or chosen > groups or (free and experts < 2 * groups):
+        two = ", of two and more each" if free else ""
+        wanted = f"a divisor of the {experts} experts{two}, and at least topk_group"
+        yield Problem(source, "n_group", str(groups), wanted)
+    elif experts // groups * chosen < c.num_experts_per_tok:
+        wanted = f"groups that hold the {c.num_experts_per_tok} experts of a token"
+        yield Problem(source, "topk_group", str(chosen), wanted)
 
 
 def _needed(c: DecoderConfig, source: str, *names: str) -> None:
@@ -338,10 +358,10 @@ def neox(c: NeoxConfig, name: str, source: str, kind: str) -> LanguageModel:
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
     given = c.rope_parameters if c.rope_parameters is not None else c.rope_scaling
-    share = (c.rope_parameters or {}).get("partial_rotary_factor", c.rotary_pct)
+    share = _share(c.rope_parameters, c.rotary_pct or c.partial_rotary_factor or 0.25)
     turned = rotary(
         given, "rope_parameters" if c.rope_parameters is not None else "rope_scaling", source,
-        base=c.rope_theta or c.rotary_emb_base or 10000.0, features=int(head * share),
+        base=c.rotary_emb_base or c.rope_theta or 10000.0, features=int(head * share),
         positions=c.max_position_embeddings,
     )  # fmt: skip
     return _even(

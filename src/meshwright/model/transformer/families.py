@@ -85,37 +85,48 @@ _FAMILIES: dict[str, Family] = {
         read=decoders.gpt2,
     ),
     "llama": _decoder("Llama", "attention_bias", "mlp_bias"),
-    "mistral": _decoder("Mistral", "sliding_window", sliding_window=4096),
-    "mixtral": _decoder("Mixtral", "sliding_window", "num_local_experts", "num_experts_per_tok"),
+    "mistral": _decoder(
+        "Mistral", "sliding_window",
+        sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072,
+    ),
+    "mixtral": _decoder(
+        "Mixtral", "sliding_window", "num_local_experts", "num_experts_per_tok",
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6,
+    ),
     "qwen2": _decoder(
         "Qwen2", *_WINDOW, "use_sliding_window", "max_window_layers",
-        qkv_bias=True, sliding_window=4096, max_window_layers=28,
+        qkv_bias=True, sliding_window=4096, max_window_layers=28, num_key_value_heads=32,
+        max_position_embeddings=32768,
     ),
     "qwen2_moe": _decoder(
         "Qwen2Moe", *_WINDOW, *_MIXTURE, "use_sliding_window", "max_window_layers", "qkv_bias",
         "shared_expert_intermediate_size",
         qkv_bias=True, sliding_window=4096, max_window_layers=28, num_experts=60,
         num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+        num_key_value_heads=16, max_position_embeddings=32768,
     ),
     "qwen3": _decoder(
         "Qwen3", *_WINDOW, "use_sliding_window", "max_window_layers", "attention_bias",
-        head_dim=128, sliding_window=4096, max_window_layers=28,
+        head_dim=128, sliding_window=4096, max_window_layers=28, num_key_value_heads=32,
+        max_position_embeddings=32768,
     ),
     "qwen3_moe": _decoder(
-        "Qwen3Moe", *_WINDOW, *_MIXTURE, "use_sliding_window", "max_window_layers",
-        "attention_bias", sliding_window=4096, max_window_layers=28, num_experts=128,
-        num_experts_per_tok=8, moe_intermediate_size=768,
+        "Qwen3Moe", *_MIXTURE, "sliding_window", "use_sliding_window", "max_window_layers",
+        "attention_bias", "num_local_experts",
+        sliding_window=4096, max_window_layers=28, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, num_key_value_heads=4, max_position_embeddings=32768,
     ),
     "gemma": _decoder(
         "Gemma", "attention_bias", "hidden_activation",
         head_dim=256, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh",
+        num_key_value_heads=16, max_position_embeddings=8192,
     ),
     "gemma2": _decoder(
         "Gemma2", *_WINDOW, "attention_bias", "hidden_activation", "query_pre_attn_scalar",
         "attn_logit_softcapping", "final_logit_softcapping",
         head_dim=256, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
         sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
+        final_logit_softcapping=30.0, num_key_value_heads=4, max_position_embeddings=8192,
     ),
     "gemma3_text": _decoder(
         "Gemma3", *_WINDOW, "attention_bias", "hidden_activation", "query_pre_attn_scalar",
@@ -123,11 +134,11 @@ _FAMILIES: dict[str, Family] = {
         "sliding_window_pattern",
         head_dim=256, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
         sliding_window=4096, sliding_window_pattern=6, query_pre_attn_scalar=256, rope_theta=1e6,
-        rope_local_base_freq=1e4,
+        rope_local_base_freq=1e4, num_key_value_heads=4, max_position_embeddings=131072,
     ),
     "phi3": _decoder(
         "Phi3", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings",
-        rms_norm_eps=1e-5, original_max_position_embeddings=4096,
+        rms_norm_eps=1e-5, original_max_position_embeddings=4096, max_position_embeddings=4096,
     ),
     "phi": _decoder(
         "Phi", "layer_norm_eps", "partial_rotary_factor",
@@ -136,11 +147,12 @@ _FAMILIES: dict[str, Family] = {
     "olmo": _decoder("Olmo", "attention_bias", "clip_qkv"),
     "olmo2": _decoder("Olmo2", "attention_bias", rms_norm_eps=1e-5),
     "olmo3": _decoder("Olmo3", *_WINDOW, "attention_bias", rms_norm_eps=1e-5,
-                      sliding_window=4096, sliding_window_pattern=4),
+                      rope_theta=5e5, sliding_window=4096, sliding_window_pattern=4),
     "smollm3": _decoder(
         "SmolLM3", *_WINDOW, "attention_bias", "mlp_bias", "use_sliding_window", "no_rope_layers",
         "no_rope_layer_interval",
         tie_word_embeddings=True, rope_theta=2e6, num_key_value_heads=4,
+        max_position_embeddings=32768,
     ),
     "deepseek_v2": _decoder(
         "DeepseekV2", *_LATENT, "attention_bias", "mlp_bias",
@@ -154,7 +166,7 @@ _FAMILIES: dict[str, Family] = {
         v_head_dim=128, n_routed_experts=256, moe_intermediate_size=2048, n_shared_experts=1,
         num_experts_per_tok=8, first_k_dense_replace=3, scoring_func="sigmoid",
         topk_method="noaux_tc", n_group=8, topk_group=4, norm_topk_prob=True,
-        routed_scaling_factor=2.5,
+        routed_scaling_factor=2.5, max_position_embeddings=4096,
     ),
     "gpt_neox": Family(
         heads=("GPTNeoXForCausalLM",), config=NeoxConfig, usual={}, names=_NAMES,

@@ -72,6 +72,8 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
         ("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
          "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks",
          "use_weighted_layer_sum", "classifier_proj_size"), _SPEECH),
+    "qk_head_dim": "the sum of two other fields",
+    "_sliding_window_pattern": "written beside the kinds of blocks that it led to",
     "num_nextn_predict_layers": "further predicted tokens are not trained (nor by transformers)",
     "vocab_size_or_config_json_file": _ORIGIN,
     "bidirectional": "followed by the model type",

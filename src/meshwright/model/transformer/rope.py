@@ -117,7 +117,7 @@ def _yarn(t: Mapping[str, Any], positions: int, original: int | None) -> Scaling
     return Scaling(
         kind="yarn",
         factor=t["factor"],
-        original=int(t.get("original_max_position_embeddings") or original or positions),
+        original=int(original or t.get("original_max_position_embeddings") or positions),
         low=float(t.get("beta_slow", 1.0)),
         high=float(t.get("beta_fast", 32.0)),
         magnitude=float(magnitude),
@@ -126,7 +126,7 @@ def _yarn(t: Mapping[str, Any], positions: int, original: int | None) -> Scaling
 
 
 def _longrope(t: Mapping[str, Any], positions: int, original: int | None) -> Scaling:
-    first = int(t.get("original_max_position_embeddings") or original or positions)
+    first = int(original or t.get("original_max_position_embeddings") or positions)
     factor = t.get("factor", positions / first)
     magnitude = t.get("attention_factor")
     if magnitude is None:
