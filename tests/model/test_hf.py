@@ -210,7 +210,7 @@ def load_graph(config):
          "rope_scaling.factor: found nan"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}},
          "rope_scaling.extra: found 1"),
-        (LLAMA | {"model_type": "mistral", "sliding_window": 0}, "sliding_window: found 0"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": -1}, "sliding_window: found -1"),
         (LLAMA | {"model_type": "gemma3"}, "model_type: found 'gemma3'.*"),
         (MIXTRAL | {"output_router_logits": True}, "output_router_logits: found True"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),

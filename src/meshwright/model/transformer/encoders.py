@@ -6,13 +6,13 @@ from typing import Any
 
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer.decoders import activation, divided
 from meshwright.model.transformer.encoder_configs import (
     BertConfig,
     T5Config,
     VitConfig,
     WhisperConfig,
 )
+from meshwright.model.transformer.reading import activation, divided
 from meshwright.model.transformer.spec import Architecture, Encoder, Norm, Picture
 
 _BIASES: dict[str, Any] = {"query_bias": True, "out_bias": True, "feed_bias": True}

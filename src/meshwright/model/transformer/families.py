@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer import decoders, encoders
+from meshwright.model.transformer import decoders, encoders, llamas
 from meshwright.model.transformer.configs import (
     BloomConfig,
     DecoderConfig,
@@ -75,7 +75,7 @@ def _decoder(head: str, *follows: str, **usual: Any) -> Family:
         follows=(*_LLAMA, *follows),
         usual=usual,
         names=_NAMES,
-        read=decoders.llama,
+        read=llamas.llama,
     )
 
 
