@@ -7,6 +7,7 @@ READY  := $(VENV)/.ready
 DOCS   := $(VENV)/.ready-docs
 ARGS   ?=
 DATA   ?=
+TWO    := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:             ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -15,10 +16,10 @@ demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, 
 	$(BIN)/meshwright demo $(ARGS)
 
 test: $(READY)    ## the tests that take seconds, two at a time
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(TWO) $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(TWO) $(ARGS)
 
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .

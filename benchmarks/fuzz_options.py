@@ -25,6 +25,7 @@ VERBS = {
     "propose": "calibrate --propose 2 --model gpt-tiny --cluster cluster.toml --global-batch 4 "
     "--sequence 16 --precision fp32 --profile profile.json -o out",
     "discover": "discover -o out.toml",
+    "merge": "discover --merge cluster.toml -o out.toml",
     "verify": "verify plan.json --against dp --cluster cluster.toml --profile profile.json "
     "--steps 3 -o out",
     "demo": "demo --steps 2 -o out",
@@ -145,6 +146,8 @@ OPTIONS = (
     *_options("propose", "input", "--cluster", "--profile"),
     *_options("propose", "folder", "-o"),
     *_options("discover", "output", "-o"),
+    *_options("merge", "input", "cluster.toml"),
+    *_options("merge", "output", "-o"),
     *_options("verify", "number", "--steps"),
     *_options("verify", "input", "plan.json", "--cluster", "--profile"),
     *_options("verify", "word", "--against"),

@@ -182,6 +182,7 @@ KINDS = (
             f"plan --model gpt-tiny --cluster cluster.toml {PLANNING}",
             "explain plan.json",
             "whatif plan.json --set link.network=1Gbit/s -o out.toml",
+            "discover --merge cluster.toml -o out.toml",
         ),
         "toml",
     ),

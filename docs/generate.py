@@ -8,6 +8,7 @@ source, where the text under a field is its explanation.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +21,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from meshwright import errors
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Precision
+from meshwright.export import accelerate, deepspeed, megatron, torchtitan
+from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, properties_known
 from meshwright.model.config import NAMED
+from meshwright.model.transformer.families import FAMILIES
+from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED, followed
 from meshwright.plan.spec import BoundaryKind
 from meshwright.program.instructions import Op
 from meshwright.testbed.spec import Mode
@@ -44,6 +49,10 @@ WORDS = {
     "float": "number",
     "bool": "true or false",
     "Name": "text",
+    "Rope": "table",
+    "Blocks": "list of whole numbers",
+    "Kinds": "list of text",
+    "Any": "anything",
     "Line": "text",
     "Text": "text",
     "Actions": "text",
@@ -189,10 +198,66 @@ def model_names() -> str:
     return ", ".join(f"`{name}`" for name in NAMED)
 
 
+def config_fields() -> str:
+    """What is followed in a config.json, by the way of writing it, and in which families."""
+    kinds: dict[type, list[str]] = {}
+    for name, family in FAMILIES.items():
+        kinds.setdefault(family.config, []).append(name)
+    parts = []
+    for config, names in kinds.items():
+        title = (config.__doc__ or "").strip().splitlines()[0].removesuffix(".")
+        parts += [f"#### {title}", "", f"`model_type`: {', '.join(f'`{n}`' for n in names)}", ""]
+        lines = fields(f"{config.__module__}.{config.__name__}").splitlines()
+        followers = {
+            field: [n for n in names if field in followed(FAMILIES[n])]
+            for field in (line.split("`")[1] for line in lines[2:])
+        }
+        if any(len(each) < len(names) for each in followers.values()):
+            lines[0], lines[1] = lines[0] + " in |", lines[1] + " --- |"
+            for number, each in enumerate(followers.values()):
+                told = "all" if len(each) == len(names) else ", ".join(each)
+                lines[number + 2] += f" {told} |"
+        parts += [*lines, ""]
+    return "\n".join(parts).rstrip()
+
+
+def config_rest() -> str:
+    """Fields of a config.json that are passed over, and those that are refused."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in OF_NO_ACCOUNT.items():
+        reasons.setdefault(why, []).append(f"`{name}`")
+    lines = ["| passed over | because |", "| --- | --- |"]
+    lines += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
+    lines += ["", "| refused | unless | because |", "| --- | --- | --- |"]
+    for name, (allowed, why) in REFUSED.items():
+        unless = " or ".join(f"`{json.dumps(each)}`" for each in allowed) or "`null`"
+        lines.append(f"| `{name}` | {unless} | {why} |")
+    return "\n".join(lines)
+
+
 def error_tree() -> str:
     """The tree of errors, as drawn at the top of its module."""
     assert errors.__doc__ is not None
     return "```text\n" + errors.__doc__.partition("\n\n")[2].strip() + "\n```"
+
+
+EXPORTS: dict[str, Answers] = {
+    "torchtitan": torchtitan.ANSWERS,
+    "Megatron-LM": megatron.ANSWERS,
+    "DeepSpeed": deepspeed.ANSWERS,
+    "accelerate": accelerate.OWN,
+    "its Megatron-LM plugin": accelerate.PLUGIN,
+}
+
+
+def export_answers() -> str:
+    """What becomes of every property of a training, by tool."""
+    lines = [f"| | {' | '.join(EXPORTS)} |", "| --- " * (len(EXPORTS) + 1) + "|"]
+    for name in properties_known():
+        told = [answers[name].told for answers in EXPORTS.values()]
+        if not {LABEL, PARTS_OF_IT} & {*told}:
+            lines.append(f"| `{name}` | {' | '.join(told)} |")
+    return "\n".join(lines)
 
 
 def operations() -> str:
@@ -224,7 +289,10 @@ def _sentence(path: Path) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "device-types": device_types,
     "model-names": model_names,
+    "config-fields": config_fields,
+    "config-rest": config_rest,
     "error-tree": error_tree,
+    "export-answers": export_answers,
     "operations": operations,
     "tree": tree,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from itertools import count, islice, pairwise
 
@@ -42,6 +42,46 @@ def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> Laye
         layers=tuple(layer(f"l{i}", cost=cost) for i, cost in enumerate(costs)),
         tensors=tuple(tensors),
         tied=shared,
+    )
+
+
+def freeze(model: LayerGraph, layers: Container[int], *, tied: bool = False) -> LayerGraph:
+    """The model with some layers' own weights frozen, and what is tied if asked for: no gradients
+    of weights there, and no backward at all where nothing is trained in a layer or before it."""
+    shared = set() if tied else {n for each in model.tied for n in each.layers}
+    found: list[Layer] = []
+    for n, layer in enumerate(model.layers):
+        before = [t.producer for t in model.tensors if n in t.consumers]
+        held = n in layers
+        flows = not held or n in shared or any(found[each].has_backward for each in before)
+        changed = replace(
+            layer,
+            signature=f"{layer.signature}-{held}-{flows}",
+            has_backward=flows,
+            backward_flops=layer.backward_flops if flows else 0.0,
+            saved_bytes=layer.saved_bytes if flows else 0.0,
+            split_saved_bytes=layer.split_saved_bytes if flows else 0.0,
+        )
+        if held:
+            changed = replace(
+                changed,
+                parameters=0,
+                cast_parameters=0,
+                split_parameters=0,
+                frozen_parameters=layer.parameters,
+                cast_frozen=layer.cast_parameters,
+                split_frozen=layer.split_parameters,
+                backward_flops=max(changed.backward_flops - layer.forward_flops, 0.0),
+            )
+        found.append(changed)
+    return replace(
+        model,
+        layers=tuple(found),
+        tensors=tuple(replace(t, gradient=found[t.producer].has_backward) for t in model.tensors),
+        tied=tuple(
+            replace(t, parameters=0, frozen_parameters=t.parameters) if tied else t
+            for t in model.tied
+        ),
     )
 
 

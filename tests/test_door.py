@@ -323,7 +323,7 @@ OPENERS = {
 ELSEWHERE = {
     "cli.__init__": "the null device",
     "cluster.catalog": "the package's own table",
-    "cluster.discover": "files of the kernel",
+    "cluster.host": "files of the kernel",
     "cost.profile": "files of the kernel",
     "runtime.worker": "safetensors writes into a draft of the door's",
     "testbed.machine": "files of the kernel",

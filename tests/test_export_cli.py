@@ -46,8 +46,8 @@ def planned(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("tool", "files"),
     [
-        ("megatron", ["arguments.txt", "launch.sh"]),
-        ("pipelining-csv", ["schedule.csv"]),
+        ("megatron", ["NOT_EXPRESSED.md", "arguments.txt", "launch.sh"]),
+        ("pipelining-csv", ["NOT_EXPRESSED.md", "schedule.csv"]),
     ],
 )
 def test_files_for_a_tool(planned, tool, files):
@@ -55,6 +55,10 @@ def test_files_for_a_tool(planned, tool, files):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (planned / tool).iterdir()) == files
     assert all(f"wrote {tool}/{name}" in done.stdout for name in files)
+    listed = (planned / tool / "NOT_EXPRESSED.md").read_text()
+    sentences = [line[2:] for line in listed.splitlines() if line.startswith("- ")]
+    assert sentences
+    assert all(f"not expressed: {sentence}" in done.stdout for sentence in sentences)
 
 
 def test_what_cannot_be_expressed_is_refused_and_the_nearest_named_and_written(planned):

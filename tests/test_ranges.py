@@ -21,7 +21,7 @@ from meshwright.cost.pairs import LinkReport
 from meshwright.cost.profile import Profile, load_profile
 from meshwright.errors import MeshwrightError, OptionError, PlanError, Problem, ProfileError
 from meshwright.model.files import ModelFile
-from meshwright.model.hf import Gpt2Config, LlamaConfig
+from meshwright.model.transformer.families import FAMILIES
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.timeline import Timeline
@@ -36,8 +36,7 @@ READ = (
     Profile,
     LinkReport,
     ModelFile,
-    Gpt2Config,
-    LlamaConfig,
+    *dict.fromkeys(family.config for family in FAMILIES.values()),
     BedFile,
     RunSettings,
     Metrics,

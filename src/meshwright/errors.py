@@ -17,11 +17,12 @@ MeshwrightError            the family: catch this one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
-from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown
+from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown, span
 
 PROBLEMS_SHOWN, PROBLEMS_KEPT = 100, 1000
 """A message that names more mistakes is read by nobody. A file can hold millions of them."""
@@ -47,6 +48,10 @@ class Problem:
     found: str
     wanted: str
     mend: str = ""
+    each: tuple[str, str] = ("", "")
+    """Of a mistake that others of a kind may have too: the kind, and which one this is, as the
+    texts name it: `("device", "a:0")`. Those of a kind that differ in that name, and in the indices
+    of their fields, are told as one. Empty: it stands alone."""
 
     def __post_init__(self) -> None:
         # What is found comes from anywhere, and a message must not steer the terminal it is on.
@@ -64,6 +69,7 @@ class MeshwrightError(Exception):
     """One or more problems that the user can mend; its text is all a user sees."""
 
     def __init__(self, *problems: Problem) -> None:
+        problems = together(problems)
         lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
         if len(problems) > PROBLEMS_SHOWN:
             least = "at least " if len(problems) >= PROBLEMS_KEPT else ""
@@ -74,7 +80,7 @@ class MeshwrightError(Exception):
     @classmethod
     def check(cls, problems: Iterable[Problem]) -> None:
         """Raise all problems together, but no endless number; do nothing if there are none."""
-        found = tuple(islice(problems, PROBLEMS_KEPT))
+        found = together(problems)
         if found:
             raise cls(*found)
 
@@ -125,3 +131,78 @@ class OutputError(MeshwrightError):
 
 class MachineError(MeshwrightError):
     """The operating system refused something that no other error is about."""
+
+
+_INDEX = re.compile(r"\[(\d+)\]")
+
+
+def together(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Those that are the same mistake of many, as one each, where the first of them stood; no more
+    than PROBLEMS_KEPT."""
+    alike: dict[object, list[Problem]] = {}
+    for problem in problems:
+        key = _mistake(problem) if problem.each[0] else len(alike)
+        alike.setdefault(key, []).append(problem)
+        if len(alike) == PROBLEMS_KEPT:
+            break
+    return tuple(_as_one(same) if len(same) > 1 else same[0] for same in alike.values())
+
+
+def _mistake(problem: Problem) -> object:
+    """All that the same mistake of two has in common."""
+    kind, name = problem.each
+    texts = (_put(text, name, "\0") for text in (problem.found, problem.wanted, problem.mend))
+    field = _INDEX.sub("[]", _put(problem.field, name, "\0"))
+    return (kind, _put(problem.source, name, "\0"), field, *texts)
+
+
+def _put(text: str, name: str, other: str) -> str:
+    """The text with another word for a name; not for a part of a longer one."""
+    if not name or name not in text:
+        return text
+    first, *rest = text.split(name)
+    for piece in rest:
+        inside = _continues(first[-1:], "_:.-") or _continues(piece[:1], "_:-")
+        first += (name if inside else other) + piece
+    return first
+
+
+def _continues(letter: str, signs: str) -> bool:
+    return letter.isalnum() or (letter != "" and letter in signs)
+
+
+def _as_one(same: Sequence[Problem]) -> Problem:
+    first = same[0]
+    kind, name = first.each
+    names = list(dict.fromkeys(problem.each[1] for problem in same))
+    many = f"{len(names):,} {kind}s ({span(names)})" if len(names) > 1 else name
+    found = _put(first.found, name, many)
+    fields = list(dict.fromkeys(_put(p.field, p.each[1], many) for p in same))
+    return replace(
+        first,
+        source=_put(first.source, name, many),
+        field=_fields(fields),
+        found=found,
+        wanted=_put(first.wanted, name, many),
+        mend=_put(first.mend, name, many),
+        each=("", ""),
+    )
+
+
+def _fields(fields: Sequence[str]) -> str:
+    """Fields that differ in their indices, briefly: `pipelines[0-63].stages[0]`; where they are not
+    every combination of these, a range of the first index for each of the others."""
+    indices = {field: _INDEX.findall(field) for field in fields}
+    combinations = prod(len(set(column)) for column in zip(*indices.values(), strict=True))
+    groups: dict[object, list[list[str]]] = {}
+    for found in indices.values():
+        groups.setdefault(None if combinations == len(fields) else tuple(found[1:]), []).append(
+            found
+        )
+    return ", ".join(_field(fields[0], group) for group in groups.values())
+
+
+def _field(like: str, indices: Sequence[Sequence[str]]) -> str:
+    """One field with all these indices in their places."""
+    texts = iter([span(column, to="-") for column in zip(*indices, strict=True)])
+    return _INDEX.sub(lambda _: f"[{next(texts)}]", like)

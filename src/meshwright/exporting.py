@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, MeshwrightError, PlanError
+from meshwright.export.answers import NOTES
 from meshwright.export.deepspeed import uniform
 from meshwright.export.tools import check_tool, export_files
 from meshwright.model.spec import LayerGraph
@@ -31,6 +32,12 @@ class Exported:
     plan: Plan
     files: dict[str, str]
     """Text by file name."""
+
+    @property
+    def not_expressed(self) -> tuple[str, ...]:
+        """What the tool is not told, as the file that lists it has it."""
+        lines = self.files.get(NOTES, "").splitlines()
+        return tuple(line.removeprefix("- ") for line in lines if line.startswith("- "))
 
 
 def exported(session: Session, plan: Plan, tool: str, *, nearest: bool = False) -> Exported:

@@ -21,7 +21,7 @@ from meshwright.cost.profile import Profile, versions
 from meshwright.errors import LaunchError, Problem, ProfileError
 from meshwright.launch.local import PROCESS_BYTES, Launcher
 from meshwright.model.load import load_model
-from meshwright.model.spec import Layer, LayerGraph
+from meshwright.model.spec import Layer, LayerGraph, content
 from meshwright.records import dumps, fingerprint, load
 from meshwright.runtime import profile as measuring
 from meshwright.runtime.profile import (
@@ -59,7 +59,7 @@ def profile_here(
     mark = fingerprint(
         Source(
             settings=replace(settings, cluster=None, output="", pairs=None),
-            model=fingerprint(graph),
+            model=content(graph),
             cluster=cluster,
             processes=world,
             versions=versions(),
@@ -109,7 +109,8 @@ def _check_memory(settings: ProfileSettings, graph: LayerGraph, processes: int) 
 def _measured_bytes(layer: Layer, rows: int, width: int) -> float:
     """What a layer with its gradients and so many rows takes at least."""
     saved = layer.saved_bytes - layer.split_saved_bytes * (1 - 1 / width)
-    return (saved + layer.workspace_bytes / width) * rows + 8 * layer.parameters / width
+    weights = 8 * layer.parameters + 4 * layer.frozen_parameters
+    return (saved + layer.workspace_bytes / width) * rows + weights / width
 
 
 def _measure_in_processes(

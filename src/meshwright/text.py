@@ -90,6 +90,49 @@ def _code(letter: str) -> str:
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
+_NUMBER = re.compile(r"([0-9]{1,18})")
+_LAST_NUMBER = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})")
+Run = tuple[str, str]
+"""The first and the last of names that count up."""
+
+
+def span(names: Iterable[str], *, to: str = " to ") -> str:
+    """Names told briefly: those that count up by their first and last, `n-0:0 to n-0:7, x:3`. The
+    same devices of nodes that count up are one run, `n-0:0 to n-7:7`."""
+    runs: list[Run] = []
+    for name in sorted(dict.fromkeys(names), key=_natural):
+        _append(runs, (name, name), joins=bool(runs) and _next(runs[-1][1], name))
+    nodes: list[Run] = []
+    for run in runs:
+        _append(nodes, run, joins=bool(nodes) and _same_on_next_node(nodes[-1], run))
+    return ", ".join(first if first == last else f"{first}{to}{last}" for first, last in nodes)
+
+
+def _append(runs: list[Run], run: Run, *, joins: bool) -> None:
+    if joins:
+        run = (runs.pop()[0], run[1])
+    runs.append(run)
+
+
+def _same_on_next_node(before: Run, run: Run) -> bool:
+    ends = [end.rpartition(":") for end in (*before, *run)]
+    (_, _, first), (node, _, last), (next_node, _, next_first), (same_node, _, next_last) = ends
+    same = (first, last, next_node) == (next_first, next_last, same_node)
+    return same and _next(node, next_node)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """So that a:10 comes after a:9."""
+    parts = _NUMBER.split(name)
+    return [(int(part), "") if odd % 2 else (0, part) for odd, part in enumerate(parts)]
+
+
+def _next(name: str, after: str) -> bool:
+    """Whether the second name counts on from the first, `n-9` and `n-10`."""
+    one, two = _LAST_NUMBER.fullmatch(name), _LAST_NUMBER.fullmatch(after)
+    return bool(one and two and one[1] == two[1] and int(two[2]) == int(one[2]) + 1)
+
+
 def file_name(name: str) -> str:
     """A name of a file in a folder of ours, made from a name that may hold anything: of ASCII
     letters, digits, dot, dash and underscore, without a dot or dash at its beginning."""

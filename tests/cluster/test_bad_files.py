@@ -65,7 +65,7 @@ BAD = {
     ),
     "unknown site": (GOOD + 'site = "moon"', "node[1].site", "one of: main"),
     "site twice": (GOOD + '[[site]]\nname = "s"\n' * 2, "site.name", "'s' 2 times"),
-    "no network": ("format = 1\n" + NODE + OTHER, "node[0].network", "links.network"),
+    "no network": ("format = 1\n" + NODE + OTHER, "node[0-1].network", "links.network"),
     "zero bandwidth": (GOOD.replace("10 Gbit/s", "0 Gbit/s"), "links.network.bandwidth", "0 bit/s"),
     "absurd bandwidth": (
         GOOD.replace("10 Gbit/s", "10 Pbit/s"),

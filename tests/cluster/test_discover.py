@@ -1,23 +1,31 @@
 """What machines say about themselves, and the cluster files that come of it."""
 
+import json
 import tomllib
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
+from meshwright.cluster.bus import Card, read_lspci
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.discover import describe, discover, discover_toml
 from meshwright.cluster.files import cluster_from
+from meshwright.cluster.host import Answer, Seen, Way
 from meshwright.cluster.machine import (
     Found,
     Gpu,
     inside_of,
     read_default_interface,
-    read_gpus,
     read_speed,
     read_wiring,
     type_of,
 )
+from meshwright.cluster.nvidia import read_gpus
 from meshwright.cluster.spec import Link
+from meshwright.text import flaw
 
 GIB = 2**30
 
@@ -66,14 +74,88 @@ def test_the_weakest_connection_between_gpus_is_read(text, wiring):
     assert read_wiring(text) == wiring
 
 
+def smi(text: str, status: int | None = 0) -> Answer:
+    return Answer(tool="nvidia-smi", text=text, status=status)
+
+
 def test_gpus_are_read_from_query_output():
     text = "NVIDIA A100-SXM4-40GB, 40960, 8.0\nTesla T4, 15360, 7.5\nold driver, 16160\n"
-    assert read_gpus(text) == (
-        Gpu(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
-        Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
-        Gpu(name="old driver", memory=16160 * 2**20, capability=None),
+    assert read_gpus(smi(text)) == Way(
+        how="nvidia-smi",
+        seen=(
+            Seen(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
+            Seen(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
+            Seen(name="old driver", memory=16160 * 2**20, capability=None),
+        ),
     )
-    assert read_gpus("No devices were found\n") == read_gpus("") == ()
+    for status in (0, 6):
+        assert read_gpus(smi("No devices were found\n", status)) == Way(how="nvidia-smi")
+
+
+@given(st.text(), st.sampled_from([None, 0, 1, 2, 6, 9, 15, 255, -11]))
+def test_whatever_a_tool_answers_is_gpus_or_trouble_or_its_word_that_there_are_none(text, status):
+    way = read_gpus(smi(text, status))
+    assert way.seen or way.trouble or "No devices were found" in text
+    if status not in (0, 14):
+        assert way.trouble or way == Way(how="nvidia-smi", notes=way.notes)
+    for words in (way.trouble, *way.notes, *(each.name or "" for each in way.seen)):
+        assert not flaw(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3b:00.0 3D controller: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] (rev a1)",
+        "0000:3b:00.0 3D controller [0302]: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] "
+        "[10de:1db5] (rev a1)",
+        "0000:3b:00.0 3D controller [0302]: NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB] "
+        "[10de:1db5]",
+    ],
+)
+def test_lspci_is_read_with_and_without_numbers(line):
+    (card,) = read_lspci(Answer(tool="lspci", text=f"{line}\n3b:00.1 Audio device: NVIDIA\n"))
+    assert (card.address, card.maker) == ("0000:3b:00.0", "NVIDIA")
+    assert card.name == "NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB]"
+
+
+@pytest.mark.parametrize(
+    ("address", "maker", "code", "device", "integrated"),
+    [
+        ("0000:00:02.0", "Intel", "0300", "46a6", True),
+        ("0000:29:00.0", "Intel", "0380", "0bda", False),
+        ("0000:01:00.0", "Intel", "1200", "7d1d", True),
+        ("0000:11:00.0", "AMD", "0300", "164e", True),
+        ("0000:05:00.0", "AMD", "1200", "74a1", False),
+        ("0000:03:00.0", "AMD", "0300", "67df", False),
+        ("0000:03:00.0", "AMD", "0300", "", False),
+        ("0000:00:02.0", "NVIDIA", "0300", "2204", False),
+    ],
+)
+def test_graphics_in_a_processor_are_known_from_cards(address, maker, code, device, integrated):
+    card = Card(address=address, maker=maker, code=code, device=device)
+    assert card.is_integrated == integrated
+
+
+def test_memory_is_read_from_every_shape_that_amd_smi_had():
+    def told(size: object) -> object:
+        gpu = {"gpu": 0, "asic": {"market_name": "AMD INSTINCT MI210"}, "vram": {"size": size}}
+        (seen,) = read_amd_smi(json.dumps([gpu]))
+        assert seen.name == "AMD Instinct MI210"
+        return seen.memory or seen.said
+
+    assert told({"value": 64, "unit": "GB"}) == told({"value": "65536", "unit": "MB"}) == 64 * GIB
+    assert told(65536) == told({"value": 64 * GIB, "unit": "B"}) == 64 * GIB
+    assert told({"value": 65536 * 1024, "unit": "KB"}) == 64 * GIB
+    for size in ("N/A", {"value": "N/A", "unit": "MB"}, {"value": 1, "unit": "furlong"}, None):
+        assert told(size) == "no memory of GPU 0"
+    (nameless,) = read_rocm_smi('{"card10": {"Card Series": "N/A", "VRAM Total Memory (B)": "7"}}')
+    assert nameless == Seen(name="AMD GPU", memory=7)
+
+
+@given(st.text())
+def test_what_amd_s_tools_answer_is_understood_or_known_not_to_be(text):
+    assert read_rocm_smi(text) in (None, ()) or "card" in text
+    assert read_amd_smi(text) in (None, ()) or "{" in text
 
 
 ROUTES = """\
@@ -118,7 +200,7 @@ def test_nvlink_is_counted_in_lanes_of_its_generation():
 def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
     gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6))
     kind, note = type_of(gpu)
-    assert kind.name == "NVIDIA-Quadro-GV-200"
+    assert kind.name == "Quadro-GV-200-48GiB"
     assert kind.memory == 47 * GIB
     assert kind.peak == catalog()["A10G"].type.peak
     assert "GUESSED" in note
@@ -127,9 +209,65 @@ def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
 
 def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
     kind, note = type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory=20 * GIB))
-    assert kind.name == "A100-40-part"
+    assert kind.name == "A100-40-3g.20gb"
     assert kind.memory == 19 * GIB
-    assert "less than a whole" in note
+    assert kind.peak["bf16"] == pytest.approx(catalog()["A100-40"].type.peak["bf16"] * 3 / 7)
+    assert "a slice, 3g.20gb, with 3/7 of the peak" in note
+
+
+@given(
+    st.lists(
+        st.builds(
+            Gpu,
+            name=st.sampled_from(
+                [
+                    "NVIDIA GeForce RTX 3080",
+                    "GeForce RTX 3080",
+                    "NVIDIA A100-SXM4-40GB",
+                    "",
+                    "cpu",
+                    "Tesla T4",
+                    "T4",
+                    "AMD Instinct MI250X",
+                    "GRID T4-8Q",
+                    "NVIDIA H20",
+                    "RTX 3080 10GB",
+                ]
+            ),
+            memory=st.integers(2**24, 2**43),
+            capability=st.sampled_from([None, (7, 5), (9, 0)]),
+            slice=st.sampled_from([None, "3g.20gb", "1g.5gb+me", "1c.3g.20gb", "strange"]),
+            watts=st.sampled_from([None, 0.0, 100.0, 299.6, 300.4]),
+            usual_watts=st.sampled_from([None, 300.0, 450.0]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_gpu_keeps_the_memory_and_speed_of_its_own_type(gpus):
+    """Whatever cards stand beside it, and whatever they are called."""
+    found = Found(name="host", gpus=tuple(gpus), wiring="PHB", network=1.25e9)
+    cluster, _ = describe(found)
+    for gpu, name in zip(gpus, cluster.nodes[0].devices, strict=True):
+        assert replace(cluster.types[name], name="") == replace(type_of(gpu)[0], name="")
+    assert cluster_from(tomllib.loads(discover_toml(found)), source="here") == cluster
+
+
+def test_a_type_is_called_the_same_whatever_stands_beside_it():
+    cards = [Gpu(name="NVIDIA GeForce RTX 3080", memory=gib * GIB) for gib in (10, 12)]
+    names = ["RTX-3080-10GiB", "RTX-3080-12GiB"]
+    assert [type_of(card)[0].name for card in cards] == names
+    for order in (cards, cards[::-1]):
+        nodes = describe(Found(name="desk", gpus=tuple(order)))[0].nodes
+        assert sorted(nodes[0].devices) == names
+
+
+def test_slices_of_a_card_that_is_not_catalogued_have_their_share_too():
+    whole = Gpu(name="NVIDIA A30", memory=24 * GIB, capability=(8, 0))
+    part = Gpu(name="NVIDIA A30", memory=6 * GIB, capability=(8, 0), slice="1g.6gb", whole=24 * GIB)
+    assert type_of(part)[0].name == "A30-1g.6gb"
+    assert type_of(part)[0].peak["bf16"] == type_of(whole)[0].peak["bf16"] / 4
+    assert type_of(part)[0].memory_bandwidth == type_of(whole)[0].memory_bandwidth / 4
 
 
 def test_without_gpus_each_core_is_a_device():

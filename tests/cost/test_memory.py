@@ -13,16 +13,15 @@ from meshwright.cluster.spec import DeviceType
 from meshwright.cost.copies import copied_gradient_bytes
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.memory import (
-    bytes_per_parameter,
     device_memory,
     memory_table,
     stage_memory,
     stage_memory_bytes,
-    stage_parameters,
     total_bytes,
     usable_bytes,
 )
 from meshwright.cost.misfits import memory_problems
+from meshwright.cost.weights import bytes_per_parameter, stage_parameters
 from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.simulate.engine import simulate_plan
@@ -261,6 +260,6 @@ def test_tied_parameters_are_held_by_each_stage_that_uses_them() -> None:
     model = even_model(4, parameters=10)
     shared = replace(model, tied=(Tied(name="w", layers=(0, 3), parameters=100),))
     table = memory_table(shared, JOB)
-    held = [float(stage_parameters(table, (s, s + 1), 1)) for s in range(4)]
+    held = [float(stage_parameters(table.weights, (s, s + 1), 1)) for s in range(4)]
     assert held == [110.0, 10.0, 10.0, 110.0]
     assert stage_memory(table, (0, 4), 1, 1, 1).parameters == 140 * 4

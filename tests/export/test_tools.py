@@ -21,6 +21,7 @@ from meshwright.export.deepspeed import uniform
 from meshwright.export.grid import grid_of
 from meshwright.export.launch import launch_script
 from meshwright.export.tools import TOOLS, export_files
+from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
@@ -143,13 +144,56 @@ def test_equal_pipelines_are_replicas_and_megatron_takes_them_as_they_lie():
     assert "torchrun" in files["launch.sh"]
 
 
+def titan_config(name: str, **other: object) -> SimpleNamespace:
+    """What torchtitan's own configuration of a model looks like, as far as an export does."""
+    c = replace(language_model(name), **other)  # type: ignore[arg-type]
+
+    def block() -> SimpleNamespace:
+        rope = SimpleNamespace(theta=5e5, scaling="llama", max_context_length=131072)
+        return SimpleNamespace(
+            attention=SimpleNamespace(
+                n_heads=c.heads, n_kv_heads=c.kv_heads, head_dim=None, rope=rope
+            ),
+            feed_forward=SimpleNamespace(w1=SimpleNamespace(out_features=c.hidden)),
+            attention_norm=SimpleNamespace(eps=1.0),
+            ffn_norm=SimpleNamespace(eps=1.0),
+        )
+
+    model = SimpleNamespace(
+        dim=c.width,
+        vocab_size=c.vocabulary,
+        layers=[block() for _ in range(c.layers)],
+        norm=SimpleNamespace(eps=1.0),
+        enable_weight_tying=c.tied,
+    )
+    return SimpleNamespace(
+        parallelism=SimpleNamespace(),
+        training=SimpleNamespace(),
+        model_spec=SimpleNamespace(model=model),
+    )
+
+
+def test_torchtitan_sets_what_it_can_of_the_model_and_refuses_another():
+    plan, model = make("3|4|3", model=LLAMA)
+    scope: dict = {}
+    exec(export_files(plan, model, "torchtitan")["meshwright_plan.py"], scope)
+    found = scope["apply"](titan_config(LLAMA)).model_spec.model
+    for each in found.layers:
+        assert (each.attention.rope.theta, each.attention.rope.scaling) == (10000, "none")
+        assert {found.norm.eps, each.attention_norm.eps, each.ffn_norm.eps} == {1e-5}
+    for field in ("width", "vocabulary", "layers", "heads", "kv_heads", "hidden"):
+        other = getattr(language_model(LLAMA), field) * 2
+        with pytest.raises(ValueError, match=f"{field} = "):
+            scope["apply"](titan_config(LLAMA, **{field: other}))
+    with pytest.raises(ValueError, match="tied = False, not True"):
+        scope["apply"](titan_config(LLAMA, tied=True))
+
+
 def test_torchtitan_configuration_does_what_it_says():
     plan, model = make("3|4|3", model=LLAMA, data=2, precision="fp32")
     scope: dict = {}
     exec(export_files(plan, model, "torchtitan")["meshwright_plan.py"], scope)
-    config = scope["apply"](
-        SimpleNamespace(parallelism=SimpleNamespace(), training=SimpleNamespace())
-    )
+    config = scope["apply"](titan_config(LLAMA))
     parallelism, training = config.parallelism, config.training
     assert parallelism.data_parallel_replicate_degree == 2
     assert parallelism.pipeline_parallel_degree == 3
@@ -299,9 +343,7 @@ def test_torchtitan_deals_several_stages_to_each_device(layout, schedule, name):
     files = export_files(plan, model, "torchtitan")
     scope: dict = {}
     exec(files["meshwright_plan.py"], scope)
-    parallelism = (
-        scope["apply"](SimpleNamespace(parallelism=SimpleNamespace(), training=SimpleNamespace()))
-    ).parallelism
+    parallelism = scope["apply"](titan_config(LLAMA)).parallelism
     assert parallelism.pipeline_parallel_degree == 2
     assert parallelism.pipeline_parallel_schedule == name
     assert [len(part) for part in parallelism.module_fqns_per_model_part] == [3, 2, 2, 4]
@@ -342,8 +384,9 @@ def test_recomputation_is_told_or_refused():
     )
     titan = export_files(recomputing(llama), llama_model, "torchtitan")["meshwright_plan.py"]
     assert "config.activation_checkpoint = FullAC.Config()" in titan
-    assert "the model's own code" in refused("accelerate", plan, model)
-    assert "without stages" in refused("deepspeed", recomputing(make()[0]), model)
+    alone = recomputing(make()[0])
+    assert "the model's own code" in refused("accelerate", alone, model)
+    assert "without stages" in refused("deepspeed", alone, model)
     for tool in ("torchtitan", "megatron", "deepspeed", "accelerate"):
         assert "all stages or none" in refused(tool, recomputing(plain, slice(1)), model)
 

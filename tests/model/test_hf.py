@@ -1,24 +1,30 @@
 """Models by name and config.json, and what is said about bad ones."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 
 import pytest
+from published import PUBLISHED
 
 from meshwright.errors import ModelError
 from meshwright.model.config import NAMED
 from meshwright.model.hf import from_config, language_model
 from meshwright.model.load import load_model
 from meshwright.model.spec import num_parameters
+from meshwright.model.transformer.counted_graph import counted_graph
+from meshwright.model.transformer.families import FAMILIES
+from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED
 from meshwright.model.zoo.build import build, vocabulary_of
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768,
         "n_layer": 12, "n_head": 12}  # fmt: skip
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192,
          "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 500000.0}  # fmt: skip
+         "num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 500000.0,
+         "rms_norm_eps": 1e-5}  # fmt: skip
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -62,7 +68,7 @@ def test_fields_that_configs_may_leave_out():
     assert from_config(nested | {"rope_parameters": {"rope_theta": 7.0}}, "c").rotary_base == 7.0
     assert from_config(GPT2 | {"n_inner": None}, "c").hidden == 3072
     assert from_config(GPT2 | {"n_inner": 100}, "c").hidden == 100
-    assert from_config(MIXTRAL | {"model_type": "mistral"}, "c").family == "llama"
+    assert from_config(LLAMA | {"model_type": "mistral"}, "c").family == "mistral"
     assert from_config(MIXTRAL, "c").experts == 8
 
 
@@ -83,7 +89,7 @@ def without(config: dict[str, object], field: str) -> dict[str, object]:
     ("config", "text"),
     [
         (without(GPT2, "model_type"), "c.json: model_type: found nothing; wanted one of gpt2"),
-        (GPT2 | {"model_type": "bert"}, "model_type: found 'bert'"),
+        (GPT2 | {"model_type": "bart"}, "model_type: found 'bart'(?s:.*)Did you mean"),
         (without(GPT2, "n_embd"), "n_embd: found nothing; wanted this field"),
         (GPT2 | {"n_layer": "12"}, "n_layer: found '12'"),
         (GPT2 | {"n_layer": True}, "n_layer: found True"),
@@ -160,3 +166,93 @@ def test_describing_models_imports_no_torch():
         "meshwright.model.load.load_model('gpt2', 128, 'bf16'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_changes_the_model_is_followed():
+    """Biases, activation, scaled rotary positions, windows, epsilons: none is passed over."""
+    plain = from_config(LLAMA, "c")
+    for more in (
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 1e-6},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"model_type": "mistral", "sliding_window": 4096},
+    ):
+        assert from_config(LLAMA | more, "c").architecture != plain.architecture, more
+    biased = load_graph(LLAMA | {"attention_bias": True, "num_hidden_layers": 2})
+    bare = load_graph(LLAMA | {"num_hidden_layers": 2})
+    assert num_parameters(biased) - num_parameters(bare) == 2 * (4096 + 1024 + 1024 + 4096)
+
+
+def load_graph(config):
+    return counted_graph(from_config(config, "c"), 64, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (LLAMA | {"quantization_config": {"bits": 4}},
+         "quantization_config: found (?s:.*)full precision"),
+        (LLAMA | {"text_config": {}}, "text_config: found"),
+        (LLAMA | {"attention_bais": True}, "attention_bais: (?s:.*)did you mean attention_bias"),
+        (LLAMA | {"brand_new": 1}, "brand_new: found 1; wanted a field whose meaning is known"),
+        (LLAMA | {"q_lora_rank": 8}, "q_lora_rank: found 8; wanted no such field in a llama"),
+        (LLAMA | {"hidden_act": "swoosh"}, "hidden_act: found 'swoosh'"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]},
+         "architectures: found .*Classification.*wanted LlamaForCausalLM"),
+        (LLAMA | {"architectures": "LlamaForCausalLM"}, "architectures: found 'LlamaForCausalLM'"),
+        (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+         "rope_scaling.rope_type: found 'dynamic'; wanted one of default, linear"),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+         "rope_scaling.low_freq_factor: found nothing"),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": math.nan}},
+         "rope_scaling.factor: found nan"),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}},
+         "rope_scaling.extra: found 1"),
+        (LLAMA | {"model_type": "mistral", "sliding_window": -1}, "sliding_window: found -1"),
+        (LLAMA | {"model_type": "gemma3"}, "model_type: found 'gemma3'.*"),
+        (MIXTRAL | {"output_router_logits": True}, "output_router_logits: found True"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood_is_refused_by_name(config, text):
+    with pytest.raises(ModelError, match=text):
+        from_config(config, "c.json")
+
+
+def test_fields_of_no_account_and_fields_that_are_off_are_accepted():
+    config = LLAMA | {
+        "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "transformers_version": "4.31", "use_cache": True, "attention_dropout": 0.0,
+        "quantization_config": None, "use_sliding_window": False, "initializer_range": 0.02,
+    }  # fmt: skip
+    assert from_config(config, "c") == from_config(LLAMA, "c")
+
+
+def test_a_first_llama_has_no_positions_and_2048_of_them():
+    config = without(LLAMA, "max_position_embeddings")
+    assert from_config(config, "c").positions == 2048
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read_whole(name):
+    model = from_config(PUBLISHED[name], "c.json")
+    assert num_parameters(counted_graph(model, 128, "bf16")) > 10**7
+
+
+def test_every_field_is_followed_or_of_no_account_or_refused_but_not_two_of_these():
+    assert not OF_NO_ACCOUNT.keys() & REFUSED.keys()
+    for family in FAMILIES.values():
+        names = {each.name for each in dataclasses.fields(family.config)}
+        assert set(family.follows) <= names, family.heads
+        assert set(family.usual) <= names, family.heads
+
+
+@pytest.mark.parametrize("name", ["bert-base", "vit-base", "t5-small", "whisper-tiny"])
+def test_what_is_no_decoder_of_text_is_planned_but_not_trained_from_its_config(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PUBLISHED[name]))
+    assert load_model(path, 128, "bf16").layers
+    with pytest.raises(ModelError, match=r"a decoder of text(?s:.*)Engine"):
+        build(path, 128)

@@ -4,7 +4,7 @@ import pytest
 
 from meshwright.errors import ModelError
 from meshwright.model.load import load_model
-from meshwright.model.spec import alive_at, num_parameters
+from meshwright.model.spec import alive_at, content, num_frozen, num_parameters, structure
 
 GOOD = """
 name = "u"
@@ -71,6 +71,97 @@ def test_a_hand_written_model_is_read_as_it_is_written(tmp_path):
     assert graph.tied[0].layers == (0, 4)
     assert num_parameters(graph) == 12_001_077
     assert (graph.sequence, graph.precision) == (64, "bf16")
+
+
+FROZEN = """
+name = "adapted"
+
+[[layer]]
+name = "table"
+forward = 0
+frozen_parameters = 500
+output = 64
+
+[[layer]]
+name = "base"
+forward = 1000
+frozen_parameters = 300
+output = 64
+
+[[layer]]
+name = "block"
+count = 2
+forward = 1000
+attention = 100
+parameters = 100
+frozen_parameters = 300
+output = 64
+tensor_units = 2
+
+[[layer]]
+name = "norm"
+forward = 10
+output = 64
+
+[[layer]]
+name = "head"
+forward = 50
+frozen_parameters = 400
+
+[[skip]]
+from = "base"
+to = "norm"
+bytes = 32
+
+[[tied]]
+name = "words"
+layers = ["table", "head"]
+parameters = 40
+frozen = true
+"""
+
+
+def test_frozen_parameters_of_a_file_are_held_and_not_trained(tmp_path):
+    graph = load(tmp_path, FROZEN)
+    assert [x.parameters for x in graph.layers] == [0, 0, 100, 100, 0, 0]
+    assert [x.frozen_parameters for x in graph.layers] == [500, 300, 300, 300, 0, 400]
+    assert [x.cast_frozen for x in graph.layers] == [0, 300, 300, 300, 0, 400]
+    assert [x.split_frozen for x in graph.layers] == [0, 0, 300, 300, 0, 0]
+    (words,) = graph.tied
+    assert (words.parameters, words.frozen_parameters) == (0, 40)
+    assert (num_parameters(graph), num_frozen(graph)) == (200, 1840)
+
+
+def test_backwards_of_a_file_follow_from_what_is_trained(tmp_path):
+    """A quarter of a block's weights is trained; nothing is in the first two layers."""
+    graph = load(tmp_path, FROZEN)
+    assert [x.has_backward for x in graph.layers] == [False, False, True, True, True, True]
+    assert [x.backward_flops for x in graph.layers] == [0, 0, 1450, 1450, 20, 50]
+    assert [x.saved_bytes for x in graph.layers] == [0, 0, 64, 64, 64, 0]
+    assert {t.name: t.gradient for t in graph.tensors} == {
+        "table": False, "base": False, "block0": True, "block1": True, "norm": True,
+        "base/norm": False,
+    }  # fmt: skip
+    first, second = graph.layers[2:4]
+    assert first.backward_all_reduce_bytes == ()
+    assert second.backward_all_reduce_bytes == (64,)
+
+
+def test_a_file_that_freezes_nothing_is_read_as_ever(tmp_path):
+    graph = load(tmp_path, GOOD)
+    assert all(x.has_backward and not x.frozen_parameters for x in graph.layers)
+    assert all(t.gradient for t in graph.tensors)
+    enc, mid, dec = "b6f31ccf7d13", "99b93a098fb6", "5fa0149b1a52"
+    assert [x.signature for x in graph.layers] == [enc, enc, enc, mid, dec]
+    assert (structure(graph), content(graph)) == ("087735a31cfd", "059623529a08")
+
+
+def test_a_backward_of_nothing_is_a_mistake(tmp_path):
+    text = FROZEN.replace(
+        'name = "base"\nforward = 1000', 'name = "base"\nforward = 1000\nbackward = 5'
+    )
+    with pytest.raises(ModelError, match=r"layer\[1\]\.backward: found 5.*all weights are frozen"):
+        load(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from adapters import tuned
 from meshwright.cluster.spec import Precision
+from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.spec import Architecture, Latent, Mixture, Norm, Rotary
+from meshwright.model.zoo.described import Network
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
@@ -92,6 +96,30 @@ def mixtral() -> nn.Module:
 def llama() -> nn.Module:
     """Five layers, grouped-query attention."""
     return Llama(vocabulary=VOCABULARY, width=16, heads=4, kv_heads=2, layers=3, hidden=24)
+
+
+def described(architecture: dict[str, Any], **sizes: Any) -> Callable[[], nn.Module]:
+    """A Llama of four blocks that differs in some ways. Layers: embedding, blocks, head."""
+    plain: dict[str, Any] = {"norm": Norm(kind="rms"), "position": "rotary", "activation": "silu",
+                             "rotary": Rotary(features=4), "gated": True}  # fmt: skip
+    model: dict[str, Any] = {"name": "m", "family": "m", "vocabulary": VOCABULARY, "width": 12,
+                             "positions": SEQUENCE, "layers": 4, "heads": 4, "kv_heads": 2,
+                             "head": 4, "hidden": 16}  # fmt: skip
+    made = Architecture(**(plain | architecture))
+    return lambda: Network(LanguageModel(**(model | sizes), architecture=made))
+
+
+BIASED = described({"query_bias": True, "out_bias": True, "feed_bias": True, "activation": "gelu",
+                    "windows": (3, 0, 3, 0), "head_bias": True})  # fmt: skip
+CAPPED = described({"place": "both", "score_cap": 5.0, "logit_cap": 3.0, "windows": (3, 0, 3, 0),
+                    "query_norm": "head", "embedding_scale": 3.0}, tied=True)  # fmt: skip
+SHARED = described({"mixture": Mixture(normalised=False, shared=8, shared_gate=True, dense=(0,),
+                                       dense_hidden=16)}, experts=3, chosen=2)  # fmt: skip
+LATENT = described(
+    {"mixture": Mixture(score="sigmoid", groups=2, group_score="two best", balanced=True, shared=8),
+     "latent": Latent(query_rank=6, key_value_rank=6, plain=4, rotary=4, value=4)},
+    experts=4, chosen=2, kv_heads=4, head=8,
+)  # fmt: skip
 
 
 def uneven() -> nn.Module:
@@ -228,6 +256,16 @@ CASES: dict[str, Case] = {
     ),
     "pp2, nothing but tensors without rows": Case(
         model=Shared, pipelines=(pipeline(2, 4, (1, "a"), (5, "b")),)
+    ),
+    "tp2 pp2, biases and windows": Case(
+        model=BIASED, pipelines=(pipeline(4, 2, (3, "ab"), (3, "cd")),)
+    ),
+    "tp2, shared experts": Case(model=SHARED, pipelines=(pipeline(2, 4, (6, "ab")),)),
+    "dp2 pp2, latent attention": Case(
+        model=LATENT, pipelines=(pipeline(2, 4, (2, "a b"), (4, "c d")),)
+    ),
+    "2BP, capped scores and windows, tied": Case(
+        model=CAPPED, pipelines=(pipeline(4, 2, (3, "a"), (3, "b")),), schedule="1f1b-2bp"
     ),
     "dp2 pp2": Case(model=llama, pipelines=(pipeline(2, 4, (2, "a b"), (3, "c d")),)),
     "tp2 pp2, tied": Case(model=gpt, pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),)),
@@ -396,6 +434,54 @@ CASES: dict[str, Case] = {
         model=mixtral,
         pipelines=(pipeline(4, 2, (1, "a again"), (1, "b again"), (1, "b again"), (1, "a again")),),
         schedule="zb-v",
+    ),
+    "dp2 of 3:1 rows, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2), pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)
+    ),
+    "tp2, adapters": Case(model=tuned(VOCABULARY, 0, 1, 2), pipelines=(pipeline(2, 4, (5, "ab")),)),
+    "pp2, adapters behind a stage that trains nothing": Case(
+        model=tuned(VOCABULARY, 2), pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),)
+    ),
+    "pp2 1f1b-2bp, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2),
+        pipelines=(pipeline(4, 2, (3, "a"), (2, "b")),),
+        schedule="1f1b-2bp",
+    ),
+    "pp2 gpipe-2bp-batched, adapters before a stage that trains nothing": Case(
+        model=tuned(VOCABULARY, 0),
+        pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),),
+        schedule="gpipe-2bp-batched",
+    ),
+    "pp2 recomputed, adapters": Case(
+        model=tuned(VOCABULARY, 1, 2), pipelines=(pipeline(4, 2, (2, "a again"), (3, "b again")),)
+    ),
+    "pp2 zb-v, nothing but the head trained": Case(
+        model=tuned(VOCABULARY, head=True),
+        pipelines=(pipeline(4, 2, (1, "a"), (2, "b"), (1, "b"), (1, "a")),),
+        schedule="zb-v",
+    ),
+    "pp2 eager, frozen and tied": Case(
+        model=tuned(VOCABULARY, 0, 2, tied=True),
+        pipelines=(pipeline(8, 1, (2, "a"), (3, "b")),),
+        schedule="eager-1f1b",
+    ),
+    "frozen and tied, embedding tp2, head tp1": Case(
+        model=tuned(VOCABULARY, 1, tied=True), pipelines=(pipeline(4, 2, (2, "ab"), (3, "c")),)
+    ),
+    "replicas of tp2 and tp1, rows 3:1, adapters": Case(
+        model=tuned(VOCABULARY, 0, 2), pipelines=(pipeline(2, 4, (5, "ab c", (3, 1))),)
+    ),
+    "pp3, the middle and the last train nothing": Case(
+        model=tuned(VOCABULARY, 0), pipelines=(pipeline(4, 2, (2, "a"), (2, "b"), (1, "c")),)
+    ),
+    "tp2 pp2 zb-h2, adapters": Case(
+        model=tuned(VOCABULARY, 0, 1, 2),
+        pipelines=(pipeline(4, 2, (2, "ab"), (3, "cd")),),
+        schedule="zb-h2",
+    ),
+    "two pipelines of dp2 and of 2 stages, adapters": Case(
+        model=tuned(VOCABULARY, 1, 2),
+        pipelines=(pipeline(2, 3, (5, "a b", (2, 1))), pipeline(2, 1, (2, "c"), (3, "d"))),
     ),
 } | {
     f"{kind}, {name}": Case(model=model, pipelines=(crossing(kind, made),), schedule=schedule)

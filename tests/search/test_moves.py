@@ -165,3 +165,12 @@ def test_the_schedule_changes_only_where_it_matters(count):
     start = line(costs, (A0,), (B0,), rows=12 // count, count=count)
     found = list(moves.schedules(costs, ("1f1b", (start,)), INFINITE))
     assert found == ([("gpipe", (start,))] if count > 1 else [])
+
+
+def test_a_slow_device_gives_its_place_to_an_idle_fast_one():
+    costs = priced()
+    strategy = ("1f1b", (line(costs, (unit("a:0"), unit("b:0")), rows=12, count=1),))
+    stages = {lines[0].teams[0].units for _, lines in regroup.exchanged(costs, strategy, INFINITE)}
+    assert (unit("a:0"), unit("a:1")) in stages
+    assert (unit("a:0"), unit("c:0")) in stages
+    assert (unit("a:0"), unit("b:1")) not in stages

@@ -11,6 +11,7 @@ from meshwright.search.fitting import fit_line
 from meshwright.search.lines import plan_of
 from meshwright.search.preview import preview_seconds
 from meshwright.simulate.engine import simulate_plan
+from strategies import freeze
 
 SCHEDULES = ("1f1b", "gpipe")
 
@@ -38,6 +39,25 @@ def test_it_is_exact_where_every_link_has_one_user(kinds, layers, count, schedul
     network = Link(bandwidth=bandwidth, latency=1e-5)
     where = cluster(*((kind,) for kind in kinds), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
+    line = chain_of(costs, 2, count, schedule).line
+    seconds = preview_seconds(costs, (line,), schedule)
+    assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-9)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=5, max_size=8),
+    st.integers(1, 20),
+    st.sampled_from(SCHEDULES),
+    st.sampled_from([1e8, 1e10]),
+    st.data(),
+)
+def test_it_is_exact_where_nobody_waits_for_a_gradient(layers, count, schedule, bandwidth, data):
+    """The first so many layers are frozen, or some in between."""
+    network = Link(bandwidth=bandwidth, latency=1e-5)
+    frozen = data.draw(st.sets(st.integers(0, len(layers) - 1))) | {0}
+    graph = freeze(model(layers), frozen)
+    costs = costs_of(graph, cluster(("fast",), ("slow",), network=network), job(2 * count))
     line = chain_of(costs, 2, count, schedule).line
     seconds = preview_seconds(costs, (line,), schedule)
     assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-9)

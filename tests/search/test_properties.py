@@ -161,7 +161,7 @@ def test_every_plan_holds_every_layer_and_fits(world):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=120, database=None)
+@settings(max_examples=80, database=None)
 @given(any_worlds())
 def test_every_plan_holds_every_layer_and_fits_in_many_cases(world):
     check_legal(world)

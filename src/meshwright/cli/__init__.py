@@ -7,13 +7,13 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meshwright.cli import planning, running, testbed
+from meshwright.cli import discovering, planning, running, testbed
 from meshwright.cli.options import app
 
 if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
 
-__all__ = ["app", "main", "planning", "running", "testbed"]
+__all__ = ["app", "discovering", "main", "planning", "running", "testbed"]
 
 UNREAD, MISTAKE, STOPPED = 1, 2, 130
 """Exit statuses: of an output that nobody reads, of what ends with a message, of Ctrl-C."""

@@ -228,7 +228,8 @@ def export(
         bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
     ] = False,
 ) -> None:
-    """Write a plan as the settings of another tool, with the script that starts it."""
+    """Write a plan as the settings of another tool, with the script that starts it, and a list of
+    what the tool is not told."""
     from meshwright import files
     from meshwright.exporting import exported
     from meshwright.plan.files import save_plan
@@ -242,6 +243,8 @@ def export(
     for name, text in found.files.items():
         files.write_text(output / name, text)
         say(f"wrote {output / name}")
+    for sentence in found.not_expressed:
+        say(f"not expressed: {sentence}")
     if found.plan != plan:
         save_plan(found.plan, output / "plan.json")
         say(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")

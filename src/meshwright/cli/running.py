@@ -1,4 +1,4 @@
-"""Verbs that touch the machine: profile, train, calibrate, discover, demo.
+"""Verbs that touch the machine: profile, train, launch, calibrate, demo.
 
 Everything heavy is imported inside them.
 """
@@ -329,19 +329,6 @@ def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
     if fitted and fitted.error:
         low, high = fitted.error.low, fitted.error.high
         say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
-    say(f"wrote {output}")
-
-
-@app.command()
-def discover(
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("cluster.toml"),
-) -> None:
-    """Describe the machine this runs on."""
-    from meshwright import files
-    from meshwright.cluster.discover import discover_toml
-
-    check_outputs(output)
-    files.write_text(output, discover_toml())
     say(f"wrote {output}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 from meshwright.cluster.catalog import catalog
@@ -50,13 +51,15 @@ def problems_of(entries: Entries, source: str) -> Iterator[Problem]:
     oversized = [*_size_problems(entries, source)]
     yield from oversized
     for where, node in entries.nodes.items():
-        yield from _node_problems(where, node, entries, source)
+        for problem in _node_problems(where, node, entries, source):
+            yield replace(problem, each=("node", ""))
     yield from _duplicates("site", [site.name for site in entries.sites.values()], source)
     if oversized or "node" in entries.unread:
         return  # without all the nodes their names cannot be judged
     names = [name for node in entries.nodes.values() for name in names_of(node)]
     yield from _duplicates("node", names, source)
-    yield from _pair_problems(entries, set(names), source)
+    for problem in _pair_problems(entries, set(names), source):
+        yield replace(problem, each=("link", ""))
     if entries.matrix:
         yield from matrix_problems(entries.matrix, set(names), source)
 

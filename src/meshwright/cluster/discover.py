@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import psutil
-
-from meshwright.cluster.catalog import catalog
+from meshwright.cluster.catalog import catalog, type_reported_as
 from meshwright.cluster.files import dump_cluster
+from meshwright.cluster.host import Host, this_host
+from meshwright.cluster.look import gpus_of
 from meshwright.cluster.machine import (
     Found,
-    Gpu,
     inside_of,
     read_default_interface,
-    read_gpus,
     read_speed,
     read_wiring,
     type_of,
 )
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.records import BytesPerSecond
+from meshwright.text import printable
 
 _USUAL_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
 """10 Gbit/s Ethernet with TCP, where the machine does not tell."""
@@ -35,16 +28,18 @@ _HOST_SHARE = 0.9
 """Of the host's memory for training processes; the system keeps the rest."""
 
 
-def discover() -> Cluster:
-    """The GPUs of this machine, else its cores as processes of type `cpu`."""
-    return describe(look())[0]
+def discover(*, cpus: bool = False) -> Cluster:
+    """The GPUs of this machine, else its cores as processes of type `cpu`; `cpus`: its cores in any
+    case. Raises MachineError where a GPU cannot be read."""
+    return describe(look(cpus=cpus))[0]
 
 
-def discover_toml() -> str:
-    """The text of a cluster file for this machine, with comments on what was not measured."""
-    cluster, notes = describe(look())
+def discover_toml(found: Found | None = None) -> str:
+    """The text of a cluster file for this machine, or one that was found, with comments on what was
+    not measured."""
+    cluster, notes = describe(found or look())
     head = ("Found on this machine. Figures are nominal: `meshwright profile` measures.", *notes)
-    return "".join(f"# {line}\n" for line in head) + "\n" + dump_cluster(cluster)
+    return "".join(f"# {printable(line)}\n" for line in head) + "\n" + dump_cluster(cluster)
 
 
 def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
@@ -52,11 +47,16 @@ def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
     types, notes = _types(found)
     names = tuple(kind.name for kind in types)
     if found.gpus:
-        inside, origin = inside_of(found, names)
+        known = (type_reported_as(gpu.name) for gpu in found.gpus)
+        inside, origin = inside_of(found, tuple(name for name in known if name))
         notes += [origin] if len(types) > 1 else []
     else:
         inside = catalog()["cpu"].inside
-        notes.append("No GPU was found: one process per core.")
+        notes.append(
+            "The cores, as asked: one process for each; GPUs were not looked for."
+            if found.cpus
+            else "No GPU was found: one process per core."
+        )
     network = _USUAL_NETWORK
     if found.network:
         network = replace(network, bandwidth=found.network)
@@ -69,13 +69,13 @@ def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
         nodes=(node,),
         sites=(Site(name="main"),),
     )
-    return cluster, tuple(dict.fromkeys(notes))
+    return cluster, tuple(dict.fromkeys((*found.notes, *notes)))
 
 
 def _types(found: Found) -> tuple[list[DeviceType], list[str]]:
     if found.gpus:
         typed = [type_of(gpu) for gpu in found.gpus]
-        return [kind for kind, _ in typed], [note for _, note in typed if note]
+        return named_apart([kind for kind, _ in typed]), [note for _, note in typed if note]
     cpu = catalog()["cpu"].type
     memory = int(_HOST_SHARE * found.memory) // found.cores >> 20 << 20
     note = f"memory: {_HOST_SHARE:.0%} of the host's, divided by its {found.cores} cores"
@@ -83,73 +83,41 @@ def _types(found: Found) -> tuple[list[DeviceType], list[str]]:
     return [kind] * found.cores, []
 
 
-def look() -> Found:
-    """Ask the machine: PyTorch, else nvidia-smi, for its GPUs; the kernel for the rest."""
-    gpus = _torch_gpus() or read_gpus(
-        _output("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", _CSV)
+def named_apart(kinds: Sequence[DeviceType]) -> list[DeviceType]:
+    """The types of some devices, with a number after the name of each that is not as the first of
+    its name: `RTX-3080-10GiB-2`."""
+    own: dict[tuple[str, str], str] = {}
+    apart = []
+    for kind in kinds:
+        key = (kind.name, repr(kind))
+        if key not in own:
+            taken = {*own.values()}
+            names = (kind.name, *(f"{kind.name}-{number}" for number in range(2, len(kinds) + 2)))
+            own[key] = next(name for name in names if name not in taken)
+        apart.append(replace(kind, name=own[key]))
+    return apart
+
+
+def look(host: Host | None = None, *, cpus: bool = False, partial: bool = False) -> Found:
+    """Ask the machine for its GPUs (unless its `cpus` are wanted), and the kernel for the rest;
+    `partial`: leave out the GPUs that cannot be read. Raises MachineError for any other."""
+    asked = host or this_host()
+    found = Found(
+        name=asked.name,
+        cores=asked.cores,
+        memory=asked.memory,
+        network=_network_speed(asked),
+        cpus=cpus,
     )
-    cores: int = psutil.cpu_count(logical=False) or 1
-    if sys.platform == "linux":
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    return Found(
-        name=re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0]).strip("-_")
-        or "machine",
-        gpus=gpus,
-        cores=cores,
-        memory=_host_memory(),
-        wiring=read_wiring(_output("nvidia-smi", "topo", "-m")) if len(gpus) > 1 else None,
-        network=_network_speed(),
-    )
+    if cpus:
+        return found
+    looked = gpus_of(asked, partial=partial)
+    wiring = None
+    if len(looked.gpus) > 1:
+        wiring = read_wiring(asked.run(("nvidia-smi", "topo", "-m")).text)
+    return replace(found, gpus=looked.gpus, notes=looked.notes, wiring=wiring)
 
 
-_CSV = "--format=csv,noheader,nounits"
-
-
-def _torch_gpus() -> tuple[Gpu, ...]:
-    try:
-        import torch
-    except ImportError:
-        return ()
-    if not torch.cuda.is_available():
-        return ()
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    # On ROCm major and minor count AMD's generations, not CUDA's.
-    is_cuda = torch.version.cuda is not None
-    return tuple(
-        Gpu(
-            name=each.name,
-            memory=each.total_memory,
-            capability=(each.major, each.minor) if is_cuda else None,
-        )
-        for each in found
-    )
-
-
-def _output(*command: str) -> str:
-    """What a tool prints; nothing where it is not installed or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _host_memory() -> int:
-    """Bytes of memory, or of the control group's limit where that is less."""
-    limits: list[int] = [psutil.virtual_memory().total]
-    for place in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = _file(Path("/sys/fs/cgroup") / place)
-        limits += [int(text)] if text.strip().isdigit() else []
-    return min(limits)
-
-
-def _network_speed() -> BytesPerSecond | None:
-    interface = read_default_interface(_file(Path("/proc/net/route")))
-    return read_speed(_file(Path("/sys/class/net") / interface / "speed")) if interface else None
-
-
-def _file(path: Path) -> str:
-    """A file of the kernel's; nothing where this machine has none or will not tell."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+def _network_speed(host: Host) -> BytesPerSecond | None:
+    interface = read_default_interface(host.read("/proc/net/route"))
+    return read_speed(host.read(f"/sys/class/net/{interface}/speed")) if interface else None

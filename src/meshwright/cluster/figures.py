@@ -41,7 +41,7 @@ def out_of_range(field: str, value: float, allowed: Range, source: str) -> Itera
     """A Problem if `value` lies outside."""
     if not allowed.least <= value <= allowed.most:
         wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
-        yield Problem(source, field, allowed.show(value), wanted)
+        yield Problem(source, field, allowed.show(value), wanted, each=("figure", ""))
 
 
 def _figures(entries: Entries) -> Iterator[tuple[str, float, Range]]:

@@ -16,7 +16,7 @@ from meshwright.cluster.entries import Entries, NodeEntry, link_of, read_entries
 from meshwright.cluster.matrix import matrix_links
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Endpoint, Link, Node, Site
 from meshwright.cluster.types import resolve_type
-from meshwright.errors import ClusterError
+from meshwright.errors import ClusterError, Problem
 from meshwright.text import quoted
 
 _BARE_KEY = re.compile("[A-Za-z0-9_-]+")
@@ -29,7 +29,19 @@ def load_cluster(path: str | Path) -> Cluster:
 
     Raises ClusterError with one Problem for every mistake in the file.
     """
-    return cluster_from(records.read(Path(path), error=ClusterError), source=str(path))
+    try:
+        data = records.read(Path(path), error=ClusterError)
+    except ClusterError as failure:
+        raise ClusterError(*map(_with_mend, failure.problems)) from None
+    return cluster_from(data, source=str(path))
+
+
+def _with_mend(problem: Problem) -> Problem:
+    """What helps where a table stands twice, as in two files that were joined by hand."""
+    if "Cannot declare" not in problem.found and "Cannot overwrite" not in problem.found:
+        return problem
+    mend = "Files of several hosts are put together by: meshwright discover --merge a.toml b.toml"
+    return replace(problem, mend=mend)
 
 
 def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:

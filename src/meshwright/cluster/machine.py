@@ -1,12 +1,14 @@
-"""What the tools of a machine say about it: their text in, records out."""
+"""One machine as it was found: its GPUs as device types, its wiring and network as links."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
 from meshwright.cluster.spec import DeviceType, Link
 from meshwright.records import Bytes, BytesPerSecond, record
+from meshwright.text import printable
 
 RESERVED_BYTES = 2**30
 """CUDA context, NCCL buffers and the allocator's rounding: the catalogue takes off the same."""
@@ -14,6 +16,14 @@ RESERVED_BYTES = 2**30
 # Per direction: NVLink 2 to 4 have 25 GB/s a lane, NVLink 5 (Blackwell) 50 (NVIDIA datasheets).
 _NVLINK_LANE: BytesPerSecond = 25e9
 _NVLINK5_LANE: BytesPerSecond = 50e9
+
+_LEAST, _MOST = 0.97, 1.05
+"""Of the catalogue's memory: a card outside of this is another card of the same name."""
+_FULL_POWER = 0.95
+"""Of a card's usual limit of power: below this it is a type of its own."""
+_SLICE = re.compile(r"(?:(\d+)c\.)?(\d+)g\.(\d+)gb")
+_UNIFIED = re.compile(r"nvgpu|Tegra|Jetson|\bOrin\b|\bXavier\b|\bThor\b|\bGB10\b")
+_VIRTUAL = re.compile(r"-\d+[ABCQ]$")
 
 _BY_CAPABILITY = (
     ((12, 0), "RTX4090"),
@@ -29,13 +39,21 @@ _BY_CAPABILITY = (
 
 @record
 class Gpu:
-    """One GPU as its driver reports it."""
+    """One GPU as its driver reports it, or a slice of one."""
 
     name: str
     memory: Bytes
     """Bytes in all."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability."""
+    slice: str | None = None
+    """MIG profile of a slice, `3g.20gb`."""
+    whole: Bytes | None = None
+    """Of a slice: bytes of the whole GPU, where they are told."""
+    watts: float | None = None
+    """Limit of power, where it is told."""
+    usual_watts: float | None = None
+    """What that limit is where nobody has changed it."""
 
 
 @record
@@ -51,19 +69,10 @@ class Found:
     """The weakest connection between two GPUs in the words of `nvidia-smi topo`: NV12, PIX, SYS."""
     network: BytesPerSecond | None = None
     """Of the interface that the default route uses; None: not told."""
-
-
-def read_gpus(text: str) -> tuple[Gpu, ...]:
-    """GPUs in the output of `nvidia-smi --query-gpu=name,memory.total,compute_cap
-    --format=csv,noheader,nounits`. Lines that say otherwise ("No devices were found") hold none.
-    """
-    gpus = []
-    for line in text.splitlines():
-        match = re.fullmatch(r"\s*(.+?),\s*(\d+)\s*(?:,\s*(\d+)\.(\d+)\s*)?", line)
-        if match:
-            capability = (int(match[3]), int(match[4])) if match[3] else None
-            gpus.append(Gpu(name=match[1], memory=int(match[2]) * 2**20, capability=capability))
-    return tuple(gpus)
+    notes: tuple[str, ...] = ()
+    """What its user should know about how it was found."""
+    cpus: bool = False
+    """Its cores are wanted, whatever GPUs there are."""
 
 
 _WEAKEST_FIRST = ("SYS", "NODE", "PHB", "PXB", "PIX")
@@ -96,43 +105,99 @@ def read_speed(text: str) -> BytesPerSecond | None:
     return int(speed) * 1e6 / 8 if re.fullmatch(r"[1-9]\d*", speed) else None
 
 
+def is_unified(name: str) -> bool:
+    """Whether a GPU of this name shares the memory of its host."""
+    return bool(_UNIFIED.search(name))
+
+
+def known_memory(name: str) -> Bytes | None:
+    """Bytes in all of a GPU whose name is in the catalogue; None for others."""
+    known = type_reported_as(name)
+    return catalog()[known].type.memory + RESERVED_BYTES if known else None
+
+
+def slice_in(name: str) -> str | None:
+    """The MIG profile in a name as CUDA tells it: `3g.20gb` in `NVIDIA A100-SXM4-40GB MIG
+    3g.20gb`."""
+    _, mig, profile = name.partition(" MIG ")
+    return profile.strip() if mig and _SLICE.match(profile.strip()) else None
+
+
 def type_of(gpu: Gpu) -> tuple[DeviceType, str]:
     """The type of a GPU, and what must be said about it (empty if its figures are known).
 
     A GPU that the catalogue does not know becomes a new type with the figures of a
-    relative of its generation, marked as guessed; only its memory is its own.
+    relative of its generation, marked as guessed; only its memory is its own. Slices, cards
+    with other memory than their like, and cards with less power are types of their own, with
+    names that say so.
     """
+    gpu = replace(gpu, name=printable(gpu.name))
     known = type_reported_as(gpu.name)
-    usable = max(gpu.memory - RESERVED_BYTES, gpu.memory // 2)
-    if known:
-        kind = catalog()[known].type
-        if usable >= 0.9 * kind.memory:
-            return kind, ""
-        note = f"{gpu.name} reports {gpu.memory / 2**30:.4g} GiB: less than a whole {known}"
-        return _like(kind, f"{known}-part", usable, note), note
-    relative = next(
+    relative = known or next(
         (name for least, name in _BY_CAPABILITY if least <= (gpu.capability or (0, 0))), "T4"
     )
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", gpu.name).strip("-._") or "unknown"
-    note = f"{gpu.name} is not in the catalogue: all but its memory is GUESSED to be as {relative}"
-    return _like(catalog()[relative].type, name, usable, note), note
+    base = catalog()[relative].type
+    usable = max(gpu.memory - RESERVED_BYTES, gpu.memory // 2)
+    profile = gpu.slice or slice_in(gpu.name)
+    name, notes = known or _stem(gpu.name), []
+    if known is None:
+        notes.append(
+            f"{gpu.name} is not in the catalogue: all but its memory is GUESSED to be as {relative}"
+        )
+    if profile:
+        base, note = _slice(base, gpu, profile)
+        name, notes = f"{name}-{_clean(profile)}", [*notes, note]
+    elif known is None or not _LEAST <= usable / base.memory <= _MOST:
+        size = f"{gpu.memory / 2**30:.0f}GiB"
+        name = name if re.search(r"\d ?GB\b", gpu.name) and not known else f"{name}-{size}"
+        notes += [f"{gpu.name} reports {gpu.memory / 2**30:.4g} GiB: not as the {known} of the "
+                  "catalogue"] if known else []  # fmt: skip
+    if _VIRTUAL.search(gpu.name):
+        notes.append(f"{gpu.name} is virtual: other machines may use its chip at the same time")
+    if gpu.watts and gpu.usual_watts and gpu.watts < _FULL_POWER * gpu.usual_watts:
+        name = f"{name}-{gpu.watts:.0f}W"
+        notes.append(
+            f"{gpu.name} is held to {gpu.watts:.0f} W of {gpu.usual_watts:.0f} W: its peak is not "
+            "what the datasheet has"
+        )
+    if not notes:
+        return base, ""
+    note = "; ".join(notes)
+    return replace(base, name=name, memory=usable, source=f"{note}. Profile to know."), note
 
 
-def _like(kind: DeviceType, name: str, memory: Bytes, source: str) -> DeviceType:
-    return DeviceType(
-        name=name,
-        memory=memory,
-        memory_bandwidth=kind.memory_bandwidth,
-        peak=kind.peak,
-        matmul_efficiency=kind.matmul_efficiency,
-        attention_efficiency=kind.attention_efficiency,
-        memory_efficiency=kind.memory_efficiency,
-        source=f"{source}. Profile to know.",
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+
+
+def _stem(name: str) -> str:
+    """A driver's name without its maker and brand: `RTX-3080`."""
+    short = re.sub(r"^(NVIDIA|AMD|Intel)\b", "", name.partition(" MIG ")[0]).strip()
+    return _clean(re.sub(r"^(GeForce|Tesla)\b", "", short).strip()) or "unknown"
+
+
+def _slice(kind: DeviceType, gpu: Gpu, profile: str) -> tuple[DeviceType, str]:
+    """A whole GPU's figures by the share of a slice: of 7 parts that compute (an A30 has 4), and
+    of 8 parts of memory (NVIDIA MIG user guide)."""
+    match = _SLICE.match(profile)
+    parts = 4 if re.search(r"\bA30\b", gpu.name) else 7
+    part = int(match[1] or match[2]) if match else parts
+    share = min(part / parts, 1.0)
+    whole = gpu.whole or kind.memory + RESERVED_BYTES
+    eighths = round(8 * int(match[3]) * 2**30 / whole) if match else 8
+    sliced = replace(
+        kind,
+        peak={precision: peak * share for precision, peak in kind.peak.items()},
+        memory_bandwidth=kind.memory_bandwidth * min(max(eighths, 1), 8) / 8,
     )
+    return sliced, f"{gpu.name}: a slice, {profile}, with {part}/{parts} of the peak"
 
 
 def inside_of(found: Found, type_names: tuple[str, ...]) -> tuple[Link, str]:
     """The link between the GPUs of a machine, and where it is from."""
+    if any(gpu.slice or slice_in(gpu.name) for gpu in found.gpus):
+        link = Link(bandwidth=catalog()["T4"].inside.bandwidth, latency=10e-6, shared=True)
+        return link, "inside: slices (MIG) reach each other through the host alone, over PCIe"
     known = [catalog()[name].inside for name in type_names if name in catalog()]
     slowest = min(known, key=lambda link: link.bandwidth, default=catalog()["T4"].inside)
     if found.wiring is None:

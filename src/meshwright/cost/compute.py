@@ -36,6 +36,15 @@ again, its gradient written, and added to the sum (two reads, one write). With 1
 fp32 weight is read, its cast written and read; then the cast is read, a 16-bit gradient written,
 widened (2 + 4) and added (4 + 4 + 4). fp64 is twice fp32."""
 
+FROZEN_BYTES: dict[Precision, tuple[float, float]] = {
+    "fp64": (8.0, 8.0),
+    "fp32": (4.0, 4.0),
+    "fp16": (2.0, 2.0),
+    "bf16": (2.0, 2.0),
+}
+"""The same of a frozen weight, which forward and backward read: with 16-bit arithmetic its cast,
+which is kept from step to step."""
+
 OPTIMIZER_BYTES = {"adamw": 44.0, "sgd": 28.0}
 """Bytes moved per fp32 parameter by clipping (norm 4, scaling 8), the update (AdamW reads weight,
 gradient and two moments and writes three: 28; SGD reads two and writes one: 12) and clearing the
@@ -108,8 +117,17 @@ def device_seconds(
         layer.split_saved_bytes, layer.saved_bytes, tensor
     )
     moved = rows * activations * ACTIVATION_PASSES + parameters * np.array(WEIGHT_BYTES[precision])
+    frozen = layer.frozen_parameters * split_share(
+        layer.split_frozen, layer.frozen_parameters, tensor
+    )
+    moved += frozen * constants.weight_traffic * np.array(FROZEN_BYTES[precision])
     result: Pair = flops * seconds_per_flop / peak + moved / (device.memory_bandwidth * e_memory)
-    return result
+    return result * _passes(layer)
+
+
+def _passes(layer: Layer) -> Pair:
+    """Forward, and backward if there is one."""
+    return np.array([1.0, float(layer.has_backward)])
 
 
 def roofline(
@@ -132,7 +150,7 @@ def roofline(
     if not layer.traffic_bytes and not layer.forward_flops + layer.attention_flops:
         return work
     work += constants.layer_overhead * ACTIVATION_PASSES
-    result: Pair = np.maximum(work, launch_seconds(constants))
+    result: Pair = np.maximum(work, launch_seconds(constants)) * _passes(layer)
     return result
 
 
@@ -182,7 +200,8 @@ def _measured(
     narrower = [width for width in widths if width < tensor]
     width = max(narrower) if narrower else min(widths)
     known = at_rows(widths[width], rows, partial(host, width))
-    result: Pair = known * model(tensor, rows) / model(width, rows)
+    wide, narrow = model(tensor, rows), model(width, rows)
+    result: Pair = np.divide(known * wide, narrow, out=known.copy(), where=narrow > 0)
     return result
 
 
@@ -211,7 +230,7 @@ def _calibration(
     ratios = [
         seconds / model(kinds[signature], width, rows)
         for signature, widths in times.items()
-        if signature in kinds and kinds[signature].forward_flops
+        if signature in kinds and kinds[signature].forward_flops and kinds[signature].has_backward
         for width, points in widths.items()
         for rows, seconds in points.items()
     ]
@@ -283,8 +302,11 @@ def optimizer_seconds(
 ) -> float:
     """Seconds of one optimizer step, clipping included, on a rank that holds `parameters`.
 
-    Measured, else bound by memory: t = bytes moved / (bandwidth x efficiency).
+    Measured, else bound by memory: t = bytes moved / (bandwidth x efficiency). None where nothing
+    is trained.
     """
+    if parameters <= 0:
+        return 0.0
     for entry in profile.optimizers if profile else ():
         if entry.device == device.name and entry.optimizer == optimizer:
             return entry.overhead_seconds + entry.seconds_per_parameter * parameters

@@ -31,7 +31,7 @@ def backward_shares(
     gradients of products cost as much as the products did, attention scores have none, and what
     multiplies nothing (an embedding) is all I.
     """
-    tied = {layer for each in model.tied for layer in each.layers}
+    tied = {layer for each in model.tied if each.parameters for layer in each.layers}
     known: dict[tuple[str, bool], tuple[float, float]] = {}
     for index, layer in enumerate(model.layers):
         key = (layer.signature, index in tied)
@@ -83,10 +83,14 @@ def _by_flops(
     profile: Profile | None,
 ) -> float:
     """Share of the backward that makes weight gradients: as many FLOPs as the products of the
-    forward, as large a part of the traffic, and the gradients written."""
+    forward, as large a part of the traffic, and the gradients written. With frozen weights, what
+    the backward does beyond gradients of inputs (a forward) and of attention (2.5 forwards)."""
     if not (layer.parameters or tied) or not layer.backward_flops:
         return 0.0
     products = min(layer.forward_flops, layer.backward_flops)
+    if layer.frozen_parameters:
+        others = layer.forward_flops + 2.5 * layer.attention_flops
+        products = min(products, max(layer.backward_flops - others, 0.0))
     share = products / layer.backward_flops
     weights = replace(
         layer,

@@ -24,12 +24,12 @@ from meshwright.cost.memory import (
     framework_bytes,
     half_bytes,
     memory_tables,
-    rank_parameters,
     together,
     weigh,
 )
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import ReplicaTimes, Times
+from meshwright.cost.weights import rank_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
@@ -247,7 +247,8 @@ def _optimizer_price(
     if (i.layers, i.tied) in summed:
         parameters = summed[i.layers, i.tied] / width
     else:
-        held = rank_parameters(costs.tables.plain, [s.stage for s in own.values()], tensor)
+        weights = costs.tables.plain.weights
+        held = rank_parameters(weights, [s.stage for s in own.values()], tensor)
         parameters = held - summed.total() / width
     return Price(
         seconds=optimizer_seconds(

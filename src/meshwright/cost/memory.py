@@ -6,51 +6,37 @@ numpy arrays that broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from meshwright.cluster.spec import Cluster, DeviceType, Precision, devices_of
+from meshwright.cluster.spec import Cluster, DeviceType, devices_of
 from meshwright.cost.copies import copied_gradient_bytes, tensor_widths
 from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
 from meshwright.cost.holding import Holders, holders_of, most_held
 from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
+from meshwright.cost.weights import (
+    Array,
+    Floats,
+    Ints,
+    WeightTable,
+    cast_bytes,
+    cumulative,
+    rank_parameters,
+    rank_weight_bytes,
+    share,
+    stage_parameters,
+    weight_bytes,
+    weight_table,
+)
 from meshwright.model.recompute import with_recomputation
-from meshwright.model.spec import LayerGraph, Tensor, Tied
+from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import look
-
-Array = NDArray[np.float64]
-Ints = int | NDArray[np.int64]
-Floats = Any
-"""A float, or an array of them."""
-
-
-@record
-class ParameterBytes:
-    """Bytes per parameter that a rank holds."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    casts: float
-    """The 16-bit weights that products read, of those that need one: made in a step's first
-    forward, dropped after its last backward."""
-
-
-def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
-    """Master weights, gradients and states are fp32 (fp64 for fp64): 4 + 4 + 8 with Adam, whose
-    two moments are of the master's width; 16-bit arithmetic adds 2."""
-    width = 8.0 if precision == "fp64" else 4.0
-    cast = 2.0 if precision in ("fp16", "bf16") else 0.0
-    moments = {"adamw": 2, "sgd": 0}[optimizer]
-    return ParameterBytes(weights=width, gradients=width, optimizer=moments * width, casts=cast)
 
 
 @record
@@ -58,41 +44,34 @@ class MemoryTable:
     """Sums over layers, so that any stage is weighed in constant time. Index l of a cumulative
     array is the sum over layers before l; activations are bytes per row."""
 
-    unit: ParameterBytes
-    replicated: Array
-    split: Array
-    """Parameters, cumulative."""
-    cast_replicated: Array
-    cast_split: Array
-    """Of these, the parameters that have a cast in 16-bit precision."""
+    weights: WeightTable
     saved_replicated: Array
     saved_split: Array
     saved_fixed: Array
     """Whatever the rows."""
+    untrained: SavedTable
+    """Of what is saved, that of layers all whose weights are frozen."""
     cut: Array
     """Bytes that a cut before each layer carries forward."""
     cut_gradient: Array
     """Of these, bytes for which a gradient comes back."""
     cut_unkept: Array
     """Of `cut`, bytes that no layer counts among what it keeps."""
+    cut_returns: Array
+    """Tensors at each cut for which a gradient comes back; 0: nobody waits for a backward there."""
     alone: Moments
     divided: Moments
-    tied: tuple[TiedUses, ...]
     worst: dict[tuple[int, int], tuple[Array, RangeMaxima]] = field(default_factory=dict)
     """By tensor width and rows: bytes at each layer's own worst moment, as far as asked for."""
 
 
 @record
-class TiedUses:
-    """Of a tied parameter: its cumulative users, and those that cast it."""
+class SavedTable:
+    """Bytes that layers save, cumulative: replicated and split by row, and whatever the rows."""
 
-    users: NDArray[np.int64]
-    casting: NDArray[np.int64]
-    next: NDArray[np.int64]
-    """The first user at or after each layer."""
-    last: int
-    parameters: int
-    split: bool
+    replicated: Array
+    split: Array
+    fixed: Array
 
 
 @record
@@ -106,16 +85,13 @@ class StageMemory:
     buffers: Floats
 
 
-def _cumulative(values: list[float]) -> Array:
-    return np.concatenate([[0.0], np.cumsum(np.array(values, dtype=np.float64))])
-
-
-def _cut_bytes(model: LayerGraph, counted: Callable[[Tensor], bool]) -> Array:
+def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
+    """By cut, of all tensors that cross it."""
     change = np.zeros(len(model.layers) + 2)
     for tensor in model.tensors:
-        if tensor.consumers and counted(tensor):
-            change[tensor.producer + 1] += tensor.bytes
-            change[tensor.consumers[-1] + 1] -= tensor.bytes
+        if tensor.consumers:
+            change[tensor.producer + 1] += amount(tensor)
+            change[tensor.consumers[-1] + 1] -= amount(tensor)
     return np.cumsum(change)[:-1]
 
 
@@ -142,83 +118,41 @@ def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
     """Everything that `stage_memory` needs to know of a model trained by a job."""
-    layers = model.layers
-    split = _cumulative([float(layer.split_parameters) for layer in layers])
-    casts = [min(layer.cast_parameters, layer.split_parameters) for layer in layers]
-    cast_split = _cumulative([float(count) for count in casts])
-    saved_split = _cumulative([layer.split_saved_bytes for layer in layers])
+    saved = _saved(model.layers)
     return MemoryTable(
-        unit=bytes_per_parameter(job.precision, job.optimizer),
-        split=split,
-        replicated=_cumulative([float(layer.parameters) for layer in layers]) - split,
-        cast_split=cast_split,
-        cast_replicated=_cumulative([float(x.cast_parameters) for x in layers]) - cast_split,
-        saved_split=saved_split,
-        saved_replicated=_cumulative([layer.saved_bytes for layer in layers]) - saved_split,
-        saved_fixed=_cumulative([layer.fixed_saved_bytes for layer in layers]),
-        cut=_cut_bytes(model, lambda _: True),
-        cut_gradient=_cut_bytes(model, lambda tensor: tensor.gradient),
-        cut_unkept=_cut_bytes(model, lambda tensor: not tensor.kept),
+        weights=weight_table(model, job),
+        saved_split=saved.split,
+        saved_replicated=saved.replicated,
+        saved_fixed=saved.fixed,
+        untrained=_saved(_untrained(model)),
+        cut=_cut_sums(model, lambda t: t.bytes),
+        cut_gradient=_cut_sums(model, lambda t: t.bytes if t.gradient else 0.0),
+        cut_unkept=_cut_sums(model, lambda t: 0.0 if t.kept else t.bytes),
+        cut_returns=_cut_sums(model, lambda t: float(t.gradient)),
         alone=moments_table(model, divided=False),
         divided=moments_table(model, divided=True),
-        tied=tuple(_uses(model, tied) for tied in model.tied),
     )
 
 
-def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
-    """A user that multiplies nothing (an embedding) reads the weights as they are."""
-
-    def cumulative(users: Iterable[int]) -> NDArray[np.int64]:
-        count = np.zeros(len(model.layers) + 1, dtype=np.int64)
-        count[[layer + 1 for layer in users]] = 1
-        return np.cumsum(count)
-
-    return TiedUses(
-        users=cumulative(tied.layers),
-        casting=cumulative(n for n in tied.layers if model.layers[n].forward_flops > 0),
-        next=np.array(
-            [
-                min((user for user in tied.layers if user >= n), default=0)
-                for n in range(len(model.layers))
-            ]
-        ),
-        last=tied.layers[-1],
-        parameters=tied.parameters,
-        split=tied.split,
+def _saved(layers: Sequence[Layer | None]) -> SavedTable:
+    split = cumulative(layer.split_saved_bytes if layer else 0.0 for layer in layers)
+    return SavedTable(
+        split=split,
+        replicated=cumulative(layer.saved_bytes if layer else 0.0 for layer in layers) - split,
+        fixed=cumulative(layer.fixed_saved_bytes if layer else 0.0 for layer in layers),
     )
 
 
-def stage_parameters(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Parameters that each tensor rank of a stage holds, tied ones included."""
-    first, last = layers
-    held = table.replicated[last] - table.replicated[first]
-    held = held + (table.split[last] - table.split[first]) / tensor
-    for tied in table.tied:
-        held = held + np.where(tied.users[last] > tied.users[first], _share(tied, tensor), 0.0)
-    return held
-
-
-def rank_parameters(table: MemoryTable, stages: Sequence[StageSeats], tensor: int) -> float:
-    """Parameters that a rank holds of all its stages; of a tied one that several use, one."""
-    held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
-    for tied in table.tied:
-        using = sum(bool(tied.users[b] > tied.users[a]) for a, b in (s.layers for s in stages))
-        held -= max(using - 1, 0) * _share(tied, tensor)
-    return held
-
-
-def _share(tied: TiedUses, tensor: int) -> float:
-    return tied.parameters / tensor if tied.split else float(tied.parameters)
-
-
-def cast_bytes(table: MemoryTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """The 16-bit casts of a stage's weights."""
-    first, last = layers
-    cast = table.cast_replicated[last] - table.cast_replicated[first]
-    cast = cast + (table.cast_split[last] - table.cast_split[first]) / tensor
-    for tied in table.tied:
-        cast = cast + np.where(tied.casting[last] > tied.casting[first], _share(tied, tensor), 0.0)
-    return cast * table.unit.casts
+def _untrained(model: LayerGraph) -> list[Layer | None]:
+    """Layers that hold weights and train none."""
+    trained = {n for tied in model.tied if tied.parameters for n in tied.layers}
+    frozen = {n for tied in model.tied if tied.frozen_parameters for n in tied.layers}
+    return [
+        layer
+        if (layer.frozen_parameters or n in frozen) and not (layer.parameters or n in trained)
+        else None
+        for n, layer in enumerate(model.layers)
+    ]
 
 
 def _workspace(
@@ -234,9 +168,9 @@ def _workspace(
         table.worst[tensor, rows] = peaks, RangeMaxima(peaks)
     peaks, maxima = table.worst[tensor, rows]
     most = maxima.of(first, last)
-    for tied in table.tied:
+    for tied in table.weights.tied:
         several = tied.users[last] - tied.users[first] > 1
-        waiting = _share(tied, tensor) * table.unit.gradients
+        waiting = share(tied, tied.trained, tensor) * table.weights.unit.gradients
         end = np.where(several, np.minimum(last, tied.last), last)
         between = np.maximum(maxima.of(first, end) + waiting, peaks[tied.next[first]] + 2 * waiting)
         most = np.where(several, np.maximum(most, between), most)
@@ -257,7 +191,8 @@ def stage_memory(
     if not isinstance(rows, (int, np.integer)):
         return _of_many_rows(table, layers, tensor, rows, in_flight)
     first, last = layers
-    parameters = stage_parameters(table, layers, tensor)
+    weights = table.weights
+    trained = stage_parameters(weights, layers, tensor)
     saved = table.saved_replicated + table.saved_split / tensor
     kept = saved * rows + table.saved_fixed
     boundary = table.cut_unkept[first] + table.cut[last]
@@ -265,11 +200,11 @@ def stage_memory(
     transfers = (arriving + table.cut_gradient[first]) * rows
     workspace = _workspace(table, layers, tensor, int(rows), kept)
     return StageMemory(
-        parameters=parameters * table.unit.weights,
-        gradients=parameters * table.unit.gradients,
-        optimizer=parameters * table.unit.optimizer,
+        parameters=weight_bytes(weights, layers, tensor),
+        gradients=trained * weights.unit.gradients,
+        optimizer=trained * weights.unit.optimizer,
         activations=(kept[last] - kept[first] + boundary * rows) * in_flight,
-        buffers=transfers + workspace + cast_bytes(table, layers, tensor),
+        buffers=transfers + workspace + cast_bytes(weights, layers, tensor),
     )
 
 
@@ -319,12 +254,16 @@ def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> St
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
     """What a stage keeps of a micro-batch between I and W: inputs and output gradients of products,
     in a block of GPT-2 as much as the forward saved (7 + 9 tensors of its width against 16), of
-    recomputed layers too, which I has run again. The loss saves in fp32 what its gradient has in
-    the width of products.
+    recomputed layers too, which I has run again; of layers that train nothing, nothing. The loss
+    saves in fp32 what its gradient has in the width of products.
     """
-    table, (_, last) = tables.plain, stage.layers
+    table, (first, last) = tables.plain, stage.layers
     kept = float(stage_memory(table, stage.layers, tensor, rows, 1).activations)
-    if table.unit.casts and last == len(table.saved_fixed) - 1:
+    none = table.untrained
+    idle = (none.replicated + none.split / tensor) * rows + none.fixed
+    kept -= float(idle[last] - idle[first])
+    trains = none.replicated[-1] == none.replicated[-2] and none.split[-1] == none.split[-2]
+    if trains and table.weights.unit.casts and last == len(table.saved_fixed) - 1:
         saved = table.saved_replicated + table.saved_split / tensor
         kept -= float(saved[-1] - saved[-2]) * rows / 2
     return kept
@@ -335,13 +274,14 @@ def together(
 ) -> StageMemory:
     """All that one device holds of several stages, each with one micro-batch: the casts of all, but
     buffers of one at a time."""
-    casts = [cast_bytes(table, stage.layers, tensor) for stage in stages]
+    weights = table.weights
+    casts = [cast_bytes(weights, stage.layers, tensor) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
-    parameters = rank_parameters(table, stages, tensor)
+    trained = rank_parameters(weights, stages, tensor)
     return StageMemory(
-        parameters=parameters * table.unit.weights,
-        gradients=parameters * table.unit.gradients,
-        optimizer=parameters * table.unit.optimizer,
+        parameters=rank_weight_bytes(weights, stages, tensor),
+        gradients=trained * weights.unit.gradients,
+        optimizer=trained * weights.unit.optimizer,
         activations=sum(part.activations for part in parts),
         buffers=buffers + sum(casts),
     )

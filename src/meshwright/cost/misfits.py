@@ -53,6 +53,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
                         f"{_sizes(memory)} on {seat.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
                         _what_helps(model, tables, stage, seat, held, room) if count == 1 else LESS,
+                        each=("device", seat.device),
                     )
                 )
     return tuple(problems)

@@ -87,7 +87,13 @@ def load_links(path: Path, cluster: Cluster) -> LinkReport:
     report = load(path, LinkReport, error=ProfileError)
     known = {device.name for device in devices_of(cluster)}
     problems = [
-        Problem(str(path), f"pairs[{number}].between", device, f"a device of {cluster.name}")
+        Problem(
+            str(path),
+            f"pairs[{number}].between",
+            device,
+            f"a device of {cluster.name}",
+            each=("device", device),
+        )
         for number, pair in enumerate(report.pairs)
         for device in pair.between
         if device not in known

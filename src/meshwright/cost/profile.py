@@ -152,6 +152,10 @@ def _implausible(profile: Profile, source: str) -> Iterator[Problem]:
         yield from implausible(profile.calibration, source)
 
 
+_ENTRY = ("entry", "")
+"""Of the layers: each device type has its own of each layer."""
+
+
 def _foreign(
     profile: Profile, model: LayerGraph, cluster: Cluster, source: str
 ) -> Iterator[Problem]:
@@ -166,12 +170,12 @@ def _foreign(
     for i, entry in enumerate(profile.layers):
         if entry.precision != model.precision:
             found, wanted = str(entry.precision), str(model.precision)
-            yield Problem(
-                source, f"layers[{i}].precision", found, wanted, "profile in this precision"
-            )
+            mend = "profile in this precision"
+            yield Problem(source, f"layers[{i}].precision", found, wanted, mend, each=_ENTRY)
         if entry.signature not in signatures:
             wanted = f"the signature of a layer of {model.name}"
-            yield Problem(source, f"layers[{i}].signature", entry.signature, wanted, AGAIN)
+            field = f"layers[{i}].signature"
+            yield Problem(source, field, entry.signature, wanted, AGAIN, each=_ENTRY)
     measured = {entry.device for entry in profile.layers}
     if measured and not measured & set(cluster.types):
         found, wanted = ", ".join(sorted(measured)), f"one of {', '.join(sorted(cluster.types))}"

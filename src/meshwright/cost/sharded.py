@@ -70,19 +70,22 @@ def shard_seconds(
 ) -> tuple[Array, Array]:
     """Seconds of each layer to gather its parameters, and to scatter their gradients.
 
-    16-bit (or fp32) parameters travel; gradients at `width` of four bytes. A tied parameter
-    travels with its first layer.
+    16-bit (or fp32) parameters travel; gradients, of what is trained, at `width` of four bytes. A
+    tied parameter travels with its first layer.
     """
-    parameters = np.array([float(layer.parameters) for layer in model.layers])
+    trained = np.array([float(layer.parameters) for layer in model.layers])
+    frozen = np.array([float(layer.frozen_parameters) for layer in model.layers])
     for tied in model.tied:
-        parameters[tied.layers[0]] += tied.parameters
+        trained[tied.layers[0]] += tied.parameters
+        frozen[tied.layers[0]] += tied.frozen_parameters
     size = 2.0 if model.precision in ("fp16", "bf16") else 4.0
-    cost: dict[float, tuple[float, float]] = {}
-    for count in set(parameters):
-        gather = all_gather(links, devices, count * size, step_latency=step_latency)
-        scatter = reduce_scatter(links, devices, count * 4.0 * width, step_latency=step_latency)
-        cost[count] = (alone_seconds(links, gather), alone_seconds(links, scatter))
-    pairs = np.array([cost[count] for count in parameters]).reshape(-1, 2)
+    counts = [*zip(trained, trained + frozen, strict=True)]
+    cost: dict[tuple[float, float], tuple[float, float]] = {}
+    for own, held in set(counts):
+        gather = all_gather(links, devices, held * size, step_latency=step_latency)
+        scatter = reduce_scatter(links, devices, own * 4.0 * width, step_latency=step_latency)
+        cost[own, held] = (alone_seconds(links, gather), alone_seconds(links, scatter))
+    pairs = np.array([cost[each] for each in counts]).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
 

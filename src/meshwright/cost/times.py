@@ -57,7 +57,12 @@ def replica_seconds(
 
 def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
     """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
-    repeats = np.array([recomputed(layer, len(model.layers)) for layer in range(*layers)])
+    repeats = np.array(
+        [
+            recomputed(layer, len(model.layers)) and model.layers[layer].has_backward
+            for layer in range(*layers)
+        ]
+    )
     result: Array = forward * repeats
     return result
 

@@ -1,15 +1,35 @@
 """A plan as a configuration file of Hugging Face accelerate.
 
 Names: src/accelerate/commands/config/config_args.py and src/accelerate/utils/dataclasses.py, 1.15:
-data parallelism of its own, stages and tensor parallelism through its Megatron-LM plugin.
+data parallelism of its own, stages and tensor parallelism through its Megatron-LM plugin. Of a
+model the plugin reads a few numbers and leaves the rest at Megatron's defaults, which are not those
+of any Llama: `megatron_plugin.py` says them all.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 
 from meshwright.errors import PlanError, Problem
+from meshwright.export import megatron
+from meshwright.export.answers import (
+    ASSUMED,
+    Answer,
+    Answers,
+    Asked,
+    is_rotary,
+    lines,
+    listed,
+    no_matter,
+    notes,
+    notes_file,
+    only,
+    own_model,
+    refusals,
+    regular,
+)
 from meshwright.export.grid import (
     Grid,
     blocks_by_stage,
@@ -21,26 +41,90 @@ from meshwright.export.launch import PORT, by_node, is_node_by_node, stage_major
 from meshwright.export.writing import comment, shell_default
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "accelerate"
 _PLUGIN_FAMILIES = ("gpt2", "llama")
+_NO_EXPERTS = "its Megatron-LM plugin has no experts"
+
+
+def _family(_: str, asked: Asked) -> str:
+    known = base_of(asked.language) in _PLUGIN_FAMILIES
+    return (
+        ""
+        if known
+        else f"one of {', '.join(_PLUGIN_FAMILIES)}: its Megatron-LM plugin has no others"
+    )
+
+
+_YOURS = {
+    **regular(TOOL),
+    "job.sequence": listed("the length of a row, in your data: {} tokens"),
+    "job.optimizer": listed("the optimizer, which is your own code: {} (sgd is without momentum)"),
+}
+OWN: Answers = {
+    **_YOURS,
+    **own_model(),
+    "training.clip_norm": listed("clipping: accelerator.clip_grad_norm_(model.parameters(), {})"),
+    "training.gradient_sums": no_matter("fp32, as the weights"),
+    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
+    "training.sharded_states": no_matter("off by default"),
+    "training.sequence_parallel": no_matter("off by default"),
+}
+"""Of plans that it plays itself."""
+PLUGIN: Answers = {
+    **_YOURS,
+    **{name: answer for name, answer in megatron.ANSWERS.items() if name.startswith("model.")},
+    "model.family": replace(
+        megatron.ANSWERS["model.family"],
+        wanted=_family,
+    ),
+    "model.experts": only(0, lacks=_NO_EXPERTS),
+    "model.chosen": only(0, lacks=_NO_EXPERTS),
+    "model.auxiliary_loss": only(0.0, lacks=_NO_EXPERTS),
+    "training.clip_norm": Answer("`megatron_lm_gradient_clipping`"),
+    "training.gradient_sums": megatron.ANSWERS["training.gradient_sums"],
+    "training.attention_within_documents": no_matter("off by default"),
+    "training.sharded_states": Answer("`megatron_lm_use_distributed_optimizer`"),
+    "training.sequence_parallel": Answer("`megatron_lm_sequence_parallelism`"),
+}
+"""Of plans that need its Megatron-LM plugin."""
+_ATTRIBUTES = {"norm_epsilon": "layernorm_epsilon"}
+"""Where Megatron keeps an argument, if not under its own name."""
 
 
 def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
     """`accelerate.yaml` and `launch.sh`. Raises PlanError where accelerate has no such plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
+    asked = Asked(plan, grid, language)
+    answers = PLUGIN if _needs_plugin(grid) else OWN
     PlanError.check(
         [
             *only_schedule(plan, grid, TOOL),
             *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
             *_order_problems(plan, grid),
-            *_plugin_problems(plan, grid, language, blocks),
+            *_plugin_problems(plan, grid, blocks),
             *_recompute_problems(plan, grid),
+            *refusals(TOOL, answers, asked),
         ]
     )
-    return {"accelerate.yaml": _yaml(plan, grid, blocks), "launch.sh": _launch(grid)}
+    plugin = {"megatron_plugin.py": _plugin(asked)} if _needs_plugin(grid) else {}
+    return {
+        "accelerate.yaml": _yaml(asked, blocks),
+        "launch.sh": _launch(grid),
+        **plugin,
+        **notes_file(TOOL, [*_to_be_used(grid), *notes(answers, asked)]),
+    }
+
+
+def _to_be_used(grid: Grid) -> Iterator[str]:
+    if _needs_plugin(grid):
+        yield (
+            "megatron_plugin.py, which your code is to use: without it accelerate builds another "
+            "model, and recomputes all of its blocks"
+        )
 
 
 def _needs_plugin(grid: Grid) -> bool:
@@ -60,14 +144,9 @@ def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
         yield Problem(plan.name, "devices", found, wanted)
 
 
-def _plugin_problems(
-    plan: Plan, grid: Grid, language: LanguageModel, blocks: tuple[int, ...]
-) -> Iterator[Problem]:
+def _plugin_problems(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> Iterator[Problem]:
     if not _needs_plugin(grid):
         return
-    if language.family not in _PLUGIN_FAMILIES:
-        wanted = f"a model of the Megatron-LM plugin: {', '.join(_PLUGIN_FAMILIES)}"
-        yield Problem(plan.name, "model", language.name, wanted)
     if len(set(blocks[:-1])) > 1 or 0 in blocks:
         found = f"{'|'.join(map(str, blocks))} blocks"
         wanted = "equally many on all stages but the last: the plugin has no other option"
@@ -75,17 +154,52 @@ def _plugin_problems(
 
 
 def _recompute_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
-    if grid.recompute:
+    if grid.recompute and not _needs_plugin(grid):
         wanted = "none: accelerate leaves recomputation of whole blocks to the model's own code"
         mend = "export it without, and call the model's gradient_checkpointing_enable()"
         yield Problem(plan.name, "pipelines", "stages that recompute", wanted, mend)
 
 
-def _yaml(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> str:
+def _plugin(asked: Asked) -> str:
+    """Megatron's own arguments, by the names under which it keeps them."""
+    given = [*lines(PLUGIN, asked, "model", "training"), f"--seq-length {asked.plan.job.sequence}"]
+    pairs = [_attribute(line) for line in given]
+    if not asked.grid.recompute:
+        names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        pairs += [(name, None) for name in names]
+    arguments = "\n".join(f"    {name!r}: {value!r}," for name, value in pairs)
+    return f'''"""For MegatronLMPlugin(other_megatron_args=ARGUMENTS), given to Accelerator."""
+
+ARGUMENTS = {{
+{arguments}
+}}
+'''
+
+
+def _attribute(line: str) -> tuple[str, object]:
+    """An argument of Megatron's command as the attribute that it becomes."""
+    option, _, text = line.removeprefix("--").partition(" ")
+    name = option.replace("-", "_")
+    if name == "disable_bias_linear":
+        return "add_bias_linear", False
+    return _ATTRIBUTES.get(name, name), _read(text) if text else True
+
+
+def _read(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:  # a word, or a number of the other kind
+            continue
+    return text
+
+
+def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
+    plan, grid = asked.plan, asked.grid
     order = stage_major(grid)
     kind = "MULTI_GPU" if len(order) > 1 else "NO"
     precision = plan.job.precision
-    lines = [
+    text = [
         comment(
             f"{plan.name}: {grid.rows} rows of {plan.job.sequence} tokens in a batch of the data"
         ),
@@ -101,19 +215,31 @@ def _yaml(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> str:
         "use_cpu: false",
     ]
     if _needs_plugin(grid):
-        lines += [
+        turned = is_rotary(asked.language)
+        text += [
             "megatron_lm_config:",
             f"  megatron_lm_tp_degree: {grid.tensor}",
             f"  megatron_lm_pp_degree: {grid.stages}",
             f"  megatron_lm_num_micro_batches: {grid.micro_batches}",
-            "  megatron_lm_gradient_clipping: 1.0",
+            f"  megatron_lm_gradient_clipping: {ASSUMED['training.clip_norm']}",
+            f"  megatron_lm_attention_dropout: {ASSUMED['model.dropout']}",
+            f"  megatron_lm_hidden_dropout: {ASSUMED['model.dropout']}",
+            f"  megatron_lm_use_rotary_position_embeddings: {str(turned).lower()}",
+            "  megatron_lm_context_parallel_size: 1",
+            "  megatron_lm_use_custom_fsdp: false",
             "  megatron_lm_recompute_activations: false",
             "  megatron_lm_sequence_parallelism: false",
             "  megatron_lm_use_distributed_optimizer: false",
         ]
+        if grid.recompute:
+            text += [
+                "  megatron_lm_recompute_granularity: full",
+                "  megatron_lm_recompute_method: uniform",
+                "  megatron_lm_recompute_num_layers: 1",
+            ]
         if blocks[-1] != blocks[0]:
-            lines.append(f"  megatron_lm_decoder_last_pipeline_num_layers: {blocks[-1]}")
-    return "\n".join(lines) + "\n"
+            text.append(f"  megatron_lm_decoder_last_pipeline_num_layers: {blocks[-1]}")
+    return "\n".join(text) + "\n"
 
 
 def _launch(grid: Grid) -> str:
@@ -129,6 +255,8 @@ def _launch(grid: Grid) -> str:
         f'export MASTER_ADDR="${{MASTER_ADDR:-{shell_default(names[0])}}}"',
         f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
     ]
+    if grid.tensor > 1:
+        lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")  # Megatron insists
     if not _needs_plugin(grid):
         lines.append(f"export ACCELERATE_GRADIENT_ACCUMULATION_STEPS={grid.micro_batches}")
     lines += ['node="${1:?the name of this node}"; shift', 'case "$node" in']

@@ -1,7 +1,7 @@
 """A plan as DeepSpeed's ds_config.json, and what its PipelineModule is to be given.
 
-Names: docs/_pages/config-json.md, deepspeed/runtime/pipe/module.py, deepspeed/runtime/utils.py,
-DeepSpeed 0.19.
+Names: docs/_pages/config-json.md, deepspeed/runtime/pipe/module.py, deepspeed/runtime/utils.py and
+_do_optimizer_sanity_check in deepspeed/runtime/engine.py, DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -12,6 +12,21 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from meshwright.errors import PlanError, Problem
+from meshwright.export.answers import (
+    ASSUMED,
+    Answer,
+    Answers,
+    Asked,
+    listed,
+    no_matter,
+    notes,
+    notes_file,
+    own_code,
+    own_model,
+    planned,
+    refusals,
+    regular,
+)
 from meshwright.export.grid import (
     Grid,
     blocks_by_stage,
@@ -23,6 +38,7 @@ from meshwright.export.grid import (
 from meshwright.export.launch import launch_script, stage_major
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "DeepSpeed"
@@ -32,17 +48,57 @@ _PRESETS = {"llama": "llama", "mixtral": "mixtral"}
 """AutoTP's names of the families."""
 
 
+def _tied(value: bool, asked: Asked) -> str:
+    """pipeline.py says it where there are stages."""
+    return "" if asked.grid.stages > 1 and value else own_code("model.tied").note(value, asked)
+
+
+def _gradient_sums(_: Any, asked: Asked) -> str:
+    precision, times = asked.plan.job.precision, asked.grid.micro_batches
+    if precision == "fp32" or times == 1:
+        return ""
+    return (
+        f"gradients of the {times} micro-batches are added up in {precision}, not in fp32: {TOOL} "
+        "has no other sums without ZeRO (between replicas they are summed in fp32)"
+    )
+
+
+ANSWERS: Answers = {
+    **regular(TOOL),
+    **own_model(),
+    "model.tied": Answer("`TiedLayerSpec` in pipeline.py; else yours", note=_tied, own_code=True),
+    "job.sequence": listed("the length of a row, in your data: {} tokens"),
+    "training.clip_norm": planned("`gradient_clipping`"),
+    "training.gradient_sums": Answer(
+        "`communication_data_type`; of micro-batches listed", note=_gradient_sums
+    ),
+    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
+    "training.sharded_states": planned("`zero_optimization.stage`"),
+    "training.sequence_parallel": no_matter("off by default"),
+    "training.optimizer_settings": Answer(
+        f"`lr` {LEARNING_RATE}; listed",
+        note=lambda _, __: (
+            f"a plan says nothing of the optimizer's settings: `lr` is {LEARNING_RATE}, with which "
+            "`meshwright train` begins; schedule, betas, weight decay, number of steps and data "
+            "are yours"
+        ),
+    ),
+}
+
+
 def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`ds_config.json`, `launch.sh`, and `pipeline.py` where there are stages. Raises PlanError
-    where DeepSpeed has no such plan."""
+    """`ds_config.json`, `launch.sh`, `pipeline.py` where there are stages, and the list of what
+    they do not say. Raises PlanError where DeepSpeed has no such plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     method = _partition_method(grid, blocks, len(model.layers))
+    asked = Asked(plan, grid, language)
     PlanError.check(
         [
             *only_schedule(plan, grid, TOOL),
             *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
             *_problems(plan, grid, language, len(model.layers), method),
+            *refusals(TOOL, ANSWERS, asked),
         ]
     )
     command = '"${SCRIPT:-train.py}" --deepspeed --deepspeed_config ds_config.json'
@@ -51,8 +107,8 @@ def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> d
         "launch.sh": launch_script(stage_major(grid), command),
     }
     if grid.stages > 1:
-        files["pipeline.py"] = _pipeline(grid, method)
-    return files
+        files["pipeline.py"] = _pipeline(grid, method, language)
+    return {**files, **notes_file(TOOL, notes(ANSWERS, asked))}
 
 
 def uniform(items: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -77,7 +133,7 @@ def _problems(
         found = f"{grid.stages} stages of tensor width {grid.tensor}"
         wanted = "stages, or tensor parallelism: AutoTP does not split a PipelineModule"
         yield Problem(plan.name, "pipelines", found, wanted)
-    elif grid.tensor > 1 and language.family not in _PRESETS:
+    elif grid.tensor > 1 and base_of(language) not in _PRESETS:
         wanted = f"one that AutoTP has a preset for: {', '.join(_PRESETS)}"
         yield Problem(plan.name, "model", f"{language.name} of tensor width {grid.tensor}", wanted)
     if grid.recompute and grid.stages == 1:
@@ -92,15 +148,17 @@ def _problems(
 
 def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> dict[str, Any]:
     job = plan.job
+    sgd = job.optimizer == "sgd"
     settings: dict[str, Any] = {
         "train_batch_size": job.global_batch,
         "train_micro_batch_size_per_gpu": grid.rows,
         "gradient_accumulation_steps": grid.micro_batches,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": ASSUMED["training.clip_norm"],
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": 0},
         "optimizer": {
-            "type": "SGD" if job.optimizer == "sgd" else "AdamW",
-            "params": {"lr": LEARNING_RATE},
+            "type": "SGD" if sgd else "AdamW",
+            "params": {"lr": LEARNING_RATE} | ({"momentum": 0.0} if sgd else {}),
         },
     }
     if job.precision != "fp32":
@@ -108,21 +166,50 @@ def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> d
     if grid.stages > 1:
         settings["pipeline"] = {"stages": grid.stages, "partition": method}
     if grid.tensor > 1:
-        preset = _PRESETS[language.family]
+        preset = _PRESETS[base_of(language)]
         settings["tensor_parallel"] = {"autotp_size": grid.tensor, "preset_model": preset}
     return settings
 
 
-def _pipeline(grid: Grid, method: str) -> str:
+def _pipeline(grid: Grid, method: str, language: LanguageModel) -> str:
     cuts = "|".join(str(end - first) for first, end in grid.layers)
-    return f'''"""For PipelineModule(layers=[embedding, block, ..., head], **PIPELINE): {cuts}.
+    return f'''"""For PipelineModule(layers(...), **PIPELINE): {cuts}.
 
 A `type:` names the class of the blocks: put in the name of yours.
 """
 
+BLOCKS = {language.layers}
 PIPELINE = {{
     "num_stages": {grid.stages},
     "partition_method": "{method}",
     "activation_checkpoint_interval": {int(grid.recompute)},
 }}
+
+''' + (_TIED if language.tied else _UNTIED)
+
+
+_UNTIED = '''
+def layers(embedding, block, head):
+    """Of classes of yours, each with its arguments in a tuple."""
+    from deepspeed.pipe import LayerSpec
+
+    blocks = [LayerSpec(*block) for _ in range(BLOCKS)]
+    return [LayerSpec(*embedding), *blocks, LayerSpec(*head)]
+'''
+# DeepSpeed leaves out of the gradients' norm whatever else is in the second module of a table.
+_TIED = '''
+def layers(embedding, block, last_block, head):
+    """Of classes of yours, each with its arguments in a tuple.
+
+    Embedding and head have one table, each as its `weight`, which DeepSpeed keeps equal. The last
+    block has the final norm after it: the head must have no other parameters than the table.
+    """
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    return [
+        TiedLayerSpec("table", *embedding, tied_weight_attr="weight"),
+        *[LayerSpec(*block) for _ in range(BLOCKS - 1)],
+        LayerSpec(*last_block),
+        TiedLayerSpec("table", *head, tied_weight_attr="weight"),
+    ]
 '''

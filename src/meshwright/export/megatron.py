@@ -5,9 +5,28 @@ Names: megatron/training/arguments.py and the records it makes options of, Megat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from meshwright.errors import PlanError, Problem
+from meshwright.export.answers import (
+    LABEL,
+    Answer,
+    Answers,
+    Asked,
+    blocks,
+    by,
+    lines,
+    no_matter,
+    notes,
+    notes_file,
+    only,
+    refusals,
+    regular,
+    shown,
+    switch,
+    written,
+)
 from meshwright.export.grid import (
     Grid,
     blocks_by_stage,
@@ -19,6 +38,8 @@ from meshwright.export.grid import (
 from meshwright.export.launch import is_node_by_node, launch_script, replica_major, stage_major
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.spec import Scaling
+from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Plan
 
 TOOL = "Megatron-LM"
@@ -27,37 +48,196 @@ _RECOMPUTE = [
     "--recompute-method uniform",
     "--recompute-num-layers 1",
 ]
+_LLAMA_BLOCKS = [
+    "--position-embedding-type rope",
+    "--normalization RMSNorm",
+    "--swiglu",
+    "--disable-bias-linear",
+]
+_BLOCKS = {
+    # Its GELU is the tanh form wherever it is fused with the bias, as it is by default.
+    "gpt2": ["--position-embedding-type learned_absolute", "--normalization LayerNorm"],
+    "llama": _LLAMA_BLOCKS,
+    "mixtral": _LLAMA_BLOCKS,
+}
+"""What the families of models are, in Megatron's words."""
+
+
+def _family(_: str, asked: Asked) -> str:
+    known = base_of(asked.language) in _BLOCKS
+    return "" if known else f"one of {', '.join(_BLOCKS)}: {TOOL} has no such blocks"
+
+
+def _scaled(value: Scaling, _: Asked) -> list[str] | None:
+    """Its other figures are fixed."""
+    if value.kind != "llama3" or (value.low, value.high, value.original) != (1.0, 4.0, 8192):
+        return None
+    return ["--use-rope-scaling", f"--rope-scaling-factor {shown(value.factor)}"]
+
+
+_EXPRESSED: dict[str, Callable[[Any, Asked], list[str] | None]] = {
+    "norm.epsilon": lambda _, __: [],
+    "rotary.scaling": _scaled,
+    "query_bias": lambda _, asked: _query_bias(asked),
+    "query_norm": lambda value, _: ["--qk-layernorm"] if value == "head" else None,
+}
+
+
+def _query_bias(asked: Asked) -> list[str] | None:
+    """Llamas with biases of queries, keys and values alone are Qwens."""
+    return ["--add-qkv-bias"] if base_of(asked.language) != "gpt2" else None
+
+
+def _positions(value: int, asked: Asked) -> list[str]:
+    return [f"--max-position-embeddings {max(value, asked.plan.job.sequence)}"]
+
+
+def _padding(value: int, asked: Asked) -> str:
+    """Every tensor rank holds equally many rows of the table."""
+    over = -value % asked.grid.tensor
+    ranks = f"so that {asked.grid.tensor} tensor ranks divide it"
+    return f"the vocabulary is {value + over}, {over} more than {value}, {ranks}" if over else ""
+
+
+def _groups(value: int, asked: Asked) -> list[str]:
+    if value == asked.language.heads:
+        return []
+    return ["--group-query-attention", f"--num-query-groups {value}"]
+
+
+def _rotary_base(value: float, asked: Asked) -> list[str]:
+    return [] if base_of(asked.language) == "gpt2" else [f"--rotary-base {value:.0f}"]
+
+
+def _whole(value: float, _: Asked) -> str:
+    return "" if value == round(value) else f"a whole number: {TOOL} has no other rotary bases"
+
+
+def _residual_std(_: Any, asked: Asked) -> str:
+    """GPT-2's own initialisation is what Megatron has for all."""
+    if base_of(asked.language) == "gpt2":
+        return ""
+    return (
+        "the first weights: what is added to the residual stream is drawn from a narrower "
+        f"distribution, by sqrt(2 x {asked.language.layers}); the plan's model has one for all"
+    )
+
+
+def _experts(value: int, _: Asked) -> list[str]:
+    return [f"--num-experts {value}"] * (value > 0)
+
+
+def _chosen(value: int, asked: Asked) -> list[str]:
+    return [f"--moe-router-topk {value}"] * (asked.language.experts > 0)
+
+
+def _balancing(value: float, asked: Asked) -> list[str]:
+    """Without a loss of its own there is nothing that balances experts."""
+    if not asked.language.experts:
+        return []
+    kind = "aux_loss" if value else "none"
+    return [f"--moe-router-load-balancing-type {kind}", f"--moe-aux-loss-coeff {shown(value)}"]
+
+
+def _optimizer(value: str, _: Asked) -> list[str]:
+    """Plans have SGD without momentum, which is memory too."""
+    return ["--optimizer sgd", "--sgd-momentum 0"] if value == "sgd" else ["--optimizer adam"]
+
+
+def _gradient_sums(_: Any, asked: Asked) -> list[str]:
+    return ["--accumulate-allreduce-grads-in-fp32"] * (asked.plan.job.precision != "fp32")
+
+
+ANSWERS: Answers = {
+    **regular(TOOL),
+    "model.name": no_matter(LABEL),
+    "model.family": Answer(
+        "`--normalization`, `--swiglu`, `--disable-bias-linear`, `--position-embedding-type`",
+        write=lambda _, asked: _BLOCKS[base_of(asked.language)],
+        wanted=_family,
+    ),
+    "model.vocabulary": Answer(
+        "`--vocab-size`, padded for tensor ranks where they do not divide it (listed)",
+        write=lambda value, _: [f"--vocab-size {value}", "--make-vocab-size-divisible-by 1"],
+        note=_padding,
+    ),
+    "model.positions": by("`--max-position-embeddings`", _positions),
+    "model.width": written("--hidden-size {}"),
+    "model.layers": written("--num-layers {}"),
+    "model.heads": written("--num-attention-heads {}"),
+    "model.kv_heads": by("`--num-query-groups`", _groups),
+    "model.head": written("--kv-channels {}"),
+    "model.hidden": written("--ffn-hidden-size {}"),
+    "model.tied": switch("--untie-embeddings-and-output-weights", when=False),
+    "model.experts": by("`--num-experts`", _experts),
+    "model.chosen": by("`--moe-router-topk`", _chosen),
+    "model.rotary_base": Answer("`--rotary-base`, if whole", write=_rotary_base, wanted=_whole),
+    "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
+    "model.dropout": written(
+        "--attention-dropout {}",
+        "--hidden-dropout {}",
+        told="`--attention-dropout 0`, `--hidden-dropout 0`",
+    ),
+    "model.architecture": blocks(
+        TOOL,
+        "`--norm-epsilon`, `--use-rope-scaling`, `--add-qkv-bias`, `--qk-layernorm`; what else is "
+        "not usual is refused",
+        lambda asked: [f"--norm-epsilon {shown(made_of(asked.language).norm.epsilon)}"],
+        _EXPRESSED,
+    ),
+    "model.initial_std": Answer(
+        "`--init-method-std`; narrower on the residual stream (listed)",
+        write=lambda value, _: [f"--init-method-std {shown(value)}"],
+        note=_residual_std,
+    ),
+    "model.auxiliary_loss": by("`--moe-router-load-balancing-type`", _balancing),
+    "job.optimizer": by("`--optimizer`; SGD with `--sgd-momentum 0`", _optimizer),
+    "training.clip_norm": written("--clip-grad {}"),
+    "training.gradient_sums": by("`--accumulate-allreduce-grads-in-fp32`", _gradient_sums),
+    "training.attention_within_documents": no_matter("off by default"),
+    "training.sharded_states": no_matter("off by default"),
+    "training.sequence_parallel": no_matter("off by default"),
+}
 
 
 def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`arguments.txt` and `launch.sh`. Raises PlanError where Megatron-LM has no such plan."""
+    """`arguments.txt`, `launch.sh`, and the list of what they do not say. Raises PlanError where
+    Megatron-LM has no such plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
+    asked = Asked(plan, grid, language)
     PlanError.check(
-        [*_order_problems(plan, grid), *only_precisions(plan, TOOL, "bf16", "fp16", "fp32")]
+        [
+            *_order_problems(plan, grid),
+            *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
+            *refusals(TOOL, ANSWERS, asked),
+        ]
     )
     order = stage_major(grid)
     mapping: list[str] = []
     if not is_node_by_node(order) and is_node_by_node(replica_major(grid)):
         order, mapping = replica_major(grid), ["--use-tp-pp-dp-mapping"]
-    lines = [
-        *_model(language, plan.job.sequence),
+    arguments = [
+        *lines(ANSWERS, asked, "model"),
+        f"--seq-length {plan.job.sequence}",
+        "--tokenizer-type NullTokenizer",
         f"--tensor-model-parallel-size {grid.tensor}",
         f"--pipeline-model-parallel-size {grid.stages}",
         *_split(blocks, grid),
         *mapping,
         f"--micro-batch-size {grid.rows}",
         f"--global-batch-size {plan.job.global_batch}",
-        *_precision(plan),
-        f"--optimizer {'sgd' if plan.job.optimizer == 'sgd' else 'adam'}",
+        *([] if plan.job.precision == "fp32" else [f"--{plan.job.precision}"]),
+        *lines(ANSWERS, asked, "job", "training"),
         *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]
     command = '"${MEGATRON:?the folder of Megatron-LM}/pretrain_gpt.py" $(cat arguments.txt)'
     environment = "CUDA_DEVICE_MAX_CONNECTIONS=1" if grid.tensor > 1 else ""
     return {
-        "arguments.txt": "\n".join(lines) + "\n",
+        "arguments.txt": "\n".join(arguments) + "\n",
         "launch.sh": launch_script(order, command, environment=environment),
+        **notes_file(TOOL, notes(ANSWERS, asked)),
     }
 
 
@@ -68,35 +248,6 @@ def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
     elif grid.micro_batches % grid.stages:
         wanted = f"a multiple of {grid.stages}: {TOOL} interleaves so many at a time"
         yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
-
-
-def _model(c: LanguageModel, sequence: int) -> list[str]:
-    lines = [
-        f"--num-layers {c.layers}",
-        f"--hidden-size {c.width}",
-        f"--ffn-hidden-size {c.hidden}",
-        f"--num-attention-heads {c.heads}",
-        f"--kv-channels {c.head}",
-        f"--seq-length {sequence}",
-        f"--max-position-embeddings {max(c.positions, sequence)}",
-        f"--vocab-size {c.vocabulary}",
-        "--tokenizer-type NullTokenizer",
-    ]
-    if c.kv_heads != c.heads:
-        lines += ["--group-query-attention", f"--num-query-groups {c.kv_heads}"]
-    if c.family != "gpt2":
-        lines += [
-            "--position-embedding-type rope",
-            f"--rotary-base {round(c.rotary_base)}",
-            "--normalization RMSNorm",
-            "--swiglu",
-            "--disable-bias-linear",
-        ]
-    if not c.tied:
-        lines.append("--untie-embeddings-and-output-weights")
-    if c.experts:
-        lines += [f"--num-experts {c.experts}", f"--moe-router-topk {c.chosen}"]
-    return lines
 
 
 def _split(blocks: tuple[int, ...], grid: Grid) -> list[str]:
@@ -116,10 +267,3 @@ def _split(blocks: tuple[int, ...], grid: Grid) -> list[str]:
     if last != middle[0]:
         lines.append(f"--decoder-last-pipeline-num-layers {last}")
     return lines
-
-
-def _precision(plan: Plan) -> list[str]:
-    """Gradients are summed in fp32, as the plan has it."""
-    if plan.job.precision == "fp32":
-        return []
-    return [f"--{plan.job.precision}", "--accumulate-allreduce-grads-in-fp32"]

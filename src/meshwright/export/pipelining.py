@@ -8,11 +8,13 @@ pipeline read the same one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.errors import PlanError, Problem
+from meshwright.export.answers import notes_file
 from meshwright.export.grid import pipeline_problems
+from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.plan.virtual import layout_of
 from meshwright.program.actions import Order, one, parse_order, word, words
@@ -22,17 +24,29 @@ TOOL = "torch.distributed.pipelining"
 
 
 def pipelining_files(plan: Plan) -> dict[str, str]:
-    """`schedule.csv`, or `schedule-0.csv` and so on. Raises PlanError for stages of unlike width
-    or replicas with unlike rows, between which torch's stages cannot send."""
+    """`schedule.csv`, or `schedule-0.csv` and so on, and the list of all else. Raises PlanError for
+    stages of unlike width or replicas with unlike rows, between which torch's stages cannot
+    send."""
     PlanError.check(
         problem
         for index, pipeline in enumerate(plan.pipelines)
         for problem in pipeline_problems(plan, index, pipeline, TOOL)
     )
     texts = [schedule_csv(orders_of(plan, index)) for index in range(len(plan.pipelines))]
+    files = {f"schedule-{index}.csv": text for index, text in enumerate(texts)}
     if len(set(texts)) == 1:
-        return {"schedule.csv": texts[0]}
-    return {f"schedule-{index}.csv": text for index, text in enumerate(texts)}
+        files = {"schedule.csv": texts[0]}
+    return {**files, **notes_file(TOOL, _not_in_csv(plan))}
+
+
+def _not_in_csv(plan: Plan) -> Iterator[str]:
+    """All but the order of work."""
+    job = plan.job
+    yield f"the model, {plan.model.name}, which is your own code, and its cuts: {describe(plan)}"
+    yield (
+        f"the job: {job.global_batch} rows of {job.sequence} tokens in a step, {job.precision}, "
+        f"{job.optimizer}"
+    )
 
 
 def schedule_csv(orders: Sequence[Order]) -> str:

@@ -13,6 +13,7 @@ from meshwright.export.torchtitan import torchtitan_files
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 from meshwright.text import did_you_mean, flaw
 
@@ -51,7 +52,7 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", plan.model.source, wanted, mend))
     language = language_model(plan.model.source, plan.job.sequence)
-    if language.family == "u-transformer":
+    if base_of(language) not in ("gpt2", "llama", "mixtral"):
         wanted = f"a model of equal blocks, which {tool} can build"
         mend = f"--to {PIPELINING} takes any model"
         raise PlanError(Problem(plan.name, "model.source", language.name, wanted, mend))

@@ -1,7 +1,8 @@
 """A plan as a configuration of torchtitan, which is a Python function.
 
-Names: torchtitan/config/configs.py, torchtitan/trainer.py, and pipeline_parallel.py and
-activation_checkpoint.py in torchtitan/distributed, 0.2.2.
+Names: torchtitan/config/configs.py, torchtitan/trainer.py, pipeline_parallel.py and
+activation_checkpoint.py in torchtitan/distributed, and decoder.py and config_utils.py in
+torchtitan/models/common, 0.2.2.
 """
 
 from __future__ import annotations
@@ -9,11 +10,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
+from meshwright.export.answers import (
+    LABEL,
+    Answer,
+    Answers,
+    Asked,
+    blocks,
+    by,
+    lines,
+    listed,
+    no_matter,
+    notes,
+    notes_file,
+    only,
+    planned,
+    refusals,
+    regular,
+    shown,
+    written,
+)
 from meshwright.export.grid import Grid, blocks_by_stage, grid_of, only_precisions
 from meshwright.export.launch import launch_script, stage_major
 from meshwright.export.writing import docstring
 from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Plan
 
 TOOL = "torchtitan"
@@ -21,31 +42,109 @@ BASES = {"llama-3-8b": "llama3_8b", "llama-3-70b": "llama3_70b"}
 """Configurations in torchtitan.models.llama3.config_registry, by the models they are for."""
 
 
+def _same(name: str, found: str) -> Answer:
+    """A line of the module that refuses a configuration of another model."""
+    return Answer(
+        "checked when it starts",
+        write=lambda value, _: [f"same({name!r}, {found}, {value!r})"],
+    )
+
+
+def _llama(_: str, asked: Asked) -> str:
+    return (
+        "" if base_of(asked.language) == "llama" else f"llama: {TOOL} has no GPT-2 and no Mixtral"
+    )
+
+
+def _norms(asked: Asked) -> list[str]:
+    epsilon = shown(made_of(asked.language).norm.epsilon)
+    return [
+        f"model.norm.eps = each.attention_norm.eps = each.ffn_norm.eps = {epsilon}",
+        "each.attention.rope.scaling = 'none'",
+    ]
+
+
+def _tied(value: bool, asked: Asked) -> str:
+    apart = value and asked.grid.stages > 1
+    return f"False: {TOOL} does not tie weights of two stages, and would train two" if apart else ""
+
+
+def _positions(value: int, asked: Asked) -> list[str]:
+    longest = max(value, asked.plan.job.sequence)
+    return [f"each.attention.rope.max_context_length = {longest}"]
+
+
+ANSWERS: Answers = {
+    **regular(TOOL),
+    "model.name": no_matter(LABEL),
+    "model.family": Answer("only Llamas", wanted=_llama),
+    "model.vocabulary": _same("vocabulary", "model.vocab_size"),
+    "model.positions": by("`rope.max_context_length`", _positions),
+    "model.width": _same("width", "model.dim"),
+    "model.layers": _same("layers", "len(model.layers)"),
+    "model.heads": _same("heads", "each.attention.n_heads"),
+    "model.kv_heads": _same("kv_heads", "each.attention.n_kv_heads or each.attention.n_heads"),
+    "model.head": _same("head", "each.attention.head_dim or model.dim // each.attention.n_heads"),
+    "model.hidden": _same("hidden", "each.feed_forward.w1.out_features"),
+    "model.tied": Answer(
+        "checked when it starts; refused where stages share a weight",
+        write=lambda value, _: [f"same('tied', model.enable_weight_tying, {value})"],
+        wanted=_tied,
+    ),
+    "model.experts": only(0, lacks=f"{TOOL} has no experts in its Llama"),
+    "model.chosen": only(0, lacks=f"{TOOL} has no experts in its Llama"),
+    "model.rotary_base": written("each.attention.rope.theta = {}", told="`rope.theta`"),
+    "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
+    "model.dropout": only(0.0, lacks=f"{TOOL} has no dropout"),
+    "model.architecture": blocks(
+        TOOL,
+        "`eps` of every norm, `rope.scaling`; what is not usual else is refused",
+        _norms,
+        {"norm.epsilon": lambda _, __: []},
+    ),
+    "model.initial_std": listed(
+        "the first weights: drawn from torchtitan's own distributions, not with a deviation of {}"
+    ),
+    "model.auxiliary_loss": only(0.0, lacks=f"{TOOL} has no experts in its Llama"),
+    "training.clip_norm": written("training.max_norm = {}"),
+    "training.gradient_sums": by(
+        "`training.mixed_precision_reduce`",
+        lambda _, __: ["training.mixed_precision_reduce = 'float32'"],
+    ),
+    "training.attention_within_documents": listed(
+        "the mask of attention: torchtitan's stays inside each document, the plan's does not"
+    ),
+    "training.sharded_states": planned("`data_parallel_shard_degree`"),
+    "training.sequence_parallel": written("parallelism.enable_sequence_parallel = {}"),
+}
+_CHECKED = '''def check(model):
+    """Set what a model's configuration can say of the plan's, and refuse another model."""
+    for each in model.layers:
+{}
+
+
+def same(what, found, planned):
+    """The plan is for one model."""
+    if found != planned:
+        raise ValueError(f"the plan is for a model with {{what}} = {{planned}}, not {{found}}")
+'''
+
+
 def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`meshwright_plan.py` and `launch.sh`. Raises PlanError where torchtitan has no such plan."""
+    """`meshwright_plan.py`, `launch.sh`, and the list of what they do not say. Raises PlanError
+    where torchtitan has no such plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
+    asked = Asked(plan, grid, language)
     PlanError.check(
-        [*only_precisions(plan, TOOL, "bf16", "fp32"), *_problems(plan, grid, language)]
+        [
+            *only_precisions(plan, TOOL, "bf16", "fp32"),
+            *_problems(plan, grid),
+            *refusals(TOOL, ANSWERS, asked),
+        ]
     )
     own = language == NAMED.get(language.name)  # a config may call itself what it is not
     base = BASES.get(language.name) if own else None
-    lines = [
-        docstring(f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."),
-        "",
-        *(["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute),
-        *([f"from torchtitan.models.llama3.config_registry import {base}", ""] if base else []),
-        "",
-        "def apply(config):",
-        '    """Change a Trainer.Config of the model so that it trains by the plan."""',
-        "    parallelism, training = config.parallelism, config.training",
-        *(f"    parallelism.{name} = {value!r}" for name, value in _parallelism(plan, grid)),
-        *_parts(grid, blocks),
-        *(f"    training.{name} = {value!r}" for name, value in _training(plan, grid)),
-        f"    config.activation_checkpoint = {'FullAC.Config()' if grid.recompute else None}",
-        "    return config",
-        *(["", "", "def train():", f"    return apply({base}())"] if base else []),
-    ]
     function = "--module meshwright_plan --config train"
     if not base:
         function = (
@@ -54,11 +153,45 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
         )
     command = f"-m torchtitan.train {function}"
     return {
-        "meshwright_plan.py": "\n".join(lines) + "\n",
+        "meshwright_plan.py": _module(asked, blocks, base),
         "launch.sh": launch_script(
             stage_major(grid), command, environment='PYTHONPATH="$PWD:${PYTHONPATH:-}"'
         ),
+        **notes_file(TOOL, notes(ANSWERS, asked)),
     }
+
+
+def _module(asked: Asked, blocks: tuple[int, ...], base: str | None) -> str:
+    """`apply`, which changes a configuration; and `train`, a whole one, where torchtitan has it."""
+    plan, grid, language = asked.plan, asked.grid, asked.language
+    title = f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."
+    imports = ["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute
+    if base:
+        imports.append(f"from torchtitan.models.llama3.config_registry import {base}")
+    of_model = "\n".join(f"        {line}" for line in lines(ANSWERS, asked, "model"))
+    return "\n".join(
+        [
+            docstring(title),
+            *([""] * bool(imports)),
+            *imports,
+            "",
+            "",
+            "def apply(config):",
+            '    """Change a Trainer.Config of the model so that it trains by the plan."""',
+            "    parallelism, training = config.parallelism, config.training",
+            *(f"    parallelism.{name} = {value!r}" for name, value in _parallelism(plan, grid)),
+            *_parts(grid, blocks),
+            *(f"    training.{name} = {value!r}" for name, value in _training(plan, grid)),
+            *(f"    {line}" for line in lines(ANSWERS, asked, "training")),
+            f"    config.activation_checkpoint = {'FullAC.Config()' if grid.recompute else None}",
+            "    check(config.model_spec.model)",
+            "    return config",
+            "",
+            "",
+            _CHECKED.format(of_model),
+            *(["", "def train():", f"    return apply({base}())", ""] if base else []),
+        ]
+    )
 
 
 SINGLE: dict[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe"}
@@ -66,7 +199,7 @@ SEVERAL: dict[str, str] = {"interleaved-1f1b": "Interleaved1F1B", "zb-v": "ZBVZe
 """torchtitan's names of the orders that it plays on one stage, and on several, of each device."""
 
 
-def _problems(plan: Plan, grid: Grid, language: LanguageModel) -> Iterator[Problem]:
+def _problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
     rounds = max(1, grid.micro_batches // grid.stages)
     if plan.schedule == "interleaved-1f1b" and grid.micro_batches % rounds:
         wanted = f"a multiple of {rounds}: as many micro-batches in each round of {grid.stages}"
@@ -76,9 +209,6 @@ def _problems(plan: Plan, grid: Grid, language: LanguageModel) -> Iterator[Probl
         wanted = f"{' or '.join(names)}, which torchtitan plays on these stages"
         mend = "`--to pipelining-csv` writes any order for torch.distributed.pipelining itself"
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
-    if language.family == "gpt2":
-        wanted = "a decoder of the Llama kind: torchtitan has no GPT-2"
-        yield Problem(plan.name, "model", language.name, wanted)
     if plan.job.optimizer != "adamw":
         wanted = "adamw: torchtitan has Adam and AdamW"
         yield Problem(plan.name, "job.optimizer", plan.job.optimizer, wanted)
@@ -95,7 +225,6 @@ def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
         ("data_parallel_replicate_degree", grid.data),
         ("data_parallel_shard_degree", 1),
         ("tensor_parallel_degree", grid.tensor),
-        ("enable_sequence_parallel", False),
         ("context_parallel_degree", 1),
         ("pipeline_parallel_degree", grid.stages),
     ]
@@ -122,7 +251,10 @@ def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
 
 def _training(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
     job = plan.job
+    # CUDA graphs, which are its default, it does not capture of stages.
+    graphs: list[tuple[str, object]] = [("disable_cuda_graphs", True)] if grid.stages > 1 else []
     return [
+        *graphs,
         ("max_context_length", job.sequence),
         ("num_tokens_per_microbatch_per_dp_rank", grid.rows * job.sequence),
         ("num_tokens_per_train_step", job.global_batch * job.sequence),

@@ -132,6 +132,9 @@ class ForkServer:
         try:
             if calmly:
                 process.terminate()
+                # One that stands still could not even end.
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGCONT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(END_SECONDS)
         finally:

@@ -1,4 +1,4 @@
-"""What runs of one layer say about a row: the amounts that grow with the rows, the worst moments."""
+"""What runs of one layer say of a row: amounts that grow with the rows, and worst moments."""
 
 from __future__ import annotations
 
@@ -173,6 +173,8 @@ def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
 
 
 class Parts(NamedTuple):
+    """What of an amount is whole on each tensor rank, and what they divide."""
+
     whole: float
     split: float
 

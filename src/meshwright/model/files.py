@@ -6,6 +6,7 @@ name = "u-shape"
 name = "enc"                # count: enc0, enc1, enc2
 count = 3
 forward = "12 GFLOP"        # per row, as everything here; backward: twice that if absent
+                            # and nothing is frozen
 parameters = 4_000_000
 output = "2 MiB"
 saved = "9 MiB"             # the output's size if absent
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.records import Bytes, Flops, Name, fingerprint, parse, read, record
+from meshwright.units import format_flops
 
 Word = Annotated[Name, Field(min_length=1)]
 """What a layer is called."""
@@ -58,9 +61,16 @@ class LayerEntry:
     attention: Work = 0.0
     """FLOPs of attention, beside `forward`."""
     backward: Work | None = None
+    """Absent: as much as forward and attention for gradients of inputs, as much again of attention,
+    and of forward the share of the layer's own weights that is trained (all, if none is frozen) for
+    gradients of weights; nothing where nothing is trained, here or before."""
     parameters: Parameters = 0
+    """Trained ones."""
+    frozen_parameters: Parameters | None = None
+    """Held and read, never trained: without gradient and optimizer state."""
     output: Bytes = 0
     saved: Bytes | None = None
+    """Absent: the output, where there is a backward."""
     traffic: Bytes | None = None
     """Absent: the output and what is saved."""
     workspace: Bytes = 0
@@ -87,6 +97,8 @@ class TiedEntry:
     layers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MOST_LAYERS)]
     parameters: Annotated[Parameters, Field(ge=1)]
     split: bool = False
+    frozen: bool = False
+    """Held by all these layers, trained by none."""
 
 
 @record
@@ -113,20 +125,27 @@ def from_table(
     if many > MOST_LAYERS:
         found, wanted = f"{many:,} layers", f"at most {MOST_LAYERS:,}"
         raise ModelError(Problem(source, "layer", found, wanted))
-    layers = tuple(_layers(file))
-    index = {layer.name: number for number, layer in enumerate(layers)}
-    ModelError.check(_mistakes(file, layers, index, source))
+    names = [name for entry in file.layer for name in _names(entry)]
+    index = {name: number for number, name in enumerate(names)}
+    ModelError.check(_mistakes(file, names, index, source))
+    flows = _flows(file, index)
+    ModelError.check(_backwards_of_nothing(file, flows, source))
+    layers = tuple(_layers(file, flows))
     return LayerGraph(
         name=file.name,
         sequence=sequence,
         precision=precision,
         layers=layers,
-        tensors=tuple(_tensors(file, layers, index)),
+        tensors=tuple(
+            replace(tensor, gradient=flows[tensor.producer])
+            for tensor in _tensors(file, layers, index)
+        ),
         tied=tuple(
             Tied(
                 name=entry.name,
                 layers=tuple(sorted(index[name] for name in entry.layers)),
-                parameters=entry.parameters,
+                parameters=0 if entry.frozen else entry.parameters,
+                frozen_parameters=entry.parameters if entry.frozen else 0,
                 split=entry.split,
             )
             for entry in file.tied
@@ -138,30 +157,78 @@ def _names(entry: LayerEntry) -> list[str]:
     return [f"{entry.name}{n}" for n in range(entry.count)] if entry.count else [entry.name]
 
 
-def _layers(file: ModelFile) -> Iterator[Layer]:
-    incoming = 0
+def _flows(file: ModelFile, index: dict[str, int]) -> list[bool]:
+    """Of every layer, whether a gradient comes to it: it trains something, or reads from a layer of
+    which that is true. Where nothing is said to be frozen, of all."""
+    entries = [entry for entry in file.layer for _ in _names(entry)]
+    if not any(x.frozen_parameters for x in entries) and not any(t.frozen for t in file.tied):
+        return [True] * len(entries)
+    trained = {index[name] for tied in file.tied if not tied.frozen for name in tied.layers}
+    skipped: dict[int, set[int]] = defaultdict(set)
+    for skip in file.skip:
+        skipped[index[skip.to]].add(index[skip.from_])
+    found: list[bool] = []
+    for number, entry in enumerate(entries):
+        own = bool(entry.parameters) or number in trained
+        before = {number - 1, *skipped[number]} - {-1}
+        found.append(own or any(found[each] for each in before))
+    return found
+
+
+def _backwards_of_nothing(file: ModelFile, flows: list[bool], source: str) -> Iterator[Problem]:
+    number = 0
+    for place, entry in enumerate(file.layer):
+        own = flows[number : number + len(_names(entry))]
+        number += len(own)
+        if entry.backward and not any(own):
+            found = format_flops(entry.backward).removesuffix("/s")
+            wanted = "nothing: here and before, all weights are frozen"
+            yield Problem(source, f"layer[{place}].backward", found, wanted, "leave it out")
+
+
+def _layers(file: ModelFile, flows: list[bool]) -> Iterator[Layer]:
+    incoming, gradients = 0, iter(flows)
+    before = False
     for entry in file.layer:
         signature = fingerprint(entry)
         for name in _names(entry):
-            yield _layer(entry, name, signature, incoming)
-            incoming = entry.output
+            flow = next(gradients)
+            kind = signature if flow else f"{signature}-forward"
+            yield _layer(entry, name, kind, incoming if before else 0, flows=flow)
+            incoming, before = entry.output, flow
 
 
-def _layer(entry: LayerEntry, name: str, signature: str, incoming: int) -> Layer:
-    saved = entry.output if entry.saved is None else entry.saved
+def _backward(entry: LayerEntry) -> float:
+    """Of a layer that has one."""
+    if entry.backward is not None:
+        return entry.backward
+    frozen = entry.frozen_parameters or 0
+    if not frozen:
+        return 2 * (entry.forward + entry.attention)
+    trained = entry.parameters / (entry.parameters + frozen)
+    return (1 + trained) * entry.forward + 2 * entry.attention
+
+
+def _layer(entry: LayerEntry, name: str, signature: str, incoming: int, *, flows: bool) -> Layer:
+    saved = (entry.output if flows else 0) if entry.saved is None else entry.saved
     forward = entry.forward + entry.attention
+    frozen = entry.frozen_parameters or 0
     divided = entry.tensor_units > 1
     return Layer(
         name=name,
         signature=signature,
         forward_flops=entry.forward,
         attention_flops=entry.attention,
-        backward_flops=2 * forward if entry.backward is None else entry.backward,
+        backward_flops=_backward(entry) if flows else 0.0,
+        has_backward=flows,
         traffic_bytes=float(entry.output + saved if entry.traffic is None else entry.traffic),
         parameters=entry.parameters,
         saved_bytes=float(saved),
         workspace_bytes=float(entry.workspace),
         cast_parameters=entry.parameters if forward else 0,
+        frozen_parameters=frozen,
+        cast_frozen=frozen if forward else 0,
+        split_frozen=frozen if divided else 0,
         tensor_units=entry.tensor_units,
         split_parameters=entry.parameters if divided else 0,
         split_flops=forward if divided else 0.0,
@@ -172,9 +239,8 @@ def _layer(entry: LayerEntry, name: str, signature: str, incoming: int) -> Layer
 
 
 def _mistakes(
-    file: ModelFile, layers: tuple[Layer, ...], index: dict[str, int], source: str
+    file: ModelFile, names: list[str], index: dict[str, int], source: str
 ) -> Iterator[Problem]:
-    names = [layer.name for layer in layers]
     for name, times in sorted(Counter(names).items()):
         if times > 1:
             wanted = "a name of its own for every layer"

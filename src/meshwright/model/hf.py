@@ -11,6 +11,7 @@ from meshwright.errors import ModelError, Problem
 from meshwright.model.config import NAMED, LanguageModel, problems_of
 from meshwright.model.transformer.families import FAMILIES, Family
 from meshwright.model.transformer.fields import followed, unread
+from meshwright.model.transformer.usual import made_of
 from meshwright.records import parse, read
 from meshwright.text import NAME_LETTERS, did_you_mean, nearest
 
@@ -21,7 +22,7 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
     model = NAMED.get(str(source)) or _from_file(str(source))
     if sequence is not None:
         wanted = "a whole number above 0"
-        table = model.architecture is None or model.architecture.position == "learned"
+        table = has_position_table(model)
         if table:
             wanted = f"1 to {model.positions}, the size of the position table"
         too_long = table and sequence > model.positions
@@ -29,6 +30,14 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
             raise ModelError(Problem(str(source), "sequence", str(sequence), wanted,
                                      "choose another --sequence"))  # fmt: skip
     return model
+
+
+def has_position_table(model: LanguageModel) -> bool:
+    """Whether texts may be no longer than a table of positions."""
+    if model.family == "u-transformer":
+        return True
+    a = made_of(model)
+    return a.position in ("learned", "sinusoidal") and a.picture is None
 
 
 def _from_file(source: str) -> LanguageModel:

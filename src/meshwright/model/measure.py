@@ -120,7 +120,7 @@ def _count_sums(
         elif isinstance(how, shard.VocabularyLoss):
             # Maximum, sum of exponentials and the target's logit of each token.
             forward.extend([args[1].numel() * output.element_size()] * 3)
-        else:
+        elif args[0].requires_grad:
             backward.append(args[0].numel() * args[0].element_size())
 
     return module.register_forward_hook(note)

@@ -14,7 +14,7 @@ def recomputed(layer: int, layers: int) -> bool:
 
 
 def with_recomputation(model: LayerGraph) -> LayerGraph:
-    """The model with every layer but the last recomputed (Chen et al. 2016).
+    """The model with every layer but the last recomputed (Chen et al. 2016), if it has a backward.
 
     backward FLOPs += forward FLOPs; backward all-reduces += forward ones
     bytes moved x 4/3, of which a backward is counted to move two thirds
@@ -26,16 +26,15 @@ def with_recomputation(model: LayerGraph) -> LayerGraph:
 
 def _kept(model: LayerGraph, tensor: Tensor) -> Tensor:
     first = tensor.consumers[0] if tensor.consumers else None
-    return (
-        tensor
-        if first is None or not recomputed(first, len(model.layers))
-        else replace(tensor, kept=True)
-    )
+    again = first is not None and recomputed(first, len(model.layers))
+    if first is None or not (again and model.layers[first].has_backward):
+        return tensor
+    return replace(tensor, kept=True)
 
 
 def _recomputed(model: LayerGraph, index: int) -> Layer:
     layer = model.layers[index]
-    if not recomputed(index, len(model.layers)):
+    if not (recomputed(index, len(model.layers)) and layer.has_backward):
         return layer
     again = replace(
         layer,
@@ -50,9 +49,11 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
 
 def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
     """What the layer kept becomes temporary. Not for a layer that reads the batch alone: it kept
-    its inputs already."""
-    kept = sum(t.bytes for t in model.tensors if t.consumers and t.consumers[0] == index)
-    again = with_temporaries(layer, layer.saved_bytes - kept, divided=layer.split_saved_bytes)
+    its inputs already. (A product with frozen weights alone has not kept its own.)"""
+    inputs = [t for t in model.tensors if t.consumers and t.consumers[0] == index]
+    kept = sum(t.bytes for t in inputs)
+    already = sum(t.bytes for t in inputs if t.kept or not layer.frozen_parameters)
+    again = with_temporaries(layer, layer.saved_bytes - already, divided=layer.split_saved_bytes)
     return replace(
         again,
         saved_bytes=kept,

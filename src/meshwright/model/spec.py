@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.cluster.spec import Precision
-from meshwright.records import fingerprint, record
+from meshwright.records import fingerprint, plain, record
 
 
 @record
@@ -38,11 +38,11 @@ class Layer:
     """Forward FLOPs of the scores and their product with the values; kept apart because these
     kernels reach another share of the peak."""
     backward_flops: float
-    """Both of the backward's halves, attention included."""
+    """Both of the backward's halves, attention included; what is frozen has no second one."""
     traffic_bytes: float
-    """Bytes read and written by the forward, activations only (weights are `parameters`)."""
+    """Bytes read and written by the forward, activations only."""
     parameters: int
-    """Trainable numbers that belong to this layer alone (tied ones are in LayerGraph.tied)."""
+    """Trained numbers that belong to this layer alone (tied ones are in LayerGraph.tied)."""
     saved_bytes: float
     """Activations kept from the forward until the backward."""
     workspace_bytes: float = 0.0
@@ -50,11 +50,21 @@ class Layer:
     fixed_saved_bytes: float = 0.0
     """Kept like `saved_bytes`, for each micro-batch but whatever its rows: positions, masks."""
     cast_parameters: int = 0
-    """Of the weights, tied ones not counted, those that 16-bit precision reads as casts."""
+    """Of `parameters`, those that 16-bit precision reads as casts."""
     moments: tuple[Moment, ...] = ()
     """Moments of which one is the worst, depending on the rows; none: `workspace_bytes` it is."""
     tensor_moments: tuple[Moment, ...] = ()
     """The same where several tensor ranks share the layer."""
+    frozen_parameters: int = 0
+    """Numbers of its own that are held and read like `parameters`, but never trained: they have no
+    gradient and no optimizer state."""
+    cast_frozen: int = 0
+    """Of `frozen_parameters`, those that 16-bit precision reads as casts."""
+    constant_bytes: float = 0.0
+    """Held beside parameters, whatever the rows: buffers (tables of positions, statistics), and
+    frozen numbers that are whole ones (quantized weights)."""
+    has_backward: bool = True
+    """False: nothing in it or before it is trained, so that no gradient comes to it."""
 
     tensor_units: int = 0
     """Tensor widths that divide this number are legal (heads, key-value heads and hidden all
@@ -62,6 +72,8 @@ class Layer:
     nothing is and each tensor rank does the whole layer."""
     split_parameters: int = 0
     """Of `parameters`, those divided among tensor ranks; the rest is replicated."""
+    split_frozen: int = 0
+    """The same of `frozen_parameters`."""
     split_flops: float = 0.0
     """Of forward_flops + attention_flops, the part divided among tensor ranks."""
     split_saved_bytes: float = 0.0
@@ -96,6 +108,9 @@ class Tied:
     layers: tuple[int, ...]
     """Ascending; the first one owns the initial value."""
     parameters: int
+    """0 where it is frozen."""
+    frozen_parameters: int = 0
+    """0 where it is trained."""
     split: bool = False
     """Divided among tensor ranks."""
 
@@ -147,13 +162,40 @@ def without_tensor_parallelism(model: LayerGraph) -> LayerGraph:
 
 
 def num_parameters(model: LayerGraph) -> int:
-    """Distinct trainable numbers of the whole model."""
+    """Distinct trained numbers of the whole model."""
     return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)
+
+
+def num_frozen(model: LayerGraph) -> int:
+    """Distinct numbers of the whole model that are held, but not trained."""
+    own = sum(layer.frozen_parameters for layer in model.layers)
+    return own + sum(tied.frozen_parameters for tied in model.tied)
+
+
+_LATER = {"frozen_parameters": 0, "cast_frozen": 0, "split_frozen": 0, "constant_bytes": 0.0,
+          "has_backward": True}  # fmt: skip
+"""Fields that graphs have not always had, with what they are where they say nothing."""
+
+
+def content(model: LayerGraph) -> str:
+    """Fingerprint of all that a graph says: what was measured for it before it had a field is known
+    again where the field says nothing."""
+    found = plain(model)
+    for each in (*found["layers"], *found["tied"]):
+        for name, nothing in _LATER.items():
+            if each.get(name) == nothing:
+                each.pop(name, None)
+    return fingerprint(found)
 
 
 def structure(model: LayerGraph) -> str:
     """Fingerprint of what a plan refers to: the layers with their names and parameters, and what
-    is tied. A graph worked out from a config and one traced from the module have the same."""
-    layers = [[layer.name, layer.parameters] for layer in model.layers]
-    tied = [[t.name, *t.layers, t.parameters] for t in model.tied]
+    is tied; what is frozen, where anything is. A graph worked out from a config and one traced from
+    the module have the same."""
+    layers = [[layer.name, layer.parameters, *_frozen(layer)] for layer in model.layers]
+    tied = [[t.name, *t.layers, t.parameters, *_frozen(t)] for t in model.tied]
     return fingerprint([model.sequence, layers, tied])
+
+
+def _frozen(holder: Layer | Tied) -> tuple[int, ...]:
+    return (holder.frozen_parameters,) if holder.frozen_parameters else ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -49,9 +50,9 @@ def trace(
     `inputs` is an example batch: dimension 0 of every tensor counts rows. Model and inputs may be
     on the meta device. `sequence` is by default the second dimension of the first input. Traffic is
     the sum of what every operation of the forward reads and writes, nothing fused but attention and
-    RMS normalisation. FLOPs are those of matrix products. Parameters without gradient are not
-    counted. Not `divided`: what tensor ranks would divide is not looked at, which takes most of the
-    time, and left 0. Raises ModelError.
+    RMS normalisation. FLOPs are those of matrix products. Parameters without gradient are counted
+    as frozen. Not `divided`: what tensor ranks would divide is not looked at, which takes most of
+    the time, and left 0. Raises ModelError.
     """
     _check_rows(model, inputs)
     batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS]
@@ -75,7 +76,11 @@ def trace(
         amounts = {width: measured[key, width] for width in widths}
         kept |= {(name, len(layers)) for name, keeps in
                  zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
-        layers.append(_layer(part, few.tied, table, units, key, amounts))
+        layer = _layer(part, few.tied, table, units, key, amounts)
+        flows = any(p.requires_grad for p in part.module.parameters()) or any(
+            shapes[0][name][2] for name in part.reads
+        )
+        layers.append(_with_frozen(layer, part, few.tied, table, precision, flows=flows))
     return LayerGraph(
         name=name or type(model).__name__,
         sequence=sequence or (inputs[0].shape[1] if inputs[0].dim() > 1 else 1),
@@ -230,27 +235,63 @@ def _layer(
     )
 
 
+def _with_frozen(
+    layer: Layer,
+    part: LayerPart,
+    tied: dict[str, tuple[int, ...]],
+    table: dict[str, shard.Split],
+    precision: Precision,
+    *,
+    flows: bool,
+) -> Layer:
+    """The layer with what it holds and does not train; `flows`: a gradient comes to it."""
+    frozen = [p for p in part.module.parameters() if not p.requires_grad]
+    constants = [*part.module.buffers(), *(p for p in frozen if not p.is_floating_point())]
+    width = 8 if precision == "fp64" else 4
+    return replace(
+        layer,
+        frozen_parameters=_numbers(part, lambda name: name not in tied, trained=False),
+        split_frozen=_numbers(part, lambda name: name not in tied, table, trained=False),
+        cast_frozen=_cast(part, tied, trained=False),
+        constant_bytes=float(
+            sum(
+                t.numel() * (width if t.is_floating_point() else t.element_size())
+                for t in constants
+            )
+        ),
+        has_backward=flows,
+    )
+
+
 def _numbers(
-    part: LayerPart, wanted: Callable[[str], bool], table: dict[str, shard.Split] | None = None
+    part: LayerPart,
+    wanted: Callable[[str], bool],
+    table: dict[str, shard.Split] | None = None,
+    *,
+    trained: bool = True,
 ) -> int:
-    """Trainable numbers of the wanted parameters; with a table, of those that it divides."""
+    """Numbers of the wanted parameters that are trained, or are not; with a table, of those that it
+    divides."""
     return sum(
         parameter.numel()
         for name, parameter in part.module.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad is trained
+        and parameter.is_floating_point()
         and wanted(part.parameters[name])
         and (table is None or _is_divided(name, parameter, table))
     )
 
 
-def _cast(part: LayerPart, tied: dict[str, tuple[int, ...]]) -> int:
-    """Trainable numbers of its own that low precision casts once a step."""
+def _cast(part: LayerPart, tied: dict[str, tuple[int, ...]], *, trained: bool = True) -> int:
+    """Numbers of its own, trained or frozen, that low precision casts once a step."""
     linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
     named = part.module.named_parameters()
     return sum(
         parameter.numel()
         for name, parameter in named
-        if id(parameter) in linear and parameter.requires_grad and part.parameters[name] not in tied
+        if id(parameter) in linear
+        and parameter.requires_grad is trained
+        and part.parameters[name] not in tied
     )
 
 
@@ -301,5 +342,6 @@ def _tied(layered: LayeredModel, model: nn.Module, name: str) -> Tied:
         name=name,
         layers=layers,
         parameters=parameter.numel() if parameter.requires_grad else 0,
+        frozen_parameters=0 if parameter.requires_grad else parameter.numel(),
         split=_is_divided(name, parameter, shard.splits(model, modules)),
     )

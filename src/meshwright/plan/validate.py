@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster, cluster_fingerprint, devices_of, node_of
 from meshwright.errors import PlanError, Problem
@@ -36,16 +37,28 @@ def _problems(
     yield from _batch(plan, source)
     yield from _length(plan, source)
     yield from _devices(plan, source)
-    for p, pipeline in enumerate(plan.pipelines):
-        where = f"pipelines[{p}]"
-        yield from _stages(pipeline, where, source)
-        yield from _schedule(plan.schedule, pipeline, where, source)
-        for s, stage in enumerate(pipeline.stages):
-            yield from _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
+    yield from _of_each_pipeline(_pipelines(plan, source))
     if model is not None:
         yield from _against_model(plan, model, source)
     if cluster is not None:
         yield from _against_cluster(plan, cluster, source)
+
+
+def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:
+    for p, pipeline in enumerate(plan.pipelines):
+        where = f"pipelines[{p}]"
+        for name, value in (("micro_batches", pipeline.micro_batches), ("rows", pipeline.rows)):
+            if value < 1:
+                yield Problem(source, f"{where}.{name}", str(value), "at least 1")
+        yield from _stages(pipeline, where, source)
+        yield from _schedule(plan.schedule, pipeline, where, source)
+        for s, stage in enumerate(pipeline.stages):
+            yield from _mesh(stage, pipeline.rows, f"{where}.stages[{s}]", source)
+
+
+def _of_each_pipeline(problems: Iterator[Problem]) -> Iterator[Problem]:
+    """Problems that pipelines may have in common, each in its own stages."""
+    return (replace(problem, each=("pipeline", "")) for problem in problems)
 
 
 def _batch(plan: Plan, source: str) -> Iterator[Problem]:
@@ -56,10 +69,6 @@ def _batch(plan: Plan, source: str) -> Iterator[Problem]:
     if not plan.pipelines:
         yield Problem(source, "pipelines", "none", "at least one pipeline")
         return
-    for p, pipeline in enumerate(plan.pipelines):
-        for name, value in (("micro_batches", pipeline.micro_batches), ("rows", pipeline.rows)):
-            if value < 1:
-                yield Problem(source, f"pipelines[{p}].{name}", str(value), "at least 1")
     rows = sum(pipeline_rows(pipeline) for pipeline in plan.pipelines)
     if rows != job.global_batch:
         shares = " + ".join(f"{p.micro_batches} x {p.rows}" for p in plan.pipelines)
@@ -89,7 +98,8 @@ def _devices(plan: Plan, source: str) -> Iterator[Problem]:
     listed = Counter(plan.devices)
     for device, count in sorted(listed.items()):
         if count > 1:
-            yield Problem(source, "devices", f"{device} {count} times", "each device once")
+            found = f"{device} {count} times"
+            yield Problem(source, "devices", found, "each device once", each=("device", device))
         if not node_of(device):
             yield Problem(source, "devices", repr(device), "'node:index', for example 'a:0'")
     nodes = [node_of(device) for device in plan.devices]
@@ -97,17 +107,21 @@ def _devices(plan: Plan, source: str) -> Iterator[Problem]:
     for node, count in sorted(Counter(runs).items()):
         if count > 1:
             wanted = "all devices of a node next to each other: ranks are started node by node"
-            yield Problem(source, "devices", f"{node} in {count} places", wanted)
+            found = f"{node} in {count} places"
+            yield Problem(source, "devices", found, wanted, each=("node", node))
     used: Counter[str] = Counter()
     for where, device in _places(plan):
         used[device] += 1
+        each = ("device", device)
         if device not in listed:
-            yield Problem(source, where, device, "a device that the plan's `devices` lists")
+            wanted = "a device that the plan's `devices` lists"
+            yield Problem(source, where, device, wanted, each=each)
         if used[device] == 2:
-            yield Problem(source, where, f"{device} again", "each device in one place")
+            yield Problem(source, where, f"{device} again", "each device in one place", each=each)
     for device in sorted(set(listed) - set(used)):
+        found, wanted = f"{device}, which no stage uses", "only used ones"
         mend = "put it into a stage, or take it out of `devices`"
-        yield Problem(source, "devices", f"{device}, which no stage uses", "only used ones", mend)
+        yield Problem(source, "devices", found, wanted, mend, each=("device", device))
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -217,8 +231,9 @@ def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
                 f"pipelines[{p}].stages",
                 f"layers up to {end}",
                 f"all {len(model.layers)} layers of {model.name}",
+                each=("pipeline", ""),
             )
-    yield from _tensor_widths(plan, model, source)
+    yield from _of_each_pipeline(_tensor_widths(plan, model, source))
 
 
 def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
@@ -253,7 +268,7 @@ def _against_cluster(plan: Plan, cluster: Cluster, source: str) -> Iterator[Prob
     for device in plan.devices:
         if device not in known:
             wanted = f"a device of {cluster.name}"
-            yield Problem(source, "devices", device, wanted)
+            yield Problem(source, "devices", device, wanted, each=("device", device))
         elif plan.job.precision not in cluster.types[known[device].type].peak:
             offers = ", ".join(cluster.types[known[device].type].peak)
             yield Problem(
@@ -261,4 +276,5 @@ def _against_cluster(plan: Plan, cluster: Cluster, source: str) -> Iterator[Prob
                 "job.precision",
                 f"{plan.job.precision} on {device} ({known[device].type})",
                 f"one that it has: {offers}",
+                each=("device", device),
             )

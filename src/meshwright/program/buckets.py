@@ -76,7 +76,7 @@ def gradient_buckets(
     found: list[tuple[int, Bucket]] = []
     cuts = sorted({cut for stage in stages for cut in stage.layers})
     for first, last in pairwise(cuts):
-        replicas = _replicas(stages, range(first, last))
+        replicas = replicas_of(stages, range(first, last))
         end, undivided, divided = last, 0, 0
         for layer in reversed(range(first, last)):
             facts = model.layers[layer]
@@ -89,14 +89,14 @@ def gradient_buckets(
                 end, undivided, divided = layer, 0, 0
     for tied in model.tied:
         size = width * tied.parameters
-        replicas = _replicas(stages, tied.layers)
+        replicas = replicas_of(stages, tied.layers)
         sums = _sums(replicas, *((0, size) if tied.split else (size, 0)))
         found.append((tied.layers[0], Bucket(layers=None, tied=tied.name, sums=sums)))
     found.sort(key=lambda each: -each[0])
     return tuple(bucket for _, bucket in found if bucket.sums)
 
 
-def _replicas(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ranks, ...]:
+def replicas_of(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ranks, ...]:
     """Tensor ranks of every replica that holds any of the layers."""
     held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
     found = (tuple(seat.rank for seat in replica) for stage in held for replica in stage.seats)

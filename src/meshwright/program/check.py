@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.program.deadlock import deadlocks
@@ -36,7 +37,12 @@ def check_program(program: Program, *, source: str = "program") -> None:
         ]
     if not problems:
         problems = [*deadlocks(program, source)]
-    ProgramError.check(problems)
+    ProgramError.check(replace(each, each=("rank", _rank(each.field))) for each in problems)
+
+
+def _rank(field: str) -> str:
+    """The rank that a field of a program names, `rank 3`."""
+    return field.partition(",")[0]
 
 
 def _at(rank: int, index: int) -> str:

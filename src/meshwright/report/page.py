@@ -12,7 +12,7 @@ from pathlib import Path
 from meshwright import __version__, files
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
-from meshwright.model.spec import LayerGraph, num_parameters
+from meshwright.model.spec import LayerGraph, num_frozen, num_parameters
 from meshwright.plan.ranks import mesh_text, stage_seats
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
@@ -138,6 +138,7 @@ def report_html(
         version=__version__,
         plan=plan,
         parameters=num_parameters(model),
+        frozen=num_frozen(model),
         heading=verdict(plan, predicted.step_seconds, seconds),
         subtitle=title(plan),
         tiles=_tiles(plan, predicted.step_seconds, seconds, rivals),

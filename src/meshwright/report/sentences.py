@@ -86,8 +86,18 @@ def limits(plan: Plan) -> tuple[str, ...]:
         sentences.append(parts_sentence(prediction.parts))
     if prediction and prediction.memory:
         sentences.append(memory_sentence(prediction.memory))
+        sentences += _frozen(prediction.memory)
     sentences += _virtual_stages(plan)
     return tuple(sentences)
+
+
+def _frozen(memory: tuple[DeviceMemory, ...]) -> Iterator[str]:
+    """How much of the weights is held without being trained, if any is: it has no gradients, which
+    are as large as the weights that they belong to."""
+    held, trained = sum(m.parameters for m in memory), sum(m.gradients for m in memory)
+    if held - trained > 0.005 * held:
+        text = f"Of {format_bytes(held)} of weights on all devices {format_bytes(held - trained)} "
+        yield text + "are frozen: they have no gradients, no sums and no optimizer states."
 
 
 def _virtual_stages(plan: Plan) -> Iterator[str]:

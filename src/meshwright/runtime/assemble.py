@@ -19,6 +19,7 @@ from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, c
 from meshwright.runtime.collect import Home, parameter_homes
 from meshwright.runtime.debug import Tracer
 from meshwright.runtime.dilation import Dilator
+from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
 from meshwright.runtime.reduce import (
     FlatBucket,
     Members,
@@ -56,6 +57,8 @@ class Assembly:
     held: tuple[Held, ...]
     reducer: Reducer
     homes: tuple[Home, ...]
+    frozen: tuple[FrozenShare, ...]
+    """What ranks must start with alike although nobody trains it."""
 
     @property
     def buckets(self) -> Sequence[FlatBucket]:
@@ -90,11 +93,13 @@ def assemble(
     `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
     if the processes did not build the same model.
     """
-    _, seat = _own_seats(stage_seats(plan), world.rank)[0]
+    place, seat = _own_seats(stage_seats(plan), world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
     own = build_own(model, cuts, plan, program, world, habits=habits, posted=posted)
     agree(program, world, {n: place.messages for n, place in own.places.items()})
     equalise(own.buckets, own.held, world, own.team)
+    tile = own_tile(len(place.seats[seat.replica]), seat.tensor_index)
+    equalise_frozen(own.frozen, own.held, tile, world)
     return own
 
 
@@ -115,6 +120,7 @@ def build_own(
     stages = stage_seats(plan)
     mine = _own_seats(stages, world.rank)
     homes = parameter_homes(model, cuts[0], stages)
+    frozen = frozen_shares(model, cuts[0], stages)
     place, seat = mine[0]
     width = len(place.seats[seat.replica])
     team = _team(world, seat, width, habits.dilator)
@@ -135,6 +141,7 @@ def build_own(
         held=held,
         reducer=Reducer(buckets, posted, catch_up),
         homes=homes,
+        frozen=frozen,
     )
 
 

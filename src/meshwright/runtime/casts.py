@@ -1,4 +1,5 @@
-"""The 16-bit copies of weights that products read: made once a step, not once a micro-batch.
+"""The 16-bit copies of weights that products read: made once a step, not once a micro-batch; of
+frozen weights, once and for all.
 
 Autocast makes a copy in every forward and keeps it for the backward: 2 bytes a parameter for each
 micro-batch in flight. (Its own cache would share them, but then all gradients of weights wait for
@@ -39,7 +40,9 @@ class Casts:
 
     def __init__(self, modules: Sequence[nn.Module], precision: Precision) -> None:
         self._dtype = LOW_PRECISION.get(precision)
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[int, tuple[int, Tensor]] = {}
+        """With the version of the weight that they are copies of."""
+        self._frozen: set[int] = set()
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         low = modules if self._dtype is not None else ()
         self._places: dict[nn.Module, list[str]] = {}
@@ -56,16 +59,20 @@ class Casts:
         for module, names in self._places.items():
             for name in names:
                 self._copy(module.get_parameter(name))
-        return list(self._copies.values())
+        return [copy for _, copy in self._copies.values()]
 
     def drop(self) -> None:
-        """To be called before weights change."""
-        self._copies.clear()
+        """To be called before weights change; those that are frozen do not."""
+        for each in self._copies.keys() - self._frozen:
+            del self._copies[each]
 
     def _copy(self, weight: nn.Parameter) -> Tensor:
-        if id(weight) not in self._copies:
-            self._copies[id(weight)] = weight.detach().to(self._dtype)
-        return self._copies[id(weight)]
+        known = self._copies.get(id(weight))
+        if known is None or known[0] != weight._version:
+            self._copies[id(weight)] = weight._version, weight.detach().to(self._dtype)
+            if not weight.requires_grad:
+                self._frozen.add(id(weight))
+        return self._copies[id(weight)][1]
 
     def _put(self, module: nn.Module, _: object) -> None:
         for name in self._places[module]:

@@ -39,4 +39,5 @@ def _problems(plan: Plan, program: Program) -> Iterator[Problem]:
                 where = f"pipelines[{p}].stages[{s}].devices"
                 wanted = "1: sums inside a layer are not compiled"
                 mend = "train without `compile`"
-                yield Problem(source, where, f"tensor width {width}", wanted, mend)
+                found = f"tensor width {width}"
+                yield Problem(source, where, found, wanted, mend, each=("stage", ""))

@@ -181,7 +181,7 @@ def measure(
     if there.profile is not None:
         dist.destroy_process_group()
         return there.profile, True
-    cluster = load_cluster(Path(settings.cluster)) if settings.cluster else discover()
+    cluster = _machines(settings, device)
     bench = _bench(settings, graph, cluster, device)
     layers: list[LayerTime] = []
     todo = list(cases(settings, graph, distinct_layers(graph).values()))
@@ -211,6 +211,14 @@ def measure(
     found = from_rank(0, profile, Profile)
     dist.destroy_process_group()
     return found, False
+
+
+def _machines(settings: ProfileSettings, device: torch.device) -> Cluster:
+    """The cluster of the settings, else this machine by what it is measured on: times of the CPU
+    are not those of a GPU that PyTorch cannot use."""
+    if settings.cluster:
+        return load_cluster(Path(settings.cluster))
+    return discover(cpus=device.type == "cpu")
 
 
 def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) -> LinkTimes | None:

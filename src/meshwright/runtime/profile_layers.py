@@ -246,7 +246,7 @@ def optimizer_time(bench: Bench, optimizer: OptimizerFactory, name: str) -> Opti
     """
     points = []
     for _, _, built in _stages_of(bench, _smallest_and_largest(bench.graph), 1, 1):
-        parameters = [one.parameter for one in built.held]
+        parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         act = _optimizer_step(optimizer(parameters), parameters)

@@ -135,11 +135,12 @@ def _row_counts(costs: Costs, most: int) -> list[int]:
 def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
     """Rows of a micro-batch of which a device can hold what each layer saves, beside the layer's
     own parameters; 0 where it cannot hold one row or the width does not divide the layer."""
-    room, unit, found = usable_bytes(costs.cluster.types[kind]), costs.table.unit, []
+    room, unit, found = usable_bytes(costs.cluster.types[kind]), costs.table.weights.unit, []
     each = unit.weights + unit.gradients + unit.optimizer + unit.casts
     for layer in costs.model.layers:
         divided = 1 - 1 / tensor if layer.tensor_units else 0.0
         held = (layer.parameters - layer.split_parameters * divided) * each
+        held += (layer.frozen_parameters - layer.split_frozen * divided) * unit.weights
         saved = layer.saved_bytes - layer.split_saved_bytes * divided
         rows = costs.job.global_batch if room >= held else 0
         if rows and saved > 0:

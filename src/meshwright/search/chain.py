@@ -124,7 +124,8 @@ def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, h
 
 def _gradients(costs: Costs, tensor: int) -> Array:
     """Gradients [L + 1, L + 1] of layers [a, b) on one tensor rank."""
-    held = costs.table.replicated + costs.table.split / tensor
+    trained = costs.table.weights.trained
+    held = trained.replicated + trained.split / tensor
     found: Array = np.maximum(held[None, :] - held[:, None], 0.0)
     return found
 

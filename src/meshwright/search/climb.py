@@ -23,6 +23,7 @@ MOVES: tuple[Move, ...] = (
     moves.shares,
     moves.layers,
     moves.rows,
+    regroup.exchanged,
 )
 
 GAIN = 1e-6

@@ -27,6 +27,7 @@ from meshwright.cost.links import reached_links, ring_step
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
+from meshwright.cost.weights import own_numbers
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
 from meshwright.program.buckets import gradient_bytes, usual_bucket_bytes
@@ -269,11 +270,8 @@ def reduced_width(costs: Costs) -> float:
 
 
 def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
-    """Numbers on each tensor rank of a stage that are not tied."""
-    first, last = layers
-    table = costs.table
-    held = table.replicated[last] - table.replicated[first]
-    return float(held + (table.split[last] - table.split[first]) / tensor)
+    """Trained numbers on each tensor rank of a stage that are not tied."""
+    return float(own_numbers(costs.table.weights.trained, layers, tensor))
 
 
 def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[float, float]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
-from meshwright.cost.memory import stage_parameters
 from meshwright.cost.times import repeated_seconds
+from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     Costs,
@@ -230,7 +231,7 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
     tensor, size = candidate.shape.grid.tensor, len(costs.model.layers) + 1
     first, last = np.triu_indices(size, k=1)
     held = np.zeros((size, size))
-    held[first, last] = stage_parameters(costs.table, (first, last), tensor)
+    held[first, last] = stage_parameters(costs.table.weights, (first, last), tensor)
     per_parameter = []
     for s in range(len(candidate.placement.stages)):
         _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
@@ -280,7 +281,8 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
     for s, cut in enumerate(bounds[1:-1]):
         ahead[s], back[s] = facts.forward_cut[s, cut], facts.backward_cut[s, cut]
-    further = _further(shape, forward, backward, ahead, back)
+    returns = costs.table.cut_returns[list(bounds[1:-1])] > 0
+    further = _further(shape, forward, backward, ahead, back, returns)
     once = float((forward + backward + ahead + back).sum())
     before = np.concatenate([[0.0], np.cumsum(backward + back)[:-1]])
     reduce = _reductions(costs, candidate, ranges)
@@ -289,19 +291,28 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     exposed = max(0.0, float((lasts - before).max()))
     tensor = shape.grid.tensor
     optimizer = max(
-        _optimizer(costs, candidate, s, float(stage_parameters(costs.table, layers, tensor)))
+        _optimizer(
+            costs, candidate, s, float(stage_parameters(costs.table.weights, layers, tensor))
+        )
         for s, layers in enumerate(ranges)
     )
     overhead = overhead_seconds(costs.profile)
     return once + further + exposed + optimizer + overhead
 
 
-def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: Array) -> float:
+def _further(
+    shape: Shape,
+    forward: Array,
+    backward: Array,
+    ahead: Array,
+    back: Array,
+    returns: NDArray[np.bool_],
+) -> float:
     """Seconds that the micro-batches after the first one add.
 
     GPipe: M - 1 times the slowest forward or transfer, and the slowest backward or transfer. 1F1B:
     M - 1 times the slowest stage or transfer; or, at a stage that may hold d < M micro-batches, its
-    round trip to the last stage and back for every further d of them.
+    round trip to the last stage and back for every further d of them, unless nothing comes back.
     """
     count = shape.micro_batches - 1
     if shape.schedule == "gpipe":
@@ -310,6 +321,8 @@ def _further(shape: Shape, forward: Array, backward: Array, ahead: Array, back: 
     depth = np.minimum(np.arange(len(loads), 0, -1), shape.micro_batches)
     trips = np.cumsum((loads + ahead + back)[::-1])[::-1]
     waits = trips * (shape.micro_batches / depth - 1)
+    if not returns.all():
+        waits[: 1 + int(np.flatnonzero(~returns)[-1])] = 0.0
     return max(count * float(max(loads.max(), ahead.max(), back.max())), float(waits.max()))
 
 

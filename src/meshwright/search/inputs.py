@@ -51,4 +51,5 @@ def _link_problems(cluster: Cluster) -> Iterator[Problem]:
         if not 0 < link.bandwidth < inf or not 0 <= link.latency < inf:
             found = f"{link.bandwidth:g} bytes/s after {link.latency:g} s"
             wanted = "a bandwidth above zero: every node must be able to reach the others"
-            yield Problem(where, name, found, wanted, "leave out nodes that cannot be reached")
+            mend = "leave out nodes that cannot be reached"
+            yield Problem(where, name, found, wanted, mend, each=("link", where))

@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 
 from meshwright.cost.collective import alone_seconds
 from meshwright.cost.compute import optimizer_seconds
-from meshwright.cost.memory import stage_parameters
+from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.buckets import gradient_bytes
 from meshwright.program.compile import NORM_BYTES
@@ -45,6 +45,8 @@ class _Chain:
     backward: Grid
     ahead: list[list[tuple[int, int, float, float]]]
     """By cut: source unit, target unit, seconds of its activations, of its gradients."""
+    returns: list[bool]
+    """By cut: whether a backward before it waits for gradients; nothing frozen does."""
     tails: Grid
     """Seconds from the end of a unit's last backward to that of its reductions."""
 
@@ -96,7 +98,7 @@ def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) 
         costs.optimizers[key] = optimizer_seconds(
             costs.cluster.types[kind],
             costs.job.optimizer,
-            float(stage_parameters(costs.table, layers, tensor)),
+            float(stage_parameters(costs.table.weights, layers, tensor)),
             costs.profile,
             costs.model.precision,
         )
@@ -115,7 +117,8 @@ def _chain(costs: Costs, line: Line) -> _Chain:
         _transfers(costs, here, there, cut)
         for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True)
     ]
-    return _Chain(forward, backward, ahead, _tails(costs, line, backward))
+    returns = [bool(costs.table.cut_returns[cut]) for cut in line.bounds[1:-1]]
+    return _Chain(forward, backward, ahead, returns, _tails(costs, line, backward))
 
 
 def _transfers(
@@ -155,7 +158,7 @@ def _ends(facts: _Chain) -> Grid:
     """Seconds from the end of each unit's last backward to the end of all that follows from it."""
     ends = [list(stage) for stage in facts.tails]
     for s, transfers in enumerate(facts.ahead):
-        for i, j, _, back in transfers:
+        for i, j, _, back in transfers if facts.returns[s] else ():
             ends[s + 1][j] = max(ends[s + 1][j], back + facts.backward[s][i] + ends[s][i])
     return ends
 
@@ -168,7 +171,7 @@ def _trips(facts: _Chain) -> Grid:
     ]
     for s in reversed(range(len(facts.ahead))):
         own = list(trips[s])
-        for i, j, ahead, back in facts.ahead[s]:
+        for i, j, ahead, back in facts.ahead[s] if facts.returns[s] else ():
             trips[s][i] = max(trips[s][i], own[i] + ahead + trips[s + 1][j] + back)
     return trips
 

@@ -61,6 +61,8 @@ class _Pipe:
     backward: list[float]
     ahead: list[float]
     back: list[float]
+    returns: list[bool]
+    """By cut: whether a backward before it waits for gradients; nothing frozen does."""
     busiest: float
     """Of the link that all cuts together load most."""
 
@@ -84,9 +86,9 @@ def _pipe(costs: Costs, line: Line) -> _Pipe:
             found.append(way.seconds(size))
             for name, each in way.occupied:
                 busy[name] = busy.get(name, 0.0) + each * size
-    return _Pipe(
-        line.micro_batches, forward, backward, ahead, back, max(busy.values(), default=0.0)
-    )
+    returns = [bool(costs.table.cut_returns[cut]) for cut in line.bounds[1:-1]]
+    busiest = max(busy.values(), default=0.0)
+    return _Pipe(line.micro_batches, forward, backward, ahead, back, returns, busiest)
 
 
 def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
@@ -97,8 +99,11 @@ def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
     cuts = [a + b for a, b in zip(pipe.ahead, pipe.back, strict=True)]
     trip = whole = sum(loads) + sum(cuts)
     worst = pipe.count * pipe.busiest
+    # Before a cut that nothing comes back over nobody waits for the end.
+    waits = max((s + 1 for s, returns in enumerate(pipe.returns) if not returns), default=0)
     for s, load in enumerate(loads):
-        rounds = (count - 1) // min(depth - s, count) + 1 if schedule == "1f1b" else 1
+        held = min(depth - s, count)
+        rounds = (count - 1) // held + 1 if schedule == "1f1b" and s >= waits else 1
         worst = max(worst, whole - trip + max(count * load, rounds * trip))
         trip -= load + (cuts[s] if s < depth - 1 else 0.0)
     return worst
@@ -115,7 +120,7 @@ def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
         return [(end - pipe.backward[0], end)]
     some = followed(depth, count)
     ends, pace = _follow(pipe, schedule, some)
-    late = max((count - some) * pace, count * pipe.busiest - ends[0])
+    late = max((count - some) * pace, count * pipe.busiest - max(ends))
     return [(end + late - own, end + late) for end, own in zip(ends, pipe.backward, strict=True)]
 
 
@@ -188,7 +193,10 @@ def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float
             order=order,
             seconds=(pipe.forward[s], pipe.backward[s]),
             delays=(pipe.ahead[s - 1] if s else 0.0, pipe.back[s] if s < depth - 1 else 0.0),
-            sources=(ends[s - 1][0] if s else None, ends[s + 1][1] if s < depth - 1 else None),
+            sources=(
+                ends[s - 1][0] if s else None,
+                ends[s + 1][1] if s < depth - 1 and pipe.returns[s] else None,
+            ),
             ends=ends[s],
             free=[0.0, 0.0],
         )
@@ -199,7 +207,12 @@ def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float
         s = waiting.popleft()
         if _advance(stages[s]):
             waiting.extend(other for other in (s + 1, s - 1) if 0 <= other < depth)
-    return [stage.now for stage in stages], _pace(ends, schedule, count)
+    if all(pipe.returns):
+        return [stage.now for stage in stages], _pace(ends, schedule, count)
+    last = max(s + 1 for s, returns in enumerate(pipe.returns) if not returns)
+    loads = [f + b for f, b in zip(pipe.forward, pipe.backward, strict=True)]
+    pace = max(_pace(ends[last:], schedule, count), *loads[:last], *pipe.ahead[:last])
+    return [stage.now for stage in stages], pace
 
 
 def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, count: int) -> float:
@@ -214,7 +227,7 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
 
 def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
     """When all gradients are summed."""
-    end = max(span[0][1] for span in spans)
+    end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
     for begin, complete, size, closing, units in sorted(
         _sums(costs, lines, spans), key=lambda found: found[1]

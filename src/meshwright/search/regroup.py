@@ -95,6 +95,20 @@ def devices(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy
                     yield from _moved(costs, strategy, every, (i, s), (j, goal), unit, limit)
 
 
+def exchanged(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """A unit out of use, an idle one of another kind in its place."""
+    every = [stages_of(line) for line in strategy[1]]
+    for idle in _idle(costs, strategy[1]):
+        for i, own in enumerate(every):
+            for s, units in enumerate(own):
+                for unit in _distinct(costs, units):
+                    alike = unit_kind(costs, unit) == unit_kind(costs, idle)
+                    if len(unit) == len(idle) and not alike:
+                        left = tuple(idle if u == unit else u for u in units)
+                        changed = {i: (*own[:s], left, *own[s + 1 :])}
+                        yield from rebuilt(costs, strategy, limit, changed)
+
+
 def _moved(
     costs: Costs,
     strategy: Strategy,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Link
-from meshwright.cost.memory import stage_parameters
+from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
 from meshwright.search.lower import optimizer_of
@@ -130,7 +130,8 @@ def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
         costs=costs,
         fleets=every,
         widest_cut=float(np.median(inner)) if len(inner) else 0.0,
-        gradients=float(stage_parameters(costs.table, (0, len(names)), 1)) * reduced_width(costs),
+        gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
+        * reduced_width(costs),
         common=(names.index(common), number),
     )
 
@@ -255,7 +256,7 @@ def sketch(board: Drawing, template: Template, micro_batches: int) -> Sketch | N
         backward.append(back[b] - back[a])
         kind = board.fleets[segment.fleet].kind
         steps.append(optimizer_of(board.costs, kind, layers, template.tensor))
-        held = float(stage_parameters(board.costs.table, layers, template.tensor))
+        held = float(stage_parameters(board.costs.table.weights, layers, template.tensor))
         alone.append(reduction_seconds(board, segment, template.tensor, held, crowded=False))
         crowded.append(reduction_seconds(board, segment, template.tensor, held, crowded=True))
     return Sketch(

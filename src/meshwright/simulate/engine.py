@@ -349,7 +349,10 @@ def simulate(program: Program, prices: Prices) -> Timeline:
     """
     step = _Step(program, prices)
     step.play()
-    ProgramError.check(_stuck(step))
+    ProgramError.check(
+        Problem("program", f"rank {rank}[{index}]", found, wanted, each=("rank", f"rank {rank}"))
+        for rank, index, found, wanted in _stuck(step)
+    )
     # Not `step.now`: forecasts that a faster rate has outdated are played, idly, after the end.
     end = max((i.end_seconds for i in step.intervals), default=0.0)
     return Timeline(
@@ -361,25 +364,23 @@ def simulate(program: Program, prices: Prices) -> Timeline:
     )
 
 
-def _stuck(step: _Step) -> Iterator[Problem]:
-    """Instructions that wait for something that never comes."""
+def _stuck(step: _Step) -> Iterator[tuple[int, int, str, str]]:
+    """Rank and index of instructions that wait for something that never comes, and for what."""
     for rank, state in enumerate(step.ranks):
         instructions = step.program.ranks[rank]
         done = state.position == len(instructions)
         if not done or state.busy:
             index = min(state.position, len(instructions) - 1) - (state.busy and not done)
             found = f"{text(instructions[index])!r}, which waits for ever"
-            yield Problem("program", f"rank {rank}[{index}]", found, "a program that ends")
+            yield rank, index, found, "a program that ends"
     for (source, target, _), channel in step.channels.items():
         for rank, index in (*channel.sends, *channel.receives):
             found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without a partner"
-            wanted = f"a send from rank {source} for every receive on rank {target}"
-            yield Problem("program", f"rank {rank}[{index}]", found, wanted)
+            yield rank, index, found, f"a send from rank {source} for each receive on rank {target}"
     for chain in step.chains.values():
         for rank, index in (at for ends in chain.posted.values() for at in ends):
             found = f"{text(step.program.ranks[rank][index])!r} on rank {rank}, without the others"
-            wanted = "all sends and receives of its broadcast"
-            yield Problem("program", f"rank {rank}[{index}]", found, wanted)
+            yield rank, index, found, "all sends and receives of its broadcast"
 
 
 def simulate_plan(

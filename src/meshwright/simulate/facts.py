@@ -122,7 +122,10 @@ def measure(
 
 def check_comparable(first: Measured, second: Measured) -> None:
     """Raise PlanError unless both plans are for the same layers."""
-    one, two = ([(x.name, x.parameters) for x in each.model.layers] for each in (first, second))
+    one, two = (
+        [(x.name, x.parameters, x.frozen_parameters) for x in each.model.layers]
+        for each in (first, second)
+    )
     if one != two:
         a, b = first.facts, second.facts
         raise PlanError(

@@ -123,7 +123,8 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
     empty = [resource for resource, speed in left.items() if speed <= 0]
     ClusterError.check(
-        Problem(f"link {resource}", "bandwidth", "0", "above zero") for resource in empty
+        Problem(f"link {resource}", "bandwidth", "0", "above zero", each=("link", str(resource)))
+        for resource in empty
     )
     if len(every) == 1:
         (flow,) = every

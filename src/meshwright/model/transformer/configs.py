@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from meshwright.model.transformer.spec import Epsilon
-from meshwright.records import Line, record
+from meshwright.records import Line, Name, record
 
 Vocabulary = Annotated[int, Field(ge=1, le=10**7)]
 Positions = Annotated[int, Field(ge=1, le=2**30)]
@@ -26,7 +26,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Cap = Annotated[float, Field(gt=0, le=1e6)]
 Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(max_length=10_000)]
 Kinds = Annotated[tuple[Line, ...], Field(max_length=10_000)]
-Rope = dict[str, Any]
+Rope = dict[Name, Any]
 
 
 @record
@@ -99,8 +99,6 @@ class DecoderConfig:
     """The cap of scores."""
     final_logit_softcapping: Cap | None = None
     """The cap of logits."""
-    qk_layernorm: bool = False
-    """Whether queries and keys are normalised (Phi)."""
     clip_qkv: Cap | None = None
     """Limit of queries, keys and values."""
     num_local_experts: Experts = 0

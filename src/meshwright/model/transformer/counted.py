@@ -11,47 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from meshwright.model.config import LanguageModel
 from meshwright.model.shard import (
     Column,
     Row,
     Split,
     Vocabulary,
     VocabularyHead,
-    VocabularyLoss,
     held,
 )
-from meshwright.model.config import LanguageModel
+from meshwright.model.transformer import counted_loss, counted_stems
 from meshwright.model.transformer.counted_attention import attend
 from meshwright.model.transformer.counted_experts import routed
+from meshwright.model.transformer.made import Made, Parameter
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
 from meshwright.model.transformer.tape import NOWHERE, Backward, Sized, Tape
-
-INDEX = 8
-"""Bytes of a token index."""
-
-
-@dataclass(slots=True)
-class Parameter:
-    """One parameter that a layer has."""
-
-    name: str
-    shape: tuple[int, ...]
-    split: Split | None = None
-    linear: bool = False
-    """Cast once a step in low precision."""
-    trained: bool = True
-
-
-@dataclass(slots=True)
-class Made:
-    """A module that a layer needs: a linear map, a table, a row, a normalisation, experts, a loss."""
-
-    kind: str
-    sizes: tuple[int, ...] = ()
-    bias: bool = False
-    split: Split | None = None
-    norm: Norm | None = None
-    model: LanguageModel | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +38,8 @@ class Counted:
     tape: Tape = field(default_factory=Tape)
     parameters: list[Parameter] = field(default_factory=list)
     modules: dict[str, Made] = field(default_factory=dict)
+    constants: int = 0
+    """Numbers that are held and not trained, beside parameters."""
     splits: dict[str, Split] = field(default_factory=dict)
     """How modules inside a module of `modules` are divided."""
     flops: int = 0
@@ -76,7 +52,7 @@ class Counted:
         """Whether weights are cast to be read."""
         return self.a != self.m
 
-    def _parameter(
+    def parameter(
         self, name: str, shape: tuple[int, ...], split: Split | None = None, *,
         linear: bool = False, trained: bool = True,
     ) -> tuple[int, ...]:  # fmt: skip
@@ -91,7 +67,7 @@ class Counted:
         own[ranges.dim] = sum(last - first for first, last in ranges.ranges)
         return tuple(own)
 
-    def _cast(self, shape: tuple[int, ...], *, linear: bool) -> Sized:
+    def weight_cast(self, shape: tuple[int, ...], *, linear: bool) -> Sized:
         """A weight as it is read: itself, or a cast."""
         if not self.low:
             return Sized(shape, self.m, NOWHERE)
@@ -100,30 +76,25 @@ class Counted:
             self.tape.casts.add(made.storage.number)
         return made
 
-    def _kept(self, *values: Sized) -> list[Sized]:
+    def kept(self, *values: Sized) -> list[Sized]:
         """Those that are no weights themselves."""
         return [each for each in values if each.storage is not NOWHERE]
 
-    def _weight_gradients(self, shapes: Sequence[tuple[int, ...]]) -> list[Sized | None]:
+    def weight_gradients(self, shapes: Sequence[tuple[int, ...]]) -> list[Sized | None]:
         """As the weights were read: those of casts are handed on, others added to what there is."""
         made = [self.tape.new(shape, self.a) for shape in shapes]
         return list(made) if self.low else [None] * len(shapes)
 
-    def elementwise(
-        self, inputs: Sequence[Sized], saved: Sequence[Sized], kernels: int = 1
-    ) -> Sized:
+    def elementwise(self, inputs: Sequence[Sized], saved: Sequence[Sized]) -> Sized:
         """An output like the first input; in the backward one of each input's size."""
         x = inputs[0]
         new = self.tape.new
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-            for _ in range(kernels - 1):
-                new(x_shape, x_size)
             return [new(shape, size) for shape, size in shapes]
 
-        x_shape, x_size = x.shape, x.size
         shapes = [(each.shape, each.size) for each in inputs]
-        return self.tape.record(inputs, x_shape, x_size, back, saved)
+        return self.tape.record(inputs, x.shape, x.size, back, saved)
 
     def linear(
         self, name: str, x: Sized, inputs: int, outputs: int, *, bias: bool = False,
@@ -131,11 +102,11 @@ class Counted:
     ) -> Sized:  # fmt: skip
         """2 tokens inputs outputs FLOPs, and twice that back."""
         self.modules[name] = Made("linear", (inputs, outputs), bias, split)
-        own = self._parameter(f"{name}.weight", (outputs, inputs), split, linear=True)
+        own = self.parameter(f"{name}.weight", (outputs, inputs), split, linear=True)
         shapes = [own]
         if bias:
-            shapes.append(self._parameter(f"{name}.bias", (outputs,), split, linear=True))
-        weights = [self._cast(each, linear=True) for each in shapes]
+            shapes.append(self.parameter(f"{name}.bias", (outputs,), split, linear=True))
+        weights = [self.weight_cast(each, linear=True) for each in shapes]
         work = 2 * prod(x.shape[:-1]) * own[0] * own[1]
         self.flops += work
         shape, size = x.shape, x.size
@@ -146,10 +117,10 @@ class Counted:
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
             self.flops += 2 * work if wanted else work
             before = self.tape.new(shape, size) if wanted else None
-            return [before, *self._weight_gradients(shapes)]
+            return [before, *self.weight_gradients(shapes)]
 
         made = self.tape.record([x, *weights], (*shape[:-1], own[0]), self.a, back,
-                                self._kept(x, weights[0]), trained=True)  # fmt: skip
+                                self.kept(x, weights[0]), trained=True)  # fmt: skip
         self.tape.traffic -= sum(each.bytes for each in weights)
         if isinstance(split, Row):
             self.forward_all_reduce.append(made.bytes)
@@ -160,7 +131,7 @@ class Counted:
     ) -> Sized:
         """No FLOPs; the table's gradient is as large as the table."""
         self.modules[name] = Made("table", (entries, width), split=split)
-        own = self._parameter(f"{name}.weight", (entries, width), split)
+        own = self.parameter(f"{name}.weight", (entries, width), split)
         shape = (*index.shape, width)
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
@@ -185,69 +156,31 @@ class Counted:
 
     def positions(self, name: str, x: Sized, entries: int, offset: int, *, frozen: bool) -> Sized:
         """As many rows as there are tokens, whatever the rows of the batch."""
-        tokens, width = x.shape[1], x.shape[2]
-        self.modules[name] = Made("table", (entries + offset, width))
-        own = self._parameter(f"{name}.weight", (entries + offset, width), trained=not frozen)
-        table = self.tape.new((tokens, width), self.m)
-        if self.low:
-            table = self.tape.new((tokens, width), self.a)
-        saved = [self.tape.new((tokens,), INDEX)]
-        shape, size = x.shape, x.size
-
-        def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-            if not frozen:
-                narrow = self.tape.new((tokens, width), self.a)
-                if self.low:
-                    narrow = self.tape.new((tokens, width), self.m)
-                self.tape.new(own, self.m)
-                del narrow
-            return [arrived[0]]
-
-        made = self.tape.record([x], shape, size, back, saved, trained=not frozen)
-        del table
-        return made
+        return counted_stems.positions(self, name, x, entries, offset, frozen=frozen)
 
     def added_row(self, name: str, x: Sized, entries: int) -> Sized:
         """One row, whatever the rows of the batch."""
-        self.modules[name] = Made("table", (entries, x.shape[-1]))
-        own = self._parameter(f"{name}.weight", (entries, x.shape[-1]))
-
-        def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-            self.tape.new(own, self.m)
-            return [arrived[0]]
-
-        return self.tape.record([x], x.shape, x.size, back, trained=True)
+        return counted_stems.added_row(self, name, x, entries)
 
     def prepended(self, name: str, x: Sized) -> Sized:
         """One token more in every row."""
-        rows, tokens, width = x.shape
-        self._parameter(name, (1, 1, width))
-        size = x.size
-        self.tape.traffic += rows * width * size
-
-        def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-            return [arrived[0]]
-
-        return self.tape.record([x], (rows, tokens + 1, width), size, back, trained=True)
+        return counted_stems.prepended(self, name, x)
 
     def norm(self, name: str, x: Sized, width: int, norm: Norm) -> Sized:
         """A layer normalisation keeps mean and deviation of each vector, the other one number."""
         self.modules[name] = Made("norm", (width,), norm=norm)
-        if norm.one_added and not self.low:
-            gain = [self.tape.new((width,), self.m)]
-        else:
-            gain = []
+        gain = [self.tape.new((width,), self.m)] if norm.one_added and not self.low else []
         names = [n for n, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
-        own = [self._parameter(f"{name}.{each}", (width,)) for each in names]
-        weights = [self._cast(each, linear=False) for each in own]
+        own = [self.parameter(f"{name}.{each}", (width,)) for each in names]
+        weights = [self.weight_cast(each, linear=False) for each in own]
         vectors = x.shape[:-1]
         shape, size = x.shape, x.size
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-            return [self.tape.new(shape, size), *self._weight_gradients(own)]
+            return [self.tape.new(shape, size), *self.weight_gradients(own)]
 
         made = self.tape.record([x, *weights], shape, size, back,
-                                [*self._kept(x, *weights), *gain], trained=bool(own))  # fmt: skip
+                                [*self.kept(x, *weights), *gain], trained=bool(own))  # fmt: skip
         if norm.kind == "rms":
             statistics = [self.tape.new(vectors, 4)]
         else:
@@ -404,43 +337,35 @@ class Counted:
         self.tape.keep(low, [low])
         return self.elementwise([low], [])
 
+    def patches(self, pixels: Sized, patch: tuple[int, int]) -> Sized:
+        """Copied into another order."""
+        return counted_stems.patches(self, pixels, patch)
+
+    def convolution(self, name: str, x: Sized, inputs: int, outputs: int, *, stride: int) -> Sized:
+        """6 tokens inputs outputs FLOPs."""
+        return counted_stems.convolution(self, name, x, inputs, outputs, stride=stride)
+
+    def turned(self, x: Sized) -> Sized:
+        """A view."""
+        rows, features, tokens = x.shape
+        return self.tape.views(x, [(rows, tokens, features)], _same)[0]
+
+    def first_token(self, x: Sized) -> Sized:
+        """A view, whose gradient is as large as x."""
+        shape, size = x.shape, x.size
+        return self.tape.views(x, [(shape[0], shape[2])], lambda _: [self.tape.new(shape, size)])[0]
+
+    def relative_bias(
+        self, name: str, x: Sized, heads: int, buckets: int, reach: int, *, both_ways: bool
+    ) -> Sized:
+        """One number for each head and pair of tokens, whatever the rows of the batch."""
+        return counted_stems.relative_bias(self, name, x, heads, buckets)
+
     def loss(
         self, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
     ) -> Sized:
         """Logarithms of probabilities in full precision are kept."""
-        self.modules[name] = Made("loss", split=split)
-        if isinstance(split, VocabularyLoss):
-            self.forward_all_reduce.extend([prod(targets.shape) * self.m] * 3)
-        if isinstance(split, VocabularyLoss) and self.width > 1:
-            return self._divided_loss(logits, targets)
-        x = self.cast_to(logits, self.m) if self.low else logits
-        shape = x.shape
-
-        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-            return [self.tape.new(shape, self.m)]
-
-        def back_to_logarithms(_: Sequence[Sized | None]) -> list[Sized | None]:
-            return [self.tape.new(shape, self.m), None]
-
-        logarithms = self.tape.record([x], shape, self.m, back)
-        self.tape.keep(logarithms, [logarithms])
-        weights = self.tape.new((), self.m)
-        return self.tape.record([logarithms, targets], (), self.m, back_to_logarithms,
-                                [logarithms, targets, weights])  # fmt: skip
-
-    def _divided_loss(self, logits: Sized, targets: Sized) -> Sized:
-        """Over a divided vocabulary: probabilities in full precision are kept."""
-        x = self.tape.new(logits.shape, self.m) if self.low else logits
-        x = self.tape.new(logits.shape, self.m)
-        shape, size = logits.shape, logits.size
-
-        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-            wide = self.tape.new(shape, self.m)
-            return [self.tape.new(shape, size) if self.low else wide, None]
-
-        made = self.tape.record([logits, targets], (), self.m, back)
-        self.tape.keep(made, [x, targets])
-        return made
+        return counted_loss.loss(self, name, logits, targets, split=split)
 
 
 def _same(arrived: Sequence[Sized | None]) -> Sequence[Sized | None]:

@@ -29,6 +29,9 @@ def attend(
         wide = _padded(o, v, q.shape[3])
         return _narrowed(o, fused(o, q, k, wide, mask), v.shape[3])
     mask = o.tape.new((1, 1, tokens, reads), o.a) if masked else bias
+    if masked and bias is not None:
+        hidden = o.tape.new((1, 1, tokens, reads), 1)
+        o.tape.keep(bias, [hidden])
     made = capped(o, q, k, v, mask, cap)
     return o.copied(made, made.shape)
 
@@ -92,7 +95,7 @@ def capped(
     o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
-    """Scores are made, bent and kept. Keys and values that are not `in_order` in memory are copied."""
+    """Scores are made, bent and kept; keys and values not `in_order` in memory are copied."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:
@@ -129,19 +132,19 @@ def _windowed(o: Counted, q: Sized, k: Sized, v: Sized, window: int, cap: float 
     if short:
         q, k, v = (_lengthened(o, each, tokens + short) for each in (q, k, v))
     later = (tokens + short) // window - 1
-    first = [_piece(o, each, window) for each in (q, k, v)]
+    own_q, own_k, own_v = (_piece(o, each, window) for each in (q, k, v))
     own = o.copied(_piece(o, q, later * window), (rows * later, heads, window, head))
-    read = [
+    keys, values = (
         _overlapping(o, each, (rows * later, each.shape[1], 2 * window, each.shape[3]))
         for each in (k, v)
-    ]
+    )
     mask = o.tape.new((1, 1, window, 2 * window), o.a)
     if cap is None:
-        one, rest = fused(o, *first), fused(o, own, *read, mask)
+        one, rest = fused(o, own_q, own_k, own_v), fused(o, own, keys, values, mask)
     else:
         causal = o.tape.new((1, 1, window, window), o.a)
-        one = capped(o, *first, causal, cap)
-        rest = capped(o, own, *read, mask, cap, in_order=True)
+        one = capped(o, own_q, own_k, own_v, causal, cap)
+        rest = capped(o, own, keys, values, mask, cap, in_order=True)
         rest = o.copied(rest, rest.shape)
     value = v.shape[3]
     rest = o.tape.views(rest, [(rows, heads, later * window, value)], list)[0]

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Split
+from meshwright.model.transformer.made import INDEX, Made
 from meshwright.model.transformer.tape import Backward, Sized
 from meshwright.model.transformer.usual import made_of
 
 if TYPE_CHECKING:
     from meshwright.model.transformer.counted import Counted
 
-INDEX = 8
-
 
 def routed(o: Counted, name: str, x: Sized, c: LanguageModel) -> Sized:
     """Tokens are sorted by expert, computed, and put back."""
-    from meshwright.model.transformer.counted import Made
-
     rows, sequence, width = x.shape
     tokens = rows * sequence
     hidden = c.hidden
@@ -100,6 +97,7 @@ def _shares(o: Counted, logits: Sized, c: LanguageModel) -> Sized:
         o.tape.keep(scores, [scores])
         o.tape.traffic += scores.bytes + tokens * k * (o.m + INDEX)
         if mixture.balanced:
+            o.constants += c.experts
             o.tape.traffic += 2 * scores.bytes
         if mixture.groups > 1:
             o.tape.traffic += 4 * scores.bytes
@@ -141,7 +139,7 @@ def _grouped(
     counts: Sized,
 ) -> Sized:  # fmt: skip
     """Each row through its expert's weights, which are cast expert by expert."""
-    own = o._parameter(f"{name}.weight", (experts, outputs, inputs), split)
+    own = o.parameter(f"{name}.weight", (experts, outputs, inputs), split)
     work = 2 * prod(x.shape[:-1]) * own[1] * own[2]
     o.flops += work
     shape, size = x.shape, x.size

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.amounts import (
@@ -17,12 +20,20 @@ from meshwright.model.amounts import (
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split, held
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.model.transformer.counted import INDEX, Counted, Parameter
-from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
+from meshwright.model.transformer.counted import Counted
+from meshwright.model.transformer.made import INDEX, Parameter
+from meshwright.model.transformer.network import (
+    LayerOf,
+    inputs_of,
+    layers_of,
+    tied_parameters,
+    tokens_of,
+)
+from meshwright.model.transformer.tape import Sized
 from meshwright.model.transformer.usual import made_of
 from meshwright.records import fingerprint
 
-SIZES: dict[Precision, tuple[int, int]] = {
+SIZES: Mapping[Precision, tuple[int, int]] = {
     "fp64": (8, 8),
     "fp32": (4, 4),
     "fp16": (2, 4),
@@ -31,115 +42,142 @@ SIZES: dict[Precision, tuple[int, int]] = {
 """Bytes of an activation, and of a weight."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a model is counted for."""
+
+    model: LanguageModel
+    sequence: int
+    precision: Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was counted of a layer."""
+
+    layer: Layer
+    keeps: tuple[bool, ...]
+    """Of each thing that it reads, whether it keeps it for its backward."""
+    output_bytes: float
+    """For each row."""
+    parameters: tuple[Parameter, ...]
+
+
 def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
-    """The planner's view of a model that has an architecture."""
+    """The planner's view of a model that is GPT-2, Llama, Mixtral or has an architecture."""
+    job = Job(c, sequence, precision)
     layers = layers_of(c)
-    tied = tied_parameters(c)
-    index = {layer.name: number for number, layer in enumerate(layers)}
-    known: dict[str, tuple[Layer, dict[str, bool], float]] = {}
-    made: list[Layer] = []
-    kept: set[tuple[str, int]] = set()
-    sizes: list[float] = []
-    for number, layer in enumerate(layers):
+    known: dict[str, Found] = {}
+    for layer in layers:
         if layer.kind not in known:
-            known[layer.kind] = _counted(layer, c, sequence, precision)
-        one, keeps, out = known[layer.kind]
-        made.append(_renamed(one, layer.name))
-        sizes.append(out)
-        kept |= {
-            (name, number) for name, keep in zip(layer.reads, keeps.values(), strict=True) if keep
-        }
-    tensors = []
-    for number, layer in enumerate(layers[:-1]):
-        readers = tuple(n for n, each in enumerate(layers) if layer.name in each.reads)
-        tensors.append(
-            Tensor(
-                name=layer.name,
-                bytes=sizes[number],
-                producer=number,
-                consumers=readers,
-                kept=(layer.name, readers[0]) in kept,
-            )
-        )
-    del index
+            known[layer.kind] = _counted(layer, job)
+    found = [known[layer.kind] for layer in layers]
+    own = _owned(layers, found, c)
     return LayerGraph(
         name=c.name,
         sequence=sequence,
         precision=precision,
-        layers=tuple(made),
-        tensors=tuple(tensors),
-        tied=_tied(layers, c, tied),
+        layers=tuple(
+            replace(each.layer, name=layer.name, **_without_tied(own[number]))
+            for number, (layer, each) in enumerate(zip(layers, found, strict=True))
+        ),
+        tensors=_tensors(layers, found),
+        tied=_tied(layers, found, c),
     )
 
 
-def _renamed(layer: Layer, name: str) -> Layer:
-    from dataclasses import replace
-
-    return replace(layer, name=name)
-
-
-def _run(
-    layer: LayerOf, c: LanguageModel, rows: int, sequence: int, precision: Precision, width: int
-) -> tuple[Run, Counted, int]:
-    a, m = SIZES[precision]
-    o = Counted(a=a, m=m, width=width)
-    batch = inputs_of(c)
-    given = [
-        o.tape.leaf((rows, sequence), INDEX, gradient=False)
-        if name in batch
-        else o.tape.leaf((rows, sequence, c.width), a, gradient=True)
-        for name in layer.reads
+def _tensors(layers: tuple[LayerOf, ...], found: list[Found]) -> tuple[Tensor, ...]:
+    readers = [
+        tuple(n for n, each in enumerate(layers) if layer.name in each.reads) for layer in layers
     ]
+    kept = [dict(zip(layer.reads, each.keeps, strict=True)) for layer, each in
+            zip(layers, found, strict=True)]  # fmt: skip
+    return tuple(
+        Tensor(
+            name=layer.name,
+            bytes=found[number].output_bytes,
+            producer=number,
+            consumers=readers[number],
+            kept=kept[readers[number][0]][layer.name],
+        )
+        for number, layer in enumerate(layers[:-1])
+    )
+
+
+def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: int) -> list[Sized]:
+    """Stand-ins for what a layer reads."""
+    batch = {each.name: each for each in inputs_of(c, sequence)}
+    makes = {each.name: each.makes for each in layers_of(c)}
+    given = []
+    for name in layer.reads:
+        if name in batch:
+            own = batch[name]
+            size = INDEX if own.index else o.m
+            given.append(o.tape.leaf((rows, *own.shape), size, gradient=False))
+        else:
+            shape = (rows, tokens_of(c, makes[name], sequence), c.width)
+            given.append(o.tape.leaf(shape, o.a, gradient=True))
+    return given
+
+
+def _run(layer: LayerOf, job: Job, rows: int, width: int) -> tuple[Run, Counted, int]:
+    """Forward and backward of tensor rank 0 of `width`; also the bytes of the output."""
+    a, m = SIZES[job.precision]
+    o = Counted(a=a, m=m, width=width)
+    given = given_to(o, layer, job.model, rows, job.sequence)
     result = layer.compute(o, *given)
-    forward = (o.flops, o.attention_flops, o.tape.traffic, list(o.tape.events))
-    size = result.bytes
-    read = [each.storage.number for each in given]
+    flops, attention, traffic = o.flops, o.attention_flops, o.tape.traffic
+    events = list(o.tape.events)
     outputs = {result.storage.number} - o.tape.saved
     o.tape.backward([result])
     run = Run(
-        flops=forward[0],
-        attention_flops=forward[1],
-        backward_flops=o.flops + o.attention_flops - forward[0] - forward[1],
-        traffic=forward[2],
+        flops=flops,
+        attention_flops=attention,
+        backward_flops=o.flops + o.attention_flops - flops - attention,
+        traffic=traffic,
         births=o.tape.births,
-        forward_events=forward[3],
+        forward_events=events,
         backward_events=list(o.tape.events),
         saved=o.tape.saved,
         outputs=outputs,
         casts=o.tape.casts,
-        keeps=tuple(number in o.tape.saved for number in read),
+        keeps=tuple(each.storage.number in o.tape.saved for each in given),
         forward_all_reduce=o.forward_all_reduce,
         backward_all_reduce=o.backward_all_reduce,
     )
-    return run, o, size
+    return run, o, result.bytes
 
 
-def _counted(
-    layer: LayerOf, c: LanguageModel, sequence: int, precision: Precision
-) -> tuple[Layer, dict[str, bool], float]:
-    """A layer, whether it keeps each thing it reads, and the bytes of its output for each row."""
-    runs = {1: [_run(layer, c, rows, sequence, precision, 1) for rows in ROWS]}
-    parameters = runs[1][0][1].parameters
+def _counted(layer: LayerOf, job: Job) -> Found:
+    few, many = (_run(layer, job, rows, 1) for rows in ROWS)
+    parameters, splits = few[1].parameters, few[1].splits
     table: dict[str, Split] = {p.name: p.split for p in parameters if p.split is not None}
-    table |= runs[1][0][1].splits
+    table |= splits
+    amounts: dict[int, Amounts] = {1: per_row((few[0], many[0]))}
     for width in widths_run(layer.units, table):
         if width > 1:
-            runs[width] = [_run(layer, c, rows, sequence, precision, width) for rows in ROWS]
-    amounts: dict[int, Amounts] = {
-        w: per_row((few[0], many[0])) for w, (few, many) in sorted(runs.items())
-    }
-    few, many = runs[1]
-    out = (many[2] - few[2]) / (ROWS[1] - ROWS[0])
-    built = _layer(layer, c, parameters, table, amounts, sequence, precision)
-    return built, dict(zip(layer.reads, amounts[1].keeps, strict=True)), out
+            one, two = (_run(layer, job, rows, width)[0] for rows in ROWS)
+            amounts[width] = per_row((one, two))
+    return Found(
+        layer=_layer(layer, job, parameters, table, amounts, few[1].constants),
+        keeps=amounts[1].keeps,
+        output_bytes=(many[2] - few[2]) / (ROWS[1] - ROWS[0]),
+        parameters=tuple(parameters),
+    )
 
 
-def _layer(layer, c, parameters: list[Parameter], table, amounts, sequence, precision) -> Layer:
+def _layer(
+    layer: LayerOf,
+    job: Job,
+    parameters: list[Parameter],
+    table: dict[str, Split],
+    amounts: dict[int, Amounts],
+    constants: int,
+) -> Layer:
+    """All but the parameters, of which some are other layers', too."""
     whole = amounts[1]
     width = first_width(layer.units, table)
     share = amounts.get(width, whole)
-    foreign = _tied_names(layer, c)
-    own = [p for p in parameters if p.name not in foreign]
     left = _share_held(parameters, width)
 
     def divided(full: float, rest: float) -> float:
@@ -148,37 +186,21 @@ def _layer(layer, c, parameters: list[Parameter], table, amounts, sequence, prec
     flops = whole.forward_flops + whole.attention_flops
     return Layer(
         name=layer.name,
-        signature=fingerprint(
-            [
-                repr(made_of(c)),
-                c.family,
-                c.width,
-                c.heads,
-                c.kv_heads,
-                c.head,
-                c.hidden,
-                c.experts,
-                c.chosen,
-                layer.kind,
-                sequence,
-                *([c.vocabulary, c.positions] if layer.units == 0 else []),
-            ]
-        ),
+        signature=_signature(layer, job),
         forward_flops=whole.forward_flops,
         attention_flops=whole.attention_flops,
         backward_flops=whole.backward_flops,
         traffic_bytes=whole.traffic_bytes,
-        parameters=sum(prod(p.shape) for p in own if p.trained),
+        parameters=0,
+        constant_bytes=float(constants * SIZES[job.precision][1]),
         saved_bytes=whole.saved_bytes,
         workspace_bytes=whole.workspace_bytes,
         fixed_saved_bytes=whole.fixed_saved_bytes,
-        cast_parameters=sum(prod(p.shape) for p in own if p.linear and p.trained),
         moments=worst_moments({1: whole}),
         tensor_moments=worst_moments({w: a for w, a in amounts.items() if w > 1})
         if share is not whole
         else (),
         tensor_units=layer.units,
-        split_parameters=sum(prod(p.shape) for p in own if _is_divided(p)),
         split_flops=divided(flops, share.forward_flops + share.attention_flops),
         split_saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
         forward_all_reduce_bytes=whole.forward_all_reduce_bytes,
@@ -186,41 +208,69 @@ def _layer(layer, c, parameters: list[Parameter], table, amounts, sequence, prec
     )
 
 
-def _tied_names(layer: LayerOf, c: LanguageModel) -> set[str]:
-    """Of a layer's parameters, those that other layers have, too."""
+def _signature(layer: LayerOf, job: Job) -> str:
+    """Of a block, whatever the model's depth, words and positions."""
+    c = job.model
+    sizes = [c.width, c.heads, c.kv_heads, c.head, c.hidden, c.experts, c.chosen]
+    outer = [] if layer.kind.startswith("block") else [c.vocabulary, c.positions]
+    return fingerprint([repr(made_of(c)), layer.kind, job.sequence, *sizes, *outer])
+
+
+def _owned(
+    layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel
+) -> list[tuple[Parameter, ...]]:
+    """Of each layer, the parameters that are its alone."""
     tied = tied_parameters(c)
     both = {*tied, *tied.values()}
-    prefix = f"{layer.name}."
-    return {name.removeprefix(prefix) for name in both if name.startswith(prefix)}
+    return [
+        tuple(p for p in each.parameters if f"{layer.name}.{p.name}" not in both)
+        for layer, each in zip(layers, found, strict=True)
+    ]
+
+
+def _without_tied(own: tuple[Parameter, ...]) -> dict[str, Any]:
+    trained = [p for p in own if p.trained]
+    return {
+        "parameters": sum(prod(p.shape) for p in trained),
+        "cast_parameters": sum(prod(p.shape) for p in trained if p.linear),
+        "split_parameters": sum(prod(p.shape) for p in trained if _is_divided(p)),
+        "frozen_parameters": sum(prod(p.shape) for p in own if not p.trained),
+    }
 
 
 def _is_divided(p: Parameter) -> bool:
-    return (
-        p.split is not None and held(p.split, p.name.rpartition(".")[2], p.shape, 2, 0) is not None
-    )
+    attribute = p.name.rpartition(".")[2]
+    return p.split is not None and held(p.split, attribute, p.shape, 2, 0) is not None
 
 
 def _share_held(parameters: list[Parameter], width: int) -> float:
+    """Of what is divided, the share that rank 0 of `width` holds."""
     full = own = 0
     for p in parameters:
-        ranges = held(p.split, p.name.rpartition(".")[2], p.shape, width, 0) if p.split else None
+        attribute = p.name.rpartition(".")[2]
+        ranges = held(p.split, attribute, p.shape, width, 0) if p.split else None
         if ranges is not None:
             full += p.shape[ranges.dim]
             own += sum(last - first for first, last in ranges.ranges)
     return own / full if full else 1.0
 
 
-def _tied(layers, c: LanguageModel, tied: dict[str, str]) -> tuple[Tied, ...]:
-    by_first: dict[str, list[int]] = {}
-    index = {layer.name: number for number, layer in enumerate(layers)}
-    for own, first in tied.items():
-        for name in (first, own):
-            layer = max((n for n in index if name.startswith(f"{n}.")), key=len)
-            by_first.setdefault(first, []).append(index[layer])
-    width = made_of(c).embedding_width or c.width
+def _tied(layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel) -> tuple[Tied, ...]:
+    """Parameters of several layers, in the order of the layers that have them first."""
+    places = {
+        f"{layer.name}.{p.name}": (number, p)
+        for number, (layer, each) in enumerate(zip(layers, found, strict=True))
+        for p in each.parameters
+    }
+    users: dict[str, set[int]] = {}
+    for own, first in tied_parameters(c).items():
+        users.setdefault(first, {places[first][0]}).add(places[own][0])
     return tuple(
         Tied(
-            name=name, layers=tuple(sorted(set(found))), parameters=c.vocabulary * width, split=True
+            name=name,
+            layers=tuple(sorted(users[name])),
+            parameters=prod(places[name][1].shape),
+            split=_is_divided(places[name][1]),
         )
-        for name, found in by_first.items()
+        for name in sorted(users, key=lambda name: places[name][0])
     )

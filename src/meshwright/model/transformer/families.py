@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer import decoders
+from meshwright.model.transformer import decoders, encoders, llamas
 from meshwright.model.transformer.configs import (
     BloomConfig,
     DecoderConfig,
@@ -14,6 +14,12 @@ from meshwright.model.transformer.configs import (
     Gpt2Config,
     NeoxConfig,
     OptConfig,
+)
+from meshwright.model.transformer.encoder_configs import (
+    BertConfig,
+    T5Config,
+    VitConfig,
+    WhisperConfig,
 )
 from meshwright.records import record
 
@@ -69,13 +75,14 @@ def _decoder(head: str, *follows: str, **usual: Any) -> Family:
         follows=(*_LLAMA, *follows),
         usual=usual,
         names=_NAMES,
-        read=decoders.llama,
+        read=llamas.llama,
     )
 
 
 _FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        heads=("GPT2LMHeadModel",), config=Gpt2Config, usual={}, names={"heads": "n_head"}, read=decoders.gpt2,
+        heads=("GPT2LMHeadModel",), config=Gpt2Config, usual={}, names={"heads": "n_head"},
+        read=decoders.gpt2,
     ),
     "llama": _decoder("Llama", "attention_bias", "mlp_bias"),
     "mistral": _decoder(
@@ -162,17 +169,34 @@ _FAMILIES: dict[str, Family] = {
         routed_scaling_factor=2.5, max_position_embeddings=4096,
     ),
     "gpt_neox": Family(
-        heads=("GPTNeoXForCausalLM",), config=NeoxConfig, usual={}, names=_NAMES, read=decoders.neox,
+        heads=("GPTNeoXForCausalLM",), config=NeoxConfig, usual={}, names=_NAMES,
+        read=decoders.neox,
     ),
     "falcon": Family(
         heads=("FalconForCausalLM", "RWForCausalLM"), config=FalconConfig, usual={},
         names=_NAMES | {"kv_heads": "num_kv_heads"}, read=decoders.falcon,
     ),
     "bloom": Family(
-        heads=("BloomForCausalLM",), config=BloomConfig, usual={}, names={"heads": "n_head"}, read=decoders.bloom,
+        heads=("BloomForCausalLM",), config=BloomConfig, usual={}, names={"heads": "n_head"},
+        read=decoders.bloom,
     ),
     "opt": Family(
         heads=("OPTForCausalLM",), config=OptConfig, usual={}, names=_NAMES, read=decoders.opt,
+    ),
+    "bert": Family(
+        heads=("BertForMaskedLM",), config=BertConfig, usual={}, names=_NAMES, read=encoders.bert,
+    ),
+    "vit": Family(
+        heads=("ViTForImageClassification",), config=VitConfig, usual={}, names=_NAMES,
+        read=encoders.vit,
+    ),
+    "t5": Family(
+        heads=("T5ForConditionalGeneration", "T5WithLMHeadModel"), config=T5Config, usual={},
+        names={"heads": "num_heads"}, read=encoders.t5,
+    ),
+    "whisper": Family(
+        heads=("WhisperForConditionalGeneration",), config=WhisperConfig, usual={},
+        names={"heads": "decoder_attention_heads"}, read=encoders.whisper,
     ),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
          "diversity_penalty", "encoder_no_repeat_ngram_size", "num_beam_groups", "typical_p",
          "exponential_decay_length_penalty", "remove_invalid_values", "output_scores",
          "return_dict_in_generate", "max_new_tokens", "is_decoder", "is_encoder_decoder",
-         "tie_encoder_decoder", "cross_attention_hidden_size", "median_filter_width"), _GENERATION),
+         "cross_attention_hidden_size", "median_filter_width"), _GENERATION),
     **dict.fromkeys(("id2label", "label2id", "finetuning_task", "problem_type"), _LABELS),
     **dict.fromkeys(
         ("transformers_version", "_name_or_path", "_commit_hash", "model_name", "name_or_path",
@@ -54,10 +54,12 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
          "_attn_implementation", "pretraining_tp", "attention_softmax_in_fp32",
          "reorder_and_upcast_attn", "slow_but_exact", "masked_softmax_fusion", "use_flash_attn",
          "use_flash_attention_2", "flash_attention", "bias_dropout_fusion", "use_bfloat16",
-         "output_attentions", "output_hidden_states", "output_past", "return_dict", "use_return_dict",
+         "output_attentions", "output_hidden_states", "output_past", "return_dict",
+         "use_return_dict",
          "chunk_size_feed_forward", "pruned_heads", "tf_legacy_loss", "ep_size", "skip_bias_add",
          "skip_bias_add_qkv", "unk_index", "n_ctx", "seq_length", "max_sequence_length",
-         "hybrid_cache", "rope_interleaved", "moe_layer_freq", "multiple_of", "n_head_kv", "offset_alibi"), _CODE),
+         "hybrid_cache", "rope_interleaved", "moe_layer_freq", "multiple_of", "n_head_kv",
+         "offset_alibi"), _CODE),
     **dict.fromkeys(
         ("aux_loss_alpha", "seq_aux", "router_aux_loss_coef", "router_z_loss_coef"),
         "balance of experts is left to the router: losses beside the main one are not computed"),
@@ -75,7 +77,9 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
     "num_nextn_predict_layers": "further predicted tokens are not trained (nor by transformers)",
     "vocab_size_or_config_json_file": _ORIGIN,
     "bidirectional": "followed by the model type",
-    "scale_embedding": "followed for Whisper where it is true",
+    **dict.fromkeys(("dense_act_fn", "is_gated_act"), "followed as feed_forward_proj"),
+    "num_hidden_layers": "followed under the other names that the family has",
+    "encoder_stride": "of another head than the one with the loss",
 }  # fmt: skip
 """Field -> why nothing is lost by passing over it."""
 
@@ -92,6 +96,7 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "scale_attn_weights": ((True,), "scores are divided by the square root of a head's features"),
     "scale_attn_by_inverse_layer_idx": ((False,), "scores are not divided by the block's number"),
     "apply_residual_connection_post_layernorm": ((False,), "the residual stream is not normalised"),
+    "scale_embedding": ((False,), "embeddings are not multiplied by the root of their width"),
     "alibi": ((False,), "in Falcon, positions are rotary"),
     "position_embedding_type": (
         ("absolute", "rope", "learned_absolute"),

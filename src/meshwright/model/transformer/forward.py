@@ -7,7 +7,7 @@ from math import gcd
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Vocabulary, VocabularyHead, VocabularyLoss
 from meshwright.model.transformer.operations import Operations, Value
-from meshwright.model.transformer.spec import Architecture, Norm, Rotary
+from meshwright.model.transformer.spec import Architecture, Norm, Picture, Rotary
 from meshwright.model.transformer.usual import made_of
 
 COMPRESSED = Norm(kind="rms", epsilon=1e-6)
@@ -19,7 +19,7 @@ def tensor_units(c: LanguageModel, block: int) -> int:
     a = made_of(c)
     # Normalisations of heads, compressions that all of them read, and slopes that differ from head
     # to head need them all.
-    if a.query_norm or a.latent is not None or a.position in ("alibi", "relative"):
+    if a.picture or a.query_norm or a.latent is not None or a.position in ("alibi", "relative"):
         return 1
     if a.mixture is not None and block not in a.mixture.dense:
         shared = a.mixture.shared
@@ -34,8 +34,10 @@ def feed_width(c: LanguageModel, block: int) -> int:
 
 
 def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
-    """First layer: tokens, and what is added to them."""
+    """First layer: tokens or patches, and what is added to them."""
     a = made_of(c)
+    if a.picture is not None:
+        return _seen(o, c, a.picture, tokens)
     width = a.embedding_width or c.width
     x = o.embedding("tokens", tokens, c.vocabulary, width, split=Vocabulary())
     if a.embedding_scale is not None:
@@ -51,7 +53,21 @@ def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
     return x
 
 
-def block(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+def patches_of(picture: Picture) -> int:
+    """Patches that a picture is cut into."""
+    (height, width), (down, across) = picture.size, picture.patch
+    return (height // down) * (width // across)
+
+
+def _seen(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> Value:
+    """Patches, each through one product, behind a token for the class."""
+    numbers = picture.channels * picture.patch[0] * picture.patch[1]
+    x = o.linear("patches", o.patches(pixels, picture.patch), numbers, c.width, bias=True)
+    x = o.prepended("class_token", x)
+    return o.positions("positions", x, patches_of(picture) + 1, 0, frozen=False)
+
+
+def block(o: Operations, c: LanguageModel, x: Value, *, number: int) -> Value:
     """Attention and feed-forward module, each added to the residual stream."""
     a = made_of(c)
 
@@ -189,6 +205,9 @@ def head(o: Operations, c: LanguageModel, x: Value, targets: Value) -> Value:
         x = o.norm("transform_norm", x, c.width, a.norm)
     if a.logit_scale is not None:
         x = o.scaled(x, a.logit_scale)
+    if a.picture is not None:
+        logits = o.linear("linear", o.first_token(x), width, a.picture.classes, bias=True)
+        return o.loss("loss", logits, targets)
     logits = o.linear("linear", x, width, c.vocabulary, bias=a.head_bias, split=VocabularyHead())
     if a.logit_cap is not None:
         logits = o.capped(logits, a.logit_cap)

@@ -1,12 +1,12 @@
-"""The layers of a transformer in order, and what each of them reads."""
+"""The layers of a transformer in order, what each of them reads, and what a batch is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer import forward
+from meshwright.model.transformer import forward, pairs
 from meshwright.model.transformer.operations import Operations, Value
 from meshwright.model.transformer.usual import made_of
 from meshwright.records import record
@@ -25,47 +25,108 @@ class LayerOf:
     """Inputs of the batch, or layers."""
     units: int
     """Tensor widths that divide it are legal; 0: every one."""
+    makes: str = "decoder"
+    """How many tokens its output has: those of the `encoder`, of the `decoder`, or of all."""
 
 
-def inputs_of(c: LanguageModel) -> tuple[str, ...]:
-    """What a batch of the model is made of."""
-    return ("tokens", "targets")
+@record
+class Input:
+    """One tensor of a batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one row."""
+    index: bool = True
+    """Whole numbers."""
+
+
+def inputs_of(c: LanguageModel, sequence: int) -> tuple[Input, ...]:
+    """What a batch is made of, where texts have `sequence` tokens."""
+    a = made_of(c)
+    text = (Input(name="tokens", shape=(sequence,)), Input(name="targets", shape=(sequence,)))
+    if a.task == "image class":
+        assert a.picture is not None
+        pixels = Input(name="pixels", shape=(a.picture.channels, *a.picture.size), index=False)
+        return (pixels, Input(name="targets", shape=()))
+    if a.task == "speech to text":
+        assert a.encoder is not None
+        heard = Input(name="mels", shape=(a.mels, 2 * a.encoder.positions), index=False)
+        return (heard, *text)
+    if a.task == "text to text":
+        return (Input(name="source", shape=(sequence,)), *text)
+    return text
+
+
+def tokens_of(c: LanguageModel, makes: str, sequence: int) -> int:
+    """Tokens of what a layer makes."""
+    a = made_of(c)
+    if a.picture is not None:
+        return forward.patches_of(a.picture) + 1
+    if makes == "encoder" and a.task == "speech to text":
+        assert a.encoder is not None
+        return a.encoder.positions
+    return sequence
 
 
 def layers_of(c: LanguageModel) -> tuple[LayerOf, ...]:
-    """Embedding, blocks, head."""
+    """Embedding, blocks, head; of a pair of encoder and decoder the encoder's come first."""
     a = made_of(c)
-    first = LayerOf(
-        name="embedding", kind="embedding", compute=partial(_embedding, c=c), reads=("tokens",),
-        units=1 if a.embedding_width else 0,
-    )  # fmt: skip
+    if a.encoder is not None:
+        return (*_encoder(c), *_decoder(c))
+    whole = bool(a.embedding_width) or a.picture is not None
+    reads = "pixels" if a.picture is not None else "tokens"
+    first = _layer("embedding", "embedding", forward.embedding, (reads,), 1 if whole else 0, c=c)
     blocks = [
-        LayerOf(
-            name=f"blocks.{number}",
-            kind=_kind(c, number),
-            compute=partial(_block, c=c, number=number),
-            reads=(f"blocks.{number - 1}" if number else "embedding",),
-            units=forward.tensor_units(c, number),
+        _layer(
+            f"blocks.{number}", _kind(c, number), partial(forward.block, number=number),
+            (f"blocks.{number - 1}" if number else "embedding",),
+            forward.tensor_units(c, number), c=c,
         )
         for number in range(c.layers)
-    ]
-    last = LayerOf(
-        name="head", kind="head", compute=partial(_head, c=c), reads=(blocks[-1].name, "targets"),
-        units=1 if a.embedding_width or a.head_transform else 0,
-    )  # fmt: skip
+    ]  # fmt: skip
+    whole = whole or a.head_transform
+    last = _layer("head", "head", forward.head, (blocks[-1].name, "targets"), 1 if whole else 0,
+                  c=c)  # fmt: skip
     return (first, *blocks, last)
 
 
-def _embedding(o: Operations, tokens: Value, *, c: LanguageModel) -> Value:
-    return forward.embedding(o, c, tokens)
+def _layer(
+    name: str, kind: str, function: Callable[..., Value], reads: tuple[str, ...], units: int,
+    *, c: LanguageModel, makes: str = "decoder",
+) -> LayerOf:  # fmt: skip
+    compute = partial(_computed, function=function, c=c)
+    return LayerOf(name=name, kind=kind, compute=compute, reads=reads, units=units, makes=makes)
 
 
-def _block(o: Operations, x: Value, *, c: LanguageModel, number: int) -> Value:
-    return forward.block(o, c, number, x)
+def _computed(
+    o: Operations, *values: Value, function: Callable[..., Value], c: LanguageModel
+) -> Value:
+    return function(o, c, *values)
 
 
-def _head(o: Operations, x: Value, targets: Value, *, c: LanguageModel) -> Value:
-    return forward.head(o, c, x, targets)
+def _encoder(c: LanguageModel) -> Iterator[LayerOf]:
+    a = made_of(c)
+    assert a.encoder is not None
+    spoken = a.task == "speech to text"
+    before = "encoder_embedding"
+    stem = pairs.heard if spoken else pairs.read
+    yield _layer(before, before, stem, ("mels" if spoken else "source",), 1, c=c, makes="encoder")
+    for number in range(a.encoder.layers):
+        name = f"encoder.{number}"
+        yield _layer(name, "encoder", pairs.encoder_block, (before,), 1, c=c, makes="encoder")
+        before = name
+    yield _layer("encoder_norm", "encoder norm", pairs.encoder_norm, (before,), 1, c=c,
+                 makes="encoder")  # fmt: skip
+
+
+def _decoder(c: LanguageModel) -> Iterator[LayerOf]:
+    before = "embedding"
+    yield _layer(before, before, pairs.decoder_embedding, ("tokens",), 1, c=c)
+    for number in range(c.layers):
+        name = f"blocks.{number}"
+        yield _layer(name, "block", pairs.decoder_block, (before, "encoder_norm"), 1, c=c)
+        before = name
+    yield _layer("head", "head", forward.head, (before, "targets"), 1, c=c)
 
 
 def _kind(c: LanguageModel, number: int) -> str:
@@ -78,4 +139,15 @@ def _kind(c: LanguageModel, number: int) -> str:
 
 def tied_parameters(c: LanguageModel) -> dict[str, str]:
     """Parameters that are another one's: own name -> the name of the first."""
-    return {"head.linear.weight": "embedding.tokens.weight"} if c.tied else {}
+    a = made_of(c)
+    table = "embedding.tokens.weight"
+    tied = {}
+    if a.task == "text to text":
+        tied[table] = table = "encoder_embedding.tokens.weight"
+        assert a.encoder is not None
+        for part, layers in (("encoder", a.encoder.layers), ("blocks", c.layers)):
+            first = f"{part}.0.attention.bias.weight"
+            tied |= {f"{part}.{n}.attention.bias.weight": first for n in range(1, layers)}
+    if c.tied:
+        tied["head.linear.weight"] = table
+    return tied

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.spec import Architecture, Mixture, Norm, Rotary
 
 
+def base_of(c: LanguageModel) -> str:
+    """The family of which a model is a variant: gpt2, llama or mixtral."""
+    a = c.architecture
+    if a is None or a.task != "next token":
+        return c.family
+    if a.position == "learned" and a.norm.kind == "layer":
+        return "gpt2"
+    return "mixtral" if c.experts else "llama"
+
+
 def made_of(c: LanguageModel) -> Architecture:
-    """Its own, or that of GPT-2, Llama or Mixtral, which `family` names."""
-    if c.architecture is not None:
-        return c.architecture
-    if c.family == "gpt2":
+    """Its own architecture, or the usual one of its family."""
+    return c.architecture if c.architecture is not None else _usual(c)
+
+
+def _usual(c: LanguageModel) -> Architecture:
+    """What GPT-2, Llama or Mixtral is in its first paper, in this model's sizes."""
+    if base_of(c) == "gpt2":
         return Architecture(
             norm=Norm(kind="layer", bias=True),
             position="learned",
@@ -28,3 +45,19 @@ def made_of(c: LanguageModel) -> Architecture:
         gated=True,
         mixture=Mixture() if c.experts else None,
     )
+
+
+def differences(c: LanguageModel) -> dict[str, Any]:
+    """What the model is made of where that is not the usual: `norm.epsilon`, `query_bias`."""
+    return dict(_different(made_of(c), _usual(c), ""))
+
+
+def _different(own: Any, usual: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for each in fields(own):
+        value, other = getattr(own, each.name), getattr(usual, each.name)
+        if value == other:
+            continue
+        if is_dataclass(value) and is_dataclass(other):
+            yield from _different(value, other, f"{prefix}{each.name}.")
+        else:
+            yield f"{prefix}{each.name}", value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +78,23 @@ def slopes_of(heads: int) -> list[float]:
     return slopes + [between ** (2 * n + 1) for n in range(heads - whole)]
 
 
+def bucket(far: Tensor, buckets: int, reach: int, *, both_ways: bool) -> Tensor:
+    """Which bias a distance has (Raffel et al. 2020): near ones each their own, farther ones by
+    their logarithm, all beyond `reach` the same; `both_ways`: half of them for what comes after."""
+    first = torch.zeros_like(far)
+    if both_ways:
+        buckets //= 2
+        first = (far > 0).long() * buckets
+        far = far.abs()
+    else:
+        far = -far.clamp(max=0)
+    exact = buckets // 2
+    scale = (buckets - exact) / math.log(reach / exact)
+    # In single precision, as models that are already trained have it.
+    distant = exact + ((far.clamp(min=1).float() / exact).log() * scale).long()
+    return first + torch.where(far < exact, far, distant.clamp(max=buckets - 1))
+
+
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None
 ) -> Tensor:
@@ -101,14 +120,15 @@ def _windowed(
     if short:
         q, k, v = (F.pad(each, (0, 0, 0, short)) for each in (q, k, v))
     pieces = (tokens + short) // window
-    first = _plain(*(each[:, :, :window] for each in (q, k, v)), scale, cap)
+    own_q, own_k, own_v = (each[:, :, :window] for each in (q, k, v))
+    first = _plain(own_q, own_k, own_v, scale, cap)
     own = q.transpose(1, 2)[:, window:].reshape(rows * (pieces - 1), window, heads, -1)
     own = own.transpose(1, 2)
     # Pieces overlap: of keys and values (rows, heads, pieces, 2 * window, head), then copied.
-    read = [
+    keys, values = (
         each.unfold(2, 2 * window, window).transpose(3, 4).movedim(2, 1).flatten(0, 1)
         for each in (k, v)
-    ]
+    )
     at = torch.arange(window, device=q.device)[:, None] + window
     back = at - torch.arange(2 * window, device=q.device)
     mask = torch.zeros(1, 1, window, 2 * window, device=q.device, dtype=q.dtype).masked_fill(
@@ -116,9 +136,11 @@ def _windowed(
     )
     if cap is None:
         grouped = q.shape[1] != k.shape[1]
-        later = F.scaled_dot_product_attention(own, *read, mask, scale=scale, enable_gqa=grouped)
+        later = F.scaled_dot_product_attention(
+            own, keys, values, mask, scale=scale, enable_gqa=grouped
+        )
     else:
-        later = _capped(own, *read, mask, scale, cap)
+        later = _capped(own, keys, values, mask, scale, cap)
     later = later.transpose(1, 2).reshape(rows, (pieces - 1) * window, heads, v.shape[-1])
     # Tokens come before heads in memory, as the next product reads them.
     return torch.cat((first.transpose(1, 2), later), dim=1)[:, :tokens].transpose(1, 2)

@@ -33,7 +33,12 @@ def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
         wanted = "a name or a config.json"
         mend = "a hand-written model can be planned and simulated only: it has no code"
         raise ModelError(Problem(str(source), "", "a hand-written model", wanted, mend))
-    return language_model(source, sequence)
+    model = language_model(source, sequence)
+    if model.architecture is not None and model.architecture.task != "next token":
+        wanted = "a decoder of text, which is trained on a file of tokens"
+        mend = "plan and simulate it; to train it, give its nn.Module and your data to an Engine"
+        raise ModelError(Problem(str(source), "model_type", repr(model.family), wanted, mend))
+    return model
 
 
 def from_language_model(c: LanguageModel) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from meshwright.model import shard
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split
-from meshwright.model.transformer.counted import INDEX, Counted, Made
+from meshwright.model.transformer.counted import Counted
+from meshwright.model.transformer.counted_graph import given_to
+from meshwright.model.transformer.made import Made
 from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
 from meshwright.model.transformer.rotary import frequencies
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
 from meshwright.model.zoo.activations import ACTIVATIONS
-from meshwright.model.zoo.attention import attend
+from meshwright.model.zoo.attention import attend, bucket
 from meshwright.model.zoo.mixture import ExpertsOf
 from meshwright.model.zoo.pieces import (
     INIT_STD,
@@ -25,6 +28,7 @@ from meshwright.model.zoo.pieces import (
     Embedding,
     Linear,
     RMSNorm,
+    activation_dtype,
     as_is,
 )
 
@@ -35,7 +39,7 @@ class Network(nn.Module):
     def __init__(self, c: LanguageModel) -> None:
         super().__init__()
         layers = layers_of(c)
-        self.inputs = inputs_of(c)
+        self.inputs = tuple(each.name for each in inputs_of(c, 8))
         self.wiring = tuple((layer.name, layer.reads) for layer in layers)
         made = {layer.name: DescribedLayer(layer, c) for layer in layers}
         for name, layer in made.items():
@@ -50,8 +54,8 @@ class Network(nn.Module):
             module, _, attribute = own.rpartition(".")
             setattr(self.get_submodule(module), attribute, self.get_parameter(first))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        values: dict[str, Tensor] = dict(zip(self.inputs, (tokens, targets), strict=True))
+    def forward(self, *batch: Tensor) -> Tensor:
+        values: dict[str, Tensor] = dict(zip(self.inputs, batch, strict=True))
         for name, reads in self.wiring:
             values[name] = self.get_submodule(name)(*(values[each] for each in reads))
         return values[self.wiring[-1][0]]
@@ -66,13 +70,8 @@ class DescribedLayer(nn.Module):
         self.compute = layer.compute
         self.tensor_units = layer.units
         self.tensor_split: dict[str, Split] = {}
-        batch = inputs_of(c)
         counted = Counted(a=4, m=4)
-        layer.compute(counted, *(
-            counted.tape.leaf((1, 8), INDEX, gradient=False) if name in batch
-            else counted.tape.leaf((1, 8, c.width), 4, gradient=True)
-            for name in layer.reads
-        ))  # fmt: skip
+        layer.compute(counted, *given_to(counted, layer, c, 1, 8))
         for name, made in counted.modules.items():
             _put(self, name, _module(made, _std(made, c)))
             if made.split is not None:
@@ -103,9 +102,14 @@ def _module(made: Made, std: float) -> nn.Module:
         case "linear":
             return Linear(*made.sizes, bias=made.bias, std=std)
         case "table":
-            return Embedding(*made.sizes)
+            entries, width = made.sizes
+            return Embedding(entries, width)
+        case "sines":
+            return Sines(*made.sizes)
         case "row":
             return Row(*made.sizes)
+        case "convolution":
+            return Convolution(*made.sizes)
         case "experts":
             assert made.model is not None
             return ExpertsOf(made.model)
@@ -151,6 +155,29 @@ class LayerNormOf(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class Convolution(nn.Conv1d):
+    """Along tokens, over three neighbours."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1)
+
+
+class Sines(Embedding):
+    """A table of sines and cosines that is not trained (Vaswani et al. 2017)."""
+
+    def __init__(self, entries: int, width: int) -> None:
+        super().__init__(entries, width)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        entries, width = self.weight.shape
+        steps = math.log(10000) / (width // 2 - 1)
+        at = torch.arange(width // 2, device=self.weight.device)
+        turns = torch.exp(-steps * at)
+        angles = torch.arange(entries, device=self.weight.device)[:, None] * turns
+        self.weight.data.copy_(torch.cat((angles.sin(), angles.cos()), dim=1))
+
+
 class Row(nn.Module):
     """A parameter that is a row of features."""
 
@@ -188,7 +215,37 @@ class Computed:
         return x + cast("Tensor", self._of(name)(index))
 
     def added_row(self, name: str, x: Tensor, entries: int) -> Tensor:
-        return x + self._of(name).weight[0].to(x.dtype)
+        row: Tensor = self._of(name).weight[0]
+        return x + row.to(x.dtype)
+
+    def prepended(self, name: str, x: Tensor) -> Tensor:
+        first = self._of(name).weight.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.cat((first, x), dim=1)
+
+    def patches(self, pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+        down, across = patch
+        rows, channels, height, width = pixels.shape
+        cut = pixels.view(rows, channels, height // down, down, width // across, across)
+        tokens = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return tokens.to(activation_dtype(tokens))
+
+    def convolution(
+        self, name: str, x: Tensor, inputs: int, outputs: int, *, stride: int
+    ) -> Tensor:
+        return cast("Tensor", self._of(name)(x))
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+    def first_token(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+    def relative_bias(
+        self, name: str, x: Tensor, heads: int, buckets: int, reach: int, *, both_ways: bool
+    ) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        index = bucket(at[None, :] - at[:, None], buckets, reach, both_ways=both_ways)
+        return cast("Tensor", self._of(name)(index)).permute(2, 0, 1)[None]
 
     def norm(self, name: str, x: Tensor, width: int, norm: Norm) -> Tensor:
         return cast("Tensor", self._of(name)(x))

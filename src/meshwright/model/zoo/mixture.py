@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -70,11 +68,11 @@ class ExpertsOf(nn.Module):
             scores = scores + self.balance
         if m.groups == 1:
             return scores
-        grouped = scores.unflatten(-1, (m.groups, -1))
+        grouped = scores.view(*scores.shape[:-1], m.groups, -1)
         if m.group_score == "best":
             of_group = grouped.amax(dim=-1)
         else:
             of_group = grouped.topk(2, dim=-1).values.sum(dim=-1)
         best = of_group.topk(m.groups_chosen, dim=-1).indices
         seen = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, best, True)
-        return cast("Tensor", grouped.masked_fill(~seen[..., None], float("-inf")).flatten(1))
+        return grouped.masked_fill(~seen[..., None], float("-inf")).flatten(1)

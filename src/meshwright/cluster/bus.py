@@ -1,0 +1,104 @@
+"""Cards on the PCI bus, whether or not a driver holds them: what /sys and lspci show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from meshwright.cluster.host import Answer, Host
+from meshwright.records import record
+from meshwright.text import printable
+
+Maker = Literal["NVIDIA", "AMD", "Intel", "other"]
+_MAKERS: dict[str, Maker] = {"10de": "NVIDIA", "1002": "AMD", "8086": "Intel"}
+_MAKER_NAMES: tuple[tuple[str, Maker], ...] = (
+    ("NVIDIA", "NVIDIA"),
+    ("Advanced Micro Devices", "AMD"),
+    ("Intel", "Intel"),
+)
+_DISPLAY, _ACCELERATOR = "03", "12"
+_CLASSES = {
+    "VGA compatible controller": "0300",
+    "3D controller": "0302",
+    "Display controller": "0380",
+    "Processing accelerators": "1200",
+}
+_FOLDER = "/sys/bus/pci/devices"
+_LSPCI = re.compile(
+    r"((?:[0-9a-f]{4,}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]) ([^:\[]+?)(?: \[([0-9a-f]{4})\])?: "
+    r"(.+?)(?: \[([0-9a-f]{4}):([0-9a-f]{4})\])?(?: \(rev \w+\))?(?: \(prog-if .*\))?\s*"
+)
+
+
+@record
+class Card:
+    """A card that shows pictures or computes."""
+
+    address: str
+    """`0000:3b:00.0`"""
+    maker: Maker
+    code: str = ""
+    """Class, four hexadecimal digits."""
+    device: str = ""
+    """The maker's number for it."""
+    name: str = ""
+    """As lspci calls it; empty: not known."""
+
+    def __str__(self) -> str:
+        what = self.name or f"{self.maker} {self.device}".strip()
+        return f"{what} at {self.address}"
+
+    @property
+    def is_integrated(self) -> bool:
+        """Graphics in a processor: Intel's stand on the first bus, and AMD's numbers for cards
+        begin with 6 or 7."""
+        if self.code[:2] == _ACCELERATOR:
+            return self.maker == "Intel"  # for neural networks in laptops
+        if self.maker == "Intel":
+            return self.address.startswith("0000:00:")
+        return self.maker == "AMD" and self.device[:1] not in ("6", "7", "")
+
+
+def cards_on(host: Host) -> tuple[Card, ...]:
+    """The cards in /sys, by address."""
+    cards = {}
+    for address in host.names(_FOLDER):
+        kind, vendor, device = (
+            host.read(f"{_FOLDER}/{address}/{name}").strip().removeprefix("0x")
+            for name in ("class", "vendor", "device")
+        )
+        card = _card(address, kind[:4], vendor, device, "")
+        if card:
+            cards[card.address] = card
+    return tuple(cards.values())
+
+
+def with_names(host: Host, cards: Sequence[Card]) -> tuple[Card, ...]:
+    """The same by the names that lspci gives them, and those that it alone shows."""
+    named = {card.address: card for card in cards}
+    named.update((card.address, card) for card in read_lspci(host.run(("lspci", "-D", "-nn"))))
+    return tuple(named[address] for address in sorted(named))
+
+
+def read_lspci(answer: Answer) -> tuple[Card, ...]:
+    """Cards in the output of `lspci`, with or without `-D` and `-nn`."""
+    cards = []
+    for line in answer.text.splitlines():
+        match = _LSPCI.fullmatch(line)
+        if match:
+            address, words, code, name, vendor, device = match.groups()
+            full = address if address.count(":") == 2 else f"0000:{address}"
+            kind = code or _CLASSES.get(words, "")
+            cards.append(_card(full, kind, vendor or "", device or "", printable(name)[:100]))
+    return tuple(card for card in cards if card)
+
+
+def _card(address: str, kind: str, vendor: str, device: str, name: str) -> Card | None:
+    if kind[:2] not in (_DISPLAY, _ACCELERATOR):
+        return None
+    by_name = [maker for begin, maker in _MAKER_NAMES if name.startswith(begin)]
+    maker: Maker = _MAKERS.get(vendor) or (by_name[0] if by_name else "other")
+    if maker == "other" and kind[:2] == _DISPLAY:
+        return None  # what a server shows its console on
+    return Card(address=printable(address), maker=maker, code=kind, device=device, name=name)

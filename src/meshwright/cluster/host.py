@@ -1,0 +1,291 @@
+"""What can be asked of a machine: its tools, files of its kernel, PyTorch; and what it answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from meshwright.records import Bytes, record
+from meshwright.text import printable, shown
+
+TOOL_SECONDS = 60.0
+"""How long a tool may take. Without persistence mode, nvidia-smi first wakes every GPU."""
+_FIRST_WORDS = 160
+_CHUNK, _MOST_WRITTEN = 2**16, 2**23
+
+_ELSEWHERE = {
+    "nvidia-smi": "/usr/lib/wsl/lib",
+    "rocm-smi": "/opt/rocm/bin",
+    "amd-smi": "/opt/rocm/bin",
+    "lspci": "/usr/sbin:/sbin",
+}
+"""Where tools stand that are not on everybody's path."""
+
+
+@record
+class Answer:
+    """What a tool answered."""
+
+    tool: str
+    text: str = ""
+    errors: str = ""
+    """What it wrote to stderr."""
+    status: int | None = 0
+    """Exit status; None: it could not be started, or did not end."""
+    there: bool = True
+    """False: it is not installed."""
+    hung: bool = False
+    """It did not end in time, or did not end writing."""
+
+    @property
+    def words(self) -> str:
+        """How it ended, and the first words that it said, on one line."""
+        said = " ".join(f"{self.text}\n{self.errors}".split()) or "nothing"
+        said = printable(said if len(said) <= _FIRST_WORDS else f"{said[:_FIRST_WORDS]} ...")
+        if self.hung:
+            return f"no answer from {self.tool} in time, or one without end"
+        if self.status is None:
+            return f"{self.tool} could not be started: {said}"
+        return f"{self.tool} ended with exit status {self.status} and said: {said}"
+
+
+@record
+class Seen:
+    """One GPU (or slice of one) as one way of looking tells of it; None: not told."""
+
+    name: str | None = None
+    memory: Bytes | None = None
+    """Bytes in all."""
+    capability: tuple[int, int] | None = None
+    uuid: str | None = None
+    slice: str | None = None
+    """MIG profile, `3g.20gb`."""
+    whole: Bytes | None = None
+    """Of a slice: bytes of the whole GPU."""
+    watts: float | None = None
+    usual_watts: float | None = None
+    said: str = ""
+    """The words that this was read from, where some of it is missing."""
+    trouble: str = ""
+    """Why it cannot be used, in the words of who was asked."""
+
+
+@record
+class Way:
+    """What one way of looking found."""
+
+    how: str
+    seen: tuple[Seen, ...] = ()
+    trouble: str = ""
+    """How it failed, or what it said that is not understood."""
+    notes: tuple[str, ...] = ()
+
+
+@record
+class Host:
+    """A machine that can be asked."""
+
+    run: Callable[[tuple[str, ...]], Answer]
+    """Ask a tool."""
+    read: Callable[[str], str]
+    """A file of the kernel's; nothing where there is none."""
+    names: Callable[[str], tuple[str, ...]]
+    """What a folder of the kernel's holds, in order; nothing where there is none."""
+    torch: Callable[[], tuple[str, Way] | None]
+    """What PyTorch sees, and whether it is built for `cuda` or `rocm`; None: for neither."""
+    nvml: Callable[[], Way | None]
+    """What NVIDIA's library tells Python; None where it has no bindings for it."""
+    environment: Mapping[str, str]
+    name: str
+    cores: int
+    memory: Bytes
+    """Of the host, or of the control group's limit where that is less."""
+
+
+def this_host(seconds: float = TOOL_SECONDS) -> Host:
+    """The machine that this runs on; `seconds`: how long each tool may take."""
+    cores: int = psutil.cpu_count(logical=False) or 1
+    if sys.platform == "linux":
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0])
+    return Host(
+        run=_asker(seconds),
+        read=_file,
+        names=_entries,
+        torch=_torch,
+        nvml=_nvml,
+        environment=os.environ,
+        name=name.strip("-_") or "machine",
+        cores=cores,
+        memory=_host_memory(),
+    )
+
+
+def _asker(seconds: float) -> Callable[[tuple[str, ...]], Answer]:
+    answers: dict[tuple[str, ...], Answer] = {}
+    hung: dict[str, Answer] = {}
+
+    def run(command: tuple[str, ...]) -> Answer:
+        tool = command[0]
+        if tool in hung:
+            return hung[tool]  # who hangs once is not waited for again
+        if command not in answers:
+            answers[command] = _answer(command, seconds)
+        if answers[command].hung:
+            hung[tool] = answers[command]
+        return answers[command]
+
+    return run
+
+
+def _answer(command: tuple[str, ...], seconds: float) -> Answer:
+    tool = command[0]
+    places = [os.environ.get("PATH", os.defpath), _ELSEWHERE.get(tool, "")]
+    program = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
+    if program is None:
+        return Answer(tool=tool, there=False, status=None)
+    try:
+        process = subprocess.Popen(
+            (program, *command[1:]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as failure:
+        return Answer(tool=tool, errors=failure.strerror or "", status=None)
+    with process.stdout or nullcontext(), process.stderr or nullcontext():
+        written = _written(process, seconds)
+    if written is None:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # A tool that waits for a driver that hangs cannot even be killed.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        return Answer(tool=tool, status=None, hung=True)
+    return Answer(tool=tool, text=written[0], errors=written[1], status=process.returncode)
+
+
+def _written(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str] | None:
+    """What a process writes to stdout and stderr until it ends; None: it does not in time, or
+    writes without end."""
+    ends = time.monotonic() + seconds
+    written: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as open_ones:
+        for stream in written:
+            open_ones.register(stream, selectors.EVENT_READ)
+        while open_ones.get_map():
+            ready = open_ones.select(max(ends - time.monotonic(), 0.0))
+            for key, _ in ready:
+                chunk = os.read(key.fd, _CHUNK)
+                written[key.fileobj] += chunk
+                if not chunk:
+                    open_ones.unregister(key.fileobj)
+            if not ready or sum(map(len, written.values())) > _MOST_WRITTEN:
+                return None
+    try:
+        process.wait(timeout=max(ends - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        return None
+    text, errors = (part.decode(errors="replace") for part in written.values())
+    return text.replace("\r\n", "\n"), errors.replace("\r\n", "\n")
+
+
+def _file(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _entries(path: str) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(os.listdir(path)))
+    except OSError:
+        return ()
+
+
+def _host_memory() -> Bytes:
+    limits: list[int] = [psutil.virtual_memory().total]
+    for place in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _file(f"/sys/fs/cgroup/{place}")
+        limits += [int(text)] if text.strip().isdigit() else []
+    return min(limits)
+
+
+def _torch() -> tuple[str, Way] | None:
+    how = "PyTorch"
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    except (ImportError, OSError) as failure:
+        return "cuda", Way(how=how, notes=(f"PyTorch cannot be imported: {_said(failure)}",))
+    kind = "cuda" if torch.version.cuda else "rocm" if torch.version.hip else None
+    if kind is None:
+        return None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            found = [torch.cuda.get_device_properties(index) for index in range(count)]
+        except Exception as failure:  # whatever a driver makes of it
+            return kind, Way(how=how, trouble=f"PyTorch: {_said(failure)}")
+    seen = tuple(
+        Seen(
+            name=printable(each.name),
+            memory=each.total_memory,
+            # On ROCm major and minor count AMD's generations, not CUDA's.
+            capability=(each.major, each.minor) if kind == "cuda" else None,
+            uuid=f"GPU-{uuid}" if (uuid := getattr(each, "uuid", None)) else None,
+        )
+        for each in found
+    )
+    said = f"PyTorch sees no GPU: {_said(told[0].message)}" if told and not seen else ""
+    return kind, Way(how=how, seen=seen, notes=(said,) if said else ())
+
+
+def _said(failure: object) -> str:
+    return shown(" ".join(str(failure).split()), _FIRST_WORDS)
+
+
+def _nvml() -> Way | None:
+    how = "NVML"
+    try:
+        import pynvml  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        seen = tuple(_nvml_seen(pynvml))
+    except pynvml.NVMLError as failure:
+        return Way(how=how, trouble=f"NVML: {_said(failure)}")
+    return Way(how=how, seen=seen)
+
+
+def _nvml_seen(nvml: Any) -> Iterator[Seen]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name = nvml.nvmlDeviceGetName(handle)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        except nvml.NVMLError as failure:
+            yield Seen(trouble=f"NVML: {_said(failure)}")
+        else:
+            text = name.decode(errors="replace") if isinstance(name, bytes) else name
+            yield Seen(name=printable(text), memory=memory, capability=(major, minor))

@@ -1,0 +1,241 @@
+"""NVIDIA's GPUs, as nvidia-smi and the kernel's driver tell of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from meshwright.cluster.host import Answer, Host, Seen, Way
+from meshwright.records import Bytes, record
+from meshwright.text import printable, shown
+
+SMI = "nvidia-smi"
+_CSV = "--format=csv,noheader,nounits"
+_FIELDS = ("name,memory.total,compute_cap", "name,memory.total")
+"""Drivers up to 470 or so do not know compute_cap, and then refuse the whole question."""
+_MORE_FIELDS = (
+    "uuid,power.limit,power.default_limit,mig.mode.current",
+    "uuid,power.limit,power.default_limit",
+)
+_UNKNOWN_FIELD = "not a valid field"
+
+_NOT_TOLD = re.compile(r"\[.*\]|N/A|Not Supported|ERR!|Unknown Error")
+_LINE = re.compile(
+    rf"\s*(?P<name>.+?),\s*(?P<memory>\d+(?: MiB)?|{_NOT_TOLD.pattern})"
+    rf"(?:,\s*(?P<capability>\d+\.\d+|{_NOT_TOLD.pattern}))?\s*"
+)
+_LOST = re.compile(r"Unable to determine the device handle", re.IGNORECASE)
+_BROKEN = ("GPU is lost", "requires reset")
+_WARNING = re.compile(r"\s*WARNING:", re.IGNORECASE)
+_LISTED = re.compile(r"GPU (\d+): (.+?) \((?:UUID|S/N): ([^)]*)\)\s*")
+_SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: ([^)]*)\)\s*")
+_SLICE_MEMORY = re.compile(r"\|\s*(\d+)\s+\d+\s+\d+\s+(\d+)\s*\|\s*\d+MiB\s*/\s*(\d+)MiB")
+_UUID = re.compile(r"(?:GPU-)?[0-9A-Fa-f-]{36}")
+"""A Jetson's has no prefix."""
+_NONE = "No devices were found"
+_FINE = (0, 14)
+"""Exit statuses with which everything was told; 14 warns of a damaged infoROM."""
+
+
+@record
+class Listed:
+    """One GPU in `nvidia-smi -L`."""
+
+    name: str | None = None
+    uuid: str | None = None
+    slices: tuple[tuple[str, int, str], ...] = ()
+    """MIG profile, number and UUID of each."""
+    trouble: str = ""
+
+
+def smi(host: Host) -> list[Way]:
+    """The GPUs and slices that nvidia-smi tells of, asked for less where it does not understand,
+    and those that it only lists; nothing where it is not installed."""
+    way = Way(how=SMI)
+    for fields in _FIELDS:
+        answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
+        if not answer.there:
+            return []
+        asked = read_gpus(answer)
+        way = asked if len(asked.seen) >= len(way.seen) else way
+        if _UNKNOWN_FIELD not in f"{answer.text}{answer.errors}":
+            break
+    if answer.hung or not (way.seen or way.trouble):
+        return [way]
+    answer = host.run((SMI, "-L"))
+    gpus, strange = read_list(answer.text)
+    if way.seen:
+        way = _with_more(way, host)
+    if not gpus and way.trouble:
+        return [way]
+    if not gpus:
+        said = f" answered what is not understood: {_words(strange[0])}" if strange else ""
+        note = f"slices (MIG) were not looked for: {SMI} -L{said or ' told of no GPU'}"
+        return [replace(way, notes=(*way.notes, note))]
+    memories = read_slice_memory(host.run((SMI,)).text) if any(g.slices for g in gpus) else {}
+    names = [Seen(name=each.name, uuid=each.uuid, trouble=each.trouble) for each in gpus]
+    listed = Way(how=f"{SMI} -L", seen=_sliced(names, gpus, memories))
+    if len(gpus) != len(way.seen):
+        return [way, _one_by_one(host, gpus), listed]
+    is_whole = all(each.name and each.memory for each in way.seen)
+    if way.trouble and is_whole and not strange and answer.status in _FINE:
+        way = replace(way, trouble="", notes=(*way.notes, way.trouble))
+    way = replace(way, seen=_sliced(way.seen, gpus, memories))
+    return [way] if is_whole and not way.trouble else [way, listed]
+
+
+def read_gpus(answer: Answer) -> Way:
+    """GPUs in an answer to `nvidia-smi --query-gpu=name,memory.total,compute_cap
+    --format=csv,noheader,nounits`, or to less than that.
+
+    What is neither a GPU nor the sentence that there is none is trouble: it never reads as if no
+    GPU were there.
+    """
+    seen, notes, strange = [], [], []
+    lines = [line for line in answer.text.splitlines() if line.strip() and line[:6] != "name, "]
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        if match:
+            seen.append(_seen(match, line))
+        elif _LOST.search(line):
+            seen.append(Seen(trouble=_words(line)))
+        elif _WARNING.match(line):
+            notes.append(f"{SMI}: {_words(line)}")
+        elif _NONE not in line:
+            strange.append(line)
+    is_none = lines and not seen and not strange
+    failed = answer.status not in _FINE and not is_none
+    trouble = answer.words if failed or not lines else ""
+    if strange and not trouble:
+        trouble = f"{SMI} answered a line that is not understood: {_words(strange[0])}"
+    return Way(how=SMI, seen=tuple(seen), trouble=trouble, notes=tuple(notes))
+
+
+def _words(line: str) -> str:
+    return shown(" ".join(line.split()), 160)
+
+
+def _seen(match: re.Match[str], line: str) -> Seen:
+    memory, capability = match["memory"], match["capability"] or ""
+    major, _, minor = capability.partition(".")
+    is_told = memory[0] in "123456789"
+    broken = any(sign in line for sign in _BROKEN)
+    return Seen(
+        trouble=_words(line) if broken else "",
+        name=None if _NOT_TOLD.fullmatch(match["name"]) else printable(match["name"])[:100],
+        memory=int(memory.split()[0]) * 2**20 if is_told else None,
+        capability=(int(major), int(minor)) if minor.isdigit() else None,
+        said="" if is_told else _words(line),
+    )
+
+
+def read_list(text: str) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
+    """GPUs and their slices in the output of `nvidia-smi -L`, and lines that are neither."""
+    gpus: list[Listed] = []
+    unread = []
+    for line in text.splitlines():
+        if match := _LISTED.fullmatch(line):
+            gpus.append(Listed(name=printable(match[2])[:100], uuid=match[3]))
+        elif (match := _SLICE.fullmatch(line)) and gpus:
+            one = (printable(match[1])[:40], int(match[2]), match[3])
+            gpus[-1] = replace(gpus[-1], slices=(*gpus[-1].slices, one))
+        elif _LOST.search(line):
+            gpus.append(Listed(trouble=_words(line)))
+        elif line.strip() and not _WARNING.match(line) and _NONE not in line:
+            unread.append(line)
+    return tuple(gpus), tuple(unread)
+
+
+def _with_more(way: Way, host: Host) -> Way:
+    """Limits of power, and whether a GPU can only be used in slices that nobody has made."""
+    for fields in _MORE_FIELDS:
+        answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
+        rows = [[cell.strip() for cell in line.split(",")] for line in answer.text.splitlines()]
+        rows = [
+            row for row in rows if len(row) == fields.count(",") + 1 and _UUID.fullmatch(row[0])
+        ]
+        if rows or _UNKNOWN_FIELD not in f"{answer.text}{answer.errors}":
+            break
+    if len(rows) == len(way.seen):
+        seen = [_with_row(each, row) for each, row in zip(way.seen, rows, strict=True)]
+        return replace(way, seen=tuple(seen))
+    note = f"{SMI} did not tell the limits of power: each GPU is taken to have its whole"
+    return replace(way, notes=(*way.notes, note))
+
+
+def _with_row(seen: Seen, row: Sequence[str]) -> Seen:
+    watts, usual = (
+        float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else None for cell in row[1:3]
+    )
+    trouble = seen.trouble
+    if row[3:] == ["Enabled"]:
+        trouble = "MIG is on, and there is no slice to use"
+    return replace(seen, uuid=row[0], watts=watts, usual_watts=usual, trouble=trouble)
+
+
+def _one_by_one(host: Host, gpus: Sequence[Listed]) -> Way:
+    """Each listed GPU asked about alone: one that is lost ends the question for all others."""
+    seen = []
+    for index, each in enumerate(gpus):
+        told: tuple[Seen, ...] = ()
+        for fields in _FIELDS if not each.trouble else ():
+            asked = read_gpus(host.run((SMI, "-i", str(index), f"--query-gpu={fields}", _CSV)))
+            if len(asked.seen) == 1 and not asked.trouble:
+                told = asked.seen
+                break
+        own = told[0] if told else Seen(name=each.name)
+        seen.append(replace(own, uuid=each.uuid, trouble=each.trouble or own.trouble))
+    return Way(how=f"{SMI} -i", seen=_sliced(seen, gpus, {}))
+
+
+def _sliced(
+    wholes: Sequence[Seen], gpus: Sequence[Listed], memories: Mapping[tuple[int, int], Bytes]
+) -> tuple[Seen, ...]:
+    """Slices in the place of the GPUs that they are of."""
+    seen: list[Seen] = []
+    for index, (whole, listed) in enumerate(zip(wholes, gpus, strict=True)):
+        if not listed.slices:
+            seen.append(whole)
+        for profile, number, uuid in listed.slices:
+            memory = memories.get((index, number)) or nominal_memory(profile)
+            trouble = "" if memory else f"{SMI} names a slice that is not understood: {profile}"
+            # Power is shared by all slices, and limits none of them alone.
+            one = replace(whole, slice=profile, memory=memory, whole=whole.memory, watts=None)
+            seen.append(replace(one, uuid=uuid, trouble=trouble))
+    return tuple(seen)
+
+
+def read_slice_memory(text: str) -> dict[tuple[int, int], Bytes]:
+    """Bytes of each slice, by GPU and number, in the table that `nvidia-smi` prints."""
+    found = _SLICE_MEMORY.findall(text)
+    return {(int(gpu), int(number)): int(mib) * 2**20 for gpu, number, mib in found}
+
+
+def nominal_memory(profile: str) -> Bytes | None:
+    """Bytes of a slice by its profile, less the twentieth that the driver keeps at most:
+    `1g.5gb` has 4.75 GiB."""
+    match = re.search(r"(\d+)gb", profile)
+    return int(match[1]) * 2**30 * 19 // 20 if match else None
+
+
+def driver_files(host: Host) -> Way:
+    """GPUs that the kernel's driver holds, by their names in /proc/driver/nvidia."""
+    folder = "/proc/driver/nvidia/gpus"
+    seen = []
+    for place in host.names(folder):
+        match = re.search(r"^Model:\s*(.+?)\s*$", host.read(f"{folder}/{place}/information"), re.M)
+        name = printable(match[1])[:100] if match and "Unknown" not in match[1] else None
+        seen.append(Seen(name=name, said="" if name else f"{folder}/{place}"))
+    return Way(how=folder, seen=tuple(seen))
+
+
+_TEGRA = "/proc/device-tree/"
+
+
+def tegra(host: Host) -> Way:
+    """The GPU in a Jetson, which stands on no bus; boards before JetPack 6 have no nvidia-smi."""
+    if "nvidia,tegra" not in host.read(f"{_TEGRA}compatible"):
+        return Way(how=_TEGRA)
+    name = host.read(f"{_TEGRA}model").strip("\0 \n") or "NVIDIA Jetson"
+    return Way(how=f"{_TEGRA}model", seen=(Seen(name=printable(name)[:100]),))

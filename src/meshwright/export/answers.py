@@ -1,0 +1,303 @@
+"""What becomes, for a tool, of everything that defines a training: written, refused or listed.
+
+Every exporter has a table of Answers, with one for each field of the model, the job and the plan,
+and for each of ASSUMED. A test walks over the fields: one that a table has no answer for fails it,
+and is refused by name wherever it is not at its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from meshwright.errors import Problem
+from meshwright.export.grid import Grid
+from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.usual import differences, made_of
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage
+
+ASSUMED: dict[str, object] = {
+    "model.dropout": 0.0,
+    "model.initial_std": 0.02,
+    "model.auxiliary_loss": 0.0,
+    "training.clip_norm": 1.0,
+    "training.gradient_sums": "fp32",
+    "training.attention_within_documents": False,
+    "training.sharded_states": False,
+    "training.sequence_parallel": False,
+    "training.optimizer_settings": None,
+}
+"""What plans take for granted, or leave open (None), and no record says. A field of a record with
+the name of an entry comes before it."""
+RECORDS = {"model": LanguageModel, "job": Job, "plan": Plan, "pipeline": Pipeline, "stage": Stage}
+"""Whose fields must be answered for, by the first word of a property's name."""
+NOTES = "NOT_EXPRESSED.md"
+LABEL = "a label"
+PARTS_OF_IT = "field by field"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a tool is to express."""
+
+    plan: Plan
+    grid: Grid
+    language: LanguageModel
+
+
+def _no_lines(value: Any, asked: Asked) -> Iterable[str]:  # noqa: ARG001
+    return ()
+
+
+def _no_words(value: Any, asked: Asked) -> str:  # noqa: ARG001
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a tool makes of one property; the functions take its value and all that is asked."""
+
+    told: str
+    """In the words of the docs."""
+    write: Callable[[Any, Asked], Iterable[str]] = _no_lines
+    """Lines of the tool's file."""
+    wanted: Callable[[Any, Asked], str] = _no_words
+    """What the tool has instead, in the words of a refusal; empty: it has this."""
+    note: Callable[[Any, Asked], str] = _no_words
+    """What it is not told, in the words of the list; empty: it is told."""
+    own_code: bool = False
+    """The note is what the user's own code must have, and is told with the others of that kind."""
+
+
+Answers = Mapping[str, Answer]
+
+
+def written(*patterns: str, told: str = "") -> Answer:
+    """Lines with the value in place of `{}`."""
+    first = " ".join(patterns[0].replace("{}", "").split()).strip("= ")
+    return Answer(
+        told or f"`{first}`",
+        write=lambda value, _: [pattern.format(shown(value)) for pattern in patterns],
+    )
+
+
+def switch(line: str, *, when: object) -> Answer:
+    """A line that stands for one of two values."""
+    return Answer(f"`{line}`", write=lambda value, _: [line] * (value == when))
+
+
+def by(told: str, write: Callable[[Any, Asked], Iterable[str]]) -> Answer:
+    """Lines by a function of their own."""
+    return Answer(told, write=write)
+
+
+def planned(told: str) -> Answer:
+    """Written or refused where the tool's degrees, cuts, batches and order of work are."""
+    return Answer(told)
+
+
+def only(*values: object, lacks: str) -> Answer:
+    """Refused unless it is one of these; `lacks`: what the tool has not, `no dropout`."""
+    has = " or ".join(shown(value) for value in values)
+    return Answer(
+        f"only {has}",
+        wanted=lambda value, _: "" if value in values else f"{has}: {lacks}",
+    )
+
+
+def listed(sentence: str, *, unless: object = MISSING) -> Answer:
+    """Not expressed, and said so; `{}` is the value."""
+    return Answer(
+        "listed",
+        note=lambda value, _: "" if value == unless else sentence.replace("{}", shown(value)),
+    )
+
+
+def no_matter(why: str) -> Answer:
+    """Nothing that training depends on."""
+    return Answer(why)
+
+
+def own_code(name: str) -> Answer:
+    """A property of the model, which the user's own code must have. A number or a kind that records
+    leave out where a model has nothing of it is told only of models that have."""
+    words = name.partition(".")[2].replace("_", " ")
+    default = properties_known()[name]
+    absent = default is None or (type(default) is int and default == 0)
+
+    def note(value: Any, _: Asked) -> str:
+        if isinstance(value, bool):
+            return words if value else f"not {words}"
+        return "" if absent and value == default else f"{words} {shown(value)}"
+
+    return Answer("listed: your own code", note=note, own_code=True)
+
+
+def is_rotary(c: LanguageModel) -> bool:
+    """Whether positions are turned into queries and keys."""
+    return c.family != "u-transformer" and made_of(c).position == "rotary"
+
+
+def blocks(
+    tool: str,
+    told: str,
+    always: Callable[[Asked], Iterable[str]],
+    expressed: Mapping[str, Callable[[Any, Asked], Iterable[str] | None]],
+) -> Answer:
+    """What a model's blocks are made of: lines that always stand, and for what is not as the family
+    usually has it those of a function, which gives None for a value that the tool has not."""
+
+    def said(name: str, value: Any, asked: Asked) -> Iterable[str] | None:
+        return expressed[name](value, asked) if name in expressed else None
+
+    def wanted(value: dict[str, Any], asked: Asked) -> str:
+        other = [name for name, own in value.items() if said(name, own, asked) is None]
+        return f"nothing else than usual: {tool} is not told of {', '.join(other)}" if other else ""
+
+    def write(value: dict[str, Any], asked: Asked) -> Iterable[str]:
+        further = [line for name, own in value.items() for line in said(name, own, asked) or ()]
+        return [*always(asked), *further]
+
+    return Answer(told, write=write, wanted=wanted)
+
+
+def own_model() -> dict[str, Answer]:
+    """Answers of a tool that is not told of the model: all of it is the user's own code."""
+    found = {name: own_code(name) for name in properties_known() if name.startswith("model.")}
+    found["model.name"] = no_matter(LABEL)
+    base, loss = found["model.rotary_base"], found["model.auxiliary_loss"]
+    found["model.rotary_base"] = replace(
+        base, note=lambda v, asked: base.note(v, asked) if is_rotary(asked.language) else ""
+    )
+    found["model.architecture"] = replace(
+        found["model.architecture"],
+        note=lambda v, _: ", ".join(f"{each} {shown(what)}" for each, what in v.items()),
+    )
+    found["model.auxiliary_loss"] = replace(
+        loss, note=lambda v, asked: loss.note(v, asked) if asked.language.experts else ""
+    )
+    return found
+
+
+def regular(tool: str) -> dict[str, Answer]:
+    """Answers for what every tool with a regular grid takes alike."""
+    label = no_matter(LABEL)
+
+    def boundary(value: str | None, _: Asked) -> str:
+        own = f"how tensors cross from stage to stage ({value}): {tool} has a way of its own"
+        return "" if value in (None, "direct") else own
+
+    return {
+        "plan.format": label,
+        "plan.name": label,
+        "plan.model": label,
+        "plan.cluster": label,
+        "plan.profile": label,
+        "plan.prediction": label,
+        "plan.job": planned(PARTS_OF_IT),
+        "plan.pipelines": planned(PARTS_OF_IT),
+        "plan.devices": planned("launch.sh"),
+        "plan.schedule": planned("the order of work, else refused"),
+        "pipeline.micro_batches": planned("micro-batches"),
+        "pipeline.rows": planned("rows of each replica"),
+        "pipeline.stages": planned(PARTS_OF_IT),
+        "pipeline.actions": planned("refused, as the schedules that need them"),
+        "stage.layers": planned("cuts"),
+        "stage.devices": planned("degrees, and launch.sh"),
+        "stage.rows": planned("equal shares, else refused"),
+        "stage.recompute": planned("all stages or none"),
+        "stage.boundary": Answer("direct, else listed", note=boundary),
+        "job.global_batch": planned("rows of a step"),
+        "job.sequence": planned("length of a row"),
+        "job.precision": planned("precision"),
+        "job.optimizer": planned("optimizer"),
+        "training.optimizer_settings": listed(
+            "learning rate, its schedule, betas, weight decay, number of steps and data: a plan "
+            "says nothing of them"
+        ),
+    }
+
+
+def shown(value: object) -> str:
+    """A value as tools and people read it: `0`, `1e-05`, `4096`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {shown(own)}" for name, own in value.items()) or "the usual"
+    if is_dataclass(value):
+        told = ((each.name, getattr(value, each.name)) for each in fields(value))
+        return " ".join(f"{name} {shown(own)}" for name, own in told if own)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def properties_known() -> dict[str, object]:
+    """Every property there is to answer for, with its default; MISSING where it has none."""
+    own = {
+        f"{kind}.{field.name}": field.default
+        for kind, cls in RECORDS.items()
+        for field in fields(cls)
+    }
+    return {**own, **{name: value for name, value in ASSUMED.items() if name not in own}}
+
+
+def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
+    """Every property with its value; those of pipelines and stages once for each value."""
+    plan = asked.plan
+    stages = tuple(stage for pipeline in plan.pipelines for stage in pipeline.stages)
+    held: dict[str, tuple[object, ...]] = {
+        "model": (asked.language,),
+        "job": (plan.job,),
+        "plan": (plan,),
+        "pipeline": plan.pipelines,
+        "stage": stages,
+    }
+    for name in properties_known():
+        kind, _, field = name.partition(".")
+        owners = [each for each in held.get(kind, ()) if hasattr(each, field)]
+        values = [getattr(each, field) for each in owners] or [ASSUMED[name]]
+        if name == "model.architecture":
+            values = [differences(asked.language)]
+        yield from ((name, value) for n, value in enumerate(values) if value not in values[:n])
+
+
+def refusals(tool: str, answers: Answers, asked: Asked) -> Iterator[Problem]:
+    """A Problem for every property whose value the tool has not."""
+    source, defaults = asked.plan.name, properties_known()
+    for name, value in properties(asked):
+        if name in answers:
+            wanted = answers[name].wanted(value, asked)
+        else:
+            known = value == defaults[name]
+            wanted = "" if known else f"another: nothing of this is written for {tool}"
+        if wanted:
+            yield Problem(source, name, shown(value), wanted)
+
+
+def lines(answers: Answers, asked: Asked, *kinds: str) -> list[str]:
+    """Of the properties of these kinds, what is written."""
+    return [
+        line
+        for name, value in properties(asked)
+        if name.partition(".")[0] in kinds and name in answers
+        for line in answers[name].write(value, asked)
+    ]
+
+
+def notes(answers: Answers, asked: Asked) -> tuple[str, ...]:
+    """What the tool is not told, each in a sentence."""
+    own: list[str] = []
+    others: list[str] = []
+    for name, value in properties(asked):
+        answer = answers.get(name)
+        if answer and (note := answer.note(value, asked)):
+            (own if answer.own_code else others).append(note)
+    code = [f"the model, which is your own code; the plan's has {', '.join(own)}"] if own else []
+    return tuple(dict.fromkeys([*code, *others]))
+
+
+def notes_file(tool: str, sentences: Iterable[str]) -> dict[str, str]:
+    """The list as a file of the export; none where there is nothing to list."""
+    text = "\n".join(f"- {sentence}" for sentence in sentences)
+    if not text:
+        return {}
+    head = f"# Not expressed\n\nWhat {tool} is not told by these files, and is yours to see to:\n\n"
+    return {NOTES: head + text + "\n"}

@@ -1,0 +1,54 @@
+"""What the loss of a transformer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from meshwright.model.shard import Split, VocabularyLoss
+from meshwright.model.transformer.made import Made
+from meshwright.model.transformer.tape import Sized
+
+if TYPE_CHECKING:
+    from meshwright.model.transformer.counted import Counted
+
+
+def loss(
+    o: Counted, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
+) -> Sized:
+    """Logarithms of probabilities in full precision are kept."""
+    o.modules[name] = Made("loss", split=split)
+    if isinstance(split, VocabularyLoss):
+        o.forward_all_reduce.extend([prod(targets.shape) * o.m] * 3)
+    if isinstance(split, VocabularyLoss) and o.width > 1:
+        return _divided_loss(o, logits, targets)
+    x = o.cast_to(logits, o.m) if o.low else logits
+    shape = x.shape
+
+    def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+        return [o.tape.new(shape, o.m)]
+
+    def back_to_logarithms(_: Sequence[Sized | None]) -> list[Sized | None]:
+        return [o.tape.new(shape, o.m), None]
+
+    logarithms = o.tape.record([x], shape, o.m, back)
+    o.tape.keep(logarithms, [logarithms])
+    weights = o.tape.new((), o.m)
+    return o.tape.record([logarithms, targets], (), o.m, back_to_logarithms,
+                            [logarithms, targets, weights])  # fmt: skip
+
+
+def _divided_loss(o: Counted, logits: Sized, targets: Sized) -> Sized:
+    """Over a divided vocabulary: probabilities in full precision are kept."""
+    x = o.tape.new(logits.shape, o.m) if o.low else logits
+    x = o.tape.new(logits.shape, o.m)
+    shape, size = logits.shape, logits.size
+
+    def back(_: Sequence[Sized | None]) -> list[Sized | None]:
+        wide = o.tape.new(shape, o.m)
+        return [o.tape.new(shape, size) if o.low else wide, None]
+
+    made = o.tape.record([logits, targets], (), o.m, back)
+    o.tape.keep(made, [x, targets])
+    return made

@@ -1,0 +1,78 @@
+"""Layers of encoders that a decoder reads: T5 and Whisper."""
+
+from __future__ import annotations
+
+from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.forward import dense
+from meshwright.model.transformer.operations import Operations, Value
+from meshwright.model.transformer.spec import Encoder
+from meshwright.model.transformer.usual import made_of
+
+
+def _encoder(c: LanguageModel) -> Encoder:
+    encoder = made_of(c).encoder
+    assert encoder is not None
+    return encoder
+
+
+def read(o: Operations, c: LanguageModel, source: Value) -> Value:
+    """The embedding of the text that is read."""
+    return o.embedding("tokens", source, c.vocabulary, c.width)
+
+
+def heard(o: Operations, c: LanguageModel, mels: Value) -> Value:
+    """Frames of speech through two convolutions, the second of which halves them."""
+    a = made_of(c)
+    x = o.activate("gelu", o.convolution("first", mels, a.mels, c.width, stride=1))
+    x = o.activate("gelu", o.convolution("second", x, c.width, c.width, stride=2))
+    return o.positions("positions", o.turned(x), _encoder(c).positions, 0, frozen=True)
+
+
+def encoder_block(o: Operations, c: LanguageModel, x: Value) -> Value:
+    """Attention that looks both ways, and a feed-forward module."""
+    a, encoder = made_of(c), _encoder(c)
+    x = o.added(x, attention(o, c, "attention", o.norm("norm1", x, c.width, a.norm), None,
+                             encoder.heads, causal=False))  # fmt: skip
+    return o.added(x, dense(o, c, "mlp", o.norm("norm2", x, c.width, a.norm), encoder.hidden))
+
+
+def encoder_norm(o: Operations, c: LanguageModel, x: Value) -> Value:
+    """What the decoder reads."""
+    return o.norm("norm", x, c.width, made_of(c).norm)
+
+
+def decoder_embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
+    """The embedding of the text that is written."""
+    a = made_of(c)
+    x = o.embedding("tokens", tokens, c.vocabulary, c.width)
+    if a.task == "speech to text":
+        x = o.positions("positions", x, c.positions, 0, frozen=False)
+    return x
+
+
+def decoder_block(o: Operations, c: LanguageModel, x: Value, read: Value) -> Value:
+    """Causal attention, attention to what the encoder made, and a feed-forward module."""
+    norm = made_of(c).norm
+    x = o.added(x, attention(o, c, "attention", o.norm("norm1", x, c.width, norm), None, c.heads,
+                             causal=True))  # fmt: skip
+    x = o.added(x, attention(o, c, "cross", o.norm("norm_cross", x, c.width, norm), read, c.heads,
+                             causal=False))  # fmt: skip
+    return o.added(x, dense(o, c, "mlp", o.norm("norm2", x, c.width, norm), c.hidden))
+
+
+def attention(
+    o: Operations, c: LanguageModel, name: str, x: Value, read: Value, heads: int, *, causal: bool
+) -> Value:
+    """Of x to itself, or to what is read."""
+    a = made_of(c)
+    inner = heads * c.head
+    keys = a.query_bias if a.key_bias is None else a.key_bias
+    other = x if read is None else read
+    q = o.heads(o.linear(f"{name}.query", x, c.width, inner, bias=a.query_bias), c.head)
+    k = o.heads(o.linear(f"{name}.key", other, c.width, inner, bias=keys), c.head)
+    v = o.heads(o.linear(f"{name}.value", other, c.width, inner, bias=a.query_bias), c.head)
+    bias = None
+    if a.position == "relative" and read is None:
+        bias = o.relative_bias(f"{name}.bias", x, heads, a.buckets, a.reach, both_ways=not causal)
+    y = o.attention(q, k, v, causal=causal, scale=a.score_scale, bias=bias)
+    return o.linear(f"{name}.out", o.merged(y), inner, c.width, bias=a.out_bias)

@@ -1,0 +1,43 @@
+"""What all families read alike: activations, heads, shares of a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from meshwright.errors import ModelError, Problem
+from meshwright.model.transformer.spec import Activation
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+    "quick_gelu": "quick-gelu",
+    "relu": "relu",
+    "relu2": "relu-squared",
+}
+
+
+def activation(word: str, field: str, source: str) -> Activation:
+    """Raises ModelError for one that the modules do not have."""
+    if word not in ACTIVATIONS:
+        wanted = f"one of {', '.join(ACTIVATIONS)}"
+        raise ModelError(Problem(source, field, repr(word), wanted))
+    return ACTIVATIONS[word]
+
+
+def divided(width: int, heads: int, names: tuple[str, str], source: str) -> int:
+    """Features of a head where the config does not say. Raises ModelError."""
+    if width % heads:
+        wanted = f"a divisor of {names[0]} = {width}"
+        raise ModelError(Problem(source, names[1], str(heads), wanted))
+    return width // heads
+
+
+def share(table: Mapping[str, Any] | None, usual: float) -> float:
+    """Of a head's features that are turned."""
+    given = (table or {}).get("partial_rotary_factor")
+    return float(given) if isinstance(given, int | float) and 0 < given <= 1 else usual

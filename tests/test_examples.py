@@ -1,0 +1,42 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_trains(path: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+    assert len(losses) == 50
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_an_example_of_adapters_says_what_is_trained() -> None:
+    """Its own numbers, by hand: two maps of rank 8 in each of three blocks."""
+    source = (ROOT / "examples" / "lora.py").read_text(encoding="utf-8")
+    scope: dict[str, object] = {"__name__": "example"}
+    exec(source.split("\nplan = ")[0], scope)
+    graph = scope["graph"]
+    assert sum(x.parameters for x in graph.layers) == 3 * 2 * 8 * (256 + 512)  # type: ignore[attr-defined]
