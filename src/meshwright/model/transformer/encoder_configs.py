@@ -106,6 +106,9 @@ class T5Config:
     """What is added to a mean square."""
     tie_word_embeddings: bool = True
     """Whether embedding and output projection are one parameter."""
+    scale_decoder_outputs: bool | None = None
+    """Whether the last layer's input is divided by the root of the width; absent: if the output
+    projection is the embedding."""
     n_positions: Positions = 512
     """The sequence that it was made for."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""

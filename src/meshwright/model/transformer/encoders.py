@@ -85,6 +85,7 @@ def t5(c: T5Config, name: str, source: str, kind: str) -> LanguageModel:
     """A bias for each head and distance; scores are not divided."""
     word = c.feed_forward_proj.removeprefix("gated-")
     gated = word != c.feed_forward_proj
+    scaled = c.tie_word_embeddings if c.scale_decoder_outputs is None else c.scale_decoder_outputs
     # As transformers reads it: the gate's activation is the tanh form.
     word = "gelu_new" if c.feed_forward_proj == "gated-gelu" else word
     return LanguageModel(
@@ -108,7 +109,7 @@ def t5(c: T5Config, name: str, source: str, kind: str) -> LanguageModel:
             score_scale=1.0,
             activation=activation(word, "feed_forward_proj", source),
             gated=gated,
-            logit_scale=c.d_model**-0.5 if c.tie_word_embeddings else None,
+            logit_scale=c.d_model**-0.5 if scaled else None,
             encoder=Encoder(
                 layers=c.num_layers, heads=c.num_heads, hidden=c.d_ff, positions=c.n_positions
             ),
