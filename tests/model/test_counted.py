@@ -1,37 +1,58 @@
 """What is counted without torch, against a trace of the module that is described."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
+from published import PUBLISHED
 from variants import LLAMA, VARIANTS
 
 from meshwright.cost.moments import moments_table, temporaries
 from meshwright.model.config import NAMED, LanguageModel
+from meshwright.model.hf import from_config
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.transformer.counted_graph import counted_graph
+from meshwright.model.transformer.families import FAMILIES
+from meshwright.model.transformer.network import inputs_of
 from meshwright.model.zoo.build import from_language_model
 
 GPT = LanguageModel(
     name="g", family="gpt2", vocabulary=101, positions=32, width=48, layers=2, heads=4, kv_heads=4,
     head=12, hidden=160, tied=True,
 )  # fmt: skip
-SMALL = dataclasses.replace(LLAMA, architecture=None, name="l")
-MIXTRAL = dataclasses.replace(SMALL, family="mixtral", experts=4, chosen=2)
+SMALL = replace(LLAMA, architecture=None, name="l")
+MIXTRAL = replace(SMALL, family="mixtral", experts=4, chosen=2)
 ZOO = (
     GPT,
-    dataclasses.replace(GPT, tied=False, name="untied"),
+    replace(GPT, tied=False, name="untied"),
     SMALL,
-    dataclasses.replace(SMALL, kv_heads=1, name="one"),
+    replace(SMALL, kv_heads=1, name="one"),
     MIXTRAL,
-    dataclasses.replace(MIXTRAL, experts=6, chosen=3, name="three"),
+    replace(MIXTRAL, experts=6, chosen=3, name="three"),
 )
 EXACT = (
     "name", "cast_parameters", "forward_flops", "attention_flops", "backward_flops", "parameters",
-    "tensor_units", "split_parameters", "forward_all_reduce_bytes", "backward_all_reduce_bytes",
+    "tensor_units", "split_parameters", "frozen_parameters", "forward_all_reduce_bytes",
+    "backward_all_reduce_bytes",
 )  # fmt: skip
 NEAR = ("split_flops", "saved_bytes", "split_saved_bytes", "traffic_bytes")
+
+
+SHORT = {
+    "gpt2": {"n_layer": 2},
+    "bloom": {"n_layer": 2},
+    "t5": {"num_layers": 2, "num_decoder_layers": 2},
+    "whisper": {"encoder_layers": 2, "decoder_layers": 2},
+    "deepseek_v2": {"num_hidden_layers": 2, "n_routed_experts": 8},
+    "deepseek_v3": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 16,
+    },
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+}
+"""What makes a model of a family two blocks deep, or as many as show all its kinds of blocks."""
 
 
 def worst(layer, tensor, rows):
@@ -43,15 +64,37 @@ def worst(layer, tensor, rows):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("config", [*ZOO, *VARIANTS], ids=lambda c: f"{c.family}-{c.name}")
 def test_what_is_counted_is_what_the_module_does(config, precision):
+    check(config, precision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_as_its_module_is_traced(family):
+    """Of the smallest of its published models two blocks of a sixteenth of the words."""
+    fields = min(
+        (each for each in PUBLISHED.values() if each["model_type"] == family),
+        key=lambda each: each.get("hidden_size", 0),
+    )
+    config = from_config(
+        fields | SHORT.get(family, {"num_hidden_layers": 2}) | {"torch_dtype": None}, family
+    )
+    check(replace(config, vocabulary=config.vocabulary // 16), "bf16")
+
+
+def check(config, precision):
     with torch.device("meta"):
         model = from_language_model(config)
-    batch = (torch.empty(2, 24, dtype=torch.long, device="meta"),) * 2
-    traced = trace(model, batch, precision, name=config.name)
+    batch = tuple(
+        torch.empty(
+            (2, *each.shape), dtype=torch.long if each.index else torch.float32, device="meta"
+        )
+        for each in inputs_of(config, 24)
+    )
+    traced = trace(model, batch, precision, 24, config.name)
     graph = counted_graph(config, 24, precision)
     assert graph.tensors == traced.tensors
     assert graph.tied == traced.tied
     assert (graph.name, graph.sequence, graph.precision) == (config.name, 24, precision)
-    assert len(graph.layers) == len(traced.layers) == config.layers + 2
+    assert len(graph.layers) == len(traced.layers)
     for ours, truth in zip(graph.layers, traced.layers, strict=True):
         for field in EXACT:
             assert getattr(ours, field) == getattr(truth, field), (ours.name, field)
@@ -87,12 +130,8 @@ def test_blocks_that_differ_have_signatures_of_their_own():
 
 def test_a_window_takes_attention_as_it_reaches():
     """2 S W - W^2 pairs of tokens instead of S^2: nearly a quarter at eight windows."""
-    whole = dataclasses.replace(
-        LLAMA, architecture=dataclasses.replace(LLAMA.architecture, windows=())
-    )
-    near = dataclasses.replace(
-        LLAMA, architecture=dataclasses.replace(LLAMA.architecture, windows=(64, 64))
-    )
+    whole = replace(LLAMA, architecture=replace(LLAMA.architecture, windows=()))
+    near = replace(LLAMA, architecture=replace(LLAMA.architecture, windows=(64, 64)))
     full, windowed = (
         counted_graph(c, 512, "bf16").layers[1].attention_flops for c in (whole, near)
     )

@@ -58,9 +58,7 @@ def fused(o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -
 
 def _padded(o: Counted, x: Sized, width: int) -> Sized:
     """Values as wide as queries."""
-    made = o.tape.record([x], (*x.shape[:3], width), x.size, _slice(x.shape, x.size))
-    o.tape.traffic += made.bytes - x.bytes
-    return made
+    return o.tape.record([x], (*x.shape[:3], width), x.size, _slice(x.shape, x.size))
 
 
 def _slice(shape: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]
@@ -156,9 +154,9 @@ def _windowed(o: Counted, q: Sized, k: Sized, v: Sized, window: int, cap: float 
 
 
 def _lengthened(o: Counted, x: Sized, tokens: int) -> Sized:
-    made = o.tape.record([x], (*x.shape[:2], tokens, x.shape[3]), x.size, _slice(x.shape, x.size))
-    o.tape.traffic += made.bytes - x.bytes
-    return made
+    """To a whole number of pieces."""
+    rows, heads, _, head = x.shape
+    return o.tape.record([x], (rows, heads, tokens, head), x.size, _slice(x.shape, x.size))
 
 
 def _piece(o: Counted, x: Sized, tokens: int) -> Sized:

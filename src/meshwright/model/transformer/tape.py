@@ -20,6 +20,8 @@ class Storage:
         self.number = number
 
 
+_FULL = 4
+"""Bytes of a number in full precision beside half precision."""
 NOWHERE = Storage(-1)
 """Where weights are, which nobody counts."""
 
@@ -50,7 +52,7 @@ Backward = Callable[[Sequence[Sized | None]], Sequence[Sized | None]]
 class Step:
     """One operation, as its backward will need it."""
 
-    __slots__ = ("back", "gradients", "inputs", "saved")
+    __slots__ = ("back", "cast_at_once", "gradients", "inputs", "saved")
 
     def __init__(
         self,
@@ -62,6 +64,8 @@ class Step:
         self.inputs = [each.source for each in inputs]
         self.saved = saved
         self.back = back
+        self.cast_at_once = False
+        """Of a weight: its gradient is not in its own precision."""
         self.gradients: list[Sized | None] = [None] * outputs
 
 
@@ -97,14 +101,12 @@ class Tape:
         return made
 
     def uncast(self, shape: Sequence[int], before: int) -> Sized:
-        """A weight that is read as it is, but whose gradient comes in another precision."""
+        """A weight that is read as it is, but whose gradient comes in another precision: it is cast
+        as soon as it is made, when what the operation kept has not been let go of."""
         made = Sized(tuple(shape), before, NOWHERE)
-
-        def back(_: Sequence[Sized | None]) -> list[Sized | None]:
-            self.new(shape, before)
-            return []
-
-        self._follow((), [made], back, ())
+        step = Step((), (), None)
+        step.cast_at_once = True
+        made.source = (step, 0)
         return made
 
     def leaf(self, shape: Sequence[int], size: int, *, gradient: bool) -> Sized:
@@ -169,8 +171,12 @@ class Tape:
         if step.back is None or all(each is None for each in arrived):
             return
         back, step.back = step.back, None
-        made = back(arrived)
+        made = list(back(arrived))
         arrived.clear()
+        for number, (before, gradient) in enumerate(zip(step.inputs, made, strict=True)):
+            if before is not None and before[0].cast_at_once and gradient is not None:
+                self.new(gradient.shape, _FULL)
+                made[number] = gradient = None
         step.saved = ()
         for before, gradient in zip(step.inputs, made, strict=True):
             if before is None or gradient is None:
