@@ -33,7 +33,10 @@ from meshwright.errors import PlanError
 from meshwright.export.tools import export_files
 from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
+from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,9 @@ CASES = (
     Case("llama-tiny", "10", precision="fp32"),
     Case("mixtral-tiny", "3|3"),
     Case("mixtral-8x7b", "34", tensor=4),
+    Case(f"{CONFIGS}/llama-3.2-1b.json", "9|9", tensor=2),
+    Case(f"{CONFIGS}/qwen2.5-7b.json", "15|15", data=2, tensor=2),
+    Case(f"{CONFIGS}/qwen3-8b.json", "19|19", data=2),
 )
 
 
@@ -137,7 +143,8 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
         arguments.validate_args(parsed)
     config = arguments.core_transformer_config_from_args(parsed)
     c = language_model(case.model)
-    llama = c.family != "gpt2"
+    llama = base_of(c) != "gpt2"
+    a = made_of(c)
     found_and_wanted = {
         "num_layers": c.layers,
         "hidden_size": c.width,
@@ -147,7 +154,9 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
         "kv_channels": c.head,
         "attention_dropout": 0,
         "hidden_dropout": 0,
-        "layernorm_epsilon": 1e-5,
+        "layernorm_epsilon": a.norm.epsilon,
+        "add_qkv_bias": a.query_bias,
+        "qk_layernorm": a.query_norm == "head",
         "init_method_std": 0.02,
         "normalization": "RMSNorm" if llama else "LayerNorm",
         "gated_linear_unit": llama,
@@ -167,7 +176,7 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
         "clip_grad": 1.0,
         "make_vocab_size_divisible_by": 1,
         "data_parallel_size": case.data,
-        "use_rope_scaling": False,
+        "use_rope_scaling": bool(a.rotary and a.rotary.scaling),
         "accumulate_allreduce_grads_in_fp32": case.precision != "fp32",
         "moe_aux_loss_coeff": 0.0,
         "reset_attention_mask": False,

@@ -365,3 +365,13 @@ def test_every_field_of_an_architecture_is_a_difference_where_it_differs():
         changed = replace(usual, **{field.name: other(value, kind)})
         found = differences(replace(llama, architecture=changed))
         assert any(name.partition(".")[0] == field.name for name in found), field.name
+
+
+def test_the_plugin_of_accelerate_knows_families_by_their_own_names():
+    plan, model = make("5|5", model=LLAMA)
+    with pytest.raises(PlanError, match="its Megatron-LM plugin has no others"):
+        accelerate.accelerate_files(plan, model, from_config(QWEN, "c"))
+    files = accelerate.accelerate_files(
+        plan, model, from_config(QWEN | {"model_type": "llama"}, "c")
+    )
+    assert "megatron_plugin.py" in files

@@ -41,7 +41,6 @@ from meshwright.export.launch import PORT, by_node, is_node_by_node, stage_major
 from meshwright.export.writing import comment, shell_default
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
-from meshwright.model.transformer.usual import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "accelerate"
@@ -49,8 +48,8 @@ _PLUGIN_FAMILIES = ("gpt2", "llama")
 _NO_EXPERTS = "its Megatron-LM plugin has no experts"
 
 
-def _family(_: str, asked: Asked) -> str:
-    known = base_of(asked.language) in _PLUGIN_FAMILIES
+def _family(value: str, _: Asked) -> str:
+    known = value in _PLUGIN_FAMILIES
     return (
         ""
         if known
