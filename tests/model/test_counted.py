@@ -62,11 +62,18 @@ def worst(layer, tensor, rows):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("config", [*ZOO, *VARIANTS], ids=lambda c: f"{c.family}-{c.name}")
+@pytest.mark.parametrize("config", ZOO, ids=lambda c: f"{c.family}-{c.name}")
+def test_a_module_written_by_hand_is_counted_as_it_is_traced(config, precision):
+    check(config, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.name)
 def test_what_is_counted_is_what_the_module_does(config, precision):
     check(config, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted_as_its_module_is_traced(family):
     """Of the smallest of its published models two blocks of a sixteenth of the words."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
+from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.tape import Sized
-
-if TYPE_CHECKING:
-    from meshwright.model.transformer.counted import Counted
 
 
 def attend(
-    o: Counted, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
+    o: Counts, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
     alibi: bool, bias: Sized | None,
 ) -> Sized:  # fmt: skip
     """Of (rows, heads, tokens, head)."""
@@ -36,7 +33,7 @@ def attend(
     return o.copied(made, made.shape)
 
 
-def fused(o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
+def fused(o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
     """One kernel: 2 pairs (head + value) FLOPs, and back five products where there are two; kept
     are what it reads, its output and one number for each query."""
     rows, heads, tokens, head = q.shape
@@ -56,7 +53,7 @@ def fused(o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -
     return made
 
 
-def _padded(o: Counted, x: Sized, width: int) -> Sized:
+def _padded(o: Counts, x: Sized, width: int) -> Sized:
     """Values as wide as queries."""
     return o.tape.record([x], (*x.shape[:3], width), x.size, _slice(x.shape, x.size))
 
@@ -69,14 +66,14 @@ def _slice(shape: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]
     return back
 
 
-def _narrowed(o: Counted, x: Sized, width: int) -> Sized:
+def _narrowed(o: Counts, x: Sized, width: int) -> Sized:
     """The first features, copied to where the next product reads them."""
     shape, size = x.shape, x.size
     part = o.tape.views(x, [(*shape[:3], width)], lambda _: [o.tape.new(shape, size)])[0]
     return o.copied(part, part.shape)
 
 
-def matmul(o: Counted, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -> Sized:
+def matmul(o: Counts, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -> Sized:
     """A batch of products, whose two factors are kept."""
     work = 2 * prod(shape) * inner
     o.flops += work
@@ -90,7 +87,7 @@ def matmul(o: Counted, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -
 
 
 def capped(
-    o: Counted, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
+    o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
     """Scores are made, bent and kept; keys and values not `in_order` in memory are copied."""
@@ -115,7 +112,7 @@ def capped(
     return matmul(o, weights, v, (rows, heads, tokens, value), reads)
 
 
-def _spread(o: Counted, x: Sized, heads: int) -> Sized:
+def _spread(o: Counts, x: Sized, heads: int) -> Sized:
     """Each key-value head beside all the query heads that it serves."""
     rows, _, reads, head = x.shape
     made = o.copied(x, (rows, heads, reads, head))
@@ -123,7 +120,7 @@ def _spread(o: Counted, x: Sized, heads: int) -> Sized:
     return made
 
 
-def _windowed(o: Counted, q: Sized, k: Sized, v: Sized, window: int, cap: float | None) -> Sized:
+def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float | None) -> Sized:
     """A first piece of the window's length, and others that read themselves and the one before."""
     rows, heads, tokens, head = q.shape
     short = -tokens % window
@@ -153,19 +150,19 @@ def _windowed(o: Counted, q: Sized, k: Sized, v: Sized, window: int, cap: float 
     return made
 
 
-def _lengthened(o: Counted, x: Sized, tokens: int) -> Sized:
+def _lengthened(o: Counts, x: Sized, tokens: int) -> Sized:
     """To a whole number of pieces."""
     rows, heads, _, head = x.shape
     return o.tape.record([x], (rows, heads, tokens, head), x.size, _slice(x.shape, x.size))
 
 
-def _piece(o: Counted, x: Sized, tokens: int) -> Sized:
+def _piece(o: Counts, x: Sized, tokens: int) -> Sized:
     """A view of some tokens; its gradient is as long as all of them."""
     shape, size = x.shape, x.size
     return o.tape.views(x, [(*shape[:2], tokens, shape[3])], lambda _: [o.tape.new(shape, size)])[0]
 
 
-def _overlapping(o: Counted, x: Sized, shape: tuple[int, ...]) -> Sized:
+def _overlapping(o: Counts, x: Sized, shape: tuple[int, ...]) -> Sized:
     made = o.copied(x, shape)
     o.tape.traffic += made.bytes - x.bytes
     return made

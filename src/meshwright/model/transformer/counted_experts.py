@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Split
+from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.made import INDEX, Made
 from meshwright.model.transformer.tape import Backward, Sized
 from meshwright.model.transformer.usual import made_of
 
-if TYPE_CHECKING:
-    from meshwright.model.transformer.counted import Counted
 
-
-def routed(o: Counted, name: str, x: Sized, c: LanguageModel) -> Sized:
+def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     """Tokens are sorted by expert, computed, and put back."""
     rows, sequence, width = x.shape
     tokens = rows * sequence
@@ -62,7 +59,7 @@ def _reshaped(shape: Sequence[int]) -> Backward:
     return back
 
 
-def _weighted(o: Counted, x: Sized, share: Sized) -> Sized:
+def _weighted(o: Counts, x: Sized, share: Sized) -> Sized:
     """The share's gradient is a product as large as x before it is summed."""
     shape, narrow, size = x.shape, share.shape, x.size
 
@@ -75,7 +72,7 @@ def _weighted(o: Counted, x: Sized, share: Sized) -> Sized:
     return o.tape.record([x, share], shape, size, back, [x, share])
 
 
-def _shares(o: Counted, logits: Sized, c: LanguageModel) -> Sized:
+def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
     mixture = made_of(c).mixture
     assert mixture is not None
     tokens, k = logits.shape[0], c.chosen
@@ -114,7 +111,7 @@ def _shares(o: Counted, logits: Sized, c: LanguageModel) -> Sized:
     return share if mixture.scale == 1.0 else o.elementwise([share], [])
 
 
-def _sorted(o: Counted, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
+def _sorted(o: Counts, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
     """Sorting by expert, and counting how many tokens each gets."""
     k = c.chosen
     order = o.tape.new((tokens * k,), INDEX)
@@ -123,7 +120,7 @@ def _sorted(o: Counted, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
     return order, counts
 
 
-def _picked(o: Counted, x: Sized, index: Sized, times: int) -> Sized:
+def _picked(o: Counts, x: Sized, index: Sized, times: int) -> Sized:
     """Rows by index, several times as many."""
     shape, size = x.shape, x.size
     made = o.tape.record(
@@ -135,7 +132,7 @@ def _picked(o: Counted, x: Sized, index: Sized, times: int) -> Sized:
 
 
 def _grouped(
-    o: Counted, name: str, x: Sized, experts: int, inputs: int, outputs: int, split: Split,
+    o: Counts, name: str, x: Sized, experts: int, inputs: int, outputs: int, split: Split,
     counts: Sized,
 ) -> Sized:  # fmt: skip
     """Each row through its expert's weights, which are cast expert by expert."""

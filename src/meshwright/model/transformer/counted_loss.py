@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from meshwright.model.shard import Split, VocabularyLoss
+from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.made import Made
 from meshwright.model.transformer.tape import Sized
 
-if TYPE_CHECKING:
-    from meshwright.model.transformer.counted import Counted
-
 
 def loss(
-    o: Counted, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
+    o: Counts, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
 ) -> Sized:
     """Logarithms of probabilities in full precision are kept."""
     o.modules[name] = Made("loss", split=split)
@@ -39,7 +36,7 @@ def loss(
                             [logarithms, targets, weights])  # fmt: skip
 
 
-def _divided_loss(o: Counted, logits: Sized, targets: Sized) -> Sized:
+def _divided_loss(o: Counts, logits: Sized, targets: Sized) -> Sized:
     """Over a divided vocabulary: probabilities in full precision are kept."""
     x = o.tape.new(logits.shape, o.m) if o.low else logits
     x = o.tape.new(logits.shape, o.m)

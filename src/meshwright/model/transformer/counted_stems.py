@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.made import INDEX, Made
 from meshwright.model.transformer.tape import Sized
 
-if TYPE_CHECKING:
-    from meshwright.model.transformer.counted import Counted
 
-
-def positions(o: Counted, name: str, x: Sized, entries: int, offset: int, *, frozen: bool) -> Sized:
+def positions(o: Counts, name: str, x: Sized, entries: int, offset: int, *, frozen: bool) -> Sized:
     """As many rows as there are tokens, whatever the rows of the batch."""
     tokens, width = x.shape[1], x.shape[2]
     o.modules[name] = Made("sines" if frozen else "table", (entries + offset, width))
@@ -37,7 +34,7 @@ def positions(o: Counted, name: str, x: Sized, entries: int, offset: int, *, fro
     return made
 
 
-def added_row(o: Counted, name: str, x: Sized, entries: int) -> Sized:
+def added_row(o: Counts, name: str, x: Sized, entries: int) -> Sized:
     """One row, whatever the rows of the batch."""
     o.modules[name] = Made("table", (entries, x.shape[-1]))
     own = o.parameter(f"{name}.weight", (entries, x.shape[-1]))
@@ -49,7 +46,7 @@ def added_row(o: Counted, name: str, x: Sized, entries: int) -> Sized:
     return o.tape.record([x], x.shape, x.size, back, trained=True)
 
 
-def prepended(o: Counted, name: str, x: Sized) -> Sized:
+def prepended(o: Counts, name: str, x: Sized) -> Sized:
     """One token more in every row."""
     rows, tokens, width = x.shape
     o.modules[name] = Made("row", (1, 1, width))
@@ -63,7 +60,7 @@ def prepended(o: Counted, name: str, x: Sized) -> Sized:
     return o.tape.record([x], (rows, tokens + 1, width), size, back, trained=True)
 
 
-def patches(o: Counted, pixels: Sized, patch: tuple[int, int]) -> Sized:
+def patches(o: Counts, pixels: Sized, patch: tuple[int, int]) -> Sized:
     """Copied into another order."""
     rows, channels, height, width = pixels.shape
     tokens = (height // patch[0]) * (width // patch[1])
@@ -71,9 +68,7 @@ def patches(o: Counted, pixels: Sized, patch: tuple[int, int]) -> Sized:
     return o.cast_to(made, o.a) if o.low else made
 
 
-def convolution(
-    o: Counted, name: str, x: Sized, inputs: int, outputs: int, *, stride: int
-) -> Sized:
+def convolution(o: Counts, name: str, x: Sized, inputs: int, outputs: int, *, stride: int) -> Sized:
     """6 tokens inputs outputs FLOPs."""
     rows, _, before = x.shape
     tokens = before // stride
@@ -100,7 +95,7 @@ def convolution(
     return made
 
 
-def relative_bias(o: Counted, name: str, x: Sized, heads: int, buckets: int) -> Sized:
+def relative_bias(o: Counts, name: str, x: Sized, heads: int, buckets: int) -> Sized:
     """One number for each head and pair of tokens, whatever the rows of the batch."""
     o.modules[name] = Made("table", (buckets, heads))
     own = o.parameter(f"{name}.weight", (buckets, heads))
