@@ -120,7 +120,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=50, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=40, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(case=drawn())
 def test_any_legal_plan_trains_as_one_process_does(pool: Pool, case: Drawn) -> None:
     wanted, weights = reference(case)

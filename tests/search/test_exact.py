@@ -37,7 +37,7 @@ def test_the_plan_found_is_the_best_of_all(world):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @seed(1)
-@settings(max_examples=200, database=None)
+@settings(max_examples=150, database=None)
 @given(small_worlds(SIZES))
 def test_the_plan_found_is_the_best_of_all_in_hundreds_of_cases(world):
     check_exact(world)
