@@ -126,26 +126,16 @@ class Counted(Counts):
 
     def joined(self, x: Sized, y: Sized) -> Sized:
         """Copies; the gradient's parts are views."""
-        return self._joined(x, y, x.shape, y.shape)
+        return self.joined_along(x, y, 3)
 
     def common_head(self, x: Sized, like: Sized) -> Sized:
         """Copied beside each head; its gradients are summed."""
         wide = self.tape.views(x, [(*like.shape[:3], x.shape[3])], self._summed(x))[0]
-        return self._joined(like, wide, like.shape, wide.shape)
+        return self.joined_along(like, wide, 3)
 
     def _summed(self, x: Sized) -> Backward:
         shape, size = x.shape, x.size
         return lambda _: [self.tape.new(shape, size)]
-
-    def _joined(self, x: Sized, y: Sized, left: tuple[int, ...], right: tuple[int, ...]) -> Sized:
-        size = x.size
-
-        def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-            whole = arrived[0]
-            assert whole is not None
-            return [Sized(shape, size, whole.storage) for shape in (left, right)]
-
-        return self.tape.record([x, y], (*left[:3], left[3] + right[3]), size, back)
 
     def gated(self, gate: Sized, x: Sized) -> Sized:
         """A sigmoid, which is kept, times x."""

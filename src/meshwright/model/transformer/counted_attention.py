@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from meshwright.model.transformer.counts import Counts
-from meshwright.model.transformer.tape import Sized
+from meshwright.model.transformer.tape import Sized, seen_as
 
 
 def attend(
@@ -55,15 +55,7 @@ def fused(o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) ->
 
 def _padded(o: Counts, x: Sized, width: int) -> Sized:
     """Values as wide as queries."""
-    return o.tape.record([x], (*x.shape[:3], width), x.size, _slice(x.shape, x.size))
-
-
-def _slice(shape: tuple[int, ...], size: int):  # type: ignore[no-untyped-def]
-    def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-        assert arrived[0] is not None
-        return [Sized(shape, size, arrived[0].storage)]
-
-    return back
+    return o.tape.record([x], (*x.shape[:3], width), x.size, seen_as(x.shape))
 
 
 def _narrowed(o: Counts, x: Sized, width: int) -> Sized:
@@ -143,7 +135,7 @@ def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float |
         rest = o.copied(rest, rest.shape)
     value = v.shape[3]
     rest = o.tape.views(rest, [(rows, heads, later * window, value)], list)[0]
-    made = o.joined_tokens(one, rest)
+    made = o.joined_along(one, rest, 2)
     if short:
         made = _piece(o, made, tokens)
         made = o.copied(made, made.shape)
@@ -153,7 +145,7 @@ def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float |
 def _lengthened(o: Counts, x: Sized, tokens: int) -> Sized:
     """To a whole number of pieces."""
     rows, heads, _, head = x.shape
-    return o.tape.record([x], (rows, heads, tokens, head), x.size, _slice(x.shape, x.size))
+    return o.tape.record([x], (rows, heads, tokens, head), x.size, seen_as(x.shape))
 
 
 def _piece(o: Counts, x: Sized, tokens: int) -> Sized:

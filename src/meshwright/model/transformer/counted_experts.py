@@ -9,7 +9,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Split
 from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.made import INDEX, Made
-from meshwright.model.transformer.tape import Backward, Sized
+from meshwright.model.transformer.tape import Sized, seen_as
 from meshwright.model.transformer.usual import made_of
 
 
@@ -19,11 +19,11 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     tokens = rows * sequence
     hidden = c.hidden
     new, k = o.tape.new, c.chosen
-    flat = o.tape.views(x, [(tokens, width)], _reshaped(x.shape))[0]
+    flat = o.tape.views(x, [(tokens, width)], seen_as(x.shape))[0]
     logits = o.linear(f"{name}.router", flat, width, c.experts)
     share = _shares(o, logits, c)
     order, counts = _sorted(o, tokens, c)
-    picked = _picked(o, flat, order, k)
+    picked = _picked(o, flat, order)
     gate_up = _grouped(o, f"{name}.gate_up", picked, c.experts, width, 2 * hidden,
                        Column(parts=(hidden, hidden)), counts)  # fmt: skip
     own = gate_up.shape[-1] // 2
@@ -32,31 +32,19 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     y = _grouped(o, f"{name}.down", inner, c.experts, hidden, width, Row(), counts)
     back = new((tokens * k,), INDEX)
     o.tape.traffic += 2 * back.bytes
-    again = _picked(o, y, back, 1)
-    again = o.tape.views(again, [(tokens, k, width)], _reshaped(y.shape))[0]
+    again = _picked(o, y, back)
+    again = o.tape.views(again, [(tokens, k, width)], seen_as(y.shape))[0]
     if o.low:
         share = o.cast_to(share, o.a)
     weighted = _weighted(o, again, share)
-    summed = o.tape.record([weighted], (tokens, width), o.a, _reshaped(weighted.shape))
-    whole = o.tape.views(summed, [x.shape], _reshaped((tokens, width)))[0]
-    for module in list(o.modules):
-        if module.startswith(f"{name}.router"):
-            del o.modules[module]
+    summed = o.tape.record([weighted], (tokens, width), o.a, seen_as(weighted.shape))
+    whole = o.tape.views(summed, [x.shape], seen_as((tokens, width)))[0]
+    # The router is a part of the module of experts.
+    del o.modules[f"{name}.router"]
     o.modules[name] = Made("experts", model=c)
     o.splits[f"{name}.gate_up"] = Column(parts=(hidden, hidden))
     o.splits[f"{name}.down"] = Row()
     return whole
-
-
-def _reshaped(shape: Sequence[int]) -> Backward:
-    """The gradient of a view, or of a sum that it is spread over, which copies nothing. Only the
-    shape is held: what held the value itself would keep it alive."""
-    whole = tuple(shape)
-
-    def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
-        return [each and Sized(whole, each.size, each.storage) for each in arrived]
-
-    return back
 
 
 def _weighted(o: Counts, x: Sized, share: Sized) -> Sized:
@@ -102,7 +90,7 @@ def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
         share = o.tape.record(
             [scores], (tokens, k), o.m, lambda _: [o.tape.new(shape, size)], [expert]
         )
-        o.tape.traffic += expert.bytes - scores.bytes + scores.bytes
+        o.tape.traffic += expert.bytes
         if mixture.normalised:
             total = o.tape.new((tokens, 1), o.m)
             o.tape.traffic += share.bytes + 3 * total.bytes
@@ -120,14 +108,13 @@ def _sorted(o: Counts, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
     return order, counts
 
 
-def _picked(o: Counts, x: Sized, index: Sized, times: int) -> Sized:
-    """Rows by index, several times as many."""
+def _picked(o: Counts, x: Sized, index: Sized) -> Sized:
+    """Rows by index."""
     shape, size = x.shape, x.size
     made = o.tape.record(
         [x], (index.shape[0], shape[-1]), size, lambda _: [o.tape.new(shape, size)], [index]
     )
     o.tape.traffic += index.bytes
-    del times
     return made
 
 

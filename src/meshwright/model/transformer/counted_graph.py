@@ -107,7 +107,6 @@ def _tensors(layers: tuple[LayerOf, ...], found: list[Found]) -> tuple[Tensor, .
 def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: int) -> list[Sized]:
     """Stand-ins for what a layer reads."""
     batch = {each.name: each for each in inputs_of(c, sequence)}
-    makes = {each.name: each.makes for each in layers_of(c)}
     given = []
     for name in layer.reads:
         if name in batch:
@@ -115,7 +114,7 @@ def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: 
             size = INDEX if own.index else o.m
             given.append(o.tape.leaf((rows, *own.shape), size, gradient=False))
         else:
-            shape = (rows, tokens_of(c, makes[name], sequence), c.width)
+            shape = (rows, tokens_of(c, name, sequence), c.width)
             given.append(o.tape.leaf(shape, o.a, gradient=True))
     return given
 

@@ -135,8 +135,8 @@ class Counts:
 
         return self.tape.views(x, [(*shape[:-1], each) for each in own], back)
 
-    def joined_tokens(self, x: Sized, y: Sized) -> Sized:
-        """Two values one behind the other in their tokens."""
+    def joined_along(self, x: Sized, y: Sized, dim: int) -> Sized:
+        """Copies, one behind the other in a dimension; the gradient's parts are views."""
         size, left, right = x.size, x.shape, y.shape
 
         def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
@@ -144,7 +144,7 @@ class Counts:
             assert whole is not None
             return [Sized(shape, size, whole.storage) for shape in (left, right)]
 
-        shape = (*left[:2], left[2] + right[2], left[3])
+        shape = (*left[:dim], left[dim] + right[dim], *left[dim + 1 :])
         return self.tape.record([x, y], shape, size, back)
 
     def copied(self, x: Sized, shape: tuple[int, ...]) -> Sized:

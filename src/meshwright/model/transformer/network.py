@@ -25,8 +25,6 @@ class LayerOf:
     """Inputs of the batch, or layers."""
     units: int
     """Tensor widths that divide it are legal; 0: every one."""
-    makes: str = "decoder"
-    """How many tokens its output has: those of the `encoder`, of the `decoder`, or of all."""
 
 
 @record
@@ -57,12 +55,12 @@ def inputs_of(c: LanguageModel, sequence: int) -> tuple[Input, ...]:
     return text
 
 
-def tokens_of(c: LanguageModel, makes: str, sequence: int) -> int:
-    """Tokens of what a layer makes."""
+def tokens_of(c: LanguageModel, layer: str, sequence: int) -> int:
+    """Tokens of what the layer of this name makes."""
     a = made_of(c)
     if a.picture is not None:
         return forward.patches_of(a.picture) + 1
-    if makes == "encoder" and a.task == "speech to text":
+    if layer.startswith("encoder") and a.task == "speech to text":
         assert a.encoder is not None
         return a.encoder.positions
     return sequence
@@ -92,10 +90,10 @@ def layers_of(c: LanguageModel) -> tuple[LayerOf, ...]:
 
 def _layer(
     name: str, kind: str, function: Callable[..., Value], reads: tuple[str, ...], units: int,
-    *, c: LanguageModel, makes: str = "decoder",
+    *, c: LanguageModel,
 ) -> LayerOf:  # fmt: skip
     compute = partial(_computed, function=function, c=c)
-    return LayerOf(name=name, kind=kind, compute=compute, reads=reads, units=units, makes=makes)
+    return LayerOf(name=name, kind=kind, compute=compute, reads=reads, units=units)
 
 
 def _computed(
@@ -110,13 +108,12 @@ def _encoder(c: LanguageModel) -> Iterator[LayerOf]:
     spoken = a.task == "speech to text"
     before = "encoder_embedding"
     stem = pairs.heard if spoken else pairs.read
-    yield _layer(before, before, stem, ("mels" if spoken else "source",), 1, c=c, makes="encoder")
+    yield _layer(before, before, stem, ("mels" if spoken else "source",), 1, c=c)
     for number in range(a.encoder.layers):
         name = f"encoder.{number}"
-        yield _layer(name, "encoder", pairs.encoder_block, (before,), 1, c=c, makes="encoder")
+        yield _layer(name, "encoder", pairs.encoder_block, (before,), 1, c=c)
         before = name
-    yield _layer("encoder_norm", "encoder norm", pairs.encoder_norm, (before,), 1, c=c,
-                 makes="encoder")  # fmt: skip
+    yield _layer("encoder_norm", "encoder norm", pairs.encoder_norm, (before,), 1, c=c)
 
 
 def _decoder(c: LanguageModel) -> Iterator[LayerOf]:

@@ -49,6 +49,17 @@ Backward = Callable[[Sequence[Sized | None]], Sequence[Sized | None]]
 """From the outputs' gradients to those of the inputs, None where there is none."""
 
 
+def seen_as(shape: Sequence[int]) -> Backward:
+    """The gradient of a view, of a part, or of a sum that it is spread over, which copies nothing.
+    Only the shape is held: what held the value itself would keep it alive."""
+    whole = tuple(shape)
+
+    def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
+        return [each and Sized(whole, each.size, each.storage) for each in arrived]
+
+    return back
+
+
 class Step:
     """One operation, as its backward will need it."""
 
