@@ -1,1 +1,1 @@
-"""Seconds and bytes of each instruction."""
+"""Predicts the seconds and the bytes of every instruction."""

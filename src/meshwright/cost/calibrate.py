@@ -1,7 +1,7 @@
-"""Fits the constants of the cost model to measured step times, and says how sure it is.
+"""Fits the constants of the cost model to measured step times and estimates the remaining error.
 
-Few numbers, each inside its plausible range, and a mild pull towards what was believed before: a
-constant of which the measurements say nothing stays where it was.
+The fit has few parameters. Each stays inside its plausible range and is pulled mildly towards its
+starting value, so that a constant which the measurements do not determine keeps that value.
 """
 
 from __future__ import annotations
@@ -23,31 +23,35 @@ from meshwright.records import record
 
 Array = NDArray[np.float64]
 Predict = Callable[[Calibration, NDArray[np.int64]], Array]
-"""Seconds of the runs with these indices under these constants."""
+"""A function of constants and of indices of runs that returns the predicted seconds of these
+runs."""
 
 SOFT = 0.05
-"""Relative error above which a run counts by its size, not its square: runs that went wrong for
-reasons of their own do not bend the fit."""
+"""The relative error above which a run counts linearly instead of quadratically, so that outliers
+do not bend the fit."""
 PULL = 0.05
-"""Relative error for which the fit will not move a constant from one end of its range to the
-other."""
+"""The relative error that the fit tolerates rather than move a constant from one end of its range
+to the other: the strength of the pull towards the starting values."""
 STEP = 1e-3
-"""Of a constant's range, for the derivatives."""
+"""The step of the numerical derivatives, as a share of a constant's range."""
 ROUNDS = 15
+"""The largest number of Gauss-Newton steps."""
 
 
 @record
 class Knob:
-    """One number to fit: a constant of some device types together, or of the system."""
+    """Names one parameter of the fit: a constant shared by some device types, or one of the
+    system."""
 
     name: str
     types: tuple[str, ...] = ()
-    """Empty for a constant of the system."""
+    """The device types that share the constant; empty for a constant of the system."""
     start: float | None = None
-    """None: the middle of the range."""
+    """The starting value; None stands for the middle of the range."""
     low: float = field(default=-1.0)
+    """The lower end of the range; a negative number stands for that of CONSTANTS."""
     high: float = field(default=-1.0)
-    """Negative: the plausible range of CONSTANTS."""
+    """The upper end of the range; a negative number stands for that of CONSTANTS."""
 
 
 def _range(knob: Knob) -> tuple[float, float]:
@@ -59,7 +63,11 @@ def _range(knob: Knob) -> tuple[float, float]:
 
 
 def value_at(knob: Knob, place: float) -> float:
-    """The value at `place` in [0, 1] of a range: geometric, or linear from zero."""
+    """Return the value at position `place` in [0, 1] of a parameter's range.
+
+    The scale is geometric, or linear where the range begins at zero: in a range from 1 to 100,
+    place 0.5 is the value 10.
+    """
     low, high = _range(knob)
     if low > 0:
         return float(low * (high / low) ** place)
@@ -67,7 +75,10 @@ def value_at(knob: Knob, place: float) -> float:
 
 
 def place_of(knob: Knob, value: float) -> float:
-    """Where in its range a value lies, in [0, 1]; beyond an end: that end."""
+    """Return the position in [0, 1] of a value in its range: the inverse of `value_at`.
+
+    A value outside the range gets the position of the nearer end.
+    """
     low, high = _range(knob)
     inside = min(max(value, low), high)
     if low > 0:
@@ -76,7 +87,7 @@ def place_of(knob: Knob, value: float) -> float:
 
 
 def with_values(start: Calibration, knobs: Sequence[Knob], values: Sequence[float]) -> Calibration:
-    """The calibration with these knobs set."""
+    """Return the calibration with these parameters set to these values."""
     devices, system = dict(start.devices), start.system
     for knob, value in zip(knobs, values, strict=True):
         if knob.name not in DEVICE_NAMES:
@@ -95,11 +106,12 @@ def fit(
     start: Calibration | None = None,
     runs: NDArray[np.int64] | None = None,
 ) -> Calibration:
-    """The constants that bring predictions closest to measured seconds.
+    """Return the constants whose predictions come closest to the measured seconds.
 
-    Minimises the sum of sqrt(e^2 + SOFT^2) over relative errors e, and the pull, by reweighted
-    least squares: damped Gauss-Newton steps with numerical derivatives, every knob kept inside its
-    range. `runs`: indices of the runs to fit; all by default.
+    The fit minimises the sum over runs of sqrt(e^2 + SOFT^2), with e the relative error, plus the
+    pull, by iteratively reweighted least squares: damped Gauss-Newton steps with numerical
+    derivatives that keep every parameter inside its range. `runs` holds the indices of the runs to
+    fit; None fits all of them.
     """
     base = start or Calibration()
     chosen = np.arange(len(measured)) if runs is None else runs
@@ -117,6 +129,8 @@ def fit(
 
 
 def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
+    """Return the positions at which the robust error, pull included, is least; `origin` is the
+    start."""
     places, damping = origin.copy(), 1e-2
     residual = errors(places)
     for _ in range(ROUNDS):
@@ -141,11 +155,13 @@ def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
 
 
 def _cost(residual: Array, moved: Array) -> float:
+    """Return the objective: the robust sum of errors, and the pull for the distance `moved`."""
     spread = np.sqrt(residual**2 + SOFT**2).sum()
     return float(spread + 0.5 * (moved**2).sum() * PULL**2 / SOFT)
 
 
 def _slopes(errors: Callable[[Array], Array], places: Array, residual: Array) -> Array:
+    """Return the derivative of every run's error by every position, [runs, parameters]."""
     columns = []
     for index, place in enumerate(places):
         moved = places.copy()
@@ -155,7 +171,7 @@ def _slopes(errors: Callable[[Array], Array], places: Array, residual: Array) ->
 
 
 def _step(matrix: Array, gradient: Array, places: Array, damping: float) -> Array:
-    """A damped Newton step; knobs at an end of their range that want to leave it stay."""
+    """Take a damped Newton step; a parameter that would leave its range stays at the end of it."""
     stuck = ((places <= 0) & (gradient > 0)) | ((places >= 1) & (gradient < 0))
     free = np.flatnonzero(~stuck)
     moved = places.copy()
@@ -175,7 +191,8 @@ def held_out(
     *,
     start: Calibration | None = None,
 ) -> Array:
-    """Seconds of every run, predicted from constants fitted to all other groups."""
+    """Predict the seconds of every run from constants that were fitted to all other groups of
+    runs."""
     predicted = np.zeros(len(measured))
     labels = np.array([str(group) for group in groups])
     for label in dict.fromkeys(labels):
@@ -187,12 +204,16 @@ def held_out(
 
 
 def folds(count: int, most: int = 5) -> list[int]:
-    """A group for every run: each its own where there are few, else `most` groups, in turn."""
+    """Assign each run to a cross-validation fold.
+
+    Up to 2 * `most` runs each form a fold of their own; more are dealt out to `most` folds in turn:
+    folds(12) is 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1.
+    """
     return list(range(count)) if count <= 2 * most else [index % most for index in range(count)]
 
 
 def error_bar(predicted: Array, measured: Array) -> ErrorBar:
-    """Tenth and ninetieth percentile of measured over predicted seconds, 1 always between them."""
+    """Return the 10th and 90th percentile of measured / predicted seconds, widened to contain 1."""
     ratio = measured / predicted
     low, high = np.quantile(ratio, [0.1, 0.9])
     return ErrorBar(low=min(float(low), 1.0), high=max(float(high), 1.0), runs=len(ratio))
@@ -206,15 +227,19 @@ def calibrate(
     start: Calibration | None = None,
     source: str = "",
 ) -> Calibration:
-    """Constants fitted to all runs, with the error bar of predictions of runs left out."""
+    """Fit the constants to all runs, and take their error bar from runs that were left out of the
+    fit."""
     found = fit(predict, measured, knobs, start=start)
     apart = held_out(predict, measured, knobs, folds(len(measured)), start=start)
     return replace(found, error=error_bar(apart, measured), source=source)
 
 
 def informative(slopes: Array, count: int) -> list[int]:
-    """Rows of a table of sensitivities [runs, constants] that together say most: one after the
-    other, each the one that most enlarges det(1 + S^T S) (a D-optimal design, greedily)."""
+    """Select the `count` rows of a table of sensitivities [runs, constants] that together determine
+    the constants best.
+
+    Each row in turn is the one that enlarges det(1 + S^T S) most: a greedy D-optimal design.
+    """
     information = np.eye(slopes.shape[1]) * 1e-4
     chosen: list[int] = []
     for _ in range(min(count, len(slopes))):

@@ -1,9 +1,9 @@
-"""Transfers and collectives: the bytes that each resource carries, and the seconds that takes.
+"""Computes the bytes and the seconds of transfers and collectives on the resources of a cluster.
 
-Collectives are rings in site, node and device order, so that a ring leaves and enters each node
-and each site once (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations", 2009). With n members and S bytes, in each of its steps every member sends S/n to
-the next:
+Collectives are rings in the order of sites, nodes and devices, so that a ring enters and leaves
+each node and each site once (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for
+clusters of workstations", 2009). With n members and S bytes, every member sends S / n bytes to the
+next one in each step:
 
     all-reduce                    2(n - 1) steps
     all-gather, reduce-scatter     (n - 1) steps, S the size of the whole
@@ -21,21 +21,23 @@ from meshwright.records import Seconds, record
 
 @record
 class Traffic:
-    """What one communication asks of the cluster."""
+    """Describes the load that one communication puts on the cluster."""
 
     bytes_by_resource: dict[Resource, float]
+    """The bytes that each resource carries."""
     latency: Seconds = 0.0
-    """Seconds in which no byte moves."""
+    """The seconds in which no byte moves, before the bytes do."""
     stream: float | None = None
-    """Bytes of one of the equal streams it is made of, where that is not the least of the above: it
-    stands for several like it, whose bytes are added up."""
+    """The bytes of one of the equal streams that share bandwidth fairly with others. None stands
+    for the least of `bytes_by_resource`; a number is needed where the traffic of several equal
+    communications has been added up."""
     sender: str | None = None
-    """The device it comes from, where those of other devices that came before it on one of its
-    resources go first."""
+    """The sending device, where messages queue: it waits for messages of other devices that came
+    before it on one of its resources. None: messages share the bandwidth."""
 
 
 def transfer(topology: Topology, source: str, target: str, size: float) -> Traffic:
-    """`size` bytes from one device to another; nothing if they are one."""
+    """Return the traffic of `size` bytes from one device to another; none within one device."""
     way = path(topology, source, target)
     return Traffic(bytes_by_resource=dict.fromkeys(way.resources, size), latency=way.latency)
 
@@ -43,7 +45,8 @@ def transfer(topology: Topology, source: str, target: str, size: float) -> Traff
 def boundary_transfer(
     topology: Topology, source: str, target: str, size: float, fixed: Seconds
 ) -> Traffic:
-    """A transfer between two stages, with its fixed cost; nothing on one device."""
+    """Return the traffic of a transfer between two stages, `fixed` seconds of latency included;
+    none within one device."""
     moved = transfer(topology, source, target, size)
     return replace(moved, latency=moved.latency + fixed) if source != target else moved
 
@@ -51,12 +54,12 @@ def boundary_transfer(
 def all_reduce(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Ring all-reduce of `size` bytes per member.
+    """Return the traffic of a ring all-reduce of `size` bytes on every member.
 
-        every member sends 2(n-1)/n * size; latency = 2(n-1) * slowest hop
+        every member sends 2(n - 1) / n * size; latency = 2(n - 1) * slowest hop
 
-    `step_latency`: fixed seconds of one step as measured on collectives; it counts where the
-    slowest hop is quicker than that.
+    `step_latency` is the measured fixed cost of one step, in seconds; it replaces the latency of
+    the slowest hop where that is smaller.
     """
     return _ring(topology, devices, size, 2 * (len(devices) - 1), step_latency)
 
@@ -64,9 +67,9 @@ def all_reduce(
 def all_gather(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Ring all-gather to `size` bytes in all, of which each member holds an equal part.
+    """Return the traffic of a ring all-gather; each member holds an equal part of `size` bytes.
 
-    every member sends (n-1)/n * size; latency = (n-1) * slowest hop
+    every member sends (n - 1) / n * size; latency = (n - 1) * slowest hop
     """
     return _ring(topology, devices, size, len(devices) - 1, step_latency)
 
@@ -74,16 +77,18 @@ def all_gather(
 def reduce_scatter(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Ring reduce-scatter of `size` bytes per member: an all-gather run backwards."""
+    """Return the traffic of a ring reduce-scatter of `size` bytes on every member: an all-gather
+    run backwards."""
     return _ring(topology, devices, size, len(devices) - 1, step_latency)
 
 
 def broadcast(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Pipelined chain from the first device through all others, `size` bytes over every hop.
+    """Return the traffic of a pipelined chain from the first device through all others.
 
-    latency = (n-1) * slowest hop
+    Every hop carries `size` bytes; latency = (n - 1) * slowest hop. The chain visits the nearest
+    devices first: those of the source's node, then of its site.
     """
     if len(devices) < 2:
         return Traffic(bytes_by_resource={})
@@ -106,6 +111,8 @@ def broadcast(
 def _ring(
     topology: Topology, devices: Sequence[str], size: float, steps: int, step_latency: Seconds
 ) -> Traffic:
+    """Return the traffic of `steps` ring steps, in each of which every member sends `size` / n
+    bytes."""
     count = len(devices)
     if count < 2:
         return Traffic(bytes_by_resource={})
@@ -121,7 +128,8 @@ def _hops(
     steps: int,
     step_latency: Seconds,
 ) -> Traffic:
-    """`size` bytes over each hop, in `steps` steps that each wait for the slowest hop."""
+    """Return the traffic of `size` bytes over each hop, in `steps` steps that each last as long as
+    the slowest hop."""
     carried: dict[Resource, float] = {}
     slowest = step_latency
     for source, target in hops:
@@ -133,7 +141,8 @@ def _hops(
 
 
 def together(traffics: Iterable[Traffic]) -> Traffic:
-    """Communications that begin at the same moment: bytes add up, latencies pass side by side."""
+    """Add up communications that begin at the same moment: their bytes add up, and the longest
+    latency covers the others."""
     carried: dict[Resource, float] = {}
     latency = 0.0
     for traffic in traffics:
@@ -144,7 +153,8 @@ def together(traffics: Iterable[Traffic]) -> Traffic:
 
 
 def alone_seconds(topology: Topology, traffic: Traffic) -> Seconds:
-    """Time on an otherwise idle cluster: latency + the busiest resource's bytes / capacity."""
+    """Return the time on an otherwise idle cluster: latency + max over resources of bytes /
+    capacity."""
     busiest = max(
         (size / topology.capacities[name] for name, size in traffic.bytes_by_resource.items()),
         default=0.0,

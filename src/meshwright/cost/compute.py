@@ -1,4 +1,4 @@
-"""Seconds that the layers and the optimizer compute, communication apart."""
+"""Predicts the seconds of compute of every layer and of the optimizer, without communication."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from meshwright.units import format_flops
 
 Array = NDArray[np.float64]
 Pair = Array
-"""[forward, backward], in seconds unless said otherwise."""
+"""Two numbers, [forward, backward]; seconds unless said otherwise."""
 
 ACTIVATION_PASSES = np.array([1.0, 2.0])
-"""A backward reads what the forward touched, and as many gradients."""
+"""The activation bytes that a forward and a backward move, over those of the forward: a backward
+reads the activations and as many gradients."""
 
 WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 40.0),
@@ -31,10 +32,13 @@ WEIGHT_BYTES: dict[Precision, tuple[float, float]] = {
     "fp16": (8.0, 22.0),
     "bf16": (8.0, 22.0),
 }
-"""Bytes moved per parameter by one forward and one backward. fp32: the weight is read; it is read
-again, its gradient written, and added to the sum (two reads, one write). With 16-bit arithmetic the
-fp32 weight is read, its cast written and read; then the cast is read, a 16-bit gradient written,
-widened (2 + 4) and added (4 + 4 + 4). fp64 is twice fp32."""
+"""Bytes moved per trained parameter by one forward and by one backward.
+
+fp32: the forward reads the weight (4); the backward reads it again, writes its gradient and adds
+that to the sum (two reads, one write: 20 in all). 16-bit: the forward reads the fp32 weight and
+writes and reads its cast (4 + 2 + 2); the backward reads the cast (2), writes a 16-bit gradient
+(2), widens it (2 + 4) and adds it (4 + 4 + 4). fp64 moves twice the bytes of fp32.
+"""
 
 FROZEN_BYTES: dict[Precision, tuple[float, float]] = {
     "fp64": (8.0, 8.0),
@@ -42,27 +46,35 @@ FROZEN_BYTES: dict[Precision, tuple[float, float]] = {
     "fp16": (2.0, 2.0),
     "bf16": (2.0, 2.0),
 }
-"""The same of a frozen weight, which forward and backward read: with 16-bit arithmetic its cast,
-which is kept from step to step."""
+"""Bytes moved per frozen parameter by one forward and by one backward: each reads the weight, or
+with 16-bit arithmetic its cast, which is kept from step to step."""
 
 OPTIMIZER_BYTES = {"adamw": 44.0, "sgd": 28.0}
-"""Bytes moved per fp32 parameter by clipping (norm 4, scaling 8), the update (AdamW reads weight,
-gradient and two moments and writes three: 28; SGD reads two and writes one: 12) and clearing the
-gradient (4)."""
+"""Bytes moved per fp32 parameter in an optimizer step.
+
+Clipping reads the gradient for its norm (4) and scales it (8); the update of AdamW reads the
+weight, the gradient and two moments and writes three of them (28), that of SGD reads two numbers
+and writes one (12); clearing writes the gradient (4).
+"""
 
 
 @record
 class LayerSeconds:
-    """Seconds per micro-batch of every layer, on one tensor rank."""
+    """Holds the seconds per micro-batch of every layer on one tensor rank."""
 
     forward: Array
+    """Forward seconds by layer."""
     backward: Array
+    """Backward seconds by layer."""
     measured: int
-    """Layers whose times come from measurements of this layer on this device type."""
+    """The number of layers whose times were measured on this device type, not predicted."""
 
 
 def peak_flops(device: DeviceType, precision: Precision) -> float:
-    """Dense peak in FLOP/s. Raises ClusterError where the device does not offer the precision."""
+    """Return the dense peak of a device in FLOP/s.
+
+    Raises ClusterError if the device does not offer the precision.
+    """
     if precision not in device.peak:
         offered = ", ".join(f"{name} {format_flops(v)}" for name, v in device.peak.items())
         raise ClusterError(
@@ -78,7 +90,10 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
 
 
 def split_share(split: float, whole: float, tensor: int) -> float:
-    """Share of `whole` left on each of `tensor` ranks when `split` of it is divided."""
+    """Return the share of `whole` that each of `tensor` ranks holds if they divide `split` of it.
+
+    1 - split / whole * (1 - 1 / tensor)
+    """
     if tensor == 1 or whole == 0:
         return 1.0
     return 1.0 - split / whole * (1.0 - 1.0 / tensor)
@@ -92,15 +107,15 @@ def device_seconds(
     rows: float,
     constants: DeviceConstants = DEFAULT_DEVICE,
 ) -> Pair:
-    """Seconds of forward and backward that grow with the rows, on one tensor rank, and those of
-    the weights.
+    """Return the forward and backward seconds that the device itself works on a layer, on one
+    tensor rank.
 
         t = matmul / (peak e_mm) + attention / (peak e_att) + bytes / (bandwidth e_mem)
 
-    Products and elementwise operations are kernels of their own, one after the other, so their
-    times add up. The attention's share of the backward is taken to be its share of the forward;
-    of the activations, tensor ranks divide the share that they divide of what is kept.
-    Raises ClusterError (see `peak_flops`).
+    Matrix products and elementwise operations are separate kernels that run one after the other, so
+    their times add up. Attention is taken to have the same share of the FLOPs in the backward as in
+    the forward. Tensor ranks are taken to divide the same share of the moved activations as of the
+    saved ones. Raises ClusterError (see `peak_flops`).
     """
     peak = peak_flops(device, precision)
     e_matmul = constants.matmul_efficiency or device.matmul_efficiency
@@ -126,7 +141,7 @@ def device_seconds(
 
 
 def _passes(layer: Layer) -> Pair:
-    """Forward, and backward if there is one."""
+    """Return [1, 1], or [1, 0] for a layer without a backward."""
     return np.array([1.0, float(layer.has_backward)])
 
 
@@ -138,12 +153,12 @@ def roofline(
     rows: float,
     constants: DeviceConstants = DEFAULT_DEVICE,
 ) -> Pair:
-    """Seconds of forward and backward by the datasheet, on one tensor rank.
+    """Predict the forward and backward seconds of a layer from the datasheet, on one tensor rank.
 
         t = max(overhead + `device_seconds`, launch)
 
-    after the roofline (Williams, Waterman, Patterson, CACM 52(4), 2009), with the host that issues
-    the kernels as one more roof. A layer that computes nothing costs nothing.
+    The form follows the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009), with the
+    host that launches the kernels as one more roof. A layer that computes nothing takes no time.
     Raises ClusterError (see `peak_flops`).
     """
     work = device_seconds(layer, device, precision, tensor, rows, constants)
@@ -155,21 +170,26 @@ def roofline(
 
 
 def launch_seconds(constants: DeviceConstants) -> Pair:
-    """Least seconds of a layer's forward and backward."""
+    """Return the least seconds of a layer's forward and backward: the time to launch their
+    kernels."""
     return np.array([constants.launch_forward, constants.launch_backward])
 
 
 def host_seconds(measured: Pair, work: Pair, launch: Pair) -> Pair:
-    """Of a measured time, what the host took beyond the device's work: at most a launch."""
+    """Return the part of a measured time for which the device waited for the host.
+
+    It is what exceeds the device's work, and at most one launch.
+    """
     result: Pair = np.clip(measured - work, 0.0, launch)
     return result
 
 
 def at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair]) -> Pair:
-    """Seconds at a number of rows: linear between measured sizes and, beyond them, along the two
-    nearest.
+    """Interpolate measured seconds at a number of rows.
 
-    Around a single size, what the host took stays and the rest grows with the rows.
+    The interpolation is linear between measured sizes; beyond them it continues the line through
+    the two nearest ones. With a single measured size, the host's part stays constant and the rest
+    is proportional to the rows.
     """
     sizes = sorted(points)
     if rows in points:
@@ -193,8 +213,11 @@ def _measured(
     model: Callable[[int, float], Pair],
     host: Callable[[int, int, Pair], Pair],
 ) -> Pair:
-    """Measured seconds; a width that was not measured is scaled from the nearest narrower one (else
-    the narrowest) by the roofline."""
+    """Return measured seconds at a tensor width.
+
+    A width that was not measured is scaled by the roofline from the next narrower measured width,
+    or from the narrowest one if there is none.
+    """
     if tensor in widths:
         return at_rows(widths[tensor], rows, partial(host, tensor))
     narrower = [width for width in widths if width < tensor]
@@ -208,7 +231,7 @@ def _measured(
 def _measurements(
     profile: Profile | None, device: str, precision: Precision
 ) -> dict[str, dict[int, dict[int, Pair]]]:
-    """signature -> tensor width -> rows -> seconds."""
+    """Return the profile's seconds, indexed by layer signature, tensor width and rows."""
     found: dict[str, dict[int, dict[int, Pair]]] = {}
     for entry in profile.layers if profile else ():
         if entry.device == device and entry.precision == precision:
@@ -226,7 +249,8 @@ def _calibration(
     kinds: dict[str, Layer],
     model: Callable[[Layer, int, float], Pair],
 ) -> Pair:
-    """Median of measured over roofline seconds, over everything measured on one device type."""
+    """Return the median of measured / roofline seconds over all layers measured on one device
+    type."""
     ratios = [
         seconds / model(kinds[signature], width, rows)
         for signature, widths in times.items()
@@ -240,11 +264,12 @@ def _calibration(
 def layer_seconds(
     model: LayerGraph, device: DeviceType, tensor: int, rows: int, profile: Profile | None = None
 ) -> LayerSeconds:
-    """Seconds of every layer for a micro-batch of `rows` rows on each of `tensor` ranks.
+    """Return the seconds of every layer for a micro-batch of `rows` rows on each of `tensor` ranks.
 
-    Measured where the profile knows the layer on this device type, else the roofline, times the
-    median of measured over roofline where the device type was measured on other layers.
-    Raises ClusterError where the device does not offer the model's precision.
+    Where the profile has the layer on this device type, its measured time counts. Otherwise the
+    roofline does, multiplied by the median of measured / roofline seconds of the layers that were
+    measured on this device type. Raises ClusterError if the device does not offer the model's
+    precision.
     """
     precision = model.precision
     constants = device_constants(profile.calibration if profile else None, device)
@@ -279,8 +304,10 @@ def layer_seconds(
 
 
 def head_signatures(model: LayerGraph) -> frozenset[str]:
-    """Signatures of the layers behind the last attention: output projection and loss. Empty where
-    there is no attention."""
+    """Return the signatures of the layers after the last attention: output projection and loss.
+
+    The set is empty for a model without attention.
+    """
     attends = [index for index, layer in enumerate(model.layers) if layer.attention_flops]
     return (
         frozenset(x.signature for x in model.layers[attends[-1] + 1 :]) if attends else frozenset()
@@ -288,7 +315,7 @@ def head_signatures(model: LayerGraph) -> frozenset[str]:
 
 
 def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
-    """The constants with the output projection's own efficiency."""
+    """Return the constants with the matmul efficiency of the output projection."""
     efficiency = constants.matmul_efficiency or device.matmul_efficiency
     return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
 
@@ -300,10 +327,11 @@ def optimizer_seconds(
     profile: Profile | None = None,
     precision: Precision = "fp32",
 ) -> float:
-    """Seconds of one optimizer step, clipping included, on a rank that holds `parameters`.
+    """Return the seconds of one optimizer step, clipping included, on a rank that holds
+    `parameters` trained parameters.
 
-    Measured, else bound by memory: t = bytes moved / (bandwidth x efficiency). None where nothing
-    is trained.
+    A measured time counts if the profile has one; otherwise the step is bound by memory: t = bytes
+    moved / (bandwidth * efficiency).
     """
     if parameters <= 0:
         return 0.0

@@ -1,7 +1,8 @@
-"""The physical constants of the cost model, with their units, plausible ranges and sources.
+"""Defines the physical constants of the cost model, with units, plausible ranges and sources.
 
-Datasheets say how fast hardware could be; these numbers say how fast it is, and what a framework
-adds. `calibrate` fits them to measured steps; whatever was not fitted keeps its default.
+Datasheets state what the hardware could reach; these constants state what it does reach, and what a
+framework adds. `calibrate` fits them to measured steps; a constant that was not fitted keeps its
+default.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from meshwright.records import Count, Format, Line, Name, PositiveShare, Ratio, 
 
 @record
 class DeviceConstants:
-    """What one type of device reaches, with the host that drives it."""
+    """Holds the constants of one device type and of the host that drives it; see CONSTANTS."""
 
     matmul_efficiency: PositiveShare | None = None
     attention_efficiency: PositiveShare | None = None
     memory_efficiency: PositiveShare | None = None
-    """None: the device type's own figure."""
+    """None in any of these three stands for the device type's own figure."""
     head_efficiency: PositiveShare = 1.0
     launch_forward: Seconds = 50e-6
     launch_backward: Seconds = 100e-6
@@ -33,7 +34,8 @@ class DeviceConstants:
 
 @record
 class SystemConstants:
-    """What the links reach, and what the training framework does between computations."""
+    """Holds the constants of the links and of the framework's work between computations; see
+    CONSTANTS."""
 
     inside_efficiency: PositiveShare = 1.0
     network_efficiency: PositiveShare = 1.0
@@ -47,7 +49,7 @@ class SystemConstants:
 
 @record
 class Constant:
-    """What is known of one constant before anything is measured."""
+    """Describes one constant: unit, plausible range, meaning and source."""
 
     unit: str
     low: float
@@ -177,7 +179,7 @@ CONSTANTS = {
         source="data loading, loss scaling, logging",
     ),
 }
-"""Everything that may be fitted, by field name of the two records."""
+"""Every constant that can be fitted, by its field name in DeviceConstants or SystemConstants."""
 
 DEVICE_NAMES = tuple(each.name for each in fields(DeviceConstants))
 SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
@@ -185,23 +187,28 @@ SYSTEM_NAMES = tuple(each.name for each in fields(SystemConstants))
 
 @record
 class ErrorBar:
-    """How far predictions were off where they could be checked: relative, measured / predicted."""
+    """Gives the spread of measured / predicted step seconds.
+
+    Each run was predicted from constants fitted to the other runs.
+    """
 
     low: Ratio
+    """The 10th percentile."""
     high: Ratio
-    """Tenth and ninetieth percentile, each run predicted from the others."""
+    """The 90th percentile."""
     runs: Count
+    """The number of runs."""
 
 
 @record
 class Calibration:
-    """Constants fitted to measured steps."""
+    """Holds constants fitted to measured steps."""
 
     format: Format = 1
     source: Line = ""
-    """What was fitted: for people."""
+    """A description for people of the runs that were fitted."""
     devices: dict[Name, DeviceConstants] = field(default_factory=dict)
-    """By device type."""
+    """The constants of every fitted device type."""
     system: SystemConstants = SystemConstants()
     error: ErrorBar | None = None
 
@@ -210,16 +217,16 @@ DEFAULT_DEVICE = DeviceConstants()
 DEFAULT_SYSTEM = SystemConstants()
 
 KIN = 2.5
-"""Types whose peak and memory bandwidth differ by less than this factor share efficiencies."""
+"""The factor in peak and in memory bandwidth within which two device types share efficiencies."""
 
 
 def device_constants(calibration: Calibration | None, device: DeviceType) -> DeviceConstants:
-    """Of a device type: fitted, else those of the nearest fitted type.
+    """Return the constants of a device type: fitted ones, or those of the nearest fitted type.
 
-    Nearest in peak and memory bandwidth. From a distant relative only what belongs to host and
-    framework is taken over, memory efficiency with it: that says less of a chip than of how many
-    more bytes the framework's kernels move than are counted. Those of products are then the type's
-    own.
+    The distance is measured in peak and memory bandwidth. A type beyond the factor KIN lends only
+    the constants that describe host and framework. Memory efficiency is among them: it depends less
+    on the chip than on how many more bytes the framework's kernels move than the model counts. The
+    efficiencies of matrix products and attention are then the device type's own figures.
     """
     if calibration is None or not calibration.devices:
         return DEFAULT_DEVICE
@@ -233,7 +240,8 @@ def device_constants(calibration: Calibration | None, device: DeviceType) -> Dev
 
 
 def _distance(device: DeviceType, name: str) -> float:
-    """Larger logarithm of the ratios of peak and bandwidth; infinite for an unknown type."""
+    """Return the larger of |log(peak ratio)| and |log(bandwidth ratio)|; inf for an unknown
+    type."""
     from meshwright.cluster.catalog import catalog
 
     if name not in catalog():
@@ -247,12 +255,13 @@ def _distance(device: DeviceType, name: str) -> float:
 
 
 def system_constants(calibration: Calibration | None) -> SystemConstants:
-    """Of links and framework: fitted, else the defaults."""
+    """Return the fitted constants of links and framework, or the defaults."""
     return calibration.system if calibration else DEFAULT_SYSTEM
 
 
 def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
-    """One Problem for every constant outside its range (defaults always pass)."""
+    """Yield one Problem for every constant outside its plausible range; default values always
+    pass."""
     mend = "calibrate again, or correct the file"
     found = [
         (f"devices.{kind}.{name}", name, getattr(constants, name), getattr(DEFAULT_DEVICE, name))

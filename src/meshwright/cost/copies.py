@@ -1,4 +1,4 @@
-"""Gradients that are copied while they are summed, where replicas differ in tensor width."""
+"""Weighs the gradients that are copied to be summed where replicas differ in tensor width."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from meshwright.plan.spec import Job
 from meshwright.program.buckets import gradient_bytes
 
 Widths = tuple[frozenset[int], ...]
-"""By layer: the tensor widths of the replicas that hold it."""
+"""The tensor widths of the replicas that hold each layer, by layer."""
 
 
 def tensor_widths(model: LayerGraph, stages: Sequence[StageSeats]) -> Widths:
-    """The tensor widths in which a plan's stages hold each layer."""
+    """Return the tensor widths in which a plan's stages hold each layer."""
     found: list[set[int]] = [set() for _ in model.layers]
     for stage in stages:
         widths = {len(replica) for replica in stage.seats}
@@ -26,11 +26,12 @@ def tensor_widths(model: LayerGraph, stages: Sequence[StageSeats]) -> Widths:
 def copied_gradient_bytes(
     model: LayerGraph, job: Job, held: Widths, stage: StageSeats, width: int
 ) -> float:
-    """Most bytes of tiles of gradients that a rank of a stage, in a replica `width` wide, copies at
-    the end of its last backward.
+    """Return the most bytes of gradients that a rank of a stage copies at the end of its last
+    backward.
 
-    It does so with what tensor ranks divide of layers that another replica cuts where it does not;
-    then no activations are left but those of the last micro-batch.
+    The rank belongs to a replica `width` ranks wide. It copies its tile of the gradients of every
+    layer where the cuts of another replica fall inside that tile. At that moment only the
+    activations of the last micro-batch are left.
     """
     copied = 0.0
     for layer in range(*stage.layers):

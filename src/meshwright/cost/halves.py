@@ -1,4 +1,5 @@
-"""How the seconds of a backward divide when it is done in two parts, I and W."""
+"""Divides the seconds of a backward into its two parts: input gradients (I) and weight gradients
+(W)."""
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ from meshwright.model.spec import Layer, LayerGraph
 Array = NDArray[np.float64]
 
 SPLIT_COST = 1.11
-"""I and W together over a whole backward, where both have something to do: autograd walks the graph
-twice (transformer block, PyTorch 2.13 on a CPU: 0.777 + 0.481 against 1.129)."""
+"""The seconds of I and W together over those of a whole backward, for layers in which both have
+work to do: autograd walks the graph twice (transformer block, PyTorch 2.13 on a CPU: (0.777 +
+0.481) / 1.129)."""
 
 
 def backward_shares(
     model: LayerGraph, device: DeviceType, tensor: int, rows: int, profile: Profile | None = None
 ) -> Array:
-    """[layer, part]: seconds of a layer's I and of its W over those of its whole backward.
+    """Return [layer, part]: the seconds of a layer's I and W over those of its whole backward.
 
-    Measured where the profile has both parts of this kind of layer on this device type (seconds
-    interpolated between numbers of rows, at the nearest tensor width); else by FLOPs: the weight
-    gradients of products cost as much as the products did, attention scores have none, and what
-    multiplies nothing (an embedding) is all I.
+    Measured shares count where the profile has both parts of such a layer on this device type,
+    interpolated between numbers of rows at the nearest tensor width. Otherwise FLOPs decide: the
+    weight gradients of a matrix product cost as much as the product itself, attention scores have
+    none, and a layer without products (an embedding) does all its work in I.
     """
     tied = {layer for each in model.tied if each.parameters for layer in each.layers}
     known: dict[tuple[str, bool], tuple[float, float]] = {}
@@ -50,6 +52,8 @@ def backward_shares(
 def _measured(
     profile: Profile | None, device: DeviceType, layer: Layer, precision: str
 ) -> list[LayerTime]:
+    """Return the profile's times of a layer on a device type that have both parts of the
+    backward."""
     return [
         entry
         for entry in (profile.layers if profile else ())
@@ -61,15 +65,18 @@ def _measured(
 
 
 def _interpolated(times: Sequence[LayerTime], tensor: int, rows: int) -> tuple[float, float]:
+    """Return the shares of I and W at a number of rows, from the measured tensor width nearest to
+    `tensor`."""
     width = min((t.tensor for t in times), key=lambda each: (abs(each - tensor), each))
     points = {t.rows: _seconds(t) for t in times if t.tensor == width}
     inputs, weights, whole = at_rows(points, rows, lambda _, measured: 0.0 * measured)
-    if not whole:  # so few rows that the line through the measurements is below zero
+    if not whole:  # for this few rows the line through the measurements falls below zero
         inputs, weights, whole = points[min(points, key=lambda each: abs(each - rows))]
     return float(inputs / whole), float(weights / whole)
 
 
 def _seconds(entry: LayerTime) -> Array:
+    """Return [I, W, whole backward] of one measurement."""
     return np.array([entry.input_seconds, entry.weight_seconds, entry.backward_seconds])
 
 
@@ -82,9 +89,12 @@ def _by_flops(
     rows: int,
     profile: Profile | None,
 ) -> float:
-    """Share of the backward that makes weight gradients: as many FLOPs as the products of the
-    forward, as large a part of the traffic, and the gradients written. With frozen weights, what
-    the backward does beyond gradients of inputs (a forward) and of attention (2.5 forwards)."""
+    """Return the share of a backward that computes weight gradients.
+
+    They take as many FLOPs as the products of the forward, the same share of the moved activations,
+    and the writing of the gradients. If some weights are frozen, the products are what the backward
+    does beyond input gradients (as much as a forward) and attention (2.5 times its forward).
+    """
     if not (layer.parameters or tied) or not layer.backward_flops:
         return 0.0
     products = min(layer.forward_flops, layer.backward_flops)

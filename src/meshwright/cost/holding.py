@@ -1,4 +1,4 @@
-"""How much of its activations a device holds at once: counted along its order of work."""
+"""Finds the most activations that a pipeline rank holds at once along its schedule."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from meshwright.records import record
 
 @record
 class Holders:
-    """Ranks that hold the same stages."""
+    """Groups the ranks that hold the same stages: one pipeline rank."""
 
     stages: tuple[StageSeats, ...]
     order: Order
-    """Actions name stages by their place in the pipeline."""
+    """The actions of the pipeline rank; they name stages by their position in the pipeline."""
     first: int
-    """Number of the pipeline's first stage."""
+    """The number in the plan of the pipeline's first stage."""
 
     @property
     def path(self) -> str:
-        """Of the first of the stages, in the plan."""
+        """Return the path of its first stage in the plan, for messages."""
         stage = self.stages[0]
         return f"pipelines[{stage.pipeline}].stages[{stage.number - self.first}]"
 
 
 def holders_of(plan: Plan) -> Iterator[Holders]:
-    """Every group of ranks of a plan, with what it does. Raises PlanError for a schedule in the
-    plan that cannot be played."""
+    """Yield every pipeline rank of a plan with its schedule.
+
+    Raises PlanError for a schedule written in the plan that cannot be played.
+    """
     stages = stage_seats(plan)
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
@@ -40,7 +42,11 @@ def holders_of(plan: Plan) -> Iterator[Holders]:
 
 
 def most_held(holders: Holders, full: Sequence[float], half: Sequence[float]) -> float:
-    """The most held at once, if of each stage, in their order, so much is held of a micro-batch
-    between its forward and its backward, and between the two parts of that."""
+    """Return the most bytes of activations held at once.
+
+    `full` has for each stage, in the order of `holders.stages`, the bytes that a micro-batch holds
+    between its forward and its backward, and `half` those between the two parts I and W of the
+    backward.
+    """
     place = {stage.number - holders.first: k for k, stage in enumerate(holders.stages)}
     return high_water(holders.order, lambda s: full[place[s]], lambda s: half[place[s]])

@@ -1,4 +1,4 @@
-"""What every instruction of a program costs: seconds of compute, traffic on the links."""
+"""Prices every instruction of a program: seconds of compute, bytes of activations and traffic."""
 
 from __future__ import annotations
 
@@ -52,41 +52,41 @@ NOTHING = Traffic(bytes_by_resource={})
 
 @record
 class Price:
-    """Cost of one instruction on its rank."""
+    """Holds the price of one instruction on its rank."""
 
     seconds: float = 0.0
-    """Of compute, the tensor-parallel all-reduces of the layers included."""
+    """The seconds of a compute instruction, with the tensor-parallel all-reduces of its layers."""
     held: float = 0.0
-    """Of compute: activations in bytes that it leaves (a forward, from its start) or frees
-    (negative, at its end)."""
+    """The bytes of activations that a compute instruction adds: positive for a forward, from its
+    start; negative for a backward, at its end."""
     traffic: Traffic = NOTHING
-    """Of a send (its receive moves with it) or a collective."""
+    """The traffic of a send (its receive moves with it) or of a collective."""
     inside: int | None = None
-    """Of a REDUCE_GRAD: index of the backward that completes its gradients."""
+    """The index of the backward that completes the gradients of this REDUCE_GRAD."""
     completes: tuple[tuple[int, float], ...] = ()
-    """Of that backward: indices of its REDUCE_GRADs, and seconds after its start at which the
-    gradients of each are complete."""
+    """For that backward: the index of each of its REDUCE_GRADs, with the seconds from its own start
+    to the moment at which their gradients are complete."""
 
 
 @record
 class Prices:
-    """Everything the simulator needs to know beside the program itself."""
+    """Holds everything but the program itself that the simulator needs."""
 
     ranks: tuple[tuple[Price, ...], ...]
-    """As Program.ranks."""
+    """The price of every instruction, in the order of Program.ranks."""
     bandwidth: Mapping[Resource, float]
-    """Bytes per second of every resource that traffic uses."""
+    """The bytes per second of every resource that traffic uses."""
     devices: tuple[str, ...]
-    """By rank."""
+    """The device of every rank."""
     static_bytes: tuple[int, ...]
-    """By rank: parameters, gradients, optimizer states and buffers."""
+    """The bytes of parameters, gradients, optimizer states and buffers on every rank."""
     overhead_seconds: float = 0.0
-    """Fixed cost of a step outside all instructions."""
+    """The fixed cost of a step outside all instructions."""
 
 
 @record
 class _Costs:
-    """What the pricing of one plan looks up."""
+    """Holds the inputs and the caches of the pricing of one plan."""
 
     model: LayerGraph
     plan: Plan
@@ -94,20 +94,20 @@ class _Costs:
     profile: Profile | None
     links: Topology
     step_latency: float
-    """Fixed seconds of one step of a ring."""
+    """The fixed seconds of one step of a ring."""
     queued: bool
-    """Messages of several devices over one link pass one after another."""
+    """True if messages of several devices over one link pass one after another."""
     system: SystemConstants
     tables: MemoryTables
     types: dict[str, str]
-    """Type name of every device."""
+    """The device type of every device, by name."""
     reductions: dict[tuple[tuple[int, ...], float], Traffic] = field(default_factory=dict)
-    """Collectives priced before, by members and bytes on the links: all members ask for the same
-    one."""
+    """The all-reduces priced so far, by members and bytes on the links: all members ask for the
+    same one."""
     crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
-    """Broadcasts and gathers priced before."""
+    """The broadcasts and gathers priced so far."""
     weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
-    """By recomputation, layers, tensor width and rows."""
+    """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
 
 
 def price(
@@ -117,9 +117,9 @@ def price(
     cluster: Cluster,
     profile: Profile | None = None,
 ) -> Prices:
-    """The cost of every instruction of a plan's program, which may lack that of some ranks.
+    """Price every instruction of a plan's program; some ranks of it may have no instructions.
 
-    Raises ClusterError where a device does not offer the model's precision.
+    Raises ClusterError if a device does not offer the model's precision.
     """
     costs = _Costs(
         model=model,
@@ -167,7 +167,7 @@ def price(
 
 @dataclass(frozen=True, slots=True)
 class _Seated:
-    """A rank in one of its stages."""
+    """Describes a rank's seat in one of its stages."""
 
     stage: StageSeats
     seat: Seat
@@ -177,7 +177,7 @@ class _Seated:
 def _prices(
     instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
 ) -> tuple[Price, ...]:
-    """Of one rank's instructions; `own` by number of the stage."""
+    """Price the instructions of one rank; `own` holds its seats by stage number."""
     look()
     inside = _backward_of_reductions(instructions)
     completes: dict[int, list[tuple[int, float]]] = {}
@@ -210,12 +210,12 @@ def _prices(
 
 
 def _tensor(stage: StageSeats, seat: Seat) -> int:
-    """Tensor width of the replica that a rank is in."""
+    """Return the tensor width of the replica that a rank belongs to."""
     return len(stage.seats[seat.replica])
 
 
 def _count(i: Instruction) -> int:
-    """Micro-batches that a compute instruction works on."""
+    """Return the number of micro-batches that a compute instruction works on."""
     return 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]
 
 
@@ -235,8 +235,12 @@ def _compute_price(i: Instruction, own: dict[int, _Seated], costs: _Costs) -> Pr
 def _optimizer_price(
     i: Instruction, instructions: Sequence[Instruction], own: dict[int, _Seated], costs: _Costs
 ) -> Price:
-    """Of the parameters whose gradients the rank sums under the step's name, or of all others that
-    it holds: of a step that is the only one, all."""
+    """Price an optimizer step by the number of parameters that it updates.
+
+    If a rank has several steps, each updates the parameters whose gradients are reduced under the
+    same layers or tied name; the step without such reductions updates all other parameters. A
+    single step updates every parameter of the rank.
+    """
     seated = own[i.stage]
     steps = {(s.layers, s.tied) for s in instructions if s.op is Op.OPTIMIZER_STEP}
     summed: Counter[Key] = Counter()
@@ -262,8 +266,10 @@ def _optimizer_price(
 
 
 def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Index of each REDUCE_GRAD to that of its stage's last backward (B or W), if that comes after
-    it; one that is posted later is complete then, and absent."""
+    """Map the index of each REDUCE_GRAD to that of its stage's last backward (B or W).
+
+    A REDUCE_GRAD posted after that backward is left out: its gradients are complete already.
+    """
     last = {
         i.stage: index
         for index, i in enumerate(instructions)
@@ -277,7 +283,8 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
 
 
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
-    """Of a message or a collective; receives move with their sends."""
+    """Return the traffic of a message or a collective; a receive has none, it moves with its
+    send."""
     if i.op in RECEIVES:
         return NOTHING
     if i.ranks and (i.op in SENDS or i.op in GATHERED):
@@ -290,6 +297,7 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 
 
 def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
+    """Return the traffic of a message between two ranks, or of an all-reduce."""
     devices = costs.plan.devices
     if i.op in SENDS:
         assert i.peer is not None
@@ -308,7 +316,8 @@ def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 
 
 def _broadcast(i: Instruction, costs: _Costs) -> Traffic:
-    """Of a whole broadcast, for the first of its messages."""
+    """Return the traffic of a whole broadcast for the first of its messages, and none for the
+    others."""
     if i.peer != i.ranks[1]:
         return NOTHING
     chain = [costs.plan.devices[rank] for rank in i.ranks]
@@ -317,12 +326,13 @@ def _broadcast(i: Instruction, costs: _Costs) -> Traffic:
 
 
 def _gather(i: Instruction, costs: _Costs) -> Traffic:
+    """Return the traffic of an all-gather."""
     members = [costs.plan.devices[rank] for rank in i.ranks]
     return all_gather(costs.links, members, i.bytes, step_latency=costs.step_latency)
 
 
 def _weighed(stage: StageSeats, seat: Seat, costs: _Costs) -> StageMemory:
-    """A stage with one micro-batch in flight."""
+    """Return the memory of a stage with one micro-batch in flight."""
     tensor, rows = _tensor(stage, seat), seat.rows[1] - seat.rows[0]
     key = (stage.recompute, stage.layers, tensor, rows)
     if key not in costs.weighed:
@@ -331,7 +341,7 @@ def _weighed(stage: StageSeats, seat: Seat, costs: _Costs) -> StageMemory:
 
 
 def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], costs: _Costs) -> int:
-    """Bytes that a rank always holds, whatever is in flight."""
+    """Return the bytes that a rank holds whichever micro-batches are in flight."""
     parts = together(
         costs.tables.plain,
         [stage for stage, _ in own],

@@ -1,4 +1,5 @@
-"""Links as they are: measured, or what is reached of what a cluster file states."""
+"""Gives the links of a cluster the bandwidth that they reach: measured, or a fitted share of the
+stated one."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from meshwright.cost.profile import LinkTimes, Profile
 
 
 def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
-    """The cluster with the links of every level that was measured; explicit pairs stay.
+    """Return the cluster with measured links at every level that was measured; explicit links stay.
 
-    A measured latency is end to end. That between sites includes the network's, which a path
-    over both levels adds, so it is taken off here.
+    A measured latency is end to end. Between sites it therefore contains that of the network, which
+    a path across both levels adds anyway; it is subtracted here.
     """
 
     def node(each: Node) -> Node:
@@ -31,18 +32,22 @@ def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
 
 
 def messages_queue(cluster: Cluster) -> bool:
-    """Whether messages of several devices over one link pass one after another.
+    """Return True if messages of several devices over one link pass one after another.
 
-    gloo, which serves wherever a device is a CPU, hands whole messages to sockets, and the queue
-    before the wire empties in their order: devices of a node that send at the same time fall out
-    of step, and the first need not wait for the last. The channels of NCCL share a link.
+    That is so with gloo, the backend wherever a device is a CPU: it hands whole messages to
+    sockets, and the queue before the wire empties in their order. Devices of a node that send at
+    the same time fall out of step, and the first need not wait for the last. The channels of NCCL
+    share a link.
     """
     return any(kind.processor == "cpu" for kind in cluster.types.values())
 
 
 def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
-    """The cluster with its links as a profile knows them: measured ones as they are, the others at
-    the share of their stated bandwidth that was fitted."""
+    """Return the cluster with the links of a profile.
+
+    Measured links replace those of the cluster; the others get the fitted share of their stated
+    bandwidth.
+    """
     if profile is None:
         return cluster
     constants = system_constants(profile.calibration)
@@ -51,6 +56,7 @@ def reached_links(cluster: Cluster, profile: Profile | None) -> Cluster:
 
 
 def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
+    """Return the cluster with every bandwidth multiplied by its fitted efficiency."""
     inside, network = constants.inside_efficiency, constants.network_efficiency
     if inside == network == 1.0:
         return cluster
@@ -76,7 +82,7 @@ def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
 
 
 def ring_step(profile: Profile | None) -> float:
-    """Fixed seconds of one step of a ring: measured, else fitted, else none."""
+    """Return the fixed seconds of one step of a ring: measured, else fitted, else zero."""
     if profile is None:
         return 0.0
     links = profile.links
@@ -85,7 +91,8 @@ def ring_step(profile: Profile | None) -> float:
 
 
 def overhead_seconds(profile: Profile | None) -> float:
-    """Fixed cost of a step outside all instructions: measured, and fitted."""
+    """Return the fixed cost of a step outside all instructions: the measured one plus the fitted
+    one."""
     if profile is None:
         return 0.0
     return profile.step_overhead_seconds + system_constants(profile.calibration).step

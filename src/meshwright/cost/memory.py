@@ -1,7 +1,7 @@
-"""Bytes that each device holds at its worst moment.
+"""Predicts the peak memory of every device.
 
-A stage of 10,000 candidates is weighed at once: `layers`, `rows` and `in_flight` may be numbers or
-numpy arrays that broadcast.
+`layers`, `rows` and `in_flight` may be numbers or numpy arrays that broadcast, so that 10,000
+candidate stages are weighed at once.
 """
 
 from __future__ import annotations
@@ -41,33 +41,41 @@ from meshwright.stopping import look
 
 @record
 class MemoryTable:
-    """Sums over layers, so that any stage is weighed in constant time. Index l of a cumulative
-    array is the sum over layers before l; activations are bytes per row."""
+    """Holds sums over layers, so that any stage is weighed in constant time.
+
+    Index l of a cumulative array is the sum over the layers before l. Activations are in bytes per
+    row.
+    """
 
     weights: WeightTable
     saved_replicated: Array
+    """Saved bytes that every tensor rank holds whole, cumulative."""
     saved_split: Array
+    """Saved bytes that tensor ranks divide, cumulative."""
     saved_fixed: Array
-    """Whatever the rows."""
+    """Saved bytes that do not depend on the number of rows, cumulative."""
     untrained: SavedTable
-    """Of what is saved, that of layers all whose weights are frozen."""
+    """The part of the saved bytes that belongs to layers whose weights are all frozen."""
     cut: Array
-    """Bytes that a cut before each layer carries forward."""
+    """The bytes that cross a cut before each layer in the forward."""
     cut_gradient: Array
-    """Of these, bytes for which a gradient comes back."""
+    """The bytes of `cut` for which a gradient comes back."""
     cut_unkept: Array
-    """Of `cut`, bytes that no layer counts among what it keeps."""
+    """The bytes of `cut` that no layer counts among its saved bytes."""
     cut_returns: Array
-    """Tensors at each cut for which a gradient comes back; 0: nobody waits for a backward there."""
+    """The number of tensors at each cut for which a gradient comes back; where it is 0, no stage
+    waits for a backward across the cut."""
     alone: Moments
+    """The peak moments of layers on a rank that does not divide them."""
     divided: Moments
+    """The peak moments of layers that tensor ranks divide."""
     worst: dict[tuple[int, int], tuple[Array, RangeMaxima]] = field(default_factory=dict)
-    """By tensor width and rows: bytes at each layer's own worst moment, as far as asked for."""
+    """A cache by tensor width and rows: the peak bytes of every layer, with their range maxima."""
 
 
 @record
 class SavedTable:
-    """Bytes that layers save, cumulative: replicated and split by row, and whatever the rows."""
+    """Holds the bytes that layers save, cumulative: per row (replicated and split), and fixed."""
 
     replicated: Array
     split: Array
@@ -76,7 +84,8 @@ class SavedTable:
 
 @record
 class StageMemory:
-    """Bytes on one device of a stage, by kind; `buffers` without what the framework takes."""
+    """Holds the bytes on one device of a stage by kind; `buffers` excludes what the framework
+    reserves."""
 
     parameters: Floats
     gradients: Floats
@@ -86,7 +95,7 @@ class StageMemory:
 
 
 def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
-    """By cut, of all tensors that cross it."""
+    """Sum an amount at every cut over all tensors that cross it."""
     change = np.zeros(len(model.layers) + 2)
     for tensor in model.tensors:
         if tensor.consumers:
@@ -97,7 +106,8 @@ def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
 
 @record
 class MemoryTables:
-    """Of stages that keep what their layers made, and of those that recompute it."""
+    """Holds one table for stages that keep their activations, and one for those that recompute
+    them."""
 
     plain: MemoryTable
     recomputed: MemoryTable
@@ -105,19 +115,19 @@ class MemoryTables:
 
 @lru_cache(maxsize=8)
 def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
-    """Both tables of a model trained by a job."""
+    """Build both tables for a model trained by a job."""
     return MemoryTables(
         plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
     )
 
 
 def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
-    """The one that weighs this stage."""
+    """Return the table that applies to a stage."""
     return tables.recomputed if stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
-    """Everything that `stage_memory` needs to know of a model trained by a job."""
+    """Build the sums that `stage_memory` looks up for a model trained by a job."""
     saved = _saved(model.layers)
     return MemoryTable(
         weights=weight_table(model, job),
@@ -135,6 +145,7 @@ def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
 
 
 def _saved(layers: Sequence[Layer | None]) -> SavedTable:
+    """Sum the saved bytes of layers; None stands for a layer that counts nothing."""
     split = cumulative(layer.split_saved_bytes if layer else 0.0 for layer in layers)
     return SavedTable(
         split=split,
@@ -144,7 +155,8 @@ def _saved(layers: Sequence[Layer | None]) -> SavedTable:
 
 
 def _untrained(model: LayerGraph) -> list[Layer | None]:
-    """Layers that hold weights and train none."""
+    """Return the layers that hold frozen weights and no trained ones; None in place of each other
+    one."""
     trained = {n for tied in model.tied if tied.parameters for n in tied.layers}
     frozen = {n for tied in model.tied if tied.frozen_parameters for n in tied.layers}
     return [
@@ -158,9 +170,12 @@ def _untrained(model: LayerGraph) -> list[Layer | None]:
 def _workspace(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: int, kept: Array
 ) -> Floats:
-    """Most bytes beyond what all the stage's layers keep of one micro-batch, at any moment of its
-    forward and backward; `kept` is cumulative. Where a stage holds two users of a tied parameter,
-    the later one's gradient waits for the earlier one's, and then their sum is made beside both."""
+    """Return the peak bytes in a stage's forward and backward of one micro-batch, above the bytes
+    that all its layers keep of it.
+
+    `kept` is cumulative. If a stage holds two users of a tied parameter, the gradient of the later
+    one waits for that of the earlier one; at that moment their sum is a third buffer.
+    """
     first, last = layers
     if (tensor, rows) not in table.worst:
         moments = table.divided if tensor > 1 else table.alone
@@ -180,13 +195,13 @@ def _workspace(
 def stage_memory(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
-    """Bytes on each device of a stage that works on `rows` rows of every micro-batch and holds
-    `in_flight` micro-batches between forward and backward.
+    """Return the bytes on each device of a stage by kind.
 
-    Activations are what layers save (their split part divided) and the tensors at both cuts, which
-    stay until their gradients have been computed. Buffers are the messages that arrive for the
-    next instructions (an activation and a gradient), the gradient that leaves, the casts of
-    weights, and the most that a backward needs beyond what is kept.
+    The stage works on `rows` rows of every micro-batch and holds `in_flight` micro-batches between
+    forward and backward. Activations are the saved tensors of its layers (tensor ranks divide the
+    split part) and the tensors at both cuts, which stay until their gradients have been computed.
+    Buffers are the messages that arrive for the next instructions (an activation and a gradient),
+    the gradient that leaves, the casts of weights, and the peak of a backward above what is kept.
     """
     if not isinstance(rows, (int, np.integer)):
         return _of_many_rows(table, layers, tensor, rows, in_flight)
@@ -211,7 +226,7 @@ def stage_memory(
 def _of_many_rows(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
-    """Each number of rows by itself."""
+    """Weigh one stage after another where `rows` is an array."""
     first, last, each, held = np.broadcast_arrays(*layers, rows, in_flight)
     found = [
         stage_memory(table, (a, b), tensor, int(r), h)
@@ -228,34 +243,42 @@ def _of_many_rows(
 def stage_memory_bytes(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> Floats:
-    """All of `stage_memory`, in bytes; to be compared with `usable_bytes`."""
+    """Return the sum of `stage_memory` over all kinds, to be compared with `usable_bytes`."""
     parts = stage_memory(table, layers, tensor, rows, in_flight)
     states = parts.parameters + parts.gradients + parts.optimizer
     return states + parts.activations + parts.buffers
 
 
 def framework_bytes(device: DeviceType) -> int:
-    """Bytes of a device that no tensor can have: what the framework takes before the first one,
-    and the holes that its allocator leaves."""
+    """Return the bytes of a device that no tensor can use.
+
+    They are what the framework reserves before the first tensor, and the fragmentation of its
+    allocator.
+    """
     kind = device.processor
     return FRAMEWORK_BYTES[kind] + round(HOLES[kind] * device.memory)
 
 
 def usable_bytes(device: DeviceType) -> int:
-    """Bytes of a device that tensors may take."""
+    """Return the bytes of a device that tensors can use."""
     return device.memory - framework_bytes(device)
 
 
 def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> StageMemory:
-    """A replica of a stage, `tensor` wide, with one micro-batch of `rows` rows in flight."""
+    """Return the memory of a stage with one micro-batch of `rows` rows in flight, on a replica
+    `tensor` ranks wide."""
     return stage_memory(table_of(tables, stage), stage.layers, tensor, rows, 1)
 
 
 def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
-    """What a stage keeps of a micro-batch between I and W: inputs and output gradients of products,
-    in a block of GPT-2 as much as the forward saved (7 + 9 tensors of its width against 16), of
-    recomputed layers too, which I has run again; of layers that train nothing, nothing. The loss
-    saves in fp32 what its gradient has in the width of products.
+    """Return the bytes that a stage keeps of a micro-batch between the two parts I and W of its
+    backward.
+
+    It keeps the inputs and the output gradients of its matrix products. In a block of GPT-2 these
+    are as large as what the forward saved (7 + 9 tensors of the model's width against 16). A
+    recomputed layer keeps as much, since I has repeated its forward; a layer that trains nothing
+    keeps nothing. The loss saves fp32 numbers whose gradient has the precision of the products, so
+    half of them count.
     """
     table, (first, last) = tables.plain, stage.layers
     kept = float(stage_memory(table, stage.layers, tensor, rows, 1).activations)
@@ -272,8 +295,11 @@ def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) 
 def together(
     table: MemoryTable, stages: Sequence[StageSeats], tensor: int, parts: Sequence[StageMemory]
 ) -> StageMemory:
-    """All that one device holds of several stages, each with one micro-batch: the casts of all, but
-    buffers of one at a time."""
+    """Return the memory of one device that holds several stages, each with one micro-batch in
+    flight.
+
+    The casts of all its stages count, but the buffers of only one stage at a time.
+    """
     weights = table.weights
     casts = [cast_bytes(weights, stage.layers, tensor) for stage in stages]
     buffers = max(part.buffers - cast for part, cast in zip(parts, casts, strict=True))
@@ -288,10 +314,10 @@ def together(
 
 
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
-    """Predicted bytes of every device of a plan, in rank order.
+    """Predict the peak bytes of every device of a plan, in rank order.
 
-    Activations are the most that is held at any point of the device's order of work. Raises
-    PlanError for a schedule in the plan that cannot be played.
+    Activations are the most that the device holds at any point of its schedule. Raises PlanError
+    for a schedule in the plan that cannot be played.
     """
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
@@ -325,7 +351,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
 def _weighed(
     tables: MemoryTables, holders: Holders, tensor: int, rows: int
 ) -> tuple[StageMemory, float]:
-    """All stages of a device, and the activations that it holds at its worst moment."""
+    """Return the memory of all stages of a device, and the most activations that it holds at
+    once."""
     parts = [weigh(tables, stage, tensor, rows) for stage in holders.stages]
     half = [half_bytes(tables, stage, tensor, rows) for stage in holders.stages]
     held = most_held(holders, [float(part.activations) for part in parts], half)
@@ -333,6 +360,6 @@ def _weighed(
 
 
 def total_bytes(memory: DeviceMemory) -> int:
-    """All that one device holds at its worst moment."""
+    """Return the peak bytes of one device, all kinds together."""
     states = memory.parameters + memory.gradients + memory.optimizer
     return states + memory.activations + memory.buffers

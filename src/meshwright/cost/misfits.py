@@ -1,4 +1,4 @@
-"""Which devices a plan overfills, by how much, and what would help."""
+"""Reports the devices that run out of memory under a plan, by how much, and what would help."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.units import format_bytes
 
 LESS = "give it fewer layers and fewer rows, or a device with more memory"
+"""The advice where no single change is known to suffice."""
 
 
 def enough_bytes(memory: DeviceMemory, device: DeviceType) -> int:
-    """The memory that a device of this kind would need for what it is asked to hold."""
+    """Return the memory that a device of this type would need to hold what the plan gives it."""
     excess = total_bytes(memory) - memory.capacity
     return memory.capacity + round(excess / (1 - HOLES[device.processor]))
 
 
 def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Problem, ...]:
-    """One Problem for every device that a plan overfills: by how much, and what would help."""
+    """Return one Problem for every device that a plan overfills: by how much, and what would
+    help."""
     tables = memory_tables(model, plan.job)
     by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
     problems = []
@@ -64,6 +66,7 @@ def _type_of(cluster: Cluster, device: str) -> DeviceType:
 
 
 def _sizes(memory: DeviceMemory) -> str:
+    """Return the bytes of a device as text: the sum, and every kind."""
     parts = ", ".join(
         f"{name} {format_bytes(getattr(memory, name))}"
         for name in ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -72,7 +75,7 @@ def _sizes(memory: DeviceMemory) -> str:
 
 
 def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
-    """Legal tensor widths above `tensor`, up to the eight devices of a usual node."""
+    """Return the legal tensor widths above `tensor`, up to 8, the devices of a usual node."""
     units = [layer.tensor_units for layer in layers if layer.tensor_units]
     return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
 
@@ -80,7 +83,11 @@ def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
 def _what_helps(
     model: LayerGraph, tables: MemoryTables, stage: StageSeats, seat: Seat, held: float, room: float
 ) -> str:
-    """The longest prefix of the stage's layers, the most rows, or the tensor width that fits."""
+    """Return which single changes make the stage fit.
+
+    They are recomputation, the longest prefix of its layers, the most rows, and the least wider
+    tensor width.
+    """
     (first, last), rows = stage.layers, seat.rows[1] - seat.rows[0]
     tensor, table = len(stage.seats[seat.replica]), table_of(tables, stage)
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)

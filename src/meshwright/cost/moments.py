@@ -1,7 +1,9 @@
-"""The worst moment of a stage's backward: which layer is at work, and what is still kept then.
+"""Finds the peak of a stage's backward: the layer at work, and what the layers before it still
+keep.
 
-When the backward of layer l begins, the layers after it have let go of what they kept, so that the
-peak is max over l of kept(first..l) + temporaries(l), for any range of layers in constant time.
+When the backward of layer l begins, the layers after it have freed what they kept. The peak of the
+layers [first, last) is therefore max over l of kept(first..l) + temporaries(l), which is looked up
+in constant time for any range.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ Ints = int | NDArray[np.int64]
 
 @record
 class Moments:
-    """[moment, layer]: the numbers of every layer's moments, short lists filled with zeros."""
+    """Holds the byte counts of every layer's peak moments, [moment, layer], padded with zeros.
+
+    A layer may have several moments that can be its peak, depending on rows and tensor width.
+    `fixed` bytes do not depend on the rows, `row` counts bytes per row; tensor ranks divide the
+    `split_*` ones.
+    """
 
     fixed: Array
     split_fixed: Array
@@ -29,7 +36,11 @@ class Moments:
 
 
 def moments_table(model: LayerGraph, *, divided: bool) -> Moments:
-    """The moments of all layers on a rank that holds them alone, or is one of several."""
+    """Collect the peak moments of all layers.
+
+    `divided` selects those on one of several tensor ranks; otherwise one rank holds the whole
+    layer.
+    """
     found = [_of(layer, divided=divided) for layer in model.layers]
     padded = max(len(moments) for moments in found)
 
@@ -48,8 +59,11 @@ def moments_table(model: LayerGraph, *, divided: bool) -> Moments:
 
 
 def _of(layer: Layer, *, divided: bool) -> tuple[Moment, ...]:
-    """Of a layer that does not tell its moments, as large a share of the workspace is divided as of
-    what it keeps."""
+    """Return the moments of a layer.
+
+    A layer that states none has one, its workspace, of which tensor ranks divide the same share as
+    of its saved bytes.
+    """
     if divided and layer.tensor_moments:
         return layer.tensor_moments
     if layer.moments:
@@ -61,7 +75,7 @@ def _of(layer: Layer, *, divided: bool) -> tuple[Moment, ...]:
 
 
 def temporaries(moments: Moments, tensor: int, rows: int) -> Array:
-    """Bytes [layer] beyond what is kept, at each layer's own worst moment."""
+    """Return the temporary bytes of every layer at its own peak moment, [layer]."""
     fixed = moments.fixed + moments.split_fixed / tensor
     row = moments.row + moments.split_row / tensor
     worst: Array = np.max(fixed + row * rows, axis=0)
@@ -69,8 +83,10 @@ def temporaries(moments: Moments, tensor: int, rows: int) -> Array:
 
 
 class RangeMaxima:
-    """Maxima over any ranges [first, last) of an array, each in constant time (a sparse table:
-    level k holds the maximum of 2**k neighbours)."""
+    """Looks up the maximum over any range [first, last) of an array in constant time.
+
+    It is a sparse table: level k holds the maxima of 2**k neighbouring values.
+    """
 
     def __init__(self, values: Array) -> None:
         levels = [values]
@@ -83,6 +99,6 @@ class RangeMaxima:
         )
 
     def of(self, first: Ints, last: Ints) -> Any:
-        """The largest value of each range, which must not be empty."""
+        """Return the maximum of each range; no range may be empty."""
         level = np.log2(np.maximum(np.asarray(last) - first, 1)).astype(np.int64)
         return np.maximum(self._levels[level, first], self._levels[level, last - 2**level])

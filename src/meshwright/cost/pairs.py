@@ -1,10 +1,10 @@
-"""Links as they were measured between classes of devices, and the cluster that fits them.
+"""Holds measured links between classes of device pairs, and fits the links of a cluster to them.
 
-A pair's messages of several sizes give one line, seconds = latency + bytes / bandwidth: the two
-largest its slope, for in small ones a burst that the link lets through passes for speed; the
-smallest its latency. A node is
-as fast as its fastest pair; what a pair between sites, or over an explicit link, adds to its nodes
-belongs to the uplink or to that link.
+The messages of one pair, in several sizes, give one line: seconds = latency + bytes / bandwidth.
+Its slope comes from the two largest sizes, because small messages can pass in a burst above the
+link's bandwidth; its latency comes from the smallest. A node is as fast as its fastest pair.
+Between sites, or over an explicit link, what a pair takes beyond its nodes is attributed to the
+uplink or to that link.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from meshwright.records import (
 )
 
 Error = Annotated[float, Field(ge=-1, le=1e30)]
-"""(predicted - measured) / measured."""
+"""A relative error, (predicted - measured) / measured."""
 SLOWER = 0.97
-"""Of the bandwidth that both nodes showed elsewhere: a pair below it has a bottleneck between."""
+"""The share of the bandwidth that both nodes reach elsewhere below which a pair has a bottleneck
+between them."""
 
 
 @record
 class Point:
-    """Median seconds of one size."""
+    """Holds the median seconds of messages of one size."""
 
     bytes: Bytes
     seconds: PositiveSeconds
@@ -48,42 +49,45 @@ class Point:
 
 @record
 class PairTimes:
-    """Messages between two devices that stand for all pairs like them."""
+    """Holds the messages measured between two devices, which stand for all pairs of their class."""
 
     between: tuple[Name, Name]
     latency: Seconds
     bandwidth: BytesPerSecond
     residual: Ratio
-    """Largest relative distance of a point from latency + bytes / bandwidth."""
+    """The largest relative deviation of a point from latency + bytes / bandwidth."""
     points: tuple[Point, ...]
     crowded: Point | None = None
-    """The largest message while a second pair of the same two nodes sends as much."""
+    """The largest message, sent while a second pair of the same two nodes sends one as large."""
     sharing: Ratio | None = None
-    """Of the line's seconds for twice the bytes, what the crowded message took: 1 for a fair
-    half of the link each; 0.5 if the two pairs have links of their own."""
+    """The seconds of the crowded message over those of twice its bytes alone: 1 if the two pairs
+    share one link fairly, 0.5 if each has a link of its own."""
 
 
 @record
 class CollectiveTimes:
-    """All-reduces over all devices."""
+    """Holds measured all-reduces over all devices."""
 
     points: tuple[Point, ...]
     step_latency: Seconds
-    """Fixed cost of one step of a ring, by the point that leaves least room for one."""
+    """The fixed cost of one step of a ring: the least that any point leaves for it."""
     residuals: tuple[Error, ...]
-    """(predicted - measured) / measured of every point, from the fitted links."""
+    """The relative error of the fitted links at every point."""
 
 
 @record
 class LinkReport:
-    """All measured links of a cluster."""
+    """Holds all measured links of a cluster."""
 
     pairs: tuple[PairTimes, ...]
     all_reduce: CollectiveTimes | None = None
 
 
 def load_links(path: Path, cluster: Cluster) -> LinkReport:
-    """A report on the links of a cluster from its file. Raises ProfileError with every mistake."""
+    """Load a report on the links of a cluster from its file.
+
+    Raises ProfileError with every mistake.
+    """
     report = load(path, LinkReport, error=ProfileError)
     known = {device.name for device in devices_of(cluster)}
     problems = [
@@ -107,7 +111,8 @@ def load_links(path: Path, cluster: Cluster) -> LinkReport:
 
 
 def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """(latency, bandwidth) of seconds = latency + size / bandwidth, by least relative squares."""
+    """Fit seconds = latency + size / bandwidth by least relative squares; return (latency,
+    bandwidth)."""
     weights = 1 / np.asarray(seconds)
     columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=float)], axis=1)
     latency, slope = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)[0]
@@ -119,10 +124,10 @@ def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, flo
 def pair_times(
     between: tuple[str, str], points: Sequence[Point], crowded: Point | None
 ) -> PairTimes:
-    """The line through a pair's points, of which there are at least three, in ascending order."""
+    """Fit the line through the points of a pair: at least three, in ascending order of size."""
     small, *_, large, largest = points
     slope = (largest.seconds - large.seconds) / (largest.bytes - large.bytes)
-    if slope <= 0:  # noise beyond all else: one point is better than none
+    if slope <= 0:  # noise exceeds the difference: use the largest point alone
         slope = largest.seconds / largest.bytes
     bandwidth = 1 / slope
     latency = max(small.seconds - small.bytes * slope, 0.0)
@@ -142,10 +147,11 @@ def pair_times(
 
 
 Kind = tuple[object, ...]
+"""The class of a pair: its level, then what the cluster file says of the links at that level."""
 
 
 def pair_kind(cluster: Cluster, one: Device, other: Device) -> Kind:
-    """Equal for pairs between which the cluster file makes no difference."""
+    """Return the class of a pair: equal for pairs that the cluster file does not tell apart."""
     nodes = {node.name: node for node in cluster.nodes}
     here, there = nodes[one.node], nodes[other.node]
     if here is there:
@@ -158,12 +164,14 @@ def pair_kind(cluster: Cluster, one: Device, other: Device) -> Kind:
 
 
 def _node_kind(cluster: Cluster, node: Node) -> tuple[object, ...]:
+    """Return what the cluster file says of a node's way out: its network interface and its site's
+    uplink."""
     uplink = next((site.uplink for site in cluster.sites if site.name == node.site), None)
     return node.network, uplink
 
 
 def classes(cluster: Cluster, devices: Sequence[Device]) -> dict[Kind, tuple[Device, Device]]:
-    """The first pair of every class that these devices have."""
+    """Return the first pair of devices of every class."""
     found: dict[Kind, tuple[Device, Device]] = {}
     for i, one in enumerate(devices):
         for other in devices[i + 1 :]:
@@ -172,7 +180,7 @@ def classes(cluster: Cluster, devices: Sequence[Device]) -> dict[Kind, tuple[Dev
 
 
 def fitted_cluster(cluster: Cluster, report: LinkReport) -> Cluster:
-    """The cluster with every link that was measured as it was measured."""
+    """Return the cluster with the measured figures on every link that was measured."""
     devices = {device.name: device for device in devices_of(cluster)}
     measured: dict[Kind, PairTimes] = {}
     for pair in report.pairs:
@@ -202,6 +210,7 @@ def _as_link(pair: PairTimes, *, shared: bool = False) -> Link:
 
 
 def _fitted_node(cluster: Cluster, node: Node, measured: dict[Kind, PairTimes]) -> Node:
+    """Return a node with the links measured inside it and between it and other nodes."""
     inside = measured.get(("inside", node.inside))
     own = _node_kind(cluster, node)
     pairs = [pair for kind, pair in measured.items() if kind[0] == "network" and own in kind[1:]]
@@ -221,7 +230,7 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[Kind, PairTimes]) 
 def _fitted_uplink(
     cluster: Cluster, nodes: Sequence[Node], name: str, report: LinkReport
 ) -> Link | None:
-    """Of a site, where pairs across it are slower than their nodes; None if they are not."""
+    """Return the uplink of a site if pairs across it are slower than their nodes, else None."""
     by_name = {node.name: node for node in nodes}
     devices = {device.name: device for device in devices_of(cluster)}
     found = None
@@ -239,12 +248,13 @@ def _fitted_uplink(
 
 
 def collective_times(cluster: Cluster, points: Sequence[Point]) -> CollectiveTimes:
-    """All-reduces over all devices of a cluster whose links are fitted: the fixed cost of a step,
-    and how far the ring's formula is off.
+    """Fit the fixed cost of a ring's step to all-reduces over all devices of a cluster with fitted
+    links.
 
-        step = min over sizes of (measured - bytes' time) / 2(n - 1)
+        step = min over sizes of (measured - seconds of the bytes) / 2(n - 1)
 
-    The least, because noise only adds.
+    The minimum counts, because noise only adds. The residuals say how far the ring's formula is
+    off.
     """
     devices = [device.name for device in devices_of(cluster)]
     steps = 2 * (len(devices) - 1)

@@ -1,4 +1,4 @@
-"""Measured times, as files that the planner reads: layers on devices, and links."""
+"""Defines the files of measured times that the planner reads: layers on devices, and links."""
 
 from __future__ import annotations
 
@@ -31,37 +31,39 @@ from meshwright.records import (
 )
 
 MOST_TIMES = 50_000
-"""Of layers in a profile: some thousand are usual for many device types."""
+"""The most layer times in a profile; some thousands are usual with many device types."""
 TensorWidth = Annotated[int, Field(ge=1, le=2**16)]
 
 
 @record
 class LayerTime:
-    """Median time of one kind of layer on one kind of device."""
+    """Holds the median times of one kind of layer on one device type."""
 
     device: Name
-    """Device type."""
+    """The device type."""
     signature: Name
-    """Layer.signature."""
+    """The Layer.signature that tells this kind of layer."""
     precision: Precision
     tensor: TensorWidth
-    """Tensor width; the time contains no communication."""
+    """The tensor width; the times exclude communication."""
     rows: Rows
-    """Rows of the micro-batch."""
+    """The rows of the micro-batch."""
     forward_seconds: PositiveSeconds
     backward_seconds: PositiveSeconds
     input_seconds: Seconds | None = None
-    """Of a backward in two parts, the one that makes the gradients of the layer's inputs, with what
-    the forward takes longer to prepare it."""
+    """The seconds of I, the part of the backward that computes input gradients, with the time that
+    the forward takes longer to prepare for a split backward. None: not measured."""
     weight_seconds: Seconds | None = None
-    """And the one that makes those of its weights. Absent: not measured."""
+    """The seconds of W, the part of the backward that computes weight gradients. None: not
+    measured."""
     spread: Ratio = 0.0
-    """Interquartile range of the repeats over their median."""
+    """The interquartile range of the repeats over their median."""
 
 
 @record
 class OptimizerTime:
-    """Time of one optimizer step (clipping included) per parameter that a rank holds."""
+    """Holds the seconds of one optimizer step, clipping included, per parameter that a rank
+    holds."""
 
     device: Name
     optimizer: Name
@@ -71,38 +73,39 @@ class OptimizerTime:
 
 @record
 class LinkTimes:
-    """Measured links of a cluster by their level; they replace the figures of the cluster file."""
+    """Holds measured links by level; they replace the figures of the cluster file."""
 
     inside: Link | None = None
     network: Link | None = None
     site: Link | None = None
     all_reduce_latency: Seconds | None = None
-    """Fixed cost of one step of a ring, measured on collectives."""
+    """The fixed cost of one step of a ring, measured on collectives."""
 
 
 @record
 class Profile:
-    """Everything measured for one model on one cluster."""
+    """Holds everything measured for one model on one cluster."""
 
     format: Format = 1
     model: Name
-    """LayerGraph.name."""
+    """The name of the LayerGraph."""
     sequence: Tokens
     versions: dict[Name, Line] = field(default_factory=dict)
-    """torch, Python and machine, as measured with."""
+    """The versions of torch, Python and the machine with which it was measured."""
     source: Line = ""
-    """Fingerprint of what was measured, how and where: the same is not measured again."""
+    """A fingerprint of what was measured, how and where; a measurement with an equal one is not
+    repeated."""
     layers: Annotated[tuple[LayerTime, ...], Field(max_length=MOST_TIMES)] = ()
     optimizers: Annotated[tuple[OptimizerTime, ...], Field(max_length=MOST_TIMES)] = ()
     links: LinkTimes | None = None
     step_overhead_seconds: Seconds = 0.0
-    """Fixed cost of a step outside all instructions: the next batch, bookkeeping."""
+    """The fixed cost of a step outside all instructions: loading the next batch, bookkeeping."""
     calibration: Calibration | None = None
-    """Constants fitted to measured steps; None: the defaults."""
+    """Constants fitted to measured steps; None stands for the defaults."""
 
 
 def versions() -> dict[str, str]:
-    """What a measurement on this machine depends on, as `Profile.versions` holds it."""
+    """Return what a measurement on this machine depends on, in the form of `Profile.versions`."""
     return {
         "meshwright": __version__,
         "torch": version("torch"),
@@ -112,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Name of this machine's processor, as the system gives it."""
+    """Return the name of this machine's processor as the operating system gives it."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -120,7 +123,8 @@ def _processor() -> str:
 
 
 def strange_versions(profile: Profile) -> tuple[str, ...]:
-    """Sentences about what a profile was measured with and this machine does not have."""
+    """Return one sentence for every version with which a profile was measured and that this machine
+    does not have."""
     here = versions()
     return tuple(
         f"the profile was measured with {name} {found}; this is {here[name]}"
@@ -130,10 +134,14 @@ def strange_versions(profile: Profile) -> tuple[str, ...]:
 
 
 AGAIN = "measure again with `meshwright profile`"
+"""The mend of a problem that a new measurement solves."""
 
 
 def load_profile(path: str | Path) -> Profile:
-    """A profile from its JSON or TOML file. Raises ProfileError with every mistake found."""
+    """Load a profile from its JSON or TOML file.
+
+    Raises ProfileError with every mistake found.
+    """
     data = read(Path(path), error=ProfileError)
     profile = parse(data, Profile, source=str(path), error=ProfileError, mend=AGAIN)
     ProfileError.check(_implausible(profile, str(path)))
@@ -143,7 +151,8 @@ def load_profile(path: str | Path) -> Profile:
 def check_profile(
     profile: Profile, model: LayerGraph, cluster: Cluster, *, source: str = "profile"
 ) -> None:
-    """Raises ProfileError with every measurement that is implausible or from elsewhere."""
+    """Raise ProfileError with every measurement that is implausible or of another model or
+    cluster."""
     ProfileError.check((*_implausible(profile, source), *_foreign(profile, model, cluster, source)))
 
 
@@ -153,7 +162,7 @@ def _implausible(profile: Profile, source: str) -> Iterator[Problem]:
 
 
 _ENTRY = ("entry", "")
-"""Of the layers: each device type has its own of each layer."""
+"""The grouping of problems with layer times: each device type repeats those of every layer."""
 
 
 def _foreign(

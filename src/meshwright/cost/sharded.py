@@ -1,8 +1,9 @@
-"""A step with parameters, gradients and optimizer states divided among all devices (ZeRO, FSDP).
+"""Predicts a step with parameters, gradients and optimizer states sharded over all devices (ZeRO,
+FSDP).
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020;
-Zhao et al., "PyTorch FSDP", 2023. Layers gather their parameters just before they are used, and
-scatter their gradients just after these are complete.
+Zhao et al., "PyTorch FSDP", 2023. A layer's parameters are gathered just before they are used, and
+its gradients are reduced and scattered as soon as they are complete.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from meshwright.records import record
 Array = NDArray[np.float64]
 
 Sharding = Literal["full", "gradients"]
-"""full: parameters are gathered anew for every backward (ZeRO-3); gradients: they stay gathered
+""""full" gathers the parameters again for every backward (ZeRO-3); "gradients" keeps them gathered
 from forward to backward (ZeRO-2, SHARD_GRAD_OP)."""
 
 
 @record
 class ShardedStep:
-    """How a sharded data-parallel step works through its share of the batch."""
+    """Describes how a sharded data-parallel step works through each device's share of the batch."""
 
     rows: int
-    """Of a micro-batch on each device."""
+    """The rows of a micro-batch on each device."""
     micro_batches: int
     sharding: Sharding = "full"
     recompute: bool = False
@@ -43,9 +44,11 @@ class ShardedStep:
 
 
 def with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds:
-    """Layers that keep only their input and repeat their forward before their backward (Chen et
-    al. 2016): backward + forward, of every layer with attention; first and last layers keep
-    what they made."""
+    """Add the repeated forwards of activation recomputation (Chen et al. 2016) to the backwards.
+
+    Every layer with attention keeps only its input and repeats its forward before its backward; the
+    first and last layers keep their activations.
+    """
     repeats = np.array([float(layer.attention_flops > 0) for layer in model.layers])
     return LayerSeconds(
         forward=seconds.forward,
@@ -55,9 +58,11 @@ def with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds
 
 
 def overlapped(compute: Array, communication: Array, exposure: float) -> Array:
-    """Two things at once: the longer one, and the exposed share of the shorter.
+    """Return the seconds of overlapping compute and communication.
 
-    max(c, m) + x min(c, m); x = 0 hides all that can be hidden, x = 1 nothing.
+        max(c, m) + x min(c, m)
+
+    The exposure x is the share of the shorter one that is not hidden behind the longer one.
     """
     result: Array = np.maximum(compute, communication) + exposure * np.minimum(
         compute, communication
@@ -68,10 +73,11 @@ def overlapped(compute: Array, communication: Array, exposure: float) -> Array:
 def shard_seconds(
     model: LayerGraph, links: Topology, devices: Sequence[str], step_latency: float, width: float
 ) -> tuple[Array, Array]:
-    """Seconds of each layer to gather its parameters, and to scatter their gradients.
+    """Return the seconds of each layer to gather its parameters, and to reduce and scatter its
+    gradients.
 
-    16-bit (or fp32) parameters travel; gradients, of what is trained, at `width` of four bytes. A
-    tied parameter travels with its first layer.
+    Parameters travel in 16 bits (or fp32), gradients of trained parameters in `width` times four
+    bytes. A tied parameter travels with its first layer.
     """
     trained = np.array([float(layer.parameters) for layer in model.layers])
     frozen = np.array([float(layer.frozen_parameters) for layer in model.layers])
@@ -92,13 +98,14 @@ def shard_seconds(
 def sharded_step_seconds(
     model: LayerGraph, cluster: Cluster, step: ShardedStep, profile: Profile | None = None
 ) -> float:
-    """Seconds of one step on all devices of a cluster, the slowest type setting the pace.
+    """Return the seconds of one step on all devices of a cluster; the slowest device type decides.
 
         micro-batches x sum over layers of
             forward | gather, and backward | gather (full) + scatter
         + optimizer of each device's share + overhead
 
-    `|` is `overlapped`. Raises ClusterError where a device does not offer the model's precision.
+    `a | b` stands for `overlapped(a, b)`. Raises ClusterError if a device does not offer the
+    model's precision.
     """
     kinds = sorted({device.type for device in devices_of(cluster)})
     devices = [device.name for device in devices_of(cluster)]

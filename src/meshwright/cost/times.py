@@ -1,4 +1,4 @@
-"""Seconds that a replica of a stage computes, by layer and by kind of work."""
+"""Predicts the compute seconds of a stage's replica, by layer and by operation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def replica_seconds(
     *,
     step_latency: float = 0.0,
 ) -> tuple[Array, Array]:
-    """Forward and backward seconds of each layer of a stage on one tensor-parallel replica.
+    """Return the forward and backward seconds of each layer of a stage on one tensor-parallel
+    replica.
 
-    `computed` holds the compute of every layer for each device type of the replica. The ranks meet
-    in every layer's all-reduces, so the slowest sets the pace; all-reduces overlap nothing.
-    `step_latency`: fixed seconds of one step of a ring.
+    `computed` holds the compute of every layer for each device type of the replica. Every layer
+    ends in all-reduces in which all ranks meet, so the slowest one decides; these overlap with
+    nothing. `step_latency` is the fixed cost of one step of a ring, in seconds.
     """
     first, last = layers
     forward = np.max([c.forward[first:last] for c in computed], axis=0)
@@ -56,7 +57,8 @@ def replica_seconds(
 
 
 def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
-    """Seconds that each layer of a stage that recomputes adds to its backward: its forward's."""
+    """Return the seconds that recomputation adds to the backward of each layer: those of its
+    forward."""
     repeats = np.array(
         [
             recomputed(layer, len(model.layers)) and model.layers[layer].has_backward
@@ -68,7 +70,7 @@ def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array)
 
 
 class Times:
-    """Layer times of replicas, each distinct one worked out once while a plan is priced."""
+    """Caches layer times while a plan is priced, so that each distinct replica is computed once."""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Times:
         self._shares: dict[tuple[str, int, int], Array] = {}
 
     def computed(self, kind: str, tensor: int, rows: int) -> LayerSeconds:
-        """Compute of every layer on one device type."""
+        """Return the compute seconds of every layer on one device type."""
         key = (kind, tensor, rows)
         if key not in self._computed:
             device = self.cluster.types[kind]
@@ -92,7 +94,7 @@ class Times:
         return self._computed[key]
 
     def shares(self, kind: str, tensor: int, rows: int) -> Array:
-        """[layer, part] of a backward in two parts on one device type."""
+        """Return the shares of the two parts of a backward on one device type, [layer, part]."""
         key = (kind, tensor, rows)
         if key not in self._shares:
             device = self.cluster.types[kind]
@@ -101,7 +103,7 @@ class Times:
 
 
 class ReplicaTimes:
-    """What one tensor-parallel replica of a stage computes. Its ranks go at the slowest's pace."""
+    """Gives the compute seconds of one tensor-parallel replica; its slowest rank decides."""
 
     def __init__(
         self,
@@ -120,8 +122,11 @@ class ReplicaTimes:
         self._known: dict[tuple[Op, int], Array] = {}
 
     def of(self, op: Op, micro_batches: int = 1) -> Array:
-        """Seconds of each layer in an F, B, I or W; a W may make the weight gradients of several
-        micro-batches at once, which for the products are so many more rows."""
+        """Return the seconds of each layer in an F, B, I or W.
+
+        A W may compute the weight gradients of several micro-batches at once; for its matrix
+        products that multiplies the number of rows.
+        """
         key = (op, micro_batches)
         if key not in self._known:
             self._known[key] = self._seconds(op, micro_batches)
@@ -144,10 +149,11 @@ class ReplicaTimes:
         if op is Op.BACKWARD_INPUT:
             computed = [self.times.computed(k, len(self.devices), self.rows) for k in self.kinds]
             alone = np.max([c.backward[first:last] for c in computed], axis=0)
-            seconds = seconds + (self._both()[1] - alone)  # its all-reduces, and what it recomputes
+            seconds = seconds + (self._both()[1] - alone)  # all-reduces and recomputation
         return seconds
 
     def _both(self) -> tuple[Array, Array]:
+        """Return the seconds of a forward and of a whole backward."""
         if self._whole is None:
             tensor = len(self.devices)
             forward, backward = replica_seconds(

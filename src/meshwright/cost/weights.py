@@ -1,6 +1,6 @@
-"""Weights that a device holds, trained and frozen, and their casts, for any range of layers.
+"""Counts the weights of any range of layers on a device: trained, frozen, and their casts.
 
-`layers` may be numbers or numpy arrays that broadcast.
+`layers` may hold numbers or numpy arrays that broadcast.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ from meshwright.records import record
 Array = NDArray[np.float64]
 Ints = int | NDArray[np.int64]
 Floats = Any
-"""A float, or an array of them."""
+"""A float, or an array of floats."""
 
 
 @record
 class ParameterBytes:
-    """Bytes per parameter that a rank holds; of a frozen one, weights and casts alone."""
+    """Gives the bytes per trained parameter on a rank; a frozen one has only `weights` and
+    `casts`."""
 
     weights: float
     gradients: float
     optimizer: float
     casts: float
-    """The 16-bit weights that products read, of those that need one: made in a step's first
-    forward, dropped after its last backward, or kept where they are frozen."""
+    """The 16-bit copies that products read, for weights that need one. Casts of trained weights are
+    made in a step's first forward and dropped after its last backward; those of frozen weights are
+    kept."""
 
 
 def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
-    """Master weights, gradients and states are fp32 (fp64 for fp64): 4 + 4 + 8 with Adam, whose
-    two moments are of the master's width; 16-bit arithmetic adds 2."""
+    """Return the bytes of each kind per parameter.
+
+    Master weights, gradients and optimizer states are fp32 (fp64 in an fp64 job): 4 + 4 + 8 with
+    Adam, which keeps two moments as wide as the weights. 16-bit arithmetic adds 2 for the cast.
+    """
     width = 8.0 if precision == "fp64" else 4.0
     cast = 2.0 if precision in ("fp16", "bf16") else 0.0
     moments = {"adamw": 2, "sgd": 0}[optimizer]
@@ -46,44 +51,49 @@ def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
 
 @record
 class Numbers:
-    """Of weights, cumulative: index l is the sum over layers before l."""
+    """Counts weights cumulatively: index l is the sum over the layers before l."""
 
     replicated: Array
+    """The weights that every tensor rank holds whole."""
     split: Array
-    """Divided among tensor ranks."""
+    """The weights that tensor ranks divide."""
 
 
 @record
 class WeightTable:
-    """Sums over layers, so that any stage's weights are counted in constant time."""
+    """Holds sums over layers, so that the weights of any stage are counted in constant time."""
 
     unit: ParameterBytes
     trained: Numbers
     frozen: Numbers
     cast: Numbers
-    """Of both, those that have a cast in 16-bit precision."""
+    """The weights, trained or frozen, that have a cast in 16-bit precision."""
     constants: Array
-    """Bytes of what is held beside weights, cumulative."""
+    """The bytes of what a layer holds besides weights, cumulative."""
     tied: tuple[TiedUses, ...]
 
 
 @record
 class TiedUses:
-    """Of a tied parameter: its cumulative users, and those that cast it."""
+    """Describes the users of a tied parameter: the layers that share it."""
 
     users: NDArray[np.int64]
+    """The number of users before each layer."""
     casting: NDArray[np.int64]
+    """The number of users before each layer that read a cast of the parameter."""
     next: NDArray[np.int64]
     """The first user at or after each layer."""
     last: int
     trained: int
-    """Numbers; 0 where it is frozen."""
+    """The number of trained weights; 0 if the parameter is frozen."""
     frozen: int
+    """The number of frozen weights; 0 if the parameter is trained."""
     split: bool
+    """True if tensor ranks divide the parameter."""
 
 
 def cumulative(values: Iterable[float]) -> Array:
-    """Index l is the sum of the first l values."""
+    """Return the cumulative sums from 0: index l is the sum of the first l values."""
     return np.concatenate([[0.0], np.cumsum(np.array([*values], dtype=np.float64))])
 
 
@@ -93,7 +103,7 @@ def _numbers(whole: Iterable[float], split: Iterable[float]) -> Numbers:
 
 
 def weight_table(model: LayerGraph, job: Job) -> WeightTable:
-    """Everything that has to be known of the weights of a model trained by a job."""
+    """Build the sums over the weights of a model trained by a job."""
     layers = model.layers
     return WeightTable(
         unit=bytes_per_parameter(job.precision, job.optimizer),
@@ -112,7 +122,10 @@ def weight_table(model: LayerGraph, job: Job) -> WeightTable:
 
 
 def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
-    """A user that multiplies nothing (an embedding) reads the weights as they are."""
+    """Describe the users of a tied parameter.
+
+    A user without matrix products (an embedding) reads the weights themselves, not a cast.
+    """
 
     def counted(users: Iterable[int]) -> NDArray[np.int64]:
         count = np.zeros(len(model.layers) + 1, dtype=np.int64)
@@ -136,19 +149,20 @@ def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
 
 
 def share(tied: TiedUses, numbers: int, tensor: int) -> float:
-    """What each tensor rank holds of a tied parameter's numbers."""
+    """Return the part of `numbers` weights of a tied parameter that each tensor rank holds."""
     return numbers / tensor if tied.split else float(numbers)
 
 
 def own_numbers(numbers: Numbers, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """What each tensor rank holds of layers, without what is tied."""
+    """Return the number of weights of a range of layers on each tensor rank, without tied ones."""
     first, last = layers
     held = numbers.replicated[last] - numbers.replicated[first]
     return held + (numbers.split[last] - numbers.split[first]) / tensor
 
 
 def stage_parameters(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Trained parameters that each tensor rank of a stage holds, tied ones included."""
+    """Return the number of trained parameters on each tensor rank of a stage, tied ones
+    included."""
     first, last = layers
     held = own_numbers(table.trained, layers, tensor)
     for tied in table.tied:
@@ -158,7 +172,8 @@ def stage_parameters(table: WeightTable, layers: tuple[Ints, Ints], tensor: int)
 
 
 def _frozen_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Of a stage's frozen weights, tied ones included, and its constants, on each tensor rank."""
+    """Return the bytes of frozen weights, tied ones included, and of constants on each tensor
+    rank."""
     first, last = layers
     held = own_numbers(table.frozen, layers, tensor)
     for tied in table.tied:
@@ -168,22 +183,25 @@ def _frozen_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) ->
 
 
 def weight_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """All that each tensor rank of a stage holds of weights, trained or not, and of constants; no
+    """Return the bytes of all weights and constants on each tensor rank of a stage, without
     casts."""
     trained = stage_parameters(table, layers, tensor) * table.unit.weights
     return trained + _frozen_bytes(table, layers, tensor)
 
 
 def _repeated(table: WeightTable, stages: Sequence[StageSeats]) -> list[tuple[TiedUses, int]]:
-    """Tied parameters, and how many of a rank's stages use each beyond the first one."""
+    """Return every tied parameter with the number of a rank's stages that use it beyond the first
+    one."""
     ranges = [stage.layers for stage in stages]
     using = [sum(bool(tied.users[b] > tied.users[a]) for a, b in ranges) for tied in table.tied]
     return [(tied, max(n - 1, 0)) for tied, n in zip(table.tied, using, strict=True)]
 
 
 def rank_parameters(table: WeightTable, stages: Sequence[StageSeats], tensor: int) -> float:
-    """Trained parameters that a rank holds of all its stages; of a tied one that several use, one
-    copy."""
+    """Return the number of trained parameters in all stages of a rank.
+
+    A tied parameter counts once, even if several stages use it.
+    """
     held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
     for tied, times in _repeated(table, stages):
         held -= times * share(tied, tied.trained, tensor)
@@ -191,7 +209,10 @@ def rank_parameters(table: WeightTable, stages: Sequence[StageSeats], tensor: in
 
 
 def rank_weight_bytes(table: WeightTable, stages: Sequence[StageSeats], tensor: int) -> float:
-    """As `weight_bytes`, of all a rank's stages; of a tied weight that several use, one."""
+    """Return the bytes of all weights and constants in all stages of a rank, without casts.
+
+    A tied weight counts once, even if several stages use it.
+    """
     held = rank_parameters(table, stages, tensor) * table.unit.weights
     held += sum(float(_frozen_bytes(table, stage.layers, tensor)) for stage in stages)
     for tied, times in _repeated(table, stages):
@@ -200,7 +221,7 @@ def rank_weight_bytes(table: WeightTable, stages: Sequence[StageSeats], tensor: 
 
 
 def cast_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """The 16-bit casts of a stage's weights, trained or not."""
+    """Return the bytes of the 16-bit casts of a stage's weights, trained or not."""
     first, last = layers
     cast = own_numbers(table.cast, layers, tensor)
     for tied in table.tied:

@@ -1,1 +1,1 @@
-"""Who does what in which order, as data."""
+"""Turns a plan into a program: for every rank, the list of its instructions in one step."""

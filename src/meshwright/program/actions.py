@@ -1,8 +1,9 @@
-"""What a group of devices computes in a step, in order: the words of a schedule.
+"""Defines actions, the computations of which schedules are made, and their textual form.
 
-`F3` is the forward of micro-batch 3, `B3` its backward, `I3` and `W3` the backward's two parts;
-`W0:4` makes the weight gradients of micro-batches 0 to 3 at once. A group that holds several stages
-of its pipeline says which one: `2F3`.
+`F3` is the forward of micro-batch 3, `B3` its backward, `I3` and `W3` the two parts of a backward:
+input gradients and weight gradients. `W0:4` computes the weight gradients of micro-batches 0 to 3
+at once. A pipeline rank is the group of devices that hold the same stages of a pipeline; if it
+holds several stages, an action begins with its stage: `2F3`.
 """
 
 from __future__ import annotations
@@ -16,35 +17,39 @@ from meshwright.program.instructions import Op
 
 
 class Action(NamedTuple):
-    """One computation of a stage."""
+    """Describes one computation of a stage."""
 
     op: Op
     """FORWARD, BACKWARD, BACKWARD_INPUT or BACKWARD_WEIGHT."""
     stage: int
-    """Place of the stage in its pipeline, from 0."""
+    """The position of the stage in its pipeline, from 0."""
     first: int
-    """Micro-batch."""
+    """The micro-batch, or the first one of a batched W."""
     last: int
-    """One past the last micro-batch: more than first + 1 only for a batched W."""
+    """One past the last micro-batch; more than first + 1 only for a batched W."""
 
 
 Order = tuple[Action, ...]
+"""The actions of one pipeline rank in a step, in order."""
 
 
 def one(op: Op, stage: int, micro_batch: int) -> Action:
-    """An action on a single micro-batch."""
+    """Return an action on a single micro-batch."""
     return Action(op, stage, micro_batch, micro_batch + 1)
 
 
 def word(action: Action, *, alone: bool) -> str:
-    """`F3`, `W0:4`; with the stage, `2F3`, unless it is `alone` on its devices."""
+    """Return an action as text: `F3`, `W0:4`, or with its stage `2F3`.
+
+    `alone` leaves the stage out: it is the only one of its pipeline rank.
+    """
     op, stage, first, last = action
     batches = f"{first}" if last == first + 1 else f"{first}:{last}"
     return f"{op}{batches}" if alone else f"{stage}{op}{batches}"
 
 
 def words(order: Iterable[Action], *, alone: bool) -> str:
-    """A whole order as text."""
+    """Return a whole order as text."""
     return " ".join(word(action, alone=alone) for action in order)
 
 
@@ -52,8 +57,11 @@ _WORD = re.compile(r"([0-9]{0,9})([FBIW])([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 
 def parse_order(text: str, held: Sequence[int], *, source: str, field: str) -> Order:
-    """The inverse of `words`, for devices that hold the stages `held`. Raises PlanError naming
-    every word that is none."""
+    """Parse the text of an order of a pipeline rank that holds the stages `held`; the inverse of
+    `words`.
+
+    Raises PlanError that names every word that is not an action.
+    """
     found: list[Action] = []
     problems: list[Problem] = []
     for index, each in enumerate(text.split()):
@@ -85,8 +93,11 @@ def _action(each: str, held: Sequence[int]) -> Action | None:
 def high_water(
     order: Iterable[Action], full: Callable[[int], float], half: Callable[[int], float]
 ) -> float:
-    """Most that a group of devices holds at once: of each stage full(stage) per micro-batch between
-    its forward and its B or I, half(stage) between I and W."""
+    """Return the most that a pipeline rank holds at once.
+
+    For each micro-batch, a stage holds full(stage) between its forward and its B or I, and
+    half(stage) between I and W.
+    """
     held = most = 0.0
     for op, stage, first, last in order:
         if op is Op.FORWARD:

@@ -1,4 +1,4 @@
-"""What a stage exchanges with its neighbours, as instructions."""
+"""Lists the messages that a stage exchanges with its neighbours, as instructions."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from meshwright.records import record
 
 @record
 class Boundary:
-    """Transfers of one direction at one end of a stage."""
+    """Describes the transfers in one direction across one cut of a stage."""
 
     op: Op
-    """What the ranks of this stage do: a send or a receive."""
+    """The operation of this stage's ranks: a send or a receive."""
     moves: tuple[Move, ...]
     row_bytes: float
 
 
 @record
 class Boundaries:
-    """All that a stage exchanges: with the stage before it and the one after."""
+    """Holds what a stage receives from and sends to the stages before and after it."""
 
     incoming: dict[Op, Boundary]
-    """By the compute instruction that reads it."""
+    """What it receives, by the compute instruction that reads it."""
     outgoing: dict[Op, Boundary]
-    """By the compute instruction that makes it."""
+    """What it sends, by the compute instruction that produces it."""
 
 
 def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
-    """What a stage receives and sends in each direction, with bytes per row."""
+    """Find what a stage receives and sends in each direction, with bytes per row."""
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
     incoming, outgoing = {}, {}
@@ -56,20 +56,24 @@ def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerG
 
 
 def _crossing(model: LayerGraph, cut: int) -> tuple[float | None, float | None]:
-    """`cut_bytes`, None where nothing crosses; tensors without rows do, and have none per row."""
+    """Return the bytes of `cut_bytes`, or None in a direction in which no tensor crosses.
+
+    A tensor without rows crosses with 0 bytes per row, which is why 0 does not mean None.
+    """
     alive = alive_at(model, cut)
     ahead, back = cut_bytes(model, cut)
     return ahead if alive else None, back if any(t.gradient for t in alive) else None
 
 
 def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
-    """Bytes per row that cross a cut before layer `cut`: forward, and backward."""
+    """Return the bytes per row that cross the cut before layer `cut`: forward, and backward."""
     alive = alive_at(model, cut)
     return sum(t.bytes for t in alive), sum(t.bytes for t in alive if t.gradient)
 
 
 def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
-    """This rank's part of what crosses a boundary one way, if anything does."""
+    """Yield this rank's messages of one micro-batch across a boundary in one direction, if there
+    are any."""
     if boundary is None:
         return
     receiving = boundary.op in RECEIVES
@@ -90,7 +94,8 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
 
 
 def gathers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
-    """What this rank must put together with others of its replica before it can read it."""
+    """Yield the gathers by which ranks of a replica assemble what each of them has received a part
+    of."""
     if boundary is None:
         return
     for rows, ranks in gathered(boundary.moves):

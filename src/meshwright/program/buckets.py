@@ -1,4 +1,4 @@
-"""Which gradients are summed together, by whom, and in which order they become complete."""
+"""Divides gradients into buckets that are reduced together, over which ranks and in which order."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
 MOST_BYTES, LEAST_BYTES = 25 * 2**20, 2**20
+"""The limits of the usual size of a bucket."""
 BUCKETS = 16
-"""Of a whole model's gradients, at least."""
+"""The least number of buckets for the gradients of a whole model."""
 
 Ranks = tuple[int, ...]
 
 
 @record
 class Sum:
-    """One collective of a bucket."""
+    """Describes one all-reduce of a bucket."""
 
     ranks: Ranks
-    """Members, ascending; each holds all that is summed."""
+    """The members, ascending; each holds everything that is summed."""
     bytes: int
-    """On each member."""
+    """The bytes on each member."""
     tile: Tile | None = None
-    """As Instruction.tile."""
+    """The part of the divided gradients that is summed; see Instruction.tile."""
 
 
 @record
 class Bucket:
-    """Gradients that are complete, and begin to be summed, at once."""
+    """Describes gradients that are complete, and begin to be summed, at the same time."""
 
     layers: tuple[int, int] | None
     """Whole layers, [first, last); None for a tied parameter."""
     tied: str | None
+    """The name of a tied parameter; None for layers."""
     sums: tuple[Sum, ...]
-    """In the order in which every rank starts those that it takes part in.
+    """The all-reduces of the bucket, in the order in which every rank starts those it belongs to.
 
-    Where all replicas are of one tensor width, one for each tensor index: rank t of every replica
-    holds the same. Else one for each common tile, over the rank of every replica that holds it,
-    and before them one, over all ranks, for what is not divided: a rank of width t gives 1 / t of
-    its gradients to that, so that every replica counts once."""
+    If all replicas have the same tensor width, there is one for each tensor index: rank t of every
+    replica holds the same gradients. Otherwise there is one for each common tile, over the rank of
+    every replica that holds it, and before these one over all ranks for the undivided gradients: a
+    rank of tensor width t gives 1 / t of its gradients to that one, so that every replica counts
+    once.
+    """
 
 
 def gradient_bytes(job: Job) -> int:
-    """Bytes of one gradient: gradients are kept in the precision of the weights."""
+    """Return the bytes of one gradient: gradients are kept in the precision of the weights."""
     return 8 if job.precision == "fp64" else 4
 
 
 def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
-    """Gradients are summed in buckets of at least this size: large enough for full bandwidth, small
-    enough to start early. 25 MiB, the default of DistributedDataParallel, would leave a small model
-    nothing to hide its sums behind."""
+    """Return the least size of a bucket: large enough for full bandwidth, small enough to overlap.
+
+    The default of DistributedDataParallel, 25 MiB, would leave a small model no compute behind
+    which to hide its reductions.
+    """
     share = gradient_bytes(job) * num_parameters(model) // BUCKETS
     return max(LEAST_BYTES, min(share, MOST_BYTES))
 
@@ -65,12 +71,12 @@ def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
 def gradient_buckets(
     model: LayerGraph, job: Job, stages: Sequence[StageSeats], bucket_bytes: int
 ) -> tuple[Bucket, ...]:
-    """All buckets, in the order in which a backward from the last layer completes them.
+    """Return all buckets, in the order in which a backward over the whole model completes them.
 
-    A bucket never crosses a cut of any pipeline, so all its layers have the same holders, and every
-    holder forms the same buckets. Buckets with a single holder are left out. A tied parameter
-    stands at its first user, whose holder is the last to complete it. All ranks keep to this one
-    order, or groups that overlap would wait for each other.
+    A bucket never crosses a cut of any pipeline, so all its layers are held by the same ranks, and
+    every one of these forms the same buckets. Gradients held by a single rank need no bucket. A
+    tied parameter is placed at its first user, whose backward completes it last. All ranks keep to
+    this one order: otherwise overlapping groups could wait for each other.
     """
     width = gradient_bytes(job)
     found: list[tuple[int, Bucket]] = []
@@ -97,15 +103,18 @@ def gradient_buckets(
 
 
 def replicas_of(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ranks, ...]:
-    """Tensor ranks of every replica that holds any of the layers."""
+    """Return the tensor ranks of every replica that holds any of the layers."""
     held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
     found = (tuple(seat.rank for seat in replica) for stage in held for replica in stage.seats)
     return tuple(dict.fromkeys(found))
 
 
 def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum, ...]:
-    """The collectives of a bucket, of so many bytes in all that tensor ranks hold whole, and so
-    many that they divide."""
+    """Return the all-reduces of a bucket.
+
+    Every tensor rank holds `undivided` bytes whole; the tensor ranks of a replica divide `divided`
+    bytes among them.
+    """
     widths = {len(replica) for replica in replicas}
     if len(widths) == 1:
         tensor = widths.pop()
@@ -124,7 +133,7 @@ def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum,
 
 
 def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Sum]]:
-    """What one rank takes part in, in the order of all."""
+    """Yield the all-reduces that one rank belongs to, with their buckets, in the common order."""
     for bucket in buckets:
         for each in bucket.sums:
             at = bisect_left(each.ranks, rank)
@@ -133,8 +142,10 @@ def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Sum]
 
 
 def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """The layer of a stage whose backward completes the gradients that a REDUCE_GRAD sums: the
-    first of its layers, or the stage's first user of a tied parameter."""
+    """Return the layer of a stage whose backward completes the gradients of a REDUCE_GRAD.
+
+    That is the first of its layers, or the stage's first user of its tied parameter.
+    """
     if reduction.layers is not None:
         return reduction.layers[0]
     users = next(tied.layers for tied in model.tied if tied.name == reduction.tied)

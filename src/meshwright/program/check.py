@@ -1,4 +1,5 @@
-"""Is a program sound? Every send has its receive, nothing is done twice, and nothing deadlocks."""
+"""Checks that a program is sound: every send has its receive, no action is repeated, and nothing
+deadlocks."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ from meshwright.program.instructions import (
 from meshwright.program.messages import Message, message
 
 Task = tuple[int, int]
-"""Stage, and one of its micro-batches."""
+"""A stage, and one of its micro-batches."""
 
 
 def check_program(program: Program, *, source: str = "program") -> None:
-    """Raise ProgramError with every mistake found; a program without one runs to its end."""
+    """Raise ProgramError with every mistake found; a program without mistakes runs to its end."""
     problems = [*_unknown_ranks(program, source)]
     if not problems:
         problems = [
@@ -41,7 +42,7 @@ def check_program(program: Program, *, source: str = "program") -> None:
 
 
 def _rank(field: str) -> str:
-    """The rank that a field of a program names, `rank 3`."""
+    """Return the rank that a problem's field names, as `rank 3`."""
     return field.partition(",")[0]
 
 
@@ -50,6 +51,7 @@ def _at(rank: int, index: int) -> str:
 
 
 def _unknown_ranks(program: Program, source: str) -> Iterator[Problem]:
+    """Check that every rank and peer exists, and that messages have a peer and a micro-batch."""
     count = len(program.ranks)
     for rank, instructions in enumerate(program.ranks):
         for index, i in enumerate(instructions):
@@ -63,6 +65,7 @@ def _unknown_ranks(program: Program, source: str) -> Iterator[Problem]:
 
 
 def _repeated(program: Program, source: str) -> Iterator[Problem]:
+    """Check that no instruction of a rank is repeated."""
     for rank, instructions in enumerate(program.ranks):
         seen: dict[str, int] = {}
         for index, i in enumerate(instructions):
@@ -75,7 +78,8 @@ def _repeated(program: Program, source: str) -> Iterator[Problem]:
 
 
 def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
-    """Every forward has its backward, later: whole, or its input part and then its weight part."""
+    """Check that every forward is followed by its backward: whole, or an input part and then a
+    weight part."""
     forwards: set[Task] = set()
     inputs: set[Task] = set()
     whole: set[Task] = set()
@@ -105,18 +109,19 @@ def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> It
 
 
 def _micro_batches(i: Instruction) -> range:
-    """Those that a compute instruction works on."""
+    """Return the micro-batches that a compute instruction works on."""
     if i.micro_batches is not None:
         return range(*i.micro_batches)
     return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
 
 
 def _messages(program: Program, op: Op, rank: int) -> list[Message]:
-    """Messages that a rank sends (SEND_*) or receives (RECV_*), in its own order."""
+    """Return the messages that a rank sends (SEND_*) or receives (RECV_*), in its own order."""
     return [message(rank, i) for i in program.ranks[rank] if i.op is op]
 
 
 def _unmatched(program: Program, source: str) -> Iterator[Problem]:
+    """Check that every send has its receive, and every receive its send."""
     ranks = range(len(program.ranks))
     for send, receive in MATCHING_RECEIVE.items():
         sent = Counter(m for rank in ranks for m in _messages(program, send, rank))
@@ -132,13 +137,16 @@ def _unmatched(program: Program, source: str) -> Iterator[Problem]:
 
 
 def _in_order(messages: Counter[Message]) -> list[Message]:
-    """Messages by their ends, cut and micro-batch; those alike in these as they came."""
+    """Sort messages by source, target, micro-batch and cut."""
     return sorted(messages, key=lambda m: (m.source, m.target, m.micro_batch or 0, m.cut))
 
 
 def _out_of_order(program: Program, source: str) -> Iterator[Problem]:
-    """Between two ranks messages of one direction arrive in the order in which they were sent:
-    NCCL has no tags."""
+    """Check that a rank receives messages of one direction in the order in which the other rank
+    sends them.
+
+    NCCL has no tags that could tell them apart.
+    """
     for send, receive in MATCHING_RECEIVE.items():
         sent: dict[tuple[int, int], list[Message]] = defaultdict(list)
         received: dict[tuple[int, int], list[Message]] = defaultdict(list)
@@ -156,7 +164,7 @@ def _out_of_order(program: Program, source: str) -> Iterator[Problem]:
 
 
 def _collectives(program: Program, source: str) -> Iterator[Problem]:
-    """Members of a group meet in the same collectives in the same order."""
+    """Check that all members of a group take part in the same collectives in the same order."""
     calls: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for rank, instructions in enumerate(program.ranks):
         for index, i in enumerate(instructions):
@@ -180,7 +188,10 @@ _ENDS = (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
 def _updates(
     rank: int, instructions: tuple[Instruction, ...], at: dict[Op, list[int]], source: str
 ) -> Iterator[Problem]:
-    """One norm; one optimizer step, or several before it that leave no summed gradient out."""
+    """Check that a rank has one norm, and one optimizer step or several ones before the norm.
+
+    Several steps must together update every parameter whose gradient is reduced.
+    """
     norms, steps = at[Op.REDUCE_NORM], at[Op.OPTIMIZER_STEP]
     if len(norms) != 1:
         found = f"{len(norms)} {Op.REDUCE_NORM}"
@@ -200,8 +211,10 @@ def _updates(
 
 
 def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
-    """Gradients are complete before the norm is taken or the weights change, which end the step in
-    either order, the same on all ranks."""
+    """Check the end of a step: the norm and the optimizer steps follow all complete gradients.
+
+    They come in either order, which must be the same on all ranks.
+    """
     first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
         at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}

@@ -1,4 +1,4 @@
-"""Plan to Program: every rank's instructions for one optimizer step."""
+"""Compiles a plan into a program: every rank's instructions for one optimizer step."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ from meshwright.records import record
 from meshwright.stopping import look
 
 NORM_BYTES = 16
-"""Loss and squared gradient norm, two numbers of eight bytes."""
+"""The bytes of the loss and of the squared gradient norm, eight each."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
-"""What a part of a backward stands for where tensors cross a boundary."""
+"""The whole operation for the part of it that exchanges the same tensors across a boundary."""
 
 
 @record
 class _Group:
-    """Ranks that hold the same stages, and what they do in which order."""
+    """Describes a pipeline rank: the ranks that hold the same stages, and their schedule."""
 
     stages: dict[int, StageSeats]
-    """By place in the pipeline."""
+    """The stages, by position in the pipeline."""
     order: Order
     boundaries: dict[int, Boundaries]
-    """By place in the pipeline; what stays on the same ranks is left out."""
+    """The messages of each stage, by position in the pipeline, without those between stages on the
+    same ranks."""
     arriving: dict[int, tuple[int, ...]]
-    """Indices of the actions whose receives are posted ahead of an action, by its index."""
+    """For the index of an action: the indices of the later actions whose receives are posted ahead
+    of it."""
     last_backward: dict[int, int]
-    """Index of the action that completes the gradients of a stage."""
+    """For each stage, the index of the action that completes its gradients."""
 
 
 def compile_plan(
@@ -53,14 +55,14 @@ def compile_plan(
     clipped: bool = True,
     only: Container[int] | None = None,
 ) -> Program:
-    """The program of a valid plan; ranks that are not among `only` get no instructions.
+    """Compile a valid plan; ranks outside `only` get no instructions.
 
     A receive is posted `posting.AHEAD` compute instructions ahead of the one that reads it, in the
-    order in which the other side sends; a send right after the one that makes it; and the
-    reductions ahead of the last backward that they need, in the order in which a backward over the
-    whole model completes their gradients. Without clipping (`clipped` false) the weights of each
-    bucket change as soon as its gradients are summed, ahead of the norm. Raises PlanError for a
-    schedule in the plan that cannot be played.
+    order in which the other side sends. A send directly follows the instruction that produces its
+    tensors. A reduction is posted ahead of the last backward that it needs; reductions keep the
+    order in which a backward over the whole model completes their gradients. Without clipping
+    (`clipped` false) the weights of each bucket are updated as soon as its gradients are summed,
+    before the norm. Raises PlanError for a schedule in the plan that cannot be played.
     """
     stages = stage_seats(plan)
     size = bucket_bytes or usual_bucket_bytes(model, plan.job)
@@ -90,8 +92,10 @@ def compile_plan(
 def _early_updates(
     group: _Group, sums: Sequence[tuple[Bucket, Sum]], whole: Instruction
 ) -> Iterator[Instruction]:
-    """Each bucket's weights change when its own gradients are summed; first those of this rank
-    alone, if there are any."""
+    """Yield one optimizer step for each bucket, which waits for that bucket's gradients alone.
+
+    Before them comes one for the weights that no other rank holds, if there are any.
+    """
     buckets = dict.fromkeys((bucket.layers, bucket.tied) for bucket, _ in sums)
     summed = {layer for layers, _ in buckets if layers is not None for layer in range(*layers)}
     if not buckets:
@@ -103,6 +107,7 @@ def _early_updates(
 
 
 def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[_Group]:
+    """Yield the pipeline ranks of all pipelines."""
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
         orders = orders_of(plan, p)
@@ -123,6 +128,7 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
 
 
 def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
+    """Return what a stage exchanges with other ranks, without what stays on the same ones."""
     found = boundaries_of(stage, stages, model)
     stays: set[Op] = set()
     if not stage.is_first and held_together(stage, stages[stage.number - 1]):
@@ -138,7 +144,7 @@ def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGra
 def _group_program(
     group: _Group, seat: Seat, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
 ) -> Iterator[Instruction]:
-    """Everything of one rank but the end of the step."""
+    """Yield all instructions of one rank before the end of the step."""
     seats = {s: stage.seats[seat.replica][seat.tensor_index] for s, stage in group.stages.items()}
     reductions = _reductions(group, sums, model)
     for index, action in enumerate(group.order):
@@ -166,7 +172,10 @@ def _group_program(
 def _reductions(
     group: _Group, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
 ) -> dict[int, list[Instruction]]:
-    """By index of the action ahead of which they are posted: all ranks post them in one order."""
+    """Return the gradient reductions, keyed by the index of the action that they precede.
+
+    All ranks post them in one common order.
+    """
     completing = [_completing(group, bucket, model) for bucket, _ in sums]
     posted = no_later_than_the_next([group.last_backward[s] for s in completing])
     found: dict[int, list[Instruction]] = {}
@@ -185,7 +194,7 @@ def _reductions(
 
 
 def _completing(group: _Group, bucket: Bucket, model: LayerGraph) -> int:
-    """The stage of the group whose backward is the last to add to a bucket."""
+    """Return the stage of a pipeline rank whose backward is the last to add to a bucket."""
     layers: Sequence[int]
     if bucket.layers is not None:
         layers = bucket.layers[:1]

@@ -1,4 +1,4 @@
-"""Plays a program without times: who waits for ever?"""
+"""Finds deadlocks: plays a program without times and reports the ranks that wait for ever."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from meshwright.program.instructions import RECEIVES, SENDS, Instruction, Op, Pr
 from meshwright.program.messages import Message, message
 
 READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B, Op.BACKWARD_INPUT: Op.RECV_B}
-"""What a compute instruction waits for."""
+"""The receive for which a compute instruction waits."""
 
 
 def deadlocks(program: Program, source: str) -> Iterator[Problem]:
-    """One Problem for every rank that does not get to its end."""
+    """Yield one Problem for every rank that does not reach its end."""
     step = _Step(program)
     moved = True
     while moved:
@@ -27,7 +27,7 @@ def deadlocks(program: Program, source: str) -> Iterator[Problem]:
 
 
 class _Step:
-    """What has been sent and computed so far."""
+    """Keeps what has been sent and computed so far."""
 
     def __init__(self, program: Program) -> None:
         self.ranks = program.ranks
@@ -38,7 +38,7 @@ class _Step:
         self.done: set[tuple[int, bool, int, int | None]] = set()
 
     def advance(self, rank: int) -> bool:
-        """Play a rank until it has to wait; whether it moved."""
+        """Play a rank until it has to wait; return True if it advanced."""
         began = self.at[rank]
         while self.at[rank] < len(self.ranks[rank]) and self.waits_for(rank) is None:
             i = self.ranks[rank][self.at[rank]]
@@ -50,7 +50,7 @@ class _Step:
         return self.at[rank] > began
 
     def waits_for(self, rank: int) -> str | None:
-        """What keeps a rank from its next instruction."""
+        """Return what keeps a rank from its next instruction, or None."""
         i = self.ranks[rank][self.at[rank]]
         if i.op not in READS:
             return None
@@ -71,7 +71,8 @@ class _Step:
 def _receives_of(
     instructions: tuple[Instruction, ...],
 ) -> dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]]:
-    """Receives with their positions, by what they serve: (RECV_*, stage, micro-batch)."""
+    """Return the receives with their indices, keyed by what they serve: (RECV_*, stage,
+    micro-batch)."""
     found: dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]] = {}
     for position, i in enumerate(instructions):
         if i.op in RECEIVES:

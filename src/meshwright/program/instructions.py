@@ -1,25 +1,26 @@
-"""Who does what in which order: the vocabulary, its meaning and its textual form.
+"""Defines instructions: their vocabulary, their timing and their textual form.
 
-The words are torch.distributed.pipelining's where it has one: `0F3` is the forward of micro-batch 3
-on stage 0. One rule gives every instruction its timing, in the simulator and in the runtime alike:
+The words are those of torch.distributed.pipelining where it has one: `0F3` is the forward of
+micro-batch 3 on stage 0. The same rules time every instruction in the simulator and in the runtime:
 
 * Communication is *posted*: RECV_F, RECV_B, SEND_F, SEND_B and REDUCE_GRAD return at once. A send
   moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward (the stage's
-  last B or W) that completes its gradients and starts, inside it, when the last of its layers is
-  done; a rank's REDUCE_GRADs start in the order of its list.
-* Messages of one broadcast (sends and receives that name the same ranks) move together, when all of
-  them are posted.
-* GATHER_F and GATHER_B block: they wait for the receives of their micro-batch and meet the other
+  last B or W) that completes its gradients, and starts inside that backward, when the last of its
+  layers is done. The REDUCE_GRADs of a rank start in the order of its list.
+* The messages of one broadcast (sends and receives that name the same ranks) move together, when
+  all of them are posted.
+* GATHER_F and GATHER_B block: they wait for the receives of their micro-batch and for the other
   tensor ranks of the replica.
-* Compute (F, B, I, W) runs on the rank's compute stream in order, and waits for the receives that
-  it reads: RECV_F is read by F, RECV_B by B or I, and W reads what its I has kept.
-* A rank may hold several stages of a pipeline; its list then mixes their instructions. Between two
-  neighbouring stages on the same rank nothing is sent: the later F, B or I takes what the earlier
-  one has left.
-* REDUCE_NORM waits for all the rank's REDUCE_GRADs, then meets every other rank; OPTIMIZER_STEP
-  follows it. Where gradients are not clipped, OPTIMIZER_STEPs come before it instead: one for each
-  bucket, which waits for the REDUCE_GRADs of the same layers or tied parameter alone, and before
-  them one for all that nobody else holds. What is done early does not wait for what is late.
+* Compute (F, B, I, W) runs in order on the rank's compute stream, and waits for the receives that
+  it reads: F reads RECV_F, B or I reads RECV_B, and W reads what its I has kept.
+* A rank may hold several stages of a pipeline; its list then mixes their instructions. Two
+  neighbouring stages on the same rank exchange no messages: the later F, B or I takes what the
+  earlier one has left.
+* REDUCE_NORM waits for all REDUCE_GRADs of its rank, then for every other rank; OPTIMIZER_STEP
+  follows it. Without gradient clipping, OPTIMIZER_STEPs come before it instead: one for each
+  bucket, which waits only for the REDUCE_GRADs of the same layers or tied parameter, and before
+  them one for all weights that no other rank holds. So an early update need not wait for a late
+  reduction.
 * A step ends when everything that was posted has arrived.
 """
 
@@ -35,31 +36,31 @@ from meshwright.records import record
 
 
 class Op(StrEnum):
-    """What an instruction does."""
+    """Names what an instruction does."""
 
     FORWARD = "F"
     BACKWARD = "B"
     BACKWARD_INPUT = "I"
-    """The part of a backward that the stage before waits for: gradients of the stage's inputs."""
+    """Compute the gradients of the stage's inputs, for which the stage before waits."""
     BACKWARD_WEIGHT = "W"
-    """The rest of a backward: gradients of the stage's parameters."""
+    """Compute the rest of a backward: the gradients of the stage's parameters."""
     SEND_F = "SEND_F"
-    """Hand the activations of a cut to the next stage."""
+    """Send the activations of a cut to the next stage."""
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
-    """Hand the gradients of a cut to the stage before."""
+    """Send the gradients of a cut to the stage before."""
     RECV_B = "RECV_B"
     GATHER_F = "GATHER_F"
-    """Put activations together of which each tensor rank of a replica has received a part."""
+    """Assemble activations of which each tensor rank of a replica has received a part."""
     GATHER_B = "GATHER_B"
-    """The same for gradients of a cut."""
+    """Assemble gradients of which each tensor rank of a replica has received a part."""
     REDUCE_GRAD = "REDUCE_GRAD"
     """Sum the gradients of some layers over every rank that holds them."""
     REDUCE_NORM = "REDUCE_NORM"
-    """Sum loss and squared gradient norm over all ranks."""
+    """Sum the loss and the squared gradient norm over all ranks."""
     OPTIMIZER_STEP = "OPTIMIZER_STEP"
 
-    # Enum's own is a call into Python, in every look-up of an operation.
+    # Enum.__hash__ is a Python function, too slow for every look-up of an operation.
     __hash__ = str.__hash__
 
 
@@ -70,49 +71,54 @@ SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
 MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
 GATHERS = {Op.RECV_F: Op.GATHER_F, Op.RECV_B: Op.GATHER_B}
-"""What completes a receive that brings only a part."""
+"""The gather that completes a receive of which each rank gets a part."""
 GATHERED = {gather: receive for receive, gather in GATHERS.items()}
+"""The receive that a gather completes."""
 
 
 @record
 class Instruction:
-    """One entry of a rank's list. Fields that an operation does not use stay None or empty."""
+    """Describes one entry of a rank's list; fields that its operation does not use are None or
+    empty."""
 
     op: Op
     stage: int
     micro_batch: int | None = None
     micro_batches: tuple[int, int] | None = None
-    """Of a W that makes the weight gradients of several micro-batches at once: [first, last)."""
+    """The micro-batches [first, last) of a W that computes the weight gradients of several at
+    once."""
     peer: int | None = None
-    """Rank at the other end of a send or receive."""
+    """The rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
-    """Rows of the micro-batch that are computed or moved, [first, last)."""
+    """The rows of the micro-batch that are computed or moved, [first, last)."""
     part: tuple[int, int, int] | None = None
-    """Of a send or receive that moves only pieces [first, last) of so many equal ones, of each
-    tensor's rows laid flat."""
+    """(first, last, of) for a message that carries only a part of its rows: each tensor's rows,
+    flattened and cut into `of` equal pieces, of which it carries [first, last)."""
     layers: tuple[int, int] | None = None
-    """Layers of an F or B, those whose gradients a REDUCE_GRAD sums, or whose weights an
-    OPTIMIZER_STEP changes (None there: all that no other one of the rank does), [first, last)."""
+    """A range of layers, [first, last): those that an F, B, I or W computes, whose gradients a
+    REDUCE_GRAD sums, or whose weights an OPTIMIZER_STEP updates. None in an OPTIMIZER_STEP: all
+    weights that no other one of the rank updates."""
     tied: str | None = None
-    """Tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP, instead of layers."""
+    """The tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP, instead of layers."""
     tile: Tile | None = None
-    """Of a REDUCE_GRAD whose members hold the layers in unlike tensor widths: the part of the
-    gradients that it sums, which all of them hold (of UNDIVIDED, each 1 / its tensor width). None:
-    all that a member holds."""
+    """The part of the gradients that a REDUCE_GRAD sums, where its members have different tensor
+    widths; every member holds that part. UNDIVIDED stands for the gradients that every tensor rank
+    holds whole, of which each member contributes 1 / its tensor width. None: all gradients that a
+    member holds."""
     ranks: tuple[int, ...] = ()
-    """Members of a collective, ascending; of a send or receive that is one message of a broadcast:
-    its source, then all who receive it."""
+    """The members of a collective, ascending; for a message of a broadcast, its source and then all
+    receivers."""
     bytes: int = 0
-    """Size of the message, or of the buffer that is reduced."""
+    """The size of the message, or of the buffer that is reduced."""
 
 
 Key = tuple[tuple[int, int] | None, str | None]
-"""Layers or tied parameter, of a REDUCE_GRAD or OPTIMIZER_STEP."""
+"""The layers or the tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP."""
 
 
 @record
 class Program:
-    """For every rank the list of its instructions in one optimizer step."""
+    """Holds the instructions of every rank in one optimizer step."""
 
     ranks: tuple[tuple[Instruction, ...], ...]
 
@@ -122,7 +128,8 @@ def _pair(value: tuple[int, int]) -> str:
 
 
 def text(instruction: Instruction) -> str:
-    """`0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2 bytes=4096`."""
+    """Return an instruction as one line: `0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2
+    bytes=4096`."""
     micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
     words = [f"{instruction.stage}{instruction.op}{micro_batch}"]
     if instruction.micro_batches is not None:
@@ -174,7 +181,10 @@ def _value(key: str, value: str) -> Any:
 
 
 def parse(line: str, *, source: str = "program", field: str = "") -> Instruction:
-    """The inverse of `text`. Raises ProgramError naming `source` and `field`."""
+    """Parse one line, the inverse of `text`.
+
+    Raises ProgramError that names `source` and `field`.
+    """
     head, *words = line.split()
     match = _HEAD.fullmatch(head)
     try:
@@ -193,7 +203,7 @@ def parse(line: str, *, source: str = "program", field: str = "") -> Instruction
 
 
 def dumps(program: Program) -> str:
-    """A program as text: a `rank N` line, then one instruction a line."""
+    """Return a program as text: a line `rank N`, then one line for each instruction."""
     blocks = []
     for rank, instructions in enumerate(program.ranks):
         blocks.append("\n".join([f"rank {rank}", *(f"  {text(i)}" for i in instructions)]))
@@ -201,7 +211,10 @@ def dumps(program: Program) -> str:
 
 
 def loads(document: str, *, source: str = "program") -> Program:
-    """The inverse of `dumps`. Raises ProgramError naming the line."""
+    """Parse a whole program, the inverse of `dumps`.
+
+    Raises ProgramError that names the line.
+    """
     ranks: list[list[Instruction]] = []
     for number, line in enumerate(document.splitlines(), start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""What tells one message from every other: its ends, direction and cut, and what it carries."""
+"""Identifies messages: two ranks, a direction, a cut, and the rows that they carry."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from meshwright.program.instructions import MATCHING_RECEIVE, SENDS, Instruction
 
 
 class Message(NamedTuple):
-    """What a send and its receive have in common, and no other send or receive has."""
+    """Holds what a send shares with its receive and with no other send or receive."""
 
     source: int
     target: int
     direction: Op
-    """RECV_F or RECV_B: what its receiver does."""
+    """RECV_F for activations, RECV_B for gradients: the operation of the receiver."""
     cut: int
-    """The stage before the cut that it crosses: two ranks may share several cuts."""
+    """The stage before the cut that is crossed; two ranks may share several cuts."""
     micro_batch: int | None
     rows: tuple[int, int] | None
     part: tuple[int, int, int] | None
 
 
 def message(rank: int, i: Instruction) -> Message:
-    """The message of a send or receive in the list of a rank."""
+    """Return the message of a send or receive in the list of a rank."""
     assert i.peer is not None
     sends = i.op in SENDS
     return Message(
@@ -37,21 +37,21 @@ def message(rank: int, i: Instruction) -> Message:
 
 
 def direction(i: Instruction) -> Op:
-    """RECV_F for activations, RECV_B for gradients, at both ends of a message."""
+    """Return RECV_F for activations and RECV_B for gradients, at both ends of a message."""
     return MATCHING_RECEIVE.get(i.op, i.op)
 
 
 def stage_before(i: Instruction) -> int:
-    """The stage before the cut that a message crosses."""
+    """Return the stage before the cut that a message crosses."""
     return i.stage if i.op in (Op.SEND_F, Op.RECV_B) else i.stage - 1
 
 
 Chain = tuple[Op, tuple[int, ...]]
-"""A direction, and the ranks along which something is broadcast: its source, then all who receive
-it. Stages that share ranks may broadcast activations and gradients along the same ranks, and each
-rank then posts the two in an order of its own."""
+"""A direction, and the ranks of a broadcast: its source, then all receivers. The direction belongs
+to it because stages that share ranks may broadcast both activations and gradients along the same
+ranks, and each rank posts the two in an order of its own."""
 
 
 def chain_of(i: Instruction) -> Chain:
-    """The chain of a send or receive that is one message of a broadcast."""
+    """Return the chain of a send or receive that belongs to a broadcast."""
     return direction(i), i.ranks

@@ -1,5 +1,5 @@
-"""The order of work of every group of devices of a plan: by the schedule's rule, or as the plan
-itself says, which is checked first."""
+"""Gives every pipeline rank its order of actions, by the schedule's rule or as the plan lists
+them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from meshwright.program.schedules import orders
 
 
 def orders_of(plan: Plan, pipeline: int) -> tuple[Order, ...]:
-    """What each group of devices of a pipeline does. Raises PlanError, naming the word, for actions
-    in the plan that are missing, done twice, out of order, or wait for ever."""
+    """Return the order of every pipeline rank of a pipeline.
+
+    Raises PlanError, naming the word, for actions in the plan that are missing, repeated, out of
+    order, or wait for ever.
+    """
     found = plan.pipelines[pipeline]
     layout = layout_of(found)
     if plan.schedule not in IN_PLAN:
@@ -29,6 +32,7 @@ def orders_of(plan: Plan, pipeline: int) -> tuple[Order, ...]:
 def _checked(
     actions: tuple[str, ...], layout: Layout, micro_batches: int, source: str, where: str
 ) -> tuple[Order, ...]:
+    """Parse and check the orders that a plan lists."""
     if len(actions) != len(layout):
         found, wanted = f"{len(actions)} texts", f"{len(layout)}, one for each group of devices"
         raise PlanError(Problem(source, f"{where}.actions", found, wanted))
@@ -43,8 +47,11 @@ def _checked(
 def check_orders(
     found: Sequence[Order], layout: Layout, micro_batches: int, *, source: str, where: str
 ) -> None:
-    """Raise PlanError unless every group does every part of its micro-batches once, each after what
-    it needs, and no wait between the groups is for ever."""
+    """Raise PlanError for orders that cannot be played.
+
+    Every pipeline rank must do each part of its micro-batches once and after what it depends on,
+    and no two ranks may wait for each other for ever.
+    """
     problems: list[Problem] = []
     for g, (order, held) in enumerate(zip(found, layout, strict=True)):
         field = f"{where}.actions[{g}]"
@@ -56,7 +63,7 @@ def check_orders(
 def _incomplete(
     order: Order, held: Sequence[int], micro_batches: int, source: str, field: str
 ) -> Iterator[Problem]:
-    """One walk through a group's order: what has been done says what may follow."""
+    """Walk through the order of a pipeline rank and check each action against those before it."""
     alone = len(held) == 1
     done: set[tuple[Op, int, int]] = set()
     for index, action in enumerate(order):
@@ -84,17 +91,20 @@ def _incomplete(
 
 
 def _needs(op: Op) -> Op | None:
+    """Return the operation on the same stage and micro-batch that must come before this one."""
     if op is Op.BACKWARD_WEIGHT:
         return Op.BACKWARD_INPUT
     return None if op is Op.FORWARD else Op.FORWARD
 
 
 def _other(op: Op, stage: int, micro_batch: int) -> tuple[Op, int, int]:
+    """Return the action that would do a backward a second time: I for a B, B for an I."""
     other = Op.BACKWARD_INPUT if op is Op.BACKWARD else Op.BACKWARD
     return other, stage, micro_batch
 
 
 def _missing(done: set[tuple[Op, int, int]], stage: int, m: int) -> str:
+    """Return the first operation that is missing for a micro-batch, or an empty string."""
     if (Op.FORWARD, stage, m) not in done:
         return Op.FORWARD.value
     if (Op.BACKWARD_INPUT, stage, m) in done:
@@ -103,7 +113,8 @@ def _missing(done: set[tuple[Op, int, int]], stage: int, m: int) -> str:
 
 
 def _stuck(found: Sequence[Order], layout: Layout, source: str, where: str) -> Iterator[Problem]:
-    """Play the orders without times; whoever cannot go on is named with what it waits for."""
+    """Play the orders without times; report every pipeline rank that waits for ever, and for
+    what."""
     last = max(stage for held in layout for stage in held)
     done: set[tuple[Op, int, int]] = set()
     at = [0] * len(found)

@@ -1,4 +1,5 @@
-"""When receives are posted: ahead of need, and in the order in which the other side sends."""
+"""Decides when receives are posted: ahead of their use, in the order in which the other side
+sends."""
 
 from __future__ import annotations
 
@@ -8,18 +9,19 @@ from meshwright.program.actions import Order
 from meshwright.program.instructions import Op
 
 AHEAD = 2
-"""Computations of a rank between posting a receive and reading it, beside waiting: a transfer hides
-behind this many. Of a stage that alternates, a forward and a backward: with one, gradients would
-have a forward alone to hide behind."""
+"""The number of compute instructions between posting a receive and reading it, behind which the
+transfer can hide. In 1F1B, 2 covers a forward and a backward; with 1, a gradient could hide behind
+a forward only."""
 
 
 def receives_ahead(
     orders: Sequence[Order], groups: Sequence[int]
 ) -> tuple[dict[int, tuple[int, ...]], ...]:
-    """For every group: indices of the actions whose receives are posted ahead of an action.
+    """For every pipeline rank, return the actions whose receives are posted ahead of an action.
 
-    `groups` is the group of every stage. Between two ranks messages of one direction have no names
-    (NCCL), so they are received in the order in which they were sent, some earlier than needed.
+    The result maps the index of an action to the indices of those actions. `groups` holds the
+    pipeline rank of every stage. Messages in one direction between two ranks have no tags (NCCL),
+    so they are received in the order in which they were sent, some earlier than needed.
     """
     made = {
         (action.op if action.op is Op.FORWARD else Op.BACKWARD, action.stage, action.first): index
@@ -45,6 +47,7 @@ def receives_ahead(
 def _posts(
     channels: dict[tuple[int, bool], list[tuple[int, int]]],
 ) -> dict[int, tuple[int, ...]]:
+    """Choose where a pipeline rank posts its receives, so that messages keep their order."""
     posts: dict[int, list[int]] = {}
     for messages in channels.values():
         messages.sort()
@@ -55,7 +58,7 @@ def _posts(
 
 
 def no_later_than_the_next(places: Sequence[int]) -> list[int]:
-    """The latest places, none after its own, that stand in order."""
+    """Lower each place to the least of those after it: [3, 1, 2] becomes [1, 1, 2]."""
     found = list(places)
     for k in range(len(found) - 2, -1, -1):
         found[k] = min(found[k], found[k + 1])

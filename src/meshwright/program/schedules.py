@@ -1,7 +1,7 @@
-"""Schedules as data: the order of work on every group of devices of a pipeline.
+"""Defines schedules as data: the order of actions on every pipeline rank.
 
-A group holds one stage, or several virtual ones. Letters: p groups, s a group's place, v stages of
-each group, M micro-batches; F, I, W and B = I + W are seconds of one stage.
+A pipeline rank holds one stage, or several virtual ones. Letters: p pipeline ranks, s the index of
+one, v stages on each, M micro-batches; F, I, W and B = I + W are seconds of one stage.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from meshwright.program.virtual import interleaved, zb_v
 
 
 def gpipe(stage: int, micro_batches: int) -> Order:
-    """All forwards, then all backwards, oldest first (Huang et al. 2019)."""
+    """Run all forwards, then all backwards, oldest first (Huang et al. 2019)."""
     forwards = (one(Op.FORWARD, stage, m) for m in range(micro_batches))
     backwards = (one(Op.BACKWARD, stage, m) for m in range(micro_batches))
     return (*forwards, *backwards)
 
 
 def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
-    """`warm_up` forwards, then a backward and a forward in turn, then the other backwards
-    (PipeDream-flush, Narayanan et al. 2021): at most `warm_up` micro-batches are held."""
+    """Run `warm_up` forwards, then backwards and forwards in turn, then the remaining backwards.
+
+    PipeDream-flush (Narayanan et al. 2021). At most `warm_up` micro-batches are held. With
+    `warm_up` 2 and 3 micro-batches: F0 F1 B0 F2 B1 B2.
+    """
     order = [one(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
     for m in range(micro_batches):
         order.append(one(Op.BACKWARD, stage, m))
@@ -36,9 +39,11 @@ def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
 
 
 def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order:
-    """As 1F1B with the backward in two parts, the weight part `lag` micro-batches behind: at most
-    `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241). Where there is no lag
-    (on the first stage), a whole backward does the same in fewer passes."""
+    """Run 1F1B with a split backward whose weight part follows `lag` micro-batches behind.
+
+    At most `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241). Without a
+    lag, on the first stage, a whole backward does the same in fewer passes.
+    """
     if lag == 0:
         return one_f_one_b(stage, micro_batches, warm_up)
     order = [one(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
@@ -55,11 +60,13 @@ def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order
 
 
 def delayed(order: Order, *, filled: bool, batched: bool) -> Order:
-    """2BP (arXiv 2405.18047): a backward hands the gradients of its inputs on first, and the
-    weight part waits. Where the base schedule alternates (`filled`), its backwards after the last
-    forward leave room for one weight part each; the rest comes at the end, those of one stage at
-    once if `batched`. After the last forward nobody waits for what the first stage does: its
-    backwards stay whole, in fewer passes."""
+    """Split the backwards of an order and delay their weight parts: 2BP (arXiv 2405.18047).
+
+    A backward hands on its input gradients first. If the base schedule alternates (`filled`), each
+    of its backwards after the last forward leaves room for one delayed weight part. The remaining
+    ones come at the end, those of one stage at once if `batched`. After the last forward no stage
+    waits for the first stage, so its backwards stay whole, in fewer passes.
+    """
     last_forward = max(k for k, action in enumerate(order) if action.op is Op.FORWARD)
     waiting: deque[Action] = deque()
     found: list[Action] = []
@@ -75,7 +82,10 @@ def delayed(order: Order, *, filled: bool, batched: bool) -> Order:
 
 
 def _batched(weights: Iterable[Action]) -> list[Action]:
-    """Neighbouring micro-batches of one stage in one action, stages in the order of their first."""
+    """Join weight parts of neighbouring micro-batches of one stage into one action.
+
+    Stages keep the order of their first weight part.
+    """
     runs: dict[int, list[Action]] = {}
     for action in weights:
         own = runs.setdefault(action.stage, [])
@@ -87,7 +97,7 @@ def _batched(weights: Iterable[Action]) -> list[Action]:
 
 
 def _one_each(make: Callable[[int, int, int], Order]) -> Callable[[Layout, int], tuple[Order, ...]]:
-    """Orders of groups with one stage each, by make(stage, p, M)."""
+    """Adapt a rule make(stage, p, M) for pipeline ranks that hold one stage each."""
     return lambda layout, count: tuple(make(s, len(layout), count) for s in range(len(layout)))
 
 
@@ -106,8 +116,10 @@ _BASES: dict[str, Callable[[Layout, int], tuple[Order, ...]]] = {
 
 @lru_cache(maxsize=64)
 def orders(schedule: ScheduleName, layout: Layout, micro_batches: int) -> tuple[Order, ...]:
-    """What each group of devices does, by a schedule that has a rule for it and can play this
-    layout (`layout_wanted`)."""
+    """Return the order of every pipeline rank by a schedule's rule.
+
+    The schedule must have a rule and be able to play this layout (`layout_wanted`).
+    """
     base, two_parts, how = schedule.partition("-2bp")
     found = _BASES[base](layout, micro_batches)
     if not two_parts:
@@ -117,8 +129,11 @@ def orders(schedule: ScheduleName, layout: Layout, micro_batches: int) -> tuple[
 
 
 def in_flight(schedule: ScheduleName, stage: int, stages: int, micro_batches: int) -> int:
-    """Most micro-batches that a stage alone on its devices holds at once, from their forward until
-    the last part of their backward; an upper bound where the plan says what is done."""
+    """Return the most micro-batches that a stage alone on its pipeline rank holds at once.
+
+    A micro-batch is held from its forward to the last part of its backward. For a schedule whose
+    actions the plan lists, the number is an upper bound.
+    """
     if schedule == "gpipe" or schedule in IN_PLAN:
         return micro_batches
     if schedule == "1f1b":

@@ -1,4 +1,4 @@
-"""What happened when: the one type that a simulated and a measured step have in common."""
+"""Defines timelines, the common form of a simulated and a measured step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from meshwright.program.instructions import Instruction, Op
 from meshwright.records import Bytes, Line, Name, PositiveSeconds, Rank, record
 
 Stream = Literal["compute", "send", "receive", "reduce"]
-"""Tracks of one rank. Compute is serial; transfers overlap it and each other."""
+"""The tracks of one rank: compute is serial; transfers overlap compute and each other."""
 
 Moment = Annotated[float, Field(ge=-1e9, le=1e30)]
-"""Seconds from the start of a step; clocks of several machines may put it a little before."""
+"""Seconds from the start of a step; the clocks of several machines may make it slightly
+negative."""
 MicroBatch = Annotated[int, Field(ge=0, le=2**20)]
 
 
 @record
 class Interval:
-    """One instruction of one rank."""
+    """Describes when one instruction of one rank began and ended."""
 
     rank: Rank
     stream: Stream
@@ -27,7 +28,7 @@ class Interval:
     stage: Rank
     micro_batch: MicroBatch | None = None
     label: Line
-    """The first word of its text, `0F3`; for a REDUCE_GRAD with layers, `0REDUCE_GRAD 4:8`."""
+    """The first word of the instruction's text, such as `0F3`; see `label`."""
     start_seconds: Moment
     end_seconds: Moment
     peer: Rank | None = None
@@ -36,7 +37,7 @@ class Interval:
 
 @record
 class MemoryPoint:
-    """Bytes in use on one rank from this moment on."""
+    """Gives the bytes in use on one rank from this moment on."""
 
     rank: Rank
     seconds: Moment
@@ -45,19 +46,19 @@ class MemoryPoint:
 
 @record
 class Timeline:
-    """One step. Seconds count from its start, the same instant for every rank."""
+    """Holds one step; seconds count from its start, the same instant on every rank."""
 
     source: Literal["simulated", "measured"]
     devices: tuple[Name, ...]
-    """By rank."""
+    """The device of every rank."""
     step_seconds: PositiveSeconds
     intervals: tuple[Interval, ...]
     memory: tuple[MemoryPoint, ...] = ()
 
 
 def label(instruction: Instruction) -> str:
-    """`0F3`, `0W0:4`, `0REDUCE_GRAD 4:8`, `0REDUCE_GRAD wte`, and of a tile
-    `0REDUCE_GRAD 4:8 1:2/4`."""
+    """Return the label of an instruction: `0F3`, `0W0:4`, `0REDUCE_GRAD 4:8` with its layers,
+    `0REDUCE_GRAD wte` with its tied parameter, `0REDUCE_GRAD 4:8 1:2/4` with its tile."""
     micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)
@@ -73,7 +74,7 @@ def label(instruction: Instruction) -> str:
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:
-    """Time that a rank's compute stream was not idle."""
+    """Return the seconds in which a rank's compute stream was busy."""
     return sum(
         i.end_seconds - i.start_seconds
         for i in timeline.intervals

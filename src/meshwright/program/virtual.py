@@ -1,4 +1,4 @@
-"""Schedules in which every group of devices holds several stages of one pipeline."""
+"""Defines schedules in which every pipeline rank holds several virtual stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from meshwright.program.instructions import Op
 
 
 def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ...]:
-    """Interleaved 1F1B (Narayanan et al. 2021): stage k stands on group k modulo p. Micro-batches
-    go through all chunks p at a time, which makes the bubble (p - 1)(F + B) of one chunk.
+    """Return interleaved 1F1B (Narayanan et al. 2021): stage k stands on pipeline rank k modulo p.
 
-    Where p does not divide M, the last round is a longer one.
+    Micro-batches pass through all chunks p at a time, so that the bubble is (p - 1)(F + B) of one
+    chunk. If p does not divide M, the last round is a longer one.
     """
     rounds = _rounds(groups, micro_batches)
     found = []
@@ -25,12 +25,14 @@ def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ..
 
 
 def _rounds(groups: int, micro_batches: int) -> list[range]:
+    """Divide the micro-batches into rounds of `groups`; the last one takes the remainder too."""
     count = max(1, micro_batches // groups)
     ends = [groups * (r + 1) for r in range(count - 1)] + [micro_batches]
     return [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _alternating(forwards: list[Action], backwards: list[Action], warm_up: int) -> Order:
+    """Run `warm_up` forwards, then alternate backwards and forwards."""
     order = forwards[:warm_up]
     for k, backward in enumerate(backwards):
         order.append(backward)
@@ -39,7 +41,8 @@ def _alternating(forwards: list[Action], backwards: list[Action], warm_up: int) 
 
 
 class _Turns:
-    """The order of one group that grows, with the next micro-batch of each kind of work."""
+    """Builds the order of a pipeline rank, with the next micro-batch of each stage and
+    operation."""
 
     def __init__(self, micro_batches: int) -> None:
         self.micro_batches = micro_batches
@@ -47,7 +50,7 @@ class _Turns:
         self.next: dict[tuple[Op, int], int] = {}
 
     def take(self, stage: int, *ops: Op) -> None:
-        """The next of each of these; what is beyond the last micro-batch is left out."""
+        """Append the next micro-batch of each operation; those beyond the last are skipped."""
         for op in ops:
             m = self.next.get((op, stage), 0)
             self.next[op, stage] = m + 1
@@ -55,23 +58,30 @@ class _Turns:
                 self.order.append(one(op, stage, m))
 
     def left(self, op: Op, stage: int) -> int:
+        """Return the number of micro-batches for which an operation is still to be done."""
         return self.micro_batches - self.next.get((op, stage), 0)
 
 
 def zb_v(groups: int, micro_batches: int) -> tuple[Order, ...]:
-    """ZB-V (Qi et al. 2024, arXiv 2405.15362): group s holds stages s and 2p - 1 - s, so that a
-    micro-batch's backward begins where its forward did. No group idles between its first and its
-    last action if F = I = W, and none holds more than p micro-batches of both its stages.
+    """Return ZB-V (Qi et al. 2024, arXiv 2405.15362), with stages s and 2p - 1 - s on pipeline rank
+    s.
 
-    Fewer micro-batches than 2p - 1 leave gaps in the same pattern.
+    A micro-batch's backward therefore begins on the pipeline rank where its forward ended. If F, I
+    and W take equal time, no pipeline rank idles between its first and its last action, and none
+    holds more than p micro-batches of both its stages. With fewer than 2p - 1 micro-batches the
+    same pattern has gaps.
     """
     return tuple(_one_v(s, groups, micro_batches) for s in range(groups))
 
 
 def _one_v(group: int, groups: int, micro_batches: int) -> Order:
+    """Return the order of the pipeline rank `group`.
+
+    Its stage `down` is one of the first p stages, its stage `up` one of the last p.
+    """
     down, up = group, 2 * groups - 1 - group
     f, i, w = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
-    # Nobody waits for the first stage's, whose parts would follow each other at once.
+    # No stage waits for the first one, whose backwards therefore stay whole, in fewer passes.
     both = (i, w) if down else (Op.BACKWARD,)
     played = max(micro_batches, 2 * groups - 1)
     turns = _Turns(micro_batches)

@@ -1,1 +1,1 @@
-"""Plays a program on the cost model."""
+"""Simulates a program with the prices of the cost model."""

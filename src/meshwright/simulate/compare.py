@@ -1,4 +1,4 @@
-"""Predicted against measured, instruction by instruction."""
+"""Compares a predicted timeline with a measured one, instruction by instruction."""
 
 from __future__ import annotations
 
@@ -13,54 +13,59 @@ from meshwright.records import record
 
 @record
 class InstructionRow:
-    """One instruction in both timelines."""
+    """Describes one instruction in both timelines."""
 
     rank: int
     label: str
     op: Op
     peer: int | None
     predicted_seconds: float
-    """Its duration."""
+    """Its predicted duration."""
     measured_seconds: float
+    """Its measured duration."""
     predicted_end: float
-    """Seconds from the start of the step."""
+    """The predicted end, in seconds from the start of the step."""
     measured_end: float
+    """The measured end, in seconds from the start of the step."""
 
 
 @record
 class KindRow:
-    """All instructions of one operation."""
+    """Sums up all instructions of one operation."""
 
     op: Op
     count: int
     predicted_seconds: float
-    """Sum of the durations."""
+    """The sum of the predicted durations."""
     measured_seconds: float
+    """The sum of the measured durations."""
     median_error: float | None
-    """Median over instructions of |predicted - measured| / measured duration; those that took no
-    time by any clock do not count. None: all of them."""
+    """The median over instructions of |predicted - measured| / measured duration, without those
+    that were predicted to last but measured as zero. None if no instruction is left."""
 
 
 @record
 class Comparison:
-    """A predicted and a measured timeline of one program, side by side."""
+    """Holds the comparison of a predicted and a measured timeline of one program."""
 
     predicted_seconds: float
-    """Of the whole step."""
+    """The predicted seconds of the step."""
     measured_seconds: float
+    """The measured seconds of the step."""
     step_error: float
     """(predicted - measured) / measured."""
     kinds: tuple[KindRow, ...]
     rows: tuple[InstructionRow, ...]
     unmatched: tuple[str, ...]
-    """Instructions that only one of the two has, as `rank 0: 0F3`."""
+    """The instructions that only one of the two has, as `rank 0: 0F3`."""
 
 
 Key = tuple[int, str, int | None, int]
+"""A rank, a label, a peer, and the number of earlier intervals with the same three."""
 
 
 def _by_key(timeline: Timeline) -> dict[Key, Interval]:
-    """Intervals by rank, label, peer and turn."""
+    """Return the intervals of a timeline by rank, label, peer and repetition."""
     turns: dict[tuple[int, str, int | None], int] = defaultdict(int)
     found: dict[Key, Interval] = {}
     for i in sorted(timeline.intervals, key=lambda i: i.start_seconds):
@@ -75,14 +80,15 @@ def _seconds(i: Interval) -> float:
 
 
 def _error(predicted: float, measured: float) -> float:
-    """(predicted - measured) / measured; nothing measured and nothing predicted is no error."""
+    """Return (predicted - measured) / measured; 0 if both are zero."""
     if measured == 0:
         return 0.0 if predicted == 0 else float("inf")
     return (predicted - measured) / measured
 
 
 def compare(predicted: Timeline, measured: Timeline) -> Comparison:
-    """Two timelines of one program, instruction by instruction and per kind."""
+    """Compare two timelines of one program, instruction by instruction and operation by
+    operation."""
     left, right = _by_key(predicted), _by_key(measured)
     rows = tuple(
         InstructionRow(

@@ -1,4 +1,4 @@
-"""Plays a program on prices: event by event, with contention for links and collectives that meet.
+"""Simulates a program at given prices, event by event, with contention for links.
 
 The timing rules are those of program/instructions.py.
 """
@@ -37,10 +37,10 @@ from meshwright.simulate.flows import Flow, Network, finish, settle, start
 from meshwright.stopping import look
 
 LOOKED_UP = 1_000
-"""Intervals from one look at whether to go on to the next: a few hundredths of a second."""
+"""The number of intervals between two checks for an interrupt: a few hundredths of a second."""
 
 At = tuple[int, int]
-"""An instruction: rank, and index in its list."""
+"""An instruction: its rank, and its index in that rank's list."""
 
 _STREAMS: dict[Op, Stream] = {
     Op.SEND_F: "send",
@@ -57,22 +57,22 @@ _STREAMS: dict[Op, Stream] = {
 @dataclass(slots=True)
 class _Rank:
     position: int = 0
-    """The next instruction."""
+    """The index of the next instruction."""
     busy: bool = False
-    """Computing, or waiting in a collective that blocks."""
+    """True while it computes or a blocking collective holds it."""
     awaited: dict[tuple[Op, int, int | None], int] = field(default_factory=lambda: defaultdict(int))
-    """Receives posted and not arrived: RECV_F or RECV_B, stage, micro-batch."""
+    """The number of receives posted and not arrived, by RECV_F or RECV_B, stage and micro-batch."""
     reductions: list[int] = field(default_factory=list)
-    """Indices of the REDUCE_GRADs, in program order; those before `next_reduction` have begun."""
+    """The indices of the REDUCE_GRADs, in order; those before `next_reduction` have begun."""
     next_reduction: int = 0
     open_reductions: Counter[Key] = field(default_factory=Counter)
-    """Posted and not finished, by what they sum."""
+    """The number of REDUCE_GRADs posted and not finished, by what they sum."""
     memory: float = 0.0
 
 
 @dataclass(slots=True)
 class _Channel:
-    """Messages of one kind from one rank to another, first in, first out."""
+    """Holds the messages in one direction between two ranks, first in, first out."""
 
     sends: deque[At] = field(default_factory=deque)
     receives: deque[At] = field(default_factory=deque)
@@ -87,16 +87,16 @@ class _Collective:
 
 @dataclass(slots=True)
 class _Queue:
-    """Broadcasts along one chain, one after another."""
+    """Holds the broadcasts along one chain, which run one after another."""
 
     ranks: tuple[int, ...]
     posted: dict[tuple[object, ...], list[At]] = field(default_factory=lambda: defaultdict(list))
-    """Sends and receives of broadcasts that have not begun, by cut, micro-batch and rows."""
+    """The sends and receives of broadcasts that have not begun, by cut, micro-batch and rows."""
     busy: bool = False
 
 
 class _Step:
-    """One step being played."""
+    """Plays one step of a program."""
 
     def __init__(self, program: Program, prices: Prices) -> None:
         self.program, self.prices = program, prices
@@ -116,7 +116,7 @@ class _Step:
         self._meet()
 
     def _meet(self) -> None:
-        """Find the members of every collective: same members, same content, same turn."""
+        """Find the members of every collective: equal members, content and repetition."""
         groups: dict[Any, _Collective] = defaultdict(_Collective)
         for rank, instructions in enumerate(self.program.ranks):
             turn: dict[Any, int] = defaultdict(int)
@@ -134,6 +134,8 @@ class _Step:
                         self.ranks[rank].reductions.append(index)
 
     def play(self) -> None:
+        """Run all events in the order of time; after those of one moment, flows share bandwidth
+        again."""
         for rank in range(len(self.ranks)):
             self.advance(rank)
         while self.events:
@@ -149,7 +151,7 @@ class _Step:
         heappush(self.events, (seconds, self.sequence, react, arguments))
 
     def advance(self, rank: int) -> None:
-        """Issue a rank's instructions up to the first that keeps it busy or has to wait."""
+        """Issue a rank's instructions up to the first one that keeps it busy or has to wait."""
         state, instructions = self.ranks[rank], self.program.ranks[rank]
         while not state.busy and state.position < len(instructions):
             at, i = (rank, state.position), instructions[state.position]
@@ -218,6 +220,7 @@ class _Step:
         self.match(channel)
 
     def match(self, channel: _Channel) -> None:
+        """Begin the next message of a channel if both its send and its receive are posted."""
         if channel.sends and channel.receives and not channel.busy:
             channel.busy = True
             send, receive = channel.sends.popleft(), channel.receives.popleft()
@@ -262,7 +265,7 @@ class _Step:
         self.reduce(collective)
 
     def reduce(self, collective: _Collective) -> None:
-        """Begin once every member is ready and has begun all its earlier reductions."""
+        """Begin a collective if every member is ready and has begun its earlier reductions."""
         first = collective.members[0]
         i = self.program.ranks[first[0]][first[1]]
         if len(collective.ready) < len(i.ranks):
@@ -318,6 +321,7 @@ class _Step:
         start(self.network, flow, self.now)
 
     def leave(self, flow: Flow, version: int) -> None:
+        """End a flow, unless its rate has changed since the forecast."""
         if version == flow.version:
             finish(self.network, flow)
             flow.then()
@@ -343,17 +347,14 @@ class _Step:
 
 
 def simulate(program: Program, prices: Prices) -> Timeline:
-    """The step that a program takes at these prices.
-
-    Raises ProgramError with one Problem for every rank that gets stuck.
-    """
+    """Simulate one step; raise ProgramError with one Problem for every rank that gets stuck."""
     step = _Step(program, prices)
     step.play()
     ProgramError.check(
         Problem("program", f"rank {rank}[{index}]", found, wanted, each=("rank", f"rank {rank}"))
         for rank, index, found, wanted in _stuck(step)
     )
-    # Not `step.now`: forecasts that a faster rate has outdated are played, idly, after the end.
+    # Not `step.now`: outdated forecasts of flows that have sped up stay queued after the end.
     end = max((i.end_seconds for i in step.intervals), default=0.0)
     return Timeline(
         source="simulated",
@@ -365,7 +366,7 @@ def simulate(program: Program, prices: Prices) -> Timeline:
 
 
 def _stuck(step: _Step) -> Iterator[tuple[int, int, str, str]]:
-    """Rank and index of instructions that wait for something that never comes, and for what."""
+    """Yield rank and index of every instruction that waits for ever, and what it lacks."""
     for rank, state in enumerate(step.ranks):
         instructions = step.program.ranks[rank]
         done = state.position == len(instructions)
@@ -391,10 +392,9 @@ def simulate_plan(
     *,
     clipped: bool = True,
 ) -> Timeline:
-    """The step that a valid plan takes, gradients being `clipped` or not: compiled, priced and
-    played.
+    """Compile, price and simulate one step of a valid plan, with gradients `clipped` or not.
 
-    Raises ClusterError where a device does not offer the model's precision.
+    Raises ClusterError if a device does not offer the model's precision.
     """
     program = compile_plan(plan, model, clipped=clipped)
     return simulate(program, price(program, plan, model, cluster, profile))

@@ -1,4 +1,4 @@
-"""What a plan comes to, in figures: what two plans are compared by."""
+"""Collects the figures of a plan by which two plans are compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meshwright.simulate.traffic import LinkLoad, link_loads
 from meshwright.units import format_seconds
 
 SAME = 1e-9
-"""Relative difference below which two plans are equally fast."""
+"""The relative difference in speed below which two plans count as equally fast."""
 
 _ON = {
     "compute": "its slowest stage",
@@ -31,20 +31,22 @@ _ON = {
     "optimizer": "the optimizer step",
     "overhead": "overhead",
 }
+"""The words for the parts of a step in the reason of a verdict."""
 _JOB = {
     "rows a step": "global_batch",
     "tokens a row": "sequence",
     "precision": "precision",
     "optimizer": "optimizer",
 }
+"""The fields of a job that two plans may differ in, by the words for them."""
 
 
 @record
 class Facts:
-    """One simulated step of a plan."""
+    """Holds the figures of one simulated step of a plan."""
 
     name: str
-    """What the plan is called in the comparison: its file."""
+    """The name of the plan in the comparison: its file."""
     plan: str
     """The plan in one line."""
     model: str
@@ -54,19 +56,20 @@ class Facts:
     tokens_per_step: int
     tokens_per_second: float
     parts: dict[str, float]
-    """Seconds of the critical path by kind; they add up to the step."""
+    """The seconds of the critical path by kind; they add up to the step."""
     bubble_share: float
-    """Of the step."""
+    """The share of the step that is bubble."""
     fullest: DeviceMemory
-    """The device with the smallest share of its memory free."""
+    """The device with the largest share of its memory in use."""
     fullest_share: float
+    """The share of its memory that the fullest device uses."""
     links: tuple[LinkLoad, ...]
-    """The busiest first."""
+    """The traffic of every resource, the busiest first."""
 
 
 @record
 class Measured:
-    """A plan with its step: figures, and the timeline that they are from."""
+    """Holds a plan with the figures of its step and the timeline they were taken from."""
 
     facts: Facts
     plan: Plan
@@ -77,22 +80,22 @@ class Measured:
 
 @record
 class Verdict:
-    """Which of two plans is faster, and what makes the difference."""
+    """Says which of two plans is faster, and what makes the difference."""
 
     winner: str | None
-    """None: they are equally fast."""
+    """The name of the faster plan; None if they are equally fast."""
     speed_up: float
-    """Tokens per second of the faster one over those of the other."""
+    """The tokens per second of the faster plan over those of the slower one."""
     reason: str
-    """What the other one spends more on; empty if they are equally fast."""
+    """What the slower plan spends more time on; empty if they are equally fast."""
     differences: tuple[str, ...]
-    """In what the two are not alike, beside the plan itself."""
+    """What else differs besides the plan, such as cluster or batch size."""
 
 
 def measure(
     name: str, plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
 ) -> Measured:
-    """Simulate one step of a plan that fits its model and cluster."""
+    """Simulate one step of a plan that fits its model and cluster, and collect its figures."""
     timeline = simulate_plan(plan, model, cluster, profile)
     program = compile_plan(plan, model)
     prices = price(program, plan, model, cluster, profile)
@@ -140,7 +143,8 @@ def check_comparable(first: Measured, second: Measured) -> None:
 
 
 def judge(first: Measured, second: Measured) -> Verdict:
-    """Which one is faster for as many tokens, and the parts of a step that make the difference."""
+    """Compare two plans by tokens per second, and name the parts of the step that make the
+    difference."""
     a, b = first.facts, second.facts
     best, other = (a, b) if a.tokens_per_second >= b.tokens_per_second else (b, a)
     speed_up = best.tokens_per_second / other.tokens_per_second
@@ -154,7 +158,8 @@ def judge(first: Measured, second: Measured) -> Verdict:
 
 
 def _reason(best: Facts, other: Facts) -> str:
-    """What the slower one loses where, in seconds for as many tokens as the faster one's step."""
+    """Name the parts in which the slower plan loses time, in seconds per as many tokens as one step
+    of the faster."""
     scale = best.tokens_per_step / other.tokens_per_step
     change = {part: scale * other.parts[part] - best.parts[part] for part in best.parts}
     whole = sum(change.values())
@@ -166,12 +171,13 @@ def _reason(best: Facts, other: Facts) -> str:
 
 
 def _listed(changes: list[tuple[str, float]], word: str) -> str:
-    """`31 ms more on the bubble and 8 ms more on reductions`."""
+    """Return changes as text: `31 ms more on the bubble and 8 ms more on reductions`."""
     words = [f"{format_seconds(abs(seconds))} {word} on {_ON[part]}" for part, seconds in changes]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _differences(first: Measured, second: Measured) -> tuple[str, ...]:
+    """Describe in what the two comparisons differ besides the plan."""
     pairs = [
         ("cluster", first.facts.cluster, second.facts.cluster, first.cluster != second.cluster),
         *(
@@ -192,6 +198,7 @@ def _differences(first: Measured, second: Measured) -> tuple[str, ...]:
 
 
 def _times(plan: Plan) -> str:
+    """Say where the times of a plan come from."""
     return (
         f"measured ({plan.profile.source or plan.profile.name})" if plan.profile else "datasheets"
     )

@@ -1,5 +1,8 @@
-"""Flows that share resources: every stream of bytes gets its max-min fair share, but for messages
-that queue: of the senders on one resource the first gets what all of them would."""
+"""Shares the bandwidth of resources among flows.
+
+Sharing is max-min fair. With gloo, messages of several senders over one resource queue instead: the
+first sender gets the share of all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,32 @@ from meshwright.errors import ClusterError, Problem
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """A transfer or collective on its way. It uses all its resources at one common pace."""
+    """Describes a transfer or collective on its way, which uses all its resources at one common
+    rate."""
 
     bytes_by_resource: Mapping[Resource, float]
-    """Positive amounts only."""
+    """The bytes on every resource, all positive."""
     then: Callable[[], None]
-    """What follows its end."""
+    """The reaction to its end."""
     stream: float = 0.0
-    """Bytes of one of the equal streams the flow is made of: what fairness is measured in. 0: the
-    least of its bytes."""
+    """The bytes of one of the equal streams that the flow is made of; fairness is between streams.
+    0 stands for the least of its bytes."""
     sender: str | None = None
-    """If known: waits for those of other senders that came before it on any of its resources."""
+    """The sending device, if its messages queue: the flow waits for flows of other senders that
+    came before it on any of its resources."""
     number: int = 0
-    """In the order of arrival."""
+    """Its number in the order of arrival."""
     left: float = 1.0
-    """Share of the bytes still to move."""
+    """The share of its bytes that is still to move."""
     rate: float = 0.0
-    """Shares per second."""
+    """The share of its bytes that moves in one second."""
     since: float = 0.0
-    """When `left` was true."""
+    """The moment to which `left` belongs."""
     version: int = 0
-    """Changes whenever the rate does, which dates older forecasts."""
+    """A number that grows with every change of `rate`, which invalidates earlier forecasts of its
+    end."""
     weights: tuple[tuple[Resource, float], ...] = ()
-    """Streams on every resource."""
+    """The number of its streams on every resource."""
 
     def __post_init__(self) -> None:
         self.stream = self.stream or min(self.bytes_by_resource.values())
@@ -44,25 +50,26 @@ class Flow:
 
     @property
     def ends(self) -> float:
-        """Seconds at which the flow is over if its rate stays."""
+        """Return the moment at which the flow ends if its rate stays the same."""
         return self.since + self.left / self.rate if self.rate else inf
 
 
 @dataclass(slots=True, eq=False)
 class Network:
-    """Resources, and the flows on them."""
+    """Holds the resources and the flows on them."""
 
     bandwidth: Mapping[Resource, float]
-    """Bytes per second of every resource."""
+    """The bytes per second of every resource."""
     flows: dict[Resource, dict[Flow, None]] = field(default_factory=dict)
-    """By resource, in order of arrival."""
+    """The flows on every resource, in the order of arrival."""
     touched: dict[Flow, None] = field(default_factory=dict)
-    """Flows whose share of some resource may have changed."""
+    """The flows whose share of some resource may have changed."""
     arrived: int = 0
+    """The number of flows that have arrived so far."""
 
 
 def start(network: Network, flow: Flow, now: float) -> None:
-    """Let a flow in; `settle` gives it its rate."""
+    """Add a flow to the network; `settle` gives it its rate."""
     for resource in flow.bytes_by_resource:
         network.flows.setdefault(resource, {})[flow] = None
     network.arrived += 1
@@ -71,7 +78,7 @@ def start(network: Network, flow: Flow, now: float) -> None:
 
 
 def finish(network: Network, flow: Flow) -> None:
-    """Take a flow out; `settle` gives the others what it leaves."""
+    """Remove a flow from the network; `settle` gives its share to the others."""
     network.touched.pop(flow, None)
     for resource in flow.bytes_by_resource:
         others = network.flows[resource]
@@ -80,15 +87,18 @@ def finish(network: Network, flow: Flow) -> None:
 
 
 def settle(network: Network, now: float) -> list[Flow]:
-    """Share anew where flows have come or gone, once for all that did at this moment. Returns every
-    flow whose end has changed."""
+    """Share bandwidth again after all arrivals and departures of one moment.
+
+    Returns every flow whose end has changed.
+    """
     affected = _sharing(network, network.touched)
     network.touched.clear()
     return _share(network, affected, now) if affected else []
 
 
 def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
-    """These flows, and all that share a resource with them directly or through others."""
+    """Return these flows and every flow that shares a resource with them, directly or through
+    others."""
     found = dict.fromkeys(flows)
     queue, seen = list(found), set[Resource]()
     while queue:
@@ -102,7 +112,7 @@ def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
 
 
 def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
-    """Give these flows their fair rates; those whose rate has changed."""
+    """Give these flows their fair rates; return those whose rate has changed."""
     changed = []
     for flow, rate in fair_rates(network.bandwidth, flows).items():
         if rate != flow.rate:
@@ -114,10 +124,12 @@ def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
 
 
 def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
-    """Shares per second of each flow, max-min fair between streams.
+    """Return the rate of each flow, in shares of its bytes per second; streams share max-min
+    fairly.
 
-    Queued flows: those first in line on all their resources share with the rest; the others get, in
-    the order of arrival, what is left. Raises ClusterError for a resource without bandwidth.
+    Queued flows that are first on all their resources share with the others that do not queue. The
+    remaining queued flows get, in the order of arrival, what is left. Raises ClusterError for a
+    resource without bandwidth.
     """
     every = dict.fromkeys(flows)
     left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
@@ -142,7 +154,8 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
 
 
 def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
-    """Queued flows that have one before them on some resource, in the order of arrival."""
+    """Return the queued flows that follow a flow of another sender on some resource, in order of
+    arrival."""
     waiting: dict[Flow, None] = {}
     first: dict[Resource, str] = {}
     for flow in sorted((flow for flow in flows if flow.sender), key=lambda flow: flow.number):
@@ -154,10 +167,11 @@ def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
 
 
 def _filled(left: dict[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
-    """Progressive filling, which takes what it gives from `left`: all streams speed up together;
-    those through the first resource to fill stay at that speed, the rest go on (Bertsekas and
-    Gallager, Data Networks, section 6.5.2). Flows with equal streams on the same resources, as the
-    buckets of one ring, are treated as one.
+    """Share bandwidth by progressive filling, and subtract the shares from `left`.
+
+    All streams speed up together; those through the first resource to fill keep that speed, the
+    others go on (Bertsekas and Gallager, Data Networks, section 6.5.2). Flows with equal streams on
+    the same resources, such as the buckets of one ring, are treated as one.
     """
     alike: dict[tuple[tuple[Resource, float], ...], list[Flow]] = {}
     for flow in flows:

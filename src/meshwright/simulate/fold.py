@@ -1,11 +1,11 @@
-"""Plays one of every set of identical replicas, exactly as all of them would have been played.
+"""Simulates one of every set of identical replicas, with the same result as a simulation of all.
 
-A copy is a part of a pipeline that exchanges nothing with the rest but gradients: the same share of
-the replicas of every stage, on one tensor rank. Copies that stand on like devices, in like nodes,
-and share nodes only with copies that stand there in the same places, do the same at the same time.
-So one is played; its transfers carry, on every resource, the bytes of all copies that pass there,
-as so many streams. Rings are priced with all their members, and count once for every tensor rank
-where these are copies of each other.
+A slice is a part of a pipeline that exchanges only gradients with the rest: an equal share of the
+replicas of every stage, on one tensor rank. Slices behave identically if their devices and nodes
+are alike and all slices on a node have the same of their devices there. Such a set is an orbit, of
+which one slice is simulated. Its transfers carry, on every resource that they pass, the bytes of
+all slices of the orbit as that number of streams. Rings are priced with all their members. Where
+tensor ranks are slices of one orbit, their rings are simulated as one with the bytes of all.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ from meshwright.simulate.engine import simulate
 from meshwright.stopping import look
 
 Copy = tuple[str, ...]
-"""Devices of one copy, by place: stage, then replica."""
+"""The devices of one slice, by stage and then by replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Which ranks are played, and how many copies each of them stands for."""
+    """Holds which ranks are simulated, and how many slices each of them stands for."""
 
     ranks: frozenset[int]
     sharing: dict[str, int]
-    """By node of a copy that is played: the copies of its pipeline that pass the node's bus and its
-    network interface."""
+    """For each node of a simulated slice, the number of slices of its pipeline that use the node's
+    bus and network interface."""
     crossing: dict[tuple[str, int], int]
-    """By site and pipeline: copies that pass the site's uplink."""
+    """For each site and pipeline, the number of slices that use the site's uplink."""
     pipeline_of: dict[int, int]
+    """The pipeline of every simulated rank."""
     rings: dict[int, int]
-    """By pipeline: rings of one bucket, each of its own tensor ranks, that are one here."""
+    """For each pipeline, the number of rings of one bucket that are simulated as one: one ring for
+    each tensor rank."""
 
 
 def fold(plan: Plan, cluster: Cluster) -> Fold:
-    """The least that has to be played; all ranks where no two copies are alike."""
+    """Find the fewest ranks that have to be simulated: all ranks if no two slices are identical."""
     nodes = {node.name: node for node in cluster.nodes}
     users = _users(plan)
     found = [
         _folded(plan, p, nodes, users, cluster, across=True) for p in range(len(plan.pipelines))
     ]
-    # Tensor ranks of unlike widths meet in sums of tiles: one of them does not stand for all.
+    # With unlike tensor widths, ranks reduce different tiles: one cannot stand for the others.
     across = all(found) and len({_tensor_width(pipeline) for pipeline in plan.pipelines}) == 1
     if not across:
         found = [
@@ -87,11 +89,13 @@ def _folded(
     *,
     across: bool,
 ) -> list[Copy]:
-    """The most like copies of a pipeline that has its nodes for itself; empty: there are none."""
+    """Return the largest orbit of a pipeline; empty if it has none.
+
+    A pipeline that shares a node with another one has none.
+    """
     pipeline = plan.pipelines[p]
     mine = {node_of(d) for stage in pipeline.stages for unit in stage.devices for d in unit}
-    # Broadcasts and gathers meet ranks that would be copies of each other; messages that pass one
-    # after another make copies unlike.
+    # A broadcast or a gather joins ranks of several slices; queued messages delay slices unequally.
     met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
     turns = len(pipeline.stages) > 1 and messages_queue(cluster)
     if turns or met or cluster.direct or any(len(users[node]) > 1 for node in mine):
@@ -100,10 +104,12 @@ def _folded(
 
 
 def _tensor_width(pipeline: Pipeline) -> int:
+    """Return the tensor width of a pipeline's first stage."""
     return len(pipeline.stages[0].devices[0])
 
 
 def _users(plan: Plan) -> dict[str, set[int]]:
+    """Return the pipelines that use each node."""
     users: dict[str, set[int]] = defaultdict(set)
     for p, pipeline in enumerate(plan.pipelines):
         for stage in pipeline.stages:
@@ -114,12 +120,16 @@ def _users(plan: Plan) -> dict[str, set[int]]:
 
 
 def _whole(pipeline: Pipeline) -> list[Copy]:
+    """Return the whole pipeline as a single slice."""
     return [tuple(d for stage in pipeline.stages for unit in stage.devices for d in unit)]
 
 
 def _foldings(pipeline: Pipeline, nodes: dict[str, Node], *, across: bool) -> Iterator[list[Copy]]:
-    """Ways to cut a pipeline into like copies, most copies first. `across`: also between the tensor
-    ranks of units, each of which must be in one node."""
+    """Yield the ways to divide a pipeline into identical slices, most slices first.
+
+    With `across`, the tensor ranks of a replica become slices too; each replica must then be inside
+    one node.
+    """
     stages = pipeline.stages
     even = all(stage.rows is None or len(set(stage.rows)) == 1 for stage in stages)
     units = [unit for stage in stages for unit in stage.devices]
@@ -146,13 +156,17 @@ def _foldings(pipeline: Pipeline, nodes: dict[str, Node], *, across: bool) -> It
 def _part(
     units: tuple[tuple[str, ...], ...], index: int, parts: int
 ) -> tuple[tuple[str, ...], ...]:
+    """Return part `index` of `parts` equal parts of the replicas of a stage."""
     size = len(units) // parts
     return units[index * size : (index + 1) * size]
 
 
 def _alike(copies: list[Copy], nodes: dict[str, Node]) -> bool:
-    """Whether all copies stand on like devices in like nodes, and whoever shares a node with them
-    stands there in the same places; then every node of a place has as many copies on it."""
+    """Return True if all slices behave identically.
+
+    Devices at the same position of two slices must be alike, in like nodes; all slices on a node
+    must have the same positions there, and all nodes with a position as many slices.
+    """
     first = copies[0]
     places: dict[str, frozenset[int]] = {}
     passing: Counter[str] = Counter()
@@ -175,6 +189,7 @@ def _alike(copies: list[Copy], nodes: dict[str, Node]) -> bool:
 
 
 def _kind(device: str, nodes: dict[str, Node]) -> tuple[object, ...]:
+    """Return what makes two devices alike: type, links and site of the node."""
     name, _, index = device.rpartition(":")
     node = nodes[name]
     return node.devices[int(index)], node.inside, node.network, node.site
@@ -188,7 +203,7 @@ def simulate_folded(
     *,
     folded: Fold | None = None,
 ) -> Timeline:
-    """The step that a valid plan takes, with the intervals of the ranks that were played."""
+    """Simulate one step of a valid plan; the timeline has only the ranks that were simulated."""
     folded = folded or fold(plan, cluster)
     program = compile_plan(plan, model, only=folded.ranks)
     prices = price(program, plan, model, cluster, profile)
@@ -199,7 +214,7 @@ def simulate_folded(
 
 
 def _among_themselves(program: Program, folded: Fold) -> Program:
-    """Collectives meet when those have come that are played."""
+    """Remove from every collective the ranks that are not simulated."""
     known: dict[int, tuple[int, ...]] = {}
 
     def met(ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -216,8 +231,10 @@ def _among_themselves(program: Program, folded: Fold) -> Program:
 
 
 def priced_for_all(program: Program, prices: Prices, folded: Fold) -> Prices:
-    """Prices of the ranks that are played, among all the others: transfers carry the bytes of all
-    copies; rings keep to the resources of those played."""
+    """Return the prices of the simulated ranks with the traffic of the whole orbit.
+
+    Transfers carry the bytes of all slices; rings keep only the resources of simulated ranks.
+    """
     devices = {prices.devices[rank] for rank in folded.ranks}
     rings: dict[tuple[int, int], Traffic] = {}
 
@@ -241,7 +258,7 @@ def priced_for_all(program: Program, prices: Prices, folded: Fold) -> Prices:
 
 
 def _many(traffic: Traffic, folded: Fold, pipeline: int) -> Traffic:
-    """A transfer with those of all copies that pass the same resources."""
+    """Return a transfer together with those of all other slices on the same resources."""
     if not traffic.bytes_by_resource:
         return traffic
     return Traffic(
@@ -255,8 +272,10 @@ def _many(traffic: Traffic, folded: Fold, pipeline: int) -> Traffic:
 
 
 def _copies(resource: Resource, folded: Fold, pipeline: int) -> int:
-    """How many copies of a pipeline pass a resource that the played one passes. Explicit links are
-    passed by one: where there are any, every rank is played."""
+    """Return the number of slices of a pipeline that use a resource which the simulated slice uses.
+
+    An explicit link is used by one: a cluster with explicit links is simulated whole.
+    """
     match resource.kind:
         case "bus" | "network":
             return folded.sharing.get(resource.owner, 1)
@@ -267,8 +286,10 @@ def _copies(resource: Resource, folded: Fold, pipeline: int) -> int:
 
 
 def _ring(traffic: Traffic, folded: Fold, devices: set[str], number: int) -> Traffic:
-    """What `number` rings ask of the resources of the ranks that are played; each has its own
-    devices' ports."""
+    """Return the traffic of `number` rings on the resources of simulated ranks.
+
+    Each ring has the ports of its own devices; the rings share all other resources.
+    """
     sizes = traffic.bytes_by_resource
     return Traffic(
         bytes_by_resource={
@@ -282,7 +303,8 @@ def _ring(traffic: Traffic, folded: Fold, devices: set[str], number: int) -> Tra
 
 
 def _is_played(resource: Resource, folded: Fold, devices: set[str]) -> bool:
-    """Whether a resource belongs to devices or nodes that are played; uplinks are everybody's."""
+    """Return True if a resource belongs to a simulated device or node, or is an uplink, which all
+    share."""
     match resource.kind:
         case "port":
             return resource.owner in devices

@@ -1,4 +1,4 @@
-"""Where the seconds of a step go: its critical path, by kind."""
+"""Breaks the seconds of a step down by kind, along its critical path."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
 PARTS = ("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
+"""The kinds of time in a step."""
 
 _BACK = (Op.BACKWARD, Op.BACKWARD_INPUT)
 _MAKES = {
@@ -21,6 +22,7 @@ _MAKES = {
     Op.SEND_F: (Op.FORWARD,),
     Op.SEND_B: _BACK,
 }
+"""The compute operations that produce what a message carries."""
 _PART = {
     Op.FORWARD: "compute",
     Op.BACKWARD: "compute",
@@ -30,22 +32,25 @@ _PART = {
     Op.REDUCE_GRAD: "reductions",
     Op.REDUCE_NORM: "reductions",
 }
+"""The kind of every compute and reduction; all other operations are transfers."""
 
 
 @record
 class Segment:
-    """A piece of the critical path, on one rank."""
+    """Describes a piece of the critical path on one rank."""
 
     rank: int
     part: str
-    """One of PARTS; here `bubble` is compute too."""
+    """One of PARTS, with the bubble counted as compute."""
     start_seconds: float
     end_seconds: float
 
 
 class Row:
-    """Intervals of which each ends when or after the one before it does, as they do one after
-    another on a rank or in a channel: found by the moment of their end without a look at all."""
+    """Holds intervals whose ends do not decrease, such as those of one rank or channel in order.
+
+    It finds the latest one before a moment by bisection.
+    """
 
     def __init__(self) -> None:
         self.intervals: list[Interval] = []
@@ -53,14 +58,14 @@ class Row:
         self.in_order = True
 
     def append(self, interval: Interval) -> None:
-        """One more."""
+        """Add an interval."""
         self.in_order &= not self.ends or self.ends[-1] <= interval.end_seconds
         self.intervals.append(interval)
         self.ends.append(interval.end_seconds)
 
     def latest(self, before: float, tolerance: float) -> list[Interval]:
-        """Those that end last, at or before a moment."""
-        if not self.in_order:  # a measured step may hold anything
+        """Return the intervals that end last, at or before a moment."""
+        if not self.in_order:  # a measured step may have any order
             return latest(self.intervals, before, tolerance)
         last = bisect_right(self.ends, before + tolerance)
         if not last:
@@ -70,14 +75,14 @@ class Row:
 
 
 def latest(intervals: Iterable[Interval], before: float, tolerance: float) -> list[Interval]:
-    """Those that end last, at or before a moment."""
+    """Return the intervals that end last, at or before a moment."""
     ended = [i for i in intervals if i.end_seconds <= before + tolerance]
     end = max((i.end_seconds for i in ended), default=0.0)
     return [i for i in ended if i.end_seconds >= end - tolerance]
 
 
 class _Walk:
-    """The intervals of a timeline by what a walk back along its critical path asks for."""
+    """Indexes the intervals of a timeline for a walk back along its critical path."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.tolerance = 1e-9 * timeline.step_seconds
@@ -100,15 +105,16 @@ class _Walk:
                 self.norms[i.rank] = i
 
     def latest(self, intervals: Iterable[Interval], before: float) -> list[Interval]:
-        """Those that end last, at or before a moment."""
+        """Return the intervals that end last, at or before a moment."""
         return latest(intervals, before, self.tolerance)
 
     def computed(self, rank: int, before: float) -> list[Interval]:
-        """What a rank computed last before a moment."""
+        """Return what a rank computed last before a moment."""
         return self.compute[rank].latest(before, self.tolerance)
 
     def gates(self, i: Interval) -> list[Interval]:
-        """What may have kept an interval from beginning earlier; the likelier of equals first."""
+        """Return the intervals that may have kept one from beginning earlier; of those with equal
+        ends, the more likely first."""
         before = i.start_seconds
         own = self.computed(i.rank, before)
         if i.op is Op.REDUCE_NORM:
@@ -128,7 +134,7 @@ class _Walk:
             parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
             return [*own, *self.latest(parts, before)]
         if i.op is Op.REDUCE_GRAD:
-            # It may wait for its turn, after a sum for which somebody else was late.
+            # It may wait for an earlier reduction for which another rank was late.
             return [*own, *self.everyones(before)]
         if i.peer is None:
             return own
@@ -141,27 +147,28 @@ class _Walk:
         ]
 
     def everyones(self, before: float) -> list[Interval]:
-        """What any rank computed last before a moment."""
+        """Return the compute intervals of any rank that ended last before a moment."""
         last = [c for rank in sorted(self.compute) for c in self.computed(rank, before)]
         return self.latest(last, before)
 
     def end_of_compute(self, rank: int, before: float) -> float:
-        """When a rank's last compute before a moment ended."""
+        """Return the end of a rank's last compute before a moment."""
         return max((c.end_seconds for c in self.computed(rank, before)), default=0.0)
 
 
 def _maker(i: Interval) -> int:
-    """The stage that makes what a message carries."""
+    """Return the stage that produces what a message carries."""
     if i.stream == "send":
         return i.stage
     return i.stage - 1 if i.op is Op.RECV_F else i.stage + 1
 
 
 def critical_path(timeline: Timeline) -> tuple[Segment, ...]:
-    """The chain of intervals that ends last, each waiting for the one before; it covers the step.
+    """Return the chain of intervals that ends last, each waiting for the one before; it covers the
+    step.
 
-    A reduction counts from the end of the compute that hides it. `overhead` is time between
-    intervals, and outside all.
+    A reduction counts from the end of the compute that hides it. Time between the intervals, and
+    outside all of them, is `overhead`.
     """
     walk = _Walk(timeline)
     segments: list[Segment] = []
@@ -189,20 +196,23 @@ def critical_path(timeline: Timeline) -> tuple[Segment, ...]:
 
 
 def _from(interval: Interval, start: float) -> Interval:
+    """Return an interval with another start."""
     return replace(interval, start_seconds=start)
 
 
 def _likeliest(gates: Sequence[Interval], tolerance: float) -> Interval:
-    """The first of those that end last."""
+    """Return the first of the gates that end last."""
     end = max(g.end_seconds for g in gates)
     return next(g for g in gates if g.end_seconds >= end - tolerance)
 
 
 def parts(timeline: Timeline) -> dict[str, float]:
-    """Seconds of the critical path by kind, in the order of PARTS; they add up to the step.
+    """Return the seconds of the critical path by kind, in the order of PARTS; they add up to the
+    step.
 
-    Of the path's forwards and backwards, as much as the busiest rank computes is `compute`: no
-    schedule can do without it. The rest is `bubble`: the pipeline filling, draining and waiting.
+    The path's forwards and backwards count as `compute` up to the compute seconds of the busiest
+    rank, which no schedule can avoid. The rest of them is `bubble`: the pipeline fills, drains or
+    waits.
     """
     seconds = dict.fromkeys(PARTS, 0.0)
     for s in critical_path(timeline):

@@ -1,4 +1,4 @@
-"""Bytes that one step sends over each link of a cluster."""
+"""Sums the bytes that one step sends over each link of a cluster."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from meshwright.records import record
 
 @record
 class LinkLoad:
-    """What one resource of the cluster (cluster.topology names them) carries in a step."""
+    """Holds what one resource of the cluster carries in a step."""
 
     name: str
+    """The resource's name for people (see cluster/topology.py)."""
     bytes: float
     seconds: float
-    """bytes / bandwidth: the least time in which they pass."""
+    """bytes / bandwidth: the least time in which the bytes pass."""
 
 
 def link_loads(
     program: Program, prices: Prices, plan: Plan, model: LayerGraph, cluster: Cluster
 ) -> tuple[LinkLoad, ...]:
-    """Every resource that carries anything, the one that is busy longest first.
+    """Return every resource that carries bytes, the one with the most seconds first.
 
     A message counts once, at its sender, and a collective once, at its first member; the
-    tensor-parallel all-reduces inside forward and backward are counted too.
+    tensor-parallel all-reduces inside forward and backward count too.
     """
     carried: Counter[Resource] = Counter()
     for rank, (instructions, costs) in enumerate(zip(program.ranks, prices.ranks, strict=True)):
@@ -49,7 +50,8 @@ def link_loads(
 
 
 def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:
-    """Bytes by resource of the all-reduces inside layers: micro-batches x rows x bytes of a row."""
+    """Return the bytes by resource of the all-reduces inside layers: micro-batches x rows x bytes
+    of a row."""
     carried: dict[Resource, float] = defaultdict(float)
     for stage in stage_seats(plan):
         layers = model.layers[stage.layers[0] : stage.layers[1]]
