@@ -1,1 +1,1 @@
-"""What hardware there is."""
+"""Describes the hardware: devices, nodes, sites and links."""

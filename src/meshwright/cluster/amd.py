@@ -1,4 +1,4 @@
-"""AMD's GPUs, as amd-smi, rocm-smi and the amdgpu driver tell of them."""
+"""Finds AMD's GPUs through amd-smi, rocm-smi and the amdgpu driver."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NONE = "No JSON data to report"
 
 
 def tools(host: Host) -> list[Way]:
-    """What those of AMD's tools that are installed tell; the second is asked where the first fails
-    or does not tell all."""
+    """Return what AMD's installed tools report; rocm-smi is asked only if amd-smi fails or does not
+    report the memory of every GPU."""
     ways: list[Way] = []
     for command, read in ((AMD_SMI, read_amd_smi), (ROCM_SMI, read_rocm_smi)):
         answer = host.run(command)
@@ -40,7 +40,7 @@ def _way(answer: Answer, seen: tuple[Seen, ...] | None) -> Way:
 
 
 def _data(text: str) -> Any:
-    """The JSON in an output that may begin with warnings; None where there is none."""
+    """Return the JSON in an output that may begin with warnings; None if it contains none."""
     for match in re.finditer(r"^[\[{]", text, re.MULTILINE):
         try:
             return json.loads(text[match.start() :])
@@ -50,8 +50,8 @@ def _data(text: str) -> Any:
 
 
 def read_amd_smi(text: str) -> tuple[Seen, ...] | None:
-    """GPUs in the output of `amd-smi static --asic --vram --json`; None where it holds none of
-    the shapes that are known."""
+    """Return the GPUs in the output of `amd-smi static --asic --vram --json`; None if its JSON has
+    no known layout."""
     data = _data(text)
     if isinstance(data, dict):
         data = data.get("gpu_data")
@@ -71,8 +71,8 @@ def _amd_smi_seen(gpu: Mapping[str, Any]) -> Seen:
 
 
 def read_rocm_smi(text: str) -> tuple[Seen, ...] | None:
-    """GPUs in the output of `rocm-smi --showproductname --showmeminfo vram --json`; None where it
-    is not understood."""
+    """Return the GPUs in the output of `rocm-smi --showproductname --showmeminfo vram --json`; None
+    if its JSON has no known layout."""
     data = _data(text)
     if not isinstance(data, dict):
         return None
@@ -107,7 +107,7 @@ def _seen(name: object, memory: int | None, said: str) -> Seen:
 
 
 def driver_files(host: Host, cards: Sequence[Card]) -> Way:
-    """The memory that the amdgpu driver tells of each card on the bus, and its name."""
+    """Return the name and memory that the amdgpu driver reports for each card on the PCI bus."""
     return Way(how="the amdgpu driver", seen=tuple(_from_driver(host, cards)))
 
 

@@ -1,4 +1,5 @@
-"""Cards on the PCI bus, whether or not a driver holds them: what /sys and lspci show."""
+"""Lists the graphics cards and accelerators on the PCI bus, from /sys and lspci; this works without
+a driver."""
 
 from __future__ import annotations
 
@@ -33,17 +34,17 @@ _LSPCI = re.compile(
 
 @record
 class Card:
-    """A card that shows pictures or computes."""
+    """A graphics card or an accelerator on the PCI bus."""
 
     address: str
-    """`0000:3b:00.0`"""
+    """PCI address, like `0000:3b:00.0`."""
     maker: Maker
     code: str = ""
-    """Class, four hexadecimal digits."""
+    """PCI class: four hexadecimal digits."""
     device: str = ""
-    """The maker's number for it."""
+    """PCI device number: four hexadecimal digits."""
     name: str = ""
-    """As lspci calls it; empty: not known."""
+    """Name that lspci prints; empty if it is not known."""
 
     def __str__(self) -> str:
         what = self.name or f"{self.maker} {self.device}".strip()
@@ -51,17 +52,17 @@ class Card:
 
     @property
     def is_integrated(self) -> bool:
-        """Graphics in a processor: Intel's stand on the first bus, and AMD's numbers for cards
-        begin with 6 or 7."""
+        """True if this is the graphics unit of a processor: Intel's sit on the first PCI bus, and
+        the device numbers of AMD's separate cards begin with 6 or 7."""
         if self.code[:2] == _ACCELERATOR:
-            return self.maker == "Intel"  # for neural networks in laptops
+            return self.maker == "Intel"  # the neural processing units of laptops
         if self.maker == "Intel":
             return self.address.startswith("0000:00:")
         return self.maker == "AMD" and self.device[:1] not in ("6", "7", "")
 
 
 def cards_on(host: Host) -> tuple[Card, ...]:
-    """The cards in /sys, by address."""
+    """Return the cards that /sys lists, sorted by address."""
     cards = {}
     for address in host.names(_FOLDER):
         kind, vendor, device = (
@@ -75,14 +76,14 @@ def cards_on(host: Host) -> tuple[Card, ...]:
 
 
 def with_names(host: Host, cards: Sequence[Card]) -> tuple[Card, ...]:
-    """The same by the names that lspci gives them, and those that it alone shows."""
+    """Return the cards with the names that lspci prints, and the cards that only lspci shows."""
     named = {card.address: card for card in cards}
     named.update((card.address, card) for card in read_lspci(host.run(("lspci", "-D", "-nn"))))
     return tuple(named[address] for address in sorted(named))
 
 
 def read_lspci(answer: Answer) -> tuple[Card, ...]:
-    """Cards in the output of `lspci`, with or without `-D` and `-nn`."""
+    """Return the cards in the output of `lspci`, run with or without `-D` and `-nn`."""
     cards = []
     for line in answer.text.splitlines():
         match = _LSPCI.fullmatch(line)
@@ -100,5 +101,5 @@ def _card(address: str, kind: str, vendor: str, device: str, name: str) -> Card 
     by_name = [maker for begin, maker in _MAKER_NAMES if name.startswith(begin)]
     maker: Maker = _MAKERS.get(vendor) or (by_name[0] if by_name else "other")
     if maker == "other" and kind[:2] == _DISPLAY:
-        return None  # what a server shows its console on
+        return None  # the video chip of a server's console
     return Card(address=printable(address), maker=maker, code=kind, device=device, name=name)

@@ -1,4 +1,5 @@
-"""Accelerators whose figures are known: `catalog.toml` as records, each with its source."""
+"""Reads the catalogue of known accelerators, `catalog.toml`; each entry names the source of its
+figures."""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ from meshwright.records import parse, record
 
 @record
 class CatalogEntry:
-    """A device type, and what a machine that holds it is usually like."""
+    """A known device type, and how servers that hold it are usually built."""
 
     type: DeviceType
     inside: Link
-    """Between two such devices of one node, as servers that hold them are usually built."""
+    """Link between two such devices of one node, as servers that hold them are usually built."""
     reported_as: str | None = None
-    """Regular expression for the name by which drivers report it."""
+    """Regular expression that matches the name which drivers report."""
 
 
 @lru_cache
 def catalog() -> dict[str, CatalogEntry]:
-    """Every known device type, by name."""
+    """Return every entry of the catalogue, by device type name."""
     text = files("meshwright.cluster").joinpath("catalog.toml").read_text(encoding="utf-8")
     entries = {}
     for name, row in tomllib.loads(text).items():
@@ -36,7 +37,7 @@ def catalog() -> dict[str, CatalogEntry]:
 
 
 def type_reported_as(driver_name: str) -> str | None:
-    """The catalogue's name of the device that a driver calls `driver_name`, or None."""
+    """Return the catalogue's name of the device that a driver calls `driver_name`, or None."""
     for name, entry in catalog().items():
         if entry.reported_as and re.search(entry.reported_as, driver_name):
             return name

@@ -1,4 +1,4 @@
-"""What a cluster file must not say: contradictions between tables that are well-shaped."""
+"""Checks the tables of a cluster file against each other once each of them has the right shape."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ _DEVICES = re.compile(r"\s*(?:([0-9]{1,18})\s*[x×]\s*)?(\S+)\s*")
 
 
 def devices_in(text: str) -> tuple[int, str] | None:
-    """`"4 x V100-16"` to (4, "V100-16"), `"T4"` to (1, "T4"); None if it reads otherwise."""
+    """Parse `"4 x V100-16"` to (4, "V100-16") and `"T4"` to (1, "T4"); None if the text has another
+    form."""
     match = _DEVICES.fullmatch(text)
     return (int(match[1] or 1), match[2]) if match else None
 
 
 def names_of(entry: NodeEntry) -> list[str]:
-    """The nodes that one `[[node]]` stands for."""
+    """Return the names of the nodes that one `[[node]]` table describes: `p3` with `count = 2`
+    gives `p3-0` and `p3-1`."""
     if entry.count is None:
         return [entry.name]
     return [f"{entry.name}-{index}" for index in range(entry.count)]
 
 
 def problems_of(entries: Entries, source: str) -> Iterator[Problem]:
-    """Every contradiction between, and every absurdity in, tables that are well-shaped."""
+    """Yield every contradiction between the tables, and every value that is out of range."""
     of_types = [*type_problems(entries.devices, source)]
     yield from of_types or offer_problems(entries.devices, source)
     for where, site in entries.sites.items():
@@ -55,7 +57,7 @@ def problems_of(entries: Entries, source: str) -> Iterator[Problem]:
             yield replace(problem, each=("node", ""))
     yield from _duplicates("site", [site.name for site in entries.sites.values()], source)
     if oversized or "node" in entries.unread:
-        return  # without all the nodes their names cannot be judged
+        return  # node names can be checked only if all node tables were read
     names = [name for node in entries.nodes.values() for name in names_of(node)]
     yield from _duplicates("node", names, source)
     for problem in _pair_problems(entries, set(names), source):

@@ -1,4 +1,4 @@
-"""The machine that this runs on, as a cluster of one node."""
+"""Describes the machine that this process runs on as a cluster of one node."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from meshwright.records import BytesPerSecond
 from meshwright.text import printable
 
 _USUAL_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
-"""10 Gbit/s Ethernet with TCP, where the machine does not tell."""
+"""10 Gbit/s Ethernet with TCP: assumed if the machine does not report the speed of its network."""
 
 _HOST_SHARE = 0.9
-"""Of the host's memory for training processes; the system keeps the rest."""
+"""Share of the host's memory that training processes may use; the system keeps the rest."""
 
 
 def discover(*, cpus: bool = False) -> Cluster:
-    """The GPUs of this machine, else its cores as processes of type `cpu`; `cpus`: its cores in any
-    case. Raises MachineError where a GPU cannot be read."""
+    """Return a cluster of this machine's GPUs, or of its cores as processes of type `cpu` if it has
+    none or if `cpus` is set. Raises MachineError if a GPU cannot be read."""
     return describe(look(cpus=cpus))[0]
 
 
 def discover_toml(found: Found | None = None) -> str:
-    """The text of a cluster file for this machine, or one that was found, with comments on what was
-    not measured."""
+    """Return the text of a cluster file for this machine (or for `found`), with comments on the
+    figures that were not measured."""
     cluster, notes = describe(found or look())
     head = ("Found on this machine. Figures are nominal: `meshwright profile` measures.", *notes)
     return "".join(f"# {printable(line)}\n" for line in head) + "\n" + dump_cluster(cluster)
 
 
 def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
-    """The cluster that a found machine is, and what its user should know about the figures."""
+    """Return the cluster that describes a found machine, and notes for its user on where the
+    figures come from."""
     types, notes = _types(found)
     names = tuple(kind.name for kind in types)
     if found.gpus:
@@ -84,8 +85,8 @@ def _types(found: Found) -> tuple[list[DeviceType], list[str]]:
 
 
 def named_apart(kinds: Sequence[DeviceType]) -> list[DeviceType]:
-    """The types of some devices, with a number after the name of each that is not as the first of
-    its name: `RTX-3080-10GiB-2`."""
+    """Number the types that have one name but unlike figures: the second becomes
+    `RTX-3080-10GiB-2`."""
     own: dict[tuple[str, str], str] = {}
     apart = []
     for kind in kinds:
@@ -99,8 +100,8 @@ def named_apart(kinds: Sequence[DeviceType]) -> list[DeviceType]:
 
 
 def look(host: Host | None = None, *, cpus: bool = False, partial: bool = False) -> Found:
-    """Ask the machine for its GPUs (unless its `cpus` are wanted), and the kernel for the rest;
-    `partial`: leave out the GPUs that cannot be read. Raises MachineError for any other."""
+    """Ask the machine for its GPUs (not if `cpus` is set), cores, memory and network speed. With
+    `partial`, GPUs that cannot be read are left out; without it, they raise MachineError."""
     asked = host or this_host()
     found = Found(
         name=asked.name,

@@ -1,6 +1,7 @@
-"""What if the cluster were another: pure functions from Cluster to Cluster, with what they assume.
+"""Edits a cluster for what-if questions: pure functions from Cluster to Cluster that also return
+the assumptions they made.
 
-`without` takes nodes, devices, types or sites away, `added` adds nodes, `with_setting` changes a
+`without` removes nodes, devices, types or sites, `added` adds nodes, `with_setting` changes a
 figure; `edited` does all of them in this order and reports every mistake at once.
 """
 
@@ -22,16 +23,16 @@ from meshwright.text import NAME_LETTERS, did_you_mean
 from meshwright.units import format_bandwidth, format_seconds
 
 EDITED = ", edited"
-"""At the end of the name of a cluster that is not what its file says."""
+"""Suffix of the name of a cluster that differs from its file."""
 
 
 @record
 class Edited:
-    """A cluster after edits."""
+    """A cluster after edits, with notes on them."""
 
     cluster: Cluster
     notes: tuple[str, ...]
-    """What each edit did or had to assume, in a sentence."""
+    """One sentence for each edit: what it did, or what it had to assume."""
 
 
 def edited(
@@ -41,8 +42,8 @@ def edited(
     added: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> Edited:
-    """Take away, then add, then set. Raises ClusterError with one Problem for every edit at fault,
-    and when nothing is left."""
+    """Remove, then add, then set. Raises ClusterError with one Problem for every edit at fault, and
+    if no device is left."""
     problems: list[Problem] = []
     notes: list[str] = []
 
@@ -56,7 +57,7 @@ def edited(
         return after.cluster
 
     changed = cluster
-    # A node that goes may still be the one that a new node is like.
+    # New nodes may be modelled on a node that `without` removes: templates come from before.
     steps: list[Callable[[Cluster], Edited]] = []
     if without:
         steps.append(partial(taken_away, names=without))
@@ -74,8 +75,8 @@ def _set(cluster: Cluster, text: str) -> Edited:
 
 
 def taken_away(cluster: Cluster, names: Sequence[str], *, option: str = "--without") -> Edited:
-    """The cluster without these nodes (or all of a `count`), devices `node:index`, device types and
-    sites. Devices behind one that is taken away move up. Raises ClusterError."""
+    """Return the cluster without these nodes (or all nodes of a `count`), devices `node:index`,
+    device types and sites. Later devices of a node get lower indices. Raises ClusterError."""
     gone: set[str] = set()
     problems: list[Problem] = []
     notes: list[str] = []
@@ -110,7 +111,8 @@ def taken_away(cluster: Cluster, names: Sequence[str], *, option: str = "--witho
 
 
 def _called(cluster: Cluster, name: str) -> dict[str, set[str]]:
-    """Devices that a name stands for, by what it may be the name of."""
+    """Return the devices that a name may mean, under each kind of thing: node, device, device type
+    and site."""
     nodes = {node.name for node in nodes_named(cluster).get(name, ())}
     devices = devices_of(cluster)
     return {
@@ -135,11 +137,11 @@ def _no_such(cluster: Cluster, name: str, found: list[str], option: str) -> Prob
 def with_added(
     cluster: Cluster, text: str, templates: Cluster | None = None, *, option: str = "--add"
 ) -> Edited:
-    """The cluster with one node more of `"4 x T4"`, or with `"2 x p3-0"` two nodes like an existing
-    one; a name that is both means the node. `templates`: the cluster in which nodes to be like are
-    looked up. Raises ClusterError.
+    """Return the cluster with new nodes: `"4 x T4"` adds one node of four T4, `"2 x p3-0"` adds two
+    nodes like p3-0. A name that is both a type and a node means the node; `templates` is the
+    cluster in which such nodes are looked up. Raises ClusterError.
 
-    A node of a type that the cluster has is wired like the first node with that type. Another is
+    A node of a type that the cluster has is wired like the first node with that type. Any other is
     wired inside as the catalogue says, and outside like most nodes of the cluster.
     """
     known = templates or cluster
@@ -168,7 +170,7 @@ def with_added(
 
 
 def _with_types(cluster: Cluster, types: dict[str, DeviceType], nodes: tuple[Node, ...]) -> Cluster:
-    """The cluster with more nodes, and the types that these need."""
+    """Return the cluster with these nodes and the device types that they need."""
     used = {kind for node in nodes for kind in node.devices}
     missing = {name: types[name] for name in sorted(used) if name not in cluster.types}
     return replace(cluster, nodes=nodes, types={**cluster.types, **missing})

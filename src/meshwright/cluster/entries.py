@@ -1,4 +1,5 @@
-"""The tables of a cluster file, as they are written: shapes and units, no meaning yet."""
+"""Reads the tables of a cluster file as they are written: shapes and units are checked, meaning is
+not."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from meshwright.text import did_you_mean
 
 T = TypeVar("T")
 MOST_IN_MATRIX = 512
-"""Nodes whose links are told pair by pair: their number grows with the square."""
+"""Largest number of nodes in a `[matrix]`: its size grows with the square of this number."""
 
 
 def _written(read: Callable[[str], float], example: str) -> BeforeValidator:
-    """A bare number would have to be guessed at: bits or bytes, MB or MiB?"""
+    """Validate a quantity that must be text with a unit: a bare number could mean bits or bytes, MB
+    or MiB."""
 
     def check(value: object) -> float:
         if not isinstance(value, str):
@@ -38,7 +40,7 @@ TimeText = Annotated[float, _written(units.parse_seconds, "50 us")]
 
 @record
 class LinkEntry:
-    """`{ bandwidth = "10 Gbit/s", latency = "50 us" }`"""
+    """A link, written `{ bandwidth = "10 Gbit/s", latency = "50 us" }`."""
 
     bandwidth: RateText
     latency: TimeText
@@ -47,7 +49,7 @@ class LinkEntry:
 
 @record
 class LinksEntry:
-    """`[links]`: what a node or site has that does not say otherwise."""
+    """`[links]`: the links of every node and site that does not name its own."""
 
     inside: LinkEntry | None = None
     network: LinkEntry | None = None
@@ -56,7 +58,7 @@ class LinksEntry:
 
 @record
 class NodeEntry:
-    """`[[node]]`: one host, or `count` equal ones."""
+    """`[[node]]`: one host, or `count` identical hosts."""
 
     name: Name
     devices: tuple[Name, ...]
@@ -65,15 +67,16 @@ class NodeEntry:
     network: LinkEntry | None = None
     site: Name = "main"
     address: Name | tuple[Name, ...] | None = None
-    """Host name or IP address in the network that training uses; with `count`, a list with one for
-    each. Absent: the node's name is its host name."""
+    """Host name or IP address in the network that training uses; with `count`, a list with one
+    address for each host. If absent, the node's name is its host name."""
     interface: Name | None = None
-    """Network interface that training uses, `eth0`; absent: the one that has the address."""
+    """Network interface that training uses, like `eth0`; if absent, the interface that has the
+    address."""
 
 
 @record
 class SiteEntry:
-    """`[[site]]`"""
+    """`[[site]]`: a place whose nodes share one uplink."""
 
     name: Name
     uplink: LinkEntry | None = None
@@ -81,13 +84,14 @@ class SiteEntry:
 
 @record
 class DeviceEntry:
-    """`[device.NAME]`: figures that differ from the catalogue's, from `like`'s, or all of them."""
+    """`[device.NAME]`: a new device type, or figures that differ from those of the catalogue or of
+    the type `like`."""
 
     like: Name | None = None
     memory: SizeText | None = None
     memory_bandwidth: RateText | None = None
     peak: dict[Precision, FlopsText] | None = None
-    """Joins the peaks of the type it changes; 0 takes a precision away."""
+    """Peaks that are added to those of the type it changes; 0 removes a precision."""
     matmul_efficiency: PositiveShare | None = None
     attention_efficiency: PositiveShare | None = None
     memory_efficiency: PositiveShare | None = None
@@ -98,7 +102,7 @@ class DeviceEntry:
 
 @record
 class PairEntry:
-    """`[[link]]`: one pair of nodes."""
+    """`[[link]]`: an explicit link between one pair of nodes."""
 
     between: tuple[Name, Name]
     bandwidth: RateText
@@ -116,12 +120,13 @@ def _as_rows(value: object) -> object:
 
 @record
 class MatrixEntry:
-    """`[matrix]`: every pair of some nodes; `"-"` where there is no direct link."""
+    """`[matrix]`: the links between every pair of some nodes; `"-"` marks a pair that has no direct
+    link."""
 
     nodes: Annotated[tuple[Name, ...], Field(max_length=MOST_IN_MATRIX)]
     bandwidth: tuple[tuple[Name, ...], ...]
     latency: Annotated[tuple[tuple[Name, ...], ...], BeforeValidator(_as_rows)]
-    """One text stands for all pairs."""
+    """Rows like those of `bandwidth`, or one text for all pairs."""
 
 
 @record
@@ -133,23 +138,23 @@ class Entries:
     nodes: dict[str, NodeEntry]
     sites: dict[str, SiteEntry]
     devices: dict[str, DeviceEntry]
-    """By type name."""
+    """Device tables by type name."""
     pairs: dict[str, PairEntry]
     matrix: MatrixEntry | None
     unread: tuple[str, ...]
-    """Names of the sections in which something could not be read."""
+    """Names of the sections in which some table could not be read."""
 
 
 _KNOWN = ("format", "name", "links", "node", "site", "device", "link", "matrix")
 
 
 def link_of(entry: LinkEntry | PairEntry) -> Link:
-    """The link that an entry describes."""
+    """Return the link that an entry describes."""
     return Link(bandwidth=entry.bandwidth, latency=entry.latency, shared=entry.shared)
 
 
 def read_entries(data: dict[str, Any], source: str) -> tuple[Entries, list[Problem]]:
-    """The file's tables, and one Problem for each thing in them that is misshapen."""
+    """Return the file's tables, and one Problem for each value in them that has a wrong shape."""
     reading = _Reading(source=source, problems=[*_header_problems(data, source)], unread=[])
     links = _table(reading, LinksEntry, "links", data.get("links", {}))
     matrix = _table(reading, MatrixEntry, "matrix", data["matrix"]) if "matrix" in data else None
@@ -215,5 +220,5 @@ def _types(reading: _Reading, rows: object) -> dict[str, DeviceEntry]:
         reading.problems.append(Problem(reading.source, "device", type(rows).__name__, wanted))
         return {}
     read = {n: _table(reading, DeviceEntry, f"device.{n}", row) for n, row in rows.items()}
-    # A type whose table is misshapen stays known, so that its nodes are not reported as well.
+    # A type whose table has errors stays known, so that its nodes are not reported as well.
     return {name: entry or DeviceEntry(like="cpu") for name, entry in read.items()}

@@ -1,4 +1,5 @@
-"""Figures that no hardware has, and figures that the hardware named hardly has."""
+"""Checks figures: rejects those that no hardware has, and warns of those that exceed a
+datasheet."""
 
 from __future__ import annotations
 
@@ -14,31 +15,31 @@ from meshwright.records import record
 
 @record
 class Range:
-    """What a figure may be, and how it is shown."""
+    """The allowed range of a figure, and the function that formats it."""
 
     least: float
     most: float
     show: Callable[[float], str]
 
 
-# From a modem to ten times the fastest hardware announced: what lies outside is a slip of the unit.
+# From a modem to ten times the fastest hardware announced: a value outside is a wrong unit.
 BANDWIDTH = Range(least=1e3, most=1e14, show=units.format_bandwidth)
 LATENCY = Range(least=0.0, most=10.0, show=units.format_seconds)
 MEMORY = Range(least=2**20, most=2**44, show=units.format_bytes)
 MEMORY_BANDWIDTH = Range(least=1e6, most=1e15, show=units.format_throughput)
 PEAK = Range(least=1e6, most=1e17, show=units.format_flops)
 _SUSPICIOUS = 1.5
-"""Times the datasheet's figure."""
+"""Multiple of the datasheet's figure above which a value is doubted."""
 
 
 def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
-    """One Problem for each bandwidth, latency, size or speed that cannot be meant."""
+    """Yield one Problem for each bandwidth, latency, size or speed that is out of range."""
     for field, value, allowed in _figures(entries):
         yield from out_of_range(field, value, allowed, source)
 
 
 def out_of_range(field: str, value: float, allowed: Range, source: str) -> Iterator[Problem]:
-    """A Problem if `value` lies outside."""
+    """Yield a Problem if `value` lies outside the allowed range."""
     if not allowed.least <= value <= allowed.most:
         wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
         yield Problem(source, field, allowed.show(value), wanted, each=("figure", ""))
@@ -73,9 +74,9 @@ def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
 
 
 def cluster_warnings(cluster: Cluster) -> tuple[str, ...]:
-    """Doubts about figures that are possible but exceed the datasheet by half or more.
+    """Return warnings on figures that are possible but exceed the datasheet by half or more.
 
-    A CPU process has no datasheet: its host decides what it gets.
+    CPU processes are not checked: they have no datasheet, for their host decides what they get.
     """
     kinds = (cluster.types[name] for name in sorted(cluster.types))
     return tuple(doubt for kind in kinds if kind.processor == "gpu" for doubt in _doubts(kind))

@@ -1,4 +1,4 @@
-"""Cluster files: TOML to `Cluster` and back."""
+"""Reads cluster files (TOML) to a `Cluster` and writes them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from meshwright.text import quoted
 
 _BARE_KEY = re.compile("[A-Za-z0-9_-]+")
 _UNUSED_NETWORK = Link(bandwidth=1.25e9, latency=50e-6)
-"""Network interface of a machine that is alone and says nothing: 10 Gbit/s Ethernet."""
+"""Network interface assumed for a cluster of one machine whose file names none: 10 Gbit/s
+Ethernet."""
 
 
 def load_cluster(path: str | Path) -> Cluster:
-    """The cluster that a file describes.
+    """Load the cluster that a file describes.
 
     Raises ClusterError with one Problem for every mistake in the file.
     """
@@ -37,7 +38,7 @@ def load_cluster(path: str | Path) -> Cluster:
 
 
 def _with_mend(problem: Problem) -> Problem:
-    """What helps where a table stands twice, as in two files that were joined by hand."""
+    """Add the mend for a table that occurs twice, as in two files that were joined by hand."""
     if "Cannot declare" not in problem.found and "Cannot overwrite" not in problem.found:
         return problem
     mend = "Files of several hosts are put together by: meshwright discover --merge a.toml b.toml"
@@ -45,7 +46,7 @@ def _with_mend(problem: Problem) -> Problem:
 
 
 def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:
-    """The cluster that the content of a cluster file describes. Raises ClusterError."""
+    """Build the cluster that the content of a cluster file describes. Raises ClusterError."""
     entries, problems = read_entries(data, source)
     ClusterError.check(chain(problems, problems_of(entries, source)))
     return _expand(entries)
@@ -97,7 +98,7 @@ def _expand_node(entry: NodeEntry, entries: Entries) -> Iterator[Node]:
 
 
 def _default_inside(devices: tuple[str, ...], entries: Entries, network: Link) -> Link:
-    """The slowest of the links that the node's device types come with."""
+    """Return the slowest link among those that the node's device types usually have."""
     links = [resolve_type(kind, entries.devices)[1] for kind in sorted({*devices})]
     known = [link for link in links if link is not None]
     return min(known, key=lambda link: link.bandwidth) if known else network
@@ -115,7 +116,7 @@ def _sites(entries: Entries, nodes: tuple[Node, ...]) -> tuple[Site, ...]:
 
 
 def dump_cluster(cluster: Cluster) -> str:
-    """TOML text that `load_cluster` reads back to an equal cluster."""
+    """Format a cluster as TOML text that `load_cluster` reads back to an equal cluster."""
     networks = {node.network for node in cluster.nodes}
     shared = networks.pop() if len(networks) == 1 else None
     lines = [f"format = {records.FORMAT}", f"name = {quoted(cluster.name)}"]
@@ -152,7 +153,8 @@ def _endpoint_lines(endpoints: list[Endpoint], several: bool) -> list[str]:
 def _runs(
     nodes: tuple[Node, ...], known: dict[str, Endpoint]
 ) -> list[tuple[str | None, list[Node]]]:
-    """Nodes in order, with runs of equal `base-0`, `base-1` ... gathered under their base."""
+    """Group the nodes, in order: identical neighbours named `base-0`, `base-1` ... come under their
+    base, every other node alone under None."""
 
     def kind(node: Node) -> tuple[Node, bool, str | None]:
         endpoint = known.get(node.name, Endpoint())
@@ -217,6 +219,6 @@ def _rate(bytes_per_second: float) -> str:
 
 
 def _quantity(value: float, show: Any, read: Any, unit: str) -> str:
-    """The readable text where that is exact, else all digits."""
+    """Format the value readably if that text is exact, else with all digits."""
     readable = show(value)
     return quoted(readable if read(readable) == value else f"{value!r} {unit}")

@@ -1,4 +1,5 @@
-"""What can be asked of a machine: its tools, files of its kernel, PyTorch; and what it answers."""
+"""Asks a machine about its hardware: through command line tools, files of the kernel, and
+PyTorch."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from meshwright.records import Bytes, record
 from meshwright.text import printable, shown
 
 TOOL_SECONDS = 60.0
-"""How long a tool may take. Without persistence mode, nvidia-smi first wakes every GPU."""
+"""Time limit for one tool in seconds. Without persistence mode, nvidia-smi first wakes every
+GPU."""
 _FIRST_WORDS = 160
 _CHUNK, _MOST_WRITTEN = 2**16, 2**23
 
@@ -33,27 +35,27 @@ _ELSEWHERE = {
     "amd-smi": "/opt/rocm/bin",
     "lspci": "/usr/sbin:/sbin",
 }
-"""Where tools stand that are not on everybody's path."""
+"""Folders in which tools are installed that may be missing from PATH."""
 
 
 @record
 class Answer:
-    """What a tool answered."""
+    """The output of one run of a command line tool."""
 
     tool: str
     text: str = ""
     errors: str = ""
-    """What it wrote to stderr."""
+    """Text that it wrote to stderr."""
     status: int | None = 0
-    """Exit status; None: it could not be started, or did not end."""
+    """Exit status; None if it could not be started or did not end."""
     there: bool = True
-    """False: it is not installed."""
+    """False if the tool is not installed."""
     hung: bool = False
-    """It did not end in time, or did not end writing."""
+    """True if it did not end in time, or wrote without end."""
 
     @property
     def words(self) -> str:
-        """How it ended, and the first words that it said, on one line."""
+        """Summary on one line: how it ended, and the first words of its output."""
         said = " ".join(f"{self.text}\n{self.errors}".split()) or "nothing"
         said = printable(said if len(said) <= _FIRST_WORDS else f"{said[:_FIRST_WORDS]} ...")
         if self.hung:
@@ -65,59 +67,61 @@ class Answer:
 
 @record
 class Seen:
-    """One GPU (or slice of one) as one way of looking tells of it; None: not told."""
+    """One GPU (or a slice of one) as one source reports it; None marks what it does not report."""
 
     name: str | None = None
     memory: Bytes | None = None
-    """Bytes in all."""
+    """Total memory in bytes, before anything is reserved."""
     capability: tuple[int, int] | None = None
     uuid: str | None = None
     slice: str | None = None
-    """MIG profile, `3g.20gb`."""
+    """MIG profile of a slice, like `3g.20gb`."""
     whole: Bytes | None = None
-    """Of a slice: bytes of the whole GPU."""
+    """Total memory of the whole GPU in bytes, for a slice."""
     watts: float | None = None
     usual_watts: float | None = None
     said: str = ""
-    """The words that this was read from, where some of it is missing."""
+    """Text that this was read from, kept if a part of it is missing."""
     trouble: str = ""
-    """Why it cannot be used, in the words of who was asked."""
+    """Why it cannot be used, quoted from the source."""
 
 
 @record
 class Way:
-    """What one way of looking found."""
+    """The result of one source of information about GPUs, for example nvidia-smi."""
 
     how: str
     seen: tuple[Seen, ...] = ()
     trouble: str = ""
-    """How it failed, or what it said that is not understood."""
+    """How the source failed, or its words that could not be parsed."""
     notes: tuple[str, ...] = ()
 
 
 @record
 class Host:
-    """A machine that can be asked."""
+    """A machine as functions that ask it; tests replace them."""
 
     run: Callable[[tuple[str, ...]], Answer]
-    """Ask a tool."""
+    """Runs a tool and returns its output."""
     read: Callable[[str], str]
-    """A file of the kernel's; nothing where there is none."""
+    """Reads a file of the kernel; empty if there is none."""
     names: Callable[[str], tuple[str, ...]]
-    """What a folder of the kernel's holds, in order; nothing where there is none."""
+    """Lists a folder of the kernel in order; empty if there is none."""
     torch: Callable[[], tuple[str, Way] | None]
-    """What PyTorch sees, and whether it is built for `cuda` or `rocm`; None: for neither."""
+    """Returns the GPUs that PyTorch sees and whether it is built for `cuda` or `rocm`; None if for
+    neither."""
     nvml: Callable[[], Way | None]
-    """What NVIDIA's library tells Python; None where it has no bindings for it."""
+    """Returns the GPUs that NVIDIA's library (NVML) reports; None if its Python bindings are not
+    installed."""
     environment: Mapping[str, str]
     name: str
     cores: int
     memory: Bytes
-    """Of the host, or of the control group's limit where that is less."""
+    """Memory of the host in bytes, or the limit of the control group if that is lower."""
 
 
 def this_host(seconds: float = TOOL_SECONDS) -> Host:
-    """The machine that this runs on; `seconds`: how long each tool may take."""
+    """Return the machine that this process runs on; each tool may take `seconds`."""
     cores: int = psutil.cpu_count(logical=False) or 1
     if sys.platform == "linux":
         cores = min(cores, len(os.sched_getaffinity(0)))
@@ -142,7 +146,7 @@ def _asker(seconds: float) -> Callable[[tuple[str, ...]], Answer]:
     def run(command: tuple[str, ...]) -> Answer:
         tool = command[0]
         if tool in hung:
-            return hung[tool]  # who hangs once is not waited for again
+            return hung[tool]  # a tool that hung once is not waited for again
         if command not in answers:
             answers[command] = _answer(command, seconds)
         if answers[command].hung:
@@ -173,7 +177,7 @@ def _answer(command: tuple[str, ...], seconds: float) -> Answer:
     if written is None:
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
-        # A tool that waits for a driver that hangs cannot even be killed.
+        # A tool that waits inside a hanging driver cannot even be killed.
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         return Answer(tool=tool, status=None, hung=True)
@@ -181,8 +185,8 @@ def _answer(command: tuple[str, ...], seconds: float) -> Answer:
 
 
 def _written(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str] | None:
-    """What a process writes to stdout and stderr until it ends; None: it does not in time, or
-    writes without end."""
+    """Return what a process writes to stdout and stderr until it ends; None if it does not end in
+    time or writes without end."""
     ends = time.monotonic() + seconds
     written: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
     with selectors.DefaultSelector() as open_ones:
@@ -243,13 +247,13 @@ def _torch() -> tuple[str, Way] | None:
         try:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             found = [torch.cuda.get_device_properties(index) for index in range(count)]
-        except Exception as failure:  # whatever a driver makes of it
+        except Exception as failure:  # drivers fail in many ways
             return kind, Way(how=how, trouble=f"PyTorch: {_said(failure)}")
     seen = tuple(
         Seen(
             name=printable(each.name),
             memory=each.total_memory,
-            # On ROCm major and minor count AMD's generations, not CUDA's.
+            # On ROCm these two numbers count AMD's generations, not CUDA's.
             capability=(each.major, each.minor) if kind == "cuda" else None,
             uuid=f"GPU-{uuid}" if (uuid := getattr(each, "uuid", None)) else None,
         )

@@ -1,4 +1,5 @@
-"""Looks for the GPUs of a machine, in one way after the other: none is passed over in silence."""
+"""Detects the GPUs of a machine from several sources; a GPU that cannot be read is always
+reported."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from meshwright.records import Bytes, record
 
 _HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _INTEGRATED_BYTES = 2**31
-"""What a processor lends its graphics is less; cards that train have more."""
+"""A GPU with less memory (bytes) is the graphics unit of a processor; cards that train have
+more."""
 _LEAST_BYTES, _MOST_BYTES = 2**24, 2**43
-"""What no GPU has less or more of: such a figure is not understood."""
+"""Smallest and largest memory of a GPU in bytes; a figure outside was not understood."""
 _UNIFIED_SHARE = 0.9
-"""Of the host's memory where the GPU has none of its own; the system keeps the rest."""
+"""Share of the host's memory that a GPU without memory of its own may use; the system keeps the
+rest."""
 
 _MENDS = (
     ("version mismatch", "the driver was changed while the old one runs: reboot"),
@@ -33,24 +36,24 @@ _MENDS = (
     ("none of the tools", "describe it by hand, as a [device.NAME] of the cluster file"),
     ("PCI bus", "install its driver; in a container, start it with the GPUs"),
 )
-"""What helps, by what was said."""
+"""Mends by the words that occur in an error message."""
 
 
 @record
 class Looked:
-    """What looking came to."""
+    """The GPUs that were found, and what could not be read."""
 
     gpus: tuple[Gpu, ...] = ()
     notes: tuple[str, ...] = ()
-    """What its user should know: ways that failed or disagree, and what was passed over."""
+    """Notes for the user: sources that failed or disagree, and cards that were left out."""
     unread: tuple[tuple[str, str], ...] = ()
-    """Who was asked, and the words, for whatever is there and cannot be read."""
+    """Sources and their messages for each GPU that is present and cannot be read."""
 
 
 def gpus_of(host: Host, *, partial: bool = False) -> Looked:
-    """Every GPU of a machine; `partial`: those that can be read.
+    """Return every GPU of a machine; with `partial`, only those that can be read.
 
-    Raises MachineError where one is there, or may be there, and cannot be read.
+    Raises MachineError if a GPU is present, or may be present, and cannot be read.
     """
     cards = cards_on(host)
     torch = host.torch()
@@ -109,7 +112,8 @@ def _without_integrated(way: Way) -> Way:
 
 
 def _others(cards: Sequence[Card], *, alone: bool) -> Looked:
-    """Cards of which nobody is asked; `alone`: there are no GPUs beside them."""
+    """Return the cards of other makers, which no tool here reports; `alone` is True if no GPU was
+    found."""
     integrated = [card for card in cards if card.is_integrated]
     other = [card for card in cards if card.maker == "other"]
     unread = [card for card in cards if card.maker == "Intel" and not card.is_integrated]
@@ -123,8 +127,8 @@ def _others(cards: Sequence[Card], *, alone: bool) -> Looked:
 def _settled(
     host: Host, maker: Maker, ways: Sequence[Way], torch: Way | None, cards: Sequence[Card]
 ) -> Looked:
-    """The GPUs by the first way that tells all of every one that any way tells of; where there is
-    none, what can be read and what cannot."""
+    """Return the GPUs from the first source that reports all needed figures of every GPU any source
+    reports. If there is none, return what can be read and what cannot."""
     is_told = any(_is_whole(way, host) for way in ways)
     known = cards if is_told else with_names(host, cards)
     on_bus = [card for card in known if card.maker == maker and not card.is_integrated]
@@ -136,7 +140,7 @@ def _settled(
     if not most and not troubles:
         return Looked(notes=tuple(notes))
     best = next((way for way in ways if _is_whole(way, host) and len(way.seen) == most), None)
-    # Who tells of a lost GPU and not of all may mean one that nobody else tells of.
+    # A source that reports fewer GPUs, one of them lost, may mean a GPU that no other source sees.
     if best is None or any(
         each.trouble for way in ways if len(way.seen) < most for each in way.seen
     ):
@@ -166,7 +170,8 @@ def _taken(host: Host, way: Way, seen: Sequence[Seen], notes: Sequence[str]) -> 
 
 
 def _in_part(host: Host, ways: Sequence[Way], notes: Sequence[str]) -> Looked:
-    """What the way tells that tells most, and the words for what it does not tell."""
+    """Return the GPUs of the most complete source, and a message for everything that it does not
+    report."""
     best = max(ways, key=lambda way: (len(_readable(way, host)), len(way.seen)))
     most = max(ways, key=lambda way: len(way.seen))
     told = [(way.how, way.trouble) for way in ways if way.trouble]
@@ -196,7 +201,7 @@ def _unread(way: Way, host: Host) -> list[tuple[str, str]]:
 
 
 def _is_whole(way: Way, host: Host) -> bool:
-    """Whether a way failed in nothing, and tells all that is needed of every GPU."""
+    """True if a source reported no failure and all needed figures of every GPU."""
     return bool(way.seen) and not way.trouble and all(_gpu(each, host) for each in way.seen)
 
 
@@ -238,7 +243,8 @@ def _on_bus(host: Host, maker: Maker, cards: Sequence[Card]) -> Way:
 
 
 def _as_torch_sees(host: Host, best: Way, torch: Way | None) -> tuple[Sequence[Seen], str]:
-    """The GPUs to take where PyTorch sees fewer, and why."""
+    """Return the GPUs to use if PyTorch sees fewer than the source reports, and a note that says
+    why."""
     hiding = [f"{name}={host.environment[name]}" for name in _HIDING if name in host.environment]
     said = f" ({' and '.join(hiding)})" if hiding else ""
     most = len(best.seen)

@@ -1,4 +1,5 @@
-"""One machine as it was found: its GPUs as device types, its wiring and network as links."""
+"""Turns the hardware found in one machine into device types (from GPUs) and links (from wiring and
+network)."""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ from meshwright.records import Bytes, BytesPerSecond, record
 from meshwright.text import printable
 
 RESERVED_BYTES = 2**30
-"""CUDA context, NCCL buffers and the allocator's rounding: the catalogue takes off the same."""
+"""Bytes kept for the CUDA context, NCCL buffers and the allocator's rounding; the catalogue's
+memory figures leave out the same."""
 
-# Per direction: NVLink 2 to 4 have 25 GB/s a lane, NVLink 5 (Blackwell) 50 (NVIDIA datasheets).
+# Bandwidth of one lane per direction: 25 GB/s for NVLink 2 to 4, 50 GB/s for NVLink 5 (Blackwell;
+# NVIDIA datasheets).
 _NVLINK_LANE: BytesPerSecond = 25e9
 _NVLINK5_LANE: BytesPerSecond = 50e9
 
 _LEAST, _MOST = 0.97, 1.05
-"""Of the catalogue's memory: a card outside of this is another card of the same name."""
+"""Range of a card's memory relative to the catalogue's; a card outside is another model of the same
+name."""
 _FULL_POWER = 0.95
-"""Of a card's usual limit of power: below this it is a type of its own."""
+"""Share of a card's default power limit below which it becomes a device type of its own."""
 _SLICE = re.compile(r"(?:(\d+)c\.)?(\d+)g\.(\d+)gb")
 _UNIFIED = re.compile(r"nvgpu|Tegra|Jetson|\bOrin\b|\bXavier\b|\bThor\b|\bGB10\b")
 _VIRTUAL = re.compile(r"-\d+[ABCQ]$")
@@ -34,7 +38,7 @@ _BY_CAPABILITY = (
     ((8, 0), "A100-40"),
     ((7, 5), "T4"),
 )
-"""A catalogued relative for each NVIDIA generation, by least compute capability."""
+"""The catalogue's most similar GPU for each NVIDIA generation, by least compute capability."""
 
 
 @record
@@ -43,22 +47,22 @@ class Gpu:
 
     name: str
     memory: Bytes
-    """Bytes in all."""
+    """Total memory in bytes, before anything is reserved."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability."""
     slice: str | None = None
     """MIG profile of a slice, `3g.20gb`."""
     whole: Bytes | None = None
-    """Of a slice: bytes of the whole GPU, where they are told."""
+    """Total memory of the whole GPU in bytes, for a slice, if it is reported."""
     watts: float | None = None
-    """Limit of power, where it is told."""
+    """Power limit in watts, if it is reported."""
     usual_watts: float | None = None
-    """What that limit is where nobody has changed it."""
+    """Default power limit in watts."""
 
 
 @record
 class Found:
-    """One machine as it was found."""
+    """The hardware of one machine as it was found."""
 
     name: str
     gpus: tuple[Gpu, ...] = ()
@@ -66,20 +70,21 @@ class Found:
     memory: Bytes = 0
     """Host memory in bytes."""
     wiring: str | None = None
-    """The weakest connection between two GPUs in the words of `nvidia-smi topo`: NV12, PIX, SYS."""
+    """The weakest connection between two GPUs, in the terms of `nvidia-smi topo`: NV12, PIX,
+    SYS."""
     network: BytesPerSecond | None = None
-    """Of the interface that the default route uses; None: not told."""
+    """Bandwidth of the interface that the default route uses; None if it is not reported."""
     notes: tuple[str, ...] = ()
-    """What its user should know about how it was found."""
+    """Notes for the user on how the machine was found."""
     cpus: bool = False
-    """Its cores are wanted, whatever GPUs there are."""
+    """True if the cluster shall consist of its cores even if it has GPUs."""
 
 
 _WEAKEST_FIRST = ("SYS", "NODE", "PHB", "PXB", "PIX")
 
 
 def read_wiring(text: str) -> str | None:
-    """The weakest connection between two GPUs in the output of `nvidia-smi topo -m`."""
+    """Return the weakest connection between two GPUs in the output of `nvidia-smi topo -m`."""
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
     gpus = [row for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
     cells = {cell for row in gpus for cell in row[1 : len(gpus) + 1]} - {"X"}
@@ -91,7 +96,7 @@ def read_wiring(text: str) -> str | None:
 
 
 def read_default_interface(routes: str) -> str | None:
-    """The interface of the default route in the text of `/proc/net/route`."""
+    """Return the interface of the default route in the text of `/proc/net/route`."""
     for line in routes.splitlines()[1:]:
         columns = line.split()
         if len(columns) > 7 and columns[1] == columns[7] == "00000000":
@@ -100,36 +105,36 @@ def read_default_interface(routes: str) -> str | None:
 
 
 def read_speed(text: str) -> BytesPerSecond | None:
-    """Bytes per second from `/sys/class/net/*/speed` (Mbit/s; -1 where it is not known)."""
+    """Parse bytes per second from `/sys/class/net/*/speed`, which is in Mbit/s, or -1 if it is not
+    known."""
     speed = text.strip()
     return int(speed) * 1e6 / 8 if re.fullmatch(r"[1-9]\d*", speed) else None
 
 
 def is_unified(name: str) -> bool:
-    """Whether a GPU of this name shares the memory of its host."""
+    """True if a GPU of this name shares the memory of its host."""
     return bool(_UNIFIED.search(name))
 
 
 def known_memory(name: str) -> Bytes | None:
-    """Bytes in all of a GPU whose name is in the catalogue; None for others."""
+    """Return the total bytes of a GPU whose name is in the catalogue; None for others."""
     known = type_reported_as(name)
     return catalog()[known].type.memory + RESERVED_BYTES if known else None
 
 
 def slice_in(name: str) -> str | None:
-    """The MIG profile in a name as CUDA tells it: `3g.20gb` in `NVIDIA A100-SXM4-40GB MIG
+    """Return the MIG profile in a name that CUDA reports: `3g.20gb` in `NVIDIA A100-SXM4-40GB MIG
     3g.20gb`."""
     _, mig, profile = name.partition(" MIG ")
     return profile.strip() if mig and _SLICE.match(profile.strip()) else None
 
 
 def type_of(gpu: Gpu) -> tuple[DeviceType, str]:
-    """The type of a GPU, and what must be said about it (empty if its figures are known).
+    """Return the device type of a GPU, and a note on figures that are not known (empty if all are).
 
-    A GPU that the catalogue does not know becomes a new type with the figures of a
-    relative of its generation, marked as guessed; only its memory is its own. Slices, cards
-    with other memory than their like, and cards with less power are types of their own, with
-    names that say so.
+    A GPU that the catalogue does not contain becomes a new type with the figures of a similar GPU
+    of its generation, marked as guessed; only its memory is its own. Slices, cards with unusual
+    memory and cards with a lowered power limit become types of their own, with names that say so.
     """
     gpu = replace(gpu, name=printable(gpu.name))
     known = type_reported_as(gpu.name)
@@ -171,14 +176,15 @@ def _clean(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """A driver's name without its maker and brand: `RTX-3080`."""
+    """Shorten a driver's name by its maker and brand: `NVIDIA GeForce RTX 3080` becomes
+    `RTX-3080`."""
     short = re.sub(r"^(NVIDIA|AMD|Intel)\b", "", name.partition(" MIG ")[0]).strip()
     return _clean(re.sub(r"^(GeForce|Tesla)\b", "", short).strip()) or "unknown"
 
 
 def _slice(kind: DeviceType, gpu: Gpu, profile: str) -> tuple[DeviceType, str]:
-    """A whole GPU's figures by the share of a slice: of 7 parts that compute (an A30 has 4), and
-    of 8 parts of memory (NVIDIA MIG user guide)."""
+    """Scale a whole GPU's figures to a slice: compute comes in 7 parts (4 on an A30), and memory in
+    8 parts (NVIDIA MIG user guide)."""
     match = _SLICE.match(profile)
     parts = 4 if re.search(r"\bA30\b", gpu.name) else 7
     part = int(match[1] or match[2]) if match else parts
@@ -194,7 +200,7 @@ def _slice(kind: DeviceType, gpu: Gpu, profile: str) -> tuple[DeviceType, str]:
 
 
 def inside_of(found: Found, type_names: tuple[str, ...]) -> tuple[Link, str]:
-    """The link between the GPUs of a machine, and where it is from."""
+    """Return the link between the GPUs of a machine, and a note on where its figures come from."""
     if any(gpu.slice or slice_in(gpu.name) for gpu in found.gpus):
         link = Link(bandwidth=catalog()["T4"].inside.bandwidth, latency=10e-6, shared=True)
         return link, "inside: slices (MIG) reach each other through the host alone, over PCIe"

@@ -1,4 +1,4 @@
-"""`[matrix]`: the links of an irregular cluster, pair by pair."""
+"""Checks and reads `[matrix]`: the links of an irregular cluster, pair by pair."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from meshwright.cluster.spec import DirectLink, Link
 from meshwright.errors import Problem
 
 NONE = "-"
-"""No direct link: this pair goes through the network."""
+"""The entry of a pair that has no direct link and goes through the network."""
 
 Rows = tuple[tuple[str, ...], ...]
 
 
 def _latencies(matrix: MatrixEntry) -> Rows:
-    """All rows, also where the file gives one latency for all pairs."""
+    """Return all rows of latencies, even if the file gives one latency for all pairs."""
     if len(matrix.latency) == 1 and len(matrix.latency[0]) == 1 and len(matrix.nodes) > 1:
         return tuple(
             tuple(NONE if given == NONE else matrix.latency[0][0] for given in row)
@@ -28,7 +28,7 @@ def _latencies(matrix: MatrixEntry) -> Rows:
 
 
 def matrix_problems(matrix: MatrixEntry, names: set[str], source: str) -> Iterator[Problem]:
-    """Mistakes in the node names, the shape, the symmetry and the entries."""
+    """Yield the mistakes in the node names, the shape, the symmetry and the entries."""
     seen: set[str] = set()
     for index, name in enumerate(matrix.nodes):
         if name not in names:
@@ -95,7 +95,7 @@ def _read_cell(text: str, read: Callable[[str], float]) -> float | None:
 
 
 def matrix_links(matrix: MatrixEntry) -> Iterator[DirectLink]:
-    """The direct link of each pair that has one. The matrix must be free of problems."""
+    """Yield the direct link of each pair that has one. The matrix must be free of problems."""
     latencies = _latencies(matrix)
     for row, column in combinations(range(len(matrix.nodes)), 2):
         if matrix.bandwidth[row][column] != NONE:

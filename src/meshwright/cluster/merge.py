@@ -1,4 +1,4 @@
-"""The cluster files of several hosts, put together into one."""
+"""Merges the cluster files of several hosts into one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from meshwright.errors import ClusterError, Problem
 from meshwright.text import NAME_LETTERS, printable
 
 _COMMENTS_KEPT = 50
-"""Of each file: they say what was not measured."""
+"""Largest number of comment lines kept from each file; they say what was not measured."""
 
 Part = tuple[str, Cluster]
-"""A file, and the cluster that it describes."""
+"""The name of a file, and the cluster that it describes."""
 
 
 def merged_toml(paths: Sequence[Path]) -> tuple[str, tuple[str, ...]]:
-    """The text of the cluster file that some make together, and what became of types that differ
-    under one name. The comments at the head of each file are kept. Raises ClusterError."""
+    """Return the text of the merged cluster file, and a note on each type that had to be renamed.
+    Comments at the head of each file are kept. Raises ClusterError."""
     parts: list[Part] = []
     problems: list[Problem] = []
     for path in paths:
@@ -43,17 +43,17 @@ def merged_toml(paths: Sequence[Path]) -> tuple[str, tuple[str, ...]]:
 
 
 def _comments(path: Path) -> Iterator[str]:
-    """The comment that a file begins with."""
+    """Yield the comment lines at the head of a file."""
     lines = files.read_text(path, error=ClusterError).splitlines()
     for line in takewhile(lambda line: line.startswith("#"), lines):
         yield line.lstrip("#").strip()
 
 
 def merged(parts: Sequence[Part]) -> tuple[Cluster, tuple[str, ...]]:
-    """One cluster of several, and a sentence for each type that got another name.
+    """Merge several clusters into one; also return a sentence for each type that was renamed.
 
-    Types of one name and the same figures are one type; others get names of their own. Raises
-    ClusterError where two nodes have one name, or two sites of one name are not alike.
+    Types with one name and the same figures are one type; others are renamed. Raises ClusterError
+    if two nodes have one name, or if two sites with one name differ.
     """
     ClusterError.check([*_node_clashes(parts), *_site_clashes(parts)])
     types: dict[str, DeviceType] = {}
@@ -85,7 +85,8 @@ def merged(parts: Sequence[Part]) -> tuple[Cluster, tuple[str, ...]]:
 def _name_for(
     kind: DeviceType, cluster: Cluster, types: Mapping[str, DeviceType], taken: set[str]
 ) -> str:
-    """A type's own name, or one with the node that has it where other figures have that name."""
+    """Return a type's own name, or, if other figures already have that name, the name with a node's
+    name after it."""
     alike = [
         name
         for name, known in types.items()

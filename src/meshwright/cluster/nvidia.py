@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs, as nvidia-smi and the kernel's driver tell of them."""
+"""Finds NVIDIA's GPUs through nvidia-smi and the kernel's driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from meshwright.text import printable, shown
 SMI = "nvidia-smi"
 _CSV = "--format=csv,noheader,nounits"
 _FIELDS = ("name,memory.total,compute_cap", "name,memory.total")
-"""Drivers up to 470 or so do not know compute_cap, and then refuse the whole question."""
+"""Columns to ask for; drivers up to about 470 do not know compute_cap and refuse the whole query,
+so the second list is shorter."""
 _MORE_FIELDS = (
     "uuid,power.limit,power.default_limit,mig.mode.current",
     "uuid,power.limit,power.default_limit",
@@ -32,10 +33,10 @@ _LISTED = re.compile(r"GPU (\d+): (.+?) \((?:UUID|S/N): ([^)]*)\)\s*")
 _SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: ([^)]*)\)\s*")
 _SLICE_MEMORY = re.compile(r"\|\s*(\d+)\s+\d+\s+\d+\s+(\d+)\s*\|\s*\d+MiB\s*/\s*(\d+)MiB")
 _UUID = re.compile(r"(?:GPU-)?[0-9A-Fa-f-]{36}")
-"""A Jetson's has no prefix."""
+"""A GPU's UUID; on a Jetson it has no prefix."""
 _NONE = "No devices were found"
 _FINE = (0, 14)
-"""Exit statuses with which everything was told; 14 warns of a damaged infoROM."""
+"""Exit statuses after which the output is complete; 14 warns of a damaged infoROM."""
 
 
 @record
@@ -45,13 +46,13 @@ class Listed:
     name: str | None = None
     uuid: str | None = None
     slices: tuple[tuple[str, int, str], ...] = ()
-    """MIG profile, number and UUID of each."""
+    """MIG profile, number and UUID of each slice."""
     trouble: str = ""
 
 
 def smi(host: Host) -> list[Way]:
-    """The GPUs and slices that nvidia-smi tells of, asked for less where it does not understand,
-    and those that it only lists; nothing where it is not installed."""
+    """Return the GPUs and slices that nvidia-smi reports: first by the full query, then by shorter
+    ones if it refuses, then the GPUs that it only lists. Empty if nvidia-smi is not installed."""
     way = Way(how=SMI)
     for fields in _FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
@@ -86,11 +87,11 @@ def smi(host: Host) -> list[Way]:
 
 
 def read_gpus(answer: Answer) -> Way:
-    """GPUs in an answer to `nvidia-smi --query-gpu=name,memory.total,compute_cap
-    --format=csv,noheader,nounits`, or to less than that.
+    """Parse the GPUs in an answer to `nvidia-smi --query-gpu=name,memory.total,compute_cap
+    --format=csv,noheader,nounits`, or to a query for fewer columns.
 
-    What is neither a GPU nor the sentence that there is none is trouble: it never reads as if no
-    GPU were there.
+    A line that is neither a GPU nor the statement that there is none counts as trouble, so that an
+    unknown message is never taken for a machine without GPUs.
     """
     seen, notes, strange = [], [], []
     lines = [line for line in answer.text.splitlines() if line.strip() and line[:6] != "name, "]
@@ -131,7 +132,8 @@ def _seen(match: re.Match[str], line: str) -> Seen:
 
 
 def read_list(text: str) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
-    """GPUs and their slices in the output of `nvidia-smi -L`, and lines that are neither."""
+    """Parse the GPUs and their slices in the output of `nvidia-smi -L`, and the lines that are
+    neither."""
     gpus: list[Listed] = []
     unread = []
     for line in text.splitlines():
@@ -148,7 +150,7 @@ def read_list(text: str) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
 
 
 def _with_more(way: Way, host: Host) -> Way:
-    """Limits of power, and whether a GPU can only be used in slices that nobody has made."""
+    """Add power limits, and mark GPUs that are in MIG mode but have no slice."""
     for fields in _MORE_FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
         rows = [[cell.strip() for cell in line.split(",")] for line in answer.text.splitlines()]
@@ -175,7 +177,7 @@ def _with_row(seen: Seen, row: Sequence[str]) -> Seen:
 
 
 def _one_by_one(host: Host, gpus: Sequence[Listed]) -> Way:
-    """Each listed GPU asked about alone: one that is lost ends the question for all others."""
+    """Query each listed GPU on its own: one lost GPU makes a query for all of them fail."""
     seen = []
     for index, each in enumerate(gpus):
         told: tuple[Seen, ...] = ()
@@ -192,7 +194,7 @@ def _one_by_one(host: Host, gpus: Sequence[Listed]) -> Way:
 def _sliced(
     wholes: Sequence[Seen], gpus: Sequence[Listed], memories: Mapping[tuple[int, int], Bytes]
 ) -> tuple[Seen, ...]:
-    """Slices in the place of the GPUs that they are of."""
+    """Replace each GPU that is divided by its slices."""
     seen: list[Seen] = []
     for index, (whole, listed) in enumerate(zip(wholes, gpus, strict=True)):
         if not listed.slices:
@@ -207,20 +209,21 @@ def _sliced(
 
 
 def read_slice_memory(text: str) -> dict[tuple[int, int], Bytes]:
-    """Bytes of each slice, by GPU and number, in the table that `nvidia-smi` prints."""
+    """Parse the bytes of each slice, keyed by GPU and slice number, in the table that `nvidia-smi`
+    prints."""
     found = _SLICE_MEMORY.findall(text)
     return {(int(gpu), int(number)): int(mib) * 2**20 for gpu, number, mib in found}
 
 
 def nominal_memory(profile: str) -> Bytes | None:
-    """Bytes of a slice by its profile, less the twentieth that the driver keeps at most:
+    """Return the bytes of a slice from its profile, less the twentieth that the driver may keep:
     `1g.5gb` has 4.75 GiB."""
     match = re.search(r"(\d+)gb", profile)
     return int(match[1]) * 2**30 * 19 // 20 if match else None
 
 
 def driver_files(host: Host) -> Way:
-    """GPUs that the kernel's driver holds, by their names in /proc/driver/nvidia."""
+    """Return the GPUs that the kernel's driver lists by name in /proc/driver/nvidia."""
     folder = "/proc/driver/nvidia/gpus"
     seen = []
     for place in host.names(folder):
@@ -234,7 +237,8 @@ _TEGRA = "/proc/device-tree/"
 
 
 def tegra(host: Host) -> Way:
-    """The GPU in a Jetson, which stands on no bus; boards before JetPack 6 have no nvidia-smi."""
+    """Return the GPU of a Jetson, which is on no PCI bus; boards before JetPack 6 have no
+    nvidia-smi."""
     if "nvidia,tegra" not in host.read(f"{_TEGRA}compatible"):
         return Way(how=_TEGRA)
     name = host.read(f"{_TEGRA}model").strip("\0 \n") or "NVIDIA Jetson"

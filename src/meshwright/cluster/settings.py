@@ -1,4 +1,4 @@
-"""One figure of a cluster, changed: `node.p3-0.network.bandwidth = 25 Gbit/s`, as a function."""
+"""Changes one figure of a cluster: `node.p3-0.network.bandwidth = 25 Gbit/s`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOPICS = ("link", "node", "site", "device")
 
 @record
 class _Figure:
-    """How a figure is read, and what it may be."""
+    """How a figure is parsed, and its allowed range."""
 
     read: Callable[[str], Any]
     allowed: Range
@@ -56,10 +56,10 @@ _DEVICE = {
 
 
 def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cluster:
-    """The cluster with one figure changed; `setting` is `FIELD=VALUE`.
+    """Return the cluster with one figure changed; `setting` is `FIELD=VALUE`, with the fields
 
         link.LEVEL[.FIGURE]         of all nodes (inside, network) or sites (uplink)
-        node.NAME.LEVEL[.FIGURE]    of one node, or of all that a `count` made from NAME
+        node.NAME.LEVEL[.FIGURE]    of one node, or of all nodes of a `count` with base NAME
         site.NAME.uplink[.FIGURE]
         device.TYPE.FIGURE          memory, memory_bandwidth, peak.PRECISION, ..._efficiency
 
@@ -81,7 +81,7 @@ def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cl
 
 @record
 class _Place:
-    """Where a mistake is: the option, and the field in it."""
+    """The place of a mistake: the option, and the field in it."""
 
     option: str
     field: str
@@ -103,13 +103,15 @@ def _value(place: _Place, figure: _Figure, text: str) -> Any:
 
 
 def longest_name(text: str, names: Mapping[str, object]) -> str | None:
-    """The name that `text` begins with, up to a dot; names may contain dots themselves."""
+    """Return the longest of the names that `text` begins with, up to a dot; names may contain dots
+    themselves."""
     fitting = [name for name in names if text == name or text.startswith(f"{name}.")]
     return max(fitting, key=len, default=None)
 
 
 def nodes_named(cluster: Cluster) -> dict[str, tuple[Node, ...]]:
-    """Nodes by what they may be called: by name, and those of a `count` by what it counts."""
+    """Return the nodes by each name that may mean them: `p3-0` and `p3-1` by their own names, and
+    both by `p3`."""
     named: dict[str, tuple[Node, ...]] = {}
     for node in cluster.nodes:
         base, _, index = node.name.rpartition("-")

@@ -1,4 +1,4 @@
-"""What hardware there is: device types, devices in nodes, nodes at sites, and their links."""
+"""Describes hardware: device types, devices in nodes, nodes at sites, and their links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from meshwright.records import (
 )
 
 Precision = Literal["fp64", "fp32", "fp16", "bf16"]
-"""Arithmetic of forward and backward. Weights and optimizer states stay fp32 (fp64 for fp64)."""
+"""Precision of forward and backward arithmetic. Weights and optimizer states stay fp32 (fp64 for
+fp64)."""
 
 
 @record
@@ -37,22 +38,25 @@ class Link:
 
 @record
 class DeviceType:
-    """One kind of accelerator (or CPU process): what its datasheet says, and what it reaches."""
+    """One kind of accelerator (or CPU process): the figures of its datasheet, and the share of them
+    that programs reach."""
 
     name: Name
     memory: Annotated[Bytes, Field(gt=0)]
-    """Bytes that a program can use."""
+    """Bytes of memory that a program can use."""
     memory_bandwidth: BytesPerSecond
     peak: dict[Precision, Annotated[Flops, Field(gt=0)]]
-    """Dense peak by precision, FLOP/s; a precision that is absent is not offered."""
+    """Peak of dense arithmetic in FLOP/s, by precision; a precision that is absent is not
+    supported."""
     matmul_efficiency: PositiveShare = 0.6
     """Share of the peak that large matrix products reach."""
     attention_efficiency: PositiveShare = 0.35
     memory_efficiency: PositiveShare = 0.8
     processor: Literal["gpu", "cpu"] = "gpu"
-    """A cpu process reserves no device context or collective buffers."""
+    """Kind of processor; a `cpu` process reserves no memory for a device context or collective
+    buffers."""
     source: Line = ""
-    """Where the figures are from."""
+    """Source of the figures."""
 
 
 @record
@@ -64,7 +68,7 @@ class Node:
     devices: tuple[Name, ...]
     """Type name of each device, by local index."""
     inside: Link
-    """Between devices of this node."""
+    """Link between devices of this node."""
     network: Link
     """This node's network interface."""
 
@@ -75,7 +79,8 @@ class Site:
 
     name: Name
     uplink: Link | None = None
-    """None: sites meet at full network speed."""
+    """Link to other sites; None if sites reach each other at the speed of the network
+    interfaces."""
 
 
 @record
@@ -88,12 +93,12 @@ class DirectLink:
 
 @record
 class Endpoint:
-    """Where a node is found in the network that training uses."""
+    """Address of a node in the network that training uses."""
 
     address: Name | None = None
-    """Host name or IP address; None: the node's name is its host name."""
+    """Host name or IP address; None if the node's name is its host name."""
     interface: Name | None = None
-    """Network interface; None: the one that has the address."""
+    """Network interface; None for the interface that has the address."""
 
 
 @record
@@ -109,7 +114,7 @@ class Device:
 
 @record
 class Cluster:
-    """All of it, expanded: one Node per host."""
+    """A whole cluster, expanded: one Node for each host."""
 
     name: Name
     types: dict[Name, DeviceType]
@@ -117,21 +122,22 @@ class Cluster:
     sites: tuple[Site, ...]
     direct: tuple[DirectLink, ...] = ()
     endpoints: dict[Name, Endpoint] | None = None
-    """By node name, of the nodes that say so."""
+    """Endpoints by node name, for the nodes that give one."""
 
 
 def cluster_fingerprint(cluster: Cluster) -> str:
-    """What plans remember their cluster by: the hardware, wherever it is found."""
+    """Return the fingerprint by which a plan recognises its cluster: the hardware without
+    addresses."""
     return fingerprint(replace(cluster, endpoints=None))
 
 
 def node_of(device: str) -> str:
-    """`"p3-0:1"` to `"p3-0"`."""
+    """Return the node of a device: `"p3-0"` for `"p3-0:1"`."""
     return device.rpartition(":")[0]
 
 
 def devices_of(cluster: Cluster) -> tuple[Device, ...]:
-    """All devices, node by node: the order in which ranks are numbered."""
+    """Return all devices, node by node: the order in which ranks are numbered."""
     return tuple(
         Device(name=f"{node.name}:{index}", type=kind, node=node.name, site=node.site)
         for node in cluster.nodes

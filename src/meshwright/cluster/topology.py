@@ -1,8 +1,9 @@
-"""Who shares what: the directed capacities of a cluster, and the way from device to device.
+"""Models which transfers share bandwidth: the directed capacities of a cluster, and the path from
+device to device.
 
 A resource is one direction of one thing that bytes pass through: a device's port, the bus of a
-node, a node's network interface, a site's uplink, an explicit link. A shared link has one
-capacity for both directions. Transfers that have a resource in common share its bandwidth.
+node, a node's network interface, a site's uplink, an explicit link. A shared link has one capacity
+for both directions. Transfers that have a resource in common share its bandwidth.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ class Resource(NamedTuple):
     """One direction of one thing that bytes pass through; resources sort by name."""
 
     name: str
-    """What tables and messages call it."""
+    """Name that tables and messages print."""
     kind: Literal["port", "bus", "network", "uplink", "link"]
-    """A port is of one device, a bus of all devices of a node, and a network interface of a node; a
-    site has an uplink, and a link is an explicit one between two nodes."""
+    """Kind of the thing: a port belongs to one device, a bus to all devices of a node, a network
+    interface to a node, an uplink to a site, and a link joins two nodes explicitly."""
     owner: str
-    """The device, node or site that it belongs to; of an explicit link, the node at its one end."""
+    """Device, node or site that it belongs to; for an explicit link, the node at its one end."""
     other: str = ""
-    """Of an explicit link, the node at its other end."""
+    """Node at the other end of an explicit link."""
 
     def __str__(self) -> str:
         return self.name
@@ -33,7 +34,7 @@ class Resource(NamedTuple):
 
 @record
 class Path:
-    """What a transfer between two devices occupies."""
+    """The resources that a transfer between two devices occupies."""
 
     resources: tuple[Resource, ...]
     latency: Seconds
@@ -42,27 +43,27 @@ class Path:
 
 @record
 class Topology:
-    """A cluster, looked up by device."""
+    """A cluster as tables that are looked up by device, node and site."""
 
     capacities: dict[Resource, BytesPerSecond]
     """Bytes per second of each resource."""
     devices: dict[str, Device]
     order: dict[str, int]
-    """Place of each device in site, node and device order: neighbours in it are close."""
+    """Index of each device in the order of sites, nodes and devices: neighbours in it are close."""
     nodes: dict[str, Node]
     uplinks: dict[str, Link | None]
-    """By site."""
+    """Uplink of each site."""
     direct: dict[tuple[str, str], Link]
-    """Explicit links by pair of nodes, both ways round."""
+    """Explicit links by pair of nodes, in both orders."""
     paths: dict[tuple[str, str], Path] = field(default_factory=dict)
-    """Those asked for before: by pair of nodes, or by pair of devices within one."""
+    """Paths computed so far: by pair of nodes, or by pair of devices of one node."""
 
 
 _HERE = Path(resources=(), latency=0.0)
 
 
 def topology(cluster: Cluster) -> Topology:
-    """The resources of a cluster and their capacities."""
+    """Compute the resources of a cluster and their capacities."""
     direct: dict[tuple[str, str], Link] = {}
     for each in cluster.direct:
         direct[each.between] = direct[each.between[::-1]] = each.link
@@ -121,7 +122,7 @@ def _direct(source: str, target: str, link: Link) -> Resource:
 
 
 def path(topology: Topology, source: str, target: str) -> Path:
-    """What a transfer from device `source` to device `target` occupies; nothing if they are one.
+    """Return the path from device `source` to device `target`; it is empty if they are one.
 
     Latencies add up over the levels that are crossed (network, then sites); within a level the
     slower of the two ends counts, since a link's latency is that between two such ends.
@@ -145,7 +146,7 @@ def _path_inside(topology: Topology, source: str, target: str) -> Path:
 
 def _path_between(topology: Topology, source: str, target: str) -> Path:
     here, there = topology.nodes[source], topology.nodes[target]
-    # A bus carries what goes to the network too; NVLink ports do not.
+    # A bus also carries the traffic to the network; NVLink ports do not.
     leave = (_inside(here, "", "out"),) if here.inside.shared else ()
     enter = (_inside(there, "", "in"),) if there.inside.shared else ()
     link = topology.direct.get((source, target))

@@ -1,4 +1,5 @@
-"""Which device types a cluster file speaks of: the catalogue's, changed ones and new ones."""
+"""Resolves the device types that a cluster file names: the catalogue's, changed ones and new
+ones."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _FIGURES = (
 
 
 def nearest_types(name: str, known: Mapping[str, object]) -> str:
-    """A hint for a type name that nobody knows."""
+    """Return a hint for a device type name that is not known."""
     names = sorted({*catalog(), *known})
     folded = {each.lower(): each for each in names}
     near = [each for each in folded if each.startswith(name.lower())]
@@ -33,7 +34,7 @@ def nearest_types(name: str, known: Mapping[str, object]) -> str:
 
 
 def type_problems(devices: Mapping[str, DeviceEntry], source: str) -> Iterator[Problem]:
-    """Mistakes in how types refer to each other, and figures that a new type lacks."""
+    """Yield mistakes in how types refer to each other, and the figures that a new type lacks."""
     for name, entry in devices.items():
         where = f"device.{name}"
         if entry.like is not None and entry.like not in devices and entry.like not in catalog():
@@ -70,14 +71,16 @@ def _is_circular(name: str, devices: Mapping[str, DeviceEntry]) -> bool:
 
 
 def offer_problems(devices: Mapping[str, DeviceEntry], source: str) -> Iterator[Problem]:
-    """Types whose every peak is 0. The file must be free of `type_problems`."""
+    """Yield a Problem for each type whose peaks are all 0. The file must be free of
+    `type_problems`."""
     for name in devices:
         if not resolve_type(name, devices)[0].peak:
             yield Problem(source, f"device.{name}.peak", "0 for all", "a precision that is offered")
 
 
 def resolve_type(name: str, devices: Mapping[str, DeviceEntry]) -> tuple[DeviceType, Link | None]:
-    """A type with every figure, and the link between two of it in a node where one is known.
+    """Return a device type with every figure, and the link between two such devices in a node if
+    one is known.
 
     The file must be free of `type_problems`.
     """

@@ -1,1 +1,1 @@
-"""Plans as the settings of other tools, where these can express them."""
+"""Exports plans as the settings of other tools that can express them."""

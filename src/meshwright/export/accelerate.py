@@ -1,9 +1,9 @@
-"""A plan as a configuration file of Hugging Face accelerate.
+"""Exports a plan as a configuration file of Hugging Face accelerate.
 
-Names: src/accelerate/commands/config/config_args.py and src/accelerate/utils/dataclasses.py, 1.15:
-data parallelism of its own, stages and tensor parallelism through its Megatron-LM plugin. Of a
-model the plugin reads a few numbers and leaves the rest at Megatron's defaults, which are not those
-of any Llama: `megatron_plugin.py` says them all.
+Names: src/accelerate/commands/config/config_args.py and src/accelerate/utils/dataclasses.py, 1.15.
+Accelerate runs plain data parallelism itself, and stages and tensor parallelism through its
+Megatron-LM plugin. The plugin reads a few numbers of the model and leaves the rest at Megatron's
+defaults, which fit no Llama: `megatron_plugin.py` sets them all.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OWN: Answers = {
     "training.sharded_states": no_matter("off by default"),
     "training.sequence_parallel": no_matter("off by default"),
 }
-"""Of plans that it plays itself."""
+"""Rules for plans that accelerate runs without the plugin."""
 PLUGIN: Answers = {
     **_YOURS,
     **{name: answer for name, answer in megatron.ANSWERS.items() if name.startswith("model.")},
@@ -88,13 +88,14 @@ PLUGIN: Answers = {
     "training.sharded_states": Answer("`megatron_lm_use_distributed_optimizer`"),
     "training.sequence_parallel": Answer("`megatron_lm_sequence_parallelism`"),
 }
-"""Of plans that need its Megatron-LM plugin."""
+"""Rules for plans that need accelerate's Megatron-LM plugin."""
 _ATTRIBUTES = {"norm_epsilon": "layernorm_epsilon"}
-"""Where Megatron keeps an argument, if not under its own name."""
+"""Attributes of Megatron's arguments whose names differ from the command line's."""
 
 
 def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`accelerate.yaml` and `launch.sh`. Raises PlanError where accelerate has no such plan."""
+    """Return the files `accelerate.yaml`, `launch.sh` and, if needed, `megatron_plugin.py` and the
+    notes. Raises PlanError if accelerate cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     asked = Asked(plan, grid, language)
@@ -160,7 +161,7 @@ def _recompute_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
 
 
 def _plugin(asked: Asked) -> str:
-    """Megatron's own arguments, by the names under which it keeps them."""
+    """Return the text of `megatron_plugin.py`: Megatron's arguments by their attribute names."""
     given = [*lines(PLUGIN, asked, "model", "training"), f"--seq-length {asked.plan.job.sequence}"]
     pairs = [_attribute(line) for line in given]
     if not asked.grid.recompute:
@@ -176,7 +177,8 @@ ARGUMENTS = {{
 
 
 def _attribute(line: str) -> tuple[str, object]:
-    """An argument of Megatron's command as the attribute that it becomes."""
+    """Convert an argument of Megatron's command line to the attribute that holds it, and its
+    value."""
     option, _, text = line.removeprefix("--").partition(" ")
     name = option.replace("-", "_")
     if name == "disable_bias_linear":
@@ -255,7 +257,7 @@ def _launch(grid: Grid) -> str:
         f'export MASTER_PORT="${{MASTER_PORT:-{PORT}}}"',
     ]
     if grid.tensor > 1:
-        lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")  # Megatron insists
+        lines.append("export CUDA_DEVICE_MAX_CONNECTIONS=1")  # Megatron requires it
     if not _needs_plugin(grid):
         lines.append(f"export ACCELERATE_GRADIENT_ACCUMULATION_STEPS={grid.micro_batches}")
     lines += ['node="${1:?the name of this node}"; shift', 'case "$node" in']

@@ -1,8 +1,9 @@
-"""What becomes, for a tool, of everything that defines a training: written, refused or listed.
+"""Defines how each property of a training is exported to a tool: written into a file, refused or
+listed in the notes.
 
 Every exporter has a table of Answers, with one for each field of the model, the job and the plan,
-and for each of ASSUMED. A test walks over the fields: one that a table has no answer for fails it,
-and is refused by name wherever it is not at its default.
+and for each of ASSUMED. A test checks that no field is missing. A field that a table lacks all the
+same is refused by name if it is not at its default.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ ASSUMED: dict[str, object] = {
     "training.sequence_parallel": False,
     "training.optimizer_settings": None,
 }
-"""What plans take for granted, or leave open (None), and no record says. A field of a record with
-the name of an entry comes before it."""
+"""Properties that plans assume, or leave open (None), and that no record states. A field of a
+record with the same name takes precedence."""
 RECORDS = {"model": LanguageModel, "job": Job, "plan": Plan, "pipeline": Pipeline, "stage": Stage}
-"""Whose fields must be answered for, by the first word of a property's name."""
+"""Records whose fields must be covered, by the first word of a property's name."""
 NOTES = "NOT_EXPRESSED.md"
 LABEL = "a label"
 PARTS_OF_IT = "field by field"
@@ -39,7 +40,7 @@ PARTS_OF_IT = "field by field"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a tool is to express."""
+    """The training that a tool shall express."""
 
     plan: Plan
     grid: Grid
@@ -56,25 +57,27 @@ def _no_words(value: Any, asked: Asked) -> str:  # noqa: ARG001
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a tool makes of one property; the functions take its value and all that is asked."""
+    """How a tool expresses one property; the functions take its value and the whole training."""
 
     told: str
-    """In the words of the docs."""
+    """What the table in the docs says."""
     write: Callable[[Any, Asked], Iterable[str]] = _no_lines
-    """Lines of the tool's file."""
+    """Returns the lines of the tool's file."""
     wanted: Callable[[Any, Asked], str] = _no_words
-    """What the tool has instead, in the words of a refusal; empty: it has this."""
+    """Returns what the tool can express instead, as a refusal words it; empty if it can express
+    this value."""
     note: Callable[[Any, Asked], str] = _no_words
-    """What it is not told, in the words of the list; empty: it is told."""
+    """Returns the sentence for the notes on what the tool's files do not express; empty if they
+    do."""
     own_code: bool = False
-    """The note is what the user's own code must have, and is told with the others of that kind."""
+    """True if the note names a property of the user's own code; such notes are joined into one."""
 
 
 Answers = Mapping[str, Answer]
 
 
 def written(*patterns: str, told: str = "") -> Answer:
-    """Lines with the value in place of `{}`."""
+    """Write the value in place of `{}` in these lines."""
     first = " ".join(patterns[0].replace("{}", "").split()).strip("= ")
     return Answer(
         told or f"`{first}`",
@@ -83,22 +86,24 @@ def written(*patterns: str, told: str = "") -> Answer:
 
 
 def switch(line: str, *, when: object) -> Answer:
-    """A line that stands for one of two values."""
+    """Write a line if the value is `when`, and nothing otherwise."""
     return Answer(f"`{line}`", write=lambda value, _: [line] * (value == when))
 
 
 def by(told: str, write: Callable[[Any, Asked], Iterable[str]]) -> Answer:
-    """Lines by a function of their own."""
+    """Write the lines that a function returns."""
     return Answer(told, write=write)
 
 
 def planned(told: str) -> Answer:
-    """Written or refused where the tool's degrees, cuts, batches and order of work are."""
+    """Leave the property to the code of the exporter that writes degrees, cuts, batches and
+    schedule."""
     return Answer(told)
 
 
 def only(*values: object, lacks: str) -> Answer:
-    """Refused unless it is one of these; `lacks`: what the tool has not, `no dropout`."""
+    """Refuse the plan unless the value is one of these; `lacks` says what the tool does not have,
+    like `no dropout`."""
     has = " or ".join(shown(value) for value in values)
     return Answer(
         f"only {has}",
@@ -107,7 +112,7 @@ def only(*values: object, lacks: str) -> Answer:
 
 
 def listed(sentence: str, *, unless: object = MISSING) -> Answer:
-    """Not expressed, and said so; `{}` is the value."""
+    """List the property in the notes; `{}` in the sentence is the value."""
     return Answer(
         "listed",
         note=lambda value, _: "" if value == unless else sentence.replace("{}", shown(value)),
@@ -115,13 +120,16 @@ def listed(sentence: str, *, unless: object = MISSING) -> Answer:
 
 
 def no_matter(why: str) -> Answer:
-    """Nothing that training depends on."""
+    """Ignore a property that does not affect training, for the reason `why`."""
     return Answer(why)
 
 
 def own_code(name: str) -> Answer:
-    """A property of the model, which the user's own code must have. A number or a kind that records
-    leave out where a model has nothing of it is told only of models that have."""
+    """List a property that the user's own model code must have.
+
+    A number or a kind that is at its empty default, since the model has nothing of that sort, is
+    not listed.
+    """
     words = name.partition(".")[2].replace("_", " ")
     default = properties_known()[name]
     absent = default is None or (type(default) is int and default == 0)
@@ -135,7 +143,7 @@ def own_code(name: str) -> Answer:
 
 
 def is_rotary(c: LanguageModel) -> bool:
-    """Whether positions are turned into queries and keys."""
+    """True if positions are encoded by rotary embeddings of queries and keys."""
     return c.family != "u-transformer" and made_of(c).position == "rotary"
 
 
@@ -145,8 +153,9 @@ def blocks(
     always: Callable[[Asked], Iterable[str]],
     expressed: Mapping[str, Callable[[Any, Asked], Iterable[str] | None]],
 ) -> Answer:
-    """What a model's blocks are made of: lines that always stand, and for what is not as the family
-    usually has it those of a function, which gives None for a value that the tool has not."""
+    """Write the lines in `always`, and for each property of the blocks that differs from the usual
+    those of its function in `expressed`. A function returns None for a value that the tool cannot
+    express, which is then refused."""
 
     def said(name: str, value: Any, asked: Asked) -> Iterable[str] | None:
         return expressed[name](value, asked) if name in expressed else None
@@ -163,7 +172,8 @@ def blocks(
 
 
 def own_model() -> dict[str, Answer]:
-    """Answers of a tool that is not told of the model: all of it is the user's own code."""
+    """Return the answers of a tool whose files do not describe the model, which is all the user's
+    own code."""
     found = {name: own_code(name) for name in properties_known() if name.startswith("model.")}
     found["model.name"] = no_matter(LABEL)
     base, loss = found["model.rotary_base"], found["model.auxiliary_loss"]
@@ -181,7 +191,7 @@ def own_model() -> dict[str, Answer]:
 
 
 def regular(tool: str) -> dict[str, Answer]:
-    """Answers for what every tool with a regular grid takes alike."""
+    """Return the answers that all tools with a regular grid have in common."""
     label = no_matter(LABEL)
 
     def boundary(value: str | None, _: Asked) -> str:
@@ -220,7 +230,7 @@ def regular(tool: str) -> dict[str, Answer]:
 
 
 def shown(value: object) -> str:
-    """A value as tools and people read it: `0`, `1e-05`, `4096`."""
+    """Format a value for tools and people: `0`, `1e-05`, `4096`."""
     if isinstance(value, dict):
         return ", ".join(f"{name} = {shown(own)}" for name, own in value.items()) or "the usual"
     if is_dataclass(value):
@@ -230,7 +240,7 @@ def shown(value: object) -> str:
 
 
 def properties_known() -> dict[str, object]:
-    """Every property there is to answer for, with its default; MISSING where it has none."""
+    """Return every property that must be covered, with its default; MISSING if it has none."""
     own = {
         f"{kind}.{field.name}": field.default
         for kind, cls in RECORDS.items()
@@ -240,7 +250,8 @@ def properties_known() -> dict[str, object]:
 
 
 def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
-    """Every property with its value; those of pipelines and stages once for each value."""
+    """Yield every property with its value; a property of pipelines or stages comes once for each
+    distinct value."""
     plan = asked.plan
     stages = tuple(stage for pipeline in plan.pipelines for stage in pipeline.stages)
     held: dict[str, tuple[object, ...]] = {
@@ -260,7 +271,7 @@ def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
 
 
 def refusals(tool: str, answers: Answers, asked: Asked) -> Iterator[Problem]:
-    """A Problem for every property whose value the tool has not."""
+    """Yield a Problem for every property with a value that the tool cannot express."""
     source, defaults = asked.plan.name, properties_known()
     for name, value in properties(asked):
         if name in answers:
@@ -273,7 +284,7 @@ def refusals(tool: str, answers: Answers, asked: Asked) -> Iterator[Problem]:
 
 
 def lines(answers: Answers, asked: Asked, *kinds: str) -> list[str]:
-    """Of the properties of these kinds, what is written."""
+    """Return the lines to write for the properties of these kinds."""
     return [
         line
         for name, value in properties(asked)
@@ -283,7 +294,7 @@ def lines(answers: Answers, asked: Asked, *kinds: str) -> list[str]:
 
 
 def notes(answers: Answers, asked: Asked) -> tuple[str, ...]:
-    """What the tool is not told, each in a sentence."""
+    """Return one sentence for each property that the tool's files do not express."""
     own: list[str] = []
     others: list[str] = []
     for name, value in properties(asked):
@@ -295,7 +306,7 @@ def notes(answers: Answers, asked: Asked) -> tuple[str, ...]:
 
 
 def notes_file(tool: str, sentences: Iterable[str]) -> dict[str, str]:
-    """The list as a file of the export; none where there is nothing to list."""
+    """Return the notes as a file of the export; no file if there are none."""
     text = "\n".join(f"- {sentence}" for sentence in sentences)
     if not text:
         return {}

@@ -1,4 +1,4 @@
-"""A plan as DeepSpeed's ds_config.json, and what its PipelineModule is to be given.
+"""Exports a plan as DeepSpeed's ds_config.json, and the arguments of its PipelineModule.
 
 Names: docs/_pages/config-json.md, deepspeed/runtime/pipe/module.py, deepspeed/runtime/utils.py and
 _do_optimizer_sanity_check in deepspeed/runtime/engine.py, DeepSpeed 0.19.
@@ -43,13 +43,13 @@ from meshwright.plan.spec import Plan
 
 TOOL = "DeepSpeed"
 LEARNING_RATE = 3e-4
-"""That of `meshwright train`; a plan says nothing of it."""
+"""Learning rate of `meshwright train`; plans do not contain one."""
 _PRESETS = {"llama": "llama", "mixtral": "mixtral"}
-"""AutoTP's names of the families."""
+"""AutoTP's names of the model families."""
 
 
 def _tied(value: bool, asked: Asked) -> str:
-    """pipeline.py says it where there are stages."""
+    """Return the note on tied weights; with several stages pipeline.py ties them itself."""
     return "" if asked.grid.stages > 1 and value else own_code("model.tied").note(value, asked)
 
 
@@ -87,8 +87,8 @@ ANSWERS: Answers = {
 
 
 def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`ds_config.json`, `launch.sh`, `pipeline.py` where there are stages, and the list of what
-    they do not say. Raises PlanError where DeepSpeed has no such plan."""
+    """Return the files `ds_config.json`, `launch.sh`, `pipeline.py` if there are several stages,
+    and the notes. Raises PlanError if DeepSpeed cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     method = _partition_method(grid, blocks, len(model.layers))
@@ -112,15 +112,19 @@ def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> d
 
 
 def uniform(items: int, stages: int) -> tuple[tuple[int, int], ...]:
-    """DeepSpeed's `uniform` partition of a list of layers: the first stages take what is over."""
+    """Compute DeepSpeed's `uniform` partition of a list of layers: the first stages take the
+    remainder."""
     each, over = divmod(items, stages)
     ends = accumulate((each + (stage < over) for stage in range(stages)), initial=0)
     return tuple(pairwise(ends))
 
 
 def _partition_method(grid: Grid, blocks: tuple[int, ...], items: int) -> str:
-    """The method that gives the plan's cuts; empty if none does. `type:` balances the blocks, which
-    are the layers of a class with that in its name."""
+    """Return the partition method that gives the plan's cuts; empty if none does.
+
+    `type:` balances the number of blocks, which are the layers whose class has that word in its
+    name.
+    """
     if grid.layers == uniform(items, grid.stages):
         return "uniform"
     return "type:block" if is_even(blocks) else ""
@@ -196,7 +200,7 @@ def layers(embedding, block, head):
     blocks = [LayerSpec(*block) for _ in range(BLOCKS)]
     return [LayerSpec(*embedding), *blocks, LayerSpec(*head)]
 '''
-# DeepSpeed leaves out of the gradients' norm whatever else is in the second module of a table.
+# DeepSpeed excludes from the gradient norm all other weights of a table's second module.
 _TIED = '''
 def layers(embedding, block, last_block, head):
     """Of classes of yours, each with its arguments in a tuple.

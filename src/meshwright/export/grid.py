@@ -1,4 +1,4 @@
-"""The regular grid that other tools know, data x tensor x stages, and whether a plan is one."""
+"""Checks whether a plan is the regular grid that other tools know: data x tensor x stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
 Mesh = tuple[tuple[tuple[str, ...], ...], ...]
-"""Device names by group of devices (its first stage), replica and tensor index."""
+"""Device names by group of devices (a pipeline rank), replica and tensor index."""
 
 
 @record
@@ -22,28 +22,29 @@ class Grid:
     data: int
     tensor: int
     layers: tuple[tuple[int, int], ...]
-    """First layer of each stage, and one past its last; several stages of one mesh each count."""
+    """Layers [first, last) of each stage; several stages on one mesh each count."""
     rows: int
-    """Rows of a micro-batch of one replica."""
+    """Rows of a micro-batch that one replica takes."""
     micro_batches: int
     recompute: bool
     mesh: Mesh
 
     @property
     def stages(self) -> int:
-        """Groups of devices that a micro-batch passes, each with one stage or several."""
+        """Number of groups of devices (pipeline ranks), each of which holds one stage or
+        several."""
         return len(self.mesh)
 
     @property
     def chunks(self) -> int:
-        """Stages of each group."""
+        """Number of stages (virtual stages) of each group of devices."""
         return len(self.layers) // len(self.mesh)
 
 
 def grid_of(plan: Plan, tool: str) -> Grid:
-    """The grid that a plan is; equal pipelines are replicas of one.
+    """Return the grid that a plan forms; equal pipelines count as replicas of one.
 
-    Raises PlanError with every reason why the plan is none, in the name of the tool that asks.
+    Raises PlanError with every reason why the plan is no grid, worded for `tool`.
     """
     problems = [*_problems(plan, tool)]
     PlanError.check(problems)
@@ -68,7 +69,7 @@ def _widths(stage: Stage) -> tuple[int, int]:
 
 
 def _work(pipeline: Pipeline) -> tuple[object, ...]:
-    """What two pipelines must have in common to be replicas of one."""
+    """Return what two pipelines must have in common to be replicas of one."""
     stages = tuple((stage.layers, _widths(stage)) for stage in pipeline.stages)
     return pipeline.micro_batches, pipeline.rows, stages, layout_of(pipeline)
 
@@ -85,7 +86,7 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:
-    """Why the stages of one pipeline do not make a grid."""
+    """Yield the reasons why the stages of one pipeline do not form a grid."""
     where = f"pipelines[{index}].stages"
     widths = list(dict.fromkeys(_widths(stage) for stage in pipeline.stages))
     if len(widths) > 1:
@@ -102,9 +103,10 @@ def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> 
 
 
 def blocks_by_stage(plan: Plan, grid: Grid, model: LayerGraph, tool: str) -> tuple[int, ...]:
-    """Blocks of each stage of a language model, embedding and head left aside.
+    """Return the number of blocks of each stage of a language model, not counting embedding and
+    head.
 
-    Raises PlanError for a model that is no embedding, blocks and head.
+    Raises PlanError if the model does not consist of embedding, blocks and head.
     """
     names = [layer.name for layer in model.layers]
     blocks = [f"blocks.{index}" for index in range(len(names) - 2)]
@@ -116,12 +118,12 @@ def blocks_by_stage(plan: Plan, grid: Grid, model: LayerGraph, tool: str) -> tup
 
 
 def is_even(blocks: tuple[int, ...]) -> bool:
-    """Equal numbers of blocks on all stages."""
+    """True if all stages have the same number of blocks."""
     return len(set(blocks)) == 1 and blocks[0] > 0
 
 
 def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
-    """A Problem if the order of forwards and backwards is not 1F1B where that matters."""
+    """Yield a Problem if the schedule is not 1F1B and the plan depends on that."""
     if grid.chunks > 1:
         found = f"{grid.chunks} stages on each device, {plan.schedule}"
         wanted = f"one stage on each device: {tool} has no such order"
@@ -133,7 +135,7 @@ def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
 
 
 def only_precisions(plan: Plan, tool: str, *known: str) -> Iterator[Problem]:
-    """A Problem if the tool does not compute in the job's precision."""
+    """Yield a Problem if the tool does not compute in the job's precision."""
     if plan.job.precision not in known:
         wanted = f"{' or '.join(known)}, which {tool} computes in"
         yield Problem(plan.name, "job.precision", plan.job.precision, wanted)

@@ -1,4 +1,5 @@
-"""The script that starts a tool's processes, each rank on the device that the plan gives it."""
+"""Writes the script that starts a tool's processes, each rank on the device that the plan gives
+it."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ PORT = 29500
 
 
 def stage_major(grid: Grid) -> tuple[str, ...]:
-    """Devices in rank order where stages are the slowest axis: stage, replica, tensor index."""
+    """Return the devices in rank order if stages are the slowest axis: stage, replica, tensor
+    index."""
     return tuple(device for stage in grid.mesh for replica in stage for device in replica)
 
 
 def replica_major(grid: Grid) -> tuple[str, ...]:
-    """Devices in rank order where replicas are the slowest axis: replica, stage, tensor index."""
+    """Return the devices in rank order if replicas are the slowest axis: replica, stage, tensor
+    index."""
     return tuple(
         device
         for replica in range(grid.data)
@@ -29,27 +32,28 @@ def replica_major(grid: Grid) -> tuple[str, ...]:
 
 
 def by_node(order: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Runs of ranks on one node."""
+    """Group consecutive ranks on one node: (node, devices)."""
     return [(node, tuple(devices)) for node, devices in groupby(order, key=node_of)]
 
 
 def is_node_by_node(order: Sequence[str]) -> bool:
-    """Whether every node's ranks follow each other, as torchrun numbers them."""
+    """True if the ranks of every node are consecutive, as torchrun numbers them."""
     nodes = [node for node, _ in by_node(order)]
     return len(nodes) == len(set(nodes))
 
 
 def visible(devices: Sequence[str]) -> str:
-    """The devices of one node as CUDA numbers them, local rank 0 first: a word of a shell."""
+    """Return the indices of one node's devices for CUDA_VISIBLE_DEVICES, local rank 0 first, as a
+    shell word."""
     return shlex.quote(",".join(device.rpartition(":")[2] for device in devices))
 
 
 def launch_script(order: Sequence[str], command: str, *, environment: str = "") -> str:
-    """A script that starts `command` (what follows `torchrun` or `python`) on the node that it is
-    told; further arguments go to the command.
+    """Return a script that starts `command` (the arguments of `torchrun` or `python`) on the node
+    that it is given; further arguments go to the command.
 
-    Where the ranks of a node do not follow each other, torchrun cannot number them so: every
-    process is then started with its own RANK.
+    If the ranks of a node are not consecutive, torchrun cannot number them so, and the script
+    starts every process with its own RANK.
     """
     nodes = list(dict.fromkeys(node_of(device) for device in order))
     lines = [

@@ -1,6 +1,6 @@
-"""A plan as the arguments of Megatron-LM's pretrain_gpt.py.
+"""Exports a plan as the arguments of Megatron-LM's pretrain_gpt.py.
 
-Names: megatron/training/arguments.py and the records it makes options of, Megatron-LM 0.20.
+Names: megatron/training/arguments.py and the records from which it makes options, Megatron-LM 0.20.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ _LLAMA_BLOCKS = [
     "--disable-bias-linear",
 ]
 _BLOCKS = {
-    # Its GELU is the tanh form wherever it is fused with the bias, as it is by default.
+    # Megatron's GELU is the tanh form wherever it is fused with the bias, which is the default.
     "gpt2": ["--position-embedding-type learned_absolute", "--normalization LayerNorm"],
     "llama": _LLAMA_BLOCKS,
     "mixtral": _LLAMA_BLOCKS,
 }
-"""What the families of models are, in Megatron's words."""
+"""Megatron's arguments for the blocks of each model family."""
 
 
 def _family(_: str, asked: Asked) -> str:
@@ -69,7 +69,8 @@ def _family(_: str, asked: Asked) -> str:
 
 
 def _scaled(value: Scaling, _: Asked) -> list[str] | None:
-    """Its other figures are fixed."""
+    """Return the arguments for Llama 3's rotary scaling, the factor of which is the only figure
+    that Megatron can change."""
     if value.kind != "llama3" or (value.low, value.high, value.original) != (1.0, 4.0, 8192):
         return None
     return ["--use-rope-scaling", f"--rope-scaling-factor {shown(value.factor)}"]
@@ -84,7 +85,7 @@ _EXPRESSED: dict[str, Callable[[Any, Asked], list[str] | None]] = {
 
 
 def _query_bias(asked: Asked) -> list[str] | None:
-    """Llamas with biases of queries, keys and values alone are Qwens."""
+    """Return the argument for biases of queries, keys and values; a Llama with these is a Qwen."""
     return ["--add-qkv-bias"] if base_of(asked.language) != "gpt2" else None
 
 
@@ -93,7 +94,8 @@ def _positions(value: int, asked: Asked) -> list[str]:
 
 
 def _padding(value: int, asked: Asked) -> str:
-    """Every tensor rank holds equally many rows of the table."""
+    """Return the note on padding of the vocabulary, which every tensor rank holds an equal part
+    of."""
     over = -value % asked.grid.tensor
     ranks = f"so that {asked.grid.tensor} tensor ranks divide it"
     return f"the vocabulary is {value + over}, {over} more than {value}, {ranks}" if over else ""
@@ -114,7 +116,7 @@ def _whole(value: float, _: Asked) -> str:
 
 
 def _residual_std(_: Any, asked: Asked) -> str:
-    """GPT-2's own initialisation is what Megatron has for all."""
+    """Return the note on initialisation: Megatron initialises every model as GPT-2 does."""
     if base_of(asked.language) == "gpt2":
         return ""
     return (
@@ -132,7 +134,8 @@ def _chosen(value: int, asked: Asked) -> list[str]:
 
 
 def _balancing(value: float, asked: Asked) -> list[str]:
-    """Without a loss of its own there is nothing that balances experts."""
+    """Return the arguments for balancing experts; without an auxiliary loss nothing balances
+    them."""
     if not asked.language.experts:
         return []
     kind = "aux_loss" if value else "none"
@@ -140,7 +143,8 @@ def _balancing(value: float, asked: Asked) -> list[str]:
 
 
 def _optimizer(value: str, _: Asked) -> list[str]:
-    """Plans have SGD without momentum, which is memory too."""
+    """Return the arguments for the optimizer; SGD in plans has no momentum, which would also take
+    memory."""
     return ["--optimizer sgd", "--sgd-momentum 0"] if value == "sgd" else ["--optimizer adam"]
 
 
@@ -201,8 +205,8 @@ ANSWERS: Answers = {
 
 
 def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`arguments.txt`, `launch.sh`, and the list of what they do not say. Raises PlanError where
-    Megatron-LM has no such plan."""
+    """Return the files `arguments.txt`, `launch.sh` and the notes. Raises PlanError if Megatron-LM
+    cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     asked = Asked(plan, grid, language)
@@ -242,7 +246,8 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
 
 
 def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
-    """Interleaving is as many micro-batches at a time as there are groups of devices."""
+    """Yield Problems with the schedule; when Megatron interleaves, the number of micro-batches must
+    be a multiple of the number of pipeline ranks."""
     if plan.schedule != "interleaved-1f1b" or grid.chunks == 1 or grid.stages == 1:
         yield from only_schedule(plan, grid, TOOL)
     elif grid.micro_batches % grid.stages:
@@ -251,8 +256,9 @@ def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
 
 
 def _split(blocks: tuple[int, ...], grid: Grid) -> list[str]:
-    """Nothing where stages are even but their number on each device, a count for the first or last
-    stage where the others are, and the layout of every stage else."""
+    """Return the arguments for the cuts: only the number of virtual stages if all stages have the
+    same number of blocks, a count for the first or last stage if only these differ, else the layout
+    of every stage."""
     if grid.stages == 1 or is_even(blocks):
         return [f"--num-virtual-stages-per-pipeline-rank {grid.chunks}"] * (grid.chunks > 1)
     first, *middle, last = blocks

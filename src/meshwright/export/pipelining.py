@@ -1,5 +1,5 @@
-"""A plan's program as the compute-only CSV of torch.distributed.pipelining, and back: a line for
-each group of devices.
+"""Exports a plan's program as the compute-only CSV of torch.distributed.pipelining, and imports it:
+one line for each group of devices.
 
 Form: `_PipelineScheduleRuntime._load_csv` of torch 2.13: actions such as `0F3`, separated by
 commas. Every pipeline is a file of its own, with its stages numbered from 0; all replicas of a
@@ -24,9 +24,9 @@ TOOL = "torch.distributed.pipelining"
 
 
 def pipelining_files(plan: Plan) -> dict[str, str]:
-    """`schedule.csv`, or `schedule-0.csv` and so on, and the list of all else. Raises PlanError for
-    stages of unlike width or replicas with unlike rows, between which torch's stages cannot
-    send."""
+    """Return the file `schedule.csv`, or `schedule-0.csv` and so on if pipelines differ, and the
+    notes. Raises PlanError for stages of different widths or replicas with different rows, between
+    which torch's stages cannot send."""
     PlanError.check(
         problem
         for index, pipeline in enumerate(plan.pipelines)
@@ -40,7 +40,7 @@ def pipelining_files(plan: Plan) -> dict[str, str]:
 
 
 def _not_in_csv(plan: Plan) -> Iterator[str]:
-    """All but the order of work."""
+    """Yield the notes: everything but the schedule."""
     job = plan.job
     yield f"the model, {plan.model.name}, which is your own code, and its cuts: {describe(plan)}"
     yield (
@@ -50,7 +50,8 @@ def _not_in_csv(plan: Plan) -> Iterator[str]:
 
 
 def schedule_csv(orders: Sequence[Order]) -> str:
-    """Orders as CSV; a batched W as so many single ones, which is all that torch has."""
+    """Format orders as CSV; a W of several micro-batches becomes single ones, the only kind that
+    torch has."""
     rows = (
         ",".join(
             word(one(action.op, action.stage, m), alone=False)
@@ -63,8 +64,8 @@ def schedule_csv(orders: Sequence[Order]) -> str:
 
 
 def with_schedule(plan: Plan, texts: Sequence[str], sources: Sequence[str]) -> Plan:
-    """The plan in the order of CSV files, one for every pipeline or one for all, as the schedule
-    `custom`. Raises PlanError, naming file, line and word, for what cannot be played."""
+    """Return the plan with schedule `custom`, in the order of CSV files, one for every pipeline or
+    one for all. Raises PlanError, naming file, line and word, for an order that cannot run."""
     if len(texts) not in (1, len(plan.pipelines)):
         wanted = f"1, or one for each of {len(plan.pipelines)} pipelines"
         raise PlanError(Problem("schedule", "files", str(len(texts)), wanted))
@@ -86,7 +87,7 @@ def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
     numbered = (tuple(range(len(pipeline.stages))),) * len(layout)
     found = []
     for number, (row, every, held) in enumerate(zip(rows, numbered, layout, strict=True), start=1):
-        # Every word names its stage, as one of several would.
+        # Parsed as if the group held every stage, so that each word must name its stage.
         order = parse_order(row.replace(",", " "), every, source=source, field=f"line {number}")
         PlanError.check(
             Problem(

@@ -1,4 +1,4 @@
-"""The tools that a plan can be written for, by the name that the command line gives them."""
+"""Lists the tools that a plan can be exported to, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ TOOLS = (*_WRITERS, PIPELINING)
 
 
 def check_tool(tool: str) -> None:
-    """Raise PlanError for a tool that nobody knows."""
+    """Raise PlanError if the tool is unknown."""
     if tool not in TOOLS:
         wanted, mend = f"one of: {', '.join(TOOLS)}", did_you_mean(tool, TOOLS)
         raise PlanError(Problem("--to", "", repr(tool), wanted, mend))
 
 
 def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
-    """The text of every file that `tool` takes for the plan, by file name.
+    """Return the text of every file that `tool` needs for the plan, by file name.
 
     Raises PlanError with every reason why the tool cannot express the plan.
     """

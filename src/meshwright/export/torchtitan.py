@@ -1,4 +1,4 @@
-"""A plan as a configuration of torchtitan, which is a Python function.
+"""Exports a plan as a configuration of torchtitan, which is a Python function.
 
 Names: torchtitan/config/configs.py, torchtitan/trainer.py, pipeline_parallel.py and
 activation_checkpoint.py in torchtitan/distributed, and decoder.py and config_utils.py in
@@ -39,11 +39,11 @@ from meshwright.plan.spec import Plan
 
 TOOL = "torchtitan"
 BASES = {"llama-3-8b": "llama3_8b", "llama-3-70b": "llama3_70b"}
-"""Configurations in torchtitan.models.llama3.config_registry, by the models they are for."""
+"""Configurations in torchtitan.models.llama3.config_registry, by the models that they describe."""
 
 
 def _same(name: str, found: str) -> Answer:
-    """A line of the module that refuses a configuration of another model."""
+    """Write a line that refuses a configuration of another model when training starts."""
     return Answer(
         "checked when it starts",
         write=lambda value, _: [f"same({name!r}, {found}, {value!r})"],
@@ -131,8 +131,8 @@ def same(what, found, planned):
 
 
 def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """`meshwright_plan.py`, `launch.sh`, and the list of what they do not say. Raises PlanError
-    where torchtitan has no such plan."""
+    """Return the files `meshwright_plan.py`, `launch.sh` and the notes. Raises PlanError if
+    torchtitan cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     asked = Asked(plan, grid, language)
@@ -143,7 +143,7 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
             *refusals(TOOL, ANSWERS, asked),
         ]
     )
-    own = language == NAMED.get(language.name)  # a config may call itself what it is not
+    own = language == NAMED.get(language.name)  # a config.json may carry another model's name
     base = BASES.get(language.name) if own else None
     function = "--module meshwright_plan --config train"
     if not base:
@@ -162,7 +162,8 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
 
 
 def _module(asked: Asked, blocks: tuple[int, ...], base: str | None) -> str:
-    """`apply`, which changes a configuration; and `train`, a whole one, where torchtitan has it."""
+    """Return the text of `meshwright_plan.py`: `apply`, which changes a configuration, and `train`,
+    a complete one, if torchtitan has the model."""
     plan, grid, language = asked.plan, asked.grid, asked.language
     title = f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."
     imports = ["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute
@@ -196,7 +197,8 @@ def _module(asked: Asked, blocks: tuple[int, ...], base: str | None) -> str:
 
 SINGLE: dict[str, str] = {"1f1b": "1F1B", "gpipe": "GPipe"}
 SEVERAL: dict[str, str] = {"interleaved-1f1b": "Interleaved1F1B", "zb-v": "ZBVZeroBubble"}
-"""torchtitan's names of the orders that it plays on one stage, and on several, of each device."""
+"""torchtitan's names of the schedules that it runs on one stage (SINGLE) and on several stages
+(SEVERAL) of each device."""
 
 
 def _problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
@@ -219,8 +221,8 @@ def _schedules(grid: Grid) -> dict[str, str]:
 
 
 def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
-    """Parameters are replicated, as the plan has them, and activations are whole on every tensor
-    rank."""
+    """Return the settings of parallelism: parameters are replicated, as in the plan, and every
+    tensor rank holds whole activations."""
     settings: list[tuple[str, object]] = [
         ("data_parallel_replicate_degree", grid.data),
         ("data_parallel_shard_degree", 1),
@@ -236,7 +238,8 @@ def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
 
 
 def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
-    """The modules of every stage, by name; torchtitan deals several to each device as plans do."""
+    """Return the lines that name the modules of every stage; torchtitan deals several stages to
+    each device in the same order as plans."""
     if grid.stages == 1:
         return []
     lines, done = ["    parallelism.module_fqns_per_model_part = ["], 0
@@ -251,7 +254,7 @@ def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
 
 def _training(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
     job = plan.job
-    # CUDA graphs, which are its default, it does not capture of stages.
+    # torchtitan captures CUDA graphs by default, but cannot do so with stages.
     graphs: list[tuple[str, object]] = [("disable_cuda_graphs", True)] if grid.stages > 1 else []
     return [
         *graphs,

@@ -1,4 +1,4 @@
-"""Words of a plan in the languages of other tools, so that a name stays a name in each of them."""
+"""Writes text of a plan into other languages, safely: a name can never become code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from meshwright.text import flaw, printable
 
 
 def docstring(text: str) -> str:
-    """A Python docstring of one line; as a plain literal where quotes would end it."""
+    """Return a Python docstring of one line, or a plain literal if quotes would end a docstring."""
     plain = '"""' not in text and "\\" not in text and not text.endswith('"') and not flaw(text)
     return f'"""{text}"""' if plain else repr(text)
 
 
 def comment(text: str) -> str:
-    """A comment of one line, for Python, YAML and shells."""
+    """Return a comment of one line, for Python, YAML and shells."""
     return f"# {printable(text)}"
 
 
 def shell_default(name: str) -> str:
-    """A word to stand in `"${NAME:-word}"`, where quotes would be letters."""
+    """Quote a word for use in `"${NAME:-word}"`, where plain quotes would become part of the
+    word."""
     word = shlex.quote(name)
     return name if word == name else f"$(printf %s {word})"

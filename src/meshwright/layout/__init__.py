@@ -1,1 +1,1 @@
-"""Who holds which slice of a tensor, and the moves between two layouts."""
+"""Describes which slice of a tensor each rank holds, and how to move from one layout to another."""

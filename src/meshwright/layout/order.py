@@ -1,12 +1,13 @@
-"""Who sends what and in which order, so that multicasts do not wait for each other's interfaces.
+"""Schedules multicasts between hosts: which holder sends, and in which order, so that they rarely
+wait for each other's network interfaces.
 
-Each host has one interface, which sends one message and receives one at a time. A multicast runs
-as a pipelined chain: it occupies the sending half of its source and the receiving half of every
-host it reaches, all for as long as its bytes take to cross one interface; the hosts that pass it
-on send with their own other half. Which holder sends, and the order, is the load balancing problem
-of "On Optimizing the Communication of Model Parallelism", section 3.2; like there the best answer
-of several methods is taken: longest task first to the least loaded sender, randomised greedy, and
-for few tasks a depth-first search with pruning.
+Each host has one interface, which sends one message and receives one at a time. A multicast runs as
+a pipelined chain: it occupies the sending half of its source and the receiving half of every host
+it reaches, all for as long as its bytes take to cross one interface; each receiver but the last
+also occupies its own sending half to forward it. Choosing senders and order is the load balancing
+problem of "On Optimizing the Communication of Model Parallelism", section 3.2. As in that paper the
+best answer of several methods is taken: longest task first to the least loaded sender, randomised
+greedy, and for few tasks a depth-first search with pruning.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ Port = tuple[str, str]
 
 TRIALS = 100
 SEARCHED = 8
-"""Tasks up to which every order may be tried."""
+"""Largest number of tasks for which every order may be tried."""
 NODES = 20_000
-"""Steps of the depth-first search: the same end on every machine."""
+"""Largest number of steps of the depth-first search; a count and not a time, so that every machine
+finds the same."""
 TRIED_WORK = 200_000
-"""Tasks squared x trials of the randomised greedy."""
+"""Limit on (number of tasks)^2 x trials of the randomised greedy method."""
 EXACT = 1 + 1e-9
 
 
@@ -36,16 +38,16 @@ class Multicast:
     """A message for several hosts."""
 
     size: float
-    """Bytes, or any other measure of the time in which it crosses an interface."""
+    """Bytes, or any other measure of the time that the message takes to cross an interface."""
     senders: tuple[str, ...]
-    """Hosts that have it, one of which sends."""
+    """Hosts that hold the message; one of them sends it."""
     receivers: tuple[str, ...]
-    """Hosts that must have it; none of the senders."""
+    """Hosts that must receive it; none of them is a sender."""
 
 
 @record
 class Turn:
-    """One multicast in its place."""
+    """One scheduled multicast: its sender, start and end."""
 
     task: int
     sender: str
@@ -54,14 +56,17 @@ class Turn:
 
 
 def ports(task: Multicast, sender: str) -> tuple[Port, ...]:
-    """What a multicast occupies."""
+    """Return the ports that a multicast occupies."""
     onward = tuple(("out", host) for host in task.receivers[:-1])
     return (("out", sender), *(("in", host) for host in task.receivers), *onward)
 
 
 def lower_bound(tasks: Sequence[Multicast]) -> float:
-    """No choice and order ends earlier: every host receives all it must have once; every message
-    leaves one of its holders once, so that those of any set of hosts leave these."""
+    """Return a lower bound of the makespan over all choices of senders and orders.
+
+    Every host receives all its messages through one port. Every message leaves one of its holders
+    once, so the messages held only by a set of hosts leave through the ports of this set.
+    """
     arriving: dict[str, float] = defaultdict(float)
     leaving: dict[frozenset[str], float] = defaultdict(float)
     for task in tasks:
@@ -82,7 +87,7 @@ def lower_bound(tasks: Sequence[Multicast]) -> float:
 
 
 def timed(tasks: Sequence[Multicast], choice: Iterable[tuple[int, str]]) -> tuple[Turn, ...]:
-    """When each multicast runs if they take their ports in this order."""
+    """Compute when each multicast runs if they take their ports in this order."""
     free: dict[Port, float] = defaultdict(float)
     turns = []
     for index, sender in choice:
@@ -95,12 +100,13 @@ def timed(tasks: Sequence[Multicast], choice: Iterable[tuple[int, str]]) -> tupl
 
 
 def makespan(turns: Sequence[Turn]) -> float:
-    """When the last one ends."""
+    """Return the end of the last multicast."""
     return max((turn.end for turn in turns), default=0.0)
 
 
 def best_order(tasks: Sequence[Multicast], seed: int = 0) -> tuple[Turn, ...]:
-    """Senders and order with the earliest end that was found; the same for the same input."""
+    """Return the senders and the order with the smallest makespan found; the same for the same
+    input."""
     bound = lower_bound(tasks) * EXACT
     best = timed(tasks, _first_come(tasks))
     for turns in _answers(tasks, seed):
@@ -114,7 +120,7 @@ def best_order(tasks: Sequence[Multicast], seed: int = 0) -> tuple[Turn, ...]:
 
 
 def by_size(tasks: Sequence[Multicast]) -> list[tuple[int, str]]:
-    """Each task in turn to the holder that has least to send, in the order in which they came."""
+    """Assign each task, in the given order, to the holder that has least to send so far."""
     load: dict[str, float] = defaultdict(float)
     choice = []
     for index, task in enumerate(tasks):
@@ -139,8 +145,8 @@ def _answers(tasks: Sequence[Multicast], seed: int) -> Iterator[tuple[Turn, ...]
 
 
 def _dense(tasks: Sequence[Multicast], luck: Sequence[float]) -> tuple[Turn, ...]:
-    """Always the task that can begin first; of several the one whose busiest port has most left to
-    do, then the luckier."""
+    """Repeatedly take the task that can start first; among equals the one whose busiest port has
+    most left to do, then the one with the least `luck` plus time at which its sender is free."""
     free: dict[Port, float] = defaultdict(float)
     left: dict[Port, float] = defaultdict(float)
     for task in tasks:
@@ -183,7 +189,7 @@ class _Search:
 
 
 def _searched(tasks: Sequence[Multicast], best: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Every order and every sender, unless what is left of a branch cannot win."""
+    """Search every order and every sender depth first, pruning branches that cannot win."""
     search = _Search(tasks, best)
     _descend(search, frozenset(range(len(tasks))), {})
     return search.best
@@ -209,7 +215,8 @@ def _descend(search: _Search, left: frozenset[int], free: dict[Port, float]) -> 
 
 
 def _at_least(tasks: Sequence[Multicast], left: Iterable[int], free: dict[Port, float]) -> float:
-    """A bound on the end: what each receiving port still has to take, and what has been placed."""
+    """Return a lower bound of the makespan: for each port, its end so far plus what it still must
+    carry."""
     ends = dict(free)
     for index in left:
         for host in tasks[index].receivers:

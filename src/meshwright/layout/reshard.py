@@ -1,4 +1,5 @@
-"""From one layout to another: which messages carry what, by which strategy, in which order."""
+"""Plans the transfers from one layout to another: which messages carry what, by which strategy, in
+which order."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from meshwright.layout.tiles import (
 from meshwright.records import record
 
 Strategy = Literal["send", "gather", "broadcast"]
-"""`send`: the whole tile to every receiver. `gather`: to each receiver of a host its part of the
-tile, which they then put together among themselves. `broadcast`: a chain from host to host, and
-inside each from rank to rank, in which everyone passes on chunk by chunk what it gets."""
+"""How a tile travels. `send`: the whole tile to every receiver. `gather`: a part of the tile to
+each receiver of a host, and these then all-gather the parts. `broadcast`: a chain from host to
+host, and inside each from rank to rank, in which each rank forwards chunk by chunk what it
+receives."""
 
 
 @record
@@ -32,22 +34,23 @@ class Transfer:
     tile: Tile
     source: int
     receivers: tuple[int, ...]
-    """Host by host; the order of a chain."""
+    """Receivers host by host, in the order of a chain."""
     strategy: Strategy
 
 
 @record
 class Message:
-    """Elements of a transfer's tile, counted in row-major order, from one rank to another."""
+    """One point-to-point message: a range of the elements of a transfer's tile, counted in
+    row-major order."""
 
     source: int
     target: int
     part: tuple[int, int]
-    """[first, last)."""
+    """Range of elements: [first, last)."""
 
 
 Order = Callable[[Sequence[Multicast]], Sequence[Turn]]
-"""Chooses the senders' hosts and the order."""
+"""A function that chooses the hosts that send, and the order."""
 
 
 def reshard(
@@ -57,11 +60,12 @@ def reshard(
     strategy: Strategy | None = None,
     order: Order = best_order,
 ) -> tuple[Transfer, ...]:
-    """Transfers, in the order in which they should begin, that turn `source` into `target`.
+    """Return the transfers that turn `source` into `target`, in the order in which they should
+    begin.
 
-    `hosts` says where each rank is. Without a strategy each task has its own: a send to a single
-    receiver, a broadcast to several. What a holder on a receiver's own host has is taken from
-    there: only the rest of the hosts are reached over the network.
+    `hosts` gives the host of each rank. Without a strategy, a task with one receiver is a send and
+    any other a broadcast. Receivers on a host that already holds the tile get it from there; only
+    the other hosts are reached over the network.
     """
     tasks = unit_tasks(source, target)
     found = [
@@ -82,7 +86,8 @@ def reshard(
 
 
 def multicasts(tasks: Sequence[UnitTask], hosts: Mapping[int, str]) -> list[Multicast]:
-    """What unit tasks ask of the network, in elements; nothing of it is for a holder's own host."""
+    """Return the multicasts that unit tasks need between hosts, with sizes in elements; hosts that
+    hold the tile need none."""
     return [
         Multicast(
             size=elements(task.tile),
@@ -96,7 +101,7 @@ def multicasts(tasks: Sequence[UnitTask], hosts: Mapping[int, str]) -> list[Mult
 def _receivers(
     task: UnitTask, hosts: Mapping[int, str], *, near: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Receivers by host: on hosts that hold the tile, or on the others."""
+    """Group the receivers by host: on hosts that hold the tile if `near`, else on the others."""
     have = {hosts[rank] for rank in task.holders}
     groups: dict[str, list[int]] = defaultdict(list)
     for rank in task.receivers:
@@ -122,9 +127,9 @@ def _transfer(
 
 
 def messages(transfer: Transfer, hosts: Mapping[int, str], chunks: int = 1) -> Iterator[Message]:
-    """The point-to-point messages of a transfer, each after those that bring what it carries.
+    """Yield the point-to-point messages of a transfer, each after those that bring what it carries.
 
-    `chunks`: pieces of a broadcast, of which one is passed on while the next arrives.
+    A broadcast is cut into `chunks` pieces, one of which is forwarded while the next arrives.
     """
     size = elements(transfer.tile)
     if transfer.strategy == "send":
@@ -145,8 +150,8 @@ def messages(transfer: Transfer, hosts: Mapping[int, str], chunks: int = 1) -> I
 
 
 def _gathered(source: int, ranks: Sequence[int], size: int) -> Iterator[Message]:
-    """To each of the ranks a part; then a ring, in each of whose steps all pass on what they got
-    last."""
+    """Yield the messages that give each rank one part, then those of a ring all-gather, in each
+    step of which every rank forwards the part it received last."""
     count = len(ranks)
     ends = even_cuts(size, count)
     parts = list(itertools.pairwise(ends))

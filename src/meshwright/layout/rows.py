@@ -1,4 +1,5 @@
-"""Moves of a row-sharded, tensor-replicated activation between two stages of any widths."""
+"""Computes the moves of a row-sharded, tensor-replicated activation between two stages of any
+widths."""
 
 from __future__ import annotations
 
@@ -16,30 +17,32 @@ from meshwright.records import record
 
 @record
 class Move:
-    """Rows that one rank hands to another."""
+    """Rows that one rank sends to another."""
 
     source: int
     target: int
     rows: tuple[int, int]
-    """[first, last) within the micro-batch."""
+    """Rows [first, last) within the micro-batch."""
     part: tuple[int, int, int] | None = None
-    """Only pieces [first, last) of so many equal ones, of each tensor's rows laid flat."""
+    """(first, last, number): only the pieces [first, last) of each tensor's flattened rows, cut
+    into this number of equal pieces; None for all."""
     chain: tuple[int, ...] = ()
-    """Of a broadcast: its source, then all who receive it."""
+    """Ranks of a broadcast chain: the source, then all receivers; empty if the move is no
+    broadcast."""
 
 
 def boundary_moves(
     source: StageSeats, target: StageSeats, kind: BoundaryKind = "direct"
 ) -> tuple[Move, ...]:
-    """Every target rank receives its rows once, whatever the two meshes look like.
+    """Return the moves that give every target rank its rows once, whatever the two meshes look
+    like.
 
-    Activations at a boundary are the same on all tensor ranks of a replica.
-    `direct`: target tensor rank t takes its rows from source tensor rank t modulo the source's
-    width: equal widths pair off, a wider source spreads its senders.
-    `scatter_gather`: all tensor ranks of the source send an equal part, and the target's receive
-    one each, which they still have to put together.
-    `broadcast`: one tensor rank of the source sends to all of the target's; which one, and which
-    rows first, so that the nodes' interfaces are busy alike and wait little for each other.
+    Activations at a boundary are the same on all tensor ranks of a replica. `direct`: target tensor
+    rank t takes its rows from source tensor rank t modulo the source's width, so equal widths pair
+    off and a wider source spreads its senders. `scatter_gather`: each tensor rank of the source
+    sends an equal part, each of the target receives one, and the target's ranks then all-gather
+    them. `broadcast`: one tensor rank of the source sends to all of the target's; senders and order
+    are chosen so that the nodes' interfaces are equally busy and rarely wait for each other.
     """
     if kind == "broadcast":
         return tuple(_broadcasts(source, target))
@@ -49,7 +52,8 @@ def boundary_moves(
 
 
 def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
-    """Rows whose parts several ranks put together among themselves, with these ranks, ascending."""
+    """Return the rows whose parts several ranks must all-gather, with these ranks in ascending
+    order."""
     found: dict[tuple[int, int], dict[int, None]] = {}
     for move in moves:
         if move.part is not None:
@@ -86,7 +90,8 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
 
 
 def _scattered(task: UnitTask) -> list[Move]:
-    """The flat tensor, divided evenly over the holders, becomes divided over the receivers."""
+    """Return the moves of a flattened tensor from even parts over the holders to even parts over
+    the receivers."""
     (rows,) = task.tile
     of = lcm(len(task.holders), len(task.receivers))
     if of == 1:

@@ -1,4 +1,5 @@
-"""Which slice of a tensor each rank of a mesh holds, and what two such layouts have in common."""
+"""Describes which slice (tile) of a tensor each rank of a mesh holds, and the intersections of two
+such layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from math import prod
 from meshwright.records import record
 
 Tile = tuple[tuple[int, int], ...]
-"""[first, last) along every dimension."""
+"""A slice of a tensor: [first, last) along every dimension."""
 
 
 @record
@@ -19,22 +20,23 @@ class Layout:
 
     shape: tuple[int, ...]
     tiles: Mapping[int, Tile]
-    """By rank; some may be empty."""
+    """Tile of each rank; some may be empty."""
 
 
 @record
 class UnitTask:
-    """A tile that lies whole in one tile of the source and one of the target."""
+    """A tile to be moved that lies within one tile of the source and one of the target."""
 
     tile: Tile
     holders: tuple[int, ...]
-    """Ranks that have it."""
+    """Ranks that hold it."""
     receivers: tuple[int, ...]
-    """Ranks that must have it and do not."""
+    """Ranks that need it and do not hold it."""
 
 
 def even_cuts(size: int, parts: int) -> tuple[int, ...]:
-    """Ends of `parts` slices whose sizes differ by at most one, from 0 to `size`."""
+    """Return the boundaries, from 0 to `size`, of `parts` slices whose sizes differ by at most
+    one."""
     return tuple(k * size // parts for k in range(parts + 1))
 
 
@@ -45,11 +47,11 @@ def layout(
     divided: Sequence[Sequence[int]],
     cuts: Mapping[int, Sequence[int]] | None = None,
 ) -> Layout:
-    """The layout of a tensor on a mesh of `ranks` (row-major, axes of sizes `mesh`).
+    """Return the layout of a tensor on a mesh of `ranks` (row-major, axes of sizes `mesh`).
 
-    `divided`: for each dimension of the tensor the mesh axes that divide it, the first outermost;
-    over all other axes it is replicated. Slices are even (ragged where a size does not divide)
-    unless `cuts` gives the ends of a dimension's slices, 0 and the size included.
+    `divided` lists, for each dimension of the tensor, the mesh axes that divide it, outermost
+    first; over all other axes it is replicated. Slices are even (they differ by at most one) unless
+    `cuts` gives the boundaries of a dimension's slices, from 0 to its size.
     """
     ends = {
         dim: (cuts or {}).get(dim) or even_cuts(size, prod(mesh[axis] for axis in axes))
@@ -70,24 +72,26 @@ def _index(place: Sequence[int], mesh: Sequence[int], axes: Sequence[int]) -> in
 
 
 def elements(tile: Tile) -> int:
-    """Numbers in a tile."""
+    """Return the number of elements in a tile."""
     return prod(last - first for first, last in tile)
 
 
 def common(one: Tile, other: Tile) -> Tile:
-    """What two tiles share; with an empty slice if they share nothing."""
+    """Return the intersection of two tiles; it has an empty slice if they share nothing."""
     return tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def is_empty(tile: Tile) -> bool:
-    """Whether a tile has no element."""
+    """True if a tile has no element."""
     return any(last <= first for first, last in tile)
 
 
 def unit_tasks(source: Layout, target: Layout) -> tuple[UnitTask, ...]:
-    """Everything that must move: for every distinct tile of the target its pieces, each of which
-    one distinct tile of the source contains (the unit tasks of "On Optimizing the Communication of
-    Model Parallelism", section 3). A receiver gets each element in exactly one of them.
+    """Return everything that must move: each distinct tile of the target is split into pieces that
+    each lie within one distinct tile of the source.
+
+    These are the unit tasks of "On Optimizing the Communication of Model Parallelism", section 3. A
+    receiver gets each element in exactly one of them.
     """
     found = []
     holders = _by_tile(source)
@@ -104,7 +108,7 @@ def unit_tasks(source: Layout, target: Layout) -> tuple[UnitTask, ...]:
 
 
 def _by_tile(layout: Layout) -> dict[Tile, tuple[int, ...]]:
-    """Ranks by what they hold."""
+    """Group the ranks by the tile that they hold."""
     found: dict[Tile, list[int]] = {}
     for rank, tile in layout.tiles.items():
         if not is_empty(tile):
@@ -113,7 +117,7 @@ def _by_tile(layout: Layout) -> dict[Tile, tuple[int, ...]]:
 
 
 class _Sorted:
-    """Tiles, found by their first dimension."""
+    """Sorted tiles, searched by their first dimension."""
 
     def __init__(self, tiles: Sequence[Tile]) -> None:
         self.tiles = tiles
@@ -121,7 +125,7 @@ class _Sorted:
         self.lasts = list(accumulate((tile[0][1] for tile in tiles), max))
 
     def beside(self, tile: Tile) -> Iterator[Tile]:
-        """Those that may share something with a tile, in order."""
+        """Return the tiles that may intersect a tile, in order."""
         first, last = tile[0]
         start, end = bisect_right(self.lasts, first), bisect_left(self.firsts, last)
         return iter(self.tiles[start:end])

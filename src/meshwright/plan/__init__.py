@@ -1,1 +1,1 @@
-"""The one description of a strategy."""
+"""Defines the plan, the single description of a training strategy."""

@@ -1,4 +1,4 @@
-"""Plans on disk."""
+"""Reads and writes plan files (JSON)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from meshwright.records import check_format, dumps, parse, read
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan and check it by itself. Raises PlanError with every mistake, file and field."""
+    """Read a plan and check it by itself. Raises PlanError with every mistake, each with file and
+    field."""
     data = read(Path(path), error=PlanError)
     check_format(data, source=str(path), error=PlanError)
     plan = parse(data, Plan, source=str(path), error=PlanError)

@@ -1,4 +1,5 @@
-"""Plan to ranks: where each process stands, and which rows of the batch it sees."""
+"""Assigns the ranks of a plan: the stages that each process holds, and the rows of the batch that
+it works on."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class Seat:
     device: str
     pipeline: int
     stage: int
-    """Number of the stage, counted over all pipelines."""
+    """Number of the stage, counted over all pipelines in order."""
     replica: int
     tensor_index: int
     rows: tuple[int, int]
@@ -34,25 +35,26 @@ class StageSeats:
     is_first: bool
     is_last: bool
     position: int
-    """Place in the pipeline, from 0: stages of one position are held by the same ranks, in the same
-    mesh. Without such virtual stages it is the stage's place in its pipeline."""
+    """Index of the group of devices in its pipeline, from 0. Stages of one position are held by the
+    same ranks, in the same mesh (virtual stages); without these it is the stage's index in its
+    pipeline."""
     layers: tuple[int, int]
     recompute: bool
     seats: tuple[tuple[Seat, ...], ...]
-    """Data width x tensor width, as the stage's devices."""
+    """Seats by replica and tensor index, in the order of the stage's devices."""
     boundary: BoundaryKind = "direct"
-    """How tensors cross the cut between the stage before and this one, both ways."""
+    """How tensors cross the cut between the previous stage and this one, in both directions."""
 
 
 def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
-    """[first, last) of each replica in a micro-batch of `rows` rows."""
+    """Return the rows [first, last) of each replica in a micro-batch of `rows` rows."""
     shares = stage.rows or (rows // len(stage.devices),) * len(stage.devices)
     ends = tuple(accumulate(shares))
     return tuple(zip((0, *ends[:-1]), ends, strict=True))
 
 
 def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
-    """Every stage of every pipeline, numbered in order."""
+    """Return every stage of every pipeline, numbered in order."""
     rank_of = {device: rank for rank, device in enumerate(plan.devices)}
     found: list[StageSeats] = []
     for p, pipeline in enumerate(plan.pipelines):
@@ -91,34 +93,36 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
 
 
 def held_together(one: StageSeats, other: StageSeats) -> bool:
-    """Whether the same ranks hold both stages: what passes between them stays where it is."""
+    """True if the same ranks hold both stages, so that no tensor moves between them."""
     return (one.pipeline, one.position) == (other.pipeline, other.position)
 
 
 def divides_layers(plan: Plan) -> bool:
-    """Whether any layer is held by several tensor ranks."""
+    """True if any layer is divided over several tensor ranks."""
     return any(len(replica) > 1 for p in plan.pipelines for s in p.stages for replica in s.devices)
 
 
 def seats_of(stages: Sequence[StageSeats], rank: int) -> tuple[Seat, ...]:
-    """A rank's seats, by stage; more than one where a schedule has virtual stages."""
+    """Return a rank's seats in stage order; there are several if the schedule has virtual
+    stages."""
     seats = (seat for stage in stages for replica in stage.seats for seat in replica)
     return tuple(seat for seat in seats if seat.rank == rank)
 
 
 def pipeline_rows(pipeline: Pipeline) -> int:
-    """Rows of the global batch that a pipeline works through in one step."""
+    """Return the number of rows of the global batch that a pipeline works through in one step."""
     return pipeline.rows * pipeline.micro_batches
 
 
 def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
-    """Row of the global batch at which a micro-batch begins."""
+    """Return the row of the global batch at which a micro-batch begins."""
     before = sum(pipeline_rows(p) for p in plan.pipelines[:pipeline])
     return before + micro_batch * plan.pipelines[pipeline].rows
 
 
 def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
-    """Data width x tensor width, `2 x 4`; replicas of unlike tensor widths as `4 + 2 + 2`."""
+    """Format a mesh as data width x tensor width, `2 x 4`; replicas of unlike tensor widths as `4 +
+    2 + 2`."""
     widths = [len(replica) for replica in devices]
     if len(set(widths)) > 1:
         return " + ".join(map(str, widths))
@@ -126,9 +130,12 @@ def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
 
 
 def describe(plan: Plan) -> str:
-    """A plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`, where r recomputes; unequal rows of
-    replicas as `7+1`, unequal tensor widths as `tp4+2`; `pp2 vpp3` are three stages on each of two
-    groups of devices."""
+    """Describe a plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`.
+
+    The brackets give the number of layers of each stage, with r if it recomputes, and `8x4` is 8
+    micro-batches of 4 rows. Unequal rows of replicas read `7+1`, unequal tensor widths `tp4+2`;
+    `pp2 vpp3` means three stages on each of two groups of devices.
+    """
     lines = []
     for pipeline in plan.pipelines:
         meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})

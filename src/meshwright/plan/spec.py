@@ -1,4 +1,4 @@
-"""Who holds what: the one description of a strategy, written by the search or by hand."""
+"""Defines the plan: which devices hold which layers, written by the search or by hand."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ ScheduleName = Literal[
     "list",
     "custom",
 ]
-"""Orders of work in a pipeline. `list` (made by the list scheduler) and `custom` (by hand, or
-imported) stand in the plan itself: `Pipeline.actions`."""
+"""Pipeline schedules. `list` (made by the list scheduler) and `custom` (by hand, or imported) are
+written out in the plan itself: `Pipeline.actions`."""
 
 BoundaryKind = Literal["direct", "scatter_gather", "broadcast"]
 """How tensors cross the cut between two stages. `direct`: each device receives all it needs from
 one device of the other side. `scatter_gather`: the devices of a replica send and receive equal
-parts, which the receivers put together among themselves. `broadcast`: one device sends to all
-devices of a replica at once."""
+parts, and the receivers then all-gather them. `broadcast`: one device sends to all devices of a
+replica at once."""
 
 PartName = Annotated[
     str, one_of("compute", "bubble", "transfers", "reductions", "optimizer", "overhead")
 ]
-"""Where the seconds of a step go."""
+"""Kind of time on the critical path of a step."""
 
 
 @record
 class Job:
-    """What one optimizer step must do, whatever the plan."""
+    """The training job: what one optimizer step must do, whatever the plan."""
 
     global_batch: Rows
-    """Rows per step, over the whole cluster."""
+    """Rows per optimizer step, summed over the whole cluster."""
     sequence: Tokens
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -76,30 +76,32 @@ class Subject:
 
     name: Name
     fingerprint: Name
-    """Of the LayerGraph or Cluster record; empty: any will do (plans written by hand)."""
+    """Fingerprint of the LayerGraph or Cluster record; empty if any will do, as in plans written by
+    hand."""
     source: Line = ""
-    """Where it can be had again: a model name, a `config.json`, a `.toml`."""
+    """Where it can be loaded from: a model name, a `config.json`, a `.toml`."""
 
 
 Actions = Annotated[str, Field(max_length=2**24)]
-"""Of one group of devices in a step."""
+"""Computations of one group of devices in one step, in order; see `Pipeline.actions`."""
 
 
 @record
 class Stage:
-    """A run of consecutive layers on a mesh of devices, data width x tensor width."""
+    """Consecutive layers on a mesh of devices, data width x tensor width."""
 
     layers: tuple[LayerIndex, LayerIndex]
-    """First layer, and one past the last."""
+    """First layer, and the one after the last: [first, last)."""
     devices: tuple[tuple[Name, ...], ...]
-    """One row per replica; the devices of a row share each layer by tensor parallelism."""
+    """One tuple per replica; its devices share each layer by tensor parallelism."""
     rows: tuple[Rows, ...] | None = None
     """Rows of each micro-batch that each replica takes; absent: equal shares."""
     boundary: BoundaryKind | None = None
-    """How activations arrive from the stage before, and gradients go back to it; absent: direct."""
+    """How activations arrive from the previous stage, and gradients return to it; absent:
+    direct."""
     recompute: bool = False
-    """Keep only what enters each layer, and repeat its forward in the backward; the model's last
-    layer, whose backward follows at once, keeps what it made."""
+    """True if only the input of each layer is kept and the backward repeats its forward. The
+    model's last layer keeps its activations all the same, since its backward follows at once."""
 
 
 @record
@@ -110,19 +112,22 @@ class Pipeline:
     rows: Rows
     """Rows of one micro-batch, over all replicas of a stage together."""
     stages: tuple[Stage, ...]
-    """In layer order. The same devices may hold several (virtual stages), each time with the same
-    `devices` and `rows`, where the schedule can play that."""
+    """Stages in layer order. The same devices may hold several (virtual stages) if the schedule
+    allows it, each time with the same `devices` and `rows`."""
     actions: tuple[Actions, ...] | None = None
-    """With schedule `list` or `custom`: what each group of devices computes, in order, one text per
-    group in the order of their first stages. Words are F, B, I (gradients of the inputs) or W (of
-    the weights) and a micro-batch, after the stage's place in the pipeline where the group holds
-    several: `F0 F1 I0 W0:2`, `0F0 3F0 3B0`. `W0:2` makes the gradients of micro-batches 0 and 1
-    at once."""
+    """Computations of each group of devices in order, for schedule `list` or `custom`: one text per
+    group, in the order of their first stages.
+
+    Words are F (forward), B (backward), I (gradients of the inputs) or W (of the weights), followed
+    by a micro-batch: `F0 F1 I0 W0:2`. If the group holds several stages, the stage's index in the
+    pipeline comes first: `0F0 3F0 3B0`. `W0:2` computes the weight gradients of micro-batches 0 and
+    1 at once.
+    """
 
 
 @record
 class DeviceMemory:
-    """Predicted memory of one device at its worst moment, in bytes."""
+    """Predicted memory of one device at its peak, in bytes."""
 
     device: Name
     parameters: Bytes
@@ -130,47 +135,50 @@ class DeviceMemory:
     optimizer: Bytes
     activations: Bytes
     buffers: Bytes
-    """Transfers in flight, temporaries, and what the framework takes."""
+    """Transfers in flight, temporaries, and what the framework reserves."""
     capacity: Annotated[Bytes, Field(gt=0)]
 
 
 @record
 class RunnerUp:
-    """Another strategy that was looked at, and why it is not the plan."""
+    """Another strategy that the search considered, and why it was not chosen."""
 
     name: Line
     step_seconds: PositiveSeconds | None = None
-    """None: it does not fit."""
+    """Predicted step time; None if it does not fit into memory."""
     reason: Line
 
 
 @record
 class Prediction:
-    """What the search believed when it chose."""
+    """The search's prediction for the plan that it chose."""
 
     step_seconds: PositiveSeconds
     parts: dict[PartName, Seconds]
-    """Critical path by kind: compute, bubble, transfers, reductions, optimizer."""
+    """Seconds of the critical path by kind: compute, bubble, transfers, reductions, optimizer."""
     memory: tuple[DeviceMemory, ...]
     runners_up: tuple[RunnerUp, ...] = ()
     dropped: dict[Line, Count] = field(default_factory=dict)
-    """Candidates not followed up, counted by reason."""
+    """Number of candidates that were pruned, by reason."""
     lower_bound_seconds: Seconds | None = None
-    """No plan of the space can be faster, under the same costs."""
+    """Lower bound of the step time: no plan of the search space is faster under the same costs."""
     bound_reason: Line = ""
 
 
 @record
 class Plan:
-    """A strategy for one model on one cluster. Classic dp x tp x pp is one pipeline of `pp` stages,
-    each on a dp x tp mesh; unlike replicas are several pipelines with shares of the batch."""
+    """A training strategy for one model on one cluster.
+
+    Classic dp x tp x pp is one pipeline of `pp` stages, each on a dp x tp mesh; unlike replicas are
+    several pipelines with shares of the batch.
+    """
 
     format: Format = 1
     name: Name
     model: Subject
     cluster: Subject
     profile: Subject | None = None
-    """The measured times that the search used; None: datasheets."""
+    """Profile with the measured times that the search used; None: datasheets."""
     job: Job
     schedule: ScheduleName = "1f1b"
     devices: tuple[Name, ...]

@@ -1,4 +1,5 @@
-"""Every invariant of a plan, each with its own message; all broken ones are reported together."""
+"""Checks every invariant of a plan, each with its own message; all violations are reported
+together."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
 
 MOST_PASSES = 2_000_000
-"""Of micro-batches through stages, device by device, in one step."""
+"""Largest number of passes of a micro-batch through a stage on a device in one step."""
 
 
 def validate_plan(
@@ -24,7 +25,7 @@ def validate_plan(
     *,
     source: str = "plan",
 ) -> None:
-    """Check a plan by itself, and against the model and cluster where they are given.
+    """Check a plan by itself, and against the model and cluster if they are given.
 
     Memory is checked by cost.memory. Raises PlanError with one Problem per mistake.
     """
@@ -57,7 +58,7 @@ def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _of_each_pipeline(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """Problems that pipelines may have in common, each in its own stages."""
+    """Mark problems that several pipelines may have in common, each in its own stages."""
     return (replace(problem, each=("pipeline", "")) for problem in problems)
 
 
@@ -82,8 +83,8 @@ def _batch(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _length(plan: Plan, source: str) -> Iterator[Problem]:
-    """A program is written out for every device; what is far longer than any would take all memory
-    before the first word of it is checked."""
+    """Yield a Problem if the program, which lists every pass on every device, would be too long to
+    hold in memory while it is checked."""
     passes = sum(
         pipeline.micro_batches * sum(len(replica) for s in pipeline.stages for replica in s.devices)
         for pipeline in plan.pipelines
@@ -125,8 +126,8 @@ def _devices(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Every device of every mesh, after the field that names it; a mesh that holds several stages
-    of a pipeline counts once (`_schedule` looks at these)."""
+    """Yield the field that names a device, and the device, for every device of every mesh. A mesh
+    that holds several stages of a pipeline counts once; `_schedule` checks these."""
     for p, pipeline in enumerate(plan.pipelines):
         for held in layout_of(pipeline):
             where = f"pipelines[{p}].stages[{held[0]}].devices"
@@ -161,7 +162,8 @@ def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
 def _schedule(
     schedule: ScheduleName, pipeline: Pipeline, where: str, source: str
 ) -> Iterator[Problem]:
-    """Stages on the same devices that the schedule cannot play; actions too many or too few."""
+    """Yield a Problem for stages that share devices although the schedule cannot run that, and for
+    too many or too few actions."""
     layout = layout_of(pipeline)
     wanted = layout_wanted(schedule, layout)
     for held in layout:
@@ -237,7 +239,8 @@ def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
 
 
 def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
-    """Replicas of a layer may differ in width: each must divide it."""
+    """Yield a Problem for each tensor width that does not divide a layer; replicas may differ in
+    width."""
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
             held = range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers)))

@@ -1,18 +1,20 @@
-"""Which stages of a pipeline stand on the same devices, and which schedules can play that."""
+"""Finds virtual stages (stages on the same devices), and checks that a schedule can run their
+layout."""
 
 from __future__ import annotations
 
 from meshwright.plan.spec import Pipeline, ScheduleName
 
 Layout = tuple[tuple[int, ...], ...]
-"""Of every group of devices, in the order of their first stages: the stages that it holds."""
+"""The stages that each group of devices holds; groups in the order of their first stages: ((0, 2),
+(1, 3))."""
 
 IN_PLAN: tuple[ScheduleName, ...] = ("list", "custom")
-"""Schedules without a rule: `Pipeline.actions` says what is done."""
+"""Schedules that no rule generates: `Pipeline.actions` lists their computations."""
 
 
 def layout_of(pipeline: Pipeline) -> Layout:
-    """The stages of every group of devices."""
+    """Return the stages that each group of devices holds."""
     held: dict[object, list[int]] = {}
     for s, stage in enumerate(pipeline.stages):
         held.setdefault(stage.devices, []).append(s)
@@ -20,7 +22,7 @@ def layout_of(pipeline: Pipeline) -> Layout:
 
 
 def layout_wanted(schedule: ScheduleName, layout: Layout) -> str:
-    """What a schedule asks of the places of stages; empty: it can play this layout."""
+    """Return the layout that a schedule needs, in words; empty if it can run this one."""
     groups = len(layout)
     stages = sum(len(held) for held in layout)
     if schedule in IN_PLAN:

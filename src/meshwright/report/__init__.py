@@ -1,1 +1,1 @@
-"""Plans and timelines, for people to look at."""
+"""Shows plans and timelines to people: terminal tables, HTML pages, traces."""

@@ -1,4 +1,4 @@
-"""Loss curves as geometry, and round numbers for axes."""
+"""Draws loss curves as SVG, with round numbers on the axes."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 14.0, 34.0
 
 @record
 class Curve:
-    """One series, ready to be drawn."""
+    """One loss curve, ready to be drawn."""
 
     name: str
     colour: str
     dashed: bool
-    """Later curves are dashed, so that those beneath show through where they agree."""
+    """True for all curves but the first, so that equal curves stay visible beneath each other."""
     points: str
-    """For an SVG polyline."""
+    """The points of an SVG polyline: `x,y x,y ...`."""
     last: float
 
 
 @record
 class Tick:
-    """A value of an axis, and where it stands."""
+    """A labelled value of an axis, with its position in pixels."""
 
     place: float
     text: str
 
 
 def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
-    """About `count` round values (1, 2 or 5 times a power of ten) that span low to high."""
+    """Return about `count` round values (1, 2 or 5 times a power of ten) that span low to high."""
     span = high - low or abs(high) or 1.0
     rough = span / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -48,7 +48,7 @@ def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 def loss_svg(losses: Mapping[str, Sequence[float]]) -> Markup:
-    """Loss against step for every run, as inline SVG."""
+    """Draw loss against step for every run, as inline SVG."""
     steps = max(len(values) for values in losses.values())
     finite = [v for values in losses.values() for v in values if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)

@@ -1,4 +1,4 @@
-"""Two plans side by side: in the terminal, as data, and as a page."""
+"""Compares two plans side by side: in the terminal, as JSON, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_bytes, format_seconds
 
 MOST_LINKS = 12
-"""Lines of the table of links; all of them are in the JSON."""
+"""Largest number of lines in the table of links; the JSON has all of them."""
 
 
 @record
 class ComparedPlans:
-    """What `--json` prints."""
+    """The comparison of two plans as `--json` prints it."""
 
     plans: tuple[Facts, Facts]
     verdict: Verdict
 
 
 def short_names(first: Path, second: Path) -> tuple[str, str]:
-    """What two files are called in a table: their names, or their paths where these are one."""
+    """Return the names of two files for a table: their file names, or their paths if these are
+    equal."""
     if first.name != second.name:
         return first.name, second.name
     if first != second:
@@ -45,12 +46,12 @@ def short_names(first: Path, second: Path) -> tuple[str, str]:
 
 
 def comparison_json(first: Measured, second: Measured, verdict: Verdict) -> str:
-    """The comparison as JSON: seconds and bytes."""
+    """Format the comparison as JSON, in seconds and bytes."""
     return dumps(ComparedPlans(plans=(first.facts, second.facts), verdict=verdict))
 
 
 def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
-    """Which plan wins, by how much, and what the other one loses."""
+    """Say which plan is faster, by how much, and what the other one loses."""
     if verdict.winner is None:
         rate = f"{first.tokens_per_second:,.0f} tokens/s"
         return f"{first.name} and {second.name} are equally fast: {rate}."
@@ -64,7 +65,8 @@ def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
 def print_comparison(
     first: Measured, second: Measured, verdict: Verdict, console: Console | None = None
 ) -> None:
-    """Print who holds what in both, what a step costs, what the links carry, and who wins."""
+    """Print the stages of both plans, the parts of a step, the load of the links, and the
+    verdict."""
     console = console or Console()
     for each in (first, second):
         console.print(words(f"{each.facts.name}: {each.facts.plan}", style="bold"))
@@ -83,11 +85,11 @@ def print_comparison(
 
 
 Line = tuple[str, str, str, str]
-"""What, of one plan, of the other, and the change between them."""
+"""A line of the comparison: label, value of the first plan, of the second, and the change."""
 
 
 def figures(first: Facts, second: Facts) -> list[Line]:
-    """Every line of the comparison."""
+    """Return every line of the comparison."""
     parts = [part for part in PARTS if first.parts.get(part) or second.parts.get(part)]
     return [
         ("step", *_seconds(first.step_seconds, second.step_seconds)),
@@ -124,7 +126,7 @@ def _change(first: float, second: float) -> str:
 
 
 def figures_table(first: Facts, second: Facts) -> Table:
-    """The figures of both plans, and the second's change from the first."""
+    """Return a table of the figures of both plans, and the second's change from the first."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in (first.name, second.name):
@@ -142,7 +144,7 @@ def _heading(name: str) -> Text:
 
 
 def link_rows(first: Facts, second: Facts) -> list[tuple[str, LinkLoad | None, LinkLoad | None]]:
-    """Every link that either plan uses, the one that is busy longest first."""
+    """Return every link that either plan uses, longest busy first."""
     one, two = ({load.name: load for load in each.links} for each in (first, second))
 
     def busiest(name: str) -> float:
@@ -153,7 +155,8 @@ def link_rows(first: Facts, second: Facts) -> list[tuple[str, LinkLoad | None, L
 
 
 def links_table(first: Facts, second: Facts) -> Table:
-    """Bytes of a step by link, and the share of the step in which they pass at full speed."""
+    """Return a table of the bytes of a step by link, and the share of the step that they take at
+    full bandwidth."""
     rows = link_rows(first, second)
     left = len(rows) - MOST_LINKS
     caption = f"{left} links that are busy less: --json has them all" if left > 0 else None

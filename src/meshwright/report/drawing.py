@@ -1,4 +1,5 @@
-"""A plan drawn on its cluster: nodes as boxes, devices coloured by stage, links with bandwidth."""
+"""Draws a plan on its cluster as SVG: nodes as boxes, devices coloured by stage, links with
+bandwidth."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ _MARGIN, _ASIDE, _GAP, _PAD, _HEADER, _DROP = 14.0, 18.0, 6.0, 12.0, 26.0, 34.0
 
 @record
 class Size:
-    """How large a device is drawn, and how much is written into it."""
+    """The size of a device in the drawing, in pixels, and the amount of text in it."""
 
     width: float
     height: float
     columns: int
     letters: int
-    """Letters that fit into its width; 0: the number of its stage, nothing else."""
+    """Number of letters that fit into its width; 0: only the number of its stage is written."""
 
 
 _LARGE = Size(width=128, height=66, columns=2, letters=20)
@@ -37,24 +38,24 @@ _SMALL = Size(width=28, height=24, columns=8, letters=0)
 
 @record
 class Cell:
-    """A device, in place."""
+    """A device at its place in the drawing."""
 
     x: float
     y: float
     fill: str
-    """Empty: the plan does not use it."""
+    """Colour of its stage; empty if the plan does not use it."""
     ink: str
     lines: tuple[str, ...]
     hint: str
     share: str = ""
-    """What of its stage it does, where that is not all of it."""
+    """The share of its stage that it computes; empty if that is all of it."""
     memory: float = 0.0
-    """Share of its memory that is full at its worst moment."""
+    """Share of its memory that is full at the peak."""
 
 
 @record
 class Box:
-    """A node, in place."""
+    """A node at its place in the drawing."""
 
     x: float
     y: float
@@ -62,14 +63,14 @@ class Box:
     height: float
     name: str
     note: str
-    """Bandwidth between its devices; of a node that is not used, what it holds."""
+    """Bandwidth between its devices; for a node that is not used, its device types."""
     network: str
     cells: tuple[Cell, ...]
 
 
 @record
 class Panel:
-    """A site, in place: its nodes in rows, each row on a line that is the network."""
+    """A site at its place: rows of nodes, each row above a line that stands for the network."""
 
     y: float
     height: float
@@ -79,7 +80,8 @@ class Panel:
 
 
 def plan_svg(plan: Plan, cluster: Cluster, model: LayerGraph, *, standalone: bool = False) -> str:
-    """The drawing as SVG: for a page that has the style, or `standalone` as a file of its own."""
+    """Return the drawing as SVG: for a page that has the style sheet, or `standalone` as a file of
+    its own."""
     stages = stage_seats(plan)
     cells = _Cells(plan, cluster, model, stages)
     panels: list[Panel] = []
@@ -106,7 +108,7 @@ def plan_svg(plan: Plan, cluster: Cluster, model: LayerGraph, *, standalone: boo
 
 
 def layers_text(model: LayerGraph, layers: tuple[int, int]) -> str:
-    """Names of a run of layers: `embedding … blocks.3`, `blocks.4–7`."""
+    """Format the names of consecutive layers: `embedding … blocks.3`, `blocks.4–7`."""
     first, last = model.layers[layers[0]].name, model.layers[layers[1] - 1].name
     if first == last:
         return first
@@ -118,7 +120,7 @@ def layers_text(model: LayerGraph, layers: tuple[int, int]) -> str:
 
 
 class _Cells:
-    """Everything that is said about a device, by its name."""
+    """Builds the cell of each device from the plan."""
 
     def __init__(
         self, plan: Plan, cluster: Cluster, model: LayerGraph, stages: tuple[StageSeats, ...]
@@ -136,7 +138,7 @@ class _Cells:
         self.size = _SMALL if count > 128 else _MIDDLE if largest > 4 or count > 32 else _LARGE
 
     def cell(self, node: Node, index: int, x: float, y: float) -> Cell:
-        """One device at a place."""
+        """Return the cell of one device at a place."""
         name, kind = f"{node.name}:{index}", node.devices[index]
         seats = self.seats.get(name, [])
         if not seats:
@@ -159,7 +161,8 @@ class _Cells:
         return self._with_memory(cell, name)
 
     def _share(self, seat: Seat) -> str:
-        """Rows of a micro-batch and place among the tensor ranks: `rows 0:2`, `tp 1/2`, both."""
+        """Format the rows of a micro-batch and the index among the tensor ranks: `rows 0:2`, `tp
+        1/2`, or both."""
         stage = self.stages[seat.stage]
         rows = f"{seat.rows[0]}:{seat.rows[1]}" if len(stage.seats) > 1 else ""
         width = len(stage.seats[seat.replica])
@@ -167,7 +170,7 @@ class _Cells:
         return f"{rows} {tensor}" if rows and tensor else tensor or (rows and f"rows {rows}")
 
     def used(self, node: Node) -> bool:
-        """Whether the plan uses any device of a node."""
+        """True if the plan uses any device of a node."""
         return any(f"{node.name}:{index}" in self.seats for index in range(len(node.devices)))
 
     def _with_memory(self, cell: Cell, device: str) -> Cell:
@@ -184,7 +187,8 @@ class _Cells:
 
 
 def _panel(site: Site, nodes: tuple[Node, ...], cells: _Cells, y: float, *, named: bool) -> Panel:
-    """Nodes in rows as wide as the page, each row above its network line; idle nodes come last."""
+    """Place the nodes in rows as wide as the page, each row above its network line; idle nodes come
+    last."""
     below = y + (34 if named else _MARGIN)
     boxes: list[Box] = []
     spines: list[float] = []
@@ -206,7 +210,7 @@ def _panel(site: Site, nodes: tuple[Node, ...], cells: _Cells, y: float, *, name
 
 
 def _placed(row: list[Box], y: float, height: float) -> list[Box]:
-    """Boxes side by side, as high as the highest of them."""
+    """Place boxes side by side, all with the given height."""
     placed: list[Box] = []
     x = _MARGIN
     for box in row:
@@ -217,7 +221,7 @@ def _placed(row: list[Box], y: float, height: float) -> list[Box]:
 
 
 def _idle_box(node: Node) -> Box:
-    """A node that the plan leaves out: one line."""
+    """Return the box of a node that the plan does not use: one line."""
     kinds = Counter(node.devices)
     note = ", ".join(f"{count} × {kind}" for kind, count in kinds.items()) + ", not used"
     return Box(
@@ -233,7 +237,7 @@ def _idle_box(node: Node) -> Box:
 
 
 def _box(node: Node, cells: _Cells) -> Box:
-    """A node that the plan uses, with its devices, at the origin."""
+    """Return the box of a node that the plan uses, with its devices, at the origin."""
     size = cells.size
     columns = min(len(node.devices), size.columns)
     rows = -(-len(node.devices) // columns)

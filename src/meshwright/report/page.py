@@ -1,7 +1,8 @@
-"""One self-contained HTML page about a plan: no network, no address, the same bytes every time.
+"""Writes one self-contained HTML page about a plan: no network access, no addresses, the same bytes
+every time.
 
-Drawings are inline SVG and timelines a canvas with a few lines of script of our own: a page weighs
-what its data weigh, where a charting library would add megabytes to each.
+Drawings are inline SVG and timelines a canvas with a few lines of script of our own, so that a page
+is not much larger than its data; a charting library would add megabytes to each.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from meshwright.simulate.compare import Comparison
 from meshwright.simulate.parts import parts
 
 PROGRAM_LINES = 20_000
-"""A longer program is cut off: it would be most of the page."""
+"""Largest number of program lines on a page; a longer program is cut off."""
 
 
 @record
 class Rival:
-    """A plan that was tried beside the one on the page, or the one itself."""
+    """The times of one strategy: of a plan that was tried for comparison, or of the plan on the
+    page."""
 
     name: str
     predicted_seconds: float
@@ -49,7 +51,7 @@ class Rival:
 
     @property
     def seconds(self) -> float:
-        """Measured where it was, else predicted."""
+        """Measured seconds of a step, or predicted ones if it was not measured."""
         return self.measured_seconds or self.predicted_seconds
 
 
@@ -75,12 +77,12 @@ class Piece:
     colour: str
     amount: float
     share: float
-    """Of the whole bar's room."""
+    """Share of the width of the bar's scale."""
 
 
 @record
 class Bar:
-    """A bar of pieces; `mark` is the share of its room at which a limit stands."""
+    """A bar of coloured pieces; `mark` is the position of `limit` as a share of the scale."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -101,8 +103,12 @@ def write_report(  # noqa: PLR0913 - a page shows what there is
     rivals: Sequence[Rival] = (),
     comparison: Comparison | None = None,
 ) -> None:
-    """Write the page. `losses` by run; `rivals` in the order of their rows, the plan itself last:
-    the step that it took is theirs, a median of many, where `measured` shows one of them."""
+    """Write the page.
+
+    `losses` are per run; `rivals` are in the order of their rows, the plan itself last. Its
+    measured step there, a median of many, takes precedence over the single step that `measured`
+    shows.
+    """
     text = report_html(
         plan,
         cluster,
@@ -127,7 +133,7 @@ def report_html(
     rivals: Sequence[Rival],
     comparison: Comparison | None = None,
 ) -> str:
-    """The page as text."""
+    """Return the page as HTML text."""
     prediction = plan.prediction
     timelines = [each for each in (predicted, measured) if each is not None]
     seconds = _measured_seconds(measured, rivals)
@@ -160,7 +166,8 @@ def report_html(
 
 
 def _measured_seconds(measured: Timeline | None, rivals: Sequence[Rival]) -> float | None:
-    """Of a step: the run's own figure, else that of the one step that was recorded."""
+    """Return the measured seconds of a step: the run's median, else the one step that was
+    recorded."""
     if rivals and rivals[-1].measured_seconds:
         return rivals[-1].measured_seconds
     return measured.step_seconds if measured else None
@@ -169,7 +176,7 @@ def _measured_seconds(measured: Timeline | None, rivals: Sequence[Rival]) -> flo
 def _tiles(
     plan: Plan, predicted: float, measured: float | None, rivals: Sequence[Rival]
 ) -> list[tuple[str, float | str, str]]:
-    """The figures on top: label, value, and how to write it."""
+    """Return the figures at the top of the page: label, value, and how to format it."""
     tiles: list[tuple[str, float | str, str]] = [("step, predicted", predicted, "seconds")]
     if measured is not None:
         tiles.append(("step, measured", measured, "seconds"))
@@ -218,7 +225,7 @@ def _step_parts(timelines: Sequence[Timeline]) -> list[Bar]:
 
 
 def _memory_bars(memory: Sequence[DeviceMemory]) -> list[Bar]:
-    """One scale for all devices: the largest of all capacities and needs."""
+    """Return the memory bars on one scale: the largest of all capacities and needs."""
     room = max((max(total_bytes(each), each.capacity) for each in memory), default=1)
     return [
         Bar(

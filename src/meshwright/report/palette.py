@@ -1,7 +1,7 @@
-"""Colours that keep their meaning everywhere, also for readers who see fewer of them.
+"""Defines colours with the same meaning everywhere, also for readers with colour vision deficiency.
 
 Kinds of work: Okabe and Ito, "Color Universal Design", 2008. Stages, which have an order: the
-viridis ramp (van der Walt and Smith, 2015), told apart by lightness alone if need be.
+viridis ramp (van der Walt and Smith, 2015), whose lightness alone tells them apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KINDS = {
     "receive": "#d55e00",
     "reduce": "#cc79a7",
 }
-"""Compute by operation, communication by stream."""
+"""Colours of intervals: compute by operation, communication by stream."""
 
 KIND_NAMES = {
     "F": "forward",
@@ -37,7 +37,7 @@ PARTS = {
     "optimizer": "#009e73",
     "overhead": "#d55e00",
 }
-"""Parts of a step."""
+"""Colours of the parts of a step."""
 
 MEMORY = {
     "parameters": "#0072b2",
@@ -46,18 +46,18 @@ MEMORY = {
     "activations": "#56b4e9",
     "buffers": "#cc79a7",
 }
-"""What fills a device."""
+"""Colours of the kinds of memory."""
 
 _RAMP = ((72, 40, 120), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def stage_colours(count: int) -> tuple[str, ...]:
-    """One colour for each of `count` stages, from violet to yellow."""
+    """Return one colour for each of `count` stages, from violet to yellow."""
     return tuple(_ramp(index / max(count - 1, 1)) for index in range(count))
 
 
 def _ramp(place: float) -> str:
-    """Colour at 0 (first stop) to 1 (last stop), linear between neighbouring stops."""
+    """Return the colour at a place from 0 (first stop) to 1 (last stop), linear between stops."""
     scaled = place * (len(_RAMP) - 1)
     low = min(int(scaled), len(_RAMP) - 2)
     share = scaled - low
@@ -66,7 +66,7 @@ def _ramp(place: float) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour: WCAG 2 relative luminance."""
+    """Return black or white, whichever is more readable on a colour: WCAG 2 relative luminance."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     luminance = 0.2126 * _linear(red) + 0.7152 * _linear(green) + 0.0722 * _linear(blue)
     return "#000000" if luminance > 0.179 else "#ffffff"

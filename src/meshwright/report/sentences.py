@@ -1,4 +1,4 @@
-"""What a plan comes to, in words: the verdict, and what limits the step."""
+"""Describes a plan in sentences: the verdict, and what limits the step."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _REMEDIES = {
     "overhead": "a larger batch would make it matter less",
 }
 TIGHT = 0.95
-"""Share of a device's memory from which it is worth a warning."""
+"""Share of a device's memory in use above which a plan is called limited by memory."""
 
 
 def tokens_per_second(plan: Plan, step_seconds: float) -> float:
-    """Tokens of the global batch over the time of a step."""
+    """Return tokens of the global batch per second."""
     return plan.job.global_batch * plan.job.sequence / step_seconds
 
 
 def parts_sentence(parts: Mapping[str, float]) -> str:
-    """What the critical path spends its time on, and what would shorten the largest loss."""
+    """Say what the critical path spends its time on, and what would shorten the largest loss."""
     step = sum(parts.values())
     lost = {part: seconds for part, seconds in parts.items() if part != "compute" and seconds > 0}
     computing = (
@@ -54,7 +54,7 @@ def parts_sentence(parts: Mapping[str, float]) -> str:
 
 
 def memory_sentence(memory: tuple[DeviceMemory, ...]) -> str:
-    """The fullest device, and whether it leaves room."""
+    """Name the fullest device, and say if memory limits the plan."""
     worst = max(memory, key=lambda m: total_bytes(m) / m.capacity)
     used = total_bytes(worst) / worst.capacity
     room = "memory limits this plan" if used >= TIGHT else "memory leaves room"
@@ -63,7 +63,7 @@ def memory_sentence(memory: tuple[DeviceMemory, ...]) -> str:
 
 
 def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
-    """The device that computes longest: what a shorter step must relieve first."""
+    """Name the device that computes longest, which bounds the step, and the idlest."""
     ranks = range(len(timeline.devices))
     busy = {rank: busy_seconds(timeline, rank) for rank in ranks}
     most, least = max(busy, key=lambda r: busy[r]), min(busy, key=lambda r: busy[r])
@@ -78,8 +78,7 @@ def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
 
 
 def limits(plan: Plan) -> tuple[str, ...]:
-    """What limits the predicted step, in a sentence each: time, memory, and why devices hold
-    several stages."""
+    """Return the sentences on what limits the predicted step: time, memory, and virtual stages."""
     sentences = []
     prediction = plan.prediction
     if prediction and sum(prediction.parts.values()) > 0:
@@ -92,8 +91,8 @@ def limits(plan: Plan) -> tuple[str, ...]:
 
 
 def _frozen(memory: tuple[DeviceMemory, ...]) -> Iterator[str]:
-    """How much of the weights is held without being trained, if any is: it has no gradients, which
-    are as large as the weights that they belong to."""
+    """Say how much of the weights is frozen, if any: the difference of weights and gradients, which
+    are equally large for trained weights."""
     held, trained = sum(m.parameters for m in memory), sum(m.gradients for m in memory)
     if held - trained > 0.005 * held:
         text = f"Of {format_bytes(held)} of weights on all devices {format_bytes(held - trained)} "
@@ -101,7 +100,7 @@ def _frozen(memory: tuple[DeviceMemory, ...]) -> Iterator[str]:
 
 
 def _virtual_stages(plan: Plan) -> Iterator[str]:
-    """Why a device holds several stages, if one does."""
+    """Say why devices hold several stages, if any does."""
     layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
     most = max((len(held) for layout in layouts for held in layout), default=1)
     if most > 1:
@@ -115,7 +114,7 @@ def _virtual_stages(plan: Plan) -> Iterator[str]:
 
 
 def error_sentence(predicted: float, measured: float) -> str:
-    """How far a prediction was off: (predicted - measured) / measured."""
+    """Say how far a prediction was off: (predicted - measured) / measured."""
     error = (predicted - measured) / measured
     if abs(error) < 0.0005:
         return "as predicted"
@@ -124,7 +123,7 @@ def error_sentence(predicted: float, measured: float) -> str:
 
 
 def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
-    """The whole page in one sentence; both are seconds of a step."""
+    """Summarise the whole page in one sentence; both arguments are seconds of a step."""
     where = f"{plan.model.name} on {plan.cluster.name}"
     seconds = measured or predicted
     rate = f"{tokens_per_second(plan, seconds):,.0f} tokens/s"
@@ -135,6 +134,6 @@ def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
 
 
 def title(plan: Plan) -> str:
-    """The plan in one line, with what it trains."""
+    """Describe the plan in one line, with its job."""
     job = plan.job
     return f"{describe(plan)}, {job.global_batch} rows of {job.sequence}, {job.precision}"

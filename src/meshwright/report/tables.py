@@ -1,4 +1,4 @@
-"""Plans and steps as tables for the terminal."""
+"""Prints plans and steps as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from meshwright.simulate.parts import parts
 from meshwright.units import format_bytes, format_seconds
 
 _BAR = 28
-"""Width of the bars, in characters."""
+"""Width of the bars in characters."""
 _WIDE = 130
-"""Columns of a terminal that has room for every kind of memory."""
+"""Number of columns from which a terminal has room for every kind of memory."""
 
 
 def explain(plan: Plan, console: Console | None = None) -> None:
-    """Print who holds what, what a step costs and why, what fills the devices, and who lost."""
+    """Print the stages of a plan, the parts of a step, the memory of devices, and the
+    runners-up."""
     console = console or Console()
     job = plan.job
     console.print(words(describe(plan), style="bold"))
@@ -65,7 +66,7 @@ def _speed(seconds: float, rate: float, source: str) -> Text:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Who holds what: a line per stage."""
+    """Return a table of the plan with one line per stage."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     for name in ("stage", "layers", "count", "data x tensor", "rows", "devices"):
         table.add_column(name, justify="right" if name in ("stage", "count") else "left")
@@ -88,7 +89,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def rows_text(stage: StageSeats, rows: int) -> str:
-    """Rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
+    """Format the rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
     shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.seats]
     if len(shares) == 1:
         return str(rows)
@@ -98,7 +99,7 @@ def rows_text(stage: StageSeats, rows: int) -> str:
 
 
 def devices_text(devices: tuple[str, ...]) -> str:
-    """Device names, shortened where they count up: `p3-0:0-3 g4-0:0`."""
+    """Format device names, shortened where indices count up: `p3-0:0-3 g4-0:0`."""
     found = []
     split = [(node, int(index)) for node, _, index in (d.rpartition(":") for d in devices)]
     runs = groupby(enumerate(split), key=lambda item: (item[1][0], item[1][1] - item[0]))
@@ -110,7 +111,7 @@ def devices_text(devices: tuple[str, ...]) -> str:
 
 
 def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
-    """Where the seconds of a step go: a line per part, a column per step, which add up."""
+    """Return a table of the parts of a step: one line per part, one column per step."""
     table = Table(box=None, pad_edge=False)
     table.add_column("part")
     for name in steps:
@@ -131,7 +132,8 @@ def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
-    """Coloured blocks; their ends are rounded together, so that the whole has the right length."""
+    """Draw a bar of coloured blocks. The ends of pieces are rounded, not their sizes, so that the
+    total length is right."""
     text, done, drawn = Text(), 0.0, 0
     for size, colour in pieces:
         done += size
@@ -142,10 +144,11 @@ def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
 
 
 def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Table:
-    """What each device holds at its worst moment, against what it has. Equal devices share a line.
+    """Return a table of the peak memory of each device, by kind, and its capacity. Equal devices
+    share a line.
 
-    A dot marks free memory; a bar as long as the column is full. Not `wide`: for 80 columns, the
-    kinds of memory by colour alone.
+    A dot marks free memory; a bar as long as the column is full. If not `wide`, the table fits 80
+    columns and shows the kinds of memory by colour alone.
     """
     kinds = tuple(MEMORY) if wide else ()
     caption = None if wide else _legend()
@@ -174,7 +177,7 @@ def _memory_bar(memory: DeviceMemory) -> Text:
 
 
 def _legend() -> Text:
-    """The kinds of memory in their colours."""
+    """Return the names of the kinds of memory in their colours."""
     return Text(" ").join(Text(kind, style=colour) for kind, colour in MEMORY.items())
 
 
@@ -183,7 +186,8 @@ def _amounts(memory: DeviceMemory) -> tuple[int, ...]:
 
 
 def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> Table:
-    """The strategies that came next, and the parts of a step that cost them the place."""
+    """Return a table of the next best strategies, with the parts of a step that made them
+    slower."""
     table = Table(box=None, pad_edge=False)
     for name in ("runner-up", "step", "slower", "why"):
         table.add_column(name, justify="right" if name in ("step", "slower") else "left")
@@ -196,7 +200,7 @@ def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> T
 
 
 def dropped_table(dropped: Mapping[str, int]) -> Table:
-    """Candidates that were not followed up, by reason; the commonest first."""
+    """Return a table of the numbers of pruned candidates by reason, largest first."""
     table = Table(box=None, pad_edge=False)
     table.add_column("dropped", justify="right")
     table.add_column("because")
@@ -206,7 +210,7 @@ def dropped_table(dropped: Mapping[str, int]) -> Table:
 
 
 def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = None) -> None:
-    """Print what one step comes to: its time, its parts, and how busy every device is."""
+    """Print the time of one step, its parts, and how busy every device is."""
     console = console or Console()
     seconds, found = timeline.step_seconds, parts(timeline)
     rate = tokens_per_second(plan, seconds)
@@ -219,7 +223,8 @@ def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = N
 
 
 def busy_table(timeline: Timeline) -> Table:
-    """How long each device computes, and the most memory it uses where the timeline knows."""
+    """Return a table of the time that each device computes, and its peak memory if the timeline has
+    it."""
     table = Table(box=None, pad_edge=False)
     for name in ("rank", "device", "computes", "share", "peak memory"):
         table.add_column(name, justify="left" if name == "device" else "right")
@@ -241,7 +246,7 @@ def busy_table(timeline: Timeline) -> Table:
 
 
 def comparison_table(predicted: Timeline, measured: Timeline) -> Table:
-    """Predicted against measured: the step, its parts, and how far each was off."""
+    """Return a table of predicted and measured times: the step, its parts, and their errors."""
     table = Table(box=None, pad_edge=False)
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="right" if name else "left")

@@ -1,4 +1,4 @@
-"""The templates of the report, filled in."""
+"""Renders the templates of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from meshwright.units import format_bytes, format_seconds
 
 
 def _shown(value: object) -> object:
-    """What is put in, without characters that a page must not hold."""
+    """Remove characters that a page must not contain from a value."""
     return printable(value, lines=True) if isinstance(value, str) else value
 
 
@@ -32,12 +32,12 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: object) -> Markup:
-    """A template of this package as text; what is put in is escaped, except other templates."""
+    """Render a template of this package; values are escaped, except rendered templates."""
     return Markup(_environment().get_template(template).render(**values))
 
 
 def source(template: str) -> Markup:
-    """A template as it stands, to be put into a page: style and scripts."""
+    """Return a template as it is, to be included in a page: style sheets and scripts."""
     loader = _environment().loader
     assert loader is not None
     return Markup(loader.get_source(_environment(), template)[0])

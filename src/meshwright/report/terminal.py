@@ -1,4 +1,4 @@
-"""Words of strangers on a terminal."""
+"""Prints text that we did not write safely in a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from meshwright.text import printable
 
 
 def words(text: str, style: str = "") -> Text:
-    """A text to be printed as it stands: nothing in it is taken for markup, a link or an emoji, and
-    nothing in it steers the terminal."""
+    """Return a text that is printed as it is: nothing in it is read as markup, a link, an emoji or
+    a control sequence."""
     return Text(printable(text, lines=True), style=style)

@@ -1,7 +1,7 @@
-"""A timeline in Chrome's trace event format, which Perfetto and chrome://tracing open.
+"""Writes a timeline in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-Format: "Trace Event Format", Google, 2016: `X` complete events, `C` counters, `M` metadata;
-times in microseconds.
+Format: "Trace Event Format", Google, 2016: `X` complete events, `C` counters, `M` metadata; times
+in microseconds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Event = dict[str, Any]
 MICROSECONDS = 1e6
 _STREAMS: tuple[Stream, ...] = ("compute", "send", "receive", "reduce")
 _TRACKS_PER_STREAM = 1000
-"""Track numbers of a stream start at a multiple of this, so that streams keep their order."""
+"""Distance between the first track numbers of two streams, so that streams keep their order."""
 
 
 def sub_tracks(intervals: Iterable[Interval]) -> Iterator[tuple[int, Interval]]:
-    """Each interval with the lowest track number on which it overlaps no earlier one."""
+    """Yield each interval with the lowest track number on which it overlaps no earlier one."""
     ends: list[float] = []
     for i in sorted(intervals, key=lambda i: (i.start_seconds, i.end_seconds)):
         track = next((k for k, end in enumerate(ends) if end <= i.start_seconds), len(ends))
@@ -33,8 +33,8 @@ def sub_tracks(intervals: Iterable[Interval]) -> Iterator[tuple[int, Interval]]:
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
-    """A process per device, a track per stream (more where transfers overlap), memory as a counter;
-    plain data for JSON."""
+    """Convert a timeline to a trace, plain data for JSON: one process per device, one track per
+    stream (more if transfers overlap), memory as a counter."""
     by_stream: dict[tuple[int, Stream], list[Interval]] = defaultdict(list)
     for i in timeline.intervals:
         by_stream[i.rank, i.stream].append(i)
@@ -70,7 +70,8 @@ def trace(timeline: Timeline) -> dict[str, Any]:
 
 
 def _complete(i: Interval, track: int) -> Event:
-    """Both ends are rounded alike, to a nanosecond: neighbours that touch never overlap."""
+    """Return a complete event. Start and end are both rounded to a nanosecond, so that intervals
+    that touch never overlap."""
     start = round(i.start_seconds * MICROSECONDS, 3)
     end = round(i.end_seconds * MICROSECONDS, 3)
     arguments = {"stage": i.stage, "micro_batch": i.micro_batch, "peer": i.peer, "bytes": i.bytes}
@@ -95,5 +96,5 @@ def _sort_index(kind: str, process: int, track: int, index: int) -> Event:
 
 
 def dump_trace(timeline: Timeline, path: Path) -> None:
-    """Write `trace` as JSON."""
+    """Write `trace(timeline)` as JSON."""
     files.write_text(path, json.dumps(trace(timeline)) + "\n")

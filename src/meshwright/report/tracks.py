@@ -1,4 +1,4 @@
-"""Timelines as the plain data that the page's script draws."""
+"""Converts timelines to the plain data that the page's script draws."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _KINDS = tuple(KINDS)
 
 
 def timeline_data(timelines: Sequence[Timeline], cluster: Cluster, plan: Plan) -> dict[str, Any]:
-    """Ranks with device, type and stage (or stages), kinds with colours, and every interval of
+    """Return ranks (with device, type and stages), kinds (with colours), and every interval of
     every timeline.
 
     An interval is [kind, start, end, label, peer, bytes], times in microseconds to the nanosecond;
-    the last two are left out where there are none.
+    the last two are left out if there are none.
     """
     types = {device.name: device.type for device in devices_of(cluster)}
     stages: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Predicted against measured, as tables in the terminal."""
+"""Prints predicted against measured times as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from meshwright.units import format_bandwidth, format_bytes, format_seconds
 
 
 def kinds_table(parts: Comparison) -> Table:
-    """Every kind of instruction in one step: sums of durations, and their error."""
+    """Return a table of every kind of instruction in one step: sums of durations, and their
+    error."""
     table = Table(box=None, pad_edge=False)
     for heading in ("instruction", "count", "predicted", "measured", "error", "median of each"):
         table.add_column(heading, justify="left" if heading == "instruction" else "right")
@@ -38,7 +39,8 @@ def kinds_table(parts: Comparison) -> Table:
 
 
 def strategies_table(rows: Sequence[tuple[str, str, float, float, float]]) -> Table:
-    """(name, plan, predicted seconds, measured seconds, spread) of every strategy."""
+    """Return a table of strategies from rows (name, plan, predicted seconds, measured seconds,
+    spread)."""
     table = Table(box=None, pad_edge=False)
     for heading in ("strategy", "plan", "predicted", "measured", "error", "spread"):
         table.add_column(heading, justify="left" if heading in ("strategy", "plan") else "right")
@@ -59,8 +61,8 @@ def _error(predicted: float, measured: float) -> str:
 
 
 def links_table(report: LinkReport) -> Table:
-    """Every class of links as fitted, how far its points are from that, and how two pairs share
-    it; then the all-reduces, with the error of their prediction."""
+    """Return a table of the fitted links: their residual, and the bandwidth that two concurrent
+    pairs get relative to half each; then the all-reduces with their prediction error."""
     table = Table(box=None, pad_edge=False)
     for heading in ("link", "latency", "bandwidth", "residual", "two pairs"):
         table.add_column(heading, justify="left" if heading == "link" else "right")

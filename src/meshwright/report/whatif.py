@@ -1,4 +1,4 @@
-"""What another cluster would buy: the step before and after, in the terminal and as data."""
+"""Shows what another cluster would gain: the step before and after, in the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_seconds
 
 BUSY = 0.5
-"""Share of the step from which a link is worth a word."""
+"""Share of the step for which a link must be busy to be mentioned."""
 
 
 @record
@@ -26,49 +26,49 @@ class Option:
     plan: str = ""
     """The plan in one line."""
     step_seconds: float | None = None
-    """None: it cannot run there."""
+    """Seconds of a step; None if the plan cannot run there."""
     tokens_per_second: float | None = None
     reason: str = ""
-    """Why it cannot."""
+    """Reason why the plan cannot run there."""
 
 
 @record
 class WhatIf:
-    """What edits of a cluster would buy."""
+    """The answer to a what-if question: what edits of a cluster would gain."""
 
     edits: tuple[str, ...]
-    """What was changed, and assumed for it."""
+    """Sentences on what was changed, and what was assumed for it."""
     options: tuple[Option, ...]
-    """The plan as it is, the best one for the cluster as it is, the plan kept on the edited
-    cluster, and the best one for that."""
+    """Four lines: the plan as it is, the best plan for the cluster as it is, the plan kept on the
+    edited cluster, and the best plan for the edited cluster."""
     seconds_before: float
-    """Of a step of the fastest plan for the cluster as it is."""
+    """Seconds of a step of the fastest plan for the cluster as it is."""
     seconds_after: float
-    """And for the edited one."""
+    """Seconds of a step of the fastest plan for the edited cluster."""
     best: Plan
-    """The fastest for the edited cluster, with its prediction."""
+    """The fastest plan for the edited cluster, with its prediction."""
     busiest: LinkLoad | None
     """The link of the edited cluster that is busy longest under that plan."""
 
     @property
     def speed_up(self) -> float:
-        """Before over after."""
+        """Ratio of the step times: before / after."""
         return self.seconds_before / self.seconds_after
 
 
 def option(name: str, plan: Plan, seconds: float) -> Option:
-    """A plan that runs."""
+    """Return the line of a plan that runs."""
     rate = tokens_per_second(plan, seconds)
     return Option(name=name, plan=describe(plan), step_seconds=seconds, tokens_per_second=rate)
 
 
 def whatif_json(found: WhatIf) -> str:
-    """The answer as JSON: seconds and bytes."""
+    """Format the answer as JSON, in seconds and bytes."""
     return dumps(found)
 
 
 def bought(found: WhatIf) -> str:
-    """What the edits buy, in a sentence."""
+    """Say in a sentence what the edits would gain."""
     before, after = format_seconds(found.seconds_before), format_seconds(found.seconds_after)
     change = f"{before} before, {after} after"
     if abs(found.speed_up - 1) < 0.0005:
@@ -79,7 +79,8 @@ def bought(found: WhatIf) -> str:
 
 
 def print_whatif(found: WhatIf, console: Console | None = None) -> None:
-    """Print what was assumed, what it buys, the plan for it, and what would limit that."""
+    """Print the assumptions, the gain, the best plan for the edited cluster, and what would limit
+    it."""
     console = console or Console()
     for edit in found.edits:
         console.print(words(f"• {edit}"))
