@@ -19,16 +19,8 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import (
-    GATHERED,
-    GATHERS,
-    MATCHING_RECEIVE,
-    RECEIVES,
-    SENDS,
-    Instruction,
-    Op,
-    Program,
-)
+from meshwright.program.instructions import Instruction, Program
+from meshwright.program.operations import GATHERS, MATCHING_RECEIVE, Op
 from meshwright.program.orders import orders_of
 from meshwright.simulate.engine import simulate
 
@@ -56,7 +48,9 @@ def without_crossings(program: Program, prices: Prices) -> Prices:
     none = Traffic(bytes_by_resource={})
     ranks = tuple(
         tuple(
-            replace(cost, traffic=none) if i.op in SENDS or i.op in GATHERED else cost
+            replace(cost, traffic=none)
+            if i.op.kind == "send" or i.op in (Op.GATHER_F, Op.GATHER_B)
+            else cost
             for i, cost in zip(instructions, costs, strict=True)
         )
         for instructions, costs in zip(program.ranks, prices.ranks, strict=True)
@@ -114,7 +108,7 @@ def _traffic(program: Program, prices: Prices) -> dict[tuple[Op, int, int], Traf
     found: dict[tuple[Op, int, int], list[Traffic]] = {}
     for instructions, costs in zip(program.ranks, prices.ranks, strict=True):
         for i, cost in zip(instructions, costs, strict=True):
-            if i.op in SENDS:
+            if i.op.kind == "send":
                 assert i.micro_batch is not None
                 to = i.stage + 1 if i.op is Op.SEND_F else i.stage - 1
                 key = MATCHING_RECEIVE[i.op], to, i.micro_batch
@@ -135,7 +129,7 @@ def _with_steps(
     found: list[tuple[Instruction, Price]] = []
     moved: dict[int, int] = {}
     for index, (i, cost) in enumerate(zip(instructions, costs, strict=True)):
-        if i.op in SENDS or i.op in RECEIVES:
+        if i.op.kind in ("send", "receive"):
             continue
         turn = turns.get((i.op, i.stage, -1 if i.micro_batch is None else i.micro_batch))
         if i.op is Op.REDUCE_NORM:

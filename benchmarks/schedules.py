@@ -25,8 +25,9 @@ from meshwright.cost.instructions import Price, Prices
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Action, high_water
-from meshwright.program.instructions import Instruction, Op, Program
+from meshwright.program.instructions import Instruction, Program
 from meshwright.program.listing import best_order
+from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, fits, seconds
 from meshwright.simulate.engine import simulate

@@ -27,7 +27,7 @@ from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED, followed
 from meshwright.plan.spec import BoundaryKind
-from meshwright.program.instructions import Op
+from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
 
@@ -262,7 +262,7 @@ def export_answers() -> str:
 
 def operations() -> str:
     """The vocabulary of programs."""
-    return ", ".join(f"`{op.value}`" for op in Op)
+    return ", ".join(f"`{word}`" for word in op_table())
 
 
 def tree() -> str:

@@ -22,6 +22,7 @@ FLOORS = (
     "records",
     "runtime_folder",
     "stopping",
+    "techniques",
     "cluster",
     "model",
     "plan",
@@ -48,6 +49,15 @@ FLOORS = (
     "__main__",
 )
 """Bottom to top: an import points to the same package or to one further down."""
+OF_PARTS = {
+    "operations": "program",
+    "program": "program",
+    "price": "cost",
+    "memory": "cost",
+    "options": "search",
+    "runtime": "runtime",
+}
+"""The floor of each file in a technique's room: that of the part of the kernel that reads it."""
 APART = {("runtime", "simulate"), ("runtime", "search")}
 """Neighbours that stay strangers: a plan written by hand, or by another tool, must run."""
 WITH_TORCH = (
@@ -80,6 +90,7 @@ FREE = tuple(
     name
     for name in PATHS
     if not any(name == each or name.startswith(f"{each}.") for each in WITH_TORCH)
+    and not (name.startswith("meshwright.techniques.") and name.endswith(".runtime"))
 )
 
 
@@ -122,7 +133,10 @@ def _loaded(module: str) -> set[str]:
 
 
 def _floor(module: str) -> str:
-    return module.split(".")[1]
+    _, room, *inside = module.split(".")
+    if room == "techniques" and len(inside) > 1:
+        return OF_PARTS[inside[1]]
+    return room
 
 
 @pytest.mark.parametrize("module", [name for name in PATHS if "." in name])

@@ -31,7 +31,7 @@ from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import Candidate, evaluate
 from meshwright.search.placement import default_placement

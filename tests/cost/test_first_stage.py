@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from meshwright.cost.instructions import price
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.simulate.engine import simulate_plan
 from worlds import even_model, even_plan, one_node
 

@@ -25,7 +25,7 @@ from meshwright.model.spec import LayerGraph, num_frozen, num_parameters, struct
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from strategies import chain, freeze, models_and_plans

@@ -13,7 +13,7 @@ from meshwright.cost.instructions import price
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.testbed.times import part_key, virtual_times
 from worlds import DEVICE, even_model, even_plan, one_node
 

@@ -13,7 +13,7 @@ from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Tied
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from worlds import even_model, even_plan, one_node
 
 

@@ -14,7 +14,8 @@ from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage, Subject
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import GATHERED, RECEIVES, Op, dumps, loads
+from meshwright.program.instructions import dumps, loads
+from meshwright.program.operations import Op
 
 ANY = Subject(name="any", fingerprint="")
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
@@ -110,7 +111,7 @@ def test_scattered_bytes_cross_a_cut_once(plan: Plan) -> None:
     program = compile_plan(plan, graph(len(plan.pipelines[0].stages)))
     for stage in stage_seats(plan):
         for replica in stage.seats:
-            for op in RECEIVES:
+            for op in (Op.RECV_F, Op.RECV_B):
                 found = [i for seat in replica for i in program.ranks[seat.rank] if i.op is op]
                 rows = replica[0].rows[1] - replica[0].rows[0]
                 at_all = not (stage.is_first if op is Op.RECV_F else stage.is_last)
@@ -137,7 +138,7 @@ def test_gathers_stand_right_before_their_reader(kind: BoundaryKind) -> None:
         ),
     )
     own = compile_plan(plan, graph(2)).ranks[1]
-    found = [k for k, i in enumerate(own) if i.op in GATHERED]
+    found = [k for k, i in enumerate(own) if i.op.kind == "collective" and i.op.reads]
     assert len(found) == (2 if kind == "scatter_gather" else 0)
     assert all(own[k + 1].op is Op.FORWARD for k in found)
     assert all(own[k + 1].micro_batch == own[k].micro_batch for k in found)

@@ -20,7 +20,8 @@ from meshwright.program.boundaries import cut_bytes
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.deadlock import deadlocks
-from meshwright.program.instructions import Op, Program, dumps, loads
+from meshwright.program.instructions import Program, dumps, loads
+from meshwright.program.operations import Op
 from meshwright.program.schedules import in_flight, orders
 from strategies import chain, models_and_plans
 from worlds import even_plan, one_node

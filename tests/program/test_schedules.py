@@ -13,7 +13,7 @@ from meshwright.errors import PlanError
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import IN_PLAN
 from meshwright.program.actions import high_water, parse_order, words
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
 from meshwright.program.schedules import in_flight, orders
 from meshwright.program.work import Work, most_held, play, to_codes, to_orders

@@ -16,7 +16,7 @@ from meshwright.plan.spec import (
     Stage,
     Subject,
 )
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline
 
 GIB = 1024**3

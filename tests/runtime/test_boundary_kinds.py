@@ -16,7 +16,6 @@ NAMES = [f"{kind}, 2x1 to 1x2, skips" for kind in KINDS]
 def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
     """For each case: bytes that left in one step, those of the program, and labels of the
     timeline."""
-    from meshwright.program.instructions import SENDS
     from meshwright.runtime.engine import Engine
 
     left = [0]
@@ -49,7 +48,7 @@ def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
             planned = sum(
                 i.bytes
                 for i in engine.program.ranks[rank]
-                if i.op in SENDS and (not i.ranks or i.peer == i.ranks[1])
+                if i.op.kind == "send" and (not i.ranks or i.peer == i.ranks[1])
             )
             labels = None if timeline is None else Counter(i.label for i in timeline.intervals)
             found[name] = (bytes_left, planned, labels)

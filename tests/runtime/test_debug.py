@@ -14,7 +14,8 @@ from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
 from meshwright.errors import LaunchError, PlanError, TrainingError
-from meshwright.program.instructions import Instruction, Op
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import Op
 from meshwright.runtime.debug import Headers
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.world import PeerLost

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meshwright.cluster.spec import Precision
 from meshwright.errors import TrainingError
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.runtime.engine import Engine
 
 STEPS, RATE = 6, 1e-2

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from meshwright.errors import LaunchError, TrainingError
 from meshwright.model.trace import trace
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.timeline import label
 from meshwright.runtime import pace
 from meshwright.runtime.dilation import Dilation, Dilator

@@ -17,8 +17,9 @@ from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op, dumps, loads
+from meshwright.program.instructions import dumps, loads
 from meshwright.program.listing import NAMES
+from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.schedules import orders
 from meshwright.program.work import seconds, to_codes

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.simulate.compare import compare
 from meshwright.simulate.engine import simulate_plan

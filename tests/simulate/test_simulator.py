@@ -17,8 +17,8 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.deadlock import READS
-from meshwright.program.instructions import GATHERS, Instruction, Op, Program
+from meshwright.program.instructions import Instruction, Program
+from meshwright.program.operations import GATHERS, Op
 from meshwright.program.timeline import Timeline, busy_seconds, label
 from meshwright.simulate.engine import simulate, simulate_plan
 from meshwright.simulate.parts import parts
@@ -291,7 +291,8 @@ def test_messages_of_several_cuts_between_the_same_ranks_are_told_apart(
             key = (i.rank, i.op, i.stage, i.micro_batch)
             arrived[key] = max(arrived[key], i.end_seconds)
     for i in timeline.intervals:
-        for op in (READS[i.op], GATHERS[READS[i.op]]) if i.op in READS else ():
+        reads = i.op.reads if i.op.kind == "compute" else None
+        for op in (reads, GATHERS[reads]) if reads else ():
             assert i.start_seconds >= arrived[i.rank, op, i.stage, i.micro_batch]
 
 

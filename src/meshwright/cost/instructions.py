@@ -34,16 +34,8 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.buckets import completing_layer, gradient_bytes
-from meshwright.program.instructions import (
-    COMPUTE,
-    GATHERED,
-    RECEIVES,
-    SENDS,
-    Instruction,
-    Key,
-    Op,
-    Program,
-)
+from meshwright.program.instructions import Instruction, Key, Program
+from meshwright.program.operations import Op
 from meshwright.records import record
 from meshwright.stopping import look
 
@@ -192,7 +184,7 @@ def _prices(
     known: dict[tuple[int, Op, int], Price] = {}
     found = []
     for index, i in enumerate(instructions):
-        if i.op not in COMPUTE:
+        if i.op.kind != "compute":
             traffic = _traffic(i, own[i.stage].seat, costs)
             found.append(Price(traffic=traffic, inside=inside.get(index)))
             continue
@@ -270,27 +262,23 @@ def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, in
 
     A REDUCE_GRAD posted after that backward is left out: its gradients are complete already.
     """
-    last = {
-        i.stage: index
-        for index, i in enumerate(instructions)
-        if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-    }
+    last = {i.stage: index for index, i in enumerate(instructions) if i.op.completes_gradients}
     return {
         index: last[i.stage]
         for index, i in enumerate(instructions)
-        if i.op is Op.REDUCE_GRAD and last.get(i.stage, -1) > index
+        if i.op.of_gradients and last.get(i.stage, -1) > index
     }
 
 
 def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     """Return the traffic of a message or a collective; a receive has none, it moves with its
     send."""
-    if i.op in RECEIVES:
+    if i.op.kind == "receive":
         return NOTHING
-    if i.ranks and (i.op in SENDS or i.op in GATHERED):
+    if i.ranks and (i.op.kind == "send" or i.op.reads):
         key = (i.op, i.ranks, i.peer, i.bytes)
         if key not in costs.crossings:
-            make = _broadcast if i.op in SENDS else _gather
+            make = _broadcast if i.op.kind == "send" else _gather
             costs.crossings[key] = make(i, costs)
         return costs.crossings[key]
     return _message_or_sum(i, seat, costs)
@@ -299,7 +287,7 @@ def _traffic(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
 def _message_or_sum(i: Instruction, seat: Seat, costs: _Costs) -> Traffic:
     """Return the traffic of a message between two ranks, or of an all-reduce."""
     devices = costs.plan.devices
-    if i.op in SENDS:
+    if i.op.kind == "send":
         assert i.peer is not None
         moved = boundary_transfer(
             costs.links, seat.device, devices[i.peer], i.bytes, costs.system.boundary

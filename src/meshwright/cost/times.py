@@ -15,7 +15,7 @@ from meshwright.cost.halves import backward_shares
 from meshwright.cost.profile import Profile
 from meshwright.model.recompute import recomputed
 from meshwright.model.spec import LayerGraph
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 
 Array = NDArray[np.float64]
 

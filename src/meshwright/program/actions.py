@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from meshwright.errors import PROBLEMS_SHOWN, PlanError, Problem
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op, operation
 
 
 class Action(NamedTuple):
@@ -83,7 +83,7 @@ def _action(each: str, held: Sequence[int]) -> Action | None:
     match = _WORD.fullmatch(each)
     if match is None or not (match[1] or len(held) == 1):
         return None
-    stage, op, first = int(match[1] or held[0]), Op(match[2]), int(match[3])
+    stage, op, first = int(match[1] or held[0]), operation(match[2]), int(match[3])
     last = int(match[4]) if match[4] else first + 1
     if stage not in held or last <= first or (op is not Op.BACKWARD_WEIGHT and last > first + 1):
         return None

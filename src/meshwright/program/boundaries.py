@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from meshwright.layout.rows import Move, boundary_moves, gathered
 from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
-from meshwright.program.instructions import GATHERS, RECEIVES, Instruction, Op
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import GATHERS, Op
 from meshwright.records import record
 
 
@@ -76,7 +77,7 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
     are any."""
     if boundary is None:
         return
-    receiving = boundary.op in RECEIVES
+    receiving = boundary.op.kind == "receive"
     for move in boundary.moves:
         if (move.target if receiving else move.source) == seat.rank:
             first, last, of = move.part or (0, 1, 1)

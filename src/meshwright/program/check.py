@@ -9,17 +9,9 @@ from dataclasses import replace
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.program.deadlock import deadlocks
-from meshwright.program.instructions import (
-    GATHERED,
-    MATCHING_RECEIVE,
-    RECEIVES,
-    SENDS,
-    Instruction,
-    Op,
-    Program,
-    text,
-)
+from meshwright.program.instructions import Instruction, Program, text
 from meshwright.program.messages import Message, message
+from meshwright.program.operations import MATCHING_RECEIVE, Op
 
 Task = tuple[int, int]
 """A stage, and one of its micro-batches."""
@@ -60,7 +52,7 @@ def _unknown_ranks(program: Program, source: str) -> Iterator[Problem]:
             if strangers or i.peer == rank:
                 wanted = f"another rank below {count}"
                 yield Problem(source, _at(rank, index), text(i), wanted)
-            if i.op in SENDS | RECEIVES and (i.peer is None or i.micro_batch is None):
+            if i.op.kind in ("send", "receive") and (i.peer is None or i.micro_batch is None):
                 yield Problem(source, _at(rank, index), text(i), "a peer and a micro-batch")
 
 
@@ -168,11 +160,11 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
     calls: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for rank, instructions in enumerate(program.ranks):
         for index, i in enumerate(instructions):
-            if i.op not in (Op.REDUCE_GRAD, Op.REDUCE_NORM, *GATHERED):
+            if i.op.kind != "collective":
                 continue
             if rank not in i.ranks:
                 yield Problem(source, _at(rank, index), text(i), f"rank {rank} among its ranks")
-            call = text(i) if i.op in GATHERED else text(i).split(" ", 1)[1]
+            call = text(i) if i.op.reads else text(i).split(" ", 1)[1]
             calls[i.ranks][rank].append(call)
     for group, by_rank in sorted(calls.items()):
         first = by_rank[group[0]]
@@ -203,9 +195,8 @@ def _updates(
         yield Problem(source, f"rank {rank}", found, wanted)
     if len(steps) > 1:
         updated = {(instructions[k].layers, instructions[k].tied) for k in steps}
-        for k in at[Op.REDUCE_GRAD]:
-            i = instructions[k]
-            if (i.layers, i.tied) not in updated:
+        for k, i in enumerate(instructions):
+            if i.op.of_gradients and (i.layers, i.tied) not in updated:
                 wanted = f"an {Op.OPTIMIZER_STEP} of the same layers or tied parameter"
                 yield Problem(source, _at(rank, k), text(i), wanted)
 
@@ -217,25 +208,23 @@ def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
     """
     first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
-        at = {op: [k for k, i in enumerate(instructions) if i.op is op] for op in Op}
+        at: dict[Op, list[int]] = defaultdict(list)
+        for k, i in enumerate(instructions):
+            at[i.op].append(k)
         yield from _updates(rank, instructions, at, source)
         ends = sorted((k, op) for op in _ENDS for k in at[op])
         end = ends[0][0] if ends else len(instructions)
         for _, op in ends[:1]:
             first.setdefault(op, rank)
-        last_backward = {
-            i.stage: k
-            for k, i in enumerate(instructions)
-            if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-        }
-        late = [k for k, i in enumerate(instructions) if k > end and i.op not in _ENDS]
+        last_backward = {i.stage: k for k, i in enumerate(instructions) if i.op.completes_gradients}
+        late = [k for k, i in enumerate(instructions) if k > end and not i.op.ends_step]
         for k in late:
             wanted = "backwards and transfers, then REDUCE_NORM, then OPTIMIZER_STEP"
             yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
-        for k in at[Op.REDUCE_GRAD]:
-            if last_backward.get(instructions[k].stage, -1) < k < end:
+        for k, i in enumerate(instructions):
+            if i.op.of_gradients and last_backward.get(i.stage, -1) < k < end:
                 wanted = "posted before the backward that completes its gradients"
-                yield Problem(source, _at(rank, k), text(instructions[k]), wanted)
+                yield Problem(source, _at(rank, k), text(i), wanted)
     if len(first) > 1:
         found = ", ".join(f"{op} on rank {rank}" for op, rank in first.items())
         wanted = "all ranks to clip (REDUCE_NORM first) or none"

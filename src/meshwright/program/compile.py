@@ -17,7 +17,8 @@ from meshwright.program.buckets import (
     sums_of,
     usual_bucket_bytes,
 )
-from meshwright.program.instructions import Instruction, Op, Program
+from meshwright.program.instructions import Instruction, Program
+from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
 from meshwright.records import record
@@ -122,7 +123,7 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
                 last_backward={
                     action.stage: index
                     for index, action in enumerate(order)
-                    if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+                    if action.op.completes_gradients
                 },
             )
 

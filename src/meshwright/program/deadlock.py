@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshwright.errors import Problem
-from meshwright.program.instructions import RECEIVES, SENDS, Instruction, Op, Program, text
+from meshwright.program.instructions import Instruction, Program, text
 from meshwright.program.messages import Message, message
-
-READS = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B, Op.BACKWARD_INPUT: Op.RECV_B}
-"""The receive for which a compute instruction waits."""
+from meshwright.program.operations import Op
 
 
 def deadlocks(program: Program, source: str) -> Iterator[Problem]:
@@ -42,9 +40,9 @@ class _Step:
         began = self.at[rank]
         while self.at[rank] < len(self.ranks[rank]) and self.waits_for(rank) is None:
             i = self.ranks[rank][self.at[rank]]
-            if i.op in SENDS:
+            if i.op.kind == "send":
                 self.sent.add(message(rank, i))
-            elif i.op in READS:
+            elif _reads(i) is not None:
                 self.done.add((rank, i.op is Op.FORWARD, i.stage, i.micro_batch))
             self.at[rank] += 1
         return self.at[rank] > began
@@ -52,9 +50,10 @@ class _Step:
     def waits_for(self, rank: int) -> str | None:
         """Return what keeps a rank from its next instruction, or None."""
         i = self.ranks[rank][self.at[rank]]
-        if i.op not in READS:
+        reads = _reads(i)
+        if reads is None:
             return None
-        for position, receive in self.reads[rank].get((READS[i.op], i.stage, i.micro_batch), ()):
+        for position, receive in self.reads[rank].get((reads, i.stage, i.micro_batch), ()):
             if position > self.at[rank]:
                 return f"its own {text(receive)}, posted after it"
             if message(rank, receive) not in self.sent:
@@ -68,6 +67,11 @@ class _Step:
         return None
 
 
+def _reads(i: Instruction) -> Op | None:
+    """The receives that a compute instruction waits for."""
+    return i.op.reads if i.op.kind == "compute" else None
+
+
 def _receives_of(
     instructions: tuple[Instruction, ...],
 ) -> dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]]:
@@ -75,6 +79,6 @@ def _receives_of(
     micro-batch)."""
     found: dict[tuple[Op, int, int | None], list[tuple[int, Instruction]]] = {}
     for position, i in enumerate(instructions):
-        if i.op in RECEIVES:
+        if i.op.kind == "receive":
             found.setdefault((i.op, i.stage, i.micro_batch), []).append((position, i))
     return found

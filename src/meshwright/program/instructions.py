@@ -27,53 +27,13 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
 from __future__ import annotations
 
 import re
-from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.model.shard import Tile
+from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
-
-
-class Op(StrEnum):
-    """Names what an instruction does."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-    BACKWARD_INPUT = "I"
-    """Compute the gradients of the stage's inputs, for which the stage before waits."""
-    BACKWARD_WEIGHT = "W"
-    """Compute the rest of a backward: the gradients of the stage's parameters."""
-    SEND_F = "SEND_F"
-    """Send the activations of a cut to the next stage."""
-    RECV_F = "RECV_F"
-    SEND_B = "SEND_B"
-    """Send the gradients of a cut to the stage before."""
-    RECV_B = "RECV_B"
-    GATHER_F = "GATHER_F"
-    """Assemble activations of which each tensor rank of a replica has received a part."""
-    GATHER_B = "GATHER_B"
-    """Assemble gradients of which each tensor rank of a replica has received a part."""
-    REDUCE_GRAD = "REDUCE_GRAD"
-    """Sum the gradients of some layers over every rank that holds them."""
-    REDUCE_NORM = "REDUCE_NORM"
-    """Sum the loss and the squared gradient norm over all ranks."""
-    OPTIMIZER_STEP = "OPTIMIZER_STEP"
-
-    # Enum.__hash__ is a Python function, too slow for every look-up of an operation.
-    __hash__ = str.__hash__
-
-
-COMPUTE = frozenset(
-    {Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.OPTIMIZER_STEP}
-)
-SENDS = frozenset({Op.SEND_F, Op.SEND_B})
-RECEIVES = frozenset({Op.RECV_F, Op.RECV_B})
-MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
-GATHERS = {Op.RECV_F: Op.GATHER_F, Op.RECV_B: Op.GATHER_B}
-"""The gather that completes a receive of which each rank gets a part."""
-GATHERED = {gather: receive for receive, gather in GATHERS.items()}
-"""The receive that a gather completes."""
 
 
 @record
@@ -154,9 +114,10 @@ def text(instruction: Instruction) -> str:
     return " ".join(words)
 
 
-_HEAD = re.compile(
-    rf"(\d+)({'|'.join(sorted((op.value for op in Op), key=len, reverse=True))})(\d*)"
-)
+@cache
+def _head() -> re.Pattern[str]:
+    """Matches the first word of an instruction: stage, operation, micro-batch."""
+    return re.compile(rf"(\d+)({'|'.join(sorted(operations(), key=len, reverse=True))})(\d*)")
 
 
 def _value(key: str, value: str) -> Any:
@@ -186,7 +147,7 @@ def parse(line: str, *, source: str = "program", field: str = "") -> Instruction
     Raises ProgramError that names `source` and `field`.
     """
     head, *words = line.split()
-    match = _HEAD.fullmatch(head)
+    match = _head().fullmatch(head)
     try:
         if match is None:
             raise ValueError(f"unknown instruction {head!r}")
@@ -195,7 +156,7 @@ def parse(line: str, *, source: str = "program", field: str = "") -> Instruction
         wanted = "an instruction such as '0F3 rows=0:2' or '0SEND_F3 peer=1 rows=0:2 bytes=4096'"
         raise ProgramError(Problem(source, field, f"{line!r} ({failure})", wanted)) from None
     return Instruction(
-        op=Op(match[2]),
+        op=operation(match[2]),
         stage=int(match[1]),
         micro_batch=int(match[3]) if match[3] else None,
         **fields,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from meshwright.program.instructions import MATCHING_RECEIVE, SENDS, Instruction, Op
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import MATCHING_RECEIVE, Op
 
 
 class Message(NamedTuple):
@@ -24,7 +25,7 @@ class Message(NamedTuple):
 def message(rank: int, i: Instruction) -> Message:
     """Return the message of a send or receive in the list of a rank."""
     assert i.peer is not None
-    sends = i.op in SENDS
+    sends = i.op.kind == "send"
     return Message(
         source=rank if sends else i.peer,
         target=i.peer if sends else rank,

@@ -10,7 +10,7 @@ from meshwright.errors import PlanError, Problem
 from meshwright.plan.spec import Plan
 from meshwright.plan.virtual import IN_PLAN, Layout, layout_of
 from meshwright.program.actions import Order, parse_order, word
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 
 
@@ -106,10 +106,10 @@ def _other(op: Op, stage: int, micro_batch: int) -> tuple[Op, int, int]:
 def _missing(done: set[tuple[Op, int, int]], stage: int, m: int) -> str:
     """Return the first operation that is missing for a micro-batch, or an empty string."""
     if (Op.FORWARD, stage, m) not in done:
-        return Op.FORWARD.value
+        return Op.FORWARD
     if (Op.BACKWARD_INPUT, stage, m) in done:
-        return "" if (Op.BACKWARD_WEIGHT, stage, m) in done else Op.BACKWARD_WEIGHT.value
-    return "" if (Op.BACKWARD, stage, m) in done else Op.BACKWARD.value
+        return "" if (Op.BACKWARD_WEIGHT, stage, m) in done else Op.BACKWARD_WEIGHT
+    return "" if (Op.BACKWARD, stage, m) in done else Op.BACKWARD
 
 
 def _stuck(found: Sequence[Order], layout: Layout, source: str, where: str) -> Iterator[Problem]:

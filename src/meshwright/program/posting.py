@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.program.actions import Order
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 
 AHEAD = 2
 """The number of compute instructions between posting a receive and reading it, behind which the

@@ -13,7 +13,7 @@ from functools import lru_cache
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import IN_PLAN, Layout
 from meshwright.program.actions import Action, Order, high_water, one
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.virtual import interleaved, zb_v
 
 

@@ -6,11 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from meshwright.program.instructions import Instruction, Op
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import Op, Stream
 from meshwright.records import Bytes, Line, Name, PositiveSeconds, Rank, record
-
-Stream = Literal["compute", "send", "receive", "reduce"]
-"""The tracks of one rank: compute is serial; transfers overlap compute and each other."""
 
 Moment = Annotated[float, Field(ge=-1e9, le=1e30)]
 """Seconds from the start of a step; the clocks of several machines may make it slightly
@@ -63,7 +61,7 @@ def label(instruction: Instruction) -> str:
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)
     word = f"{instruction.stage}{instruction.op}{micro_batch}"
-    if instruction.op not in (Op.REDUCE_GRAD, Op.OPTIMIZER_STEP):
+    if not instruction.op.named_by_layers:
         return word
     if instruction.layers is not None:
         word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshwright.program.actions import Action, Order, one
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 
 
 def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ...]:

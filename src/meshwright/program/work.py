@@ -14,7 +14,7 @@ from itertools import chain, pairwise
 
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order, one
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.posting import AHEAD
 from meshwright.records import record
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from meshwright import files
-from meshwright.program.timeline import Interval, Stream, Timeline
+from meshwright.program.operations import Stream
+from meshwright.program.timeline import Interval, Timeline
 
 Event = dict[str, Any]
 
@@ -78,7 +79,7 @@ def _complete(i: Interval, track: int) -> Event:
     return {
         "ph": "X",
         "name": i.label,
-        "cat": i.op.value,
+        "cat": str(i.op),
         "pid": i.rank,
         "tid": track,
         "ts": start,

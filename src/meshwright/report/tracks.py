@@ -59,6 +59,6 @@ def _microseconds(seconds: float) -> float:
 
 
 def _row(i: Interval) -> list[Any]:
-    kind = i.op.value if i.stream == "compute" else i.stream
+    kind = str(i.op) if i.stream == "compute" else i.stream
     row = [_KINDS.index(kind), _microseconds(i.start_seconds), _microseconds(i.end_seconds)]
     return [*row, i.label, *([i.peer, i.bytes] if i.peer is not None or i.bytes else [])]

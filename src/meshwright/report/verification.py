@@ -20,7 +20,7 @@ def kinds_table(parts: Comparison) -> Table:
         table.add_column(heading, justify="left" if heading == "instruction" else "right")
     for kind in parts.kinds:
         table.add_row(
-            str(kind.op.value),
+            str(kind.op),
             str(kind.count),
             format_seconds(kind.predicted_seconds),
             format_seconds(kind.measured_seconds),

@@ -13,7 +13,8 @@ from meshwright.model.graph import LayeredModel
 from meshwright.model.shard import Tile, own_tile
 from meshwright.plan.ranks import Seat, StageSeats, held_together, seats_of, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Instruction, Key, Op, Program
+from meshwright.program.instructions import Instruction, Key, Program
+from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.collect import Home, parameter_homes

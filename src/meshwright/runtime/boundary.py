@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from meshwright.program.instructions import SENDS, Instruction
+from meshwright.program.instructions import Instruction
 from meshwright.program.messages import Chain, chain_of
 from meshwright.runtime.build import Crossing
 from meshwright.runtime.debug import Headers
@@ -241,7 +241,7 @@ class Messages:
             assert self.headers is not None
             works = []
             for k, (tensor, tag) in enumerate(zip(tensors, tags, strict=True)):
-                if tensor.numel() and i.op in SENDS:
+                if tensor.numel() and i.op.kind == "send":
                     works += self.headers.send(i, k, tensor, tag, post)
                 elif tensor.numel():
                     works.append(self.headers.receive(i, k, tensor, tag, post))
@@ -251,7 +251,7 @@ class Messages:
 
     def _broadcast(self, i: Instruction, tensors: Sequence[Tensor]) -> list[Work]:
         """The source takes part once, with the first of its sends."""
-        if i.op in SENDS and i.peer != i.ranks[1]:
+        if i.op.kind == "send" and i.peer != i.ranks[1]:
             return []
         group = self.chains[chain_of(i)]
 

@@ -10,7 +10,8 @@ import torch
 
 from meshwright.errors import LaunchError, PlanError, Problem
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Op, Program
+from meshwright.program.instructions import Program
+from meshwright.program.operations import Op
 
 COMPILERS = ("g++", "clang++")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed import Work
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import SENDS, Instruction, Op, text
+from meshwright.program.instructions import Instruction, text
 from meshwright.program.messages import stage_before
+from meshwright.program.operations import Op
 from meshwright.runtime.build import Held
 
 _DTYPES = (
@@ -71,7 +72,7 @@ class Headers:
         wanted = self._header(i, k, tensor)
         header = torch.tensor(wanted, device=self.device)
         arriving, payload = start(header), start(tensor)
-        if i.op in SENDS:
+        if i.op.kind == "send":
             return [arriving, payload]
 
         def finish() -> None:

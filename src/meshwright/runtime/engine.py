@@ -19,7 +19,8 @@ from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Instruction, Op
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.runtime import world as worlds

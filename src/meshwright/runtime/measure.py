@@ -16,17 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
-from meshwright.program.instructions import (
-    COMPUTE,
-    GATHERED,
+from meshwright.program.instructions import Instruction, Program
+from meshwright.program.operations import (
     MATCHING_RECEIVE,
-    RECEIVES,
-    SENDS,
-    Instruction,
     Op,
-    Program,
 )
-from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
+from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.exchange import to_first
@@ -150,7 +145,7 @@ class Recorder:
         elif i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
             for micro_batch in micro_batches_of(i):
                 self._saved.pop((i.stage, micro_batch), None)
-        if i.op in COMPUTE:
+        if i.op.kind == "compute":
             self._remember()
 
     def posted(self, instruction: Instruction, works: Sequence[Work]) -> Handle:
@@ -287,15 +282,13 @@ _Meeting = tuple[object, ...]
 
 def _meeting(rank: int, i: Instruction) -> _Meeting:
     """What all ranks that take part in one message or sum have in common."""
-    if i.op in SENDS:
+    if i.op.kind == "send":
         stage = i.stage + 1 if i.op is Op.SEND_F else i.stage - 1
         return (MATCHING_RECEIVE[i.op], rank, i.peer, stage, i.micro_batch, i.rows)
-    if i.op in RECEIVES:
+    if i.op.kind == "receive":
         return (i.op, i.peer, rank, i.stage, i.micro_batch, i.rows)
-    if i.op in GATHERED:
-        return (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
-    if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM):
-        return (i.op, i.ranks, i.layers, i.tied, i.tile)
+    if i.op.kind == "collective":
+        return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
     return (i.op, rank, i.stage, i.micro_batch, i.micro_batches)
 
 
@@ -311,7 +304,7 @@ def _ready(spans: list[list[tuple[Instruction, float, float]]]) -> dict[_Meeting
 def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
     return Interval(
         rank=rank,
-        stream=_stream(i.op),
+        stream=i.op.stream,
         op=i.op,
         stage=i.stage,
         micro_batch=i.micro_batch,
@@ -321,11 +314,3 @@ def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
         peer=i.peer,
         bytes=i.bytes,
     )
-
-
-def _stream(op: Op) -> Stream:
-    if op in SENDS:
-        return "send"
-    if op in RECEIVES or op in GATHERED:
-        return "receive"
-    return "reduce" if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) else "compute"

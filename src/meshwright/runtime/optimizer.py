@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import Instruction, Key, Op
+from meshwright.program.instructions import Instruction, Key
+from meshwright.program.operations import Op
 from meshwright.runtime.exchange import from_all
 from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World

@@ -16,7 +16,8 @@ from torch.distributed import Work
 
 from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import GATHERED, SENDS, Instruction, Key, Op
+from meshwright.program.instructions import Instruction, Key
+from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.dilation import Dilator
@@ -61,7 +62,7 @@ class Player:
         }
         self._split = split_forwards(instructions)
         self._completed = completions(own, instructions)
-        self._last_sends = {_crossed(i): i for i in instructions if i.op in SENDS}
+        self._last_sends = {_crossed(i): i for i in instructions if i.op.kind == "send"}
         self._made: dict[Crossed, Sequence[Tensor | None]] = {}
         """What is to be sent."""
         self._here: dict[Crossed, list[Tensor]] = {}
@@ -287,8 +288,9 @@ class Player:
         return lambda: messages.sent(i, self.posted(i, start(values(key))))
 
     def _gather(self, i: Instruction) -> None:
+        assert i.op.reads is not None
         with self.measured(i):
-            self.meet(partial(self._own.places[i.stage].messages[GATHERED[i.op]].gather, i))
+            self.meet(partial(self._own.places[i.stage].messages[i.op.reads].gather, i))
 
     def meet(self, wait: Callable[[], object]) -> None:
         """Waits for others at a place where computing stops for it."""

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import MATCHING_RECEIVE, SENDS, Op, Program
+from meshwright.program.instructions import Program
+from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
 from meshwright.runtime.reduce import FlatBucket, gathered, scatter
@@ -27,7 +28,7 @@ def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messag
     """
     pairs = sorted(
         {(i.op, i.stage, rank, i.peer) for rank, found in enumerate(program.ranks) for i in found
-         if i.op in SENDS and i.peer is not None}
+         if i.op.kind == "send" and i.peer is not None}
     )  # fmt: skip
     for op, stage, source, target in pairs:
         if world.rank not in (source, target):

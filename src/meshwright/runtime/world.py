@@ -20,8 +20,9 @@ from torch.distributed import ProcessGroup
 from meshwright.errors import LaunchError, Problem
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import SENDS, Instruction, Op, Program, text
+from meshwright.program.instructions import Instruction, Program, text
 from meshwright.program.messages import Chain, chain_of
+from meshwright.program.operations import Op
 from meshwright.runtime.failure import first_line, of_communication
 from meshwright.runtime.pulse import Pulse
 from meshwright.runtime.rendezvous import PeerLost, join
@@ -214,7 +215,7 @@ def broadcast_groups(program: Program) -> tuple[Chain, ...]:
             chain_of(instruction)
             for instructions in program.ranks
             for instruction in instructions
-            if instruction.op in SENDS and instruction.ranks
+            if instruction.op.kind == "send" and instruction.ranks
         )
     )
 

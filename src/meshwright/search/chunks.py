@@ -17,7 +17,7 @@ from meshwright.cost.times import repeated_seconds
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.search.costs import (
     Costs,

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from meshwright.cluster.topology import Resource
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
 from meshwright.search.costs import (

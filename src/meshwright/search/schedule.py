@@ -21,8 +21,9 @@ from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.plan.virtual import layout_of, layout_wanted
 from meshwright.program.actions import Order, one, words
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import SENDS, Op, Program
+from meshwright.program.instructions import Program
 from meshwright.program.listing import NAMES, best_order
+from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
 from meshwright.search.contest import Contest, Played, enter, work_of
@@ -230,7 +231,7 @@ def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[obje
     for instructions, own in zip(program.ranks, prices.ranks, strict=True):
         full: dict[int, float] = {}
         for i, cost in zip(instructions, own, strict=True):
-            if i.op in SENDS:
+            if i.op.kind == "send":
                 sent[i.stage, i.op].append(cost.traffic)
             elif i.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
                 most((i.stage, i.op), cost.seconds)

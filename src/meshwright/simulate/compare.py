@@ -6,7 +6,7 @@ from collections import defaultdict
 from math import isfinite
 from statistics import median
 
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op, operations
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
@@ -134,6 +134,6 @@ def _kinds(rows: tuple[InstructionRow, ...]) -> tuple[KindRow, ...]:
             measured_seconds=sum(row.measured_seconds for row in by_op[op]),
             median_error=_median_error(by_op[op]),
         )
-        for op in Op
+        for op in operations().values()
         if op in by_op
     )

@@ -19,20 +19,10 @@ from meshwright.errors import Problem, ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.deadlock import READS
-from meshwright.program.instructions import (
-    GATHERED,
-    MATCHING_RECEIVE,
-    RECEIVES,
-    SENDS,
-    Instruction,
-    Key,
-    Op,
-    Program,
-    text,
-)
+from meshwright.program.instructions import Instruction, Key, Program, text
 from meshwright.program.messages import Chain, chain_of, stage_before
-from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline, label
+from meshwright.program.operations import MATCHING_RECEIVE, Op
+from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
 from meshwright.stopping import look
 
@@ -41,17 +31,6 @@ LOOKED_UP = 1_000
 
 At = tuple[int, int]
 """An instruction: its rank, and its index in that rank's list."""
-
-_STREAMS: dict[Op, Stream] = {
-    Op.SEND_F: "send",
-    Op.SEND_B: "send",
-    Op.RECV_F: "receive",
-    Op.RECV_B: "receive",
-    Op.GATHER_F: "receive",
-    Op.GATHER_B: "receive",
-    Op.REDUCE_GRAD: "reduce",
-    Op.REDUCE_NORM: "reduce",
-}
 
 
 @dataclass(slots=True)
@@ -62,11 +41,11 @@ class _Rank:
     """True while it computes or a blocking collective holds it."""
     awaited: dict[tuple[Op, int, int | None], int] = field(default_factory=lambda: defaultdict(int))
     """The number of receives posted and not arrived, by RECV_F or RECV_B, stage and micro-batch."""
-    reductions: list[int] = field(default_factory=list)
-    """The indices of the REDUCE_GRADs, in order; those before `next_reduction` have begun."""
-    next_reduction: int = 0
+    posted: list[int] = field(default_factory=list)
+    """The indices of the posted collectives, in order; those before `next_posted` have begun."""
+    next_posted: int = 0
     open_reductions: Counter[Key] = field(default_factory=Counter)
-    """The number of REDUCE_GRADs posted and not finished, by what they sum."""
+    """The number of sums of gradients posted and not finished, by what they sum."""
     memory: float = 0.0
 
 
@@ -95,6 +74,15 @@ class _Queue:
     busy: bool = False
 
 
+def _waits(state: _Rank, i: Instruction) -> bool:
+    """Return whether a compute instruction or a collective must wait."""
+    if i.op.reads is not None and state.awaited[i.op.reads, i.stage, i.micro_batch]:
+        return True
+    if i.op.awaits == "own":
+        return state.open_reductions[i.layers, i.tied] > 0
+    return i.op.awaits == "all" and state.open_reductions.total() > 0
+
+
 class _Step:
     """Plays one step of a program."""
 
@@ -121,17 +109,14 @@ class _Step:
         for rank, instructions in enumerate(self.program.ranks):
             turn: dict[Any, int] = defaultdict(int)
             for index, i in enumerate(instructions):
-                if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM, *GATHERED):
-                    key: tuple[Any, ...] = (i.op, i.ranks, i.layers, i.tied, i.tile)
-                    if i.op in GATHERED:
-                        key = (i.op, i.ranks, i.stage, i.micro_batch, i.rows)
-                    key = (*key[:2], None, None, None) if i.op is Op.REDUCE_NORM else key
+                if i.op.kind == "collective":
+                    key = (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
                     turn[key] += 1
                     group = groups[(key, turn[key])]
                     group.members.append((rank, index))
                     self.collectives[rank, index] = group
-                    if i.op is Op.REDUCE_GRAD:
-                        self.ranks[rank].reductions.append(index)
+                    if not i.op.blocks:
+                        self.ranks[rank].posted.append(index)
 
     def play(self) -> None:
         """Run all events in the order of time; after those of one moment, flows share bandwidth
@@ -155,28 +140,19 @@ class _Step:
         state, instructions = self.ranks[rank], self.program.ranks[rank]
         while not state.busy and state.position < len(instructions):
             at, i = (rank, state.position), instructions[state.position]
-            if i.op is Op.OPTIMIZER_STEP and state.open_reductions[i.layers, i.tied]:
+            if i.op.kind in ("send", "receive"):
+                self.post(at, i)
+            elif _waits(state, i):
                 return
-            if i.op is Op.REDUCE_NORM and state.open_reductions.total():
-                return
-            if i.op is Op.REDUCE_NORM:
+            elif i.op.kind == "compute":
+                self.compute(at, i)
+            elif i.op.blocks:
                 state.busy = True
                 self.ready(at)
-            elif i.op in GATHERED:
-                if state.awaited[GATHERED[i.op], i.stage, i.micro_batch]:
-                    return
-                state.busy = True
-                self.ready(at)
-            elif i.op is Op.REDUCE_GRAD:
-                state.open_reductions[i.layers, i.tied] += 1
+            else:
+                state.open_reductions[i.layers, i.tied] += i.op.of_gradients
                 if self.prices.ranks[rank][at[1]].inside is None:
                     self.ready(at)
-            elif i.op in SENDS or i.op in RECEIVES:
-                self.post(at, i)
-            else:
-                if i.op in READS and state.awaited[READS[i.op], i.stage, i.micro_batch]:
-                    return
-                self.compute(at, i)
             state.position += 1
 
     def compute(self, at: At, i: Instruction) -> None:
@@ -204,13 +180,13 @@ class _Step:
     def post(self, at: At, i: Instruction) -> None:
         assert i.peer is not None
         if i.ranks:
-            if i.op in RECEIVES:
+            if i.op.kind == "receive":
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] += 1
             chain = self.chains.setdefault(chain_of(i), _Queue(i.ranks))
             chain.posted[stage_before(i), i.micro_batch, i.rows].append(at)
             self.pass_on(chain)
             return
-        if i.op in SENDS:
+        if i.op.kind == "send":
             channel = self.channels[at[0], i.peer, MATCHING_RECEIVE[i.op]]
             channel.sends.append(at)
         else:
@@ -249,7 +225,7 @@ class _Step:
         for at in ends:
             self.record(at, began)
             i = self.program.ranks[at[0]][at[1]]
-            if i.op in RECEIVES:
+            if i.op.kind == "receive":
                 self.ranks[at[0]].awaited[i.op, i.stage, i.micro_batch] -= 1
         chain.busy = False
         self.pass_on(chain)
@@ -270,24 +246,24 @@ class _Step:
         i = self.program.ranks[first[0]][first[1]]
         if len(collective.ready) < len(i.ranks):
             return
-        if i.op is Op.REDUCE_NORM or i.op in GATHERED:
+        if i.op.blocks:
             self.move(first, self.met, collective, self.now)
             return
         states = [self.ranks[rank] for rank, _ in collective.members]
-        turns = [state.reductions[state.next_reduction :][:1] for state in states]
-        if turns == [[index] for _, index in collective.members]:
+        turns = [state.posted[state.next_posted] for state in states]
+        if turns == [index for _, index in collective.members]:
             self.move(first, self.reduced, collective, self.now)
             for state in states:
-                state.next_reduction += 1
+                state.next_posted += 1
             for (rank, _), state in zip(collective.members, states, strict=True):
-                for index in state.reductions[state.next_reduction :][:1]:
-                    self.reduce(self.collectives[rank, index])
+                if state.next_posted < len(state.posted):
+                    self.reduce(self.collectives[rank, state.posted[state.next_posted]])
 
     def reduced(self, collective: _Collective, began: float) -> None:
         for rank, index in collective.members:
             self.record((rank, index), began)
             i = self.program.ranks[rank][index]
-            self.ranks[rank].open_reductions[i.layers, i.tied] -= 1
+            self.ranks[rank].open_reductions[i.layers, i.tied] -= i.op.of_gradients
         for rank, _ in collective.members:
             self.advance(rank)
 
@@ -333,7 +309,7 @@ class _Step:
         self.intervals.append(
             Interval(
                 rank=at[0],
-                stream=_STREAMS.get(i.op, "compute"),
+                stream=i.op.stream,
                 op=i.op,
                 stage=i.stage,
                 micro_batch=i.micro_batch,

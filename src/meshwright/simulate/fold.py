@@ -24,7 +24,8 @@ from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import SENDS, Op, Program
+from meshwright.program.instructions import Program
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.simulate.engine import simulate
 from meshwright.stopping import look
@@ -240,7 +241,7 @@ def priced_for_all(program: Program, prices: Prices, folded: Fold) -> Prices:
 
     def changed(rank: int, op: Op, price: Price) -> Price:
         traffic = price.traffic
-        if op in SENDS:
+        if op.kind == "send":
             return replace(price, traffic=_many(traffic, folded, folded.pipeline_of[rank]))
         if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) and traffic.bytes_by_resource:
             number = folded.rings[folded.pipeline_of[rank]] if op is Op.REDUCE_GRAD else 1

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from meshwright.program.deadlock import READS
-from meshwright.program.instructions import GATHERED, GATHERS, Op
+from meshwright.program.operations import GATHERS, Op
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
@@ -23,16 +22,6 @@ _MAKES = {
     Op.SEND_B: _BACK,
 }
 """The compute operations that produce what a message carries."""
-_PART = {
-    Op.FORWARD: "compute",
-    Op.BACKWARD: "compute",
-    Op.BACKWARD_INPUT: "compute",
-    Op.BACKWARD_WEIGHT: "compute",
-    Op.OPTIMIZER_STEP: "optimizer",
-    Op.REDUCE_GRAD: "reductions",
-    Op.REDUCE_NORM: "reductions",
-}
-"""The kind of every compute and reduction; all other operations are transfers."""
 
 
 @record
@@ -99,9 +88,9 @@ class _Walk:
             elif i.stream == "receive":
                 self.reads[i.op, i.rank, i.stage, i.micro_batch].append(i)
                 self.channels[i.op, i.rank, i.peer].append(i)
-            elif i.op is Op.REDUCE_GRAD:
+            elif i.op.of_gradients:
                 self.reductions.append(i)
-            elif i.op is Op.REDUCE_NORM:
+            elif i.op.awaits == "all":
                 self.norms[i.rank] = i
 
     def latest(self, intervals: Iterable[Interval], before: float) -> list[Interval]:
@@ -117,23 +106,23 @@ class _Walk:
         ends, the more likely first."""
         before = i.start_seconds
         own = self.computed(i.rank, before)
-        if i.op is Op.REDUCE_NORM:
+        if i.op.awaits == "all":
             reductions = self.latest(self.reductions, before)
             reductions.sort(key=lambda r: -self.end_of_compute(r.rank, before))
             return [*own, *self.everyones(before), *reductions]
-        if i.op is Op.OPTIMIZER_STEP:
+        if i.op.awaits == "own":
             sums = [r for r in self.reductions if r.rank == i.rank]
             ends = ([self.norms[i.rank]], sums)
             return [*own, *(gate for group in ends for gate in self.latest(group, before))]
         if i.stream == "compute":
-            read = READS.get(i.op)
+            read = i.op.reads
             kinds = (read, GATHERS[read]) if read else ()
             reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
             return [*own, *self.latest(reads, before)]
-        if i.op in GATHERED:
-            parts = self.reads[GATHERED[i.op], i.rank, i.stage, i.micro_batch]
+        if i.op.blocks and i.op.reads:
+            parts = self.reads[i.op.reads, i.rank, i.stage, i.micro_batch]
             return [*own, *self.latest(parts, before)]
-        if i.op is Op.REDUCE_GRAD:
+        if i.op.kind == "collective":
             # It may wait for an earlier reduction for which another rank was late.
             return [*own, *self.everyones(before)]
         if i.peer is None:
@@ -178,10 +167,10 @@ def critical_path(timeline: Timeline) -> tuple[Segment, ...]:
         current = _likeliest(gates, walk.tolerance)
         seen.add(id(current))
         start = current.start_seconds
-        if current.op is Op.REDUCE_GRAD:
+        if current.op.kind == "collective" and not current.op.blocks:
             start = max(start, walk.end_of_compute(current.rank, current.end_seconds))
         end = min(current.end_seconds, now)
-        pieces = ((end, now, "overhead"), (start, end, _PART.get(current.op, "transfers")))
+        pieces = ((end, now, "overhead"), (start, end, current.op.part))
         segments += [
             Segment(rank=current.rank, part=part, start_seconds=a, end_seconds=b)
             for a, b, part in pieces
@@ -219,7 +208,7 @@ def parts(timeline: Timeline) -> dict[str, float]:
         seconds[s.part] += s.end_seconds - s.start_seconds
     busy: dict[int, float] = defaultdict(float)
     for i in timeline.intervals:
-        if _PART.get(i.op) == "compute":
+        if i.op.part == "compute":
             busy[i.rank] += i.end_seconds - i.start_seconds
     needed = min(seconds["compute"], max(busy.values(), default=0.0))
     seconds["bubble"] = seconds["compute"] - needed

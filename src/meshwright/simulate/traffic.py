@@ -12,7 +12,7 @@ from meshwright.cost.instructions import Prices
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import SENDS, Program
+from meshwright.program.instructions import Program
 from meshwright.records import record
 
 
@@ -38,7 +38,8 @@ def link_loads(
     carried: Counter[Resource] = Counter()
     for rank, (instructions, costs) in enumerate(zip(program.ranks, prices.ranks, strict=True)):
         for instruction, cost in zip(instructions, costs, strict=True):
-            if instruction.op in SENDS or not instruction.ranks or min(instruction.ranks) == rank:
+            alone = instruction.op.kind == "send" or not instruction.ranks
+            if alone or min(instruction.ranks) == rank:
                 carried.update(cost.traffic.bytes_by_resource)
     carried.update(_tensor_parallel(plan, model, topology(cluster)))
     loads = (

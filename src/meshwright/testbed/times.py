@@ -13,7 +13,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.records import Name, Seconds, record
 
 TIMES = "virtual.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from meshwright.program.instructions import Op
+from meshwright.program.operations import Op
 from meshwright.runtime.dilation import Dilation
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.stage import Stage

@@ -1,0 +1,29 @@
+"""Ways of training on several devices, a room each: what it adds to programs, prices and ranks.
+
+A room holds up to six files, named after the part of the kernel that reads them. Each is loaded
+when that part needs it, so only `runtime.py` may import PyTorch:
+
+* `operations.py`: OPERATIONS, the words that the technique adds to programs;
+* `program.py`: `rewrite`, which puts its instructions into the list of a rank;
+* `price.py`: PRICES, what each of its operations costs;
+* `memory.py`: `adjust`, what it changes in the bytes that a device holds;
+* `options.py`: `proposals`, the changes to a plan that the search tries;
+* `runtime.py`: HANDLERS, what plays each of its operations on PyTorch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+TECHNIQUES: tuple[str, ...] = ()
+"""The rooms. A program is rewritten by each in this order."""
+
+
+@cache
+def rooms_with(part: str) -> tuple[ModuleType, ...]:
+    """The file of one name in every room that has one, in the order of TECHNIQUES."""
+    names = (f"{__name__}.{room}.{part}" for room in TECHNIQUES)
+    return tuple(import_module(name) for name in names if find_spec(name) is not None)
