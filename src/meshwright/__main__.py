@@ -1,4 +1,4 @@
-"""`python -m meshwright`, and the command `meshwright`."""
+"""Runs the command line as `python -m meshwright` or `meshwright`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 
 def main() -> None:
-    """Run the command line. While it is being loaded, Ctrl-C ends the process without a word."""
+    """Run the command line. Ctrl-C during start-up ends the process silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from meshwright import cli
 

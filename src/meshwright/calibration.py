@@ -1,4 +1,5 @@
-"""Calibration on a user's own cluster: which plans to try, and constants from the runs."""
+"""Calibrates the cost model on a user's own cluster: proposes plans to run, and fits constants to
+the runs."""
 
 from __future__ import annotations
 
@@ -34,20 +35,20 @@ from meshwright.simulate.engine import simulate_plan
 Array = NDArray[np.float64]
 
 LOOKED_AT = 150
-"""Candidates whose sensitivities are worked out, evenly drawn from the space."""
+"""Number of candidates whose sensitivities are computed, evenly drawn from the space."""
 SLOWEST = 3.0
-"""Proposals take at most so many times as long as the fastest candidate looked at."""
+"""Longest predicted step of a proposal, relative to the fastest candidate considered."""
 WARM_UP = 3
-"""Steps at the beginning of a run that do not count."""
+"""Number of first steps of a run that are not counted."""
 Proposals = Annotated[int, Field(ge=0, le=1000)]
-"""How many plans are proposed; 0: none, but runs are calibrated to."""
+"""Number of plans to propose; 0: none, and runs are fitted instead."""
 DERIVATIVE = 0.02
-"""Of a constant's range."""
+"""Step of the numerical derivative, as a share of a constant's range."""
 
 
 def knobs_for(cluster: Cluster, profile: Profile | None) -> tuple[Knob, ...]:
-    """The constants worth fitting on a cluster: efficiencies of types that were not profiled, what
-    host and framework add, and the links that there are."""
+    """Return the constants to fit on a cluster: efficiencies of types that were not profiled,
+    overheads of host and framework, and efficiencies of links that exist and were not measured."""
     types = tuple(sorted({device.type for device in devices_of(cluster)}))
     measured = {entry.device for entry in profile.layers} if profile else set()
     found = [
@@ -70,7 +71,7 @@ def knobs_for(cluster: Cluster, profile: Profile | None) -> tuple[Knob, ...]:
 
 
 def run_seconds(folder: Path) -> float:
-    """Median step seconds of a run, the first steps apart. Raises ProfileError."""
+    """Return the median step seconds of a run without its first steps. Raises ProfileError."""
     path = folder / METRICS
     if not files.exists(path):
         wanted = "a run folder, as `meshwright train` writes it"
@@ -87,7 +88,8 @@ def run_seconds(folder: Path) -> float:
 
 
 def _metrics(text: str, source: str) -> Metrics:
-    """One step's line. A line that is cut short is what a killed run leaves at its end."""
+    """Parse the line of one step. A killed run may leave an incomplete last line, which the error
+    explains."""
     mend = "take the line away if it is the last one of a run that was stopped"
     try:
         data = from_text(text, source=source, error=ProfileError, finite=False)
@@ -97,10 +99,9 @@ def _metrics(text: str, source: str) -> Metrics:
 
 
 def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
-    """The profile of the runs' cluster with constants fitted to them, and their error bar.
+    """Return the profile of the runs' cluster with constants fitted to them, and their error bar.
 
-    All runs must be of one model on one cluster. Raises ProfileError, and whatever the reopening
-    of a plan raises.
+    All runs must be of one model on one cluster. Raises ProfileError, and whatever `reopen` raises.
     """
     if not folders:
         wanted = "at least one run folder"
@@ -133,14 +134,15 @@ def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
 
 
 def base_profile(session: Session) -> Profile:
-    """What was measured before, without constants."""
+    """Return the session's profile without fitted constants."""
     empty = Profile(model=session.model.name, sequence=session.model.sequence)
     return replace(session.profile or empty, calibration=None)
 
 
 def proposals(session: Session, count: int) -> tuple[Plan, ...]:
-    """Plans whose step times say most about the constants: of those that fit and are not slow, the
-    ones whose sensitivities to the constants differ most. Raises FitError if none fits."""
+    """Return the plans whose step times reveal most about the constants: among plans that fit and
+    are not slow, those whose sensitivities to the constants differ most. Raises FitError if no plan
+    fits."""
     base = base_profile(session)
     plain = costs_of(session.model, session.cluster, session.job, base)
     fitting = _fitting(plain)
@@ -161,7 +163,8 @@ def _fitting(costs: Costs) -> list[Estimate]:
 
 
 def _sensitivities(session: Session, base: Profile, estimates: Sequence[Estimate]) -> Array:
-    """Relative change of every candidate's step per constant, over the constant's range."""
+    """Return the relative change of every candidate's step per constant, over the constant's
+    range."""
     knobs = knobs_for(session.cluster, session.profile)
     start = [value_at(knob, place_of(knob, knob.start or 0.0)) for knob in knobs]
 

@@ -1,4 +1,5 @@
-"""The main job on one machine: emulate a mixed cluster, profile it, plan, train, compare.
+"""Runs the whole workflow on one machine: emulates a mixed cluster, profiles it, plans, trains,
+compares.
 
 Four processes play two fast and two slow devices: each computes for real, then sleeps until its
 instruction has lasted its CPU time divided by the device's share of a core. Messages are real too.
@@ -34,7 +35,8 @@ MODEL = "gpt-tiny"
 SEQUENCE = 128
 GLOBAL_BATCH = 32
 SHARES = {"fast": 0.3, "slow": 0.09}
-"""Of a core: the four, which compute in turns on one core of two, must not wait for each other."""
+"""Emulated speed as a share of a core. The shares add up to less than one core, so that four
+processes that compute in turns on one of two cores never wait for each other."""
 
 CLUSTER = """\
 # Four processes of this machine: two nodes with two emulated devices each.
@@ -63,7 +65,7 @@ network = { bandwidth = "8 Gbit/s", latency = "100 us" }
 
 @record
 class Contender:
-    """One plan, as predicted and as trained."""
+    """One plan of the comparison, with its predicted and measured times."""
 
     title: str
     plan: Plan
@@ -76,7 +78,8 @@ class Contender:
 
 
 def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
-    """The whole demo; leaves cluster, profile, plans, runs, traces and report.html in `folder`."""
+    """Run the whole demo; it leaves cluster, profile, plans, runs, traces and report.html in
+    `folder`."""
     console = console or Console()
     files.make_folder(folder)
     session = _prepare(folder, console)
@@ -99,7 +102,7 @@ def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
 
 
 def _prepare(folder: Path, console: Console) -> Session:
-    """Write the cluster and measure it."""
+    """Write the cluster file, profile the cluster, and open a session."""
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
     files.write_text(cluster, CLUSTER)
     console.rule("profile")
@@ -156,7 +159,8 @@ def _train(
 
 
 def _check_losses(contenders: tuple[Contender, ...]) -> None:
-    """Two plans of one job train the same model: float32 sums in another order, no more."""
+    """Check that both plans train the same model: their losses differ only by the order of float32
+    sums."""
     first, second = (contender.outcome.losses for contender in contenders)
     worst = max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
     if worst > 1e-3:

@@ -1,18 +1,18 @@
-"""Everything that can go wrong because of an input, a machine or a run.
+"""Defines the errors that an input, a machine or a run can cause.
 
-MeshwrightError            the family: catch this one
-├── ClusterError           a cluster file, or what it describes, does not hold together
+MeshwrightError            the base class: catch this one
+├── ClusterError           a cluster file, or what it describes, is contradictory
 ├── ModelError             a model cannot be read, traced or split
 ├── PlanError              a plan is malformed, contradicts itself, or is for something else
 ├── ProgramError           a program would deadlock, lose a message or repeat an action
 ├── ProfileError           measured times are missing, nonsense, or from elsewhere
 ├── DataError              training data cannot be read or are too short
-├── FitError               nothing that fits in memory was found
+├── FitError               no plan fits into the memory of the devices
 ├── LaunchError            processes cannot be started or cannot find each other
 ├── TrainingError          a run had to stop: NaN loss, a lost rank
-├── OptionError            an option of the command line has a value that it cannot have
+├── OptionError            an option of the command line has an invalid value
 ├── OutputError            a file or folder cannot be written
-└── MachineError           the operating system refused something else
+└── MachineError           the operating system refused another operation
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from math import prod
 from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown, span
 
 PROBLEMS_SHOWN, PROBLEMS_KEPT = 100, 1000
-"""A message that names more mistakes is read by nobody. A file can hold millions of them."""
+"""Largest number of problems that a message prints, and that an error keeps: a file can hold
+millions of mistakes."""
 
 _SHOWN = {
     "source": SHOWN_OF_A_NAME,
@@ -34,27 +35,28 @@ _SHOWN = {
     "wanted": SHOWN_LETTERS,
     "mend": SHOWN_LETTERS,
 }
-"""Letters of each text of a Problem."""
+"""Longest text of each field of a Problem, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: where it is, what was found, what was wanted, and what mends it."""
+    """One mistake: where it is, what was found, what was wanted, and how to mend it."""
 
     source: str
-    """File (or object) that holds the mistake."""
+    """File or object that contains the mistake."""
     field: str
-    """Path of the field inside it, `pipelines[0].stages[1].layers`; empty for the whole."""
+    """Path of the field inside it, like `pipelines[0].stages[1].layers`; empty for the whole
+    file."""
     found: str
     wanted: str
     mend: str = ""
     each: tuple[str, str] = ("", "")
-    """Of a mistake that others of a kind may have too: the kind, and which one this is, as the
-    texts name it: `("device", "a:0")`. Those of a kind that differ in that name, and in the indices
-    of their fields, are told as one. Empty: it stands alone."""
+    """Kind and name of the thing at fault, if others of its kind may have the same mistake:
+    `("device", "a:0")`. Problems that differ only in that name, and in the indices of their fields,
+    are reported as one. Empty if the problem stands alone."""
 
     def __post_init__(self) -> None:
-        # What is found comes from anywhere, and a message must not steer the terminal it is on.
+        # Text of a problem may come from any file, and must not control the terminal.
         for name, most in _SHOWN.items():
             lines = name not in ("source", "field")
             object.__setattr__(self, name, shown(getattr(self, name), most, lines=lines))
@@ -66,7 +68,7 @@ class Problem:
 
 
 class MeshwrightError(Exception):
-    """One or more problems that the user can mend; its text is all a user sees."""
+    """One or more problems that the user can mend; all that a user sees is this text."""
 
     def __init__(self, *problems: Problem) -> None:
         problems = together(problems)
@@ -79,14 +81,15 @@ class MeshwrightError(Exception):
 
     @classmethod
     def check(cls, problems: Iterable[Problem]) -> None:
-        """Raise all problems together, but no endless number; do nothing if there are none."""
+        """Raise all problems together, at most PROBLEMS_KEPT of them; do nothing if there are
+        none."""
         found = together(problems)
         if found:
             raise cls(*found)
 
 
 class ClusterError(MeshwrightError):
-    """A cluster file, or what it describes, does not hold together."""
+    """A cluster file, or what it describes, is contradictory."""
 
 
 class ModelError(MeshwrightError):
@@ -122,7 +125,7 @@ class TrainingError(MeshwrightError):
 
 
 class OptionError(MeshwrightError):
-    """An option of the command line has a value that it cannot have."""
+    """An option of the command line has an invalid value."""
 
 
 class OutputError(MeshwrightError):
@@ -130,15 +133,15 @@ class OutputError(MeshwrightError):
 
 
 class MachineError(MeshwrightError):
-    """The operating system refused something that no other error is about."""
+    """The operating system refused an operation that no other error covers."""
 
 
 _INDEX = re.compile(r"\[(\d+)\]")
 
 
 def together(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Those that are the same mistake of many, as one each, where the first of them stood; no more
-    than PROBLEMS_KEPT."""
+    """Merge problems that are the same mistake of several things, each at the place of its first
+    one; return at most PROBLEMS_KEPT."""
     alike: dict[object, list[Problem]] = {}
     for problem in problems:
         key = _mistake(problem) if problem.each[0] else len(alike)
@@ -149,7 +152,7 @@ def together(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def _mistake(problem: Problem) -> object:
-    """All that the same mistake of two has in common."""
+    """Return a key that is equal for two problems if they are the same mistake of two things."""
     kind, name = problem.each
     texts = (_put(text, name, "\0") for text in (problem.found, problem.wanted, problem.mend))
     field = _INDEX.sub("[]", _put(problem.field, name, "\0"))
@@ -157,7 +160,7 @@ def _mistake(problem: Problem) -> object:
 
 
 def _put(text: str, name: str, other: str) -> str:
-    """The text with another word for a name; not for a part of a longer one."""
+    """Replace a name in a text by another word, but not within a longer name."""
     if not name or name not in text:
         return text
     first, *rest = text.split(name)
@@ -190,8 +193,8 @@ def _as_one(same: Sequence[Problem]) -> Problem:
 
 
 def _fields(fields: Sequence[str]) -> str:
-    """Fields that differ in their indices, briefly: `pipelines[0-63].stages[0]`; where they are not
-    every combination of these, a range of the first index for each of the others."""
+    """Shorten fields that differ in their indices: `pipelines[0-63].stages[0]`. If they are not
+    every combination of these indices, give a range of the first index for each of the others."""
     indices = {field: _INDEX.findall(field) for field in fields}
     combinations = prod(len(set(column)) for column in zip(*indices.values(), strict=True))
     groups: dict[object, list[list[str]]] = {}
@@ -203,6 +206,6 @@ def _fields(fields: Sequence[str]) -> str:
 
 
 def _field(like: str, indices: Sequence[Sequence[str]]) -> str:
-    """One field with all these indices in their places."""
+    """Return one field name with a range in the place of each index."""
     texts = iter([span(column, to="-") for column in zip(*indices, strict=True)])
     return _INDEX.sub(lambda _: f"[{next(texts)}]", like)

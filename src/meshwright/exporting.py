@@ -1,4 +1,4 @@
-"""A plan for another tool, or the nearest one that the tool can express."""
+"""Exports a plan to another tool, or the nearest plan that the tool can express."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ Cuts = tuple[tuple[int, int], ...]
 
 @record
 class Exported:
-    """A plan as another tool takes it."""
+    """A plan and the files for another tool."""
 
     plan: Plan
     files: dict[str, str]
-    """Text by file name."""
+    """Text of each file by name."""
 
     @property
     def not_expressed(self) -> tuple[str, ...]:
-        """What the tool is not told, as the file that lists it has it."""
+        """Sentences on what the tool's files do not express, read from their notes."""
         lines = self.files.get(NOTES, "").splitlines()
         return tuple(line.removeprefix("- ") for line in lines if line.startswith("- "))
 
 
 def exported(session: Session, plan: Plan, tool: str, *, nearest: bool = False) -> Exported:
-    """A plan for another tool; `nearest`: the nearest that it can express, if this one is not.
+    """Export a plan to another tool; with `nearest`, the nearest plan that it can express if it
+    cannot express this one.
 
-    Raises PlanError with the reasons why it is not, and which plan would be.
+    Raises PlanError with the reasons why it cannot, and which plan it could express.
     """
     check_tool(tool)
     try:
@@ -58,12 +59,12 @@ def exported(session: Session, plan: Plan, tool: str, *, nearest: bool = False) 
 
 
 def _nearest(session: Session, plan: Plan, tool: str) -> Exported | None:
-    """The fastest of the plan's own regular forms and of the plans that people write by hand."""
+    """Return the fastest exportable plan among the plan's regular forms and the baselines."""
     found: list[Exported] = []
     for candidate in _candidates(session, plan):
         try:
             files = export_files(candidate, session.model, tool)
-        except PlanError:  # not this one either
+        except PlanError:  # the tool cannot express this one either
             continue
         found.append(Exported(plan=candidate, files=files))
     return min(found, key=lambda each: _seconds(each.plan), default=None)
@@ -74,7 +75,7 @@ def _seconds(plan: Plan) -> float:
 
 
 def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
-    """Plans that are valid and fit, each with its prediction."""
+    """Yield alternatives that are valid and fit into memory, each with its prediction."""
     for variant in regular_forms(plan, session.model):
         try:
             validate_plan(variant, session.model, session.cluster)
@@ -90,8 +91,7 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
 
 
 def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
-    """The plan on the same devices, one stage on each, with layers cut evenly, in the order
-    1F1B."""
+    """Yield the plan on the same devices with one stage on each, even cuts, and schedule 1F1B."""
     layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
     groups = len(layouts[0])
     if any(len(layout) != groups for layout in layouts):
@@ -114,7 +114,8 @@ def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
 
 
 def even_cuts(layers: int, stages: int) -> Iterator[Cuts]:
-    """Equally many layers on each stage; and equally many blocks on all but the last."""
+    """Yield cuts with equally many layers on each stage, and with equally many blocks on all stages
+    but the last."""
     if layers >= stages:
         yield uniform(layers, stages)
     blocks = layers - 2
@@ -125,7 +126,7 @@ def even_cuts(layers: int, stages: int) -> Iterator[Cuts]:
 
 
 def _mend(mend: str, plan: Plan, near: Exported | None) -> str:
-    """What else can be done, beside the mend that the refusal has itself."""
+    """Add the nearest plan to the mend of a refusal."""
     if near is None:
         return mend or "no other plan for this job can be written for it either"
     own = f", not {format_seconds(_seconds(plan))}" if plan.prediction else ""

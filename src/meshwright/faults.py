@@ -1,4 +1,4 @@
-"""What the operating system refuses to do, in a user's words."""
+"""Describes errors of the operating system in a user's words."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _MENDS = {
 
 
 def said(failure: OSError) -> str:
-    """What the system said, in plain words."""
+    """Return what the system reported, in plain words."""
     return _SAID.get(failure.errno or 0) or failure.strerror or type(failure).__name__
 
 
 def mend_of(failure: OSError) -> str:
-    """What helps against it; empty where that is not known."""
+    """Return what helps against a failure; empty if that is not known."""
     return _MENDS.get(failure.errno or 0, "")
 
 
 def fault(failure: OSError) -> MachineError:
-    """A failure that nobody foresaw, as an error like all others."""
+    """Convert an unexpected OSError to a MachineError."""
     path = failure.filename or failure.filename2
     where = os.fsdecode(path) if isinstance(path, str | bytes) else "the operating system"
-    if path is None and failure.errno in _FULL:  # files are written in `told`
+    if path is None and failure.errno in _FULL:  # failures on files are caught in `told`
         where = "standard output"
     wanted = "that the system allows it"
     return MachineError(Problem(where, "", said(failure), wanted, mend_of(failure)))

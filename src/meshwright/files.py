@@ -1,9 +1,9 @@
-"""The one door through which the files of a user are read and written.
+"""Reads and writes all files of a user.
 
-What is read must be a regular file of a bearable size: a pipe would wait for ever and /dev/zero has
-no end, so everything else is refused by name. What is written is complete or not there at all: it
-grows in a draft beside the file, which takes the file's place when it is whole. Both say in one
-error which path it is about, what the system said and what mends it.
+Only regular files of a limited size are read: a pipe would wait for ever and /dev/zero has no end,
+so everything else is refused by name. A file is written completely or not at all: the text goes
+into a draft next to it, which replaces the file when it is complete. Errors name the path, what the
+system reported, and what mends it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from meshwright.text import flaw
 
 MEBI = 2**20
 MOST_BYTES = 64 * MEBI
-"""Size of a file that is read as a whole."""
+"""Largest size in bytes of a file that is read as a whole."""
 MOST_LINE_BYTES = MEBI
-"""Size of a line of a file that is read line by line."""
+"""Largest size in bytes of a line of a file that is read line by line."""
 MOST_LINES_BYTES = 4096 * MEBI
-"""Size of such a file."""
+"""Largest size in bytes of a file that is read line by line."""
 
 _CHUNK = MEBI
 _UNWAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NULL_DEVICE = (1, 3)
-"""Its numbers on Linux: what is written there is not kept, and asked to be so."""
+"""Major and minor device number of /dev/null on Linux, to which output may be discarded."""
 _DRAFT_SUFFIX = ".draft"
 _MOST_NAME_BYTES = 200
-"""Longer names of files do not stand in those of their drafts: systems bound both alike."""
+"""Longest file name that is repeated in the name of its draft; file systems limit both alike."""
 
 _KINDS = (
     (stat.S_ISREG, "a file"),
@@ -49,17 +49,17 @@ _KINDS = (
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file, as far as this process may know."""
+    """True if the path is a regular file, as far as this process can see."""
     return stat.S_ISREG(_mode(path))
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder, as far as this process may know."""
+    """True if the path is a folder, as far as this process can see."""
     return stat.S_ISDIR(_mode(path))
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything, as far as this process may know."""
+    """True if the path exists, as far as this process can see."""
     return _mode(path) != 0
 
 
@@ -75,20 +75,20 @@ def _kind(mode: int) -> str:
 
 
 def _unnameable(path: Path) -> str:
-    """Why a path can be neither shown nor kept in a file; empty if it can."""
+    """Return why a path cannot be printed or stored in a file; empty if it can."""
     wrong = flaw(str(path))
     return f"a path with {wrong}" if wrong else ""
 
 
 @contextmanager
 def _reading(path: Path, error: type[MeshwrightError], most: int) -> Iterator[BinaryIO]:
-    """A regular file, open. Raises `error` for whatever goes wrong inside the block too."""
+    """Open a regular file. An OSError inside the block is also raised as `error`."""
     if wrong := _unnameable(path):
         raise error(Problem(str(path), "", wrong, "a name of letters", "rename it"))
     try:
         _check_regular(path, os.stat(path), error, most)
         with os.fdopen(os.open(path, os.O_RDONLY | _UNWAITING), "rb") as file:
-            # Asked again: another file may stand there by now.
+            # Checked again: another file may have replaced it.
             _check_regular(path, os.fstat(file.fileno()), error, most)
             yield file
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def check_input(path: Path, *, error: type[MeshwrightError]) -> None:
 
 
 def read_bytes(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> bytes:
-    """A file as it stands. Raises `error`, naming the path, for whatever prevents it."""
+    """Return the bytes of a file. Raises `error`, naming the path, for whatever prevents that."""
     with _reading(path, error, most) as file:
         chunks: list[bytes] = []
         size = 0
@@ -133,14 +133,14 @@ def read_bytes(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYT
 
 
 def read_text(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> str:
-    """A file of UTF-8 text; a byte order mark and the line ends of Windows are taken away. Raises
-    `error`, naming path and place, for bytes that are none."""
+    """Return the text of a UTF-8 file without byte order mark and with Unix line ends. Raises
+    `error`, naming path and position, for bytes that are not UTF-8."""
     data = read_bytes(path, error=error, most=most).removeprefix(codecs.BOM_UTF8)
     return _decoded(data, path, error).replace("\r\n", "\n")
 
 
 def read_lines(path: Path, *, error: type[MeshwrightError]) -> Iterator[tuple[int, str]]:
-    """Number and text of every line of a UTF-8 file that may be larger than memory. Raises
+    """Yield number and text of every line of a UTF-8 file that may be larger than memory. Raises
     `error`."""
     with _reading(path, error, MOST_LINES_BYTES) as file:
         number = 0
@@ -172,7 +172,7 @@ def _decoded(data: bytes, path: Path, error: type[MeshwrightError], *, line: int
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Failures of the system while a path is written, as one OutputError about that path."""
+    """Raise an OSError inside the block as an OutputError about `path`."""
     if wrong := _unnameable(path):
         raise OutputError(Problem(str(path), "", wrong, "a name of letters"))
     try:
@@ -184,8 +184,8 @@ def told(path: Path) -> Iterator[None]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether a path is what a shell makes of `>(...)`, this process's own output, or /dev/null:
-    then bytes are poured into it as they come."""
+    """True if a path is a pipe of a shell's `>(...)`, this process's own output, or /dev/null:
+    bytes are then written straight to it."""
     mode = _mode(path)
     if stat.S_ISFIFO(mode):
         return True
@@ -202,7 +202,8 @@ def _is_stream(path: Path) -> bool:
 
 
 def _destination(path: Path) -> Path:
-    """The regular file, there or not, that a path leads to. Raises OutputError, OSError."""
+    """Return the regular file, existing or new, that a path leads to. Raises OutputError,
+    OSError."""
     real = Path(os.path.realpath(path))
     try:
         found = os.stat(real)
@@ -217,7 +218,7 @@ def _destination(path: Path) -> Path:
 
 
 def _check_folder_of(path: Path, folder: Path) -> None:
-    """Raise OutputError or OSError unless a folder is there to be written to, or can be made."""
+    """Raise OutputError or OSError unless a folder is writable or can be created."""
     while not exists(folder) and folder != folder.parent:
         folder = folder.parent
     if not is_folder(folder):
@@ -229,8 +230,8 @@ def _check_folder_of(path: Path, folder: Path) -> None:
 
 
 def check_output(path: Path, *, kept: bool = False) -> None:
-    """Raise OutputError, before long work, if its result could not be written to a path; `kept`: it
-    will be read again, so that it must be a file."""
+    """Raise OutputError, before long work, if its result could not be written to a path. If `kept`,
+    the result will be read again, so the path must be a file."""
     with told(path):
         if kept or not _is_stream(path):
             real = _destination(path)
@@ -238,15 +239,15 @@ def check_output(path: Path, *, kept: bool = False) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise OutputError, before long work, if a folder could not be made or written to."""
+    """Raise OutputError, before long work, if a folder could not be created or written to."""
     with told(path):
         with suppress(FileNotFoundError):
-            os.stat(path)  # tells of links in a circle, and of names that are too long
+            os.stat(path)  # raises for circular links and for names that are too long
         _check_folder_of(path, Path(os.path.realpath(path)))
 
 
 def make_folder(path: Path) -> None:
-    """The folder, with those above it. Raises OutputError."""
+    """Create a folder and the folders above it. Raises OutputError."""
     with told(path):
         if exists(path) and not is_folder(path):
             raise OutputError(Problem(str(path), "", _kind(_mode(path)), "a folder"))
@@ -254,14 +255,14 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take a file away, if it is there. Raises OutputError."""
+    """Delete a file if it exists. Raises OutputError."""
     with told(path):
         path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a whole file as UTF-8, and the folders above it; `durable`: it also survives a loss of
-    power. Raises OutputError."""
+    """Write a whole file as UTF-8, and create the folders above it. If `durable`, the file also
+    survives a loss of power. Raises OutputError."""
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as failure:
@@ -284,8 +285,8 @@ def _pour(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A draft beside `path`, to be written in the block. It takes the place of what is there if the
-    block ends well, and is gone if not. Raises OutputError, also for an OSError of the block."""
+    """Yield a draft next to `path` to be written in the block. It replaces the file if the block
+    succeeds, and is deleted if not. Raises OutputError, also for an OSError of the block."""
     with told(path):
         real = _destination(path)
         _check_folder_of(path, real.parent)
@@ -306,7 +307,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def remove_drafts(path: Path) -> None:
-    """Take away what killed processes have left of `path`, where nobody writes it now."""
+    """Delete the drafts of `path` that killed processes have left; no process may be writing it."""
     with told(path):
         real = _destination(path)
         for entry in os.scandir(real.parent):
@@ -328,7 +329,7 @@ def _settle(path: Path) -> None:
 
 
 def copy(source: Path, target: Path, *, error: type[MeshwrightError]) -> None:
-    """A small file, once more. Raises `error` for the source, OutputError for the target."""
+    """Copy a small file. Raises `error` for the source, OutputError for the target."""
     data = read_bytes(source, error=error)
     with replacing(target) as draft:
         draft.write_bytes(data)
@@ -336,7 +337,7 @@ def copy(source: Path, target: Path, *, error: type[MeshwrightError]) -> None:
 
 @contextmanager
 def growing(path: Path, *, anew: bool = False) -> Iterator[TextIO]:
-    """A file for `add_line`; `anew`: without the lines that it has. Raises OutputError."""
+    """Open a file for `add_line`; if `anew`, without the lines that it has. Raises OutputError."""
     with told(path):
         real = _destination(path)
         mode: Literal["w", "a"] = "w" if anew else "a"
@@ -344,7 +345,9 @@ def growing(path: Path, *, anew: bool = False) -> Iterator[TextIO]:
     try:
         yield file
     finally:
-        with suppress(OSError):  # of a line that could not be written, which `add_line` has told
+        with suppress(
+            OSError
+        ):  # for a line that could not be written, which `add_line` has reported
             file.close()
 
 
@@ -353,8 +356,8 @@ def _open_unwaiting(path: str, flags: int) -> int:
 
 
 def add_line(file: TextIO, line: str) -> None:
-    """One line more in a growing file. Raises OutputError, also where the file has been taken away
-    meanwhile: what is written to it then is lost."""
+    """Add one line to a growing file. Raises OutputError, also if the file was deleted in the
+    meantime, since the line would then be lost."""
     path = Path(file.name)
     with told(path):
         file.write(f"{line}\n")

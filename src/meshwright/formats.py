@@ -1,8 +1,8 @@
-"""JSON and TOML as plain data, read strictly: what two readers could take for different things, and
+"""Reads JSON and TOML as plain data, strictly: what two readers could understand differently, and
 what no file of ours can mean, is refused with its place.
 
-Refused are keys that stand twice, NaN and infinities, whole numbers of thousands of digits, dates,
-text that steers a terminal, and nesting or lists without end.
+Refused are duplicate keys, NaN and infinities, whole numbers of thousands of digits, dates, control
+characters in text, and nesting or lists without end.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from meshwright.errors import MeshwrightError, Problem
 from meshwright.text import flaw
 
 MOST_TOML_BYTES = 8 * files.MEBI
-"""TOML is for people, and is read slowly."""
+"""Largest TOML file in bytes: TOML is for people, and is parsed slowly."""
 MOST_DEPTH = 64
 MOST_ENTRIES = 4_000_000
-"""Commas, brackets and line ends of a file: bounds what its data take in memory."""
+"""Largest number of commas, brackets and line ends of a file, which bounds the memory that its data
+take."""
 LARGE = 16
-"""Times as large as others a file may be that a run of ours has written."""
+"""Factor by which a file that a run of ours has written may be larger than others."""
 MOST_DIGITS = 1000
 MISTAKES_TOLD = 100
-"""A file with more of them is not looked at to its end."""
+"""Largest number of mistakes reported; the rest of the file is then skipped."""
 _ENDLESS = re.compile(rf"(?<![0-9_])[0-9_]{{{MOST_DIGITS + 1},}}")
 _WORD = "(?:[A-Za-z0-9_-]++|\"[^\"\n]*+\"|'[^'\n]*+')"
 _DEEP_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_WORD}[ \t]*+\.[ \t]*+){{{MOST_DEPTH}}}")
-"""`a.a.a...`: TOML's reader takes the square of its length, at least."""
+"""Dotted keys that nest too deep, `a.a.a...`: Python's TOML parser needs at least quadratic time
+for them."""
 
 Place = tuple[int | str, ...]
-"""Keys and indices that lead to a value."""
+"""Keys and indices that lead to a value: ("stages", 1, "layers")."""
 
 
 class _Doubled(dict[str, Any]):
-    """A table in which a key stands twice."""
+    """A table in which a key occurs twice."""
 
     key: str
 
@@ -55,7 +57,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def field(place: Place) -> str:
-    """`("stages", 1, "layers")` to `stages[1].layers`."""
+    """Format a place as a field: `("stages", 1, "layers")` becomes `stages[1].layers`."""
     text = ""
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -63,8 +65,8 @@ def field(place: Place) -> str:
 
 
 def read_table(path: Path, *, error: type[MeshwrightError], large: bool = False) -> dict[str, Any]:
-    """The table in a TOML or JSON file, told apart by its name. Raises `error`, naming path and
-    field, where the file is missing or malformed."""
+    """Read the table in a TOML file (by the suffix `.toml`) or a JSON file. Raises `error`, naming
+    path and field, if the file is missing or malformed."""
     times, toml = LARGE if large else 1, path.suffix == ".toml"
     most = MOST_TOML_BYTES if toml else files.MOST_BYTES * times
     text = files.read_text(path, error=error, most=most)
@@ -83,8 +85,8 @@ def from_text(
     finite: bool = True,
     most: int = MOST_ENTRIES,
 ) -> Any:
-    """The data in a text of TOML or JSON; not `finite`: NaN and infinities are let through. Raises
-    `error` with one Problem for every mistake."""
+    """Parse the data in a text of TOML or JSON; if not `finite`, NaN and infinities are allowed.
+    Raises `error` with one Problem for every mistake."""
     _check_size(text, source, error, most)
     if toml and (deep := _DEEP_KEY.search(text)):
         raise error(_too_deep(source, (), text.count("\n", 0, deep.start()) + 1))
@@ -94,7 +96,7 @@ def from_text(
         _look(data, (), source, finite, found)
     except RecursionError:
         raise error(_too_deep(source, ())) from None
-    except ValueError as failure:  # what both readers raise for malformed text
+    except ValueError as failure:  # both parsers raise it for malformed text
         wanted = f"well-formed {'TOML' if toml else 'JSON'}"
         raise error(Problem(source, "", f"{failure}", wanted)) from None
     error.check(found)
@@ -117,7 +119,7 @@ def _too_deep(source: str, place: Place, line: int = 0) -> Problem:
 
 
 def _look(value: object, place: Place, source: str, finite: bool, found: list[Problem]) -> None:
-    """Add what must not stand in data, wherever it stands."""
+    """Collect the problems of a value and of everything inside it."""
     if len(place) > MOST_DEPTH:
         found.append(_too_deep(source, place))
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Another order of work for a plan: a schedule by name, one made for its times, or one imported."""
+"""Gives a plan another schedule: one by name, one made for its times, or one imported from CSV."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from meshwright.search.schedule import in_listed_order, pipeline_works
 from meshwright.session import Session, predicted
 
 MOST_ORDER_BYTES = 16 * files.MEBI
-"""Of a CSV: its words take thirty times as much in memory."""
+"""Largest CSV in bytes: its actions take thirty times as much memory."""
 
 
 def in_order(session: Session, plan: Plan, name: str) -> Plan:
-    """The plan with a schedule by name, `list` for one that is made for it, and its prediction.
+    """Return the plan with a schedule by name (`list`: one made by the list scheduler for this
+    plan), and its prediction.
 
-    Raises PlanError for a name that nobody knows or a schedule that these stages cannot play, and
-    FitError where it needs too much memory.
+    Raises PlanError for an unknown name or a schedule that these stages cannot run, and FitError if
+    it needs too much memory.
     """
     names = [each for each in get_args(ScheduleName) if each != "custom"]
     if name not in names:
@@ -49,9 +50,9 @@ def in_order(session: Session, plan: Plan, name: str) -> Plan:
 
 
 def imported(session: Session, plan: Plan, orders: Sequence[Path]) -> Plan:
-    """The plan in the order of torch.distributed.pipelining CSV files, with its prediction.
+    """Return the plan in the order of torch.distributed.pipelining CSV files, with its prediction.
 
-    Raises PlanError, naming file, line and word, for an order that cannot be played.
+    Raises PlanError, naming file, line and word, for an order that cannot run.
     """
     texts = [files.read_text(path, error=PlanError, most=MOST_ORDER_BYTES) for path in orders]
     return _checked(session, with_schedule(plan, texts, [str(path) for path in orders]))

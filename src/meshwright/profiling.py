@@ -1,4 +1,5 @@
-"""A profile from the outside: what is to be measured, whether it is known, and who measures."""
+"""Makes a profile: decides what must be measured, reuses a known profile, and starts the processes
+that measure."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from meshwright.runtime.variables import RANK, WORLD_SIZE
 from meshwright.units import format_bytes
 
 Processes = Annotated[int, Field(ge=1, le=4096)]
-"""On one machine."""
+"""Number of processes that measure on one machine."""
 
 
 def profile_here(
@@ -47,9 +48,12 @@ def profile_here(
     again: bool = False,
     console: Console | None = None,
 ) -> tuple[Profile, bool]:
-    """Measure and write the profile: as a rank if a launcher started this process, else with
-    `processes` processes on this machine; unless the file holds these measurements already, which
-    the second result says. Raises ProfileError or LaunchError."""
+    """Measure a profile and write it; return it, and True if the file already held these
+    measurements.
+
+    A process that a launcher started measures as a rank; otherwise `processes` processes are
+    started on this machine. Raises ProfileError or LaunchError.
+    """
     graph = load_model(settings.model, settings.sequence, settings.precision)
     launched = RANK in os.environ
     world = int(os.environ[WORLD_SIZE]) if launched else processes
@@ -87,8 +91,8 @@ def _check_ranks(settings: ProfileSettings, cluster: Cluster, world: int) -> Non
 
 
 def _check_memory(settings: ProfileSettings, graph: LayerGraph, processes: int) -> None:
-    """Raise LaunchError where processors would measure more than this machine has room for: the
-    system would end the processes then, or others in their place."""
+    """Raise LaunchError if processors would measure more than this machine's free memory: the
+    system would then kill these processes, or others."""
     import torch
 
     if torch.cuda.is_available():
@@ -107,7 +111,7 @@ def _check_memory(settings: ProfileSettings, graph: LayerGraph, processes: int) 
 
 
 def _measured_bytes(layer: Layer, rows: int, width: int) -> float:
-    """What a layer with its gradients and so many rows takes at least."""
+    """Return the least bytes that a layer takes with its gradients and this number of rows."""
     saved = layer.saved_bytes - layer.split_saved_bytes * (1 - 1 / width)
     weights = 8 * layer.parameters + 4 * layer.frozen_parameters
     return (saved + layer.workspace_bytes / width) * rows + weights / width

@@ -1,4 +1,4 @@
-"""Frozen records, and their way to and from files.
+"""Defines frozen records, and reads and writes them as files.
 
 Every file that a person writes or reads (cluster, model, plan, profile) is one record. Reading is
 strict: unknown fields, missing fields and wrong types are all reported at once, each with its path.
@@ -47,10 +47,10 @@ _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only, slotted dataclass that files are checked against.
+    """Make a class a frozen, keyword-only, slotted dataclass that files are checked against.
 
-    Its numbers are finite. What else a number may be stands beside its field, as
-    `Annotated[int, Field(ge=1, le=10)]` or as one of the types below.
+    All numbers are finite. Further limits of a field are written as `Annotated[int, Field(ge=1,
+    le=10)]` or as one of the types below.
     """
     cls.__pydantic_config__ = _CONFIG  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)
@@ -75,7 +75,7 @@ def _format(value: object) -> object:
 
 
 def one_of(*words: str) -> AfterValidator:
-    """For a text that must be one of some words."""
+    """Validate a text that must be one of some words."""
 
     def check(text: str) -> str:
         if text not in words:
@@ -86,18 +86,18 @@ def one_of(*words: str) -> AfterValidator:
 
 
 FORMAT = 1
-"""Of every kind of file."""
+"""Format version of every kind of file."""
 Format = Annotated[int, BeforeValidator(_format), Field(ge=FORMAT, le=FORMAT)]
 
 Name = Annotated[str, Field(max_length=NAME_LETTERS), AfterValidator(_one_line)]
-"""What something is called."""
+"""A name of something."""
 Line = Annotated[str, Field(max_length=LINE_LETTERS), AfterValidator(_one_line)]
-"""A sentence, a path, a description."""
+"""One line: a sentence, a path, a description."""
 Text = Annotated[str, Field(max_length=LINE_LETTERS)]
-"""Several lines of it."""
+"""Text of several lines."""
 
 _MOST = 2**60
-"""No size or speed that a machine has, or will have: whatever is larger is a slip, and would
+"""Largest size or count: more than any machine has, so that a larger figure is a mistake, and would
 overflow."""
 Bytes = Annotated[int, _reader(units.parse_bytes), Field(ge=0, le=_MOST)]
 BytesPerSecond = Annotated[float, _reader(units.parse_bandwidth), Field(gt=0, le=1e30)]
@@ -111,9 +111,9 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 Rank = Annotated[int, Field(ge=0, le=2**20)]
 Rows = Annotated[int, Field(ge=1, le=2**20)]
-"""Of a batch, a micro-batch, a share of one; also how many micro-batches."""
+"""Number of rows of a batch, a micro-batch or a share of one; also a number of micro-batches."""
 Tokens = Annotated[int, Field(ge=1, le=2**27)]
-"""Length of a row."""
+"""Length of a row in tokens."""
 LayerIndex = Annotated[int, Field(ge=0, le=2**20)]
 
 
@@ -128,7 +128,7 @@ def _short(value: object) -> str:
 
 
 def _known_fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the record at `path` inside a `kind`; none if it is no record."""
+    """Return the field names of the record at `path` inside a `kind`; empty if it is no record."""
     for part in path:
         kind = _chosen(kind)
         if is_dataclass(kind):
@@ -141,7 +141,7 @@ def _known_fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
 
 
 def _chosen(kind: Any) -> Any:
-    """Of a field that may be left out, the type that it has if it is not."""
+    """Return the type of an optional field without None."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     return next((each for each in get_args(kind) if each is not NoneType), None)
@@ -166,7 +166,7 @@ _WANTED = {
     "dataclass_type": "a table of named fields",
     "literal_error": "{expected}",
 }
-"""What is wanted, by pydantic's name of the mistake."""
+"""Text for `wanted`, by pydantic's name of the mistake."""
 
 
 def _wanted(mistake: Any) -> str:
@@ -186,7 +186,7 @@ def _figure(value: object) -> str:
 def _problem(mistake: Any, kind: Any, source: str, mend: str) -> Problem:
     found, wanted = _short(mistake["input"]), _wanted(mistake)
     path = tuple(part for part in mistake["loc"] if part != "[key]")
-    # "[key]" is pydantic's mark for a table's key that is itself at fault
+    # pydantic adds "[key]" to the path if a table's key is itself at fault
     if mistake["type"] == "missing":
         found, wanted = "nothing", "this field, which is required"
     elif mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -197,13 +197,14 @@ def _problem(mistake: Any, kind: Any, source: str, mend: str) -> Problem:
 
 
 _MISTAKES_READ = 10_000
-"""A file with more of them is told how many there are: to list them would take all memory."""
+"""Largest number of mistakes that are listed; of more only their number is reported, since a list
+would take all memory."""
 
 
 def parse(
     data: object, kind: type[T], *, source: str, error: type[MeshwrightError], mend: str = ""
 ) -> T:
-    """Plain data (as JSON or TOML give it) to a record of type `kind`.
+    """Convert plain data (from JSON or TOML) to a record of type `kind`.
 
     Raises `error` with one Problem for every mistake found.
     """
@@ -216,12 +217,12 @@ def parse(
             raise error(Problem(source, "", f"{count:,} mistakes", wanted, mend)) from None
         mistakes = failure.errors(include_url=False)[:PROBLEMS_KEPT]
         raise error(*(_problem(each, kind, source, mend) for each in mistakes)) from None
-    except (ValueError, RecursionError) as failure:  # digits or levels without end
+    except (ValueError, RecursionError) as failure:  # too many digits or levels
         raise error(Problem(source, "", str(failure), "plain data", mend)) from None
 
 
 def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
-    """What a record that was made in memory holds and a file could not."""
+    """Return the problems of a record made in memory that no file could contain."""
     try:
         parse(plain(value), type(value), source=source, error=MeshwrightError)
     except MeshwrightError as failure:
@@ -230,9 +231,9 @@ def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
 
 
 def checked(kind: type[T], options: Mapping[str, str], **values: object) -> T:
-    """A record made of what the command line was given; `options` has the name of the option by
-    field. Raises OptionError with one Problem for every value that its field cannot have, in the
-    name of the option."""
+    """Make a record from options of the command line; `options` gives the name of each field's
+    option. Raises OptionError with one Problem, naming the option, for every value that its field
+    cannot have."""
     try:
         return parse(values, kind, source="options", error=OptionError)
     except OptionError as failure:
@@ -245,23 +246,23 @@ def checked(kind: type[T], options: Mapping[str, str], **values: object) -> T:
 
 
 def checked_value(kind: Any, value: object, option: str) -> Any:
-    """A single value of an option, if a field of type `kind` could hold it. Raises OptionError."""
+    """Return the value of an option, checked as a field of type `kind`. Raises OptionError."""
     return checked(_holder(kind), {"value": option}, value=value).value
 
 
 @lru_cache
 def _holder(kind: Any) -> Any:
-    """A record with one field, of this type."""
+    """Make a record type with one field of this type."""
     return record(type("Holder", (), {"__annotations__": {"value": kind}}))
 
 
 def read(path: Path, *, error: type[MeshwrightError]) -> dict[str, Any]:
-    """The table in a TOML or JSON file. Raises `error` if it is missing or malformed."""
+    """Read the table in a TOML or JSON file. Raises `error` if it is missing or malformed."""
     return read_table(path, error=error)
 
 
 def check_format(data: Mapping[str, object], *, source: str, error: type[MeshwrightError]) -> None:
-    """Raise `error` unless the data of a file say that they are of the format of this version."""
+    """Raise `error` unless the data of a file have the format of this version."""
     if "format" not in data:
         mend = f"write: format = {FORMAT}"
         raise error(Problem(source, "format", "nothing", f"format {FORMAT}", mend))
@@ -273,23 +274,23 @@ def check_format(data: Mapping[str, object], *, source: str, error: type[Meshwri
 
 
 def load(path: Path, kind: type[T], *, error: type[MeshwrightError], large: bool = False) -> T:
-    """A TOML or JSON file to a record; `large`: one that a run of ours has written, which may be
-    larger than others. Raises `error`, naming the file and every field at fault."""
+    """Read a record from a TOML or JSON file; `large` is for files written by our runs, which may
+    be larger. Raises `error`, naming the file and every field at fault."""
     data = read_table(path, error=error, large=large)
     return parse(data, kind, source=str(path), error=error)
 
 
 def plain(value: object) -> Any:
-    """A record as plain data; fields that hold None are left out."""
+    """Convert a record to plain data; fields that are None are left out."""
     return _adapter(cast("Any", type(value))).dump_python(value, mode="json", exclude_none=True)
 
 
 def dumps(value: object) -> str:
-    """A record as JSON: the same record always gives the same bytes."""
+    """Format a record as JSON; the same record always gives the same bytes."""
     return json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def fingerprint(value: object) -> str:
-    """Twelve hexadecimal digits that change when the record's content changes."""
+    """Return twelve hexadecimal digits that change when the record's content changes."""
     text = json.dumps(plain(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,7 +1,8 @@
-"""The folder in which one user's processes on this machine leave word for each other.
+"""Finds the folder in which one user's processes on this machine leave messages for each other.
 
-What stands in it decides which processes are ended and who may compute, so nobody else may have
-made it or write to it: its owner and mode are checked each time, and a symbolic link is no folder.
+Its content decides which processes are ended and which may compute, so no other user may have
+created it or be able to write to it. Owner and mode are checked each time, and symbolic links are
+refused.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from meshwright.errors import LaunchError, Problem
 
 
 def runtime_folder(places: Iterable[Path] | None = None) -> Path:
-    """The first of these places that is this user's alone, made if there is none.
+    """Return the first of these places that belongs to this user alone; it is created if it is
+    missing.
 
-    By default /run/meshwright for root, then `$XDG_RUNTIME_DIR/meshwright`, then a folder named
-    after the user beside other temporary files, then one in the user's cache. Raises LaunchError,
-    with what is wrong about each place, if all of them belong to others.
+    By default: /run/meshwright for root, then `$XDG_RUNTIME_DIR/meshwright`, then a folder named
+    after the user next to other temporary files, then one in the user's cache. Raises LaunchError,
+    with what is wrong about each place, if none can be used.
     """
     wrong: list[str] = []
     for place in _places() if places is None else places:
@@ -48,12 +50,12 @@ def _places() -> Iterator[Path]:
         yield Path(os.environ["XDG_RUNTIME_DIR"]) / "meshwright"
     yield Path(tempfile.gettempdir()) / f"meshwright-{user}"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # A home may be shared by several machines.
+    # Several machines may share a home directory.
     yield Path(cache) / "meshwright" / socket.gethostname()
 
 
 def _refused(place: Path) -> str:
-    """Why a folder cannot be trusted; empty if it can. It is made, if it is not there."""
+    """Return why a folder cannot be trusted; empty if it can. A missing folder is created."""
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What every verb of the command line starts from: a model, a cluster, a job, measured times."""
+"""Opens what every verb of the command line needs: a model, a cluster, a job, and measured
+times."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ _SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
 @record
 class Session:
-    """Everything that planning and simulating need."""
+    """The inputs of planning and simulation, with the files they came from."""
 
     model: LayerGraph
     cluster: Cluster
@@ -88,8 +89,8 @@ def open_session(
 
 
 def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
-    """The one asked for, else the shortest numbers that every device type in use offers and is
-    quicker with than in fp32."""
+    """Return the requested precision, else the shortest that every device type in use supports and
+    computes faster than fp32."""
     if wanted:
         return cast("Precision", wanted)
     used = {kind: cluster.types[kind] for node in cluster.nodes for kind in node.devices}
@@ -111,8 +112,8 @@ def search(
     stop: Callable[[], bool] = never,
     found: Callable[[float], None] = ignore,
 ) -> Plan:
-    """The plan found for a session; the options are those of `find_plan`. Raises FitError if
-    nothing fits, PlanError if the search had to end before a plan was found."""
+    """Find a plan for a session; the options are those of `find_plan`. Raises FitError if nothing
+    fits, PlanError if the search had to end before a plan was found."""
     best = find_plan(
         session.model,
         session.cluster,
@@ -127,13 +128,13 @@ def search(
 
 
 def by_hand(session: Session, name: str) -> Plan:
-    """The best plan of a kind that people write: `ddp`, `even` or `amp`."""
+    """Return the best baseline plan of a kind that people write by hand: `ddp`, `even` or `amp`."""
     found = baseline_plan(name, session.model, session.cluster, session.job, session.profile)
     return with_sources(session, found)
 
 
 def with_sources(session: Session, plan: Plan) -> Plan:
-    """The plan, saying where its model, cluster and profile can be had again."""
+    """Return the plan with the sources of its model, cluster and profile filled in."""
     return replace(
         plan,
         model=replace(plan.model, source=session.model_source),
@@ -155,7 +156,8 @@ def _profile_subject(session: Session) -> Subject | None:
 def reopen(
     plan_file: Path, *, cluster: Path | None = None, profile: Path | None = None
 ) -> tuple[Session, Plan]:
-    """A plan and all that it was made from. Raises PlanError if they do not belong together."""
+    """Open a plan and the inputs that it was made from. Raises PlanError if they do not belong
+    together."""
     plan = load_plan(plan_file)
     if not plan.model.source:
         mend = "name the model: a known name, a config.json or a model.toml"
@@ -186,7 +188,7 @@ def reopen(
 
 
 def _beside(plan_file: Path, source: str, field: str) -> Path:
-    """A source of a plan, looked for where it says and beside the plan itself."""
+    """Find a source of a plan: at its own path, or next to the plan."""
     for path in (Path(source), plan_file.parent / source, plan_file.parent / Path(source).name):
         if source and files.is_file(path):
             return path
@@ -196,7 +198,7 @@ def _beside(plan_file: Path, source: str, field: str) -> Path:
 
 
 def predicted(session: Session, plan: Plan) -> Plan:
-    """The plan with a prediction of its own, as the simulator sees it."""
+    """Return the plan with a prediction from the simulator."""
     timeline = simulated(session, plan)
     prediction = Prediction(
         step_seconds=timeline.step_seconds,
@@ -207,12 +209,12 @@ def predicted(session: Session, plan: Plan) -> Plan:
 
 
 def simulated(session: Session, plan: Plan, *, clipped: bool = True) -> Timeline:
-    """One simulated step, its gradients clipped or not."""
+    """Simulate one step, with gradients clipped or not."""
     return simulate_plan(plan, session.model, session.cluster, session.profile, clipped=clipped)
 
 
 def error_text(session: Session, seconds: float) -> str:
-    """How sure a predicted step is; empty where nothing was calibrated."""
+    """Say how certain a predicted step time is; empty if the profile is not calibrated."""
     fitted = session.profile.calibration if session.profile else None
     if fitted is None or fitted.error is None:
         return ""
@@ -224,5 +226,5 @@ def error_text(session: Session, seconds: float) -> str:
 
 
 def measured(session: Session, plan: Plan, name: str) -> Measured:
-    """A plan with the figures of one simulated step, called `name` in a comparison."""
+    """Simulate one step of a plan, and return its figures under `name` for a comparison."""
     return measure(name, plan, session.model, session.cluster, session.profile)

@@ -1,8 +1,7 @@
-"""Long work that may be told to stop: its loops look up now and then, and leave off in good order.
+"""Lets long work be stopped cleanly: its loops check regularly whether they shall stop.
 
-Whoever starts the work says what is to stop it; what does the work calls `look` between two steps
-that belong together, wherever nothing is half done. Outside of `until` a look costs nothing and
-changes nothing.
+The caller of the work passes a function that says whether to stop; the work calls `look` wherever
+nothing is half done. Outside of `until`, `look` costs nothing and changes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from contextvars import ContextVar
 
 
 class Stopped(Exception):  # noqa: N818 - named for what happened
-    """The work was told to stop, and has no result."""
+    """The work was asked to stop, and has no result."""
 
 
 def never() -> bool:
-    """What work that nobody stops is told."""
+    """Return False: the default for work that is never stopped."""
     return False
 
 
@@ -26,7 +25,7 @@ _told: ContextVar[Callable[[], bool]] = ContextVar("told", default=never)
 
 @contextmanager
 def until(told: Callable[[], bool]) -> Iterator[None]:
-    """Inside, every `look` asks `told`, and raises Stopped as soon as it says yes."""
+    """Make every `look` in the block ask `told`, and raise Stopped as soon as it returns True."""
     before = _told.set(told)
     try:
         yield
@@ -35,6 +34,6 @@ def until(told: Callable[[], bool]) -> Iterator[None]:
 
 
 def look() -> None:
-    """Raise Stopped if the work around this call was told to stop."""
+    """Raise Stopped if the enclosing work was asked to stop."""
     if _told.get()():
         raise Stopped

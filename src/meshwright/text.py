@@ -1,8 +1,8 @@
-"""Text that strangers wrote: what a name may hold, and how any text is shown.
+"""Checks and prints text that we did not write.
 
 A name from a file can reach a terminal, a shell, a page or another program. Letters of all
-languages are welcome in it; what steers a terminal, hides, or turns the direction of reading is
-not.
+languages are allowed in it; control characters, invisible characters and characters that change the
+direction of reading are not.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 NAME_LETTERS = 200
-"""Longest name of a model, a layer, a cluster, a node, a device type."""
+"""Longest name of a model, a layer, a cluster, a node or a device type, in characters."""
 LINE_LETTERS = 65_536
-"""Longest sentence, path or description."""
+"""Longest sentence, path or description, in characters."""
 SHOWN_LETTERS = 8_000
-"""Longest text that a message shows; the rest of it is counted."""
+"""Longest text that a message shows, in characters; of the rest only the number is shown."""
 SHOWN_OF_A_NAME = 500
 _COMPARED_LETTERS = 100
-"""Longest word for which a similar one is looked up: that takes the square of its length."""
+"""Longest word for which similar words are searched, in characters: the time grows with the
+square."""
 _COMPARED_WORDS = 20_000
 
 _REFUSED = {
@@ -31,7 +32,7 @@ _REFUSED = {
     "Zp": "a paragraph separator",
 }
 _JOINERS = "\u200c\u200d"
-"""Invisible, but Persian, Indian scripts and emoji are written with them."""
+"""Invisible characters that Persian, Indian scripts and emoji need."""
 _PLAIN = re.compile(r"[\x20-\x7e]*")
 _FILE_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -41,9 +42,9 @@ def _is_refused(letter: str, allowed: str) -> bool:
 
 
 def flaw(text: str, *, lines: bool = False) -> str:
-    """The first character that must not stand in a text, in words; empty where all may stand.
+    """Describe the first character that a text must not contain; empty if there is none.
 
-    With `lines` the text may have several lines, and tabs in them.
+    If `lines`, the text may contain line breaks and tabs.
     """
     if _PLAIN.fullmatch(text):
         return ""
@@ -55,7 +56,7 @@ def flaw(text: str, *, lines: bool = False) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """The text with `\\x1b` in place of the characters that `flaw` refuses."""
+    """Escape the characters that `flaw` refuses: an escape character becomes `\\x1b`."""
     if not flaw(text, lines=lines):
         return text
     allowed = "\n\t" if lines else ""
@@ -67,16 +68,16 @@ def _escaped(letter: str) -> str:
 
 
 def shown(text: str, most: int = SHOWN_LETTERS, *, lines: bool = True) -> str:
-    """A text for a message: printable, and not endless."""
+    """Make a text fit for a message: printable, and shortened to `most` characters."""
     if len(text) > most:
         text = f"{text[:most]} ... ({len(text) - most:,} more letters)"
     return printable(text, lines=lines)
 
 
 def quoted(text: str) -> str:
-    """A text between double quotes, as TOML and YAML both read it.
+    """Quote a text in double quotes, as TOML and YAML both read it.
 
-    Raises ValueError for half a character, which neither can write down.
+    Raises ValueError for half a surrogate pair, which neither can contain.
     """
     if any(unicodedata.category(letter) == "Cs" for letter in text):
         raise ValueError(f"text without halves of characters, not {text!r}")
@@ -93,12 +94,12 @@ def _code(letter: str) -> str:
 _NUMBER = re.compile(r"([0-9]{1,18})")
 _LAST_NUMBER = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})")
 Run = tuple[str, str]
-"""The first and the last of names that count up."""
+"""First and last of consecutive names."""
 
 
 def span(names: Iterable[str], *, to: str = " to ") -> str:
-    """Names told briefly: those that count up by their first and last, `n-0:0 to n-0:7, x:3`. The
-    same devices of nodes that count up are one run, `n-0:0 to n-7:7`."""
+    """Shorten a list of names: consecutive names become a range, `n-0:0 to n-0:7, x:3`. The same
+    devices of consecutive nodes become one range, `n-0:0 to n-7:7`."""
     runs: list[Run] = []
     for name in sorted(dict.fromkeys(names), key=_natural):
         _append(runs, (name, name), joins=bool(runs) and _next(runs[-1][1], name))
@@ -122,25 +123,25 @@ def _same_on_next_node(before: Run, run: Run) -> bool:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """So that a:10 comes after a:9."""
+    """Return a sorting key by which a:10 comes after a:9."""
     parts = _NUMBER.split(name)
     return [(int(part), "") if odd % 2 else (0, part) for odd, part in enumerate(parts)]
 
 
 def _next(name: str, after: str) -> bool:
-    """Whether the second name counts on from the first, `n-9` and `n-10`."""
+    """True if the second name follows the first, as `n-10` follows `n-9`."""
     one, two = _LAST_NUMBER.fullmatch(name), _LAST_NUMBER.fullmatch(after)
     return bool(one and two and one[1] == two[1] and int(two[2]) == int(one[2]) + 1)
 
 
 def file_name(name: str) -> str:
-    """A name of a file in a folder of ours, made from a name that may hold anything: of ASCII
-    letters, digits, dot, dash and underscore, without a dot or dash at its beginning."""
+    """Make a safe file name from any text: ASCII letters, digits, dot, dash and underscore, not
+    beginning with a dot or dash."""
     return _FILE_NAME.sub("-", name).lstrip(".-")[:100] or "unnamed"
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Of the words that are known, those most like a word that is not."""
+    """Return the known words most similar to an unknown word."""
     words = list(known)
     if len(word) > _COMPARED_LETTERS or len(words) > _COMPARED_WORDS:
         return []
@@ -148,6 +149,6 @@ def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`Did you mean 'gpt2'?`, or nothing where no known word is like it."""
+    """Return `Did you mean 'gpt2'?`, or nothing if no known word is similar."""
     near = nearest(word, known, cutoff=cutoff)
     return f"Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,5 @@
-"""A training run from the outside: its folder, its commands, its progress, its report."""
+"""Runs a training from the outside: prepares its folder, starts its processes, shows its progress,
+reads its results."""
 
 from __future__ import annotations
 
@@ -43,17 +44,18 @@ from meshwright.text import printable
 from meshwright.units import format_bytes
 
 Launch = Callable[[tuple[str, ...], Path, RunSettings, Callable[[dict[str, float]], None]], None]
-"""Runs a prepared folder on these devices, waits, and hands on its metrics line by line."""
+"""A function that runs a prepared folder on these devices, waits for the end, and passes on its
+metrics line by line."""
 
 
 @record
 class Outcome:
-    """What a finished run measured."""
+    """The measurements of a finished run."""
 
     metrics: tuple[Metrics, ...]
     timeline: Timeline | None
     step_seconds: float
-    """Median over the steps after the first few."""
+    """Median step seconds without the first few steps."""
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -61,7 +63,7 @@ class Outcome:
 
 
 def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -> None:
-    """Write what every process of the run reads."""
+    """Write the files that every process of the run reads."""
     files.make_folder(folder)
     data = str(Path(settings.data).resolve()) if settings.data else None
     settings = replace(settings, model=_kept_model(settings.model, folder), data=data)
@@ -77,14 +79,15 @@ def prepare(session: Session, plan: Plan, settings: RunSettings, folder: Path) -
 
 
 def check_data(plan: Plan, settings: RunSettings) -> None:
-    """Raise DataError, ModelError for a corpus or a model that cannot be trained on."""
+    """Raise DataError or ModelError if the corpus or the model cannot be trained on."""
     vocabulary = language_model(settings.model, plan.job.sequence).vocabulary
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
 
 
 def _kept_model(source: str, folder: Path) -> str:
-    """A config file goes along with the run: other nodes may not have it where it is."""
+    """Copy a model's config file into the run folder, since other nodes may not have it; return its
+    path there."""
     path = Path(source)
     if not files.is_file(path):
         return source
@@ -95,8 +98,8 @@ def _kept_model(source: str, folder: Path) -> str:
 
 
 def check_this_machine(session: Session, plan: Plan, accelerators: int) -> None:
-    """Raise LaunchError unless all ranks of the plan can run on this machine together, which has
-    so many accelerators."""
+    """Raise LaunchError unless all ranks of the plan can run together on this machine, which has
+    this number of accelerators."""
     if 0 < accelerators < len(plan.devices):
         raise LaunchError(
             Problem(
@@ -135,10 +138,10 @@ def train_here(
 ) -> Outcome:
     """Run all ranks on this machine, with a progress bar on a terminal and lines elsewhere.
 
-    `launcher` starts them, one of its own if none is given. `launch` starts them in another way: on
-    a testbed, whose devices are this machine's processors. Raises DataError, ModelError as
-    `check_data`, LaunchError if they do not fit here or another run is at work in the folder,
-    TrainingError if the run has to stop.
+    Processes are started by `launcher` (by default a new one), or by `launch`, which testbeds pass
+    for their emulated devices. Raises DataError or ModelError as `check_data` does, LaunchError if
+    the ranks do not fit here or another run uses the folder, and TrainingError if the run has to
+    stop.
     """
     console = console or Console()
     with held(folder), ExitStack() as stack:
@@ -167,9 +170,9 @@ def _launch_here(
 def prepared_commands(
     session: Session, plan: Plan, settings: RunSettings, folder: Path, port: int
 ) -> list[str]:
-    """Prepare a run over several machines, and give the command for each of its nodes.
+    """Prepare a run over several machines, and return the command for each of its nodes.
 
-    Raises what `check_data` does; LaunchError if another run is at work in the folder.
+    Raises what `check_data` does, and LaunchError if another run uses the folder.
     """
     check_data(plan, settings)
     with held(folder):
@@ -179,7 +182,7 @@ def prepared_commands(
 
 
 def train_node(folder: Path, node: str, console: Console) -> Outcome | None:
-    """Run the ranks of one node of a prepared run; None where the results are on another node.
+    """Run the ranks of one node of a prepared run; return None if the results are on another node.
 
     Raises what `launch_node` does.
     """
@@ -192,7 +195,8 @@ def train_node(folder: Path, node: str, console: Console) -> Outcome | None:
 
 @contextmanager
 def _shown(steps: int, title: str, console: Console) -> Iterator[_Show]:
-    """Shows metrics as they come: a progress bar on a terminal, a few lines elsewhere."""
+    """Yield a function that shows metrics as they come: with a progress bar on a terminal, a few
+    lines elsewhere."""
     with _progress(console) as progress:
         bar = progress.add_task(escape(printable(title)), total=steps, loss="", speed="starting")
         yield _Show(steps, title, console, progress, bar, [])
@@ -200,7 +204,7 @@ def _shown(steps: int, title: str, console: Console) -> Iterator[_Show]:
 
 @dataclass
 class _Show:
-    """Takes the lines of metrics.jsonl, one by one."""
+    """Shows the lines of metrics.jsonl one by one, and keeps them."""
 
     steps: int
     title: str
@@ -235,7 +239,7 @@ def _worth_a_line(step: int, steps: int) -> bool:
 
 
 def outcome(folder: Path, metrics: tuple[Metrics, ...]) -> Outcome:
-    """What a run folder holds when the run is over."""
+    """Read the measurements from the folder of a finished run."""
     if not metrics:
         wanted = "one line per step"
         raise TrainingError(Problem(str(folder / METRICS), "", "no steps", wanted))

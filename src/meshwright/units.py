@@ -1,10 +1,9 @@
-"""Quantities with units: text in files, SI base units inside.
+"""Parses and formats quantities with units: text in files, SI base units inside.
 
-The only place that knows 8, 1000 and 1024.
-
-Inside the program a size is in bytes, a time in seconds, a bandwidth in bytes per second, a
-speed in floating-point operations per second. Networks are sold in decimal bits ("25 Gbit/s"),
-memory in binary bytes ("80 GiB"); both spellings are read, neither is guessed.
+This is the only place that knows 8, 1000 and 1024. Inside the program a size is in bytes, a time in
+seconds, a bandwidth in bytes per second, a speed in floating-point operations per second. Networks
+are sold in decimal bits ("25 Gbit/s"), memory in binary bytes ("80 GiB"); both spellings are read,
+neither is guessed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _BINARY = {f"{prefix}i": 1024.0**power for power, prefix in enumerate("KMGTP", s
 _PREFIX = _DECIMAL | _BINARY
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "µs": 1_000_000, "ns": 1_000_000_000}
 _SECONDS_IN = {"min": 60, "h": 3600}
-# Written so that a text of any length is judged in one pass.
+# Written so that a text of any length is matched in linear time.
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _QUANTITY = re.compile(rf"\s*({_NUMBER})\s*(?:([A-Za-zµ/]+)\s*)?")
 _PREFIXES = "|".join(sorted(_PREFIX, key=len, reverse=True))
@@ -49,22 +48,22 @@ def _scaled(text: str, pattern: re.Pattern[str], example: str) -> float:
 
 
 def parse_bytes(text: str) -> int:
-    """`"80 GiB"`, `"16 GB"`, `"512 KiB"` to bytes. Raises ValueError."""
+    """Parse `"80 GiB"`, `"16 GB"` or `"512 KiB"` to bytes. Raises ValueError."""
     return round(_scaled(text, _BYTES, "80 GiB"))
 
 
 def parse_bandwidth(text: str) -> float:
-    """`"25 Gbit/s"`, `"900 GB/s"`, `"200 Gbps"` to bytes per second. Raises ValueError."""
+    """Parse `"25 Gbit/s"`, `"900 GB/s"` or `"200 Gbps"` to bytes per second. Raises ValueError."""
     return _scaled(text, _RATE, "25 Gbit/s")
 
 
 def parse_flops(text: str) -> float:
-    """`"312 TFLOP/s"` to floating-point operations per second. Raises ValueError."""
+    """Parse `"312 TFLOP/s"` to floating-point operations per second. Raises ValueError."""
     return _scaled(text, _FLOPS, "312 TFLOP/s")
 
 
 def parse_seconds(text: str) -> float:
-    """`"50 us"`, `"2 ms"`, `"1.5 s"` to seconds. Raises ValueError."""
+    """Parse `"50 us"`, `"2 ms"` or `"1.5 s"` to seconds. Raises ValueError."""
     number, unit = _split(text, "50 us")
     if unit in _PER_SECOND:  # dividing keeps "10 us" the float 1e-05
         return _finite(number / _PER_SECOND[unit], text)
@@ -74,7 +73,7 @@ def parse_seconds(text: str) -> float:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for people, in binary units: `"1.5 GiB"`."""
+    """Format bytes in binary units: `"1.5 GiB"`."""
     for power, prefix in ((5, "Pi"), (4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
         if abs(size) >= 1024**power:
             return f"{size / 1024**power:.4g} {prefix}B"
@@ -89,22 +88,22 @@ def _decimal(value: float, unit: str) -> str:
 
 
 def format_bandwidth(bytes_per_second: float) -> str:
-    """Bandwidth for people, in decimal bits: `"25 Gbit/s"`."""
+    """Format a bandwidth in decimal bits: `"25 Gbit/s"`."""
     return _decimal(bytes_per_second * 8, "bit/s")
 
 
 def format_throughput(bytes_per_second: float) -> str:
-    """Speed of memory or storage for people, in decimal bytes: `"900 GB/s"`."""
+    """Format the speed of memory or storage in decimal bytes: `"900 GB/s"`."""
     return _decimal(bytes_per_second, "B/s")
 
 
 def format_flops(flops_per_second: float) -> str:
-    """Speed for people: `"312 TFLOP/s"`."""
+    """Format a speed of computing: `"312 TFLOP/s"`."""
     return _decimal(flops_per_second, "FLOP/s")
 
 
 def format_seconds(seconds: float) -> str:
-    """Time for people: `"1.25 s"`, `"350 ms"`, `"12 us"`."""
+    """Format a time: `"1.25 s"`, `"350 ms"`, `"12 us"`."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(seconds) >= scale:
             return f"{seconds / scale:.4g} {unit}"

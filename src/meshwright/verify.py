@@ -1,4 +1,5 @@
-"""Predicted against measured: a plan and its rivals, trained for a few steps each."""
+"""Verifies predictions: trains a plan and its rivals for a few steps each, and compares predicted
+with measured times."""
 
 from __future__ import annotations
 
@@ -36,9 +37,9 @@ from meshwright.training import train_here
 
 Array = NDArray[np.float64]
 RIVALS = {"dp": "ddp", "megatron": "even", "amp": "amp"}
-"""What a user says, and the baseline of the search that it is."""
+"""Baselines of the search by the names that users give."""
 Train = Callable[[Session, Plan, RunSettings, Path, str], Run]
-"""Runs one plan; the last argument is what it is called."""
+"""A function that trains one plan; the last argument is its title."""
 TENSOR_ON_A_TESTBED = (
     "the plan has tensor parallelism: emulated devices share cores, and wait for each other's turn "
     "at every sum inside a layer as no devices of their own do"
@@ -47,21 +48,22 @@ TENSOR_ON_A_TESTBED = (
 
 @record
 class Verified:
-    """One strategy, as predicted and as measured."""
+    """One strategy with its predicted and measured times."""
 
     name: str
     plan: str
-    """In one line."""
+    """The plan in one line."""
     predicted_seconds: float
     measured_seconds: float
-    """Median over the steps after the first few."""
+    """Median step seconds without the first steps."""
     spread: float
-    """(largest - smallest) / median of those steps."""
+    """(largest - smallest) / median of the measured steps."""
     foreign_share: float
-    """Of the machine's processor time, used by others meanwhile; -1 where nobody looked."""
+    """Share of the machine's processor time that other processes used meanwhile; -1 if it was not
+    measured."""
     disturbed: bool
     parts: Comparison | None = None
-    """Instruction by instruction, of one step."""
+    """Predicted and measured times of one step, instruction by instruction."""
 
     @property
     def error(self) -> float:
@@ -71,19 +73,19 @@ class Verified:
 
 @record
 class Verification:
-    """A plan among its rivals."""
+    """The comparison of a plan with its rivals."""
 
     strategies: tuple[Verified, ...]
-    """The plan itself first."""
+    """Strategies, the plan itself first."""
     absent: tuple[str, ...] = ()
-    """What the testbed does not emulate, and why."""
+    """Sentences on what the testbed does not emulate, and why."""
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     """Rivals that could not be tried, and why."""
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's, over all strategies; None for less than three."""
+        """Spearman's rank correlation over all strategies; None for fewer than three."""
         return spearman(
             [each.predicted_seconds for each in self.strategies],
             [each.measured_seconds for each in self.strategies],
@@ -91,14 +93,14 @@ class Verification:
 
     @property
     def regret(self) -> float:
-        """Measured seconds of the plan over those of the fastest strategy tried, less one."""
+        """Regret: measured seconds of the plan / those of the fastest strategy - 1."""
         best = min(each.measured_seconds for each in self.strategies)
         return self.strategies[0].measured_seconds / best - 1
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Rank correlation, equal values sharing their mean rank; None where it says nothing: for less
-    than three, or all alike (Spearman 1904)."""
+    """Compute the rank correlation, with mean ranks for equal values; None if there are fewer than
+    three values or all are equal (Spearman 1904)."""
     if len(left) < 3 or len(set(left)) == 1 or len(set(right)) == 1:
         return None
     return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])
@@ -115,7 +117,8 @@ def _ranks(values: Sequence[float]) -> Array:
 def rivals_of(
     session: Session, names: Sequence[str]
 ) -> tuple[list[tuple[str, Plan]], tuple[str, ...]]:
-    """The plans of these rivals, and why some have none. Raises PlanError for an unknown name."""
+    """Return the plans of these rivals, and why some have none. Raises PlanError for an unknown
+    name."""
     unknown = [name for name in names if name not in RIVALS]
     PlanError.check(
         Problem("--against", "", repr(name), "one of " + ", ".join(RIVALS)) for name in unknown
@@ -136,7 +139,7 @@ def verify(
     settings: RunSettings,
     folder: Path,
 ) -> tuple[Verified, ...]:
-    """Train a few steps of every contender and compare with its prediction. Each leaves a run
+    """Train a few steps of every contender and compare each with its prediction. Each leaves a run
     folder with its plan and both timelines."""
     return tuple(
         _verified(session, name, plan, train, settings, folder / file_name(name))
@@ -175,7 +178,7 @@ def _verified(
 
 
 def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
-    """Sentences about the layer times of a plan that its profile does not have."""
+    """Return sentences about the layer times of a plan that its profile does not contain."""
     if session.profile is None:
         return ()
     rows: dict[str, set[int]] = defaultdict(set)
@@ -204,10 +207,10 @@ def verify_here(
     folder: Path,
     console: Console,
 ) -> Verification:
-    """Train the plan and these rivals on a testbed, or on this machine; print the comparison, and
-    leave it in `folder` as verification.json and report.html.
+    """Train the plan and these rivals on a testbed or on this machine; print the comparison, and
+    write it to `folder` as verification.json and report.html.
 
-    Raises what training raises; PlanError for an unknown rival.
+    Raises what training raises, and PlanError for an unknown rival.
     """
     warnings = list(strange_versions(session.profile)) if session.profile else []
     virtual = launcher is not None and launcher.up.bed.mode == "virtual"

@@ -1,4 +1,4 @@
-"""What if the cluster were another: plan again for an edited cluster, and compare."""
+"""Answers what-if questions: plans again for an edited cluster, and compares."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficienc
 
 @record
 class Edits:
-    """What is to be different, as the command line writes it."""
+    """Edits of a cluster, as the command line writes them."""
 
     without: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ def what_if(
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
 ) -> tuple[WhatIf, Cluster]:
-    """What the edits buy, and the edited cluster.
+    """Return what the edits gain, and the edited cluster.
 
-    Two plans are searched for, on either cluster one; `progress` is told of both, and `stop` ends
-    both. Raises ClusterError for edits at fault, PlanError where there are none, where measured
-    times make one void or where a search ended before it had found a plan, FitError if no plan fits
-    the edited cluster.
+    A plan is searched for each of the two clusters; `progress` is told of both searches, and `stop`
+    ends both. Raises ClusterError for edits at fault, PlanError if there are none, if measured
+    times override one, or if a search ended before it had found a plan, and FitError if no plan
+    fits the edited cluster.
     """
     _check(session, edits)
     base = _with_own_links(session)
@@ -94,7 +94,7 @@ def _check(session: Session, edits: Edits) -> None:
 
 
 def _with_own_links(session: Session) -> Session:
-    """Measured links become the cluster's own, so that an edit can change them."""
+    """Move measured links into the cluster, so that an edit can change them."""
     profile = session.profile
     if profile is None or profile.links is None:
         return session
@@ -106,7 +106,8 @@ def _with_own_links(session: Session) -> Session:
 
 
 def _kept(session: Session, plan: Plan) -> Option:
-    """The plan as it is on the edited cluster, or why it cannot be."""
+    """Return the line of the unchanged plan on the edited cluster, or the reason why it cannot run
+    there."""
     name = "this plan, edited cluster"
     free = _free(plan)
     try:
@@ -120,5 +121,5 @@ def _kept(session: Session, plan: Plan) -> Option:
 
 
 def _free(plan: Plan) -> Plan:
-    """The plan without the cluster and the prediction that it was made with."""
+    """Return the plan without its cluster and its prediction."""
     return replace(plan, cluster=Subject(name="", fingerprint=""), prediction=None)

@@ -1,4 +1,4 @@
-"""The command line: one function per verb."""
+"""Defines the command line: one function per verb."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ if TYPE_CHECKING:
 __all__ = ["app", "discovering", "main", "planning", "running", "testbed"]
 
 UNREAD, MISTAKE, STOPPED = 1, 2, 130
-"""Exit statuses: of an output that nobody reads, of what ends with a message, of Ctrl-C."""
+"""Exit statuses: output that nobody reads (a closed pipe), an error with a message, Ctrl-C."""
 
 
 def main() -> None:
-    """Entry point: what goes wrong by a user's mistake, a file or the machine ends with a message
-    and a status of its own. A traceback is a mistake of ours."""
+    """Run the command line, the entry point of `meshwright`.
+
+    A mistake of the user, a broken file or a failure of the machine ends with a message and an exit
+    status. A traceback is always a bug of ours.
+    """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # closed, or put in its place by who calls us
-            # A terminal that cannot show a letter shows its number.
+        with suppress(AttributeError):  # closed, or replaced by the caller
+            # A character that a terminal cannot show is written as its code.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     status = _status()
-    if _flushed() is not None:  # Python would try again when it ends, and complain
+    if _flushed() is not None:  # Python would try again at exit, and print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
 def _status() -> int:
-    """Run a verb; its exit status."""
+    """Run a verb, and return its exit status."""
     from meshwright.errors import MachineError, MeshwrightError, Problem
 
     status = 0
     try:
-        app()  # typer has words of its own for options that it cannot read, and leaves with them
+        app()  # typer reports unreadable options itself and raises SystemExit
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0
         if status == STOPPED:
@@ -67,7 +70,7 @@ def _fault(failure: OSError) -> MeshwrightError:
 
 
 def _flushed() -> OSError | None:
-    """Why the output could not be written to its end; None if it could."""
+    """Flush the output; return why that failed, or None."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""The verb that describes machines: discover, and the files of several put together.
+"""Defines the verb `discover`, which describes this machine or merges the files of several.
 
-Everything heavy is imported inside it.
+Heavy imports are inside the functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def discover(
         typer.Argument(metavar="FILES", help="With --merge: the cluster files of the hosts."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Put the cluster files of several hosts together.")
+        bool, typer.Option("--merge", help="Merge the cluster files of several hosts.")
     ] = False,
     cpus: Annotated[
         bool, typer.Option("--cpus", help="Take the processor's cores, and look for no GPU.")
@@ -32,9 +32,9 @@ def discover(
         "cluster.toml"
     ),
 ) -> None:
-    """Describe the machine this runs on; with --merge, put the files of several together.
+    """Describe this machine as a cluster file; with --merge, join the files of several machines.
 
-    Every GPU that is there is in the file. If one cannot be read, it is said which and why, and
+    The file lists every GPU of the machine. If one cannot be read, an error says which and why, and
     nothing is written.
     """
     from meshwright import files

@@ -1,4 +1,4 @@
-"""The program itself, the arguments that several verbs share, and what verbs say."""
+"""Defines the application, the arguments that several verbs share, and printing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(
 
 
 class PrecisionChoice(StrEnum):
-    """Arithmetic of forward and backward."""
+    """Precision of forward and backward arithmetic."""
 
     FP64 = "fp64"
     FP32 = "fp32"
@@ -26,7 +26,7 @@ class PrecisionChoice(StrEnum):
 
 
 class OptimizerChoice(StrEnum):
-    """Update rule."""
+    """Optimizer, the rule that updates weights."""
 
     ADAMW = "adamw"
     SGD = "sgd"
@@ -45,14 +45,14 @@ ModelOption = Annotated[
 
 
 def say(text: str, *, to_errors: bool = False) -> None:
-    """Print a line; what would steer the terminal is written out."""
+    """Print a line; control characters are escaped."""
     from meshwright.text import printable
 
     typer.echo(printable(text, lines=True), err=to_errors)
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Raise OutputError, before anything is worked out, if a file could not be written."""
+    """Raise OutputError, before any work is done, if one of the files could not be written."""
     from meshwright import files
 
     for path in paths:

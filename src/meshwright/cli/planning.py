@@ -1,6 +1,7 @@
-"""Verbs that need no PyTorch: plan, explain, simulate, compare, whatif, export, reorder.
+"""Defines the verbs that need no PyTorch: plan, explain, simulate, compare, whatif, export,
+reorder.
 
-Everything heavy is imported inside them.
+Heavy imports are inside the functions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def plan(
     global_batch: Annotated[int, typer.Option(help="Rows per optimizer step.")],
     sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     precision: Annotated[
-        PrecisionChoice | None, typer.Option(help="Default: the best that every device has.")
+        PrecisionChoice | None,
+        typer.Option(help="Default: the fastest that every device supports."),
     ] = None,
     optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
     profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
@@ -39,10 +41,11 @@ def plan(
     ),
     budget: Annotated[
         str | None,
-        typer.Option(help="Stop improving after so long: 5s, 500 ms. Default: when done."),
+        typer.Option(help="Stop improving after this time: 5s, 500 ms. Default: when done."),
     ] = None,
 ) -> None:
-    """Find the fastest plan for a model on a cluster. Ctrl-C ends it with the best one so far."""
+    """Find the fastest plan for a model on a cluster. Ctrl-C ends the search with the best plan so
+    far."""
     from meshwright.cli.watching import watched
 
     with watched() as watch:
@@ -85,7 +88,7 @@ def plan(
 
 @app.command()
 def explain(plan_file: PlanFile) -> None:
-    """Who holds what, what limits the step, and why the others lost."""
+    """Explain a plan: its stages, what limits the step, and why other strategies lost."""
     from meshwright.report.tables import explain as print_explanation
     from meshwright.search.certificate import sentence
     from meshwright.session import predicted, reopen
@@ -108,7 +111,7 @@ def simulate(
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
 ) -> None:
-    """Play one step of a plan on the cost model."""
+    """Simulate one step of a plan with the cost model."""
     from meshwright import files
     from meshwright.report.tables import timeline_summary
     from meshwright.session import error_text, reopen, simulated
@@ -144,7 +147,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Two plans for one model side by side: time, memory, links, and why one wins."""
+    """Compare two plans for one model: time, memory, links, and why one wins."""
     from meshwright.report.comparison import (
         comparison_json,
         print_comparison,
@@ -175,7 +178,7 @@ def whatif(
     plan_file: PlanFile,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="Take away a node, a device (node:0), a device type or a site."),
+        typer.Option(help="Remove a node, a device (node:0), a device type or a site."),
     ] = None,
     add: Annotated[
         list[str] | None,
@@ -190,7 +193,8 @@ def whatif(
         Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
     ] = None,
 ) -> None:
-    """What another cluster would buy: edit it, plan again, compare. Options may be repeated."""
+    """Show what another cluster would gain: edit the cluster, plan again, compare. Options may be
+    repeated."""
     from meshwright.cli.watching import watched
 
     with watched() as watch:
@@ -225,11 +229,12 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("export"),
     nearest: Annotated[
-        bool, typer.Option(help="If the tool cannot express it: the fastest plan that it can.")
+        bool,
+        typer.Option(help="If the tool cannot express the plan: export the fastest that it can."),
     ] = False,
 ) -> None:
-    """Write a plan as the settings of another tool, with the script that starts it, and a list of
-    what the tool is not told."""
+    """Write a plan as the settings of another tool, with a script that starts it, and a list of
+    what these files do not express."""
     from meshwright import files
     from meshwright.exporting import exported
     from meshwright.plan.files import save_plan
@@ -254,21 +259,23 @@ def export(
 def reorder(
     plan_file: PlanFile,
     order: Annotated[
-        str, typer.Option(help="1f1b, zb-h1, ...; list: one made for the plan's own times.")
+        str,
+        typer.Option(help="A schedule: 1f1b, zb-h1, ...; list: one made for the plan's own times."),
     ] = "list",
     csv: Annotated[
         list[Path] | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Take it from a torch.distributed.pipelining CSV; once, or for every pipeline.",
+            help="Import a torch.distributed.pipelining CSV; once, or for every pipeline.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
         "plan.json"
     ),
 ) -> None:
-    """Give a plan another order of work: by name, made for it, or imported."""
+    """Give a plan another schedule: a standard one, one made for the plan, or one imported from
+    CSV."""
     from meshwright.ordering import imported, in_order
     from meshwright.plan.files import save_plan
     from meshwright.report.tables import explain as print_explanation

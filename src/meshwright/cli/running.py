@@ -1,6 +1,6 @@
-"""Verbs that touch the machine: profile, train, launch, calibrate, demo.
+"""Defines the verbs that use this machine: profile, train, launch, calibrate, demo.
 
-Everything heavy is imported inside them.
+Heavy imports are inside the functions.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def profile(
 ) -> None:
     """Measure layer times on this device, and links between ranks; `plan` reads the result.
 
-    On a testbed every class of links is measured, and the folder gets profile.json, links.json and
-    the cluster.toml with the links as they are.
+    On a testbed every class of links is measured. The output is then a folder with profile.json,
+    links.json and a cluster.toml that has the measured links.
     """
     from meshwright import files
     from meshwright.profiling import Processes, profile_here
@@ -111,7 +111,7 @@ _OPTIONS = {
     "timeout_seconds": "--timeout",
     "data": "--data",
 }
-"""Of `train`, by the field of RunSettings."""
+"""Options of `train`, by the field of RunSettings that each one sets."""
 
 
 @app.command()
@@ -136,10 +136,10 @@ def train(
         bool, typer.Option(help="Prepare the folder, and print each node's command.")
     ] = False,
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="With --dry-run: where the nodes meet.")
+        int, typer.Option(min=1, max=65535, help="With --dry-run: the port where the nodes meet.")
     ] = 29500,
 ) -> None:
-    """Train by a plan on this machine, one process for each of its devices.
+    """Train by a plan on this machine, with one process for each device of the plan.
 
     `--dry-run` only prepares the run folder, and prints the command for each node of the plan.
     """
@@ -180,7 +180,7 @@ def train(
 def _show(
     session: Session, found: Plan, outcome: Outcome, report: Path | None, *, clipped: bool
 ) -> None:
-    """The measured step beside the predicted one; a page, if one is asked for."""
+    """Print the measured step next to the predicted one, and write an HTML page if asked to."""
     from rich.console import Console
 
     from meshwright.report.tables import comparison_table
@@ -210,7 +210,7 @@ def launch(
         list[str],
         typer.Argument(help="A run folder of `train --dry-run`; or, after --, a command."),
     ],
-    node: Annotated[str, typer.Option(help="The node that this machine is.")],
+    node: Annotated[str, typer.Option(help="Name of the node that this machine is.")],
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Run a command on all devices of this plan.")
     ] = None,
@@ -218,13 +218,13 @@ def launch(
         Path | None, typer.Option(help="Run a command on all devices of this cluster.")
     ] = None,
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="Of a command: where the nodes meet.")
+        int, typer.Option(min=1, max=65535, help="For a command: the port where the nodes meet.")
     ] = 29500,
 ) -> None:
-    """Start one node's processes of a run over several machines; give it on every node.
+    """Start one node's processes of a run over several machines; run this on every node.
 
-    They meet at the address of the first node, and use the interface with their node's address, as
-    the cluster file gives them.
+    The processes meet at the address of the first node. Each node uses the network interface that
+    has the node's address in the cluster file.
     """
     if plan_file is not None or cluster is not None:
         raise typer.Exit(_launch_command(what, node, plan_file, cluster, port))
@@ -265,7 +265,7 @@ def calibrate(
         list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
     ] = None,
     propose: Annotated[
-        int, typer.Option(help="Write so many plans that are worth a short run, and stop.")
+        int, typer.Option(help="Write this number of plans that are worth a short run, and stop.")
     ] = 0,
     model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
     cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
@@ -282,7 +282,8 @@ def calibrate(
         ),
     ] = None,
 ) -> None:
-    """Fit the cost model to runs on this cluster; `plan --profile` then uses what was fitted."""
+    """Fit the cost model to runs on this cluster; `plan --profile` then uses the fitted
+    constants."""
     from meshwright import files
     from meshwright.calibration import Proposals, proposals
     from meshwright.errors import OptionError, Problem
@@ -337,7 +338,8 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each plan.")] = 10,
 ) -> None:
-    """Emulate a mixed cluster here, plan for it, and train by the plan and by the even one."""
+    """Emulate a mixed cluster on this machine, find a plan for it, and train by this plan and by
+    the even one."""
     from meshwright import files
     from meshwright.demo import run_demo
     from meshwright.records import checked_value

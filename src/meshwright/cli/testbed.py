@@ -1,4 +1,5 @@
-"""Verbs of the testbed: an emulated cluster, and predictions against what it measures."""
+"""Defines the verbs of the testbed, an emulated cluster, and `verify`, which compares predictions
+with measurements."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ def run(
     command: Annotated[list[str], typer.Argument(help="After --: what to run.")],
     dry_run: Annotated[bool, typer.Option(help="Only print every system command.")] = False,
 ) -> None:
-    """Bring the cluster up, run a command in it, take it down.
+    """Set the emulated cluster up, run a command in it, and take it down.
 
     A verb of meshwright starts its own processes, one for each device of its plan. Any other
-    command is started once for each device of the cluster, with the variables of a launcher.
+    command is started once for each device of the cluster, with the environment variables of a
+    launcher.
     """
     from meshwright.cluster.spec import devices_of
     from meshwright.testbed.bed import plan_bed, standing
@@ -67,7 +69,7 @@ def run(
 
 @testbed.command()
 def status() -> None:
-    """What this machine can emulate, and the testbeds that stand on it."""
+    """Show what this machine can emulate, and which testbeds are set up on it."""
     from meshwright.testbed.bed import new_identity
     from meshwright.testbed.machine import abilities
     from meshwright.testbed.traces import is_orphan, standing_traces, traces_folder
@@ -86,7 +88,7 @@ def status() -> None:
 
 @testbed.command()
 def down() -> None:
-    """Take away what killed launchers have left; nothing else."""
+    """Remove what killed launchers have left behind, and nothing else."""
     from meshwright.testbed.traces import sweep, traces_folder
 
     taken = sweep(traces_folder())
@@ -100,7 +102,8 @@ def _say_absent(absent: tuple[str, ...]) -> None:
 
 @contextmanager
 def launcher_for(bed_file: Path | None) -> Iterator[BedLauncher | None]:
-    """A testbed of its own, the one in which this command runs, or none."""
+    """Yield a launcher on the testbed of `bed_file`, on the testbed in which this command runs, or
+    None."""
     from meshwright.testbed.bed import standing, standing_here
     from meshwright.testbed.launch import launcher_on
     from meshwright.testbed.spec import load_bed
@@ -120,7 +123,8 @@ def launcher_for(bed_file: Path | None) -> Iterator[BedLauncher | None]:
 def profile_testbed(
     launcher: BedLauncher, settings: ProfileSettings, folder: Path, *, again: bool
 ) -> None:
-    """`profile` on a testbed: measures into a folder, and shows the links with their residuals."""
+    """Run `profile` on a testbed: measure into a folder, and print the links with their
+    residuals."""
     from rich.console import Console
 
     from meshwright.errors import OptionError, Problem
@@ -137,8 +141,8 @@ def profile_testbed(
 
 @contextmanager
 def launcher_there(*, warm: bool) -> Iterator[BedLauncher | Launcher]:
-    """Starts ranks on the testbed in which this command runs, else on this machine; `warm`: imports
-    what they need while the caller reads its files."""
+    """Yield a launcher on the testbed in which this command runs, else on this machine. If `warm`,
+    it imports what ranks need while the caller reads its files."""
     from meshwright.launch.local import Launcher
 
     with launcher_for(None) as bed, Launcher() as own:
@@ -154,7 +158,7 @@ def train_there(
     settings: RunSettings,
     folder: Path,
 ) -> Outcome:
-    """`train` where a launcher stands."""
+    """Run `train` with a launcher: on its testbed or on this machine."""
     from meshwright.launch.local import Launcher
     from meshwright.testbed.train import train_on
     from meshwright.training import train_here
@@ -177,10 +181,11 @@ def verify(
     bed_file: BedOption = None,
     cluster: ClusterOption = None,
     profile: ProfileOption = None,
-    steps: Annotated[int, typer.Option(min=3, help="Of each strategy.")] = 8,
+    steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of each strategy.")] = 8,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/verify"),
 ) -> None:
-    """Train a few steps of a plan and of its rivals: predicted against measured, part by part."""
+    """Train a few steps of a plan and of its rivals, and compare predicted with measured times,
+    part by part."""
     from rich.console import Console
 
     from meshwright import files

@@ -1,6 +1,6 @@
-"""A search that somebody watches: what it is doing, on stderr, and Ctrl-C for the best plan so far.
+"""Shows the progress of a search on stderr; Ctrl-C ends the search with the best plan so far.
 
-A search that is done in a second says nothing.
+A search that takes less than a second prints nothing.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from meshwright.errors import MeshwrightError
 from meshwright.units import format_seconds
 
 QUIET_SECONDS = 1.0
-"""A search that takes no longer is not spoken of."""
+"""Seconds before the first line is shown."""
 
 LINE_SECONDS = 5.0
-"""Where stderr is no terminal: seconds from one line to the next."""
+"""Seconds between two lines if stderr is not a terminal."""
 
 INTERRUPTED_STATUS = 130
-"""Exit status of what Ctrl-C has ended before there was a result, as shells have it."""
+"""Exit status after Ctrl-C without a result, as in shells."""
 
 
 class Watch:
-    """What a search tells, shown; and whether Ctrl-C has asked it to end."""
+    """The progress display of a search, which also records Ctrl-C."""
 
     def __init__(
         self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.interrupts = 0
-        """How often Ctrl-C was pressed."""
+        """Number of times that Ctrl-C was pressed."""
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._began = clock()
@@ -49,38 +49,38 @@ class Watch:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the search was asked to end."""
+        """True if the search was asked to end."""
         return self.interrupts > 0
 
     @property
     def seconds(self) -> float:
-        """How long it has been going on."""
+        """Seconds since the start."""
         return self._clock() - self._began
 
     def tell(self, what: str, done: int, of: int) -> None:
-        """What the search is doing now, and how much of that is done."""
+        """Report what the search is doing, and how much of that is done."""
         share = f" {done / of:.0%}" if of > 1 else ""
         self._doing = f"{what}{share}"
         self._show()
 
     def found(self, step_seconds: float) -> None:
-        """The best plan so far takes so long a step."""
+        """Report the step time of the best plan so far."""
         self._best = f"; best so far {format_seconds(step_seconds)} a step"
 
     def stop(self) -> bool:
-        """Whether the search is to end; asked many times a second."""
+        """Return True if the search shall end; called many times a second."""
         self._show()
         return self.interrupted
 
     def interrupt(self) -> None:
-        """Ctrl-C was pressed. Raises KeyboardInterrupt the second time."""
+        """Record Ctrl-C. Raises KeyboardInterrupt the second time."""
         self.interrupts += 1
         if self.interrupts > 1:
             raise KeyboardInterrupt
         self._next = self._clock()
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the progress line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -95,7 +95,8 @@ class Watch:
         return f"planning for {self.seconds:.0f} s: {self._doing}{self._best} ({hint})"
 
     def _show(self) -> None:
-        """A line on a terminal, which rich keeps up to date; elsewhere one now and then."""
+        """Show the line: on a terminal rich keeps it up to date, elsewhere a new one is printed
+        every LINE_SECONDS."""
         if self._live is not None or self._clock() < self._next:
             return
         if self._console.is_terminal:
@@ -108,8 +109,11 @@ class Watch:
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """A Watch for what is inside. An error of a search that was interrupted, and a second Ctrl-C,
-    end the program with INTERRUPTED_STATUS; any other error passes."""
+    """Yield a Watch that records Ctrl-C while the block runs.
+
+    An error of a search that was interrupted, and a second Ctrl-C, end the program with
+    INTERRUPTED_STATUS; any other error passes through.
+    """
     watch = Watch()
     try:
         with _noticing(watch):
@@ -130,8 +134,8 @@ def watched() -> Iterator[Watch]:
 
 @contextmanager
 def _noticing(watch: Watch) -> Iterator[None]:
-    """Inside, Ctrl-C is told to the watch. Only the main thread may say so, and where somebody has
-    decided to ignore Ctrl-C it stays ignored."""
+    """Report Ctrl-C to the watch while the block runs. Only the main thread may set signal
+    handlers, and if Ctrl-C is ignored it stays ignored."""
     before = signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()
     if not main or before in (signal.SIG_IGN, None):

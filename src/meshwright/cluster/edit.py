@@ -1,8 +1,8 @@
 """Edits a cluster for what-if questions: pure functions from Cluster to Cluster that also return
 the assumptions they made.
 
-`without` removes nodes, devices, types or sites, `added` adds nodes, `with_setting` changes a
-figure; `edited` does all of them in this order and reports every mistake at once.
+`taken_away` removes nodes, devices, types or sites, `with_added` adds nodes, `with_setting` changes
+a figure; `edited` does all of them in this order and reports every mistake at once.
 """
 
 from __future__ import annotations

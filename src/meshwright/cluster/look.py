@@ -112,8 +112,8 @@ def _without_integrated(way: Way) -> Way:
 
 
 def _others(cards: Sequence[Card], *, alone: bool) -> Looked:
-    """Return the cards of other makers, which no tool here reports; `alone` is True if no GPU was
-    found."""
+    """Return the cards that no tool here reports: integrated graphics, Intel's cards and those of
+    other makers. `alone` is True if no GPU was found."""
     integrated = [card for card in cards if card.is_integrated]
     other = [card for card in cards if card.maker == "other"]
     unread = [card for card in cards if card.maker == "Intel" and not card.is_integrated]

@@ -176,8 +176,7 @@ def _clean(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """Shorten a driver's name by its maker and brand: `NVIDIA GeForce RTX 3080` becomes
-    `RTX-3080`."""
+    """Remove maker and brand from a driver's name: `NVIDIA GeForce RTX 3080` becomes `RTX-3080`."""
     short = re.sub(r"^(NVIDIA|AMD|Intel)\b", "", name.partition(" MIG ")[0]).strip()
     return _clean(re.sub(r"^(GeForce|Tesla)\b", "", short).strip()) or "unknown"
 

@@ -106,7 +106,7 @@ class Device:
     """One accelerator of a cluster."""
 
     name: Name
-    """`node:index`."""
+    """Name of the device: `node:index`."""
     type: Name
     node: Name
     site: Name

@@ -1,1 +1,1 @@
-"""How the processes of a run start, meet, are watched, and end."""
+"""Starts the processes of a run, lets them meet, watches them and ends them."""

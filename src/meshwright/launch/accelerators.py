@@ -1,4 +1,4 @@
-"""How many accelerators PyTorch sees here, asked of a process that ends when it has answered.
+"""Counts the accelerators that PyTorch sees on this machine, in a short-lived process.
 
 The launcher itself need not import PyTorch for it, and the process that ranks are forked from must
 not be the one that talks to the driver.
@@ -14,12 +14,12 @@ from meshwright.launch.supervise import ForkServer, see_through
 from meshwright.runtime.failure import say
 
 RANK = -2
-"""What stands in the place of a rank."""
+"""Pseudo rank of the process that counts."""
 
 
 def accelerators(server: ForkServer, timeout_seconds: float) -> int:
-    """The number of CUDA devices of this machine. Raises LaunchError if there is no answer, or a
-    process stands still for so long."""
+    """Return the number of CUDA devices of this machine. Raises LaunchError if there is no answer,
+    or a process is stopped for `timeout_seconds`."""
     request = SpawnRequest(rank=RANK, environment={}, module=__name__, arguments=(), log="")
     for event in see_through(server, [request], timeout_seconds=timeout_seconds):
         if event.kind == "said":
@@ -28,7 +28,7 @@ def accelerators(server: ForkServer, timeout_seconds: float) -> int:
 
 
 def main() -> None:
-    """Say the number."""
+    """Report the number of CUDA devices to the launcher."""
     import torch
 
     say(json.dumps(torch.cuda.device_count()))

@@ -1,4 +1,5 @@
-"""What a failed run comes down to: the cause that came first, by rank, in that rank's words."""
+"""Finds the root cause of a failed run: the failure that came first, by rank, in that rank's
+words."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ from meshwright.runtime.run import Failure
 
 WANTED = "every rank alive to the end"
 CLOCKS_DIFFER_SECONDS = 5.0
-"""Between machines, at most; what is older is of an earlier run."""
+"""Largest difference between the clocks of two machines; older failure files belong to an earlier
+run."""
 
 
 def cause(events: Sequence[Event], folder: Path, *, since: float) -> MeshwrightError:
-    """The error that the end of a run is to be told as, which began at `since`.
+    """Return the error to report for a run that failed; `since` is when the run began.
 
-    What a rank says of itself and a process that vanished are weighed by time alone, the earlier is
-    the cause. Next come ranks that stand still, and only then what ranks say that merely noticed
-    another one's absence.
+    A failure that a rank reports of itself and a process that vanished compete by time: the earlier
+    is the cause. If there are none, the cause is a rank that is stopped; and if there is none
+    either, what ranks report that merely noticed the absence of another.
     """
     words = [*_said(events), *_written(folder, since)]
     noticed = min((each for each in words if each.secondary), key=_when, default=None)
@@ -54,13 +56,14 @@ def _when(each: Failure | Event) -> float:
 def _said(events: Iterable[Event]) -> Iterator[Failure]:
     for event in events:
         if event.kind == "said":
-            # A rank may have died while it spoke, or be somebody's own script.
+            # A rank may have died while it wrote, or run a script that is not ours.
             with suppress(MeshwrightError, ValueError, RecursionError):
                 yield parse(json.loads(event.said), Failure, source="rank", error=TrainingError)
 
 
 def _written(folder: Path, since: float) -> Iterator[Failure]:
-    """By ranks of other machines that share the folder; a full disk may have cut it short."""
+    """Yield the failures written by ranks of other machines that share the folder; a file that a
+    full disk cut short is skipped."""
     for path in sorted(folder.glob("failure-*.json")):
         with suppress(MeshwrightError):
             failure = load(path, Failure, error=TrainingError)
@@ -96,7 +99,7 @@ def _who(rank: int) -> str:
 
 
 def _standing_still(events: Iterable[Event]) -> Event | None:
-    """The process that was stopped first and has not gone on since."""
+    """Return the process that was stopped first and has not continued since."""
     stopped: dict[int, Event] = {}
     for event in events:
         if event.kind == "stopped":

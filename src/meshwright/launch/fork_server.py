@@ -1,14 +1,14 @@
-"""The process that all ranks of a machine are forked from.
+"""Runs the process from which all ranks of a machine are forked.
 
 python -m meshwright.launch.fork_server PARENT_PID OUTPUT_FD MODULE ...
 
-It imports PyTorch and the modules that it is told once, so that a rank starts in milliseconds. Each
-line on its standard input is a SpawnRequest; each line on its standard output is an Event of one of
-its ranks. It listens on no socket and unpickles nothing.
+It imports PyTorch and the given modules once, so that a rank starts in milliseconds. Each line on
+its standard input is a SpawnRequest; each line on its standard output is an Event of one of its
+ranks. It listens on no socket and unpickles nothing.
 
-Nothing outlives it. It ends with its launcher and its ranks end with it, whichever of them is
-killed and by whatever signal: Linux sends SIGKILL to each when its parent dies, and where there is
-no such thing the end of the standard input tells it. On SIGTERM it asks its ranks to end first.
+No process outlives it. It ends with its launcher and its ranks end with it, whichever of them is
+killed and by whatever signal: Linux sends SIGKILL to each when its parent dies, and on other
+systems it ends when its standard input ends. On SIGTERM it asks its ranks to end first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from meshwright.records import parse, plain, record
 from meshwright.runtime.variables import REPORT
 
 LONGEST_LINE = 1 << 20
-"""Bytes that a process may say at once."""
+"""Longest report of a process in bytes."""
 NEW_NETWORK = 0x40000000
 """CLONE_NEWNET of setns(2)."""
 PARENT_DEATH_SIGNAL, NAME = 1, 15
@@ -40,7 +40,7 @@ PARENT_DEATH_SIGNAL, NAME = 1, 15
 
 
 Kind = Literal["refused", "said", "stopped", "continued", "exited"]
-"""What can happen to a process; `refused`: the system could not make it."""
+"""Kinds of events of a process; `refused`: the system could not create it."""
 
 
 @record
@@ -50,16 +50,16 @@ class SpawnRequest:
     rank: int
     """Its rank; negative for a process that is no rank, such as the store."""
     environment: dict[str, str]
-    """Variables that it has beside the launcher's."""
+    """Environment variables that are added to the launcher's."""
     namespace: str | None = None
     """Network namespace; None: the launcher's."""
     group: str | None = None
     """Folder of its control group; None: the launcher's."""
     module: str
-    """Its `main()` is called; empty: `arguments` are a command."""
+    """Module whose `main()` is called; empty: `arguments` are a command."""
     arguments: tuple[str, ...]
     log: str
-    """File for what it prints; empty: it prints where the launcher does."""
+    """File for its output; empty: it prints where the launcher does."""
 
 
 @record
@@ -68,16 +68,16 @@ class Event:
 
     rank: int
     seconds: float
-    """When, by the machine's clock."""
+    """Time of the event by the machine's clock, in seconds since the epoch."""
     kind: Kind
     status: int = 0
     """Exit status, or minus the signal that ended or stopped it."""
     said: str = ""
-    """What it wrote into its report pipe, one line; why it was `refused`."""
+    """One line that it wrote into its report pipe, or the reason why it was `refused`."""
 
 
 def end_with_parent(parent: int | None = None, signal_number: int = signal.SIGKILL) -> None:
-    """Ask Linux to end this process when its parent dies, also if that has happened already."""
+    """Ask Linux to end this process when its parent dies; end at once if it has died already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal_number)
     if parent is not None and os.getppid() != parent:
@@ -85,7 +85,7 @@ def end_with_parent(parent: int | None = None, signal_number: int = signal.SIGKI
 
 
 def enter(namespace: str) -> None:
-    """Go into a network namespace. Raises OSError."""
+    """Enter a network namespace. Raises OSError."""
     handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -97,7 +97,7 @@ def enter(namespace: str) -> None:
 
 @dataclass(slots=True)
 class _Child:
-    """A process that was forked, and the pipe in which it speaks."""
+    """A forked process and its report pipe."""
 
     rank: int
     pipe: int | None
@@ -106,23 +106,23 @@ class _Child:
 
 @dataclass(slots=True)
 class _Server:
-    """What the server knows of its processes, by process id."""
+    """The state of the fork server, with its processes by process id."""
 
     events: int
-    """Where Events are written to."""
+    """File descriptor to which Events are written."""
     output: int
-    """Where processes print that have no log."""
+    """File descriptor for the output of processes without a log."""
     wake: int
-    """Becomes readable when a child has changed its state."""
+    """File descriptor that becomes readable when a child has changed its state."""
     own: tuple[int, ...]
-    """Descriptors that no child needs."""
+    """File descriptors that every child closes."""
     children: dict[int, _Child] = field(default_factory=dict)
     unread: bytes = b""
     ending: bool = False
 
     def serve(self) -> None:
-        """Fork what the launcher asks for and tell what becomes of it, until the input ends or
-        SIGTERM has come."""
+        """Fork the processes that the launcher asks for and report their events, until the input
+        ends or SIGTERM has come."""
         while not self.ending:
             pipes = {child.pipe: child for child in self.children.values() if child.pipe}
             ready, _, _ = select.select([0, self.wake, *pipes], [], [])
@@ -146,7 +146,7 @@ class _Server:
 
     def spawn(self, request: SpawnRequest) -> None:
         if request.module:
-            # What cannot be imported fails again in the child, which then says so in its log.
+            # An import that fails here fails again in the child, which then writes it into its log.
             with suppress(Exception):
                 importlib.import_module(request.module)
         ours, theirs = os.pipe()
@@ -167,7 +167,7 @@ class _Server:
         return [child.pipe for child in self.children.values() if child.pipe]
 
     def hear(self, child: _Child) -> None:
-        """Pass on the whole lines that a child has written."""
+        """Forward the complete lines that a child has written."""
         if child.pipe is None:
             return
         try:
@@ -182,7 +182,7 @@ class _Server:
             child.pipe = None
 
     def reap(self) -> None:
-        """Tell every change of state that has not been told."""
+        """Report every change of state that has not been reported."""
         while self.children:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not pid:
@@ -206,7 +206,7 @@ class _Server:
             line = line[os.write(self.events, line) :]
 
     def ask_to_end(self) -> None:
-        """Hand SIGTERM on to every process, and return when all of them have ended."""
+        """Send SIGTERM to every process, and return when all of them have ended."""
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)
         while self.children:
@@ -217,7 +217,7 @@ class _Server:
 def _child(
     request: SpawnRequest, parent: int, report: int, output: int, others: tuple[int, ...]
 ) -> None:
-    """The life of a process, from fork to end. Does not return."""
+    """Run a process from fork to end. Does not return."""
     status = 1
     try:
         end_with_parent(parent)
@@ -230,7 +230,7 @@ def _child(
         status = 0
     except BaseException as failure:
         sys.stderr.write(f"rank {request.rank}: {failure!r}\n")
-        code = getattr(failure, "code", None)  # of a SystemExit
+        code = getattr(failure, "code", None)  # a SystemExit has one
         status = code if isinstance(code, int) else 1
     finally:
         os._exit(status)
@@ -264,7 +264,7 @@ def main() -> None:
     parent, output, modules = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     end_with_parent(parent)
     events = os.dup(1)
-    os.dup2(2, 1)  # what a module prints when it is imported is no Event
+    os.dup2(2, 1)  # what a module prints when it is imported must not be read as an Event
     for module in modules:
         importlib.import_module(module)
     wake, waker = os.pipe()
@@ -280,7 +280,7 @@ def main() -> None:
     server.serve()
     if server.ending:
         server.ask_to_end()
-    # The launcher has gone or wants an end: whatever is left in this session goes, too.
+    # The launcher has ended or asks for an end: end everything that is left in this session.
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
 

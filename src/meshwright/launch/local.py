@@ -1,4 +1,5 @@
-"""Runs on this machine: one process for each device of a plan, started, followed and ended."""
+"""Runs the ranks of a plan on this machine: starts one process for each device, watches and ends
+them."""
 
 from __future__ import annotations
 
@@ -27,33 +28,33 @@ Look = Callable[[Line], None]
 WORKER = "meshwright.runtime.worker"
 TIMEOUT_SECONDS = 300.0
 PROCESS_BYTES = 350 * 2**20
-"""Resident memory of a process with PyTorch, before it holds a model."""
+"""Resident memory in bytes of a process that has imported PyTorch, before it holds a model."""
 
 
 @record
 class Place:
-    """Where a rank stands, beside what every rank on this machine has."""
+    """Where a rank runs: what differs between the ranks of one machine."""
 
     node: str = "here"
     address: str = variables.LOOPBACK
-    """Of the node."""
+    """Network address of the rank's node."""
     interface: str | None = None
-    """Over which it talks to others; None: the loopback."""
+    """Network interface for traffic with other nodes; None: the loopback."""
     namespace: str | None = None
     group: str | None = None
-    """Folder of a control group."""
+    """Folder of its control group; None: the launcher's."""
     environment: tuple[tuple[str, str], ...] = ()
 
 
 def here(_device: str) -> Place:
-    """All ranks on this machine as it is."""
+    """Place every rank on this machine without isolation."""
     return Place()
 
 
 class Launcher:
     """Starts runs on this machine, one after the other; a context manager.
 
-    `place` says where the rank of a device stands: testbeds have namespaces for them.
+    `place` gives the place of the rank of a device; testbeds use it for network namespaces.
     """
 
     def __init__(self, place: Callable[[str], Place] = here) -> None:
@@ -73,12 +74,12 @@ class Launcher:
         self.close()
 
     def warm(self) -> Self:
-        """Begin to import what ranks will need, while the caller does something else."""
+        """Begin to import what ranks need, while the caller does something else."""
         self._started(*PRELOADED, WORKER)
         return self
 
     def _started(self, *modules: str) -> ForkServer:
-        """The process that ranks are forked from, which has imported these modules or will."""
+        """Return the fork server, which has imported these modules or will."""
         if self._server is None:
             self._server = ForkServer(*modules)
         return self._server
@@ -91,12 +92,12 @@ class Launcher:
             server.close(calmly=calmly)
 
     def accelerators(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
-        """The number of CUDA devices that ranks can have here. Raises LaunchError if a process that
-        is to tell stands still for so long."""
+        """Return the number of CUDA devices that ranks can use here. Raises LaunchError if the
+        process that counts is stopped for `timeout_seconds`."""
         return accelerators(self._started(*PRELOADED, WORKER), timeout_seconds)
 
     def processor_seconds(self) -> float:
-        """Processor time of all ranks that have ended since the last `close`."""
+        """Return the processor seconds of all ranks that have ended since the last `close`."""
         return 0.0 if self._server is None else self._server.processor_seconds()
 
     def run(
@@ -110,11 +111,12 @@ class Launcher:
         node: str | None = None,
         meeting: Meeting | None = None,
     ) -> None:
-        """Run `module` on all devices and wait. Each new line of metrics.jsonl goes to
-        `on_metrics`. `node`: only the ranks of that node, which meet all others at `meeting`.
+        """Run `module` on all devices and wait for its end.
 
-        Raises the MeshwrightError of the first rank that fails, or a TrainingError that says which
-        one was lost. After a failure no process is left.
+        Each new line of metrics.jsonl goes to `on_metrics`. With `node`, only the ranks of that
+        node run, and meet all others at `meeting`. Raises the MeshwrightError of the first rank
+        that fails, or a TrainingError that names the rank that was lost. After a failure no process
+        is left.
         """
         started = time.time()
         self._started(*PRELOADED, WORKER).patience_seconds = timeout_seconds
@@ -133,7 +135,8 @@ class Launcher:
         node: str | None = None,
         meeting: Meeting | None = None,
     ) -> tuple[Event, ...]:
-        """Run a command once for each device, or each of a node, and say what happened."""
+        """Run a command once for each device (of `node`, if given), and return the events of its
+        processes."""
         requests = self.requests(devices, "", tuple(command), None, node, meeting)
         return self._see_through(requests, lambda: None, float("inf"))
 
@@ -146,7 +149,7 @@ class Launcher:
         node: str | None = None,
         meeting: Meeting | None = None,
     ) -> list[SpawnRequest]:
-        """What starts each rank, or those of one node."""
+        """Return the requests that start each rank, or those of one node."""
         places = [self._place(device) for device in devices]
         meeting = self._meeting(places[0], node, meeting)
         return [
@@ -164,8 +167,8 @@ class Launcher:
         ]
 
     def _meeting(self, first: Place, node: str | None, meeting: Meeting | None) -> Meeting:
-        """Where ranks meet. The store is kept where the first rank stands; runs that follow use
-        the same one, each with a new secret."""
+        """Return where ranks meet. The store runs beside the first rank; later runs use the same
+        store, each with a new secret."""
         server = self._started()
         if meeting is not None:
             own = node == first.node
@@ -194,13 +197,13 @@ class Launcher:
 
 
 def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool:
-    """Whether every process has ended by itself, its work done."""
+    """True if every process has ended by itself with its work done."""
     ended = sum(each.kind == "exited" and each.rank != STORE for each in events)
     return ended == len(requests) and not any(map(failed, events))
 
 
 def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[str, str]:
-    """What the launcher of a rank tells it: those variables that every launcher sets, and ours."""
+    """Return the environment variables of a rank: those that every launcher sets, and ours."""
     nodes, own = [place.node for place in places], places[rank]
     named = {
         **variables.FOR_PLAIN_TORCH,
@@ -214,8 +217,8 @@ def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[st
 
 
 def clear(folder: Path, ranks: Sequence[int] | None) -> None:
-    """Take away what an earlier run of some ranks (None: of all) has left in a folder, and make
-    room for logs."""
+    """Delete the files that an earlier run of some ranks (None: of all) left in a folder, and
+    create the folder of logs."""
     (folder / LOGS).mkdir(mode=0o700, parents=True, exist_ok=True)
     everything = [*folder.glob("failure-*.json")]
     stale = everything if ranks is None else [failure_file(folder, rank) for rank in ranks]
@@ -228,13 +231,13 @@ def clear(folder: Path, ranks: Sequence[int] | None) -> None:
 
 
 class Follower:
-    """Hands on the lines of a growing file, each once."""
+    """Forwards the lines of a growing file, each once."""
 
     def __init__(self, path: Path, tell: Look) -> None:
         self.path, self.tell, self.position = path, tell, 0
 
     def look(self) -> None:
-        """Hand on what has come since the last time."""
+        """Forward the lines that were added since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as lines:

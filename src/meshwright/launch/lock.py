@@ -1,7 +1,7 @@
-"""A run folder belongs to one run at a time.
+"""Locks a run folder, so that it belongs to one run at a time.
 
-The lock is the system's own (flock): it is lifted when its holder ends, however it ends. The file
-beside it only tells others who that is.
+The lock is the system's own (flock): it is released when its holder ends, however it ends. The
+content of the lock file only tells others who holds it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ LOCK = "lock"
 
 @record
 class Holder:
-    """Who works in a folder, and since when."""
+    """The process that holds a folder."""
 
     process: int
     host: str
     since: str
-    """Date and time, by the clock of that host."""
+    """Date and time by the clock of that host."""
     command: str
 
 
 @contextmanager
 def held(folder: Path, node: str | None = None) -> Iterator[None]:
-    """Keep every other run out of a folder while the block runs; the folder is made if need be.
+    """Keep every other run out of a folder while the block runs; the folder is created if it is
+    missing.
 
-    `node`: only the same node of the run is kept out, and whoever wants the whole folder. Raises
-    LaunchError, naming the process that holds it, and since when; or if the folder cannot be made
-    or written to.
+    With `node`, only runs of the same node and runs that want the whole folder are kept out. Raises
+    LaunchError, naming the process that holds the folder and since when, or if the folder cannot be
+    created or written to.
     """
     wanted = {LOCK: fcntl.LOCK_EX}
     if node is not None:
@@ -60,7 +61,7 @@ def held(folder: Path, node: str | None = None) -> Iterator[None]:
 
 
 def private_folder(folder: Path) -> None:
-    """Make a folder that only its owner can look into; one that is there stays as it is."""
+    """Create a folder that only its owner can read; an existing one stays as it is."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -107,7 +108,7 @@ def _myself() -> Holder:
 
 
 def _holder(path: Path) -> str:
-    with suppress(MeshwrightError):  # it has not written its name yet
+    with suppress(MeshwrightError):  # the holder may not have written its name yet
         known = load(path, Holder, error=LaunchError)
         return f"process {known.process} on {known.host} since {known.since} ({known.command})"
     return "another process"

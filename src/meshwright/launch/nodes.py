@@ -1,8 +1,8 @@
 """Runs over several machines: a launcher on each node starts the ranks of that node.
 
-They meet in one store, which the launcher of the first rank's node keeps. It listens on that node's
-address alone, at a port that all know, and everything in it begins with a secret that stands in the
-run folder, in a file that only its owner can read.
+They meet in one store, which the launcher of the first rank's node keeps. The store listens on that
+node's address alone, at a port that all nodes know. All its keys begin with a secret that is kept
+in the run folder, in a file that only its owner can read.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class RunNodes:
     """The machines of a run, and where they meet: nodes.json in the run folder."""
 
     nodes: dict[str, Endpoint]
-    """By name, in the order of their first ranks."""
+    """Endpoints by node name, in the order of their first ranks."""
     port: int
     token: str
 
 
 def write_nodes(folder: Path, devices: Sequence[str], cluster: Cluster, port: int) -> None:
-    """Write down where the ranks of a prepared run will meet, for its owner alone to read."""
+    """Write down where the ranks of a prepared run will meet, readable by the owner alone."""
     known = cluster.endpoints or {}
     names = dict.fromkeys(map(node_of, devices))
     nodes = {name: known.get(name, Endpoint()) for name in names}
@@ -53,7 +53,7 @@ def write_nodes(folder: Path, devices: Sequence[str], cluster: Cluster, port: in
 
 
 def launch_commands(devices: Sequence[str], folder: Path) -> list[str]:
-    """The command of every node, to be given there with the run's folder in reach."""
+    """Return the command to run on each node; every node must be able to read the run folder."""
     names = dict.fromkeys(map(node_of, devices))
     return [f"meshwright launch {shlex.quote(str(folder))} --node {name}" for name in names]
 
@@ -61,9 +61,9 @@ def launch_commands(devices: Sequence[str], folder: Path) -> list[str]:
 def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
     """Start the ranks of one node of a prepared run, and wait for them.
 
-    `tell` gets the metrics, on the node of the first rank. Raises LaunchError if the node has no
-    ranks, its address is not one of this machine, or the first node's cannot be had; what
-    `Launcher.run` raises.
+    On the node of the first rank, `tell` gets the metrics. Raises LaunchError if the node has no
+    ranks, if its address is not one of this machine, or if the first node's address cannot be
+    resolved; also whatever `Launcher.run` raises.
     """
     settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
     plan = load_plan(folder / PLAN)
@@ -84,8 +84,8 @@ def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
 def launch_command(
     devices: Sequence[str], cluster: Cluster | None, node: str, command: Sequence[str], port: int
 ) -> int:
-    """Run a command once for each of a node's devices, as one rank each of a run over all; say how
-    they ended, as a shell does. Raises LaunchError as `launch_node`."""
+    """Run a command once for each of a node's devices, as the ranks of one run over all nodes.
+    Return an exit status as a shell does. Raises LaunchError as `launch_node` does."""
     known = (cluster.endpoints if cluster else None) or {}
     names = dict.fromkeys(map(node_of, devices))
     nodes = {name: known.get(name, Endpoint()) for name in names}
@@ -99,12 +99,13 @@ def launch_command(
 
 
 def _shared_token(devices: Sequence[str], command: Sequence[str]) -> str:
-    """The user's secret, the same on all nodes; without one, a word that keeps runs apart."""
+    """Return the user's secret, the same on all nodes, or else a fingerprint that keeps runs
+    apart."""
     return os.environ.get(TOKEN) or fingerprint([[*devices], [*command]])
 
 
 def _meeting(run: RunNodes, node: str, source: str) -> tuple[Meeting, Callable[[str], Place]]:
-    """Where all ranks of a run meet, and where those of one node stand."""
+    """Return where all ranks of a run meet, and the function that places the ranks of one node."""
     if node not in run.nodes:
         wanted = f"a node of the run: {', '.join(run.nodes)}"
         raise LaunchError(Problem(source, "--node", repr(node), wanted))
@@ -120,8 +121,8 @@ def _meeting(run: RunNodes, node: str, source: str) -> tuple[Meeting, Callable[[
 
 
 def address_of(node: str, endpoint: Endpoint) -> str:
-    """The address of a node in the network that training uses. Raises LaunchError if its name is
-    not known here."""
+    """Return the address of a node in the network that training uses. Raises LaunchError if its
+    name cannot be resolved here."""
     name = endpoint.address or node
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
@@ -138,8 +139,9 @@ def address_of(node: str, endpoint: Endpoint) -> str:
 
 
 def interface_of(node: str, endpoint: Endpoint) -> str:
-    """The network interface of this machine that a node's ranks use: the one that the cluster file
-    names, else the one with the node's address. Raises LaunchError if there is no such one here."""
+    """Return the network interface of this machine that a node's ranks use: the one that the
+    cluster file names, else the one with the node's address. Raises LaunchError if this machine has
+    no such interface."""
     there = {
         name: [each.address.partition("%")[0] for each in addresses]
         for name, addresses in psutil.net_if_addrs().items()

@@ -1,4 +1,4 @@
-"""A user's own script as the processes of a plan: `meshwright.launch(plan)`."""
+"""Runs a user's own script as the processes of a plan: `meshwright.launch(plan)`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from meshwright.runtime.variables import RANK
 
 
 def launch(plan: Plan) -> None:
-    """Start the running script again as the plan's processes on this machine, and end with them.
+    """Start the running script again as the plan's processes on this machine, and exit with their
+    status.
 
-    In a process that a launcher has started (ours, torchrun, or srun with its variables set) it
-    does nothing: the script goes on as one of the ranks. Raises LaunchError where no script runs.
+    In a process that a launcher has started (ours, torchrun, or srun with its variables set) this
+    does nothing: the script goes on as one of the ranks. Raises LaunchError if no script is
+    running.
     """
     if RANK in os.environ:
         return

@@ -1,4 +1,4 @@
-"""Signals that end a launcher, so that it can take down what it has started."""
+"""Handles the signals that end a launcher, so that it can end the processes it has started."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from types import FrameType
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack while the block runs, as Ctrl-C does anyway."""
+    """Make SIGTERM and SIGHUP unwind the stack while the block runs, as Ctrl-C always does."""
 
     def stop(number: int, _: FrameType | None) -> None:
         sys.stderr.write(f"ended by {signal.Signals(number).name}\n")
         raise SystemExit(128 + number)
 
     before = {}
-    with suppress(ValueError):  # not the main thread: signals do not come here
+    with suppress(ValueError):  # not the main thread, which alone receives signals
         before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

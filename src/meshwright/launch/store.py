@@ -1,8 +1,8 @@
-"""The process that keeps the store in which the ranks of a run meet.
+"""Runs the store in which the ranks of a run meet, in a process of its own.
 
-It is forked beside the ranks, so that it outlives each of them, and stands in the network namespace
+It is forked beside the ranks, so that it outlives each of them, and runs in the network namespace
 of the first. The store is bound to one address. Its keys begin with a secret that only the run's
-own processes know, and none of its values is unpickled by anyone.
+own processes know, and no value in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START_SECONDS = 60.0
 
 @record
 class Meeting:
-    """Where the ranks of a run find each other."""
+    """Address, port and secret by which the ranks of a run meet."""
 
     address: str
     port: int
@@ -34,12 +34,12 @@ class Meeting:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a rank must know of it."""
+        """Environment variables that tell a rank how to reach the store."""
         return {MASTER_ADDR: self.address, MASTER_PORT: str(self.port), TOKEN: self.token}
 
 
 def new_token() -> str:
-    """A secret that nobody can guess."""
+    """Return a new random secret."""
     return secrets.token_hex(16)
 
 
@@ -94,7 +94,7 @@ def _ending(event: Event) -> str:
 
 
 def main() -> None:
-    """Keep a store until the process is ended."""
+    """Keep the store until the process is ended."""
     address, port = sys.argv[1], int(sys.argv[2])
     try:
         family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
@@ -103,7 +103,7 @@ def main() -> None:
         say(json.dumps({"error": f"{failure.strerror or failure}"}))
         raise
     port = listener.getsockname()[1]
-    # Who connects before PyTorch is imported here has to wait, but no longer than that.
+    # Ranks that connect before PyTorch is imported here wait until it is.
     say(json.dumps({"port": port}))
     from torch._C._distributed_c10d import TCPStore
 

@@ -1,4 +1,4 @@
-"""The launcher's side: processes are started, watched and ended, whatever happens to them."""
+"""Starts, watches and ends processes through the fork server, from the launcher's side."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from meshwright.records import parse, plain
 
 MODULE = "meshwright.launch.fork_server"
 PRELOADED = ("torch._dynamo",)
-"""What every rank imports sooner or later, and takes seconds for: the tracing of models."""
+"""Modules that every rank imports in the end and that take seconds: the tracing of models."""
 STORE = -1
-"""What stands in the place of a rank for the process that keeps the store."""
+"""Pseudo rank of the process that keeps the store."""
 POLL_SECONDS = 0.2
 CALM_SECONDS = 1.0
-"""After the first failure the others have so long to say what they know before they are ended."""
+"""Grace period after the first failure, in which the other processes may report before they are
+ended."""
 END_SECONDS = 3.0
-"""Processes that are asked to end have so long before they are killed."""
+"""Time between asking a process to end and killing it."""
 
 
 class ForkServer:
-    """The process that ranks are forked from, as its launcher sees it; a context manager.
+    """The fork server as its launcher sees it; a context manager.
 
     It starts to import `modules` at once, while the launcher goes on.
     """
 
     def __init__(self, *modules: str) -> None:
         self.patience_seconds = float("inf")
-        """How long it may stand still."""
+        """Longest time that it may be stopped."""
         self._went_on = time.monotonic()
         self._unread = b""
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,12 +71,12 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """Process id; also that of the session in which all ranks are."""
+        """Process id of the server, which is also that of the session of all ranks."""
         assert self._process is not None, "closed"
         return self._process.pid
 
     def spawn(self, request: SpawnRequest) -> None:
-        """Ask for a process. Raises LaunchError if the server has ended."""
+        """Ask the server for a process. Raises LaunchError if the server has ended."""
         assert self._process is not None, "closed"
         assert self._process.stdin is not None
         try:
@@ -85,9 +86,9 @@ class ForkServer:
             raise self._ended() from None
 
     def events(self, seconds: float) -> list[Event]:
-        """What has happened; waits at most so long, and POLL_SECONDS, for something to happen.
+        """Return new events; waits for one at most `seconds`, and at most POLL_SECONDS.
 
-        Raises LaunchError if the server has ended, or stood still for `patience_seconds`.
+        Raises LaunchError if the server has ended, or was stopped for `patience_seconds`.
         """
         assert self._process is not None, "closed"
         assert self._process.stdout is not None
@@ -106,7 +107,8 @@ class ForkServer:
         ]
 
     def _look_whether_it_goes_on(self) -> None:
-        """A server that is stopped tells nothing of any rank."""
+        """Raise LaunchError if the server has been stopped too long, since it then reports no event
+        of any rank."""
         now, stopped = time.monotonic(), False
         with suppress(psutil.NoSuchProcess):
             stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
@@ -118,21 +120,22 @@ class ForkServer:
             raise LaunchError(Problem("launcher", "fork server", found, "to go on"))
 
     def processor_seconds(self) -> float:
-        """Processor time of the server and of all ranks that have ended; 0 once it is closed."""
+        """Return the processor seconds of the server and of all ranks that have ended; 0 once it is
+        closed."""
         if self._process is None:
             return 0.0
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system + times.children_user + times.children_system)
 
     def close(self, *, calmly: bool = False) -> None:
-        """End the server and every process in its session; `calmly`: they are asked first."""
+        """End the server and every process in its session; if `calmly`, they are asked first."""
         process, self._process, self._unread = self._process, None, b""
         if process is None:
             return
         try:
             if calmly:
                 process.terminate()
-                # One that stands still could not even end.
+                # A stopped process could not even end.
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGCONT)
                 with suppress(subprocess.TimeoutExpired):
@@ -155,7 +158,7 @@ class ForkServer:
 
 
 def ending(status: int) -> str:
-    """How a process ended, in words: `ended with status 3`, `was ended by SIGKILL`."""
+    """Describe how a process ended: `ended with status 3`, `was ended by SIGKILL`."""
     if status >= 0:
         return f"ended with status {status}"
     name = signal_name(-status)
@@ -163,7 +166,7 @@ def ending(status: int) -> str:
 
 
 def first_status(events: Iterable[Event]) -> int:
-    """The exit status that stands for all, as a shell has it: 0, or that of the first failure."""
+    """Return the exit status for all processes as a shell does: 0, or that of the first failure."""
     first = next(filter(failed, events), None)
     if first is None:
         return 0
@@ -171,7 +174,7 @@ def first_status(events: Iterable[Event]) -> int:
 
 
 def signal_name(number: int) -> str:
-    """A signal's name, `SIGKILL`; `signal 42` for those that have none."""
+    """Return a signal's name, like `SIGKILL`, or `signal 42` if it has none."""
     names = {each.value: each.name for each in signal.Signals}
     return names.get(number, f"signal {number}")
 
@@ -189,12 +192,12 @@ def see_through(
     look: Callable[[], None] = lambda: None,
     timeout_seconds: float = float("inf"),
 ) -> tuple[Event, ...]:
-    """Start processes, wait until all have ended, and say what happened.
+    """Start processes, wait until all have ended, and return what happened.
 
-    `look` is called about every POLL_SECONDS. When one fails, the others have CALM_SECONDS to say
-    what they know; when one stands still for `timeout_seconds` nobody is waited for any more. Who
-    is left then is ended by `server.close()`, which is the caller's to call. Raises LaunchError if
-    the server ends, or stands still as long.
+    `look` is called about every POLL_SECONDS. When one process fails, the others have CALM_SECONDS
+    to report; when one is stopped for `timeout_seconds`, waiting ends. The caller ends the
+    processes that are left by `server.close()`. Raises LaunchError if the server ends, or is
+    stopped for `timeout_seconds`.
     """
     server.patience_seconds = timeout_seconds
     for request in requests:
@@ -227,7 +230,6 @@ def _note(event: Event, left: set[int], stopped: dict[int, float]) -> None:
 
 
 def failed(event: Event) -> bool:
-    """Whether an event is the end of a process that has not done its work; the store's is never
-    done."""
+    """True if a process ended without having done its work; the store's work is never done."""
     ended_badly = event.kind == "exited" and (event.status != 0 or event.rank == STORE)
     return event.kind == "refused" or ended_badly
