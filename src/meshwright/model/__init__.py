@@ -1,1 +1,1 @@
-"""What is to be trained."""
+"""Models to be trained: their layers, parameters and costs, and modules that compute them."""

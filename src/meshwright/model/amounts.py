@@ -1,4 +1,5 @@
-"""What runs of one layer say of a row: amounts that grow with the rows, and worst moments."""
+"""Turns two runs of a layer, with different numbers of rows, into its cost per row and its memory
+peaks. Tracing (`model.trace`) and counting (`model.transformer.counted_graph`) both use it."""
 
 from __future__ import annotations
 
@@ -10,32 +11,42 @@ from meshwright.model.spec import Moment
 from meshwright.records import record
 
 ROWS = (2, 4)
-"""Rows of the two runs whose difference is what a row costs."""
+"""Numbers of rows of the two runs; the difference of their costs gives the cost of a row."""
 
 
 @record
 class Run:
-    """One forward and backward of a layer."""
+    """What one forward and backward of a layer did, at one number of rows. Storages are numbered in
+    the order of their allocation."""
 
     flops: float
     attention_flops: float
     backward_flops: float
     traffic: float
     births: list[int]
+    """Bytes of each storage."""
     forward_events: list[int]
+    """Allocations and releases in order: n + 1 when storage n is allocated, -(n + 1) when it is
+    freed."""
     backward_events: list[int]
+    """The same for forward and backward together."""
     saved: set[int]
+    """Storages that the forward saves for the backward."""
     outputs: set[int]
+    """Storages of outputs that are not saved."""
     casts: set[int]
+    """Storages that hold casts of weights."""
     keeps: tuple[bool, ...]
-    """Of each tensor read, whether it is among those saved."""
+    """For each input tensor, True if it is saved for the backward."""
     forward_all_reduce: list[int]
+    """Bytes of each tensor-parallel all-reduce in the forward."""
     backward_all_reduce: list[int]
+    """Bytes of each tensor-parallel all-reduce in the backward."""
 
 
 @record
 class Amounts:
-    """A layer's cost per row."""
+    """The cost of a layer per row, with the names of `model.spec.Layer`."""
 
     forward_flops: float
     attention_flops: float
@@ -51,7 +62,7 @@ class Amounts:
 
 
 def peak(events: list[int], sizes: list[float], ignored: set[int]) -> float:
-    """Most bytes alive at once among the storages that are not ignored."""
+    """Gives the largest number of bytes allocated at once, without the ignored storages."""
     alive = most = 0.0
     for event in events:
         number = abs(event) - 1
@@ -64,7 +75,7 @@ def peak(events: list[int], sizes: list[float], ignored: set[int]) -> float:
 def _alive(
     events: list[int], sizes: list[tuple[float, float]], ignored: set[int]
 ) -> list[tuple[float, float]]:
-    """Bytes alive after each event, whatever the rows and per row."""
+    """Gives the bytes allocated after each event, as (constant bytes, bytes per row)."""
     fixed = row = 0.0
     found = []
     for event in events:
@@ -80,9 +91,12 @@ def _alive(
 def moments_of(
     runs: tuple[Run, Run], wanted: Iterable[int] | None = None
 ) -> dict[int, tuple[float, float]]:
-    """Bytes alive beyond the saved ones, at the wanted events or at those that are the worst for
-    some number of rows. Casts of weights are not counted. Events of the forward come first; in the
-    backward, outputs belong to whoever reads them."""
+    """Gives the bytes allocated beyond the saved ones, as event -> (constant bytes, bytes per row).
+
+    Events are the `wanted` ones, or those at which memory peaks for some number of rows from 1 to
+    65,536. Those of the forward are numbered first. Casts of weights are not counted, nor are
+    outputs during the backward, which count for the layers that read them.
+    """
     few, many = runs
     rows = ROWS[1] - ROWS[0]
     sizes = []
@@ -101,9 +115,9 @@ def moments_of(
 
 
 def per_row(runs: tuple[Run, Run]) -> Amounts:
-    """The amounts that grow with the rows, from runs with `ROWS` rows.
+    """Computes the cost of a row from runs with `ROWS` rows.
 
-    Workspace: the most bytes alive at any moment beyond the saved ones.
+    The workspace is the largest number of bytes allocated at any moment, less the saved ones.
     """
     few, many = runs
     rows = ROWS[1] - ROWS[0]
@@ -137,21 +151,27 @@ def per_row(runs: tuple[Run, Run]) -> Amounts:
 
 
 def first_width(units: int, table: Mapping[str, Split]) -> int:
-    """The smallest legal tensor width above 1; 1 if there is none or nothing is divided."""
+    """Gives the smallest legal tensor-parallel width above 1; 1 if there is none, or if the table
+    divides nothing."""
     if not table or units == 1:
         return 1
     return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
 
 
 def widths_run(units: int, table: Mapping[str, Split]) -> tuple[int, ...]:
-    """1, and up to two tensor widths from whose difference it is seen what they divide."""
+    """Gives the tensor-parallel widths to run a layer at: 1 and up to two more, whose difference
+    separates what is divided from what is replicated."""
     first = first_width(units, table)
     second = 2 * first if units % (2 * first) == 0 else first
     return tuple(sorted({1, first, second} if first > 1 else {1}))
 
 
 def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
-    """Of one rank, or of one of several: the widest that was run tells which moments are bad."""
+    """Gives the moments at which memory may peak, from the runs at each tensor-parallel width.
+
+    The runs at the largest width, and at the one before it, determine which moments these are. With
+    two widths their difference tells what is divided; with one, everything counts as divided.
+    """
     *fewer, most = amounts
     worst = moments_of(amounts[most].runs)
     if most == 1:
@@ -173,15 +193,14 @@ def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
 
 
 class Parts(NamedTuple):
-    """What of an amount is whole on each tensor rank, and what they divide."""
+    """An amount as two summands: replicated on each tensor-parallel rank, and divided among all."""
 
     whole: float
     split: float
 
 
 def parts_of(at_less: float, less: int, at_most: float, most: int) -> Parts:
-    """What of an amount is whole on each rank and what is split, from whole + split / width at two
-    widths."""
+    """Solves whole + split / width for `whole` and `split`, given the amounts at two widths."""
     split = (at_less - at_most) / (1 / less - 1 / most)
     return Parts(at_less - split / less, split)
 

@@ -1,4 +1,4 @@
-"""Language models by their few numbers: GPT-2, Llama, Mistral, Mixtral and U-Transformers."""
+"""Sizes of a language model (LanguageModel), and the models that are known by name (NAMED)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from meshwright.errors import Problem
 from meshwright.model.transformer.spec import Architecture
 from meshwright.records import Name, record
 
-# Ten and more times what any published model has; what is larger is a slip, and would overflow.
+# Limits of ten or more times what any published model has: a larger number is a mistake in the
+# file, and would overflow later.
 Vocabulary = Annotated[int, Field(ge=1, le=10**7)]
 Positions = Annotated[int, Field(ge=1, le=2**30)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
@@ -24,33 +25,41 @@ RotaryBase = Annotated[float, Field(gt=0, le=1e15)]
 
 @record
 class LanguageModel:
-    """What defines a model of one of the families; all numbers are counts."""
+    """The sizes that define a model of one of the families."""
 
     name: Name
     family: Name
     """The `model_type` of its config.json, or `u-transformer`."""
     vocabulary: Vocabulary
     positions: Positions
-    """Longest sequence: the size of the position table, or (`rotary`) what it is made for."""
+    """Longest sequence: the size of the position table, or the length that rotary positions were
+    trained for."""
     width: Width
+    """Number of features of the residual stream (hidden_size in most configs)."""
     layers: Layers
+    """Number of blocks; in an encoder-decoder, blocks of the decoder."""
     heads: Heads
+    """Number of query heads of a block."""
     kv_heads: Heads
+    """Number of key-value heads of a block."""
     head: Width
-    """Features of one head."""
+    """Number of features of one head."""
     hidden: Hidden
-    """Inner features of the feed-forward module, of one expert."""
+    """Inner width of the feed-forward module, or of one expert."""
     tied: bool = False
-    """Input embedding and output projection are one parameter."""
+    """True if the input embedding and the output projection are one parameter."""
     experts: Experts = 0
+    """Number of experts of a block; 0 for a dense model."""
     chosen: Experts = 0
-    """Experts that a token goes to."""
+    """Number of experts that each token is routed to (top-k)."""
     rotary_base: RotaryBase = 10000.0
+    """Base of the rotary frequencies (rope_theta)."""
     architecture: Architecture | None = None
-    """What its blocks are made of; none of a U-Transformer, whose layers are traced."""
+    """What the blocks compute; None means that of the family's first paper, or a U-Transformer,
+    whose layers are traced."""
     levels: Annotated[int, Field(ge=0, le=20)] = 0
-    """Of a U-Transformer: how often its encoder shortens the sequence and doubles the width;
-    `width` and `heads` are those of its ends, `layers` its blocks on each level of either side."""
+    """Number of times that a U-Transformer's encoder shortens the sequence and doubles the width;
+    `width` and `heads` are those at its ends, `layers` counts the blocks on each level and side."""
 
 
 def _gpt2(name: str, width: int, layers: int, heads: int, **other: int) -> LanguageModel:
@@ -117,10 +126,10 @@ def _u_transformer(name: str, width: int, layers: int, heads: int, levels: int) 
 
 _LLAMA_3 = {"vocabulary": 128256, "positions": 8192, "rotary_base": 5e5}
 
-# From the config.json that the authors published with each model; the tiny ones are for trying
-# things out, with a vocabulary of bytes. The U-Transformers are of our own making, for pictures of
-# 32 x 32 bytes, in the sizes that "On Optimizing the Communication of Model Parallelism"
-# (arXiv 2211.05322) trains.
+# Sizes come from the config.json that the authors published with each model. The tiny models are
+# for quick trials and have a vocabulary of bytes. The U-Transformers are defined in this project,
+# for pictures of 32 x 32 bytes, in the sizes that "On Optimizing the Communication of Model
+# Parallelism" (arXiv 2211.05322) trains.
 NAMED = {
     model.name: model
     for model in (
@@ -148,8 +157,8 @@ NAMED = {
 def problems_of(
     model: LanguageModel, source: str, fields: dict[str, str] | None = None
 ) -> Iterator[Problem]:
-    """What is wrong between numbers that are each in their range; `fields` are their names in the
-    file, where they differ."""
+    """Yields a Problem for each pair of sizes that contradict each other; `fields` maps a size to
+    its name in the file if that differs."""
     names = fields or {}
 
     def problem(field: str, wanted: str) -> Problem:

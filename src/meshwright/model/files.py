@@ -1,12 +1,11 @@
-"""Models written by hand, layer by layer, as TOML.
+"""Reads models that are written by hand, layer by layer, as TOML files. Example:
 
 name = "u-shape"
 
 [[layer]]
 name = "enc"                # count: enc0, enc1, enc2
 count = 3
-forward = "12 GFLOP"        # per row, as everything here; backward: twice that if absent
-                            # and nothing is frozen
+forward = "12 GFLOP"        # per row, like every amount; backward, if absent, is twice that
 parameters = 4_000_000
 output = "2 MiB"
 saved = "9 MiB"             # the output's size if absent
@@ -42,68 +41,74 @@ from meshwright.records import Bytes, Flops, Name, fingerprint, parse, read, rec
 from meshwright.units import format_flops
 
 Word = Annotated[Name, Field(min_length=1)]
-"""What a layer is called."""
+"""Name of a layer."""
 Work = Flops
-"""FLOP, not FLOP/s."""
+"""A number of FLOP, not FLOP/s."""
 Parameters = Annotated[int, Field(ge=0, le=10**15)]
 Widths = Annotated[int, Field(ge=1, le=2**30)]
 MOST_LAYERS = 10_000
-"""Of a model. No published one has a tenth of them."""
+"""Largest number of layers in a model; no published model has a tenth of it."""
 
 
 @record
 class LayerEntry:
-    """One [[layer]]; amounts per row."""
+    """One [[layer]] entry; amounts are per row."""
 
     name: Word
     count: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
     forward: Work
     attention: Work = 0.0
-    """FLOPs of attention, beside `forward`."""
+    """FLOPs of attention, in addition to `forward`."""
     backward: Work | None = None
-    """Absent: as much as forward and attention for gradients of inputs, as much again of attention,
-    and of forward the share of the layer's own weights that is trained (all, if none is frozen) for
-    gradients of weights; nothing where nothing is trained, here or before."""
+    """If absent, 2 (forward + attention). With frozen parameters it is less: (1 + t) forward + 2
+    attention, t being the trained fraction of the layer's own parameters. It is 0 if neither this
+    layer nor one before it is trained."""
     parameters: Parameters = 0
-    """Trained ones."""
+    """Number of trained parameters."""
     frozen_parameters: Parameters | None = None
-    """Held and read, never trained: without gradient and optimizer state."""
+    """Number of parameters that are held and read but never trained: they have no gradient and no
+    optimizer state."""
     output: Bytes = 0
+    """Size of the output."""
     saved: Bytes | None = None
-    """Absent: the output, where there is a backward."""
+    """Bytes kept for the backward; if absent, the size of the output (0 without a backward)."""
     traffic: Bytes | None = None
-    """Absent: the output and what is saved."""
+    """Bytes that the forward reads and writes; if absent, those of the output and of what is
+    saved."""
     workspace: Bytes = 0
+    """Largest temporary memory beyond what is saved."""
     tensor_units: Widths = 1
-    """Tensor widths that divide this are legal; all of the layer is divided, its output and its
-    input's gradient are summed."""
+    """Number that a legal tensor-parallel width must divide. Tensor parallelism divides the whole
+    layer and all-reduces its output, and the gradient of its input."""
 
 
 @record
 class SkipEntry:
-    """One [[skip]]: layer `to` reads what layer `from` makes."""
+    """One [[skip]] entry: layer `to` reads the output of layer `from`."""
 
     from_: Annotated[Name, Field(alias="from")]
     to: Name
     bytes: Bytes | None = None
-    """Absent: the very output that the next layer reads. Given: another tensor of that size."""
+    """Size of a separate tensor from one to the other; if absent, `to` reads the same output as the
+    layer after `from`."""
 
 
 @record
 class TiedEntry:
-    """One [[tied]]: a parameter of several layers, beside their own."""
+    """One [[tied]] entry: a parameter that several layers share, in addition to their own."""
 
     name: Word
     layers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MOST_LAYERS)]
     parameters: Annotated[Parameters, Field(ge=1)]
     split: bool = False
+    """True if tensor parallelism divides it."""
     frozen: bool = False
-    """Held by all these layers, trained by none."""
+    """True if it is held but never trained."""
 
 
 @record
 class ModelFile:
-    """The whole file."""
+    """The content of a hand-written model file."""
 
     name: Name
     layer: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MOST_LAYERS)]
@@ -112,14 +117,14 @@ class ModelFile:
 
 
 def load_file(path: Path, sequence: int, precision: Precision) -> LayerGraph:
-    """A hand-written model. Raises ModelError with every mistake in the file."""
+    """Reads a hand-written model from a file. Raises ModelError with every mistake in it."""
     return from_table(read(path, error=ModelError), str(path), sequence, precision)
 
 
 def from_table(
     table: dict[str, Any], source: str, sequence: int, precision: Precision
 ) -> LayerGraph:
-    """A hand-written model from its parsed TOML. Raises ModelError with every mistake."""
+    """Builds a hand-written model from its parsed TOML. Raises ModelError with every mistake."""
     file = parse(table, ModelFile, source=source, error=ModelError)
     many = sum(entry.count or 1 for entry in file.layer)
     if many > MOST_LAYERS:
@@ -158,8 +163,8 @@ def _names(entry: LayerEntry) -> list[str]:
 
 
 def _flows(file: ModelFile, index: dict[str, int]) -> list[bool]:
-    """Of every layer, whether a gradient comes to it: it trains something, or reads from a layer of
-    which that is true. Where nothing is said to be frozen, of all."""
+    """Tells for each layer if a gradient reaches it: it trains a parameter, or reads the output of
+    a layer that a gradient reaches. If the file declares nothing frozen, all layers have one."""
     entries = [entry for entry in file.layer for _ in _names(entry)]
     if not any(x.frozen_parameters for x in entries) and not any(t.frozen for t in file.tied):
         return [True] * len(entries)
@@ -199,7 +204,7 @@ def _layers(file: ModelFile, flows: list[bool]) -> Iterator[Layer]:
 
 
 def _backward(entry: LayerEntry) -> float:
-    """Of a layer that has one."""
+    """Gives the backward FLOPs of a layer that a gradient reaches."""
     if entry.backward is not None:
         return entry.backward
     frozen = entry.frozen_parameters or 0

@@ -1,7 +1,7 @@
-"""Cuts a model into layers that run one after another, on any machine that holds them.
+"""Cuts an nn.Module into layers that can run one after another, each on any machine.
 
-The layers are the model's own modules; operations between them go to the layer before. Executing
-all parts in order is the model's forward, bit by bit.
+The layers are the model's own modules; an operation between two of them goes to the one before.
+Executing all layers in order gives exactly the model's forward, bit by bit.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @record
 class LayerPart:
-    """One layer, executable on its own."""
+    """One layer of a model, as a module that can be executed on its own."""
 
     name: str
-    """Qualified name of the module with the parameters, `blocks.3`."""
+    """Qualified name of its module with parameters, such as `blocks.3`."""
     modules: tuple[str, ...]
-    """Qualified names of all its modules; parameterless ones that follow belong to it."""
+    """Qualified names of all its modules, including modules without parameters that follow."""
     parameters: dict[str, str]
-    """Names inside `module` -> the model's own name (the first one of a tied parameter)."""
+    """Parameter name inside `module` -> its name in the model (the first name, if it is tied)."""
     reads: tuple[str, ...]
-    """Tensors it takes, in order: inputs of the batch or tensors of earlier layers."""
+    """Names of its inputs, in order: tensors of the batch or of earlier layers."""
     writes: tuple[str, ...]
-    """Tensors it returns, as a tuple in this order; the last layer's only one is `loss`."""
+    """Names of its outputs, in order; the last layer has only `loss`."""
     module: nn.Module
-    """Takes `reads`, returns `writes`. Shares its parameters with the model it was cut from."""
+    """The code: it takes `reads` as arguments and returns `writes` as a tuple. It shares its
+    parameters with the model that it was cut from."""
 
 
 @record
 class CrossingTensor:
-    """What one layer hands to later ones, at the number of rows of the example batch."""
+    """A tensor that one layer hands to later ones, with its shape for the example batch."""
 
     name: str
     producer: int
@@ -65,21 +66,21 @@ class LayeredModel:
     """A model as a sequence of layers and the tensors that flow between them."""
 
     inputs: tuple[str, ...]
-    """Names of the batch's tensors, in the order of the model's arguments."""
+    """Names of the tensors of a batch, in the order of the model's arguments."""
     layers: tuple[LayerPart, ...]
     tensors: tuple[CrossingTensor, ...]
     tied: dict[str, tuple[int, ...]]
-    """Parameters of several layers -> those layers, ascending."""
+    """Name of each parameter that several layers share -> indices of those layers, ascending."""
 
 
 def cut(
     model: nn.Module, inputs: tuple[Tensor, ...], precision: Precision = "fp32"
 ) -> LayeredModel:
-    """The layers of a model whose forward takes the batch and returns the mean loss of its rows.
+    """Cuts a model, whose forward takes the batch and returns the mean loss of its rows.
 
     Only shapes and dtypes of `inputs` matter; nothing is allocated or computed. Sizes that the
-    forward reads from its inputs are fixed: cut again for another number of rows. Raises
-    ModelError if the forward fails, depends on values, or gives anything but one number.
+    forward reads from its inputs become constants, so cut again for another number of rows. Raises
+    ModelError if the forward fails, depends on values of tensors, or gives anything but one number.
     """
     fakes = Fakes(precision)
     batch = dict(zip(_argument_names(model, inputs), map(fakes.of, inputs), strict=True))
@@ -120,7 +121,7 @@ def _argument_names(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, 
 
 
 def _record(model: nn.Module, tracer: LayerTracer) -> Graph:
-    # torch logs a failure on fake tensors with its whole stack; the error below says it in a line.
+    # torch logs a failure on fake tensors with its whole stack; one line in the error is enough.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -141,7 +142,7 @@ def _record(model: nn.Module, tracer: LayerTracer) -> Graph:
 
 
 def _place(failure: Exception, tracer: LayerTracer) -> str:
-    """The user's innermost line on the way to a failure, and the layer it happened in."""
+    """Names the layer in which a failure occurred and the innermost line of the user's own code."""
     own = (str(Path(__file__).parent / "symbolic.py"), __file__)
     frames = [
         frame
@@ -174,7 +175,7 @@ def _kind(value: object) -> str:
 
 
 def _assign(model: nn.Module, graph: Graph) -> tuple[dict[Node, int], list[str]]:
-    """The layer of each node that computes, and the layers' names."""
+    """Assigns each node that computes to a layer; gives the layers' indices and names."""
     index: dict[Node, int] = {}
     names: list[str] = []
     for node in graph.nodes:
@@ -187,7 +188,7 @@ def _assign(model: nn.Module, graph: Graph) -> tuple[dict[Node, int], list[str]]
             names.append(f"{node.target}@{repeats + 1}" if repeats else str(node.target))
         index[node] = max(len(names) - 1, 0)
         whole = node.args[0] if node.args else None
-        # A structure stays with the layer that made it: only its tensors cross.
+        # Taking a structure apart belongs to the layer that made it: only tensors are handed on.
         if (
             node.target in _PARTS_OF_A_VALUE
             and isinstance(whole, Node)
@@ -266,8 +267,8 @@ def _part(
 
 
 def _follow_device(graph: Graph, reads: list[Node]) -> None:
-    """Tensors that the forward makes on "the device of its input" follow the part's own input:
-    at tracing, that device was the fake tensors'."""
+    """Replaces the CPU device recorded from the fake tensors by the device of the layer's first
+    input, so that tensors which the forward creates are on the device where it runs."""
     pretended = torch.device("cpu")
     device: list[Node] = []
 

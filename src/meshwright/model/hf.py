@@ -1,4 +1,4 @@
-"""Models by name, or by Hugging Face `config.json`: their numbers."""
+"""Gives the LanguageModel (the sizes) for a known name or a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from meshwright.text import NAME_LETTERS, did_you_mean, nearest
 
 
 def language_model(source: str | Path, sequence: int | None = None) -> LanguageModel:
-    """The numbers of a model by name or `config.json`. Raises ModelError, also where `sequence` is
-    too long for it."""
+    """Gives the sizes of a model by name or `config.json`. Raises ModelError, also if `sequence` is
+    longer than its position table."""
     model = NAMED.get(str(source)) or _from_file(str(source))
     if sequence is not None:
         wanted = "a whole number above 0"
@@ -33,7 +33,7 @@ def language_model(source: str | Path, sequence: int | None = None) -> LanguageM
 
 
 def has_position_table(model: LanguageModel) -> bool:
-    """Whether texts may be no longer than a table of positions."""
+    """True if a position table limits the length of a sequence."""
     if model.family == "u-transformer":
         return True
     a = made_of(model)
@@ -53,7 +53,7 @@ def _from_file(source: str) -> LanguageModel:
 
 
 def from_config(config: dict[str, Any], source: str) -> LanguageModel:
-    """A Hugging Face config as a LanguageModel. Raises ModelError with every field at fault."""
+    """Turns a parsed config.json into a LanguageModel. Raises ModelError with every bad field."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         found = "nothing" if kind is None else repr(kind)
@@ -77,14 +77,15 @@ def from_config(config: dict[str, Any], source: str) -> LanguageModel:
 
 
 def _filled(given: dict[str, Any], family: Family) -> dict[str, Any]:
-    """With the family's usual values where the file says nothing; null is what a field may be left
-    out for, and of a window it says that there is none."""
+    """Adds the family's default for each field that the file lacks. A field that is null gets no
+    such default: a null sliding_window means that there is no window."""
     usual = {key: value for key, value in family.usual.items() if key not in given}
     return usual | {key: value for key, value in given.items() if value is not None}
 
 
 def _head_problems(config: dict[str, Any], family: Family, source: str) -> Iterator[Problem]:
-    """A model with another head is another model."""
+    """Yields a Problem if `architectures` names another head than the one with the family's loss:
+    such a model has other parameters."""
     heads = config.get("architectures")
     if heads is None or heads == []:
         return

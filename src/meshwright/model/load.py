@@ -1,4 +1,4 @@
-"""Models by name, by Hugging Face `config.json`, or by hand: to the planner's LayerGraph."""
+"""Loads a model by name, from a `config.json` or from a hand-written file, as a LayerGraph."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from meshwright.model.transformer.counted_graph import counted_graph
 
 
 def load_model(source: str | Path, sequence: int, precision: Precision) -> LayerGraph:
-    """The LayerGraph of a known name, a `config.json` (or its folder), or a hand-written `.toml`.
+    """Gives the LayerGraph of a known name, a `config.json` (or its folder), or a hand-written
+    `.toml`. Example: load_model("gpt2", 1024, "bf16").
 
-    In a hand-written file amounts are as they are written: `sequence` and `precision` name what
-    they were written for. Raises ModelError.
+    Amounts in a hand-written file are taken as written; `sequence` and `precision` then only say
+    what they are for. Raises ModelError.
     """
     if str(source).endswith(".toml"):
         return load_file(Path(source), sequence, precision)
@@ -27,7 +28,7 @@ def load_model(source: str | Path, sequence: int, precision: Precision) -> Layer
 
 
 def _traced(model: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
-    """Of a family without formulas: its module is run on fake tensors."""
+    """Traces the module of a family without formulas on fake tensors."""
     import torch
 
     from meshwright.model.trace import trace

@@ -1,4 +1,4 @@
-"""A model and its loss as one module, with the model's own names."""
+"""Joins a model and its loss into one module that returns the mean loss."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class WithLoss(nn.Module):
-    """forward(*inputs, target) = loss(model(*inputs), target), the mean loss over the rows.
+    """Computes forward(*inputs, target) = loss(model(*inputs), target), the mean over the rows.
 
-    Shares the model's submodules and parameters under their own names, as if the loss had been
+    It shares the model's submodules and parameters under their own names, as if the loss were
     written at the end of the model's forward.
     """
 

@@ -1,4 +1,4 @@
-"""One layer run forward and backward on fake tensors, and what that says about a row."""
+"""Runs one layer forward and backward on fake tensors and records what that would cost."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from meshwright.model.meter import DividedCrossEntropy, FusedKernels, Meter
 from meshwright.model.symbolic import Fakes, autocast, linear_parameters
 
 Shape = tuple[tuple[int, ...], torch.dtype, bool]
-"""Shape, dtype, and whether a gradient flows back."""
+"""Shape and dtype of a tensor, and True if it needs a gradient."""
 
 
 def _weights(
     part: LayerPart, fakes: Fakes, table: dict[str, shard.Split], width: int
 ) -> dict[str, Tensor]:
-    """Stand-ins for the parameters of tensor rank 0 of `width`."""
+    """Gives fake tensors for the parameters that rank 0 of `width` tensor-parallel ranks holds."""
     state = fakes.state(part.module)
     for name, how in table.items() if width > 1 else ():
         module = part.module.get_submodule(name)
@@ -37,7 +37,7 @@ def _weights(
 
 
 def _meter(part: LayerPart, fakes: Fakes, state: dict[str, Tensor]) -> Meter:
-    """One that takes no account of weights and of the buffers that their gradients are added to."""
+    """Makes a Meter that does not count weights or the buffers that accumulate their gradients."""
     with fakes.mode:
         for tensor in state.values():
             tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
@@ -54,7 +54,7 @@ def run(
     table: dict[str, shard.Split],
     width: int,
 ) -> Run:
-    """A layer on stand-ins of the tensors it reads, as tensor rank 0 of `width` has it."""
+    """Runs a layer on fake inputs, as rank 0 of `width` tensor-parallel ranks."""
     fakes = Fakes(precision)
     state = _weights(part, fakes, table, width)
     given = [fakes.empty(*shapes[name]) for name in part.reads]
@@ -112,13 +112,13 @@ def _divided_loss(logits: Tensor, targets: Tensor) -> Any:
 def _count_sums(
     module: nn.Module, how: shard.Split, forward: list[int], backward: list[int]
 ) -> Any:
-    """Note the sizes of what the tensor ranks sum, when the module runs."""
+    """Adds a hook that notes the sizes of the module's tensor-parallel all-reduces when it runs."""
 
     def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(how, (shard.Row, shard.Vocabulary)):
             forward.append(output.numel() * output.element_size())
         elif isinstance(how, shard.VocabularyLoss):
-            # Maximum, sum of exponentials and the target's logit of each token.
+            # The maximum, the sum of exponentials and the target's logit of each token.
             forward.extend([args[1].numel() * output.element_size()] * 3)
         elif args[0].requires_grad:
             backward.append(args[0].numel() * args[0].element_size())

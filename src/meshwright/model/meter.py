@@ -1,8 +1,8 @@
-"""Counts what a forward and backward on fake tensors would do: FLOPs, bytes moved, bytes alive.
+"""Counts what a forward and backward on fake tensors would cost: FLOPs, bytes moved, bytes alive.
 
 Attention and RMS normalisation are counted as the fused kernels that accelerators have for them,
-which keep their inputs and one number per row instead of every intermediate; attention dropout is
-part of its kernel and costs nothing.
+which save their inputs and one number per vector instead of every intermediate. Attention dropout
+is a part of its kernel and costs nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _FLASH_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values, not halved by a causal mask (as torch counts):
-    2 * rows * heads * length * length_k * (head + head_v)."""
+    """Counts the scores and their product with the values, not halved for a causal mask (as in
+    torch): 2 * rows * heads * length * length_k * (head + head_v)."""
     return int(2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:  # noqa: ARG001
-    """Five products where the forward has two: the scores are computed again."""
+    """Counts five products (two in the forward), because the scores are computed again."""
     return int(2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3]))
 
 
@@ -41,8 +41,8 @@ for _op, _formula in ((_FLASH, _attention_flops), (_FLASH_BACKWARD, _attention_b
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """The bytes of the fused kernel (not its numbers): it reads x and writes y, and keeps x, the
-    weight and one float32 per normalised vector."""
+    """Moves and saves the same bytes as a fused RMS norm, without computing its values: it reads x,
+    writes y, and saves x, the weight and one float32 per normalised vector."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class DividedCrossEntropy(torch.autograd.Function):
-    """The bytes of the runtime's loss over a divided vocabulary (not its sums over ranks): it keeps
-    the probabilities in full precision."""
+    """Moves and saves the same bytes as the runtime's loss over a divided vocabulary, without its
+    all-reduces: it saves the probabilities in full precision."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class DividedCrossEntropy(torch.autograd.Function):
 
 
 class FusedKernels(TorchFunctionMode):
-    """Attention and normalisation as accelerators compute them."""
+    """Replaces attention and RMS normalisation by the fused kernels of accelerators."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -97,12 +97,12 @@ def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Reads every operation that runs under it.
+    """Counts the cost of every operation that runs while this mode is active.
 
-    Storages are numbered as they appear; `births` holds their sizes and `events` what happens to
-    them: number n + 1 for the birth of storage n, -(n + 1) for its end. The same operations on
-    another number of rows give the same numbers, which is how amounts per row are told from
-    constants.
+    Storages are numbered in the order of their allocation. `births` holds their sizes in bytes, and
+    `events` the order of allocations and releases: n + 1 when storage n is allocated, -(n + 1) when
+    it is freed. The same operations on another number of rows give the same events, so two runs
+    separate bytes per row from constant bytes.
     """
 
     def __init__(self, weights: Any, cast_once: Any = ()) -> None:
@@ -113,12 +113,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.births: list[int] = []
         self.events: list[int] = []
         self.casts: set[int] = set()
-        """Storages of casts of weights that are cast once a step."""
+        """Storages that hold the casts of weights which are cast once a step."""
         self._cast_once = _storages(cast_once).keys()
         self._numbers: dict[int, int | None] = dict.fromkeys(_storages(weights))
 
     def numbers(self, values: Any) -> set[int]:
-        """The storages of some tensors; those not seen yet are born. Weights have none."""
+        """Gives the numbers of the storages behind some tensors, and numbers new ones. Storages of
+        weights have no number."""
         result = set()
         for key, storage in _storages(values).items():
             if key not in self._numbers:

@@ -1,4 +1,5 @@
-"""Recomputation: layers that keep their inputs alone and repeat their forward in the backward."""
+"""Activation recomputation: layers save only their inputs and repeat their forward in the
+backward. This file derives the LayerGraph of a model that does so."""
 
 from __future__ import annotations
 
@@ -8,17 +9,18 @@ from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, with_tempor
 
 
 def recomputed(layer: int, layers: int) -> bool:
-    """Whether a stage that recomputes repeats this layer of a model of so many: all but the last
-    one, whose backward follows its forward at once."""
+    """True if a stage with recomputation repeats layer number `layer` of a model with `layers`
+    layers: every one but the last, whose backward directly follows its forward."""
     return layer < layers - 1
 
 
 def with_recomputation(model: LayerGraph) -> LayerGraph:
-    """The model with every layer but the last recomputed (Chen et al. 2016), if it has a backward.
+    """Returns the model with every layer that has a backward, except the last, recomputed (Chen et
+    al. 2016).
 
-    backward FLOPs += forward FLOPs; backward all-reduces += forward ones
-    bytes moved x 4/3, of which a backward is counted to move two thirds
-    kept: the inputs alone; what the forward made becomes workspace of the backward
+    backward FLOPs += forward FLOPs; backward all-reduces += forward all-reduces
+    traffic *= 4/3 (a backward counts as two forwards, so a further forward adds a third)
+    saved bytes = inputs only; everything else that was saved becomes workspace of the backward
     """
     layers = tuple(_recomputed(model, index) for index in range(len(model.layers)))
     return replace(model, layers=layers, tensors=tuple(_kept(model, t) for t in model.tensors))
@@ -48,8 +50,12 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
 
 
 def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
-    """What the layer kept becomes temporary. Not for a layer that reads the batch alone: it kept
-    its inputs already. (A product with frozen weights alone has not kept its own.)"""
+    """Lets a layer save its inputs only, and makes the rest of what it saved temporary memory of
+    its backward.
+
+    A layer that reads only the batch is not changed: it saved its inputs already. A layer with
+    frozen weights may not have saved its inputs, as frozen weights need no gradient.
+    """
     inputs = [t for t in model.tensors if t.consumers and t.consumers[0] == index]
     kept = sum(t.bytes for t in inputs)
     already = sum(t.bytes for t in inputs if t.kept or not layer.frozen_parameters)

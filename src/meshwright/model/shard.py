@@ -1,11 +1,14 @@
-"""How layers are divided among tensor ranks: a declarative table, read by tracing and runtime.
+"""How tensor parallelism divides the parameters of a layer: a table that tracing and runtime read.
 
 A model, or the module class of a layer, may carry
 
     tensor_split: dict[str, Split]   submodule name (relative to its owner) -> how it is divided
     tensor_units: int                widths that divide this number are legal (0: every width)
 
-What is not named is held in full, and computed in full, by every tensor rank.
+Every tensor-parallel rank holds and computes submodules that are not named in full. The width of a
+tensor-parallel group is its number of ranks. Example, for a feed-forward module with hidden = 704:
+
+    tensor_split = {"mlp.up": Column(), "mlp.down": Row()};  tensor_units = 704
 """
 
 from __future__ import annotations
@@ -22,36 +25,37 @@ from meshwright.records import record
 class Column:
     """A linear map (weight: ..., out, in) divided along its outputs.
 
-    Each rank gets the whole input and makes its share of the output; the gradient of the input is
-    summed over the ranks. No bias is summed: it is divided with the outputs.
+    Each rank reads the whole input and computes its share of the output; the gradient of the input
+    is all-reduced over the ranks. The bias is divided like the outputs.
     """
 
     parts: tuple[int, ...] = ()
-    """Sizes of fused projections (q | k | v), each divided by itself; empty: one part."""
+    """Sizes of fused projections (q | k | v), each of which is divided separately; if empty, the
+    outputs are one part."""
 
 
 @record
 class Row:
-    """A linear map divided along its inputs: each rank makes a summand of the whole output, which
-    is summed over the ranks; the bias, held in full, is added after that."""
+    """A linear map divided along its inputs: each rank computes a partial sum of the whole output,
+    and an all-reduce adds them up. Every rank holds the whole bias, which is added after that."""
 
 
 @record
 class Vocabulary:
-    """An embedding table divided along the vocabulary: each rank looks up the indices it holds,
-    gives zero for the others, and the result is summed over the ranks."""
+    """An embedding table divided along the vocabulary: each rank looks up the tokens whose rows it
+    holds, gives zeros for all others, and an all-reduce adds up the results."""
 
 
 @record
 class VocabularyHead:
-    """The output projection divided along the vocabulary, as Column; its logits stay divided and
-    go to a VocabularyLoss. The vocabulary may divide unevenly."""
+    """The output projection divided along the vocabulary, like a Column; its logits stay divided
+    and go to a VocabularyLoss. The vocabulary need not be a multiple of the width."""
 
 
 @record
 class VocabularyLoss:
-    """Cross entropy over logits that are divided along the vocabulary: maximum, sum of exponentials
-    and the target's logit are met over the ranks."""
+    """Cross entropy of logits that are divided along the vocabulary: the maximum, the sum of
+    exponentials and the target's logit of each token are all-reduced over the ranks."""
 
 
 Split = Column | Row | Vocabulary | VocabularyHead | VocabularyLoss
@@ -59,17 +63,19 @@ Split = Column | Row | Vocabulary | VocabularyHead | VocabularyLoss
 
 @record
 class Ranges:
-    """The slices of one parameter that a rank holds: along `dim`, [first, last) each."""
+    """The slices of one parameter that a rank holds along one dimension."""
 
     dim: int
-    """Counted from the end: -1 or -2."""
+    """The dimension, counted from the end: -1 or -2."""
     ranges: tuple[tuple[int, int], ...]
+    """Half-open ranges [first, last), one for each part of the parameter."""
 
 
 @record
 class Tile:
-    """A share of all that tensor ranks divide: of every part of every divided parameter, from
-    share `first` to share `last` of `of` equal ones."""
+    """The same fraction of every divided parameter: each of its parts is cut into `of` equal
+    shares, of which the tile covers [first, last). Rank 1 of 4 holds the tile first = 1, last = 2,
+    of = 4."""
 
     first: int
     last: int
@@ -77,16 +83,17 @@ class Tile:
 
 
 UNDIVIDED = Tile(first=0, last=0, of=1)
-"""Nothing of what is divided: the parameters that every tensor rank holds whole."""
+"""The tile of parameters that are not divided, which every tensor-parallel rank holds in full."""
 
 
 def own_tile(width: int, index: int) -> Tile:
-    """All that rank `index` of `width` holds of what is divided."""
+    """Gives the tile that rank `index` of `width` tensor-parallel ranks holds."""
     return Tile(first=index, last=index + 1, of=width)
 
 
 def common_tiles(widths: Iterable[int]) -> tuple[Tile, ...]:
-    """The coarsest tiles, in order, of which ranks of all these tensor widths hold whole ones."""
+    """Gives the coarsest tiles, in order, such that a rank of any of these tensor-parallel widths
+    holds a whole number of them. Example: widths 2 and 3 give four tiles, cut at 1/3, 1/2, 2/3."""
     distinct = set(widths)
     of = lcm(*distinct)
     cuts = sorted({of // width * index for width in distinct for index in range(width + 1)})
@@ -94,23 +101,24 @@ def common_tiles(widths: Iterable[int]) -> tuple[Tile, ...]:
 
 
 def holder(tile: Tile, width: int) -> int:
-    """Which of `width` tensor ranks holds a common tile."""
+    """Gives the index of the rank, of `width` tensor-parallel ranks, that holds a common tile."""
     return tile.first * width // tile.of
 
 
 def chunk(size: int, width: int, index: int) -> tuple[int, int]:
-    """Share `index` of `size` rows over `width` ranks, [first, last).
+    """Gives share `index` of `size` entries divided among `width` ranks, as [first, last).
 
-    Cuts stand at size x index / width, rounded up: whatever the size, cuts of unlike widths come
-    in the order of their fractions, and equal fractions are one cut.
+    Cuts lie at size * index / width, rounded up. Cuts for different widths are therefore in the
+    order of their fractions index / width, and equal fractions give the same cut.
     """
     return -(-size * index // width), -(-size * (index + 1) // width)
 
 
 def splits(model: Any, modules: tuple[str, ...]) -> dict[str, Split]:
-    """The table of a model (an nn.Module): qualified module names -> how they are divided.
+    """Collects the `tensor_split` tables of a model (an nn.Module): qualified module name -> Split.
 
-    `modules` are the names of its layers' modules; their own tables come first, then the model's.
+    `modules` are the names of the modules to look at. An entry in the model's own table replaces
+    one in a module's table.
     """
     result: dict[str, Split] = {}
     for name in modules:
@@ -121,7 +129,8 @@ def splits(model: Any, modules: tuple[str, ...]) -> dict[str, Split]:
 
 
 def tensor_units(model: Any, modules: tuple[str, ...]) -> int:
-    """Number that a legal tensor width divides, for a layer of these modules; 0: every width."""
+    """Gives the number that a legal tensor-parallel width must divide, for a layer made of these
+    modules; 0 means that every width is legal."""
     units = [int(getattr(model.get_submodule(name), "tensor_units", 0)) for name in modules]
     return next((number for number in units if number), 0)
 
@@ -129,13 +138,13 @@ def tensor_units(model: Any, modules: tuple[str, ...]) -> int:
 def held(
     split: Split, parameter: str, shape: tuple[int, ...], width: int, index: int
 ) -> Ranges | None:
-    """The part of a module's parameter ("weight" or "bias", of `shape`) that rank `index` of
-    `width` holds; None: all of it."""
+    """Gives the part of a module's parameter ("weight" or "bias", of `shape`) that rank `index` of
+    `width` holds; None means all of it."""
     return slices(split, parameter, shape, own_tile(width, index))
 
 
 def slices(split: Split, parameter: str, shape: tuple[int, ...], tile: Tile) -> Ranges | None:
-    """The part of a module's parameter that a tile is; None: the parameter is not divided."""
+    """Gives the part of a module's parameter that a tile covers; None if it is not divided."""
     if isinstance(split, VocabularyLoss) or (isinstance(split, Row) and parameter != "weight"):
         return None
     dim = -2 if parameter == "weight" and not isinstance(split, Row) else -1
@@ -151,7 +160,8 @@ def slices(split: Split, parameter: str, shape: tuple[int, ...], tile: Tile) -> 
 
 
 def within(own: Ranges, tile: Ranges) -> Ranges:
-    """Where a tile lies in what a rank holds, part by part; the tile must be among it."""
+    """Gives the place of a tile inside the slices that a rank holds, part by part; the rank must
+    hold the whole tile."""
     ranges = []
     start = 0
     for (first, last), (low, high) in zip(own.ranges, tile.ranges, strict=True):

@@ -1,7 +1,8 @@
-"""What is to be trained: layers in topological order and the tensors that flow between them.
+"""The LayerGraph: a model as layers in topological order and the tensors between them.
 
-Every amount is per row (one sample of the batch) unless its name says otherwise, at the sequence
-length and precision that the graph was built for.
+The planner, the cost model and the simulator see a model only as this graph. Every amount is per
+row (one sample of the batch) unless its name says otherwise, at the sequence length and precision
+that the graph was built for.
 """
 
 from __future__ import annotations
@@ -14,114 +15,130 @@ from meshwright.records import fingerprint, plain, record
 
 @record
 class Moment:
-    """Bytes alive at one moment of a layer's forward or backward beyond what it keeps, which may be
-    negative: what is whole on each of t tensor ranks, and what they divide by t."""
+    """Bytes allocated at one moment of a layer's forward or backward, less its saved activations
+    (the difference may be negative).
+
+    With r rows on each of t tensor-parallel ranks these are
+
+        fixed + split_fixed / t + r (row + split_row / t)
+    """
 
     fixed: float = 0.0
-    """Whatever the rows: gradients of weights before they are added up."""
+    """Bytes that do not depend on the number of rows, such as gradients of weights before they are
+    accumulated."""
     split_fixed: float = 0.0
+    """The same, for bytes that are divided among tensor-parallel ranks."""
     row: float = 0.0
-    """For each row."""
+    """Bytes per row."""
     split_row: float = 0.0
+    """The same, for bytes that are divided among tensor-parallel ranks."""
 
 
 @record
 class Layer:
-    """The smallest unit that is never cut between stages."""
+    """The smallest part of a model that a plan assigns to a stage; it is never cut."""
 
     name: str
     signature: str
-    """Layers of one signature cost the same: they are profiled once."""
+    """Identifies what the layer computes; layers with the same signature cost the same and are
+    profiled once."""
     forward_flops: float
-    """Matrix products and everything else but attention scores."""
+    """FLOPs of the forward except those of attention: the matrix products."""
     attention_flops: float = 0.0
-    """Forward FLOPs of the scores and their product with the values; kept apart because these
-    kernels reach another share of the peak."""
+    """Forward FLOPs of the attention scores and their product with the values; counted separately
+    because attention kernels reach another fraction of the peak."""
     backward_flops: float
-    """Both of the backward's halves, attention included; what is frozen has no second one."""
+    """FLOPs of the whole backward, attention included: the gradients of the inputs, and those of
+    the weights that are trained."""
     traffic_bytes: float
-    """Bytes read and written by the forward, activations only."""
+    """Bytes of activations that the forward reads and writes."""
     parameters: int
-    """Trained numbers that belong to this layer alone (tied ones are in LayerGraph.tied)."""
+    """Number of trained parameters that belong to this layer alone (tied ones are in
+    LayerGraph.tied)."""
     saved_bytes: float
-    """Activations kept from the forward until the backward."""
+    """Bytes of activations that the forward saves for the backward."""
     workspace_bytes: float = 0.0
-    """Largest temporary of forward or backward beyond what is saved."""
+    """Largest temporary memory of forward or backward, beyond the saved activations."""
     fixed_saved_bytes: float = 0.0
-    """Kept like `saved_bytes`, for each micro-batch but whatever its rows: positions, masks."""
+    """Bytes saved for the backward of each micro-batch that do not depend on its number of rows,
+    such as positions and masks."""
     cast_parameters: int = 0
-    """Of `parameters`, those that 16-bit precision reads as casts."""
+    """The part of `parameters` that is cast before use in 16-bit precision."""
     moments: tuple[Moment, ...] = ()
-    """Moments of which one is the worst, depending on the rows; none: `workspace_bytes` it is."""
+    """The moments at which memory may peak; which one does depends on the number of rows. If empty,
+    `workspace_bytes` is the peak."""
     tensor_moments: tuple[Moment, ...] = ()
-    """The same where several tensor ranks share the layer."""
+    """The same for a layer divided among two or more tensor-parallel ranks."""
     frozen_parameters: int = 0
-    """Numbers of its own that are held and read like `parameters`, but never trained: they have no
-    gradient and no optimizer state."""
+    """The layer's own numbers that are held and read like `parameters` but never trained: they have
+    no gradient and no optimizer state."""
     cast_frozen: int = 0
-    """Of `frozen_parameters`, those that 16-bit precision reads as casts."""
+    """The part of `frozen_parameters` that is cast before use in 16-bit precision."""
     constant_bytes: float = 0.0
-    """Held beside parameters, whatever the rows: buffers (tables of positions, statistics), and
-    frozen numbers that are whole ones (quantized weights)."""
+    """Bytes held in addition to the parameters, for any number of rows: buffers (position tables,
+    running statistics) and frozen integer weights (quantized ones)."""
     has_backward: bool = True
-    """False: nothing in it or before it is trained, so that no gradient comes to it."""
+    """False if neither this layer nor one before it is trained, so that no gradient reaches it."""
 
     tensor_units: int = 0
-    """Tensor widths that divide this number are legal (heads, key-value heads and hidden all
-    considered). Every width divides 0: what is split may be split unevenly (a vocabulary), or
-    nothing is and each tensor rank does the whole layer."""
+    """Number that a legal tensor-parallel width must divide: the common divisor of heads, key-value
+    heads and hidden width. Every width divides 0, which means that the layer can be divided
+    unevenly (a vocabulary), or that each tensor-parallel rank computes all of it."""
     split_parameters: int = 0
-    """Of `parameters`, those divided among tensor ranks; the rest is replicated."""
+    """The part of `parameters` that is divided among tensor-parallel ranks; the rest is
+    replicated."""
     split_frozen: int = 0
-    """The same of `frozen_parameters`."""
+    """The part of `frozen_parameters` that is divided among tensor-parallel ranks."""
     split_flops: float = 0.0
-    """Of forward_flops + attention_flops, the part divided among tensor ranks."""
+    """The part of forward_flops + attention_flops that is divided among tensor-parallel ranks."""
     split_saved_bytes: float = 0.0
-    """Of saved_bytes, the part divided among tensor ranks."""
+    """The part of saved_bytes that is divided among tensor-parallel ranks."""
     forward_all_reduce_bytes: tuple[float, ...] = ()
-    """Size of each tensor-parallel all-reduce of the forward."""
+    """Size of each tensor-parallel all-reduce in the forward."""
     backward_all_reduce_bytes: tuple[float, ...] = ()
+    """Size of each tensor-parallel all-reduce in the backward."""
 
 
 @record
 class Tensor:
-    """What one layer hands to later ones. Inputs of the model are no Tensors: every stage that
-    needs them reads the batch itself."""
+    """A tensor that one layer hands to later ones. Inputs of the model are not listed: every stage
+    that needs them reads the batch itself."""
 
     name: str
     bytes: float
     producer: int
-    """Index of the layer that makes it."""
+    """Index of the layer that computes it."""
     consumers: tuple[int, ...]
     """Indices of the layers that read it, ascending."""
     gradient: bool = True
-    """False: nothing flows back (masks, indices)."""
+    """False if no gradient is sent back for it (masks, indices)."""
     kept: bool = False
-    """Its first reader keeps it for the backward and counts it among its own saved bytes."""
+    """True if its first consumer keeps it for the backward, in that layer's `saved_bytes`."""
 
 
 @record
 class Tied:
-    """One parameter of several layers: held by each stage with any of them, summed over all."""
+    """One parameter that several layers share: each stage with one of these layers holds a copy,
+    and the gradient is summed over the copies."""
 
     name: str
     layers: tuple[int, ...]
-    """Ascending; the first one owns the initial value."""
+    """Indices of these layers, ascending; the first one owns the initial value."""
     parameters: int
-    """0 where it is frozen."""
+    """Its number of elements if it is trained, else 0."""
     frozen_parameters: int = 0
-    """0 where it is trained."""
+    """Its number of elements if it is frozen, else 0."""
     split: bool = False
-    """Divided among tensor ranks."""
+    """True if it is divided among tensor-parallel ranks."""
 
 
 @record
 class LayerGraph:
-    """A model as the planner sees it."""
+    """A model as the planner sees it: layers, the tensors between them, and tied parameters."""
 
     name: str
     sequence: int
-    """Tokens in a row; 1 where rows are not sequences."""
+    """Number of tokens in a row; 1 if rows are not sequences."""
     precision: Precision
     layers: tuple[Layer, ...]
     tensors: tuple[Tensor, ...]
@@ -129,13 +146,14 @@ class LayerGraph:
 
 
 def alive_at(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
-    """Tensors that a cut before layer `cut` carries: made before it, read at or after it."""
+    """Lists the tensors that cross a cut before layer `cut`: they are computed before the cut and
+    read after it."""
     return tuple(t for t in model.tensors if t.producer < cut <= t.consumers[-1])
 
 
 def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer:
-    """The layer with `row_bytes` more for each row at all its worst moments, of which tensor ranks
-    share out `divided`."""
+    """Adds `row_bytes` bytes per row to every peak moment of a layer; `divided` of them are divided
+    among tensor-parallel ranks."""
 
     def later(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
         return tuple(
@@ -152,34 +170,35 @@ def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer
 
 
 def without_tensor_parallelism(model: LayerGraph) -> LayerGraph:
-    """The model with layers that cannot be divided.
+    """Returns the model with layers that tensor parallelism cannot divide.
 
-    On an emulated cluster processes that share cores wait for each other's turn at every sum inside
-    a layer, as no devices of their own do: such plans are left out there, on all sides.
+    On an emulated cluster, processes that share a core have to wait for each other at every
+    all-reduce inside a layer, which separate devices do not. Plans with tensor parallelism are
+    therefore left out there, for every planner that is compared.
     """
     layers = tuple(replace(layer, tensor_units=1) for layer in model.layers)
     return replace(model, layers=layers)
 
 
 def num_parameters(model: LayerGraph) -> int:
-    """Distinct trained numbers of the whole model."""
+    """Counts the trained numbers of the whole model, each tied parameter once."""
     return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)
 
 
 def num_frozen(model: LayerGraph) -> int:
-    """Distinct numbers of the whole model that are held, but not trained."""
+    """Counts the frozen numbers of the whole model, each tied parameter once."""
     own = sum(layer.frozen_parameters for layer in model.layers)
     return own + sum(tied.frozen_parameters for tied in model.tied)
 
 
 _LATER = {"frozen_parameters": 0, "cast_frozen": 0, "split_frozen": 0, "constant_bytes": 0.0,
           "has_backward": True}  # fmt: skip
-"""Fields that graphs have not always had, with what they are where they say nothing."""
+"""Fields that older graphs lack, with the defaults that stand for their absence."""
 
 
 def content(model: LayerGraph) -> str:
-    """Fingerprint of all that a graph says: what was measured for it before it had a field is known
-    again where the field says nothing."""
+    """Fingerprint of everything in a graph. Fields of `_LATER` that have their default do not
+    enter, so that measurements made for older graphs are still found."""
     found = plain(model)
     for each in (*found["layers"], *found["tied"]):
         for name, nothing in _LATER.items():
@@ -189,9 +208,9 @@ def content(model: LayerGraph) -> str:
 
 
 def structure(model: LayerGraph) -> str:
-    """Fingerprint of what a plan refers to: the layers with their names and parameters, and what
-    is tied; what is frozen, where anything is. A graph worked out from a config and one traced from
-    the module have the same."""
+    """Fingerprint of what a plan refers to: names and parameter counts of the layers, the tied
+    parameters, and frozen counts if there are any. A graph counted from a config and one traced
+    from the module have the same structure."""
     layers = [[layer.name, layer.parameters, *_frozen(layer)] for layer in model.layers]
     tied = [[t.name, *t.layers, t.parameters, *_frozen(t)] for t in model.tied]
     return fingerprint([model.sequence, layers, tied])

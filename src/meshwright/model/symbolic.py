@@ -1,4 +1,4 @@
-"""Records what a model's top-level forward does, one node per operation, without computing it.
+"""Records a model's top-level forward as a torch.fx graph, one node per operation.
 
 Every node is executed once on fake tensors (shapes and dtypes, no storage), so that shapes are
 plain numbers in the forward that is traced. Leaf modules are executed as a whole.
@@ -26,29 +26,32 @@ CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[Any]:
-    """The context in which a forward runs at `precision` on a type of device ("cpu", "cuda")."""
+    """Gives the context in which a forward runs at `precision` on "cpu" or "cuda"."""
     if precision not in LOW_PRECISION:
         return nullcontext()
     return torch.autocast(device, LOW_PRECISION[precision], cache_enabled=False)
 
 
 def linear_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where the parameters are that low precision casts once a step: owners, and names in them."""
+    """Yields owner and name of each parameter that 16-bit precision casts once a step: those of
+    nn.Linear modules."""
     for inner in module.modules():
         if isinstance(inner, nn.Linear):
             yield from ((inner, name) for name, _ in inner.named_parameters(recurse=False))
 
 
 def holds_tensors(value: object) -> bool:
-    """True if `value` is, contains, or (a structured output) lists tensors."""
+    """True if `value` is a tensor or a structure (tuple, dict, ...) that contains one."""
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 class Fakes:
-    """Fake stand-ins for tensors: shape, strides and dtype, but no storage.
+    """Makes and remembers the fake tensors (shape, strides and dtype, no storage) that replace real
+    ones.
 
-    All live on a pretended CPU, whatever device the originals are on, so that a meta model and
-    real index tensors meet. Floating point becomes float64 under fp64.
+    Fake tensors claim to be on the CPU, whatever device the originals are on, so that a model on
+    the meta device can be combined with real index tensors. Floating point becomes float64 under
+    fp64.
     """
 
     def __init__(self, precision: Precision) -> None:
@@ -57,7 +60,7 @@ class Fakes:
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The stand-in for `tensor`: the same one each time it is asked for."""
+        """Gives the fake tensor for `tensor`, always the same one for the same tensor."""
         if id(tensor) not in self._known:
             fake = self.empty(shape or tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
             if isinstance(tensor, nn.Parameter):
@@ -67,14 +70,14 @@ class Fakes:
         return self._known[id(tensor)][1]
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> Tensor:
-        """A fresh stand-in of a given shape."""
+        """Makes a new fake tensor of a given shape."""
         if self.precision == "fp64" and dtype.is_floating_point:
             dtype = torch.float64
         with self.mode:
             return torch.empty(shape, dtype=dtype, device="cpu", requires_grad=gradient)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        """Stand-ins for the parameters and buffers of a module, by name."""
+        """Gives the fake tensors for the parameters and buffers of a module, by name."""
         named = [
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
@@ -82,17 +85,17 @@ class Fakes:
         return {name: self.of(tensor) for name, tensor in named}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a module on stand-ins."""
+        """Runs a module on fake tensors."""
         with self.mode, autocast(self.precision):
             return functional_call(module, self.state(module), args, kwargs)
 
 
 def layer_modules(model: nn.Module) -> tuple[str, ...]:
-    """Qualified names of the modules that are never looked into.
+    """Gives the qualified names of the leaf modules: those that are executed as a whole.
 
-    The forward of the root is traced, and of every module that holds, in itself or below, an
-    outermost ModuleList or Sequential. The elements of those containers and all other children of
-    traced modules are leaves.
+    A module is traced, not a leaf, if it is the root or has a ModuleList or Sequential somewhere
+    below it. The elements of such an outermost container are leaves, and so are all other children
+    of traced modules. Example: embedding, blocks.0, blocks.1, head.
     """
 
     def leaves(module: nn.Module, prefix: str) -> Iterator[str]:
@@ -110,11 +113,11 @@ def layer_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 class ValueProxy(Proxy):
-    """A recorded value that knows its shape, length and elements."""
+    """A torch.fx proxy that knows the shape, length and elements of its value."""
 
     @property
     def value(self) -> Any:
-        """What the node gave when it was executed on fake tensors."""
+        """The result of the node when it was executed on fake tensors."""
         return self.node.meta["value"]
 
     def __getattr__(self, name: str) -> Any:
@@ -149,7 +152,7 @@ class ValueProxy(Proxy):
 
 
 class _Factories(TorchFunctionMode):
-    """Records the calls that no tensor takes part in, such as torch.arange."""
+    """Records calls without tensor arguments, such as torch.arange."""
 
     def __init__(self, tracer: LayerTracer) -> None:
         super().__init__()
@@ -166,7 +169,8 @@ class _Factories(TorchFunctionMode):
 
 
 class LayerTracer(Tracer):
-    """torch.fx's tracer with layers as leaves and a value on every node (`meta["value"]`)."""
+    """A torch.fx tracer with layers as leaf modules and a fake value on every node
+    (`meta["value"]`)."""
 
     proxy_buffer_attributes = True
 
@@ -178,7 +182,7 @@ class LayerTracer(Tracer):
         self.executing = False
 
     def record(self, model: nn.Module) -> Graph:
-        """The graph of the model's forward."""
+        """Records the model's forward as a graph."""
         with _Factories(self):
             return self.trace(model)
 
@@ -188,7 +192,7 @@ class LayerTracer(Tracer):
         is_module: bool,  # noqa: ARG002
         concrete_args: Any = None,  # noqa: ARG002
     ) -> tuple[Any, list[Any]]:
-        """Placeholders for the batch tensors alone: other arguments keep their defaults."""
+        """Makes placeholders for the batch tensors only; other arguments keep their defaults."""
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.inputs]
         return root_fn, [self.root, *proxies]
 
@@ -215,7 +219,8 @@ class LayerTracer(Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any
     ) -> Any:
-        """A proxy for what holds tensors; anything else is a constant of the trace."""
+        """Records a node, and gives its proxy if the value holds tensors; any other value becomes a
+        constant of the trace, without a node."""
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         with self._execution():
             value = self._execute(node)

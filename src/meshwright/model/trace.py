@@ -1,8 +1,9 @@
-"""What each layer of a model costs, read off a run on fake tensors: nothing is allocated.
+"""Builds the LayerGraph of any nn.Module by running each layer on fake tensors (no storage).
 
-Every layer is run forward and backward with 2 and with 4 rows; the difference tells what grows with
-the rows from what does not (casts of weights, masks, gradients of weights). It is run once more
-with the parameters of one of several tensor ranks, to tell what these divide.
+Every layer is run forward and backward with 2 rows and with 4 rows. The difference separates the
+cost of a row from costs that do not depend on the number of rows (casts of weights, masks,
+gradients of weights). Further runs, with the parameters that one of several tensor-parallel ranks
+holds, show which part of the cost tensor parallelism divides.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def trace(
     *,
     divided: bool = True,
 ) -> LayerGraph:
-    """The LayerGraph of a model whose forward takes a batch and returns its mean loss.
+    """Builds the LayerGraph of a model whose forward takes a batch and returns its mean loss.
 
     `inputs` is an example batch: dimension 0 of every tensor counts rows. Model and inputs may be
     on the meta device. `sequence` is by default the second dimension of the first input. Traffic is
-    the sum of what every operation of the forward reads and writes, nothing fused but attention and
-    RMS normalisation. FLOPs are those of matrix products. Parameters without gradient are counted
-    as frozen. Not `divided`: what tensor ranks would divide is not looked at, which takes most of
-    the time, and left 0. Raises ModelError.
+    the sum of what all operations of the forward read and write; only attention and RMS
+    normalisation are counted as fused. FLOPs are those of matrix products. Parameters that need no
+    gradient are counted as frozen. `divided=False` skips the runs for tensor parallelism, which
+    take most of the time; the amounts that it divides are then 0. Raises ModelError.
     """
     _check_rows(model, inputs)
     batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS]
@@ -103,7 +104,7 @@ def _run(
     except RuntimeError as failure:
         if width == 1:
             raise
-        # Whole, the layer has just run: it is the table that does not fit the module.
+        # The undivided layer has just run, so the tensor_split table does not fit the module.
         raise ModelError(
             Problem(
                 part.name,
@@ -158,7 +159,7 @@ def _within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def _structure(part: LayerPart, table: dict[str, shard.Split], shapes: dict[str, Shape]) -> str:
-    """Text that is equal for layers that compute the same on tensors of the same shapes."""
+    """Describes a layer as text; layers with the same computation and shapes give the same text."""
     short = {name: str(number) for number, name in enumerate(part.modules)}
 
     def local(name: str) -> str:
@@ -244,7 +245,7 @@ def _with_frozen(
     *,
     flows: bool,
 ) -> Layer:
-    """The layer with what it holds and does not train; `flows`: a gradient comes to it."""
+    """Adds frozen parameters and constants to a layer; `flows` tells if it has a backward."""
     frozen = [p for p in part.module.parameters() if not p.requires_grad]
     constants = [*part.module.buffers(), *(p for p in frozen if not p.is_floating_point())]
     width = 8 if precision == "fp64" else 4
@@ -270,8 +271,8 @@ def _numbers(
     *,
     trained: bool = True,
 ) -> int:
-    """Numbers of the wanted parameters that are trained, or are not; with a table, of those that it
-    divides."""
+    """Counts the numbers in the wanted parameters that are trained (or frozen, if not `trained`);
+    with a table, only those that the table divides."""
     return sum(
         parameter.numel()
         for name, parameter in part.module.named_parameters()
@@ -283,7 +284,7 @@ def _numbers(
 
 
 def _cast(part: LayerPart, tied: dict[str, tuple[int, ...]], *, trained: bool = True) -> int:
-    """Numbers of its own, trained or frozen, that low precision casts once a step."""
+    """Counts the layer's own numbers, trained or frozen, that 16-bit precision casts every step."""
     linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
     named = part.module.named_parameters()
     return sum(
@@ -302,8 +303,8 @@ def _is_divided(name: str, parameter: Tensor, table: dict[str, shard.Split]) -> 
 
 
 def _share_held(part: LayerPart, table: dict[str, shard.Split], width: int) -> float:
-    """Of the divided weights, the share that rank 0 of `width` holds: 1 / width, or a little more
-    where a vocabulary does not divide."""
+    """Gives the share of the divided weights that rank 0 of `width` holds: 1 / width, or slightly
+    more if the vocabulary is not a multiple of `width`."""
     full = held = 0
     for name, parameter in part.module.named_parameters():
         module, _, own = name.rpartition(".")

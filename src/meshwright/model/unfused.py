@@ -1,4 +1,5 @@
-"""Attention that writes its scores to memory, as everybody's did before FlashAttention."""
+"""Changes a LayerGraph to unfused attention, which writes its scores to memory (as implementations
+before FlashAttention did); for comparison with published measurements of such models."""
 
 from __future__ import annotations
 
@@ -8,19 +9,20 @@ from meshwright.model.spec import Layer, LayerGraph, with_temporaries
 from meshwright.model.transformer.counted_graph import SIZES
 
 SAVED = 2.5
-"""Numbers kept per score: softmax's and dropout's outputs, and a mask of one byte (Korthikanti et
-al. 2022: 5 bytes of 16-bit numbers)."""
+"""Numbers saved per score: the outputs of softmax and dropout, and a mask of one byte, which is
+half a number (Korthikanti et al. 2022: 5 bytes per score in 16-bit precision)."""
 MOVED = 6.5
-"""Numbers moved per score by the forward: written by the product, read and written by the fused
-masked softmax, read and written by dropout with its mask of bytes, read by the second product."""
+"""Numbers that the forward reads or writes per score: written by the first product, read and
+written by the fused masked softmax, read and written by dropout with its mask of one byte, read by
+the second product."""
 
 
 def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
-    """The model with heads * S^2 scores of every attention layer kept and moved.
+    """Adds the heads * S^2 scores of every attention layer to what it saves and moves.
 
-        saved += 2.5 a heads S^2, moved += 8 a heads S^2     (a bytes of an activation)
+        saved += 2.5 a heads S^2, moved += 6.5 a heads S^2     (a: bytes of an activation)
 
-    All of them are divided among tensor ranks, as the heads are.
+    Like the heads, the scores are divided among tensor-parallel ranks.
     """
     size = SIZES[model.precision][0]
     scores = float(heads * model.sequence**2 * size)

@@ -1,1 +1,5 @@
-"""Transformers described once: counted without torch, and executed as modules of the zoo."""
+"""Transformers described once, as an Architecture and a forward in abstract operations.
+
+The same description is counted without torch (`counted_graph`) and executed by the modules of the
+zoo (`model.zoo.described`).
+"""

@@ -1,7 +1,7 @@
-"""What is followed in a Hugging Face `config.json`: the fields of each way of writing one.
+"""Records of the Hugging Face `config.json` fields that are read, one record per set of names.
 
-A family follows those fields of its record that `families` names; every number is in a range ten
-and more times what a published model has.
+`families` says which fields of a record apply to a family. Every number has a limit of ten or more
+times what a published model has.
 """
 
 from __future__ import annotations
@@ -31,120 +31,120 @@ Rope = dict[Name, Any]
 
 @record
 class DecoderConfig:
-    """Llama, and what is written with its words."""
+    """Llama, and families whose configs use its field names."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Query heads of a block."""
+    """Number of query heads of a block."""
     intermediate_size: Hidden
-    """Inner features of the feed-forward module; of a mixture's plain blocks."""
+    """Inner width of the feed-forward module; in a mixture of experts, of dense blocks."""
     max_position_embeddings: Positions = 2048
-    """The longest sequence that positions are made for."""
+    """Longest sequence that the positions were trained for."""
     num_key_value_heads: Heads | None = None
-    """Heads of keys and values; absent: as many as query heads."""
+    """Number of key-value heads; if absent, that of query heads."""
     head_dim: Width | None = None
-    """Features of a head; absent: those of the residual stream, divided by the heads."""
+    """Number of features of a head; if absent, the width divided by the number of heads."""
     hidden_act: Line | None = None
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     hidden_activation: Line | None = None
-    """The same in Gemma."""
+    """The same field in Gemma."""
     rms_norm_eps: Epsilon | None = None
-    """What is added to a mean square."""
+    """Epsilon of the RMS normalisations."""
     layer_norm_eps: Epsilon | None = None
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     tie_word_embeddings: bool | None = None
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     attention_bias: bool = False
-    """Biases of the projections of attention."""
+    """True if the projections of attention have biases."""
     qkv_bias: bool | None = None
-    """Biases of queries, keys and values."""
+    """True if the projections to queries, keys and values have biases."""
     mlp_bias: bool = False
-    """Biases of the feed-forward module."""
+    """True if the feed-forward module has biases."""
     rope_theta: Base | None = None
-    """The base of rotary positions."""
+    """Base of the rotary frequencies."""
     rope_scaling: Rope | None = None
-    """How rotary frequencies are changed: linear, llama3, yarn or longrope."""
+    """Scaling of the rotary frequencies: linear, llama3, yarn or longrope, with its parameters."""
     rope_parameters: Rope | None = None
-    """Both of these, as newer files have them."""
+    """Both of these in one table, as in newer files."""
     rope_local_base_freq: Base | None = None
-    """The base in blocks with a window."""
+    """Base of the rotary frequencies in blocks with a sliding window."""
     rope_interleave: bool = True
-    """Whether neighbours are turned as pairs (DeepSeek-V3)."""
+    """True if neighbouring features are rotated as pairs (DeepSeek-V3)."""
     original_max_position_embeddings: Positions | None = None
-    """Positions of the first training, for longrope."""
+    """Longest sequence of the original training, for longrope."""
     partial_rotary_factor: Share | None = None
-    """The share of a head's features that is turned."""
+    """Fraction of a head's features that is rotated."""
     sliding_window: Annotated[int, Field(ge=0, le=2**30)] | None = None
-    """How many tokens attention reaches back; 0: all."""
+    """Number of tokens that a query attends to, its own included; 0 means all."""
     use_sliding_window: bool = False
-    """Whether it is used."""
+    """True if sliding_window is used."""
     max_window_layers: Period | None = None
-    """The first block that has a window."""
+    """Index of the first block with a sliding window."""
     sliding_window_pattern: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """Every so manieth block reaches all tokens."""
+    """Period of blocks without a window: 6 means that blocks 5, 11, ... attend to all tokens."""
     layer_types: Kinds | None = None
-    """For each block full_attention or sliding_attention."""
+    """The kind of each block: full_attention or sliding_attention."""
     no_rope_layers: Blocks | None = None
-    """For each block 0 where it has no positions."""
+    """A number for each block, 0 if the block has no positions."""
     no_rope_layer_interval: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """Every so manieth block has no positions."""
+    """Period of blocks without positions: 4 means blocks 3, 7, ..."""
     query_pre_attn_scalar: Cap | None = None
-    """Scores are divided by its square root."""
+    """Number whose square root attention scores are divided by."""
     attn_logit_softcapping: Cap | None = None
-    """The cap of scores."""
+    """Cap c of attention scores: c * tanh(score / c)."""
     final_logit_softcapping: Cap | None = None
-    """The cap of logits."""
+    """Cap c of logits: c * tanh(logit / c)."""
     clip_qkv: Cap | None = None
-    """Limit of queries, keys and values."""
+    """Largest magnitude of queries, keys and values; larger ones are clamped."""
     num_local_experts: Experts = 0
-    """Experts of a block (Mixtral; Qwen in newer files)."""
+    """Number of experts of a block (Mixtral; Qwen in newer files)."""
     num_experts: Experts | None = None
-    """Experts of a block (Qwen)."""
+    """Number of experts of a block (Qwen)."""
     n_routed_experts: Experts | None = None
-    """Experts of a block (DeepSeek)."""
+    """Number of experts of a block (DeepSeek)."""
     num_experts_per_tok: Experts = 0
-    """Experts that a token goes to."""
+    """Number of experts that each token is routed to."""
     moe_intermediate_size: Hidden | None = None
-    """Inner features of one expert."""
+    """Inner width of one expert."""
     shared_expert_intermediate_size: Hidden | None = None
-    """Inner features of the expert of all tokens."""
+    """Inner width of the shared expert, which all tokens go through."""
     n_shared_experts: Experts | None = None
-    """How many experts' worth of features the expert of all tokens has."""
+    """Inner width of the shared expert, in multiples of that of one expert."""
     norm_topk_prob: bool = False
-    """Whether the shares of the chosen experts are made to sum to 1."""
+    """True if the weights of the chosen experts are divided by their sum."""
     decoder_sparse_step: Annotated[int, Field(ge=1, le=10_000)] = 1
-    """Every so manieth block has experts."""
+    """Period of blocks with experts: 2 means blocks 1, 3, ..."""
     mlp_only_layers: Blocks = ()
-    """Blocks without experts."""
+    """Indices of dense blocks, which have no experts."""
     first_k_dense_replace: Period | None = None
-    """How many blocks come before those with experts."""
+    """Number of dense blocks before the first one with experts."""
     scoring_func: Line | None = None
-    """softmax or sigmoid."""
+    """Function that turns router logits into scores: softmax or sigmoid."""
     topk_method: Line | None = None
-    """greedy, group_limited_greedy or noaux_tc."""
+    """How experts are chosen: greedy, group_limited_greedy or noaux_tc."""
     n_group: Annotated[int, Field(ge=1, le=10**5)] | None = None
-    """Groups of experts."""
+    """Number of groups that the experts are divided into."""
     topk_group: Annotated[int, Field(ge=1, le=10**5)] | None = None
-    """Groups that are looked at."""
+    """Number of groups that a token's experts are chosen from."""
     routed_scaling_factor: Cap = 1.0
-    """What shares of experts are multiplied by."""
+    """Factor that the weights of the chosen experts are multiplied by."""
     q_lora_rank: Width | None = None
-    """Width that queries are compressed to."""
+    """Rank of the compressed queries."""
     kv_lora_rank: Width | None = None
-    """Width that keys and values are compressed to."""
+    """Rank of the compressed keys and values."""
     qk_nope_head_dim: Width | None = None
-    """Features of a head without position."""
+    """Number of features of a head's query and key that are not rotated."""
     qk_rope_head_dim: Width | None = None
-    """Features of a head that are turned."""
+    """Number of features of a head's query and key that are rotated."""
     v_head_dim: Width | None = None
-    """Features of a head's values."""
+    """Number of features of a head's value."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
@@ -152,25 +152,25 @@ class Gpt2Config:
     """GPT-2."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     n_positions: Positions
-    """Rows of the position table."""
+    """Number of rows of the position table, which is the longest sequence."""
     n_embd: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     n_layer: Layers
-    """Blocks."""
+    """Number of blocks."""
     n_head: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     n_inner: Hidden | None = None
-    """Inner features of the feed-forward module; absent: four times the width."""
+    """Inner width of the feed-forward module; if absent, four times the width."""
     activation_function: Line = "gelu_new"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
@@ -178,85 +178,85 @@ class NeoxConfig:
     """GPT-NeoX and Pythia."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     intermediate_size: Hidden
-    """Inner features of the feed-forward module."""
+    """Inner width of the feed-forward module."""
     max_position_embeddings: Positions = 2048
-    """The longest sequence that positions are made for."""
+    """Longest sequence that the positions were trained for."""
     hidden_act: Line = "gelu"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     rotary_pct: Share | None = None
-    """The share of a head's features that is turned; absent: a quarter."""
+    """Fraction of a head's features that is rotated; if absent, a quarter."""
     partial_rotary_factor: Share | None = None
-    """The same in newer files."""
+    """The same field in newer files."""
     rotary_emb_base: Base | None = None
-    """The base of rotary positions."""
+    """Base of the rotary frequencies."""
     rope_theta: Base | None = None
-    """The same in newer files."""
+    """The same field in newer files."""
     rope_scaling: Rope | None = None
-    """How rotary frequencies are changed."""
+    """Scaling of the rotary frequencies."""
     rope_parameters: Rope | None = None
-    """Base, share and scaling, as newer files have them."""
+    """Base, fraction and scaling in one table, as in newer files."""
     layer_norm_eps: Epsilon = 1e-5
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     use_parallel_residual: bool = True
-    """Whether attention and feed-forward module read the same residual stream."""
+    """True if attention and feed-forward module both read the block's input (parallel residual)."""
     attention_bias: bool = True
-    """Biases of the projections of attention."""
+    """True if the projections of attention have biases."""
     tie_word_embeddings: bool = False
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
 class FalconConfig:
-    """Falcon 7B, 40B and 180B (newer ones are Llamas)."""
+    """Falcon 7B, 40B and 180B (newer Falcons are Llamas)."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Query heads of a block."""
+    """Number of query heads of a block."""
     num_kv_heads: Heads | None = None
-    """Heads of keys and values in the newer form; absent: as many as query heads."""
+    """Number of key-value heads in the newer form; if absent, that of query heads."""
     ffn_hidden_size: Hidden | None = None
-    """Inner features of the feed-forward module; absent: four times the width."""
+    """Inner width of the feed-forward module; if absent, four times the width."""
     max_position_embeddings: Positions = 2048
-    """The longest sequence that positions are made for."""
+    """Longest sequence that the positions were trained for."""
     activation: Line = "gelu"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     multi_query: bool = True
-    """Whether all query heads share one key and value (older form)."""
+    """True if all query heads share one key-value head (older form)."""
     new_decoder_architecture: bool = False
-    """The newer form: groups of query heads, two normalisations side by side."""
+    """True for the newer form, with grouped-query attention and two parallel normalisations."""
     num_ln_in_parallel_attn: Annotated[int, Field(ge=1, le=2)] | None = None
-    """Normalisations side by side in the newer form."""
+    """Number of parallel normalisations in the newer form."""
     parallel_attn: bool = True
-    """Whether attention and feed-forward module read the same residual stream."""
+    """True if attention and feed-forward module both read the block's input (parallel residual)."""
     bias: bool = False
-    """Biases of all products."""
+    """True if all linear maps have biases."""
     rope_theta: Base | None = None
-    """The base of rotary positions."""
+    """Base of the rotary frequencies."""
     rope_scaling: Rope | None = None
-    """How rotary frequencies are changed."""
+    """Scaling of the rotary frequencies."""
     rope_parameters: Rope | None = None
-    """Both of these, as newer files have them."""
+    """Both of these in one table, as in newer files."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
@@ -264,25 +264,25 @@ class BloomConfig:
     """BLOOM."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width | None = None
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     n_embed: Width | None = None
-    """The same in older files."""
+    """The same field in older files."""
     n_layer: Layers | None = None
-    """Blocks."""
+    """Number of blocks."""
     num_hidden_layers: Layers | None = None
-    """The same in some files."""
+    """The same field in some files."""
     n_head: Heads | None = None
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     num_attention_heads: Heads | None = None
-    """The same in some files."""
+    """The same field in some files."""
     layer_norm_epsilon: Epsilon = 1e-5
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
@@ -290,30 +290,30 @@ class OptConfig:
     """OPT."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     ffn_dim: Hidden
-    """Inner features of the feed-forward module."""
+    """Inner width of the feed-forward module."""
     max_position_embeddings: Positions = 2048
-    """The longest sequence; the position table has two rows more."""
+    """Longest sequence; the position table has two more rows."""
     word_embed_proj_dim: Width | None = None
-    """Features of the embedding; where they are others, a product leads to the width."""
+    """Width of the embedding; if it is not hidden_size, linear maps convert between the two."""
     do_layer_norm_before: bool = True
-    """Whether normalisations stand before attention and feed-forward module, or after."""
+    """True for normalisation before attention and feed-forward module, false for after them."""
     activation_function: Line = "relu"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     enable_bias: bool = True
-    """Biases of all products."""
+    """True if all linear maps have biases."""
     layer_norm_elementwise_affine: bool = True
-    """Whether normalisations have parameters."""
+    """True if the normalisations have weights and biases."""
     remove_final_layer_norm: Annotated[bool, Field(alias="_remove_final_layer_norm")] = False
-    """Whether there is no normalisation before the output projection."""
+    """True if there is no normalisation before the output projection."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""

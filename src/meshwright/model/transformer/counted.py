@@ -1,8 +1,8 @@
-"""The operations of transformers as counts: FLOPs, bytes moved, bytes kept; no torch.
+"""Counted: all operations of transformers as counts of FLOPs, bytes moved and bytes saved, without
+torch.
 
-Each one notes what the module of `model.zoo.described` does, kernel by kernel, as `model.meter`
-reads it off a run: attention and RMS normalisation are fused, all else is not. a is the bytes of
-an activation, m of a weight and of what is computed in full precision.
+Each operation counts what the module of `model.zoo.described` does, kernel by kernel, as
+`model.meter` measures it: attention and RMS normalisation are fused, and nothing else is.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from meshwright.model.transformer.tape import Backward, Sized
 
 @dataclass(slots=True)
 class Counted(Counts):
-    """All of `operations.Operations`, as what tensor rank 0 does for a layer."""
+    """Implements `operations.Operations` by counting what rank 0 of `width` tensor-parallel ranks
+    does."""
 
     def embedding(
         self, name: str, index: Sized, entries: int, width: int, *, split: Split | None = None
     ) -> Sized:
-        """No FLOPs; the table's gradient is as large as the table."""
+        """Counts a look-up: no FLOPs, and a gradient as large as the table."""
         self.modules[name] = Made("table", (entries, width), split=split)
         own = self.parameter(f"{name}.weight", (entries, width), split)
         shape = (*index.shape, width)
@@ -48,19 +49,20 @@ class Counted(Counts):
         return made
 
     def positions(self, name: str, x: Sized, entries: int, offset: int, *, frozen: bool) -> Sized:
-        """As many rows as there are tokens, whatever the rows of the batch."""
+        """Counts the addition of position embeddings."""
         return counted_stems.positions(self, name, x, entries, offset, frozen=frozen)
 
     def added_row(self, name: str, x: Sized, entries: int) -> Sized:
-        """One row, whatever the rows of the batch."""
+        """Counts the addition of one row of a table to every token."""
         return counted_stems.added_row(self, name, x, entries)
 
     def prepended(self, name: str, x: Sized) -> Sized:
-        """One token more in every row."""
+        """Counts one more token before the tokens of every row."""
         return counted_stems.prepended(self, name, x)
 
     def norm(self, name: str, x: Sized, width: int, norm: Norm) -> Sized:
-        """A layer normalisation keeps mean and deviation of each vector, the other one number."""
+        """Counts a normalisation, which saves its input and two statistics of each vector (one for
+        RMS)."""
         self.modules[name] = Made("norm", (width,), norm=norm)
         gain = [self.tape.new((width,), self.m)] if norm.one_added and not self.low else []
         names = [n for n, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
@@ -83,17 +85,18 @@ class Counted(Counts):
         return made
 
     def heads(self, x: Sized, head: int) -> Sized:
-        """A view."""
+        """Makes a view."""
         rows, tokens, features = x.shape
         return self.tape.views(x, [(rows, features // head, tokens, head)], _same)[0]
 
     def merged(self, x: Sized) -> Sized:
-        """A view: attention gives its output in this order."""
+        """Makes a view, since attention gives its output in this order."""
         rows, heads, tokens, head = x.shape
         return self.tape.views(x, [(rows, tokens, heads * head)], _same)[0]
 
     def rotate(self, x: Sized, rotary: Rotary) -> Sized:
-        """Four products, a sum and a difference of halves, put together; tables are kept."""
+        """Counts four products, a sum and a difference of halves of the features, and their
+        concatenation. The tables of cosines and sines are saved."""
         turned = rotary.features
         half = (*x.shape[:3], turned // 2)
         tables = [self.tape.new((x.shape[2], turned // 2), self.a) for _ in range(2)]
@@ -116,20 +119,20 @@ class Counted(Counts):
         scale: float | None = None, cap: float | None = None, alibi: int = 0,
         bias: Sized | None = None,
     ) -> Sized:  # fmt: skip
-        """By one kernel, or by products where no kernel has what is asked for."""
+        """Counts one fused kernel, or explicit products for variants without such a kernel."""
         return attend(self, q, k, v, window=window, cap=cap, masked=causal, alibi=alibi > 0,
                       bias=bias)  # fmt: skip
 
     def experts(self, name: str, x: Sized, c: LanguageModel) -> Sized:
-        """Only those that tokens go to are computed."""
+        """Counts a mixture of experts, in which each token goes through its chosen experts."""
         return routed(self, name, x, c)
 
     def joined(self, x: Sized, y: Sized) -> Sized:
-        """Copies; the gradient's parts are views."""
+        """Counts a concatenation of the last dimension."""
         return self.joined_along(x, y, 3)
 
     def common_head(self, x: Sized, like: Sized) -> Sized:
-        """Copied beside each head; its gradients are summed."""
+        """Counts a copy of the common head to every head; the gradient is summed over the heads."""
         wide = self.tape.views(x, [(*like.shape[:3], x.shape[3])], self._summed(x))[0]
         return self.joined_along(like, wide, 3)
 
@@ -138,13 +141,13 @@ class Counted(Counts):
         return lambda _: [self.tape.new(shape, size)]
 
     def gated(self, gate: Sized, x: Sized) -> Sized:
-        """A sigmoid, which is kept, times x."""
+        """Counts a sigmoid, whose output is saved, and its product with x."""
         share = self.elementwise([gate], [])
         self.tape.keep(share, [share])
         return self.elementwise([x, share], [x, share])
 
     def added(self, x: Sized, y: Sized) -> Sized:
-        """Keeps nothing; both get the same gradient."""
+        """Counts a sum, which saves nothing; both inputs share one gradient."""
 
         def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
             return [arrived[0], arrived[0]]
@@ -152,37 +155,37 @@ class Counted(Counts):
         return self.tape.record([x, y], x.shape, x.size, back)
 
     def clamped(self, x: Sized, limit: float) -> Sized:
-        """Keeps its input."""
+        """Counts an elementwise operation that saves its input."""
         return self.elementwise([x], [x])
 
     def patches(self, pixels: Sized, patch: tuple[int, int]) -> Sized:
-        """Copied into another order."""
+        """Counts the copy that reorders the pixels of pictures into patches."""
         return counted_stems.patches(self, pixels, patch)
 
     def convolution(self, name: str, x: Sized, inputs: int, outputs: int, *, stride: int) -> Sized:
-        """6 tokens inputs outputs FLOPs."""
+        """Counts 6 * tokens * inputs * outputs FLOPs, and twice that in the backward."""
         return counted_stems.convolution(self, name, x, inputs, outputs, stride=stride)
 
     def turned(self, x: Sized) -> Sized:
-        """A view."""
+        """Makes a view."""
         rows, features, tokens = x.shape
         return self.tape.views(x, [(rows, tokens, features)], _same)[0]
 
     def first_token(self, x: Sized) -> Sized:
-        """A view, whose gradient is as large as x."""
+        """Makes a view, whose gradient is as large as x."""
         shape, size = x.shape, x.size
         return self.tape.views(x, [(shape[0], shape[2])], lambda _: [self.tape.new(shape, size)])[0]
 
     def relative_bias(
         self, name: str, x: Sized, heads: int, buckets: int, reach: int, *, both_ways: bool
     ) -> Sized:
-        """One number for each head and pair of tokens, whatever the rows of the batch."""
+        """Counts a relative-position bias: one number for each head and pair of tokens."""
         return counted_stems.relative_bias(self, name, x, heads, buckets)
 
     def loss(
         self, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
     ) -> Sized:
-        """Logarithms of probabilities in full precision are kept."""
+        """Counts cross entropy, which saves the log-probabilities in full precision."""
         return counted_loss.loss(self, name, logits, targets, split=split)
 
 

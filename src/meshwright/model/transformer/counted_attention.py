@@ -1,4 +1,4 @@
-"""What attention costs in its several forms, as `model.zoo.attention` computes them."""
+"""Counts the cost of attention in all its variants, as `model.zoo.attention` computes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def attend(
     o: Counts, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
     alibi: bool, bias: Sized | None,
 ) -> Sized:  # fmt: skip
-    """Of (rows, heads, tokens, head)."""
+    """Counts attention of queries, keys and values, each (rows, heads, tokens, head)."""
     tokens, reads = q.shape[2], k.shape[2]
     if window and window < tokens:
         return _windowed(o, q, k, v, window, cap)
@@ -34,8 +34,8 @@ def attend(
 
 
 def fused(o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
-    """One kernel: 2 pairs (head + value) FLOPs, and back five products where there are two; kept
-    are what it reads, its output and one number for each query."""
+    """Counts a fused kernel: 2 * pairs * (head + value) FLOPs, with five products in the backward
+    for two in the forward. It saves its inputs, its output and one number per query."""
     rows, heads, tokens, head = q.shape
     value = v.shape[3]
     pairs = rows * heads * tokens * k.shape[2]
@@ -54,19 +54,19 @@ def fused(o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) ->
 
 
 def _padded(o: Counts, x: Sized, width: int) -> Sized:
-    """Values as wide as queries."""
+    """Counts the padding of values to the width of queries."""
     return o.tape.record([x], (*x.shape[:3], width), x.size, seen_as(x.shape))
 
 
 def _narrowed(o: Counts, x: Sized, width: int) -> Sized:
-    """The first features, copied to where the next product reads them."""
+    """Counts the copy of the first `width` features, which the next product reads."""
     shape, size = x.shape, x.size
     part = o.tape.views(x, [(*shape[:3], width)], lambda _: [o.tape.new(shape, size)])[0]
     return o.copied(part, part.shape)
 
 
 def matmul(o: Counts, x: Sized, y: Sized, shape: tuple[int, ...], inner: int) -> Sized:
-    """A batch of products, whose two factors are kept."""
+    """Counts a batch of matrix products, which save both factors."""
     work = 2 * prod(shape) * inner
     o.flops += work
     shapes = [(each.shape, each.size) for each in (x, y)]
@@ -82,7 +82,8 @@ def capped(
     o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
-    """Scores are made, bent and kept; keys and values not `in_order` in memory are copied."""
+    """Counts attention with explicit scores, which are capped and saved. Keys and values that are
+    not contiguous (`in_order`) are copied."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:
@@ -105,7 +106,7 @@ def capped(
 
 
 def _spread(o: Counts, x: Sized, heads: int) -> Sized:
-    """Each key-value head beside all the query heads that it serves."""
+    """Counts the repetition of each key-value head for all query heads that it serves."""
     rows, _, reads, head = x.shape
     made = o.copied(x, (rows, heads, reads, head))
     o.tape.traffic += made.bytes - x.bytes
@@ -113,7 +114,8 @@ def _spread(o: Counts, x: Sized, heads: int) -> Sized:
 
 
 def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float | None) -> Sized:
-    """A first piece of the window's length, and others that read themselves and the one before."""
+    """Counts attention in pieces of the window's length, each of which attends to itself and to the
+    piece before it."""
     rows, heads, tokens, head = q.shape
     short = -tokens % window
     if short:
@@ -143,13 +145,13 @@ def _windowed(o: Counts, q: Sized, k: Sized, v: Sized, window: int, cap: float |
 
 
 def _lengthened(o: Counts, x: Sized, tokens: int) -> Sized:
-    """To a whole number of pieces."""
+    """Counts the padding of a sequence to a whole number of pieces."""
     rows, heads, _, head = x.shape
     return o.tape.record([x], (rows, heads, tokens, head), x.size, seen_as(x.shape))
 
 
 def _piece(o: Counts, x: Sized, tokens: int) -> Sized:
-    """A view of some tokens; its gradient is as long as all of them."""
+    """Makes a view of some tokens, whose gradient is as large as x."""
     shape, size = x.shape, x.size
     return o.tape.views(x, [(*shape[:2], tokens, shape[3])], lambda _: [o.tape.new(shape, size)])[0]
 

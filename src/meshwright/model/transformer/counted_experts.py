@@ -1,4 +1,4 @@
-"""What a mixture of experts costs, as `model.zoo.mixture` computes it."""
+"""Counts the cost of a mixture of experts, as `model.zoo.mixture` computes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from meshwright.model.transformer.usual import made_of
 
 
 def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
-    """Tokens are sorted by expert, computed, and put back."""
+    """Counts a mixture of experts: tokens are sorted by expert, go through their experts, and are
+    put back in order."""
     rows, sequence, width = x.shape
     tokens = rows * sequence
     hidden = c.hidden
@@ -39,7 +40,7 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     weighted = _weighted(o, again, share)
     summed = o.tape.record([weighted], (tokens, width), o.a, seen_as(weighted.shape))
     whole = o.tape.views(summed, [x.shape], seen_as((tokens, width)))[0]
-    # The router is a part of the module of experts.
+    # The router is a submodule of the experts' module, not one of its own.
     del o.modules[f"{name}.router"]
     o.modules[name] = Made("experts", model=c)
     o.splits[f"{name}.gate_up"] = Column(parts=(hidden, hidden))
@@ -48,7 +49,8 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
 
 
 def _weighted(o: Counts, x: Sized, share: Sized) -> Sized:
-    """The share's gradient is a product as large as x before it is summed."""
+    """Counts the product of expert outputs and their weights. The gradient of the weights is a sum
+    over a temporary as large as x."""
     shape, narrow, size = x.shape, share.shape, x.size
 
     def back(_: Sequence[Sized | None]) -> list[Sized | None]:
@@ -100,7 +102,7 @@ def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
 
 
 def _sorted(o: Counts, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
-    """Sorting by expert, and counting how many tokens each gets."""
+    """Counts the sorting of tokens by expert and the counting of the tokens of each expert."""
     k = c.chosen
     order = o.tape.new((tokens * k,), INDEX)
     counts = o.tape.new((c.experts,), INDEX)
@@ -109,7 +111,7 @@ def _sorted(o: Counts, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
 
 
 def _picked(o: Counts, x: Sized, index: Sized) -> Sized:
-    """Rows by index."""
+    """Counts the selection of rows of x by index."""
     shape, size = x.shape, x.size
     made = o.tape.record(
         [x], (index.shape[0], shape[-1]), size, lambda _: [o.tape.new(shape, size)], [index]
@@ -122,7 +124,8 @@ def _grouped(
     o: Counts, name: str, x: Sized, experts: int, inputs: int, outputs: int, split: Split,
     counts: Sized,
 ) -> Sized:  # fmt: skip
-    """Each row through its expert's weights, which are cast expert by expert."""
+    """Counts the product of each row with its expert's weight; weights are cast expert by
+    expert."""
     own = o.parameter(f"{name}.weight", (experts, outputs, inputs), split)
     work = 2 * prod(x.shape[:-1]) * own[1] * own[2]
     o.flops += work

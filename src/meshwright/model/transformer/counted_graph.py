@@ -1,4 +1,7 @@
-"""The LayerGraph of a transformer by counting, without torch."""
+"""Builds the LayerGraph of a transformer by counting its operations, without torch.
+
+The result matches that of `model.trace` on the module of the zoo.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ SIZES: Mapping[Precision, tuple[int, int]] = {
     "fp16": (2, 4),
     "bf16": (2, 4),
 }
-"""Bytes of an activation, and of a weight."""
+"""Number of bytes of an activation and of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a model is counted for."""
+    """A model, and the sequence length and precision that it is counted for."""
 
     model: LanguageModel
     sequence: int
@@ -53,18 +56,18 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was counted of a layer."""
+    """The counted cost of a layer."""
 
     layer: Layer
     keeps: tuple[bool, ...]
-    """Of each thing that it reads, whether it keeps it for its backward."""
+    """For each input of the layer, True if it is saved for the backward."""
     output_bytes: float
-    """For each row."""
+    """Size of the output per row."""
     parameters: tuple[Parameter, ...]
 
 
 def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
-    """The planner's view of a model that is GPT-2, Llama, Mixtral or has an architecture."""
+    """Builds the LayerGraph of a GPT-2, Llama, Mixtral or any model with an architecture."""
     job = Job(c, sequence, precision)
     layers = layers_of(c)
     known: dict[str, Found] = {}
@@ -105,7 +108,7 @@ def _tensors(layers: tuple[LayerOf, ...], found: list[Found]) -> tuple[Tensor, .
 
 
 def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: int) -> list[Sized]:
-    """Stand-ins for what a layer reads."""
+    """Makes the abstract inputs of a layer."""
     batch = {each.name: each for each in inputs_of(c, sequence)}
     given = []
     for name in layer.reads:
@@ -120,7 +123,8 @@ def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: 
 
 
 def _run(layer: LayerOf, job: Job, rows: int, width: int) -> tuple[Run, Counted, int]:
-    """Forward and backward of tensor rank 0 of `width`; also the bytes of the output."""
+    """Counts forward and backward on rank 0 of `width` tensor-parallel ranks. Also gives the
+    counter, and the bytes of the output."""
     a, m = SIZES[job.precision]
     o = Counted(a=a, m=m, width=width)
     given = given_to(o, layer, job.model, rows, job.sequence)
@@ -173,7 +177,7 @@ def _layer(
     amounts: dict[int, Amounts],
     constants: int,
 ) -> Layer:
-    """All but the parameters, of which some are other layers', too."""
+    """Makes the Layer without its parameters, since some may be tied to those of other layers."""
     whole = amounts[1]
     width = first_width(layer.units, table)
     share = amounts.get(width, whole)
@@ -208,7 +212,8 @@ def _layer(
 
 
 def _signature(layer: LayerOf, job: Job) -> str:
-    """Of a block, whatever the model's depth, words and positions."""
+    """Identifies what a layer computes. A block's signature does not depend on the model's number
+    of layers, vocabulary or positions."""
     c = job.model
     sizes = [c.width, c.heads, c.kv_heads, c.head, c.hidden, c.experts, c.chosen]
     outer = [] if layer.kind.startswith("block") else [c.vocabulary, c.positions]
@@ -218,7 +223,7 @@ def _signature(layer: LayerOf, job: Job) -> str:
 def _owned(
     layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel
 ) -> list[tuple[Parameter, ...]]:
-    """Of each layer, the parameters that are its alone."""
+    """Gives for each layer the parameters that are not tied to those of another layer."""
     tied = tied_parameters(c)
     both = {*tied, *tied.values()}
     return [
@@ -243,7 +248,7 @@ def _is_divided(p: Parameter) -> bool:
 
 
 def _share_held(parameters: list[Parameter], width: int) -> float:
-    """Of what is divided, the share that rank 0 of `width` holds."""
+    """Gives the share of the divided weights that rank 0 of `width` holds."""
     full = own = 0
     for p in parameters:
         attribute = p.name.rpartition(".")[2]
@@ -255,7 +260,7 @@ def _share_held(parameters: list[Parameter], width: int) -> float:
 
 
 def _tied(layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel) -> tuple[Tied, ...]:
-    """Parameters of several layers, in the order of the layers that have them first."""
+    """Lists the tied parameters, in the order of the first layer that has each."""
     places = {
         f"{layer.name}.{p.name}": (number, p)
         for number, (layer, each) in enumerate(zip(layers, found, strict=True))

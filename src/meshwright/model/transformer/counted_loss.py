@@ -1,4 +1,4 @@
-"""What the loss of a transformer costs."""
+"""Counts the cost of a transformer's loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meshwright.model.transformer.tape import Sized
 def loss(
     o: Counts, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
 ) -> Sized:
-    """Logarithms of probabilities in full precision are kept."""
+    """Counts cross entropy, which saves the log-probabilities in full precision."""
     o.modules[name] = Made("loss", split=split)
     if isinstance(split, VocabularyLoss):
         o.forward_all_reduce.extend([prod(targets.shape) * o.m] * 3)
@@ -37,7 +37,8 @@ def loss(
 
 
 def _divided_loss(o: Counts, logits: Sized, targets: Sized) -> Sized:
-    """Over a divided vocabulary: probabilities in full precision are kept."""
+    """Counts cross entropy over a divided vocabulary, which saves the probabilities in full
+    precision."""
     x = o.tape.new(logits.shape, o.m) if o.low else logits
     x = o.tape.new(logits.shape, o.m)
     shape, size = logits.shape, logits.size

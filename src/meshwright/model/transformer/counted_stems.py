@@ -1,4 +1,5 @@
-"""What the ends of transformers cost: positions, segments, patches, convolutions."""
+"""Counts the cost of operations in first layers: positions, segments, patches, convolutions; and of
+relative-position biases."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from meshwright.model.transformer.tape import Sized
 
 
 def positions(o: Counts, name: str, x: Sized, entries: int, offset: int, *, frozen: bool) -> Sized:
-    """As many rows as there are tokens, whatever the rows of the batch."""
+    """Counts the addition of position embeddings: the looked-up table has one row per token, for
+    any number of rows in the batch."""
     tokens, width = x.shape[1], x.shape[2]
     o.modules[name] = Made("sines" if frozen else "table", (entries + offset, width))
     own = o.parameter(f"{name}.weight", (entries + offset, width), trained=not frozen)
@@ -35,7 +37,7 @@ def positions(o: Counts, name: str, x: Sized, entries: int, offset: int, *, froz
 
 
 def added_row(o: Counts, name: str, x: Sized, entries: int) -> Sized:
-    """One row, whatever the rows of the batch."""
+    """Counts the addition of one row of a table to every token."""
     o.modules[name] = Made("table", (entries, x.shape[-1]))
     own = o.parameter(f"{name}.weight", (entries, x.shape[-1]))
 
@@ -47,7 +49,7 @@ def added_row(o: Counts, name: str, x: Sized, entries: int) -> Sized:
 
 
 def prepended(o: Counts, name: str, x: Sized) -> Sized:
-    """One token more in every row."""
+    """Counts one more token, a parameter, before the tokens of every row."""
     rows, tokens, width = x.shape
     o.modules[name] = Made("row", (1, 1, width))
     o.parameter(f"{name}.weight", (1, 1, width))
@@ -61,7 +63,7 @@ def prepended(o: Counts, name: str, x: Sized) -> Sized:
 
 
 def patches(o: Counts, pixels: Sized, patch: tuple[int, int]) -> Sized:
-    """Copied into another order."""
+    """Counts the copy that reorders the pixels of pictures into patches."""
     rows, channels, height, width = pixels.shape
     tokens = (height // patch[0]) * (width // patch[1])
     made = o.copied(pixels, (rows, tokens, channels * patch[0] * patch[1]))
@@ -69,7 +71,7 @@ def patches(o: Counts, pixels: Sized, patch: tuple[int, int]) -> Sized:
 
 
 def convolution(o: Counts, name: str, x: Sized, inputs: int, outputs: int, *, stride: int) -> Sized:
-    """6 tokens inputs outputs FLOPs."""
+    """Counts 6 * tokens * inputs * outputs FLOPs, and twice that in the backward."""
     rows, _, before = x.shape
     tokens = before // stride
     o.modules[name] = Made("convolution", (inputs, outputs, stride))
@@ -96,7 +98,8 @@ def convolution(o: Counts, name: str, x: Sized, inputs: int, outputs: int, *, st
 
 
 def relative_bias(o: Counts, name: str, x: Sized, heads: int, buckets: int) -> Sized:
-    """One number for each head and pair of tokens, whatever the rows of the batch."""
+    """Counts a relative-position bias: one number for each head and pair of tokens, for any number
+    of rows in the batch."""
     o.modules[name] = Made("table", (buckets, heads))
     own = o.parameter(f"{name}.weight", (buckets, heads))
     tokens = x.shape[1]

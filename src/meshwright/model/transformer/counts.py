@@ -1,4 +1,7 @@
-"""What is counted of a layer, and the operations that others are made of."""
+"""Counts: the cost of a layer as it is counted, and the basic operations that add to it.
+
+`counted.Counted` extends it to all operations that a layer's description may call.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,38 @@ from meshwright.model.transformer.tape import NOWHERE, Sized, Tape
 
 @dataclass(slots=True)
 class Counts:
-    """What one tensor rank of `width` does for a layer."""
+    """The cost of a layer on rank 0 of `width` tensor-parallel ranks."""
 
     a: int
+    """Number of bytes of an activation."""
     m: int
+    """Number of bytes of a weight, and of what is computed in full precision."""
     width: int = 1
     tape: Tape = field(default_factory=Tape)
     parameters: list[Parameter] = field(default_factory=list)
     modules: dict[str, Made] = field(default_factory=dict)
+    """Submodules of the layer by name."""
     constants: int = 0
-    """Numbers that are held and not trained, beside parameters."""
+    """Number of elements of buffers, which are held but not trained."""
     splits: dict[str, Split] = field(default_factory=dict)
-    """How modules inside a module of `modules` are divided."""
+    """How tensor parallelism divides modules inside a module of `modules`, by qualified name."""
     flops: int = 0
     attention_flops: int = 0
     forward_all_reduce: list[int] = field(default_factory=list)
+    """Bytes of each tensor-parallel all-reduce in the forward."""
     backward_all_reduce: list[int] = field(default_factory=list)
+    """Bytes of each tensor-parallel all-reduce in the backward."""
 
     @property
     def low(self) -> bool:
-        """Whether weights are cast to be read."""
+        """True if the precision is 16-bit, so that weights are cast before they are read."""
         return self.a != self.m
 
     def parameter(
         self, name: str, shape: tuple[int, ...], split: Split | None = None, *,
         linear: bool = False, trained: bool = True,
     ) -> tuple[int, ...]:  # fmt: skip
-        """Note a parameter; the shape of what this rank holds of it."""
+        """Notes a parameter and gives the shape of the part that this rank holds."""
         self.parameters.append(Parameter(name, shape, split, linear=linear, trained=trained))
         ranges = None
         if split is not None and self.width > 1:
@@ -58,7 +66,7 @@ class Counts:
         return tuple(own)
 
     def weight_cast(self, shape: tuple[int, ...], *, linear: bool) -> Sized:
-        """A weight as it is read: itself, or a cast."""
+        """Gives a weight as operations read it: the weight itself, or its cast in 16 bits."""
         if not self.low:
             return Sized(shape, self.m, NOWHERE)
         made = self.tape.cast(shape, self.a, self.m)
@@ -67,16 +75,18 @@ class Counts:
         return made
 
     def kept(self, *values: Sized) -> list[Sized]:
-        """Those that are no weights themselves."""
+        """Leaves out uncast weights, which need not be saved for the backward."""
         return [each for each in values if each.storage is not NOWHERE]
 
     def weight_gradients(self, shapes: Sequence[tuple[int, ...]]) -> list[Sized | None]:
-        """As the weights were read: those of casts are handed on, others added to what there is."""
+        """Allocates the gradients of weights and gives those that are passed on to a cast. Without
+        casts, they are added to the accumulated gradients at once, and None is passed on."""
         made = [self.tape.new(shape, self.a) for shape in shapes]
         return list(made) if self.low else [None] * len(shapes)
 
     def elementwise(self, inputs: Sequence[Sized], saved: Sequence[Sized]) -> Sized:
-        """An output like the first input; in the backward one of each input's size."""
+        """Counts an elementwise operation: the output has the first input's size, and the backward
+        makes a gradient of each input's size."""
         x = inputs[0]
         new = self.tape.new
 
@@ -90,7 +100,7 @@ class Counts:
         self, name: str, x: Sized, inputs: int, outputs: int, *, bias: bool = False,
         split: Split | None = None,
     ) -> Sized:  # fmt: skip
-        """2 tokens inputs outputs FLOPs, and twice that back."""
+        """Counts 2 * tokens * inputs * outputs FLOPs, and twice that in the backward."""
         self.modules[name] = Made("linear", (inputs, outputs), bias, split)
         own = self.parameter(f"{name}.weight", (outputs, inputs), split, linear=True)
         shapes = [own]
@@ -117,7 +127,7 @@ class Counts:
         return made
 
     def cast_to(self, x: Sized, size: int) -> Sized:
-        """A cast."""
+        """Counts a cast to numbers of `size` bytes; the backward casts the gradient back."""
         shape, before = x.shape, x.size
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
@@ -126,7 +136,7 @@ class Counts:
         return self.tape.record([x], shape, size, back)
 
     def parts(self, x: Sized, sizes: Sequence[int]) -> list[Sized]:
-        """Views; their gradients are put together into one."""
+        """Makes views of parts of the last dimension; their gradients are joined into one."""
         own = [x.shape[-1] * size // sum(sizes) for size in sizes]
         shape, size = x.shape, x.size
 
@@ -136,7 +146,7 @@ class Counts:
         return self.tape.views(x, [(*shape[:-1], each) for each in own], back)
 
     def joined_along(self, x: Sized, y: Sized, dim: int) -> Sized:
-        """Copies, one behind the other in a dimension; the gradient's parts are views."""
+        """Counts a concatenation along `dim`; the gradients are views of the output's gradient."""
         size, left, right = x.size, x.shape, y.shape
 
         def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
@@ -148,12 +158,13 @@ class Counts:
         return self.tape.record([x, y], shape, size, back)
 
     def copied(self, x: Sized, shape: tuple[int, ...]) -> Sized:
-        """Another layout of the same numbers."""
+        """Counts a copy of the same numbers into another shape or memory layout."""
         before, size = x.shape, x.size
         return self.tape.record([x], shape, size, lambda _: [self.tape.new(before, size)])
 
     def activate(self, kind: Activation, x: Sized) -> Sized:
-        """Keeps its input (ReLU its output); two are made of others."""
+        """Counts an activation, which saves its input (ReLU saves its output). Quick-GELU and
+        squared ReLU consist of two or more operations."""
         if kind == "quick-gelu":
             gate = self.elementwise([self.scaled(x, 1.702)], [])
             self.tape.keep(gate, [gate])
@@ -165,7 +176,7 @@ class Counts:
         return made if kind == "relu" else self._squared(made)
 
     def _squared(self, x: Sized) -> Sized:
-        """Keeps its input, which is copied and doubled before the gradient is multiplied by it."""
+        """Counts a square, which saves its input; the backward makes two temporaries of it."""
         shape, size = x.shape, x.size
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
@@ -176,16 +187,16 @@ class Counts:
         return self.tape.record([x], shape, size, back, [x])
 
     def product(self, x: Sized, y: Sized) -> Sized:
-        """Keeps both."""
+        """Counts an elementwise product, which saves both factors."""
         return self.elementwise([x, y], [x, y])
 
     def capped(self, x: Sized, cap: float) -> Sized:
-        """A quotient, a hyperbolic tangent, which is kept, and a product."""
+        """Counts a division, a hyperbolic tangent, whose output is saved, and a product."""
         low = self.elementwise([x], [])
         low = self.elementwise([low], [])
         self.tape.keep(low, [low])
         return self.elementwise([low], [])
 
     def scaled(self, x: Sized, factor: float) -> Sized:
-        """Keeps nothing."""
+        """Counts a product with a constant, which saves nothing."""
         return self.elementwise([x], [])

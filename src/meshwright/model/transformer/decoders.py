@@ -1,4 +1,5 @@
-"""From what a config.json says to the model: decoders that are no Llamas."""
+"""Reads the config.json of decoders with field names of their own (GPT-2, GPT-NeoX, Falcon, BLOOM,
+OPT) as LanguageModels."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from meshwright.model.transformer.spec import Architecture, Norm
 
 
 def gpt2(c: Gpt2Config, name: str, source: str, _kind: str) -> LanguageModel:
-    """Layer normalisations before attention and feed-forward module, biases, a position table."""
+    """Reads a GPT-2: pre-normalisation, biases, and a position table."""
     return LanguageModel(
         name=name,
         family="gpt2",
@@ -43,7 +44,8 @@ def gpt2(c: Gpt2Config, name: str, source: str, _kind: str) -> LanguageModel:
 
 
 def neox(c: NeoxConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Attention and feed-forward module side by side, part of each head turned."""
+    """Reads a GPT-NeoX: parallel attention and feed-forward module, with part of each head
+    rotated."""
     head = divided(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
@@ -74,7 +76,7 @@ def _even(
     c: NeoxConfig | FalconConfig | OptConfig, name: str, kind: str, *, head: int, hidden: int,
     architecture: Architecture, kv_heads: int | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """A model with the usual names of sizes, and one kind of block."""
+    """Makes the LanguageModel from a config with the common names of sizes."""
     return LanguageModel(
         name=name,
         family=kind,
@@ -92,7 +94,8 @@ def _even(
 
 
 def falcon(c: FalconConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """One key and value for all heads, or groups of them; one or two normalisations."""
+    """Reads a Falcon: one key-value head, or groups of them, and one or two parallel
+    normalisations."""
     head = divided(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
@@ -123,7 +126,7 @@ def falcon(c: FalconConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def bloom(c: BloomConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Scores that fall with the distance, and a normalised embedding."""
+    """Reads a BLOOM: ALiBi positions and a normalised embedding."""
     width, layers = c.hidden_size or c.n_embed, c.n_layer or c.num_hidden_layers
     heads = c.n_head or c.num_attention_heads
     needed = {"hidden_size": width, "n_layer": layers, "n_head": heads}
@@ -158,7 +161,7 @@ def bloom(c: BloomConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def opt(c: OptConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """A position table with two rows before the first position."""
+    """Reads an OPT, whose position table has two rows before the first position."""
     head = divided(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )

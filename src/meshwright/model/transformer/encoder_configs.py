@@ -1,4 +1,5 @@
-"""What is followed in the config.json of models with an encoder: BERT, ViT, T5, Whisper."""
+"""Records of the config.json fields that are read for models with an encoder: BERT, ViT, T5 and
+Whisper."""
 
 from __future__ import annotations
 
@@ -20,99 +21,99 @@ from meshwright.records import Line, Name, record
 
 @record
 class BertConfig:
-    """BERT, trained to find masked tokens."""
+    """BERT, trained to predict masked tokens."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     intermediate_size: Hidden
-    """Inner features of the feed-forward module."""
+    """Inner width of the feed-forward module."""
     max_position_embeddings: Positions = 512
-    """Rows of the position table."""
+    """Number of rows of the position table, which is the longest sequence."""
     type_vocab_size: Annotated[int, Field(ge=1, le=10**6)] = 2
-    """Rows of the table of segments; all tokens are of the first."""
+    """Number of rows of the segment table; all tokens are counted as the first segment."""
     hidden_act: Line = "gelu"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     layer_norm_eps: Epsilon = 1e-12
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
 class VitConfig:
-    """ViT, trained to tell classes of pictures."""
+    """ViT, trained to classify pictures."""
 
     hidden_size: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     num_hidden_layers: Layers
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     intermediate_size: Hidden
-    """Inner features of the feed-forward module."""
+    """Inner width of the feed-forward module."""
     image_size: Annotated[int, Field(ge=1, le=10**5)] = 224
-    """Height and width of a picture."""
+    """Height and width of a picture, in pixels."""
     patch_size: Annotated[int, Field(ge=1, le=10**5)] = 16
-    """Height and width of a patch."""
+    """Height and width of a patch, in pixels."""
     num_channels: Annotated[int, Field(ge=1, le=10**4)] = 3
-    """Colours."""
+    """Number of colour channels."""
     num_labels: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    """Classes."""
+    """Number of classes."""
     id2label: dict[Name, Any] | None = None
-    """The same, with their names; neither: two classes."""
+    """Names of the classes; without it and num_labels there are two classes."""
     hidden_act: Line = "gelu"
-    """The feed-forward module's activation."""
+    """Activation of the feed-forward module."""
     layer_norm_eps: Epsilon = 1e-12
-    """What is added to a variance."""
+    """Epsilon of the layer normalisations."""
     qkv_bias: bool = True
-    """Biases of queries, keys and values."""
+    """True if the projections to queries, keys and values have biases."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
 class T5Config:
-    """T5, both forms."""
+    """T5, in its original form and version 1.1."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     d_model: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     d_kv: Width
-    """Features of a head."""
+    """Number of features of a head."""
     d_ff: Hidden
-    """Inner features of the feed-forward module."""
+    """Inner width of the feed-forward module."""
     num_layers: Layers
-    """Blocks of the encoder."""
+    """Number of blocks of the encoder."""
     num_decoder_layers: Layers | None = None
-    """Blocks of the decoder; absent: as many."""
+    """Number of blocks of the decoder; if absent, that of the encoder."""
     num_heads: Heads
-    """Heads of a block."""
+    """Number of attention heads of a block."""
     relative_attention_num_buckets: Annotated[int, Field(ge=4, le=10**6)] = 32
-    """Biases of each head."""
+    """Number of relative-position biases of each head."""
     relative_attention_max_distance: Annotated[int, Field(ge=2, le=2**30)] = 128
-    """The distance from which on all have the last bias."""
+    """Distance from which on all positions have the last bias."""
     feed_forward_proj: Line = "relu"
-    """relu, or gated-gelu."""
+    """Activation of the feed-forward module, such as relu or gated-gelu."""
     layer_norm_epsilon: Epsilon = 1e-6
-    """What is added to a mean square."""
+    """Epsilon of the RMS normalisations."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     scale_decoder_outputs: bool | None = None
-    """Whether the last layer's input is divided by the root of the width; absent: if the output
-    projection is the embedding."""
+    """True if the input of the output projection is divided by the square root of the width; if
+    absent, this is done when embedding and output projection are one parameter."""
     n_positions: Positions = 512
-    """The sequence that it was made for."""
+    """Length of the sequences that the model was trained on."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""
 
 
 @record
@@ -120,30 +121,30 @@ class WhisperConfig:
     """Whisper."""
 
     vocab_size: Vocabulary
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     num_mel_bins: Annotated[int, Field(ge=1, le=10**5)] = 80
-    """Features of a frame of speech."""
+    """Number of mel features of a frame of speech."""
     d_model: Width
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     encoder_layers: Layers
-    """Blocks of the encoder."""
+    """Number of blocks of the encoder."""
     encoder_attention_heads: Heads
-    """Heads of a block of the encoder."""
+    """Number of attention heads of an encoder block."""
     encoder_ffn_dim: Hidden
-    """Inner features of its feed-forward modules."""
+    """Inner width of the encoder's feed-forward modules."""
     decoder_layers: Layers
-    """Blocks of the decoder."""
+    """Number of blocks of the decoder."""
     decoder_attention_heads: Heads
-    """Heads of a block of the decoder."""
+    """Number of attention heads of a decoder block."""
     decoder_ffn_dim: Hidden
-    """Inner features of its feed-forward modules."""
+    """Inner width of the decoder's feed-forward modules."""
     max_source_positions: Positions = 1500
-    """Frames of speech, after they have been halved."""
+    """Number of frames of speech after the second convolution, which halves them."""
     max_target_positions: Positions = 448
-    """Rows of the decoder's position table."""
+    """Number of rows of the decoder's position table, which is the longest text."""
     activation_function: Line = "gelu"
-    """The feed-forward modules' activation."""
+    """Activation of the feed-forward modules."""
     tie_word_embeddings: bool = True
-    """Whether embedding and output projection are one parameter."""
+    """True if the embedding and the output projection are one parameter."""
     name_or_path: Annotated[Line, Field(alias="_name_or_path")] = ""
-    """What the model is called here."""
+    """Name of the model."""

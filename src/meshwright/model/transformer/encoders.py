@@ -1,4 +1,4 @@
-"""From what a config.json says to the model: families with an encoder."""
+"""Reads the config.json of families with an encoder (BERT, ViT, T5, Whisper) as LanguageModels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BIASES: dict[str, Any] = {"query_bias": True, "out_bias": True, "feed_bias": Tr
 
 
 def bert(c: BertConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Normalisations after attention and feed-forward module; tokens look both ways."""
+    """Reads a BERT: an encoder with post-normalisation and attention in both directions."""
     names = ("hidden_size", "num_attention_heads")
     return LanguageModel(
         name=name,
@@ -51,7 +51,7 @@ def bert(c: BertConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def vit(c: VitConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Patches of a picture and a token for its class."""
+    """Reads a ViT, whose tokens are a class token and the patches of a picture."""
     if c.image_size % c.patch_size:
         wanted = f"a divisor of image_size = {c.image_size}"
         raise ModelError(Problem(source, "patch_size", str(c.patch_size), wanted))
@@ -82,11 +82,11 @@ def vit(c: VitConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def t5(c: T5Config, name: str, source: str, kind: str) -> LanguageModel:
-    """A bias for each head and distance; scores are not divided."""
+    """Reads a T5, which has relative-position biases and unscaled attention scores."""
     word = c.feed_forward_proj.removeprefix("gated-")
     gated = word != c.feed_forward_proj
     scaled = c.tie_word_embeddings if c.scale_decoder_outputs is None else c.scale_decoder_outputs
-    # As transformers reads it: the gate's activation is the tanh form.
+    # The transformers library takes "gated-gelu" as the tanh approximation of GELU.
     word = "gelu_new" if c.feed_forward_proj == "gated-gelu" else word
     return LanguageModel(
         name=name,
@@ -118,7 +118,8 @@ def t5(c: T5Config, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def whisper(c: WhisperConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Speech through two convolutions, then an encoder that a decoder of text reads."""
+    """Reads a Whisper: speech goes through two convolutions and an encoder, whose output a text
+    decoder attends to."""
     names = ("d_model", "encoder_attention_heads")
     head = divided(c.d_model, c.encoder_attention_heads, names, source)
     if c.decoder_attention_heads != c.encoder_attention_heads:

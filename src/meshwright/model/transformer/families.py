@@ -1,4 +1,5 @@
-"""Families of models by the `model_type` of their config.json: what of it is followed, and how."""
+"""Table of model families by the `model_type` of their config.json: which fields are read, with
+which defaults, and by which function."""
 
 from __future__ import annotations
 
@@ -52,20 +53,21 @@ _NAMES = {
 
 @record
 class Family:
-    """How one `model_type` is read."""
+    """How a config.json of one `model_type` is read."""
 
     heads: tuple[str, ...]
-    """Names of `architectures` that are this model with its loss."""
+    """Class names in `architectures` that mean this model with its training loss."""
     config: type[Any]
-    """The record of the fields that may be followed."""
+    """The record with the fields of such a config."""
     follows: tuple[str, ...] = ()
-    """Those that are; none given: all."""
+    """Names of the fields that are read; if empty, all fields of the record."""
     usual: Mapping[str, Any]
-    """Values of fields that a file may leave out, as transformers has them."""
+    """Defaults of fields that a file may leave out, as in the transformers library."""
     names: Mapping[str, str]
-    """Sizes of a LanguageModel as the file calls them."""
+    """Name of a LanguageModel's size -> name of that field in the file, for messages."""
     read: Callable[[Any, str, str, str], LanguageModel]
-    """From the record, the model's name, the file and the model type. Raises ModelError."""
+    """Makes the LanguageModel from the record, the model's name, the path of the file and the
+    `model_type`. Raises ModelError."""
 
 
 def _decoder(head: str, *follows: str, **usual: Any) -> Family:
@@ -201,4 +203,4 @@ _FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = _FAMILIES
-"""By `model_type`."""
+"""Family by `model_type`."""

@@ -1,7 +1,7 @@
-"""Every field that the families' configurations have: followed, of no account, or refused.
+"""Decides what happens to each field of a config.json: it is read, ignored, or refused.
 
-`configs` holds those that are followed. A field that is in none of the three is an error: it may
-change what is computed.
+The records of `configs` and `encoder_configs` hold the fields that are read. A field in none of the
+three groups is an error, since it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ OF_NO_ACCOUNT: Mapping[str, str] = {
     "num_hidden_layers": "followed under the other names that the family has",
     "encoder_stride": "of another head than the one with the loss",
 }  # fmt: skip
-"""Field -> why nothing is lost by passing over it."""
+"""Field that is ignored -> the reason why it does not matter."""
 
 REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "quantization_config": ((), "weights are trained in full precision; remove the field"),
@@ -108,11 +108,11 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "altup_num_inputs": ((), "Gemma 3n is not known"),
     "tie_encoder_decoder": ((False,), "encoder and decoder are not one"),
 }
-"""Field -> values that change nothing, and why others are refused."""
+"""Field -> its values that change nothing, and the reason why all others are refused."""
 
 
 def followed(family: Family) -> frozenset[str]:
-    """Fields of a config.json that a family follows."""
+    """Gives the fields of a config.json that are read for a family."""
     written = {_written(each) for each in fields(family.config)}
     if not family.follows:
         return frozenset(written)
@@ -120,7 +120,7 @@ def followed(family: Family) -> frozenset[str]:
 
 
 def _written(each: Any) -> str:
-    """A record's field as the file has it."""
+    """Gives the name that a record's field has in the file."""
     alias = {"name_or_path", "remove_final_layer_norm"}
     return f"_{each.name}" if each.name in alias else str(each.name)
 
@@ -128,11 +128,11 @@ def _written(each: Any) -> str:
 EVERY: frozenset[str] = frozenset(
     name for family in FAMILIES.values() for name in map(_written, fields(family.config))
 )
-"""Fields that some family follows."""
+"""Fields that are read for at least one family."""
 
 
 def unread(config: Mapping[str, Any], kind: str, source: str) -> Iterator[Problem]:
-    """A Problem for each field that is refused, or that nothing is known of."""
+    """Yields a Problem for each field that is refused or unknown."""
     family = FAMILIES[kind]
     own = followed(family)
     for key, value in config.items():

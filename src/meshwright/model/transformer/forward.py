@@ -1,4 +1,8 @@
-"""Layers of transformers in operations: the one description of what each of them computes."""
+"""Describes what each layer of a transformer computes, in abstract operations.
+
+This is the only description: `counted_graph` counts it, and `model.zoo.described` executes it. In
+every function, `o` carries out the operations and `c` has the model's sizes and architecture.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,15 @@ from meshwright.model.transformer.spec import Architecture, Norm, Picture, Rotar
 from meshwright.model.transformer.usual import made_of
 
 COMPRESSED = Norm(kind="rms", epsilon=1e-6)
-"""Of what latent attention compresses; its epsilon is not the blocks' (DeepSeek)."""
+"""The norm of compressed queries, keys and values in latent attention; its epsilon differs from
+that of the blocks (DeepSeek)."""
 
 
 def tensor_units(c: LanguageModel, block: int) -> int:
-    """Tensor widths that divide this number are legal for a block."""
+    """Gives the number that a legal tensor-parallel width must divide, for one block."""
     a = made_of(c)
-    # Normalisations of heads, compressions that all of them read, and slopes that differ from head
-    # to head need them all.
+    # Tensor parallelism is not supported (1) where a rank with some of the heads would need more:
+    # norms over all heads, compressed values that all heads read, slopes or biases of each head.
     if a.picture or a.query_norm or a.latent is not None or a.position in ("alibi", "relative"):
         return 1
     if a.mixture is not None and block not in a.mixture.dense:
@@ -28,13 +33,13 @@ def tensor_units(c: LanguageModel, block: int) -> int:
 
 
 def feed_width(c: LanguageModel, block: int) -> int:
-    """Inner width of a block's feed-forward module, of one expert where it has experts."""
+    """Gives the inner width of a block's feed-forward module, or of one of its experts."""
     mixture = made_of(c).mixture
     return mixture.dense_hidden if mixture and block in mixture.dense else c.hidden
 
 
 def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
-    """First layer: tokens or patches, and what is added to them."""
+    """Describes the first layer: it embeds tokens or patches and adds positions and segments."""
     a = made_of(c)
     if a.picture is not None:
         return _seen(o, c, a.picture, tokens)
@@ -54,13 +59,13 @@ def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
 
 
 def patches_of(picture: Picture) -> int:
-    """Patches that a picture is cut into."""
+    """Gives the number of patches that a picture is cut into."""
     (height, width), (down, across) = picture.size, picture.patch
     return (height // down) * (width // across)
 
 
 def _seen(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> Value:
-    """Patches, each through one product, behind a token for the class."""
+    """Embeds each patch with a linear map, and puts a class token before the patches."""
     numbers = picture.channels * picture.patch[0] * picture.patch[1]
     x = o.linear("patches", o.patches(pixels, picture.patch), numbers, c.width, bias=True)
     x = o.prepended("class_token", x)
@@ -68,7 +73,7 @@ def _seen(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> V
 
 
 def block(o: Operations, c: LanguageModel, x: Value, *, number: int) -> Value:
-    """Attention and feed-forward module, each added to the residual stream."""
+    """Describes a block: attention and feed-forward module, each added to the residual stream."""
     a = made_of(c)
 
     def norm(name: str, value: Value) -> Value:
@@ -100,7 +105,7 @@ def _rotary(a: Architecture, number: int) -> Rotary | None:
 
 
 def attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
-    """Self-attention; each key-value head serves a group of query heads."""
+    """Describes self-attention, in which each key-value head serves a group of query heads."""
     a = made_of(c)
     if a.latent is not None:
         return latent_attention(o, c, x)
@@ -129,7 +134,7 @@ def attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
 
 
 def _projected(o: Operations, c: LanguageModel, x: Value) -> tuple[Value, Value, Value]:
-    """Queries, keys and values of one product."""
+    """Computes queries, keys and values in one product."""
     sizes = (c.heads * c.head, c.kv_heads * c.head, c.kv_heads * c.head)
     qkv = o.linear("attention.qkv", x, c.width, sum(sizes), bias=made_of(c).query_bias,
                    split=Column(parts=sizes))  # fmt: skip
@@ -138,7 +143,8 @@ def _projected(o: Operations, c: LanguageModel, x: Value) -> tuple[Value, Value,
 
 
 def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
-    """Multi-head latent attention, computed as in training: keys and values are spread out."""
+    """Describes multi-head latent attention as in training, where keys and values are decompressed
+    for every head (DeepSeek-V2, section 2.1)."""
     a = made_of(c)
     latent, rotary = a.latent, a.rotary
     assert latent is not None
@@ -165,7 +171,7 @@ def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
 
 
 def feed(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
-    """The feed-forward module of a block, or its experts."""
+    """Describes the feed-forward module of a block, or its mixture of experts."""
     a = made_of(c)
     if a.mixture is None or number in a.mixture.dense:
         return dense(o, c, "mlp", x, feed_width(c, number))
@@ -179,7 +185,8 @@ def feed(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
 
 
 def dense(o: Operations, c: LanguageModel, name: str, x: Value, hidden: int) -> Value:
-    """Two linear maps around an activation, which a gate may multiply."""
+    """Describes a feed-forward module: two linear maps with an activation, possibly gated, between
+    them."""
     a = made_of(c)
     if a.gated:
         both = o.linear(f"{name}.gate_up", x, c.width, 2 * hidden, bias=a.feed_bias,
@@ -193,7 +200,8 @@ def dense(o: Operations, c: LanguageModel, name: str, x: Value, hidden: int) -> 
 
 
 def head(o: Operations, c: LanguageModel, x: Value, targets: Value) -> Value:
-    """Last layer: normalisation, projection to the vocabulary, mean loss."""
+    """Describes the last layer: normalisation, projection to the vocabulary or to classes, and mean
+    loss."""
     a = made_of(c)
     width = a.embedding_width or c.width
     if a.last_norm:

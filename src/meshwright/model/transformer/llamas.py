@@ -1,4 +1,4 @@
-"""From what a config.json says to the model: Llama, and what differs from it."""
+"""Reads the config.json of Llama, and of families with its field names, as a LanguageModel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def llama(c: DecoderConfig, name: str, source: str, kind: str) -> LanguageModel:
-    """Llama, and what differs from it in the families that use its words."""
+    """Reads a model of family `kind`: Llama, plus what differs from Llama in that family."""
     head = c.head_dim or divided(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
@@ -57,7 +57,7 @@ def llama(c: DecoderConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 
 def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
-    """What a Llama with these fields is."""
+    """Gives the architecture that a Llama with these fields has."""
     head = c.qk_rope_head_dim if kind.startswith("deepseek") else c.head_dim
     head = head or c.hidden_size // c.num_attention_heads
     turned = int(head * share(c.rope_parameters, c.partial_rotary_factor or 1.0))
@@ -98,7 +98,7 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
 
 
 def _of_kind(c: DecoderConfig, head: int, kind: str) -> dict[str, Any]:
-    """What a family has that Llama has not."""
+    """Gives the fields of the architecture in which a family differs from Llama."""
     scale = (c.query_pre_attn_scalar or head) ** -0.5
     caps = {"score_cap": c.attn_logit_softcapping, "logit_cap": c.final_logit_softcapping}
     gemma_norm = Norm(kind="rms", epsilon=c.rms_norm_eps or 1e-6, one_added=True)
@@ -130,7 +130,8 @@ def _of_kind(c: DecoderConfig, head: int, kind: str) -> dict[str, Any]:
 
 
 def _grown_scale(c: DecoderConfig, head: int) -> float | None:
-    """DeepSeek widens scores as yarn widens cosines."""
+    """Gives DeepSeek's factor of attention scores, into which YaRN's magnitude enters squared; None
+    for the default factor."""
     given = c.rope_scaling or c.rope_parameters or {}
     share, factor = given.get("mscale_all_dim"), given.get("factor", 1.0)
     if not share or factor <= 1:
@@ -139,7 +140,7 @@ def _grown_scale(c: DecoderConfig, head: int) -> float | None:
 
 
 def _windows(c: DecoderConfig, kind: str, source: str) -> tuple[int, ...]:
-    """How far each block reaches; none given where all reach all."""
+    """Gives the attention window of each block, or () if every block attends to all tokens."""
     switched = kind.startswith("qwen") or kind == "smollm3"
     window = c.sliding_window if c.use_sliding_window or not switched else None
     if not window:

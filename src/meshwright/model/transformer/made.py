@@ -1,4 +1,7 @@
-"""What a layer is found to need when it is counted: modules and their parameters."""
+"""Specifications of the parameters and modules of a layer, collected when the layer is counted.
+
+`model.zoo.described` builds torch modules from them.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,28 @@ from meshwright.model.shard import Split
 from meshwright.model.transformer.spec import Norm
 
 INDEX = 8
-"""Bytes of a token index."""
+"""Number of bytes of a token index."""
 
 
 @dataclass(slots=True)
 class Parameter:
-    """One parameter that a layer has."""
+    """Name, shape and division of one parameter of a layer."""
 
     name: str
     shape: tuple[int, ...]
     split: Split | None = None
     linear: bool = False
-    """Cast once a step in low precision."""
+    """True if 16-bit precision casts it once a step, as it does weights of linear maps."""
     trained: bool = True
 
 
 @dataclass(slots=True)
 class Made:
-    """A module that a layer needs."""
+    """Kind, sizes and division of one module of a layer."""
 
     kind: Literal["linear", "table", "sines", "row", "norm", "experts", "convolution", "loss"]
     sizes: tuple[int, ...] = ()
+    """Arguments of the module's constructor, such as (inputs, outputs) of a linear map."""
     bias: bool = False
     split: Split | None = None
     norm: Norm | None = None

@@ -1,4 +1,4 @@
-"""From what a config.json says to experts and latent attention."""
+"""Reads mixtures of experts and latent attention from a config.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meshwright.model.transformer.spec import Latent, Mixture
 
 
 def latent_of(c: DecoderConfig, kind: str) -> Latent | None:
-    """The compressions of latent attention; None for families without it."""
+    """Reads the sizes of latent attention; None for families without it."""
     if not kind.startswith("deepseek"):
         return None
     assert c.kv_lora_rank is not None
@@ -27,7 +27,8 @@ def latent_of(c: DecoderConfig, kind: str) -> Latent | None:
 
 
 def mixture_of(c: DecoderConfig, kind: str, source: str) -> tuple[Mixture | None, int, int]:
-    """The mixture, how many experts it has, and the inner width of one of them."""
+    """Reads the mixture, its number of experts, and the inner width of one expert; for a dense
+    model, None, 0 and the inner width of the feed-forward module."""
     if kind == "mixtral":
         _needed(c, source, "num_local_experts", "num_experts_per_tok")
         return Mixture(), c.num_local_experts, c.intermediate_size
@@ -71,7 +72,8 @@ def _deepseek(c: DecoderConfig, kind: str, source: str) -> Mixture:
 
 
 def _choice_problems(c: DecoderConfig, free: bool, grouped: bool, source: str) -> Iterator[Problem]:
-    """Where experts are chosen in another way than the two that DeepSeek has."""
+    """Yields a Problem for each field that asks for another choice of experts than DeepSeek's two:
+    V2's greedy or group-limited top-k, and V3's bias-balanced one without an auxiliary loss."""
     ways = ("noaux_tc",) if free else ("greedy", "group_limited_greedy")
     if c.topk_method not in ways:
         yield Problem(source, "topk_method", repr(c.topk_method), " or ".join(ways))

@@ -1,4 +1,4 @@
-"""The layers of a transformer in order, what each of them reads, and what a batch is made of."""
+"""Lists the layers of a transformer in order, with their inputs, and the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from meshwright.records import record
 
 @record
 class LayerOf:
-    """One layer of a network."""
+    """One layer of a transformer."""
 
     name: str
+    """Name of the layer and of its module, such as `blocks.3`."""
     kind: str
-    """Layers of one kind compute the same."""
+    """Text that is equal for layers which compute the same."""
     compute: Callable[..., Value]
-    """Takes Operations and what is read."""
+    """The forward: it takes Operations and the inputs of the layer."""
     reads: tuple[str, ...]
-    """Inputs of the batch, or layers."""
+    """Names of its inputs: tensors of the batch, or earlier layers."""
     units: int
-    """Tensor widths that divide it are legal; 0: every one."""
+    """Number that a legal tensor-parallel width must divide; 0 means that every width is legal."""
 
 
 @record
@@ -33,13 +34,13 @@ class Input:
 
     name: str
     shape: tuple[int, ...]
-    """Of one row."""
+    """Its shape for one row."""
     index: bool = True
-    """Whole numbers."""
+    """True for integers (token indices), false for floating point."""
 
 
 def inputs_of(c: LanguageModel, sequence: int) -> tuple[Input, ...]:
-    """What a batch is made of, where texts have `sequence` tokens."""
+    """Lists the tensors of a batch, for texts of `sequence` tokens."""
     a = made_of(c)
     text = (Input(name="tokens", shape=(sequence,)), Input(name="targets", shape=(sequence,)))
     if a.task == "image class":
@@ -56,7 +57,7 @@ def inputs_of(c: LanguageModel, sequence: int) -> tuple[Input, ...]:
 
 
 def tokens_of(c: LanguageModel, layer: str, sequence: int) -> int:
-    """Tokens of what the layer of this name makes."""
+    """Gives the number of tokens in the output of a layer."""
     a = made_of(c)
     if a.picture is not None:
         return forward.patches_of(a.picture) + 1
@@ -67,7 +68,8 @@ def tokens_of(c: LanguageModel, layer: str, sequence: int) -> int:
 
 
 def layers_of(c: LanguageModel) -> tuple[LayerOf, ...]:
-    """Embedding, blocks, head; of a pair of encoder and decoder the encoder's come first."""
+    """Lists the layers: embedding, blocks, head; in an encoder-decoder model, those of the encoder
+    come first."""
     a = made_of(c)
     if a.encoder is not None:
         return (*_encoder(c), *_decoder(c))
@@ -127,7 +129,8 @@ def _decoder(c: LanguageModel) -> Iterator[LayerOf]:
 
 
 def _kind(c: LanguageModel, number: int) -> str:
-    """What tells a block from others: its window, its positions, its experts."""
+    """Gives the kind of a block, in which blocks of one model may differ: window, positions,
+    experts."""
     a = made_of(c)
     window = a.windows[number] if a.windows else 0
     dense = a.mixture is None or number in a.mixture.dense
@@ -135,7 +138,8 @@ def _kind(c: LanguageModel, number: int) -> str:
 
 
 def tied_parameters(c: LanguageModel) -> dict[str, str]:
-    """Parameters that are another one's: own name -> the name of the first."""
+    """Gives the parameters that are the same as an earlier one: name -> name of the first. Example:
+    {"head.linear.weight": "embedding.tokens.weight"}."""
     a = made_of(c)
     table = "embedding.tokens.weight"
     tied = {}

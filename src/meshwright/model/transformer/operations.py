@@ -1,9 +1,10 @@
-"""The operations that transformers are made of: what `forward` calls, and two rooms carry out.
+"""The abstract operations in which `forward` describes the layers of transformers.
 
-`counted.Counted` notes what each costs, without torch; `model.zoo.described` computes it. Values
-have a `shape` of (rows, tokens, features) unless a docstring says otherwise. Names are those of the
-parameters' modules inside a layer, `attention.out`. Sizes that are passed are of the whole model;
-where tensor ranks divide a layer, what a rank holds is seen from the shapes.
+There are two implementations: `counted.Counted` counts the cost of each operation, without torch,
+and `model.zoo.described.Computed` computes it. Values have the shape (rows, tokens, features)
+unless a docstring says otherwise. A `name` is that of the submodule with the operation's
+parameters, such as `attention.out`. Sizes that are passed are those of the undivided model; under
+tensor parallelism, the shapes of values show what a rank holds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from meshwright.model.shard import Split
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
 
 Value = Any
-"""A tensor, or what stands for one."""
+"""A torch tensor, or an abstract tensor of the counter."""
 
 
 class Operations(Protocol):
-    """What a layer's forward is written in."""
+    """The operations that a layer's forward may call."""
 
     def linear(
         self,
@@ -32,44 +33,44 @@ class Operations(Protocol):
         bias: bool = False,
         split: Split | None = None,
     ) -> Value:
-        """x W^T, and a bias."""
+        """Computes x W^T, plus a bias if asked for."""
 
     def embedding(
         self, name: str, index: Value, entries: int, width: int, *, split: Split | None = None
     ) -> Value:
-        """Rows of a table."""
+        """Looks up rows of a table by index: (rows, tokens) to (rows, tokens, width)."""
 
     def positions(self, name: str, x: Value, entries: int, offset: int, *, frozen: bool) -> Value:
-        """Rows of a table of positions added to x, from row `offset` on; a frozen one is made of
-        sines and not trained."""
+        """Adds rows of a position table to x, from row `offset` on. A frozen table consists of
+        sines and cosines and is not trained."""
 
     def added_row(self, name: str, x: Value, entries: int) -> Value:
-        """The first row of a table added to every token: all tokens are of one segment."""
+        """Adds the first row of a segment table to every token: all are of the first segment."""
 
     def prepended(self, name: str, x: Value) -> Value:
-        """One more token, which is a parameter, before the others."""
+        """Puts one more token, which is a parameter, before the others."""
 
     def norm(self, name: str, x: Value, width: int, norm: Norm) -> Value:
-        """The last dimension normalised."""
+        """Normalises the last dimension."""
 
     def parts(self, x: Value, sizes: Sequence[int]) -> list[Value]:
-        """The last dimension cut in the proportions of `sizes`."""
+        """Cuts the last dimension in the proportions of `sizes`."""
 
     def heads(self, x: Value, head: int) -> Value:
-        """(rows, tokens, heads * head) as (rows, heads, tokens, head)."""
+        """Reshapes (rows, tokens, heads * head) to (rows, heads, tokens, head)."""
 
     def merged(self, x: Value) -> Value:
-        """The inverse of `heads`."""
+        """Reshapes (rows, heads, tokens, head) to (rows, tokens, heads * head)."""
 
     def rotate(self, x: Value, rotary: Rotary) -> Value:
-        """Positions turned into the features of (rows, heads, tokens, head)."""
+        """Applies rotary position embedding to (rows, heads, tokens, head)."""
 
     def common_head(self, x: Value, like: Value) -> Value:
-        """One head beside each of the heads of `like`: (rows, 1, tokens, a) and (rows, heads,
+        """Appends the one head of x to each head of `like`: (rows, 1, tokens, a) and (rows, heads,
         tokens, b) to (rows, heads, tokens, b + a)."""
 
     def joined(self, x: Value, y: Value) -> Value:
-        """Two values one behind the other in the last dimension."""
+        """Concatenates two values along the last dimension."""
 
     def attention(
         self,
@@ -84,51 +85,53 @@ class Operations(Protocol):
         alibi: int = 0,
         bias: Value = None,
     ) -> Value:
-        """Scaled dot-product attention of values from `heads`; `alibi` is the number of heads of
-        the whole layer where scores fall with the distance, `bias` is added to scores."""
+        """Computes scaled dot-product attention of values from `heads`. `alibi` is the number of
+        heads of the undivided layer with ALiBi slopes (0: none); `bias` is added to the scores."""
 
     def relative_bias(
         self, name: str, x: Value, heads: int, buckets: int, reach: int, *, both_ways: bool
     ) -> Value:
-        """A learned bias for each head and distance (T5): (1, heads, tokens, tokens)."""
+        """Gives T5's learned bias for each head and distance, as (1, heads, tokens, tokens)."""
 
     def activate(self, kind: Activation, x: Value) -> Value:
-        """An activation, element by element."""
+        """Applies an activation to each element."""
 
     def product(self, x: Value, y: Value) -> Value:
-        """x times y, element by element."""
+        """Multiplies x and y element by element."""
 
     def added(self, x: Value, y: Value) -> Value:
-        """x plus y."""
+        """Adds x and y element by element."""
 
     def scaled(self, x: Value, factor: float) -> Value:
-        """x times a constant."""
+        """Multiplies x by a constant."""
 
     def clamped(self, x: Value, limit: float) -> Value:
-        """x within plus or minus `limit`."""
+        """Clamps each element to the range from -limit to limit."""
 
     def capped(self, x: Value, cap: float) -> Value:
-        """cap * tanh(x / cap)."""
+        """Computes cap * tanh(x / cap)."""
 
     def gated(self, gate: Value, x: Value) -> Value:
-        """sigmoid(gate) x, the gate having one feature."""
+        """Computes sigmoid(gate) * x, where `gate` has one feature per token."""
 
     def experts(self, name: str, x: Value, c: LanguageModel) -> Value:
-        """A mixture of experts without its shared one."""
+        """Applies a mixture of experts, without its shared expert."""
 
     def patches(self, pixels: Value, patch: tuple[int, int]) -> Value:
-        """Pictures (rows, channels, height, width) as tokens of channels * patch features."""
+        """Cuts pictures (rows, channels, height, width) into patches: (rows, patches, channels *
+        patch height * patch width)."""
 
     def convolution(self, name: str, x: Value, inputs: int, outputs: int, *, stride: int) -> Value:
-        """Along tokens, over three neighbours, with bias."""
+        """Convolves three neighbouring tokens, with bias: (rows, inputs, tokens) to (rows, outputs,
+        tokens / stride)."""
 
     def turned(self, x: Value) -> Value:
-        """(rows, features, tokens) as (rows, tokens, features)."""
+        """Transposes (rows, features, tokens) to (rows, tokens, features)."""
 
     def first_token(self, x: Value) -> Value:
-        """(rows, tokens, features) to (rows, features)."""
+        """Takes the first token: (rows, tokens, features) to (rows, features)."""
 
     def loss(
         self, name: str, logits: Value, targets: Value, *, split: Split | None = None
     ) -> Value:
-        """Mean cross entropy."""
+        """Computes the mean cross entropy of logits and target indices."""

@@ -1,4 +1,4 @@
-"""Layers of encoders that a decoder reads: T5 and Whisper."""
+"""Describes the layers of encoder-decoder models (T5, Whisper) in abstract operations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def _encoder(c: LanguageModel) -> Encoder:
 
 
 def read(o: Operations, c: LanguageModel, source: Value) -> Value:
-    """The embedding of the text that is read."""
+    """Embeds the text that the encoder reads (T5)."""
     return o.embedding("tokens", source, c.vocabulary, c.width)
 
 
 def heard(o: Operations, c: LanguageModel, mels: Value) -> Value:
-    """Frames of speech through two convolutions, the second of which halves them."""
+    """Embeds frames of speech with two convolutions, of which the second halves their number
+    (Whisper)."""
     a = made_of(c)
     x = o.activate("gelu", o.convolution("first", mels, a.mels, c.width, stride=1))
     x = o.activate("gelu", o.convolution("second", x, c.width, c.width, stride=2))
@@ -29,7 +30,7 @@ def heard(o: Operations, c: LanguageModel, mels: Value) -> Value:
 
 
 def encoder_block(o: Operations, c: LanguageModel, x: Value) -> Value:
-    """Attention that looks both ways, and a feed-forward module."""
+    """Applies attention in both directions and a feed-forward module."""
     a, encoder = made_of(c), _encoder(c)
     x = o.added(x, attention(o, c, "attention", o.norm("norm1", x, c.width, a.norm), None,
                              encoder.heads, causal=False))  # fmt: skip
@@ -37,12 +38,12 @@ def encoder_block(o: Operations, c: LanguageModel, x: Value) -> Value:
 
 
 def encoder_norm(o: Operations, c: LanguageModel, x: Value) -> Value:
-    """What the decoder reads."""
+    """Normalises the encoder's output, which the decoder attends to."""
     return o.norm("norm", x, c.width, made_of(c).norm)
 
 
 def decoder_embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
-    """The embedding of the text that is written."""
+    """Embeds the text that the decoder generates."""
     a = made_of(c)
     x = o.embedding("tokens", tokens, c.vocabulary, c.width)
     if a.task == "speech to text":
@@ -51,7 +52,8 @@ def decoder_embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
 
 
 def decoder_block(o: Operations, c: LanguageModel, x: Value, read: Value) -> Value:
-    """Causal attention, attention to what the encoder made, and a feed-forward module."""
+    """Applies causal self-attention, cross-attention to the encoder's output (`read`), and a
+    feed-forward module."""
     norm = made_of(c).norm
     x = o.added(x, attention(o, c, "attention", o.norm("norm1", x, c.width, norm), None, c.heads,
                              causal=True))  # fmt: skip
@@ -63,7 +65,7 @@ def decoder_block(o: Operations, c: LanguageModel, x: Value, read: Value) -> Val
 def attention(
     o: Operations, c: LanguageModel, name: str, x: Value, read: Value, heads: int, *, causal: bool
 ) -> Value:
-    """Of x to itself, or to what is read."""
+    """Applies self-attention to x, or cross-attention to `read` if that is given."""
     a = made_of(c)
     inner = heads * c.head
     keys = a.query_bias if a.key_bias is None else a.key_bias

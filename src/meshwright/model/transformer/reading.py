@@ -1,4 +1,4 @@
-"""What all families read alike: activations, heads, shares of a head."""
+"""Reads values that several families have in common: activations, and the features of a head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(word: str, field: str, source: str) -> Activation:
-    """Raises ModelError for one that the modules do not have."""
+    """Gives the activation that a config calls `word`. Raises ModelError if there is none."""
     if word not in ACTIVATIONS:
         wanted = f"one of {', '.join(ACTIVATIONS)}"
         raise ModelError(Problem(source, field, repr(word), wanted))
@@ -30,7 +30,7 @@ def activation(word: str, field: str, source: str) -> Activation:
 
 
 def divided(width: int, heads: int, names: tuple[str, str], source: str) -> int:
-    """Features of a head where the config does not say. Raises ModelError."""
+    """Gives the number of features of a head, width / heads. Raises ModelError with a remainder."""
     if width % heads:
         wanted = f"a divisor of {names[0]} = {width}"
         raise ModelError(Problem(source, names[1], str(heads), wanted))
@@ -38,6 +38,6 @@ def divided(width: int, heads: int, names: tuple[str, str], source: str) -> int:
 
 
 def share(table: Mapping[str, Any] | None, usual: float) -> float:
-    """Of a head's features that are turned."""
+    """Gives the fraction of a head's features that is rotated."""
     given = (table or {}).get("partial_rotary_factor")
     return float(given) if isinstance(given, int | float) and 0 < given <= 1 else usual

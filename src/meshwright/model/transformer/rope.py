@@ -1,4 +1,5 @@
-"""Rotary positions as configurations state them, in their several ways."""
+"""Reads rotary positions and their scaling from `rope_scaling` or `rope_parameters` of a
+config.json."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ def rotary(
     original: int | None = None,
     adjacent: bool = False,
 ) -> Rotary:
-    """Rotary positions with the scaling that `rope_scaling` or `rope_parameters` asks for.
+    """Makes the Rotary that a `rope_scaling` or `rope_parameters` table (`given`) asks for.
 
-    `positions` and `original` are those of the model now and in its first training. Raises
-    ModelError with every field of `given` that is not understood.
+    `positions` is the model's longest sequence, `original` that of its original training. `where`
+    is the table's name, for messages. Raises ModelError with every field that is not understood.
     """
     table = {key: value for key, value in (given or {}).items() if value is not None}
     kind = table.get("rope_type", table.get("type", "default"))
@@ -104,7 +105,8 @@ def _llama3(t: Mapping[str, Any], _positions: int, _original: int | None) -> Sca
 
 
 def _yarn(t: Mapping[str, Any], positions: int, original: int | None) -> Scaling:
-    """Cosines grow with the logarithm of the factor (Peng et al. 2023, eq. 22)."""
+    """Reads YaRN, whose magnitude grows with the logarithm of the factor (Peng et al. 2023, eq.
+    22)."""
 
     def grown(share: float) -> float:
         return 0.1 * share * math.log(t["factor"]) + 1.0 if t["factor"] > 1 else 1.0

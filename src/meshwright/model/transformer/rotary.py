@@ -1,4 +1,4 @@
-"""How fast each pair of a head's features turns, as configurations ask for it."""
+"""Computes the rotary frequency of each pair of features of a head, with all scalings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from meshwright.model.transformer.spec import Rotary, Scaling
 
 
 def frequencies(rotary: Rotary, tokens: int) -> tuple[list[float], float]:
-    """Radians per position of each pair, and what cosines and sines are multiplied by, for
-    sequences of `tokens`."""
+    """Gives the frequency of each pair (radians per position) and the factor of cosines and sines,
+    for sequences of `tokens` tokens."""
     pairs = range(0, rotary.features, 2)
     plain = [rotary.base ** (-pair / rotary.features) for pair in pairs]
     scaling = rotary.scaling
@@ -23,7 +23,8 @@ def _linear(plain: list[float], s: Scaling, _rotary: Rotary, _tokens: int) -> li
 
 
 def _llama3(plain: list[float], s: Scaling, _rotary: Rotary, _tokens: int) -> list[float]:
-    """Slow pairs by the factor, fast ones not, those between by a share (Llama 3.1)."""
+    """Divides low frequencies by the factor, keeps high ones, and interpolates between (Llama
+    3.1)."""
 
     def changed(each: float) -> float:
         length = 2 * math.pi / each
@@ -38,8 +39,8 @@ def _llama3(plain: list[float], s: Scaling, _rotary: Rotary, _tokens: int) -> li
 
 
 def _yarn(plain: list[float], s: Scaling, rotary: Rotary, _tokens: int) -> list[float]:
-    """A ramp between pairs that turn often within the first training's positions and those that
-    hardly do (Peng et al. 2023)."""
+    """Keeps pairs with many rotations within the original length, divides pairs with few by the
+    factor, and interpolates linearly between (YaRN, Peng et al. 2023)."""
 
     def pair_that_turns(times: float) -> float:
         length = s.original / (times * 2 * math.pi)
@@ -59,7 +60,8 @@ def _yarn(plain: list[float], s: Scaling, rotary: Rotary, _tokens: int) -> list[
 
 
 def _longrope(plain: list[float], s: Scaling, _rotary: Rotary, tokens: int) -> list[float]:
-    """A divisor of each pair, other ones beyond the first training's positions."""
+    """Divides each frequency by a number of its own, with a second set of numbers for sequences
+    longer than those of the original training."""
     divisors = s.long if tokens > s.original else s.short
     return [each / divisor for each, divisor in zip(plain, divisors, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What a transformer is made of, beyond the sizes that `model.config` has of every model."""
+"""The Architecture of a transformer: what its layers compute. Sizes are in `model.config`."""
 
 from __future__ import annotations
 
@@ -25,47 +25,48 @@ Task = Literal["next token", "masked tokens", "image class", "text to text", "sp
 
 @record
 class Norm:
-    """A normalisation of features."""
+    """A normalisation of features: RMS or layer normalisation."""
 
     kind: NormKind
     epsilon: Epsilon = 1e-5
     weight: bool = True
     bias: bool = False
-    """A layer normalisation's offset."""
+    """True if a layer normalisation has an offset."""
     one_added: bool = False
-    """The gain is 1 + weight (Gemma)."""
+    """True if the gain is 1 + weight (Gemma)."""
 
 
 @record
 class Scaling:
-    """How rotary frequencies are changed for sequences longer than those of the first training."""
+    """A scaling of rotary frequencies, for sequences longer than those of the original training."""
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: Factor = 1.0
     original: Annotated[int, Field(ge=1, le=2**30)] = 1
-    """Positions of the first training."""
+    """Longest sequence of the original training."""
     low: float = 1.0
-    """llama3: low frequency factor. yarn: beta slow."""
+    """Low frequency factor (llama3) or beta_slow (yarn)."""
     high: float = 1.0
-    """llama3: high frequency factor. yarn: beta fast."""
+    """High frequency factor (llama3) or beta_fast (yarn)."""
     magnitude: float = 1.0
-    """What cosines and sines are multiplied by."""
+    """Factor that cosines and sines are multiplied by."""
     truncated: bool = True
-    """yarn: the borders between frequencies are whole numbers."""
+    """True if the ends of yarn's ramp are rounded to whole indices of pairs."""
     short: tuple[float, ...] = ()
-    """longrope: divisors of each frequency up to `original` positions, and beyond."""
+    """Divisor of each frequency in sequences of up to `original` tokens (longrope)."""
     long: tuple[float, ...] = ()
+    """Divisor of each frequency in longer sequences (longrope)."""
 
 
 @record
 class Rotary:
-    """Rotary positions (Su et al. 2021)."""
+    """Rotary position embedding (Su et al. 2021)."""
 
     base: Factor = 10000.0
     features: Width
-    """Features of a head that are turned, the first ones; the rest stays."""
+    """Number of a head's features that are rotated: the first ones; the rest is unchanged."""
     adjacent: bool = False
-    """Features 2i and 2i + 1 are a pair (GPT-J, DeepSeek), not i and i + half."""
+    """True if features 2i and 2i + 1 form a pair (GPT-J, DeepSeek), false if i and i + half do."""
     scaling: Scaling | None = None
 
 
@@ -74,55 +75,62 @@ class Latent:
     """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
 
     query_rank: Annotated[int, Field(ge=0, le=10**6)] = 0
-    """Width to which queries are compressed; 0: they are not."""
+    """Rank of the compressed queries; 0 if they are not compressed."""
     key_value_rank: Width
+    """Rank of the compressed keys and values."""
     plain: Width
-    """Features of a head's query and key that know no position."""
+    """Number of features of a head's query and key that are not rotated."""
     rotary: Width
-    """Features that are turned; the key's are common to all heads."""
+    """Number of features of a head's query and key that are rotated; those of the key are shared
+    by all heads."""
     value: Width
-    """Features of a head's value."""
+    """Number of features of a head's value."""
 
 
 @record
 class Mixture:
-    """Experts, of which each token goes to `LanguageModel.chosen` of `LanguageModel.experts`."""
+    """A mixture of experts. LanguageModel has the number of `experts`, and the number `chosen` of
+    those that each token is routed to."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
+    """Function that turns router logits into scores."""
     normalised: bool = True
-    """Shares of the chosen experts are divided by their sum."""
+    """True if the weights of the chosen experts are divided by their sum."""
     scale: Factor = 1.0
-    """What shares are multiplied by."""
+    """Factor that these weights are multiplied by."""
     groups: Experts = 1
+    """Number of groups that the experts are divided into (DeepSeek-V2, V3)."""
     groups_chosen: Experts = 1
-    """Experts stand in groups, of which the best are looked at (DeepSeek-V2, V3)."""
+    """Number of groups, those with the best score, from which a token's experts are chosen."""
     group_score: Literal["best", "two best"] = "best"
+    """A group's score: the best score among its experts, or the sum of its two best."""
     balanced: bool = False
-    """A bias that is not trained by gradients is added to scores where experts are chosen."""
+    """True if a bias, which gradients do not train, is added to the scores to choose experts."""
     shared: Annotated[int, Field(ge=0, le=10**7)] = 0
-    """Inner width of the expert that all tokens go to; 0: there is none."""
+    """Inner width of the shared expert, which all tokens go through; 0 if there is none."""
     shared_gate: bool = False
-    """The shared expert's output is multiplied by a gate of its own (Qwen2-MoE)."""
+    """True if the shared expert's output is multiplied by a gate of its own (Qwen2-MoE)."""
     dense: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] = ()
-    """Blocks that have a plain feed-forward module instead."""
+    """Indices of blocks that have a plain feed-forward module instead of experts."""
     dense_hidden: Hidden = 1
-    """Inner width of those."""
+    """Inner width of the feed-forward module in those blocks."""
 
 
 @record
 class Encoder:
-    """What stands before a decoder, or alone."""
+    """The encoder of an encoder-decoder model (T5, Whisper)."""
 
     layers: Annotated[int, Field(ge=1, le=10_000)]
     heads: Heads
     hidden: Hidden
     positions: Annotated[int, Field(ge=1, le=2**30)]
-    """Of its input where that has one length: frames of speech, patches of a picture."""
+    """Length of the encoder's sequence: frames of speech after the convolutions, or the length that
+    the model was trained on."""
 
 
 @record
 class Picture:
-    """Pictures that are cut into patches, and what they are told apart as."""
+    """Pictures that are cut into patches, and the number of classes that they are assigned to."""
 
     size: tuple[Width, Width]
     patch: tuple[Width, Width]
@@ -132,62 +140,78 @@ class Picture:
 
 @record
 class Architecture:
-    """What the blocks of a transformer compute, and what stands before and behind them."""
+    """What the blocks of a transformer compute, and the layers before and after them.
+
+    The order of operations in a block depends on `place`:
+
+        before: x + attention(norm(x))        after: norm(x + attention(x))
+        output: x + norm(attention(x))        both:  x + norm(attention(norm(x)))
+    """
 
     task: Task = "next token"
     norm: Norm
     place: NormPlace = "before"
-    """Of a block's normalisations: before attention and feed-forward module, after their sum with
-    the residual stream, both before and behind each, or behind each ("output")."""
+    """Place of a block's normalisations: before attention and feed-forward module, after their sum
+    with the residual stream, at the output of each, or both before and at the output."""
     parallel: Literal["", "one norm", "two norms"] = ""
-    """Attention and feed-forward module read the same residual stream."""
+    """If not empty, attention and feed-forward module both read the block's input, behind one
+    common normalisation or one each."""
     last_norm: bool = True
+    """True if the last block's output is normalised before the output projection."""
     embedding_norm: bool = False
+    """True if the embedding is normalised."""
     position: Position
     position_offset: Annotated[int, Field(ge=0, le=100)] = 0
-    """Rows of the position table before the first position (OPT)."""
+    """Number of rows of the position table before that of the first position (OPT)."""
     segments: Annotated[int, Field(ge=0, le=10**6)] = 0
-    """Rows of the table of segments (BERT)."""
+    """Number of rows of the segment table (BERT)."""
     rotary: Rotary | None = None
     local_rotary: Rotary | None = None
-    """Of blocks with a window, where they have their own (Gemma 3)."""
+    """Rotary positions of blocks with a window, if they differ (Gemma 3)."""
     unrotated: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] = ()
-    """Blocks without positions (SmolLM3)."""
+    """Indices of blocks without positions (SmolLM3)."""
     windows: tuple[Window, ...] = ()
-    """For each block how many tokens attention reaches back, itself counted; 0: all. None given:
-    all blocks reach all."""
+    """Number of tokens that a query attends to in each block, its own included; 0 means all. If
+    empty, every block attends to all tokens."""
     activation: Activation
     gated: bool
+    """True if the feed-forward module computes down(activation(gate(x)) * up(x))."""
     query_bias: bool = False
-    """Of the projections to queries, keys and values."""
+    """True if the projections to queries, keys and values have biases."""
     key_bias: bool | None = None
-    """Of keys, where it is another (Whisper)."""
+    """The same for the keys, if they differ (Whisper)."""
     out_bias: bool = False
+    """True if the projection of attention's output has a bias."""
     feed_bias: bool = False
+    """True if the linear maps of the feed-forward module have biases."""
     head_bias: bool = False
+    """True if the output projection has a bias."""
     head_transform: bool = False
-    """A product, activation and normalisation before the output projection (BERT)."""
+    """True if a linear map, activation and normalisation precede the output projection (BERT)."""
     query_norm: Literal["", "head", "all"] = ""
-    """Queries and keys are normalised head by head, or all heads together."""
+    """If not empty, queries and keys are normalised, head by head or all heads together."""
     score_scale: Factor | None = None
-    """What scores are multiplied by; none given: one over the square root of a head's features."""
+    """Factor of attention scores; None means 1 / sqrt(features of a head)."""
     score_cap: Factor | None = None
-    """Scores become cap * tanh(score / cap)."""
+    """Cap c of attention scores: c * tanh(score / c)."""
     logit_cap: Factor | None = None
+    """Cap c of logits: c * tanh(logit / c)."""
     clamp: Factor | None = None
-    """Queries, keys and values are clamped to plus or minus this (OLMo)."""
+    """Largest magnitude of queries, keys and values; larger ones are clamped (OLMo)."""
     embedding_scale: Factor | None = None
-    """What embeddings are multiplied by."""
+    """Factor that embeddings are multiplied by."""
     embedding_width: Annotated[int, Field(ge=0, le=10**6)] = 0
-    """Of the tables where it is not that of the blocks (OPT-350m); 0: the same."""
+    """Width of embedding and output projection, if it is not that of the blocks (OPT-350m); 0 means
+    the same width."""
     logit_scale: Factor | None = None
-    """What the last layer's input is multiplied by."""
+    """Factor that the input of the output projection is multiplied by."""
     buckets: Annotated[int, Field(ge=0, le=10**6)] = 0
+    """Number of relative-position biases of each head."""
     reach: Annotated[int, Field(ge=0, le=2**30)] = 0
-    """Relative positions: how many biases each head has, and the distance of the last."""
+    """Distance from which on all positions have the last relative-position bias."""
     latent: Latent | None = None
     mixture: Mixture | None = None
     encoder: Encoder | None = None
     picture: Picture | None = None
     mels: Annotated[int, Field(ge=0, le=10**5)] = 0
-    """Features of a frame of speech."""
+    """Number of mel features of a frame of speech."""

@@ -1,7 +1,7 @@
-"""Sizes of what a forward and its backward would make, keep and drop, operation by operation.
+"""An autodiff tape of sizes only: which bytes a forward and its backward allocate, save and free.
 
-The lifetimes are Python's own: what nobody refers to any more ends, as a tensor does. Numbers and
-events are those of `model.meter`.
+Lifetimes are those of Python objects: a storage is freed when nothing refers to it, like that of a
+torch tensor. Storages are numbered, and events recorded, as in `model.meter`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import prod
 
 
 class Storage:
-    """Bytes that are alive while something refers to them."""
+    """The memory of one or more abstract tensors, allocated as long as something refers to it."""
 
     __slots__ = ("__weakref__", "number")
 
@@ -21,13 +21,13 @@ class Storage:
 
 
 _FULL = 4
-"""Bytes of a number in full precision beside half precision."""
+"""Number of bytes of a float32."""
 NOWHERE = Storage(-1)
-"""Where weights are, which nobody counts."""
+"""The storage of weights, which is not counted."""
 
 
 class Sized:
-    """What stands for a tensor: its shape, the bytes of a number, and where it is stored."""
+    """An abstract tensor: its shape, the number of bytes of an element, and its storage."""
 
     __slots__ = ("shape", "size", "source", "storage")
 
@@ -36,22 +36,25 @@ class Sized:
         self.size = size
         self.storage = storage
         self.source: tuple[Step, int] | None = None
-        """The operation that a gradient goes back to, and which of its outputs this is; None: no
-        gradient."""
+        """The operation that made this tensor, and the index of this output; None if the tensor
+        needs no gradient."""
 
     @property
     def bytes(self) -> int:
-        """Of all numbers, wherever they are stored."""
+        """Size of the tensor in bytes, even if it is a view of another storage."""
         return prod(self.shape) * self.size
 
 
 Backward = Callable[[Sequence[Sized | None]], Sequence[Sized | None]]
-"""From the outputs' gradients to those of the inputs, None where there is none."""
+"""A backward: from gradients of the outputs to gradients of the inputs; None means no gradient."""
 
 
 def seen_as(shape: Sequence[int]) -> Backward:
-    """The gradient of a view, of a part, or of a sum that it is spread over, which copies nothing.
-    Only the shape is held: what held the value itself would keep it alive."""
+    """Makes a backward that returns the arrived gradient, seen with the shape of the input, without
+    a copy: that of a view, a padding or a sum.
+
+    It refers only to the shape, since a reference to the tensor would keep its storage allocated.
+    """
     whole = tuple(shape)
 
     def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
@@ -61,7 +64,7 @@ def seen_as(shape: Sequence[int]) -> Backward:
 
 
 class Step:
-    """One operation, as its backward will need it."""
+    """One recorded operation with everything that its backward needs."""
 
     __slots__ = ("back", "cast_at_once", "gradients", "inputs", "saved")
 
@@ -76,23 +79,29 @@ class Step:
         self.saved = saved
         self.back = back
         self.cast_at_once = False
-        """Of a weight: its gradient is not in its own precision."""
+        """True for a weight whose gradient has another precision and is cast as soon as made."""
         self.gradients: list[Sized | None] = [None] * outputs
 
 
 class Tape:
-    """Storages in order of birth, and what happens to them."""
+    """Records storages in the order of their allocation, their releases, and the operations."""
 
     def __init__(self) -> None:
         self.births: list[int] = []
+        """Bytes of each storage."""
         self.events: list[int] = []
+        """Allocations and releases in order: n + 1 when storage n is allocated, -(n + 1) when it is
+        freed."""
         self.saved: set[int] = set()
+        """Storages that are saved for the backward."""
         self.casts: set[int] = set()
+        """Storages of casts of weights which are cast once a step."""
         self.traffic = 0
+        """Number of bytes that the operations recorded so far read and write."""
         self._steps: list[Step] = []
 
     def new(self, shape: Sequence[int], size: int) -> Sized:
-        """A tensor with a storage of its own."""
+        """Allocates a tensor with a storage of its own."""
         number = len(self.births)
         self.births.append(prod(shape) * size)
         self.events.append(number + 1)
@@ -101,7 +110,7 @@ class Tape:
         return Sized(tuple(shape), size, storage)
 
     def cast(self, shape: Sequence[int], size: int, before: int) -> Sized:
-        """A cast of a weight, whose gradient is cast back."""
+        """Casts a weight; the backward casts its gradient back to `before` bytes per element."""
         made = self.new(shape, size)
 
         def back(_: Sequence[Sized | None]) -> list[Sized | None]:
@@ -112,8 +121,11 @@ class Tape:
         return made
 
     def uncast(self, shape: Sequence[int], before: int) -> Sized:
-        """A weight that is read as it is, but whose gradient comes in another precision: it is cast
-        as soon as it is made, when what the operation kept has not been let go of."""
+        """Gives a weight that is read without a cast, but whose gradient has another precision.
+
+        The gradient is cast as soon as it is made, while tensors that the operation saved are still
+        allocated.
+        """
         made = Sized(tuple(shape), before, NOWHERE)
         step = Step((), (), None)
         step.cast_at_once = True
@@ -121,7 +133,7 @@ class Tape:
         return made
 
     def leaf(self, shape: Sequence[int], size: int, *, gradient: bool) -> Sized:
-        """What a layer reads."""
+        """Allocates an input of a layer."""
         made = self.new(shape, size)
         if gradient:
             made.source = (Step((), (), None), 0)
@@ -137,7 +149,8 @@ class Tape:
         *,
         trained: bool = False,
     ) -> Sized:
-        """The output of an operation that reads all inputs; `trained`: of weights of its own."""
+        """Records an operation that reads all inputs, and gives its output. `trained` means that it
+        has a backward even if no input needs a gradient, because it has weights."""
         made = self.new(shape, size)
         self.traffic += sum(each.bytes for each in inputs) + made.bytes
         if trained or any(each.source for each in inputs):
@@ -145,7 +158,7 @@ class Tape:
         return made
 
     def views(self, x: Sized, shapes: Sequence[Sequence[int]], back: Backward) -> list[Sized]:
-        """Other looks at the same numbers, or at some of them."""
+        """Makes views of one tensor, each of all its elements or of some, in the same storage."""
         made = [Sized(tuple(shape), x.size, x.storage) for shape in shapes]
         if x.source:
             self._follow((x,), made, back, ())
@@ -161,14 +174,15 @@ class Tape:
         self._steps.append(step)
 
     def keep(self, made: Sized, saved: Sequence[Sized]) -> None:
-        """Let the operation that made a value keep more."""
+        """Lets the operation that made a tensor save more tensors."""
         if made.source:
             step = made.source[0]
             step.saved = [*step.saved, *(Sized(s.shape, s.size, s.storage) for s in saved)]
             self.saved |= {each.storage.number for each in saved}
 
     def backward(self, results: Sequence[Sized]) -> None:
-        """Gradients of all results, back through every operation in turn."""
+        """Runs the backward of every recorded operation in reverse order, from gradients of all
+        results."""
         given = [self.new(each.shape, each.size) for each in results]
         for each, gradient in zip(results, given, strict=True):
             if each.source:
@@ -194,6 +208,6 @@ class Tape:
                 continue
             earlier, number = before
             if earlier.gradients[number] is not None:
-                # Summed into a third tensor, as long as the earlier one may be somebody else's.
+                # The sum is a new tensor, since the earlier gradient may be used elsewhere.
                 gradient = self.new(gradient.shape, gradient.size)
             earlier.gradients[number] = gradient

@@ -1,4 +1,5 @@
-"""The architecture of a model that is given by its sizes alone."""
+"""Gives a LanguageModel's Architecture: its own, or the default of its family (GPT-2, Llama,
+Mixtral) if it has only sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from meshwright.model.transformer.spec import Architecture, Mixture, Norm, Rotar
 
 
 def base_of(c: LanguageModel) -> str:
-    """The family of which a model is a variant: gpt2, llama or mixtral."""
+    """Gives the family that a text decoder is a variant of (gpt2, llama or mixtral); for any other
+    model, its own family."""
     a = c.architecture
     if a is None or a.task != "next token":
         return c.family
@@ -21,12 +23,13 @@ def base_of(c: LanguageModel) -> str:
 
 
 def made_of(c: LanguageModel) -> Architecture:
-    """Its own architecture, or the usual one of its family."""
+    """Gives the model's own architecture, or the default one of its family."""
     return c.architecture if c.architecture is not None else _usual(c)
 
 
 def _usual(c: LanguageModel) -> Architecture:
-    """What GPT-2, Llama or Mixtral is in its first paper, in this model's sizes."""
+    """Gives the architecture of GPT-2, Llama or Mixtral as first published, in this model's
+    sizes."""
     if base_of(c) == "gpt2":
         return Architecture(
             norm=Norm(kind="layer", bias=True),
@@ -48,7 +51,8 @@ def _usual(c: LanguageModel) -> Architecture:
 
 
 def differences(c: LanguageModel) -> dict[str, Any]:
-    """What the model is made of where that is not the usual: `norm.epsilon`, `query_bias`."""
+    """Gives the fields of the model's architecture that differ from its family's default, with
+    their values. Example: {"norm.epsilon": 1e-6, "query_bias": True}."""
     return dict(_different(made_of(c), _usual(c), ""))
 
 

@@ -1,1 +1,2 @@
-"""Models that train: GPT-2, Llama, Mixtral, a U-Transformer, and one with uneven layers (torch)."""
+"""Models as torch modules that can be trained: GPT-2, Llama, Mixtral, a U-Transformer, a model with
+uneven layers, and the transformers that an Architecture describes."""

@@ -1,4 +1,4 @@
-"""Activations by the names that architectures have for them."""
+"""Activation functions by the names that `Architecture.activation` gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Attention as transformers differ in it: windows, caps, distances."""
+"""Attention with everything that transformers vary in it: sliding windows, capped scores, ALiBi
+slopes and relative-position biases."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ def attend(
     alibi: int = 0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """(rows, heads, tokens, head) of queries, keys and values, whose heads divide the queries'.
+    """Computes attention of queries, keys and values, each (rows, heads, tokens, head).
 
-    A `window` is how many tokens a causal query looks back, itself counted; sequences longer than
-    it are computed in pieces of its length, each with the piece before it.
+    The number of query heads must be a multiple of that of key-value heads. `window` is the number
+    of tokens that a causal query attends to, its own included (0: all). A longer sequence is cut
+    into pieces of that length, each of which attends to itself and to the piece before it. `alibi`
+    is the number of heads with ALiBi slopes (0: none); `bias` is added to the scores, and `cap`
+    turns them into cap * tanh(score / cap).
     """
     if window and window < q.shape[2]:
         return _windowed(q, k, v, window, scale, cap)
@@ -52,7 +56,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -
 
 
 def _causal(tokens: int, reads: int, like: Tensor) -> Tensor:
-    """0 where a query looks, minus infinity where it does not: (1, 1, tokens, reads)."""
+    """Makes a causal mask of shape (1, 1, tokens, reads): 0 where a query attends to a key, minus
+    infinity elsewhere. The last query is aligned with the last key."""
     at = torch.arange(tokens, device=like.device)[:, None] + (reads - tokens)
     hidden = torch.arange(reads, device=like.device) > at
     return torch.zeros(1, 1, tokens, reads, device=like.device, dtype=like.dtype).masked_fill(
@@ -61,7 +66,8 @@ def _causal(tokens: int, reads: int, like: Tensor) -> Tensor:
 
 
 def _distances(heads: int, q: Tensor) -> Tensor:
-    """What ALiBi (Press et al. 2022) adds to scores: minus the distance times a slope."""
+    """Gives what ALiBi (Press et al. 2022) adds to scores: minus the distance times the head's
+    slope, as (1, heads, tokens, tokens)."""
     slopes = torch.tensor(slopes_of(heads), device=q.device, dtype=torch.float32)
     at = torch.arange(q.shape[2], device=q.device)
     far = (at[None, :] - at[:, None]).float()
@@ -69,8 +75,8 @@ def _distances(heads: int, q: Tensor) -> Tensor:
 
 
 def slopes_of(heads: int) -> list[float]:
-    """A slope for each head: powers of 2^(-8 / heads), and half steps where heads are no power of
-    two."""
+    """Gives the ALiBi slope of each head: powers of 2^(-8 / heads). For a number of heads that is
+    no power of two, those of the next smaller power of two come first, then slopes between them."""
     whole = 2 ** (heads.bit_length() - 1)
     base = 2.0 ** (-8.0 / whole)
     slopes = [base**n for n in range(1, whole + 1)]
@@ -79,8 +85,12 @@ def slopes_of(heads: int) -> list[float]:
 
 
 def bucket(far: Tensor, buckets: int, reach: int, *, both_ways: bool) -> Tensor:
-    """Which bias a distance has (Raffel et al. 2020): near ones each their own, farther ones by
-    their logarithm, all beyond `reach` the same; `both_ways`: half of them for what comes after."""
+    """Gives the bucket of T5's relative-position bias for each distance (Raffel et al. 2020).
+
+    Small distances have a bucket each, larger ones share buckets of logarithmic size, and all
+    beyond `reach` have the last one. With `both_ways`, half of the buckets are for keys after the
+    query; otherwise keys after it count as distance 0.
+    """
     first = torch.zeros_like(far)
     if both_ways:
         buckets //= 2
@@ -90,7 +100,7 @@ def bucket(far: Tensor, buckets: int, reach: int, *, both_ways: bool) -> Tensor:
         far = -far.clamp(max=0)
     exact = buckets // 2
     scale = (buckets - exact) / math.log(reach / exact)
-    # In single precision, as models that are already trained have it.
+    # Rounding must be that of single precision, which existing T5 models were trained with.
     distant = exact + ((far.clamp(min=1).float() / exact).log() * scale).long()
     return first + torch.where(far < exact, far, distant.clamp(max=buckets - 1))
 
@@ -98,7 +108,8 @@ def bucket(far: Tensor, buckets: int, reach: int, *, both_ways: bool) -> Tensor:
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float | None
 ) -> Tensor:
-    """Scores are made: no fused kernel bends them, or gives a bias its gradient."""
+    """Computes the scores explicitly, since no fused kernel caps them or returns the gradient of a
+    bias."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -114,7 +125,8 @@ def _capped(
 def _windowed(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, cap: float | None
 ) -> Tensor:
-    """The first piece is causal; each later one reads itself and the piece before it."""
+    """Computes attention piece by piece: the first piece is causal, and each later one attends to
+    itself and to the piece before it."""
     rows, heads, tokens, _ = q.shape
     short = -tokens % window
     if short:
@@ -124,7 +136,8 @@ def _windowed(
     first = _plain(own_q, own_k, own_v, scale, cap)
     own = q.transpose(1, 2)[:, window:].reshape(rows * (pieces - 1), window, heads, -1)
     own = own.transpose(1, 2)
-    # Pieces overlap: of keys and values (rows, heads, pieces, 2 * window, head), then copied.
+    # Keys and values of a piece overlap with those of the next: (rows, heads, pieces, 2 * window,
+    # head) is a view that is then copied.
     keys, values = (
         each.unfold(2, 2 * window, window).transpose(3, 4).movedim(2, 1).flatten(0, 1)
         for each in (k, v)
@@ -142,7 +155,7 @@ def _windowed(
     else:
         later = _capped(own, keys, values, mask, scale, cap)
     later = later.transpose(1, 2).reshape(rows, (pieces - 1) * window, heads, v.shape[-1])
-    # Tokens come before heads in memory, as the next product reads them.
+    # In memory, tokens come before heads, so that the next product reads a contiguous tensor.
     return torch.cat((first.transpose(1, 2), later), dim=1)[:, :tokens].transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""The module of the zoo for a model by name or `config.json`."""
+"""Builds the torch module of a model from its name or `config.json`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from meshwright.model.zoo.u_transformer import UTransformer
 
 
 def vocabulary_of(source: str | Path) -> int:
-    """Number of token indices that a model knows. Raises ModelError."""
+    """Gives the number of tokens in a model's vocabulary. Raises ModelError."""
     return _trainable(source, None).vocabulary
 
 
 def build(source: str | Path, sequence: int) -> nn.Module:
-    """A model that takes (tokens, targets) of `sequence` tokens and gives the mean loss; freshly
-    initialised, without dropout, as language models are pre-trained. On the meta device under
-    `with torch.device("meta")`. Raises ModelError."""
+    """Builds a model that takes (tokens, targets), both (rows, sequence), and gives the mean loss.
+
+    Its weights are freshly initialised, and it has no dropout, as is usual in pre-training. Under
+    `with torch.device("meta")` it takes no memory. Raises ModelError. Example: build("gpt2", 1024).
+    """
     return from_language_model(_trainable(source, sequence))
 
 
@@ -42,7 +44,7 @@ def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
 
 
 def from_language_model(c: LanguageModel) -> nn.Module:
-    """The module of a family with these numbers."""
+    """Builds the module of a family with these sizes."""
     if c.architecture is not None:
         return Network(c)
     if c.family == "gpt2":

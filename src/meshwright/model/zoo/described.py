@@ -1,4 +1,8 @@
-"""Modules that compute what `model.transformer.forward` describes."""
+"""Torch modules for every transformer that `model.transformer.forward` describes.
+
+Network is the whole model, DescribedLayer one of its layers. Computed carries out the operations
+that a layer's description calls, with the parameters of that layer.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ from meshwright.model.zoo.pieces import (
 
 
 class Network(nn.Module):
-    """A transformer whose forward takes the batch and gives the mean loss."""
+    """A transformer whose forward takes the tensors of a batch and gives the mean loss."""
 
     def __init__(self, c: LanguageModel) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class Network(nn.Module):
 
 
 class DescribedLayer(nn.Module):
-    """One layer, with the parameters that its description asks for."""
+    """One layer, with the submodules that its description needs (found by counting it once)."""
 
     def __init__(self, layer: LayerOf, c: LanguageModel) -> None:
         super().__init__()
@@ -92,7 +96,8 @@ def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _std(made: Made, c: LanguageModel) -> float:
-    """GPT-2 shrinks what is added to the residual stream by the number of additions."""
+    """Gives the standard deviation of initial weights. GPT-2 divides that of projections into the
+    residual stream by the square root of their number, 2 * layers."""
     shrunk = c.family == "gpt2" and isinstance(made.split, shard.Row)
     return INIT_STD / (2 * c.layers) ** 0.5 if shrunk else INIT_STD
 
@@ -126,7 +131,7 @@ def _norm(width: int, norm: Norm) -> nn.Module:
 
 
 class GainPlusOne(nn.Module):
-    """Root-mean-square normalisation with a gain of 1 + weight."""
+    """Root-mean-square normalisation with a gain of 1 + weight (Gemma)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -143,7 +148,7 @@ class GainPlusOne(nn.Module):
 
 
 class LayerNormOf(nn.LayerNorm):
-    """Layer normalisation that may lack its weights, and keeps the dtype of its input."""
+    """Layer normalisation with optional weight and bias, which keeps the dtype of its input."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__(width, norm.epsilon, elementwise_affine=norm.weight, bias=norm.bias)
@@ -156,14 +161,15 @@ class LayerNormOf(nn.LayerNorm):
 
 
 class Convolution(nn.Conv1d):
-    """Along tokens, over three neighbours."""
+    """Convolution over three neighbouring tokens: (rows, inputs, tokens) to (rows, outputs,
+    tokens / stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
 class Sines(Embedding):
-    """A table of sines and cosines that is not trained (Vaswani et al. 2017)."""
+    """A position table of sines and cosines that is not trained (Vaswani et al. 2017)."""
 
     def __init__(self, entries: int, width: int) -> None:
         super().__init__(entries, width)
@@ -179,7 +185,7 @@ class Sines(Embedding):
 
 
 class Row(nn.Module):
-    """A parameter that is a row of features."""
+    """A parameter that holds the features of one token, such as ViT's class token."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -191,7 +197,7 @@ class Row(nn.Module):
 
 
 class Computed:
-    """The operations of transformers, computed with the parameters of one layer."""
+    """Carries out `transformer.operations.Operations` with torch, with one layer's parameters."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
@@ -279,14 +285,15 @@ class Computed:
                 left, right = turned.chunk(2, dim=-1)
             pieces = [left * cos - right * sin, right * cos + left * sin]
             whole = torch.cat((*pieces, rest) if rest.shape[-1] else pieces, dim=-1)
-        # Transposed last, so that attention gives its output in the order the next product reads.
+        # The transpose comes last, so that the output of attention is contiguous for the product
+        # that reads it.
         return whole.transpose(1, 2)
 
     def common_head(self, x: Tensor, like: Tensor) -> Tensor:
         return self.joined(like, x.expand(-1, like.shape[1], -1, -1))
 
     def joined(self, x: Tensor, y: Tensor) -> Tensor:
-        # Tokens come before heads in memory, as attention hands it on.
+        # In memory, tokens come before heads, as in the other inputs of attention.
         return torch.cat((x.transpose(1, 2), y.transpose(1, 2)), dim=-1).transpose(1, 2)
 
     def attention(

@@ -1,4 +1,5 @@
-"""GPT-2 (Radford et al. 2019): learned positions, normalisation first, GELU, biases everywhere."""
+"""GPT-2 (Radford et al. 2019): learned positions, pre-normalisation, GELU, and biases in all linear
+maps but the output projection."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from meshwright.model.zoo.pieces import (
 
 
 class TokensAndPositions(nn.Module):
-    """First layer: token plus position embedding."""
+    """The first layer, which adds token and position embeddings."""
 
     def __init__(self, vocabulary: int, positions: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class TokensAndPositions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of the heads that this rank holds."""
+    """Causal self-attention, over the heads that this tensor-parallel rank holds."""
 
     def __init__(self, width: int, heads: int, dropout: float, residual_std: float) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps around a GELU."""
+    """A feed-forward module of two linear maps with a GELU between them."""
 
     def __init__(self, width: int, hidden: int, residual_std: float) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and a feed-forward module, each added to the residual stream."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, dropout: float, residual_std: float
@@ -90,7 +91,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """A GPT-2; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * width
-        # GPT-2 shrinks what is added to the residual stream by the number of additions.
+        # GPT-2 divides the initial weights of projections into the residual stream by the square
+        # root of their number.
         residual_std = INIT_STD / (2 * layers) ** 0.5
         self.embedding = TokensAndPositions(vocabulary, positions, width, dropout)
         self.blocks = nn.ModuleList(

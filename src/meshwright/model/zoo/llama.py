@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+"""Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention and SwiGLU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from meshwright.model.zoo.pieces import (
 
 
 class Tokens(nn.Module):
-    """First layer: token embedding."""
+    """The first layer, which looks up token embeddings: (rows, sequence) to (rows, sequence,
+    width)."""
 
     tensor_split: ClassVar[dict[str, Split]] = {"tokens": Vocabulary()}
 
@@ -35,10 +36,11 @@ class Tokens(nn.Module):
 
 
 def rotate(x: Tensor, head: int, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of (rows, sequence, heads * head), heads first.
+    """Applies rotary position embedding (Su et al. 2021): (rows, sequence, heads * head) to (rows,
+    heads, sequence, head).
 
-    Feature i of the first half and of the second half are one pair, turned by
-    position * base^(-2 i / head).
+    Feature i of a head's first half and feature i of its second half form a pair, which is rotated
+    by the angle position * base^(-2 i / head).
     """
     x = x.view(*x.shape[:-1], -1, head)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -49,12 +51,13 @@ def rotate(x: Tensor, head: int, base: float) -> Tensor:
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         left, right = x.chunk(2, dim=-1)
         turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    # Transposed last, so that attention gives its output in the order the next product reads.
+    # The transpose comes last, so that the output of attention is contiguous for the product that
+    # reads it.
     return turned.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Causal attention; each key-value head serves a group of query heads."""
+    """Causal grouped-query attention: each key-value head serves a group of query heads."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head: int, base: float) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """A gated feed-forward module, down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Attention and a feed-forward module of inner width `hidden`, each added to the residual
-    stream. Tensor ranks hold whole groups of heads, and a share of `hidden`."""
+    stream. Each tensor-parallel rank holds whole groups of heads and a share of `hidden`."""
 
     def __init__(self, width: int, hidden: int, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """A Llama; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
 
     def __init__(  # noqa: PLR0913
         self,

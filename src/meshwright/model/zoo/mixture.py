@@ -1,4 +1,5 @@
-"""Mixtures of experts as families differ in them: scores, groups, shares."""
+"""Mixtures of experts with everything that families vary in them: how experts are scored, grouped
+and weighted."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from meshwright.model.zoo.pieces import Linear
 
 
 class ExpertsOf(nn.Module):
-    """A router over gated experts, of which only the chosen ones are computed for each token."""
+    """A router and gated experts, of which each token is sent to `chosen` ones."""
 
     def __init__(self, c: LanguageModel) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class ExpertsOf(nn.Module):
         self.register_buffer("balance", torch.zeros(c.experts) if self.mixture.balanced else None)
 
     def reset_parameters(self) -> None:
-        """The balance has no parameters to draw; it starts at 0."""
+        """Sets the balancing bias to 0; the parameters belong to submodules."""
         if self.balance is not None:
             self.balance.zero_()
 
@@ -46,7 +47,7 @@ class ExpertsOf(nn.Module):
         return torch.sum(back * share.to(y.dtype)[..., None], dim=1).view(x.shape)
 
     def _routed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's experts, and what their outputs are multiplied by."""
+        """Gives each token's experts and the weights of their outputs, both (tokens, chosen)."""
         m = self.mixture
         exact = torch.promote_types(torch.float32, logits.dtype)
         if m.score == "softmax" and m.normalised and m.groups == 1:
@@ -62,7 +63,8 @@ class ExpertsOf(nn.Module):
         return expert, share if m.scale == 1.0 else share * m.scale
 
     def _looked_at(self, scores: Tensor) -> Tensor:
-        """Scores by which experts are chosen; of groups that are not looked at, less than any."""
+        """Gives the scores by which experts are chosen; experts of groups that were not chosen have
+        minus infinity."""
         m = self.mixture
         if self.balance is not None:
             scores = scores + self.balance

@@ -1,7 +1,7 @@
-"""Mixtral (Jiang et al. 2024): Llama whose feed-forward is a router over SwiGLU experts.
+"""Mixtral (Jiang et al. 2024): a Llama whose feed-forward module is a mixture of SwiGLU experts.
 
-Each token goes to its best `chosen` experts; only these are computed. Tensor ranks divide every
-expert's width; the router is held by all.
+A router sends each token to its best `chosen` experts, and only these are computed. Tensor
+parallelism divides the inner width of every expert; each rank holds the whole router.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from meshwright.model.zoo.pieces import INIT_STD, Linear, LossHead, RMSNorm, act
 
 @torch.library.custom_op("meshwright::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of `x` (tokens, in), sorted by expert, through their expert's weight (experts, out, in).
+    """Multiplies each row of `x` (tokens, in) by the weight of its expert (experts, out, in).
 
-    One operation, because how many rows each expert gets depends on the values. Weights are cast to
-    the dtype of `x` expert by expert, so that no cast of them all is made or kept.
+    Rows are sorted by expert, and `counts` (experts,) tells how many rows each expert has. This is
+    one operation because those numbers depend on values. Weights are cast to the dtype of `x`
+    expert by expert, so that no cast of all of them is allocated.
     """
     y = x.new_empty(x.shape[0], weight.shape[1])
     sizes = counts.tolist()
@@ -40,7 +41,7 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG001
 
 @torch.library.custom_op("meshwright::grouped_linear_weight_grad", mutates_args=())
 def grouped_linear_weight_grad(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
-    """Gradient of the weights: for each expert grad^T x over its rows."""
+    """Computes the gradient of the weights: for each expert, grad^T x over its rows."""
     result = x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
     sizes = counts.tolist()
     for rows, grads, into in zip(
@@ -71,18 +72,18 @@ grouped_linear.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.meshwright.grouped_linear)
 def _(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    """2 * tokens * in * out: each row meets one expert."""
+    """Counts 2 * tokens * in * out FLOPs: each row is multiplied by the weight of one expert."""
     return int(2 * x_shape[0] * weight_shape[1] * weight_shape[2])
 
 
 @register_flop_formula(torch.ops.meshwright.grouped_linear_weight_grad)
 def _(x_shape: Any, grad_shape: Any, *_: Any, **__: Any) -> int:
-    """2 * tokens * in * out."""
+    """Counts 2 * tokens * in * out FLOPs."""
     return int(2 * x_shape[0] * x_shape[1] * grad_shape[1])
 
 
 class GroupedLinear(nn.Module):
-    """One linear map for each expert, without bias."""
+    """A linear map without bias for each expert; tokens are sorted by expert."""
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class GroupedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """Top-k softmax router over SwiGLU experts."""
+    """A mixture of SwiGLU experts with a top-k softmax router."""
 
     def __init__(self, width: int, hidden: int, experts: int, chosen: int) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class Experts(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """A Mixtral; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
 
     def __init__(  # noqa: PLR0913
         self,

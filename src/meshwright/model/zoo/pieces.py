@@ -1,8 +1,8 @@
-"""What the models of the zoo are made of.
+"""Basic modules that the models of the zoo share: linear maps, embeddings, norms and the loss.
 
-Every module that owns parameters sets them in `reset_parameters`, so that a layer built on the meta
-device can be given storage and values wherever it will live. Activations are of one dtype from the
-embedding to the logits: the autocast dtype where autocast is on, on every type of device.
+Every module with parameters sets them in `reset_parameters`, so that a layer built on the meta
+device can be allocated and initialised on the device where it will run. Activations have one dtype
+from the embedding to the logits: the autocast dtype if autocast is on, on every device type.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from meshwright.model.shard import Split, VocabularyHead, VocabularyLoss
 
 INIT_STD = 0.02
+"""Standard deviation of initial weights, as in GPT-2."""
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
-    """What products give here: the autocast dtype, or that of `x`."""
+    """Gives the dtype of activations: the autocast dtype if autocast is on, else that of `x`."""
     kind = x.device.type
     available = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
     if available and torch.is_autocast_enabled(kind):
@@ -29,14 +30,14 @@ def activation_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_is(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which nothing is cast automatically."""
+    """Gives a context that switches autocast off on the device of `x`."""
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 class Linear(nn.Linear):
-    """Linear map; weights drawn from N(0, std), bias 0."""
+    """A linear map whose initial weights are drawn from N(0, std) and whose initial bias is 0."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float = INIT_STD) -> None:
         self.std = std
@@ -49,7 +50,8 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Look-up table drawn from N(0, std); gives activations."""
+    """An embedding table, initially drawn from N(0, INIT_STD); its output has the activation
+    dtype."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
@@ -60,7 +62,7 @@ class Embedding(nn.Embedding):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation that keeps the dtype of its input (autocast would make it float32)."""
+    """Layer normalisation that keeps the dtype of its input (autocast would return float32)."""
 
     def forward(self, x: Tensor) -> Tensor:
         with as_is(x):
@@ -85,7 +87,8 @@ class CrossEntropy(nn.Module):
 
 
 class LossHead(nn.Module):
-    """Last layer of a language model: normalisation, projection to the vocabulary, mean loss."""
+    """The last layer of a language model: normalisation, projection to the vocabulary, and mean
+    loss."""
 
     tensor_split: ClassVar[dict[str, Split]] = {
         "linear": VocabularyHead(),
@@ -103,10 +106,11 @@ class LossHead(nn.Module):
 
 
 def heads_first(x: Tensor, head: int) -> Tensor:
-    """(rows, sequence, heads * head) to (rows, heads, sequence, head), for the heads held here."""
+    """Reshapes (rows, sequence, heads * head) to (rows, heads, sequence, head), for the heads that
+    this tensor-parallel rank holds."""
     return x.view(*x.shape[:-1], -1, head).transpose(1, 2)
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """The inverse of `heads_first`."""
+    """Reshapes (rows, heads, sequence, head) to (rows, sequence, heads * head)."""
     return x.transpose(1, 2).flatten(2)

@@ -1,10 +1,10 @@
-"""A transformer shaped like a U-Net: few wide tokens in the middle, many narrow ones outside, and
-long skip connections (Ronneberger et al. 2015; with attention, Petit et al. 2021).
+"""A transformer shaped like a U-Net, with few wide tokens in the middle, many narrow tokens at both
+ends, and long skip connections (Ronneberger et al. 2015; with attention, Petit et al. 2021).
 
-From level to level the encoder joins `FACTOR` neighbouring tokens (2 x 2 of a picture read as
-text) into one that is twice as wide; the decoder spreads them out again and joins what it gets with
-what the encoder had on that level. A cut near the middle thus carries a small tensor from layer to
-layer and one of every level beside it.
+At each level the encoder joins `FACTOR` neighbouring tokens (2 x 2 pixels of a picture read as
+text) into one token of twice the width. The decoder expands them again, and joins the result with
+the encoder's output of the same level. A pipeline cut near the middle therefore carries a small
+tensor from layer to layer, and one skip tensor per level.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from meshwright.model.zoo.gpt import Block, TokensAndPositions
 from meshwright.model.zoo.pieces import INIT_STD, LayerNorm, Linear, LossHead
 
 FACTOR = 4
-"""Tokens that become one."""
+"""Number of tokens that are joined into one."""
 
 
 class Shorten(nn.Module):
-    """Token j of the result is made of tokens 4j - 3 to 4j, so that nothing looks ahead."""
+    """Joins four tokens into one: token j of the result is computed from tokens 4j - 3 to 4j, so
+    that no token depends on later ones."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,8 +39,8 @@ class Shorten(nn.Module):
 
 
 class Lengthen(nn.Module):
-    """Each token, halved in width, once for every token that it was made for; joined with what the
-    encoder had there."""
+    """Repeats each token four times with half the width, and joins the result with the encoder's
+    output of the same level."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,11 +55,12 @@ class Lengthen(nn.Module):
 
 
 class UTransformer(nn.Module):
-    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss.
+    """The U-Transformer; forward(tokens, targets), both (rows, sequence) indices, gives the mean
+    loss.
 
-    `levels` times shorter and wider than at the ends, where there are `width` features and `heads`
-    heads; `layers` transformer blocks on each level of the encoder, in the middle, and on each
-    level of the decoder.
+    The encoder shortens the sequence and doubles the width `levels` times. `width` and `heads` are
+    the numbers of features and heads at both ends. There are `layers` transformer blocks on each
+    level of the encoder, in the middle, and on each level of the decoder.
     """
 
     def __init__(

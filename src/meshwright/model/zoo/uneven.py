@@ -1,7 +1,8 @@
-"""A U-shaped language model: layers of very uneven cost, joined by long skip connections.
+"""A U-shaped language model, with layers of very uneven cost and long skip connections.
 
-Encoder layers shrink the features, decoder layers widen them again and read what the encoder layer
-of their width made. A layer sees the tokens before it through one causal shift (as WaveNet does).
+Encoder layers reduce the number of features; decoder layers increase it again, and also read the
+output of the encoder layer of the same width. A layer sees earlier tokens through a causal shift
+(as in WaveNet).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from meshwright.model.zoo.pieces import LayerNorm, Linear, LossHead
 
 
 class Mix(nn.Module):
-    """Two linear maps over a token and the one `shift` places before it, widths `inputs` to
-    `outputs` by way of `hidden`."""
+    """Two linear maps over a token and the token `shift` places before it: `inputs` features to
+    `outputs`, with inner width `hidden`."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, shift: int) -> None:
         super().__init__()
@@ -37,10 +38,11 @@ class Mix(nn.Module):
 
 
 class Uneven(nn.Module):
-    """forward(tokens, targets), both (rows, sequence) indices, gives the mean loss.
+    """The U-shaped model; forward(tokens, targets), both (rows, sequence) indices, gives the mean
+    loss.
 
-    `widths` are the features from the embedding to the middle of the U; `hidden` the inner widths
-    of the encoder's layers and then of the decoder's, 2 * (len(widths) - 1) in all.
+    `widths` are the numbers of features from the embedding to the middle of the U. `hidden` are the
+    inner widths of the encoder layers, then of the decoder layers: 2 * (len(widths) - 1) in all.
     """
 
     def __init__(
