@@ -1,4 +1,4 @@
-"""Model, plan and program to all that one rank needs to play its instructions."""
+"""Builds all that one rank needs to run its instructions, from model, plan and program."""
 
 from __future__ import annotations
 
@@ -36,47 +36,51 @@ from meshwright.runtime.world import World
 
 @dataclass(slots=True)
 class Place:
-    """One stage of those that a rank holds."""
+    """One of the stages that a rank holds, and its connections to the stages before and after."""
 
     seat: Seat
     stage: Stage
     messages: dict[Op, Messages]
-    """By what this rank does with them: SEND_F, RECV_F, SEND_B, RECV_B."""
+    """This stage's messages in each direction, keyed by what this rank does with them: SEND_F,
+    RECV_F, SEND_B or RECV_B."""
     previous_here: bool
-    """This rank holds the stage before, too: what passes between them stays here."""
+    """True if this rank also holds the previous stage, so that tensors between the two are handed
+    over without a message."""
     next_here: bool
+    """True if this rank also holds the next stage."""
 
 
 @dataclass(slots=True)
 class Assembly:
-    """One rank, ready to start."""
+    """One rank's stages, parameters and gradient buckets, ready for the first step."""
 
     places: dict[int, Place]
-    """By number of the stage."""
+    """This rank's stages, keyed by stage number."""
     device: torch.device
     team: Team | None
     held: tuple[Held, ...]
     reducer: Reducer
     homes: tuple[Home, ...]
     frozen: tuple[FrozenShare, ...]
-    """What ranks must start with alike although nobody trains it."""
+    """Frozen (untrained) parameters that several ranks hold and must start with equal values."""
 
     @property
     def buckets(self) -> Sequence[FlatBucket]:
-        """All gradients of this rank."""
+        """All gradient buckets of this rank."""
         return list(self.reducer.buckets.values())
 
 
 @dataclass(slots=True, kw_only=True)
 class Habits:
-    """How a rank does what its program says."""
+    """Options for how a rank runs its program."""
 
     seed: int = 0
     dilator: Dilator | None = None
     debug: bool = False
-    """Every message is preceded by a header, every layer's numbers are looked at."""
+    """True: every message is preceded by a header that the receiver checks, and every layer is
+    checked for non-finite values (NaN or Inf)."""
     compile: bool = False
-    """Layers run through torch.compile."""
+    """True: layers run through torch.compile."""
 
 
 def assemble(
@@ -89,10 +93,11 @@ def assemble(
     habits: Habits,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
-    """Builds this rank's stages and meets the others to start from equal weights.
+    """Builds this rank's stages, then copies initial weights so that all ranks start from equal
+    ones.
 
-    `posted` is told of every reduction that starts. Raises ModelError, PlanError, or TrainingError
-    if the processes did not build the same model.
+    `posted` is called with every gradient reduction that starts. Raises ModelError, PlanError, or
+    TrainingError if the processes did not build the same model.
     """
     place, seat = _own_seats(stage_seats(plan), world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
@@ -114,9 +119,9 @@ def build_own(
     habits: Habits,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
-    """All that one rank holds, of a model cut for its rows; nothing is communicated.
+    """Builds all that one rank holds, without communication.
 
-    Raises ModelError or PlanError.
+    `cuts` is what `cut_for` returns for this rank's number of rows. Raises ModelError or PlanError.
     """
     stages = stage_seats(plan)
     mine = _own_seats(stages, world.rank)
@@ -190,7 +195,7 @@ def _place(
 
 
 def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats, Seat]]:
-    """The stages that a rank holds, in layer order, and its seats in them."""
+    """Returns the stages that a rank holds, in layer order, each with the rank's placement in it."""
     return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 

@@ -1,6 +1,7 @@
-"""One direction of a stage's boundary: posts the messages that a cut needs, and waits for them.
+"""Sends and receives the tensors of one stage boundary, in one direction.
 
-What an instruction says is looked up once, when it is bound; in a step its tensors alone are new.
+Everything that an instruction determines (peer, tags, slices of rows) is looked up once, when it is
+bound; only the tensors differ from step to step.
 """
 
 from __future__ import annotations
@@ -23,37 +24,41 @@ from meshwright.runtime.debug import Headers
 
 
 class Handle(Protocol):
-    """Something under way, as torch.distributed's Work."""
+    """An operation in flight that can be polled and waited for, as torch.distributed.Work can."""
 
     def is_completed(self) -> bool:
-        """Whether it has arrived already."""
+        """Returns True if the operation has completed."""
 
     def wait(self) -> object:
-        """Returns when it has arrived; raises if it never will."""
+        """Waits until the operation has completed; raises if it has failed."""
 
 
 Post = Callable[[Sequence[Tensor]], list[Work]]
-"""Starts the messages of one instruction, a tensor each."""
+"""Function that starts the messages of one instruction, one message for each tensor."""
 
 
 @dataclass(slots=True)
 class _Arrival:
-    """The tensors of a micro-batch on their way here."""
+    """Receive buffers of one micro-batch, and the receives in flight."""
 
     tensors: list[Tensor]
+    """The buffers, one for each tensor of the boundary."""
     under_way: list[tuple[Instruction, Handle]] = field(default_factory=list)
+    """Receives that have been posted, with their instructions."""
     summands: list[tuple[int, Tensor]] = field(default_factory=list)
-    """What is to be added to which tensor."""
+    """Further gradients to be added up: (index of the tensor, gradient)."""
     parts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """By rows: what arrives in parts, and where it is laid flat."""
+    """(destination, flat receive buffer) of each tensor, for rows that arrive in pieces; keyed by
+    the rows [first, last)."""
 
 
 class Messages:
-    """Tensors that travel together between this rank and the other side of a cut, one way.
+    """The tensors that this rank exchanges across one stage boundary, in one direction.
 
-    Each tensor is a message of its own, in the order of `tensors`: row slices of those that have
-    rows, the others whole. Gradients of whole tensors are summed at their maker, so that a rank
-    sends its own to the first of several makers and zeros to the rest.
+    Each tensor is a message of its own, in the order of `tensors`. Tensors with rows travel as
+    slices of rows, others (such as a mask) whole. The producers of a whole tensor sum the gradients
+    that they receive for it; so that each gradient counts once, a consumer with several producers
+    sends its gradient to the first of them and zeros to the rest.
     """
 
     def __init__(  # noqa: PLR0913 - all that a direction is made of
@@ -76,29 +81,32 @@ class Messages:
         self.device = device
         self.backward = backward
         self.window = window
-        """Micro-batches whose sends may be under way at once."""
+        """Number of micro-batches whose sends may be in flight at once."""
         self.chains = chains or {}
-        """Groups for broadcasts."""
+        """Process groups for tensors that are broadcast instead of sent, by chain of ranks."""
         self.replica = replica
-        """Tensor ranks that put parts together."""
+        """Process group of the tensor-parallel ranks that all-gather pieces of a tensor."""
         self.lane = lane
-        """Number of the cut, among how many: what crosses several between two ranks stays apart."""
+        """(Number of the boundary, number of boundaries): part of each message's tag, which keeps
+        several boundaries between the same two ranks apart."""
         self.headers = Headers(device) if debug else None
         self._arrivals: dict[int, _Arrival] = {}
-        """By micro-batch."""
+        """Receives of each micro-batch."""
         self._leaving: deque[tuple[Instruction, Handle]] = deque()
         self.waiting: Instruction | None = None
-        """What is waited for at this moment."""
+        """The instruction whose message is being waited for, if any."""
 
     def signature(self) -> list[str]:
-        """What both sides must agree on: name, shape of one row, type."""
+        """Describes every tensor by what both sides must agree on: name, shape of one row,
+        dtype."""
         return [
             f"{t.name} {t.shape[1:] if t.by_rows else t.shape} {t.dtype} {t.by_rows}"
             for t in self.tensors
         ]
 
     def receiver(self, i: Instruction) -> Callable[[], list[Work]]:
-        """What starts a receive; the caller hands back what to wait for by `expect`."""
+        """Returns a function that starts a receive; the caller passes the resulting handle to
+        `expect`."""
         micro_batch, rows, part = i.micro_batch, i.rows, i.part
         assert micro_batch is not None
         assert rows is not None
@@ -123,7 +131,7 @@ class Messages:
         return start
 
     def _places(self, arrival: _Arrival, rows: tuple[int, int]) -> list[Tensor]:
-        """Where the tensors of some rows belong."""
+        """Returns for each tensor the buffer into which these rows of it are received."""
         places = []
         for k, (tensor, buffer) in enumerate(zip(self.tensors, arrival.tensors, strict=True)):
             place = buffer
@@ -136,12 +144,12 @@ class Messages:
         return places
 
     def expect(self, i: Instruction, handle: Handle) -> None:
-        """A receive that was posted, for `receive` to wait for."""
+        """Keeps the handle of a posted receive, which `receive` or `gather` will wait for."""
         assert i.micro_batch is not None
         self._arrivals[i.micro_batch].under_way.append((i, handle))
 
     def gather(self, i: Instruction) -> None:
-        """Completes rows of which each tensor rank has received a part."""
+        """All-gathers rows of which each tensor-parallel rank has received a piece."""
         assert i.micro_batch is not None
         assert i.rows is not None
         arrival = self._arrivals[i.micro_batch]
@@ -156,7 +164,7 @@ class Messages:
         arrival.under_way.clear()
 
     def receive(self, micro_batch: int) -> list[Tensor]:
-        """The tensors of a micro-batch, once they are here."""
+        """Waits for the tensors of a micro-batch and returns them; [] if none were expected."""
         arrival = self._arrivals.pop(micro_batch, None)
         if arrival is None:
             return []
@@ -170,7 +178,8 @@ class Messages:
         return arrival.tensors
 
     def sender(self, i: Instruction) -> Callable[[Sequence[Tensor | None]], list[Work]]:
-        """What starts a send of a micro-batch's rows; an absent gradient travels as zeros."""
+        """Returns a function that starts the send of a micro-batch's rows; a gradient that is None
+        is sent as zeros."""
         parts = [self._part_of(tensor, i) for tensor in self.tensors]
         post = self._post(dist.isend, i)
 
@@ -180,7 +189,7 @@ class Messages:
         return start
 
     def _part_of(self, tensor: Crossing, i: Instruction) -> Callable[[Tensor | None], Tensor]:
-        """From a whole tensor to what of it a send hands over."""
+        """Returns a function from a whole tensor to the slice of it that a send transfers."""
         assert i.rows is not None
         first, last = i.rows[0] - self.first, i.rows[1] - self.first
         whole = not tensor.by_rows or i.rows == (self.first, self.last)
@@ -200,7 +209,8 @@ class Messages:
         return part
 
     def sent(self, i: Instruction, handle: Handle) -> None:
-        """Keeps what is under way; lets go of what has arrived, or must have by now."""
+        """Keeps the handle of a send in flight. Releases earlier sends that have completed, and
+        waits for those that are `window` or more micro-batches older."""
         assert i.micro_batch is not None
         self._leaving.append((i, handle))
         while self._leaving:
@@ -211,7 +221,7 @@ class Messages:
             self._wait(*self._leaving.popleft())
 
     def finish(self) -> None:
-        """Waits until everything that was sent has left."""
+        """Waits until all sends have completed."""
         while self._leaving:
             self._wait(*self._leaving.popleft())
 
@@ -221,7 +231,7 @@ class Messages:
         self.waiting = None
 
     def _post(self, start: Callable[..., Any], i: Instruction) -> Post:
-        """What starts the messages of a send or receive."""
+        """Returns a function that starts the messages of a send or receive."""
         if i.ranks:
             return partial(self._broadcast, i)
         assert i.micro_batch is not None
@@ -234,7 +244,7 @@ class Messages:
 
         def every(tensors: Sequence[Tensor]) -> list[Work]:
             named = zip(tensors, tags, strict=True)
-            # A tensor of fewer numbers than parts: nothing is left for the last ones.
+            # A tensor with fewer elements than pieces leaves the last ones empty: not sent.
             return [post(tensor, tag) for tensor, tag in named if i.part is None or tensor.numel()]
 
         def headed(tensors: Sequence[Tensor]) -> list[Work]:
@@ -250,7 +260,8 @@ class Messages:
         return every if self.headers is None else headed
 
     def _broadcast(self, i: Instruction, tensors: Sequence[Tensor]) -> list[Work]:
-        """The source takes part once, with the first of its sends."""
+        """Starts the broadcasts of a chain. Its source joins only at the first of its sends; the
+        others start nothing."""
         if i.op.kind == "send" and i.peer != i.ranks[1]:
             return []
         group = self.chains[chain_of(i)]
@@ -266,7 +277,8 @@ class Messages:
 
 
 def laid_flat(place: Tensor, of: int) -> Tensor:
-    """Room for so many equal parts of a tensor: the tensor itself where they fill it."""
+    """Returns a flat buffer for `of` pieces of equal length that hold `place`: a view of `place` if
+    they fill it exactly, else a new tensor with room to spare."""
     length = -(-place.numel() // of)
     if length * of == place.numel():
         return place.view(-1)
@@ -274,8 +286,12 @@ def laid_flat(place: Tensor, of: int) -> Tensor:
 
 
 def part_of(flat: Tensor, size: int, part: tuple[int, int, int]) -> Tensor:
-    """Pieces [first, last) of so many equal ones, of the `size` numbers that begin a flat tensor;
-    the last pieces are what is left."""
+    """Returns some of the equal pieces into which the first `size` elements of a flat tensor are
+    divided; the last pieces may be shorter or empty.
+
+    `part` is (first, last, number of pieces). With `size` 10 and `part` (1, 2, 4) each piece has 3
+    elements, and elements [3, 6) are returned.
+    """
     first, last, of = part
     length = -(-size // of)
     return flat[min(first * length, size) : min(last * length, size)]

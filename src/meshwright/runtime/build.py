@@ -1,4 +1,4 @@
-"""Model and plan to one rank's stage: its own layers are given storage and values, nothing else."""
+"""Builds one rank's stages: allocates and initialises its own layers, and no others."""
 
 from __future__ import annotations
 
@@ -22,35 +22,38 @@ from meshwright.runtime.tensor import Team, divide, take
 
 @record
 class Crossing:
-    """A tensor that a cut carries, as one rank sees it."""
+    """A tensor that crosses a stage boundary, as one rank sees it."""
 
     name: str
     shape: tuple[int, ...]
-    """With this rank's rows."""
+    """Shape with this rank's number of rows."""
     dtype: torch.dtype
     gradient: bool
+    """True if a gradient comes back for it."""
     by_rows: bool
-    """False: the same for all rows (positions, masks), carried whole."""
+    """False for a tensor that is the same for all rows (positions, masks) and is sent whole."""
 
 
 @dataclass(slots=True)
 class Held:
-    """One parameter as a rank holds it."""
+    """One parameter, or the slice of it that this rank holds."""
 
     name: str
-    """In the model."""
+    """Name in the model, such as `blocks.0.attention.output.weight`."""
     parameter: nn.Parameter
     layers: tuple[int, ...]
-    """Own layers that use it."""
+    """Numbers of this rank's layers that use it."""
     split: Split | None
-    """How tensor ranks divide it, here or elsewhere; None: each holds all of it."""
+    """Division by tensor parallelism, on this rank or others; None if every rank holds all of
+    it."""
     attribute: str
-    """Its name in its module: "weight" or "bias"."""
+    """Name inside its module: "weight" or "bias"."""
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the whole parameter."""
 
     def slices(self, tile: Tile) -> Ranges | None:
-        """The part of the whole that a tile is; None: it is not divided."""
+        """Returns the slices of the whole parameter that a tile covers; None if it is not
+        divided."""
         if self.split is None:
             return None
         return slices(self.split, self.attribute, self.shape, tile)
@@ -58,7 +61,7 @@ class Held:
 
 @dataclass(slots=True)
 class BuiltStage:
-    """What one rank needs to run its layers."""
+    """The layers of one stage on one rank, ready to run."""
 
     inputs: tuple[str, ...]
     """Names of the batch's tensors."""
@@ -67,14 +70,14 @@ class BuiltStage:
     outgoing: tuple[Crossing, ...]
     held: tuple[Held, ...]
     tied: frozenset[str]
-    """Names of parameters that layers of the model share."""
+    """Names of parameters that several layers of the model share."""
     recomputed: tuple[bool, ...]
-    """For each part: whether its forward is repeated in the backward."""
+    """One flag for each part: True if its forward is repeated during the backward."""
 
 
 @dataclass(slots=True)
 class _Place:
-    """Where a module refers to a parameter."""
+    """One module's reference to a parameter."""
 
     owner: nn.Module
     attribute: str
@@ -84,7 +87,8 @@ class _Place:
 
 
 def set_precision(model: nn.Module, precision: Precision) -> None:
-    """Weights in float64 for fp64, else in float32: the masters that low precision is cast from."""
+    """Converts the weights to float64 for fp64, else to float32: low-precision copies are cast from
+    these master weights."""
     wanted = torch.float64 if precision == "fp64" else torch.float32
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_floating_point() and t.dtype != wanted for t in tensors):
@@ -92,7 +96,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
 
 
 def with_rows(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
-    """Stand-ins for a batch with this number of rows."""
+    """Returns meta tensors that stand in for a batch with this number of rows."""
     return tuple(
         torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
         for tensor in inputs
@@ -102,8 +106,8 @@ def with_rows(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
 def cut_for(
     model: nn.Module, inputs: tuple[Tensor, ...], precision: Precision, rows: int
 ) -> tuple[LayeredModel, LayeredModel]:
-    """The model cut for `rows` rows, and for one more: the difference tells which of the tensors
-    between layers have rows."""
+    """Cuts the model for `rows` rows, and again for one row more: tensors between layers whose
+    shape differs between the two have rows."""
     few, more = (cut(model, with_rows(inputs, n), precision) for n in (rows, rows + 1))
     return few, more
 
@@ -117,13 +121,15 @@ def build_stages(
     device: torch.device,
     team: Team | None,
 ) -> tuple[BuiltStage, ...]:
-    """The layers of one rank, on its device, divided among its team; stages come in layer order.
+    """Allocates the layers of one rank on its device, and divides them among its tensor-parallel
+    group.
 
-    A parameter that several of the stages use is one Parameter, and one Held, in all of them.
+    `stages` are in layer order. A parameter that several of them use becomes one Parameter, and one
+    Held, that they share.
 
-    A module on the meta device gets storage and then its own `reset_parameters()`, under a seed
-    that depends on its name alone; real weights are kept. Raises ModelError for a module on meta
-    that cannot set its values, PlanError for one that cannot be divided.
+    A module on the meta device gets storage, then its own `reset_parameters()` under a seed that
+    depends on its name alone; real weights are kept. Raises ModelError for a module on meta that
+    has no such method, PlanError for one that cannot be divided.
     """
     layered, more = cuts
     layers = {n: layered.layers[n] for stage in stages for n in range(*stage.layers)}
@@ -131,7 +137,7 @@ def build_stages(
     division = _Division(team=team, own=own, table=_table(model, tuple(layers.values())))
     shared: dict[str, nn.Parameter] = {}
     unreal: list[_Place] = []
-    # Layer by layer, so that no more than one is ever held in full.
+    # Layer by layer, so that at most one layer is ever held unsliced.
     for number, part in layers.items():
         for name in part.modules:
             materialise(model.get_submodule(name), name, seed, device)
@@ -183,7 +189,7 @@ def _crossings(layered: LayeredModel, more: LayeredModel, at: int) -> tuple[Cros
 
 
 def materialise(leaf: nn.Module, name: str, seed: int, device: torch.device) -> None:
-    """Gives a module on the meta device storage on `device` and its initial values."""
+    """Gives a module on the meta device storage on `device`, and its initial values."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(initial_seed(seed, name))
         for inner, module in leaf.named_modules():
@@ -228,10 +234,11 @@ def _share_tied(
     seed: int,
     device: torch.device,
 ) -> None:
-    """One Parameter for each tied name; its value is the one that its first layer gives it.
+    """Makes one Parameter for each tied name, with the initial value that its first layer gives it.
 
-    A tied parameter whose first layer is elsewhere is initialised as that layer does it: a stage's
-    layers come in order, so that the first to ask is the first layer or not here.
+    A rank that does not hold that first layer initialises a copy of its module to get the value.
+    Layers are visited in order: the first one here that uses the parameter is the first of all, or
+    that one is elsewhere.
     """
     for place in places:
         if place.name not in layered.tied:
@@ -251,8 +258,8 @@ def _share_tied(
 
 
 def _foreign(model: nn.Module, part: LayerPart, name: str) -> tuple[nn.Module, str] | None:
-    """A copy, still on meta, of another layer's module, and a parameter's name inside it; None if
-    the weights are real."""
+    """Copies another layer's module, still on meta, and returns it with the parameter's name inside
+    it; None if the weights are real."""
     for leaf in part.modules:
         if name.startswith(f"{leaf}.") and model.get_parameter(name).is_meta:
             return copy.deepcopy(model.get_submodule(leaf)), name.removeprefix(f"{leaf}.")
@@ -274,18 +281,19 @@ def _check_real(unreal: list[_Place]) -> None:
 
 @dataclass(slots=True)
 class _Division:
-    """What has been held and sliced so far."""
+    """The parameters of one rank that have been held and sliced so far."""
 
     team: Team | None
     own: Tile
     table: dict[str, Split]
     held: dict[str, Held] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    """Of a divided module, outputs of the whole."""
+    """First dimension of each divided module's whole parameter, by module: its number of outputs,
+    or its vocabulary."""
 
 
 def _divide(division: _Division, place: _Place) -> None:
-    """Puts this rank's slice of a parameter in its place; all of it if it is not divided."""
+    """Replaces a parameter by this rank's slice of it; one that is not divided stays whole."""
     team, own = division.team, division.own
     full = place.owner.get_parameter(place.attribute)
     split, shape = division.table.get(place.module), tuple(full.shape)

@@ -1,9 +1,10 @@
-"""The 16-bit copies of weights that products read: made once a step, not once a micro-batch; of
-frozen weights, once and for all.
+"""Low-precision weight cache: casts weights to 16 bits once a step instead of once a micro-batch,
+and frozen weights once.
 
-Autocast makes a copy in every forward and keeps it for the backward: 2 bytes a parameter for each
-micro-batch in flight. (Its own cache would share them, but then all gradients of weights wait for
-the end of a backward: autograd runs the oldest operations last.)
+Autocast makes a copy in every forward and keeps it for the backward: 2 bytes per parameter for each
+micro-batch in flight. (Its own cache would share the copies. But autograd runs the oldest
+operations last, and the one shared cast is the oldest: all gradients of weights would wait for the
+end of a backward.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from meshwright.model.symbolic import LOW_PRECISION, linear_parameters
 
 
 class _Copy(Function):
-    """A copy in low precision that exists already; its gradient in the weight's precision."""
+    """Replaces a weight by its existing low-precision copy; the backward casts the gradient to the
+    weight's precision."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
@@ -32,16 +34,16 @@ class _Copy(Function):
 
 
 class Casts:
-    """The copies of the weights and biases of every nn.Linear in some modules.
+    """Low-precision copies of the weights and biases of every nn.Linear in some modules.
 
-    Each takes its modules' parameters' place when the module is called, not earlier: in a backward
-    the gradient of a copy is then cast as soon as it is there.
+    A copy takes the place of its parameter only while the module's forward runs: a backward then
+    casts the gradient of a copy as soon as it has been computed.
     """
 
     def __init__(self, modules: Sequence[nn.Module], precision: Precision) -> None:
         self._dtype = LOW_PRECISION.get(precision)
         self._copies: dict[int, tuple[int, Tensor]] = {}
-        """With the version of the weight that they are copies of."""
+        """(Version of the weight that was copied, copy), keyed by the weight's identity."""
         self._frozen: set[int] = set()
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         low = modules if self._dtype is not None else ()
@@ -55,14 +57,14 @@ class Casts:
             linear.register_forward_hook(self._restore, always_call=True)
 
     def tensors(self) -> list[Tensor]:
-        """All copies, made if they are not there."""
+        """Returns all copies, after making those that are missing."""
         for module, names in self._places.items():
             for name in names:
                 self._copy(module.get_parameter(name))
         return [copy for _, copy in self._copies.values()]
 
     def drop(self) -> None:
-        """To be called before weights change; those that are frozen do not."""
+        """Discards the copies of trainable weights; must be called before these change."""
         for each in self._copies.keys() - self._frozen:
             del self._copies[each]
 

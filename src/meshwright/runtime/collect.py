@@ -1,4 +1,4 @@
-"""Brings the parts of every parameter back together, whole, on rank 0."""
+"""Collects every parameter on rank 0, put together from the slices that ranks hold."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from meshwright.runtime.world import World
 
 @record
 class Home:
-    """Where a parameter can be had."""
+    """The ranks from which a whole parameter can be collected."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     shares: tuple[tuple[int, Ranges | None], ...]
-    """Ranks that together hold it, and the slices of each; None: all of it."""
+    """(Rank, slices that it holds) for the ranks that together hold the parameter; None for the
+    slices: all of it."""
 
 
 def parameter_homes(
     model: nn.Module, layered: LayeredModel, stages: tuple[StageSeats, ...]
 ) -> tuple[Home, ...]:
-    """For every parameter the first replica that holds it. The model must not be divided yet."""
+    """Finds the first replica that holds each parameter. Needs the whole model, before it is
+    divided."""
     homes: dict[str, Home] = {}
     for number, part in enumerate(layered.layers):
         seats = next(s for s in stages if s.layers[0] <= number < s.layers[1]).seats[0]
@@ -59,7 +61,8 @@ def parameter_homes(
 def collect_parameters(
     homes: tuple[Home, ...], own: dict[str, nn.Parameter], world: World
 ) -> dict[str, Tensor] | None:
-    """Whole parameters on the CPU of rank 0; None elsewhere. One parameter travels at a time."""
+    """Collects whole parameters on the CPU of rank 0, one parameter at a time; returns None on the
+    other ranks."""
     result: dict[str, Tensor] = {}
     for home in homes:
         whole = torch.empty(home.shape, dtype=home.dtype) if world.rank == 0 else None

@@ -1,4 +1,4 @@
-"""Where torch.compile can be used, and where not."""
+"""Checks that a plan can run through torch.compile on this machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 
 COMPILERS = ("g++", "clang++")
+"""C++ compilers that torch.compile finds by itself."""
 
 
 def check_compilable(plan: Plan, program: Program) -> None:
-    """Raises PlanError for a plan whose layers cannot run compiled, LaunchError where a compiler is
-    missing."""
+    """Raises PlanError for a plan whose layers cannot run compiled, LaunchError if no C++ compiler
+    is found."""
     PlanError.check(_problems(plan, program))
     compilers = (os.environ.get("CXX", ""), *COMPILERS)
     if not torch.cuda.is_available() and not any(map(shutil.which, filter(None, compilers))):

@@ -1,7 +1,7 @@
-"""Training data: text files, token files, and the corpus that is always there.
+"""Reads training data: text files, token files, and a corpus that is always there.
 
-Rows are cut from the token stream end to end, `sequence` tokens each, and visited in an order that
-is shuffled anew in every epoch. Which row is which depends on the seed alone, never on the plan.
+The token stream is cut into consecutive rows of `sequence` tokens, which every epoch visits in a
+new random order. The order depends on the seed alone, never on the plan.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from meshwright.records import record
 
 BYTE_VOCABULARY = 256
 STANDARD_LIBRARY = "python-standard-library"
+"""Name of the corpus that is always there: the source of Python's standard library."""
 
 
 class Tokens(Protocol):
-    """A sequence of token numbers, of which slices are read."""
+    """A sequence of token ids that is read in slices."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of tokens."""
 
     def __getitem__(self, part: slice, /) -> NDArray[np.integer]:
-        """Those from `part.start` to `part.stop`."""
+        """Returns the tokens from `part.start` to `part.stop`."""
 
 
 @record
 class Corpus:
-    """A stream of tokens."""
+    """A named stream of tokens to train on."""
 
     name: str
     tokens: Tokens
 
 
 class TokenFile:
-    """Tokens that stay on disk and are read when they are asked for.
+    """Tokens in a file, read from disk at each access.
 
-    They are not mapped into memory: a file that is cut short while a run reads it would end the
-    process by SIGBUS, without a word.
+    The file is not mapped into memory: if it were cut short during a run, reading it would kill the
+    process with SIGBUS and no error message.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.integer], offset: int, count: int) -> None:
@@ -57,8 +58,8 @@ class TokenFile:
         return self._count
 
     def __getitem__(self, part: slice) -> NDArray[np.integer]:
-        """The tokens from `part.start` to `part.stop`. Raises DataError if the file has fewer by
-        now, or cannot be read any more."""
+        """Returns the tokens from `part.start` to `part.stop`. Raises DataError if the file has
+        been cut short, or cannot be read any more."""
         start, stop, _ = part.indices(self._count)
         wanted = max(0, stop - start) * self._dtype.itemsize
         place = self._offset + start * self._dtype.itemsize
@@ -78,9 +79,9 @@ class TokenFile:
 
 
 def _open(path: Path) -> int:
-    """A regular file's descriptor. Raises DataError."""
+    """Opens a regular file and returns its descriptor. Raises DataError."""
     try:
-        # A pipe without a writer would be waited for.
+        # Without O_NONBLOCK, opening a pipe that has no writer would block.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise DataError(Problem(str(path), "", "no such file", "a text or token file")) from None
@@ -98,9 +99,11 @@ def _unreadable(path: Path, failure: Exception) -> DataError:
 
 
 def open_corpus(source: str | Path | None, vocabulary: int) -> Corpus:
-    """`None`: the source of Python's standard library. `*.bin`: raw token numbers (uint16, or
-    uint32 for vocabularies beyond 65,536), `*.npy`: a one-dimensional integer array. Anything else:
-    a text file, one token per byte. Raises DataError.
+    """Opens the corpus that `source` names.
+
+    `None`: the source code of Python's standard library. `*.bin`: raw token ids (uint16, or uint32
+    for vocabularies beyond 65,536). `*.npy`: a one-dimensional integer array. Anything else: a text
+    file, one token per byte. Raises DataError.
     """
     if vocabulary < BYTE_VOCABULARY and (source is None or _is_text(Path(source))):
         wanted = f"a vocabulary of at least {BYTE_VOCABULARY}: text is read byte by byte"
@@ -131,7 +134,7 @@ def _raw(path: Path, dtype: np.dtype[np.unsignedinteger]) -> TokenFile:
 
 
 def _array(path: Path) -> TokenFile:
-    """An array's tokens, by its header, which is all that is looked at here."""
+    """Opens a numpy array as a TokenFile; reads only its header."""
     wanted = "a saved numpy array"
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -149,14 +152,15 @@ def _array(path: Path) -> TokenFile:
 
 @lru_cache
 def _standard_library() -> NDArray[np.uint8]:
-    """Every module of the standard library on this machine, in order of name."""
+    """Returns the source of every module of the standard library on this machine, in order of
+    path."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     modules = sorted(p for p in folder.rglob("*.py") if "site-packages" not in p.parts)
     return np.frombuffer(b"".join(p.read_bytes() for p in modules), dtype=np.uint8)
 
 
 def check_corpus(corpus: Corpus, *, sequence: int, global_batch: int) -> None:
-    """Raise DataError if the corpus holds less than one batch."""
+    """Raises DataError if the corpus holds less than one batch."""
     needed = sequence * global_batch + 1
     if len(corpus.tokens) < needed:
         raise DataError(
@@ -181,9 +185,10 @@ def batch_rows(
     first: int,
     last: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows [first, last) of one step's batch: tokens, and the token that follows each.
+    """Returns rows [first, last) of one step's batch: input tokens, and the token that follows
+    each.
 
-    Both [rows, sequence]. Raises DataError for a token outside the vocabulary.
+    Both arrays are [rows, sequence]. Raises DataError for a token outside the vocabulary.
     """
     per_epoch = (len(corpus.tokens) - 1) // sequence
     numbers = step * global_batch + np.arange(first, last)

@@ -1,6 +1,7 @@
-"""Debug mode: a header before every message, and a look at every layer's numbers.
+"""Debug mode: sends a header before every message, and checks every layer for non-finite values
+(NaN or Inf).
 
-Both are for finding a mistake, and cost time: the host reads what it checks.
+Both help to find a mistake, and cost time: the host waits for each value that it checks.
 """
 
 from __future__ import annotations
@@ -27,29 +28,31 @@ _DIMENSIONS = 8
 _LENGTH = 7 + _DIMENSIONS
 
 Post = Callable[[Tensor, int], Work]
-"""Starts a send or a receive of a tensor under a tag."""
+"""Function that starts a send or a receive of a tensor under a tag."""
 
 
 class Headers:
-    """Precedes every message of a direction by what it is, and checks it on arrival."""
+    """Sends a header that describes each message of one direction ahead of it, and checks it on
+    arrival."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.step = 0
 
     def send(self, i: Instruction, k: int, tensor: Tensor, tag: int, post: Post) -> list[Work]:
-        """Starts tensor number `k` of a send, its header first."""
+        """Starts the send of an instruction's tensor number `k`, preceded by its header."""
         header = torch.tensor(self._header(i, k, tensor), device=self.device)
         return [post(header, 2 * tag), post(tensor, 2 * tag + 1)]
 
     def receive(self, i: Instruction, k: int, tensor: Tensor, tag: int, post: Post) -> Work:
-        """Starts a receive; its `wait` raises TrainingError, naming peer and instruction, if
-        another message arrives than the one that is due."""
+        """Starts the receive of tensor number `k`. The result's `wait` raises TrainingError, naming
+        peer and instruction, if another message than the expected one arrives."""
         header = torch.empty(_LENGTH, dtype=torch.int64, device=self.device)
         wanted = self._header(i, k, tensor)
         arriving = post(header, 2 * tag)
-        # gloo would write a message of another size into `tensor`, or end the process: there the
-        # payload is asked for when its header is known. NCCL has no tags and needs the order.
+        # Over gloo a message of the wrong size would be written into `tensor`, or end the process,
+        # so the payload's receive waits for the header. NCCL has no tags: receives must be posted
+        # in the order of the sends.
         late = self.device.type == "cpu"
         payload = None if late else post(tensor, 2 * tag + 1)
 
@@ -65,9 +68,11 @@ class Headers:
     def broadcast(
         self, i: Instruction, k: int, tensor: Tensor, start: Callable[[Tensor], Work]
     ) -> list[Work]:
-        """Starts tensor number `k` of a broadcast, its header first; `wait` checks as a receive's.
+        """Starts the broadcast of tensor number `k`, preceded by its header, which receivers check
+        in `wait`.
 
-        Both are started at once: the broadcasts of a group must come in one order on all its ranks.
+        Header and tensor start at once: all ranks of a group must start its broadcasts in the same
+        order.
         """
         wanted = self._header(i, k, tensor)
         header = torch.tensor(wanted, device=self.device)
@@ -93,7 +98,7 @@ class Headers:
 
 
 class _Checked(Work):
-    """A receive that is done when its header has been compared and its payload is here."""
+    """A receive that completes once its header has been compared and its tensor has arrived."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         super().__init__()
@@ -134,28 +139,30 @@ def _words(header: Sequence[int]) -> str:
 
 
 class Tracer:
-    """Finds the layer in which the first number that is none appears, and says when.
+    """Finds the layer, step and micro-batch in which the first non-finite value (NaN or Inf)
+    appears.
 
-    With `backward` false only forwards are looked at: the scaled gradients of float16 overflow as a
-    matter of course.
+    With `backward` false only forwards are checked: under fp16, scaled gradients are expected to
+    overflow now and then.
     """
 
     def __init__(self, stage: int, held: Iterable[Held], *, backward: bool) -> None:
         self.stage = stage
         self.backward = backward
         self.place = ("", "")
-        """Step and micro-batch that are computed."""
+        """The step and the micro-batch that are being computed, as words for the error."""
         if backward:
             for one in held:
                 if one.parameter.requires_grad:
                     one.parameter.register_post_accumulate_grad_hook(self._hook(one.name))  # type: ignore[no-untyped-call]
 
     def begin(self, step: int, micro_batches: Sequence[int]) -> None:
-        """What is computed from here on."""
+        """Notes which step and micro-batches are computed next."""
         self.place = (f"step {step}", f"micro-batch {', '.join(map(str, micro_batches))}")
 
     def read(self, layer: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A layer's inputs, in a form of its own: what comes back to them is its gradient."""
+        """Returns a layer's inputs as tensors of the layer's own, so that the gradient which comes
+        back to each can be checked."""
         if not self.backward or not torch.is_grad_enabled():
             return list(tensors)
         result = []
@@ -168,7 +175,7 @@ class Tracer:
         return result
 
     def made(self, layer: str, tensors: Iterable[Tensor]) -> None:
-        """Raises TrainingError if a layer's forward has made a number that is none."""
+        """Raises TrainingError if a layer's forward has produced a non-finite value."""
         for tensor in tensors:
             self._check(tensor.detach(), f"layer {layer}, forward", "output")
 

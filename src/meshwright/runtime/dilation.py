@@ -1,4 +1,4 @@
-"""Emulation of slower devices: arithmetic is real, then the rank sleeps until it has lasted as long
+"""Emulates a slower device: a rank computes for real, then sleeps until the work has taken as long
 as on a device that has only a share of a core."""
 
 from __future__ import annotations
@@ -18,50 +18,54 @@ from meshwright.runtime.turns import Turn
 T = TypeVar("T")
 
 SOON_SECONDS = 1e-3
-"""A device that waits longer for others is idle."""
+"""A device that has waited longer than this for other ranks counts as idle."""
 BETWEEN_SECONDS = 0.02
-"""At most from one instruction of a device that is not idle to the next."""
+"""Longest gap between two instructions of a device that is not idle."""
 LONG_SECONDS = 0.02
-"""Of computing, during which the core's pace may have become another."""
+"""CPU time of one stretch of computing after which the core's speed may have changed, and is
+measured again."""
 SLICE_SECONDS = 0.05
-"""Of computing, after which others may compute before the next layer."""
+"""CPU time after which a device lets others compute before its next layer."""
 HAND_OVER_SECONDS = 2e-4
-"""That those who wait for a turn need to take it."""
+"""Time that a waiting process needs to take the lock."""
 
 
 @record
 class Dilation:
-    """How slow the emulated device is."""
+    """The speed of an emulated device."""
 
     share: float
-    """Of a core at its usual pace (see pace.py): computing lasts CPU time / share. Infinite: only
-    what is spent takes time."""
+    """Share of a core at its usual speed (see pace.py): computing takes CPU time / share. Infinite:
+    computing takes no time, only `Dilator.spend` does."""
 
 
 class Dilator:
-    """Stretches one rank's compute instructions.
+    """Stretches one rank's compute instructions to the time that the emulated device needs.
 
-    The CPU time of the computing thread counts, so that waiting for a core is not stretched too,
-    and devices compute in turns (see turns.py). Whatever others can see within an instruction must
-    be preceded by `catch_up` (a bucket on its way) or come between `end` and `resume` (a sum among
-    tensor ranks), so that it happens when the slow device would have got there.
+    Only CPU time of the computing thread is stretched, not the wait for a core; devices take turns
+    at computing (see turns.py). Anything inside an instruction that other ranks can observe must
+    happen when the slow device would get there: call `catch_up` ahead of it (a bucket's
+    all-reduce), or `end` before and `resume` after it (an all-reduce among tensor-parallel ranks).
 
-    A process that wakes finds cold caches, which no device does whose neighbours do not share its
-    core: stretched by 1 / share, half a millisecond of it would be the time of a layer. So a little
-    exercise comes first whenever it woke, and does not count but to tell the core's pace (see
-    pace.py): the emulated device is as fast while neighbours slow this machine down.
+    A process that wakes up finds cold caches, because other devices have used its core; real
+    devices do not share one. Half a millisecond of cache misses, stretched by 1 / share, would be
+    as long as a layer. So a short calibration kernel runs after each wake-up; its time is not
+    stretched, and only tells the core's speed (see pace.py): the emulated device keeps its speed
+    while other programs slow this machine down.
     """
 
     def __init__(self, dilation: Dilation) -> None:
         self.share = dilation.share
         self._wall = self._cpu = 0.0
-        """When the instruction, and when its computing began or went on."""
+        """Wall-clock time when the instruction began, and CPU time when its computing began or was
+        resumed."""
         self._stretched = self._spent = 0.0
         self.lasted = 0.0
-        """Seconds of the emulated device until the last `catch_up`: waiting for a core is none."""
+        """Seconds that the instruction had taken on the emulated device at the last `catch_up`;
+        waiting for a core is left out."""
         self._late = self._ended = 0.0
-        """Seconds by which the last instruction took too long, and when it ended. The next one
-        gives them back, unless the device stood idle between them."""
+        """Seconds by which the last instruction took too long, and when it ended. The next one is
+        shortened by them, unless the device was idle in between."""
         self._turn: Turn | None = None
         self._pace: Pace | None = None
         if isfinite(dilation.share):
@@ -70,14 +74,15 @@ class Dilator:
             self._pace = Pace(usual_seconds())
 
     def begin(self) -> None:
-        """An instruction starts."""
+        """Starts an instruction."""
         self._start(BETWEEN_SECONDS)
         if self._turn is not None:
             exercise(torch.enable_grad())
             self._cpu = time.thread_time()
 
     def waiting(self, wait: Callable[[], T]) -> T:
-        """Waits for others between instructions. A device that stood idle was not late."""
+        """Calls `wait`, which waits for other ranks between instructions, and returns its result.
+        After a long wait the device was idle, and nothing is made up for."""
         began = time.perf_counter()
         found = wait()
         if time.perf_counter() - began > SOON_SECONDS:
@@ -85,19 +90,19 @@ class Dilator:
         return found
 
     def spend(self, seconds: float) -> None:
-        """The emulated device needs so many seconds more, for something that is not computed."""
+        """Adds seconds to the emulated device's time, for work that is not computed."""
         self._spent += seconds
 
     def catch_up(self) -> None:
-        """Sleeps until the work since `begin` has lasted its time on the emulated device."""
+        """Sleeps until the work since `begin` has taken its time on the emulated device."""
         computing = self._turn is not None and self._turn.mine
         self.end()
         if computing:
             self._wake()
 
     def pause(self) -> None:
-        """Between two layers. A device that has computed for long lets others do so: their short
-        instructions would wait for all of a large micro-batch."""
+        """Lets other devices compute between two layers, if this one has computed for long: their
+        short instructions would otherwise wait for a whole large micro-batch."""
         computing = self._turn is not None and self._turn.mine
         if computing and time.thread_time() - self._cpu > SLICE_SECONDS:
             self.end()
@@ -105,7 +110,8 @@ class Dilator:
             self._wake()
 
     def end(self) -> None:
-        """Catches up, and others may compute: an instruction ends, or waits for others."""
+        """Catches up and lets other devices compute: an instruction ends, or waits for other
+        ranks."""
         self.stop()
         due = self._wall + self.lasted
         left = due - time.perf_counter()
@@ -115,7 +121,8 @@ class Dilator:
         self._late = self._ended - due if left > 0 or self._turn is not None else 0.0
 
     def stop(self) -> float:
-        """Others may compute; what the work since `begin` lasts, in seconds, is not slept off."""
+        """Lets other devices compute, without sleeping; returns the seconds that the work since
+        `begin` takes on the emulated device."""
         computed = time.thread_time() - self._cpu
         slowness = 1.0
         if self._pace is not None:
@@ -130,7 +137,8 @@ class Dilator:
         return self.lasted
 
     def resume(self) -> None:
-        """After a wait for others, which is neither computing nor to be slept off."""
+        """Continues an instruction after a wait for other ranks, which is neither stretched nor
+        made up for."""
         self._start(SOON_SECONDS)
 
     def _start(self, soon: float) -> None:
@@ -140,7 +148,8 @@ class Dilator:
         self._late = self._spent = self._stretched = 0.0
 
     def _wake(self) -> None:
-        """Computes (on), when it is this rank's turn. Possibly within a backward."""
+        """Takes this rank's turn and starts (or resumes) computing. Can be called within a
+        backward."""
         if self._turn is not None and self._pace is not None:
             self._turn.take()
             self._pace.learn()

@@ -1,4 +1,4 @@
-"""Plays a program on PyTorch: the loop over one rank's instructions."""
+"""Runs a program on PyTorch: the loop over one rank's instructions."""
 
 from __future__ import annotations
 
@@ -50,28 +50,28 @@ from meshwright.runtime.world import World
 
 @record
 class StepResult:
-    """One optimizer step, the same on every rank."""
+    """The outcome of one optimizer step; loss and norm are the same on every rank."""
 
     loss: float
-    """Mean over the rows of the global batch."""
+    """Mean loss over the rows of the global batch."""
     grad_norm: float
-    """Global, before clipping."""
+    """Norm of the whole model's gradient, before clipping."""
     seconds: float
-    """On this rank, all communication included."""
+    """Wall-clock time of the step on this rank, communication included."""
 
 
 class Engine:
-    """One process of a training run: holds a rank's layers and plays its instructions.
+    """One process of a training run: holds a rank's layers and runs its instructions.
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
-    meta device. `inputs` is an example batch of any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` weights change,
-    bucket by bucket, as soon as their gradients are summed: layers that are done early do not wait
-    for late ones (not under fp16, whose scale all ranks must agree on first), and `optimizer` is
-    called for the parameters of each bucket. `debug`: every message has a header that is checked on
-    arrival, and the layer in which a number is none is named. `compile`: layers run through
-    torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
-    Raises a MeshwrightError if plan, model and processes do not go together.
+    meta device. `inputs` is an example batch with any number of rows. `learning_rate` gives the
+    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` each bucket's
+    weights are updated as soon as its gradients are summed, so that layers that are done early do
+    not wait for late ones, and `optimizer` is called once for each bucket's parameters. (Not so
+    under fp16: all ranks must agree on its loss scale first.) `debug`: every message has a header
+    that is checked on arrival, and the first layer with a non-finite value is named. `compile`:
+    layers run through torch.compile. A rank that waits `timeout_seconds` for another takes it for
+    lost. Raises a MeshwrightError if plan, model and processes do not fit together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -130,9 +130,9 @@ class Engine:
         fused = all(update.on_device for update in self._updates.values())
         self._on_device = fused and not self._scale.dynamic
         self._unread: Tensor | None = None
-        """Sums over all ranks that the host has not looked at."""
+        """Sums over all ranks (loss, squared norm, ...) that the host has not read yet."""
         self._actions = [(self._bind(i), i) for i in own]
-        # Only the first norm tells whether every parameter, on whatever rank, gets a gradient.
+        # The first step updates after its norm, which finds parameters that get no gradient.
         self._first_actions = sorted(self._actions, key=lambda a: a[1].op is Op.OPTIMIZER_STEP)
 
     def __enter__(self) -> Self:
@@ -144,18 +144,19 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # After a failure others may never answer: their end is not waited for.
+        # After a failure other ranks may never answer, so their end is not waited for.
         if kind is None:
             self.close()
 
-    # What a run does with it.
+    # What the training loop calls.
 
     def step(self, rows: Rows) -> StepResult:
-        """One optimizer step on the rows of one global batch, of which each rank reads its own.
+        """Runs one optimizer step on a global batch, of which each rank reads its own rows.
 
-        Raises TrainingError if loss or gradient are no numbers or a parameter gets no gradient,
-        before any weight changes; without `clip_norm`, and after the first step, before the weights
-        of a bucket whose own gradients are no numbers. PeerLost if another rank has gone.
+        Raises TrainingError, before any weight changes, if the loss or a gradient is non-finite or
+        a parameter gets no gradient. Without `clip_norm` and after the first step only the buckets
+        with non-finite gradients are left unchanged when it is raised. Raises PeerLost if another
+        rank has gone.
         """
         started = time.perf_counter()
         self._player.start(rows, self.steps, self._scale.value)
@@ -175,9 +176,9 @@ class Engine:
         return StepResult(loss=self._mean_loss, grad_norm=self._norm, seconds=seconds)
 
     def record(self, rows: Rows) -> tuple[StepResult, Timeline | None]:
-        """One step, measured instruction by instruction; the Timeline is on rank 0 only.
+        """Runs one step and measures each instruction; the Timeline is returned on rank 0 only.
 
-        Raises what `step` does.
+        Raises what `step` raises.
         """
         with worlds.noticing(self.world, lambda: None):
             dist.barrier(group=self.world.everyone)
@@ -199,14 +200,16 @@ class Engine:
             return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
 
     def parameters(self) -> dict[str, Tensor] | None:
-        """Every parameter, whole and on the CPU, by its name in the model; on rank 0 only."""
+        """Returns every parameter, whole and on the CPU, by its name in the model; None on ranks
+        other than 0."""
         own = {one.name: one.parameter for one in self._own.held}
         with worlds.noticing(self.world, lambda: None):
             return collect_parameters(self._own.homes, own, self.world)
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step, of the first parameter group; 0 where this rank changes nothing."""
+        """The last step's learning rate, of the first parameter group; 0 if this rank updates
+        nothing."""
         return next((float(each.param_groups[0]["lr"]) for each in self._optimizers), 0.0)
 
     @property
@@ -214,16 +217,16 @@ class Engine:
         return [each.optimizer for each in self._updates.values() if each.optimizer is not None]
 
     def memory_bytes(self) -> int:
-        """Most memory that any rank has had in use: allocated on a device, resident on a CPU."""
+        """Returns the largest peak memory of any rank: allocated on a GPU, resident on a CPU."""
         return max(self._peaks)
 
     def close(self) -> None:
-        """Leaves the process groups, and the model as it was."""
+        """Removes the gradient hooks from the model and leaves the process groups."""
         self._own.reducer.close()
         worlds.close(self.world)
 
     def _bind(self, i: Instruction) -> Action:
-        """What plays an instruction."""
+        """Returns the function that runs an instruction."""
         if i.op is Op.REDUCE_NORM:
             return partial(self._reduce_norm, i)
         if i.op is Op.OPTIMIZER_STEP:
@@ -231,7 +234,8 @@ class Engine:
         return self._player.bind(i)
 
     def _reduce_norm(self, i: Instruction) -> None:
-        """Sums loss, squared norm, and (each rank in a place of its own) memory and mistakes."""
+        """Sums over all ranks: the loss, the squared norm, the number of parameters without
+        gradient, and each rank's peak memory in an element of its own."""
         own, size, device = self._own, self.world.size, self.world.device
         self._player.meet(partial(own.reducer.finish, own.buckets))
         self._player.finish()
@@ -244,12 +248,13 @@ class Engine:
             totals[3 + self.rank] = peak_bytes(device)
             self._player.meet(partial(dist.all_reduce, totals, group=self.world.everyone))
         self._unread = totals
-        # Weights wait for the host where it has to decide whether they may change.
+        # The host reads the sums at once if it decides on the update: in the first step, and for
+        # optimizers that cannot skip a step on the device.
         if self.steps == 0 or not (self._early or self._on_device):
             self._read(totals)
 
     def _read(self, totals: Tensor) -> None:
-        """Waits until the device has got here. Raises TrainingError, on all ranks alike."""
+        """Reads the sums, which waits for the device. Raises TrainingError, on all ranks alike."""
         self._unread = None
         loss, squared, without, *peaks = totals.tolist()
         self._mean_loss, self._peaks = loss, [int(peak) for peak in peaks]
@@ -279,7 +284,7 @@ class Engine:
                     update.run(clip_factor(self._norm, self._clip_norm) / scale, rate)
 
     def _update_early(self, update: Update, rate: float) -> None:
-        """Where all gradients of these weights are numbers."""
+        """Updates one bucket's weights if its gradients are finite."""
         good = update.squared_norm(self.world.device).isfinite()
         if self._on_device:
             update.run_on_device(good, rate)
@@ -287,7 +292,8 @@ class Engine:
             update.run(1.0, rate)
 
     def _update_unread(self, update: Update, rate: float, totals: Tensor) -> None:
-        """Where loss and norm are numbers, which the device alone knows yet."""
+        """Updates weights on the device if loss and norm are finite, which the host does not know
+        yet."""
         assert self._clip_norm is not None, "only clipped weights wait for the norm"
         factor = clip_factor_on_device(totals[1].sqrt(), self._clip_norm)
         update.run_on_device(totals[:2].isfinite().all(), rate, factor)

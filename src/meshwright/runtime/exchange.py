@@ -1,4 +1,4 @@
-"""Small things that ranks tell each other: as JSON over the wire, so that nothing is unpickled."""
+"""Exchanges small records between ranks, as JSON: nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 
 def from_rank(rank: int, value: T | None, kind: type[T], group: ProcessGroup | None = None) -> T:
-    """What one rank says, on all of them; `kind` is its type, what the others hand in is ignored.
+    """Broadcasts one rank's value and returns it on all ranks; the `value` of the others is
+    ignored.
 
-    Raises TrainingError if something else than that arrives.
+    Raises TrainingError if what arrives is not of type `kind`.
     """
     own = _to_bytes(value) if dist.get_rank(group) == rank else torch.empty(0, dtype=torch.uint8)
     size = torch.tensor([own.numel()])
@@ -30,7 +31,8 @@ def from_rank(rank: int, value: T | None, kind: type[T], group: ProcessGroup | N
 
 
 def from_all(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T]:
-    """What every rank says, in their order, on all of them. Raises TrainingError as `from_rank`."""
+    """Returns the values of all ranks, in rank order, on every rank. Raises TrainingError as
+    `from_rank`."""
     own, sizes = _to_bytes(value), _sizes(value, group)
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: own.numel()] = own
@@ -40,8 +42,8 @@ def from_all(value: T, kind: type[T], group: ProcessGroup | None = None) -> list
 
 
 def to_first(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T] | None:
-    """What every rank says, in their order, on the first; None on the others. Raises TrainingError
-    as `from_rank`."""
+    """Returns the values of all ranks, in rank order, on the first; None on the others. Raises
+    TrainingError as `from_rank`."""
     own, sizes = _to_bytes(value), _sizes(value, group)
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: own.numel()] = own

@@ -1,4 +1,4 @@
-"""Why a rank failed: it says so to its launcher, and in a file of the run folder."""
+"""Reports why a rank failed: to its launcher, and in a file of the run folder."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from meshwright.runtime.run import Failure, failure_file
 from meshwright.runtime.variables import RANK, REPORT
 
 _SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket")
-"""In what PyTorch says of a message that did not get through."""
+"""Words by which one recognises PyTorch's errors about a message that did not get through."""
 
 
 @contextmanager
 def rank_process(folder: Path) -> Iterator[None]:
-    """The whole life of a rank: what goes wrong inside is written down, and the process ends.
+    """Runs a rank's whole life inside its `with` block: reports an exception that leaves the block,
+    and ends the process.
 
-    It ends at once, without taking the interpreter apart: gloo's threads may still hold tensors
-    then, and abort a process whose work is done (pytorch/pytorch pull request 179291).
+    The process ends at once, without shutting the interpreter down: gloo's threads may still hold
+    tensors then, and abort a process whose work is done (pytorch/pytorch pull request 179291).
     """
     status = 1
     try:
@@ -48,7 +49,7 @@ def _print(error: BaseException) -> None:
 
 
 def say(text: str) -> bool:
-    """Tell the launcher one line. False if there is none that listens."""
+    """Sends one line to the launcher. Returns False if no launcher listens."""
     pipe = os.environ.get(REPORT, "")
     if not pipe.isdecimal():
         return False
@@ -62,8 +63,8 @@ def say(text: str) -> bool:
 
 
 def _tell(error: BaseException, folder: Path) -> None:
-    """By two ways: the file stays, and reaches launchers on other machines that share the folder;
-    the pipe works when the disk is full."""
+    """Reports a failure in two ways: a file, which stays and reaches launchers on other machines
+    that share the folder, and a pipe, which works even if the disk is full."""
     rank = int(os.environ.get(RANK, "0"))
     failure = Failure(
         rank=rank,
@@ -78,7 +79,8 @@ def _tell(error: BaseException, folder: Path) -> None:
 
 
 def of_communication(error: BaseException) -> bool:
-    """Whether an error came up between ranks, as where another one has gone."""
+    """Returns True if an error comes from communication between ranks, such as one whose peer has
+    gone."""
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
     signs = (sign in first_line(error) for sign in _SIGNS_OF_LOSS)
@@ -86,7 +88,7 @@ def of_communication(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says."""
+    """Returns the first line of an error's message."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
@@ -96,7 +98,7 @@ def _problems(error: BaseException, rank: int, folder: Path) -> tuple[Problem, .
     wanted = "a run to the end"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and (error.filename or full):
-        # A file that is open already does not say its name when there is no room for more of it.
+        # A full disk is reported without a file name if the file was open already.
         where, mend = str(error.filename or folder), "make room on its disk" if full else ""
         return (Problem(where, f"rank {rank}", str(error.strerror), wanted, mend),)
     frame = traceback.extract_tb(error.__traceback__)[-1]

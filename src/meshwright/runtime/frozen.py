@@ -1,7 +1,9 @@
-"""Frozen weights before the first step: all who hold one take the values of the first of them.
+"""Gives frozen (untrained) parameters equal values on all ranks that hold them, before the first
+step.
 
-Trained ones do so by the groups that sum their gradients; frozen ones have none of their own, and
-are passed on from rank to rank where no such group has just these members.
+Trained parameters are broadcast in the process groups that sum their gradients. A frozen one uses
+such a group if one happens to have exactly its holders; otherwise its values are passed on from
+rank to rank.
 """
 
 from __future__ import annotations
@@ -34,19 +36,20 @@ from meshwright.runtime.world import World
 
 @record
 class FrozenShare:
-    """What several ranks hold alike of a frozen parameter."""
+    """A frozen parameter, or a tile of it, of which several ranks hold a copy."""
 
     name: str
     ranks: Ranks
-    """Ascending; the first one's values are everybody's."""
+    """The holders, ascending; all of them take the first one's values."""
     tile: Tile | None
-    """None: all that each of them holds."""
+    """The tile; None: all that each holder has."""
 
 
 def frozen_shares(
     model: nn.Module, layered: LayeredModel, stages: Sequence[StageSeats]
 ) -> tuple[FrozenShare, ...]:
-    """Of every frozen parameter, in one order for all ranks. The model must not be divided yet."""
+    """Lists the copies of every frozen parameter, in the same order on all ranks. Needs the whole
+    model, before it is divided."""
     users: dict[str, list[int]] = {}
     divided: set[str] = set()
     for number, part in enumerate(layered.layers):
@@ -70,7 +73,8 @@ def frozen_shares(
 
 
 def _alike(replicas: Sequence[Ranks], divided: bool) -> Iterator[tuple[Ranks, Tile | None]]:
-    """Ranks of replicas that hold the same, as they would sum its gradient."""
+    """Yields the groups of ranks that hold equal values: those that would sum its gradient if it
+    were trained."""
     widths = {len(replica) for replica in replicas}
     if len(widths) == 1:
         for group in zip(*replicas, strict=True):
@@ -86,7 +90,8 @@ def _alike(replicas: Sequence[Ranks], divided: bool) -> Iterator[tuple[Ranks, Ti
 def equalise_frozen(
     shares: Sequence[FrozenShare], held: Sequence[Held], own: Tile, world: World
 ) -> None:
-    """Every rank calls it, with what it holds; `own` is its share of what tensor ranks divide."""
+    """Copies each frozen parameter from its first holder to the others. Every rank must call it,
+    with the parameters that it holds and its own tile of those that tensor parallelism divides."""
     by_name = {one.name: one for one in held}
     for each in shares:
         if world.rank in each.ranks:
@@ -101,7 +106,8 @@ def equalise_frozen(
 
 
 def _place(one: Held, own: Tile, tile: Tile | None) -> Ranges | None:
-    """Where a tile lies in what this rank holds; None: it is all of that."""
+    """Returns where a tile lies within this rank's part of a parameter; None if it is all of that
+    part."""
     if tile is None or tile == UNDIVIDED:
         return None
     whole, part = one.slices(own), one.slices(tile)
@@ -111,7 +117,8 @@ def _place(one: Held, own: Tile, tile: Tile | None) -> Ranges | None:
 
 
 def _pass_on(piece: Tensor, ranks: Ranks, world: World) -> None:
-    """From each rank to the next one."""
+    """Copies `piece` from the first rank to the others: by broadcast if they have a group, else
+    each rank sends it to the next."""
     if ranks in world.reduce:
         dist.broadcast(piece, group_src=0, group=world.reduce[ranks])
         return

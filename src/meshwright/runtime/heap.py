@@ -1,4 +1,4 @@
-"""Memory that stays with the process."""
+"""Keeps freed memory in the process, so that emulated devices do not pay for page faults."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import ctypes
 from functools import cache
 
 KEPT_BYTES = 128 * 2**20
+"""Size of the memory that is touched in advance."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
+"""Numbers of two options of mallopt(3)."""
 
 
 @cache
 def keep_memory() -> None:
-    """From here on freed memory is not given back to the system, and the first of it is there.
+    """Makes malloc keep freed memory from now on, and touches KEPT_BYTES of it once.
 
-    A page that the system hands out takes up to ten microseconds, which is none of an emulated
-    device's time; stretched by 1 / share it is a multiple of what the layer takes that asked.
-    Does nothing where the C library has no such settings.
+    A page fault takes up to ten microseconds of CPU time that is no work of the emulated device.
+    Stretched by 1 / share like compute, the page faults of a layer would take several times as long
+    as the layer. Does nothing if the C library has no mallopt.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

@@ -1,4 +1,4 @@
-"""One step measured instruction by instruction: when each began and ended on this rank."""
+"""Measures one step: when each instruction began and ended on each rank, and the memory in use."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from meshwright.runtime.exchange import to_first
 from meshwright.runtime.reduce import FlatBucket
 
 Moment = Callable[[], float]
-"""Seconds on the host's clock; for CUDA, known once the device has got there."""
+"""Function that returns a time in seconds on the host's clock; for CUDA it must be called after the
+device has got there."""
 
 
 class Works:
-    """The messages of one instruction."""
+    """The messages of one instruction, as one handle."""
 
     __slots__ = ("works",)
 
@@ -40,22 +41,22 @@ class Works:
         self.works = works
 
     def is_completed(self) -> bool:
-        """Whether all have arrived already."""
+        """Returns True if all messages have arrived."""
         return all(work.is_completed() for work in self.works)
 
     def wait(self) -> None:
-        """Until all have arrived; on CUDA the current stream waits, not the host."""
+        """Waits until all messages have arrived; on CUDA the current stream waits, not the host."""
         for work in self.works:
             work.wait()
 
 
 def under_way(works: Sequence[Work]) -> Handle:
-    """What to wait for: of one message, itself."""
+    """Returns one handle for all messages of an instruction."""
     return works[0] if len(works) == 1 else Works(works)
 
 
 class _Watched:
-    """Messages that a thread of their own waits for, to see when they arrive."""
+    """Messages with a thread that waits for them, to note when they arrive."""
 
     def __init__(self, works: Sequence[Work], span: _Span) -> None:
         self._failure: BaseException | None = None
@@ -87,18 +88,19 @@ class _Span:
 
 @dataclass(slots=True)
 class RankRecord:
-    """What one rank saw, on its host's clock."""
+    """Measurements of one rank in one step, in seconds on its host's clock."""
 
     host: str
     started: float
     ended: float = 0.0
     spans: list[tuple[int, float, float]] = field(default_factory=list)
-    """Index of the instruction in the rank's list, start, end."""
+    """(Index of the instruction in the rank's list, start, end) of everything measured."""
     memory: list[tuple[float, int]] = field(default_factory=list)
+    """(Time, bytes in use), in order of time."""
 
 
 class Recorder:
-    """Stands beside the interpreter for one step."""
+    """Measures one step while the interpreter runs it."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class Recorder:
         self._spans: list[_Span] = []
         self._memory: list[tuple[Moment, int]] = []
         self._saved: dict[tuple[int, int], int] = {}
-        """Bytes that a stage keeps of a micro-batch."""
+        """Bytes that autograd has saved for the backward, keyed by (stage, micro-batch)."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             self._origin = _cuda_event()
@@ -123,7 +125,7 @@ class Recorder:
         self._remember()
 
     def now(self) -> Moment:
-        """This moment, on the host or on the device's current stream."""
+        """Returns the current time, on the host or on the device's current stream."""
         if self.device.type != "cuda":
             return _at(time.monotonic())
         event = _cuda_event()
@@ -133,8 +135,9 @@ class Recorder:
     def computing(
         self, i: Instruction, kept_bytes: Callable[[Instruction], int | None]
     ) -> Iterator[None]:
-        """Around what an instruction computes, or waits for by itself; `kept_bytes` tells what an I
-        has left for its W, None: everything."""
+        """Measures its `with` block as one instruction's computing (or waiting). `kept_bytes`
+        returns the bytes that an I (first part of a backward) has left for its W; None: all that
+        the forward saved."""
         start = self.now()
         with self._saving(i) if i.op is Op.FORWARD else nullcontext():
             yield
@@ -149,7 +152,7 @@ class Recorder:
             self._remember()
 
     def posted(self, instruction: Instruction, works: Sequence[Work]) -> Handle:
-        """Messages that are under way from this moment on."""
+        """Measures messages from now until they arrive, and returns a handle for them."""
         span = _Span(self._index[id(instruction)], self.now(), _at(0.0))
         self._spans.append(span)
         if self.device.type != "cuda":
@@ -162,7 +165,7 @@ class Recorder:
 
     @contextmanager
     def _saving(self, i: Instruction) -> Iterator[None]:
-        """Around a forward: counts the bytes that it keeps for its backward."""
+        """Counts the bytes that a forward in its `with` block saves for its backward."""
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -180,14 +183,14 @@ class Recorder:
         self._saved[i.stage, i.micro_batch] = size
 
     def _remember(self) -> None:
-        """Memory in use at this moment."""
+        """Notes the memory in use at this moment."""
         used = self.static_bytes + sum(self._saved.values())
         if self.device.type == "cuda":
             used = torch.cuda.memory_allocated(self.device)
         self._memory.append((self.now(), used))
 
     def close(self) -> RankRecord:
-        """Ends the step."""
+        """Ends the step and returns what was measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.record.ended = time.monotonic()
@@ -197,7 +200,7 @@ class Recorder:
 
 
 def micro_batches_of(i: Instruction) -> Sequence[int]:
-    """The micro-batches that an instruction computes; a W may have several."""
+    """Returns the micro-batches that an instruction computes; a W may have several."""
     if i.micro_batches is not None:
         return range(*i.micro_batches)
     assert i.micro_batch is not None
@@ -219,7 +222,7 @@ def static_bytes(
     buckets: Sequence[FlatBucket],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
-    """Weights, gradients and optimizer states of one rank."""
+    """Returns the bytes of one rank's weights, gradients and optimizer states."""
     weights = sum(one.parameter.nbytes for one in held)
     gradients = sum(bucket.buffer.nbytes for bucket in buckets)
     states = sum(
@@ -233,7 +236,7 @@ def static_bytes(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process has had: allocated on a CUDA device, else resident."""
+    """Returns this process's peak memory: allocated on a CUDA device, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -243,10 +246,10 @@ def peak_bytes(device: torch.device) -> int:
 def gather(
     record: RankRecord, program: Program, devices: tuple[str, ...], group: dist.ProcessGroup
 ) -> Timeline | None:
-    """All ranks' records as one Timeline, on rank 0; None elsewhere.
+    """Merges all ranks' records into one Timeline on rank 0; returns None on the other ranks.
 
-    Ranks of one host share its clock; hosts are aligned at the barrier before the step. What two or
-    more ranks do together starts when the last of them is ready.
+    Ranks of one host share its clock; the clocks of hosts are aligned at the barrier before the
+    step. A message or a collective starts when the last of its ranks is ready.
     """
     records = to_first(record, RankRecord, group)
     if records is None:
@@ -278,10 +281,11 @@ def gather(
 
 
 _Meeting = tuple[object, ...]
+"""Key of one message or collective, equal on all ranks that take part in it."""
 
 
 def _meeting(rank: int, i: Instruction) -> _Meeting:
-    """What all ranks that take part in one message or sum have in common."""
+    """Returns the key under which all ranks of one message or collective are matched."""
     if i.op.kind == "send":
         stage = i.stage + 1 if i.op is Op.SEND_F else i.stage - 1
         return (MATCHING_RECEIVE[i.op], rank, i.peer, stage, i.micro_batch, i.rows)

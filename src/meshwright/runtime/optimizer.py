@@ -1,4 +1,5 @@
-"""Global gradient norm, clipping and loss scale: all that surrounds the optimizer."""
+"""Updates weights: the optimizer of each group of buckets, the global gradient norm, clipping, and
+the loss scale."""
 
 from __future__ import annotations
 
@@ -17,32 +18,33 @@ from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World
 
 Schedule = Callable[[int], float]
-"""Step, from 0, to factor of the learning rate."""
+"""Function from the step (from 0) to the factor of the learning rate."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-"""Makes an optimizer of some parameters."""
+"""Function that makes an optimizer for some parameters."""
 
 
 @dataclass(slots=True)
 class Update:
-    """What one OPTIMIZER_STEP changes."""
+    """The gradients and the optimizer of one OPTIMIZER_STEP."""
 
     buckets: list[FlatBucket]
     optimizer: torch.optim.Optimizer | None
-    """None: it has nothing to change."""
+    """None if there is nothing to update."""
     rates: list[float]
-    """The optimizer's own, by parameter group."""
+    """The optimizer's own learning rates, one for each parameter group."""
     squared: Tensor | None = None
-    """Of this step's gradients, once it has been asked for."""
+    """Squared norm of this step's gradients, once it has been asked for."""
 
     def squared_norm(self, device: torch.device) -> Tensor:
-        """This rank's share of the squared norm of these gradients."""
+        """Returns this rank's share of the squared norm of these gradients."""
         if self.squared is None:
             self.squared = squared_norm(self.buckets, device)
         return self.squared
 
     def run(self, factor: float, rate: float) -> None:
-        """Changes the weights by their gradients times a factor, at rates times a factor."""
+        """Updates the weights, with gradients multiplied by `factor` and learning rates by
+        `rate`."""
         if self.optimizer is None:
             return
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -52,20 +54,20 @@ class Update:
 
     @property
     def on_device(self) -> bool:
-        """Whether the optimizer takes what decides about its step (a factor, and a flag that there
-        is none) from its device, as torch.amp.GradScaler hands them over: the host need not wait
-        for the gradients. Fused optimizers do."""
+        """True if the optimizer reads the clip factor and the decision to skip a step from its
+        device, as torch.amp.GradScaler passes them: the host need not wait for the gradients. Fused
+        optimizers can."""
         supports = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         return self.optimizer is None or bool(supports)
 
     def run_on_device(self, good: Tensor, rate: float, factor: Tensor | None = None) -> None:
-        """As `run`, if the flag is set."""
+        """Updates as `run` does, but only if the flag `good`, a tensor on the device, is true."""
         if self.optimizer is None:
             return
         self.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
         if factor is not None and self.buckets[0].buffer.dtype == torch.float32:
             self.optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]
-        elif factor is not None:  # the kernel's own is a float32
+        elif factor is not None:  # grad_scale is a float32, too coarse for others
             for bucket in self.buckets:
                 bucket.buffer.mul_(factor)
         self.run(1.0, rate)
@@ -74,8 +76,12 @@ class Update:
 def updates(
     instructions: Sequence[Instruction], buckets: Mapping[Key, FlatBucket], make: OptimizerFactory
 ) -> dict[Key, Update]:
-    """Of each of a rank's OPTIMIZER_STEPs, by its layers or tied parameter: the buckets of that
-    name, or those that no step names; the only one changes all."""
+    """Makes the Update of each of a rank's OPTIMIZER_STEPs, keyed by the step's layers or tied
+    parameter.
+
+    A step updates the bucket with its own key, or all buckets that no step has as a key. If a rank
+    has one step, it updates all buckets.
+    """
     named = dict.fromkeys((i.layers, i.tied) for i in instructions if i.op is Op.OPTIMIZER_STEP)
     rest = [bucket for key, bucket in buckets.items() if key not in named]
     found = {}
@@ -91,9 +97,9 @@ def updates(
 
 
 def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
-    """This rank's share of the squared norm of the whole gradient, in float64.
+    """Returns this rank's share of the squared norm of the whole gradient, in float64.
 
-    The sum over all ranks counts every number once: what h ranks hold weighs 1 / h.
+    The sum over all ranks counts every element once: one that h ranks hold has weight 1 / h.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for bucket in buckets:
@@ -105,26 +111,26 @@ def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
 
 
 def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
-    """Scales all gradients, if they are to be scaled at all."""
+    """Multiplies all gradients by `factor`."""
     if factor != 1.0:
         for bucket in buckets:
             bucket.buffer.mul_(factor)
 
 
 def clip_factor(norm: float, clip_norm: float | None) -> float:
-    """min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    """Returns min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ defines it."""
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
 
 
 def clip_factor_on_device(norm: Tensor, clip_norm: float) -> Tensor:
-    """The same of a norm that the host has not read."""
+    """Returns the clip factor as a tensor, for a norm that the host has not read."""
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class LossScale:
-    """Keeps small float16 gradients from vanishing: the loss is multiplied by a power of two that
-    halves when gradients overflow, and doubles after 2000 steps without (Micikevicius et al. 2018).
-    Other precisions use the constant 1."""
+    """Dynamic loss scale, which keeps small float16 gradients from vanishing: the loss is
+    multiplied by a power of two that halves when gradients overflow, and doubles after 2000 steps
+    without overflow (Micikevicius et al. 2018). Other precisions use the constant 1."""
 
     GROWTH_STEPS = 2000
 
@@ -134,7 +140,7 @@ class LossScale:
         self._good = 0
 
     def update(self, overflow: bool) -> None:
-        """Takes note of one step."""
+        """Adjusts the scale after one step."""
         if not self.dynamic:
             return
         self._good = 0 if overflow else self._good + 1
@@ -145,8 +151,9 @@ class LossScale:
 
 
 def check_finite(step: int, loss: float, norm: float, scale: LossScale, weights: str) -> None:
-    """Raises TrainingError, on every rank alike; `weights` says what has become of them. Whatever
-    that is, no number that is none has reached one."""
+    """Raises TrainingError, on every rank alike, if loss or norm is non-finite (an overflow that a
+    smaller loss scale may cure is left alone). `weights` says what has happened to the weights; no
+    weight has received a non-finite update."""
     if not math.isfinite(loss):
         _stop(step, "loss", loss, weights)
     if not math.isfinite(norm) and not (scale.dynamic and scale.value > 1):
@@ -154,6 +161,7 @@ def check_finite(step: int, loss: float, norm: float, scale: LossScale, weights:
 
 
 UNTOUCHED = "the weights are those before this step"
+"""State of the weights when a step stops, for `check_finite`."""
 PARTLY = "layers whose own gradients were finite have taken this step: resume from saved weights"
 
 
@@ -170,8 +178,8 @@ def _stop(step: int, what: str, value: float, weights: str) -> None:
 
 
 def stop_for_missing(names: list[str], world: World) -> None:
-    """Raises TrainingError, on every rank alike, naming the parameters without gradient that any
-    rank knows of."""
+    """Raises TrainingError, on every rank alike, naming the parameters that got no gradient on any
+    of the ranks."""
     found = from_all(tuple(names), tuple[str, ...], world.everyone)
     raise TrainingError(
         *(

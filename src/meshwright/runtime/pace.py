@@ -1,5 +1,8 @@
-"""How fast a core is just now: neighbours that no one here sees slow it by tens of percent, for a
-second or for minutes, which no emulated device should feel."""
+"""Measures how fast a core is at the moment, so that emulated devices keep their speed.
+
+Other programs, and other guests of the same host, slow a core by tens of percent for seconds or
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -20,37 +23,48 @@ from meshwright import __version__
 from meshwright.runtime.turns import turns_folder
 
 WIDTH, LENGTH = 32, 8
+"""Tensor sizes of the calibration kernel."""
 ROWS, INPUTS, OUTPUTS = 128, 256, 512
+"""Sizes of the matrix product in a sample: [ROWS, INPUTS] by [INPUTS, OUTPUTS]."""
 PRODUCT_WEIGHT = 8.0
-"""Of the product's seconds to the exercise's: layers slow down like such a sum, in which the
-product is most. Chosen by layers of 1 to 16 rows, watched while the machine's speed changed."""
+"""Weight of the matrix product's seconds relative to the calibration kernel's. Layers slow down
+like such a weighted sum, which the product dominates; fitted to layers of 1 to 16 rows while the
+machine's speed changed."""
 RECENT = 9
-"""Samples of which the median tells the pace."""
+"""Number of latest samples, whose median is the present speed."""
 REFERENCE_SECONDS = 5.2e-3
-"""Of a sample on the core that shares are of, unless this machine's are slower. What a machine does
-at its quickest would not do: it does it for minutes, and then for others, and the devices that play
-on it could not keep up."""
+"""CPU seconds of a sample on the reference core, of which devices have shares. A machine on which
+samples usually take longer uses its own time instead. (Its fastest time would not do: a machine
+that runs faster for some minutes becomes slower again, and its emulated devices could not keep up.)
+"""
 USUAL = f"usual-{__version__}"
+"""Name of the file with this machine's usual seconds."""
 FIRST_CALLS = 3
-"""In a process; they find nothing prepared."""
+"""Samples at the start of a process that do not count: caches are cold and nothing has been set
+up."""
 FIRST_SAMPLES = 40
+"""Samples from which the usual seconds are found."""
 FIRST_NAP_SECONDS = 0.01
+"""Sleep before each of those samples."""
 
 
 @cache
 def _gymnasium() -> tuple[Tensor, ...]:
+    """Returns the calibration kernel's tensors: input, norm scale, and three weights."""
     shapes = ((1, LENGTH, WIDTH), (WIDTH,), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH))
     return tuple(torch.ones(shape, requires_grad=True) for shape in shapes)
 
 
 @cache
 def _factors() -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the two matrices of a sample's product, and room for the result."""
     return torch.ones(ROWS, INPUTS), torch.ones(INPUTS, OUTPUTS), torch.empty(ROWS, OUTPUTS)
 
 
 def exercise(mode: AbstractContextManager[object]) -> None:
-    """What layers are made of, on next to nothing: a millisecond that brings the code of products,
-    norms, attention and activations, and that of their gradients, back into the caches."""
+    """Runs the calibration kernel: a millisecond of everything that layers consist of (products,
+    norms, attention, activations and their gradients) on tiny tensors, which brings its code back
+    into the caches."""
     x, scale, square, up, down = _gymnasium()
     with mode:
         normed = F.layer_norm(x, (WIDTH,), scale) + x * torch.rsqrt(x.square().mean(-1, True) + 1)
@@ -63,8 +77,8 @@ def exercise(mode: AbstractContextManager[object]) -> None:
 
 
 def sample() -> float:
-    """CPU seconds of a product and an exercise, always the same, weighted as layers feel them; no
-    backward is part of it, for it may be within one."""
+    """Returns the CPU seconds of a fixed amount of work: a matrix product and the calibration
+    kernel, weighted as layers feel them. It runs no backward, since it may be called within one."""
     left, right, out = _factors()
     began = time.thread_time()
     torch.mm(left, right, out=out)
@@ -74,7 +88,7 @@ def sample() -> float:
 
 
 class Pace:
-    """How much longer than usual this rank's work takes, by the last samples."""
+    """Tracks how much slower than usual this rank's core is, from its latest samples."""
 
     def __init__(self, usual_seconds: float) -> None:
         self._usual = usual_seconds
@@ -83,24 +97,25 @@ class Pace:
             sample()
 
     def learn(self) -> None:
-        """One more sample, which is an exercise too."""
+        """Takes one more sample, which also warms the caches."""
         self._recent.append(sample())
 
     @property
     def slowness(self) -> float:
-        """CPU seconds now for one that is usual."""
+        """Present CPU seconds of work that usually takes one second."""
         return median(self._recent) / self._usual if self._recent else 1.0
 
 
 def usual_seconds(folder: Path | None = None) -> float:
-    """Of a `sample` on this machine, measured by the first who asks and the same for all after it,
-    so that an emulated device is as fast in a run as it was in its profile. Only the quickest tenth
-    counts: other ranks are starting beside it."""
+    """Returns the usual CPU seconds of a `sample` on this machine: measured by the first process
+    that asks, kept in a file, and the same for all later ones, so that an emulated device is as
+    fast in a run as it was in its profile. The first decile of the samples is taken, since other
+    ranks are starting at the same time."""
     file = os.open((folder or turns_folder()) / USUAL, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX)
         known = os.read(file, 64)
-        with suppress(ValueError):  # nothing yet, or cut short by a full disk
+        with suppress(ValueError):  # empty, or cut short by a full disk
             return float(known)
         taken = max(REFERENCE_SECONDS, quantiles(_after_naps(), n=10)[0])
         os.ftruncate(file, 0)
@@ -111,7 +126,8 @@ def usual_seconds(folder: Path | None = None) -> float:
 
 
 def _after_naps() -> list[float]:
-    """As ranks do it, that slept before and have one thread; after some that find nothing ready."""
+    """Takes samples as ranks do, each after a sleep and with one thread, and leaves out the first
+    ones."""
     samples = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

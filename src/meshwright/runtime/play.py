@@ -1,7 +1,8 @@
-"""What a rank does in a step before its norm: computes, hands over, sends, receives.
+"""Interprets one rank's instructions: computes, hands over, sends and receives, up to the gradient
+norm.
 
-Every instruction is bound once, to a function without arguments in which all is looked up that is
-the same in every step.
+Every instruction is bound once, to a function without arguments in which everything that is the
+same in every step has been looked up.
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ from meshwright.runtime.stage import Rows
 _NOTHING = nullcontext()
 
 Action = Callable[[], None]
-"""Plays one instruction, in every step."""
+"""Function that runs one instruction, in every step."""
 
 Taking = Callable[[], list[Tensor]]
+"""Function that returns the tensors that come in over a cut."""
 Keeping = Callable[[Sequence[Tensor | None]], None]
+"""Function that takes the tensors that go out over a cut."""
 
 Crossed = tuple[Op, int, int]
-"""SEND_F, RECV_F, SEND_B or RECV_B; stage, micro-batch."""
+"""Key of tensors at a cut: (SEND_F, RECV_F, SEND_B or RECV_B; stage; micro-batch)."""
 
 
 class Player:
-    """Plays the computing and the transfers of one rank's instructions."""
+    """Runs the compute and transfer instructions of one rank."""
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class Player:
         self._own = own
         self._dilator = dilator
         self.computing = self.measured if dilator is None else self._stretched
-        """Around computing: stretched where a slower device is emulated, measured where asked."""
+        """Context for an instruction's computing: measured if a recorder is set, stretched if a
+        slower device is emulated."""
         self._share = 1 / plan.job.global_batch
         self._rows_before = {
             (i.stage, i.micro_batch): first_row(
@@ -64,20 +68,21 @@ class Player:
         self._completed = completions(own, instructions)
         self._last_sends = {_crossed(i): i for i in instructions if i.op.kind == "send"}
         self._made: dict[Crossed, Sequence[Tensor | None]] = {}
-        """What is to be sent."""
+        """Tensors that are to be sent."""
         self._here: dict[Crossed, list[Tensor]] = {}
-        """What one stage of this rank hands to another."""
+        """Tensors that one stage of this rank has made for another."""
         self._rows: Rows | None = None
         self._step = 0
         self._scale = 1.0
         self._losses: list[tuple[Tensor, float]] = []
-        """Of the slices of rows, with their shares of the global batch."""
+        """(Mean loss, share of the global batch) of each slice of rows."""
         self._generator = generator_of(own.device)
         self._random: Tensor | None = None
-        """What the generator is set back to at the end of the step."""
+        """The generator's state at the start of the step, to which it returns at the end."""
 
     def start(self, rows: Rows, step: int, scale: float) -> None:
-        """A step on the rows of a global batch; `scale` multiplies the loss before backwards."""
+        """Begins a step on the rows of a global batch; `scale` multiplies the loss before
+        backwards."""
         self._rows, self._step, self._scale = rows, step, scale
         self._losses.clear()
         self._random = self._generator.get_state()
@@ -87,18 +92,18 @@ class Player:
                     messages.headers.step = step
 
     def wait(self) -> None:
-        """Until everything that was sent has left."""
+        """Waits until all sends have completed."""
         for place in self._own.places.values():
             for messages in place.messages.values():
                 messages.finish()
 
     def waiting(self) -> Instruction | None:
-        """The message that is waited for at this moment, if any."""
+        """Returns the instruction whose message is being waited for, if any."""
         ends = (end for place in self._own.places.values() for end in place.messages.values())
         return next((end.waiting for end in ends if end.waiting is not None), None)
 
     def finish(self) -> None:
-        """No more forwards or backwards in this step: lets go of what only they need."""
+        """Ends the forwards and backwards of a step, and releases what only they need."""
         if self._random is None:
             return
         self._generator.set_state(self._random)
@@ -108,12 +113,12 @@ class Player:
             place.stage.casts.drop()
 
     def loss(self) -> Tensor:
-        """This rank's part of the mean over the global batch, in float64."""
+        """Returns this rank's part of the mean loss over the global batch, in float64."""
         parts = [loss.double() * share for loss, share in self._losses]
         return sum(parts, torch.zeros((), dtype=torch.float64, device=self._own.device))
 
     def bind(self, i: Instruction) -> Action:
-        """What plays an instruction."""
+        """Returns the function that runs an instruction."""
         match i.op:
             case Op.FORWARD:
                 return self._forward(i)
@@ -234,7 +239,7 @@ class Player:
         return run
 
     def _weight(self, i: Instruction) -> float:
-        """Share of the global batch that a slice of rows is."""
+        """Returns the share of the global batch that an instruction's rows are."""
         assert i.rows is not None
         return (i.rows[1] - i.rows[0]) * self._share
 
@@ -251,7 +256,7 @@ class Player:
                 raise
 
     def measured(self, i: Instruction) -> AbstractContextManager[None]:
-        """Around what an instruction does: measured where asked."""
+        """Returns a context that measures what an instruction does, if a recorder is set."""
         if self.recorder is None:
             return _NOTHING
         return self.recorder.computing(i, self._kept_bytes)
@@ -263,14 +268,16 @@ class Player:
     # Transfers.
 
     def _taking(self, place: Place, op: Op, micro_batch: int) -> Taking:
-        """What comes in over a cut: from a stage of this rank, or by messages."""
+        """Returns a function that fetches what comes in over a cut: from another stage of this
+        rank, or from messages."""
         if place.next_here if op is Op.RECV_B else place.previous_here:
             return partial(self._here.pop, (op, place.seat.stage, micro_batch), [])
         take = partial(place.messages[op].receive, micro_batch)
         return take if self._dilator is None else partial(self._dilator.waiting, take)
 
     def _keeping(self, op: Op, i: Instruction) -> Keeping:
-        """What goes out over a cut, for the sends that take it, if any."""
+        """Returns a function that keeps what goes out over a cut until it is sent; it drops what no
+        send takes."""
         assert i.micro_batch is not None
         key = (op, i.stage, i.micro_batch)
         return partial(self._made.__setitem__, key) if key in self._last_sends else _drop
@@ -293,14 +300,14 @@ class Player:
             self.meet(partial(self._own.places[i.stage].messages[i.op.reads].gather, i))
 
     def meet(self, wait: Callable[[], object]) -> None:
-        """Waits for others at a place where computing stops for it."""
+        """Calls `wait`, which waits for other ranks at a point where computing stops for it."""
         if self._dilator is None:
             wait()
         else:
             self._dilator.waiting(wait)
 
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
-        """What to wait for where communication has been posted."""
+        """Returns a handle for communication that has just been posted."""
         return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
 
 
@@ -309,7 +316,7 @@ def _drop(_: object) -> None:
 
 
 def split_forwards(instructions: Sequence[Instruction]) -> frozenset[tuple[int, int]]:
-    """Stages and micro-batches whose forward must prepare a backward in two parts."""
+    """Returns (stage, micro-batch) of each forward whose backward comes in two parts."""
     return frozenset(
         (i.stage, micro_batch)
         for i in instructions
@@ -319,7 +326,8 @@ def split_forwards(instructions: Sequence[Instruction]) -> frozenset[tuple[int, 
 
 
 def completions(own: Assembly, instructions: Sequence[Instruction]) -> dict[int, list[Key]]:
-    """By identity of the instruction: the buckets to whose gradients it is the last to add."""
+    """Returns the buckets to whose gradients an instruction is the last to add, keyed by the
+    instruction's identity."""
     last = {i.stage: i for i in instructions if i.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
     position = {id(i): n for n, i in enumerate(instructions)}
     found: dict[int, list[Key]] = {}

@@ -1,5 +1,7 @@
-"""Products of an activation and a weight in two nodes of autograd, as a split backward needs them:
-one makes the gradient of the activation, the other, later, that of the weight."""
+"""Divides each product of an activation and a weight into two autograd nodes, for a split backward.
+
+One node computes the gradient of the activation; the other, later, that of the weight.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,23 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 
 class LinearProduct:
-    """x W^T + b: both matrix products by hand, so that those of several micro-batches can join."""
+    """The product x W^T + b, whose gradients are computed by hand: the weight gradients of several
+    micro-batches can then be one matrix product."""
 
     __slots__ = ("parameters", "parts", "weights")
 
     def __init__(self, weights: tuple[int, ...], parameters: tuple[Tensor, ...]) -> None:
         self.weights = weights
-        """Identities of the parameters."""
+        """Identities of weight and bias."""
         self.parameters = parameters
-        """Weight and bias, if the product reads them as they are; else it has a token from the
-        forward."""
+        """Weight and bias themselves, if the product reads them unchanged; empty if it reads a form
+        of them (a view, a cast), and has a token from the forward."""
         self.parts: list[tuple[Tensor, Tensor]] = []
-        """Input and output gradient, once the first part of the backward has come by."""
+        """(Input, output gradient) pairs, known after the first part of the backward."""
 
     def join(self, other: LinearProduct) -> bool:
-        """Takes over another micro-batch's part in the same gradients, if it can."""
+        """Takes over another micro-batch's pairs for the same weights; returns False if that is not
+        possible."""
         if self.weights != other.weights or not self.parts:
             return False
         self.parts += other.parts
@@ -36,26 +40,28 @@ class LinearProduct:
         return True
 
     def ready(self) -> bool:
-        """Whether anything came back to this product."""
+        """Returns True if a gradient has reached this product."""
         return bool(self.parts)
 
     def kept(self) -> Iterator[Tensor]:
-        """What waits for the second part."""
+        """Yields the tensors that are kept for the second part of the backward."""
         for part in self.parts:
             yield from part
 
     def gradients(self, needed: Sequence[bool]) -> Iterator[Tensor | None]:
-        """Of weight and bias: dW = dy^T x and db = sum dy, over all rows of all parts."""
+        """Yields the gradients of weight and bias: dW = dy^T x and db = sum dy, over all rows of
+        all parts."""
         ((x, dy),) = _joined(self._taken())
         yield dy.t().mm(x) if needed[0] else None
         if len(needed) > 1:
             yield dy.sum(0) if needed[1] else None
 
     def accumulate(self) -> None:
-        """Adds both to the gradients of the parameters, where these lie."""
+        """Adds both gradients to the `grad` of the parameters, in place."""
         weight, *bias = (cast("Tensor", p.grad) for p in self.parameters)
         parts = self._taken()
-        # One product of all rows writes and reads them once more, every product the gradient.
+        # Joining rows writes and reads all of them once more; each product by itself writes and
+        # reads the weight's gradient.
         if sum(x.numel() + dy.numel() for x, dy in parts) < (len(parts) - 1) * weight.numel():
             parts = _joined(parts)
         for x, dy in parts:
@@ -77,7 +83,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 
 
 class OtherProduct:
-    """Any other product, by autograd on a graph of its own."""
+    """Any other product, differentiated by autograd in a graph of its own."""
 
     __slots__ = ("edge", "gradient", "inner", "weights")
 
@@ -85,7 +91,7 @@ class OtherProduct:
         self.weights = weights
         self.edge: GradientEdge | None = None
         self.inner: list[Tensor] = []
-        """Stand-ins for the weights in the graph of its own."""
+        """Detached weights, the leaves of that graph."""
         self.gradient: Tensor | None = None
 
     def ready(self) -> bool:
@@ -106,10 +112,11 @@ class OtherProduct:
 
 
 Product = LinearProduct | OtherProduct
+"""A product whose weight gradient is computed later than its activation gradient."""
 
 
 class Token(Function):
-    """Stands for a product's weights: its backward makes their gradients."""
+    """Autograd node that stands for a product's weights: its backward computes their gradients."""
 
     @staticmethod
     def forward(ctx: Any, product: Product, *weights: Tensor) -> Tensor:
@@ -122,7 +129,7 @@ class Token(Function):
 
 
 class LinearInput(Function):
-    """A linear product whose backward makes the gradient of its input."""
+    """A linear product whose backward computes the gradient of its input alone."""
 
     @staticmethod
     def forward(
@@ -135,7 +142,7 @@ class LinearInput(Function):
     ) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(x, weight)
-        # Not the result itself: it can be a view, which what follows could not change in place.
+        # `.data`, since the result can be a view, which later operations could not change in place.
         return F.linear(x, weight, bias).data
 
     @staticmethod
@@ -147,7 +154,7 @@ class LinearInput(Function):
 
 
 class OtherInput(Function):
-    """Any product; its backward makes the gradients of its activations."""
+    """Any other product; its backward computes the gradients of its activations."""
 
     @staticmethod
     def forward(
@@ -159,13 +166,13 @@ class OtherInput(Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
         inner = [a.detach().requires_grad_(n) for a, n in zip(activations, needs, strict=True)]
-        # Kept as they are, whatever becomes of what others keep: both parts read them.
+        # Both parts read these saved tensors, so hooks that replace saved tensors must not act.
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             result = call(inner)
         product.edge = get_gradient_edge(result)
         ctx.product = product
         ctx.inner = inner
-        # Not `detach`: a view could not be changed in place by what follows.
+        # Not `detach`, whose result is a view, which later operations could not change in place.
         return result.data
 
     @staticmethod
@@ -182,7 +189,7 @@ class OtherInput(Function):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """All leading dimensions as one."""
+    """Merges all leading dimensions into one."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 

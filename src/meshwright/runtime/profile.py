@@ -1,4 +1,4 @@
-"""`meshwright profile`: what every rank measures, and how the ranks' results become one file.
+"""`meshwright profile`: measures layers, optimizer and links on every rank, and merges the results.
 
 python -m meshwright.runtime.profile FOLDER      one rank, under a launcher
 """
@@ -54,55 +54,60 @@ if TYPE_CHECKING:
     from meshwright.runtime.profile_layers import Bench
 
 SETTINGS = "profile-settings.json"
+"""Name of the file with the ProfileSettings, in a rank's folder."""
 TIMEOUT_SECONDS = 1800.0
-"""For a device that is so much slower than the others."""
+"""Time that a fast device waits for the slowest one."""
 
 
 @record
 class ProfileSettings:
-    """What to measure."""
+    """Settings of `meshwright profile`: what to measure, and where to write it."""
 
     model: Line
     sequence: Tokens
     rows: Annotated[tuple[Rows, ...], Field(max_length=100)]
-    """Of the micro-batches; none: only links are measured."""
+    """Numbers of rows of the micro-batches to measure; empty: only links are measured."""
     tensor: Annotated[tuple[TensorWidth, ...], Field(max_length=100)] = (1,)
+    """Tensor-parallel widths to measure."""
     precision: Precision
     cluster: Line | None = None
-    """Which device each rank is; None: this machine, as discovered."""
+    """Cluster file that lists the device of each rank; None: this machine, as discovered."""
     output: Line
+    """File for the profile."""
     shares: dict[Name, PositiveShare] = field(default_factory=dict)
-    """Emulation: share of a core that a device type gets."""
+    """Emulation: share of a core of each device type."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 7
+    """Number of measurements of which the median counts."""
     pairs: Line | None = None
-    """File for the links of every class of pairs; None: one link for each level, in the profile."""
+    """File for the links of every class of device pairs; None: the profile itself gets one link for
+    each level."""
 
 
 @record
 class Source:
-    """What a profile depends on."""
+    """Everything that a profile depends on; its fingerprint tells if a profile is up to date."""
 
     settings: ProfileSettings
-    """Without the names of files."""
+    """The settings without the names of files."""
     model: str
     cluster: Cluster | None
     processes: int
     versions: dict[str, str]
     pace: float | None
-    """As `reference_pace`."""
+    """Speed of emulated devices, from `reference_pace`."""
 
 
 @record
 class Known:
-    """What the first rank's output file holds already."""
+    """The profile in the first rank's output file, if it is up to date."""
 
     profile: Profile | None = None
 
 
 @record
 class OwnTimes:
-    """What one rank has measured."""
+    """The times that one rank has measured."""
 
     layers: tuple[LayerTime, ...]
     optimizers: tuple[OptimizerTime, ...]
@@ -110,15 +115,18 @@ class OwnTimes:
 
 @record
 class Case:
-    """Layers that are measured at one size."""
+    """Some layers to be measured with one number of rows and one tensor-parallel width."""
 
     layers: tuple[int, ...]
+    """Numbers of the layers."""
     rows: int
     tensor: int
+    """Tensor-parallel width."""
 
 
 def cases(settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]) -> Iterator[Case]:
-    """Every size, with those of the distinct layers that have the width, if any have."""
+    """Yields every pair of width and rows, with those of the distinct layers that can be divided by
+    that width."""
     for tensor, rows in product(settings.tensor, settings.rows):
         legal = tuple(n for n in layers if graph.layers[n].tensor_units % tensor == 0)
         if legal:
@@ -126,8 +134,8 @@ def cases(settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]) -
 
 
 def reference_pace(settings: ProfileSettings) -> float | None:
-    """What the speed of emulated devices refers to on this machine (see pace.py); None: real ones
-    are measured."""
+    """Returns the CPU seconds that define the speed of emulated devices on this machine (see
+    pace.py); None if real devices are measured."""
     if not settings.shares:
         return None
     from meshwright.runtime.pace import usual_seconds
@@ -136,18 +144,18 @@ def reference_pace(settings: ProfileSettings) -> float | None:
 
 
 def known(settings: ProfileSettings, mark: str) -> Profile | None:
-    """What the output file holds, if it is what would be measured."""
+    """Returns the profile in the output file, if its fingerprint is `mark`."""
     path = Path(settings.output)
     if not files.is_file(path):
         return None
-    with suppress(ProfileError):  # something else stands there, and is written over
+    with suppress(ProfileError):  # the file holds something else, and will be overwritten
         profile = load(path, Profile, error=ProfileError)
         return profile if profile.source == mark else None
     return None
 
 
 def keep(settings: ProfileSettings, profile: Profile) -> Profile:
-    """Write the profile to the output file."""
+    """Writes the profile to the output file and returns it."""
     files.write_text(Path(settings.output), dumps(profile), durable=True)
     return profile
 
@@ -160,7 +168,8 @@ def measure(
     mark: str = "",
     again: bool = True,
 ) -> tuple[Profile, bool]:
-    """What one rank does; rank 0 writes the result, or finds it written."""
+    """Measures as one rank and returns the merged profile, and True if it was found in the output
+    file. Rank 0 writes that file. `again`: measure even if it is up to date."""
     import torch
     import torch.distributed as dist
 
@@ -175,7 +184,7 @@ def measure(
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     join(int(os.environ[RANK]), int(os.environ[WORLD_SIZE]), device, timeout)
     first = dist.get_rank() == 0
-    # The first rank's file counts: those of the others may be on other machines.
+    # Only the first rank's file counts: those of the others may be on other machines.
     held = known(settings, mark) if first and not again else None
     there = from_rank(0, Known(profile=held), Known)
     if there.profile is not None:
@@ -214,8 +223,9 @@ def measure(
 
 
 def _machines(settings: ProfileSettings, device: torch.device) -> Cluster:
-    """The cluster of the settings, else this machine by what it is measured on: times of the CPU
-    are not those of a GPU that PyTorch cannot use."""
+    """Returns the cluster that the settings name, else this machine as discovered. It is described
+    by its CPUs if these are measured: their times are not those of a GPU that PyTorch cannot use.
+    """
     if settings.cluster:
         return load_cluster(Path(settings.cluster))
     return discover(cpus=device.type == "cpu")
@@ -239,7 +249,7 @@ def _links(settings: ProfileSettings, cluster: Cluster, device: torch.device) ->
 def _bench(
     settings: ProfileSettings, graph: LayerGraph, cluster: Cluster, device: torch.device
 ) -> Bench:
-    """The model on meta, and this rank's device as the cluster calls it."""
+    """Returns the model on the meta device, and this rank's device type as the cluster names it."""
     import torch
     import torch.distributed as dist
 
@@ -272,7 +282,7 @@ def _tell(folder: Path | None, rank: int, done: int, total: int) -> None:
 
 
 def merged_layers(times: list[LayerTime]) -> tuple[LayerTime, ...]:
-    """One entry for what several ranks of a device type measured: the medians."""
+    """Merges what several ranks of a device type have measured into one entry: the medians."""
     groups: dict[tuple[str, str, int, int], list[LayerTime]] = defaultdict(list)
     for one in times:
         groups[one.device, one.signature, one.tensor, one.rows].append(one)
@@ -295,7 +305,7 @@ def _median(measured: Iterable[float | None]) -> float | None:
 
 
 def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:
-    """One entry per device type: the medians."""
+    """Merges the times of a device type into one entry: the medians."""
     groups: dict[tuple[str, str], list[OptimizerTime]] = defaultdict(list)
     for one in times:
         groups[one.device, one.optimizer].append(one)
@@ -310,7 +320,7 @@ def merged_optimizers(times: list[OptimizerTime]) -> tuple[OptimizerTime, ...]:
 
 
 def main() -> None:
-    """One rank under a launcher."""
+    """Measures as one rank, under a launcher."""
     from meshwright.runtime.failure import rank_process
 
     folder = Path(sys.argv[1])

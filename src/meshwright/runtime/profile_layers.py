@@ -1,4 +1,5 @@
-"""Layer and optimizer times on this rank's device, measured through the runtime's own stage."""
+"""Measures the times of layers and optimizer on this rank's device, through the runtime's own
+stage."""
 
 from __future__ import annotations
 
@@ -24,24 +25,25 @@ from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
 
 Model = Callable[[], nn.Module]
-"""Makes the model anew, on the meta device."""
+"""Function that makes the model anew, on the meta device."""
 
 
 WARM_UP = 4
-"""Repeats that do not count."""
+"""Number of first repeats that do not count."""
 NAP_SECONDS = 0.02
-"""An emulated device sleeps between instructions; what it finds when it wakes is measured too."""
+"""Sleep after each measurement of an emulated device. In a run it sleeps between instructions, and
+finds cold caches when it wakes: that has to be measured too."""
 
 
 class Stopwatch:
-    """Seconds of something that this rank's device does, stretched if the device is emulated."""
+    """Measures seconds on this rank's device, stretched if the device is emulated."""
 
     def __init__(self, device: torch.device, dilator: Dilator | None) -> None:
         self.device = device
         self.dilator = dilator
 
     def seconds(self, act: Callable[[], object]) -> float:
-        """How long `act` takes on the device."""
+        """Returns the seconds that `act` takes on the device."""
         if self.device.type == "cuda":
             began, ended = (_event() for _ in range(2))
             torch.cuda.synchronize(self.device)
@@ -63,12 +65,12 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is measured, on what, and how often."""
+    """The model to measure, the device, and the number of repeats."""
 
     make_model: Model
     graph: LayerGraph
     inputs: tuple[Tensor, ...]
-    """A batch with one row."""
+    """An example batch with one row."""
     kind: str
     """Type of this rank's device."""
     watch: Stopwatch
@@ -80,22 +82,24 @@ def _event() -> torch.cuda.Event:
 
 
 def distinct_layers(model: LayerGraph) -> dict[str, int]:
-    """The first layer of every signature."""
+    """Returns the number of the first layer with each signature."""
     return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
 
 
 def layer_times(
     bench: Bench, *, layers: Iterable[int], rows: int, tensor: int
 ) -> Iterator[LayerTime]:
-    """Each of the layers at one size, as the medians of the repeats after those that warm up."""
+    """Measures each of the layers at one size; yields the medians of the repeats after the
+    warm-up."""
     for layer, stage, built in _stages_of(bench, layers, rows, tensor):
         turns = _Turns(bench.watch, stage, built, _batch_of(stage, built, bench, rows))
         yield _time_of(turns, bench, layer=layer, rows=rows, tensor=tensor)
 
 
 def _time_of(turns: _Turns, bench: Bench, *, layer: int, rows: int, tensor: int) -> LayerTime:
-    """Every second repeat is followed by one with the backward in two parts. What a forward takes
-    longer that prepares it is counted to the first part: neither comes without the other."""
+    """Measures one layer. After every second repeat comes one with a split backward. What its
+    forward takes longer than an ordinary one is added to the first part of the backward: one never
+    comes without the other."""
     wholes, parts = [], []
     for turn in range(bench.repeats + WARM_UP):
         wholes.append(turns.whole())
@@ -120,10 +124,12 @@ def _time_of(turns: _Turns, bench: Bench, *, layer: int, rows: int, tensor: int)
 
 @dataclass(frozen=True)
 class _Turns:
-    """Forward and backward of a stage on micro-batches, again and again; seconds of one.
+    """Runs a stage forward and backward on micro-batches, repeatedly, and returns the seconds for
+    one micro-batch.
 
-    Those of an emulated device, which slept, are measured two at a time: of a stage's layers only
-    the first finds caches as a sleep leaves them."""
+    An emulated device sleeps before each measurement, so two micro-batches are measured at a time:
+    in a stage of a run, only the first layer finds caches that are cold after a sleep.
+    """
 
     watch: Stopwatch
     stage: Stage
@@ -132,17 +138,17 @@ class _Turns:
 
     @property
     def micro_batches(self) -> range:
-        """Those of one turn."""
+        """The micro-batches of one measurement."""
         return range(1 if self.watch.dilator is None else 2)
 
     def whole(self) -> tuple[float, float]:
-        """Seconds of forward and backward."""
+        """Returns the seconds of forward and backward."""
         forward = self._forward(split=False)
         return forward, self._backward(self.stage.backward)
 
     def in_parts(self) -> tuple[float, float, float]:
-        """Seconds of a forward that prepares two parts of a backward, and of these: gradients of
-        inputs, gradients of weights."""
+        """Returns the seconds of a forward that prepares a split backward, of that backward's first
+        part (gradients of inputs), and of its second (gradients of weights)."""
         forward = self._forward(split=True)
         inputs = self._backward(self.stage.backward_input)
         return forward, inputs, self._seconds([partial(self.stage.backward_weight, (m,))
@@ -167,14 +173,14 @@ class _Turns:
 def _stages_of(
     bench: Bench, layers: Iterable[int], rows: int, tensor: int
 ) -> Iterator[tuple[int, Stage, BuiltStage]]:
-    """For each layer a stage with no other, as the first of `tensor` ranks would hold it; one at a
-    time has storage."""
+    """Yields each layer as a stage of its own, as the first of `tensor` ranks would hold it; only
+    one at a time has storage."""
     graph, device = bench.graph, bench.watch.device
-    # Sums over a team of one: what is measured is compute, communication is priced apart.
+    # A group of one rank: only compute is measured here, communication has its own price.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     model, cuts = _cut(bench, rows)
     for n, layer in enumerate(layers):
-        if n and team is not None:  # modules that were divided stay so
+        if n and team is not None:  # divided modules cannot be made whole again
             model, cuts = _cut(bench, rows)
         seats = _seats(layer, rows, of=len(graph.layers))
         (built,) = build_stages(model, cuts, (seats,), seed=0, device=device, team=team)
@@ -184,7 +190,7 @@ def _stages_of(
 
 
 def _cut(bench: Bench, rows: int) -> tuple[nn.Module, tuple[LayeredModel, LayeredModel]]:
-    """A new model, on meta, in layers."""
+    """Makes a new model on the meta device and cuts it into layers."""
     model = bench.make_model()
     set_precision(model, bench.graph.precision)
     return model, cut_for(model, bench.inputs, bench.graph.precision, rows)
@@ -205,7 +211,7 @@ def _seats(layer: int, rows: int, *, of: int) -> StageSeats:
 
 
 def _alone() -> dist.ProcessGroup:
-    """A group of this rank only."""
+    """Makes a process group of this rank alone."""
     mine = None
     for rank in range(dist.get_world_size()):
         group = cast("dist.ProcessGroup", dist.new_group([rank]))
@@ -240,9 +246,10 @@ def _spread(samples: Sequence[float]) -> float:
 
 
 def optimizer_time(bench: Bench, optimizer: OptimizerFactory, name: str) -> OptimizerTime:
-    """A step of the optimizer over layers of two sizes, as a line: overhead and slope.
+    """Measures an optimizer step over the smallest and the largest layer; the line through both
+    gives overhead and seconds per parameter.
 
-    Clipping's norm and scaling, and the zeroing of gradients, are part of it.
+    Gradient clipping and zeroing of gradients are included.
     """
     points = []
     for _, _, built in _stages_of(bench, _smallest_and_largest(bench.graph), 1, 1):

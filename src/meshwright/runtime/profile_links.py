@@ -1,4 +1,5 @@
-"""Latency and bandwidth of the links between ranks, by level, from messages of several sizes."""
+"""Measures latency and bandwidth of the links between ranks, by level, from messages of several
+sizes."""
 
 from __future__ import annotations
 
@@ -15,15 +16,17 @@ from meshwright.cost.profile import LinkTimes
 from meshwright.runtime.exchange import from_rank
 
 SIZES = (2**12, 2**16, 2**20, 2**22)
-"""Bytes of the messages: latency shows in the small ones, bandwidth in the large."""
+"""Message sizes in bytes: small ones show the latency, large ones the bandwidth."""
 
 LEVELS = ("inside", "network", "site")
+"""Levels of the cluster's hierarchy: inside a node, between nodes of a site, between sites."""
 
 
 def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> LinkTimes | None:
-    """Links of every level that two ranks can show; the same answer on every rank.
+    """Measures the links of every level that two ranks span, and returns the same answer on every
+    rank.
 
-    Ranks stand on the cluster's devices in order. None with a single rank.
+    Rank n runs on the cluster's device n. Returns None with a single rank.
     """
     world = dist.get_world_size()
     if world < 2:
@@ -42,7 +45,7 @@ def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> Li
 
 
 def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]]:
-    """Two ranks for every level of the hierarchy that has any: the first that there are."""
+    """Returns the first pair of ranks at each level that any pair spans."""
     pairs: dict[str, tuple[int, int]] = {}
     for a, one in enumerate(devices):
         for b in range(a + 1, len(devices)):
@@ -56,7 +59,8 @@ def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]
 def one_round_trip(
     pairs: Sequence[tuple[int, int]], size: int, device: torch.device
 ) -> Callable[[], float]:
-    """One way of a message there and back between the first pair; the others do the same."""
+    """Returns a function that measures the time of a message one way, as half a round trip between
+    the first pair, while the other pairs do the same."""
     rank = dist.get_rank()
     data = torch.zeros(size, dtype=torch.uint8, device=device)
 
@@ -77,7 +81,8 @@ def one_round_trip(
 
 
 def one_all_reduce(size: int, device: torch.device) -> Callable[[], float]:
-    """Seconds of one all-reduce over all ranks."""
+    """Returns a function that measures the seconds of one all-reduce of `size` bytes over all
+    ranks."""
     data = torch.zeros(size // 4, device=device)
 
     def act() -> float:
@@ -96,5 +101,5 @@ def _settle(device: torch.device) -> None:
 
 
 def _median(act: Callable[[], float], repeats: int) -> float:
-    """The median of this rank's samples after two that warm up."""
+    """Returns the median of this rank's samples, after two for warm-up."""
     return median([act() for _ in range(repeats + 2)][2:])

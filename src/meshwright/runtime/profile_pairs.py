@@ -1,4 +1,5 @@
-"""Messages between every class of pairs of devices, alone and beside others, and all-reduces."""
+"""Measures messages between every class of device pairs, alone and while other pairs send too, and
+all-reduces."""
 
 from __future__ import annotations
 
@@ -23,26 +24,34 @@ from meshwright.runtime.exchange import from_rank
 from meshwright.runtime.profile_links import one_all_reduce, one_round_trip
 
 SMALL = 2**12
+"""Size of the smallest message in bytes."""
 LARGE_SECONDS = 0.15
-"""Which the largest message should take by the cluster's own figures: long against the bursts that
-a shaped link lets through."""
+"""Time that the largest message should take at the bandwidth in the cluster file: long compared
+with the bursts that a shaped link lets through."""
 LARGEST = 2**24
+"""Most bytes that the largest message may have."""
 REPEATS = (7, 5, 5, 3)
-"""How often each size is sent after one that warms up."""
+"""Number of messages of each size, after the warm-up."""
 WARM_UP = 1
+"""Number of first messages that do not count."""
 
 
 @record
 class Seen:
-    """What one rank has measured of its messages."""
+    """The times of one pair's messages, or of all-reduces, as one rank has measured them."""
 
     points: tuple[Point, ...]
     crowded: Point | None = None
+    """The largest message while another pair of the same nodes sends too; None if there is no
+    other."""
 
 
 def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
-    """Every class of pairs that the ranks have, the same answer on all of them. Ranks stand on the
-    cluster's devices in order."""
+    """Measures every class of pairs that the ranks form, and returns the same answer on all of
+    them.
+
+    Rank n runs on the cluster's device n.
+    """
     devices = devices_of(cluster)[: dist.get_world_size()]
     rank_of = {each.name: rank for rank, each in enumerate(devices)}
     links = topology(cluster)
@@ -56,7 +65,7 @@ def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
             for size, count in zip(sizes, REPEATS, strict=True)
         ]
         crowded = _crowded(one, other, devices, rank_of, sizes[-1], device)
-        # Each rank of the pair has seen its own times: the first one's count.
+        # Both ranks of the pair have measured it: the first one's times count.
         seen = Seen(points=tuple(points), crowded=crowded)
         seen = from_rank(ends[0][0], seen, Seen)
         pairs.append(pair_times((one.name, other.name), seen.points, seen.crowded))
@@ -73,7 +82,7 @@ def measure_pairs(cluster: Cluster, device: torch.device) -> LinkReport:
 
 
 def _sizes(bandwidth: float) -> tuple[int, ...]:
-    """Bytes of the messages that show a link of this bandwidth."""
+    """Returns the bytes of the messages that show a link of this bandwidth."""
     large = min(max(int(bandwidth * LARGE_SECONDS), 64 * SMALL), LARGEST) // 1024 * 1024
     return SMALL, large // 16 // 4 * 4, large // 4, large
 
@@ -86,7 +95,8 @@ def _crowded(
     size: int,
     device: torch.device,
 ) -> Point | None:
-    """The largest message while other devices of the same two nodes exchange as much."""
+    """Measures the largest message while other devices of the same two nodes exchange as much;
+    returns None if there are none."""
     here = [d for d in devices if d.node == one.node and d not in (one, other)]
     there = [d for d in devices if d.node == other.node and d not in (one, other, *here[:1])]
     if not here or not there:

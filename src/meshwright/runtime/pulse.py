@@ -1,10 +1,10 @@
-"""Signs of life: who has gone, when communication fails?
+"""Heartbeat: finds out which rank has gone when communication fails.
 
-A rank that waits sees only that its neighbour has not answered, and the neighbour may be waiting
-itself. So every rank counts up in the store that all have met in, once a second, from a thread of
-its own. When a message is overdue, whose count stands still is the one that has gone: a process
-that has ended or is stopped counts no more, one that waits does. The first to find out leaves its
-finding in the store, so that all give the same reason.
+A rank that waits for a message cannot tell if its neighbour has gone or is waiting itself. So every
+rank increments a counter in the rendezvous store once a second, from a thread of its own. When a
+message is overdue, the ranks whose counters stand still have gone: a process that has ended or is
+stopped does not count, one that waits does. The first rank to find out leaves its finding in the
+store, so that all ranks report the same reason.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT_SECONDS = 1.0
+"""Time between two heartbeats of a rank."""
 SILENCE_SECONDS = 4.0
-"""A rank whose count has stood still for this long has gone."""
+"""A rank whose counter has stood still for this long has gone."""
 STORE_SECONDS = 5.0
-"""A store that takes longer to answer has gone with the rank that kept it."""
+"""A store that takes longer than this to answer has gone, with the rank that hosts it."""
 _VERDICT = "verdict"
+"""Key of the first finding in the store."""
 
 
 class Pulse:
-    """This rank's signs of life, and a look at the others'."""
+    """Sends this rank's heartbeat, and checks that of the others."""
 
     def __init__(self, rank: int, size: int) -> None:
         # The only way to the store: torch.distributed has no public one.
@@ -38,15 +40,16 @@ class Pulse:
         self._thread.start()
 
     def stop(self) -> None:
-        """No more signs."""
+        """Stops this rank's heartbeat."""
         self._ended.set()
         self._thread.join(STORE_SECONDS)
 
     def verdict(self, words: str) -> tuple[tuple[int, ...], str]:
-        """Ranks that have gone, and what the first to notice said: `words`, where it is this one.
+        """Returns the ranks that have gone, and the words of the first rank that noticed: `words`,
+        if it is this one.
 
-        Takes up to SILENCE_SECONDS + STORE_SECONDS. No ranks where all seem alive, or the store has
-        gone too.
+        Takes up to SILENCE_SECONDS + STORE_SECONDS. Returns no ranks if all seem alive, or if the
+        store has gone too.
         """
         found: list[tuple[tuple[int, ...], str]] = []
         thread = threading.Thread(target=lambda: found.append(self._judge(words)), daemon=True)
@@ -59,7 +62,7 @@ class Pulse:
             try:
                 self._store.add(str(self._rank), 1)
             except RuntimeError:
-                return  # the rank that kept the store has ended, and so will this one
+                return  # the rank that hosted the store has ended, and so will this one
 
     def _judge(self, words: str) -> tuple[tuple[int, ...], str]:
         try:
@@ -77,7 +80,7 @@ class Pulse:
         return (tuple(map(int, ranks.split())), first) if bar else ((), words)
 
     def _silent(self) -> list[int]:
-        """Ranks that give no sign of life while this one watches."""
+        """Returns the ranks whose counters stand still while this one watches."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         before = {rank: self._store.add(str(rank), 0) for rank in others}
         end = time.monotonic() + SILENCE_SECONDS

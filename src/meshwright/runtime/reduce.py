@@ -1,4 +1,4 @@
-"""Gradients in flat buffers, each summed over its holders as soon as a backward completes it."""
+"""All-reduces gradients in flat buckets, each as soon as a backward completes it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
 
 OWN: Key = (None, None)
-"""Gradients that this rank alone makes."""
+"""Key of the gradients that this rank does not share with others."""
 
 
 @dataclass(slots=True)
 class Members:
-    """Those who sum something together."""
+    """The ranks that sum a tensor together."""
 
     group: ProcessGroup
     size: int
@@ -35,27 +35,30 @@ class Members:
 
 @dataclass(slots=True, eq=False)
 class FlatBucket:
-    """Gradients that are complete at once: every `parameter.grad` is a view of `buffer`."""
+    """Gradients that are summed together: every `parameter.grad` is a view of `buffer`."""
 
     held: list[Held]
     buffer: Tensor
     undivided: int
-    """Numbers at the front that every tensor rank holds alike; the rest is divided."""
+    """Number of elements at the front that every tensor-parallel rank holds; the rest is divided
+    among them."""
     own: Tile
-    """Of what is divided, the share that this rank holds."""
+    """This rank's tile of the divided parameters."""
     members: dict[Tile | None, Members]
-    """By the tile that they sum, as in their instruction; empty: this rank is alone."""
+    """The ranks that sum each tile, keyed as in their instructions; empty if no other rank shares
+    these gradients."""
     pending: set[str] = field(default_factory=set)
-    """Parameters whose gradients are not complete."""
+    """Names of the parameters whose gradients are not complete."""
     completing: bool = False
-    """The last backward that adds to them has begun."""
+    """True if the last backward that adds to these gradients has begun."""
     armed: list[Instruction] = field(default_factory=list)
+    """The all-reduces to be started when the gradients are complete."""
     with_gradient: set[str] = field(default_factory=set)
-    """Parameters that have had a gradient."""
+    """Names of the parameters that have received a gradient so far."""
 
     @property
     def copies(self) -> tuple[int, int]:
-        """Ranks that hold each undivided number, and each divided one."""
+        """(Number of ranks that hold each undivided element, number that hold each divided one)."""
         if not self.members or None in self.members:
             replicas = self.members[None].size if self.members else 1
             return replicas * self.own.of, replicas
@@ -66,7 +69,8 @@ class FlatBucket:
 def group_parameters(
     held: Sequence[Held], reductions: Sequence[Instruction], tied: frozenset[str]
 ) -> dict[Key, list[Held]]:
-    """Which instruction reduces which of a rank's trainable parameters."""
+    """Assigns each of a rank's trainable parameters to the instruction that reduces its
+    gradient."""
     groups: dict[Key, list[Held]] = {(i.layers, i.tied): [] for i in reductions}
     for one in held:
         if not one.parameter.requires_grad:
@@ -85,9 +89,9 @@ def _within(one: Held, layers: tuple[int, int] | None) -> bool:
 
 
 def make_bucket(held: Sequence[Held], own: Tile, members: dict[Tile | None, Members]) -> FlatBucket:
-    """Lays out the gradients of some parameters, those that are not divided first.
+    """Lays out the gradients of some parameters in one buffer, those of undivided parameters first.
 
-    Raises PlanError if those who hold a tied parameter in unlike tensor widths do not all divide
+    Raises PlanError if ranks that hold a tied parameter at unlike tensor widths do not all divide
     it.
     """
     ordered = sorted(held, key=lambda one: one.split is not None)
@@ -115,8 +119,8 @@ def make_bucket(held: Sequence[Held], own: Tile, members: dict[Tile | None, Memb
 
 
 def gathered(bucket: FlatBucket, tile: Tile, tensors: Sequence[Tensor]) -> Tensor:
-    """A tile of each of the bucket's parameters (or of what is like them), in one flat tensor; all
-    who hold the tile lay it out alike."""
+    """Copies one tile of each of the bucket's parameters (or of `tensors` like them) into a flat
+    tensor, in the same layout on all ranks that hold the tile."""
     parts = []
     for index, ranges in _places(bucket, tile):
         part = tensors[index] if ranges is None else take(tensors[index], ranges)
@@ -125,7 +129,7 @@ def gathered(bucket: FlatBucket, tile: Tile, tensors: Sequence[Tensor]) -> Tenso
 
 
 def scatter(bucket: FlatBucket, tile: Tile, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """The inverse of `gathered`: writes a tile back where it was taken from."""
+    """Writes a tile back to where `gathered` has taken it from."""
     start = 0
     for index, ranges in _places(bucket, tile):
         tensor = tensors[index]
@@ -141,7 +145,8 @@ def scatter(bucket: FlatBucket, tile: Tile, flat: Tensor, tensors: Sequence[Tens
 
 
 def _places(bucket: FlatBucket, tile: Tile) -> Iterator[tuple[int, Ranges | None]]:
-    """Where a tile lies: numbers of parameters, and the slices of what this rank holds of them."""
+    """Yields where a tile lies: the parameter's index, and the slices of this rank's part of it
+    (None: all of it)."""
     for index, one in enumerate(bucket.held):
         own = one.slices(bucket.own)
         if own is None and tile == UNDIVIDED:
@@ -154,16 +159,17 @@ def _places(bucket: FlatBucket, tile: Tile) -> Iterator[tuple[int, Ranges | None
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A sum that has begun."""
+    """An all-reduce in flight."""
 
     of: FlatBucket
     handle: Handle
     put_back: Callable[[], None]
-    """What is to be done when it has ended."""
+    """Called after it has ended; writes the sum to the gradients, if it was made in a copy."""
 
 
 class Reducer:
-    """Starts the armed reductions in the program's order, each when its gradients are complete."""
+    """Starts the queued all-reduces in the program's order, each when its gradients are
+    complete."""
 
     def __init__(
         self,
@@ -183,22 +189,23 @@ class Reducer:
         ]
 
     def close(self) -> None:
-        """Leaves the parameters alone.
+        """Removes the hooks from the parameters.
 
-        Autograd holds hooks where Python does not see the circle that they close, through which
-        nothing of an engine, its groups and their threads included, would ever be freed.
+        They form a reference cycle through autograd that Python's garbage collector cannot see: an
+        engine, its groups and their threads would never be freed.
         """
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def zero(self) -> None:
-        """Starts a step: all gradients zero."""
+        """Sets all gradients to zero, at the start of a step."""
         for bucket in self.buckets.values():
             bucket.buffer.zero_()
 
     def arm(self, instruction: Instruction) -> None:
-        """Sum these gradients as soon as they are complete, in the order of these calls."""
+        """Queues an all-reduce, to be started when its gradients are complete; the order of these
+        calls is kept."""
         bucket = self.buckets[instruction.layers, instruction.tied]
         if not bucket.armed:
             bucket.pending = {one.name for one in bucket.held}
@@ -206,8 +213,8 @@ class Reducer:
         bucket.armed.append(instruction)
 
     def begin(self, completed: Sequence[Key], settled: Sequence[nn.Parameter] = ()) -> None:
-        """A backward begins that is the last to bring these buckets gradients; `settled` have all
-        of theirs already."""
+        """Notes that the last backward which adds to these buckets begins; the gradients of
+        `settled` parameters are complete already."""
         done = {id(parameter) for parameter in settled}
         for key in completed:
             bucket = self.buckets[key]
@@ -216,13 +223,13 @@ class Reducer:
         self._advance()
 
     def end(self, completed: Sequence[Key]) -> None:
-        """It has ended: gradients that never came are zero."""
+        """Notes that this backward has ended: gradients that have not come are zero."""
         for key in completed:
             self.buckets[key].pending.clear()
         self._advance()
 
     def accumulated(self, bucket: FlatBucket, name: str) -> None:
-        """A parameter has got its gradient of a backward."""
+        """Notes that a backward has added to a parameter's gradient."""
         bucket.with_gradient.add(name)
         if bucket.completing:
             bucket.pending.discard(name)
@@ -230,14 +237,15 @@ class Reducer:
                 self._advance()
 
     def _advance(self) -> None:
-        """Starts every reduction at the head of the queue that is complete."""
+        """Starts the all-reduces at the head of the queue, as far as their gradients are
+        complete."""
         while self._queue and self._queue[0].completing and not self._queue[0].pending:
             bucket = self._queue.popleft()
             bucket.completing = False
             self._launch(bucket)
 
     def finish(self, buckets: Sequence[FlatBucket]) -> None:
-        """Waits for the sums of some buckets, and those that began before."""
+        """Waits for the all-reduces of some buckets, and for all that began earlier."""
         last = max((n for n, each in enumerate(self._under_way) if each.of in buckets), default=-1)
         for _ in range(last + 1):
             self._end(self._under_way.popleft())
@@ -247,7 +255,7 @@ class Reducer:
         first.put_back()
 
     def missing(self) -> list[str]:
-        """Trainable parameters that have had no gradient so far."""
+        """Returns the names of trainable parameters that have received no gradient so far."""
         buckets = self.buckets.values()
         return [one.name for b in buckets for one in b.held if one.name not in b.with_gradient]
 
@@ -264,16 +272,16 @@ class Reducer:
         bucket.armed.clear()
 
     def _put_back_what_is_done(self) -> None:
-        """So that copies do not pile up until the end of the step."""
+        """Writes finished sums back, so that copies do not pile up until the end of the step."""
         while self._under_way and self._under_way[0].handle.is_completed():
             self._end(self._under_way.popleft())
 
 
 def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:
-    """What a rank gives to a sum, and what is to be done with it afterwards.
+    """Returns the tensor that a rank gives to an all-reduce, and what to call when that has ended.
 
-    Only ranks with several tiles, those of the narrower replicas, copy: a gradient is one strided
-    tensor, and its tiles lie scattered in it.
+    Only ranks with several tiles (those of replicas with a smaller tensor width) copy: a tile lies
+    scattered in their gradients.
     """
     if tile is None:
         return bucket.buffer, _nothing

@@ -1,11 +1,11 @@
-"""Where the processes of a run meet, without listening to more than they must.
+"""Connects the processes of a run, listening on no more addresses than necessary.
 
-Processes that a launcher of ours has started meet in the store that it keeps: a TCPStore that is
-bound to one address (the loopback, where all are on one machine) and whose keys begin with a secret
-of the run. Processes that others have started meet at MASTER_ADDR, which is bound by the first rank
-alone where it can be. Nothing that is read from a store is unpickled here or in torch.distributed.
-Under torchrun that cannot be had: its agent keeps a store on every interface and unpickles what it
-reads there, so a warning is given.
+Processes that our own launcher has started meet in the store that it hosts: a TCPStore that is
+bound to one address (the loopback if all are on one machine) and whose keys begin with a secret of
+the run. Processes that were started otherwise meet at MASTER_ADDR, the only address on which the
+first rank listens, if it can. Nothing read from a store is unpickled, here or in torch.distributed.
+Under torchrun this is not possible: its agent hosts a store on every interface and unpickles what
+it reads there, so a warning is given.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TORCHRUN = (
 
 
 class PeerLost(TrainingError):  # noqa: N818 - named for what happened
-    """This rank is well, but another one has gone."""
+    """Another rank has gone; this one is well."""
 
 
 def join(
@@ -50,11 +50,10 @@ def join(
     timeout: timedelta,
     environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Meet all other ranks and make torch.distributed's default group of them.
+    """Waits for all other ranks and makes them torch.distributed's default group.
 
-    On GPUs gloo stays at hand beside NCCL for what lives on the host: timelines, names, barriers.
-    Raises LaunchError if there is no way to the address, PeerLost with the ranks that have not come
-    when `timeout` is over.
+    On GPUs gloo is available beside NCCL, for data on the host: timelines, names, barriers. Raises
+    LaunchError if the address cannot be reached, PeerLost with the missing ranks after `timeout`.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     _choose_interface(environ)
@@ -95,8 +94,8 @@ def _store(rank: int, size: int, timeout: timedelta, environ: Mapping[str, str])
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
-    """A socket that listens on one address; None if that is not an address of this machine, as
-    behind a translation of addresses: then there is no way but to listen on all."""
+    """Opens a socket that listens on one address. Returns None if the address is not this
+    machine's, as behind network address translation: the store must then listen on all."""
     with suppress(OSError):
         family, kind, protocol, _, where = socket.getaddrinfo(
             address, port, type=socket.SOCK_STREAM
@@ -110,7 +109,7 @@ def _listener(address: str, port: int) -> socket.socket | None:
 
 
 def _meet(store: Store, rank: int, size: int, seconds: float) -> None:
-    """Wait until all ranks are here. Raises PeerLost, naming those that are not."""
+    """Waits until all ranks have arrived. Raises PeerLost, naming those that have not."""
     store.set(f"here/{rank}", "yes")
     if store.add("here", 1) == size:
         store.set("complete", "yes")
@@ -131,8 +130,8 @@ def _meet(store: Store, rank: int, size: int, seconds: float) -> None:
 
 
 def _choose_interface(environ: Mapping[str, str]) -> None:
-    """Keep gloo and NCCL to the loopback where all ranks are on this machine, whoever has started
-    them. What the user or a launcher has set stays as it is."""
+    """Restricts gloo and NCCL to the loopback if all ranks are on this machine, whoever started
+    them. What the user or a launcher has set is kept."""
     together = environ.get(LOCAL_WORLD_SIZE, "") == environ[WORLD_SIZE]
     if together or environ[MASTER_ADDR] in (LOOPBACK, "localhost", "::1"):
         os.environ.update(kept_to(None, os.environ))

@@ -1,4 +1,5 @@
-"""Seeds that depend on what is drawn for, never on the plan: (layer, step, row), not rank."""
+"""Derives random seeds from what is drawn (layer, step, first row), never from the rank that
+draws."""
 
 from __future__ import annotations
 
@@ -12,21 +13,22 @@ _WORD = 2**64 - 1
 
 @lru_cache(maxsize=4096)
 def mix(*parts: int | str) -> int:
-    """A seed of 63 bits made of all parts."""
+    """Hashes all parts to a seed of 63 bits."""
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def layer_seed(seed: int, layer: str) -> int:
-    """The part of a layer in the seed of its forward (dropout): xor that of the rows."""
+    """Returns the layer's part of the seed of a forward (dropout). The seed is layer_seed xor
+    rows_seed."""
     return mix(seed, layer)
 
 
 def rows_seed(step: int, first_row: int) -> int:
-    """The part of the rows of the global batch that begin at `first_row`.
+    """Returns the part of that seed for rows of the global batch that begin at `first_row`.
 
-    Plans with the same slices of rows draw the same masks, whichever ranks hold them. It is asked
-    for in every forward, so it is arithmetic: SplitMix64 (Steele et al. 2014).
+    Plans with the same slices of rows draw the same masks, whichever ranks hold them. Every forward
+    calls this, so it is plain arithmetic: SplitMix64 (Steele et al. 2014).
     """
     x = ((step << 32) + first_row + 1) * 0x9E3779B97F4A7C15 & _WORD
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
@@ -35,12 +37,12 @@ def rows_seed(step: int, first_row: int) -> int:
 
 
 def initial_seed(seed: int, module: str) -> int:
-    """Seed of the initial values of a module."""
+    """Returns the seed of a module's initial values."""
     return mix(seed, "parameters", module)
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The generator that torch draws from on a device."""
+    """Returns the generator that torch draws from on a device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     return torch.default_generator

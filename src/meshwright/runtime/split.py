@@ -1,15 +1,15 @@
-"""A backward in two parts: first the gradients that the stage before waits for, later those of the
-weights (2BP, Rae et al. 2024; zero bubble, Qi et al. 2023).
+"""Splits a backward in two parts: first the gradients that the previous stage waits for, later
+those of the weights.
 
-While a forward runs under `Deferring`, every product of an activation and a weight becomes two
-nodes of autograd. One stands in the graph of the activations: its backward makes the gradient of
-the activation alone and keeps what the other needs. The other leads from a token to the weight; a
-backward from the token makes the weight's gradient. (A linear product of parameters as they are
-needs no token: the product itself adds to their gradients, in one pass.) So each product is
-computed once, accumulation and hooks work as ever, and the first part frees the graph: only inputs
-and output gradients of the products wait for the second. Parameters outside products (norms, biases
-that are added, embeddings) get their gradients in the first part: their operations make both at
-once, in memory-bound kernels.
+The technique is that of 2BP (Rae et al. 2024) and zero bubble (Qi et al. 2023). While a forward
+runs under `Deferring`, every product of an activation and a weight becomes two autograd nodes. One
+is in the graph of the activations: its backward computes the gradient of the activation alone, and
+keeps what the other node needs. The other leads from a token to the weight; a backward from the
+token computes the weight's gradient. (A linear product of unchanged parameters needs no token: the
+product itself adds to their gradients, in one pass.) So each product is computed once, accumulation
+and hooks work as usual, and the first part frees the graph: only inputs and output gradients of the
+products are kept for the second. Parameters outside products (norms, added biases, embeddings) get
+their gradients in the first part: their operations compute both at once, in memory-bound kernels.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ PRODUCTS: frozenset[Callable[..., Tensor]] = frozenset(
         Tensor.__matmul__, Tensor.__rmatmul__,
     }
 )  # fmt: skip
-"""Operations, beside `linear`, whose weight gradients are worth putting off."""
+"""Operations besides `linear` whose weight gradients are worth deferring."""
 
 _ALIASES = frozenset(
     f"{name}Backward0"
     for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "Expand", "Select",
                  "Slice", "Squeeze", "Unsqueeze", "Alias", "ToCopy")
 ) | {"_CopyBackward"}  # fmt: skip
-"""Nodes between a parameter and the form of it that a product reads."""
+"""Autograd nodes that may lie between a parameter and the form of it that a product reads."""
 
 
 class Deferred:
-    """The weight gradients of one micro-batch, once `Deferring` has seen its forward."""
+    """The weight gradients of one micro-batch that `Deferring` has put off in its forward."""
 
     def __init__(self) -> None:
         self.products: list[tuple[Tensor | None, Product]] = []
-        """With their tokens, if they have one, in the order of the forward."""
+        """(Token, product) in the order of the forward; None for a product without a token."""
 
     def parameters(self) -> set[int]:
-        """Identities of the parameters whose gradients are put off."""
+        """Returns the identities of the parameters whose gradients are deferred."""
         return {one for _, product in self.products for one in product.weights}
 
     def kept_bytes(self) -> int:
-        """Memory that the second part of the backward still needs."""
+        """Returns the bytes of the tensors that the second part of the backward still needs."""
         sizes = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for _, product in self.products
@@ -74,7 +74,7 @@ class Deferred:
 
 
 class Deferring(TorchFunctionMode):
-    """One forward under it puts off the gradients of the weights in its products."""
+    """Context in which a forward defers the gradients of the weights in its products."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Deferring(TorchFunctionMode):
         self.deferred = Deferred()
 
     def begin(self) -> Deferred:
-        """What the next forward under it puts off goes here."""
+        """Starts collecting the next forward's deferred gradients, and returns the collection."""
         self.deferred = Deferred()
         return self.deferred
 
@@ -146,16 +146,17 @@ class Deferring(TorchFunctionMode):
         self.deferred.products.append((token, product))
 
     def _anchor(self, device: torch.device) -> Tensor:
-        """Makes the result of a product require a gradient, whatever its activations do."""
+        """Returns an empty tensor that makes the result of a product require a gradient even if its
+        activations do not."""
         if device not in self._anchors:
             self._anchors[device] = torch.empty(0, device=device, requires_grad=True)
         return self._anchors[device]
 
 
 def backward_weights(micro_batches: Sequence[Deferred]) -> None:
-    """The second part of the backward of some micro-batches whose first part is done.
+    """Runs the second part of the backward of some micro-batches whose first part is done.
 
-    Gradients accumulate, and hooks fire, in the order of an ordinary backward. Linear products of
+    Gradients accumulate, and hooks run, in the order of an ordinary backward. Linear products of
     the same weights over several micro-batches become one: dW = [dy_1; dy_2]^T [x_1; x_2].
     """
     ready = _ready(micro_batches)
@@ -174,7 +175,8 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
 
 
 def _ready(micro_batches: Sequence[Deferred]) -> list[tuple[Tensor | None, Product]]:
-    """All that anything came back to; linear products that can join, once."""
+    """Returns the products that a gradient has reached, with linear products joined where
+    possible."""
     if len(micro_batches) == 1:
         return [each for each in micro_batches[0].products if each[1].ready()]
     found: list[tuple[Tensor | None, Product]] = []
@@ -195,7 +197,8 @@ def _ready(micro_batches: Sequence[Deferred]) -> list[tuple[Tensor | None, Produ
 
 
 def _all_add_in_place(ready: Sequence[tuple[Tensor | None, Product]]) -> bool:
-    """Whether nobody wants to see a gradient by itself before it is added to the others."""
+    """Returns True if all gradients can be added in place: no product has a token, and no hook asks
+    for a gradient before it is added."""
     for token, product in ready:
         if token is not None:
             return False
@@ -207,7 +210,7 @@ def _all_add_in_place(ready: Sequence[tuple[Tensor | None, Product]]) -> bool:
 
 
 def _accumulate(products: Sequence[LinearProduct]) -> None:
-    """What a backward from their tokens would do, without a tensor for each gradient."""
+    """Adds the gradients as a backward from tokens would, without a tensor for each gradient."""
     left = Counter(id(p) for product in products for p in product.parameters)
     with torch.no_grad():
         for product in reversed(products):
@@ -220,7 +223,8 @@ def _accumulate(products: Sequence[LinearProduct]) -> None:
 
 
 def source(tensor: Tensor, known: set[int]) -> int | None:
-    """Identity of the parameter that `tensor` is a form of (itself, a view, a cast), if any."""
+    """Returns the identity of the parameter that `tensor` is a form of (itself, a view, a cast), if
+    any."""
     if tensor.is_leaf:
         return id(tensor) if id(tensor) in known else None
     node: Node | None = tensor.grad_fn
@@ -236,7 +240,8 @@ def source(tensor: Tensor, known: set[int]) -> int | None:
 
 
 def _low_precision(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of the operands of a product; None: nothing."""
+    """Returns the dtype to which autocast would cast the operands of a product; None if it would
+    not."""
     kind = tensor.device.type
     if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
         return None

@@ -1,4 +1,4 @@
-"""Forward and backward of one micro-batch over the layers that a rank holds."""
+"""Runs micro-batches forward and backward through the layers of one stage."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from meshwright.runtime.seeds import generator_of, layer_seed, rows_seed
 from meshwright.runtime.split import Deferred, Deferring, backward_weights
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
-"""[first, last) to the batch tensors of those rows of the step's global batch."""
+"""Function from (first, last) to the batch tensors of rows [first, last) of the step's global
+batch."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Pass:
-    """One micro-batch on its way through a stage."""
+    """One micro-batch between its forward and its backward."""
 
     leaves: list[Tensor]
-    """What was received."""
+    """The tensors received from the previous stage."""
     batch: Mapping[str, Tensor]
     step: int
     first_row: int
     split: bool
-    """Its weight gradients come apart from those of its inputs."""
+    """True if its backward comes in two parts."""
     results: list[Tensor] = field(default_factory=list)
     deferred: Deferred | None = None
 
@@ -44,18 +45,18 @@ class _Layer:
 
     name: str
     seed: int
-    """Its part in the seeds of its forwards."""
+    """The layer's part of the seeds of its forwards."""
     module: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     done: tuple[str, ...]
-    """Tensors that nobody needs after it."""
+    """Names of the tensors that are not needed after it."""
     again: bool
-    """It runs again in the backward."""
+    """True if the backward runs its forward again (recomputation)."""
 
 
 class Stage:
-    """A rank's layers, and what their backwards still need."""
+    """The layers of one stage, and what the backwards of its micro-batches still need."""
 
     def __init__(
         self,
@@ -67,16 +68,16 @@ class Stage:
         compile: bool = False,
     ) -> None:
         self.parts = built.parts
-        # Compiled code casts weights where it reads them.
+        # Compiled code casts weights itself.
         self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
         self.device = device
         self.tracer: Tracer | None = None
-        """Looks at every layer's numbers, if anybody does."""
+        """Checks every layer for non-finite values, in debug mode."""
         self.pause: Callable[[], None] | None = None
-        """Called between layers, forwards and backwards."""
+        """Called between layers, in forwards and backwards."""
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
@@ -84,7 +85,7 @@ class Stage:
         self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._ends = [n for n, crossing in enumerate(built.outgoing) if crossing.gradient]
-        """Places of the results whose gradients come back."""
+        """Indices of the results whose gradients come back."""
         self._received = tuple(crossing.name for crossing in built.incoming)
         self._layers = _layers(built, self._results, seed, compile=compile)
         self._deferring = Deferring(self._parameters)
@@ -92,10 +93,10 @@ class Stage:
         self._generator = generator_of(device)
         self._passes: dict[int, _Pass] = {}
         self._root: tuple[float, Tensor] | None = None
-        """The last weight of a loss, and the tensor that its backward started from."""
+        """The last weight of a loss, and the root gradient made for it."""
 
     def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
-        """The batch tensors that these layers read, on their device."""
+        """Returns the batch tensors that these layers read, on their device."""
         if not self.reads:
             return {}
         batch = dict(zip(self.inputs, rows(first, last), strict=True))
@@ -116,10 +117,11 @@ class Stage:
         first_row: int,
         split: bool = False,
     ) -> list[Tensor]:
-        """The tensors of the outgoing cut, or the loss alone on the last stage.
+        """Runs a micro-batch forward; returns the tensors of the outgoing cut, or the loss alone on
+        the last stage.
 
-        `first_row` is the place of this slice in the global batch. Each layer draws its random
-        numbers from a seed of its own, and leaves the generator where that has led. `split`: the
+        `first_row` is the index of the micro-batch's first row in the global batch. Each layer
+        seeds the random generator anew, and leaves it as its own draws have left it. `split`: the
         backward will come in two parts.
         """
         leaves = [
@@ -158,7 +160,7 @@ class Stage:
         return [values[name] for name in self._results]
 
     def _pause(self, made: Sequence[Tensor]) -> None:
-        """After a layer's forward, and ahead of its backward."""
+        """Pauses after a layer's forward, and again before its backward."""
         assert self.pause is not None
         pause = self.pause
         pause()
@@ -176,9 +178,10 @@ class Stage:
     def _run_again_later(
         self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], split: bool
     ) -> tuple[Tensor, ...]:
-        """Keeps `reads` alone; the backward runs the layer again, with the same random numbers.
+        """Runs a layer with activation checkpointing: keeps only `reads`, and the backward runs the
+        layer again with the same random numbers.
 
-        The first part of a split backward does so; what the second needs is kept from there.
+        In a split backward the first part does that; what the second part needs is kept from there.
         """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -192,10 +195,10 @@ class Stage:
     def backward(
         self, micro_batch: int, gradients: Sequence[Tensor], weight: float
     ) -> list[Tensor | None]:
-        """Accumulates the parameters' gradients; gives those of the incoming tensors.
+        """Accumulates the parameters' gradients, and returns those of the incoming tensors.
 
-        `gradients` are those of the outgoing tensors that have one; on the last stage `weight`,
-        the loss's share of the global mean, stands for them.
+        `gradients` are those of the outgoing tensors that have one. On the last stage `weight`, the
+        loss's share of the global mean, is used as the root gradient instead.
         """
         own = self._passes.pop(micro_batch)
         if self.tracer is not None:
@@ -206,10 +209,10 @@ class Stage:
     def backward_input(
         self, micro_batch: int, gradients: Sequence[Tensor], weight: float
     ) -> list[Tensor | None]:
-        """The first part of a backward: gives the gradients of the incoming tensors.
+        """Runs the first part of a backward: returns the gradients of the incoming tensors.
 
-        A stage that nobody waits for does it all the same: in most orders of work the second parts
-        come late, and what is left to them there lengthens the step.
+        It runs on the first stage too, although no rank waits for its gradients: in most schedules
+        the second parts come late, and work that is left to them lengthens the step.
         """
         own = self._passes[micro_batch]
         if self.tracer is not None:
@@ -220,14 +223,16 @@ class Stage:
         return found
 
     def backward_weight(self, micro_batches: Sequence[int]) -> None:
-        """The second part: accumulates the parameters' gradients of some micro-batches at once."""
+        """Runs the second part: accumulates the parameters' gradients of some micro-batches at
+        once."""
         passes = [self._passes.pop(micro_batch) for micro_batch in micro_batches]
         if self.tracer is not None:
             self.tracer.begin(passes[0].step, micro_batches)
         backward_weights([own.deferred for own in passes if own.deferred is not None])
 
     def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
-        """Parameters whose gradients the first part of these micro-batches' backward has made."""
+        """Returns the parameters whose gradients the first part of these micro-batches' backward
+        has completed."""
         passes = [self._passes[micro_batch] for micro_batch in micro_batches]
         deferred = {
             one for own in passes if own.deferred is not None for one in own.deferred.parameters()
@@ -235,7 +240,8 @@ class Stage:
         return [parameter for parameter in self._parameters if id(parameter) not in deferred]
 
     def kept_bytes(self, micro_batch: int) -> int | None:
-        """What the first part of a backward has left for the second; None: all that there was."""
+        """Returns the bytes that the first part of a backward has left for the second; None: all
+        that the forward saved."""
         deferred = self._passes[micro_batch].deferred
         return None if deferred is None else deferred.kept_bytes()
 

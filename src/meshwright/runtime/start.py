@@ -1,4 +1,5 @@
-"""Before the first step: all ranks agree on what they will exchange, and on the weights."""
+"""Makes all ranks agree, before the first step, on the messages that they will exchange and on the
+initial weights."""
 
 from __future__ import annotations
 
@@ -19,12 +20,13 @@ from meshwright.runtime.world import World
 
 
 def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messages]]) -> None:
-    """Every pair that will exchange messages exchanges their description first.
+    """Exchanges a description of the coming messages between every pair of ranks that will exchange
+    some.
 
-    It opens the connections (pairs of NCCL open theirs in the first message, both at once: here in
-    one order for all ranks), and finds processes whose models differ, whose messages would
-    otherwise be taken for something else. `messages`: by stage and operation of this rank. Raises
-    TrainingError.
+    This opens the connections in an order that is the same for all ranks (two ranks open their NCCL
+    connection in their first message, both at once). It also finds processes whose models differ,
+    whose messages would otherwise be mistaken for others. `messages` are this rank's, keyed by
+    stage and operation. Raises TrainingError.
     """
     pairs = sorted(
         {(i.op, i.stage, rank, i.peer) for rank, found in enumerate(program.ranks) for i in found
@@ -59,14 +61,14 @@ def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messag
 
 
 def receiver(op: Op, stage: int) -> int:
-    """The stage to which a stage sends."""
+    """Returns the stage to which a stage sends."""
     return stage + 1 if op is Op.SEND_F else stage - 1
 
 
 def equalise(
     buckets: Iterable[FlatBucket], held: Sequence[Held], world: World, team: Team | None
 ) -> None:
-    """All holders of a parameter take the values of the first of them."""
+    """Copies every parameter from its first holder to the others."""
     with torch.no_grad():
         for bucket in buckets:
             weights = [one.parameter for one in bucket.held]

@@ -1,8 +1,8 @@
-"""Tensor parallelism on plain tensors: slices the parameters of a layer, and adds the sums that
-make the sliced layer compute what the whole one does.
+"""Tensor parallelism on plain tensors: slices a layer's parameters, and adds the all-reduces by
+which the slices together compute what the whole layer does.
 
-After Shoeybi et al. 2019 (Megatron-LM). Parameters stay ordinary tensors, so that gradient buckets,
-fused optimizers and clipping need not know.
+The method is that of Megatron-LM (Shoeybi et al. 2019). Parameters stay ordinary tensors, so that
+gradient buckets, fused optimizers and clipping need not know.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ from meshwright.model.shard import (
 
 
 class Team:
-    """The ranks that share a layer, as one of them sees them."""
+    """The tensor-parallel group of this rank: the ranks that share its layers."""
 
     def __init__(self, group: ProcessGroup, index: int, width: int) -> None:
         self.group = group
         self.index = index
+        """This rank's place in the group, from 0."""
         self.width = width
         self.before_sum: Callable[[], None] | None = None
+        """Called before everything that waits for the group, all of which is in `sum_`."""
         self.after_sum: Callable[[], None] | None = None
-        """Around everything that waits for the team, which is all in `sum_`."""
+        """Called after it."""
 
     def sum_(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
-        """Sums `x` over the team, in place."""
+        """All-reduces `x` over the group, in place."""
         if self.before_sum is not None:
             self.before_sum()
         dist.all_reduce(x, op, group=self.group)
@@ -52,7 +54,8 @@ class Team:
 
 
 class _Enter(Function):
-    """Into the divided part of a layer: the same input on all, the sum of their gradients back."""
+    """Enters the divided part of a layer: forward is the identity, backward sums the gradient over
+    the group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
@@ -61,13 +64,13 @@ class _Enter(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # A copy: autograd may hand the same gradient to others.
+        # A copy, since autograd may hand the same gradient tensor to other nodes.
         team: Team = ctx.team
         return team.sum_(grad.clone(memory_format=torch.contiguous_format)), None
 
 
 class _Leave(Function):
-    """Out of the divided part of a layer: summands to their sum, its gradient to each."""
+    """Leaves the divided part of a layer: forward sums over the group, backward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
@@ -80,8 +83,11 @@ class _Leave(Function):
 
 
 class _VocabularyCrossEntropy(Function):
-    """Mean cross entropy over the vocabulary's shares: log(sum_v exp(l_v)) - l_target, averaged
-    over the targets that are not `ignore`."""
+    """Mean cross entropy of logits whose vocabulary is divided over the group.
+
+    It is log(sum_v exp(l_v)) - l_target, averaged over the targets that are not `ignore`. Suffixes
+    of names: N targets, V this rank's share of the vocabulary.
+    """
 
     @staticmethod
     def forward(
@@ -113,23 +119,23 @@ class _VocabularyCrossEntropy(Function):
 
 
 def enter(x: Tensor, team: Team) -> Tensor:
-    """`x`; its gradient is summed over the team."""
+    """Returns `x`; its gradient is summed over the group."""
     return cast("Tensor", _Enter.apply(x, team))  # type: ignore[no-untyped-call]
 
 
 def leave(x: Tensor, team: Team) -> Tensor:
-    """The sum of `x` over the team; `x` is overwritten."""
+    """Sums `x` over the group, in place, and returns it; its gradient passes unchanged."""
     return cast("Tensor", _Leave.apply(x, team))  # type: ignore[no-untyped-call]
 
 
 def take(full: Tensor, ranges: Ranges) -> Tensor:
-    """The held slices of a full tensor, as a tensor of their own."""
+    """Returns the slices in `ranges` of a full tensor, concatenated in a new tensor."""
     slices = [full.narrow(ranges.dim, first, last - first) for first, last in ranges.ranges]
     return torch.cat(slices, dim=ranges.dim)
 
 
 def put(full: Tensor, ranges: Ranges, part: Tensor) -> None:
-    """Writes held slices back into the full tensor."""
+    """Writes slices, as `take` returns them, back into the full tensor."""
     start = 0
     for first, last in ranges.ranges:
         full.narrow(ranges.dim, first, last - first).copy_(
@@ -139,10 +145,11 @@ def put(full: Tensor, ranges: Ranges, part: Tensor) -> None:
 
 
 def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Team) -> None:
-    """Makes a module whose parameters are slices compute with its team.
+    """Makes a module whose parameters are slices compute together with the other ranks of its
+    group.
 
-    `full_size` is the vocabulary of a Vocabulary. Raises PlanError for a kind of module that
-    cannot be divided so.
+    `full_size` is the size of the whole vocabulary, for a Vocabulary. Raises PlanError for a module
+    of a kind that cannot be divided this way.
     """
     if isinstance(split, (Column, VocabularyHead)):
         whole = module.forward

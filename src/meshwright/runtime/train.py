@@ -1,4 +1,5 @@
-"""The training loop: a plan, and the user's own model, data and optimizer."""
+"""The training loop: trains the user's own model, on their data and with their optimizer, by a
+plan."""
 
 from __future__ import annotations
 
@@ -24,25 +25,28 @@ from meshwright.runtime.run import Metrics
 from meshwright.runtime.world import TIMEOUT_SECONDS
 
 Batch = tuple[Tensor, ...]
+"""The tensors of some rows; the first dimension of each is the rows."""
 Rows = Callable[[int, int, int], Batch]
-"""(step, first, last) -> the batch tensors of rows [first, last) of that step's global batch."""
+"""Function from (step, first, last) to the batch tensors of rows [first, last) of that step's
+global batch."""
 Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run leaves behind."""
+    """The results of a run."""
 
     losses: tuple[float, ...]
-    """One per step, the same on every rank."""
+    """Mean loss of each step, the same on every rank."""
     timeline: Timeline | None
-    """The recorded step; on rank 0 only."""
+    """Timeline of the recorded step, on rank 0 only."""
     parameters: dict[str, Tensor] | None
-    """Whole parameters by name; on rank 0 only, and only if they were asked for."""
+    """Whole parameters by name, on rank 0 only and only if they were asked for."""
 
 
 def warmup_cosine(steps: int, warmup_steps: int) -> Callable[[int], float]:
-    """Factor of the peak learning rate at each step: linear up, then half a cosine down to 10 %."""
+    """Returns a learning-rate schedule, as the factor of the peak at each step: linear warm-up,
+    then half a cosine down to 10 %."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -54,26 +58,27 @@ def warmup_cosine(steps: int, warmup_steps: int) -> Callable[[int], float]:
 
 
 def adamw(learning_rate: float, weight_decay: float = 0.1) -> OptimizerFactory:
-    """AdamW with the moments usual for language models, in the fused form: one pass over the
-    states, without temporaries."""
+    """Returns a factory of AdamW with the betas usual for language models, in the fused form: one
+    pass over the states, without temporaries."""
     return lambda parameters: torch.optim.AdamW(
         parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
     )
 
 
 def sgd(learning_rate: float, weight_decay: float = 0.0) -> OptimizerFactory:
-    """Plain gradient descent, without momentum: no state beside the weights."""
+    """Returns a factory of plain gradient descent without momentum, which keeps no state besides
+    the weights."""
     return lambda parameters: torch.optim.SGD(
         parameters, lr=learning_rate, weight_decay=weight_decay
     )
 
 
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
-"""By the name in Job.optimizer."""
+"""Optimizers, by their names in Job.optimizer."""
 
 
 def dataset_rows(dataset: Dataset[Any], global_batch: int, *, seed: int = 0) -> Rows:
-    """Rows of a map-style dataset, in an order that is shuffled anew in every epoch.
+    """Returns the rows of a map-style dataset, which every epoch visits in a new random order.
 
     Raises DataError if the dataset is shorter than one batch.
     """
@@ -96,12 +101,13 @@ def _position(number: int, length: int, seed: int) -> int:
 
 
 class _EpochOrder:
-    """The order of the current epoch; kept, because every row of it is asked for."""
+    """The order of the current epoch, kept since every row looks it up."""
 
     _kept: tuple[tuple[int, int, int], list[int]] = ((0, 0, -1), [])
 
     @classmethod
     def of(cls, length: int, seed: int, epoch: int) -> list[int]:
+        """Returns the order of an epoch: for each position, the index of the dataset's item."""
         key = (length, seed, epoch)
         if cls._kept[0] != key:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -129,16 +135,16 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     timeout_seconds: float = TIMEOUT_SECONDS,
     compile: bool = False,
 ) -> Trained:
-    """Train `model` by `plan`; every process of the launcher calls this with the same arguments.
+    """Trains `model` by `plan`; every process of the launcher calls this with the same arguments.
 
     `model` may be on the meta device: then each rank allocates and initialises only its own layers.
     Without `loss` its forward takes the batch's tensors and returns the mean loss over the rows;
     with `loss`, all but the last tensor go to the model and `loss(output, last)` is that mean.
-    `data` is a dataset whose items are tuples of tensors, or rows by (step, first, last).
-    `optimizer` is made from this rank's parameters; `learning_rate` gives its factor at each step.
-    `on_metrics` is called on rank 0. `debug` and `compile` as Engine has them; a rank that waits
-    `timeout_seconds` for another takes it for lost. Raises a MeshwrightError for anything that the
-    user can mend.
+    `data` is a dataset whose items are tuples of tensors, or a function from (step, first, last) to
+    rows. `optimizer` makes an optimizer for some parameters; `learning_rate` gives the factor of
+    its rate at each step. `on_metrics` is called on rank 0. `debug`, `compile` and
+    `timeout_seconds` are those of Engine. Raises a MeshwrightError for anything that the user can
+    mend.
     """
     batch = plan.job.global_batch
     rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
@@ -177,7 +183,8 @@ def run_steps(
     record_step: int | None = None,
     peak_flops: float | None = None,
 ) -> tuple[tuple[float, ...], Timeline | None]:
-    """The losses of some steps, and on rank 0 the timeline of the recorded one. See `train`."""
+    """Runs some steps; returns their losses, and on rank 0 the timeline of the recorded step. See
+    `train`."""
     losses: list[float] = []
     timeline: Timeline | None = None
     for step in range(steps):
@@ -208,7 +215,8 @@ def _metrics(step: int, result: StepResult, engine: Engine, peak_flops: float | 
 
 
 def step_flops(model: LayerGraph, global_batch: int) -> float:
-    """Model FLOPs of one step: forward and backward of every row, no recomputation."""
+    """Returns the model FLOPs of one step: forward and backward of every row, without
+    recomputation."""
     return global_batch * sum(
         layer.forward_flops + layer.attention_flops + layer.backward_flops for layer in model.layers
     )

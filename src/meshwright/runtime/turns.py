@@ -1,9 +1,9 @@
-"""Emulated devices of one machine compute in turns, one at a time for every two cores.
+"""Lets the emulated devices of one machine compute in turns, one at a time for every two cores.
 
-Computing at once they would take each other's caches and cores, now and then, which slows them by
-up to one half and, stretched by 1 / share, is most of what one run differs from the next. As each
-computes for a small part of the time that it is busy, waiting for a turn only shortens the sleep.
-The other half of the cores is left to messages.
+If they computed at once they would compete for caches and cores, which slows them by up to one
+half; stretched by 1 / share, that would be most of the difference between two runs. Each device
+computes for a small part of the time that it is busy, so waiting for its turn only shortens its
+sleep. The other half of the cores is left to messages.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from meshwright.runtime_folder import runtime_folder
 
 
 def turns_at_once(cores: int) -> int:
-    """How many emulated devices compute at a time on a machine with so many cores."""
+    """Returns the number of emulated devices that may compute at the same time."""
     return max(1, cores // 2)
 
 
 def turns_folder() -> Path:
-    """What emulated devices share on this machine; made if there is none. Raises LaunchError, see
-    `runtime_folder`."""
+    """Returns the folder of locks that this machine's emulated devices share, creating it if
+    necessary. Raises LaunchError, see `runtime_folder`."""
     folder = runtime_folder() / "turns"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 class Turn:
-    """This process's right to compute, by a lock that the system lifts when a process ends.
+    """This process's right to compute: a file lock, which the system releases when the process
+    ends.
 
-    `folder` and `at_once` are the same for all who take turns: by default all of a user's.
+    `folder` and `at_once` must be the same for all processes that take turns, by default all of a
+    user's.
     """
 
     def __init__(self, folder: Path | None = None, at_once: int | None = None) -> None:
@@ -42,28 +44,29 @@ class Turn:
 
     @property
     def mine(self) -> bool:
-        """Whether this process may compute."""
+        """True if this process holds a lock, and so may compute."""
         return self._held is not None
 
     def take(self) -> None:
-        """Waits until it may."""
+        """Waits until this process holds a lock."""
         if self._held is None:
             self._held = next(filter(_free, self._files), None) or self._wait()
 
     def _wait(self) -> int:
+        """Waits for one of the locks."""
         file = self._files[os.getpid() % len(self._files)]
         fcntl.lockf(file, fcntl.LOCK_EX)
         return file
 
     def leave(self) -> None:
-        """Lets another one compute."""
+        """Releases the lock."""
         if self._held is not None:
             fcntl.lockf(self._held, fcntl.LOCK_UN)
             self._held = None
 
 
 def _free(file: int) -> bool:
-    """Whether it was nobody's; then it is this process's."""
+    """Tries to take a lock; returns False if another process holds it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""What each process of a run does: train as the run folder says, as one of the ranks."""
+"""Entry point of each process of a run: trains as one of the ranks, as the run folder says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, wa
 
 
 def run(folder: Path) -> None:
-    """Train as the run folder says."""
+    """Trains as the run folder says."""
     settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
     plan = load_plan(folder / PLAN)
     rank = int(os.environ.get("RANK", "0"))
@@ -77,12 +77,12 @@ def run(folder: Path) -> None:
 
 
 def write_line(metrics: TextIO, line: Metrics) -> None:
-    """One step's line of the metrics file."""
+    """Writes one step's line to the metrics file."""
     files.add_line(metrics, json.dumps(plain(line)))
 
 
 def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
-    """Which rows of the corpus make up which rows of a step's batch."""
+    """Returns a function that reads a step's rows from the corpus."""
 
     def rows(step: int, first: int, last: int) -> Batch:
         arrays = batch_rows(
@@ -112,7 +112,7 @@ def _keep(folder: Path, trained: Trained) -> None:
 
 
 def main() -> None:
-    """Run; leave the reason behind if it fails."""
+    """Trains, and reports the reason if that fails."""
     folder = Path(sys.argv[1])
     with rank_process(folder):
         run(folder)

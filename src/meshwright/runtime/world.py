@@ -1,6 +1,6 @@
-"""The processes of a run: who is here, and the groups in which they communicate.
+"""Connects this process with the others of a run, and makes the groups in which they communicate.
 
-Groups are built from a plan and its program, and handed to whoever needs them; nothing here is
+Groups are built from a plan and its program, and handed to those who need them; nothing here is
 global except torch.distributed's own default group.
 """
 
@@ -29,37 +29,39 @@ from meshwright.runtime.rendezvous import PeerLost, join
 from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
 
 TIMEOUT_SECONDS = 300.0
-"""A message that takes longer than this is taken for lost."""
+"""A message that takes longer than this counts as lost."""
 
 
 @dataclass(slots=True)
 class World:
-    """This process among the others, and its process groups."""
+    """This process among the others of a run, and its process groups."""
 
     rank: int
     size: int
     device: torch.device
     everyone: ProcessGroup
     forward: ProcessGroup
-    """For activations; apart from `backward`: the two directions never wait in one queue."""
+    """Group for activations, separate from `backward` so that the two directions never wait in one
+    queue."""
     backward: ProcessGroup
     reduce: dict[tuple[int, ...], ProcessGroup] = field(default_factory=dict)
-    """For sums of gradients, by the ranks that take part."""
+    """Groups that sum gradients, keyed by their ranks."""
     chains: dict[Chain, ProcessGroup] = field(default_factory=dict)
-    """For broadcasts over a boundary."""
+    """Groups for broadcasts over a stage boundary."""
     tensor: ProcessGroup | None = None
-    """The ranks that share this rank's layers by tensor parallelism; None: it holds them alone."""
+    """The ranks that share this rank's layers by tensor parallelism; None if it holds them
+    alone."""
     pulse: Pulse | None = None
-    """Signs of life among the ranks; None: nobody can go."""
+    """Heartbeat of the ranks; None for a single rank."""
     owned: bool = True
     """True if closing this World must end torch.distributed too."""
 
 
 def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Rank and local rank that a launcher gave this process.
+    """Returns the rank and the local rank that a launcher gave this process.
 
-    Raises LaunchError if its variables are missing, are no numbers, or tell of another number of
-    processes than the plan has devices.
+    Raises LaunchError if its variables are missing or not numbers, or if there are not as many
+    processes as the plan has devices.
     """
     size = len(plan.devices)
     mend = "call meshwright.launch(plan) at the start of your script, and run it with python"
@@ -93,7 +95,7 @@ def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, 
 
 
 def pick_device(local_rank: int, kind: str | None = None) -> torch.device:
-    """`cuda:LOCAL_RANK` where there is CUDA (unless `kind` is "cpu"), else the CPU.
+    """Returns `cuda:LOCAL_RANK` if CUDA is available (unless `kind` is "cpu"), else the CPU.
 
     Raises LaunchError if this host has fewer CUDA devices than processes.
     """
@@ -123,9 +125,9 @@ def connect(
     device: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> World:
-    """Meets all other processes and builds every group that the program needs.
+    """Connects with all other processes and builds every group that the program needs.
 
-    A default group that exists already is used and left alone at the end. Raises LaunchError.
+    A default group that exists already is used, and left alone at the end. Raises LaunchError.
     """
     timeout = timedelta(seconds=timeout_seconds)
     owned = not dist.is_initialized()
@@ -142,7 +144,7 @@ def connect(
 
 
 def close(world: World) -> None:
-    """Leaves all groups."""
+    """Stops the heartbeat and leaves all groups."""
     if world.pulse is not None:
         world.pulse.stop()
     if not dist.is_initialized():
@@ -172,7 +174,7 @@ def _check_size(plan: Plan) -> None:
 def _groups(
     plan: Plan, program: Program, device: torch.device, timeout: timedelta, owned: bool
 ) -> World:
-    """Every rank creates all groups in the same order, as torch.distributed demands."""
+    """Creates all groups, in the same order on every rank, as torch.distributed demands."""
     backend = "nccl" if device.type == "cuda" else "gloo"
 
     def new(ranks: Iterable[int]) -> ProcessGroup:
@@ -203,13 +205,13 @@ def _groups(
         group = new(ranks)
         if rank in ranks:
             world.chains[chain] = group
-    # Last: groups are made by way of the store, too.
+    # Last, since creating groups uses the store too.
     world.pulse = Pulse(rank, size) if size > 1 else None
     return world
 
 
 def broadcast_groups(program: Program) -> tuple[Chain, ...]:
-    """The distinct chains along which tensors are broadcast, in the order of first use."""
+    """Returns the distinct chains along which tensors are broadcast, in the order of first use."""
     return tuple(
         dict.fromkeys(
             chain_of(instruction)
@@ -221,7 +223,7 @@ def broadcast_groups(program: Program) -> tuple[Chain, ...]:
 
 
 def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
-    """The distinct sets of ranks that sum gradients together, in the order of first use."""
+    """Returns the distinct sets of ranks that sum gradients together, in the order of first use."""
     return tuple(
         dict.fromkeys(
             instruction.ranks
@@ -234,7 +236,8 @@ def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
 
 @contextmanager
 def noticing(world: World, doing: Callable[[], Instruction | None]) -> Iterator[None]:
-    """Raises PeerLost, naming the instruction, where a rank that has gone fails communication."""
+    """Turns a failure of communication in its `with` block into PeerLost, which names the
+    instruction and the rank that has gone."""
     try:
         yield
     except RuntimeError as failure:

@@ -1,4 +1,4 @@
-"""Bringing a testbed up, and taking it down whatever happens in between."""
+"""Brings a testbed up, and takes it down whatever happens in between."""
 
 from __future__ import annotations
 
@@ -31,46 +31,53 @@ from meshwright.testbed.traces import (
 )
 
 VARIABLE = "MESHWRIGHT_TESTBED"
-"""Path of the Standing in which a command is run."""
+"""Environment variable with the path of a file that describes the testbed in which a command
+runs."""
 QUOTA_PERIOD = 10_000
-"""Microseconds: short against an instruction, so that a quota slows evenly."""
+"""Smallest period of a CPU quota in microseconds: short compared with an instruction, so that a
+quota slows it evenly."""
 
 
 @record
 class Standing:
-    """A testbed that is up: where its devices' processes belong."""
+    """A testbed that is up: the namespaces, addresses and control groups of its devices'
+    processes."""
 
     bed: Bed
-    """As asked for, but in the mode that could be had."""
+    """The testbed as asked for, but in a mode that this machine supports."""
     namespaces: dict[str, str]
-    """By node; empty where there are none, and all processes meet on the loopback."""
+    """Network namespace of each node, by name; empty if there are none, and all processes meet on
+    the loopback."""
     addresses: dict[str, str]
-    """By node."""
+    """IP address of each node, by name."""
     groups: dict[str, str]
-    """Control group by device, where quotas make the speed."""
+    """Control group of each device, by name, if CPU quotas make the speed."""
     absent: tuple[str, ...]
-    """What is not as the cluster says, and why: belongs beside every result."""
+    """Ways in which the testbed is not as the cluster says, with the reasons; they belong beside
+    every result."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of a core for the dilation of devices, by name."""
+        """Share of a core of each dilated device, by name."""
         return device_shares(self.bed) if self.bed.mode == "dilation" else {}
 
 
 @record
 class Design:
-    """What bringing a testbed up will do."""
+    """Everything that bringing a testbed up will do."""
 
     standing: Standing
     up: tuple[Command, ...]
+    """Commands that make the network."""
     down: tuple[Command, ...]
+    """Commands that take it down."""
     groups: tuple[tuple[str, float], ...]
-    """Folders of control groups, with their shares of a core."""
+    """(Folder of a control group, its share of a core)."""
     namespaces: tuple[str, ...]
 
 
 def new_identity() -> str:
-    """A beginning for names that nobody has used: `mw-1f09ac`."""
+    """Returns a prefix for the testbed's names that is not in use, such as `mw-1f09ac`."""
     taken = existing_namespaces()
     while True:
         identity = f"mw-{secrets.token_hex(3)}"
@@ -79,7 +86,7 @@ def new_identity() -> str:
 
 
 def design(bed: Bed, able: Abilities, identity: str) -> Design:
-    """The whole testbed on paper."""
+    """Designs a testbed for this machine, without making anything."""
     mode, absent = bed.mode, list[str]()
     quotas = able.quotas if mode == "quota" else None
     if mode == "quota" and quotas is None:
@@ -116,7 +123,8 @@ def _groups(bed: Bed, quotas: Quotas, identity: str) -> dict[str, tuple[str, flo
 
 
 def plan_bed(bed: Bed) -> tuple[Design, tuple[str, ...]]:
-    """What bringing it up would do here, as text, and the design. Leaves nothing behind."""
+    """Returns what bringing the testbed up would do on this machine: the design, and its commands
+    as text. It leaves nothing behind."""
     identity = new_identity()
     drawn = design(bed, abilities(f"{identity}-probe"), identity)
     lines = [as_text(command) for command in drawn.up]
@@ -129,11 +137,11 @@ def plan_bed(bed: Bed) -> tuple[Design, tuple[str, ...]]:
 
 @contextmanager
 def standing(bed: Bed, *, folder: Path | None = None) -> Iterator[Standing]:
-    """The testbed, up for as long as the block runs.
+    """Keeps a testbed up for the duration of its `with` block.
 
-    What earlier launchers left is taken down first. Nothing of it outlives the block: not after an
-    exception, Ctrl-C or SIGTERM; after SIGKILL the next start takes it down. Raises LaunchError if
-    the machine has too little, or a command fails.
+    What earlier launchers left is taken down first. Nothing of the testbed outlives the block: not
+    after an exception, Ctrl-C or SIGTERM; after SIGKILL the next start takes it down. Raises
+    LaunchError if the machine has too few cores or too little memory, or a command fails.
     """
     check_room(bed, cores=os.cpu_count() or 1, free_bytes=psutil.virtual_memory().available)
     folder = folder or traces_folder()
@@ -178,9 +186,9 @@ def _run(command: Command) -> None:
 
 
 def _erase_calmly(traces: Traces, folder: Path) -> None:
-    """Takes the testbed down; a second Ctrl-C does not stop half-way."""
+    """Takes the testbed down; a second Ctrl-C does not interrupt that."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with suppress(ValueError):  # not the main thread: signals do not come here
+    with suppress(ValueError):  # only the main thread may set signal handlers
         for number in before:
             signal.signal(number, signal.SIG_IGN)
     try:
@@ -192,11 +200,11 @@ def _erase_calmly(traces: Traces, folder: Path) -> None:
 
 
 def save_standing(up: Standing, path: Path) -> None:
-    """For the commands that run in it; see VARIABLE."""
+    """Writes a description of the testbed, for commands that run in it; see VARIABLE."""
     path.write_text(dumps(up))
 
 
 def standing_here() -> Standing | None:
-    """The testbed in which this command runs, if it does."""
+    """Returns the testbed in which this command runs, if it runs in one."""
     path = os.environ.get(VARIABLE)
     return load(Path(path), Standing, error=LaunchError) if path else None

@@ -1,4 +1,4 @@
-"""One process for each device of a testbed, in its node's network namespace."""
+"""Starts one process for each device of a testbed, in its node's network namespace."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from meshwright.runtime.variables import INTERFACES, LOOPBACK
 from meshwright.testbed.bed import VARIABLE, Standing, save_standing
 
 INTERFACE = "eth0"
-"""Of every node, inside its namespace."""
+"""Name of every node's network interface, inside its namespace."""
 
 
 @dataclass(frozen=True)
 class BedLauncher:
-    """Starts ranks on a standing testbed, each where its device is; a context manager."""
+    """Starts ranks on a testbed that is up, each in the namespace and control group of its device;
+    a context manager."""
 
     up: Standing
     ranks: Launcher
-    """Its runs raise LaunchError for a device of another cluster."""
+    """The launcher of the ranks; its runs raise LaunchError for a device of another cluster."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +49,7 @@ class BedLauncher:
 
 
 def launcher_on(up: Standing) -> BedLauncher:
-    """A launcher for the ranks of a standing testbed."""
+    """Returns a launcher for the ranks of a testbed that is up."""
     return BedLauncher(up, Launcher(partial(_place, up)))
 
 
@@ -57,7 +58,7 @@ def _place(up: Standing, device: str) -> Place:
     if up.namespaces and node not in up.namespaces:
         wanted = f"a node of testbed {up.bed.name!r}"
         raise LaunchError(Problem("plan", "devices", f"node {node!r}", wanted))
-    # There is no other, whatever the user has set for outside.
+    # A namespace has no other interface, whatever the user has set for outside.
     own = ((variable, INTERFACE) for variable in INTERFACES)
     return Place(
         node=node,
@@ -69,14 +70,14 @@ def _place(up: Standing, device: str) -> Place:
 
 
 def run_command(up: Standing, devices: Sequence[str], command: Sequence[str]) -> int:
-    """Run a command once for each device of a testbed; say how it ended, as a shell does."""
+    """Runs a command once for each device of a testbed; returns the exit status as a shell does."""
     with launcher_on(up) as launcher:
         return first_status(launcher.ranks.run_command(devices, command))
 
 
 def run_verb(up: Standing, command: Sequence[str]) -> int:
-    """Run a verb of meshwright inside the testbed, in which it starts ranks of its own; its exit
-    status. It ends when this process does."""
+    """Runs a verb of meshwright inside the testbed, where it starts ranks of its own; returns its
+    exit status. The verb ends when this process does."""
     with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch:
         described = Path(scratch) / "testbed.json"
         save_standing(up, described)
@@ -94,8 +95,8 @@ def run_verb(up: Standing, command: Sequence[str]) -> int:
 
 
 def as_shell(up: Standing, devices: Sequence[str], command: Sequence[str]) -> list[str]:
-    """What starts each device's process, as a shell would write it; the port and the secret of the
-    rendezvous are chosen when it starts."""
+    """Returns the shell command that would start each device's process. Port and secret of the
+    rendezvous are placeholders, since they are chosen at the start."""
     places = [_place(up, device) for device in devices]
     meeting = Meeting(address=places[0].address, port=0, token="SECRET")
     return [

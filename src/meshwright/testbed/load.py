@@ -1,4 +1,4 @@
-"""What else the machine is doing while something is measured."""
+"""Measures what other programs do on the machine during a measurement."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import psutil
 
 
 class Watch:
-    """Processor time of others since it was made. Own are this process, the descendants that it has
-    waited for, and what `more` counts."""
+    """Measures the CPU time of other programs since it was made. Not counted as others: this
+    process, its descendants that have been waited for, and the seconds that `more` returns."""
 
     def __init__(self, more: Callable[[], float] = lambda: 0.0) -> None:
         self._more = more
         self._wall, self._others = time.monotonic(), self._foreign()
 
     def foreign_share(self) -> float:
-        """Share of the whole machine's processor time that others have used."""
+        """Returns the share of the whole machine's CPU time that others have used."""
         wall = time.monotonic() - self._wall
         foreign = self._foreign() - self._others
         return max(0.0, foreign / (wall * (os.cpu_count() or 1)))
@@ -29,12 +29,13 @@ class Watch:
 
 
 def _busy() -> float:
-    """Processor seconds that programs have had since the machine started; what the kernel does on
-    behalf of nobody (interrupts, packets) is left out."""
+    """Returns the CPU seconds of all programs since the machine started, without what the kernel
+    does on its own account (interrupts, packets)."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
 
 
 def _own() -> float:
+    """Returns the CPU seconds of this process and the descendants that it has waited for."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)

@@ -1,4 +1,4 @@
-"""What this machine permits: namespaces, shaping, latency, CPU quotas. Found out by trying."""
+"""Finds out by trying what this machine permits: namespaces, shaping, latency, CPU quotas."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from pathlib import Path
 from meshwright.records import record
 
 COMMAND_SECONDS = 20.0
+"""Time after which a system command counts as failed."""
 
 
 @record
 class Quotas:
-    """Where CPU quotas can be set."""
+    """The control group in which CPU quotas can be set."""
 
     version: int
-    """Of the cgroups."""
+    """Version of the control group file system: 1 or 2."""
     folder: str
+    """Folder below which control groups can be created."""
 
 
 @record
 class Abilities:
-    """What can be emulated here; `missing` has the reason for everything that cannot."""
+    """Features that can be emulated on this machine; `missing` gives the reason for every other
+    one."""
 
     namespaces: bool = False
+    """True if there can be network namespaces with links between them."""
     shaper: str | None = None
-    """`htb` (packets may overtake) or `tbf`."""
+    """Queueing discipline that limits a link's rate: `htb` (small packets can overtake) or `tbf`
+    (they cannot)."""
     priority: bool = False
-    """Small packets can be told from large ones (the u32 classifier)."""
+    """True if small packets can be told from large ones (by the u32 classifier)."""
     latency: bool = False
+    """True if packets can be delayed (by netem)."""
     quotas: Quotas | None = None
     cubic: bool = False
-    """TCP's usual congestion control can be had, whatever the host's default is: shaped queues
-    are made for it."""
+    """True if TCP's usual congestion control, for which the queues of shaped links are made, is
+    available, whatever the host's default is."""
     missing: dict[str, str] = field(default_factory=dict)
 
 
 def abilities(probe: str) -> Abilities:
-    """Tries everything in a throw-away network namespace called `probe`."""
+    """Tries everything in a temporary network namespace called `probe`."""
     quotas, no_quotas = _quotas()
     missing = {"CPU quotas": no_quotas} if no_quotas else {}
     reason = _no_namespaces(probe)
@@ -79,7 +85,7 @@ def _congestion_controls() -> list[str]:
 
 
 def _no_namespaces(probe: str) -> str:
-    """Why there can be no network namespaces; empty if there can."""
+    """Returns the reason why there can be no network namespaces; empty if there can."""
     if sys.platform != "linux":
         return f"needs Linux, this is {sys.platform}"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -99,11 +105,11 @@ TRIALS = {
     "u32": "tc -n {probe} filter add dev a parent 1: protocol ip prio 1 "
     "u32 match u16 0x0000 0xff00 at 2 flowid 1:3",
 }
-"""One after the other, in a namespace of their own."""
+"""Commands that try each feature, run in this order in a namespace of their own."""
 
 
 def _error(command: list[str]) -> str:
-    """What a command complains about; empty if it succeeds."""
+    """Runs a command and returns its error message; empty if it succeeds."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
     )
@@ -112,7 +118,8 @@ def _error(command: list[str]) -> str:
 
 
 def _quotas() -> tuple[Quotas | None, str]:
-    """Where quotas can be set without touching a control group that exists, else why not."""
+    """Returns where quotas can be set without touching an existing control group, and the reason if
+    that is nowhere."""
     reasons = []
     for version, folder in _hierarchies():
         if version == 2:
@@ -130,8 +137,8 @@ def _quotas() -> tuple[Quotas | None, str]:
 
 
 def _probe_quota(folder: Path) -> bool:
-    """Whether a group below the root of a version 1 hierarchy, which has no quota itself, gets
-    one."""
+    """Returns True if a group below the root of a version 1 hierarchy has a quota; the root itself
+    has none."""
     if not os.access(folder, os.W_OK):
         return True
     probe = folder / f"mwprobe{os.getpid()}"
@@ -143,6 +150,7 @@ def _probe_quota(folder: Path) -> bool:
 
 
 def _hierarchies() -> list[tuple[int, Path]]:
+    """Returns (version, folder) of each control group file system that is mounted."""
     mounts = Path("/proc/mounts")
     found = []
     for line in mounts.read_text().splitlines() if mounts.exists() else ():

@@ -1,8 +1,8 @@
-"""The network of a testbed, as the commands that make it and take it away.
+"""Writes the commands that make the network of a testbed, and take it away.
 
-A namespace for every node, and one (`hub`) with a bridge for every site that has an uplink and one
-for the core. Each link is a pair of veth ends; what leaves a node is shaped on its own end, what
-reaches it on the bridge's. Nothing appears outside these namespaces.
+Every node gets a namespace. One more (`hub`) holds a bridge for every site that has an uplink, and
+one for the core. Each link is a pair of veth ends: what leaves a node is shaped at its own end,
+what reaches it at the bridge's end. Nothing appears outside these namespaces.
 """
 
 from __future__ import annotations
@@ -17,35 +17,41 @@ from meshwright.testbed.spec import Bed
 from meshwright.units import format_bandwidth
 
 Command = tuple[str, ...]
+"""A command and its arguments."""
 
 FASTEST = 1e9
-"""Bytes per second above which a link is left as the machine makes it: shaping costs processor
-time for every packet, and a loopback gives no more to several processes."""
+"""Bytes per second above which a link is left as fast as the machine makes it: shaping costs CPU
+time for every packet, and a loopback gives several processes no more than this anyway."""
 MTU = 1500
+"""Bytes of the largest packet on a network, and on a loopback."""
 LOOPBACK_MTU = 65536
 BURST_SECONDS = 1e-3
+"""Bytes that a shaped link lets through at once, as seconds at its rate."""
 QUEUE_SECONDS = 0.1
+"""Length of a shaped link's queue, as seconds at its rate."""
 SMALL_SHARE = 0.05
-"""Of a link's rate, what small packets have for certain; they may borrow the rest."""
+"""Share of a link's rate that is reserved for small packets; they may borrow the rest."""
 
 
 @record
 class Wiring:
-    """Everything that makes one network."""
+    """One network: its namespaces and addresses, and the commands that make it."""
 
     namespaces: tuple[str, ...]
     by_node: dict[str, str]
-    """Namespace of every node."""
+    """Namespace of every node, by name."""
     addresses: dict[str, str]
-    """By node."""
+    """IP address of every node, by name."""
     up: tuple[Command, ...]
+    """Commands that make the network."""
     down: tuple[Command, ...]
+    """Commands that take it away."""
     absent: tuple[str, ...]
-    """What is not as the cluster says, and why."""
+    """Ways in which the network is not as the cluster says, with the reasons."""
 
 
 def wiring(bed: Bed, able: Abilities, identity: str) -> Wiring:
-    """The network of a testbed whose names all begin with `identity`."""
+    """Designs the network of a testbed, whose names all begin with `identity`."""
     cluster, hub = bed.cluster, f"{identity}-hub"
     by_node = {node.name: f"{identity}-n{i}" for i, node in enumerate(cluster.nodes)}
     addresses = {
@@ -71,16 +77,18 @@ def wiring(bed: Bed, able: Abilities, identity: str) -> Wiring:
 
 
 class _Shaper:
-    """Turns links into commands, and remembers what cannot be done."""
+    """Turns links into commands, and notes what this machine cannot do."""
 
     def __init__(self, bed: Bed, able: Abilities) -> None:
         self.bed, self.able = bed, able
         self.unshaped: dict[str, str] = {}
+        """Reasons why links are not slowed down, by link."""
         self.late = False
+        """True if a link has a latency that cannot be made."""
 
     def shape(self, namespace: str, port: str, link: Link, what: str, mtu: int) -> list[Command]:
-        """Makes a port send no faster than a link, after half its latency: the other half is the
-        other end's."""
+        """Returns the commands that make a port send no faster than a link, and delay packets by
+        half its latency; the port at the other end adds the other half."""
         if link.latency > 0 and not self.able.latency:
             self.late = True
         if link.bandwidth > FASTEST:
@@ -125,6 +133,7 @@ class _Shaper:
                    *below_256.split())  # fmt: skip
 
     def absent(self) -> Iterator[str]:
+        """Yields what could not be done, with the reasons."""
         for what, why in self.unshaped.items():
             yield f"rate of {what}: as fast as this machine is ({why})"
         missing = self.able.missing
@@ -205,5 +214,5 @@ def _direct(
 
 
 def as_text(command: Command) -> str:
-    """A command as a shell reads it."""
+    """Returns a command as one types it into a shell."""
     return shlex.join(command)

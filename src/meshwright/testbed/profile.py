@@ -1,4 +1,5 @@
-"""Measuring a testbed: its devices' layers and its links, kept for as long as nothing changes."""
+"""Measures the layers and links of a testbed, and keeps the result for as long as nothing
+changes."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.spec import Bed
 
 PROFILE, CLUSTER, LINKS, SOURCE = "profile.json", "cluster.toml", "links.json", "source.json"
-"""In the folder of a profile: times, the cluster as measured, every point, and what it is of."""
+"""Files in the folder of a profile: the times, the cluster as measured, the links point by point,
+and the fingerprint of what was measured."""
 AS_ASKED = "cluster-as-asked.toml"
+"""File in the same folder: the cluster as the testbed describes it."""
 
 
 @record
@@ -33,7 +36,7 @@ class Source:
     settings: ProfileSettings
     versions: dict[str, str]
     pace: float | None
-    """As `reference_pace`."""
+    """Speed of emulated devices, from `reference_pace`."""
 
 
 @record
@@ -42,12 +45,12 @@ class Profiled:
 
     profile: Profile
     cluster: Cluster
-    """With the links as measured."""
+    """The cluster, with its links as measured."""
     links: LinkReport
     profile_file: Path
     cluster_file: Path
     cached: bool
-    """It had been measured before, and nothing has changed since."""
+    """True if an earlier measurement was used, since nothing has changed."""
 
 
 def profile_on(
@@ -58,10 +61,10 @@ def profile_on(
     again: bool = False,
     console: Console | None = None,
 ) -> Profiled:
-    """Measure a standing testbed into `folder`, unless it holds the same measurements already.
+    """Measures a testbed that is up into `folder`, unless that holds the same measurements already.
 
-    The emulated speed is the testbed's; virtual devices have no layers to measure. Raises
-    LaunchError, ProfileError.
+    The shares of emulated devices are the testbed's; virtual devices have no layers to measure.
+    Raises LaunchError, ProfileError.
     """
     bed = launcher.up.bed
     files.make_folder(folder)
@@ -93,6 +96,7 @@ def profile_on(
 
 
 def _mark(path: Path) -> str:
+    """Reads the fingerprint of what a folder's measurements depend on."""
     return files.read_text(path, error=ProfileError)
 
 

@@ -1,4 +1,4 @@
-"""testbed.toml: an ordinary cluster, and how much smaller its emulation is."""
+"""Reads testbed.toml: an ordinary cluster, and by how much its emulation is slower."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from meshwright.records import Format, Line, Name, PositiveShare, load, problems
 from meshwright.runtime.turns import turns_at_once
 
 Mode = Literal["dilation", "virtual", "quota"]
+"""The way in which devices are made slow, see `BedFile.mode`."""
 ClusterSource = Line | dict[Name, Any]
+"""Path of a cluster file, or the content of one."""
 Scale = Annotated[float, Field(gt=0, le=1e6)]
 CoreShare = Annotated[float, Field(gt=0, le=1)]
 """Share of one core."""
@@ -30,49 +32,54 @@ FREE_CORES = 0.1
 
 @record
 class BedFile:
-    """`testbed.toml`, as it is written."""
+    """The content of `testbed.toml`."""
 
     format: Format = 1
     name: Name
     cluster: ClusterSource
-    """A cluster file beside this one, or the content of one."""
+    """A cluster file, relative to this one, or the content of one."""
     mode: Mode = "dilation"
-    """How devices are slow: real arithmetic and then sleep; sleep alone; a CPU quota."""
+    """The way in which devices are made slow. `dilation`: they compute, then sleep for the rest of
+    their time; `virtual`: they only sleep; `quota`: they compute under a CPU quota."""
     fastest_share: CoreShare | None = None
-    """Of a core, for the fastest device type; the others in proportion to their fp32 peaks."""
+    """Share of a core for the fastest device type; the others follow in proportion to their fp32
+    peaks."""
     shares: dict[Name, CoreShare] = field(default_factory=dict)
-    """Of a core, by device type, where the proportion of the peaks is not what is wanted."""
+    """Share of a core by device type, in place of the one that follows from the peaks."""
     compute_scale: Scale = 1.0
-    """Speed of a virtual device over that of its type."""
+    """Speed of a virtual device divided by that of its type."""
     bandwidth_scale: Scale = 1.0
-    """Of every link."""
+    """Factor of every link's bandwidth."""
     latency_scale: Scale = 1.0
+    """Factor of every link's latency."""
     small_first: bool = True
-    """On shaped links packets below 256 bytes overtake, as on a network card of many queues."""
+    """On shaped links packets below 256 bytes overtake larger ones, as on a network card with many
+    queues."""
     foreign_share: PositiveShare = 0.1
-    """Share of the machine that others may use before a run counts as disturbed."""
+    """Share of the machine's CPU time that others may use before a run counts as disturbed."""
     attempts: Attempts = 3
-    """How often a disturbed run is tried; the least disturbed one counts."""
+    """Number of times that a disturbed run is tried; the least disturbed one counts."""
 
 
 @record
 class Bed:
-    """A testbed that could be brought up."""
+    """A testbed that can be brought up."""
 
     name: Name
     source: Line
+    """File that describes it, for errors."""
     mode: Mode
     cluster: Cluster
-    """What is emulated: the cluster with its links and device types scaled."""
+    """The emulated cluster: links and device types are scaled."""
     shares: dict[Name, CoreShare]
-    """Of a core, by device type; empty for virtual devices."""
+    """Share of a core by device type; empty for virtual devices."""
     small_first: bool
     foreign_share: PositiveShare
     attempts: Attempts
 
 
 def load_bed(path: Path) -> Bed:
-    """The testbed that a file describes. Raises ClusterError with every mistake found."""
+    """Reads the testbed that a file describes. Raises ClusterError with every mistake found."""
     entry = load(path, BedFile, error=ClusterError)
     if isinstance(entry.cluster, str):
         cluster = load_cluster(path.parent / entry.cluster)
@@ -82,7 +89,8 @@ def load_bed(path: Path) -> Bed:
 
 
 def bed_of(entry: BedFile, cluster: Cluster, *, source: str) -> Bed:
-    """The testbed of an entry. Raises ClusterError with every mistake found."""
+    """Makes a testbed of a file's content and its cluster. Raises ClusterError with every mistake
+    found."""
     ClusterError.check(_mistakes(entry, cluster, source))
     shares = {} if entry.mode == "virtual" else _shares(entry, cluster)
     return Bed(
@@ -98,6 +106,7 @@ def bed_of(entry: BedFile, cluster: Cluster, *, source: str) -> Bed:
 
 
 def _used(cluster: Cluster) -> list[str]:
+    """Returns the device types that occur in a cluster."""
     return sorted({device.type for device in devices_of(cluster)})
 
 
@@ -130,7 +139,8 @@ def _shares(entry: BedFile, cluster: Cluster) -> dict[str, float]:
 
 
 def _peak(kind: DeviceType) -> float:
-    """In fp32, in which emulated devices compute; of a type without it, its largest."""
+    """Returns a type's peak in fp32, in which emulated devices compute; its largest if it has none
+    in fp32."""
     return kind.peak.get("fp32") or max(kind.peak.values())
 
 
@@ -150,7 +160,7 @@ def _emulated(entry: BedFile, cluster: Cluster, shares: dict[str, float]) -> Clu
         )
 
     def node(each: Node) -> Node:
-        # All of a node's messages to itself pass one loopback, which is a bus.
+        # All messages inside a node pass one loopback, which is shared like a bus.
         inside = replace(link(each.inside), shared=True)
         return replace(each, inside=inside, network=link(each.network))
 
@@ -167,7 +177,8 @@ def _emulated(entry: BedFile, cluster: Cluster, shares: dict[str, float]) -> Clu
 
 
 def _scaled(kind: DeviceType, like: DeviceType, scale: float) -> DeviceType:
-    """A process that is `scale` as fast as `like`, with the memory of `kind`."""
+    """Returns the type of a process that is `scale` times as fast as `like`, with the memory of
+    `kind`."""
     return replace(
         kind,
         peak={precision: peak * scale for precision, peak in like.peak.items()},
@@ -181,14 +192,15 @@ def _scaled(kind: DeviceType, like: DeviceType, scale: float) -> DeviceType:
 
 
 def device_shares(bed: Bed) -> dict[str, float]:
-    """Share of a core by device name; empty for virtual devices."""
+    """Returns the share of a core of each device, by name; empty for virtual devices."""
     if not bed.shares:
         return {}
     return {device.name: bed.shares[device.type] for device in devices_of(bed.cluster)}
 
 
 def check_room(bed: Bed, *, cores: int, free_bytes: int) -> None:
-    """Raises LaunchError if the emulated devices ask for more than the machine has."""
+    """Raises LaunchError if the emulated devices ask for more cores or memory than the machine
+    has."""
     devices = len(devices_of(bed.cluster))
     problems = []
     wanted = sum(device_shares(bed).values())

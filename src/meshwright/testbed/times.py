@@ -1,4 +1,4 @@
-"""The table that virtual devices live by: how long each layer takes on each rank."""
+"""Makes the table of times that virtual devices follow: how long each layer takes on each rank."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from meshwright.program.operations import Op
 from meshwright.records import Name, Seconds, record
 
 TIMES = "virtual.json"
-"""In the run folder."""
+"""Name of the table's file in the run folder."""
 
 MANY = 1e9
-"""Parameters by which a step of an optimizer is told from one of none."""
+"""Number of parameters at which an optimizer step is priced; compared with a step over none, it
+gives the seconds per parameter."""
 
 
 @record
@@ -28,19 +29,21 @@ class RankTimes:
     """Seconds of one rank's instructions, for its rows of a micro-batch."""
 
     forward: tuple[Seconds, ...]
-    """By layer of the model."""
+    """Seconds of each of the model's layers."""
     backward: tuple[Seconds, ...]
+    """Seconds of each of the model's layers."""
     optimizer: Seconds
-    """Of one of its steps, however few parameters it changes."""
+    """Seconds of an optimizer step, apart from those for each parameter."""
     optimizer_per_parameter: Seconds
     parts: dict[Name, Seconds]
-    """Of backwards in two parts: `3I1` is the first part on stage 3, `3W2` the second one of two
-    micro-batches."""
+    """Seconds of the parts of split backwards, keyed by stage, operation and number of
+    micro-batches: `3I1` is the first part on stage 3, `3W2` the second part of two micro-batches.
+    """
 
 
 @record
 class VirtualTimes:
-    """Of all ranks of a plan."""
+    """The times of all ranks of a plan."""
 
     ranks: tuple[RankTimes, ...]
 
@@ -48,10 +51,10 @@ class VirtualTimes:
 def virtual_times(
     plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
 ) -> VirtualTimes:
-    """The seconds that the cost model expects: measured layers where the profile has them, else
-    the roofline of the device types.
+    """Returns the seconds that the cost model predicts: from measured layers if the profile has
+    them, else from the roofline of the device types.
 
-    Raises LaunchError for tensor parallelism: the sums inside a layer need its arithmetic.
+    Raises LaunchError for tensor parallelism: the sums inside a layer need real arithmetic.
     """
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     parts = _parts(plan, model, cluster, profile)
@@ -78,7 +81,7 @@ def virtual_times(
 
 
 def part_key(stage: int, op: Op, micro_batches: int) -> str:
-    """How `RankTimes.parts` names a part."""
+    """Returns the key of a part in `RankTimes.parts`."""
     return f"{stage}{op}{micro_batches}"
 
 

@@ -1,7 +1,8 @@
-"""What a testbed leaves on the machine while it stands, written down before it is made.
+"""Keeps records of what a testbed creates on the machine, so that it can be cleaned up.
 
-A launcher that is killed cannot clean up. The next start reads what it had written down and takes
-away exactly that; whatever bears another name is somebody else's.
+A launcher that is killed cannot clean up. It has written down what it creates beforehand; the next
+start reads that and takes away exactly what is listed. Anything with another name belongs to
+others.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ from meshwright.runtime_folder import runtime_folder
 from meshwright.testbed.machine import COMMAND_SECONDS
 
 WAIT_SECONDS = 5.0
-"""How long the kernel may take to let go of killed processes."""
+"""Time that the kernel may take to release killed processes."""
 
 
 @record
 class Traces:
-    """One testbed's own namespaces and control groups."""
+    """Cleanup record: the namespaces and control groups of one testbed."""
 
     identity: str
-    """Beginning of all its names."""
+    """Prefix of all its names."""
     owner: int
-    """Process that will take it down."""
+    """Id of the process that will take the testbed down."""
     owner_started: float
-    """Tells the owner from a later process of the same number."""
+    """Start time of the owner, which tells it from a later process with the same id."""
     namespaces: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    """Folders of control groups."""
+    """Folders of the control groups."""
 
 
 def traces_folder() -> Path:
-    """Where this user's testbeds are written down. Raises LaunchError, see `runtime_folder`."""
+    """Returns the folder with this user's cleanup records. Raises LaunchError, see
+    `runtime_folder`."""
     return runtime_folder() / "testbeds"
 
 
 def owned(identity: str, namespaces: tuple[str, ...], groups: tuple[str, ...]) -> Traces:
-    """Traces that this process answers for."""
+    """Returns a cleanup record with this process as owner."""
     started = psutil.Process().create_time()
     return Traces(
         identity=identity,
@@ -57,7 +59,7 @@ def owned(identity: str, namespaces: tuple[str, ...], groups: tuple[str, ...]) -
 
 
 def write_down(traces: Traces, folder: Path) -> Path:
-    """The file that says what there is; it is complete or not there."""
+    """Writes a cleanup record and returns its file, which is complete or does not exist."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{traces.identity}.json"
     draft = path.with_suffix(".draft")
@@ -67,13 +69,13 @@ def write_down(traces: Traces, folder: Path) -> Path:
 
 
 def standing_traces(folder: Path) -> list[Traces]:
-    """All that is written down."""
+    """Reads all cleanup records."""
     found = sorted(folder.glob("*.json")) if folder.is_dir() else []
     return [load(path, Traces, error=LaunchError) for path in found]
 
 
 def is_orphan(traces: Traces) -> bool:
-    """Whether nobody will take it down any more."""
+    """Returns True if the owner has ended, so that it cannot take the testbed down."""
     try:
         started: float = psutil.Process(traces.owner).create_time()
     except psutil.NoSuchProcess:
@@ -82,7 +84,7 @@ def is_orphan(traces: Traces) -> bool:
 
 
 def sweep(folder: Path) -> tuple[str, ...]:
-    """Takes down what launchers that are gone have left; their identities."""
+    """Takes down what launchers that have ended left behind; returns the identities."""
     orphans = [each for each in standing_traces(folder) if is_orphan(each)]
     for each in orphans:
         erase(each, folder)
@@ -90,7 +92,8 @@ def sweep(folder: Path) -> tuple[str, ...]:
 
 
 def erase(traces: Traces, folder: Path) -> None:
-    """Ends the processes in a testbed's namespaces and groups, and takes these away.
+    """Ends the processes in a testbed's namespaces and groups, removes these, and deletes the
+    record.
 
     Everything is tried before the first failure is raised. Raises LaunchError.
     """
@@ -108,7 +111,7 @@ def erase(traces: Traces, folder: Path) -> None:
 
 
 def existing_namespaces() -> frozenset[str]:
-    """Names of the network namespaces of this machine, anybody's."""
+    """Returns the names of all network namespaces of this machine."""
     folder = Path("/run/netns")
     return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
 

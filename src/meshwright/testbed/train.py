@@ -1,4 +1,4 @@
-"""Training runs on a testbed that is up, and how much else the machine did meanwhile."""
+"""Trains on a testbed that is up, and measures how much other programs have disturbed the run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from meshwright.testbed.times import TIMES, virtual_times
 from meshwright.training import Launch, Outcome, train_here
 
 WORKER = "meshwright.testbed.worker"
+"""Module that each virtual device's process runs."""
 
 
 @record
@@ -28,10 +29,12 @@ class Run:
 
     outcome: Outcome
     foreign_share: float
-    """Of the machine's processor time, used by others meanwhile."""
+    """Share of the machine's CPU time that other programs used during the run."""
     attempts: int
+    """Number of attempts made."""
     disturbed: bool
-    """Others used more than the testbed allows in every attempt; this is the calmest of them."""
+    """True if others used more than the testbed allows in every attempt; this is the least
+    disturbed one."""
 
 
 def train_on(
@@ -44,9 +47,9 @@ def train_on(
     title: str = "training",
     console: Console | None = None,
 ) -> Run:
-    """Train by a plan on the testbed, again where others disturbed the run.
+    """Trains by a plan on the testbed, and tries again if others disturb the run.
 
-    Raises what `training.train_here` raises; LaunchError for a plan that virtual devices cannot
+    Raises what `training.train_here` raises, and LaunchError for a plan that virtual devices cannot
     follow.
     """
     bed = launcher.up.bed
@@ -91,7 +94,8 @@ def _attempt(
 
 
 def launch_for(launcher: BedLauncher, session: Session, plan: Plan) -> Launch:
-    """How `train_here` starts ranks on this testbed. Raises LaunchError, see `virtual_times`."""
+    """Returns the function by which `train_here` starts ranks on this testbed. Raises LaunchError,
+    see `virtual_times`."""
     up = launcher.up
     if up.bed.mode != "virtual":
         return partial(_launch, launcher, None)

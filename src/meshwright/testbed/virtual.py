@@ -1,7 +1,8 @@
-"""Devices that do not compute: each layer takes the time of a table; its tensors, its gradients and
-all messages are real.
+"""Emulates devices that do not compute: each layer takes its time from a table, while all tensors,
+gradients and messages are real.
 
-A layer computes once, to show what it makes; from then on it makes zeros of the same shapes.
+A layer computes once, to find the shapes of its results; after that it returns zeros of these
+shapes.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from meshwright.runtime.stage import Stage
 from meshwright.testbed.times import RankTimes, part_key
 
 Spend = Callable[[float], None]
+"""Function that adds seconds to the emulated device's time."""
 
 PACE = Dilation(share=float("inf"))
+"""Computing takes no time of the device, only what is spent."""
 
 
 class _Slept(Function):
-    """Zeros in place of what a layer makes, after its time; and zeros for its gradients."""
+    """Returns zeros in place of a layer's results, after spending its time; the gradients are zeros
+    too."""
 
     @staticmethod
     def forward(ctx: Any, layer: VirtualLayer, made: tuple[Made, ...], *inputs: Tensor) -> Any:
@@ -51,19 +55,19 @@ class _Slept(Function):
 
 
 Made = tuple[torch.Size, torch.dtype, bool]
-"""Shape, type, and whether it has a gradient."""
+"""(Shape, dtype, True if it has a gradient) of one result."""
 
 
 @dataclass
 class Pace:
-    """Of the backward that is under way."""
+    """State of the backward that is running."""
 
     by_layer: bool = True
-    """False in one of two parts, which takes its time as a whole."""
+    """False in a part of a split backward, whose time is spent as a whole."""
 
 
 class VirtualLayer:
-    """Stands in for one layer's forward."""
+    """Replaces one layer's forward."""
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class VirtualLayer:
         self._compute = module.forward
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._known: dict[tuple[torch.Size, ...], tuple[Made, ...]] = {}
+        """The results of the layer, by the shapes of its inputs."""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         key = tuple(tensor.shape for tensor in inputs)
@@ -93,7 +98,7 @@ class VirtualLayer:
 
 
 class VirtualOptimizer(torch.optim.Optimizer):
-    """Takes its time, and leaves the weights alone."""
+    """Takes an optimizer's time, and leaves the weights alone."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], seconds: float) -> None:
         super().__init__(parameters, {"lr": 0.0})
@@ -101,12 +106,12 @@ class VirtualOptimizer(torch.optim.Optimizer):
         self.spend: Spend = lambda _: None
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """One step, in time alone."""
+        """Spends the time of one step."""
         self.spend(self.seconds)
 
 
 class VirtualEngine(Engine):
-    """An Engine whose compute instructions take the time of a table."""
+    """An Engine whose compute instructions take their times from a table."""
 
     def __init__(self, *arguments: Any, times: Sequence[RankTimes], **named: Any) -> None:
         def optimizer(parameters: Iterable[nn.Parameter]) -> VirtualOptimizer:
@@ -130,7 +135,7 @@ class VirtualEngine(Engine):
 
 
 def _pace_parts(stage: Stage, number: int, own: RankTimes, spend: Spend, pace: Pace) -> None:
-    """Each part of a backward that comes in two takes its time before it does its work."""
+    """Makes each part of a split backward spend its time before it runs."""
     first, second = stage.backward_input, stage.backward_weight
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What each virtual device does: a run of the runtime whose layers take the time of a table.
+"""Entry point of each virtual device: runs as one rank whose layers take their times from a table.
 
 python -m meshwright.testbed.worker RUN_FOLDER      one rank, under a launcher
 """
@@ -26,7 +26,7 @@ from meshwright.testbed.virtual import VirtualEngine
 
 
 def run(folder: Path) -> None:
-    """The steps that the run folder asks for. The loss is zero: nothing is learned."""
+    """Runs the steps that the run folder asks for. The loss is zero: nothing is learned."""
     settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
     times = load(folder / TIMES, VirtualTimes, error=LaunchError)
     plan = load_plan(folder / PLAN)
@@ -50,7 +50,7 @@ def run(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run; leave the reason behind if it fails."""
+    """Runs, and reports the reason if that fails."""
     folder = Path(sys.argv[1])
     with rank_process(folder):
         run(folder)
