@@ -16,6 +16,7 @@ from meshwright.errors import FitError, MeshwrightError, PlanError, Problem
 from meshwright.plan.spec import Plan, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.records import record
+from meshwright.report.resources import named_loads
 from meshwright.report.whatif import Option, WhatIf, option
 from meshwright.search.explore import Progress
 from meshwright.session import Session, measured, search, simulated
@@ -69,7 +70,7 @@ def what_if(
         seconds_before=min(each.step_seconds for each in now if each.step_seconds),
         seconds_after=best.facts.step_seconds,
         best=best.plan,
-        busiest=best.facts.links[0] if best.facts.links else None,
+        busiest=next(iter(named_loads(best.facts.links)), None),
     ), change.cluster
 
 

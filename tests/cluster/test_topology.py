@@ -1,10 +1,13 @@
 """Paths through a cluster and the resources they share."""
 
+from itertools import product
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site
 from meshwright.cluster.topology import Path, Resource, path, topology
+from meshwright.report.resources import resource_name
 
 GB = 1e9
 
@@ -26,7 +29,7 @@ def cluster(*nodes: Node, direct: tuple[DirectLink, ...] = ()) -> Cluster:
 
 
 def names(way: Path) -> tuple[str, ...]:
-    return tuple(resource.name for resource in way.resources)
+    return tuple(map(resource_name, way.resources))
 
 
 def test_a_device_reaches_itself_for_nothing():
@@ -63,7 +66,7 @@ def test_a_direct_link_replaces_the_hierarchy_for_its_pair_both_ways():
     assert names(path(built, "b:0", "a:0")) == ("b > a",)
     assert path(built, "b:0", "a:0").latency == 2e-6
     assert names(path(built, "b:0", "c:0")) == ("b network out", "c network in")
-    capacities = {resource.name: speed for resource, speed in built.capacities.items()}
+    capacities = {resource_name(resource): speed for resource, speed in built.capacities.items()}
     assert capacities["a > b"] == capacities["b > a"] == 5 * GB
 
 
@@ -74,23 +77,70 @@ def test_a_shared_link_has_one_capacity_for_both_directions():
     assert names(path(built, "a:0", "b:0")) == names(path(built, "b:0", "a:0")) == ("a - b",)
 
 
-def test_a_resource_says_what_it_is_and_whose():
-    cable = DirectLink(between=("a", "b"), link=Link(bandwidth=GB, latency=0.0))
-    built = topology(
-        cluster(node("a"), node("b", shared=True), node("c", site="far"), direct=(cable,))
-    )
-    owned = {str(r): (r.kind, r.owner, r.other) for r in built.capacities}
-    assert owned["a:1 in"] == ("port", "a:1", "")
-    assert owned["b bus"] == ("bus", "b", "")
-    assert owned["c network out"] == ("network", "c", "")
-    assert owned["main uplink in"] == ("uplink", "main", "")
-    assert owned["b > a"] == ("link", "b", "a")
-    assert sorted(built.capacities) == sorted(built.capacities, key=str)
-
-
 def test_resources_whose_names_read_alike_are_not_the_same():
-    """Names are for people: what a resource is does not hang on them."""
-    assert Resource("a > b", "link", "a", "b") != Resource("a > b", "bus", "a > b")
+    """Names are for people: what a resource is does not depend on them."""
+    uplink, network = Resource("a", "uplink", "out"), Resource("a", "network", "out")
+    port = Resource("a network", "port", "out")
+    assert resource_name(network) == resource_name(port) == "a network out"
+    assert len({uplink, network, port}) == 3
+
+
+@st.composite
+def clusters(draw) -> Cluster:
+    """Nodes of one to three devices at two sites, shared links or not, explicit links or not."""
+    link = st.builds(
+        Link,
+        bandwidth=st.floats(1e6, 1e12),
+        latency=st.floats(0.0, 1e-2),
+        shared=st.booleans(),
+    )
+    nodes = tuple(
+        Node(
+            name=f"n-{i}",
+            site=draw(st.sampled_from(["main", "far"])),
+            devices=("H100",) * draw(st.integers(1, 3)),
+            inside=draw(link),
+            network=draw(link),
+        )
+        for i in range(draw(st.integers(1, 4)))
+    )
+    pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name != b.name]
+    chosen = st.lists(st.sampled_from(pairs), unique_by=frozenset, max_size=4)
+    return Cluster(
+        name="c",
+        types={},
+        nodes=nodes,
+        sites=tuple(Site(name=name, uplink=draw(st.none() | link)) for name in ("main", "far")),
+        direct=tuple(
+            DirectLink(between=pair, link=draw(link)) for pair in (draw(chosen) if pairs else ())
+        ),
+    )
+
+
+@given(clusters())
+def test_every_resource_of_every_transfer_has_an_owner_of_its_kind(where: Cluster):
+    built = topology(where)
+    owners = {
+        "port": set(built.devices),
+        "bus": set(built.nodes),
+        "network": set(built.nodes),
+        "uplink": set(built.uplinks),
+        "link": set(built.nodes),
+    }
+    for source, target in product(built.devices, repeat=2):
+        for resource in path(built, source, target).resources:
+            assert resource.owner in owners[resource.kind]
+            assert built.capacities[resource] > 0
+            joined = frozenset((resource.owner, resource.peer))
+            linked = [frozenset(each.between) for each in where.direct]
+            assert joined in linked if resource.kind == "link" else resource.peer == ""
+
+
+@given(clusters())
+def test_no_two_resources_of_a_cluster_have_the_same_name(where: Cluster):
+    """So that tables and JSON, which are keyed by them, lose none."""
+    resources = topology(where).capacities
+    assert len({*map(resource_name, resources)}) == len(resources)
 
 
 @given(st.data())

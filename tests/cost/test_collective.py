@@ -20,6 +20,7 @@ from meshwright.cost.collective import (
 )
 from meshwright.cost.links import with_measured_links
 from meshwright.cost.profile import LinkTimes
+from meshwright.report.resources import resource_name
 
 COLLECTIVES = (all_reduce, all_gather, reduce_scatter, broadcast)
 
@@ -47,7 +48,7 @@ SLOW = Link(bandwidth=1e9, latency=20e-6)
 
 
 def by_name(traffic: Traffic) -> dict[str, float]:
-    return {resource.name: size for resource, size in traffic.bytes_by_resource.items()}
+    return {resource_name(resource): size for resource, size in traffic.bytes_by_resource.items()}
 
 
 sizes = st.floats(1, 1e10)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.spec import Link
+from meshwright.cluster.topology import Resource
 from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.instructions import price
 from meshwright.cost.profile import LinkTimes, Profile
@@ -124,7 +125,7 @@ def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
     )
     prices = price(program, plan, model, cluster, profile)
     traffic = {i.op: p.traffic for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
-    assert {str(r): speed for r, speed in prices.bandwidth.items()}["n:0 out"] == 1e8
+    assert prices.bandwidth[Resource("n:0", "port", "out")] == 1e8
     assert traffic[Op.SEND_F].latency == 1e-4
     assert traffic[Op.REDUCE_NORM].latency == pytest.approx(2 * 5e-4)
     assert prices.overhead_seconds == 0.25

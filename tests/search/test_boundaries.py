@@ -10,6 +10,7 @@ from meshwright.cost.instructions import price
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.program.compile import compile_plan
+from meshwright.report.resources import resource_name
 from meshwright.search.boundaries import (
     KINDS,
     all_direct,
@@ -101,7 +102,8 @@ def test_links_carry_what_crosses_once(kind):
     def carried(plan: Plan) -> dict[str, float]:
         program = compile_plan(plan, graph)
         prices = price(program, plan, graph, where)
-        return {load.name: load.bytes for load in link_loads(program, prices, plan, graph, where)}
+        loads = link_loads(program, prices, plan, graph, where)
+        return {resource_name(load.resource): load.bytes for load in loads}
 
     network = "a network out"
     sums = carried(plan)[network] - 4 * 2 * 400_000

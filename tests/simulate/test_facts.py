@@ -9,6 +9,7 @@ import pytest
 from meshwright.cost.instructions import price
 from meshwright.errors import PlanError
 from meshwright.program.compile import NORM_BYTES, compile_plan
+from meshwright.report.resources import resource_name
 from meshwright.simulate.facts import check_comparable, judge, measure
 from meshwright.simulate.traffic import link_loads
 from worlds import even_model, even_plan, one_node
@@ -17,7 +18,10 @@ from worlds import even_model, even_plan, one_node
 def loads(plan, model, cluster):
     program = compile_plan(plan, model)
     prices = price(program, plan, model, cluster)
-    return {load.name: load for load in link_loads(program, prices, plan, model, cluster)}
+    return {
+        resource_name(load.resource): load
+        for load in link_loads(program, prices, plan, model, cluster)
+    }
 
 
 def test_a_cut_is_crossed_once_by_every_micro_batch_each_way():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError
 from meshwright.simulate.flows import Flow, Network, fair_rates, finish, settle, start
 
@@ -107,8 +108,9 @@ def test_the_first_in_the_queue_shares_with_a_collective() -> None:
 
 
 def test_a_dead_link_is_named() -> None:
-    with pytest.raises(ClusterError, match="wire"):
-        fair_rates({"wire": 0.0}, [flow(wire=1.0)])
+    wire = Resource("here", "link", "out", "there")
+    with pytest.raises(ClusterError, match="link of here"):
+        fair_rates({wire: 0.0}, [Flow(bytes_by_resource={wire: 1.0}, then=lambda: None)])
 
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.floats(0.1, 10.0), min_size=1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
+from meshwright.cluster.topology import Resource
 from meshwright.cost.instructions import price
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.program.compile import compile_plan
@@ -229,10 +230,9 @@ def test_an_explicit_link_is_priced_as_what_it_is():
     assert len(folded.ranks) == 4
     program = compile_plan(plan, model)
     prices = price(program, plan, model, where)
-    carried = {
-        str(r) for own in prices.ranks for each in own for r in each.traffic.bytes_by_resource
-    }
-    assert {"n0 > n1", "n1 > n0"} <= carried
+    carried = {r for own in prices.ranks for each in own for r in each.traffic.bytes_by_resource}
+    there, back = (Resource(a, "link", "out", b) for a, b in (("n0", "n1"), ("n1", "n0")))
+    assert {there, back} <= carried
     assert _carried(priced_for_all(program, prices, folded)) == _carried(prices)
 
 

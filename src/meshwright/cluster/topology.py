@@ -14,22 +14,25 @@ from typing import Literal, NamedTuple
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
 from meshwright.records import BytesPerSecond, Seconds, record
 
+Direction = Literal["in", "out", "both"]
+
 
 class Resource(NamedTuple):
-    """One direction of one thing that bytes pass through; resources sort by name."""
+    """One direction of one thing that bytes pass through.
 
-    name: str
-    """Name that tables and messages print."""
+    A tuple, because searches look resources up millions of times. The order of resources, by owner
+    first, decides which of two equally loaded ones a simulation fills first.
+    """
+
+    owner: str
+    """Device, node or site that it belongs to; for an explicit link, the node that sends."""
     kind: Literal["port", "bus", "network", "uplink", "link"]
     """Kind of the thing: a port belongs to one device, a bus to all devices of a node, a network
     interface to a node, an uplink to a site, and a link joins two nodes explicitly."""
-    owner: str
-    """Device, node or site that it belongs to; for an explicit link, the node at its one end."""
-    other: str = ""
-    """Node at the other end of an explicit link."""
-
-    def __str__(self) -> str:
-        return self.name
+    direction: Direction
+    """Direction seen from the owner; `both` if they share one capacity."""
+    peer: str = ""
+    """Node at the other end of an explicit link; of a shared one, the later of the two names."""
 
 
 @record
@@ -59,6 +62,9 @@ class Topology:
     """Paths computed so far: by pair of nodes, or by pair of devices of one node."""
 
 
+WAYS: tuple[Direction, ...] = ("out", "in")
+"""The two directions of a link that is not shared."""
+
 _HERE = Path(resources=(), latency=0.0)
 
 
@@ -85,40 +91,38 @@ def _capacities(
 ) -> dict[Resource, BytesPerSecond]:
     capacities: dict[Resource, BytesPerSecond] = {}
     for node in cluster.nodes:
-        for way in ("out", "in"):
+        for way in WAYS:
             capacities[_network(node, way)] = node.network.bandwidth
             for index in range(len(node.devices)):
                 capacities[_inside(node, f"{node.name}:{index}", way)] = node.inside.bandwidth
     for site in cluster.sites:
         if site.uplink:
-            for way in ("out", "in"):
+            for way in WAYS:
                 capacities[_uplink(site.name, site.uplink, way)] = site.uplink.bandwidth
     for (source, target), link in direct.items():
         capacities[_direct(source, target, link)] = link.bandwidth
     return capacities
 
 
-def _inside(node: Node, device: str, way: str) -> Resource:
+def _inside(node: Node, device: str, way: Direction) -> Resource:
     if node.inside.shared:
-        return Resource(f"{node.name} bus", "bus", node.name)
-    return Resource(f"{device} {way}", "port", device)
+        return Resource(node.name, "bus", "both")
+    return Resource(device, "port", way)
 
 
-def _network(node: Node, way: str) -> Resource:
-    name = f"{node.name} network" if node.network.shared else f"{node.name} network {way}"
-    return Resource(name, "network", node.name)
+def _network(node: Node, way: Direction) -> Resource:
+    return Resource(node.name, "network", "both" if node.network.shared else way)
 
 
-def _uplink(site: str, link: Link, way: str) -> Resource:
-    name = f"{site} uplink" if link.shared else f"{site} uplink {way}"
-    return Resource(name, "uplink", site)
+def _uplink(site: str, link: Link, way: Direction) -> Resource:
+    return Resource(site, "uplink", "both" if link.shared else way)
 
 
 def _direct(source: str, target: str, link: Link) -> Resource:
     if link.shared:
         source, target = sorted((source, target))
-        return Resource(f"{source} - {target}", "link", source, target)
-    return Resource(f"{source} > {target}", "link", source, target)
+        return Resource(source, "link", "both", target)
+    return Resource(source, "link", "out", target)
 
 
 def path(topology: Topology, source: str, target: str) -> Path:
@@ -164,7 +168,7 @@ def _path_between(topology: Topology, source: str, target: str) -> Path:
 def _across(topology: Topology, here: str, there: str) -> tuple[tuple[Resource, ...], Seconds]:
     ends = [
         (_uplink(site, link, way), link.latency)
-        for site, way in ((here, "out"), (there, "in"))
+        for site, way in zip((here, there), WAYS, strict=True)
         if (link := topology.uplinks[site])
     ]
     return tuple(uplink for uplink, _ in ends), max((wait for _, wait in ends), default=0.0)

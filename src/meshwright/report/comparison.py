@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,15 +13,15 @@ from meshwright import __version__, files
 from meshwright.cost.memory import total_bytes
 from meshwright.plan.ranks import mesh_text, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.records import dumps, record
+from meshwright.records import dumps, plain, record
 from meshwright.report.drawing import plan_svg
 from meshwright.report.page import Bar, Piece
 from meshwright.report.palette import PARTS
+from meshwright.report.resources import NamedLoad, named_loads
 from meshwright.report.tables import devices_text, plan_table
 from meshwright.report.template import render, source
 from meshwright.report.terminal import words
 from meshwright.simulate.facts import Facts, Measured, Verdict
-from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_bytes, format_seconds
 
 MOST_LINKS = 12
@@ -31,7 +32,8 @@ MOST_LINKS = 12
 class ComparedPlans:
     """The comparison of two plans as `--json` prints it."""
 
-    plans: tuple[Facts, Facts]
+    plans: tuple[dict[str, Any], dict[str, Any]]
+    """Facts of the two plans, with names for the links."""
     verdict: Verdict
 
 
@@ -47,7 +49,12 @@ def short_names(first: Path, second: Path) -> tuple[str, str]:
 
 def comparison_json(first: Measured, second: Measured, verdict: Verdict) -> str:
     """Format the comparison as JSON, in seconds and bytes."""
-    return dumps(ComparedPlans(plans=(first.facts, second.facts), verdict=verdict))
+    plans = _named(first.facts), _named(second.facts)
+    return dumps(ComparedPlans(plans=plans, verdict=verdict))
+
+
+def _named(facts: Facts) -> dict[str, Any]:
+    return {**plain(facts), "links": [plain(load) for load in named_loads(facts.links)]}
 
 
 def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
@@ -143,9 +150,9 @@ def _heading(name: str) -> Text:
     return heading
 
 
-def link_rows(first: Facts, second: Facts) -> list[tuple[str, LinkLoad | None, LinkLoad | None]]:
+def link_rows(first: Facts, second: Facts) -> list[tuple[str, NamedLoad | None, NamedLoad | None]]:
     """Return every link that either plan uses, longest busy first."""
-    one, two = ({load.name: load for load in each.links} for each in (first, second))
+    one, two = ({load.name: load for load in named_loads(each.links)} for each in (first, second))
 
     def busiest(name: str) -> float:
         return max(load.seconds for load in (one.get(name), two.get(name)) if load)
@@ -175,7 +182,7 @@ def links_table(first: Facts, second: Facts) -> Table:
     return table
 
 
-def _load_cells(load: LinkLoad | None, step_seconds: float) -> tuple[str, str]:
+def _load_cells(load: NamedLoad | None, step_seconds: float) -> tuple[str, str]:
     if load is None:
         return "-", ""
     return format_bytes(load.bytes), f"{load.seconds / step_seconds:.0%}"

@@ -8,10 +8,10 @@ from rich.table import Table
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
+from meshwright.report.resources import NamedLoad
 from meshwright.report.sentences import limits, tokens_per_second
 from meshwright.report.tables import plan_table
 from meshwright.report.terminal import words
-from meshwright.simulate.traffic import LinkLoad
 from meshwright.units import format_seconds
 
 BUSY = 0.5
@@ -47,7 +47,7 @@ class WhatIf:
     """Seconds of a step of the fastest plan for the edited cluster."""
     best: Plan
     """The fastest plan for the edited cluster, with its prediction."""
-    busiest: LinkLoad | None
+    busiest: NamedLoad | None
     """The link of the edited cluster that is busy longest under that plan."""
 
     @property

@@ -135,8 +135,8 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
     empty = [resource for resource, speed in left.items() if speed <= 0]
     ClusterError.check(
-        Problem(f"link {resource}", "bandwidth", "0", "above zero", each=("link", str(resource)))
-        for resource in empty
+        Problem(f"{kind} of {owner}", "bandwidth", "0", "above zero", each=("link", owner))
+        for owner, kind, _, _ in empty
     )
     if len(every) == 1:
         (flow,) = every

@@ -312,6 +312,6 @@ def _is_played(resource: Resource, folded: Fold, devices: set[str]) -> bool:
         case "bus" | "network":
             return resource.owner in folded.sharing
         case "link":
-            return resource.owner in folded.sharing and resource.other in folded.sharing
+            return resource.owner in folded.sharing and resource.peer in folded.sharing
         case "uplink":
             return True

@@ -20,8 +20,7 @@ from meshwright.records import record
 class LinkLoad:
     """Holds what one resource of the cluster carries in a step."""
 
-    name: str
-    """The resource's name for people (see cluster/topology.py)."""
+    resource: Resource
     bytes: float
     seconds: float
     """bytes / bandwidth: the least time in which the bytes pass."""
@@ -43,11 +42,11 @@ def link_loads(
                 carried.update(cost.traffic.bytes_by_resource)
     carried.update(_tensor_parallel(plan, model, topology(cluster)))
     loads = (
-        LinkLoad(name=each.name, bytes=size, seconds=size / prices.bandwidth[each])
+        LinkLoad(resource=each, bytes=size, seconds=size / prices.bandwidth[each])
         for each, size in carried.items()
         if size > 0
     )
-    return tuple(sorted(loads, key=lambda load: (-load.seconds, load.name)))
+    return tuple(sorted(loads, key=lambda load: (-load.seconds, load.resource)))
 
 
 def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:
