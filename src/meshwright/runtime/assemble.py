@@ -195,7 +195,7 @@ def _place(
 
 
 def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats, Seat]]:
-    """Returns the stages that a rank holds, in layer order, each with the rank's placement in it."""
+    """Returns the stages that a rank holds, in layer order, each with its placement in it."""
     return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 
