@@ -14,7 +14,8 @@ from typing import Literal
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.collective import Traffic, together
-from meshwright.cost.instructions import Price, Prices, price
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.pricing_context import Price
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order

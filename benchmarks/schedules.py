@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "program"
 from listings import best_named, random_work
 
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Price, Prices
+from meshwright.cost.instructions import Prices
+from meshwright.cost.pricing_context import Price
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Action, high_water

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Price, Prices, price
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.pricing_context import Price
 from meshwright.errors import ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject

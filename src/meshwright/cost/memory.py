@@ -33,10 +33,11 @@ from meshwright.cost.weights import (
 )
 from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import Layer, LayerGraph, Tensor
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import RankView, StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import look
+from meshwright.techniques import rooms_with
 
 
 @record
@@ -313,6 +314,13 @@ def together(
     )
 
 
+def adjusted(parts: StageMemory, rank: RankView, model: LayerGraph) -> StageMemory:
+    """Let every technique change what a rank holds of all its stages together."""
+    for room in rooms_with("memory"):
+        parts = room.adjust(parts, rank, model)
+    return parts
+
+
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
     """Predict the peak bytes of every device of a plan, in rank order.
 
@@ -335,6 +343,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
                 )
                 known[key] = (*_weighed(tables, holders, *key), copied)
             parts, activations, copied = known[key]
+            parts = adjusted(parts, RankView(plan=plan, stages=holders.stages, seat=seat), model)
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,

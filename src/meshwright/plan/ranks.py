@@ -46,6 +46,17 @@ class StageSeats:
     """How tensors cross the cut between the previous stage and this one, in both directions."""
 
 
+@record
+class RankView:
+    """One rank of a plan, as techniques see it."""
+
+    plan: Plan
+    stages: tuple[StageSeats, ...]
+    """The stages that the rank holds, in layer order."""
+    seat: Seat
+    """Its placement in the first of them."""
+
+
 def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
     """Return the rows [first, last) of each replica in a micro-batch of `rows` rows."""
     shares = stage.rows or (rows // len(stage.devices),) * len(stage.devices)

@@ -13,6 +13,7 @@ from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.ranks import pipeline_rows
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
+from meshwright.techniques import rooms_with
 
 MOST_PASSES = 2_000_000
 """Largest number of passes of a micro-batch through a stage on a device in one step."""
@@ -43,6 +44,8 @@ def _problems(
         yield from _against_model(plan, model, source)
     if cluster is not None:
         yield from _against_cluster(plan, cluster, source)
+    for room in rooms_with("check"):
+        yield from room.problems(plan, source)
 
 
 def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:

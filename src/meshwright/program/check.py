@@ -174,17 +174,13 @@ def _collectives(program: Program, source: str) -> Iterator[Problem]:
                 yield Problem(source, f"rank {rank}", found, f"as on rank {group[0]}: {first}")
 
 
-_ENDS = (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
-
-
-def _updates(
-    rank: int, instructions: tuple[Instruction, ...], at: dict[Op, list[int]], source: str
-) -> Iterator[Problem]:
+def _updates(rank: int, instructions: tuple[Instruction, ...], source: str) -> Iterator[Problem]:
     """Check that a rank has one norm, and one optimizer step or several ones before the norm.
 
     Several steps must together update every parameter whose gradient is reduced.
     """
-    norms, steps = at[Op.REDUCE_NORM], at[Op.OPTIMIZER_STEP]
+    norms = [k for k, i in enumerate(instructions) if i.op.awaits == "all"]
+    steps = [k for k, i in enumerate(instructions) if i.op.awaits == "own"]
     if len(norms) != 1:
         found = f"{len(norms)} {Op.REDUCE_NORM}"
         yield Problem(source, f"rank {rank}", found, f"exactly one {Op.REDUCE_NORM}")
@@ -208,14 +204,11 @@ def _end_of_step(program: Program, source: str) -> Iterator[Problem]:
     """
     first: dict[Op, int] = {}
     for rank, instructions in enumerate(program.ranks):
-        at: dict[Op, list[int]] = defaultdict(list)
-        for k, i in enumerate(instructions):
-            at[i.op].append(k)
-        yield from _updates(rank, instructions, at, source)
-        ends = sorted((k, op) for op in _ENDS for k in at[op])
-        end = ends[0][0] if ends else len(instructions)
-        for _, op in ends[:1]:
-            first.setdefault(op, rank)
+        yield from _updates(rank, instructions, source)
+        ends = (k for k, i in enumerate(instructions) if i.op.ends_step)
+        end = next(ends, len(instructions))
+        for i in instructions[end : end + 1]:
+            first.setdefault(i.op, rank)
         last_backward = {i.stage: k for k, i in enumerate(instructions) if i.op.completes_gradients}
         late = [k for k, i in enumerate(instructions) if k > end and not i.op.ends_step]
         for k in late:

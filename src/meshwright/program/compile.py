@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
+from meshwright.plan.ranks import RankView, Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
@@ -23,6 +23,7 @@ from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
 from meshwright.records import record
 from meshwright.stopping import look
+from meshwright.techniques import rooms_with
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
@@ -83,11 +84,21 @@ def compile_plan(
                 stage=first.number,
                 layers=None if others else first.layers,
             )
-            ranks[seat.rank] = (
-                *_group_program(group, seat, own, model),
-                *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
+            ranks[seat.rank] = _rewritten(
+                (
+                    *_group_program(group, seat, own, model),
+                    *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
+                ),
+                RankView(seat=seat, stages=tuple(group.stages.values()), plan=plan),
             )
     return Program(ranks=tuple(ranks))
+
+
+def _rewritten(instructions: tuple[Instruction, ...], rank: RankView) -> tuple[Instruction, ...]:
+    """Let every technique, in their order, put its instructions into a rank's list."""
+    for room in rooms_with("program"):
+        instructions = room.rewrite(instructions, rank)
+    return instructions
 
 
 def _early_updates(

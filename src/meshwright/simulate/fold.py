@@ -18,8 +18,9 @@ from math import gcd
 from meshwright.cluster.spec import Cluster, Node, node_of
 from meshwright.cluster.topology import Resource
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Price, Prices, price
+from meshwright.cost.instructions import Prices, price
 from meshwright.cost.links import messages_queue
+from meshwright.cost.pricing_context import Price
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan
@@ -243,8 +244,8 @@ def priced_for_all(program: Program, prices: Prices, folded: Fold) -> Prices:
         traffic = price.traffic
         if op.kind == "send":
             return replace(price, traffic=_many(traffic, folded, folded.pipeline_of[rank]))
-        if op in (Op.REDUCE_GRAD, Op.REDUCE_NORM) and traffic.bytes_by_resource:
-            number = folded.rings[folded.pipeline_of[rank]] if op is Op.REDUCE_GRAD else 1
+        if op.kind == "collective" and not op.reads and traffic.bytes_by_resource:
+            number = folded.rings[folded.pipeline_of[rank]] if op.meets else 1
             key = (id(traffic), number)
             if key not in rings:
                 rings[key] = _ring(traffic, folded, devices, number)

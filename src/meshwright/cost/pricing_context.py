@@ -1,0 +1,111 @@
+"""What the price of an operation is made from: the inputs of a plan and what was priced before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Topology
+from meshwright.cost.collective import Traffic
+from meshwright.cost.constants import SystemConstants
+from meshwright.cost.memory import MemoryTables, StageMemory, weigh
+from meshwright.cost.profile import Profile
+from meshwright.cost.times import ReplicaTimes
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import Instruction
+from meshwright.records import record
+
+NOTHING = Traffic(bytes_by_resource={})
+
+
+@record
+class Price:
+    """Holds the price of one instruction on its rank."""
+
+    seconds: float = 0.0
+    """The seconds of a compute instruction, with the tensor-parallel all-reduces of its layers."""
+    held: float = 0.0
+    """The bytes of activations that a compute instruction adds: positive for a forward, from its
+    start; negative for a backward, at its end."""
+    traffic: Traffic = NOTHING
+    """The traffic of a send (its receive moves with it) or of a collective."""
+    inside: int | None = None
+    """The index of the backward that completes the gradients of this REDUCE_GRAD."""
+    completes: tuple[tuple[int, float], ...] = ()
+    """For that backward: the index of each of its REDUCE_GRADs, with the seconds from its own start
+    to the moment at which their gradients are complete."""
+
+
+@record
+class PricingContext:
+    """Holds the inputs and the caches of the pricing of one plan."""
+
+    model: LayerGraph
+    plan: Plan
+    cluster: Cluster
+    profile: Profile | None
+    links: Topology
+    step_latency: float
+    """The fixed seconds of one step of a ring."""
+    queued: bool
+    """True if messages of several devices over one link pass one after another."""
+    system: SystemConstants
+    tables: MemoryTables
+    types: dict[str, str]
+    """The device type of every device, by name."""
+    reductions: dict[tuple[tuple[int, ...], float], Traffic] = field(default_factory=dict)
+    """The all-reduces priced so far, by members and bytes on the links: all members ask for the
+    same one."""
+    crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
+    """The broadcasts and gathers priced so far."""
+    weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedStage:
+    """Describes a rank's seat in one of its stages."""
+
+    stage: StageSeats
+    seat: Seat
+    computes: ReplicaTimes
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """One rank whose instructions are priced."""
+
+    instructions: Sequence[Instruction]
+    stages: dict[int, PlacedStage]
+    """Its seats, by number of the stage."""
+    plan: PricingContext
+
+    def seat(self, i: Instruction) -> PlacedStage:
+        """The seat in which the rank carries out an instruction."""
+        return self.stages[i.stage]
+
+
+Pricing = Callable[[Instruction, RankContext], Price]
+"""Prices one instruction of a rank."""
+
+
+def tensor_width(stage: StageSeats, seat: Seat) -> int:
+    """Return the tensor width of the replica that a rank belongs to."""
+    return len(stage.seats[seat.replica])
+
+
+def num_micro_batches(i: Instruction) -> int:
+    """Return the number of micro-batches that a compute instruction works on."""
+    return 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]
+
+
+def one_in_flight(stage: StageSeats, seat: Seat, context: PricingContext) -> StageMemory:
+    """Return the memory of a stage with one micro-batch in flight."""
+    tensor, rows = tensor_width(stage, seat), seat.rows[1] - seat.rows[0]
+    key = (stage.recompute, stage.layers, tensor, rows)
+    if key not in context.weighed:
+        context.weighed[key] = weigh(context.tables, stage, tensor, rows)
+    return context.weighed[key]
