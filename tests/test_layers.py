@@ -50,7 +50,7 @@ FLOORS = (
 )
 """Bottom to top: an import points to the same package or to one further down."""
 OF_PARTS = {
-    "check": "plan",
+    "plan": "plan",
     "operations": "program",
     "program": "program",
     "price": "cost",

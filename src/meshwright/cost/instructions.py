@@ -163,8 +163,8 @@ def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], context: PricingContex
         tensor_width(*own[0]),
         [one_in_flight(stage, seat, context) for stage, seat in own],
     )
-    view = RankView(plan=context.plan, stages=stages, seat=own[0][1])
-    parts = adjusted(parts, view, context.model)
+    view = RankView(plan=context.plan, model=context.model, stages=stages, seat=own[0][1])
+    parts = adjusted(parts, view)
     device = context.cluster.types[context.types[own[0][1].device]]
     states = parts.parameters + parts.gradients + parts.optimizer
     return framework_bytes(device) + round(float(states + parts.buffers))

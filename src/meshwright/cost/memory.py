@@ -314,10 +314,10 @@ def together(
     )
 
 
-def adjusted(parts: StageMemory, rank: RankView, model: LayerGraph) -> StageMemory:
+def adjusted(parts: StageMemory, rank: RankView) -> StageMemory:
     """Let every technique change what a rank holds of all its stages together."""
     for room in rooms_with("memory"):
-        parts = room.adjust(parts, rank, model)
+        parts = room.adjust(parts, rank)
     return parts
 
 
@@ -343,7 +343,9 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
                 )
                 known[key] = (*_weighed(tables, holders, *key), copied)
             parts, activations, copied = known[key]
-            parts = adjusted(parts, RankView(plan=plan, stages=holders.stages, seat=seat), model)
+            parts = adjusted(
+                parts, RankView(plan=plan, model=model, stages=holders.stages, seat=seat)
+            )
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,

@@ -121,7 +121,26 @@ def summed(i: Instruction, size: float, context: PricingContext) -> Traffic:
 
 
 def optimizer_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an optimizer step by the number of parameters that it updates.
+    """Price an optimizer step by the number of parameters that it updates."""
+    return price_of_update(updated_parameters(i, rank), i, rank)
+
+
+def price_of_update(parameters: float, i: Instruction, rank: RankContext) -> Price:
+    """Price the update of a number of parameters on a rank's device."""
+    context = rank.plan
+    return Price(
+        seconds=optimizer_seconds(
+            context.cluster.types[context.types[rank.seat(i).seat.device]],
+            context.plan.job.optimizer,
+            max(parameters, 0.0),
+            context.profile,
+            context.model.precision,
+        )
+    )
+
+
+def updated_parameters(i: Instruction, rank: RankContext) -> float:
+    """Return the number of parameters that an optimizer step of a rank updates.
 
     If a rank has several steps, each updates the parameters whose gradients are reduced under the
     same layers or tied name; the step without such reductions updates all other parameters. A
@@ -131,21 +150,11 @@ def optimizer_price(i: Instruction, rank: RankContext) -> Price:
     steps = {(s.layers, s.tied) for s in rank.instructions if s.op is Op.OPTIMIZER_STEP}
     summed: Counter[Key] = Counter()
     for each in rank.instructions:
-        if each.op is Op.REDUCE_GRAD and len(steps) > 1:
+        if each.op.of_gradients and len(steps) > 1:
             summed[each.layers, each.tied] += each.bytes
     width, tensor = gradient_bytes(context.plan.job), tensor_width(seated.stage, seated.seat)
     if (i.layers, i.tied) in summed:
-        parameters = summed[i.layers, i.tied] / width
-    else:
-        weights = context.tables.plain.weights
-        held = rank_parameters(weights, [s.stage for s in rank.stages.values()], tensor)
-        parameters = held - summed.total() / width
-    return Price(
-        seconds=optimizer_seconds(
-            context.cluster.types[context.types[seated.seat.device]],
-            context.plan.job.optimizer,
-            max(parameters, 0.0),
-            context.profile,
-            context.model.precision,
-        )
-    )
+        return summed[i.layers, i.tied] / width
+    weights = context.tables.plain.weights
+    held = rank_parameters(weights, [s.stage for s in rank.stages.values()], tensor)
+    return held - summed.total() / width

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
+from meshwright.techniques import rooms_with
 
 
 @record
@@ -40,6 +42,8 @@ class StageSeats:
     pipeline."""
     layers: tuple[int, int]
     recompute: bool
+    of_plan: Stage
+    """The stage as the plan describes it."""
     seats: tuple[tuple[Seat, ...], ...]
     """Seats by replica and tensor index, in the order of the stage's devices."""
     boundary: BoundaryKind = "direct"
@@ -51,6 +55,7 @@ class RankView:
     """One rank of a plan, as techniques see it."""
 
     plan: Plan
+    model: LayerGraph
     stages: tuple[StageSeats, ...]
     """The stages that the rank holds, in layer order."""
     seat: Seat
@@ -83,6 +88,7 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
                     recompute=stage.recompute,
+                    of_plan=stage,
                     seats=tuple(
                         tuple(
                             Seat(
@@ -152,7 +158,9 @@ def describe(plan: Plan) -> str:
         meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
         mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
         cuts = "|".join(
-            f"{b - a}{'r' * s.recompute}" for s in pipeline.stages for a, b in [s.layers]
+            f"{b - a}{'r' * s.recompute}{_options_text(s)}"
+            for s in pipeline.stages
+            for a, b in [s.layers]
         )
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]
@@ -162,6 +170,11 @@ def describe(plan: Plan) -> str:
         depth = f"pp{groups}" + f" vpp{each:g}" * (each > 1)
         lines.append(f"{mesh} {depth} [{cuts}] {pipeline.micro_batches}x{share}")
     return " + ".join(lines) + f" {plan.schedule}"
+
+
+def _options_text(stage: Stage) -> str:
+    """Format what techniques add to a stage."""
+    return "".join(room.stage_text(stage) for room in rooms_with("plan"))
 
 
 def _widths_text(widths: Sequence[int]) -> str:

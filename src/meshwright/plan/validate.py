@@ -44,7 +44,7 @@ def _problems(
         yield from _against_model(plan, model, source)
     if cluster is not None:
         yield from _against_cluster(plan, cluster, source)
-    for room in rooms_with("check"):
+    for room in rooms_with("plan"):
         yield from room.problems(plan, source)
 
 

@@ -89,7 +89,7 @@ def compile_plan(
                     *_group_program(group, seat, own, model),
                     *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
                 ),
-                RankView(seat=seat, stages=tuple(group.stages.values()), plan=plan),
+                RankView(plan=plan, model=model, stages=tuple(group.stages.values()), seat=seat),
             )
     return Program(ranks=tuple(ranks))
 

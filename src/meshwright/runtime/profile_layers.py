@@ -18,6 +18,7 @@ from meshwright.cost.profile import LayerTime, OptimizerTime
 from meshwright.model.graph import LayeredModel
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.plan.spec import Stage as PlanStage
 from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
 from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.optimizer import OptimizerFactory
@@ -206,6 +207,7 @@ def _seats(layer: int, rows: int, *, of: int) -> StageSeats:
         position=0,
         layers=(layer, layer + 1),
         recompute=False,
+        of_plan=PlanStage(layers=(layer, layer + 1), devices=(("",),)),
         seats=((seat,),),
     )
 

@@ -3,7 +3,8 @@
 A room holds up to seven files, named after the part of the kernel that reads them. Each is loaded
 when that part needs it, so only `runtime.py` may import PyTorch:
 
-* `check.py`: `problems`, what is wrong with its field of a plan;
+* `plan.py`: `problems`, what is wrong with its field of a plan, and `stage_text`, its word in the
+  one-line description of a plan;
 * `operations.py`: OPERATIONS, the words that the technique adds to programs;
 * `program.py`: `rewrite`, which puts its instructions into the list of a rank;
 * `price.py`: PRICES, what each of its operations costs;
