@@ -86,6 +86,20 @@ Actions = Annotated[str, Field(max_length=2**24)]
 """Computations of one group of devices in one step, in order; see `Pipeline.actions`."""
 
 
+StateLevel = Literal["none", "all"]
+"""Over which ranks of those that hold a layer a state is divided: `none` (each holds all of it) or
+`all` (each holds an equal share)."""
+
+
+@record
+class StateDivision:
+    """How the ranks that hold the same layers divide what each of them would otherwise hold."""
+
+    optimizer: StateLevel = "none"
+    """Optimizer states, with the update itself: each rank updates its share of the weights, which
+    are gathered afterwards (ZeRO-1)."""
+
+
 @record
 class Stage:
     """Consecutive layers on a mesh of devices, data width x tensor width."""
@@ -102,6 +116,8 @@ class Stage:
     recompute: bool = False
     """True if only the input of each layer is kept and the backward repeats its forward. The
     model's last layer keeps its activations all the same, since its backward follows at once."""
+    states: StateDivision | None = None
+    """How its states are divided among the ranks that hold its layers; absent: not at all."""
 
 
 @record

@@ -20,7 +20,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-TECHNIQUES: tuple[str, ...] = ()
+TECHNIQUES: tuple[str, ...] = ("state_division",)
 """The rooms. A program is rewritten by each in this order."""
 
 
