@@ -26,14 +26,14 @@ from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.files import load_plan
 from meshwright.records import load, plain
-from meshwright.runtime.dilation import Dilation, Dilator
+from meshwright.runtime.dilation import Dilation, Dilator, EmulatedStopwatch, timed_by
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.exchange import from_all
 from meshwright.runtime.failure import rank_process
 from meshwright.runtime.profile import OwnTimes, merged_layers, merged_optimizers
 from meshwright.runtime.profile_layers import (
     Bench,
-    Stopwatch,
+    DeviceStopwatch,
     distinct_layers,
     layer_times,
     optimizer_time,
@@ -42,7 +42,7 @@ from meshwright.runtime.rendezvous import join
 from meshwright.runtime.train import sgd
 from meshwright.runtime.world import TIMEOUT_SECONDS
 from meshwright.testbed.times import TIMES, VirtualTimes
-from meshwright.testbed.virtual import VirtualEngine
+from meshwright.testbed.virtual import virtual_device
 
 VOCABULARY = 256
 BUILDERS = {
@@ -102,7 +102,9 @@ def measure(job: dict, folder: Path) -> None:
         graph=graph,
         inputs=batch(1, job["sequence"]),
         kind=job["types"][rank],
-        watch=Stopwatch(torch.device("cpu"), Dilator(Dilation(share=share)) if share else None),
+        watch=EmulatedStopwatch(Dilator(Dilation(share=share)))
+        if share
+        else DeviceStopwatch(torch.device("cpu")),
         repeats=job["repeats"],
     )
     distinct = distinct_layers(graph).values()
@@ -132,13 +134,15 @@ def train(job: dict, folder: Path) -> None:
 
     model = make_model(job["model"])
     if job["mode"] == "virtual":
-        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError)
-        engine = VirtualEngine(model, plan, inputs=rows(0, 1), times=times.ranks)
+        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError).ranks[rank]
+        device = virtual_device(times)
+        optimizer, observer = device.optimizer, device.observer
     else:
         share = job["shares"].get(plan.devices[rank])
-        dilation = Dilation(share=share) if share else None
-        engine = Engine(model, plan, inputs=rows(0, 1), optimizer=sgd(1e-3), dilation=dilation)
-    with engine:
+        optimizer = sgd(1e-3)
+        observer = timed_by(Dilator(Dilation(share=share))) if share else None
+    inputs = rows(0, 1)
+    with Engine(model, plan, inputs=inputs, optimizer=optimizer, observer=observer) as engine:
         seconds = [engine.step(rows).seconds for _ in range(job["steps"])]
     if rank == 0:
         (folder / "seconds.json").write_text(json.dumps(seconds))

@@ -167,7 +167,7 @@ def worker(folder: Path) -> None:
     import torch.distributed as dist
 
     from meshwright.model.zoo.build import build
-    from meshwright.runtime.dilation import Dilation
+    from meshwright.runtime.dilation import Dilation, Dilator, timed_by
     from meshwright.runtime.engine import Engine
     from meshwright.runtime.train import sgd
 
@@ -183,7 +183,7 @@ def worker(folder: Path) -> None:
             load_plan(folder / f"plan-{number}.json"),
             inputs=(example, example),
             optimizer=sgd(1e-3),
-            dilation=Dilation(share=job["share"]),
+            observer=timed_by(Dilator(Dilation(share=job["share"]))),
             world=engines[0].world if engines else None,
         )
         engines.append(engine)

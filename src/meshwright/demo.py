@@ -29,6 +29,7 @@ from meshwright.report.trace import dump_trace
 from meshwright.runtime.profile import ProfileSettings
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, by_hand, open_session, search, simulated
+from meshwright.testbed.launch import EMULATED
 from meshwright.training import Outcome, train_here
 
 MODEL = "gpt-tiny"
@@ -88,7 +89,7 @@ def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
     even = by_hand(session, "even")
     explain(found, console)
     console.rule("train")
-    with Launcher() as launcher:
+    with Launcher(worker=EMULATED) as launcher:
         contenders = tuple(
             _train(session, title, plan, folder, steps, console, launcher)
             for title, plan in (("even plan", even), ("plan found", found))

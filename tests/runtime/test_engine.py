@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -25,8 +26,9 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.program.timeline import label
 from meshwright.runtime import pace
-from meshwright.runtime.dilation import Dilation, Dilator
+from meshwright.runtime.dilation import Dilation, Dilator, timed_by
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.seeds import layer_seed, rows_seed
 from meshwright.runtime.world import PeerLost, connect, launched
 
@@ -183,6 +185,72 @@ def test_a_recorded_step_has_every_instruction_in_order(stages: Any) -> None:
     assert memory > 1e7
 
 
+# Who looks on.
+
+
+def observed(_: int, case: Case) -> tuple[list[Any], list[Any], list[str]]:
+    """What computes in a step, what an observer is told of, and what it was called for."""
+    told: list[Any] = []
+    called: list[str] = []
+
+    def waiting(wait: Callable[[], Any]) -> Any:
+        assert all(end for _, end in told[-1:]), "inside an instruction"
+        called.append("waiting")
+        return wait()
+
+    def inside(wait: Callable[[], Any]) -> Any:
+        assert not told[-1][1], "outside an instruction"
+        called.append("inside")
+        return wait()
+
+    observer = Observer(
+        attach=lambda model, own: called.append(f"{len(model.layers)} {sorted(own.places)}"),
+        before=lambda i: told.append((i, False)),
+        after=lambda i: told.append((i, True)),
+        posting=lambda: called.append("posting"),
+        waiting=waiting,
+        waiting_inside=inside,
+    )
+    with engine_of(case, observer=observer, clip_norm=1.0) as engine:
+        engine.step(rows_of(0))
+        computing = (Op.FORWARD, Op.BACKWARD, Op.OPTIMIZER_STEP)
+        own = [i for i in engine.program.ranks[engine.rank] if i.op in computing]
+    return [(i, end) for i in own for end in (False, True)], told, called
+
+
+def test_an_observer_is_told_of_computing_and_called_for_every_wait() -> None:
+    case = Case(model=gpt, pipelines=(pipeline(2, 4, (2, "ab"), (3, "c")),))
+    for rank, (computing, told, called) in enumerate(run_ranks(3, observed, case)):
+        assert told == computing
+        assert called[0] == f"5 {[rank // 2]}"
+        assert ("inside" in called) == (rank < 2)
+        assert "waiting" in called
+
+
+def failing(_: int, case: Case) -> list[str]:
+    called: list[str] = []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    observer = Observer(
+        before=lambda _: called.append("before"),
+        after=lambda _: called.append("after"),
+        failed=lambda: called.append("failed"),
+    )
+    engine = engine_of(case, observer=observer)
+    engine._own.places[0].stage.forward = fails  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        engine.step(rows_of(0))
+    engine.close()
+    return called
+
+
+def test_an_observer_is_told_of_a_failure_in_place_of_the_end() -> None:
+    case = Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a")),))
+    assert run_ranks(1, failing, case) == [["before", "failed"]]
+
+
 # Slower devices.
 
 
@@ -213,7 +281,7 @@ def dilated(_: int, case: Case) -> Any:
         cpu = time.thread_time()
         engine.step(rows_of(1))
         cpu = time.thread_time() - cpu
-    with engine_of(case, dilation=Dilation(share=0.1)) as engine:
+    with engine_of(case, observer=timed_by(Dilator(Dilation(share=0.1)))) as engine:
         engine.step(rows_of(0))
         result = engine.step(rows_of(1))
         return result.loss, result.seconds, cpu
@@ -322,7 +390,8 @@ def stops(rank: int, case: Case, victim: int) -> str:
     try:
         engine.step(rows)
     except PeerLost as lost:
-        os.kill(pids[victim], signal.SIGKILL)
+        with suppress(ProcessLookupError):  # another rank has killed it
+            os.kill(pids[victim], signal.SIGKILL)
         assert time.monotonic() - start < 2 * STALL_SECONDS
         return str(lost)
     raise AssertionError("nobody noticed")

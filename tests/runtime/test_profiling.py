@@ -26,7 +26,7 @@ from meshwright.runtime.profile import (
     merged_layers,
     merged_optimizers,
 )
-from meshwright.runtime.profile_layers import Bench, Stopwatch, distinct_layers, layer_times
+from meshwright.runtime.profile_layers import Bench, DeviceStopwatch, distinct_layers, layer_times
 from meshwright.runtime.profile_links import SIZES, fit_line, representative_pairs
 
 
@@ -98,7 +98,7 @@ def test_equal_layers_are_measured_once_and_illegal_widths_not_at_all(tmp_path):
     assert (blocks, 3) not in found
 
 
-class Operations(Stopwatch):
+class Operations(DeviceStopwatch):
     """Counts floating-point operations in place of seconds, one at least."""
 
     def seconds(self, act: Callable[[], object]) -> float:
@@ -118,7 +118,7 @@ def operations(at: int) -> LayerTime:
         graph=load_model("gpt-tiny", 16, "fp32"),
         inputs=(tokens, tokens),
         kind="cpu",
-        watch=Operations(torch.device("cpu"), None),
+        watch=Operations(torch.device("cpu")),
         repeats=2,
     )
     # The counter does not know every fused attention that a processor may have.

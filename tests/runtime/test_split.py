@@ -256,7 +256,12 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     part = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)).double()
     assert dist.group.WORLD is not None
     team, sums = Team(dist.group.WORLD, rank, 2), [0]
-    team.before_sum = lambda: sums.__setitem__(0, sums[0] + 1)
+
+    def counted(wait: Callable[[], Any]) -> Any:
+        sums[0] += 1
+        return wait()
+
+    team.waiting = counted
     errors = []
     cuts = {}
     for (index, split), source in zip(((0, splits[0]), (2, splits[1])), (full[0], full[2]),

@@ -14,7 +14,7 @@ from cases import Case, batch, gpt, pipeline
 from ranks import run_ranks
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.runtime.dilation import SLICE_SECONDS, SOON_SECONDS, Dilation, Dilator
+from meshwright.runtime.dilation import SLICE_SECONDS, SOON_SECONDS, Dilation, Dilator, timed_by
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.turns import Turn, turns_at_once
 
@@ -134,7 +134,7 @@ def pauses(_: int, case: Case) -> int:
         case.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
-        dilation=Dilation(share=0.5),
+        observer=timed_by(Dilator(Dilation(share=0.5))),
     ) as engine:
         engine.step(lambda a, b: tuple(t[a:b] for t in batch(0)))
     return count[0]

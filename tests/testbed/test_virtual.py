@@ -12,6 +12,9 @@ from torch import nn
 from meshwright.cost.profile import Profile
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.load import load_model
+from meshwright.plan.files import save_plan
+from meshwright.records import dumps
+from meshwright.runtime import worker
 from meshwright.runtime.run import RunSettings
 from meshwright.session import Session, predicted
 from meshwright.testbed.bed import design
@@ -58,8 +61,7 @@ def test_an_optimizer_step_takes_its_time_and_moves_nothing() -> None:
     spent: list[float] = []
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
-    optimizer = VirtualOptimizer([weight], 0.125)
-    optimizer.spend = spent.append
+    optimizer = VirtualOptimizer([weight], 0.125, spent.append)
     optimizer.step()
     assert spent == [0.125]
     assert torch.equal(weight, torch.ones(3))
@@ -109,6 +111,14 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
     assert run.outcome.step_seconds > 0.99 * compute
     assert run.outcome.timeline is not None
     assert set(run.outcome.losses) == {0.0}
+
+
+def test_an_emulated_device_does_not_run_at_full_speed_by_mistake(tmp_path: Path) -> None:
+    settings = RunSettings(model="gpt-tiny", shares={"a:0": 0.5})
+    (tmp_path / "run.json").write_text(dumps(settings))
+    save_plan(pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)), tmp_path / "plan.json")
+    with pytest.raises(LaunchError, match=r"shares.a:0: found 0.5; wanted a rank that a testbed"):
+        worker.run(tmp_path)
 
 
 @pytest.mark.slow

@@ -55,10 +55,12 @@ class Launcher:
     """Starts runs on this machine, one after the other; a context manager.
 
     `place` gives the place of the rank of a device; testbeds use it for network namespaces.
+    `worker` is the module that ranks run.
     """
 
-    def __init__(self, place: Callable[[str], Place] = here) -> None:
+    def __init__(self, place: Callable[[str], Place] = here, worker: str = WORKER) -> None:
         self._place = place
+        self._worker = worker
         self._server: ForkServer | None = None
         self._meetings: dict[Place, Meeting] = {}
 
@@ -105,13 +107,13 @@ class Launcher:
         devices: Sequence[str],
         folder: Path,
         *,
-        module: str = WORKER,
+        module: str | None = None,
         on_metrics: Look = lambda _: None,
         timeout_seconds: float = TIMEOUT_SECONDS,
         node: str | None = None,
         meeting: Meeting | None = None,
     ) -> None:
-        """Run `module` on all devices and wait for its end.
+        """Run `module`, or the launcher's worker, on all devices and wait for its end.
 
         Each new line of metrics.jsonl goes to `on_metrics`. With `node`, only the ranks of that
         node run, and meet all others at `meeting`. Raises the MeshwrightError of the first rank
@@ -120,7 +122,8 @@ class Launcher:
         """
         started = time.time()
         self._started(*PRELOADED, WORKER).patience_seconds = timeout_seconds
-        requests = self.requests(devices, module, (str(folder),), folder / LOGS, node, meeting)
+        module, log = module or self._worker, folder / LOGS
+        requests = self.requests(devices, module, (str(folder),), log, node, meeting)
         clear(folder, None if node is None else [request.rank for request in requests])
         follower = Follower(folder / METRICS, on_metrics)
         events = self._see_through(requests, follower.look, timeout_seconds)

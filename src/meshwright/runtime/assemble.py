@@ -19,8 +19,8 @@ from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.collect import Home, parameter_homes
 from meshwright.runtime.debug import Tracer
-from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.reduce import (
     FlatBucket,
     Members,
@@ -75,7 +75,7 @@ class Habits:
     """Options for how a rank runs its program."""
 
     seed: int = 0
-    dilator: Dilator | None = None
+    observer: Observer | None = None
     debug: bool = False
     """True: every message is preceded by a header that the receiver checks, and every layer is
     checked for non-finite values (NaN or Inf)."""
@@ -129,14 +129,14 @@ def build_own(
     frozen = frozen_shares(model, cuts[0], stages)
     place, seat = mine[0]
     width = len(place.seats[seat.replica])
-    team = _team(world, seat, width, habits.dilator)
+    team = _team(world, seat, width, habits.observer)
     built = build_stages(
         model, cuts, [place for place, _ in mine], seed=habits.seed, device=world.device, team=team
     )
     held = tuple({one.name: one for each in built for one in each.held}.values())
     own = own_tile(width, seat.tensor_index)
     buckets = _buckets(held, program.ranks[world.rank], built[0].tied, own, world)
-    catch_up = (lambda: None) if habits.dilator is None else habits.dilator.catch_up
+    posting = (lambda: None) if habits.observer is None else habits.observer.posting
     return Assembly(
         places={
             place.number: _place(each, place, seat, stages, plan, world, habits)
@@ -145,7 +145,7 @@ def build_own(
         device=world.device,
         team=team,
         held=held,
-        reducer=Reducer(buckets, posted, catch_up),
+        reducer=Reducer(buckets, posted, posting),
         homes=homes,
         frozen=frozen,
     )
@@ -178,8 +178,8 @@ def _place(
     stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
     if habits.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
-    if habits.dilator is not None:
-        stage.pause = habits.dilator.pause
+    if habits.observer is not None:
+        stage.between_layers = habits.observer.between_layers
     return Place(
         seat=seat,
         stage=stage,
@@ -199,12 +199,12 @@ def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats
     return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 
-def _team(world: World, seat: Seat, width: int, dilator: Dilator | None) -> Team | None:
+def _team(world: World, seat: Seat, width: int, observer: Observer | None) -> Team | None:
     if world.tensor is None:
         return None
     team = Team(world.tensor, seat.tensor_index, width)
-    if dilator is not None:
-        team.before_sum, team.after_sum = dilator.end, dilator.resume
+    if observer is not None:
+        team.waiting = observer.waiting_inside
     return team
 
 

@@ -12,6 +12,7 @@ import torch
 
 from meshwright.records import record
 from meshwright.runtime.heap import keep_memory
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.pace import Pace, exercise, usual_seconds
 from meshwright.runtime.turns import Turn
 
@@ -28,6 +29,9 @@ SLICE_SECONDS = 0.05
 """CPU time after which a device lets others compute before its next layer."""
 HAND_OVER_SECONDS = 2e-4
 """Time that a waiting process needs to take the lock."""
+NAP_SECONDS = 0.02
+"""Sleep after each measurement of an emulated device. In a run it sleeps between instructions, and
+finds cold caches when it wakes: that has to be measured too."""
 
 
 @record
@@ -141,6 +145,13 @@ class Dilator:
         made up for."""
         self._start(SOON_SECONDS)
 
+    def wait_inside(self, wait: Callable[[], T]) -> T:
+        """Calls `wait`, which waits for other ranks within an instruction."""
+        self.end()
+        found = wait()
+        self.resume()
+        return found
+
     def _start(self, soon: float) -> None:
         began = time.perf_counter()
         self._wake()
@@ -154,3 +165,38 @@ class Dilator:
             self._turn.take()
             self._pace.learn()
         self._cpu = time.thread_time()
+
+
+def timed_by(clock: Dilator) -> Observer:
+    """Makes a rank's instructions last as long as on the emulated device."""
+    return Observer(
+        before=lambda _: clock.begin(),
+        after=lambda _: clock.end(),
+        failed=clock.stop,
+        between_layers=clock.pause,
+        posting=clock.catch_up,
+        waiting=clock.waiting,
+        waiting_inside=clock.wait_inside,
+    )
+
+
+class EmulatedStopwatch:
+    """Measures seconds of the emulated device.
+
+    It sleeps before each measurement, so two micro-batches are measured at a time: in a stage of a
+    run, only the first layer finds caches that are cold after a sleep.
+    """
+
+    device = torch.device("cpu")
+    micro_batches = 2
+
+    def __init__(self, clock: Dilator) -> None:
+        self._clock = clock
+
+    def seconds(self, act: Callable[[], object]) -> float:
+        """Returns the seconds that `act` takes on the emulated device."""
+        self._clock.begin()
+        act()
+        lasted = self._clock.stop()
+        time.sleep(NAP_SECONDS)
+        return lasted

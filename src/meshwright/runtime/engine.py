@@ -28,8 +28,8 @@ from meshwright.runtime.assemble import Habits, assemble
 from meshwright.runtime.build import set_precision
 from meshwright.runtime.collect import collect_parameters
 from meshwright.runtime.compiling import check_compilable
-from meshwright.runtime.dilation import Dilation, Dilator
 from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.optimizer import (
     PARTLY,
     UNTOUCHED,
@@ -70,8 +70,9 @@ class Engine:
     not wait for late ones, and `optimizer` is called once for each bucket's parameters. (Not so
     under fp16: all ranks must agree on its loss scale first.) `debug`: every message has a header
     that is checked on arrival, and the first layer with a non-finite value is named. `compile`:
-    layers run through torch.compile. A rank that waits `timeout_seconds` for another takes it for
-    lost. Raises a MeshwrightError if plan, model and processes do not fit together.
+    layers run through torch.compile. `observer`: functions to be called as this rank works. A rank
+    that waits `timeout_seconds` for another takes it for lost. Raises a MeshwrightError if plan,
+    model and processes do not fit together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -84,7 +85,7 @@ class Engine:
         clip_norm: float | None = None,
         learning_rate: Schedule | None = None,
         seed: int = 0,
-        dilation: Dilation | None = None,
+        observer: Observer | None = None,
         world: World | None = None,
         bucket_bytes: int | None = None,
         debug: bool = False,
@@ -108,7 +109,6 @@ class Engine:
         self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout_seconds)
         self.rank = self.world.rank
         self.steps = 0
-        self.dilator = None if dilation is None else Dilator(dilation)
         self._current: Instruction | None = None
         with worlds.noticing(self.world, lambda: None):
             self._own = assemble(
@@ -117,14 +117,15 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                habits=Habits(seed=seed, dilator=self.dilator, debug=debug, compile=compile),
+                habits=Habits(seed=seed, observer=observer, debug=debug, compile=compile),
                 posted=lambda i, works: self._player.posted(i, works),
             )
         own = self.program.ranks[self.rank]
-        self._player = Player(self._own, plan, own, self.dilator)
+        self._player = Player(self._own, plan, own, observer)
+        if observer is not None:
+            observer.attach(self.model, self._own)
         self._updates = updates(own, self._own.reducer.buckets, optimizer)
-        self._schedule = learning_rate
-        self._clip_norm = clip_norm
+        self._schedule, self._clip_norm = learning_rate, clip_norm
         self._scale = LossScale(dynamic=job.precision == "fp16")
         self._peaks = [0] * self.world.size
         fused = all(update.on_device for update in self._updates.values())

@@ -21,8 +21,8 @@ from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
-from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.measure import Recorder, micro_batches_of, under_way
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
 
@@ -48,14 +48,13 @@ class Player:
         own: Assembly,
         plan: Plan,
         instructions: Sequence[Instruction],
-        dilator: Dilator | None,
+        observer: Observer | None = None,
     ) -> None:
         self.recorder: Recorder | None = None
         self._own = own
-        self._dilator = dilator
-        self.computing = self.measured if dilator is None else self._stretched
-        """Context for an instruction's computing: measured if a recorder is set, stretched if a
-        slower device is emulated."""
+        self._observer = observer
+        self.computing = self.measured if observer is None else self._observed
+        """Context for an instruction's computing: measured if a recorder is set, and observed."""
         self._share = 1 / plan.job.global_batch
         self._rows_before = {
             (i.stage, i.micro_batch): first_row(
@@ -244,15 +243,15 @@ class Player:
         return (i.rows[1] - i.rows[0]) * self._share
 
     @contextmanager
-    def _stretched(self, i: Instruction) -> Iterator[None]:
-        assert self._dilator is not None
+    def _observed(self, i: Instruction) -> Iterator[None]:
+        assert self._observer is not None
         with self.measured(i):
-            self._dilator.begin()
+            self._observer.before(i)
             try:
                 yield
-                self._dilator.end()
+                self._observer.after(i)
             except BaseException:
-                self._dilator.stop()
+                self._observer.failed()
                 raise
 
     def measured(self, i: Instruction) -> AbstractContextManager[None]:
@@ -273,7 +272,7 @@ class Player:
         if place.next_here if op is Op.RECV_B else place.previous_here:
             return partial(self._here.pop, (op, place.seat.stage, micro_batch), [])
         take = partial(place.messages[op].receive, micro_batch)
-        return take if self._dilator is None else partial(self._dilator.waiting, take)
+        return take if self._observer is None else partial(self._observer.waiting, take)
 
     def _keeping(self, op: Op, i: Instruction) -> Keeping:
         """Returns a function that keeps what goes out over a cut until it is sent; it drops what no
@@ -301,10 +300,10 @@ class Player:
 
     def meet(self, wait: Callable[[], object]) -> None:
         """Calls `wait`, which waits for other ranks at a point where computing stops for it."""
-        if self._dilator is None:
+        if self._observer is None:
             wait()
         else:
-            self._dilator.waiting(wait)
+            self._observer.waiting(wait)
 
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
         """Returns a handle for communication that has just been posted."""

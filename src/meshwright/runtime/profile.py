@@ -254,8 +254,8 @@ def _bench(
     import torch.distributed as dist
 
     from meshwright.model.zoo.build import build
-    from meshwright.runtime.dilation import Dilation, Dilator
-    from meshwright.runtime.profile_layers import Bench, Stopwatch
+    from meshwright.runtime.dilation import Dilation, Dilator, EmulatedStopwatch
+    from meshwright.runtime.profile_layers import Bench, DeviceStopwatch
 
     kind = devices_of(cluster)[dist.get_rank()].type
     share = settings.shares.get(kind)
@@ -270,7 +270,9 @@ def _bench(
         graph=graph,
         inputs=(tokens, tokens),
         kind=kind,
-        watch=Stopwatch(device, Dilator(Dilation(share=share)) if share else None),
+        watch=EmulatedStopwatch(Dilator(Dilation(share=share)))
+        if share
+        else DeviceStopwatch(device),
         repeats=settings.repeats,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.plan.spec import Stage as PlanStage
 from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
-from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
@@ -31,17 +30,30 @@ Model = Callable[[], nn.Module]
 
 WARM_UP = 4
 """Number of first repeats that do not count."""
-NAP_SECONDS = 0.02
-"""Sleep after each measurement of an emulated device. In a run it sleeps between instructions, and
-finds cold caches when it wakes: that has to be measured too."""
 
 
-class Stopwatch:
-    """Measures seconds on this rank's device, stretched if the device is emulated."""
+class Stopwatch(Protocol):
+    """Measures how long something takes on this rank's device."""
 
-    def __init__(self, device: torch.device, dilator: Dilator | None) -> None:
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches to be measured at a time."""
+
+    def seconds(self, act: Callable[[], object]) -> float:
+        """Returns the seconds that `act` takes."""
+
+
+class DeviceStopwatch:
+    """Measures seconds on a real device."""
+
+    micro_batches = 1
+
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.dilator = dilator
 
     def seconds(self, act: Callable[[], object]) -> float:
         """Returns the seconds that `act` takes on the device."""
@@ -53,12 +65,6 @@ class Stopwatch:
             ended.record()
             torch.cuda.synchronize(self.device)
             return float(began.elapsed_time(ended)) / 1000
-        if self.dilator is not None:
-            self.dilator.begin()
-            act()
-            lasted = self.dilator.stop()
-            time.sleep(NAP_SECONDS)
-            return lasted
         start = time.perf_counter()
         act()
         return time.perf_counter() - start
@@ -126,11 +132,7 @@ def _time_of(turns: _Turns, bench: Bench, *, layer: int, rows: int, tensor: int)
 @dataclass(frozen=True)
 class _Turns:
     """Runs a stage forward and backward on micro-batches, repeatedly, and returns the seconds for
-    one micro-batch.
-
-    An emulated device sleeps before each measurement, so two micro-batches are measured at a time:
-    in a stage of a run, only the first layer finds caches that are cold after a sleep.
-    """
+    one micro-batch."""
 
     watch: Stopwatch
     stage: Stage
@@ -140,7 +142,7 @@ class _Turns:
     @property
     def micro_batches(self) -> range:
         """The micro-batches of one measurement."""
-        return range(1 if self.watch.dilator is None else 2)
+        return range(self.watch.micro_batches)
 
     def whole(self) -> tuple[float, float]:
         """Returns the seconds of forward and backward."""

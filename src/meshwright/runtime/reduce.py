@@ -175,11 +175,11 @@ class Reducer:
         self,
         buckets: dict[Key, FlatBucket],
         launched: Callable[[Instruction, list[dist.Work]], Handle],
-        catch_up: Callable[[], None],
+        posting: Callable[[], None],
     ) -> None:
         self.buckets = buckets
         self._launched = launched
-        self._catch_up = catch_up
+        self._posting = posting
         self._queue: deque[FlatBucket] = deque()
         self._under_way: deque[_UnderWay] = deque()
         self._hooks: list[RemovableHandle] = [
@@ -261,7 +261,7 @@ class Reducer:
 
     def _launch(self, bucket: FlatBucket) -> None:
         self._put_back_what_is_done()
-        self._catch_up()
+        self._posting()
         for instruction in bucket.armed:
             summand, put_back = _summand(bucket, instruction.tile)
             group = bucket.members[instruction.tile].group

@@ -58,7 +58,7 @@ class RunSettings:
     """Largest norm that the gradient may have; None: gradients are not clipped."""
     seed: Seed = 0
     shares: dict[Name, PositiveShare] = field(default_factory=dict)
-    """Emulation: share of a core of each device, by device name."""
+    """Share of a core of each emulated device, by name; only testbed/worker.py can emulate them."""
     peak_flops: dict[Name, Flops] = field(default_factory=dict)
     """Peak FLOP/s of each device at the job's precision, by device name, as far as known; for
     MFU."""

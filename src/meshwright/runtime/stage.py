@@ -76,7 +76,7 @@ class Stage:
         self.device = device
         self.tracer: Tracer | None = None
         """Checks every layer for non-finite values, in debug mode."""
-        self.pause: Callable[[], None] | None = None
+        self.between_layers: Callable[[], None] | None = None
         """Called between layers, in forwards and backwards."""
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
@@ -152,21 +152,12 @@ class Stage:
                 made = run(layer.module, layer.seed ^ of_rows, reads, own.split)
                 if self.tracer is not None:
                     self.tracer.made(layer.name, made)
-                if self.pause is not None:
-                    self._pause(made)
+                if self.between_layers is not None:
+                    _call_around(self.between_layers, made)
                 values.update(zip(layer.writes, made, strict=True))
                 for name in layer.done:
                     del values[name]
         return [values[name] for name in self._results]
-
-    def _pause(self, made: Sequence[Tensor]) -> None:
-        """Pauses after a layer's forward, and again before its backward."""
-        assert self.pause is not None
-        pause = self.pause
-        pause()
-        for tensor in made:
-            if tensor.requires_grad:
-                tensor.register_hook(lambda _: pause())  # type: ignore[no-untyped-call]
 
     def _run_layer(
         self, module: Callable[..., Any], seed: int, reads: Sequence[Tensor], _: bool = False
@@ -268,6 +259,14 @@ class Stage:
 
     def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
         return [leaf.grad for leaf in own.leaves if leaf.requires_grad]
+
+
+def _call_around(call: Callable[[], None], made: Sequence[Tensor]) -> None:
+    """Calls a function after a layer's forward, and again before its backward."""
+    call()
+    for tensor in made:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: call())  # type: ignore[no-untyped-call]
 
 
 def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ gradient buckets, fused optimizers and clipping need not know.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from meshwright.model.shard import (
     VocabularyLoss,
     chunk,
 )
+from meshwright.runtime.observer import Waiting
 
 
 class Team:
@@ -38,18 +40,15 @@ class Team:
         self.index = index
         """This rank's place in the group, from 0."""
         self.width = width
-        self.before_sum: Callable[[], None] | None = None
-        """Called before everything that waits for the group, all of which is in `sum_`."""
-        self.after_sum: Callable[[], None] | None = None
-        """Called after it."""
+        self.waiting: Waiting | None = None
+        """Called for everything that waits for the group, all of which is in `sum_`."""
 
     def sum_(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
         """All-reduces `x` over the group, in place."""
-        if self.before_sum is not None:
-            self.before_sum()
-        dist.all_reduce(x, op, group=self.group)
-        if self.after_sum is not None:
-            self.after_sum()
+        if self.waiting is None:
+            dist.all_reduce(x, op, group=self.group)
+        else:
+            self.waiting(partial(dist.all_reduce, x, op, group=self.group))
         return x
 
 

@@ -18,8 +18,8 @@ from meshwright.model.loss import WithLoss
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
-from meshwright.runtime.dilation import Dilation
 from meshwright.runtime.engine import Engine, StepResult
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.runtime.run import Metrics
 from meshwright.runtime.world import TIMEOUT_SECONDS
@@ -129,7 +129,7 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     on_metrics: Callable[[Metrics], None] | None = None,
     record_step: int | None = None,
     peak_flops: float | None = None,
-    dilation: Dilation | None = None,
+    observer: Observer | None = None,
     keep_parameters: bool = False,
     debug: bool = False,
     timeout_seconds: float = TIMEOUT_SECONDS,
@@ -142,9 +142,9 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     with `loss`, all but the last tensor go to the model and `loss(output, last)` is that mean.
     `data` is a dataset whose items are tuples of tensors, or a function from (step, first, last) to
     rows. `optimizer` makes an optimizer for some parameters; `learning_rate` gives the factor of
-    its rate at each step. `on_metrics` is called on rank 0. `debug`, `compile` and
-    `timeout_seconds` are those of Engine. Raises a MeshwrightError for anything that the user can
-    mend.
+    its rate at each step. `on_metrics` is called on rank 0. `observer`, `debug`, `compile`
+    and `timeout_seconds` are those of Engine. Raises a MeshwrightError for anything that the user
+    can mend.
     """
     batch = plan.job.global_batch
     rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
@@ -157,7 +157,7 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
         clip_norm=clip_norm,
         learning_rate=learning_rate,
         seed=seed,
-        dilation=dilation,
+        observer=observer,
         debug=debug,
         timeout_seconds=timeout_seconds,
         compile=compile,

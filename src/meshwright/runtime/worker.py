@@ -12,14 +12,14 @@ from typing import TextIO
 import torch
 
 from meshwright import files
-from meshwright.errors import MeshwrightError
+from meshwright.errors import LaunchError, MeshwrightError, Problem
 from meshwright.model.zoo.build import build, vocabulary_of
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, load, plain
 from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
-from meshwright.runtime.dilation import Dilation
 from meshwright.runtime.failure import rank_process
+from meshwright.runtime.observer import Observer
 from meshwright.runtime.run import (
     METRICS,
     PLAN,
@@ -32,13 +32,15 @@ from meshwright.runtime.run import (
 from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, warmup_cosine
 
 
-def run(folder: Path) -> None:
-    """Trains as the run folder says."""
+def run(folder: Path, observer: Observer | None = None) -> None:
+    """Trains as the run folder says. Raises LaunchError for an emulated device without observer."""
     settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
     plan = load_plan(folder / PLAN)
     rank = int(os.environ.get("RANK", "0"))
     device = plan.devices[rank] if rank < len(plan.devices) else ""
-    share = settings.shares.get(device)
+    if observer is None and device in settings.shares:
+        found, wanted = f"{settings.shares[device]:g}", "a rank that a testbed has started"
+        raise LaunchError(Problem(str(folder / SETTINGS), f"shares.{device}", found, wanted))
     vocabulary = vocabulary_of(settings.model)
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
@@ -66,7 +68,7 @@ def run(folder: Path) -> None:
             on_metrics=write,
             record_step=settings.recorded_step,
             peak_flops=sum(p for p in peaks if p) if all(peaks) else None,
-            dilation=Dilation(share=share) if share else None,
+            observer=observer,
             keep_parameters=settings.save_weights,
             debug=settings.debug,
             timeout_seconds=settings.timeout_seconds,

@@ -17,7 +17,7 @@ from typing import Self
 from meshwright.cluster.spec import node_of
 from meshwright.errors import LaunchError, Problem
 from meshwright.launch.fork_server import end_with_parent
-from meshwright.launch.local import Launcher, Place, environment
+from meshwright.launch.local import WORKER, Launcher, Place, environment
 from meshwright.launch.store import Meeting
 from meshwright.launch.supervise import END_SECONDS, first_status
 from meshwright.runtime.variables import INTERFACES, LOOPBACK
@@ -25,6 +25,8 @@ from meshwright.testbed.bed import VARIABLE, Standing, save_standing
 
 INTERFACE = "eth0"
 """Name of every node's network interface, inside its namespace."""
+EMULATED = "meshwright.testbed.worker"
+"""Module that the rank of an emulated device runs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class BedLauncher:
 
 def launcher_on(up: Standing) -> BedLauncher:
     """Returns a launcher for the ranks of a testbed that is up."""
-    return BedLauncher(up, Launcher(partial(_place, up)))
+    worker = WORKER if up.bed.mode == "quota" else EMULATED
+    return BedLauncher(up, Launcher(partial(_place, up), worker))
 
 
 def _place(up: Standing, device: str) -> Place:

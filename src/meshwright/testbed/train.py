@@ -19,9 +19,6 @@ from meshwright.testbed.load import Watch
 from meshwright.testbed.times import TIMES, virtual_times
 from meshwright.training import Launch, Outcome, train_here
 
-WORKER = "meshwright.testbed.worker"
-"""Module that each virtual device's process runs."""
-
 
 @record
 class Run:
@@ -112,8 +109,6 @@ def _launch(
     tell: Callable[[dict[str, float]], None],
 ) -> None:
     run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
-    if times is None:
-        run(devices, folder)
-        return
-    files.write_text(folder / TIMES, times)
-    run(devices, folder, module=WORKER)
+    if times is not None:
+        files.write_text(folder / TIMES, times)
+    run(devices, folder)

@@ -7,19 +7,22 @@ shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from meshwright.model.spec import LayerGraph
+from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
-from meshwright.runtime.dilation import Dilation
-from meshwright.runtime.engine import Engine
-from meshwright.runtime.stage import Stage
+from meshwright.runtime.assemble import Assembly
+from meshwright.runtime.dilation import Dilation, Dilator, timed_by
+from meshwright.runtime.measure import micro_batches_of
+from meshwright.runtime.observer import Observer
+from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.testbed.times import RankTimes, part_key
 
 Spend = Callable[[float], None]
@@ -100,58 +103,49 @@ class VirtualLayer:
 class VirtualOptimizer(torch.optim.Optimizer):
     """Takes an optimizer's time, and leaves the weights alone."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], seconds: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], seconds: float, spend: Spend) -> None:
         super().__init__(parameters, {"lr": 0.0})
         self.seconds = seconds
-        self.spend: Spend = lambda _: None
+        self.spend = spend
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Spends the time of one step."""
         self.spend(self.seconds)
 
 
-class VirtualEngine(Engine):
-    """An Engine whose compute instructions take their times from a table."""
+@dataclass(frozen=True)
+class VirtualDevice:
+    """What an Engine needs whose compute instructions take their times from a table."""
 
-    def __init__(self, *arguments: Any, times: Sequence[RankTimes], **named: Any) -> None:
-        def optimizer(parameters: Iterable[nn.Parameter]) -> VirtualOptimizer:
-            return VirtualOptimizer(parameters, 0.0)
-
-        super().__init__(*arguments, optimizer=optimizer, dilation=PACE, **named)
-        assert self.dilator is not None
-        own, spend, pace = times[self.rank], self.dilator.spend, Pace()
-        for each in self._optimizers:
-            assert isinstance(each, VirtualOptimizer)
-            held = sum(p.numel() for group in each.param_groups for p in group["params"])
-            each.seconds = own.optimizer + held * own.optimizer_per_parameter
-            each.spend = spend
-        index = {layer.name: n for n, layer in enumerate(self.model.layers)}
-        for number, place in self._own.places.items():
-            for part in place.stage.parts:
-                n = index[part.name]
-                virtual = VirtualLayer(part.module, own.forward[n], own.backward[n], spend, pace)
-                part.module.forward = virtual
-            _pace_parts(place.stage, number, own, spend, pace)
+    observer: Observer
+    optimizer: OptimizerFactory
 
 
-def _pace_parts(stage: Stage, number: int, own: RankTimes, spend: Spend, pace: Pace) -> None:
-    """Makes each part of a split backward spend its time before it runs."""
-    first, second = stage.backward_input, stage.backward_weight
+def virtual_device(times: RankTimes) -> VirtualDevice:
+    """Makes a device that spends these times instead of computing."""
+    clock, pace = Dilator(PACE), Pace()
 
-    @contextmanager
-    def timed(op: Op, micro_batches: int) -> Iterator[None]:
-        pace.by_layer = False
-        spend(own.parts[part_key(number, op, micro_batches)])
-        yield
+    def attach(model: LayerGraph, own: Assembly) -> None:
+        index = {layer.name: n for n, layer in enumerate(model.layers)}
+        for part in (part for place in own.places.values() for part in place.stage.parts):
+            forward, backward = (each[index[part.name]] for each in (times.forward, times.backward))
+            part.module.forward = VirtualLayer(part.module, forward, backward, clock.spend, pace)
+
+    def before(i: Instruction) -> None:
+        clock.begin()
+        if i.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
+            pace.by_layer = False
+            clock.spend(times.parts[part_key(i.stage, i.op, len(micro_batches_of(i)))])
+
+    def after(_: Instruction) -> None:
+        clock.end()
         pace.by_layer = True
 
-    def inputs(micro_batch: int, gradients: Sequence[Tensor], weight: float) -> list[Tensor | None]:
-        with timed(Op.BACKWARD_INPUT, 1):
-            return first(micro_batch, gradients, weight)
+    def optimizer(parameters: Iterable[nn.Parameter]) -> VirtualOptimizer:
+        own = list(parameters)
+        held = sum(parameter.numel() for parameter in own)
+        seconds = times.optimizer + held * times.optimizer_per_parameter
+        return VirtualOptimizer(own, seconds, clock.spend)
 
-    def weights(micro_batches: Sequence[int]) -> None:
-        with timed(Op.BACKWARD_WEIGHT, len(micro_batches)):
-            second(micro_batches)
-
-    stage.backward_input = inputs  # type: ignore[method-assign]
-    stage.backward_weight = weights  # type: ignore[method-assign]
+    observer = replace(timed_by(clock), attach=attach, before=before, after=after)
+    return VirtualDevice(observer, optimizer)

@@ -1,10 +1,11 @@
-"""Entry point of each virtual device: runs as one rank whose layers take their times from a table.
+"""Entry point of each emulated device: trains as one rank in the time of a slower device.
 
 python -m meshwright.testbed.worker RUN_FOLDER      one rank, under a launcher
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,27 +16,48 @@ from meshwright import files
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.zoo.build import build, vocabulary_of
 from meshwright.plan.files import load_plan
+from meshwright.plan.spec import Plan
 from meshwright.records import dumps, load
 from meshwright.runtime.corpus import open_corpus
+from meshwright.runtime.dilation import Dilation, Dilator, timed_by
+from meshwright.runtime.engine import Engine
 from meshwright.runtime.failure import rank_process
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, TIMELINE, RunSettings
 from meshwright.runtime.train import run_steps
+from meshwright.runtime.variables import RANK
 from meshwright.runtime.worker import rows_of, write_line
-from meshwright.testbed.times import TIMES, VirtualTimes
-from meshwright.testbed.virtual import VirtualEngine
+from meshwright.runtime.worker import run as train
+from meshwright.testbed.times import TIMES, RankTimes, VirtualTimes
+from meshwright.testbed.virtual import virtual_device
 
 
 def run(folder: Path) -> None:
-    """Runs the steps that the run folder asks for. The loss is zero: nothing is learned."""
+    """Trains as the run folder says, on a device with a share of a core or on a virtual one."""
     settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
-    times = load(folder / TIMES, VirtualTimes, error=LaunchError)
-    plan = load_plan(folder / PLAN)
+    plan, rank = load_plan(folder / PLAN), int(os.environ[RANK])
+    if not settings.shares:
+        times = load(folder / TIMES, VirtualTimes, error=LaunchError).ranks[rank]
+        run_virtual(folder, settings, plan, times)
+        return
+    share = settings.shares.get(plan.devices[rank])
+    train(folder, timed_by(Dilator(Dilation(share=share))) if share else None)
+
+
+def run_virtual(folder: Path, settings: RunSettings, plan: Plan, times: RankTimes) -> None:
+    """Runs the steps on a virtual device. The loss is zero: nothing is learned."""
     vocabulary, corpus = vocabulary_of(settings.model), open_corpus(settings.data, 256)
     with torch.device("meta"):
         model = build(settings.model, plan.job.sequence)
     rows = rows_of(corpus, plan, vocabulary, settings.seed)
+    device = virtual_device(times)
     with (
-        VirtualEngine(model, plan, inputs=rows(0, 0, 1), times=times.ranks) as engine,
+        Engine(
+            model,
+            plan,
+            inputs=rows(0, 0, 1),
+            optimizer=device.optimizer,
+            observer=device.observer,
+        ) as engine,
         files.growing(folder / METRICS) as metrics,
     ):
         _, timeline = run_steps(
