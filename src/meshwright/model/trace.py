@@ -25,16 +25,16 @@ from meshwright.model.amounts import (
     ROWS,
     Amounts,
     Run,
-    first_width,
     per_row,
     widths_run,
-    worst_moments,
 )
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
+from meshwright.model.layer_record import is_divided, layer_record, with_parameters
 from meshwright.model.measure import Shape, run
 from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.model.spec import Tensor as Crossing
 from meshwright.model.symbolic import linear_parameters
+from meshwright.model.transformer.made import Parameter
 
 
 def trace(
@@ -77,11 +77,8 @@ def trace(
         amounts = {width: measured[key, width] for width in widths}
         kept |= {(name, len(layers)) for name, keeps in
                  zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
-        layer = _layer(part, few.tied, table, units, key, amounts)
-        flows = any(p.requires_grad for p in part.module.parameters()) or any(
-            shapes[0][name][2] for name in part.reads
-        )
-        layers.append(_with_frozen(layer, part, few.tied, table, precision, flows=flows))
+        flows = any(shapes[0][name][2] for name in part.reads)
+        layers.append(_layer(part, few.tied, table, units, key, amounts, precision, flows=flows))
     return LayerGraph(
         name=name or type(model).__name__,
         sequence=sequence or (inputs[0].shape[1] if inputs[0].dim() > 1 else 1),
@@ -200,120 +197,46 @@ def _layer(
     units: int,
     key: str,
     amounts: dict[int, Amounts],
-) -> Layer:
-    whole = amounts[1]
-    share = amounts.get(first_width(units, table), whole)
-    own = _numbers(part, lambda name: name not in tied)
-    split = _numbers(part, lambda name: name not in tied, table)
-    left = _share_held(part, table, first_width(units, table))
-
-    def divided(full: float, rest: float) -> float:
-        return (full - rest) / (1 - left) if left < 1 else 0.0
-
-    flops = whole.forward_flops + whole.attention_flops
-    return Layer(
-        name=part.name,
-        signature=hashlib.sha256(key.encode()).hexdigest()[:12],
-        forward_flops=whole.forward_flops,
-        attention_flops=whole.attention_flops,
-        backward_flops=whole.backward_flops,
-        traffic_bytes=whole.traffic_bytes,
-        parameters=own,
-        saved_bytes=whole.saved_bytes,
-        workspace_bytes=whole.workspace_bytes,
-        fixed_saved_bytes=whole.fixed_saved_bytes,
-        cast_parameters=_cast(part, tied),
-        moments=worst_moments({1: whole}),
-        tensor_moments=worst_moments({w: a for w, a in amounts.items() if w > 1})
-        if share is not whole
-        else (),
-        tensor_units=units,
-        split_parameters=split,
-        split_flops=divided(flops, share.forward_flops + share.attention_flops),
-        split_saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
-        forward_all_reduce_bytes=whole.forward_all_reduce_bytes,
-        backward_all_reduce_bytes=whole.backward_all_reduce_bytes,
-    )
-
-
-def _with_frozen(
-    layer: Layer,
-    part: LayerPart,
-    tied: dict[str, tuple[int, ...]],
-    table: dict[str, shard.Split],
     precision: Precision,
     *,
     flows: bool,
 ) -> Layer:
-    """Adds frozen parameters and constants to a layer; `flows` tells if it has a backward."""
+    """Makes the Layer of a part; `flows` tells if a gradient arrives from an earlier layer's
+    output."""
+    signature = hashlib.sha256(key.encode()).hexdigest()[:12]
+    parameters = _parameters(part, table)
+    record = layer_record(part.name, signature, units, amounts, parameters)
+    return replace(
+        with_parameters(record, [p for p in parameters if p.name not in tied]),
+        constant_bytes=_constant_bytes(part, precision),
+        has_backward=flows or any(p.requires_grad for p in part.module.parameters()),
+    )
+
+
+def _parameters(part: LayerPart, table: dict[str, shard.Split]) -> list[Parameter]:
+    """Lists the layer's parameters of floating-point numbers, tied ones included."""
+    linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
+    return [
+        Parameter(
+            part.parameters[name],
+            tuple(parameter.shape),
+            table.get(name.rpartition(".")[0]),
+            linear=id(parameter) in linear,
+            trained=parameter.requires_grad,
+        )
+        for name, parameter in part.module.named_parameters()
+        if parameter.is_floating_point()
+    ]
+
+
+def _constant_bytes(part: LayerPart, precision: Precision) -> float:
+    """Counts the bytes of buffers and of frozen integers (quantized weights)."""
     frozen = [p for p in part.module.parameters() if not p.requires_grad]
     constants = [*part.module.buffers(), *(p for p in frozen if not p.is_floating_point())]
     width = 8 if precision == "fp64" else 4
-    return replace(
-        layer,
-        frozen_parameters=_numbers(part, lambda name: name not in tied, trained=False),
-        split_frozen=_numbers(part, lambda name: name not in tied, table, trained=False),
-        cast_frozen=_cast(part, tied, trained=False),
-        constant_bytes=float(
-            sum(
-                t.numel() * (width if t.is_floating_point() else t.element_size())
-                for t in constants
-            )
-        ),
-        has_backward=flows,
+    return float(
+        sum(t.numel() * (width if t.is_floating_point() else t.element_size()) for t in constants)
     )
-
-
-def _numbers(
-    part: LayerPart,
-    wanted: Callable[[str], bool],
-    table: dict[str, shard.Split] | None = None,
-    *,
-    trained: bool = True,
-) -> int:
-    """Counts the numbers in the wanted parameters that are trained (or frozen, if not `trained`);
-    with a table, only those that the table divides."""
-    return sum(
-        parameter.numel()
-        for name, parameter in part.module.named_parameters()
-        if parameter.requires_grad is trained
-        and parameter.is_floating_point()
-        and wanted(part.parameters[name])
-        and (table is None or _is_divided(name, parameter, table))
-    )
-
-
-def _cast(part: LayerPart, tied: dict[str, tuple[int, ...]], *, trained: bool = True) -> int:
-    """Counts the layer's own numbers, trained or frozen, that 16-bit precision casts every step."""
-    linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
-    named = part.module.named_parameters()
-    return sum(
-        parameter.numel()
-        for name, parameter in named
-        if id(parameter) in linear
-        and parameter.requires_grad is trained
-        and part.parameters[name] not in tied
-    )
-
-
-def _is_divided(name: str, parameter: Tensor, table: dict[str, shard.Split]) -> bool:
-    module, _, own = name.rpartition(".")
-    how = table.get(module)
-    return how is not None and shard.held(how, own, tuple(parameter.shape), 2, 0) is not None
-
-
-def _share_held(part: LayerPart, table: dict[str, shard.Split], width: int) -> float:
-    """Gives the share of the divided weights that rank 0 of `width` holds: 1 / width, or slightly
-    more if the vocabulary is not a multiple of `width`."""
-    full = held = 0
-    for name, parameter in part.module.named_parameters():
-        module, _, own = name.rpartition(".")
-        shape = tuple(parameter.shape)
-        ranges = shard.held(table[module], own, shape, width, 0) if module in table else None
-        if ranges is not None:
-            full += shape[ranges.dim]
-            held += sum(last - first for first, last in ranges.ranges)
-    return held / full if full else 1.0
 
 
 def _tensors(
@@ -339,10 +262,11 @@ def _tied(layered: LayeredModel, model: nn.Module, name: str) -> Tied:
     layers = layered.tied[name]
     parameter = model.get_parameter(name)
     modules = tuple(m for layer in layers for m in layered.layers[layer].modules)
+    split = shard.splits(model, modules).get(name.rpartition(".")[0])
     return Tied(
         name=name,
         layers=layers,
         parameters=parameter.numel() if parameter.requires_grad else 0,
         frozen_parameters=0 if parameter.requires_grad else parameter.numel(),
-        split=_is_divided(name, parameter, shard.splits(model, modules)),
+        split=is_divided(Parameter(name, tuple(parameter.shape), split)),
     )

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.amounts import (
     ROWS,
     Amounts,
     Run,
-    first_width,
     per_row,
     widths_run,
-    worst_moments,
 )
 from meshwright.model.config import LanguageModel
-from meshwright.model.shard import Split, held
+from meshwright.model.layer_record import is_divided, layer_record, with_parameters
+from meshwright.model.shard import Split
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.model.transformer.counted import Counted
 from meshwright.model.transformer.made import INDEX, Parameter
@@ -81,7 +79,7 @@ def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> Laye
         sequence=sequence,
         precision=precision,
         layers=tuple(
-            replace(each.layer, name=layer.name, **_without_tied(own[number]))
+            with_parameters(replace(each.layer, name=layer.name), own[number])
             for number, (layer, each) in enumerate(zip(layers, found, strict=True))
         ),
         tensors=_tensors(layers, found),
@@ -161,53 +159,13 @@ def _counted(layer: LayerOf, job: Job) -> Found:
         if width > 1:
             one, two = (_run(layer, job, rows, width)[0] for rows in ROWS)
             amounts[width] = per_row((one, two))
+    record = layer_record(layer.name, _signature(layer, job), layer.units, amounts, parameters)
+    constants = float(few[1].constants * SIZES[job.precision][1])
     return Found(
-        layer=_layer(layer, job, parameters, table, amounts, few[1].constants),
+        layer=replace(record, constant_bytes=constants),
         keeps=amounts[1].keeps,
         output_bytes=(many[2] - few[2]) / (ROWS[1] - ROWS[0]),
         parameters=tuple(parameters),
-    )
-
-
-def _layer(
-    layer: LayerOf,
-    job: Job,
-    parameters: list[Parameter],
-    table: dict[str, Split],
-    amounts: dict[int, Amounts],
-    constants: int,
-) -> Layer:
-    """Makes the Layer without its parameters, since some may be tied to those of other layers."""
-    whole = amounts[1]
-    width = first_width(layer.units, table)
-    share = amounts.get(width, whole)
-    left = _share_held(parameters, width)
-
-    def divided(full: float, rest: float) -> float:
-        return (full - rest) / (1 - left) if left < 1 else 0.0
-
-    flops = whole.forward_flops + whole.attention_flops
-    return Layer(
-        name=layer.name,
-        signature=_signature(layer, job),
-        forward_flops=whole.forward_flops,
-        attention_flops=whole.attention_flops,
-        backward_flops=whole.backward_flops,
-        traffic_bytes=whole.traffic_bytes,
-        parameters=0,
-        constant_bytes=float(constants * SIZES[job.precision][1]),
-        saved_bytes=whole.saved_bytes,
-        workspace_bytes=whole.workspace_bytes,
-        fixed_saved_bytes=whole.fixed_saved_bytes,
-        moments=worst_moments({1: whole}),
-        tensor_moments=worst_moments({w: a for w, a in amounts.items() if w > 1})
-        if share is not whole
-        else (),
-        tensor_units=layer.units,
-        split_flops=divided(flops, share.forward_flops + share.attention_flops),
-        split_saved_bytes=divided(whole.saved_bytes, share.saved_bytes),
-        forward_all_reduce_bytes=whole.forward_all_reduce_bytes,
-        backward_all_reduce_bytes=whole.backward_all_reduce_bytes,
     )
 
 
@@ -232,33 +190,6 @@ def _owned(
     ]
 
 
-def _without_tied(own: tuple[Parameter, ...]) -> dict[str, Any]:
-    trained = [p for p in own if p.trained]
-    return {
-        "parameters": sum(prod(p.shape) for p in trained),
-        "cast_parameters": sum(prod(p.shape) for p in trained if p.linear),
-        "split_parameters": sum(prod(p.shape) for p in trained if _is_divided(p)),
-        "frozen_parameters": sum(prod(p.shape) for p in own if not p.trained),
-    }
-
-
-def _is_divided(p: Parameter) -> bool:
-    attribute = p.name.rpartition(".")[2]
-    return p.split is not None and held(p.split, attribute, p.shape, 2, 0) is not None
-
-
-def _share_held(parameters: list[Parameter], width: int) -> float:
-    """Gives the share of the divided weights that rank 0 of `width` holds."""
-    full = own = 0
-    for p in parameters:
-        attribute = p.name.rpartition(".")[2]
-        ranges = held(p.split, attribute, p.shape, width, 0) if p.split else None
-        if ranges is not None:
-            full += p.shape[ranges.dim]
-            own += sum(last - first for first, last in ranges.ranges)
-    return own / full if full else 1.0
-
-
 def _tied(layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel) -> tuple[Tied, ...]:
     """Lists the tied parameters, in the order of the first layer that has each."""
     places = {
@@ -274,7 +205,7 @@ def _tied(layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel) -> 
             name=name,
             layers=tuple(sorted(users[name])),
             parameters=prod(places[name][1].shape),
-            split=_is_divided(places[name][1]),
+            split=is_divided(places[name][1]),
         )
         for name in sorted(users, key=lambda name: places[name][0])
     )
