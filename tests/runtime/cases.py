@@ -19,7 +19,16 @@ from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
-from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.plan.spec import (
+    BoundaryKind,
+    Job,
+    Pipeline,
+    Plan,
+    ScheduleName,
+    Stage,
+    StateDivision,
+    Subject,
+)
 
 VOCABULARY, SEQUENCE, ROWS = 33, 8, 8
 """The vocabulary divides by no tensor width."""
@@ -156,6 +165,12 @@ def crossing(kind: BoundaryKind, made: Pipeline) -> Pipeline:
     return replace(made, stages=(first, *(replace(stage, boundary=kind) for stage in others)))
 
 
+def divided(made: Pipeline) -> Pipeline:
+    """The same pipeline with the optimizer states of all its stages divided."""
+    states = StateDivision(optimizer="all")
+    return replace(made, stages=tuple(replace(stage, states=states) for stage in made.stages))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A model and the way it is trained."""
@@ -240,6 +255,32 @@ CASES: dict[str, Case] = {
         model=gpt, pipelines=(pipeline(4, 2, (2, "ab again"), (3, "cd")),)
     ),
     "dp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)),
+    "dp2, states divided, tied": Case(model=gpt, pipelines=(divided(pipeline(2, 4, (5, "a b"))),)),
+    "dp3, states divided, skips": Case(
+        model=uneven, pipelines=(divided(pipeline(2, 4, (8, "a b c", (2, 1, 1)))),)
+    ),
+    "pipelines of 2 and 1 stages, states divided, tied": Case(
+        model=gpt,
+        pipelines=(divided(pipeline(3, 2, (2, "a"), (3, "b"))), divided(pipeline(1, 2, (5, "c")))),
+    ),
+    "dp2 tp2, first stage's states divided, tied": Case(
+        model=gpt,
+        pipelines=(
+            Pipeline(
+                micro_batches=2,
+                rows=4,
+                stages=(
+                    divided(pipeline(2, 4, (3, "ab cd"))).stages[0],
+                    pipeline(2, 4, (3, "ab cd"), (2, "ef gh")).stages[1],
+                ),
+            ),
+        ),
+    ),
+    "dp2 pp2 zb-v, states divided, tied": Case(
+        model=gpt,
+        pipelines=(divided(pipeline(2, 4, (1, "a b"), (2, "c d"), (1, "c d"), (1, "a b"))),),
+        schedule="zb-v",
+    ),
     "dp2, shares 3:1": Case(model=llama, pipelines=(pipeline(2, 4, (5, "a b", (3, 1))),)),
     "tp2, tied": Case(model=gpt, pipelines=(pipeline(2, 4, (5, "ab")),)),
     "tp2, experts": Case(model=mixtral, pipelines=(pipeline(2, 4, (4, "ab")),)),

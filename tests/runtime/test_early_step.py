@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, batch, gpt, pipeline, plain
+from cases import Case, batch, divided, gpt, pipeline, plain
 from ranks import run_ranks
 from torch import Tensor
 
@@ -22,6 +23,7 @@ TWO_PIPELINES = Case(
 SMALL_BUCKETS = 256
 """Bytes: every layer is summed, and then updated, for itself."""
 UNLIKE = Case(model=gpt, pipelines=(pipeline(2, 2, (2, "ab"), (3, "c")), pipeline(2, 2, (5, "d"))))
+DIVIDED = replace(TWO_PIPELINES, pipelines=tuple(map(divided, TWO_PIPELINES.pipelines)))
 ONE = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="1f1b-2bp")
 
 
@@ -47,7 +49,7 @@ def step_of(engine: Engine, step: int) -> tuple[float, float]:
 def trained(_: int, case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor] | None]:
     with engine_of(case, fused=len(case.pipelines) > 1) as engine:
         own = engine.program.ranks[engine.rank]
-        summed = {(i.layers, i.tied) for i in own if i.op is Op.REDUCE_GRAD}
+        summed = {(i.layers, i.tied) for i in own if i.op.of_gradients}
         steps = [(i.layers, i.tied) for i in own if i.op is Op.OPTIMIZER_STEP]
         assert summed <= set(steps)
         assert (len(steps) > 2) == (len(case.pipelines) > 1)
@@ -83,8 +85,8 @@ def exact(numbers: list[tuple[float, float]]) -> Tensor:
 
 @pytest.mark.parametrize(
     "case",
-    [TWO_PIPELINES, UNLIKE, ONE],
-    ids=["two pipelines", "unlike tensor widths", "two parts"],
+    [TWO_PIPELINES, UNLIKE, ONE, DIVIDED],
+    ids=["two pipelines", "unlike tensor widths", "two parts", "states divided"],
 )
 def test_training_without_clipping_equals_one_process(case: Case) -> None:
     ranks = run_ranks(case.world_size, trained, case)

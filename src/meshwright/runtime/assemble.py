@@ -32,6 +32,7 @@ from meshwright.runtime.stage import Stage
 from meshwright.runtime.start import agree, equalise
 from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
+from meshwright.techniques import rooms_with
 
 
 @dataclass(slots=True)
@@ -215,7 +216,7 @@ def _buckets(
     own: Tile,
     world: World,
 ) -> dict[Key, FlatBucket]:
-    reductions = [i for i in instructions if i.op is Op.REDUCE_GRAD]
+    reductions = [i for i in instructions if i.op.of_gradients]
     buckets = {}
     for key, group in group_parameters(held, reductions, tied).items():
         members = {
@@ -224,4 +225,7 @@ def _buckets(
             if (i.layers, i.tied) == key
         }
         buckets[key] = make_bucket(group, own, members)
+    for room in rooms_with("runtime"):
+        for i in reductions:
+            room.prepare(buckets[i.layers, i.tied], i)
     return buckets

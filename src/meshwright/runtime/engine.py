@@ -60,6 +60,11 @@ class StepResult:
     """Wall-clock time of the step on this rank, communication included."""
 
 
+def _after_norm(action: tuple[Action, Instruction]) -> bool:
+    """True if an instruction changes weights, or passes changed ones on."""
+    return action[1].op.ends_step and action[1].op is not Op.REDUCE_NORM
+
+
 class Engine:
     """One process of a training run: holds a rank's layers and runs its instructions.
 
@@ -134,7 +139,7 @@ class Engine:
         """Sums over all ranks (loss, squared norm, ...) that the host has not read yet."""
         self._actions = [(self._bind(i), i) for i in own]
         # The first step updates after its norm, which finds parameters that get no gradient.
-        self._first_actions = sorted(self._actions, key=lambda a: a[1].op is Op.OPTIMIZER_STEP)
+        self._first_actions = sorted(self._actions, key=_after_norm)
 
     def __enter__(self) -> Self:
         return self

@@ -88,7 +88,7 @@ def updates(
     for key in named:
         own = [buckets[key]] if key in buckets else rest
         own = own if len(named) > 1 else list(buckets.values())
-        parameters = [one.parameter for bucket in own for one in bucket.held]
+        parameters = [parameter for bucket in own for parameter in bucket.trained]
         optimizer = make(parameters) if parameters else None
         groups = optimizer.param_groups if optimizer else []
         found[key] = Update(own, optimizer, [float(group["lr"]) for group in groups])
@@ -103,8 +103,7 @@ def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for bucket in buckets:
-        parts = bucket.buffer[: bucket.undivided], bucket.buffer[bucket.undivided :]
-        for part, copies in zip(parts, bucket.copies, strict=True):
+        for part, copies in bucket.weighed:
             if part.numel():
                 total += torch.linalg.vector_norm(part).double().square() / copies
     return total

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from meshwright.runtime.measure import Recorder, micro_batches_of, under_way
 from meshwright.runtime.observer import Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
+from meshwright.techniques import rooms_with
 
 _NOTHING = nullcontext()
 
@@ -51,7 +53,7 @@ class Player:
         observer: Observer | None = None,
     ) -> None:
         self.recorder: Recorder | None = None
-        self._own = own
+        self.own = own
         self._observer = observer
         self.computing = self.measured if observer is None else self._observed
         """Context for an instruction's computing: measured if a recorder is set, and observed."""
@@ -70,6 +72,8 @@ class Player:
         """Tensors that are to be sent."""
         self._here: dict[Crossed, list[Tensor]] = {}
         """Tensors that one stage of this rank has made for another."""
+        self.posted_last: list[Handle] = []
+        """Collectives that the end of the step waits for."""
         self._rows: Rows | None = None
         self._step = 0
         self._scale = 1.0
@@ -85,20 +89,23 @@ class Player:
         self._rows, self._step, self._scale = rows, step, scale
         self._losses.clear()
         self._random = self._generator.get_state()
-        for place in self._own.places.values():
+        for place in self.own.places.values():
             for messages in place.messages.values():
                 if messages.headers is not None:
                     messages.headers.step = step
 
     def wait(self) -> None:
-        """Waits until all sends have completed."""
-        for place in self._own.places.values():
+        """Waits until all that was posted has completed."""
+        for handle in self.posted_last:
+            handle.wait()
+        self.posted_last.clear()
+        for place in self.own.places.values():
             for messages in place.messages.values():
                 messages.finish()
 
     def waiting(self) -> Instruction | None:
         """Returns the instruction whose message is being waited for, if any."""
-        ends = (end for place in self._own.places.values() for end in place.messages.values())
+        ends = (end for place in self.own.places.values() for end in place.messages.values())
         return next((end.waiting for end in ends if end.waiting is not None), None)
 
     def finish(self) -> None:
@@ -108,13 +115,13 @@ class Player:
         self._generator.set_state(self._random)
         self._rows = self._random = None
         self._made.clear()
-        for place in self._own.places.values():
+        for place in self.own.places.values():
             place.stage.casts.drop()
 
     def loss(self) -> Tensor:
         """Returns this rank's part of the mean loss over the global batch, in float64."""
         parts = [loss.double() * share for loss, share in self._losses]
-        return sum(parts, torch.zeros((), dtype=torch.float64, device=self._own.device))
+        return sum(parts, torch.zeros((), dtype=torch.float64, device=self.own.device))
 
     def bind(self, i: Instruction) -> Action:
         """Returns the function that runs an instruction."""
@@ -131,9 +138,10 @@ class Player:
                 return self._receive(i)
             case Op.GATHER_F | Op.GATHER_B:
                 return partial(self._gather, i)
-            case Op.REDUCE_GRAD:
-                return partial(self._own.reducer.arm, i)
-        raise AssertionError(i)
+            case _ if i.op.of_gradients:
+                return partial(self.own.reducer.arm, i)
+        bind: Callable[[Player, Instruction], Action] = _handlers()[i.op]
+        return bind(self, i)
 
     # Computing.
 
@@ -141,7 +149,7 @@ class Player:
         micro_batch, rows = i.micro_batch, i.rows
         assert micro_batch is not None
         assert rows is not None
-        place = self._own.places[i.stage]
+        place = self.own.places[i.stage]
         stage = place.stage
         split = (i.stage, micro_batch) in self._split
         first = self._rows_before[i.stage, micro_batch] + rows[0]
@@ -183,8 +191,8 @@ class Player:
     def _backward(self, i: Instruction) -> Action:
         micro_batch = i.micro_batch
         assert micro_batch is not None
-        place = self._own.places[i.stage]
-        stage, reducer = place.stage, self._own.reducer
+        place = self.own.places[i.stage]
+        stage, reducer = place.stage, self.own.reducer
         completed = self._completed.get(id(i), ())
         weight = self._weight(i)
         take, keep = self._taking(place, Op.RECV_B, micro_batch), self._keeping_backward(place, i)
@@ -214,7 +222,7 @@ class Player:
         def hand_over(gradients: Sequence[Tensor | None]) -> None:
             if gradients:
                 self._here[key] = [
-                    torch.zeros(end.shape, dtype=end.dtype, device=self._own.device)
+                    torch.zeros(end.shape, dtype=end.dtype, device=self.own.device)
                     if gradient is None
                     else gradient
                     for end, gradient in zip(ends, gradients, strict=True)
@@ -223,7 +231,7 @@ class Player:
         return hand_over
 
     def _backward_weight(self, i: Instruction) -> Action:
-        stage, reducer = self._own.places[i.stage].stage, self._own.reducer
+        stage, reducer = self.own.places[i.stage].stage, self.own.reducer
         micro_batches = micro_batches_of(i)
         completed = self._completed.get(id(i), ())
 
@@ -262,7 +270,7 @@ class Player:
 
     def _kept_bytes(self, i: Instruction) -> int | None:
         assert i.micro_batch is not None
-        return self._own.places[i.stage].stage.kept_bytes(i.micro_batch)
+        return self.own.places[i.stage].stage.kept_bytes(i.micro_batch)
 
     # Transfers.
 
@@ -282,12 +290,12 @@ class Player:
         return partial(self._made.__setitem__, key) if key in self._last_sends else _drop
 
     def _receive(self, i: Instruction) -> Action:
-        messages = self._own.places[i.stage].messages[i.op]
+        messages = self.own.places[i.stage].messages[i.op]
         start = messages.receiver(i)
         return lambda: messages.expect(i, self.posted(i, start()))
 
     def _send(self, i: Instruction) -> Action:
-        messages = self._own.places[i.stage].messages[i.op]
+        messages = self.own.places[i.stage].messages[i.op]
         start = messages.sender(i)
         key = _crossed(i)
         values = self._made.pop if self._last_sends[key] is i else self._made.__getitem__
@@ -296,7 +304,7 @@ class Player:
     def _gather(self, i: Instruction) -> None:
         assert i.op.reads is not None
         with self.measured(i):
-            self.meet(partial(self._own.places[i.stage].messages[i.op.reads].gather, i))
+            self.meet(partial(self.own.places[i.stage].messages[i.op.reads].gather, i))
 
     def meet(self, wait: Callable[[], object]) -> None:
         """Calls `wait`, which waits for other ranks at a point where computing stops for it."""
@@ -308,6 +316,12 @@ class Player:
     def posted(self, i: Instruction, works: list[Work]) -> Handle:
         """Returns a handle for communication that has just been posted."""
         return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
+
+
+@cache
+def _handlers() -> dict[Op, Any]:
+    """What binds each operation that the techniques have added."""
+    return {op: bind for room in rooms_with("runtime") for op, bind in room.HANDLERS.items()}
 
 
 def _drop(_: object) -> None:
@@ -331,7 +345,7 @@ def completions(own: Assembly, instructions: Sequence[Instruction]) -> dict[int,
     position = {id(i): n for n, i in enumerate(instructions)}
     found: dict[int, list[Key]] = {}
     for i in instructions:
-        if i.op is not Op.REDUCE_GRAD:
+        if not i.op.of_gradients:
             continue
         key = (i.layers, i.tied)
         named = {one.name for one in own.reducer.buckets[key].held}

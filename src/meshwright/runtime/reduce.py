@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import cast
 
@@ -17,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from meshwright.errors import PlanError, Problem
 from meshwright.model.shard import UNDIVIDED, Ranges, Tile, within
 from meshwright.program.instructions import Instruction, Key
+from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
+from meshwright.techniques import rooms_with
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
@@ -55,6 +58,16 @@ class FlatBucket:
     """The all-reduces to be started when the gradients are complete."""
     with_gradient: set[str] = field(default_factory=set)
     """Names of the parameters that have received a gradient so far."""
+    trained: list[nn.Parameter] = field(init=False)
+    """What the optimizer of this rank updates: its parameters, or its share of them."""
+    weighed: list[tuple[Tensor, int]] = field(init=False)
+    """The summed gradients that this rank adds to the norm, each with the number of ranks that do
+    so."""
+
+    def __post_init__(self) -> None:
+        self.trained = [one.parameter for one in self.held]
+        parts = self.buffer[: self.undivided], self.buffer[self.undivided :]
+        self.weighed = [*zip(parts, self.copies, strict=True)]
 
     @property
     def copies(self) -> tuple[int, int]:
@@ -263,10 +276,7 @@ class Reducer:
         self._put_back_what_is_done()
         self._posting()
         for instruction in bucket.armed:
-            summand, put_back = _summand(bucket, instruction.tile)
-            group = bucket.members[instruction.tile].group
-            work = dist.all_reduce(summand, group=group, async_op=True)
-            assert work is not None
+            work, put_back = starts()[instruction.op](bucket, instruction)
             handle = self._launched(instruction, [work])
             self._under_way.append(_UnderWay(bucket, handle, put_back))
         bucket.armed.clear()
@@ -275,6 +285,30 @@ class Reducer:
         """Writes finished sums back, so that copies do not pile up until the end of the step."""
         while self._under_way and self._under_way[0].handle.is_completed():
             self._end(self._under_way.popleft())
+
+
+Start = Callable[[FlatBucket, Instruction], tuple[dist.Work, Callable[[], None]]]
+"""Starts the collective that sums a bucket's gradients; what to call when that has ended comes
+second."""
+
+
+@cache
+def starts() -> dict[Op, Start]:
+    """How each operation that sums gradients is started, those of the techniques included."""
+    found: dict[Op, Start] = {Op.REDUCE_GRAD: _all_reduce}
+    for room in rooms_with("runtime"):
+        found |= room.STARTS
+    return found
+
+
+def _all_reduce(
+    bucket: FlatBucket, instruction: Instruction
+) -> tuple[dist.Work, Callable[[], None]]:
+    summand, put_back = _summand(bucket, instruction.tile)
+    group = bucket.members[instruction.tile].group
+    work = dist.all_reduce(summand, group=group, async_op=True)
+    assert work is not None
+    return work, put_back
 
 
 def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:

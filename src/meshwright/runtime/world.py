@@ -22,7 +22,6 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program, text
 from meshwright.program.messages import Chain, chain_of
-from meshwright.program.operations import Op
 from meshwright.runtime.failure import first_line, of_communication
 from meshwright.runtime.pulse import Pulse
 from meshwright.runtime.rendezvous import PeerLost, join
@@ -229,7 +228,7 @@ def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
             instruction.ranks
             for instructions in program.ranks
             for instruction in instructions
-            if instruction.op is Op.REDUCE_GRAD
+            if instruction.op.of_gradients
         )
     )
 

@@ -10,7 +10,8 @@ when that part needs it, so only `runtime.py` may import PyTorch:
 * `price.py`: PRICES, what each of its operations costs;
 * `memory.py`: `adjust`, what it changes in the bytes that a device holds;
 * `options.py`: `proposals`, the changes to a plan that the search tries;
-* `runtime.py`: HANDLERS, what plays each of its operations on PyTorch.
+* `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum
+  gradients begin; `prepare`, which lays out a bucket of gradients before the first step.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""Carries out divided optimizer states on PyTorch.
+
+The weights of a divided bucket move into one flat tensor, as its gradients are in one, both filled
+up to a multiple of the number of ranks. Each rank's optimizer updates one slice of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright.program.instructions import Instruction
+from meshwright.runtime.play import Action, Player
+from meshwright.runtime.reduce import FlatBucket
+from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Their names in newer versions of PyTorch, else those in older ones."""
+
+
+def prepare(bucket: FlatBucket, i: Instruction) -> None:
+    """Lay a bucket's weights out flat, and give the optimizer this rank's share of them."""
+    if i.op is not REDUCE_SCATTER:
+        return
+    count, rank = _members(bucket)
+    size = -(-bucket.buffer.numel() // count) * count
+    gradients = bucket.buffer.new_zeros(size)
+    weights = torch.zeros_like(gradients)
+    for one, (first, last) in _spans(bucket):
+        weights[first:last] = one.detach().flatten()
+        one.data = weights[first:last].view(one.shape)
+        one.grad = gradients[first:last].view(one.shape)
+    bucket.buffer = gradients
+    own = (rank * size // count, (rank + 1) * size // count)
+    bucket.trained = []
+    for _, span in _spans(bucket):
+        first, last = max(span[0], own[0]), min(span[1], own[1])
+        if first < last:
+            part = nn.Parameter(weights[first:last])
+            part.grad = gradients[first:last]
+            bucket.trained.append(part)
+    middle = min(max(bucket.undivided, own[0]), own[1])
+    bucket.weighed = [
+        (gradients[own[0] : middle], bucket.own.of),
+        (gradients[middle : own[1]], 1),
+    ]
+
+
+def _spans(bucket: FlatBucket) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
+    """Where each parameter of a bucket lies in its flat tensors."""
+    first = 0
+    for one in bucket.held:
+        last = first + one.parameter.numel()
+        yield one.parameter, (first, last)
+        first = last
+
+
+def _members(bucket: FlatBucket) -> tuple[int, int]:
+    """The number of ranks that divide a bucket, and this rank's place among them."""
+    group = bucket.members[None].group
+    return group.size(), group.rank()
+
+
+def _share(bucket: FlatBucket, flat: Tensor) -> Tensor:
+    """This rank's slice of a flat tensor of a bucket."""
+    count, rank = _members(bucket)
+    return flat.chunk(count)[rank]
+
+
+def scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, object]:
+    """Start the sum of a bucket's gradients; this rank's share is valid afterwards."""
+    group = bucket.members[i.tile].group
+    if bucket.buffer.is_cuda:
+        own = _share(bucket, bucket.buffer)
+        work = _reduce_scatter(own, bucket.buffer, group=group, async_op=True)
+    else:  # gloo's own reduce-scatter is an all-reduce with a copy
+        work = dist.all_reduce(bucket.buffer, group=group, async_op=True)
+    assert work is not None
+    return work, lambda: None
+
+
+def bind_gather(player: Player, i: Instruction) -> Action:
+    """Bind the all-gather of a bucket's updated weights, which the end of the step waits for."""
+    bucket = player.own.reducer.buckets[i.layers, i.tied]
+    first = bucket.held[0].parameter
+    whole = first.data.as_strided((bucket.buffer.numel(),), (1,), first.storage_offset())
+    group = bucket.members[i.tile].group
+
+    def run() -> None:
+        own = _share(bucket, whole)
+        own = own if whole.is_cuda else own.clone()
+        work = _all_gather(whole, own, group=group, async_op=True)
+        assert work is not None
+        player.posted_last.append(player.posted(i, [work]))
+
+    return run
+
+
+STARTS = {REDUCE_SCATTER: scatter}
+HANDLERS = {GATHER_PARAMETERS: bind_gather}
