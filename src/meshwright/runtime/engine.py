@@ -69,8 +69,9 @@ class Engine:
     for late ones (not under fp16, whose scale all ranks must agree on first), and `optimizer` is
     called for the parameters of each bucket. `debug`: every message has a header that is checked on
     arrival, and the layer in which a number is none is named. `compile`: layers run through
-    torch.compile. A rank that waits `timeout_seconds` for another takes it for lost.
-    Raises a MeshwrightError if plan, model and processes do not go together.
+    torch.compile. `graph`, if it is given, is the model's, which every rank traces otherwise.
+    A rank that waits `timeout_seconds` for another takes it for lost. Raises a MeshwrightError if
+    plan, model and processes do not go together.
     """
 
     def __init__(  # noqa: PLR0913 - everything that one run is made of
@@ -80,6 +81,7 @@ class Engine:
         *,
         inputs: tuple[Tensor, ...],
         optimizer: OptimizerFactory,
+        graph: LayerGraph | None = None,
         clip_norm: float | None = None,
         learning_rate: Schedule | None = None,
         seed: int = 0,
@@ -92,9 +94,13 @@ class Engine:
     ) -> None:
         self.plan, job = plan, plan.job
         set_precision(model, job.precision)
-        shared = divides_layers(plan)
-        self.model: LayerGraph = trace(
-            model, inputs, job.precision, job.sequence, plan.model.name, divided=shared
+        self.model: LayerGraph = graph or trace(
+            model,
+            inputs,
+            job.precision,
+            job.sequence,
+            plan.model.name,
+            divided=divides_layers(plan),
         )
         validate_plan(plan, self.model)
         self._early = clip_norm is None and job.precision != "fp16"
