@@ -114,7 +114,7 @@ def reference(case: Drawn) -> tuple[list[tuple[float, float]], dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    with Pool(RANKS, LIMIT_SECONDS) as ranks:
+    with Pool(LIMIT_SECONDS) as ranks:
         yield ranks
 
 
