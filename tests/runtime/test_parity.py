@@ -39,11 +39,10 @@ def graph(model: Callable[[], nn.Module]) -> LayerGraph:
     return trace(model().double(), batch(0), "fp64", SEQUENCE, "any")
 
 
-def trained(_: int, name: str, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
+def trained(case: Case, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
     """Loss and norm of every step, and on rank 0 the parameters at the end."""
     from meshwright.runtime.engine import Engine
 
-    case = CASES[name]
     with Engine(
         built(case),
         case.plan,
@@ -59,6 +58,11 @@ def trained(_: int, name: str, graph: LayerGraph) -> tuple[list[tuple[float, flo
             whole = batch(step % 2)
             results.append(engine.step(lambda a, b, whole=whole: tuple(t[a:b] for t in whole)))
         return [(r.loss, r.grad_norm) for r in results], engine.parameters()
+
+
+def play(_: int, name: str, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
+    """One case, on one of its ranks."""
+    return trained(CASES[name], graph)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 )
 def test_training_equals_one_process(pool: Pool, name: str) -> None:
     case = CASES[name]
-    ranks = pool.run(case.world_size, trained, name, graph(case.model))
+    ranks = pool.run(case.world_size, play, name, graph(case.model))
     wanted, weights = reference(case)
     for found, _ in ranks:
         assert exact(found) == pytest.approx(exact(wanted), rel=1e-9)
