@@ -102,7 +102,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 4 else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 3 else [])
         for name, case in CASES.items()
     ],
 )
