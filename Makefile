@@ -21,6 +21,9 @@ test: $(READY)    ## the tests that take seconds, two at a time
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(TWO) $(ARGS)
 
+soak: $(READY)    ## the whole of the long tests, of which test-slow tries a tenth: hours
+	WHOLE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 0 $(TWO) $(ARGS)
+
 lint: $(READY)    ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,4 +66,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs picture bench accuracy testbed lock clean
+.PHONY: help demo test test-slow soak lint docs picture bench accuracy testbed lock clean

@@ -31,14 +31,14 @@ def check(result):
         assert -0.03 < result.error(predicted) < 0.05, memory.row(result)
 
 
-@pytest.mark.parametrize("case", memory.FAST, ids=str)
+@pytest.mark.parametrize("case", memory.FAST[::2], ids=str)
 def test_peak_is_foreseen(case):
     check(memory.compare(case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", memory.SLOW, ids=str)
-def test_peaks_of_larger_models_are_foreseen(case):
+@pytest.mark.parametrize("case", [*memory.FAST[1::2], *memory.SLOW], ids=str)
+def test_peaks_of_more_and_larger_models_are_foreseen(case):
     check(memory.compare(case))
 
 

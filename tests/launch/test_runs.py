@@ -173,6 +173,7 @@ def test_a_run_that_loses_a_process_ends_at_once_and_names_it(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_the_launchers_of_two_nodes_meet_and_train_as_one(planned: Path, tmp_path: Path) -> None:
     folder, port = tmp_path / "run", free_port()
     done = meshwright(

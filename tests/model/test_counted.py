@@ -61,13 +61,17 @@ def worst(layer, tensor, rows):
     return float(temporaries(moments_table(model, divided=tensor > 1), tensor, rows)[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+REST = [pytest.param(each, marks=pytest.mark.slow) for each in ("fp32", "fp64")]
+"""Without casts; `make test` counts in bf16, which has them."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", *REST])
 @pytest.mark.parametrize("config", ZOO, ids=lambda c: f"{c.family}-{c.name}")
 def test_a_module_written_by_hand_is_counted_as_it_is_traced(config, precision):
     check(config, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", REST[0]])
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: c.name)
 def test_what_is_counted_is_what_the_module_does(config, precision):
     check(config, precision)

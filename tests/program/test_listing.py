@@ -13,6 +13,7 @@ from meshwright.program.listing import best_order
 from meshwright.program.orders import check_orders
 from meshwright.program.refine import refined
 from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
+from soaks import tenth
 
 
 def check(work: Work, looked_at: int) -> None:
@@ -76,7 +77,7 @@ def test_pipelines_are_within_three_percent_of_the_optimum():
     pytest.importorskip("ortools", reason="the exact solver is not installed")
     from optimum import least_seconds
 
-    for seed in range(100):
+    for seed in range(tenth(400)):
         work = random_work(Random(seed))
         codes = best_order(work)
         assert codes is not None

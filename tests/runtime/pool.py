@@ -12,15 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ranks import EXIT_SECONDS, _collect, _context, _rank
+from ranks import EXIT_SECONDS, _collect, _context, _rank, start_server
 
 
 class Pool:
-    """As `run_ranks`, in the same processes each time; a failure ends them, the next call starts
-    new ones."""
+    """Does what `run_ranks` does, in the same processes each time.
 
-    def __init__(self, size: int, limit: float) -> None:
-        self.size = size
+    It starts a process when a call first needs one more. A failure ends all of them; the next call
+    starts new ones.
+    """
+
+    def __init__(self, limit: float) -> None:
         self.limit = limit
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -41,8 +43,7 @@ class Pool:
 
         Raises AssertionError with what went wrong on every rank.
         """
-        if not self._processes:
-            self._start()
+        self._start(count - len(self._processes))
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank, pipe in enumerate(self._pipes[:count]):
@@ -54,8 +55,9 @@ class Pool:
         assert not failures, "\n".join(failures)
         return [value for _, value in results]
 
-    def _start(self) -> None:
-        for _ in range(self.size):
+    def _start(self, count: int) -> None:
+        start_server()
+        for _ in range(count):
             ours, theirs = _context.Pipe()
             process = _context.Process(target=_serve, args=(theirs,))
             process.start()

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,26 @@ EXIT_SECONDS = 20.0
 """A process that has said its word must be gone after this."""
 TIMEOUT = timedelta(seconds=30)
 
-# A server that has imported all this once forks every rank in milliseconds. It looks for modules
-# where any Python does, not in folders of tests, and passes over what it does not find.
-PRELOADED = [
-    "pytest",
-    "torch._dynamo",
-    "torch.distributed",
-    "meshwright.model.zoo.gpt",
-    "meshwright.model.zoo.llama",
-    "meshwright.model.zoo.uneven",
-    "meshwright.runtime.engine",
-]
+# A server that has imported all this once forks every rank in milliseconds. It passes over what it
+# does not find.
+PRELOADED = ["pytest", "torch._dynamo", "torch.distributed", "meshwright.runtime.engine", "warm"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
+
+
+def start_server() -> None:
+    """Starts the process that ranks are forked from, where it finds the modules of tests, too."""
+    here = Path(__file__).parent
+    known = os.environ.get("PYTHONPATH")
+    folders = [str(here), str(here.parent), *([known] if known else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if known is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = known
 
 
 def run_ranks(
@@ -65,6 +73,7 @@ def settle(
     count: int, function: Callable[..., Any], args: tuple[Any, ...], store: Path, limit: float
 ) -> list[tuple[bool, Any]]:
     """Starts the ranks, hears them, and sees them end."""
+    start_server()
     pipes = [_context.Pipe(duplex=False) for _ in range(count)]
     processes = [
         _context.Process(target=_rank, args=(function, r, count, str(store), ours, args))

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from cases import CASES, KINDS, batch
 from ranks import run_ranks
+from test_parity import graph
+
+from meshwright.model.spec import LayerGraph
 
 NAMES = [f"{kind}, 2x1 to 1x2, skips" for kind in KINDS]
 
 
-def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
+def play(rank: int, graph: LayerGraph) -> dict[str, tuple[int, int, Counter[str] | None]]:
     """For each case: bytes that left in one step, those of the program, and labels of the
     timeline."""
     from meshwright.runtime.engine import Engine
@@ -40,6 +43,7 @@ def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
             case.model(),
             case.plan,
             inputs=batch(0),
+            graph=graph,
             optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
         ) as engine:
             left[0] = 0
@@ -56,7 +60,7 @@ def play(rank: int) -> dict[str, tuple[int, int, Counter[str] | None]]:
 
 
 def test_bytes_are_the_plans_and_the_timeline_is_whole() -> None:
-    ranks = run_ranks(4, play)
+    ranks = run_ranks(4, play, graph(CASES[NAMES[0]].model))
     for name in NAMES:
         for each in ranks:
             sent, planned, _ = each[name]

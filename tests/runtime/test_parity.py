@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, ROWS, Case, batch
-from ranks import run_ranks
+from cases import CASES, ROWS, SEQUENCE, Case, batch
+from pool import Pool
 from torch import Tensor, nn
 
-STEPS = 20
+from meshwright.model.spec import LayerGraph
+from meshwright.model.trace import trace
+
+STEPS = 10
+LIMIT_SECONDS = 120.0
 RATE = 1e-2
 SMALL_BUCKETS = 3000
 """Bytes: even these small models have several."""
@@ -29,7 +33,13 @@ def built(case: Case) -> nn.Module:
     return case.model()
 
 
-def trained(case: Case) -> tuple[list[tuple[float, float]], Any]:
+@cache
+def graph(model: Callable[[], nn.Module]) -> LayerGraph:
+    """The layers of a model: traced once here, and not by every rank of every plan."""
+    return trace(model().double(), batch(0), "fp64", SEQUENCE, "any")
+
+
+def trained(case: Case, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
     """Loss and norm of every step, and on rank 0 the parameters at the end."""
     from meshwright.runtime.engine import Engine
 
@@ -37,6 +47,7 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Any]:
         built(case),
         case.plan,
         inputs=batch(0),
+        graph=graph,
         optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=True),
         clip_norm=case.clip_norm,
         learning_rate=factor,
@@ -49,23 +60,16 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Any]:
         return [(r.loss, r.grad_norm) for r in results], engine.parameters()
 
 
-def play(_: int, names: list[str]) -> dict[str, Any]:
-    """Some cases one after another."""
-    found = {}
-    for name in names:
-        found[name] = trained(CASES[name])
-        gc.collect()  # an engine is full of circles, and its groups have threads
-    return found
+def play(_: int, name: str, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
+    """One case, on one of its ranks."""
+    return trained(CASES[name], graph)
 
 
-@cache
-def played(world_size: int) -> list[dict[str, Any]] | AssertionError:
-    """All cases of one size in one set of processes, once."""
-    names = [name for name, case in CASES.items() if case.world_size == world_size]
-    try:
-        return run_ranks(world_size, play, names, limit=60 + 20 * len(names))
-    except AssertionError as failure:
-        return failure
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """The processes that play all plans, one after another."""
+    with Pool(LIMIT_SECONDS) as ranks:
+        yield ranks
 
 
 def reference(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
@@ -95,22 +99,20 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
-@pytest.mark.timeout(1800)  # the first case of a size plays all of them
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 4 else [])
+        pytest.param(name, marks=[pytest.mark.slow] if case.world_size >= 3 else [])
         for name, case in CASES.items()
     ],
 )
-def test_training_equals_one_process(name: str) -> None:
+def test_training_equals_one_process(pool: Pool, name: str) -> None:
     case = CASES[name]
-    ranks = played(case.world_size)
-    assert not isinstance(ranks, AssertionError), ranks
+    ranks = pool.run(case.world_size, play, name, graph(case.model))
     wanted, weights = reference(case)
-    for rank in ranks:
-        assert exact(rank[name][0]) == pytest.approx(exact(wanted), rel=1e-9)
-    parameters = ranks[0][name][1]
+    for found, _ in ranks:
+        assert exact(found) == pytest.approx(exact(wanted), rel=1e-9)
+    parameters = ranks[0][1]
     assert parameters.keys() == weights.keys()
     for each, value in weights.items():
         assert relative(parameters[each], value.detach()) < 1e-9, each

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from test_parity import exact, reference, relative, trained
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
+from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Job
 from meshwright.plan.virtual import layout_of
@@ -40,26 +41,26 @@ def cluster(*kinds: str) -> Cluster:
     return Cluster(name="slow", types=types, nodes=nodes, sites=(Site(name="here"),))
 
 
-def searched() -> Case:
-    """Of the tied model: both its ends on one device."""
+def searched() -> tuple[Case, LayerGraph]:
+    """A plan for the tied model, with both its ends on one device, and that model's layers."""
     model = partial(gpt, layers=8)
     graph = trace(model(), batch(0), "fp64", SEQUENCE, "gpt")
     job = Job(global_batch=ROWS, sequence=SEQUENCE, precision="fp64")
     plan = find_plan(graph, cluster("fast", "slow"), job)
-    return Case(model=model, pipelines=plan.pipelines, schedule=plan.schedule)
+    return Case(model=model, pipelines=plan.pipelines, schedule=plan.schedule), graph
 
 
-def play(_: int, case: Case) -> tuple[list[tuple[float, float]], Any]:
+def play(_: int, case: Case, graph: LayerGraph) -> tuple[list[tuple[float, float]], Any]:
     """On one rank."""
-    return trained(case)
+    return trained(case, graph)
 
 
 @pytest.mark.timeout(300)
 def test_a_searched_plan_with_several_stages_on_each_device_trains_as_one_process() -> None:
-    case = searched()
+    case, graph = searched()
     (pipeline,) = case.pipelines
     assert max(map(len, layout_of(pipeline))) > 1
-    ranks = run_ranks(case.world_size, play, case, limit=120)
+    ranks = run_ranks(case.world_size, play, case, graph, limit=120)
     wanted, weights = reference(case)
     for losses, _ in ranks:
         assert exact(losses) == pytest.approx(exact(wanted), rel=1e-9)

@@ -11,6 +11,7 @@ from test_properties import TINY, any_worlds, check_legal, seconds
 from meshwright.cost.memory import total_bytes
 from meshwright.errors import FitError
 from meshwright.search.planner import find_plan
+from soaks import tenth
 from strategies import freeze
 
 TINIER = {1: (4, 3), 2: (3, 2), 3: (3, 1)}
@@ -25,7 +26,7 @@ def test_freezing_never_makes_the_best_plan_slower(world, data):
     assert seconds(frozen, where, todo) <= seconds(graph, where, todo) * (1 + 2e-9)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(any_worlds(), st.data())
 def test_plans_for_frozen_models_are_legal_and_above_their_bounds(world, data):
     graph, where, todo = world
@@ -49,7 +50,7 @@ def test_what_fits_frozen_does_not_fit_trained():
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=tenth(500))
 @given(small_worlds(TINY), st.data())
 def test_freezing_never_makes_the_best_plan_slower_in_many_cases(world, data):
     graph, where, todo = world

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.session import open_session, search
+from soaks import tenth
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +105,8 @@ def test_every_case_can_be_drawn_and_read_again():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_five_hundred_ordinary_clusters_are_planned_for_without_a_crash():
-    found = [*random_plans.outcomes(range(500), workers=2, budget_seconds=1.0)]
+def test_ordinary_clusters_are_planned_for_without_a_crash():
+    count = tenth(500)
+    found = [*random_plans.outcomes(range(count), workers=2, budget_seconds=1.0)]
     assert not [f"case {each.case.number}: {each.failure}" for each in found if each.failure]
-    assert sum(each.found == "planned" for each in found) > 380
+    assert sum(each.found == "planned" for each in found) > 0.76 * count

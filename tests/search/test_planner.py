@@ -39,7 +39,7 @@ def worlds(draw):
     return graph, cluster(*kinds, network=network), job(draw(st.sampled_from([1, 3, 8])))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(worlds())
 def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     graph, where, todo = world

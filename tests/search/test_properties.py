@@ -17,6 +17,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
+from soaks import tenth
 
 TINY = {1: (4, 4), 2: (4, 3), 3: (3, 2)}
 """Devices: layers and rows; the whole space is searched."""
@@ -119,7 +120,7 @@ def test_doubling_the_batch_never_lowers_throughput(world):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=tenth(100))
 @given(any_worlds())
 def test_doubling_the_batch_hardly_lowers_throughput_where_the_space_is_not_searched_whole(world):
     no_less_throughput(*world, slack=0.03)
@@ -153,7 +154,7 @@ def check_legal(world):
     assert certificate(costs_of(graph, where, todo)).seconds <= found.step_seconds * (1 + 1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(any_worlds())
 def test_every_plan_holds_every_layer_and_fits(world):
     check_legal(world)
@@ -161,7 +162,7 @@ def test_every_plan_holds_every_layer_and_fits(world):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=80, database=None)
+@settings(max_examples=tenth(200), database=None)
 @given(any_worlds())
 def test_every_plan_holds_every_layer_and_fits_in_many_cases(world):
     check_legal(world)

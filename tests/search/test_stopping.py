@@ -31,6 +31,7 @@ from meshwright.search.plain import plain_plan
 from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
 from meshwright.stopping import Stopped, look, until
+from soaks import tenth
 
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
 
@@ -147,7 +148,7 @@ def test_whenever_a_search_is_stopped_what_it_says_is_so(name, share):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", WORLDS)
-@settings(max_examples=60, database=None)
+@settings(max_examples=tenth(60), database=None)
 @given(data=st.data())
 def test_whenever_a_search_is_stopped_what_it_says_is_so_at_many_moments(name, data):
     looks = uninterrupted(name)[1]

@@ -75,8 +75,9 @@ class Engine:
     not wait for late ones, and `optimizer` is called once for each bucket's parameters. (Not so
     under fp16: all ranks must agree on its loss scale first.) `debug`: every message has a header
     that is checked on arrival, and the first layer with a non-finite value is named. `compile`:
-    layers run through torch.compile. `observer`: functions to be called as this rank works. A rank
-    that waits `timeout_seconds` for another takes it for lost. Raises a MeshwrightError if plan,
+    layers run through torch.compile. `observer`: functions to be called as this rank works.
+    `graph`: the layers of the model, which every rank traces itself if it is absent. A rank that
+    waits `timeout_seconds` for another takes it for lost. Raises a MeshwrightError if plan,
     model and processes do not fit together.
     """
 
@@ -87,6 +88,7 @@ class Engine:
         *,
         inputs: tuple[Tensor, ...],
         optimizer: OptimizerFactory,
+        graph: LayerGraph | None = None,
         clip_norm: float | None = None,
         learning_rate: Schedule | None = None,
         seed: int = 0,
@@ -99,9 +101,13 @@ class Engine:
     ) -> None:
         self.plan, job = plan, plan.job
         set_precision(model, job.precision)
-        shared = divides_layers(plan)
-        self.model: LayerGraph = trace(
-            model, inputs, job.precision, job.sequence, plan.model.name, divided=shared
+        self.model: LayerGraph = graph or trace(
+            model,
+            inputs,
+            job.precision,
+            job.sequence,
+            plan.model.name,
+            divided=divides_layers(plan),
         )
         validate_plan(plan, self.model)
         self._early = clip_norm is None and job.precision != "fp16"
