@@ -217,6 +217,7 @@ def regular(tool: str) -> dict[str, Answer]:
         "stage.devices": planned("degrees, and launch.sh"),
         "stage.rows": planned("equal shares, else refused"),
         "stage.recompute": planned("all stages or none"),
+        "stage.states": only(None, lacks="divided optimizer states"),
         "stage.boundary": Answer("direct, else listed", note=boundary),
         "job.global_batch": planned("rows of a step"),
         "job.sequence": planned("length of a row"),
