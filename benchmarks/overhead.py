@@ -123,7 +123,7 @@ def worker(options: argparse.Namespace) -> None:
     rows = clock.around(lambda a, b: tuple(x[a:b] for x in batch))
     samples: Samples = defaultdict(list)
     actions = engine._actions
-    timed = [(measured(act, samples[i.op.value], clock), i) for act, i in actions]
+    timed = [(measured(act, samples[str(i.op)], clock), i) for act, i in actions]
     small = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=1, tied=False)
 
     def work() -> None:
