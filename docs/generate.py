@@ -26,7 +26,7 @@ from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, properties_kn
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED, followed
-from meshwright.plan.spec import BoundaryKind
+from meshwright.plan.spec import BoundaryKind, StateLevel
 from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
 from meshwright.units import format_bytes, format_flops, format_throughput
@@ -35,7 +35,12 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "meshwright"
 PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-CHOICES = {"Precision": Precision, "Mode": Mode, "BoundaryKind": BoundaryKind}
+CHOICES = {
+    "Precision": Precision,
+    "Mode": Mode,
+    "BoundaryKind": BoundaryKind,
+    "StateLevel": StateLevel,
+}
 
 
 def _one_of(values: Iterable[object]) -> str:

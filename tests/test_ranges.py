@@ -24,6 +24,7 @@ from meshwright.model.files import ModelFile
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import Rows, checked, checked_value, parse, plain, record
 from meshwright.runtime.profile import ProfileSettings
@@ -96,7 +97,7 @@ def test_every_number_has_two_ends_and_every_text_one(kind: type) -> None:
             chosen = any(isinstance(m, AfterValidator) for m in marks)
             complete = "high" in bounds(marks) or chosen
         else:
-            complete = issubclass(of, Enum)
+            complete = issubclass(of, Enum | Op)
         if not complete:
             gaps.append(place)
     assert gaps == [], "give each a range beside its field: records.py has types for it"

@@ -31,6 +31,7 @@ from meshwright.model.config import LanguageModel
 from meshwright.model.hf import from_config, language_model
 from meshwright.model.transformer.spec import Architecture, Norm
 from meshwright.model.transformer.usual import differences, made_of
+from meshwright.plan.spec import StateDivision
 
 TABLES: dict[str, Answers] = {
     "torchtitan": torchtitan.ANSWERS,
@@ -158,6 +159,7 @@ PLANS = {
     "stage.devices": (make("5|5", model=LLAMA), make("5|5", model=LLAMA, data=2)),
     "stage.recompute": None,
     "stage.rows": None,
+    "stage.states": None,
     "stage.boundary": None,
 }
 """Two plans that differ in a field, and in what must follow from it."""
@@ -174,7 +176,11 @@ def changed(name: str) -> tuple[Any, Any]:
     if field == "recompute":
         return one, (recomputing(plan), model)
     (pipeline,) = plan.pipelines
-    value = {"rows": (3, 1), "boundary": "broadcast"}[field]
+    value = {
+        "rows": (3, 1),
+        "boundary": "broadcast",
+        "states": StateDivision(optimizer="all"),
+    }[field]
     stages = (pipeline.stages[0], replace(pipeline.stages[1], **{field: value}))
     return one, (replace(plan, pipelines=(replace(pipeline, stages=stages),)), model)
 

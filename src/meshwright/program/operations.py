@@ -104,7 +104,9 @@ class Op(str):
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
         """Read an operation from a file by its word."""
         return core_schema.no_info_after_validator_function(
-            operation, core_schema.str_schema(), serialization=core_schema.to_string_ser_schema()
+            operation,
+            core_schema.str_schema(max_length=64),
+            serialization=core_schema.to_string_ser_schema(),
         )
 
 
