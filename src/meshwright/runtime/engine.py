@@ -101,14 +101,7 @@ class Engine:
     ) -> None:
         self.plan, job = plan, plan.job
         set_precision(model, job.precision)
-        self.model: LayerGraph = graph or trace(
-            model,
-            inputs,
-            job.precision,
-            job.sequence,
-            plan.model.name,
-            divided=divides_layers(plan),
-        )
+        self.model = graph or _traced(model, inputs, plan)
         validate_plan(plan, self.model)
         self._early = clip_norm is None and job.precision != "fp16"
         self.program = compile_plan(
@@ -309,3 +302,9 @@ class Engine:
         assert self._clip_norm is not None, "only clipped weights wait for the norm"
         factor = clip_factor_on_device(totals[1].sqrt(), self._clip_norm)
         update.run_on_device(totals[:2].isfinite().all(), rate, factor)
+
+
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan) -> LayerGraph:
+    """Traces the model for a plan: tensor widths are looked at only if a layer is divided."""
+    job, shared = plan.job, divides_layers(plan)
+    return trace(model, inputs, job.precision, job.sequence, plan.model.name, divided=shared)
