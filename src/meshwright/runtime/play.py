@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,8 +139,7 @@ class Player:
                 return partial(self._gather, i)
             case _ if i.op.of_gradients:
                 return partial(self.own.reducer.arm, i)
-        bind: Callable[[Player, Instruction], Action] = _handlers()[i.op]
-        return bind(self, i)
+        return _handlers()[i.op](self, i)
 
     # Computing.
 
@@ -319,7 +317,7 @@ class Player:
 
 
 @cache
-def _handlers() -> dict[Op, Any]:
+def _handlers() -> dict[Op, Callable[[Player, Instruction], Action]]:
     """What binds each operation that the techniques have added."""
     return {op: bind for room in rooms_with("runtime") for op, bind in room.HANDLERS.items()}
 
