@@ -55,7 +55,6 @@ OF_PARTS = {
     "program": "program",
     "price": "cost",
     "memory": "cost",
-    "options": "search",
     "runtime": "runtime",
 }
 """The floor of each file in a technique's room: that of the part of the kernel that reads it."""

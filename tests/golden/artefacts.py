@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cluster.files import load_cluster
@@ -50,13 +49,12 @@ def texts(cluster: str, model: str) -> dict[str, str]:
     plan = load_plan(plan_file(cluster, model))
     graph = load_model(model, JOB.sequence, JOB.precision)
     machines = load_cluster(CLUSTERS / f"{cluster}.toml")
-    unclipped = replace(plan, prediction=None)
     return {
         "program": program_text(compile_plan(plan, graph)),
         "program without clipping": program_text(compile_plan(plan, graph, clipped=False)),
         "timeline": "\n".join(_lines(simulate_plan(plan, graph, machines))),
         "timeline without clipping": "\n".join(
-            _lines(simulate_plan(unclipped, graph, machines, clipped=False))
+            _lines(simulate_plan(plan, graph, machines, clipped=False))
         ),
         "memory": "\n".join(dumps(each) for each in device_memory(plan, graph, machines)),
     }

@@ -16,7 +16,6 @@ from meshwright.cost.pricing_context import (
     Price,
     PricingContext,
     RankContext,
-    num_micro_batches,
     one_in_flight,
     tensor_width,
 )
@@ -26,7 +25,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView, Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.buckets import completing_layer
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Instruction, Program, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.records import record
 from meshwright.stopping import look
@@ -116,7 +115,7 @@ def _prices(rank: RankContext) -> tuple[Price, ...]:
     found = []
     for index, i in enumerate(rank.instructions):
         if i.op.part == "compute":
-            key = (i.stage, i.op, num_micro_batches(i))
+            key = (i.stage, i.op, len(micro_batches_of(i)))
             if key not in known:
                 known[key] = pricings()[i.op](i, rank)
             priced = known[key]
@@ -133,9 +132,9 @@ def _completion_seconds(rank: RankContext, reduction: Instruction, backward: int
     """Return the seconds from the start of a backward to the moment at which the gradients of a
     reduction are complete."""
     i = rank.instructions[backward]
-    seated, context = rank.seat(i), rank.plan
+    seated, context = rank.seat(i), rank.pricing
     layers = seated.stage.layers
-    seconds = seated.computes.of(i.op, num_micro_batches(i))
+    seconds = seated.computes.of(i.op, len(micro_batches_of(i)))
     layer = completing_layer(reduction, layers, context.model)
     offset = float(seconds[layer - layers[0] :].sum())
     return offset + context.system.reduction_delay * (float(seconds.sum()) - offset)

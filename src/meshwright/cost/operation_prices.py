@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import cache
 
@@ -10,18 +10,17 @@ from meshwright.cost.collective import Traffic, all_gather, all_reduce, boundary
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.memory import half_bytes
 from meshwright.cost.pricing_context import (
-    NOTHING,
+    Collective,
     Price,
     Pricing,
     PricingContext,
     RankContext,
-    num_micro_batches,
     one_in_flight,
     tensor_width,
 )
 from meshwright.cost.weights import rank_parameters
 from meshwright.program.buckets import gradient_bytes
-from meshwright.program.instructions import Instruction, Key
+from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.techniques import rooms_with
 
@@ -51,7 +50,7 @@ def pricings() -> dict[Op, Pricing]:
 
 def compute_price(i: Instruction, rank: RankContext) -> Price:
     """Price a forward, a backward or a part of one."""
-    context, seated = rank.plan, rank.seat(i)
+    context, seated = rank.pricing, rank.seat(i)
     full = float(one_in_flight(seated.stage, seated.seat, context).activations)
     rows = seated.seat.rows[1] - seated.seat.rows[0]
     tensor = tensor_width(seated.stage, seated.seat)
@@ -59,27 +58,22 @@ def compute_price(i: Instruction, rank: RankContext) -> Price:
         held = full if i.op is Op.FORWARD else -full
     else:
         half = half_bytes(context.tables, seated.stage, tensor, rows)
-        held = half - full if i.op is Op.BACKWARD_INPUT else -half * num_micro_batches(i)
-    return Price(seconds=float(seated.computes.of(i.op, num_micro_batches(i)).sum()), held=held)
+        held = half - full if i.op is Op.BACKWARD_INPUT else -half * len(micro_batches_of(i))
+    return Price(seconds=float(seated.computes.of(i.op, len(micro_batches_of(i))).sum()), held=held)
 
 
 def send_price(i: Instruction, rank: RankContext) -> Price:
     """Price a message; the first message of a broadcast pays for all of it."""
     assert i.peer is not None
-    context, device = rank.plan, rank.seat(i).seat.device
+    context, device = rank.pricing, rank.seat(i).seat.device
     if not i.ranks:
         target = context.plan.devices[i.peer]
         moved = boundary_transfer(context.links, device, target, i.bytes, context.system.boundary)
         return Price(traffic=replace(moved, sender=device if context.queued else None))
     if i.peer != i.ranks[1]:
         return Price()
-    key = (i.op, i.ranks, i.bytes)
-    if key not in context.crossings:
-        chain = [context.plan.devices[each] for each in i.ranks]
-        passed = broadcast(context.links, chain, i.bytes, step_latency=context.step_latency)
-        latency = passed.latency + context.system.boundary
-        context.crossings[key] = replace(passed, latency=latency)
-    return Price(traffic=context.crossings[key])
+    passed = collective(broadcast, i, i.bytes, context)
+    return Price(traffic=replace(passed, latency=passed.latency + context.system.boundary))
 
 
 def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 - a Pricing
@@ -89,72 +83,67 @@ def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 -
 
 def gather_price(i: Instruction, rank: RankContext) -> Price:
     """Price an all-gather of activations or gradients in a replica."""
-    context = rank.plan
-    key = (i.op, i.ranks, i.bytes)
-    if key not in context.crossings:
-        members = [context.plan.devices[each] for each in i.ranks]
-        context.crossings[key] = all_gather(
-            context.links, members, i.bytes, step_latency=context.step_latency
-        )
-    return Price(traffic=context.crossings[key])
+    return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
 
 
 def reduce_price(i: Instruction, rank: RankContext) -> Price:
     """Price an all-reduce of gradients."""
-    return Price(traffic=summed(i, i.bytes * rank.plan.system.gradient_width, rank.plan))
+    size = i.bytes * rank.pricing.system.gradient_width
+    return Price(traffic=collective(all_reduce, i, size, rank.pricing))
 
 
 def norm_price(i: Instruction, rank: RankContext) -> Price:
     """Price the all-reduce of loss and norm."""
-    return Price(traffic=summed(i, i.bytes * 1.0, rank.plan))
+    return Price(traffic=collective(all_reduce, i, i.bytes, rank.pricing))
 
 
-def summed(i: Instruction, size: float, context: PricingContext) -> Traffic:
-    """Return the traffic of an all-reduce of `size` bytes among an instruction's ranks."""
-    key = (i.ranks, size)
-    if len(i.ranks) > 1 and key not in context.reductions:
+def collective(kind: Collective, i: Instruction, size: float, context: PricingContext) -> Traffic:
+    """Return the traffic of a collective of `size` bytes among an instruction's ranks."""
+    key = (kind, i.ranks, size)
+    if key not in context.collectives:
         members = [context.plan.devices[each] for each in i.ranks]
-        context.reductions[key] = all_reduce(
+        context.collectives[key] = kind(
             context.links, members, size, step_latency=context.step_latency
         )
-    return context.reductions.get(key, NOTHING)
+    return context.collectives[key]
 
 
 def optimizer_price(i: Instruction, rank: RankContext) -> Price:
     """Price an optimizer step by the number of parameters that it updates."""
-    return price_of_update(updated_parameters(i, rank), i, rank)
-
-
-def price_of_update(parameters: float, i: Instruction, rank: RankContext) -> Price:
-    """Price the update of a number of parameters on a rank's device."""
-    context = rank.plan
+    context = rank.pricing
     return Price(
         seconds=optimizer_seconds(
             context.cluster.types[context.types[rank.seat(i).seat.device]],
             context.plan.job.optimizer,
-            max(parameters, 0.0),
+            max(_updated_parameters(i, rank), 0.0),
             context.profile,
             context.model.precision,
         )
     )
 
 
-def updated_parameters(i: Instruction, rank: RankContext) -> float:
+def _updated_parameters(i: Instruction, rank: RankContext) -> float:
     """Return the number of parameters that an optimizer step of a rank updates.
 
     If a rank has several steps, each updates the parameters whose gradients are reduced under the
     same layers or tied name; the step without such reductions updates all other parameters. A
-    single step updates every parameter of the rank.
+    single step updates every parameter of the rank. Of gradients that were scattered it updates
+    those that it has kept.
     """
-    context, seated = rank.plan, rank.seat(i)
+    context, seated = rank.pricing, rank.seat(i)
     steps = {(s.layers, s.tied) for s in rank.instructions if s.op is Op.OPTIMIZER_STEP}
     summed: Counter[Key] = Counter()
-    for each in rank.instructions:
-        if each.op.of_gradients and len(steps) > 1:
+    elsewhere: dict[Key, float] = defaultdict(float)
+    for each in (each for each in rank.instructions if each.op.of_gradients):
+        if len(steps) > 1:
             summed[each.layers, each.tied] += each.bytes
+        if each.op.scatters:
+            kept = each.bytes / len(each.ranks)
+            elsewhere[each.layers, each.tied] += each.bytes - kept
     width, tensor = gradient_bytes(context.plan.job), tensor_width(seated.stage, seated.seat)
     if (i.layers, i.tied) in summed:
-        return summed[i.layers, i.tied] / width
+        key = (i.layers, i.tied)
+        return (summed[key] - elsewhere[key]) / width
     weights = context.tables.plain.weights
     held = rank_parameters(weights, [s.stage for s in rank.stages.values()], tensor)
-    return held - summed.total() / width
+    return held - (summed.total() if len(steps) > 1 else sum(elsewhere.values())) / width

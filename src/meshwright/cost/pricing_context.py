@@ -18,6 +18,9 @@ from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
+Collective = Callable[..., Traffic]
+"""A function of cost.collective: links, devices and bytes to traffic."""
+
 NOTHING = Traffic(bytes_by_resource={})
 
 
@@ -56,11 +59,10 @@ class PricingContext:
     tables: MemoryTables
     types: dict[str, str]
     """The device type of every device, by name."""
-    reductions: dict[tuple[tuple[int, ...], float], Traffic] = field(default_factory=dict)
-    """The all-reduces priced so far, by members and bytes on the links: all members ask for the
-    same one."""
-    crossings: dict[tuple[object, ...], Traffic] = field(default_factory=dict)
-    """The broadcasts and gathers priced so far."""
+    collectives: dict[tuple[Collective, tuple[int, ...], float], Traffic] = field(
+        default_factory=dict
+    )
+    """The collectives priced so far, by kind, ranks and bytes: all members ask for the same one."""
     weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
     """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
 
@@ -81,7 +83,7 @@ class RankContext:
     instructions: Sequence[Instruction]
     stages: dict[int, PlacedStage]
     """Its seats, by number of the stage."""
-    plan: PricingContext
+    pricing: PricingContext
 
     def seat(self, i: Instruction) -> PlacedStage:
         """The seat in which the rank carries out an instruction."""
@@ -95,11 +97,6 @@ Pricing = Callable[[Instruction, RankContext], Price]
 def tensor_width(stage: StageSeats, seat: Seat) -> int:
     """Return the tensor width of the replica that a rank belongs to."""
     return len(stage.seats[seat.replica])
-
-
-def num_micro_batches(i: Instruction) -> int:
-    """Return the number of micro-batches that a compute instruction works on."""
-    return 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]
 
 
 def one_in_flight(stage: StageSeats, seat: Seat, context: PricingContext) -> StageMemory:

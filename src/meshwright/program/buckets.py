@@ -146,7 +146,14 @@ def completing_layer(reduction: Instruction, layers: tuple[int, int], model: Lay
 
     That is the first of its layers, or the stage's first user of its tied parameter.
     """
-    if reduction.layers is not None:
-        return reduction.layers[0]
-    users = next(tied.layers for tied in model.tied if tied.name == reduction.tied)
-    return min(layer for layer in users if layers[0] <= layer < layers[1])
+    summed = summed_layers(reduction.layers, reduction.tied, model)
+    return next(layer for layer in summed if layers[0] <= layer < layers[1])
+
+
+def summed_layers(
+    layers: tuple[int, int] | None, tied: str | None, model: LayerGraph
+) -> Sequence[int]:
+    """Return the layers, ascending, whose gradients are summed under some layers or a tied name."""
+    if layers is not None:
+        return range(*layers)
+    return next(each.layers for each in model.tied if each.name == tied)

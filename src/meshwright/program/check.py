@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.program.deadlock import deadlocks
-from meshwright.program.instructions import Instruction, Program, text
+from meshwright.program.instructions import Instruction, Program, micro_batches_of, text
 from meshwright.program.messages import Message, message
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 
@@ -77,7 +77,7 @@ def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> It
     whole: set[Task] = set()
     weights: set[Task] = set()
     for index, i in enumerate(instructions):
-        for m in _micro_batches(i):
+        for m in micro_batches_of(i):
             task = (i.stage, m)
             if i.op is Op.FORWARD:
                 forwards.add(task)
@@ -98,13 +98,6 @@ def _halves(rank: int, instructions: tuple[Instruction, ...], source: str) -> It
     for stage, m in sorted(inputs & whole):
         wanted = f"a {stage}B{m} or a {stage}I{m}, not both"
         yield Problem(source, f"rank {rank}", f"{stage}I{m}", wanted)
-
-
-def _micro_batches(i: Instruction) -> range:
-    """Return the micro-batches that a compute instruction works on."""
-    if i.micro_batches is not None:
-        return range(*i.micro_batches)
-    return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
 
 
 def _messages(program: Program, op: Op, rank: int) -> list[Message]:

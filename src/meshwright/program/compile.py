@@ -14,6 +14,7 @@ from meshwright.program.buckets import (
     Bucket,
     Sum,
     gradient_buckets,
+    summed_layers,
     sums_of,
     usual_bucket_bytes,
 )
@@ -207,11 +208,7 @@ def _reductions(
 
 def _completing(group: _Group, bucket: Bucket, model: LayerGraph) -> int:
     """Return the stage of a pipeline rank whose backward is the last to add to a bucket."""
-    layers: Sequence[int]
-    if bucket.layers is not None:
-        layers = bucket.layers[:1]
-    else:
-        layers = next(tied.layers for tied in model.tied if tied.name == bucket.tied)
+    layers = summed_layers(bucket.layers, bucket.tied, model)
     holders = [
         s
         for s, stage in group.stages.items()

@@ -76,6 +76,18 @@ Key = tuple[tuple[int, int] | None, str | None]
 """The layers or the tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP."""
 
 
+def micro_batches_of(i: Instruction) -> range:
+    """Return the micro-batches that an instruction works on; there is none at the end of a step."""
+    if i.micro_batches is not None:
+        return range(*i.micro_batches)
+    return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
+
+
+def collective_key(i: Instruction) -> tuple[object, ...]:
+    """Return what is equal on all members of a collective."""
+    return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
+
+
 @record
 class Program:
     """Holds the instructions of every rank in one optimizer step."""

@@ -50,6 +50,8 @@ class Op(str):
     of_gradients: bool
     """True for a posted collective that starts, inside a backward, once its gradients are complete;
     others start when they are posted."""
+    scatters: bool
+    """True for a sum of gradients of which each member keeps an equal share."""
     meets: tuple[str, ...]
     """The fields of the instruction that are equal on all members of a collective, beside its
     ranks. Calls that are equal in all of them meet in the order of each rank's list."""
@@ -84,6 +86,7 @@ class Op(str):
         awaits: Reductions = "none",
         completes_gradients: bool = False,
         of_gradients: bool = False,
+        scatters: bool = False,
         meets: tuple[str, ...] = (),
         ends_step: bool = False,
         named_by_layers: bool = False,
@@ -92,7 +95,8 @@ class Op(str):
         new = super().__new__(cls, word)
         new.kind, new.stream, new.part = kind, stream, part
         new.blocks, new.reads, new.awaits = blocks, reads, awaits
-        new.completes_gradients, new.of_gradients = completes_gradients, of_gradients
+        new.completes_gradients = completes_gradients
+        new.of_gradients, new.scatters = of_gradients, scatters
         new.meets, new.ends_step, new.named_by_layers = meets, ends_step, named_by_layers
         return new
 
@@ -110,7 +114,8 @@ class Op(str):
         )
 
 
-_OF_LAYERS = ("layers", "tied", "tile")
+OF_LAYERS = ("layers", "tied", "tile")
+"""The fields that name the parameters which a collective is about."""
 _OF_ROWS = ("stage", "micro_batch", "rows")
 
 Op.RECV_F = Op("RECV_F", "receive", "receive", "transfers")
@@ -141,7 +146,7 @@ Op.GATHER_B = Op(
 """Put the gradients of a cut together in the same way."""
 Op.REDUCE_GRAD = Op(
     "REDUCE_GRAD", "collective", "reduce", "reductions",
-    of_gradients=True, meets=_OF_LAYERS, named_by_layers=True,
+    of_gradients=True, meets=OF_LAYERS, named_by_layers=True,
 )  # fmt: skip
 """Sum the gradients of some layers over every rank that holds them."""
 Op.REDUCE_NORM = Op(

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import (
+    Instruction,
+    Program,
+    collective_key,
+    micro_batches_of,
+)
 from meshwright.program.operations import (
     MATCHING_RECEIVE,
     Op,
@@ -199,14 +204,6 @@ class Recorder:
         return self.record
 
 
-def micro_batches_of(i: Instruction) -> Sequence[int]:
-    """Returns the micro-batches that an instruction computes; a W may have several."""
-    if i.micro_batches is not None:
-        return range(*i.micro_batches)
-    assert i.micro_batch is not None
-    return (i.micro_batch,)
-
-
 def _at(seconds: float) -> Moment:
     return lambda: seconds
 
@@ -292,7 +289,7 @@ def _meeting(rank: int, i: Instruction) -> _Meeting:
     if i.op.kind == "receive":
         return (i.op, i.peer, rank, i.stage, i.micro_batch, i.rows)
     if i.op.kind == "collective":
-        return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
+        return collective_key(i)
     return (i.op, rank, i.stage, i.micro_batch, i.micro_batches)
 
 

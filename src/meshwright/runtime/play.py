@@ -17,11 +17,11 @@ from torch.distributed import Work
 
 from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Instruction, Key
+from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
-from meshwright.runtime.measure import Recorder, micro_batches_of, under_way
+from meshwright.runtime.measure import Recorder, under_way
 from meshwright.runtime.observer import Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows

@@ -32,15 +32,26 @@ from meshwright.runtime.run import (
 from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, warmup_cosine
 
 
-def run(folder: Path, observer: Observer | None = None) -> None:
-    """Trains as the run folder says. Raises LaunchError for an emulated device without observer."""
+def run(folder: Path) -> None:
+    """Trains as the run folder says. Raises LaunchError for an emulated device."""
     settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
     plan = load_plan(folder / PLAN)
     rank = int(os.environ.get("RANK", "0"))
     device = plan.devices[rank] if rank < len(plan.devices) else ""
-    if observer is None and device in settings.shares:
+    if device in settings.shares:
         found, wanted = f"{settings.shares[device]:g}", "a rank that a testbed has started"
         raise LaunchError(Problem(str(folder / SETTINGS), f"shares.{device}", found, wanted))
+    train_rank(folder, settings, plan, rank)
+
+
+def train_rank(
+    folder: Path,
+    settings: RunSettings,
+    plan: Plan,
+    rank: int,
+    observer: Observer | None = None,
+) -> None:
+    """Trains as one rank of a plan; the first one writes metrics, timeline and weights."""
     vocabulary = vocabulary_of(settings.model)
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)

@@ -19,7 +19,7 @@ from meshwright.errors import Problem, ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Instruction, Key, Program, text
+from meshwright.program.instructions import Instruction, Key, Program, collective_key, text
 from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
@@ -110,7 +110,7 @@ class _Step:
             turn: dict[Any, int] = defaultdict(int)
             for index, i in enumerate(instructions):
                 if i.op.kind == "collective":
-                    key = (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
+                    key = collective_key(i)
                     turn[key] += 1
                     group = groups[(key, turn[key])]
                     group.members.append((rank, index))

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from meshwright.model.spec import LayerGraph
-from meshwright.program.instructions import Instruction
+from meshwright.program.instructions import Instruction, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly
 from meshwright.runtime.dilation import Dilation, Dilator, timed_by
-from meshwright.runtime.measure import micro_batches_of
 from meshwright.runtime.observer import Observer
 from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.testbed.times import RankTimes, part_key

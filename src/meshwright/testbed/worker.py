@@ -25,8 +25,7 @@ from meshwright.runtime.failure import rank_process
 from meshwright.runtime.run import METRICS, PLAN, SETTINGS, TIMELINE, RunSettings
 from meshwright.runtime.train import run_steps
 from meshwright.runtime.variables import RANK
-from meshwright.runtime.worker import rows_of, write_line
-from meshwright.runtime.worker import run as train
+from meshwright.runtime.worker import rows_of, train_rank, write_line
 from meshwright.testbed.times import TIMES, RankTimes, VirtualTimes
 from meshwright.testbed.virtual import virtual_device
 
@@ -40,7 +39,8 @@ def run(folder: Path) -> None:
         run_virtual(folder, settings, plan, times)
         return
     share = settings.shares.get(plan.devices[rank])
-    train(folder, timed_by(Dilator(Dilation(share=share))) if share else None)
+    observer = timed_by(Dilator(Dilation(share=share))) if share else None
+    train_rank(folder, settings, plan, rank, observer)
 
 
 def run_virtual(folder: Path, settings: RunSettings, plan: Plan, times: RankTimes) -> None:

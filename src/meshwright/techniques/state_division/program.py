@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView
+from meshwright.program.buckets import summed_layers
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
@@ -40,12 +40,4 @@ def _gathered(
 
 def _is_divided(i: Instruction, rank: RankView) -> bool:
     """True if every stage that holds what a reduction sums divides its states."""
-    return all(map(divides, holders(rank.plan, summed_layers(i, rank.model))))
-
-
-def summed_layers(i: Instruction, model: LayerGraph) -> Sequence[int]:
-    """The layers whose gradients a reduction sums: some whole ones, or the users of a tied
-    parameter."""
-    if i.layers is not None:
-        return range(*i.layers)
-    return next(tied.layers for tied in model.tied if tied.name == i.tied)
+    return all(map(divides, holders(rank.plan, summed_layers(i.layers, i.tied, rank.model))))

@@ -6,7 +6,7 @@ up to a multiple of the number of ranks. Each rank's optimizer updates one slice
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ def _share(bucket: FlatBucket, flat: Tensor) -> Tensor:
     return flat.chunk(count)[rank]
 
 
-def scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, object]:
+def scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, Callable[[], None]]:
     """Start the sum of a bucket's gradients; this rank's share is valid afterwards."""
     group = bucket.members[i.tile].group
     if bucket.buffer.is_cuda:
