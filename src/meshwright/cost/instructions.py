@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cluster.topology import Resource, topology
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.constants import system_constants
 from meshwright.cost.links import messages_queue, overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import adjusted, framework_bytes, memory_tables, together
@@ -53,22 +53,26 @@ def price(
     model: LayerGraph,
     cluster: Cluster,
     profile: Profile | None = None,
+    *,
+    links: Topology | None = None,
 ) -> Prices:
     """Price every instruction of a plan's program; some ranks of it may have no instructions.
 
+    `links` is the topology of the cluster with the links of the profile, if the caller has it.
     Raises ClusterError if a device does not offer the model's precision.
     """
+    links = links or topology(reached_links(cluster, profile))
     context = PricingContext(
         model=model,
         plan=plan,
         cluster=cluster,
         profile=profile,
-        links=topology(reached_links(cluster, profile)),
+        links=links,
         step_latency=ring_step(profile),
         queued=messages_queue(cluster),
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
-        types={device.name: device.type for device in devices_of(cluster)},
+        types={name: device.type for name, device in links.devices.items()},
     )
     times = Times(model, cluster, profile, context.links, context.step_latency)
     held: dict[int, dict[int, PlacedStage]] = {rank: {} for rank in range(len(plan.devices))}

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView, Seat, StageSeats, held_together, stage_seats
+from meshwright.plan.ranks import RankView, Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
@@ -41,8 +41,7 @@ class _Group:
     """The stages, by position in the pipeline."""
     order: Order
     boundaries: dict[int, Boundaries]
-    """The messages of each stage, by position in the pipeline, without those between stages on the
-    same ranks."""
+    """The messages of each stage, by position in the pipeline."""
     arriving: dict[int, tuple[int, ...]]
     """For the index of an action: the indices of the later actions whose receives are posted ahead
     of it."""
@@ -72,7 +71,7 @@ def compile_plan(
     buckets = gradient_buckets(model, plan.job, stages, size)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
-    for group in _groups(plan, stages, model):
+    for group in _groups(plan, stages, model, only):
         look()
         first, *others = group.stages.values()
         for seat in (seat for replica in first.seats for seat in replica):
@@ -119,7 +118,9 @@ def _early_updates(
         yield replace(whole, layers=layers, tied=tied)
 
 
-def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[_Group]:
+def _groups(
+    plan: Plan, stages: Sequence[StageSeats], model: LayerGraph, only: Container[int] | None
+) -> Iterator[_Group]:
     """Yield the pipeline ranks of all pipelines."""
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
@@ -130,7 +131,7 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
             yield _Group(
                 stages=held,
                 order=order,
-                boundaries={s: _boundaries(stage, stages, model) for s, stage in held.items()},
+                boundaries={s: boundaries_of(stage, stages, model, only) for s, stage in held.items()},
                 arriving=arriving[position],
                 last_backward={
                     action.stage: index
@@ -138,20 +139,6 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
                     if action.op.completes_gradients
                 },
             )
-
-
-def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
-    """Return what a stage exchanges with other ranks, without what stays on the same ones."""
-    found = boundaries_of(stage, stages, model)
-    stays: set[Op] = set()
-    if not stage.is_first and held_together(stage, stages[stage.number - 1]):
-        stays |= {Op.RECV_F, Op.SEND_B}
-    if not stage.is_last and held_together(stage, stages[stage.number + 1]):
-        stays |= {Op.RECV_B, Op.SEND_F}
-    return Boundaries(
-        incoming={op: b for op, b in found.incoming.items() if b.op not in stays},
-        outgoing={op: b for op, b in found.outgoing.items() if b.op not in stays},
-    )
 
 
 def _group_program(

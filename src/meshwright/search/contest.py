@@ -111,10 +111,15 @@ class Contest:
         return self.late or self.work <= 0
 
 
+def simulated(costs: Costs, plan: Plan) -> Timeline:
+    """Return the simulated step of a plan that fits."""
+    return simulate_folded(plan, costs.model, costs.cluster, costs.profile, links=costs.links)
+
+
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = contest.costs
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    timeline = simulated(costs, plan)
     played = Played(name, plan, timeline.step_seconds)
     insort(contest.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
     del contest.timelines[TIMELINES:]
@@ -184,8 +189,6 @@ def timeline_of(contest: Contest, played: Played) -> Timeline | None:
 def parts_in(contest: Contest, played: Played) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
     costs = contest.costs
-    timeline = timeline_of(contest, played) or simulate_folded(
-        played.plan, costs.model, costs.cluster, costs.profile
-    )
+    timeline = timeline_of(contest, played) or simulated(costs, played.plan)
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

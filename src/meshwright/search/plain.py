@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshwright.search.contest import Contest, Played, Strategy, work_of
+from meshwright.search.contest import Contest, Played, Strategy, simulated, work_of
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.fitting import fit_line
 from meshwright.search.lines import lines_label, plan_of
 from meshwright.search.mix import legal_widths
 from meshwright.search.space import divisors
 from meshwright.search.templates import Fleet, Segment, Template, fleets, nodes_for, written
-from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.fold import fold
 from meshwright.stopping import look
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -35,7 +35,7 @@ def plain_plan(contest: Contest) -> Played | None:
     plan = plan_of(costs, lines, schedule, contest.cluster_print)
     if work_of(plan, fold(plan, costs.cluster)) > MOST_WORK:
         return None
-    seconds = simulate_folded(plan, costs.model, costs.cluster, costs.profile).step_seconds
+    seconds = simulated(costs, plan).step_seconds
     missing = len(costs.devices) - len(plan.devices)
     return Played(lines_label(lines, schedule, missing), plan, seconds)
 
