@@ -17,7 +17,7 @@ from meshwright.launch.nodes import write_nodes
 from meshwright.model.load import load_model
 from meshwright.plan.files import load_plan
 from meshwright.records import plain
-from meshwright.runtime.run import Metrics, RunSettings
+from meshwright.runtime.run import Metrics, RunSettings, TrainingOptions
 from meshwright.session import predicted, reopen, simulated
 
 CLUSTER = """\
@@ -333,7 +333,9 @@ def _run(folder: Path, run: str) -> None:
     session, _ = reopen(folder / "plan.json")
     (home / "plan.json").write_text(json.dumps(plain(plan)))
     write_nodes(home, plan.devices, session.cluster, 29500)
-    settings = RunSettings(model="gpt-tiny", steps=STEPS, peak_flops={"a:0": 1e11})
+    settings = RunSettings(
+        model="gpt-tiny", peak_flops={"a:0": 1e11}, options=TrainingOptions(steps=STEPS)
+    )
     (home / "run.json").write_text(json.dumps(plain(settings)))
     timeline = replace(simulated(session, plan), source="measured")
     (home / "timeline.json").write_text(json.dumps(plain(timeline)))

@@ -27,7 +27,7 @@ from meshwright.report.tables import explain
 from meshwright.report.terminal import words
 from meshwright.report.trace import dump_trace
 from meshwright.runtime.profile import ProfileSettings
-from meshwright.runtime.run import RunSettings
+from meshwright.runtime.run import RunSettings, TrainingOptions
 from meshwright.session import Session, by_hand, open_session, search, simulated
 from meshwright.testbed.launch import EMULATED
 from meshwright.training import Outcome, train_here
@@ -145,8 +145,8 @@ def _train(
              for i, kind in enumerate(node.devices)}  # fmt: skip
     settings = RunSettings(
         model=MODEL,
-        steps=steps,
         learning_rate=1e-3,
+        options=TrainingOptions(steps=steps),
         shares={device: SHARES[kinds[device]] for device in plan.devices},
     )
     run = folder / name

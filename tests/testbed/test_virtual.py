@@ -15,7 +15,7 @@ from meshwright.model.load import load_model
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
 from meshwright.runtime import worker
-from meshwright.runtime.run import RunSettings
+from meshwright.runtime.run import RunSettings, TrainingOptions
 from meshwright.session import Session, predicted
 from meshwright.testbed.bed import design
 from meshwright.testbed.launch import launcher_on
@@ -104,7 +104,8 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
     )
     plan = predicted(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
     with launcher_on(up) as launcher:
-        run = train_on(launcher, session, plan, RunSettings(model="gpt-tiny", steps=4), tmp_path)
+        settings = RunSettings(model="gpt-tiny", options=TrainingOptions(steps=4))
+        run = train_on(launcher, session, plan, settings, tmp_path)
     assert plan.prediction is not None
     compute = plan.prediction.parts["compute"]
     assert len(run.outcome.metrics) == 4

@@ -102,16 +102,20 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-_OPTIONS = {
-    "steps": "--steps",
+SETTINGS = {
+    "data": "--data",
     "learning_rate": "--learning-rate",
     "warmup_steps": "--warmup-steps",
-    "clip_norm": "--clip-norm",
-    "seed": "--seed",
-    "timeout_seconds": "--timeout",
-    "data": "--data",
+    "options.steps": "--steps",
+    "options.clip_norm": "--clip-norm",
+    "options.seed": "--seed",
+    "options.save_weights": "--save-weights",
+    "options.debug": "--debug",
+    "options.timeout_seconds": "--timeout",
+    "options.compile": "--compile",
 }
-"""Options of `train`, by the field of RunSettings that each one sets."""
+"""Options of `train`, keyed by the field of RunSettings that each one sets; they have its
+default."""
 
 
 @app.command()
@@ -151,20 +155,16 @@ def train(
         from meshwright.training import prepared_commands
 
         session, found = reopen(plan_file)
+        told = {"steps": steps, "clip_norm": clip_norm, "seed": seed, "save_weights": save_weights}
+        told |= {"debug": debug, "timeout_seconds": timeout, "compile": compile}
         settings = checked(
             RunSettings,
-            _OPTIONS,
+            SETTINGS,
             model=found.model.source,
             data=data,
-            steps=steps,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            clip_norm=clip_norm or None,
-            seed=seed,
-            save_weights=save_weights,
-            debug=debug,
-            timeout_seconds=timeout,
-            compile=compile,
+            options=told,
         )
         files.check_folder(output)
         check_outputs(report)
@@ -174,7 +174,7 @@ def train(
             return
         outcome = train_there(launcher, session, found, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
-    _show(session, found, outcome, report, clipped=settings.clip_norm is not None)
+    _show(session, found, outcome, report, clipped=settings.options.clip_norm > 0)
 
 
 def _show(

@@ -196,7 +196,8 @@ def verify(
 
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
     names = tuple(name for name in against.split(",") if name)
-    settings = checked(RunSettings, {"steps": "--steps"}, model=found.model.source, steps=steps)
+    told = {"options.steps": "--steps"}
+    settings = checked(RunSettings, told, model=found.model.source, options={"steps": steps})
     files.check_folder(output)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with launcher_for(bed_file) as launcher:

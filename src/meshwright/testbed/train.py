@@ -108,7 +108,8 @@ def _launch(
     settings: RunSettings,
     tell: Callable[[dict[str, float]], None],
 ) -> None:
-    run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
+    timeout = settings.options.timeout_seconds
+    run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=timeout)
     if times is not None:
         files.write_text(folder / TIMES, times)
     run(devices, folder)
