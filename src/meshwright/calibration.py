@@ -115,7 +115,7 @@ def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
         if (other.model.name, other.cluster) != (session.model.name, session.cluster)
     ]
     ProfileError.check(strangers)
-    plans = [plan for _, plan in opened]
+    plans = [found.plan for _, found in opened]
     clipped = [
         load_settings(folder, error=ProfileError).options.clip_norm > 0 for folder in folders
     ]
