@@ -9,7 +9,7 @@ from itertools import accumulate
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 
 @record
@@ -171,7 +171,7 @@ def describe(plan: Plan) -> str:
 
 def _options_text(stage: Stage) -> str:
     """Format what techniques add to a stage."""
-    return "".join(room.stage_text(stage) for room in rooms_with("plan"))
+    return "".join(text(stage) for text in provided("plan", "stage_text"))
 
 
 def _widths_text(widths: Sequence[int]) -> str:

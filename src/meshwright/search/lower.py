@@ -15,7 +15,6 @@ from meshwright.cost.collective import alone_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.buckets import gradient_bytes
 from meshwright.program.compile import NORM_BYTES
 from meshwright.search.costs import (
     Costs,
@@ -28,6 +27,7 @@ from meshwright.search.costs import (
     unit_prefix,
 )
 from meshwright.search.lines import Line, Team, Unit, moves
+from meshwright.techniques.data_parallel.buckets import gradient_bytes
 
 UNITS = 64
 """Units of a stage that are followed; leaving out the others only lowers the bound."""
