@@ -16,6 +16,7 @@ from itertools import islice
 
 import numpy as np
 
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.contest import work_of
 from meshwright.search.costs import (
@@ -29,7 +30,6 @@ from meshwright.search.lines import Line, Team, Unit, plan_of, tensor_widths_agr
 from meshwright.search.lower import after_lines, line_bound
 from meshwright.search.partition import Array
 from meshwright.simulate.fold import fold, simulate_folded
-from meshwright.techniques.data_parallel.buckets import gradient_bytes
 
 FITTED = 900
 """Drafts whose layers are cut, at most; the most promising first."""

@@ -19,10 +19,10 @@ from meshwright.cost.pricing_context import (
     tensor_width,
 )
 from meshwright.cost.weights import rank_parameters
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.techniques import provided
-from meshwright.techniques.data_parallel.buckets import gradient_bytes
 
 
 @cache

@@ -10,7 +10,7 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Instruction, Program, summed_layers
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
@@ -21,7 +21,6 @@ from meshwright.techniques.data_parallel.buckets import (
     Bucket,
     Sum,
     gradient_buckets,
-    summed_layers,
     sums_of,
     usual_bucket_bytes,
 )

@@ -26,12 +26,11 @@ from meshwright.model.shard import (
     splits,
     within,
 )
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import Ranks, StageSeats, replicas_of
 from meshwright.records import record
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
 from meshwright.runtime.world import World
-from meshwright.techniques.data_parallel.buckets import Ranks, replicas_of
 
 
 @record

@@ -16,11 +16,11 @@ from math import prod
 import numpy as np
 
 from meshwright.model.spec import num_parameters
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.search.costs import Costs, ring, seconds_per_byte
 from meshwright.search.fitting import Fitted, Stages, fit_line, pace
 from meshwright.search.lines import Unit
 from meshwright.search.space import divisors, usable_devices
-from meshwright.techniques.data_parallel.buckets import gradient_bytes
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of stages that a pool may be cut into."""

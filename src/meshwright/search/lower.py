@@ -14,6 +14,7 @@ from itertools import islice, pairwise
 from meshwright.cost.collective import alone_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.weights import stage_parameters
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.compile import NORM_BYTES
 from meshwright.search.costs import (
@@ -27,7 +28,6 @@ from meshwright.search.costs import (
     unit_prefix,
 )
 from meshwright.search.lines import Line, Team, Unit, moves
-from meshwright.techniques.data_parallel.buckets import gradient_bytes
 
 UNITS = 64
 """Units of a stage that are followed; leaving out the others only lowers the bound."""
