@@ -38,7 +38,7 @@ from mutations import Mutation, mutations, planted
 
 HERE = Path(__file__).parent
 EQUIVALENT = HERE / "mutants_equivalent.toml"
-SELECTION = "not slow and not processes"
+SELECTION = "not slow and not heavy"
 """The tests of `make check`."""
 ROOMS = (
     "cluster", "plan", "layout", "model", "program", "cost", "simulate", "search", "techniques",
