@@ -22,7 +22,6 @@ from meshwright.plan.virtual import layout_of, layout_wanted
 from meshwright.program.actions import Order, one, words
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Program
-from meshwright.program.listing import NAMES, best_order
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
@@ -30,6 +29,7 @@ from meshwright.search.contest import Contest, Played, enter, work_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.explore import Progress
 from meshwright.search.lines import line_of
+from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.lower import after_lines
 from meshwright.simulate.fold import fold, priced_for_all
 
