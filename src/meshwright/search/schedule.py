@@ -203,7 +203,7 @@ def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     probe = replace(plan, schedule="custom", pipelines=single)
     folded = fold(plan, costs.cluster)
     program = compile_plan(probe, costs.model, only=folded.ranks)
-    prices = price(program, probe, costs.model, costs.cluster, costs.profile)
+    prices = price(program, probe, costs.model, costs.stated_cluster, costs.profile)
     return program, priced_for_all(program, prices, folded)
 
 
