@@ -18,7 +18,7 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import LOOKED_AT
-from meshwright.search.schedule import in_listed_order, pipeline_works
+from meshwright.search.options.schedules import in_listed_order, pipeline_works
 from meshwright.session import Session, predicted
 
 MOST_ORDER_BYTES = 16 * files.MEBI
