@@ -55,6 +55,7 @@ OF_PARTS = {
     "program": "program",
     "price": "cost",
     "memory": "cost",
+    "export": "export",
     "runtime": "runtime",
 }
 """The floor of each file in a technique's room: that of the part of the kernel that reads it."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
@@ -54,8 +53,6 @@ class StageSeats:
 class RankView:
     """One rank of a plan, as techniques see it."""
 
-    plan: Plan
-    model: LayerGraph
     stages: tuple[StageSeats, ...]
     """The stages that the rank holds, in layer order."""
     seat: Seat

@@ -45,7 +45,7 @@ def _problems(
     if cluster is not None:
         yield from _against_cluster(plan, cluster, source)
     for room in rooms_with("plan"):
-        yield from room.problems(plan, source)
+        yield from room.problems(plan, model, source)
 
 
 def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView, Seat, StageSeats, held_together, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
@@ -28,6 +28,9 @@ from meshwright.techniques import rooms_with
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
+
+Rewriting = Callable[[tuple[Instruction, ...]], tuple[Instruction, ...]]
+"""What a technique makes of the list of a rank."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
 """The whole operation for the part of it that exchanges the same tensors across a boundary."""
@@ -70,6 +73,7 @@ def compile_plan(
     stages = stage_seats(plan)
     size = bucket_bytes or usual_bucket_bytes(model, plan.job)
     buckets = gradient_buckets(model, plan.job, stages, size)
+    rewrite = _rewriting(plan, model)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model):
@@ -85,21 +89,26 @@ def compile_plan(
                 stage=first.number,
                 layers=None if others else first.layers,
             )
-            ranks[seat.rank] = _rewritten(
+            ranks[seat.rank] = rewrite(
                 (
                     *_group_program(group, seat, own, model),
                     *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
-                ),
-                RankView(plan=plan, model=model, stages=tuple(group.stages.values()), seat=seat),
+                )
             )
     return Program(ranks=tuple(ranks))
 
 
-def _rewritten(instructions: tuple[Instruction, ...], rank: RankView) -> tuple[Instruction, ...]:
-    """Let every technique, in their order, put its instructions into a rank's list."""
-    for room in rooms_with("program"):
-        instructions = room.rewrite(instructions, rank)
-    return instructions
+def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
+    """Return what lets every technique, in their order, put its instructions into a rank's list."""
+    found = [room.rewriting(plan, model) for room in rooms_with("program")]
+    own = [each for each in found if each is not None]
+
+    def rewrite(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+        for each in own:
+            instructions = each(instructions)
+        return instructions
+
+    return rewrite
 
 
 def _early_updates(

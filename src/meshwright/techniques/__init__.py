@@ -1,14 +1,16 @@
 """Ways of training on several devices, a room each: what it adds to programs, prices and ranks.
 
-A room holds up to six files, named after the part of the kernel that reads them. Each is loaded
+A room holds up to seven files, named after the part of the kernel that reads them. Each is loaded
 when that part needs it, so only `runtime.py` may import PyTorch:
 
 * `plan.py`: `problems`, what is wrong with its field of a plan, and `stage_text`, its word in the
   one-line description of a plan;
 * `operations.py`: OPERATIONS, the words that the technique adds to programs;
-* `program.py`: `rewrite`, which puts its instructions into the list of a rank;
+* `program.py`: `rewriting`, which returns what puts its instructions into the list of a rank;
 * `price.py`: PRICES, what each of its operations costs;
-* `memory.py`: `adjust`, what it changes in the bytes that a device holds;
+* `memory.py`: `adjustment`, which returns what changes the bytes that a rank holds;
+* `export.py`: `answers`, how another tool is told of its field, and `beside_the_schedule`, the
+  sentences for a file that holds only the order of work;
 * `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum
   gradients begin; `prepare`, which lays out a bucket of gradients before the first step.
 """
