@@ -74,7 +74,9 @@ def _tasks(
     ranks = [seat.rank for stage in (source, target) for each in stage.seats for seat in each]
     tasks, touching = _numbered_tasks(_rows(source), _rows(target))
     if only is not None:
-        wanted = {task for seat, rank in enumerate(ranks) if rank in only for task in touching[seat]}
+        wanted = {
+            task for seat, rank in enumerate(ranks) if rank in only for task in touching[seat]
+        }
         tasks = tuple(tasks[number] for number in sorted(wanted))
     for task in tasks:
         yield UnitTask(

@@ -113,7 +113,9 @@ class Contest:
 
 def simulated(costs: Costs, plan: Plan) -> Timeline:
     """Return the simulated step of a plan that fits."""
-    return simulate_folded(plan, costs.model, costs.cluster, costs.profile, links=costs.links)
+    return simulate_folded(
+        plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
+    )
 
 
 def enter(contest: Contest, plan: Plan, name: str) -> Played:

@@ -19,13 +19,13 @@ from math import gcd
 from meshwright.cluster.spec import Cluster, Node, node_of
 from meshwright.cluster.topology import Resource, Topology
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.instructions import Prices
 from meshwright.cost.links import messages_queue
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing_context import Price
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan
-from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
@@ -93,9 +93,7 @@ def _fold(
         sharing.update({node: passing[node] for node in {node_of(d) for d in copies[0]}})
         for site in {nodes[node_of(device)].site for device in copies[0]}:
             crossing[site, p] = len(copies)
-    rings = {
-        p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(pipelines)
-    }
+    rings = {p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(pipelines)}
     return Fold(frozenset(pipeline_of), sharing, crossing, pipeline_of, rings)
 
 
@@ -220,12 +218,11 @@ def simulate_folded(
     `links` is the topology of the cluster with the links of the profile, if the caller has it.
     """
     folded = folded or fold(plan, cluster)
-    program = compile_plan(plan, model, only=folded.ranks)
-    prices = price(program, plan, model, cluster, profile, links=links)
+    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, links=links)
     if len(folded.ranks) == len(plan.devices):
-        return simulate(program, prices)
-    shared = priced_for_all(program, prices, folded)
-    return simulate(_among_themselves(program, folded), shared)
+        return simulate(priced.program, priced.prices)
+    shared = priced_for_all(priced.program, priced.prices, folded)
+    return simulate(_among_themselves(priced.program, folded), shared)
 
 
 def _among_themselves(program: Program, folded: Fold) -> Program:
