@@ -30,10 +30,9 @@ from meshwright.search.climb import Scout, climb
 from meshwright.search.contest import Contest, Strategy, challenge
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.lines import line_of
-from meshwright.search.mix import legal_widths
 from meshwright.search.moves import alike, stages_of
 from meshwright.search.planner import find_plan
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.space import divisors, legal_widths, usable_devices
 
 TYPES = ("T4", "A10G", "V100-16", "A100-40")
 NETWORKS = (10e9, 25e9, 100e9)

@@ -24,10 +24,14 @@ from math import exp, log
 from pathlib import Path
 from statistics import median
 
+from planner import BATCH, mixed_cluster
+from planner import MODELS as SEQUENCES
+
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.errors import FitError
 from meshwright.model.load import load_model
+from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
@@ -69,20 +73,13 @@ def found_here(model: str, cluster: Cluster, batch: int, sequence: int) -> dict[
         return {"step": None, "cpu": time.process_time() - begun, "plan": "nothing fits"}
     spent = time.process_time() - begun
     assert plan.prediction is not None
-    shapes = [
-        f"{'.'.join(str(b - a) for a, b in (s.layers for s in p.stages))} {p.micro_batches}x{p.rows}"
-        for p in plan.pipelines
-    ]
-    line = f"{plan.name} {plan.schedule} " + " + ".join(dict.fromkeys(shapes))
-    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": line}
+    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe(plan)}
 
 
 def one(name: str) -> dict[str, object]:
     """A case of either table, in this process."""
     where, model = name.split(".", 1)
     if where.isdigit():
-        from planner import BATCH, MODELS as SEQUENCES, mixed_cluster
-
         devices = int(where)
         return found_here(model, mixed_cluster(devices), BATCH[devices], SEQUENCES[model])
     return found_here(model, load_cluster(CLUSTERS / f"{where}.toml"), ROWS, SEQUENCE)
@@ -129,8 +126,9 @@ def compare_steps(names: Sequence[str], jobs: int, write: bool) -> bool:
     mean = exp(sum(map(log, ratios)) / len(ratios))
     beyond = sum(ratio > MOST_SLOWER for ratio in ratios)
     print(
-        f"{len(ratios)} cases: geometric mean {mean:.4f} (at most {MOST_MEAN}), largest "
-        f"{max(ratios):.4f}, {beyond} above {MOST_SLOWER}; {spent[0]:.0f} CPU s, {spent[1]:.0f} then"
+        f"{len(ratios)} cases: geometric mean {mean:.4f} (at most {MOST_MEAN}), "
+        f"largest {max(ratios):.4f}, {beyond} above {MOST_SLOWER}; "
+        f"{spent[0]:.0f} CPU s, {spent[1]:.0f} then"
     )
     return not beyond and mean <= MOST_MEAN
 

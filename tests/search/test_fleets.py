@@ -21,7 +21,15 @@ from meshwright.search.lines import plan_of
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.search.sketch import Sketch
 from meshwright.search.sketches import whole_seconds
-from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
+from meshwright.search.templates import (
+    RatedFleet,
+    Segment,
+    Template,
+    fleets,
+    groupings,
+    nodes_for,
+    written,
+)
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
 
@@ -104,6 +112,21 @@ def test_segments_are_written_on_devices_of_their_own(units, depth, width, tenso
         assert all(len({name.split(":")[0] for name in u}) == 1 for s in stages for u in s)
         assert len(set(names)) == len(names) == depth * width * tensor
         assert len({name.split(":")[0] for name in names}) <= needed
+
+
+def test_groupings_of_few_fleets_are_the_partitions_of_every_set():
+    a, b = RatedFleet(0, "here", 2.0), RatedFleet(1, "there", 1.0)
+    found = list(groupings((a, b)))
+    assert sorted(map(str, found)) == sorted(map(str, [((a,),), ((b,),), ((a, b),), ((a,), (b,))]))
+
+
+def test_groupings_of_many_fleets_have_all_together_and_each_site_apart():
+    every = tuple(RatedFleet(i, "here" if i < 3 else "there", 9.0 - i) for i in range(5))
+    found = list(groupings(every))
+    assert len(found) == len(set(found))
+    assert found[0] == (every,)
+    assert (every[:3], every[3:]) in found
+    assert {((fleet,),) for fleet in every} <= set(found)
 
 
 GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)

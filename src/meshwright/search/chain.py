@@ -18,9 +18,8 @@ from meshwright.search.costs import Costs, reduced_width, ring, seconds_per_byte
 from meshwright.search.crossing import crossings
 from meshwright.search.fitting import Stages, apportion, fit_line, pace, team_loads
 from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.mix import legal_widths
 from meshwright.search.partition import Array
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.space import divisors, legal_widths, usable_devices
 from meshwright.stopping import look
 
 ROWS = 6

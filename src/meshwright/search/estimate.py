@@ -168,7 +168,7 @@ def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool
 
 
 def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffic]:
-    """Yield the transfers between pairs of devices; those from node to node that are alike as one."""
+    """Yield the transfers between pairs of devices, those between the same nodes as one."""
     alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for a, b in ends:
         here, there = costs.devices[a].node, costs.devices[b].node

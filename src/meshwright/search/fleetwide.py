@@ -20,7 +20,6 @@ from meshwright.search.balanced import Build, balanced
 from meshwright.search.costs import Costs, recomputing
 from meshwright.search.fitting import fit_line
 from meshwright.search.lines import Line
-from meshwright.search.mix import groupings
 from meshwright.search.sketch import (
     Drawing,
     Ints,
@@ -31,7 +30,17 @@ from meshwright.search.sketch import (
 )
 from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
 from meshwright.search.space import divisors
-from meshwright.search.templates import Segment, Template, blocks_for, fleets, nodes_for, written
+from meshwright.search.templates import (
+    Grouping,
+    RatedFleet,
+    Segment,
+    Template,
+    blocks_for,
+    fleets,
+    groupings,
+    nodes_for,
+    written,
+)
 from meshwright.stopping import look
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
@@ -70,15 +79,6 @@ SLACK = 1.1
 """Times the best known strategy that a line may take as if perfectly balanced."""
 
 Over = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Pooled:
-    """A fleet as `groupings` sees it."""
-
-    number: int
-    site: str
-    speed: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +149,21 @@ def _at_width(
 ) -> Iterator[Choice]:
     batch = board.costs.job.global_batch
     able = [
-        Pooled(i, fleet.site, _units(board, i, tensor) / unit_facts(board, i, tensor, 1).whole)
+        RatedFleet(i, fleet.site, _units(board, i, tensor) / unit_facts(board, i, tensor, 1).whole)
         for i, fleet in enumerate(board.fleets)
         if fleet.each % tensor == 0
     ]
-    able.sort(key=lambda pooled: -pooled.speed)
+    able.sort(key=lambda rated: -rated.speed)
     known: dict[tuple[tuple[int, ...], bool, float], list[Sketch]] = {}
     for number, grouping in enumerate(sorted(groupings(able), key=_simplest_first)):
         if number and over():
             return
-        speed = sum(pooled.speed for block in grouping for pooled in block)
+        speed = sum(rated.speed for block in grouping for rated in block)
         alone = len(grouping) == 1
         offers = []
         for block in grouping:
-            numbers = tuple(pooled.number for pooled in block)
-            share = batch * sum(pooled.speed for pooled in block) / speed
+            numbers = tuple(rated.number for rated in block)
+            share = batch * sum(rated.speed for rated in block) / speed
             key = (numbers, alone, share)
             if key not in known:
                 task = Task(board, numbers, tensor, share, tuple(schedules), alone, best)
@@ -187,9 +187,9 @@ def _at_width(
                     yield shared
 
 
-def _simplest_first(grouping: tuple[tuple[Pooled, ...], ...]) -> tuple[int, float]:
+def _simplest_first(grouping: Grouping) -> tuple[int, float]:
     """Few lines, then much speed: what is found early bounds what comes later."""
-    return len(grouping), -sum(pooled.speed for block in grouping for pooled in block)
+    return len(grouping), -sum(rated.speed for block in grouping for rated in block)
 
 
 @dataclass(frozen=True, slots=True)

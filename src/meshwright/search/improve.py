@@ -13,12 +13,12 @@ from random import Random
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.chain import Chains, chains
 from meshwright.search.climb import Scout, around, climb, rate
+from meshwright.search.compose import single_lines
 from meshwright.search.contest import WORK, Contest, Strategy, challenge
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress, is_large
 from meshwright.search.fleetwide import fleet_strategies
 from meshwright.search.lines import line_of
-from meshwright.search.mix import several_lines, single_lines
 
 STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
@@ -30,9 +30,9 @@ FLEETWIDE = 12
 FEW = 16
 """Devices up to which rows of them are cut into stages instead of whole fleets of nodes."""
 
-SINGLE, SEVERAL, CHAINS, CLIMBS, NEAR = 0.1, 0.05, 0.2, 0.6, 0.05
-"""Shares of the steps: strategies of one line of whole pools, of several, of devices in a row,
-their climbs, and what lies near the best in the end."""
+SINGLE, CHAINS, CLIMBS, NEAR = 0.1, 0.2, 0.6, 0.05
+"""Shares of the steps: strategies of one line of whole pools, of devices in a row, their climbs,
+and what lies near the best in the end."""
 
 HOPEFUL = 1.8
 """Times the best preview beyond which a strategy is not climbed from."""
@@ -116,24 +116,23 @@ def _starts(scout: Scout, drawn: Chains, steps: int, tell: Progress) -> list[Str
         known += islice(fleets, FLEETWIDE)
     found = {strategy: rate(scout, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
-    sources = single_lines(costs, lambda: best[0]), several_lines(costs)
-    for number, (source, share) in enumerate(zip(sources, (SINGLE, SEVERAL), strict=True)):
-        scout.left = round(share * steps)
-        for lines in source:
-            if lines:
-                strategy: Strategy = ("1f1b", lines)
-                found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
-                best[0] = min(best[0], found[strategy])
-            else:
-                scout.left -= FAILED
-            if scout.over:
-                break
-        tell("composing", number + 1, 2)
+    scout.left = round(SINGLE * steps)
+    for lines in single_lines(costs, lambda: best[0]):
+        if lines:
+            strategy: Strategy = ("1f1b", lines)
+            found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
+            best[0] = min(best[0], found[strategy])
+        else:
+            scout.left -= FAILED
+        if scout.over:
+            break
+    tell("composing", 1, 2)
     scout.left = round(CHAINS * steps)
     while not scout.over:
         for strategy in _next(scout, drawn):
             found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
             best[0] = min(best[0], found[strategy])
+    tell("composing", 2, 2)
     hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best[0]]
     return _by_turns(hopeful)
 

@@ -12,8 +12,7 @@ from meshwright.search.contest import Contest, Played, Strategy, simulated, work
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.fitting import fit_line
 from meshwright.search.lines import lines_label, plan_of
-from meshwright.search.mix import legal_widths
-from meshwright.search.space import divisors
+from meshwright.search.space import divisors, legal_widths
 from meshwright.search.templates import Fleet, Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import fold
 from meshwright.stopping import look

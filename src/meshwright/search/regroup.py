@@ -8,9 +8,8 @@ from meshwright.search.contest import Strategy
 from meshwright.search.costs import Costs, unit_kind
 from meshwright.search.fitting import Stages
 from meshwright.search.lines import Line, Unit
-from meshwright.search.mix import legal_widths
 from meshwright.search.moves import alike, runs_of, stages_of
-from meshwright.search.space import usable_devices
+from meshwright.search.space import legal_widths, usable_devices
 
 
 def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:

@@ -8,8 +8,9 @@ micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from meshwright.cluster.spec import Link
 from meshwright.plan.spec import ScheduleName
@@ -17,6 +18,9 @@ from meshwright.search.costs import Costs
 from meshwright.search.fitting import Stages
 from meshwright.search.lines import Unit
 from meshwright.search.space import divisors, usable_devices
+
+FEW_FLEETS = 4
+"""Fleets up to which every way to group them is tried."""
 
 MOST_FLEETS = 6
 """Fleets that are told apart; with more kinds of nodes than these, those that differ in their links
@@ -38,6 +42,19 @@ class Fleet:
     def each(self) -> int:
         """Devices of a node."""
         return len(self.nodes[0])
+
+
+@dataclass(frozen=True, slots=True)
+class RatedFleet:
+    """A fleet by its number, with its speed."""
+
+    number: int
+    site: str
+    speed: float
+
+
+Grouping = tuple[tuple[RatedFleet, ...], ...]
+"""Blocks of fleets: the fleets of a block work in one pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,41 @@ def _fleets(costs: Costs, *, links: bool) -> tuple[Fleet, ...]:
             )
         )
     return tuple(every)
+
+
+def groupings(chosen: Sequence[RatedFleet]) -> Iterator[Grouping]:
+    """Yield sets of blocks of fleets; the fleets in no block are left out.
+
+    Up to FEW_FLEETS fleets, these are the partitions of every set of them. Of more, only all in one
+    block, a block for each site, the blocks of single sites, and the fastest fleets together, apart
+    and alone.
+    """
+    if len(chosen) <= FEW_FLEETS:
+        for number in range(1, len(chosen) + 1):
+            for some in combinations(chosen, number):
+                yield from _partitions(some)
+        return
+    sites = dict.fromkeys(fleet.site for fleet in chosen)
+    by_site = tuple(tuple(f for f in chosen if f.site == site) for site in sites)
+    found: list[Grouping] = [(tuple(chosen),), by_site, *((block,) for block in by_site)]
+    for number in range(1, len(chosen) + 1):
+        found.append(tuple((fleet,) for fleet in chosen[:number]))
+        found.append((tuple(chosen[:number]),))
+    found += [((fleet,),) for fleet in chosen]
+    yield from dict.fromkeys(found)
+
+
+def _partitions(chosen: tuple[RatedFleet, ...]) -> Iterator[Grouping]:
+    if not chosen:
+        yield ()
+        return
+    first, rest = chosen[0], chosen[1:]
+    for size in range(len(rest) + 1):
+        for others in combinations(range(len(rest)), size):
+            block = (first, *(rest[i] for i in others))
+            left = tuple(fleet for i, fleet in enumerate(rest) if i not in others)
+            for blocks in _partitions(left):
+                yield (block, *blocks)
 
 
 def blocks_for(units: int, width: int) -> tuple[int, ...]:
