@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from meshwright.cluster.topology import Resource, path
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Costs, remembered
 from meshwright.search.lines import Team, moves
 
 TRANSFERS = 64
@@ -37,10 +37,7 @@ def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing
     """
     even = len(set(here.rows)) == len(set(there.rows)) == 1
     key = (here.units, there.units) if even else (here, there)
-    found = costs.crossings.get(key)
-    if found is None:
-        found = costs.crossings[key] = _crossings(costs, here, there)
-    return found
+    return remembered(costs, ("crossings", *key), lambda: _crossings(costs, here, there))
 
 
 @dataclass(slots=True)

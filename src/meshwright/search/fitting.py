@@ -6,6 +6,7 @@ Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from heapq import heapify, heapreplace
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ from meshwright.search.costs import (
     Costs,
     distinct_replicas,
     distinct_units,
+    remembered,
     stage_bytes,
     unit_capacity,
     unit_kind,
@@ -91,11 +93,8 @@ def fit_line(
     teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
     if limit < float("inf") and micro_batches / fluid_rate(costs, teams) >= limit:
         return None
-    key = (teams, micro_batches, schedule)
-    if key not in costs.fitted:
-        costs.fitted[key] = recut(costs, teams, micro_batches, schedule)
-    found: Fitted | None = costs.fitted[key]
-    return found
+    key = ("fitted", teams, micro_batches, schedule)
+    return remembered(costs, key, lambda: recut(costs, teams, micro_batches, schedule))
 
 
 def fluid_rate(costs: Costs, teams: tuple[Team, ...]) -> float:
@@ -148,10 +147,9 @@ def team_loads(costs: Costs, team: Team, held: int) -> Array:
 def _slowest(costs: Costs, team: Team, held: int, *, again: bool) -> Array:
     worst: Array | None = None
     for unit, rows in distinct_replicas(costs, team.units, team.rows):
-        key = (unit_kind(costs, unit), rows, held, again)
-        if key not in costs.loads:
-            costs.loads[key] = _replica_loads(costs, unit, rows, held, again=again)
-        loads = costs.loads[key]
+        key = ("loads", unit_kind(costs, unit), rows, held, again)
+        make = partial(_replica_loads, costs, unit, rows, held, again=again)
+        loads = remembered(costs, key, make)
         worst = loads if worst is None else np.maximum(worst, loads)
     assert worst is not None, "a stage has units"
     return worst

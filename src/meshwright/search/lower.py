@@ -22,6 +22,7 @@ from meshwright.search.costs import (
     distinct_units,
     own_parameters,
     pair,
+    remembered,
     ring,
     scaled,
     seconds_per_byte,
@@ -93,16 +94,17 @@ def _optimizers(costs: Costs, lines: Sequence[Line]) -> Iterator[float]:
 
 def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) -> float:
     """Seconds of the optimizer on one device of a stage."""
-    key = (kind, layers, tensor)
-    if key not in costs.optimizers:
-        costs.optimizers[key] = optimizer_seconds(
+    return remembered(
+        costs,
+        ("optimizer", kind, layers, tensor),
+        lambda: optimizer_seconds(
             costs.cluster.types[kind],
             costs.job.optimizer,
             float(stage_parameters(costs.table.weights, layers, tensor)),
             costs.profile,
             costs.model.precision,
-        )
-    return costs.optimizers[key]
+        ),
+    )
 
 
 def _chain(costs: Costs, line: Line) -> _Chain:

@@ -24,6 +24,7 @@ from meshwright.search.costs import (
     distinct_replicas,
     reduced_bytes,
     reduced_width,
+    remembered,
     ring,
     unit_prefix,
 )
@@ -290,19 +291,22 @@ def _passed(costs: Costs, holder: Holder, layer: int) -> float:
     return begin + (end - begin) * (delay + (1 - delay) * done)
 
 
-def _rings(
-    costs: Costs, units: tuple[Unit, ...]
-) -> tuple[float, tuple[tuple[Resource, float], ...]]:
-    """The rings of all tensor ranks: latency, and seconds per byte on every resource."""
-    found = costs.sums.get(units)
-    if found is None:
-        latency = 0.0
-        used: dict[Resource, float] = {}
-        for t in range(len(units[0])):
-            traffic = ring(costs, tuple(unit[t] for unit in units))
-            latency = max(latency, traffic.latency)
-            for name, size in traffic.bytes_by_resource.items():
-                each = size / PROBE_BYTES / costs.links.capacities[name]
-                used[name] = used.get(name, 0.0) + each
-        found = costs.sums[units] = latency, tuple(used.items())
-    return found
+Rings = tuple[float, tuple[tuple[Resource, float], ...]]
+"""Latency, and seconds per byte on every resource."""
+
+
+def _rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
+    """Return what the rings of all tensor ranks of some units ask of the links."""
+    return remembered(costs, ("rings", units), lambda: _priced_rings(costs, units))
+
+
+def _priced_rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
+    latency = 0.0
+    used: dict[Resource, float] = {}
+    for t in range(len(units[0])):
+        traffic = ring(costs, tuple(unit[t] for unit in units))
+        latency = max(latency, traffic.latency)
+        for name, size in traffic.bytes_by_resource.items():
+            each = size / PROBE_BYTES / costs.links.capacities[name]
+            used[name] = used.get(name, 0.0) + each
+    return latency, tuple(used.items())
