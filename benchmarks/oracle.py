@@ -26,11 +26,11 @@ from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job, Plan
-from meshwright.search.climb import Scout, climb
-from meshwright.search.contest import Contest, Strategy, challenge
+from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.lines import line_of
-from meshwright.search.moves import alike, stages_of
+from meshwright.search.incumbent import Contest, Strategy, challenge
+from meshwright.search.local_search import Scout, climb
+from meshwright.search.neighbourhood import alike, stages_of
 from meshwright.search.planner import find_plan
 from meshwright.search.space import divisors, legal_widths, usable_devices
 

@@ -18,17 +18,17 @@ import numpy as np
 
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.search.contest import work_of
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import Line, Team, Unit, plan_of, tensor_widths_agree
 from meshwright.search.costs import (
+    Array,
     Costs,
     ring,
     seconds_per_byte,
     unit_times,
 )
-from meshwright.search.fitting import Stages, apportion, recut
-from meshwright.search.lines import Line, Team, Unit, plan_of, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
-from meshwright.search.partition import Array
+from meshwright.search.incumbent import work_of
+from meshwright.search.layer_partition import Stages, apportion, recut
 from meshwright.simulate.fold import fold, simulate_folded
 
 FITTED = 900

@@ -10,9 +10,9 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.report.resources import resource_name
-from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import finish
+from meshwright.search.incumbent import Contest, enter
 from meshwright.search.options.boundary_kinds import KINDS, OPTION, wide_cuts, with_boundaries
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan

@@ -3,11 +3,11 @@
 import pytest
 from searchworlds import cluster, job, model
 
-from meshwright.search.climb import Scout, around, climb, rate
-from meshwright.search.contest import Contest
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
-from meshwright.search.preview import preview_seconds
+from meshwright.search.incumbent import Contest
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.local_search import Scout, around, climb, rate
+from meshwright.search.stage_simulation import preview_seconds
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 

@@ -5,7 +5,9 @@ from itertools import pairwise
 import pytest
 from searchworlds import cluster, job, model
 
-from meshwright.search.compose import (
+from meshwright.search.costs import costs_of
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.pool_pipelines import (
     Shape,
     blocks,
     by_build,
@@ -17,8 +19,6 @@ from meshwright.search.compose import (
     two_ways,
     written,
 )
-from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
 from meshwright.search.space import legal_widths
 
 WHERE = cluster(("fast",) * 4, ("fast",) * 4, ("slow",) * 2)

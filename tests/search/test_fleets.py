@@ -14,14 +14,11 @@ from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps
-from meshwright.search import fleetwide
+from meshwright.search import template_search
+from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
-from meshwright.search.lines import plan_of
-from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.sketch import Sketch
-from meshwright.search.sketches import whole_seconds
-from meshwright.search.templates import (
+from meshwright.search.device_classes import (
     RatedFleet,
     Segment,
     Template,
@@ -30,6 +27,9 @@ from meshwright.search.templates import (
     nodes_for,
     written,
 )
+from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.search.sketches import whole_seconds
+from meshwright.search.template_estimate import Sketch
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
 
@@ -58,7 +58,7 @@ def machines(fast, slow, each=8, *, memory=16.0, apart=False, network=NETWORK):
 
 def strategies_of(graph, where, todo, most):
     costs = costs_of(graph, where, todo)
-    found = fleetwide.fleet_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
+    found = template_search.fleet_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
     for schedule, lines in islice(found, most):
         yield plan_of(costs, lines, schedule)
 
@@ -134,9 +134,11 @@ GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)
 
 def test_the_closed_form_is_near_the_simulator():
     costs = costs_of(GRAPH, machines(8, 8), job(256))
-    board = fleetwide.drawing(costs, fleets(costs))
-    for choice in fleetwide._at_width(board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")):
-        lines = fleetwide._lines(choice)
+    board = template_search.drawing(costs, fleets(costs))
+    for choice in template_search._at_width(
+        board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")
+    ):
+        lines = template_search._lines(choice)
         if lines is not None:
             plan = plan_of(costs, lines, choice.sketches[0].template.schedule)
             played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds
@@ -154,9 +156,9 @@ def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monk
     )
     where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
     costs = costs_of(model([10.0] * 2), where, job(120))
-    board = fleetwide.drawing(costs, fleets(costs))
+    board = template_search.drawing(costs, fleets(costs))
     chosen = tuple(
-        fleetwide.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
+        template_search.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
         for i in range(3)
     )
     asked = []
@@ -164,7 +166,7 @@ def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monk
     monkeypatch.setattr(
         Sketch, "further", lambda self, count: asked.append(count) or further(self, count)
     )
-    best = fleetwide._shared_out(board, chosen, 120)
+    best = template_search._shared_out(board, chosen, 120)
     assert sum(best.counts) == 120
     assert best.counts[0] > best.counts[1] > best.counts[2]
     assert best.seconds == whole_seconds(board, chosen, best.counts)

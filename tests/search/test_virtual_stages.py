@@ -23,14 +23,14 @@ from meshwright.program.compile import compile_plan
 from meshwright.report.drawing import plan_svg
 from meshwright.report.sentences import limits
 from meshwright.report.tracks import timeline_data
+from meshwright.search.candidate import Line, Team, plan_of
 from meshwright.search.certificate import certificate
-from meshwright.search.chunks import _seconds, _tables, cut_in_chunks
-from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import Pruned, finish
-from meshwright.search.lines import Line, Team, plan_of
+from meshwright.search.incumbent import Contest, enter
 from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
 from meshwright.search.planner import find_plan
+from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_in_chunks
 from meshwright.simulate.engine import simulate_plan
 
 

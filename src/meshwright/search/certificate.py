@@ -15,8 +15,7 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.memory import usable_bytes
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
-from meshwright.search.costs import Costs, layer_times
-from meshwright.search.partition import Array
+from meshwright.search.costs import Array, Costs, layer_times
 from meshwright.search.space import usable_devices
 from meshwright.stopping import look
 from meshwright.techniques.backward_split.price import backward_shares

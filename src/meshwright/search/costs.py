@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
 from meshwright.cluster.topology import Topology, topology
@@ -31,8 +32,9 @@ from meshwright.cost.weights import own_numbers
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
-from meshwright.search.partition import Array
 from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
+
+Array = NDArray[np.float64]
 
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""

@@ -20,6 +20,7 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     PROBE_BYTES,
+    Array,
     Costs,
     capacities,
     pair,
@@ -31,7 +32,7 @@ from meshwright.search.costs import (
     stage_bytes,
     stage_times,
 )
-from meshwright.search.partition import Array, assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
 from meshwright.search.placement import Placement
 from meshwright.search.space import DeviceSet, Shape
 

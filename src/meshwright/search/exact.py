@@ -16,10 +16,10 @@ from itertools import combinations, pairwise, product
 from math import comb, prod
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import SAME
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import Line, Team, fits, tensor_widths_agree
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Line, Team, fits, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
+from meshwright.search.incumbent import SAME
 from meshwright.search.skeleton import Skeleton, concrete, skeletons, strategies
 from meshwright.search.space import divisors
 from meshwright.stopping import look

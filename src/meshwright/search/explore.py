@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines.manual import BASELINES
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.estimate import (
     Candidate,
@@ -17,7 +17,6 @@ from meshwright.search.estimate import (
     evaluate,
     optimistic_seconds,
 )
-from meshwright.search.fleetwide import MOST_CELLS
 from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
@@ -29,6 +28,7 @@ from meshwright.search.space import (
     shapes,
     usable_devices,
 )
+from meshwright.search.template_search import MOST_CELLS
 from meshwright.stopping import look
 
 MANY_DEVICES = 64

@@ -12,9 +12,9 @@ from typing import Literal
 
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.spec import Plan
-from meshwright.search.contest import SAME, Contest, Played, enter
 from meshwright.search.costs import Costs
 from meshwright.search.explore import Progress
+from meshwright.search.incumbent import SAME, Contest, Played, enter
 
 PruneReason = Literal[
     "impossible for this plan",

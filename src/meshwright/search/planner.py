@@ -18,22 +18,12 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines.manual import BASELINES
 from meshwright.search.certificate import (
     EXHAUSTIVE,
     Certificate,
     certificate,
     certificate_in_haste,
-)
-from meshwright.search.contest import (
-    SAME,
-    Contest,
-    Played,
-    enter,
-    ignore,
-    parts_in,
-    timeline_of,
-    work_of,
 )
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
@@ -59,10 +49,20 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.finishing import finish
-from meshwright.search.improve import improve
+from meshwright.search.first_plan import plain_plan
+from meshwright.search.incumbent import (
+    SAME,
+    Contest,
+    Played,
+    enter,
+    ignore,
+    parts_in,
+    timeline_of,
+    work_of,
+)
 from meshwright.search.inputs import check_inputs
+from meshwright.search.local_search import improve
 from meshwright.search.options import options_without
-from meshwright.search.plain import plain_plan
 from meshwright.simulate.fold import fold
 from meshwright.stopping import Stopped, never, until
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations_with_replacement, permutations, product
 
+from meshwright.search.candidate import Unit
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Unit
 from meshwright.search.space import usable_devices
 
 Class = tuple[int, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meshwright.cost.links import overhead_seconds
-from meshwright.search.sketch import Drawing, Sketch, hop_latency
+from meshwright.search.template_estimate import Drawing, Sketch, hop_latency
 
 
 def after(board: Drawing, sketches: Sequence[Sketch]) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan
-from meshwright.search.contest import Contest, work_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
+from meshwright.search.incumbent import Contest, work_of
 from meshwright.simulate.fold import fold
 
 KINDS: tuple[BoundaryKind, ...] = ("scatter_gather", "broadcast")

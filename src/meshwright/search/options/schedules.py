@@ -24,12 +24,12 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
-from meshwright.search.contest import Contest, Played, work_of
+from meshwright.search.bounds import after_lines
+from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.lines import line_of
+from meshwright.search.incumbent import Contest, Played, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
-from meshwright.search.lower import after_lines
 from meshwright.simulate.fold import fold, priced_for_all
 
 FINALISTS = 3

@@ -19,8 +19,8 @@ from meshwright.plan.ranks import describe
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import Layout
 from meshwright.program.work import Work
-from meshwright.search.chunks import Bounds, chunks_of, cut_in_chunks
-from meshwright.search.contest import Contest, Played, work_of
+from meshwright.search.bounds import after_lines, tail_seconds
+from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import (
     PlanOption,
@@ -29,9 +29,8 @@ from meshwright.search.finishing import (
     Pruned,
     fits_in_memory,
 )
-from meshwright.search.fitting import fluid_rate
-from meshwright.search.lines import line_of
-from meshwright.search.lower import after_lines, tail_seconds
+from meshwright.search.incumbent import Contest, Played, work_of
+from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.schedules import (
     LISTED,
     MOST_ACTIONS,
@@ -41,6 +40,7 @@ from meshwright.search.options.schedules import (
     listed_orders,
     pipeline_works,
 )
+from meshwright.search.virtual_stage_partition import Bounds, chunks_of, cut_in_chunks
 from meshwright.simulate.fold import fold
 from meshwright.simulate.parts import parts as parts_of
 

@@ -17,6 +17,7 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.compile import NORM_BYTES
+from meshwright.search.candidate import Line, Team, Unit, moves
 from meshwright.search.costs import (
     Costs,
     distinct_units,
@@ -28,7 +29,6 @@ from meshwright.search.costs import (
     seconds_per_byte,
     unit_prefix,
 )
-from meshwright.search.lines import Line, Team, Unit, moves
 
 UNITS = 64
 """Units of a stage that are followed; leaving out the others only lowers the bound."""

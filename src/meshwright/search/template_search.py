@@ -16,21 +16,10 @@ from math import prod
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.balanced import Build, balanced
+from meshwright.search.balanced_estimate import Build, balanced
+from meshwright.search.candidate import Line
 from meshwright.search.costs import Costs, recomputing
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import Line
-from meshwright.search.sketch import (
-    Drawing,
-    Ints,
-    Sketch,
-    drawing,
-    sketch,
-    unit_facts,
-)
-from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
-from meshwright.search.space import divisors
-from meshwright.search.templates import (
+from meshwright.search.device_classes import (
     Grouping,
     RatedFleet,
     Segment,
@@ -40,6 +29,17 @@ from meshwright.search.templates import (
     groupings,
     nodes_for,
     written,
+)
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
+from meshwright.search.space import divisors
+from meshwright.search.template_estimate import (
+    Drawing,
+    Ints,
+    Sketch,
+    drawing,
+    sketch,
+    unit_facts,
 )
 from meshwright.stopping import look
 

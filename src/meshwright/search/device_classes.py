@@ -14,9 +14,9 @@ from itertools import combinations
 
 from meshwright.cluster.spec import Link
 from meshwright.plan.spec import ScheduleName
+from meshwright.search.candidate import Unit
 from meshwright.search.costs import Costs
-from meshwright.search.fitting import Stages
-from meshwright.search.lines import Unit
+from meshwright.search.layer_partition import Stages
 from meshwright.search.space import divisors, usable_devices
 
 FEW_FLEETS = 4

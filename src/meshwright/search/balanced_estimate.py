@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.partition import Array
-from meshwright.search.sketch import Drawing, Ints, hop_latency, unit_facts
+from meshwright.search.costs import Array
+from meshwright.search.template_estimate import Drawing, Ints, hop_latency, unit_facts
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,

@@ -16,9 +16,9 @@ import numpy as np
 
 from meshwright.model.spec import num_parameters
 from meshwright.plan.ranks import gradient_bytes
+from meshwright.search.candidate import Line, Unit
 from meshwright.search.costs import Costs, ring, seconds_per_byte
-from meshwright.search.fitting import Stages, fit_line, pace
-from meshwright.search.lines import Line, Unit
+from meshwright.search.layer_partition import Stages, fit_line, pace
 from meshwright.search.space import divisors, legal_widths, usable_devices
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshwright.search.contest import Contest, Played, Strategy, simulated, work_of
+from meshwright.search.candidate import lines_label, plan_of
 from meshwright.search.costs import Costs, speeds
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import lines_label, plan_of
+from meshwright.search.device_classes import Fleet, Segment, Template, fleets, nodes_for, written
+from meshwright.search.incumbent import Contest, Played, Strategy, simulated, work_of
+from meshwright.search.layer_partition import fit_line
 from meshwright.search.space import divisors, legal_widths
-from meshwright.search.templates import Fleet, Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import fold
 from meshwright.stopping import look
 

@@ -18,6 +18,9 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.operations import Op
 from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
+from meshwright.search.boundary_prices import crossings
+from meshwright.search.bounds import after_lines
+from meshwright.search.candidate import Line, Team, Unit
 from meshwright.search.costs import (
     PROBE_BYTES,
     Costs,
@@ -28,9 +31,6 @@ from meshwright.search.costs import (
     ring,
     unit_prefix,
 )
-from meshwright.search.crossing import crossings
-from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.lower import after_lines
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""

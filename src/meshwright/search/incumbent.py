@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.program.timeline import Timeline
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import Line, fits, lines_label, plan_of, tensor_widths_agree
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
 from meshwright.simulate.fold import Fold, fold, simulate_folded
 from meshwright.simulate.parts import parts as parts_of
 from meshwright.stopping import never

@@ -19,16 +19,16 @@ from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
+from meshwright.search.candidate import Line, Team
 from meshwright.search.costs import (
+    Array,
     Costs,
     distinct_replicas,
     stage_bytes,
     unit_capacity,
     unit_times,
 )
-from meshwright.search.fitting import cut_seconds
-from meshwright.search.lines import Line, Team
-from meshwright.search.partition import Array
+from meshwright.search.layer_partition import cut_seconds
 from meshwright.stopping import look
 
 OVERFULL = 1e3

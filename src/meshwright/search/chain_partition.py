@@ -13,12 +13,11 @@ from random import Random
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import Strategy
-from meshwright.search.costs import Costs, reduced_width, ring, seconds_per_byte
-from meshwright.search.crossing import crossings
-from meshwright.search.fitting import Stages, apportion, fit_line, pace, team_loads
-from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.partition import Array
+from meshwright.search.boundary_prices import crossings
+from meshwright.search.candidate import Line, Team, Unit
+from meshwright.search.costs import Array, Costs, reduced_width, ring, seconds_per_byte
+from meshwright.search.incumbent import Strategy
+from meshwright.search.layer_partition import Stages, apportion, fit_line, pace, team_loads
 from meshwright.search.space import divisors, legal_widths, usable_devices
 from meshwright.stopping import look
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Link
 from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
+from meshwright.search.bounds import optimizer_of
 from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
-from meshwright.search.lower import optimizer_of
-from meshwright.search.templates import Fleet, Segment, Template
+from meshwright.search.device_classes import Fleet, Segment, Template
 
 Ints = NDArray[np.int64]
 

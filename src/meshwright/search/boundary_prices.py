@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from meshwright.cluster.topology import Resource, path
+from meshwright.search.candidate import Team, moves
 from meshwright.search.costs import Costs, remembered
-from meshwright.search.lines import Team, moves
 
 TRANSFERS = 64
 """Transfers of one cut that are looked at one by one."""
