@@ -19,17 +19,17 @@ from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.device_classes import (
+    PipelineTemplate,
     RatedFleet,
-    Segment,
-    Template,
+    StageRun,
     fleets,
     groupings,
     nodes_for,
     written,
 )
+from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.sketches import whole_seconds
-from meshwright.search.template_estimate import Sketch
+from meshwright.search.template_estimate import TemplateEstimate
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
 
@@ -104,7 +104,7 @@ def test_segments_are_written_on_devices_of_their_own(units, depth, width, tenso
         needed = nodes_for(units, depth, width, block)
         where = machines(needed, 0, units * tensor)
         costs = costs_of(model([1.0]), where, job())
-        template = Template(tensor, (Segment(0, depth, width, block),), width, "1f1b")
+        template = PipelineTemplate(tensor, (StageRun(0, depth, width, block),), width, "1f1b")
         stages = written(fleets(costs), template, {})
         names = [name for stage in stages for unit in stage for name in unit]
         assert len(stages) == depth
@@ -134,9 +134,9 @@ GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)
 
 def test_the_closed_form_is_near_the_simulator():
     costs = costs_of(GRAPH, machines(8, 8), job(256))
-    board = template_search.drawing(costs, fleets(costs))
+    context = template_search.estimate_context(costs, fleets(costs))
     for choice in template_search._at_width(
-        board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")
+        context, 1, ("1f1b", "gpipe"), lambda: False, float("inf")
     ):
         lines = template_search._lines(choice)
         if lines is not None:
@@ -156,20 +156,20 @@ def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monk
     )
     where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
     costs = costs_of(model([10.0] * 2), where, job(120))
-    board = template_search.drawing(costs, fleets(costs))
+    context = template_search.estimate_context(costs, fleets(costs))
     chosen = tuple(
-        template_search.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
+        template_search.sketch(context, PipelineTemplate(1, (StageRun(i, 1, 1, 1),), 1, "1f1b"), 40)
         for i in range(3)
     )
     asked = []
-    further = Sketch.further
+    further = TemplateEstimate.further
     monkeypatch.setattr(
-        Sketch, "further", lambda self, count: asked.append(count) or further(self, count)
+        TemplateEstimate, "further", lambda self, count: asked.append(count) or further(self, count)
     )
-    best = template_search._shared_out(board, chosen, 120)
+    best = template_search._shared_out(context, chosen, 120)
     assert sum(best.counts) == 120
     assert best.counts[0] > best.counts[1] > best.counts[2]
-    assert best.seconds == whole_seconds(board, chosen, best.counts)
+    assert best.seconds == whole_seconds(context, chosen, best.counts)
     assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
 
 
@@ -215,7 +215,7 @@ def test_a_budget_that_is_far_too_short_is_not_overrun_for_long(monkeypatch):
         clock[0] += 1e-3
         return clock[0]
 
-    monkeypatch.setattr("meshwright.search.contest.time.monotonic", now)
+    monkeypatch.setattr("meshwright.search.incumbent.time.monotonic", now)
     plain = []
     plan = find_plan(GRAPH, where, job(512), budget_seconds=0.02, found=plain.append)
     validate_plan(plan, GRAPH, where)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from searchworlds import cluster, job, model
 
 from meshwright.search import neighbourhood
-from meshwright.search.candidate import Line, Team
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.local_search import MOVES
@@ -83,7 +83,11 @@ A0, A1, B0, B1, C0, C1 = (unit(name) for name in ("a:0", "a:1", "b:0", "b:1", "c
 
 def test_layers_move_over_one_cut_and_over_neighbouring_cuts():
     costs = priced()
-    start = Line((Team((A0,), (4,)), Team((B0,), (4,)), Team((C0,), (4,))), (0, 2, 4, 7), 3)
+    start = CandidatePipeline(
+        (StageDevices((A0,), (4,)), StageDevices((B0,), (4,)), StageDevices((C0,), (4,))),
+        (0, 2, 4, 7),
+        3,
+    )
     bounds = {
         lines[0].bounds for _, lines in neighbourhood.layers(costs, ("1f1b", (start,)), INFINITE)
     }
@@ -93,7 +97,7 @@ def test_layers_move_over_one_cut_and_over_neighbouring_cuts():
 
 def test_rows_move_between_unlike_replicas_only():
     costs = priced()
-    start = Line((Team((A0, A1, B0), (5, 5, 2)),), (0, 7), 1)
+    start = CandidatePipeline((StageDevices((A0, A1, B0), (5, 5, 2)),), (0, 7), 1)
     found = {
         lines[0].teams[0].rows
         for _, lines in neighbourhood.rows(costs, ("1f1b", (start,)), INFINITE)

@@ -1,4 +1,4 @@
-"""What a cut between two stages asks of the links, all replicas at once."""
+"""Prices a cut between two stages: what all its transfers together ask of the links."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from meshwright.cluster.topology import Resource, path
-from meshwright.search.candidate import Team, moves
+from meshwright.search.candidate import StageDevices, moves
 from meshwright.search.costs import Costs, remembered
 
 TRANSFERS = 64
@@ -29,7 +29,7 @@ class Crossing:
         return self.latency + self.slowest * size if size else 0.0
 
 
-def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+def crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
     """Of activations and of gradients.
 
     Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
@@ -54,7 +54,7 @@ class _Way:
             self.rows[resource] = self.rows.get(resource, 0) + rows
 
 
-def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+def _crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
     ahead, back = _Way(), _Way()
     counted, rows = 0, sum(here.rows)
     for i, j, moved in islice(moves(here, there), TRANSFERS):

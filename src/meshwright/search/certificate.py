@@ -1,4 +1,4 @@
-"""A lower bound on the step time of every plan there could be, under the same costs.
+"""Computes a lower bound on the step time of every possible plan, under the same costs.
 
 Letters: L layers, K device types, w a price for a second on a device of each type.
 """

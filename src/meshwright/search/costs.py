@@ -1,4 +1,4 @@
-"""Prices that many candidates share, each worked out once: layer times, memory, boundaries, rings.
+"""Keeps prices that many candidates share: layer times, memory, boundaries, rings.
 
 Letters: S stages, L layers, a stage's first layer, b one past its last. All of this is the cost
 floor's; nothing here has a formula of its own.

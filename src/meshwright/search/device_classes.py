@@ -1,9 +1,9 @@
-"""Pipelines as templates: classes of nodes with counts, before devices are written down.
+"""Groups nodes into fleets of interchangeable ones, and describes pipelines as templates on fleets.
 
-A fleet is all nodes of one kind at one site; a segment is a run of equal stages on such nodes; a
-template is a chain of segments. Its replicas are copies of one narrow pipeline, so that what it
-costs depends on the number of kinds and stages, not of devices. Letters: S stages, L layers, M
-micro-batches.
+A fleet is all nodes of one kind at one site, a stage run is a number of equal stages on such nodes,
+and a template is a chain of stage runs. Its replicas are copies of one narrow pipeline, so the cost
+of estimating it depends on the number of kinds and stages, not of devices. Letters: S stages, L
+layers, M micro-batches.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Grouping = tuple[tuple[RatedFleet, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class StageRun:
     """Equal stages on one fleet. On each of its nodes stand `block` replicas of one stage beside
     each other, then as many of the next stage, until the node is full."""
 
@@ -72,11 +72,11 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class PipelineTemplate:
     """A pipeline with everything decided but its cuts and the number of its micro-batches."""
 
     tensor: int
-    segments: tuple[Segment, ...]
+    segments: tuple[StageRun, ...]
     rows: int
     """Of a micro-batch, over all replicas."""
     schedule: ScheduleName
@@ -171,7 +171,7 @@ def nodes_for(units: int, depth: int, width: int, block: int) -> int:
     return -(-depth // (units // block)) * (width // block)
 
 
-def written(every: Sequence[Fleet], template: Template, taken: dict[int, int]) -> Stages:
+def written(every: Sequence[Fleet], template: PipelineTemplate, taken: dict[int, int]) -> Stages:
     """The units of every stage. `taken`: nodes of each fleet that are in use; grows."""
     found: list[tuple[Unit, ...]] = []
     for segment in template.segments:
@@ -185,7 +185,7 @@ def written(every: Sequence[Fleet], template: Template, taken: dict[int, int]) -
 
 
 def _stages(
-    nodes: Sequence[tuple[str, ...]], segment: Segment, units: int, tensor: int
+    nodes: Sequence[tuple[str, ...]], segment: StageRun, units: int, tensor: int
 ) -> list[tuple[Unit, ...]]:
     run, wide = units // segment.block, segment.width // segment.block
     stages = []

@@ -1,4 +1,4 @@
-"""What a candidate costs in closed form, and its best layer cuts.
+"""Estimates the step of a regular grid in closed form, and finds its best layer cuts.
 
 Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last.
 """

@@ -19,7 +19,7 @@ from meshwright.cost.times import repeated_seconds
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.boundary_prices import crossings
-from meshwright.search.candidate import Line, Team, Unit
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
 from meshwright.search.costs import (
     Array,
     Costs,
@@ -153,7 +153,7 @@ Stages = tuple[tuple[Unit, ...], ...]
 class Fitted:
     """A line with its best cuts, and its seconds without reductions."""
 
-    line: Line
+    line: CandidatePipeline
     once: float
     """Of the first micro-batch, there and back."""
     slowest: float
@@ -205,14 +205,14 @@ def fit_line(
     layers = len(costs.model.layers)
     if len(stages) > layers or rows < max(len(units) for units in stages):
         return None
-    teams = tuple(Team(units, apportion(costs, units, rows)) for units in stages)
+    teams = tuple(StageDevices(units, apportion(costs, units, rows)) for units in stages)
     if limit < float("inf") and micro_batches / fluid_rate(costs, teams) >= limit:
         return None
     key = ("fitted", teams, micro_batches, schedule)
     return remembered(costs, key, lambda: recut(costs, teams, micro_batches, schedule))
 
 
-def fluid_rate(costs: Costs, teams: tuple[Team, ...]) -> float:
+def fluid_rate(costs: Costs, teams: tuple[StageDevices, ...]) -> float:
     """Micro-batches a second of stages that are never idle."""
     speed = 0.0
     for team in teams:
@@ -225,7 +225,7 @@ def fluid_rate(costs: Costs, teams: tuple[Team, ...]) -> float:
 
 
 def recut(
-    costs: Costs, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName
+    costs: Costs, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> Fitted | None:
     """The same with the rows given as well."""
     loads = np.array(
@@ -241,15 +241,17 @@ def recut(
     found = assign(loads, cuts, micro_batches)
     if found is None:
         return None
-    line = Line(teams, found.bounds, micro_batches)
+    line = CandidatePipeline(teams, found.bounds, micro_batches)
     return Fitted(line, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
 
 
-def _held(s: int, teams: tuple[Team, ...], micro_batches: int, schedule: ScheduleName) -> int:
+def _held(
+    s: int, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+) -> int:
     return in_flight(schedule, s, len(teams), micro_batches)
 
 
-def team_loads(costs: Costs, team: Team, held: int) -> Array:
+def team_loads(costs: Costs, team: StageDevices, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
     otherwise; infinite where one does not fit even then."""
     plain = _slowest(costs, team, held, again=False)
@@ -259,7 +261,7 @@ def team_loads(costs: Costs, team: Team, held: int) -> Array:
     return np.where(np.isfinite(plain), plain, _slowest(costs, team, held, again=True))
 
 
-def _slowest(costs: Costs, team: Team, held: int, *, again: bool) -> Array:
+def _slowest(costs: Costs, team: StageDevices, held: int, *, again: bool) -> Array:
     worst: Array | None = None
     for unit, rows in distinct_replicas(costs, team.units, team.rows):
         key = ("loads", unit_kind(costs, unit), rows, held, again)
@@ -280,7 +282,7 @@ def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int, *, again: boo
     return loads
 
 
-def cut_seconds(costs: Costs, here: Team, there: Team) -> Array:
+def cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
     """Seconds [L + 1] of activations and gradients across a cut before each layer."""
     rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))

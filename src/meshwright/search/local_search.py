@@ -1,7 +1,7 @@
 """From the best regular grid to the best plan: everything on small inputs, climbs on large ones.
 
-A climb compares strategies by their preview; the simulator judges its summits and what lies next to
-the best of them.
+A hill climb compares strategies by a simulation of their stages. The full simulator judges the
+local optima and the neighbours of the best of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from meshwright.search.candidate import fits, line_of, tensor_widths_agree
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress, is_large
-from meshwright.search.incumbent import WORK, Contest, Strategy, challenge
+from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
 from meshwright.search.neighbourhood import Move
 from meshwright.search.pool_pipelines import single_lines
 from meshwright.search.stage_simulation import followed, preview_seconds
@@ -41,21 +41,21 @@ and what lies near the best in the end."""
 HOPEFUL = 1.8
 """Times the best preview beyond which a strategy is not climbed from."""
 
-HEATS, LAST = 0.4, 50
+ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; part of all steps with which they
 end."""
 
 STAY = 2
-"""Of so many climbs of a race one goes on to the next heat."""
+"""Of this many climbs, one goes on to the next round of successive halving."""
 
 DRAWN = 8
 """Starts of a race, at least."""
 
 NEARBY = 1.6
-"""Times the preview of a summit up to which its surroundings are climbed from."""
+"""Largest ratio of a neighbour's seconds to those of its local optimum at which it is a start."""
 
 SURROUNDING = 16
-"""Strategies around a summit that are climbed from."""
+"""Neighbours of a local optimum that are climbed from, at most."""
 
 FAILED = 400
 """Steps that a composed line costs which does not fit."""
@@ -64,77 +64,79 @@ SAME_BUILD = 1
 """Strategies of one build that are climbed from."""
 
 PLAYED = 6
-"""Summits that the simulator judges."""
+"""Local optima that the simulator judges."""
 
 SLACK = 0.02
 """Relative excess of a preview over the best one's within which the simulator may see it
 differently."""
 
 
-def improve(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Look for better plans than the contest has seen; whether all of the space was covered."""
-    if space_size(contest.costs) <= LIMIT:
-        return _exhaust(contest, schedules, tell)
-    if is_large(contest.costs):
-        _fleetwide(contest, schedules, tell)
+def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
+    """Look for better plans than the incumbent; return True if all of the space was covered."""
+    if space_size(incumbent.costs) <= LIMIT:
+        return _exhaust(incumbent, schedules, tell)
+    if is_large(incumbent.costs):
+        _fleetwide(incumbent, schedules, tell)
         return False
     least, each, most = STEPS
-    steps = min(most, least + each * len(contest.costs.devices))
-    scout = Scout(contest, schedules)
-    drawn = chains(contest.costs, Random(0))
-    starts = _starts(scout, drawn, steps, tell)
-    for summit in _summits(scout, starts, drawn, round(CLIMBS * steps), tell):
-        challenge(contest, summit)
-    scout.left = round(NEAR * steps)
-    _polish(scout)
+    steps = min(most, least + each * len(incumbent.costs.devices))
+    search = LocalSearch(incumbent, schedules)
+    drawn = chains(incumbent.costs, Random(0))
+    starts = _starts(search, drawn, steps, tell)
+    for optimum in _local_optima(search, starts, drawn, round(CLIMBS * steps), tell):
+        try_candidate(incumbent, optimum)
+    search.left = round(NEAR * steps)
+    _polish(search)
     return False
 
 
-def _fleetwide(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+def _fleetwide(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
     """Play the best strategies made of templates on whole fleets."""
-    found = fleet_strategies(contest.costs, schedules, contest.dropped, lambda: contest.late)
+    found = fleet_strategies(incumbent.costs, schedules, incumbent.dropped, lambda: incumbent.late)
     for done, strategy in enumerate(found):
         tell("composing", done, FLEETWIDE)
-        spent = contest.late or contest.work < WORK // 2
-        if done >= FLEETWIDE or (contest.best and spent):
+        spent = incumbent.late or incumbent.work < WORK // 2
+        if done >= FLEETWIDE or (incumbent.best and spent):
             break
-        challenge(contest, strategy)
+        try_candidate(incumbent, strategy)
     tell("composing", FLEETWIDE, FLEETWIDE)
 
 
-def _next(scout: Scout, drawn: Chains) -> list[Strategy]:
+def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
     """More strategies of the schedules asked for from rows of devices, against the allowance."""
     spent, strategies = next(drawn)
-    scout.left -= spent
-    return [strategy for strategy in strategies if strategy[0] in scout.schedules]
+    search.left -= spent
+    return [strategy for strategy in strategies if strategy[0] in search.schedules]
 
 
-def _starts(scout: Scout, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
+def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
     """The best strategies of different builds, by preview: those played already, those made of
     whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
-    costs, contest = scout.contest.costs, scout.contest
-    known = [_played(each.plan) for each in contest.others]
+    costs, incumbent = search.incumbent.costs, search.incumbent
+    known = [_played(each.plan) for each in incumbent.others]
     if len(costs.devices) > FEW:
-        fleets = fleet_strategies(costs, scout.schedules, contest.dropped, lambda: contest.late)
+        fleets = fleet_strategies(
+            costs, search.schedules, incumbent.dropped, lambda: incumbent.late
+        )
         known += islice(fleets, FLEETWIDE)
-    found = {strategy: rate(scout, strategy) for strategy in known}
+    found = {strategy: rate(search, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
-    scout.left = round(SINGLE * steps)
+    search.left = round(SINGLE * steps)
     for lines in single_lines(costs, lambda: best[0]):
         if lines:
             strategy: Strategy = ("1f1b", lines)
-            found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
+            found[strategy] = rate(search, strategy, HOPEFUL * best[0])
             best[0] = min(best[0], found[strategy])
         else:
-            scout.left -= FAILED
-        if scout.over:
+            search.left -= FAILED
+        if search.over:
             break
     tell("composing", 1, 2)
-    scout.left = round(CHAINS * steps)
-    while not scout.over:
-        for strategy in _next(scout, drawn):
-            found[strategy] = rate(scout, strategy, HOPEFUL * best[0])
+    search.left = round(CHAINS * steps)
+    while not search.over:
+        for strategy in _next(search, drawn):
+            found[strategy] = rate(search, strategy, HOPEFUL * best[0])
             best[0] = min(best[0], found[strategy])
     tell("composing", 2, 2)
     hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best[0]]
@@ -163,51 +165,56 @@ def _played(plan: Plan) -> Strategy:
     return plan.schedule, tuple(line_of(pipeline) for pipeline in plan.pipelines)
 
 
-def _summits(
-    scout: Scout, starts: Sequence[Strategy], drawn: Chains, steps: int, tell: Progress
+def _local_optima(
+    search: LocalSearch, starts: Sequence[Strategy], drawn: Chains, steps: int, tell: Progress
 ) -> list[Strategy]:
-    """Where climbs end, best first: heats of the starts, then of what lies around the best summit
-    or, where that has been seen, of rows drawn at random, for as long as the steps last."""
+    """Return local optima, best first.
+
+    Hill climbs start from the given strategies, then from the neighbours of the best local optimum
+    or, once those have been tried, from rows of devices drawn at random, as long as steps are left.
+    """
     reached: dict[Strategy, float] = {}
     left = steps
     surrounded: set[Strategy] = set()
     waiting = list(starts)
-    while left > steps // LAST and not scout.contest.late:
+    while left > steps // LAST and not search.incumbent.late:
         tell("improving", steps - left, steps)
-        given = left if left < steps // 4 else round(left * HEATS)
-        scout.left = given
+        given = left if left < steps // 4 else round(left * ROUND_SHARE)
+        search.left = given
         best = next(iter(_ordered(reached)), None)
         if not waiting and best is not None and best not in surrounded:
             surrounded.add(best)
-            waiting = around(scout, best, reached[best] * NEARBY)[:SURROUNDING]
-        while len(waiting) < DRAWN and not scout.over:
-            waiting += _next(scout, drawn)
-        left -= given - scout.left
-        left -= max(FAILED, _heats(scout, waiting, reached))
+            waiting = around(search, best, reached[best] * NEARBY)[:SURROUNDING]
+        while len(waiting) < DRAWN and not search.over:
+            waiting += _next(search, drawn)
+        left -= given - search.left
+        left -= max(FAILED, _successive_halving(search, waiting, reached))
         waiting = []
     tell("improving", steps, steps)
     return _ordered(reached)[:PLAYED]
 
 
-def _heats(scout: Scout, starts: Sequence[Strategy], reached: dict[Strategy, float]) -> int:
-    """Climb from all starts a little, then from the better ones of where that led, and so on; the
-    steps that it took of those allowed."""
-    allowed = left = max(scout.left, 0)
+def _successive_halving(
+    search: LocalSearch, starts: Sequence[Strategy], reached: dict[Strategy, float]
+) -> int:
+    """Climb from all starts a few steps, then from the better half of the strategies reached, and
+    so on; return the number of steps taken of those allowed."""
+    allowed = left = max(search.left, 0)
     racing = list(dict.fromkeys(starts))
-    heats = 1
-    while len(racing) > STAY**heats:
-        heats += 1
-    while racing and left > 0 and not scout.contest.late:
-        share, heats = left / max(1, heats), heats - 1
+    rounds = 1
+    while len(racing) > STAY**rounds:
+        rounds += 1
+    while racing and left > 0 and not search.incumbent.late:
+        share, rounds = left / max(1, rounds), rounds - 1
         further: dict[Strategy, float] = {}
         for number, start in enumerate(racing):
-            scout.left = given = round(share / (len(racing) - number))
-            summit = climb(scout, start)
-            spent = given - scout.left
+            search.left = given = round(share / (len(racing) - number))
+            optimum = climb(search, start)
+            spent = given - search.left
             share, left = share - spent, left - spent
-            reached[summit] = rate(scout, summit)
-            if scout.left <= 0:
-                further[summit] = reached[summit]
+            reached[optimum] = rate(search, optimum)
+            if search.left <= 0:
+                further[optimum] = reached[optimum]
         racing = _ordered(further)[: max(1, len(racing) // STAY)]
     return allowed - left
 
@@ -216,33 +223,33 @@ def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:
     return sorted(reached, key=reached.__getitem__)
 
 
-def _polish(scout: Scout) -> None:
+def _polish(search: LocalSearch) -> None:
     """Play what lies next to the best plan for as long as that helps and the work lasts."""
-    contest = scout.contest
-    better = contest.best is not None
-    while better and contest.best and not contest.over and not scout.over:
-        best = _played(contest.best.plan)
-        near = around(scout, best, rate(scout, best) * (1 + SLACK))
-        better = any(challenge(contest, strategy) for strategy in near if not contest.over)
+    incumbent = search.incumbent
+    better = incumbent.best is not None
+    while better and incumbent.best and not incumbent.over and not search.over:
+        best = _played(incumbent.best.plan)
+        near = around(search, best, rate(search, best) * (1 + SLACK))
+        better = any(try_candidate(incumbent, strategy) for strategy in near if not incumbent.over)
 
 
-def _exhaust(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
+def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Play every strategy of the space that is not bounded away, most promising first."""
-    contest.work = 1 << 62  # the size of the space is the limit here
+    incumbent.work = 1 << 62  # the size of the space is the limit here
     found = prospects(
-        contest.costs, schedules, contest.limit, contest.dropped, lambda: contest.late
+        incumbent.costs, schedules, incumbent.limit, incumbent.dropped, lambda: incumbent.late
     )
     if found is None:
-        contest.dropped["beyond the budget"] += 1
+        incumbent.dropped["beyond the budget"] += 1
         return False
     for done, prospect in enumerate(found):
         tell("simulating", done, len(found))
-        if prospect.seconds >= contest.limit:
-            contest.dropped["lower bound above the best"] += len(found) - done
+        if prospect.seconds >= incumbent.limit:
+            incumbent.dropped["lower bound above the best"] += len(found) - done
             break
-        if contest.over:
+        if incumbent.over:
             return False
-        challenge(contest, (prospect.schedule, prospect.lines))
+        try_candidate(incumbent, (prospect.schedule, prospect.lines))
     tell("simulating", len(found), len(found))
     return True
 
@@ -269,10 +276,10 @@ FITTING_STAGE = 30
 
 
 @dataclass(slots=True)
-class Scout:
+class LocalSearch:
     """What has been previewed, and how many steps may still be spent."""
 
-    contest: Contest
+    incumbent: Incumbent
     schedules: Sequence[ScheduleName]
     left: int = 0
     known: dict[Strategy, tuple[float, bool]] = field(default_factory=dict)
@@ -281,18 +288,18 @@ class Scout:
     @property
     def over(self) -> bool:
         """Whether the allowance or the budget is spent."""
-        return self.left <= 0 or self.contest.late
+        return self.left <= 0 or self.incumbent.late
 
 
-def rate(scout: Scout, strategy: Strategy, limit: float = float("inf")) -> float:
+def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
     """Seconds by preview, infinite where it does not fit; where they are not below the limit,
     perhaps only a bound."""
     look()
-    seconds, final = scout.known.get(strategy, (0.0, False))
+    seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
-        scout.left -= _steps(strategy)
-        seconds = _rated(scout, strategy, limit)
-        scout.known[strategy] = seconds, seconds < limit or limit == float("inf")
+        search.left -= _steps(strategy)
+        seconds = _rated(search, strategy, limit)
+        search.known[strategy] = seconds, seconds < limit or limit == float("inf")
     return seconds
 
 
@@ -305,10 +312,10 @@ def _steps(strategy: Strategy) -> int:
     return steps
 
 
-def _rated(scout: Scout, strategy: Strategy, limit: float) -> float:
+def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
     schedule, lines = strategy
-    costs, dropped = scout.contest.costs, scout.contest.dropped
-    if schedule not in scout.schedules:
+    costs, dropped = search.incumbent.costs, search.incumbent.dropped
+    if schedule not in search.schedules:
         return float("inf")
     if not tensor_widths_agree(costs, lines):
         dropped["holders of a layer differ in tensor width"] += 1
@@ -320,35 +327,37 @@ def _rated(scout: Scout, strategy: Strategy, limit: float) -> float:
     return preview_seconds(costs, lines, schedule, limit)
 
 
-def climb(scout: Scout, start: Strategy) -> Strategy:
+def climb(search: LocalSearch, start: Strategy) -> Strategy:
     """The start, or what becomes of it by changes that each make it faster; the kinds of changes
     take turns."""
-    best, seconds = start, rate(scout, start)
+    best, seconds = start, rate(search, start)
     idle = turn = 0
-    while idle < len(MOVES) and not scout.over:
+    while idle < len(MOVES) and not search.over:
         limit = seconds * (1 - GAIN)
-        better = next(_better(scout, MOVES[turn], best, limit), None)
+        better = next(_better(search, MOVES[turn], best, limit), None)
         if better is None:
             idle, turn = idle + 1, (turn + 1) % len(MOVES)
         else:
-            idle, best, seconds = 0, better, rate(scout, better)
+            idle, best, seconds = 0, better, rate(search, better)
     return best
 
 
-def _better(scout: Scout, move: Move, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    for other in move(scout.contest.costs, strategy, limit):
-        if rate(scout, other, limit) < limit:
+def _better(
+    search: LocalSearch, move: Move, strategy: Strategy, limit: float
+) -> Iterator[Strategy]:
+    for other in move(search.incumbent.costs, strategy, limit):
+        if rate(search, other, limit) < limit:
             yield other
-        if scout.over:
+        if search.over:
             return
 
 
-def around(scout: Scout, strategy: Strategy, limit: float) -> list[Strategy]:
+def around(search: LocalSearch, strategy: Strategy, limit: float) -> list[Strategy]:
     """All that one change makes of a strategy and that is not slower than the limit; best first."""
     found: list[tuple[float, int, Strategy]] = []
     for move in MOVES:
         found += (
-            (rate(scout, other), len(found), other)
-            for other in _better(scout, move, strategy, limit)
+            (rate(search, other), len(found), other)
+            for other in _better(search, move, strategy, limit)
         )
     return [other for _, _, other in sorted(found, key=lambda entry: entry[:2])]

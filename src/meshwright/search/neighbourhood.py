@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.candidate import Line, Team, Unit
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
 from meshwright.search.costs import Costs, unit_kind
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, fit_line
@@ -24,7 +24,7 @@ Move = Callable[[Costs, Strategy, float], Iterator[Strategy]]
 """Strategies that a move makes of one; those that surely take the given seconds may be missing."""
 
 
-def stages_of(line: Line) -> Stages:
+def stages_of(line: CandidatePipeline) -> Stages:
     """Its units alone."""
     return tuple(team.units for team in line.teams)
 
@@ -50,14 +50,16 @@ def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strateg
                     yield from _cut(strategy, i, line, range(first, last), by)
 
 
-def _cut(strategy: Strategy, i: int, line: Line, cuts: range, by: int) -> Iterator[Strategy]:
+def _cut(
+    strategy: Strategy, i: int, line: CandidatePipeline, cuts: range, by: int
+) -> Iterator[Strategy]:
     """With these cuts moved by some layers."""
     bounds = tuple(cut + by if s in cuts else cut for s, cut in enumerate(line.bounds))
     if all(a < b for a, b in pairwise(bounds)):
         yield _with(strategy, i, replace(line, bounds=bounds))
 
 
-def _with(strategy: Strategy, i: int, line: Line) -> Strategy:
+def _with(strategy: Strategy, i: int, line: CandidatePipeline) -> Strategy:
     schedule, lines = strategy
     return schedule, (*lines[:i], line, *lines[i + 1 :])
 
@@ -72,7 +74,7 @@ def rows(costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
                 yield _with(strategy, i, replace(line, teams=teams))
 
 
-def _shifted(costs: Costs, team: Team) -> Iterator[Team]:
+def _shifted(costs: Costs, team: StageDevices) -> Iterator[StageDevices]:
     first: dict[object, int] = {}
     for u, unit in enumerate(team.units):
         first.setdefault((unit_kind(costs, unit), team.rows[u]), u)
@@ -83,7 +85,7 @@ def _shifted(costs: Costs, team: Team) -> Iterator[Team]:
                     moved = list(team.rows)
                     moved[giver] -= step
                     moved[taker] += step
-                    yield Team(team.units, tuple(moved))
+                    yield StageDevices(team.units, tuple(moved))
 
 
 def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
@@ -154,8 +156,8 @@ def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
 
 
 def _resized(
-    costs: Costs, line: Line, share: int, schedule: ScheduleName, limit: float
-) -> Iterator[Line]:
+    costs: Costs, line: CandidatePipeline, share: int, schedule: ScheduleName, limit: float
+) -> Iterator[CandidatePipeline]:
     """The line with another share, in micro-batches of about the size it has."""
     widest = max(len(team.units) for team in line.teams)
     sizes = [size for size in divisors(share) if size >= widest]
@@ -167,7 +169,7 @@ def _resized(
 
 def alike(
     costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
-) -> Line | None:
+) -> CandidatePipeline | None:
     """The stages with a share of the batch, in micro-batches as near as can be to so many rows."""
     if not stages or len(stages) > len(costs.model.layers):
         return None
@@ -320,7 +322,7 @@ def _inserted(own: Stages, s: int, unit: Unit) -> Stages:
     return (*own[:s], (unit,), *own[s:])
 
 
-def _idle(costs: Costs, lines: tuple[Line, ...]) -> list[Unit]:
+def _idle(costs: Costs, lines: tuple[CandidatePipeline, ...]) -> list[Unit]:
     """Unused devices of every class, as units of every width in use."""
     used = {name for line in lines for team in line.teams for unit in team.units for name in unit}
     tensors = sorted({len(team.units[0]) for line in lines for team in line.teams})

@@ -1,4 +1,5 @@
-"""Lines from pools of like devices: which stand in a line, in which order, how deep and wide.
+"""Builds pipelines from pools of interchangeable devices: which pools, in which order, how deep and
+how wide.
 
 A pool is all devices of one type on nodes of one kind at one site, cut into units: they are
 interchangeable. Letters: S stages, M micro-batches, P parameters of the model.
@@ -16,7 +17,7 @@ import numpy as np
 
 from meshwright.model.spec import num_parameters
 from meshwright.plan.ranks import gradient_bytes
-from meshwright.search.candidate import Line, Unit
+from meshwright.search.candidate import CandidatePipeline, Unit
 from meshwright.search.costs import Costs, ring, seconds_per_byte
 from meshwright.search.layer_partition import Stages, fit_line, pace
 from meshwright.search.space import divisors, legal_widths, usable_devices
@@ -275,7 +276,9 @@ def whole_batch(costs: Costs) -> tuple[int, ...]:
     return every[::step]
 
 
-def single_lines(costs: Costs, limit: Callable[[], float]) -> Iterator[tuple[Line, ...]]:
+def single_lines(
+    costs: Costs, limit: Callable[[], float]
+) -> Iterator[tuple[CandidatePipeline, ...]]:
     """Lines of whole pools for all of the batch, the most promising first, over all tensor widths
     of every pool; those whose guess is above the limit are left out."""
     table = pool_table(costs, legal_widths(costs))

@@ -1,4 +1,4 @@
-"""AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
+"""Enumerates AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a strategy takes, worked out in a hundredth of the simulator's time.
+"""Simulates a step stage by stage, in a hundredth of the time of the simulator of ranks.
 
-The same program is followed stage by stage instead of rank by rank: the replicas of a stage keep
-step, transfers of one cut share links only with each other, and reductions queue at each resource.
-Neighbours are compared by it; what the simulator says decides. Letters: S stages, M micro-batches.
+The replicas of a stage keep step, transfers of one cut share links only with each other, and
+reductions queue at each resource. Hill climbs compare neighbours by it; in the end the simulator of
+ranks decides. Letters: S stages, M micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
 from meshwright.search.boundary_prices import crossings
 from meshwright.search.bounds import after_lines
-from meshwright.search.candidate import Line, Team, Unit
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
 from meshwright.search.costs import (
     PROBE_BYTES,
     Costs,
@@ -40,7 +40,10 @@ FOLLOWED = 24
 
 
 def preview_seconds(
-    costs: Costs, lines: Sequence[Line], schedule: ScheduleName, limit: float = float("inf")
+    costs: Costs,
+    lines: Sequence[CandidatePipeline],
+    schedule: ScheduleName,
+    limit: float = float("inf"),
 ) -> float:
     """Seconds of a step without contention between pipelines; where it must be `limit` or more,
     something in between."""
@@ -68,7 +71,7 @@ class _Pipe:
     """Of the link that all cuts together load most."""
 
 
-def _pipe(costs: Costs, line: Line) -> _Pipe:
+def _pipe(costs: Costs, line: CandidatePipeline) -> _Pipe:
     forward, backward = [], []
     for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
         replicas = distinct_replicas(costs, team.units, team.rows)
@@ -226,7 +229,9 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
     return (first[steady] - first[steady - depth]) / depth if steady >= depth else 0.0
 
 
-def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
+def _reduced(
+    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> float:
     """When all gradients are summed."""
     end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
@@ -247,11 +252,13 @@ Sum = tuple[float, float, float, float, tuple[Unit, ...]]
 """When the first gradients are there, when the last are, bytes on each rank, those that are sent
 last, and the units."""
 
-Holder = tuple[Team, tuple[int, int], Span]
+Holder = tuple[StageDevices, tuple[int, int], Span]
 """A stage with its layers and its last backward."""
 
 
-def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> Iterator[Sum]:
+def _sums(
+    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> Iterator[Sum]:
     """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
     stages: list[Holder] = [
         (team, layers, span)

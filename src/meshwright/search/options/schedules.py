@@ -28,7 +28,7 @@ from meshwright.search.bounds import after_lines
 from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.incumbent import Contest, Played, work_of
+from meshwright.search.incumbent import Evaluated, Incumbent, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.simulate.fold import fold, priced_for_all
 
@@ -48,10 +48,10 @@ MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
 
 
-def propose(contest: Contest) -> Proposals:
+def propose(incumbent: Incumbent) -> Proposals:
     """Give each finalist its fastest schedules with a rule, and one made for it."""
-    costs = contest.costs
-    for plan in (played.plan for played in finalists(contest)):
+    costs = incumbent.costs
+    for plan in (played.plan for played in finalists(incumbent)):
         if work_of(plan, fold(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
             continue
@@ -59,13 +59,13 @@ def propose(contest: Contest) -> Proposals:
         after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
         others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
         for took, name in others[:PLAYED]:
-            if took + after < contest.limit * (1 + ROUGH):
+            if took + after < incumbent.limit * (1 + ROUGH):
                 changed = replace(plan, schedule=name, prediction=None)
                 yield Proposal(changed, describe(changed))
             else:
                 yield Pruned("slower in the stage-level simulation")
         listed = listed_orders(works, LISTED)
-        if listed is not None and listed[0] + after < contest.limit * (1 + ROUGH):
+        if listed is not None and listed[0] + after < incumbent.limit * (1 + ROUGH):
             changed = in_listed_orders(plan, listed[1])
             yield Proposal(changed, describe(changed))
 
@@ -73,13 +73,15 @@ def propose(contest: Contest) -> Proposals:
 OPTION = PlanOption("schedules", propose)
 
 
-def finalists(contest: Contest) -> list[Played]:
+def finalists(incumbent: Incumbent) -> list[Evaluated]:
     """The best plan of each build in which there is an order to choose and that could win by it."""
-    builds: dict[str, Played] = {}
-    for played in sorted(contest.others, key=lambda p: p.seconds):
+    builds: dict[str, Evaluated] = {}
+    for played in sorted(incumbent.others, key=lambda p: p.seconds):
         if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
             builds.setdefault(played.plan.name, played)
-    hopeful = [p for p in builds.values() if _least_seconds(contest.costs, p.plan) < contest.limit]
+    hopeful = [
+        p for p in builds.values() if _least_seconds(incumbent.costs, p.plan) < incumbent.limit
+    ]
     return hopeful[:FINALISTS]
 
 
