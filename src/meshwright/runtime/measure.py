@@ -204,6 +204,18 @@ class Recorder:
         return self.record
 
 
+class Recording:
+    """Whether the step that runs is measured, for all that takes part in it."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        """Measures the step; None: it is not measured."""
+
+    def posted(self, i: Instruction, works: Sequence[Work]) -> Handle:
+        """Returns a handle for an instruction's communication, which has just been posted."""
+        return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
+
+
 def _at(seconds: float) -> Moment:
     return lambda: seconds
 

@@ -116,9 +116,10 @@ def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
             bucket.buffer.mul_(factor)
 
 
-def clip_factor(norm: float, clip_norm: float | None) -> float:
-    """Returns min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ defines it."""
-    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+def clip_factor(norm: float, clip_norm: float) -> float:
+    """Returns min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ defines it; 1 if
+    `clip_norm` is 0, which stands for no clipping."""
+    return 1.0 if clip_norm == 0 else min(1.0, clip_norm / (norm + 1e-6))
 
 
 def clip_factor_on_device(norm: Tensor, clip_norm: float) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cost.instructions import price
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
@@ -90,7 +91,7 @@ def test_a_first_stage_does_its_parts_like_the_others() -> None:
 @pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp", "zb-h1"])
 def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
     plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule=schedule)
-    table = virtual_times(plan, MODEL, CLUSTER, FIXED)
+    table = virtual_times(PricedPlan(plan, MODEL, CLUSTER, FIXED))
     for rank, times in enumerate(table.ranks):
         expected = {
             part_key(rank, op, count): seconds
