@@ -22,7 +22,44 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "state_division": ("states", "StateDivision", "StateLevel"),
 }
 """The field of each technique in a plan, with the names of its types."""
-ALLOWED: dict[str, dict[str, str]] = {}
+BUCKETS = "a rank holds its gradients in buckets, whichever collective sums them"
+CHOSEN = "the search chooses it stage by stage"
+SWITCH = "a switch in files that the exporter writes as a whole"
+ALLOWED: dict[str, dict[str, str]] = {
+    "data_parallel": {
+        "runtime/assemble.py": BUCKETS,
+        "runtime/measure.py": BUCKETS,
+        "runtime/optimizer.py": BUCKETS,
+        "runtime/start.py": BUCKETS,
+        "search/costs.py": "it estimates reductions without a program",
+        "techniques/state_division/program.py": "divided states replace its all-reduces",
+        "techniques/state_division/runtime.py": BUCKETS,
+    },
+    "backward_split": {
+        "cost/times.py": "it keeps the seconds of both parts of a layer",
+        "runtime/stage.py": "a stage runs the two parts of its backwards",
+        "search/certificate.py": "it bounds the seconds of both parts",
+    },
+    "activation_checkpointing": {
+        "cost/instructions.py": "the seconds of a backward hold the repeated forward",
+        "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
+        "cost/pricing_context.py": "memory is kept by what it depends on",
+        "cost/sharded.py": "the same field of another tool's run",
+        "cost/times.py": "the seconds of a backward hold the repeated forward",
+        "export/accelerate.py": SWITCH,
+        "export/answers.py": SWITCH,
+        "export/deepspeed.py": SWITCH,
+        "export/grid.py": SWITCH,
+        "export/megatron.py": SWITCH,
+        "export/torchtitan.py": SWITCH,
+        "plan/ranks.py": "the stage of a rank has it",
+        "runtime/build.py": "a built stage knows which of its layers run again",
+        "runtime/profile_layers.py": "the profile measures layers that keep their activations",
+        "search/explain.py": CHOSEN,
+        "search/lines.py": CHOSEN,
+        "search/virtual_stages.py": CHOSEN,
+    },
+}
 """By technique: the files outside its room that have its words all the same, with the reason."""
 
 FILES = {
