@@ -295,6 +295,7 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     return first, sums[0], max(errors)
 
 
+@pytest.mark.heavy
 def test_a_team_sums_once_in_the_first_part_and_never_in_the_second() -> None:
     for first, second, error in run_ranks(2, divided, (Column(parts=(16,)), Row())):
         assert (first, second) == (1, 0)
