@@ -141,9 +141,9 @@ def _completion_seconds(rank: RankContext, reduction: Instruction, backward: int
 
 
 def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Map the index of each REDUCE_GRAD to that of its stage's last backward (B or W).
+    """Map the index of each reduction to that of its stage's last backward (B or W).
 
-    A REDUCE_GRAD posted after that backward is left out: its gradients are complete already.
+    A reduction posted after that backward is left out: its gradients are complete already.
     """
     last = {i.stage: index for index, i in enumerate(instructions) if i.op.completes_gradients}
     return {

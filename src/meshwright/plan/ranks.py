@@ -170,9 +170,7 @@ def describe(plan: Plan) -> str:
         meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
         mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
         cuts = "|".join(
-            f"{b - a}{'r' * s.recompute}{_options_text(s)}"
-            for s in pipeline.stages
-            for a, b in [s.layers]
+            f"{b - a}{_options_text(s)}" for s in pipeline.stages for a, b in [s.layers]
         )
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]

@@ -55,8 +55,8 @@ class Timeline:
 
 
 def label(instruction: Instruction) -> str:
-    """Return the label of an instruction: `0F3`, `0W0:4`, `0REDUCE_GRAD 4:8` with its layers,
-    `0REDUCE_GRAD wte` with its tied parameter, `0REDUCE_GRAD 4:8 1:2/4` with its tile."""
+    """Return the label of an instruction: `0F3`, `0W0:4`, `0OPTIMIZER_STEP 4:8` with its layers,
+    `0OPTIMIZER_STEP wte` with its tied parameter; a tile follows as `1:2/4`."""
     micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)

@@ -23,6 +23,7 @@ from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
 from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
@@ -333,4 +334,4 @@ def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Param
     return lambda _: reducer.accumulated(bucket, name)
 
 
-STARTS = {Op.REDUCE_GRAD: _all_reduce}
+STARTS: dict[Op, Start] = {REDUCE_GRAD: _all_reduce}
