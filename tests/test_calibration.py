@@ -83,6 +83,7 @@ def test_proposals_are_different_plans_that_say_different_things(session: Sessio
     assert proposals(session, 5) == plans
 
 
+@pytest.mark.heavy
 def test_constants_from_runs_predict_other_plans(session: Session, tmp_path: Path) -> None:
     runs = write_runs(session, tmp_path, 8)
     found = from_runs(runs[:6])

@@ -174,6 +174,7 @@ def test_exported_settings_are_what_they_are_under_any_name(name: str) -> None:
 STUB = '#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR" "$CUDA_VISIBLE_DEVICES" > started\n'
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tool", ["torchtitan", "megatron", "deepspeed", "accelerate"])
 @settings(max_examples=25)
 @given(data=st.data())
@@ -202,6 +203,7 @@ def test_exported_scripts_start_on_a_node_of_any_name(tmp_path_factory, tool, da
     assert stranger.returncode == 2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_importing_and_sourcing_what_is_exported_runs_nothing(tmp_path, tool, name) -> None:
@@ -301,6 +303,7 @@ def compared(name: str, path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.heavy
 @settings(max_examples=40)
 @given(NAMES)
 def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str) -> None:
@@ -319,6 +322,7 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.heavy
 @settings(max_examples=40)
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:

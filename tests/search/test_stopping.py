@@ -23,10 +23,11 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.records import dumps
-from meshwright.search import improve, schedule
+from meshwright.search import improve
 from meshwright.search.certificate import certificate
 from meshwright.search.contest import Contest
 from meshwright.search.costs import costs_of
+from meshwright.search.options import schedules
 from meshwright.search.plain import plain_plan
 from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
@@ -69,7 +70,7 @@ def short_searches():
     """What is cut short here need not be long."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(improve, "STEPS", (60_000, 2_000, 100_000))
-        patched.setattr(schedule, "LISTED", 4_000)
+        patched.setattr(schedules, "LISTED", 4_000)
         yield
 
 
@@ -135,6 +136,7 @@ def check_stopped(name: str, n: int) -> None:
     assert all(other.reason for other in said.runners_up)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "nothing fits"])
 @settings(max_examples=15)
 @given(share=st.floats(0, 1))
@@ -155,6 +157,7 @@ def test_whenever_a_search_is_stopped_what_it_says_is_so_at_many_moments(name, d
     check_stopped(name, data.draw(st.integers(1, looks)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["climbed", "counted by class"])
 def test_a_search_stopped_at_what_it_tells_ends_with_a_plan_or_an_error(name):
     """The n-th thing that it tells is the last before it ends."""
@@ -174,6 +177,7 @@ def test_a_search_stopped_at_what_it_tells_ends_with_a_plan_or_an_error(name):
             assert plan.prediction.lower_bound_seconds > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["searched whole", "climbed", "counted by class"])
 def test_a_search_that_is_asked_and_never_stopped_finds_what_it_always_finds(name):
     graph, where, todo = WORLDS[name]

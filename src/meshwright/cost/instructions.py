@@ -24,8 +24,7 @@ from meshwright.cost.times import ReplicaTimes, Times
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView, Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.buckets import completing_layer
-from meshwright.program.instructions import Instruction, Program, micro_batches_of
+from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.records import record
 from meshwright.stopping import look

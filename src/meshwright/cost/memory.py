@@ -31,13 +31,13 @@ from meshwright.cost.weights import (
     weight_bytes,
     weight_table,
 )
-from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import RankView, StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import look
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
+from meshwright.techniques.activation_checkpointing.model import with_recomputation
 
 
 @record
@@ -320,7 +320,7 @@ Adjustment = Callable[[StageMemory, RankView], StageMemory]
 
 def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
     """Return what the techniques of a plan change in the memory of its ranks, in their order."""
-    found = (room.adjustment(plan, model) for room in rooms_with("memory"))
+    found = (adjustment(plan, model) for adjustment in provided("memory", "adjustment"))
     return tuple(each for each in found if each is not None)
 
 

@@ -17,7 +17,7 @@ from meshwright.export.grid import Grid
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.usual import differences, made_of
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 ASSUMED: dict[str, object] = {
     "model.dropout": 0.0,
@@ -233,7 +233,9 @@ def regular(tool: str) -> dict[str, Answer]:
 
 def of_techniques(tool: str) -> dict[str, Answer]:
     """Return the answers of all techniques for the fields that they have in a plan."""
-    return {name: own for room in rooms_with("export") for name, own in room.answers(tool).items()}
+    return {
+        name: a for answers in provided("export", "answers") for name, a in answers(tool).items()
+    }
 
 
 def shown(value: object) -> str:

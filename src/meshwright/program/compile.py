@@ -10,21 +10,20 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
-from meshwright.program.buckets import (
-    Bucket,
-    Sum,
-    gradient_buckets,
-    summed_layers,
-    sums_of,
-    usual_bucket_bytes,
-)
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Instruction, Program, summed_layers
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
 from meshwright.records import record
 from meshwright.stopping import look
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.buckets import (
+    Bucket,
+    Sum,
+    gradient_buckets,
+    sums_of,
+    usual_bucket_bytes,
+)
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
@@ -100,7 +99,7 @@ def compile_plan(
 
 def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
     """Return what lets every technique, in their order, put its instructions into a rank's list."""
-    found = [room.rewriting(plan, model) for room in rooms_with("program")]
+    found = [rewriting(plan, model) for rewriting in provided("program", "rewriting")]
     own = [each for each in found if each is not None]
 
     def rewrite(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:

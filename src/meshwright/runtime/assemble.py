@@ -21,19 +21,19 @@ from meshwright.runtime.collect import Home, parameter_homes
 from meshwright.runtime.debug import Tracer
 from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
 from meshwright.runtime.observer import UNOBSERVED, Observer
-from meshwright.runtime.reduce import (
+from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.stage import Stage
+from meshwright.runtime.start import agree, equalise
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.world import World
+from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
     Members,
     Reducer,
     group_parameters,
     make_bucket,
 )
-from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.stage import Stage
-from meshwright.runtime.start import agree, equalise
-from meshwright.runtime.tensor import Team
-from meshwright.runtime.world import World
-from meshwright.techniques import rooms_with
 
 
 @dataclass(slots=True)
@@ -216,7 +216,7 @@ def _buckets(
             if (i.layers, i.tied) == key
         }
         buckets[key] = make_bucket(group, own, members)
-    for room in rooms_with("runtime"):
+    for prepare in provided("runtime", "prepare"):
         for i in reductions:
-            room.prepare(buckets[i.layers, i.tied], i)
+            prepare(buckets[i.layers, i.tied], i)
     return buckets

@@ -30,7 +30,7 @@ from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.exchange import to_first
-from meshwright.runtime.reduce import FlatBucket
+from meshwright.techniques.data_parallel.runtime import FlatBucket
 
 Moment = Callable[[], float]
 """Function that returns a time in seconds on the host's clock; for CUDA it must be called after the

@@ -14,8 +14,8 @@ from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
 from meshwright.runtime.exchange import from_all
-from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World
+from meshwright.techniques.data_parallel.runtime import FlatBucket
 
 Schedule = Callable[[int], float]
 """Function from the step (from 0) to the factor of the learning rate."""

@@ -24,7 +24,7 @@ from meshwright.runtime.measure import Recording
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 _NOTHING = nullcontext()
 
@@ -310,7 +310,7 @@ class Player:
 @cache
 def _handlers() -> dict[Op, Callable[[Player, Instruction], Action]]:
     """What binds each operation that the techniques have added."""
-    return {op: bind for room in rooms_with("runtime") for op, bind in room.HANDLERS.items()}
+    return {op: bind for own in provided("runtime", "HANDLERS") for op, bind in own.items()}
 
 
 def _drop(_: object) -> None:

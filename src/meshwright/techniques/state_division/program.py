@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.program.buckets import summed_layers
 from meshwright.program.compile import Rewriting
-from meshwright.program.instructions import Instruction
+from meshwright.program.instructions import Instruction, summed_layers
 from meshwright.program.operations import Op
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides

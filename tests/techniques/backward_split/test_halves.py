@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.instructions import price
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
+from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.testbed.times import part_key, virtual_times
 from worlds import DEVICE, even_model, even_plan, one_node
 

@@ -16,8 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.model.shard import Column, Row, Split, held
 from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.split import Deferred, Deferring, backward_weights
 from meshwright.runtime.tensor import Team, divide, take
+from meshwright.techniques.backward_split.runtime.deferring import (
+    Deferred,
+    Deferring,
+    backward_weights,
+)
 
 ROWS, WIDTH = 4, 8
 
