@@ -31,7 +31,7 @@ from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Recording, Works
 from meshwright.runtime.optimizer import LossScale, OptimizerFactory, updates
-from meshwright.runtime.play import Player
+from meshwright.runtime.play import Player, Step
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import adamw
@@ -63,7 +63,7 @@ class _Rehearsal(Engine):
         self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
 
-    def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
+    def _reduce_norm(self, i: Instruction, _: Step) -> None:  # noqa: ARG002
         self._own.reducer.finish(self._own.buckets)
         self._player.finish()
         for update in self._updates.values():

@@ -43,7 +43,7 @@ from meshwright.runtime.optimizer import (
     stop_for_missing,
     updates,
 )
-from meshwright.runtime.play import Action, Player
+from meshwright.runtime.play import Action, Player, Step
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.world import World
@@ -71,12 +71,12 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch with any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. Without clipping each
-    bucket's weights are updated as soon as its gradients are summed, so that layers that are done
-    early do not wait for late ones, and `optimizer` is called once for each bucket's parameters.
-    (Not so under fp16: all ranks must agree on its loss scale first.) `observer`: functions to be
-    called as this rank works. `graph`: the layers of the model, which every rank traces itself if
-    it is absent. Raises a MeshwrightError if plan, model and processes do not fit together.
+    factor of the optimizer's own rates at each step, from 0. Unless weights wait for the norm
+    (`TrainingOptions.waits_for_norm`), those of each bucket are updated as soon as its gradients
+    are summed, and `optimizer` is called once for each bucket's parameters. `observer`: functions
+    to be called as this rank works. `graph`: the layers of the model, which every rank traces
+    itself if it is absent. Raises a MeshwrightError if plan, model and processes do not fit
+    together.
     """
 
     def __init__(  # noqa: PLR0913 - all that a run is made of
@@ -98,7 +98,7 @@ class Engine:
         set_precision(model, precision)
         self.model = graph or _traced(model, inputs, plan)
         validate_plan(plan, self.model)
-        self._early = options.clip_norm == 0 and precision != "fp16"
+        self._early = not options.waits_for_norm(precision)
         self.program = compile_plan(
             plan, self.model, bucket_bytes=bucket_bytes, clipped=not self._early
         )
@@ -160,14 +160,15 @@ class Engine:
         rank has gone.
         """
         started = time.perf_counter()
-        self._player.start(rows, self.steps, self._scale.value)
+        step = Step(self.steps, rows, self._scale.value)
+        self._player.start(step)
         self._own.reducer.zero()
         for update in self._updates.values():
             update.squared = None
         with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
             for act, instruction in self._actions if self.steps else self._first_actions:
                 self._current = instruction
-                act()
+                act(step)
             self._player.wait()
             if self._unread is not None:
                 self._read(self._unread)
@@ -234,7 +235,7 @@ class Engine:
             return partial(self._optimizer_step, i)
         return self._player.bind(i)
 
-    def _reduce_norm(self, i: Instruction) -> None:
+    def _reduce_norm(self, i: Instruction, _: Step) -> None:
         """Sums over all ranks: the loss, the squared norm, the number of parameters without
         gradient, and each rank's peak memory in an element of its own."""
         own, size, device = self._own, self.world.size, self.world.device
@@ -265,7 +266,7 @@ class Engine:
         early = self._early and self.steps > 0
         check_finite(self.steps, loss, self._norm, self._scale, PARTLY if early else UNTOUCHED)
 
-    def _optimizer_step(self, i: Instruction) -> None:
+    def _optimizer_step(self, i: Instruction, _: Step) -> None:
         update = self._updates[i.layers, i.tied]
         rate = 1.0 if self._schedule is None else self._schedule(self.steps)
         if self._early:
