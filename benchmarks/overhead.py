@@ -172,7 +172,7 @@ def watch_own(engine, clock: Clock) -> None:
     for place in engine._own.places.values():
         for layer in place.stage._layers:
             layer.module = clock.around(layer.module)
-    for optimizer in engine._optimizers:
+    for optimizer in engine._end.optimizers:
         optimizer.step = clock.around(optimizer.step)
 
 
