@@ -15,6 +15,9 @@ app = typer.Typer(
     help="Finds the fastest way to train a model on the machines you have, and trains it that way.",
 )
 
+INTERRUPTED_STATUS = 130
+"""Exit status after Ctrl-C without a result, as in shells."""
+
 
 class PrecisionChoice(StrEnum):
     """Precision of forward and backward arithmetic."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.program.instructions import Instruction
-from meshwright.runtime.play import Action, Player
+from meshwright.runtime.play import Action, Player, Step
 from meshwright.techniques.data_parallel.runtime import FlatBucket
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
@@ -90,7 +90,7 @@ def bind_gather(player: Player, i: Instruction) -> Action:
     whole = first.data.as_strided((bucket.buffer.numel(),), (1,), first.storage_offset())
     group = bucket.members[i.tile].group
 
-    def run() -> None:
+    def run(_: Step) -> None:
         own = _share(bucket, whole)
         own = own if whole.is_cuda else own.clone()
         work = _all_gather(whole, own, group=group, async_op=True)
