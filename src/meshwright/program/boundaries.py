@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from meshwright.layout.rows import Move, boundary_moves, gathered
 from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import GATHERS, Op
+from meshwright.program.rows import Move, boundary_moves, gathered
 from meshwright.records import record
 
 

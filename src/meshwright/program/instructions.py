@@ -31,7 +31,7 @@ from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
-from meshwright.model.shard import Tile
+from meshwright.layout.shares import Share
 from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
 
@@ -60,7 +60,7 @@ class Instruction:
     weights that no other one of the rank updates."""
     tied: str | None = None
     """The tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP, instead of layers."""
-    tile: Tile | None = None
+    tile: Share | None = None
     """The part of the gradients that a REDUCE_GRAD sums, where its members have different tensor
     widths; every member holds that part. UNDIVIDED stands for the gradients that every tensor rank
     holds whole, of which each member contributes 1 / its tensor width. None: all gradients that a
@@ -149,7 +149,7 @@ def _value(key: str, value: str) -> Any:
     if key == "tile":
         shares, _, of = value.partition("/")
         first, last = shares.split(":")
-        return Tile(first=int(first), last=int(last), of=int(of))
+        return Share(first=int(first), last=int(last), of=int(of))
     raise ValueError(f"unknown word {key!r}")
 
 

@@ -26,7 +26,6 @@ from meshwright.records import record
 from meshwright.runtime import world as worlds
 from meshwright.runtime.assemble import Habits, assemble
 from meshwright.runtime.build import set_precision
-from meshwright.runtime.collect import collect_parameters
 from meshwright.runtime.compiling import check_compilable
 from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
 from meshwright.runtime.observer import Observer
@@ -44,6 +43,7 @@ from meshwright.runtime.optimizer import (
     updates,
 )
 from meshwright.runtime.play import Action, Player
+from meshwright.runtime.rank_state import RankState, collect_parameters
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.world import World
 
@@ -207,9 +207,13 @@ class Engine:
     def parameters(self) -> dict[str, Tensor] | None:
         """Returns every parameter, whole and on the CPU, by its name in the model; None on ranks
         other than 0."""
-        own = {one.name: one.parameter for one in self._own.held}
         with worlds.noticing(self.world, lambda: None):
-            return collect_parameters(self._own.homes, own, self.world)
+            return collect_parameters(self.state(), self.world)
+
+    def state(self) -> RankState:
+        """Returns the weights and optimizer states of this rank, to be read and written between
+        steps."""
+        return RankState(self.plan, self.program, self._own, self._updates.values())
 
     @property
     def learning_rate(self) -> float:

@@ -72,14 +72,14 @@ def equalise(
     with torch.no_grad():
         for bucket in buckets:
             weights = [one.parameter for one in bucket.held]
-            for tile, members in bucket.members.items():
-                if tile is None:
+            for share, members in bucket.members.items():
+                if share is None:
                     for weight in weights:
                         dist.broadcast(weight, group_src=0, group=members.group)
                 else:
-                    flat = gathered(bucket, tile, weights)
+                    flat = gathered(bucket, share, weights)
                     dist.broadcast(flat, group_src=0, group=members.group)
-                    scatter(bucket, tile, flat, weights)
+                    scatter(bucket, share, flat, weights)
         for one in held if team is not None else ():
-            if one.split is None:
+            if one.of.split is None:
                 dist.broadcast(one.parameter, group_src=0, group=world.tensor)
