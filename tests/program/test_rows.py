@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.layout.rows import boundary_moves, gathered
 from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage, Subject
@@ -16,6 +15,7 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps, loads
 from meshwright.program.operations import Op
+from meshwright.program.rows import boundary_moves, gathered
 
 ANY = Subject(name="any", fingerprint="")
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
