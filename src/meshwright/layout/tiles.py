@@ -66,18 +66,13 @@ def placed(tile: Tile, local: Box) -> Iterator[tuple[Box, Box]]:
 
 
 def holders_of(layout: Layout) -> dict[Box, tuple[int, ...]]:
-    """Returns disjoint boxes that cover all that is held, each with its holders. The first of them
-    in the layout comes first, and is the one to read the box from.
+    """Returns disjoint boxes, sorted, that cover all that is held, each with its holders. The first
+    of them in the layout comes first, and is the one to read the box from.
 
     A box is cut where a box of another rank covers only a part of it.
     """
-    found = _by_box(layout)
-    near = _Sorted(sorted(found))
-    if not any(
-        other != box and not is_empty(common(box, other))
-        for box in found
-        for other in near.beside(box)
-    ):
+    found = dict(sorted(_by_box(layout).items()))
+    if not _Sorted(list(found)).overlap():
         return found
     pieces: list[Box] = []
     for box in found:
@@ -94,7 +89,7 @@ def holders_of(layout: Layout) -> dict[Box, tuple[int, ...]]:
         piece: tuple(
             rank for rank, tile in layout.items() if any(common(b, piece) == piece for b in tile)
         )
-        for piece in pieces
+        for piece in sorted(pieces)
     }
 
 
@@ -107,14 +102,14 @@ def unit_tasks(source: Layout, target: Layout) -> tuple[UnitTask, ...]:
     """
     found = []
     holders = holders_of(source)
-    held = _Sorted(sorted(holders))
+    held = _Sorted(list(holders))
+    apart = source.keys().isdisjoint(target)
     for box, wanting in sorted(_by_box(target).items()):
         for near in held.beside(box):
-            piece = common(near, box)
-            have = holders[near]
-            receivers = tuple(rank for rank in wanting if rank not in have)
-            if receivers and not is_empty(piece):
-                found.append(UnitTask(box=piece, holders=have, receivers=receivers))
+            piece, have = box if near == box else common(near, box), holders[near]
+            needing = wanting if apart else tuple(rank for rank in wanting if rank not in have)
+            if needing and (piece is box or not is_empty(piece)):
+                found.append(UnitTask(box=piece, holders=have, receivers=needing))
     return tuple(found)
 
 
@@ -142,3 +137,13 @@ class _Sorted:
             return self.boxes
         first, last = box[0]
         return self.boxes[bisect_right(self.lasts, first) : bisect_left(self.firsts, last)]
+
+    def overlap(self) -> bool:
+        """True if any two of the boxes share elements."""
+        if all(last <= first for last, first in zip(self.lasts, self.firsts[1:], strict=False)):
+            return False
+        return any(
+            box != other and not is_empty(common(box, other))
+            for box in self.boxes
+            for other in self.beside(box)
+        )

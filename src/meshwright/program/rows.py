@@ -9,7 +9,6 @@ from math import lcm
 from meshwright.cluster.spec import node_of
 from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
-from meshwright.layout.shares import cut, own_share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import BoundaryKind
@@ -109,5 +108,5 @@ def _scattered(task: UnitTask) -> list[Move]:
 
 
 def _divided(size: int, ranks: Sequence[int]) -> Layout:
-    width = len(ranks)
-    return {rank: ((cut(size, own_share(width, k)),),) for k, rank in enumerate(ranks)}
+    step = size // len(ranks)
+    return {rank: (((k * step, (k + 1) * step),),) for k, rank in enumerate(ranks)}

@@ -18,7 +18,6 @@ from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.debug import Tracer
-from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
 from meshwright.runtime.observer import Observer
 from meshwright.runtime.parameters import Parameter, parameters_of
 from meshwright.runtime.reduce import (
@@ -29,7 +28,7 @@ from meshwright.runtime.reduce import (
     make_bucket,
 )
 from meshwright.runtime.stage import Stage
-from meshwright.runtime.start import agree, equalise
+from meshwright.runtime.start import agree, equalise, equalise_frozen
 from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
 from meshwright.techniques import rooms_with
@@ -63,8 +62,6 @@ class Assembly:
     reducer: Reducer
     parameters: dict[str, Parameter]
     """All of the model, by name."""
-    frozen: tuple[FrozenShare, ...]
-    """Frozen (untrained) parameters that several ranks hold and must start with equal values."""
 
     @property
     def buckets(self) -> Sequence[FlatBucket]:
@@ -101,12 +98,13 @@ def assemble(
     `posted` is called with every gradient reduction that starts. Raises ModelError, PlanError, or
     TrainingError if the processes did not build the same model.
     """
-    _, seat = _own_seats(stage_seats(plan), world.rank)[0]
+    stages = stage_seats(plan)
+    _, seat = _own_seats(stages, world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
     own = build_own(model, cuts, plan, program, world, habits=habits, posted=posted)
     agree(program, world, {n: place.messages for n, place in own.places.items()})
     equalise(own.buckets, own.held, world, own.team)
-    equalise_frozen(own.frozen, own.held, world)
+    equalise_frozen(own.parameters.values(), stages, own.held, world)
     return own
 
 
@@ -153,7 +151,6 @@ def build_own(
         held=held,
         reducer=Reducer(buckets, posted, posting),
         parameters=parameters,
-        frozen=frozen_shares(parameters.values(), stages),
     )
 
 

@@ -7,15 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from meshwright.errors import Problem, TrainingError
+from meshwright.layout.shares import UNDIVIDED
+from meshwright.layout.tiles import within
+from meshwright.plan.ranks import StageSeats
+from meshwright.program.buckets import Ranks, copies_of, replicas_of
 from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
+from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.reduce import FlatBucket, gathered, scatter
 from meshwright.runtime.seeds import mix
-from meshwright.runtime.tensor import Team
+from meshwright.runtime.tensor import Team, put, take
 from meshwright.runtime.world import World
 
 
@@ -83,3 +89,43 @@ def equalise(
         for one in held if team is not None else ():
             if one.of.split is None:
                 dist.broadcast(one.parameter, group_src=0, group=world.tensor)
+
+
+@torch.no_grad()
+def equalise_frozen(
+    parameters: Iterable[Parameter],
+    stages: Sequence[StageSeats],
+    held: Sequence[Held],
+    world: World,
+) -> None:
+    """Copies every frozen (untrained) parameter from its first holder to the others.
+
+    Trained parameters are broadcast in the process groups that sum their gradients. A frozen one
+    uses such a group if one happens to have exactly its holders; otherwise its values are passed on
+    from rank to rank. Every rank must call it, with all parameters of the model in one order, and
+    those that it holds.
+    """
+    own = {one.name: one for one in held}
+    for each in parameters:
+        for ranks, share in copies_of(replicas_of(stages, each.layers)) if not each.trained else ():
+            other = share is not None and (share == UNDIVIDED) != (each.split is None)
+            if other or len(ranks) == 1 or world.rank not in ranks:
+                continue
+            weight, tile = own[each.name].parameter.detach(), own[each.name].tile
+            place = within(tile, tile if share in (None, UNDIVIDED) else each.tile(share))
+            piece = take(weight, place)
+            _pass_on(piece, ranks, world)
+            put(weight, place, piece)
+
+
+def _pass_on(piece: Tensor, ranks: Ranks, world: World) -> None:
+    """Copies `piece` from the first rank to the others: by broadcast if they have a group, else
+    each rank sends it to the next."""
+    if ranks in world.reduce:
+        dist.broadcast(piece, group_src=0, group=world.reduce[ranks])
+        return
+    at = ranks.index(world.rank)
+    if at > 0:
+        dist.recv(piece, ranks[at - 1], group=world.forward)
+    if at + 1 < len(ranks):
+        dist.send(piece, ranks[at + 1], group=world.forward)
