@@ -15,6 +15,7 @@ from adapters import tuned
 from meshwright.errors import TrainingError
 from meshwright.layout.boxes import Box, lengths, whole
 from meshwright.layout.tiles import Layout, holders_of
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.tensor import at
 
 Found = dict[tuple[str, str], list[tuple[Box, Tensor]]]
@@ -48,7 +49,7 @@ def engine_of(case: Case) -> Any:
         case.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=True),
-        clip_norm=case.clip_norm,
+        options=TrainingOptions(clip_norm=case.clip_norm),
         bucket_bytes=3000,
     )
 

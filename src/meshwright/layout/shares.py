@@ -19,6 +19,10 @@ class Share:
     last: int
     of: int
 
+    def __str__(self) -> str:
+        """Returns the share as text: `1:2/4`."""
+        return f"{self.first}:{self.last}/{self.of}"
+
 
 UNDIVIDED = Share(first=0, last=0, of=1)
 """Stands for what is not divided, which every rank of a group holds in full."""

@@ -80,8 +80,9 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
     receiving = boundary.op.kind == "receive"
     for move in boundary.moves:
         if (move.target if receiving else move.source) == seat.rank:
-            first, last, of = move.part or (0, 1, 1)
             size = boundary.row_bytes * (move.rows[1] - move.rows[0])
+            if move.part is not None:
+                size = size * (move.part.last - move.part.first) / move.part.of
             yield Instruction(
                 op=boundary.op,
                 stage=seat.stage,
@@ -90,7 +91,7 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
                 rows=move.rows,
                 part=move.part,
                 ranks=move.chain,
-                bytes=round(size * (last - first) / of),
+                bytes=round(size),
             )
 
 

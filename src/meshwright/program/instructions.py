@@ -27,11 +27,13 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.layout.shares import Share
+from meshwright.model.spec import LayerGraph
 from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
 
@@ -51,9 +53,9 @@ class Instruction:
     """The rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
     """The rows of the micro-batch that are computed or moved, [first, last)."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, of) for a message that carries only a part of its rows: each tensor's rows,
-    flattened and cut into `of` equal pieces, of which it carries [first, last)."""
+    part: Share | None = None
+    """For a message that carries only a part of its rows: its share of each tensor's rows,
+    flattened and cut into equal pieces."""
     layers: tuple[int, int] | None = None
     """A range of layers, [first, last): those that an F, B, I or W computes, whose gradients a
     REDUCE_GRAD sums, or whose weights an OPTIMIZER_STEP updates. None in an OPTIMIZER_STEP: all
@@ -88,6 +90,24 @@ def collective_key(i: Instruction) -> tuple[object, ...]:
     return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
 
 
+def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
+    """Return the layer of a stage whose backward completes the gradients of a reduction.
+
+    That is the first of its layers, or the stage's first user of its tied parameter.
+    """
+    summed = summed_layers(reduction.layers, reduction.tied, model)
+    return next(layer for layer in summed if layers[0] <= layer < layers[1])
+
+
+def summed_layers(
+    layers: tuple[int, int] | None, tied: str | None, model: LayerGraph
+) -> Sequence[int]:
+    """Return the layers, ascending, whose gradients are summed under some layers or a tied name."""
+    if layers is not None:
+        return range(*layers)
+    return next(each.layers for each in model.tied if each.name == tied)
+
+
 @record
 class Program:
     """Holds the instructions of every rank in one optimizer step."""
@@ -111,14 +131,13 @@ def text(instruction: Instruction) -> str:
     if instruction.rows is not None:
         words.append(f"rows={_pair(instruction.rows)}")
     if instruction.part is not None:
-        words.append("part={}:{}/{}".format(*instruction.part))
+        words.append(f"part={instruction.part}")
     if instruction.layers is not None:
         words.append(f"layers={_pair(instruction.layers)}")
     if instruction.tied is not None:
         words.append(f"tied={instruction.tied}")
     if instruction.tile is not None:
-        tile = instruction.tile
-        words.append(f"tile={tile.first}:{tile.last}/{tile.of}")
+        words.append(f"tile={instruction.tile}")
     if instruction.ranks:
         words.append("ranks=" + ",".join(map(str, instruction.ranks)))
     if instruction.bytes:
@@ -138,15 +157,11 @@ def _value(key: str, value: str) -> Any:
     if key in ("rows", "layers", "micro_batches"):
         first, last = value.split(":")
         return int(first), int(last)
-    if key == "part":
-        pieces, _, of = value.partition("/")
-        first, last = pieces.split(":")
-        return int(first), int(last), int(of)
     if key == "ranks":
         return tuple(int(rank) for rank in value.split(","))
     if key == "tied":
         return value
-    if key == "tile":
+    if key in ("part", "tile"):
         shares, _, of = value.partition("/")
         first, last = shares.split(":")
         return Share(first=int(first), last=int(last), of=int(of))

@@ -9,6 +9,7 @@ from math import lcm
 from meshwright.cluster.spec import node_of
 from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
+from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import BoundaryKind
@@ -23,9 +24,9 @@ class Move:
     target: int
     rows: Range
     """Rows [first, last) within the micro-batch."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, number): only the pieces [first, last) of each tensor's flattened rows, cut
-    into this number of equal pieces; None for all."""
+    part: Share | None = None
+    """The share that is sent of each tensor's flattened rows, cut into equal pieces; None for
+    all."""
     chain: tuple[int, ...] = ()
     """Ranks of a broadcast chain: the source, then all receivers; empty if the move is no
     broadcast."""
@@ -101,7 +102,7 @@ def _scattered(task: UnitTask) -> list[Move]:
             source=piece.holders[0],
             target=piece.receivers[0],
             rows=rows,
-            part=(*piece.box[0], of),
+            part=Share(first=piece.box[0][0], last=piece.box[0][1], of=of),
         )
         for piece in pieces
     ]

@@ -18,20 +18,21 @@ from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.debug import Tracer
-from meshwright.runtime.observer import Observer
+from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.parameters import Parameter, parameters_of
-from meshwright.runtime.reduce import (
+from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.stage import Stage
+from meshwright.runtime.start import agree, equalise
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.world import World
+from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
     Members,
     Reducer,
     group_parameters,
     make_bucket,
 )
-from meshwright.runtime.stage import Stage
-from meshwright.runtime.start import agree, equalise, equalise_frozen
-from meshwright.runtime.tensor import Team
-from meshwright.runtime.world import World
-from meshwright.techniques import rooms_with
 
 
 @dataclass(slots=True)
@@ -69,19 +70,6 @@ class Assembly:
         return list(self.reducer.buckets.values())
 
 
-@dataclass(slots=True, kw_only=True)
-class Habits:
-    """Options for how a rank runs its program."""
-
-    seed: int = 0
-    observer: Observer | None = None
-    debug: bool = False
-    """True: every message is preceded by a header that the receiver checks, and every layer is
-    checked for non-finite values (NaN or Inf)."""
-    compile: bool = False
-    """True: layers run through torch.compile."""
-
-
 def assemble(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -89,7 +77,8 @@ def assemble(
     program: Program,
     world: World,
     *,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer = UNOBSERVED,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
     """Builds this rank's stages, then copies initial weights so that all ranks start from equal
@@ -101,10 +90,11 @@ def assemble(
     stages = stage_seats(plan)
     _, seat = _own_seats(stages, world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
-    own = build_own(model, cuts, plan, program, world, habits=habits, posted=posted)
+    own = build_own(
+        model, cuts, plan, program, world, options=options, observer=observer, posted=posted
+    )
     agree(program, world, {n: place.messages for n, place in own.places.items()})
-    equalise(own.buckets, own.held, world, own.team)
-    equalise_frozen(own.parameters.values(), stages, own.held, world)
+    equalise(own.parameters.values(), stages, own.held, world)
     return own
 
 
@@ -115,7 +105,8 @@ def build_own(
     program: Program,
     world: World,
     *,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer = UNOBSERVED,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
     """Builds all that one rank holds, without communication.
@@ -127,29 +118,28 @@ def build_own(
     parameters = parameters_of(model, cuts[0])
     place, seat = mine[0]
     width = len(place.seats[seat.replica])
-    team = _team(world, seat, width, habits.observer)
+    team = _team(world, seat, width, observer)
     built = build_stages(
         model,
         cuts,
         parameters,
         [place for place, _ in mine],
-        seed=habits.seed,
+        seed=options.seed,
         device=world.device,
         team=team,
     )
     held = tuple({one.name: one for each in built for one in each.held}.values())
     own = own_share(width, seat.tensor_index)
     buckets = _buckets(held, program.ranks[world.rank], own, world)
-    posting = (lambda: None) if habits.observer is None else habits.observer.posting
     return Assembly(
         places={
-            place.number: _place(each, place, seat, stages, plan, world, habits)
+            place.number: _place(each, place, seat, stages, plan, world, options, observer)
             for each, (place, seat) in zip(built, mine, strict=True)
         },
         device=world.device,
         team=team,
         held=held,
-        reducer=Reducer(buckets, posted, posting),
+        reducer=Reducer(buckets, posted, observer.posting),
         parameters=parameters,
     )
 
@@ -161,7 +151,8 @@ def _place(
     stages: Sequence[StageSeats],
     plan: Plan,
     world: World,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer,
 ) -> Place:
     def messages(tensors: Sequence[Crossing], *, backward: bool, incoming: bool) -> Messages:
         return Messages(
@@ -174,15 +165,15 @@ def _place(
             lane=(place.number if incoming else place.number + 1, len(stages) + 1),
             chains=world.chains,
             replica=world.tensor,
-            debug=habits.debug,
+            debug=options.debug,
         )
 
     precision = plan.job.precision
-    stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
-    if habits.debug:
+    stage = Stage(built, precision, world.device, options.seed, compile=options.compile)
+    if options.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
-    if habits.observer is not None:
-        stage.between_layers = habits.observer.between_layers
+    if observer is not UNOBSERVED:
+        stage.between_layers = observer.between_layers
     return Place(
         seat=seat,
         stage=stage,
@@ -202,12 +193,11 @@ def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats
     return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 
-def _team(world: World, seat: Seat, width: int, observer: Observer | None) -> Team | None:
+def _team(world: World, seat: Seat, width: int, observer: Observer) -> Team | None:
     if world.tensor is None:
         return None
     team = Team(world.tensor, seat.tensor_index, width)
-    if observer is not None:
-        team.waiting = observer.waiting_inside
+    team.waiting = observer.waiting_inside
     return team
 
 
@@ -226,7 +216,7 @@ def _buckets(
             if (i.layers, i.tied) == key
         }
         buckets[key] = make_bucket(group, own, members)
-    for room in rooms_with("runtime"):
+    for prepare in provided("runtime", "prepare"):
         for i in reductions:
-            room.prepare(buckets[i.layers, i.tied], i)
+            prepare(buckets[i.layers, i.tied], i)
     return buckets

@@ -14,13 +14,13 @@ from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.layout.shares import Share, own_share
 from meshwright.layout.tiles import Tile
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.recompute import recomputed
 from meshwright.model.shard import Split, splits, tile_of
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import initial_seed
 from meshwright.runtime.tensor import Team, divide, take
+from meshwright.techniques.activation_checkpointing.model import recomputed
 
 
 @record

@@ -12,8 +12,7 @@ from meshwright.layout.shares import Share, flat_share, own_share
 from meshwright.layout.tiles import Layout, Tile, placed, shape_of
 from meshwright.model.graph import LayeredModel
 from meshwright.model.shard import Split, divided_dim, splits, tile_of
-from meshwright.plan.ranks import StageSeats
-from meshwright.program.buckets import replicas_of
+from meshwright.plan.ranks import StageSeats, replicas_of
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
 

@@ -12,16 +12,14 @@ from torch import Tensor
 from meshwright.errors import Problem, TrainingError
 from meshwright.layout.shares import UNDIVIDED
 from meshwright.layout.tiles import within
-from meshwright.plan.ranks import StageSeats
-from meshwright.program.buckets import Ranks, copies_of, replicas_of
+from meshwright.plan.ranks import Ranks, StageSeats, copies_of, replicas_of
 from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import Parameter
-from meshwright.runtime.reduce import FlatBucket, gathered, scatter
 from meshwright.runtime.seeds import mix
-from meshwright.runtime.tensor import Team, put, take
+from meshwright.runtime.tensor import put, take
 from meshwright.runtime.world import World
 
 
@@ -71,51 +69,33 @@ def receiver(op: Op, stage: int) -> int:
     return stage + 1 if op is Op.SEND_F else stage - 1
 
 
-def equalise(
-    buckets: Iterable[FlatBucket], held: Sequence[Held], world: World, team: Team | None
-) -> None:
-    """Copies every parameter from its first holder to the others."""
-    with torch.no_grad():
-        for bucket in buckets:
-            weights = [one.parameter for one in bucket.held]
-            for share, members in bucket.members.items():
-                if share is None:
-                    for weight in weights:
-                        dist.broadcast(weight, group_src=0, group=members.group)
-                else:
-                    flat = gathered(bucket, share, weights)
-                    dist.broadcast(flat, group_src=0, group=members.group)
-                    scatter(bucket, share, flat, weights)
-        for one in held if team is not None else ():
-            if one.of.split is None:
-                dist.broadcast(one.parameter, group_src=0, group=world.tensor)
-
-
 @torch.no_grad()
-def equalise_frozen(
+def equalise(
     parameters: Iterable[Parameter],
     stages: Sequence[StageSeats],
     held: Sequence[Held],
     world: World,
 ) -> None:
-    """Copies every frozen (untrained) parameter from its first holder to the others.
+    """Copies every parameter from its first holder to the others.
 
-    Trained parameters are broadcast in the process groups that sum their gradients. A frozen one
-    uses such a group if one happens to have exactly its holders; otherwise its values are passed on
-    from rank to rank. Every rank must call it, with all parameters of the model in one order, and
-    those that it holds.
+    Trained ones are broadcast in the process groups that sum their gradients, and frozen ones in
+    such a group if one happens to have exactly their holders; otherwise they are passed on from
+    rank to rank. Every rank must call it, with all parameters of the model in one order, and those
+    that it holds.
     """
     own = {one.name: one for one in held}
     for each in parameters:
-        for ranks, share in copies_of(replicas_of(stages, each.layers)) if not each.trained else ():
+        for ranks, share in copies_of(replicas_of(stages, each.layers)):
             other = share is not None and (share == UNDIVIDED) != (each.split is None)
             if other or len(ranks) == 1 or world.rank not in ranks:
                 continue
-            weight, tile = own[each.name].parameter.detach(), own[each.name].tile
+            weight, tile = own[each.name].parameter, own[each.name].tile
             place = within(tile, tile if share in (None, UNDIVIDED) else each.tile(share))
             piece = take(weight, place)
             _pass_on(piece, ranks, world)
             put(weight, place, piece)
+        if world.tensor is not None and each.name in own and each.split is None:
+            dist.broadcast(own[each.name].parameter, group_src=0, group=world.tensor)
 
 
 def _pass_on(piece: Tensor, ranks: Ranks, world: World) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meshwright.layout.shares import flat_share
 from meshwright.program.instructions import Instruction
 from meshwright.runtime.play import Action, Player
-from meshwright.runtime.reduce import FlatBucket, Trained
+from meshwright.techniques.data_parallel.runtime import FlatBucket, Trained
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -15,8 +15,14 @@ from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder, ow
 from meshwright.model.shard import Column, Row, Split, Vocabulary, divided_dim
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import Parameter
-from meshwright.runtime.reduce import FlatBucket, Members, gathered, make_bucket, scatter
 from meshwright.runtime.tensor import take
+from meshwright.techniques.data_parallel.runtime import (
+    FlatBucket,
+    Members,
+    gathered,
+    make_bucket,
+    scatter,
+)
 
 Whole = tuple[Split | None, str, Tensor]
 
