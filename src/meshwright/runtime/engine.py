@@ -23,12 +23,12 @@ from meshwright.records import record
 from meshwright.runtime import world as worlds
 from meshwright.runtime.assemble import assemble
 from meshwright.runtime.build import set_precision
-from meshwright.runtime.collect import collect_parameters
 from meshwright.runtime.compiling import check_compilable
 from meshwright.runtime.measure import Recorder, Recording, gather, static_bytes
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.optimizer import OptimizerFactory, Schedule, updates
 from meshwright.runtime.play import Action, Player, Step
+from meshwright.runtime.rank_state import RankState, collect_parameters
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.step_end import StepEnd
@@ -179,9 +179,13 @@ class Engine:
     def parameters(self) -> dict[str, Tensor] | None:
         """Returns every parameter, whole and on the CPU, by its name in the model; None on ranks
         other than 0."""
-        own = {one.name: one.parameter for one in self._own.held}
         with worlds.noticing(self.world, lambda: None):
-            return collect_parameters(self._own.homes, own, self.world)
+            return collect_parameters(self.state(), self.world)
+
+    def state(self) -> RankState:
+        """Returns the weights and optimizer states of this rank, to be read and written between
+        steps."""
+        return RankState(self.plan, self.program, self._own, self._end.updates.values())
 
     @property
     def learning_rate(self) -> float:

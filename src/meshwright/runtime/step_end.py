@@ -55,7 +55,9 @@ class StepEnd:
         self.peaks = [0] * world.size
         """Peak memory of every rank."""
         self.scale = LossScale(dynamic=precision == "fp16")
-        self._player, self._world, self._updates = player, world, updates
+        self._player, self._world = player, world
+        self.updates = updates
+        """The update of each bucket, by its key."""
         self._clip_norm, self._schedule = options.clip_norm, schedule
         self._by_bucket = not options.waits_for_norm(precision)
         fused = all(update.on_device for update in updates.values())
@@ -66,7 +68,7 @@ class StepEnd:
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """All optimizers of this rank."""
-        return [each.optimizer for each in self._updates.values() if each.optimizer is not None]
+        return [each.optimizer for each in self.updates.values() if each.optimizer is not None]
 
     def bind(self, i: Instruction) -> Action:
         """Returns the function that runs an instruction of the end of a step."""
@@ -76,7 +78,7 @@ class StepEnd:
     def begin(self) -> None:
         """Prepares for the gradients of a new step."""
         self._player.own.reducer.zero()
-        for update in self._updates.values():
+        for update in self.updates.values():
             update.squared = None
 
     def finish(self, step: Step) -> None:
@@ -93,7 +95,7 @@ class StepEnd:
         with self._player.measured(i):
             totals = torch.zeros(3 + world.size, dtype=torch.float64, device=world.device)
             totals[0] = self._player.loss()
-            for update in self._updates.values():
+            for update in self.updates.values():
                 totals[1] += update.squared_norm(world.device)
             totals[2] = len(own.reducer.missing()) if first else 0
             totals[3 + world.rank] = peak_bytes(world.device)
@@ -114,7 +116,7 @@ class StepEnd:
         check_finite(step.number, self.loss, self.norm, self.scale, weights)
 
     def _optimizer_step(self, i: Instruction, step: Step) -> None:
-        update = self._updates[i.layers, i.tied]
+        update = self.updates[i.layers, i.tied]
         rate = 1.0 if self._schedule is None else self._schedule(step.number)
         if self._by_bucket:
             self._player.meet(partial(self._player.own.reducer.finish, update.buckets))
