@@ -55,6 +55,8 @@ OF_PARTS = {
     "program": "program",
     "price": "cost",
     "memory": "cost",
+    "options": "search",
+    "report": "report",
     "runtime": "runtime",
 }
 """The floor of each file in a technique's room: that of the part of the kernel that reads it."""

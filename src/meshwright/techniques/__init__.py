@@ -1,6 +1,6 @@
 """Ways of training on several devices, a room each: what it adds to programs, prices and ranks.
 
-A room holds up to six files, named after the part of the kernel that reads them. Each is loaded
+A room holds up to eight files, named after the part of the kernel that reads them. Each is loaded
 when that part needs it, so only `runtime.py` may import PyTorch:
 
 * `plan.py`: `problems`, what is wrong with its field of a plan, and `stage_text`, its word in the
@@ -9,6 +9,8 @@ when that part needs it, so only `runtime.py` may import PyTorch:
 * `program.py`: `rewrite`, which puts its instructions into the list of a rank;
 * `price.py`: PRICES, what each of its operations costs;
 * `memory.py`: `adjust`, what it changes in the bytes that a device holds;
+* `options.py`: OPTION, what the search tries on its best plans;
+* `report.py`: `sentences`, what is said of a plan that uses the technique;
 * `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum
   gradients begin; `prepare`, which lays out a bucket of gradients before the first step.
 """
