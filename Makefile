@@ -15,7 +15,10 @@ help:             ## this list
 demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, write report.html
 	$(BIN)/meshwright demo $(ARGS)
 
-test: $(READY)    ## the tests that take seconds, two at a time
+check: $(READY)   ## the tests that start no process and take moments, two at a time: a minute
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not heavy" $(TWO) $(ARGS)
+
+test: $(READY)    ## the tests that take seconds, two at a time: minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(TWO) $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
@@ -66,4 +69,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint docs picture bench accuracy testbed lock clean
+.PHONY: help demo check test test-slow soak lint docs picture bench accuracy testbed lock clean

@@ -12,6 +12,8 @@ import pytest
 
 from commands import meshwright, refused
 
+pytestmark = pytest.mark.heavy
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "clusters"
 LAPTOP = """\
 format = 1

@@ -208,6 +208,7 @@ def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.heavy
 def test_what_a_shell_puts_in_the_place_of_a_file_is_poured_into(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "not kept")
     check_output(Path("/dev/null"))
@@ -251,6 +252,7 @@ def as_somebody(function) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.heavy
 def test_what_permissions_forbid_is_said_before_and_when_it_is_done(tmp_path: Path) -> None:
     open_to_all(tmp_path)
     closed, own = tmp_path / "closed", tmp_path / "own"

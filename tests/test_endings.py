@@ -56,6 +56,7 @@ def piped(folder: Path, *arguments: str, **rest) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.heavy
 def test_a_reader_that_leaves_ends_it_in_silence(folder: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -64,6 +65,7 @@ def test_a_reader_that_leaves_ends_it_in_silence(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (cli.UNREAD, b"")
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_output_is_named(folder: Path) -> None:
     with open("/dev/full", "w") as output:
@@ -73,6 +75,7 @@ def test_a_full_output_is_named(folder: Path) -> None:
     assert b"Exception ignored" not in done.stderr
 
 
+@pytest.mark.heavy
 def test_letters_that_the_terminal_lacks_are_numbers(folder: Path) -> None:
     poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = piped(folder, "explain", "plan.json", stdout=subprocess.PIPE, env=poor)
@@ -80,6 +83,7 @@ def test_letters_that_the_terminal_lacks_are_numbers(folder: Path) -> None:
     assert b"\\u2022" in done.stdout
 
 
+@pytest.mark.heavy
 def test_ctrl_c_is_no_traceback(folder: Path) -> None:
     code = "import os, signal, sys; from meshwright import cli, session\n"
     code += f"session.reopen = lambda *_, **__: os.kill(os.getpid(), {int(signal.SIGINT)})\n"

@@ -9,6 +9,8 @@ import pytest
 
 from commands import meshwright, refused
 
+pytestmark = pytest.mark.heavy
+
 CLUSTER = """\
 format = 1
 name = "pair"

@@ -24,6 +24,7 @@ from rich.console import Console
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
 from meshwright.cost.pairs import LinkReport, PairTimes
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import ClusterError, PlanError
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.load import load_model
@@ -118,7 +119,7 @@ def world(name: str) -> World:
         pipelines=(Pipeline(micro_batches=4, rows=2, stages=stages),),
     )
     timeline = simulate_plan(plan, model(), cluster, None)
-    told = measure(name, plan, model(), cluster, None).facts
+    told = measure(name, PricedPlan(plan, model(), cluster)).facts
     prediction = Prediction(
         step_seconds=timeline.step_seconds,
         parts=told.parts,
@@ -173,6 +174,7 @@ def test_exported_settings_are_what_they_are_under_any_name(name: str) -> None:
 STUB = '#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR" "$CUDA_VISIBLE_DEVICES" > started\n'
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("tool", ["torchtitan", "megatron", "deepspeed", "accelerate"])
 @settings(max_examples=25)
 @given(data=st.data())
@@ -201,6 +203,7 @@ def test_exported_scripts_start_on_a_node_of_any_name(tmp_path_factory, tool, da
     assert stranger.returncode == 2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_importing_and_sourcing_what_is_exported_runs_nothing(tmp_path, tool, name) -> None:
@@ -295,11 +298,12 @@ def page(name: str) -> str:
 
 def compared(name: str, path: Path) -> str:
     w = world(name)
-    one, two = (measure(n, w.plan, w.model, w.cluster, None) for n in (name, f"{name}2"))
+    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
     write_comparison(path, one, two, judge(one, two))
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.heavy
 @settings(max_examples=40)
 @given(NAMES)
 def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str) -> None:
@@ -318,11 +322,12 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.heavy
 @settings(max_examples=40)
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:
     w = world(name)
-    one, two = (measure(n, w.plan, w.model, w.cluster, None) for n in (name, f"{name}2"))
+    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
     pair = PairTimes(
         between=(f"{name}0:0", f"{name}1:0"), latency=1e-5, bandwidth=1e9, residual=0.0, points=()
     )

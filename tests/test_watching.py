@@ -159,6 +159,7 @@ network = { bandwidth = "10 Gbit/s", latency = "50 us" }
 """
 
 
+@pytest.mark.heavy
 def test_ctrl_c_on_a_large_cluster_leaves_a_plan_with_its_certificate(tmp_path: Path):
     """Sent as soon as the search is spoken of."""
     (tmp_path / "many.toml").write_text(MANY)

@@ -18,6 +18,8 @@ from meshwright.session import Session, search
 from meshwright.whatif import Edits, what_if
 from worlds import even_model, one_node
 
+pytestmark = pytest.mark.heavy
+
 
 def two_nodes() -> Cluster:
     """Two nodes with a device each, and a network that is slow enough to matter."""

@@ -15,7 +15,11 @@ Case = exports_parse.Case
 @pytest.mark.parametrize("case", exports_parse.CASES, ids=str)
 def test_every_plan_is_sound(case):
     plan = exports_parse.plan_of(case)
-    validate_plan(plan, load_model(case.model, plan.job.sequence, plan.job.precision))
+    model = load_model(case.model, plan.job.sequence, plan.job.precision)
+    validate_plan(plan, model)
+    cuts = [stop - start for start, stop in (s.layers for s in plan.pipelines[0].stages)]
+    assert "|".join(map(str, cuts)) == case.cuts
+    assert len(plan.devices) == case.data * case.tensor * case.stages
 
 
 @pytest.mark.parametrize("tool", exports_parse.CHECKS)

@@ -9,6 +9,8 @@ from test_memory_peaks import memory
 from adapters import Tuned, tokens
 from meshwright.model.trace import trace
 
+pytestmark = pytest.mark.heavy
+
 Case = memory.Case
 CASES = {
     "adapters, fp32": (Case("tuned", "fp32", "adamw", 64, 4), (0, 1, 2, 3), False),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adapters import Tuned, tokens
 from meshwright.cost.compute import FROZEN_BYTES, WEIGHT_BYTES, layer_seconds, optimizer_seconds
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.memory import (
     device_memory,
     framework_bytes,
@@ -29,6 +28,7 @@ from meshwright.program.operations import Op
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.techniques.backward_split.price import backward_shares
 from strategies import chain, freeze, models_and_plans
 from worlds import DEVICE, even_model, even_plan, one_node
 

@@ -391,6 +391,7 @@ def test_recomputation_is_told_or_refused():
         assert "all stages or none" in refused(tool, recomputing(plain, slice(1)), model)
 
 
+@pytest.mark.heavy
 def test_a_model_that_is_no_language_model_is_refused():
     plan, model = make("10")
     by_hand = replace(plan, model=replace(plan.model, source="unet.toml"))
@@ -423,6 +424,7 @@ def ranks_started(script: str, node: str, folder: Path) -> list[dict[str, str]]:
     return sorted((dict(zip(keys, w, strict=True)) for w in words), key=lambda each: each["rank"])
 
 
+@pytest.mark.heavy
 def test_torchrun_numbers_the_devices_of_a_node_as_the_plan_does(tmp_path):
     script = launch_script(("a:1", "a:0", "b:0"), "train.py")
     (started,) = ranks_started(script, "a", tmp_path)
@@ -433,6 +435,7 @@ def test_torchrun_numbers_the_devices_of_a_node_as_the_plan_does(tmp_path):
     assert "--node-rank=1 --nproc-per-node=1" in started["arguments"]
 
 
+@pytest.mark.heavy
 def test_ranks_that_torchrun_cannot_number_are_started_one_by_one(tmp_path):
     order = ("a:0", "b:0", "a:1", "b:1")
     found = ranks_started(launch_script(order, "train.py"), "b", tmp_path)

@@ -160,6 +160,7 @@ def test_a_hand_written_model_cannot_be_built():
         build("model.toml", 128)
 
 
+@pytest.mark.heavy
 def test_describing_models_imports_no_torch():
     code = (
         "import sys; import meshwright.model.load, meshwright.model.shard; "

@@ -21,6 +21,8 @@ from meshwright.model.zoo.moe import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
+pytestmark = pytest.mark.heavy
+
 MODELS = {
     "gpt": lambda: GPT(vocabulary=61, positions=32, width=32, heads=4, layers=2),
     "llama": lambda: Llama(vocabulary=61, width=32, heads=4, kv_heads=2, layers=2, hidden=88),

@@ -154,10 +154,15 @@ def _records(data: dict) -> dict:
 
 def test_replicas_of_a_layer_may_differ_in_tensor_width():
     data = good()
-    data["pipelines"][0]["stages"] = [
-        {"layers": [0, 3], "devices": [["a:0", "a:1"], ["a:2"]], "rows": [3, 1]}
-    ]
-    validate_plan(Plan(**_records(data)), MODEL, CLUSTER)
+    wide = {"layers": [0, 3], "devices": [["a:0", "a:1"], ["a:2"]], "rows": [3, 1]}
+    data["pipelines"][0]["stages"] = [wide]
+    plan = Plan(**_records(data))
+    validate_plan(plan, MODEL, CLUSTER)
+    (replicas,) = plan.pipelines[0].stages
+    assert [len(ranks) for ranks in replicas.devices] == [2, 1]
+    wide["rows"] = [3, 2]
+    with pytest.raises(PlanError, match="rows"):
+        validate_plan(Plan(**_records(data)), MODEL, CLUSTER)
 
 
 def test_all_mistakes_come_at_once(tmp_path):

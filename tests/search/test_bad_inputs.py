@@ -57,10 +57,12 @@ def test_a_layer_larger_than_every_device_fits_nowhere():
         find_plan(heavy, cluster(("fast",) * 2), job(4))
 
 
+@pytest.mark.heavy
 def test_a_batch_of_a_prime_number_of_rows_on_many_devices():
     where = cluster(*[("fast",) * 4 + ("slow",) * 8] * 8)
     plan = find_plan(model([10.0] * 6), where, job(97))
     validate_plan(plan, model([10.0] * 6), where)
+    assert sum(each.micro_batches * each.rows for each in plan.pipelines) == 97
 
 
 @given(st.integers(1, 3000))
@@ -73,7 +75,9 @@ def test_divisors_are_all_of_them_ascending(number):
 def test_a_thousand_layers_are_planned():
     graph = model([1.0] * MOST_LAYERS, parameters=1000)
     where = cluster(("fast",) * 8, ("slow",) * 8)
-    validate_plan(find_plan(graph, where, job(64)), graph, where)
+    plan = find_plan(graph, where, job(64))
+    validate_plan(plan, graph, where)
+    assert 0 < plan.prediction.lower_bound_seconds <= plan.prediction.step_seconds
 
 
 @pytest.mark.slow
@@ -85,3 +89,4 @@ def test_a_hundred_thousand_devices_are_planned():
     graph = model([50.0] * 24, parameters=1_000_000)
     plan = find_plan(graph, where, job(8192))
     validate_plan(plan, graph, where)
+    assert plan.prediction.step_seconds < find_plan(graph, one, job(8192)).prediction.step_seconds

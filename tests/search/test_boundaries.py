@@ -6,10 +6,9 @@ import pytest
 from searchworlds import NVLINK, cluster, device, job, model
 
 from meshwright.cluster.spec import Link
-from meshwright.cost.instructions import price
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
-from meshwright.program.compile import compile_plan
 from meshwright.report.resources import resource_name
 from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
@@ -95,9 +94,7 @@ def test_links_carry_what_crosses_once(kind):
     graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
 
     def carried(plan: Plan) -> dict[str, float]:
-        program = compile_plan(plan, graph)
-        prices = price(program, plan, graph, where)
-        loads = link_loads(program, prices, plan, graph, where)
+        loads = link_loads(PricedPlan(plan, graph, where))
         return {resource_name(load.resource): load.bytes for load in loads}
 
     network = "a network out"

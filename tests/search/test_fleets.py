@@ -148,6 +148,7 @@ def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monk
     assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
 
 
+@pytest.mark.heavy
 def test_more_nodes_never_give_a_slower_plan():
     seconds = [
         find_plan(GRAPH, machines(fast, slow), job(512)).prediction.step_seconds
@@ -157,6 +158,7 @@ def test_more_nodes_never_give_a_slower_plan():
     assert seconds[-1] < 0.6 * seconds[0]
 
 
+@pytest.mark.heavy
 def test_a_large_cluster_is_used_better_than_by_hand_and_every_time_the_same():
     where = machines(8, 8)
     plan = find_plan(GRAPH, where, job(512))

@@ -26,6 +26,7 @@ def test_freezing_never_makes_the_best_plan_slower(world, data):
     assert seconds(frozen, where, todo) <= seconds(graph, where, todo) * (1 + 2e-9)
 
 
+@pytest.mark.heavy
 @settings(max_examples=12)
 @given(any_worlds(), st.data())
 def test_plans_for_frozen_models_are_legal_and_above_their_bounds(world, data):

@@ -15,6 +15,8 @@ import pytest
 from meshwright.session import open_session, search
 from soaks import tenth
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 
 

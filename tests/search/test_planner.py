@@ -39,6 +39,7 @@ def worlds(draw):
     return graph, cluster(*kinds, network=network), job(draw(st.sampled_from([1, 3, 8])))
 
 
+@pytest.mark.heavy
 @settings(max_examples=15)
 @given(worlds())
 def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
@@ -68,6 +69,7 @@ def test_bounds_drop_nothing_that_would_have_been_best(world):
     assert sum(dropped.values()) + len(explored.finalists) == len(every)
 
 
+@pytest.mark.heavy
 def test_the_same_input_gives_the_same_bytes():
     world = model([10.0] * 6, tied=True), cluster(("fast",) * 2, ("slow",) * 2), job(16)
     assert dumps(find_plan(*world)) == dumps(find_plan(*world))

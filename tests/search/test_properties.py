@@ -155,6 +155,7 @@ def check_legal(world):
     assert certificate(costs_of(graph, where, todo)).seconds <= found.step_seconds * (1 + 1e-12)
 
 
+@pytest.mark.heavy
 @settings(max_examples=10)
 @given(any_worlds())
 def test_every_plan_holds_every_layer_and_fits(world):

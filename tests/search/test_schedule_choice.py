@@ -132,6 +132,7 @@ def test_memory_of_a_plan_is_the_high_water_mark_of_its_simulated_step():
             assert memory.activations == pytest.approx(most, abs=2)
 
 
+@pytest.mark.heavy
 def test_the_search_takes_the_order_that_suits_the_plan():
     model = uneven(8)
     job = replace(pipeline(model, 4, 8).job, global_batch=16)

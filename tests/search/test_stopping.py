@@ -136,6 +136,7 @@ def check_stopped(name: str, n: int) -> None:
     assert all(other.reason for other in said.runners_up)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "nothing fits"])
 @settings(max_examples=15)
 @given(share=st.floats(0, 1))
@@ -156,6 +157,7 @@ def test_whenever_a_search_is_stopped_what_it_says_is_so_at_many_moments(name, d
     check_stopped(name, data.draw(st.integers(1, looks)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["climbed", "counted by class"])
 def test_a_search_stopped_at_what_it_tells_ends_with_a_plan_or_an_error(name):
     """The n-th thing that it tells is the last before it ends."""
@@ -175,6 +177,7 @@ def test_a_search_stopped_at_what_it_tells_ends_with_a_plan_or_an_error(name):
             assert plan.prediction.lower_bound_seconds > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["searched whole", "climbed", "counted by class"])
 def test_a_search_that_is_asked_and_never_stopped_finds_what_it_always_finds(name):
     graph, where, todo = WORLDS[name]

@@ -53,6 +53,7 @@ def waiting_worlds(draw):
     return graph, cluster(*nodes, network=network, types=types), job(draw(st.integers(1, 6)))
 
 
+@pytest.mark.heavy
 @settings(max_examples=15, deadline=None)
 @given(world=waiting_worlds())
 def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
@@ -73,6 +74,7 @@ def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
     assert whole == pytest.approx(found.prediction.step_seconds, rel=1e-9)
 
 
+@pytest.mark.heavy
 def test_tied_ends_are_folded_onto_one_device():
     """The table of first and last layer needs no network when one device holds both."""
     graph = model([10.0] * 12, parameters=10_000_000, tied=True)

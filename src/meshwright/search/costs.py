@@ -29,9 +29,10 @@ from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
 from meshwright.cost.weights import own_numbers
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
-from meshwright.program.buckets import gradient_bytes, usual_bucket_bytes
 from meshwright.search.partition import Array
+from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
 
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""

@@ -14,12 +14,12 @@ from itertools import pairwise
 from operator import itemgetter
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.instructions import Prices
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.plan.virtual import layout_of, layout_wanted
 from meshwright.program.actions import Order, one, words
-from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
@@ -190,9 +190,8 @@ def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     )
     probe = replace(plan, schedule="custom", pipelines=single)
     folded = fold(plan, costs.cluster)
-    program = compile_plan(probe, costs.model, only=folded.ranks)
-    prices = price(program, probe, costs.model, costs.stated_cluster, costs.profile)
-    return program, priced_for_all(program, prices, folded)
+    priced = PricedPlan(probe, costs.model, costs.stated_cluster, costs.profile, ranks=folded.ranks)
+    return priced.program, priced_for_all(priced.program, priced.prices, folded)
 
 
 def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:

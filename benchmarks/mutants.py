@@ -1,0 +1,336 @@
+"""Plants small faults in the torch-free rooms, one at a time, and counts those that tests notice.
+
+    python benchmarks/mutants.py                    200 faults, and those that nobody noticed
+    python benchmarks/mutants.py --rooms cost plan --count 50 --seed 7
+    python benchmarks/mutants.py --survivors FILE   the survivors of earlier results once more
+    python benchmarks/mutants.py --file-list        the files, and how many faults each can have
+
+A fault turns a comparison, an operator, a boolean, a small number, or `min` and `max`. The tests
+are those of `make check`. A fault meets the tests that run its statement: first those of its own
+room, the quick ones before the slow ones, until one fails. Everything happens on a copy of the
+tree in a folder named by its contents; what was found is kept there, so a run that was interrupted
+goes on where it was. `mutants_equivalent.toml` lists faults that change nothing, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import random
+import sys
+import tempfile
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from forked import Ended, Work, all_of
+from mutants_run import Reach, Tree, copied, limits_of, reach_of, try_mutant
+from mutations import Mutation, mutations, planted
+
+HERE = Path(__file__).parent
+EQUIVALENT = HERE / "mutants_equivalent.toml"
+SELECTION = "not slow and not heavy"
+"""The tests of `make check`."""
+ROOMS = (
+    "cluster", "plan", "layout", "model", "program", "cost", "simulate", "search", "techniques",
+    "export", "report",
+)  # fmt: skip
+OUTCOMES = ("killed", "timed out", "survived", "equivalent")
+SHOWN = 110
+"""Characters of a line that are printed."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A mutant and what became of it."""
+
+    key: str
+    room: str
+    file: str
+    line: int
+    function: str
+    old: str
+    new: str
+    nth: int
+    outcome: str
+    by: str
+    """The test that noticed it."""
+    tests: int
+    """How many tests run its statement."""
+    seconds: float
+    """Of CPU."""
+
+
+def room_of(file: str) -> str:
+    """Returns the folder of the package that a file is in, or the name of a file beside them."""
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def sources(tree: Tree, rooms: Sequence[str], without: Sequence[str]) -> dict[str, str]:
+    """Returns the sources of rooms by file, without those that import torch."""
+    found = {}
+    for path in sorted(tree.source.rglob("*.py")):
+        file = path.relative_to(tree.source).as_posix()
+        source = path.read_text(encoding="utf-8")
+        if room_of(file) in rooms and file not in without and not _imports_torch(source):
+            found[file] = source
+    return found
+
+
+def _imports_torch(source: str) -> bool:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return any(name.partition(".")[0] == "torch" for name in names)
+
+
+def sample(texts: dict[str, str], count: int, seed: int) -> list[tuple[Mutation, int]]:
+    """Returns mutations, and the place of each in its file: a room has its share of the lines."""
+    chance = random.Random(seed)
+    lines = Counter[str]()
+    for file, text in texts.items():
+        lines[room_of(file)] += len(text.splitlines())
+    found = []
+    for room in sorted(lines):
+        number = round(count * lines[room] / lines.total())
+        all_here = [
+            (each, i)
+            for file, text in texts.items()
+            if room_of(file) == room
+            for i, each in enumerate(mutations(text, file))
+        ]
+        found += chance.sample(all_here, min(number, len(all_here)))
+    return found
+
+
+def those_of(path: Path, texts: dict[str, str]) -> list[tuple[Mutation, int]]:
+    """Returns the survivors of an earlier run, found again by what they are and not by the line."""
+    keys = {each.key for each in _results(path).values() if each.outcome == "survived"}
+    return [
+        (each, i)
+        for file, text in texts.items()
+        for i, each in enumerate(mutations(text, file))
+        if each.key in keys
+    ]
+
+
+def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str]) -> list[str]:
+    """Returns the tests that can notice a mutation, the likeliest first.
+
+    What is run at import has no mark: the tests of its room can notice it, and those that run a
+    statement which mentions what it binds.
+    """
+    names, room = list(reach.seconds), room_of(mutation.file)
+    if mutation.statement:
+        wanted = set(reach.runs.get(f"{mutation.file}:{mutation.statement}", ()))
+    else:
+        wanted = {i for i, name in enumerate(names) if name.startswith(f"tests/{room}/")}
+        for file, text in texts.items():
+            for line in _mentions(text, mutation.names):
+                wanted.update(reach.runs.get(f"{file}:{line}", ()))
+    files = Counter[str]()
+    for i in wanted:
+        files[names[i].partition("::")[0]] += reach.seconds[names[i]]
+
+    def place(i: int) -> tuple[bool, float, str, float]:
+        file = names[i].partition("::")[0]
+        return not file.startswith(f"tests/{room}/"), files[file], file, reach.seconds[names[i]]
+
+    chosen = [names[i] for i in sorted(wanted, key=place)]
+    return [name for name in chosen if name not in reach.failed]
+
+
+def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
+    """The first lines of the statements that mention a name."""
+    if not any(name in text for name in names):
+        return
+    for statement in ast.walk(ast.parse(text)):
+        if isinstance(statement, ast.stmt):
+            for node in ast.walk(statement):
+                if getattr(node, "id", None) in names or getattr(node, "attr", None) in names:
+                    yield statement.lineno
+
+
+def reached(tree: Tree, texts: dict[str, str]) -> Reach:
+    """Returns what the tests run, from the folder of the tree if it was found out before."""
+    kept = tree.root.with_suffix(".reach.json")
+    if kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known.pop("files") == sorted(texts):
+            return Reach(**known)
+    print("what every test runs ...", flush=True)
+    found = reach_of(tree, sorted(texts), tree.root.with_suffix(".reach.log"))
+    kept.write_text(json.dumps({**asdict(found), "files": sorted(texts)}), encoding="utf-8")
+    return found
+
+
+def tried(
+    tree: Tree,
+    texts: dict[str, str],
+    chosen: Sequence[tuple[Mutation, int]],
+    jobs: int,
+    equivalent: dict[str, str],
+) -> Iterator[Tried]:
+    """Tries mutants that were not tried before on this tree, and yields what became of all."""
+    log = tree.root.with_suffix(".results.jsonl")
+    known = _results(log) if log.exists() else {}
+    reach = reached(tree, texts)
+    for name in reach.failed:
+        print(f"fails on the tree as it is: {name}")
+    for name in reach.modules:
+        with suppress(Exception):
+            importlib.import_module(name)
+    todo = []
+    for mutation, place in chosen:
+        if mutation.key in known:
+            yield known[mutation.key]
+        elif mutation.key in equivalent:
+            yield _tried(mutation, "equivalent", equivalent[mutation.key], 0, 0.0)
+        elif names := tests_for(mutation, reach, texts):
+            todo.append((mutation, place, names))
+        else:
+            yield _tried(mutation, "survived", "no test runs it", 0, 0.0)
+    works = {}
+    for n, (mutation, place, names) in enumerate(todo):
+        code, limits = planted(texts[mutation.file], place), limits_of(names, reach)
+        run = partial(try_mutant, tree, mutation.file, code, limits)
+        all_seconds = 60 + 5 * int(sum(reach.seconds[name] for name in names))
+        works[mutation.key] = Work(run, tree.root.with_suffix(f".{n % 1000}.log"), all_seconds)
+    of_work = {id(work): each for work, each in zip(works.values(), todo, strict=True)}
+    with log.open("a", encoding="utf-8") as out:
+        for ended in all_of(works.values(), jobs):
+            mutation, _, names = of_work[id(ended.work)]
+            outcome, by = _outcome(ended)
+            found = _tried(mutation, outcome, by, len(names), ended.cpu_seconds)
+            out.write(json.dumps(asdict(found)) + "\n")
+            out.flush()
+            yield found
+
+
+def _outcome(ended: Ended) -> tuple[str, str]:
+    if ended.late:
+        return "timed out", ""
+    if ended.result is None:
+        return "killed", f"the process ended with status {ended.status}"
+    if ended.result["status"] == "0":
+        return "survived", ""
+    return "killed", ended.result.get("by", "while tests were collected")
+
+
+def _tried(mutation: Mutation, outcome: str, by: str, tests: int, seconds: float) -> Tried:
+    return Tried(
+        key=mutation.key,
+        room=room_of(mutation.file),
+        file=mutation.file,
+        line=mutation.line,
+        function=mutation.function,
+        old=mutation.old,
+        new=mutation.new,
+        nth=mutation.nth,
+        outcome=outcome,
+        by=by,
+        tests=tests,
+        seconds=round(seconds, 2),
+    )
+
+
+def _results(path: Path) -> dict[str, Tried]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # The last line of a run that was killed may be cut off.
+    found = [Tried(**json.loads(line)) for line in lines if line.endswith("}")]
+    return {each.key: each for each in found}
+
+
+def known_equivalent(path: Path, texts: dict[str, str]) -> dict[str, str]:
+    """Returns why some mutations change nothing; names those whose source is there no more."""
+    if not path.exists():
+        return {}
+    entries = tomllib.loads(path.read_text(encoding="utf-8"))["equivalent"]
+    found = {}
+    for entry in entries:
+        place = (entry["file"], entry["function"], entry["old"], entry["new"])
+        found["|".join([*place, str(entry.get("nth", 0))])] = entry["why"]
+    there = {each.key for file, text in texts.items() for each in mutations(text, file)}
+    for key in found:
+        if key.partition("|")[0] in texts and key not in there:
+            print(f"{path.name}: no such mutation any more: {key}")
+    return found
+
+
+def table(results: Sequence[Tried]) -> Iterator[str]:
+    """Yields a line for each room: how many mutants there were, and what became of them."""
+    yield (
+        f"{'room':<12}{'mutants':>9}" + "".join(f"{each:>12}" for each in OUTCOMES) + f"{'rate':>8}"
+    )
+    for room in [*sorted({each.room for each in results}), "all"]:
+        here = [each for each in results if room in (each.room, "all")]
+        counts = Counter(each.outcome for each in here)
+        noticed = counts["killed"] + counts["timed out"]
+        of = len(here) - counts["equivalent"]
+        rate = f"{noticed / of:8.1%}" if of else ""
+        yield (
+            f"{room:<12}{len(here):>9}" + "".join(f"{counts[each]:>12}" for each in OUTCOMES) + rate
+        )
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rooms", nargs="+", default=ROOMS)
+    parser.add_argument(
+        "--without", nargs="+", default=(), help="files of the package to leave as they are"
+    )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--survivors", type=Path, help="try those that survived in these results")
+    parser.add_argument("--file-list", action="store_true", help="print the files and try nothing")
+    parser.add_argument("--tree", type=Path, default=HERE.parent, help="what holds src and tests")
+    parser.add_argument("--package", default="meshwright")
+    parser.add_argument("--selection", default=SELECTION, help="markers of the tests to run")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "mutants")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tries the mutants that are asked for, and prints what became of them."""
+    asked = _arguments(arguments)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    tree = Tree(copied(asked.tree.resolve(), asked.work.resolve()), asked.package, asked.selection)
+    everything = sources(tree, ROOMS if set(asked.rooms) <= set(ROOMS) else asked.rooms, ())
+    texts = sources(tree, asked.rooms, asked.without)
+    if asked.file_list:
+        for file, text in texts.items():
+            print(f"{len(mutations(text, file)):>6} {file}")
+        return 0
+    if asked.survivors:
+        chosen = those_of(asked.survivors, texts)
+    else:
+        chosen = sample(texts, asked.count, asked.seed)
+    results = []
+    for each in tried(tree, everything, chosen, asked.jobs, known_equivalent(EQUIVALENT, texts)):
+        results.append(each)
+        if each.outcome == "survived":
+            told = f"{each.file}:{each.line}: {each.old} -> {each.new}"
+            print(f"{told}  ({each.tests} tests run it)", flush=True)
+    print()
+    print("\n".join(table(results)))
+    print(f"{sum(each.seconds for each in results):.0f} CPU seconds; {tree.root}.results.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
