@@ -58,6 +58,8 @@ OF_PARTS = {
     "buckets": "program",
     "price": "cost",
     "memory": "cost",
+    "options": "search",
+    "report": "report",
     "export": "export",
     "runtime": "runtime",
 }

@@ -39,6 +39,17 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` wri
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(help="Stop improving after this time: 5s, 500 ms. Default: when done."),
+]
+ForbidOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave out schedules, virtual-stages, boundary-kinds or divided-states, which are "
+        "tried on the best plans. May be repeated."
+    ),
+]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
 ]
