@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType
 
 import pytest
 from forked import Work, all_of
@@ -30,8 +30,6 @@ LEFT_OUT = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "site", "
 """Names that no test reads, and that a copy of the tree goes without."""
 TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
 """CPU time that a test may take with a mutant: so many times its own, and some seconds."""
-WALL_SECONDS = 900.0
-"""For a run that waits instead of working."""
 PROBE = "__ran__"
 
 
@@ -85,8 +83,20 @@ def copied(root: Path, work: Path) -> Path:
     return kept
 
 
-class _Replacing(MetaPathFinder, Loader):
-    """Imports the modules that are given from trees of our own making."""
+class _Made(SourceFileLoader):
+    """Loads a module from code that was not made from its file as it is."""
+
+    def __init__(self, name: str, path: Path, make: Callable[[], CodeType]) -> None:
+        super().__init__(name, str(path))
+        self.make = make
+
+    def get_code(self, _: str) -> CodeType:
+        """Part of the protocol of loaders."""
+        return self.make()
+
+
+class _Replacing(MetaPathFinder):
+    """Finds the modules for which there is code of our own making."""
 
     def __init__(self, tree: Tree, made: dict[str, Callable[[], CodeType]]) -> None:
         self.files = {tree.module(file): (tree.source / file, make) for file, make in made.items()}
@@ -95,13 +105,10 @@ class _Replacing(MetaPathFinder, Loader):
         """Part of the protocol of finders."""
         if name not in self.files:
             return None
-        file = self.files[name][0]
-        inside = [str(file.parent)] if file.name == "__init__.py" else None
-        return spec_from_file_location(name, file, loader=self, submodule_search_locations=inside)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Part of the protocol of loaders."""
-        exec(self.files[module.__name__][1](), module.__dict__)
+        path, make = self.files[name]
+        inside = [str(path.parent)] if path.name == "__init__.py" else None
+        loader = _Made(name, path, make)
+        return spec_from_file_location(name, path, loader=loader, submodule_search_locations=inside)
 
 
 class _Choice:
