@@ -24,7 +24,7 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +33,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from forked import Ended, Work, all_of
-from mutants_run import Reach, Tree, copied, limits_of, reach_of, try_mutant
+from mutants_reach import Reach, reached
+from mutants_run import Tree, copied, try_mutant
 from mutations import Mutation, mutations, planted
 
 HERE = Path(__file__).parent
@@ -45,6 +46,8 @@ ROOMS = (
     "export", "report",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
+TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
+"""CPU time that a test may take with a mutant: so many times its own, and some seconds."""
 IMPORT_SECONDS = 60
 WALL_SECONDS = 1200.0
 """For tests that wait instead of working."""
@@ -166,19 +169,6 @@ def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
                     yield statement.lineno
 
 
-def reached(tree: Tree, texts: dict[str, str]) -> Reach:
-    """Returns what the tests run, from the folder of the tree if it was found out before."""
-    kept = tree.root.with_suffix(".reach.json")
-    if kept.exists():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known.pop("files") == sorted(texts):
-            return Reach(**known)
-    print("what every test runs ...", flush=True)
-    found = reach_of(tree, sorted(texts), tree.root.with_suffix(".reach.log"))
-    kept.write_text(json.dumps({**asdict(found), "files": sorted(texts)}), encoding="utf-8")
-    return found
-
-
 def tried(
     tree: Tree,
     texts: dict[str, str],
@@ -189,7 +179,7 @@ def tried(
     """Tries mutants that were not tried before on this tree, and yields what became of all."""
     log = tree.root.with_suffix(".results.jsonl")
     known = _results(log) if log.exists() else {}
-    reach = reached(tree, texts)
+    reach = reached(tree, sorted(texts))
     todo: dict[int, Mutation] = {}
     works = []
     for mutation, place in chosen:
@@ -201,7 +191,7 @@ def tried(
         elif not names:
             yield _tried(mutation, "survived", "no test runs it", 0, 0.0)
         else:
-            code, limits = planted(texts[mutation.file], place), limits_of(names, reach)
+            code, limits = planted(texts[mutation.file], place), _limits(names, reach)
             works.append(_work(tree, mutation, code, limits, len(works)))
             todo[id(works[-1])] = mutation
     _warm(reach)
@@ -213,6 +203,11 @@ def tried(
             out.write(json.dumps(asdict(found)) + "\n")
             out.flush()
             yield found
+
+
+def _limits(names: Iterable[str], reach: Reach) -> dict[str, float]:
+    """Returns the CPU time that each test may take."""
+    return {name: TEST_SECONDS + TIMES_LONGER * reach.seconds[name] for name in names}
 
 
 def _work(
