@@ -34,7 +34,7 @@ from meshwright.export.tools import export_files
 from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
 from meshwright.model.transformer.usual import base_of, made_of
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage, StateDivision, Subject
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
@@ -51,6 +51,8 @@ class Case:
     precision: str = "bf16"
     optimizer: str = "adamw"
     recompute: bool = False
+    divided: bool = False
+    """Optimizer states are divided over data parallelism, in all stages."""
     loop: bool = False
     """The second half of the stages is on the devices of the first."""
 
@@ -60,7 +62,7 @@ class Case:
         return len(self.cuts.split("|")) // (1 + self.loop)
 
     def __str__(self) -> str:
-        kinds = [name for name in ("recompute", "loop") if getattr(self, name)]
+        kinds = [name for name in ("recompute", "divided", "loop") if getattr(self, name)]
         width = f"dp{self.data} tp{self.tensor} [{self.cuts}]"
         return " ".join([self.model, width, self.precision, self.optimizer, *kinds])
 
@@ -69,11 +71,14 @@ CASES = (
     Case("gpt2", "14", data=2),
     Case("gpt2", "7|7", tensor=1, precision="fp16"),
     Case("gpt2", "5|4|5", data=2, recompute=True),
+    Case("gpt2", "7|7", data=2, divided=True),
+    Case("gpt2", "14", data=2, precision="fp16", optimizer="sgd", divided=True),
     Case("gpt2", "14", tensor=2, precision="fp32", optimizer="sgd"),
     Case("gpt-tiny", "6|4"),
     Case("gpt-tiny", "3|2|2|3", loop=True),
     Case("llama-3-8b", "34", data=2),
     Case("llama-3-8b", "17|17", data=2, tensor=2),
+    Case("llama-3-8b", "17|17", data=2, tensor=2, precision="fp32", divided=True),
     Case("llama-3-8b", "9|8|8|9", loop=True, recompute=True),
     Case("llama-3-70b", "41|41", tensor=8, precision="fp32"),
     Case("mistral-7b", "10|24", recompute=True),
@@ -96,8 +101,14 @@ def plan_of(case: Case) -> Plan:
         for stage in range(case.stages)
     ]
     ends = [*accumulate(map(int, case.cuts.split("|")), initial=0)]
+    states = StateDivision(optimizer="all") if case.divided else None
     stages = tuple(
-        Stage(layers=layers, devices=places[s % case.stages], recompute=case.recompute)
+        Stage(
+            layers=layers,
+            devices=places[s % case.stages],
+            recompute=case.recompute,
+            states=states,
+        )
         for s, layers in enumerate(pairwise(ends))
     )
     job = Job(
@@ -176,6 +187,7 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
         "clip_grad": 1.0,
         "make_vocab_size_divisible_by": 1,
         "data_parallel_size": case.data,
+        "use_distributed_optimizer": case.divided,
         "use_rope_scaling": bool(a.rotary and a.rotary.scaling),
         "accumulate_allreduce_grads_in_fp32": case.precision != "fp32",
         "moe_aux_loss_coeff": 0.0,
@@ -250,8 +262,11 @@ def check_deepspeed(case: Case, files: dict[str, str]) -> None:
     expect("gradient_accumulation_steps", read.gradient_accumulation_steps, case.micro_batches)
     expect("gradient_clipping", read.gradient_clipping, 1.0)
     expect("communication_data_type", str(read.communication_data_type), "torch.float32")
-    expect("grad_accum_dtype", read.grad_accum_dtype, None)
-    expect("zero", read.zero_optimization_stage, 0)
+    sums = "fp32" if case.divided and case.precision != "fp32" else None
+    expect("grad_accum_dtype", read.grad_accum_dtype, sums)
+    expect("zero", read.zero_optimization_stage, int(case.divided))
+    untested = case.divided and case.optimizer == "sgd"
+    expect("zero_allow_untested_optimizer", read.zero_allow_untested_optimizer, untested)
     if "pipeline.py" in files:
         _check_cuts(case)
 

@@ -134,16 +134,16 @@ LINKS: dict[str, Values] = {
 SETTINGS: dict[str, Values] = {
     "model": ("\x1b[2J", 5, None),
     "data": ("", 5),
-    "steps": NO_COUNT,
+    "options.steps": NO_COUNT,
     "learning_rate": (0, -1, 1e9, Raw("NaN"), True),
     "warmup_steps": (-1, 0.5),
     "weight_decay": (-0.1, Raw("NaN")),
-    "clip_norm": (-1, 0, Raw("NaN"), Raw("Infinity")),
-    "seed": (-1, 2**63, 0.5, True),
-    "timeout_seconds": (-1, 0, 1e300, Raw("NaN")),
+    "options.clip_norm": (-1, Raw("NaN"), Raw("Infinity")),
+    "options.seed": (-1, 2**63, 0.5, True),
+    "options.timeout_seconds": (-1, 0, 1e300, Raw("NaN")),
     "shares": ({"a:0": 0}, {"a:0": 1.5}, {"a:0": Raw("NaN")}),
     "peak_flops": ({"a:0": -1}, {"a:0": Raw("Infinity")}),
-    "debug": (1, "yes"),
+    "options.debug": (1, "yes"),
 }
 METRICS: dict[str, Values] = {
     "5.step_seconds": NO_TIME,

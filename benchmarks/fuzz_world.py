@@ -17,7 +17,7 @@ from meshwright.launch.nodes import write_nodes
 from meshwright.model.load import load_model
 from meshwright.plan.files import load_plan
 from meshwright.records import plain
-from meshwright.runtime.run import Metrics, RunSettings
+from meshwright.runtime.run import Metrics, RunSettings, TrainingOptions
 from meshwright.session import predicted, reopen, simulated
 
 CLUSTER = """\
@@ -321,8 +321,8 @@ def _measurements(folder: Path) -> None:
         ("links.json", LinkReport(pairs=(pair,), all_reduce=whole)),
     ):
         (folder / name).write_text(json.dumps(plain(record)))
-    session, plan = reopen(folder / "plan.json")
-    (folder / "plan.json").write_text(json.dumps(plain(predicted(session, plan)), indent=1))
+    _, found = reopen(folder / "plan.json")
+    (folder / "plan.json").write_text(json.dumps(plain(predicted(found)), indent=1))
 
 
 def _run(folder: Path, run: str) -> None:
@@ -330,12 +330,14 @@ def _run(folder: Path, run: str) -> None:
     home = folder / run
     home.mkdir()
     plan = load_plan(folder / "plan.json")
-    session, _ = reopen(folder / "plan.json")
+    session, found = reopen(folder / "plan.json")
     (home / "plan.json").write_text(json.dumps(plain(plan)))
     write_nodes(home, plan.devices, session.cluster, 29500)
-    settings = RunSettings(model="gpt-tiny", steps=STEPS, peak_flops={"a:0": 1e11})
+    settings = RunSettings(
+        model="gpt-tiny", peak_flops={"a:0": 1e11}, options=TrainingOptions(steps=STEPS)
+    )
     (home / "run.json").write_text(json.dumps(plain(settings)))
-    timeline = replace(simulated(session, plan), source="measured")
+    timeline = replace(simulated(found), source="measured")
     (home / "timeline.json").write_text(json.dumps(plain(timeline)))
     lines = (
         Metrics(

@@ -94,6 +94,7 @@ def worker(options: argparse.Namespace) -> None:
     from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
     from meshwright.runtime.engine import Engine
     from meshwright.runtime.exchange import from_all
+    from meshwright.runtime.run import TrainingOptions
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -116,7 +117,7 @@ def worker(options: argparse.Namespace) -> None:
     clock = Clock()
     watch(clock)
     engine = Engine(
-        model, plan, inputs=batch, clip_norm=1.0,
+        model, plan, inputs=batch, options=TrainingOptions(),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
     )  # fmt: skip
     watch_own(engine, clock)

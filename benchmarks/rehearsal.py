@@ -26,12 +26,13 @@ from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.runtime.assemble import Assembly, Habits, build_own
+from meshwright.runtime.assemble import Assembly, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
-from meshwright.runtime.measure import Works
+from meshwright.runtime.measure import Recording, Works
 from meshwright.runtime.optimizer import LossScale, OptimizerFactory, updates
 from meshwright.runtime.play import Player
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.train import adamw
 from meshwright.runtime.world import World, reduction_groups
@@ -53,11 +54,11 @@ class _Rehearsal(Engine):
         self.steps = 0
         self._schedule = None
         self._own = own
-        self._player = Player(own, plan, program.ranks[world.rank], None)
+        self._player = Player(own, plan, program.ranks[world.rank], Recording())
         self._scale = LossScale(dynamic=False)
         make = OPTIMIZERS[plan.job.optimizer]
         self._updates = updates(program.ranks[world.rank], own.reducer.buckets, make)
-        self._clip_norm, self._early = 1.0, False
+        self.options, self._early = TrainingOptions(), False
         self._on_device, self._unread = False, None
         self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
@@ -162,7 +163,7 @@ def measured_peak(
         with fake, nullcontext() if real else FusedKernels(), tracker:
             own = build_own(
                 model, cuts, plan, program, world,
-                habits=Habits(), posted=lambda _, works: Works(works),
+                options=TrainingOptions(), posted=lambda _, works: Works(works),
             )  # fmt: skip
             if not real:
                 for place in own.places.values():

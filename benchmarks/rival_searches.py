@@ -16,8 +16,8 @@ from itertools import islice
 
 import numpy as np
 
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.program.buckets import gradient_bytes
 from meshwright.search.contest import work_of
 from meshwright.search.costs import (
     Costs,

@@ -233,6 +233,7 @@ def meshwright_engine(case: Case, at: list[int]):
 
     from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
     from meshwright.runtime.engine import Engine
+    from meshwright.runtime.run import TrainingOptions
 
     size = case.processes
     devices = tuple(f"here:{i}" for i in range(size))
@@ -253,7 +254,7 @@ def meshwright_engine(case: Case, at: list[int]):
     )
     example = torch.zeros(2, SEQUENCE, dtype=torch.long)
     return Engine(
-        model(case), plan, inputs=(example, example), optimizer=adamw, clip_norm=1.0,
+        model(case), plan, inputs=(example, example), optimizer=adamw, options=TrainingOptions(),
         bucket_bytes=case.bucket_bytes,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ import numpy as np
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.pairs import LinkReport, fitted_cluster
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
 from meshwright.errors import FitError, MeshwrightError, PlanError
 from meshwright.model.spec import LayerGraph, without_tensor_parallelism
@@ -293,7 +294,7 @@ class Suite:
         (folder / "job.json").write_text(json.dumps(job))
         if setting.mode == "virtual":
             cluster = launcher.up.bed.cluster
-            table = virtual_times(plan, known.graph, cluster, known.profile)
+            table = virtual_times(PricedPlan(plan, known.graph, cluster, known.profile))
             (folder / TIMES).write_text(dumps(table))
         watch = Watch(launcher.ranks.processor_seconds)
         module = "torch_rank" if "system" in changes else "testbed_rank"

@@ -30,6 +30,7 @@ from meshwright.runtime.dilation import Dilation, Dilator, EmulatedStopwatch, ti
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.exchange import from_all
 from meshwright.runtime.failure import rank_process
+from meshwright.runtime.observer import UNOBSERVED
 from meshwright.runtime.profile import OwnTimes, merged_layers, merged_optimizers
 from meshwright.runtime.profile_layers import (
     Bench,
@@ -39,8 +40,8 @@ from meshwright.runtime.profile_layers import (
     optimizer_time,
 )
 from meshwright.runtime.rendezvous import join
+from meshwright.runtime.run import TIMEOUT_SECONDS, TrainingOptions
 from meshwright.runtime.train import sgd
-from meshwright.runtime.world import TIMEOUT_SECONDS
 from meshwright.testbed.times import TIMES, VirtualTimes
 from meshwright.testbed.virtual import virtual_device
 
@@ -140,9 +141,12 @@ def train(job: dict, folder: Path) -> None:
     else:
         share = job["shares"].get(plan.devices[rank])
         optimizer = sgd(1e-3)
-        observer = timed_by(Dilator(Dilation(share=share))) if share else None
+        observer = timed_by(Dilator(Dilation(share=share))) if share else UNOBSERVED
     inputs = rows(0, 1)
-    with Engine(model, plan, inputs=inputs, optimizer=optimizer, observer=observer) as engine:
+    options = TrainingOptions(clip_norm=0)
+    with Engine(
+        model, plan, inputs=inputs, optimizer=optimizer, options=options, observer=observer
+    ) as engine:
         seconds = [engine.step(rows).seconds for _ in range(job["steps"])]
     if rank == 0:
         (folder / "seconds.json").write_text(json.dumps(seconds))

@@ -169,6 +169,7 @@ def worker(folder: Path) -> None:
     from meshwright.model.zoo.build import build
     from meshwright.runtime.dilation import Dilation, Dilator, timed_by
     from meshwright.runtime.engine import Engine
+    from meshwright.runtime.run import TrainingOptions
     from meshwright.runtime.train import sgd
 
     torch.set_num_threads(1)
@@ -183,6 +184,7 @@ def worker(folder: Path) -> None:
             load_plan(folder / f"plan-{number}.json"),
             inputs=(example, example),
             optimizer=sgd(1e-3),
+            options=TrainingOptions(clip_norm=0),
             observer=timed_by(Dilator(Dilation(share=job["share"]))),
             world=engines[0].world if engines else None,
         )

@@ -29,10 +29,10 @@ from meshwright.cost.calibrate import fit, folds
 from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
 from meshwright.model.config import LanguageModel
-from meshwright.model.recompute import with_recomputation
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import with_unfused_attention
 from meshwright.plan.spec import Job
+from meshwright.techniques.activation_checkpointing.model import with_recomputation
 from meshwright.units import parse_bandwidth
 
 Array = NDArray[np.float64]

@@ -1,8 +1,8 @@
 """Writes the parts of these pages that say what the code says: python docs/generate.py
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is a record (its fields
-become a table), or one of PARTS, such as the README's tree of files. Records are read from their
-source, where the text under a field is its explanation.
+become a table), or one of PARTS, such as the tree of files. Records are read from their source,
+where the text under a field is its explanation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, fill
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from meshwright import errors
@@ -75,7 +75,7 @@ WORDS = {
     "FlopsText": '`"312 TFLOP/s"`',
     "TimeText": '`"50 us"`',
     "ClusterSource": "path, or a table as in a cluster file",
-    "ScheduleName": "name of an [order of work](schedules.md)",
+    "ScheduleName": "name of a [schedule](schedules.md)",
     **{name: _one_of(get_args(kind)) for name, kind in CHOICES.items()},
 }
 
@@ -270,6 +270,27 @@ def operations() -> str:
     return ", ".join(f"`{word}`" for word in op_table())
 
 
+def rooms() -> str:
+    """The folders of the package, with the first sentence of what each says of itself."""
+    folders = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+    lines = [f"{f'{folder.name}/':<13}{_sentence(folder / '__init__.py')}" for folder in folders]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def floors() -> str:
+    """The floors of the package, lowest first, as the test of the architecture holds them."""
+    test = ast.parse((HERE.parent / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    values = {
+        target.id: node.value
+        for node in test.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    names = ast.literal_eval(values["FLOORS"])
+    return fill(", ".join(f"`{name}`" for name in names) + ".", 100)
+
+
 def tree() -> str:
     """Every file of the package, with the first sentence of what it says of itself."""
     lines = []
@@ -298,7 +319,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "config-rest": config_rest,
     "error-tree": error_tree,
     "export-answers": export_answers,
+    "floors": floors,
     "operations": operations,
+    "rooms": rooms,
     "tree": tree,
 }
 

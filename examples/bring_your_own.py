@@ -40,6 +40,6 @@ mw.train(
     data,
     loss=loss,
     optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    steps=50,
+    options=mw.TrainingOptions(steps=50),
     on_metrics=lambda m: print(f"step {m.step}: loss {m.loss:.4f}", flush=True),
 )

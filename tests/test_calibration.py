@@ -16,7 +16,7 @@ from meshwright.cost.profile import load_profile
 from meshwright.errors import ProfileError
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
-from meshwright.runtime.run import RunSettings
+from meshwright.runtime.run import RunSettings, TrainingOptions
 from meshwright.session import Session, error_text, open_session, with_sources
 from meshwright.simulate.engine import simulate_plan
 
@@ -60,10 +60,11 @@ def write_runs(session: Session, folder: Path, count: int) -> list[Path]:
         run = folder / f"run-{index}"
         run.mkdir()
         save_plan(with_sources(session, plan), run / "plan.json")
-        settings = RunSettings(model="gpt2", steps=6, clip_norm=1.0 if index else None)
+        options = TrainingOptions(steps=6, clip_norm=1.0 if index else 0.0)
+        settings = RunSettings(model="gpt2", options=options)
         (run / "run.json").write_text(dumps(settings))
         seconds = simulate_plan(
-            plan, session.model, session.cluster, truth, clipped=settings.clip_norm is not None
+            plan, session.model, session.cluster, truth, clipped=options.clip_norm > 0
         ).step_seconds
         line = {"loss": 1.0, "gradient_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 1.0}
         steps = [9.0, 1.0, 1.0, seconds, seconds, seconds]

@@ -24,6 +24,7 @@ from rich.console import Console
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
 from meshwright.cost.pairs import LinkReport, PairTimes
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import ClusterError, PlanError
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.load import load_model
@@ -118,7 +119,7 @@ def world(name: str) -> World:
         pipelines=(Pipeline(micro_batches=4, rows=2, stages=stages),),
     )
     timeline = simulate_plan(plan, model(), cluster, None)
-    told = measure(name, plan, model(), cluster, None).facts
+    told = measure(name, PricedPlan(plan, model(), cluster)).facts
     prediction = Prediction(
         step_seconds=timeline.step_seconds,
         parts=told.parts,
@@ -297,7 +298,7 @@ def page(name: str) -> str:
 
 def compared(name: str, path: Path) -> str:
     w = world(name)
-    one, two = (measure(n, w.plan, w.model, w.cluster, None) for n in (name, f"{name}2"))
+    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
     write_comparison(path, one, two, judge(one, two))
     return path.read_text(encoding="utf-8")
 
@@ -326,7 +327,7 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:
     w = world(name)
-    one, two = (measure(n, w.plan, w.model, w.cluster, None) for n in (name, f"{name}2"))
+    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
     pair = PairTimes(
         between=(f"{name}0:0", f"{name}1:0"), latency=1e-5, bandwidth=1e9, residual=0.0, points=()
     )

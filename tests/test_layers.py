@@ -51,11 +51,14 @@ FLOORS = (
 )
 """Bottom to top: an import points to the same package or to one further down."""
 OF_PARTS = {
+    "model": "model",
     "plan": "plan",
     "operations": "program",
     "program": "program",
+    "buckets": "program",
     "price": "cost",
     "memory": "cost",
+    "export": "export",
     "runtime": "runtime",
 }
 """The floor of each file in a technique's room: that of the part of the kernel that reads it."""
@@ -91,7 +94,7 @@ FREE = tuple(
     name
     for name in PATHS
     if not any(name == each or name.startswith(f"{each}.") for each in WITH_TORCH)
-    and not (name.startswith("meshwright.techniques.") and name.endswith(".runtime"))
+    and not (name.startswith("meshwright.techniques.") and ".runtime" in name)
 )
 
 

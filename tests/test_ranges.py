@@ -7,28 +7,34 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from pydantic import AfterValidator
+from typer.main import get_command
 
 from meshwright.calibration import run_seconds
+from meshwright.cli import app
+from meshwright.cli.running import SETTINGS
 from meshwright.cluster import entries
 from meshwright.cluster.files import load_cluster
 from meshwright.cost.pairs import LinkReport
 from meshwright.cost.profile import Profile, load_profile
 from meshwright.errors import MeshwrightError, OptionError, PlanError, Problem, ProfileError
+from meshwright.export.answers import ASSUMED
+from meshwright.export.deepspeed import LEARNING_RATE
 from meshwright.model.files import ModelFile
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
-from meshwright.records import Rows, checked, checked_value, parse, plain, record
+from meshwright.records import Rows, checked, checked_value, dumps, parse, plain, record
 from meshwright.runtime.profile import ProfileSettings
-from meshwright.runtime.run import Metrics, RunSettings
+from meshwright.runtime.run import Metrics, RunSettings, TrainingOptions, load_settings
 from meshwright.testbed.spec import BedFile, load_bed
 from meshwright.testbed.times import VirtualTimes
 
@@ -240,47 +246,77 @@ def test_broken_lines_of_metrics_are_named_by_number(tmp_path: Path, line: str) 
     assert "line" in str(caught.value)
 
 
-OPTIONS = {"steps": "--steps", "clip_norm": "--clip-norm", "shares": "--shares"}
-
-
 def test_options_are_told_by_their_own_names() -> None:
-    good = checked(RunSettings, OPTIONS, model="m", steps=3, clip_norm=None)
-    assert good == RunSettings(model="m", steps=3, clip_norm=None)
+    names = {**SETTINGS, "shares": "--shares"}
+    good = checked(RunSettings, names, model="m", options={"steps": 3, "clip_norm": 0})
+    wanted = TrainingOptions(steps=3, clip_norm=0)
+    assert good == RunSettings(model="m", options=wanted)
+    told = {"steps": 0, "clip_norm": -1.0}
     with pytest.raises(OptionError) as caught:
-        checked(RunSettings, OPTIONS, model="m", steps=0, clip_norm=-1.0, shares={"a:0": 2.0})
+        checked(RunSettings, names, model="m", options=told, shares={"a:0": 2.0})
     assert caught.value.problems == (
-        Problem("--steps", "", "0", "at least 1"),
-        Problem("--clip-norm", "", "-1.0", "more than 0"),
         Problem("--shares", ".a:0", "2.0", "at most 1"),
+        Problem("--steps", "", "0", "at least 1"),
+        Problem("--clip-norm", "", "-1.0", "at least 0"),
     )
     with pytest.raises(OptionError, match="--rows: found 0; wanted at least 1"):
         checked_value(Rows, 0, "--rows")
 
 
+def test_each_option_of_train_sets_one_field_and_has_its_default() -> None:
+    """A new field of TrainingOptions is an option of the command line too."""
+    shown = {one.opts[0]: one.default for one in get_command(app).commands["train"].params}
+    settings = RunSettings(model="m")
+    for path, option in SETTINGS.items():
+        assert shown[option] == attrgetter(path)(settings), option
+    assert ASSUMED["training.clip_norm"] == settings.options.clip_norm
+    assert settings.learning_rate == LEARNING_RATE
+    of_training = {path.removeprefix("options.") for path in SETTINGS if "." in path}
+    assert of_training == {each.name for each in fields(TrainingOptions)}
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("steps", [0, -3, 1.5, 10**10]),
+        ("options.steps", [0, -3, 1.5, 10**10]),
         ("learning_rate", [math.nan, math.inf, -1.0, 0.0, 1e9]),
         ("warmup_steps", [-1]),
         ("weight_decay", [-0.1, math.nan]),
-        ("clip_norm", [-1.0, 0.0, math.nan, math.inf]),
-        ("seed", [-1, 2**63, 10**40]),
-        ("timeout_seconds", [-1.0, 0.0, math.nan, 1e300]),
+        ("options.clip_norm", [-1.0, math.nan, math.inf]),
+        ("options.seed", [-1, 2**63, 10**40]),
+        ("options.timeout_seconds", [-1.0, 0.0, math.nan, 1e300]),
         ("shares", [{"a": 0.0}, {"a": math.nan}, {"a": 1.1}]),
     ],
 )
-def test_what_a_run_cannot_be_told(field: str, values: list[object]) -> None:
+def test_what_a_run_cannot_be_told(field: str, values: list[object], tmp_path: Path) -> None:
+    """Nor can a run folder tell it, be it as it is written now or as it once was."""
+    table, _, name = field.rpartition(".")
     for value in values:
+        told = {table: {name: value}} if table else {name: value}
         with pytest.raises(OptionError):
-            checked(RunSettings, {}, model="m", **{field: value})
-        told = json.loads(json.dumps({"model": "m", field: value}))
-        with pytest.raises(MeshwrightError):
-            parse(told, RunSettings, source="run.json", error=MeshwrightError)
+            checked(RunSettings, {}, model="m", **told)
+        for written in (told, {name: value}):
+            (tmp_path / "run.json").write_text(json.dumps({"model": "m", **written}))
+            with pytest.raises(MeshwrightError, match=name):
+                load_settings(tmp_path, error=MeshwrightError)
+
+
+def test_an_older_run_folder_has_its_options_among_its_settings(tmp_path: Path) -> None:
+    options = {"steps": 7, "clip_norm": 0.0, "seed": 3, "timeout_seconds": 60.0}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model": "m", "learning_rate": 0.5, **options}))
+    wanted = RunSettings(model="m", learning_rate=0.5, options=TrainingOptions(**options))
+    assert load_settings(tmp_path, error=MeshwrightError) == wanted
+    path.write_text(dumps(wanted))
+    assert load_settings(tmp_path, error=MeshwrightError) == wanted
+    path.write_text(json.dumps({"model": "m", "steps": 7, "options": {"seed": 3}}))
+    with pytest.raises(MeshwrightError, match="steps: found an unknown field"):
+        load_settings(tmp_path, error=MeshwrightError)
 
 
 def test_what_is_written_at_the_ends_of_the_ranges_is_read_back() -> None:
     job = Job(global_batch=2**20, sequence=2**27, precision="bf16")
     assert parse(plain(job), Job, source="j", error=PlanError) == job
-    run = RunSettings(model="m", seed=2**63 - 1, steps=10**9, learning_rate=1e3)
+    options = TrainingOptions(seed=2**63 - 1, steps=10**9)
+    run = RunSettings(model="m", learning_rate=1e3, options=options)
     assert parse(plain(run), RunSettings, source="r", error=PlanError) == run

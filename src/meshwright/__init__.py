@@ -2,7 +2,8 @@
 
     graph = meshwright.trace(model, batch, precision="fp32", sequence=1, name="mine")
     plan = meshwright.find_plan(graph, cluster, meshwright.Job(global_batch=64, sequence=1))
-    meshwright.train(model, plan, dataset, loss=loss, optimizer=optimizer, steps=100)
+    options = meshwright.TrainingOptions(steps=100)
+    meshwright.train(model, plan, dataset, loss=loss, optimizer=optimizer, options=options)
 
 Names are imported when they are first used: planning needs no torch.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from meshwright.plan.spec import Job as Job
     from meshwright.plan.spec import Plan as Plan
     from meshwright.report.tables import explain as explain
+    from meshwright.runtime.run import TrainingOptions as TrainingOptions
     from meshwright.runtime.train import train as train
     from meshwright.search.planner import find_plan as find_plan
     from meshwright.simulate.engine import simulate_plan as simulate_plan
@@ -45,6 +47,7 @@ _HOME = {
     "Job": "plan.spec",
     "Plan": "plan.spec",
     "explain": "report.tables",
+    "TrainingOptions": "runtime.run",
     "train": "runtime.train",
     "launch": "launch.script",
     "find_plan": "search.planner",

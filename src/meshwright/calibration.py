@@ -23,8 +23,8 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import FitError, Problem, ProfileError
 from meshwright.formats import from_text
 from meshwright.plan.spec import Plan
-from meshwright.records import load, parse
-from meshwright.runtime.run import METRICS, PLAN, SETTINGS, Metrics, RunSettings
+from meshwright.records import parse
+from meshwright.runtime.run import METRICS, PLAN, Metrics, load_settings
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, evaluate, given_seconds
 from meshwright.search.explain import as_plan
@@ -115,10 +115,9 @@ def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
         if (other.model.name, other.cluster) != (session.model.name, session.cluster)
     ]
     ProfileError.check(strangers)
-    plans = [plan for _, plan in opened]
+    plans = [found.plan for _, found in opened]
     clipped = [
-        load(folder / SETTINGS, RunSettings, error=ProfileError).clip_norm is not None
-        for folder in folders
+        load_settings(folder, error=ProfileError).options.clip_norm > 0 for folder in folders
     ]
     base = base_profile(session)
 

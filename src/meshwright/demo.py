@@ -27,8 +27,8 @@ from meshwright.report.tables import explain
 from meshwright.report.terminal import words
 from meshwright.report.trace import dump_trace
 from meshwright.runtime.profile import ProfileSettings
-from meshwright.runtime.run import RunSettings
-from meshwright.session import Session, by_hand, open_session, search, simulated
+from meshwright.runtime.run import RunSettings, TrainingOptions
+from meshwright.session import Session, by_hand, open_session, priced, search, simulated
 from meshwright.testbed.launch import EMULATED
 from meshwright.training import Outcome, train_here
 
@@ -145,8 +145,8 @@ def _train(
              for i, kind in enumerate(node.devices)}  # fmt: skip
     settings = RunSettings(
         model=MODEL,
-        steps=steps,
         learning_rate=1e-3,
+        options=TrainingOptions(steps=steps),
         shares={device: SHARES[kinds[device]] for device in plan.devices},
     )
     run = folder / name
@@ -155,7 +155,7 @@ def _train(
     )
     if outcome.timeline is not None:
         dump_trace(outcome.timeline, folder / f"{name}-measured-trace.json")
-    dump_trace(simulated(session, plan), folder / f"{name}-predicted-trace.json")
+    dump_trace(simulated(priced(session, plan)), folder / f"{name}-predicted-trace.json")
     return Contender(title=title, plan=plan, outcome=outcome)
 
 
@@ -209,7 +209,7 @@ def _report(session: Session, contenders: tuple[Contender, ...], folder: Path) -
         found.plan,
         session.cluster,
         session.model,
-        predicted=simulated(session, found.plan),
+        predicted=simulated(priced(session, found.plan)),
         measured=found.outcome.timeline,
         losses={each.title: each.outcome.losses for each in contenders},
         rivals=tuple(

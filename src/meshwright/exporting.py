@@ -19,7 +19,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 from meshwright.search.baselines import BASELINES
-from meshwright.session import Session, by_hand, predicted
+from meshwright.session import Session, by_hand, predicted, priced
 from meshwright.units import format_seconds
 
 Cuts = tuple[tuple[int, int], ...]
@@ -82,7 +82,7 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
             FitError.check(memory_problems(variant, session.model, session.cluster))
         except MeshwrightError:  # it would not run
             continue
-        yield predicted(session, variant)
+        yield predicted(priced(session, variant))
     for name in BASELINES:
         try:
             yield by_hand(session, name)

@@ -15,11 +15,10 @@ from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import IN_PLAN
 from meshwright.program.check import check_program
-from meshwright.program.compile import compile_plan
-from meshwright.program.listing import LOOKED_AT
 from meshwright.search.costs import costs_of
-from meshwright.search.schedule import in_listed_order, pipeline_works
-from meshwright.session import Session, predicted
+from meshwright.search.list_scheduler.listing import LOOKED_AT
+from meshwright.search.options.schedules import in_listed_order, pipeline_works
+from meshwright.session import Session, predicted, priced
 
 MOST_ORDER_BYTES = 16 * files.MEBI
 """Largest CSV in bytes: its actions take thirty times as much memory."""
@@ -61,5 +60,6 @@ def imported(session: Session, plan: Plan, orders: Sequence[Path]) -> Plan:
 def _checked(session: Session, plan: Plan) -> Plan:
     validate_plan(plan, session.model, session.cluster)
     FitError.check(memory_problems(plan, session.model, session.cluster))
-    check_program(compile_plan(plan, session.model), source=plan.name)
-    return predicted(session, plan)
+    found = priced(session, plan)
+    check_program(found.program, source=plan.name)
+    return predicted(found)

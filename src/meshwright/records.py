@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
@@ -230,18 +229,20 @@ def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
     return ()
 
 
-def checked(kind: type[T], options: Mapping[str, str], **values: object) -> T:
-    """Make a record from options of the command line; `options` gives the name of each field's
-    option. Raises OptionError with one Problem, naming the option, for every value that its field
-    cannot have."""
+def checked(kind: type[T], options: Mapping[str, str], /, **values: object) -> T:
+    """Make a record from options of the command line; `options` gives the name of the option that
+    sets a field, keyed by the field's path. Raises OptionError with one Problem, naming the option,
+    for every value that its field cannot have."""
     try:
         return parse(values, kind, source="options", error=OptionError)
     except OptionError as failure:
         named = []
         for each in failure.problems:
-            name = re.split(r"[.\[]", each.field)[0]
-            inside = each.field.removeprefix(name) if name in options else each.field
-            named.append(replace(each, source=options.get(name, each.source), field=inside))
+            field = each.field
+            inside = (n for n in options if field == n or field.startswith((f"{n}.", f"{n}[")))
+            name = next(inside, "")
+            source = options.get(name, each.source)
+            named.append(replace(each, source=source, field=field.removeprefix(name)))
         raise OptionError(*named) from None
 
 

@@ -12,8 +12,8 @@ from meshwright import files
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster, Precision
-from meshwright.cost.memory import device_memory
 from meshwright.cost.misfits import memory_problems
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import Profile, check_profile, load_profile
 from meshwright.errors import ClusterError, FitError, ModelError, PlanError, Problem
 from meshwright.model.load import load_model
@@ -22,14 +22,12 @@ from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan, Prediction, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
-from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import checked, fingerprint, record
 from meshwright.search.contest import ignore
 from meshwright.search.explore import Progress
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.facts import Measured, measure
+from meshwright.simulate.engine import simulate
 from meshwright.simulate.parts import parts
 from meshwright.stopping import never
 from meshwright.units import format_seconds
@@ -155,7 +153,7 @@ def _profile_subject(session: Session) -> Subject | None:
 
 def reopen(
     plan_file: Path, *, cluster: Path | None = None, profile: Path | None = None
-) -> tuple[Session, Plan]:
+) -> tuple[Session, PricedPlan]:
     """Open a plan and the inputs that it was made from. Raises PlanError if they do not belong
     together."""
     plan = load_plan(plan_file)
@@ -183,8 +181,9 @@ def reopen(
     checked = plan if cluster is None else replace(plan, cluster=Subject(name="", fingerprint=""))
     validate_plan(checked, session.model, session.cluster, source=str(plan_file))
     FitError.check(memory_problems(plan, session.model, session.cluster))
-    check_program(compile_plan(plan, session.model), source=str(plan_file))
-    return session, plan
+    found = priced(session, plan)
+    check_program(found.program, source=str(plan_file))
+    return session, found
 
 
 def _beside(plan_file: Path, source: str, field: str) -> Path:
@@ -197,20 +196,23 @@ def _beside(plan_file: Path, source: str, field: str) -> Path:
     raise PlanError(Problem(str(plan_file), field, found, "a file that exists", mend))
 
 
-def predicted(session: Session, plan: Plan) -> Plan:
+def priced(session: Session, plan: Plan) -> PricedPlan:
+    """Return a plan with the session's model, cluster and measured times."""
+    return PricedPlan(plan, session.model, session.cluster, session.profile)
+
+
+def predicted(found: PricedPlan) -> Plan:
     """Return the plan with a prediction from the simulator."""
-    timeline = simulated(session, plan)
+    timeline = simulated(found)
     prediction = Prediction(
-        step_seconds=timeline.step_seconds,
-        parts=parts(timeline),
-        memory=device_memory(plan, session.model, session.cluster),
+        step_seconds=timeline.step_seconds, parts=parts(timeline), memory=found.memory
     )
-    return replace(plan, prediction=prediction)
+    return replace(found.plan, prediction=prediction)
 
 
-def simulated(session: Session, plan: Plan, *, clipped: bool = True) -> Timeline:
-    """Simulate one step, with gradients clipped or not."""
-    return simulate_plan(plan, session.model, session.cluster, session.profile, clipped=clipped)
+def simulated(found: PricedPlan) -> Timeline:
+    """Simulate one step of a plan."""
+    return simulate(found.program, found.prices)
 
 
 def error_text(session: Session, seconds: float) -> str:
@@ -223,8 +225,3 @@ def error_text(session: Session, seconds: float) -> str:
         f"step between {format_seconds(low)} and {format_seconds(high)}, as four of five of the "
         f"{fitted.error.runs} runs that it was calibrated on"
     )
-
-
-def measured(session: Session, plan: Plan, name: str) -> Measured:
-    """Simulate one step of a plan, and return its figures under `name` for a comparison."""
-    return measure(name, plan, session.model, session.cluster, session.profile)

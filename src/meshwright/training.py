@@ -38,6 +38,7 @@ from meshwright.runtime.run import (
     TIMELINE,
     Metrics,
     RunSettings,
+    load_settings,
 )
 from meshwright.session import Session
 from meshwright.text import printable
@@ -143,16 +144,16 @@ def train_here(
     the ranks do not fit here or another run uses the folder, and TrainingError if the run has to
     stop.
     """
-    console = console or Console()
+    console, timeout = console or Console(), settings.options.timeout_seconds
     with held(folder), ExitStack() as stack:
         own = None
         if launch is None:
             own = (launcher or stack.enter_context(Launcher())).warm()
             launch = partial(_launch_here, own)
         check_data(plan, settings)
-        check_this_machine(session, plan, own.accelerators(settings.timeout_seconds) if own else 0)
+        check_this_machine(session, plan, own.accelerators(timeout) if own else 0)
         prepare(session, plan, settings, folder)
-        with _shown(settings.steps, title, console) as show:
+        with _shown(settings.options.steps, title, console) as show:
             launch(plan.devices, folder, settings, show)
     return outcome(folder, tuple(show.metrics))
 
@@ -164,7 +165,8 @@ def _launch_here(
     settings: RunSettings,
     tell: Callable[[dict[str, float]], None],
 ) -> None:
-    launcher.run(devices, folder, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
+    timeout = settings.options.timeout_seconds
+    launcher.run(devices, folder, on_metrics=tell, timeout_seconds=timeout)
 
 
 def prepared_commands(
@@ -186,8 +188,8 @@ def train_node(folder: Path, node: str, console: Console) -> Outcome | None:
 
     Raises what `launch_node` does.
     """
-    settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
-    with _shown(settings.steps, f"training on {node}", console) as show:
+    settings = load_settings(folder, error=LaunchError)
+    with _shown(settings.options.steps, f"training on {node}", console) as show:
         launch_node(folder, node, show)
     shown = show.metrics
     return outcome(folder, tuple(shown)) if shown else None

@@ -27,7 +27,7 @@ from meshwright.report.page import Rival, write_report
 from meshwright.report.terminal import words
 from meshwright.report.verification import kinds_table, strategies_table
 from meshwright.runtime.run import TIMELINE, RunSettings
-from meshwright.session import Session, by_hand, predicted, simulated
+from meshwright.session import Session, by_hand, predicted, priced, simulated
 from meshwright.simulate.compare import Comparison, compare
 from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.load import Watch
@@ -155,9 +155,10 @@ def _verified(
     settings: RunSettings,
     folder: Path,
 ) -> Verified:
-    expected: Timeline = simulated(session, plan)
+    found = priced(session, plan)
+    expected = simulated(found)
     files.make_folder(folder)
-    save_plan(predicted(session, plan), folder / "predicted.json")
+    save_plan(predicted(found), folder / "predicted.json")
     run = train(session, plan, settings, folder, name)
     outcome = run.outcome
     if len(outcome.metrics) < 2:
@@ -289,7 +290,7 @@ def _report(session: Session, plan: Plan, verification: Verification, folder: Pa
         plan,
         session.cluster,
         session.model,
-        predicted=simulated(session, plan),
+        predicted=simulated(priced(session, plan)),
         measured=(
             load(path, Timeline, error=TrainingError, large=True) if files.exists(path) else None
         ),

@@ -19,7 +19,8 @@ from meshwright.records import record
 from meshwright.report.resources import named_loads
 from meshwright.report.whatif import Option, WhatIf, option
 from meshwright.search.explore import Progress
-from meshwright.session import Session, measured, search, simulated
+from meshwright.session import Session, priced, search, simulated
+from meshwright.simulate.facts import measure
 from meshwright.stopping import never
 
 _TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficiency")
@@ -57,13 +58,13 @@ def what_if(
     doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
     best_before = search(base, progress=progress, stop=stop)
     as_it_is = [("this plan", plan), ("best plan", best_before)]
-    now = [option(f"{name}, cluster as it is", each, simulated(base, each).step_seconds)
+    now = [option(f"{name}, cluster as it is", each, simulated(priced(base, each)).step_seconds)
            for name, each in as_it_is]  # fmt: skip
     after = search(other, progress=progress, stop=stop)
-    found = option("best plan, edited cluster", after, simulated(other, after).step_seconds)
+    found = option("best plan, edited cluster", after, simulated(priced(other, after)).step_seconds)
     kept = _kept(other, plan)
     keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
-    best = measured(other, _free(plan) if keep else after, "best")
+    best = measure("best", priced(other, _free(plan) if keep else after))
     return WhatIf(
         edits=(*change.notes, *(f"set {each}" for each in edits.settings), *doubts),
         options=(*now, kept, found),
@@ -118,7 +119,7 @@ def _kept(session: Session, plan: Plan) -> Option:
         problem = failure.problems[0]
         field = f"{problem.field}: " if problem.field else ""
         return Option(name=name, reason=f"cannot: {field}{problem.found}")
-    return option(name, plan, simulated(session, free).step_seconds)
+    return option(name, plan, simulated(priced(session, free)).step_seconds)
 
 
 def _free(plan: Plan) -> Plan:

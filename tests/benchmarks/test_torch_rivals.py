@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job
@@ -146,7 +147,7 @@ class OnLoopback(Suite):
 
 def compute_seconds(known: Known, rival: Rival) -> float:
     """Of the busiest device."""
-    times = virtual_times(rival.plan, known.graph, known.cluster, None).ranks
+    times = virtual_times(PricedPlan(rival.plan, known.graph, known.cluster)).ranks
     busy = dict.fromkeys(range(len(times)), 0.0)
     for stage in stage_seats(rival.plan):
         for (seat,) in stage.seats:

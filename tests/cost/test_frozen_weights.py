@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adapters import Tuned, tokens
 from meshwright.cost.compute import FROZEN_BYTES, WEIGHT_BYTES, layer_seconds, optimizer_seconds
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.memory import (
     device_memory,
     framework_bytes,
@@ -26,8 +25,10 @@ from meshwright.model.trace import trace
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
+from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
+from meshwright.techniques.backward_split.price import backward_shares
 from strategies import chain, freeze, models_and_plans
 from worlds import DEVICE, even_model, even_plan, one_node
 
@@ -105,7 +106,7 @@ def test_a_plan_for_adapters_holds_the_whole_model_in_fp16() -> None:
     kind = replace(DEVICE, peak={"fp16": 1e14})
     cluster = replace(one_node(1), types={"g": kind})
     job = Job(global_batch=4, sequence=64, precision="fp16")
-    (held,) = find_plan(graph, cluster, job, reorder=False).prediction.memory  # type: ignore[union-attr]
+    (held,) = find_plan(graph, cluster, job, forbidden=OPTION_NAMES).prediction.memory  # type: ignore[union-attr]
     numbers = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert held.parameters == 4 * numbers

@@ -10,6 +10,7 @@ from meshwright.cluster.spec import Link
 from meshwright.cluster.topology import Resource
 from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.instructions import price
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Tied
@@ -27,6 +28,19 @@ def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
     assert seconds[Op.FORWARD] == pytest.approx(3e-3)
     assert seconds[Op.BACKWARD] == pytest.approx(6e-3)
     assert seconds[Op.SEND_F] == 0.0
+
+
+def test_a_priced_plan_is_compiled_and_priced_once() -> None:
+    model, cluster = even_model(6), one_node(2)
+    plan = even_plan(model, cluster, stages=2)
+    found = PricedPlan(plan, model, cluster)
+    assert found.program == compile_plan(plan, model)
+    assert found.prices == price(found.program, plan, model, cluster)
+    assert found.program is found.program
+    assert found.prices is found.prices
+    alone = PricedPlan(plan, model, cluster, clipped=False, ranks=frozenset({1}))
+    assert alone.program.ranks == ((), compile_plan(plan, model, clipped=False).ranks[1])
+    assert alone.prices.ranks[0] == ()
 
 
 def test_a_stage_that_recomputes_repeats_its_forward_in_the_backward() -> None:

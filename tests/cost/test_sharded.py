@@ -20,9 +20,9 @@ from meshwright.cost.sharded import (
     sharded_step_seconds,
     with_recomputation,
 )
-from meshwright.model.recompute import with_recomputation as recomputed
 from meshwright.model.spec import Tied
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
+from meshwright.techniques.activation_checkpointing.model import with_recomputation as recomputed
 from worlds import DEVICE, even_model, one_node
 
 STEP = ShardedStep(rows=1, micro_batches=2, optimizer="sgd")

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from meshwright.cluster.files import cluster_from
+import meshwright
+from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import devices_of
+from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import PlanError
 from meshwright.model.files import from_table
 from meshwright.model.load import load_model
 from meshwright.plan.spec import Plan
 from meshwright.records import parse
+from meshwright.simulate.engine import simulate_plan
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "meshwright"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("*.md"))]
+NAME = r"`[\w.]+`"
+NAMES_IN_A_FILE = re.compile(
+    rf"({NAME}(?:(?:,|,?\s+(?:and|or|of))\s+{NAME})*)\s+in\s+`([\w/.-]+\.(?:py|toml))`"
+)
+"""`Stage` in `plan/spec.py`, `F` and `G` in `x/y.py`, `layers` of `Stage` in `plan/spec.py`."""
+IN_THE_PACKAGE = re.compile(r"`([\w-]+/[\w/-]+\.(?:py|toml))`")
+IN_THE_REPOSITORY = re.compile(
+    r"\b((?:benchmarks|examples|docs|tests|src)/[\w/.-]+\.(?:py|sh|toml))"
+)
+MODULE = re.compile(r"`meshwright((?:\.\w+)+)")
 generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))["generated"]
 
 
@@ -30,18 +47,85 @@ def test_generated_parts_are_up_to_date(page: Path) -> None:
     assert generated(text) == text
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    anchors = {
+    for target, anchor in re.findall(r"\]\(([\w./-]*\.md|)#([^)]+)\)", text):
+        assert anchor in _anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's titles."""
+    text = page.read_text(encoding="utf-8")
+    return {
         re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
         for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     }
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert anchor in anchors, anchor
+
+
+def _file(path: str) -> Path:
+    """A file as pages name it: below the package, or below the repository."""
+    return next((at for at in (PACKAGE / path, ROOT / path) if at.exists()), PACKAGE / path)
+
+
+def _defined(path: Path) -> set[str]:
+    """The names that a file defines: functions, classes, constants, and the members of classes."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        return set(re.findall(r"[\w-]+", text))
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Assign(targets=targets):
+                found |= {ast.unparse(target) for target in targets}
+            case ast.AnnAssign(target=target):
+                found.add(ast.unparse(target))
+    return found
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda path: path.name)
+def test_files_and_names_that_a_page_mentions_exist(page: Path) -> None:
+    """A file that moves, or a function that gets another name, leaves no page behind."""
+    text = page.read_text(encoding="utf-8")
+    for path in (*IN_THE_PACKAGE.findall(text), *IN_THE_REPOSITORY.findall(text)):
+        assert _file(path).is_file(), path
+    for names, path in NAMES_IN_A_FILE.findall(text):
+        defined = _defined(_file(path)) if _file(path).is_file() else set()
+        wanted = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names)]
+        missing = [name for name in wanted if name not in defined]
+        assert not missing, f"{path} defines no {', '.join(missing)}"
+    for dotted in MODULE.findall(text):
+        place = PACKAGE.joinpath(*dotted.split(".")[1:])
+        public = dotted.split(".")[1] in meshwright.__all__
+        assert public or place.is_dir() or place.with_suffix(".py").is_file(), dotted
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`Stage` in `plan/spec.py`", [("`Stage`", "plan/spec.py")]),
+        ("`layers` of\n`Stage` in\n`plan/spec.py`", [("`layers` of\n`Stage`", "plan/spec.py")]),
+        ("`F`, `G` and `H` in `x/y.py`", [("`F`, `G` and `H`", "x/y.py")]),
+        ("`F` is named in `x/y.py`", []),
+    ],
+)
+def test_names_are_found_in_the_text_of_a_page(text: str, found: list[tuple[str, str]]) -> None:
+    assert NAMES_IN_A_FILE.findall(text) == found
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_every_room_has_a_line_in_the_readme() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(\w+)/ ", text, re.MULTILINE)) == rooms
 
 
 def _example(page: str, language: str) -> str:
@@ -67,3 +151,28 @@ def test_the_examples_are_read_as_they_stand() -> None:
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE)) == {page.name for page in PAGES}
+
+
+def test_the_figures_of_divided_states_are_those_that_compare_prints() -> None:
+    plan = parse(
+        json.loads(_example("state-division.md", "json")),
+        Plan,
+        source="state-division.md",
+        error=PlanError,
+    )
+    cluster = load_cluster(ROOT / plan.cluster.source)
+    model = load_model(plan.model.source, plan.job.sequence, plan.job.precision)
+    (pipeline,) = plan.pipelines
+    plain = replace(
+        plan, pipelines=(replace(pipeline, stages=(replace(pipeline.stages[0], states=None),)),)
+    )
+    text = _example("state-division.md", "text")
+    for title, figure in (
+        ("step", lambda plan: simulate_plan(plan, model, cluster).step_seconds),
+        ("holds", lambda plan: total_bytes(device_memory(plan, model, cluster)[0])),
+    ):
+        found = re.search(rf"^ *{title} +([\d.]+) (\w+) +([\d.]+) ", text, re.MULTILINE)
+        assert found
+        unit = {"ms": 1e-3, "GiB": 2**30}[found[2]]
+        assert float(found[1]) == pytest.approx(figure(plain) / unit, rel=5e-4)
+        assert float(found[3]) == pytest.approx(figure(plan) / unit, rel=5e-4)

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from test_parity import graph
 
 from meshwright.model.spec import LayerGraph
+from meshwright.runtime.run import TrainingOptions
 
 NAMES = [f"{kind}, 2x1 to 1x2, skips" for kind in KINDS]
 
@@ -45,6 +46,7 @@ def play(rank: int, graph: LayerGraph) -> dict[str, tuple[int, int, Counter[str]
             inputs=batch(0),
             graph=graph,
             optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+            options=TrainingOptions(clip_norm=0),
         ) as engine:
             left[0] = 0
             _, timeline = engine.record(rows)

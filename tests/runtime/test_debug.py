@@ -18,6 +18,7 @@ from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.runtime.debug import Headers
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.world import PeerLost
 
 TWO = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),))
@@ -28,7 +29,8 @@ SPLIT = replace(TWO, schedule="1f1b-2bp")
 def engine_of(case: Case, **options: Any) -> Engine:
     torch.manual_seed(5)
     make = options.pop("optimizer", lambda p: torch.optim.SGD(p, lr=1e-2))
-    return Engine(case.model(), case.plan, inputs=batch(0), optimizer=make, **options)
+    chosen = TrainingOptions(clip_norm=0, **options)
+    return Engine(case.model(), case.plan, inputs=batch(0), optimizer=make, options=chosen)
 
 
 def rows(first: int, last: int) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import TrainingError
 from meshwright.program.operations import Op
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.run import TrainingOptions
 
 STEPS, RATE = 6, 1e-2
 TWO_PIPELINES = Case(
@@ -27,7 +28,7 @@ DIVIDED = replace(TWO_PIPELINES, pipelines=tuple(map(divided, TWO_PIPELINES.pipe
 ONE = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),), schedule="1f1b-2bp")
 
 
-def engine_of(case: Case, *, fused: bool = False, clip_norm: float | None = None) -> Engine:
+def engine_of(case: Case, *, fused: bool = False, clip_norm: float = 0) -> Engine:
     torch.manual_seed(5)
     return Engine(
         case.model(),
@@ -36,7 +37,7 @@ def engine_of(case: Case, *, fused: bool = False, clip_norm: float | None = None
         optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=fused),
         learning_rate=lambda step: 1 - step / 10,
         bucket_bytes=SMALL_BUCKETS,
-        clip_norm=clip_norm,
+        options=TrainingOptions(clip_norm=clip_norm),
     )
 
 
@@ -100,7 +101,7 @@ def test_training_without_clipping_equals_one_process(case: Case) -> None:
         assert error < 1e-9, name
 
 
-def spoiled(rank: int, case: Case, fused: bool, clip_norm: float | None = None) -> Any:
+def spoiled(rank: int, case: Case, fused: bool, clip_norm: float = 0) -> Any:
     """What the third step says, and whether this rank's weights have taken it."""
     engine = engine_of(case, fused=fused, clip_norm=clip_norm)
     for step in range(2):

@@ -29,6 +29,7 @@ from meshwright.runtime import pace
 from meshwright.runtime.dilation import Dilation, Dilator, timed_by
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.observer import Observer
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.seeds import layer_seed, rows_seed
 from meshwright.runtime.world import PeerLost, connect, launched
 
@@ -41,11 +42,12 @@ def rows_of(step: int) -> Rows:
     return lambda first, last: tuple(t[first:last] for t in whole)
 
 
-def engine_of(case: Case, **options: Any) -> Engine:
+def engine_of(case: Case, *, clip_norm: float = 0, **others: Any) -> Engine:
     """An engine with the same weights everywhere."""
     torch.manual_seed(5)
-    choices = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2), "seed": 3, **options}
-    return Engine(case.model(), case.plan, inputs=batch(0), **choices)
+    choices = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2), **others}
+    options = TrainingOptions(seed=3, clip_norm=clip_norm)
+    return Engine(case.model(), case.plan, inputs=batch(0), options=options, **choices)
 
 
 def losses(_: int, cases: list[Case], steps: int = 4) -> list[list[float]]:
@@ -127,7 +129,10 @@ def meta_parameters(_: int, cases: list[Case]) -> list[Any]:
     for case in cases:
         with torch.device("meta"):
             model = case.model()
-        with Engine(model, case.plan, inputs=batch(0), optimizer=torch.optim.SGD, seed=3) as engine:
+        options = TrainingOptions(seed=3, clip_norm=0)
+        with Engine(
+            model, case.plan, inputs=batch(0), optimizer=torch.optim.SGD, options=options
+        ) as engine:
             found.append(engine.parameters())
     return found
 
@@ -375,6 +380,7 @@ def stops(rank: int, case: Case, victim: int) -> str:
     program = compile_plan(plan, trace(model.double(), batch(0), "fp64", plan.job.sequence, "any"))
     engine = Engine(
         model, plan, inputs=batch(0), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+        options=TrainingOptions(clip_norm=0),
         world=connect(plan, program, timeout_seconds=STALL_SECONDS),
     )  # fmt: skip
     pids: list[int] = [0] * engine.world.size
@@ -459,7 +465,8 @@ def engines_left(_: int) -> tuple[int, int]:
     case = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),))
     for _turn in range(3):
         model = case.model()
-        with Engine(model, case.plan, inputs=batch(0), optimizer=sgd_of, clip_norm=1.0) as engine:
+        options = TrainingOptions(clip_norm=1.0)
+        with Engine(model, case.plan, inputs=batch(0), optimizer=sgd_of, options=options) as engine:
             engine.step(lambda a, b: tuple(t[a:b] for t in batch(0)))
         del engine
     gc.collect()

@@ -13,6 +13,7 @@ from torch import nn
 from adapters import tuned
 from meshwright.model.symbolic import autocast
 from meshwright.runtime.casts import Casts
+from meshwright.runtime.run import TrainingOptions
 
 STARTS = {
     "replicas without a sum": Case(
@@ -39,7 +40,7 @@ def first_step(rank: int, name: str) -> tuple[float, dict[str, torch.Tensor] | N
         case.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-        clip_norm=case.clip_norm,
+        options=TrainingOptions(clip_norm=case.clip_norm),
     ) as engine:
         before = engine.parameters()
         kept = before and {each: value.clone() for each, value in before.items()}
@@ -84,6 +85,7 @@ def without_clipping(_: int, name: str) -> list[tuple[float, float]]:
         case.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.SGD(p, lr=RATE),
+        options=TrainingOptions(clip_norm=0),
         bucket_bytes=256,
     ) as engine:
         steps = [engine.step(lambda a, b: tuple(t[a:b] for t in batch(0))) for _ in range(STEPS)]
@@ -128,7 +130,7 @@ def recorded(_: int) -> tuple[list[float], list[int], int, float] | None:
         LOW.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
-        debug=True,
+        options=TrainingOptions(clip_norm=0, debug=True),
     ) as engine:
         rows = [t.clone() for t in batch(0)]
         losses = [engine.step(lambda a, b: tuple(t[a:b] for t in rows)).loss for _ in range(STEPS)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
+from meshwright.runtime.run import TrainingOptions
 
 STEPS = 10
 LIMIT_SECONDS = 120.0
@@ -49,7 +50,7 @@ def trained(case: Case, graph: LayerGraph) -> tuple[list[tuple[float, float]], A
         inputs=batch(0),
         graph=graph,
         optimizer=lambda p: torch.optim.AdamW(p, lr=RATE, fused=True),
-        clip_norm=case.clip_norm,
+        options=TrainingOptions(clip_norm=case.clip_norm),
         learning_rate=factor,
         bucket_bytes=SMALL_BUCKETS,
     ) as engine:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Plan
+from meshwright.runtime.run import TrainingOptions
 from soaks import tenth
 from strategies import plans
 
@@ -89,7 +90,7 @@ def play(_: int, case: Drawn, graph: LayerGraph) -> tuple[list[tuple[float, floa
         inputs=batch(0, rows),
         graph=graph,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, eps=EPS),
-        clip_norm=case.clip_norm,
+        options=TrainingOptions(clip_norm=case.clip_norm),
         bucket_bytes=3000,
     ) as engine:
         found = []

@@ -16,6 +16,7 @@ from ranks import run_ranks
 from meshwright.plan.spec import ScheduleName
 from meshwright.runtime.dilation import SLICE_SECONDS, SOON_SECONDS, Dilation, Dilator, timed_by
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.turns import Turn, turns_at_once
 
 LIMIT_SECONDS = 30.0
@@ -134,6 +135,7 @@ def pauses(_: int, case: Case) -> int:
         case.plan,
         inputs=batch(0),
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2),
+        options=TrainingOptions(clip_norm=0),
         observer=timed_by(Dilator(Dilation(share=0.5))),
     ) as engine:
         engine.step(lambda a, b: tuple(t[a:b] for t in batch(0)))

@@ -13,7 +13,6 @@ from searchworlds import FAST, SLOW, cluster, job, model
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cost.collective import all_reduce
-from meshwright.cost.halves import SPLIT_COST
 from meshwright.cost.memory import usable_bytes
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.model.spec import LayerGraph
@@ -30,6 +29,7 @@ from meshwright.search.certificate import (
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, until
+from meshwright.techniques.backward_split.price import SPLIT_COST
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 

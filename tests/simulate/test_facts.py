@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from meshwright.cost.instructions import price
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import PlanError
-from meshwright.program.compile import NORM_BYTES, compile_plan
+from meshwright.program.compile import NORM_BYTES
 from meshwright.report.resources import resource_name
 from meshwright.simulate.facts import check_comparable, judge, measure
 from meshwright.simulate.traffic import link_loads
@@ -16,12 +16,8 @@ from worlds import even_model, even_plan, one_node
 
 
 def loads(plan, model, cluster):
-    program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster)
-    return {
-        resource_name(load.resource): load
-        for load in link_loads(program, prices, plan, model, cluster)
-    }
+    found = link_loads(PricedPlan(plan, model, cluster))
+    return {resource_name(load.resource): load for load in found}
 
 
 def test_a_cut_is_crossed_once_by_every_micro_batch_each_way():
@@ -61,7 +57,7 @@ def test_all_reduces_inside_layers_are_counted():
 
 
 def measured(plan, model, cluster, name):
-    return measure(name, plan, model, cluster, None)
+    return measure(name, PricedPlan(plan, model, cluster))
 
 
 def test_the_faster_plan_wins_and_the_reason_names_the_part():

@@ -9,14 +9,15 @@ import torch
 from beds import JOB, NOTHING, bed, pipeline_plan
 from torch import nn
 
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import Profile
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.load import load_model
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
 from meshwright.runtime import worker
-from meshwright.runtime.run import RunSettings
-from meshwright.session import Session, predicted
+from meshwright.runtime.run import RunSettings, TrainingOptions
+from meshwright.session import Session, predicted, priced
 from meshwright.testbed.bed import design
 from meshwright.testbed.launch import launcher_on
 from meshwright.testbed.times import virtual_times
@@ -70,19 +71,19 @@ def test_an_optimizer_step_takes_its_time_and_moves_nothing() -> None:
 def test_the_table_is_the_cost_models() -> None:
     model = load_model("gpt-tiny", 16, "fp32")
     plan = pipeline_plan(((("a:0",),), (("b:0",),)), (0, 5, 10))
-    fast, slow = virtual_times(plan, model, bed().cluster, None).ranks
+    fast, slow = virtual_times(PricedPlan(plan, model, bed().cluster)).ranks
     assert len(fast.forward) == len(model.layers)
     assert all(4 * f == pytest.approx(s) or f <= s for f, s in zip(
         fast.forward, slow.forward, strict=True))  # fmt: skip
     measured = Profile(model="gpt-tiny", sequence=16)
-    assert virtual_times(plan, model, bed().cluster, measured).ranks == (fast, slow)
+    assert virtual_times(PricedPlan(plan, model, bed().cluster, measured)).ranks == (fast, slow)
 
 
 def test_sums_inside_layers_need_their_arithmetic() -> None:
     model = load_model("gpt-tiny", 16, "fp32")
     plan = pipeline_plan(((("a:0", "a:1"),),), (0, 10))
     with pytest.raises(LaunchError, match="share a layer"):
-        virtual_times(plan, model, bed().cluster, None)
+        virtual_times(PricedPlan(plan, model, bed().cluster))
 
 
 @pytest.mark.slow
@@ -102,9 +103,10 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
         profile_source="",
         warnings=(),
     )
-    plan = predicted(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)))
+    plan = predicted(priced(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10))))
     with launcher_on(up) as launcher:
-        run = train_on(launcher, session, plan, RunSettings(model="gpt-tiny", steps=4), tmp_path)
+        settings = RunSettings(model="gpt-tiny", options=TrainingOptions(steps=4))
+        run = train_on(launcher, session, plan, settings, tmp_path)
     assert plan.prediction is not None
     compute = plan.prediction.parts["compute"]
     assert len(run.outcome.metrics) == 4

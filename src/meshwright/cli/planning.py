@@ -93,8 +93,8 @@ def explain(plan_file: PlanFile) -> None:
     from meshwright.search.certificate import sentence
     from meshwright.session import predicted, reopen
 
-    session, found = reopen(plan_file)
-    found = found if found.prediction else predicted(session, found)
+    _, opened = reopen(plan_file)
+    found = opened.plan if opened.plan.prediction else predicted(opened)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
         say(text)
@@ -118,15 +118,14 @@ def simulate(
 
     check_outputs(trace, program, report)
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
-    timeline = simulated(session, found)
-    timeline_summary(found, timeline)
+    timeline = simulated(found)
+    timeline_summary(found.plan, timeline)
     if text := error_text(session, timeline.step_seconds):
         say(text)
     if program:
-        from meshwright.program.compile import compile_plan
         from meshwright.program.instructions import dumps
 
-        files.write_text(program, dumps(compile_plan(found, session.model)))
+        files.write_text(program, dumps(found.program))
         say(f"wrote {program}")
     if trace:
         from meshwright.report.trace import dump_trace
@@ -136,7 +135,7 @@ def simulate(
     if report:
         from meshwright.report.page import write_report
 
-        write_report(report, found, session.cluster, session.model, predicted=timeline)
+        write_report(report, found.plan, found.cluster, found.model, predicted=timeline)
         say(f"wrote {report}")
 
 
@@ -154,12 +153,12 @@ def compare(
         short_names,
         write_comparison,
     )
-    from meshwright.session import measured, reopen
-    from meshwright.simulate.facts import check_comparable, judge
+    from meshwright.session import reopen
+    from meshwright.simulate.facts import check_comparable, judge, measure
 
     check_outputs(report)
     one, two = (
-        measured(*reopen(file), name)
+        measure(name, reopen(file)[1])
         for file, name in zip((first, second), short_names(first, second), strict=True)
     )
     check_comparable(one, two)
@@ -208,7 +207,8 @@ def whatif(
         edits = Edits(
             without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
         )
-        found, cluster = what_if(*reopen(plan_file), edits, progress=watch.tell, stop=watch.stop)
+        session, opened = reopen(plan_file)
+        found, cluster = what_if(session, opened.plan, edits, progress=watch.tell, stop=watch.stop)
     if json:
         typer.echo(whatif_json(found), nl=False)
     else:
@@ -242,15 +242,15 @@ def export(
     from meshwright.session import reopen
 
     files.check_folder(output)
-    session, plan = reopen(plan_file)
-    found = exported(session, plan, to, nearest=nearest)
+    session, opened = reopen(plan_file)
+    found = exported(session, opened.plan, to, nearest=nearest)
     files.make_folder(output)
     for name, text in found.files.items():
         files.write_text(output / name, text)
         say(f"wrote {output / name}")
     for sentence in found.not_expressed:
         say(f"not expressed: {sentence}")
-    if found.plan != plan:
+    if found.plan != opened.plan:
         save_plan(found.plan, output / "plan.json")
         say(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
 
@@ -282,7 +282,8 @@ def reorder(
     from meshwright.session import reopen
 
     check_outputs(output)
-    session, plan = reopen(plan_file)
+    session, opened = reopen(plan_file)
+    plan = opened.plan
     found = imported(session, plan, csv) if csv else in_order(session, plan, order)
     save_plan(found, output)
     print_explanation(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,8 +31,7 @@ from meshwright.cli.testbed import (
 )
 
 if TYPE_CHECKING:
-    from meshwright.plan.spec import Plan
-    from meshwright.session import Session
+    from meshwright.cost.priced_plan import PricedPlan
     from meshwright.training import Outcome
 
 
@@ -102,16 +102,20 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-_OPTIONS = {
-    "steps": "--steps",
+SETTINGS = {
+    "data": "--data",
     "learning_rate": "--learning-rate",
     "warmup_steps": "--warmup-steps",
-    "clip_norm": "--clip-norm",
-    "seed": "--seed",
-    "timeout_seconds": "--timeout",
-    "data": "--data",
+    "options.steps": "--steps",
+    "options.clip_norm": "--clip-norm",
+    "options.seed": "--seed",
+    "options.save_weights": "--save-weights",
+    "options.debug": "--debug",
+    "options.timeout_seconds": "--timeout",
+    "options.compile": "--compile",
 }
-"""Options of `train`, by the field of RunSettings that each one sets."""
+"""Options of `train`, keyed by the field of RunSettings that each one sets; they have its
+default."""
 
 
 @app.command()
@@ -151,42 +155,36 @@ def train(
         from meshwright.training import prepared_commands
 
         session, found = reopen(plan_file)
+        told = {"steps": steps, "clip_norm": clip_norm, "seed": seed, "save_weights": save_weights}
+        told |= {"debug": debug, "timeout_seconds": timeout, "compile": compile}
         settings = checked(
             RunSettings,
-            _OPTIONS,
-            model=found.model.source,
+            SETTINGS,
+            model=found.plan.model.source,
             data=data,
-            steps=steps,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
-            clip_norm=clip_norm or None,
-            seed=seed,
-            save_weights=save_weights,
-            debug=debug,
-            timeout_seconds=timeout,
-            compile=compile,
+            options=told,
         )
         files.check_folder(output)
         check_outputs(report)
         if dry_run:
-            for command in prepared_commands(session, found, settings, output, port):
+            for command in prepared_commands(session, found.plan, settings, output, port):
                 say(command)
             return
-        outcome = train_there(launcher, session, found, settings, output)
+        outcome = train_there(launcher, session, found.plan, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
-    _show(session, found, outcome, report, clipped=settings.clip_norm is not None)
+    _show(replace(found, clipped=settings.options.clip_norm > 0), outcome, report)
 
 
-def _show(
-    session: Session, found: Plan, outcome: Outcome, report: Path | None, *, clipped: bool
-) -> None:
+def _show(found: PricedPlan, outcome: Outcome, report: Path | None) -> None:
     """Print the measured step next to the predicted one, and write an HTML page if asked to."""
     from rich.console import Console
 
     from meshwright.report.tables import comparison_table
     from meshwright.session import simulated
 
-    predicted = simulated(session, found, clipped=clipped)
+    predicted = simulated(found)
     if outcome.timeline is not None:
         Console().print(comparison_table(predicted, outcome.timeline))
     if report:
@@ -194,12 +192,12 @@ def _show(
 
         write_report(
             report,
-            found,
-            session.cluster,
-            session.model,
+            found.plan,
+            found.cluster,
+            found.model,
             predicted=predicted,
             measured=outcome.timeline,
-            losses={found.name: outcome.losses},
+            losses={found.plan.name: outcome.losses},
         )
         say(f"wrote {report}")
 
@@ -251,8 +249,8 @@ def _launch_command(
     from meshwright.session import reopen
 
     if plan_file is not None:
-        session, plan = reopen(plan_file, cluster=cluster)
-        return launch_command(plan.devices, session.cluster, node, command, port)
+        session, found = reopen(plan_file, cluster=cluster)
+        return launch_command(found.plan.devices, session.cluster, node, command, port)
     assert cluster is not None
     machines = load_cluster(cluster)
     devices = [device.name for device in devices_of(machines)]

@@ -196,9 +196,10 @@ def verify(
 
     session, found = reopen(plan_file, cluster=cluster, profile=profile)
     names = tuple(name for name in against.split(",") if name)
-    settings = checked(RunSettings, {"steps": "--steps"}, model=found.model.source, steps=steps)
+    told = {"options.steps": "--steps"}
+    settings = checked(RunSettings, told, model=found.plan.model.source, options={"steps": steps})
     files.check_folder(output)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with launcher_for(bed_file) as launcher:
-        verify_here(session, found, names, launcher, settings, output, console)
+        verify_here(session, found.plan, names, launcher, settings, output, console)
     say(f"wrote {output / 'report.html'}")

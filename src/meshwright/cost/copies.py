@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import StageSeats, gradient_bytes
 from meshwright.plan.spec import Job
-from meshwright.program.buckets import gradient_bytes
 
 Widths = tuple[frozenset[int], ...]
 """The tensor widths of the replicas that hold each layer, by layer."""

@@ -9,7 +9,7 @@ from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Resource, topology
 from meshwright.cost.constants import system_constants
 from meshwright.cost.links import messages_queue, overhead_seconds, reached_links, ring_step
-from meshwright.cost.memory import adjusted, framework_bytes, memory_tables, together
+from meshwright.cost.memory import adjustments, framework_bytes, memory_tables, together
 from meshwright.cost.operation_prices import pricings
 from meshwright.cost.pricing_context import (
     PlacedStage,
@@ -24,8 +24,7 @@ from meshwright.cost.times import ReplicaTimes, Times
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView, Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.buckets import completing_layer
-from meshwright.program.instructions import Instruction, Program, micro_batches_of
+from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.records import record
 from meshwright.stopping import look
@@ -68,6 +67,7 @@ def price(
         queued=messages_queue(cluster),
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
+        adjustments=adjustments(plan, model),
         types={device.name: device.type for device in devices_of(cluster)},
     )
     times = Times(model, cluster, profile, context.links, context.step_latency)
@@ -162,8 +162,8 @@ def _static_bytes(own: Sequence[tuple[StageSeats, Seat]], context: PricingContex
         tensor_width(*own[0]),
         [one_in_flight(stage, seat, context) for stage, seat in own],
     )
-    view = RankView(plan=context.plan, model=context.model, stages=stages, seat=own[0][1])
-    parts = adjusted(parts, view)
+    for adjust in context.adjustments:
+        parts = adjust(parts, RankView(stages=stages, seat=own[0][1]))
     device = context.cluster.types[context.types[own[0][1].device]]
     states = parts.parameters + parts.gradients + parts.optimizer
     return framework_bytes(device) + round(float(states + parts.buffers))

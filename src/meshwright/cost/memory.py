@@ -31,13 +31,13 @@ from meshwright.cost.weights import (
     weight_bytes,
     weight_table,
 )
-from meshwright.model.recompute import with_recomputation
 from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import RankView, StageSeats, stage_seats
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import look
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
+from meshwright.techniques.activation_checkpointing.model import with_recomputation
 
 
 @record
@@ -314,11 +314,14 @@ def together(
     )
 
 
-def adjusted(parts: StageMemory, rank: RankView) -> StageMemory:
-    """Let every technique change what a rank holds of all its stages together."""
-    for room in rooms_with("memory"):
-        parts = room.adjust(parts, rank)
-    return parts
+Adjustment = Callable[[StageMemory, RankView], StageMemory]
+"""What a technique changes in the bytes that a rank holds of all its stages together."""
+
+
+def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
+    """Return what the techniques of a plan change in the memory of its ranks, in their order."""
+    found = (adjustment(plan, model) for adjustment in provided("memory", "adjustment"))
+    return tuple(each for each in found if each is not None)
 
 
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
@@ -331,6 +334,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
     widths = tensor_widths(model, stage_seats(plan))
+    changes = adjustments(plan, model)
     for holders in holders_of(plan):
         look()
         known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
@@ -343,9 +347,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
                 )
                 known[key] = (*_weighed(tables, holders, *key), copied)
             parts, activations, copied = known[key]
-            parts = adjusted(
-                parts, RankView(plan=plan, model=model, stages=holders.stages, seat=seat)
-            )
+            for adjust in changes:
+                parts = adjust(parts, RankView(stages=holders.stages, seat=seat))
             device = types[seat.device]
             found[seat.rank] = DeviceMemory(
                 device=seat.device,

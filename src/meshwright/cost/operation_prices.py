@@ -19,10 +19,10 @@ from meshwright.cost.pricing_context import (
     tensor_width,
 )
 from meshwright.cost.weights import rank_parameters
-from meshwright.program.buckets import gradient_bytes
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 
 @cache
@@ -43,8 +43,8 @@ def pricings() -> dict[Op, Pricing]:
         Op.REDUCE_NORM: norm_price,
         Op.OPTIMIZER_STEP: optimizer_price,
     }
-    for room in rooms_with("price"):
-        own |= room.PRICES
+    for prices in provided("price", "PRICES"):
+        own |= prices
     return own
 
 

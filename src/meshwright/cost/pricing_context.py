@@ -9,7 +9,7 @@ from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import Traffic
 from meshwright.cost.constants import SystemConstants
-from meshwright.cost.memory import MemoryTables, StageMemory, weigh
+from meshwright.cost.memory import Adjustment, MemoryTables, StageMemory, weigh
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import ReplicaTimes
 from meshwright.model.spec import LayerGraph
@@ -57,6 +57,8 @@ class PricingContext:
     """True if messages of several devices over one link pass one after another."""
     system: SystemConstants
     tables: MemoryTables
+    adjustments: tuple[Adjustment, ...]
+    """What the techniques of the plan change in the memory of ranks."""
     types: dict[str, str]
     """The device type of every device, by name."""
     collectives: dict[tuple[Collective, tuple[int, ...], float], Traffic] = field(

@@ -11,11 +11,11 @@ from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.profile import Profile
-from meshwright.model.recompute import recomputed
 from meshwright.model.spec import LayerGraph
 from meshwright.program.operations import Op
+from meshwright.techniques.activation_checkpointing.model import recomputed
+from meshwright.techniques.backward_split.price import backward_shares
 
 Array = NDArray[np.float64]
 

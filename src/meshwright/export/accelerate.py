@@ -25,6 +25,7 @@ from meshwright.export.answers import (
     no_matter,
     notes,
     notes_file,
+    of_techniques,
     only,
     own_model,
     refusals,
@@ -44,6 +45,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 
 TOOL = "accelerate"
+PLUGIN_TOOL = "accelerate's Megatron-LM plugin"
 _PLUGIN_FAMILIES = ("gpt2", "llama")
 _NO_EXPERTS = "its Megatron-LM plugin has no experts"
 
@@ -68,12 +70,13 @@ OWN: Answers = {
     "training.clip_norm": listed("clipping: accelerator.clip_grad_norm_(model.parameters(), {})"),
     "training.gradient_sums": no_matter("fp32, as the weights"),
     "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
-    "training.sharded_states": no_matter("off by default"),
+    "training.sharded_weights": no_matter("off by default"),
     "training.sequence_parallel": no_matter("off by default"),
 }
 """Rules for plans that accelerate runs without the plugin."""
 PLUGIN: Answers = {
     **_YOURS,
+    **of_techniques(PLUGIN_TOOL),
     **{name: answer for name, answer in megatron.ANSWERS.items() if name.startswith("model.")},
     "model.family": replace(
         megatron.ANSWERS["model.family"],
@@ -85,7 +88,7 @@ PLUGIN: Answers = {
     "training.clip_norm": Answer("`megatron_lm_gradient_clipping`"),
     "training.gradient_sums": megatron.ANSWERS["training.gradient_sums"],
     "training.attention_within_documents": no_matter("off by default"),
-    "training.sharded_states": Answer("`megatron_lm_use_distributed_optimizer`"),
+    "training.sharded_weights": Answer("`megatron_lm_use_custom_fsdp`"),
     "training.sequence_parallel": Answer("`megatron_lm_sequence_parallelism`"),
 }
 """Rules for plans that need accelerate's Megatron-LM plugin."""
@@ -230,7 +233,7 @@ def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
             "  megatron_lm_use_custom_fsdp: false",
             "  megatron_lm_recompute_activations: false",
             "  megatron_lm_sequence_parallelism: false",
-            "  megatron_lm_use_distributed_optimizer: false",
+            *dict.fromkeys(f"  {line}" for line in lines(PLUGIN, asked, "stage")),
         ]
         if grid.recompute:
             text += [

@@ -17,6 +17,7 @@ from meshwright.export.grid import Grid
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.usual import differences, made_of
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
+from meshwright.techniques import provided
 
 ASSUMED: dict[str, object] = {
     "model.dropout": 0.0,
@@ -25,7 +26,7 @@ ASSUMED: dict[str, object] = {
     "training.clip_norm": 1.0,
     "training.gradient_sums": "fp32",
     "training.attention_within_documents": False,
-    "training.sharded_states": False,
+    "training.sharded_weights": False,
     "training.sequence_parallel": False,
     "training.optimizer_settings": None,
 }
@@ -217,7 +218,7 @@ def regular(tool: str) -> dict[str, Answer]:
         "stage.devices": planned("degrees, and launch.sh"),
         "stage.rows": planned("equal shares, else refused"),
         "stage.recompute": planned("all stages or none"),
-        "stage.states": only(None, lacks="divided optimizer states"),
+        **of_techniques(tool),
         "stage.boundary": Answer("direct, else listed", note=boundary),
         "job.global_batch": planned("rows of a step"),
         "job.sequence": planned("length of a row"),
@@ -227,6 +228,13 @@ def regular(tool: str) -> dict[str, Answer]:
             "learning rate, its schedule, betas, weight decay, number of steps and data: a plan "
             "says nothing of them"
         ),
+    }
+
+
+def of_techniques(tool: str) -> dict[str, Answer]:
+    """Return the answers of all techniques for the fields that they have in a plan."""
+    return {
+        name: a for answers in provided("export", "answers") for name, a in answers(tool).items()
     }
 
 

@@ -17,6 +17,7 @@ from meshwright.export.answers import (
     Answer,
     Answers,
     Asked,
+    lines,
     listed,
     no_matter,
     notes,
@@ -55,7 +56,8 @@ def _tied(value: bool, asked: Asked) -> str:
 
 def _gradient_sums(_: Any, asked: Asked) -> str:
     precision, times = asked.plan.job.precision, asked.grid.micro_batches
-    if precision == "fp32" or times == 1:
+    told = any(line.startswith("data_types.grad_accum_dtype") for line in _lines(asked))
+    if precision == "fp32" or times == 1 or told:
         return ""
     return (
         f"gradients of the {times} micro-batches are added up in {precision}, not in fp32: {TOOL} "
@@ -73,7 +75,7 @@ ANSWERS: Answers = {
         "`communication_data_type`; of micro-batches listed", note=_gradient_sums
     ),
     "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
-    "training.sharded_states": planned("`zero_optimization.stage`"),
+    "training.sharded_weights": planned("`zero_optimization.stage`, at most 1"),
     "training.sequence_parallel": no_matter("off by default"),
     "training.optimizer_settings": Answer(
         f"`lr` {LEARNING_RATE}; listed",
@@ -103,12 +105,17 @@ def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> d
     )
     command = '"${SCRIPT:-train.py}" --deepspeed --deepspeed_config ds_config.json'
     files = {
-        "ds_config.json": json.dumps(_settings(plan, grid, language, method), indent=2) + "\n",
+        "ds_config.json": json.dumps(_settings(asked, method), indent=2) + "\n",
         "launch.sh": launch_script(stage_major(grid), command),
     }
     if grid.stages > 1:
         files["pipeline.py"] = _pipeline(grid, method, language)
     return {**files, **notes_file(TOOL, notes(ANSWERS, asked))}
+
+
+def _lines(asked: Asked) -> list[str]:
+    """Return the settings that techniques add, as `zero_optimization.stage = 1`."""
+    return lines(ANSWERS, asked, "stage")
 
 
 def uniform(items: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -150,8 +157,8 @@ def _problems(
         yield Problem(plan.name, "pipelines[0].stages", f"layers {found}", wanted)
 
 
-def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> dict[str, Any]:
-    job = plan.job
+def _settings(asked: Asked, method: str) -> dict[str, Any]:
+    job, grid = asked.plan.job, asked.grid
     sgd = job.optimizer == "sgd"
     settings: dict[str, Any] = {
         "train_batch_size": job.global_batch,
@@ -170,8 +177,15 @@ def _settings(plan: Plan, grid: Grid, language: LanguageModel, method: str) -> d
     if grid.stages > 1:
         settings["pipeline"] = {"stages": grid.stages, "partition": method}
     if grid.tensor > 1:
-        preset = _PRESETS[base_of(language)]
+        preset = _PRESETS[base_of(asked.language)]
         settings["tensor_parallel"] = {"autotp_size": grid.tensor, "preset_model": preset}
+    for line in _lines(asked):
+        path, _, value = line.partition(" = ")
+        *outer, name = path.split(".")
+        inner = settings
+        for each in outer:
+            inner = inner.setdefault(each, {})
+        inner[name] = json.loads(value)
     return settings
 
 

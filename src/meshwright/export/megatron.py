@@ -199,7 +199,7 @@ ANSWERS: Answers = {
     "training.clip_norm": written("--clip-grad {}"),
     "training.gradient_sums": by("`--accumulate-allreduce-grads-in-fp32`", _gradient_sums),
     "training.attention_within_documents": no_matter("off by default"),
-    "training.sharded_states": no_matter("off by default"),
+    "training.sharded_weights": no_matter("off by default"),
     "training.sequence_parallel": no_matter("off by default"),
 }
 
@@ -232,7 +232,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         f"--micro-batch-size {grid.rows}",
         f"--global-batch-size {plan.job.global_batch}",
         *([] if plan.job.precision == "fp32" else [f"--{plan.job.precision}"]),
-        *lines(ANSWERS, asked, "job", "training"),
+        *lines(ANSWERS, asked, "job", "stage", "training"),
         *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]

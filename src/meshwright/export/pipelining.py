@@ -19,6 +19,7 @@ from meshwright.plan.spec import Pipeline, Plan
 from meshwright.plan.virtual import layout_of
 from meshwright.program.actions import Order, one, parse_order, word, words
 from meshwright.program.orders import check_orders, orders_of
+from meshwright.techniques import provided
 
 TOOL = "torch.distributed.pipelining"
 
@@ -47,6 +48,8 @@ def _not_in_csv(plan: Plan) -> Iterator[str]:
         f"the job: {job.global_batch} rows of {job.sequence} tokens in a step, {job.precision}, "
         f"{job.optimizer}"
     )
+    for sentences in provided("export", "beside_the_schedule"):
+        yield from sentences(plan)
 
 
 def schedule_csv(orders: Sequence[Order]) -> str:

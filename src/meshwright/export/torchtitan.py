@@ -114,7 +114,7 @@ ANSWERS: Answers = {
     "training.attention_within_documents": listed(
         "the mask of attention: torchtitan's stays inside each document, the plan's does not"
     ),
-    "training.sharded_states": planned("`data_parallel_shard_degree`"),
+    "training.sharded_weights": planned("`data_parallel_shard_degree`"),
     "training.sequence_parallel": written("parallelism.enable_sequence_parallel = {}"),
 }
 _CHECKED = '''def check(model):

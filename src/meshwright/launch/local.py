@@ -21,12 +21,18 @@ from meshwright.launch.store import Meeting, new_token, open_store
 from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, failed, see_through
 from meshwright.records import record
 from meshwright.runtime import variables
-from meshwright.runtime.run import LOGS, METRICS, TIMELINE, WEIGHTS, failure_file
+from meshwright.runtime.run import (
+    LOGS,
+    METRICS,
+    TIMELINE,
+    TIMEOUT_SECONDS,
+    WEIGHTS,
+    failure_file,
+)
 
 Line = dict[str, float]
 Look = Callable[[Line], None]
 WORKER = "meshwright.runtime.worker"
-TIMEOUT_SECONDS = 300.0
 PROCESS_BYTES = 350 * 2**20
 """Resident memory in bytes of a process that has imported PyTorch, before it holds a model."""
 

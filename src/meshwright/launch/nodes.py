@@ -24,7 +24,7 @@ from meshwright.launch.store import Meeting, new_token
 from meshwright.launch.supervise import ending, failed, first_status
 from meshwright.plan.files import load_plan
 from meshwright.records import dumps, fingerprint, load, record
-from meshwright.runtime.run import PLAN, SETTINGS, RunSettings
+from meshwright.runtime.run import PLAN, load_settings
 from meshwright.runtime.variables import TOKEN
 
 NODES = "nodes.json"
@@ -65,7 +65,7 @@ def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
     ranks, if its address is not one of this machine, or if the first node's address cannot be
     resolved; also whatever `Launcher.run` raises.
     """
-    settings = load(folder / SETTINGS, RunSettings, error=LaunchError)
+    settings = load_settings(folder, error=LaunchError)
     plan = load_plan(folder / PLAN)
     run = load(folder / NODES, RunNodes, error=LaunchError)
     meeting, place = _meeting(run, node, str(folder))
@@ -75,7 +75,7 @@ def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
             plan.devices,
             folder,
             on_metrics=tell if node == first else lambda _: None,
-            timeout_seconds=settings.timeout_seconds,
+            timeout_seconds=settings.options.timeout_seconds,
             node=node,
             meeting=meeting,
         )

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
+from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 
 @record
@@ -54,8 +53,6 @@ class StageSeats:
 class RankView:
     """One rank of a plan, as techniques see it."""
 
-    plan: Plan
-    model: LayerGraph
     stages: tuple[StageSeats, ...]
     """The stages that the rank holds, in layer order."""
     seat: Seat
@@ -109,6 +106,16 @@ def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     return tuple(found)
 
 
+Ranks = tuple[int, ...]
+
+
+def replicas_of(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ranks, ...]:
+    """Return the tensor ranks of every replica that holds any of the layers."""
+    held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
+    found = (tuple(seat.rank for seat in replica) for stage in held for replica in stage.seats)
+    return tuple(dict.fromkeys(found))
+
+
 def held_together(one: StageSeats, other: StageSeats) -> bool:
     """True if the same ranks hold both stages, so that no tensor moves between them."""
     return (one.pipeline, one.position) == (other.pipeline, other.position)
@@ -135,6 +142,11 @@ def first_row(plan: Plan, pipeline: int, micro_batch: int) -> int:
     """Return the row of the global batch at which a micro-batch begins."""
     before = sum(pipeline_rows(p) for p in plan.pipelines[:pipeline])
     return before + micro_batch * plan.pipelines[pipeline].rows
+
+
+def gradient_bytes(job: Job) -> int:
+    """Return the bytes of one gradient: gradients are kept in the precision of the weights."""
+    return 8 if job.precision == "fp64" else 4
 
 
 def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
@@ -174,7 +186,7 @@ def describe(plan: Plan) -> str:
 
 def _options_text(stage: Stage) -> str:
     """Format what techniques add to a stage."""
-    return "".join(room.stage_text(stage) for room in rooms_with("plan"))
+    return "".join(text(stage) for text in provided("plan", "stage_text"))
 
 
 def _widths_text(widths: Sequence[int]) -> str:

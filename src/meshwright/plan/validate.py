@@ -13,7 +13,7 @@ from meshwright.model.spec import LayerGraph, structure
 from meshwright.plan.ranks import pipeline_rows
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 MOST_PASSES = 2_000_000
 """Largest number of passes of a micro-batch through a stage on a device in one step."""
@@ -44,8 +44,8 @@ def _problems(
         yield from _against_model(plan, model, source)
     if cluster is not None:
         yield from _against_cluster(plan, cluster, source)
-    for room in rooms_with("plan"):
-        yield from room.problems(plan, source)
+    for problems in provided("plan", "problems"):
+        yield from problems(plan, model, source)
 
 
 def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView, Seat, StageSeats, held_together, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
-from meshwright.program.buckets import (
-    Bucket,
-    Sum,
-    gradient_buckets,
-    summed_layers,
-    sums_of,
-    usual_bucket_bytes,
-)
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Instruction, Program, summed_layers
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.posting import no_later_than_the_next, receives_ahead
 from meshwright.records import record
 from meshwright.stopping import look
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.buckets import (
+    Bucket,
+    Sum,
+    gradient_buckets,
+    sums_of,
+    usual_bucket_bytes,
+)
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
+
+Rewriting = Callable[[tuple[Instruction, ...]], tuple[Instruction, ...]]
+"""What a technique makes of the list of a rank."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
 """The whole operation for the part of it that exchanges the same tensors across a boundary."""
@@ -70,6 +72,7 @@ def compile_plan(
     stages = stage_seats(plan)
     size = bucket_bytes or usual_bucket_bytes(model, plan.job)
     buckets = gradient_buckets(model, plan.job, stages, size)
+    rewrite = _rewriting(plan, model)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model):
@@ -85,21 +88,26 @@ def compile_plan(
                 stage=first.number,
                 layers=None if others else first.layers,
             )
-            ranks[seat.rank] = _rewritten(
+            ranks[seat.rank] = rewrite(
                 (
                     *_group_program(group, seat, own, model),
                     *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
-                ),
-                RankView(plan=plan, model=model, stages=tuple(group.stages.values()), seat=seat),
+                )
             )
     return Program(ranks=tuple(ranks))
 
 
-def _rewritten(instructions: tuple[Instruction, ...], rank: RankView) -> tuple[Instruction, ...]:
-    """Let every technique, in their order, put its instructions into a rank's list."""
-    for room in rooms_with("program"):
-        instructions = room.rewrite(instructions, rank)
-    return instructions
+def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
+    """Return what lets every technique, in their order, put its instructions into a rank's list."""
+    found = [rewriting(plan, model) for rewriting in provided("program", "rewriting")]
+    own = [each for each in found if each is not None]
+
+    def rewrite(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+        for each in own:
+            instructions = each(instructions)
+        return instructions
+
+    return rewrite
 
 
 def _early_updates(

@@ -27,11 +27,13 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
 from meshwright.model.shard import Tile
+from meshwright.model.spec import LayerGraph
 from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
 
@@ -86,6 +88,24 @@ def micro_batches_of(i: Instruction) -> range:
 def collective_key(i: Instruction) -> tuple[object, ...]:
     """Return what is equal on all members of a collective."""
     return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
+
+
+def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
+    """Return the layer of a stage whose backward completes the gradients of a reduction.
+
+    That is the first of its layers, or the stage's first user of its tied parameter.
+    """
+    summed = summed_layers(reduction.layers, reduction.tied, model)
+    return next(layer for layer in summed if layers[0] <= layer < layers[1])
+
+
+def summed_layers(
+    layers: tuple[int, int] | None, tied: str | None, model: LayerGraph
+) -> Sequence[int]:
+    """Return the layers, ascending, whose gradients are summed under some layers or a tied name."""
+    if layers is not None:
+        return range(*layers)
+    return next(each.layers for each in model.tied if each.name == tied)
 
 
 @record

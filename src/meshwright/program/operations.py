@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic_core import CoreSchema, core_schema
 
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 Kind = Literal["compute", "send", "receive", "collective"]
 
@@ -178,7 +178,7 @@ _KERNEL = (
 @cache
 def operations() -> dict[str, Op]:
     """All operations by their word, those of the techniques last."""
-    added = (op for room in rooms_with("operations") for op in room.OPERATIONS)
+    added = (op for own in provided("operations", "OPERATIONS") for op in own)
     return {str(op): op for op in (*_KERNEL, *added)}
 
 

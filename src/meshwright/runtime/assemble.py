@@ -20,19 +20,20 @@ from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, c
 from meshwright.runtime.collect import Home, parameter_homes
 from meshwright.runtime.debug import Tracer
 from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
-from meshwright.runtime.observer import Observer
-from meshwright.runtime.reduce import (
+from meshwright.runtime.observer import UNOBSERVED, Observer
+from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.stage import Stage
+from meshwright.runtime.start import agree, equalise
+from meshwright.runtime.tensor import Team
+from meshwright.runtime.world import World
+from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
     Members,
     Reducer,
     group_parameters,
     make_bucket,
 )
-from meshwright.runtime.stage import Stage
-from meshwright.runtime.start import agree, equalise
-from meshwright.runtime.tensor import Team
-from meshwright.runtime.world import World
-from meshwright.techniques import rooms_with
 
 
 @dataclass(slots=True)
@@ -71,19 +72,6 @@ class Assembly:
         return list(self.reducer.buckets.values())
 
 
-@dataclass(slots=True, kw_only=True)
-class Habits:
-    """Options for how a rank runs its program."""
-
-    seed: int = 0
-    observer: Observer | None = None
-    debug: bool = False
-    """True: every message is preceded by a header that the receiver checks, and every layer is
-    checked for non-finite values (NaN or Inf)."""
-    compile: bool = False
-    """True: layers run through torch.compile."""
-
-
 def assemble(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -91,7 +79,8 @@ def assemble(
     program: Program,
     world: World,
     *,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer = UNOBSERVED,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
     """Builds this rank's stages, then copies initial weights so that all ranks start from equal
@@ -102,7 +91,9 @@ def assemble(
     """
     place, seat = _own_seats(stage_seats(plan), world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
-    own = build_own(model, cuts, plan, program, world, habits=habits, posted=posted)
+    own = build_own(
+        model, cuts, plan, program, world, options=options, observer=observer, posted=posted
+    )
     agree(program, world, {n: place.messages for n, place in own.places.items()})
     equalise(own.buckets, own.held, world, own.team)
     tile = own_tile(len(place.seats[seat.replica]), seat.tensor_index)
@@ -117,7 +108,8 @@ def build_own(
     program: Program,
     world: World,
     *,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer = UNOBSERVED,
     posted: Callable[[Instruction, list[Work]], Handle],
 ) -> Assembly:
     """Builds all that one rank holds, without communication.
@@ -130,23 +122,22 @@ def build_own(
     frozen = frozen_shares(model, cuts[0], stages)
     place, seat = mine[0]
     width = len(place.seats[seat.replica])
-    team = _team(world, seat, width, habits.observer)
+    team = _team(world, seat, width, observer)
     built = build_stages(
-        model, cuts, [place for place, _ in mine], seed=habits.seed, device=world.device, team=team
+        model, cuts, [place for place, _ in mine], seed=options.seed, device=world.device, team=team
     )
     held = tuple({one.name: one for each in built for one in each.held}.values())
     own = own_tile(width, seat.tensor_index)
     buckets = _buckets(held, program.ranks[world.rank], built[0].tied, own, world)
-    posting = (lambda: None) if habits.observer is None else habits.observer.posting
     return Assembly(
         places={
-            place.number: _place(each, place, seat, stages, plan, world, habits)
+            place.number: _place(each, place, seat, stages, plan, world, options, observer)
             for each, (place, seat) in zip(built, mine, strict=True)
         },
         device=world.device,
         team=team,
         held=held,
-        reducer=Reducer(buckets, posted, posting),
+        reducer=Reducer(buckets, posted, observer.posting),
         homes=homes,
         frozen=frozen,
     )
@@ -159,7 +150,8 @@ def _place(
     stages: Sequence[StageSeats],
     plan: Plan,
     world: World,
-    habits: Habits,
+    options: TrainingOptions,
+    observer: Observer,
 ) -> Place:
     def messages(tensors: Sequence[Crossing], *, backward: bool, incoming: bool) -> Messages:
         return Messages(
@@ -172,15 +164,15 @@ def _place(
             lane=(place.number if incoming else place.number + 1, len(stages) + 1),
             chains=world.chains,
             replica=world.tensor,
-            debug=habits.debug,
+            debug=options.debug,
         )
 
     precision = plan.job.precision
-    stage = Stage(built, precision, world.device, habits.seed, compile=habits.compile)
-    if habits.debug:
+    stage = Stage(built, precision, world.device, options.seed, compile=options.compile)
+    if options.debug:
         stage.tracer = Tracer(place.number, built.held, backward=precision != "fp16")
-    if habits.observer is not None:
-        stage.between_layers = habits.observer.between_layers
+    if observer is not UNOBSERVED:
+        stage.between_layers = observer.between_layers
     return Place(
         seat=seat,
         stage=stage,
@@ -200,12 +192,11 @@ def _own_seats(stages: Sequence[StageSeats], rank: int) -> list[tuple[StageSeats
     return [(stages[seat.stage], seat) for seat in seats_of(stages, rank)]
 
 
-def _team(world: World, seat: Seat, width: int, observer: Observer | None) -> Team | None:
+def _team(world: World, seat: Seat, width: int, observer: Observer) -> Team | None:
     if world.tensor is None:
         return None
     team = Team(world.tensor, seat.tensor_index, width)
-    if observer is not None:
-        team.waiting = observer.waiting_inside
+    team.waiting = observer.waiting_inside
     return team
 
 
@@ -225,7 +216,7 @@ def _buckets(
             if (i.layers, i.tied) == key
         }
         buckets[key] = make_bucket(group, own, members)
-    for room in rooms_with("runtime"):
+    for prepare in provided("runtime", "prepare"):
         for i in reductions:
-            room.prepare(buckets[i.layers, i.tied], i)
+            prepare(buckets[i.layers, i.tied], i)
     return buckets

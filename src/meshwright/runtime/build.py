@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.recompute import recomputed
 from meshwright.model.shard import Ranges, Split, Tile, own_tile, slices, splits
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 from meshwright.runtime.seeds import initial_seed
 from meshwright.runtime.tensor import Team, divide, take
+from meshwright.techniques.activation_checkpointing.model import recomputed
 
 
 @record

@@ -24,12 +24,12 @@ from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.runtime import world as worlds
-from meshwright.runtime.assemble import Habits, assemble
+from meshwright.runtime.assemble import assemble
 from meshwright.runtime.build import set_precision
 from meshwright.runtime.collect import collect_parameters
 from meshwright.runtime.compiling import check_compilable
-from meshwright.runtime.measure import Recorder, gather, peak_bytes, static_bytes
-from meshwright.runtime.observer import Observer
+from meshwright.runtime.measure import Recorder, Recording, gather, peak_bytes, static_bytes
+from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.optimizer import (
     PARTLY,
     UNTOUCHED,
@@ -44,6 +44,7 @@ from meshwright.runtime.optimizer import (
     updates,
 )
 from meshwright.runtime.play import Action, Player
+from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Rows
 from meshwright.runtime.world import World
 
@@ -70,50 +71,45 @@ class Engine:
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch with any number of rows. `learning_rate` gives the
-    factor of the optimizer's own rates at each step, from 0. Without `clip_norm` each bucket's
-    weights are updated as soon as its gradients are summed, so that layers that are done early do
-    not wait for late ones, and `optimizer` is called once for each bucket's parameters. (Not so
-    under fp16: all ranks must agree on its loss scale first.) `debug`: every message has a header
-    that is checked on arrival, and the first layer with a non-finite value is named. `compile`:
-    layers run through torch.compile. `observer`: functions to be called as this rank works.
-    `graph`: the layers of the model, which every rank traces itself if it is absent. A rank that
-    waits `timeout_seconds` for another takes it for lost. Raises a MeshwrightError if plan,
-    model and processes do not fit together.
+    factor of the optimizer's own rates at each step, from 0. Without clipping each
+    bucket's weights are updated as soon as its gradients are summed, so that layers that are done
+    early do not wait for late ones, and `optimizer` is called once for each bucket's parameters.
+    (Not so under fp16: all ranks must agree on its loss scale first.) `observer`: functions to be
+    called as this rank works. `graph`: the layers of the model, which every rank traces itself if
+    it is absent. Raises a MeshwrightError if plan, model and processes do not fit together.
     """
 
-    def __init__(  # noqa: PLR0913 - everything that one run is made of
+    def __init__(  # noqa: PLR0913 - all that a run is made of
         self,
         model: nn.Module,
         plan: Plan,
         *,
         inputs: tuple[Tensor, ...],
         optimizer: OptimizerFactory,
-        graph: LayerGraph | None = None,
-        clip_norm: float | None = None,
+        options: TrainingOptions,
         learning_rate: Schedule | None = None,
-        seed: int = 0,
-        observer: Observer | None = None,
+        graph: LayerGraph | None = None,
+        observer: Observer = UNOBSERVED,
         world: World | None = None,
         bucket_bytes: int | None = None,
-        debug: bool = False,
-        compile: bool = False,
-        timeout_seconds: float = worlds.TIMEOUT_SECONDS,
     ) -> None:
-        self.plan, job = plan, plan.job
-        set_precision(model, job.precision)
+        self.plan, self.options = plan, options
+        precision, timeout = plan.job.precision, options.timeout_seconds
+        set_precision(model, precision)
         self.model = graph or _traced(model, inputs, plan)
         validate_plan(plan, self.model)
-        self._early = clip_norm is None and job.precision != "fp16"
+        self._early = options.clip_norm == 0 and precision != "fp16"
         self.program = compile_plan(
             plan, self.model, bucket_bytes=bucket_bytes, clipped=not self._early
         )
         check_program(self.program)
-        if compile:
+        if options.compile:
             check_compilable(plan, self.program)
-        self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout_seconds)
+        self.world = world or worlds.connect(plan, self.program, timeout_seconds=timeout)
         self.rank = self.world.rank
         self.steps = 0
         self._current: Instruction | None = None
+        self._recording = Recording()
         with worlds.noticing(self.world, lambda: None):
             self._own = assemble(
                 model,
@@ -121,16 +117,16 @@ class Engine:
                 plan,
                 self.program,
                 self.world,
-                habits=Habits(seed=seed, observer=observer, debug=debug, compile=compile),
-                posted=lambda i, works: self._player.posted(i, works),
+                options=options,
+                observer=observer,
+                posted=self._recording.posted,
             )
         own = self.program.ranks[self.rank]
-        self._player = Player(self._own, plan, own, observer)
-        if observer is not None:
-            observer.attach(self.model, self._own)
+        self._player = Player(self._own, plan, own, self._recording, observer)
+        observer.attach(self.model, self._own)
         self._updates = updates(own, self._own.reducer.buckets, optimizer)
-        self._schedule, self._clip_norm = learning_rate, clip_norm
-        self._scale = LossScale(dynamic=job.precision == "fp16")
+        self._schedule = learning_rate
+        self._scale = LossScale(dynamic=precision == "fp16")
         self._peaks = [0] * self.world.size
         fused = all(update.on_device for update in self._updates.values())
         self._on_device = fused and not self._scale.dynamic
@@ -159,7 +155,7 @@ class Engine:
         """Runs one optimizer step on a global batch, of which each rank reads its own rows.
 
         Raises TrainingError, before any weight changes, if the loss or a gradient is non-finite or
-        a parameter gets no gradient. Without `clip_norm` and after the first step only the buckets
+        a parameter gets no gradient. Without clipping and after the first step only the buckets
         with non-finite gradients are left unchanged when it is raised. Raises PeerLost if another
         rank has gone.
         """
@@ -189,7 +185,7 @@ class Engine:
             dist.barrier(group=self.world.everyone)
         own = self._own
         casts = [c for place in own.places.values() for c in place.stage.casts.tensors()]
-        recorder = self._player.recorder = Recorder(
+        recorder = self._recording.recorder = Recorder(
             self.program.ranks[self.rank],
             self.world.device,
             weights=[*(one.parameter for one in own.held), *casts],
@@ -200,7 +196,7 @@ class Engine:
             result = self.step(rows)
             measured = recorder.close()
         finally:
-            self._player.recorder = None
+            self._recording.recorder = None
         with worlds.noticing(self.world, lambda: None):
             return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
 
@@ -286,7 +282,7 @@ class Engine:
             self._scale.update(overflow)
             if not overflow:
                 with self._player.computing(i):
-                    update.run(clip_factor(self._norm, self._clip_norm) / scale, rate)
+                    update.run(clip_factor(self._norm, self.options.clip_norm) / scale, rate)
 
     def _update_early(self, update: Update, rate: float) -> None:
         """Updates one bucket's weights if its gradients are finite."""
@@ -299,8 +295,8 @@ class Engine:
     def _update_unread(self, update: Update, rate: float, totals: Tensor) -> None:
         """Updates weights on the device if loss and norm are finite, which the host does not know
         yet."""
-        assert self._clip_norm is not None, "only clipped weights wait for the norm"
-        factor = clip_factor_on_device(totals[1].sqrt(), self._clip_norm)
+        assert self.options.clip_norm, "only clipped weights wait for the norm"
+        factor = clip_factor_on_device(totals[1].sqrt(), self.options.clip_norm)
         update.run_on_device(totals[:2].isfinite().all(), rate, factor)
 
 

@@ -26,8 +26,7 @@ from meshwright.model.shard import (
     splits,
     within,
 )
-from meshwright.plan.ranks import StageSeats
-from meshwright.program.buckets import Ranks, replicas_of
+from meshwright.plan.ranks import Ranks, StageSeats, replicas_of
 from meshwright.records import record
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take

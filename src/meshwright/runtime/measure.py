@@ -30,7 +30,7 @@ from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.exchange import to_first
-from meshwright.runtime.reduce import FlatBucket
+from meshwright.techniques.data_parallel.runtime import FlatBucket
 
 Moment = Callable[[], float]
 """Function that returns a time in seconds on the host's clock; for CUDA it must be called after the
@@ -202,6 +202,18 @@ class Recorder:
         self.record.spans = [(s.index, s.start(), s.end()) for s in self._spans]
         self.record.memory = [(moment(), size) for moment, size in self._memory]
         return self.record
+
+
+class Recording:
+    """Whether the step that runs is measured, for all that takes part in it."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        """Measures the step; None: it is not measured."""
+
+    def posted(self, i: Instruction, works: Sequence[Work]) -> Handle:
+        """Returns a handle for an instruction's communication, which has just been posted."""
+        return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
 
 
 def _at(seconds: float) -> Moment:

@@ -45,3 +45,7 @@ class Observer:
     """Called for a wait between two instructions' computing."""
     waiting_inside: Waiting = _wait
     """Called for a wait within an instruction's computing."""
+
+
+UNOBSERVED = Observer()
+"""Observes nothing."""

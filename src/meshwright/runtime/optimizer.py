@@ -14,8 +14,8 @@ from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
 from meshwright.runtime.exchange import from_all
-from meshwright.runtime.reduce import FlatBucket
 from meshwright.runtime.world import World
+from meshwright.techniques.data_parallel.runtime import FlatBucket
 
 Schedule = Callable[[int], float]
 """Function from the step (from 0) to the factor of the learning rate."""
@@ -116,9 +116,10 @@ def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
             bucket.buffer.mul_(factor)
 
 
-def clip_factor(norm: float, clip_norm: float | None) -> float:
-    """Returns min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ defines it."""
-    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))
+def clip_factor(norm: float, clip_norm: float) -> float:
+    """Returns min(1, clip_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ defines it; 1 if
+    `clip_norm` is 0, which stands for no clipping."""
+    return 1.0 if clip_norm == 0 else min(1.0, clip_norm / (norm + 1e-6))
 
 
 def clip_factor_on_device(norm: Tensor, clip_norm: float) -> Tensor:

@@ -13,7 +13,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
 
 from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
@@ -21,11 +20,11 @@ from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
 from meshwright.runtime.boundary import Handle
-from meshwright.runtime.measure import Recorder, under_way
-from meshwright.runtime.observer import Observer
+from meshwright.runtime.measure import Recording
+from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 _NOTHING = nullcontext()
 
@@ -49,13 +48,19 @@ class Player:
         own: Assembly,
         plan: Plan,
         instructions: Sequence[Instruction],
-        observer: Observer | None = None,
+        recording: Recording,
+        observer: Observer = UNOBSERVED,
     ) -> None:
-        self.recorder: Recorder | None = None
         self.own = own
+        self._recording = recording
+        self.posted = recording.posted
+        """Makes a handle for an instruction's communication, which has just been posted."""
         self._observer = observer
-        self.computing = self.measured if observer is None else self._observed
-        """Context for an instruction's computing: measured if a recorder is set, and observed."""
+        self.computing = self.measured if observer is UNOBSERVED else self._observed
+        """Context for an instruction's computing: measured if the step is recorded, and
+        observed."""
+        self.meet = observer.waiting
+        """Calls its argument, which waits for other ranks at a point where computing stops."""
         self._share = 1 / plan.job.global_batch
         self._rows_before = {
             (i.stage, i.micro_batch): first_row(
@@ -250,7 +255,6 @@ class Player:
 
     @contextmanager
     def _observed(self, i: Instruction) -> Iterator[None]:
-        assert self._observer is not None
         with self.measured(i):
             self._observer.before(i)
             try:
@@ -261,10 +265,9 @@ class Player:
                 raise
 
     def measured(self, i: Instruction) -> AbstractContextManager[None]:
-        """Returns a context that measures what an instruction does, if a recorder is set."""
-        if self.recorder is None:
-            return _NOTHING
-        return self.recorder.computing(i, self._kept_bytes)
+        """Returns a context that measures what an instruction does, if the step is recorded."""
+        recorder = self._recording.recorder
+        return _NOTHING if recorder is None else recorder.computing(i, self._kept_bytes)
 
     def _kept_bytes(self, i: Instruction) -> int | None:
         assert i.micro_batch is not None
@@ -277,8 +280,7 @@ class Player:
         rank, or from messages."""
         if place.next_here if op is Op.RECV_B else place.previous_here:
             return partial(self._here.pop, (op, place.seat.stage, micro_batch), [])
-        take = partial(place.messages[op].receive, micro_batch)
-        return take if self._observer is None else partial(self._observer.waiting, take)
+        return partial(self.meet, partial(place.messages[op].receive, micro_batch))
 
     def _keeping(self, op: Op, i: Instruction) -> Keeping:
         """Returns a function that keeps what goes out over a cut until it is sent; it drops what no
@@ -304,22 +306,11 @@ class Player:
         with self.measured(i):
             self.meet(partial(self.own.places[i.stage].messages[i.op.reads].gather, i))
 
-    def meet(self, wait: Callable[[], object]) -> None:
-        """Calls `wait`, which waits for other ranks at a point where computing stops for it."""
-        if self._observer is None:
-            wait()
-        else:
-            self._observer.waiting(wait)
-
-    def posted(self, i: Instruction, works: list[Work]) -> Handle:
-        """Returns a handle for communication that has just been posted."""
-        return under_way(works) if self.recorder is None else self.recorder.posted(i, works)
-
 
 @cache
 def _handlers() -> dict[Op, Callable[[Player, Instruction], Action]]:
     """What binds each operation that the techniques have added."""
-    return {op: bind for room in rooms_with("runtime") for op, bind in room.HANDLERS.items()}
+    return {op: bind for own in provided("runtime", "HANDLERS") for op, bind in own.items()}
 
 
 def _drop(_: object) -> None:

@@ -1,6 +1,6 @@
 """Describes one training run: its settings, and the files in its folder.
 
-run.json        the RunSettings, as every process reads them
+run.json        the RunSettings, which every process reads with `load_settings`
 plan.json       the plan that was followed
 metrics.jsonl   one line for each step
 timeline.json   one measured step
@@ -11,13 +11,13 @@ model.safetensors  the final weights, if they were asked for
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from meshwright.errors import Problem
+from meshwright.errors import MeshwrightError, Problem
 from meshwright.records import (
     Bytes,
     Count,
@@ -28,6 +28,8 @@ from meshwright.records import (
     PositiveShare,
     Rank,
     Ratio,
+    parse,
+    read,
     record,
 )
 
@@ -41,6 +43,38 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """A seed that torch's generators accept."""
 
 
+TIMEOUT_SECONDS = 300.0
+"""Default of `TrainingOptions.timeout_seconds`."""
+
+
+@record
+class TrainingOptions:
+    """How a model is trained by a plan, whatever the model, the data and the optimizer are."""
+
+    steps: Steps = 100
+    """Number of optimizer steps."""
+    clip_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
+    """Largest norm that the gradient may have; 0: gradients are not clipped, and each bucket's
+    weights are updated as soon as its gradients are summed."""
+    seed: Seed = 0
+    """Seed of the initial weights, of dropout and of the order of the data."""
+    save_weights: bool = False
+    """True: the trained weights are collected on the first rank."""
+    debug: bool = False
+    """True: every message has a header that its receiver checks, and the first layer with a
+    non-finite value is named."""
+    timeout_seconds: Annotated[float, Field(ge=1, le=1e6)] = TIMEOUT_SECONDS
+    """A rank that waits longer than this for another takes it for lost."""
+    compile: bool = False
+    """True: layers run through torch.compile."""
+
+    @property
+    def recorded_step(self) -> int:
+        """The step that is measured instruction by instruction: the last but one, when caches are
+        warm."""
+        return max(0, self.steps - 2)
+
+
 @record
 class RunSettings:
     """Settings of a training run, beyond those in the plan."""
@@ -49,32 +83,16 @@ class RunSettings:
     """A name, `config.json` or folder, as `model.zoo.build` understands it."""
     data: Annotated[Line, Field(min_length=1)] | None = None
     """Path of the corpus; None: the source of Python's standard library."""
-    steps: Steps = 100
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 3e-4
     """The optimizer's learning rate at the peak of its schedule."""
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 10
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
-    clip_norm: Annotated[float, Field(gt=0, le=1e9)] | None = 1.0
-    """Largest norm that the gradient may have; None: gradients are not clipped."""
-    seed: Seed = 0
     shares: dict[Name, PositiveShare] = field(default_factory=dict)
     """Share of a core of each emulated device, by name; only testbed/worker.py can emulate them."""
     peak_flops: dict[Name, Flops] = field(default_factory=dict)
     """Peak FLOP/s of each device at the job's precision, by device name, as far as known; for
     MFU."""
-    save_weights: bool = False
-    debug: bool = False
-    """Check a header before every message, and every layer for non-finite values."""
-    timeout_seconds: Annotated[float, Field(ge=1, le=1e6)] = 300.0
-    """A rank that waits longer than this for a message takes its sender for lost."""
-    compile: bool = False
-    """Run layers through torch.compile."""
-
-    @property
-    def recorded_step(self) -> int:
-        """The step that is measured instruction by instruction: the last but one, when caches are
-        warm."""
-        return max(0, self.steps - 2)
+    options: TrainingOptions = field(default_factory=TrainingOptions)
 
 
 @record
@@ -108,6 +126,19 @@ class Failure:
     problems: tuple[Problem, ...]
     secondary: bool
     """True if the rank only noticed that another one had gone."""
+
+
+def load_settings(folder: Path, *, error: type[MeshwrightError]) -> RunSettings:
+    """Reads the settings of a run folder. Raises `error`, naming the file and the fields at fault.
+
+    Folders of older versions have the options in the same table as all other settings.
+    """
+    path = folder / SETTINGS
+    table = read(path, error=error)
+    if "options" not in table:
+        names = [each.name for each in fields(TrainingOptions) if each.name in table]
+        table["options"] = {name: table.pop(name) for name in names}
+    return parse(table, RunSettings, source=str(path), error=error)
 
 
 def failure_file(folder: Path, rank: int) -> Path:

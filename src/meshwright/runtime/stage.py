@@ -17,7 +17,11 @@ from meshwright.runtime.build import BuiltStage
 from meshwright.runtime.casts import Casts
 from meshwright.runtime.debug import Tracer
 from meshwright.runtime.seeds import generator_of, layer_seed, rows_seed
-from meshwright.runtime.split import Deferred, Deferring, backward_weights
+from meshwright.techniques.backward_split.runtime.deferring import (
+    Deferred,
+    Deferring,
+    backward_weights,
+)
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
 """Function from (first, last) to the batch tensors of rows [first, last) of the step's global

@@ -13,10 +13,10 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
-from meshwright.runtime.reduce import FlatBucket, gathered, scatter
 from meshwright.runtime.seeds import mix
 from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
+from meshwright.techniques.data_parallel.runtime import FlatBucket, gathered, scatter
 
 
 def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messages]]) -> None:

@@ -19,10 +19,9 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.runtime.engine import Engine, StepResult
-from meshwright.runtime.observer import Observer
+from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.optimizer import OptimizerFactory
-from meshwright.runtime.run import Metrics
-from meshwright.runtime.world import TIMEOUT_SECONDS
+from meshwright.runtime.run import Metrics, TrainingOptions
 
 Batch = tuple[Tensor, ...]
 """The tensors of some rows; the first dimension of each is the rows."""
@@ -115,25 +114,18 @@ class _EpochOrder:
         return cls._kept[1]
 
 
-def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
+def train(  # noqa: PLR0913 - all that a user brings to a run
     model: nn.Module,
     plan: Plan,
     data: Dataset[Any] | Rows,
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory,
-    steps: int,
+    options: TrainingOptions,
     learning_rate: Callable[[int], float] | None = None,
-    clip_norm: float | None = 1.0,
-    seed: int = 0,
     on_metrics: Callable[[Metrics], None] | None = None,
-    record_step: int | None = None,
     peak_flops: float | None = None,
-    observer: Observer | None = None,
-    keep_parameters: bool = False,
-    debug: bool = False,
-    timeout_seconds: float = TIMEOUT_SECONDS,
-    compile: bool = False,
+    observer: Observer = UNOBSERVED,
 ) -> Trained:
     """Trains `model` by `plan`; every process of the launcher calls this with the same arguments.
 
@@ -142,54 +134,41 @@ def train(  # noqa: PLR0913 - the public face of a run: one keyword per choice
     with `loss`, all but the last tensor go to the model and `loss(output, last)` is that mean.
     `data` is a dataset whose items are tuples of tensors, or a function from (step, first, last) to
     rows. `optimizer` makes an optimizer for some parameters; `learning_rate` gives the factor of
-    its rate at each step. `on_metrics` is called on rank 0. `observer`, `debug`, `compile`
-    and `timeout_seconds` are those of Engine. Raises a MeshwrightError for anything that the user
-    can mend.
+    its rate at each step. `on_metrics` is called on rank 0; with `peak_flops`, of all devices
+    together, its metrics contain the MFU. Raises a MeshwrightError for anything that the user can
+    mend.
     """
     batch = plan.job.global_batch
-    rows = data if callable(data) else dataset_rows(data, batch, seed=seed)
+    rows = data if callable(data) else dataset_rows(data, batch, seed=options.seed)
     module = model if loss is None else WithLoss(model, loss)
     with Engine(
         module,
         plan,
         inputs=rows(0, 0, min(2, batch)),
         optimizer=optimizer,
-        clip_norm=clip_norm,
+        options=options,
         learning_rate=learning_rate,
-        seed=seed,
         observer=observer,
-        debug=debug,
-        timeout_seconds=timeout_seconds,
-        compile=compile,
     ) as engine:
-        losses, timeline = run_steps(
-            engine,
-            rows,
-            steps,
-            on_metrics=on_metrics,
-            record_step=record_step,
-            peak_flops=peak_flops,
-        )
-        parameters = engine.parameters() if keep_parameters else None
+        losses, timeline = run_steps(engine, rows, on_metrics=on_metrics, peak_flops=peak_flops)
+        parameters = engine.parameters() if options.save_weights else None
     return Trained(losses=losses, timeline=timeline, parameters=parameters)
 
 
 def run_steps(
     engine: Engine,
     rows: Rows,
-    steps: int,
     *,
     on_metrics: Callable[[Metrics], None] | None = None,
-    record_step: int | None = None,
     peak_flops: float | None = None,
 ) -> tuple[tuple[float, ...], Timeline | None]:
-    """Runs some steps; returns their losses, and on rank 0 the timeline of the recorded step. See
+    """Runs all steps; returns their losses, and on rank 0 the timeline of the recorded step. See
     `train`."""
     losses: list[float] = []
     timeline: Timeline | None = None
-    for step in range(steps):
+    for step in range(engine.options.steps):
         of_step = partial(rows, step)
-        if step == record_step:
+        if step == engine.options.recorded_step:
             result, timeline = engine.record(of_step)
         else:
             result = engine.step(of_step)

@@ -16,10 +16,10 @@ from meshwright.errors import LaunchError, MeshwrightError, Problem
 from meshwright.model.zoo.build import build, vocabulary_of
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Plan
-from meshwright.records import dumps, load, plain
+from meshwright.records import dumps, plain
 from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
 from meshwright.runtime.failure import rank_process
-from meshwright.runtime.observer import Observer
+from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.run import (
     METRICS,
     PLAN,
@@ -28,13 +28,14 @@ from meshwright.runtime.run import (
     WEIGHTS,
     Metrics,
     RunSettings,
+    load_settings,
 )
 from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, warmup_cosine
 
 
 def run(folder: Path) -> None:
     """Trains as the run folder says. Raises LaunchError for an emulated device."""
-    settings = load(folder / SETTINGS, RunSettings, error=MeshwrightError)
+    settings = load_settings(folder, error=MeshwrightError)
     plan = load_plan(folder / PLAN)
     rank = int(os.environ.get("RANK", "0"))
     device = plan.devices[rank] if rank < len(plan.devices) else ""
@@ -49,10 +50,10 @@ def train_rank(
     settings: RunSettings,
     plan: Plan,
     rank: int,
-    observer: Observer | None = None,
+    observer: Observer = UNOBSERVED,
 ) -> None:
     """Trains as one rank of a plan; the first one writes metrics, timeline and weights."""
-    vocabulary = vocabulary_of(settings.model)
+    options, vocabulary = settings.options, vocabulary_of(settings.model)
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
     with torch.device("meta"):
@@ -70,20 +71,13 @@ def train_rank(
         trained = train(
             model,
             plan,
-            rows_of(corpus, plan, vocabulary, settings.seed),
+            rows_of(corpus, plan, vocabulary, options.seed),
             optimizer=OPTIMIZERS[plan.job.optimizer](settings.learning_rate, settings.weight_decay),
-            steps=settings.steps,
-            learning_rate=warmup_cosine(settings.steps, settings.warmup_steps),
-            clip_norm=settings.clip_norm,
-            seed=settings.seed,
+            options=options,
+            learning_rate=warmup_cosine(options.steps, settings.warmup_steps),
             on_metrics=write,
-            record_step=settings.recorded_step,
             peak_flops=sum(p for p in peaks if p) if all(peaks) else None,
             observer=observer,
-            keep_parameters=settings.save_weights,
-            debug=settings.debug,
-            timeout_seconds=settings.timeout_seconds,
-            compile=settings.compile,
         )
     if rank == 0:
         _keep(folder, trained)

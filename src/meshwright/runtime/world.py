@@ -27,9 +27,6 @@ from meshwright.runtime.pulse import Pulse
 from meshwright.runtime.rendezvous import PeerLost, join
 from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
 
-TIMEOUT_SECONDS = 300.0
-"""A message that takes longer than this counts as lost."""
-
 
 @dataclass(slots=True)
 class World:
@@ -120,7 +117,7 @@ def connect(
     plan: Plan,
     program: Program,
     *,
-    timeout_seconds: float = TIMEOUT_SECONDS,
+    timeout_seconds: float,
     device: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> World:

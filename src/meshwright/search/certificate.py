@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.cost.compute import optimizer_seconds
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.memory import usable_bytes
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
@@ -20,6 +19,7 @@ from meshwright.search.costs import Costs, layer_times
 from meshwright.search.partition import Array
 from meshwright.search.space import usable_devices
 from meshwright.stopping import look
+from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.units import format_seconds
 
 FLUID = "all work spread over all devices without loss"

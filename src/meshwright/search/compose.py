@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from meshwright.model.spec import num_parameters
-from meshwright.program.buckets import gradient_bytes
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.search.costs import Costs, ring, seconds_per_byte
 from meshwright.search.fitting import Fitted, Stages, fit_line, pace
 from meshwright.search.lines import Unit

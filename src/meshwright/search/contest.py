@@ -114,7 +114,7 @@ class Contest:
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = contest.costs
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    timeline = simulate_folded(plan, costs.model, costs.stated_cluster, costs.profile)
     played = Played(name, plan, timeline.step_seconds)
     insort(contest.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
     del contest.timelines[TIMELINES:]
@@ -185,7 +185,7 @@ def parts_in(contest: Contest, played: Played) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
     costs = contest.costs
     timeline = timeline_of(contest, played) or simulate_folded(
-        played.plan, costs.model, costs.cluster, costs.profile
+        played.plan, costs.model, costs.stated_cluster, costs.profile
     )
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

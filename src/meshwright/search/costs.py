@@ -29,9 +29,10 @@ from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
 from meshwright.cost.weights import own_numbers
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
-from meshwright.program.buckets import gradient_bytes, usual_bucket_bytes
 from meshwright.search.partition import Array
+from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
 
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
@@ -47,6 +48,10 @@ class Costs:
 
     model: LayerGraph
     cluster: Cluster
+    """The cluster with the links that the profile says are reached."""
+    stated_cluster: Cluster
+    """The cluster as its file states it. The price of a whole program takes this one, for it looks
+    up the links of the profile itself."""
     job: Job
     profile: Profile | None
     links: Topology
@@ -98,12 +103,13 @@ def costs_of(
 ) -> Costs:
     """Nothing is priced before it is asked for. Measured links replace those of the cluster.
     `recomputation`: stages that do not fit otherwise may recompute."""
-    cluster = reached_links(cluster, profile)
+    stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables = memory_tables(model, job)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
         cluster=cluster,
+        stated_cluster=stated_cluster,
         job=job,
         profile=profile,
         links=topology(cluster),

@@ -14,8 +14,8 @@ from itertools import islice, pairwise
 from meshwright.cost.collective import alone_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.weights import stage_parameters
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.buckets import gradient_bytes
 from meshwright.program.compile import NORM_BYTES
 from meshwright.search.costs import (
     Costs,

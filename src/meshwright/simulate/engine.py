@@ -13,12 +13,12 @@ from heapq import heappop, heappush
 from typing import Any
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.instructions import Prices
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import Profile
 from meshwright.errors import Problem, ProgramError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Key, Program, collective_key, text
 from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.operations import MATCHING_RECEIVE, Op
@@ -372,5 +372,5 @@ def simulate_plan(
 
     Raises ClusterError if a device does not offer the model's precision.
     """
-    program = compile_plan(plan, model, clipped=clipped)
-    return simulate(program, price(program, plan, model, cluster, profile))
+    priced = PricedPlan(plan, model, cluster, profile, clipped=clipped)
+    return simulate(priced.program, priced.prices)

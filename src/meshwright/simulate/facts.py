@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cost.instructions import price
-from meshwright.cost.memory import device_memory, total_bytes
-from meshwright.cost.profile import Profile
+from meshwright.cost.memory import total_bytes
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import DeviceMemory, Plan, Prediction
-from meshwright.program.compile import compile_plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.engine import simulate
 from meshwright.simulate.parts import parts
 from meshwright.simulate.traffic import LinkLoad, link_loads
 from meshwright.units import format_seconds
@@ -64,7 +62,7 @@ class Facts:
     fullest_share: float
     """The share of its memory that the fullest device uses."""
     links: tuple[LinkLoad, ...]
-    """The traffic of every resource, the busiest first."""
+    """The traffic of every resource that carries bytes."""
 
 
 @record
@@ -92,16 +90,12 @@ class Verdict:
     """What else differs besides the plan, such as cluster or batch size."""
 
 
-def measure(
-    name: str, plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
-) -> Measured:
+def measure(name: str, priced: PricedPlan) -> Measured:
     """Simulate one step of a plan that fits its model and cluster, and collect its figures."""
-    timeline = simulate_plan(plan, model, cluster, profile)
-    program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster, profile)
+    plan, model, cluster = priced.plan, priced.model, priced.cluster
+    timeline = simulate(priced.program, priced.prices)
     seconds, found = timeline.step_seconds, parts(timeline)
-    memory = device_memory(plan, model, cluster)
-    fullest = max(memory, key=lambda m: total_bytes(m) / m.capacity)
+    fullest = max(priced.memory, key=lambda m: total_bytes(m) / m.capacity)
     tokens = plan.job.global_batch * plan.job.sequence
     facts = Facts(
         name=name,
@@ -116,9 +110,9 @@ def measure(
         bubble_share=found["bubble"] / seconds,
         fullest=fullest,
         fullest_share=total_bytes(fullest) / fullest.capacity,
-        links=link_loads(program, prices, plan, model, cluster),
+        links=link_loads(priced),
     )
-    predicted = Prediction(step_seconds=seconds, parts=found, memory=memory)
+    predicted = Prediction(step_seconds=seconds, parts=found, memory=priced.memory)
     kept = plan if plan.prediction else replace(plan, prediction=predicted)
     return Measured(facts=facts, plan=kept, model=model, cluster=cluster, timeline=timeline)
 

@@ -18,13 +18,13 @@ from math import gcd
 from meshwright.cluster.spec import Cluster, Node, node_of
 from meshwright.cluster.topology import Resource
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.instructions import Prices
 from meshwright.cost.links import messages_queue
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing_context import Price
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan
-from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
@@ -207,12 +207,11 @@ def simulate_folded(
 ) -> Timeline:
     """Simulate one step of a valid plan; the timeline has only the ranks that were simulated."""
     folded = folded or fold(plan, cluster)
-    program = compile_plan(plan, model, only=folded.ranks)
-    prices = price(program, plan, model, cluster, profile)
+    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks)
     if len(folded.ranks) == len(plan.devices):
-        return simulate(program, prices)
-    shared = priced_for_all(program, prices, folded)
-    return simulate(_among_themselves(program, folded), shared)
+        return simulate(priced.program, priced.prices)
+    shared = priced_for_all(priced.program, priced.prices, folded)
+    return simulate(_among_themselves(priced.program, folded), shared)
 
 
 def _among_themselves(program: Program, folded: Fold) -> Program:

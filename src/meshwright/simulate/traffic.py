@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce
-from meshwright.cost.instructions import Prices
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Program
 from meshwright.records import record
 
 
@@ -26,27 +24,27 @@ class LinkLoad:
     """bytes / bandwidth: the least time in which the bytes pass."""
 
 
-def link_loads(
-    program: Program, prices: Prices, plan: Plan, model: LayerGraph, cluster: Cluster
-) -> tuple[LinkLoad, ...]:
-    """Return every resource that carries bytes, the one with the most seconds first.
+def link_loads(priced: PricedPlan) -> tuple[LinkLoad, ...]:
+    """Return what every resource that carries bytes carries in a step of a plan.
 
     A message counts once, at its sender, and a collective once, at its first member; the
     tensor-parallel all-reduces inside forward and backward count too.
     """
     carried: Counter[Resource] = Counter()
-    for rank, (instructions, costs) in enumerate(zip(program.ranks, prices.ranks, strict=True)):
+    priced_ranks = zip(priced.program.ranks, priced.prices.ranks, strict=True)
+    for rank, (instructions, costs) in enumerate(priced_ranks):
         for instruction, cost in zip(instructions, costs, strict=True):
             alone = instruction.op.kind == "send" or not instruction.ranks
             if alone or min(instruction.ranks) == rank:
                 carried.update(cost.traffic.bytes_by_resource)
-    carried.update(_tensor_parallel(plan, model, topology(cluster)))
-    loads = (
-        LinkLoad(resource=each, bytes=size, seconds=size / prices.bandwidth[each])
+    links = topology(priced.cluster)
+    carried.update(_tensor_parallel(priced.plan, priced.model, links))
+    bandwidth = priced.prices.bandwidth
+    return tuple(
+        LinkLoad(resource=each, bytes=size, seconds=size / bandwidth[each])
         for each, size in carried.items()
         if size > 0
     )
-    return tuple(sorted(loads, key=lambda load: (-load.seconds, load.resource)))
 
 
 def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.spec import devices_of
 from meshwright.cost.compute import layer_seconds, optimizer_seconds
-from meshwright.cost.instructions import price
-from meshwright.cost.profile import Profile
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import LaunchError, Problem
-from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_seats
-from meshwright.plan.spec import Plan
-from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.records import Name, Seconds, record
 
@@ -48,16 +44,15 @@ class VirtualTimes:
     ranks: tuple[RankTimes, ...]
 
 
-def virtual_times(
-    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
-) -> VirtualTimes:
+def virtual_times(priced: PricedPlan) -> VirtualTimes:
     """Returns the seconds that the cost model predicts: from measured layers if the profile has
     them, else from the roofline of the device types.
 
     Raises LaunchError for tensor parallelism: the sums inside a layer need real arithmetic.
     """
-    types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
-    parts = _parts(plan, model, cluster, profile)
+    plan, model, profile = priced.plan, priced.model, priced.profile
+    types = {d.name: priced.cluster.types[d.type] for d in devices_of(priced.cluster)}
+    parts = _parts(priced)
     ranks: dict[int, RankTimes] = {}
     for stage in stage_seats(plan):
         width = len(stage.seats[0])
@@ -85,18 +80,14 @@ def part_key(stage: int, op: Op, micro_batches: int) -> str:
     return f"{stage}{op}{micro_batches}"
 
 
-def _parts(
-    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
-) -> list[dict[str, Seconds]]:
-    program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster, profile)
+def _parts(priced: PricedPlan) -> list[dict[str, Seconds]]:
     return [
         {
             part_key(i.stage, i.op, _count(i.micro_batches)): cost.seconds
             for i, cost in zip(instructions, costs, strict=True)
             if i.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
         }
-        for instructions, costs in zip(program.ranks, prices.ranks, strict=True)
+        for instructions, costs in zip(priced.program.ranks, priced.prices.ranks, strict=True)
     ]
 
 

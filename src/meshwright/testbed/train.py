@@ -13,7 +13,7 @@ from meshwright import files
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.runtime.run import RunSettings
-from meshwright.session import Session
+from meshwright.session import Session, priced
 from meshwright.testbed.launch import BedLauncher
 from meshwright.testbed.load import Watch
 from meshwright.testbed.times import TIMES, virtual_times
@@ -96,7 +96,7 @@ def launch_for(launcher: BedLauncher, session: Session, plan: Plan) -> Launch:
     up = launcher.up
     if up.bed.mode != "virtual":
         return partial(_launch, launcher, None)
-    times = virtual_times(plan, session.model, up.bed.cluster, session.profile)
+    times = virtual_times(replace(priced(session, plan), cluster=up.bed.cluster))
     return partial(_launch, launcher, dumps(times))
 
 
@@ -108,7 +108,8 @@ def _launch(
     settings: RunSettings,
     tell: Callable[[dict[str, float]], None],
 ) -> None:
-    run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=settings.timeout_seconds)
+    timeout = settings.options.timeout_seconds
+    run = partial(launcher.ranks.run, on_metrics=tell, timeout_seconds=timeout)
     if times is not None:
         files.write_text(folder / TIMES, times)
     run(devices, folder)

@@ -4,34 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
-from meshwright.cost.memory import StageMemory, memory_tables
-from meshwright.cost.weights import own_numbers, share
+import numpy as np
+
+from meshwright.cost.memory import Adjustment, StageMemory, memory_tables
+from meshwright.cost.weights import Array, cumulative, own_numbers, share
+from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView
-from meshwright.techniques.state_division.plan import divides, holders
+from meshwright.plan.spec import Plan
+from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
 
 
-def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
-    """Leave of the optimizer states of divided layers the share of this rank."""
-    if not any(divides(stage.of_plan) for stage in rank.stages):
-        return parts
-    table = memory_tables(rank.model, rank.plan.job).plain.weights
-    tensor = len(rank.stages[0].seats[rank.seat.replica])
-    others = 0.0
-    for stage in rank.stages:
-        for layer in range(*stage.layers):
-            own = float(own_numbers(table.trained, (layer, layer + 1), tensor))
-            others += own * _share_of_others(rank, (layer,))
-    for tied, uses in zip(rank.model.tied, table.tied, strict=True):
-        if any(a <= layer < b for layer in tied.layers for a, b in (s.layers for s in rank.stages)):
-            others += share(uses, uses.trained, tensor) * _share_of_others(rank, tied.layers)
-    return replace(parts, optimizer=parts.optimizer - others * table.unit.optimizer)
+def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
+    """Return what leaves of the optimizer states of divided layers the share of each rank."""
+    if not any(map(divides, all_stages(plan))):
+        return None
+    table = memory_tables(model, plan.job).plain.weights
+    divided = divided_layers(plan, model)
+    replicas = np.zeros(len(model.layers))
+    for stage in all_stages(plan):
+        replicas[slice(*stage.layers)] += len(stage.devices)
+    # Share of a layer's states that other ranks hold instead of one that holds the layer.
+    away = np.where(divided, 1 - 1 / replicas, 0.0)
+    of_tied = [
+        1 - 1 / _replicas(plan, tied.layers) if all(divided[n] for n in tied.layers) else 0.0
+        for tied in model.tied
+    ]
+
+    @cache
+    def elsewhere(tensor: int) -> Array:
+        """Return the parameters of layers that others update, cumulative, by tensor width."""
+        layers = np.arange(len(model.layers))
+        return cumulative(own_numbers(table.trained, (layers, layers + 1), tensor) * away)
+
+    def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
+        tensor = len(rank.stages[0].seats[rank.seat.replica])
+        ranges = [stage.layers for stage in rank.stages]
+        others = sum(float(elsewhere(tensor)[b] - elsewhere(tensor)[a]) for a, b in ranges)
+        for uses, part in zip(table.tied, of_tied, strict=True):
+            if any(uses.users[b] > uses.users[a] for a, b in ranges):
+                others += share(uses, uses.trained, tensor) * part
+        return replace(parts, optimizer=parts.optimizer - others * table.unit.optimizer)
+
+    return adjust
 
 
-def _share_of_others(rank: RankView, layers: Sequence[int]) -> float:
-    """Return the share of the states of some layers that other ranks hold instead of this one."""
-    held = holders(rank.plan, layers)
-    if not all(map(divides, held)):
-        return 0.0
-    replicas = {replica for stage in held for replica in stage.devices}
-    return 1 - 1 / len(replicas)
+def _replicas(plan: Plan, layers: Sequence[int]) -> int:
+    """Return the number of replicas that hold any of some layers."""
+    held = (s for s in all_stages(plan) if any(s.layers[0] <= n < s.layers[1] for n in layers))
+    return len({replica for stage in held for replica in stage.devices})

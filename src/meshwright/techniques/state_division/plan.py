@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from meshwright.errors import Problem
-from meshwright.plan.spec import Plan, Stage
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan, Stage, StateDivision
+
+
+def divides_optimizer(states: StateDivision | None) -> bool:
+    """True if a division covers optimizer states."""
+    return states is not None and states.optimizer == "all"
 
 
 def divides(stage: Stage) -> bool:
     """True if the optimizer states of a stage are divided."""
-    return stage.states is not None and stage.states.optimizer == "all"
+    return divides_optimizer(stage.states)
+
+
+def all_stages(plan: Plan) -> list[Stage]:
+    """Return the stages of all pipelines of a plan."""
+    return [stage for pipeline in plan.pipelines for stage in pipeline.stages]
 
 
 def stage_text(stage: Stage) -> str:
@@ -18,29 +29,57 @@ def stage_text(stage: Stage) -> str:
     return "z" if divides(stage) else ""
 
 
-def holders(plan: Plan, layers: Sequence[int]) -> list[Stage]:
-    """The stages of all pipelines that hold any of some layers."""
-    return [
-        stage
-        for pipeline in plan.pipelines
-        for stage in pipeline.stages
-        if any(stage.layers[0] <= layer < stage.layers[1] for layer in layers)
-    ]
+def divided_layers(plan: Plan, model: LayerGraph) -> list[bool]:
+    """Return for each layer whether every stage that holds it divides its states."""
+    found = [True] * len(model.layers)
+    for stage in all_stages(plan):
+        if not divides(stage):
+            first, last = stage.layers
+            found[first:last] = [False] * (last - first)
+    return found
 
 
-def problems(plan: Plan, source: str) -> Iterator[Problem]:
+_Held = tuple[tuple[int, int], bool, frozenset[int]]
+"""The layers of a stage, whether it divides their states, and the tensor widths of its replicas."""
+
+
+def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Problem]:
     """Find stages that cannot divide their states with the others that hold the same layers."""
+    held = list(dict.fromkeys(map(_held, all_stages(plan))))
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
             if not divides(stage):
                 continue
             field = f"pipelines[{p}].stages[{s}].states.optimizer"
-            others = holders(plan, range(*stage.layers))
-            if not all(map(divides, others)):
+            others = [each for each in held if _overlap(each[0], stage.layers)]
+            if not all(divided for _, divided, _ in others):
                 found = f"'all', and 'none' in another stage that holds layers {stage.layers}"
                 yield Problem(source, field, found, "the same in all stages that share layers")
-            widths = sorted({len(replica) for each in others for replica in each.devices})
+            widths = sorted(frozenset().union(*(widths for _, _, widths in others)))
             if len(widths) > 1:
                 found = f"replicas of tensor widths {', '.join(map(str, widths))}"
                 mend = "leave out `states`, or give all replicas of these layers one width"
                 yield Problem(source, field, found, "one tensor width for these layers", mend)
+            if model is not None and _is_alone(stage, plan, model):
+                found = f"'all', but one replica alone holds layers {stage.layers}"
+                wanted = "several replicas, or a weight that another stage shares"
+                yield Problem(source, field, found, wanted, "leave out `states`")
+
+
+def _held(stage: Stage) -> _Held:
+    return stage.layers, divides(stage), frozenset(map(len, stage.devices))
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _is_alone(stage: Stage, plan: Plan, model: LayerGraph) -> bool:
+    """True if no other rank holds any weight of a stage, so that there is nothing to divide."""
+    if len(plan.pipelines) > 1 or len(stage.devices) > 1:
+        return False
+    for tied in model.tied:
+        users = [s for s in all_stages(plan) if any(n in range(*s.layers) for n in tied.layers)]
+        if stage in users and any(user.devices != stage.devices for user in users):
+            return False
+    return True

@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from meshwright.plan.ranks import RankView
-from meshwright.program.buckets import summed_layers
-from meshwright.program.instructions import Instruction
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Plan
+from meshwright.program.compile import Rewriting
+from meshwright.program.instructions import Instruction, summed_layers
 from meshwright.program.operations import Op
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
-from meshwright.techniques.state_division.plan import divides, holders
+from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
 
 
-def rewrite(instructions: tuple[Instruction, ...], rank: RankView) -> tuple[Instruction, ...]:
-    """Replace the all-reduces of divided layers, and gather their weights after the update.
+def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
+    """Return what replaces the all-reduces of divided layers in the list of a rank, and gathers
+    their weights after the update.
 
     A gather follows the optimizer step of its own bucket, or the rank's only one.
     """
-    if not any(divides(stage.of_plan) for stage in rank.stages):
-        return instructions
-    scattered = [
-        replace(i, op=REDUCE_SCATTER) if i.op is Op.REDUCE_GRAD and _is_divided(i, rank) else i
-        for i in instructions
-    ]
-    gathers = [replace(i, op=GATHER_PARAMETERS) for i in scattered if i.op is REDUCE_SCATTER]
-    return tuple(_gathered(scattered, gathers))
+    if not any(map(divides, all_stages(plan))):
+        return None
+    divided = divided_layers(plan, model)
+
+    def scattered(i: Instruction) -> Instruction:
+        if i.op is not Op.REDUCE_GRAD:
+            return i
+        layers = summed_layers(i.layers, i.tied, model)
+        return replace(i, op=REDUCE_SCATTER) if all(divided[n] for n in layers) else i
+
+    def rewrite(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+        found = [scattered(i) for i in instructions]
+        gathers = [replace(i, op=GATHER_PARAMETERS) for i in found if i.op is REDUCE_SCATTER]
+        return tuple(_gathered(found, gathers))
+
+    return rewrite
 
 
 def _gathered(
@@ -36,8 +46,3 @@ def _gathered(
         yield i
         if i.op is Op.OPTIMIZER_STEP:
             yield from (g for g in gathers if alone or (g.layers, g.tied) == (i.layers, i.tied))
-
-
-def _is_divided(i: Instruction, rank: RankView) -> bool:
-    """True if every stage that holds what a reduction sums divides its states."""
-    return all(map(divides, holders(rank.plan, summed_layers(i.layers, i.tied, rank.model))))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.program.instructions import Instruction
 from meshwright.runtime.play import Action, Player
-from meshwright.runtime.reduce import FlatBucket
+from meshwright.techniques.data_parallel.runtime import FlatBucket
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

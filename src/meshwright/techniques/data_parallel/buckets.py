@@ -9,17 +9,14 @@ from math import ceil
 
 from meshwright.model.shard import UNDIVIDED, Tile, common_tiles, holder
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import Ranks, StageSeats, gradient_bytes, replicas_of
 from meshwright.plan.spec import Job
-from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
 MOST_BYTES, LEAST_BYTES = 25 * 2**20, 2**20
 """The limits of the usual size of a bucket."""
 BUCKETS = 16
 """The least number of buckets for the gradients of a whole model."""
-
-Ranks = tuple[int, ...]
 
 
 @record
@@ -51,11 +48,6 @@ class Bucket:
     rank of tensor width t gives 1 / t of its gradients to that one, so that every replica counts
     once.
     """
-
-
-def gradient_bytes(job: Job) -> int:
-    """Return the bytes of one gradient: gradients are kept in the precision of the weights."""
-    return 8 if job.precision == "fp64" else 4
 
 
 def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
@@ -102,13 +94,6 @@ def gradient_buckets(
     return tuple(bucket for _, bucket in found if bucket.sums)
 
 
-def replicas_of(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ranks, ...]:
-    """Return the tensor ranks of every replica that holds any of the layers."""
-    held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
-    found = (tuple(seat.rank for seat in replica) for stage in held for replica in stage.seats)
-    return tuple(dict.fromkeys(found))
-
-
 def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum, ...]:
     """Return the all-reduces of a bucket.
 
@@ -139,21 +124,3 @@ def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Sum]
             at = bisect_left(each.ranks, rank)
             if at < len(each.ranks) and each.ranks[at] == rank:
                 yield bucket, each
-
-
-def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """Return the layer of a stage whose backward completes the gradients of a REDUCE_GRAD.
-
-    That is the first of its layers, or the stage's first user of its tied parameter.
-    """
-    summed = summed_layers(reduction.layers, reduction.tied, model)
-    return next(layer for layer in summed if layers[0] <= layer < layers[1])
-
-
-def summed_layers(
-    layers: tuple[int, int] | None, tied: str | None, model: LayerGraph
-) -> Sequence[int]:
-    """Return the layers, ascending, whose gradients are summed under some layers or a tied name."""
-    if layers is not None:
-        return range(*layers)
-    return next(each.layers for each in model.tied if each.name == tied)

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.halves import backward_shares
 from meshwright.cost.instructions import price
+from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
+from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.testbed.times import part_key, virtual_times
 from worlds import DEVICE, even_model, even_plan, one_node
 
@@ -90,7 +91,7 @@ def test_a_first_stage_does_its_parts_like_the_others() -> None:
 @pytest.mark.parametrize("schedule", ["gpipe-2bp-batched", "1f1b-2bp", "zb-h1"])
 def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
     plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=4, schedule=schedule)
-    table = virtual_times(plan, MODEL, CLUSTER, FIXED)
+    table = virtual_times(PricedPlan(plan, MODEL, CLUSTER, FIXED))
     for rank, times in enumerate(table.ranks):
         expected = {
             part_key(rank, op, count): seconds

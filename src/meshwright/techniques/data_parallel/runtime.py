@@ -22,7 +22,7 @@ from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.tensor import put, take
-from meshwright.techniques import rooms_with
+from meshwright.techniques import provided
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
@@ -295,10 +295,7 @@ second."""
 @cache
 def starts() -> dict[Op, Start]:
     """How each operation that sums gradients is started, those of the techniques included."""
-    found: dict[Op, Start] = {Op.REDUCE_GRAD: _all_reduce}
-    for room in rooms_with("runtime"):
-        found |= room.STARTS
-    return found
+    return {op: start for starts in provided("runtime", "STARTS") for op, start in starts.items()}
 
 
 def _all_reduce(
@@ -334,3 +331,6 @@ def _nothing() -> None:
 
 def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Parameter], None]:
     return lambda _: reducer.accumulated(bucket, name)
+
+
+STARTS = {Op.REDUCE_GRAD: _all_reduce}

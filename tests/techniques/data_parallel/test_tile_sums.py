@@ -26,8 +26,14 @@ from meshwright.model.shard import (
     slices,
 )
 from meshwright.runtime.build import Held
-from meshwright.runtime.reduce import FlatBucket, Members, gathered, make_bucket, scatter
 from meshwright.runtime.tensor import take
+from meshwright.techniques.data_parallel.runtime import (
+    FlatBucket,
+    Members,
+    gathered,
+    make_bucket,
+    scatter,
+)
 
 Whole = tuple[Split | None, str, Tensor]
 

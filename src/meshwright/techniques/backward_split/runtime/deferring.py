@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from meshwright.runtime.products import (
+from meshwright.techniques.backward_split.runtime.products import (
     LinearInput,
     LinearProduct,
     OtherInput,

@@ -1,0 +1,49 @@
+"""A plan with all that its step depends on, and the program and the prices that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cost.instructions import Prices, price
+from meshwright.cost.memory import device_memory
+from meshwright.cost.profile import Profile
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import DeviceMemory, Plan
+from meshwright.program.compile import compile_plan
+from meshwright.program.instructions import Program
+
+
+@dataclass(frozen=True)
+class PricedPlan:
+    """Holds a valid plan with its model, its cluster and the measured times.
+
+    Program, prices and memory are computed when they are first asked for, and kept.
+    """
+
+    plan: Plan
+    model: LayerGraph
+    cluster: Cluster
+    profile: Profile | None = None
+    """Measured times; None: prices come from datasheets."""
+    clipped: bool = field(default=True, kw_only=True)
+    """False if gradients are not clipped, so that weights are updated bucket by bucket."""
+    ranks: frozenset[int] | None = field(default=None, kw_only=True)
+    """The ranks that are given instructions; None: all."""
+
+    @cached_property
+    def program(self) -> Program:
+        """The instructions of every rank."""
+        return compile_plan(self.plan, self.model, only=self.ranks, clipped=self.clipped)
+
+    @cached_property
+    def prices(self) -> Prices:
+        """The price of every instruction. Raises ClusterError if a device does not offer the
+        model's precision."""
+        return price(self.program, self.plan, self.model, self.cluster, self.profile)
+
+    @cached_property
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """The peak memory of every device."""
+        return device_memory(self.plan, self.model, self.cluster)

@@ -1,0 +1,1 @@
+"""Carries out split backwards on PyTorch."""

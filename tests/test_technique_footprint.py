@@ -1,0 +1,98 @@
+"""A technique is one room: what it calls its operations and its field occurs nowhere else.
+
+So nothing outside can branch on it, and another technique is added without touching these files.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meshwright.techniques import TECHNIQUES, rooms_with
+
+SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
+ROOMS = SOURCE / "techniques"
+SHARED = {"plan/spec.py": "the field itself", "techniques/__init__.py": "the list of rooms"}
+FIELDS: dict[str, tuple[str, ...]] = {
+    "state_division": ("states", "StateDivision", "StateLevel"),
+}
+"""The field of each technique in a plan, with the names of its types."""
+ALLOWED: dict[tuple[str, str], str] = {}
+"""A technique and a file outside its room that has its words all the same, with the reason."""
+
+FILES = {
+    path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+
+
+def _operations(room: str) -> list[str]:
+    """The words that a room adds to programs."""
+    return [
+        str(op)
+        for part in rooms_with("operations")
+        if part.__name__.split(".")[-2] == room
+        for op in part.OPERATIONS
+    ]
+
+
+def _fields(tree: ast.AST) -> Iterator[str]:
+    """What a file reads, sets, imports or quotes: all names but those of its own variables."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) | ast.keyword(arg=str(name)) | ast.alias(name=name):
+                yield name
+            case ast.Name(id=name) if name[0].isupper():
+                yield name
+            case ast.Constant(value=str(text)):
+                yield text.rpartition(".")[2]
+
+
+def _found(room: str, text: str) -> set[str]:
+    """The words of a technique that a file has: its operations anywhere, its field in code."""
+    words = {word for word in _operations(room) if re.search(rf"\b{word}\b", text)}
+    words |= {room} & set(re.findall(r"\w+", text))
+    return words | ({*FIELDS.get(room, ())} & {*_fields(ast.parse(text))})
+
+
+def _outside(room: str) -> dict[str, set[str]]:
+    """The words of a technique by file, in all files that are not its own."""
+    own = f"techniques/{room}/"
+    found = {
+        name: _found(room, text)
+        for name, text in FILES.items()
+        if not name.startswith(own) and name not in SHARED
+    }
+    return {name: words for name, words in found.items() if words}
+
+
+@pytest.mark.parametrize("room", TECHNIQUES)
+def test_the_words_of_a_technique_stay_in_its_room(room: str) -> None:
+    stray = {n: words for n, words in _outside(room).items() if (room, n) not in ALLOWED}
+    assert not stray, f"words of {room} outside techniques/{room}: {stray}"
+
+
+@pytest.mark.parametrize("room", TECHNIQUES)
+def test_no_exception_is_allowed_for_longer_than_it_lasts(room: str) -> None:
+    allowed = {name for each, name in ALLOWED if each == room}
+    assert allowed <= _outside(room).keys()
+
+
+@pytest.mark.parametrize("room", TECHNIQUES)
+def test_words_are_found_where_they_are(room: str) -> None:
+    """The room itself has them, and so do the files that all techniques share."""
+    own = [text for name, text in FILES.items() if name.startswith(f"techniques/{room}/")]
+    wanted = {*_operations(room), *FIELDS.get(room, ())}
+    shared = [FILES[name] for name in SHARED]
+    assert wanted | {room} <= set().union(*(_found(room, text) for text in (*own, *shared)))
+
+
+def test_every_room_is_in_the_list() -> None:
+    rooms = {path.name for path in ROOMS.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == {*TECHNIQUES}
+    assert FIELDS.keys() <= rooms
+    assert {room for room, _ in ALLOWED} <= rooms
