@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import CodeType
 
 import pytest
 from forked import Work, all_of
@@ -139,12 +138,10 @@ def reach_of(tree: Tree, files: Sequence[str], paths: list[str], log: Path) -> R
     ran = bytearray(len(places))
     number = {place: i for i, place in enumerate(places)}
 
-    def maker(file: str) -> Callable[[], CodeType]:
-        def make() -> CodeType:
-            path = tree.source / file
-            source = path.read_text(encoding="utf-8")
-            marked = probed(source, lambda line: number[f"{file}:{line}"])
-            return compile(marked, str(path), "exec", dont_inherit=True)
+    def maker(file: str) -> Callable[[], ast.Module]:
+        def make() -> ast.Module:
+            source = (tree.source / file).read_text(encoding="utf-8")
+            return probed(source, lambda line: number[f"{file}:{line}"])
 
         return make
 

@@ -64,21 +64,21 @@ def copied(root: Path, work: Path) -> Path:
 
 
 class _Made(SourceFileLoader):
-    """Loads a module from code that was not made from its file as it is."""
+    """Loads a module from a syntax tree that was not made from its file as it is."""
 
-    def __init__(self, name: str, path: Path, make: Callable[[], CodeType]) -> None:
+    def __init__(self, name: str, path: Path, make: Callable[[], ast.Module]) -> None:
         super().__init__(name, str(path))
         self.make = make
 
     def get_code(self, _: str) -> CodeType:
         """Part of the protocol of loaders."""
-        return self.make()
+        return self.source_to_code(self.make(), self.path)  # type: ignore[arg-type]
 
 
 class _Replacing(MetaPathFinder):
-    """Finds the modules for which there is code of our own making."""
+    """Finds the modules for which there is a tree of our own making."""
 
-    def __init__(self, tree: Tree, made: dict[str, Callable[[], CodeType]]) -> None:
+    def __init__(self, tree: Tree, made: dict[str, Callable[[], ast.Module]]) -> None:
         self.files = {tree.module(file): (tree.source / file, make) for file, make in made.items()}
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
@@ -122,18 +122,14 @@ def try_mutant(tree: Tree, file: str, code: ast.Module, limits: dict[str, float]
     """Runs tests in this process with one file replaced; returns how that ended, and by which."""
     choice = _Choice(limits)
     paths = list(dict.fromkeys(name.partition("::")[0] for name in limits))
-
-    def make() -> CodeType:
-        return compile(code, str(tree.source / file), "exec", dont_inherit=True)
-
-    status = run_tests(tree, paths, {file: make}, choice, ("-x",))
+    status = run_tests(tree, paths, {file: lambda: code}, choice, ("-x",))
     return {**choice.said, "status": str(int(status))}
 
 
 def run_tests(
     tree: Tree,
     paths: list[str],
-    made: dict[str, Callable[[], CodeType]],
+    made: dict[str, Callable[[], ast.Module]],
     plugin: object,
     more: Sequence[str],
 ) -> int:
