@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import ProgramError
-from meshwright.model.shard import UNDIVIDED
+from meshwright.layout.shares import UNDIVIDED
 from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject

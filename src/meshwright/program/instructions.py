@@ -32,7 +32,7 @@ from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
-from meshwright.model.shard import Tile
+from meshwright.layout.shares import Share
 from meshwright.model.spec import LayerGraph
 from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
@@ -53,16 +53,16 @@ class Instruction:
     """The rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
     """The rows of the micro-batch that are computed or moved, [first, last)."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, of) for a message that carries only a part of its rows: each tensor's rows,
-    flattened and cut into `of` equal pieces, of which it carries [first, last)."""
+    part: Share | None = None
+    """For a message that carries only a part of its rows: its share of each tensor's rows,
+    flattened and cut into equal pieces."""
     layers: tuple[int, int] | None = None
     """A range of layers, [first, last): those that an F, B, I or W computes, whose gradients a
     reduction sums, or whose weights an OPTIMIZER_STEP updates. None in an OPTIMIZER_STEP: all
     weights that no other one of the rank updates."""
     tied: str | None = None
     """The tied parameter of a reduction or OPTIMIZER_STEP, instead of layers."""
-    tile: Tile | None = None
+    tile: Share | None = None
     """The part of the gradients that a reduction sums, where its members have different tensor
     widths; every member holds that part. UNDIVIDED stands for the gradients that every tensor rank
     holds whole, of which each member contributes 1 / its tensor width. None: all gradients that a
@@ -131,14 +131,13 @@ def text(instruction: Instruction) -> str:
     if instruction.rows is not None:
         words.append(f"rows={_pair(instruction.rows)}")
     if instruction.part is not None:
-        words.append("part={}:{}/{}".format(*instruction.part))
+        words.append(f"part={instruction.part}")
     if instruction.layers is not None:
         words.append(f"layers={_pair(instruction.layers)}")
     if instruction.tied is not None:
         words.append(f"tied={instruction.tied}")
     if instruction.tile is not None:
-        tile = instruction.tile
-        words.append(f"tile={tile.first}:{tile.last}/{tile.of}")
+        words.append(f"tile={instruction.tile}")
     if instruction.ranks:
         words.append("ranks=" + ",".join(map(str, instruction.ranks)))
     if instruction.bytes:
@@ -158,18 +157,14 @@ def _value(key: str, value: str) -> Any:
     if key in ("rows", "layers", "micro_batches"):
         first, last = value.split(":")
         return int(first), int(last)
-    if key == "part":
-        pieces, _, of = value.partition("/")
-        first, last = pieces.split(":")
-        return int(first), int(last), int(of)
     if key == "ranks":
         return tuple(int(rank) for rank in value.split(","))
     if key == "tied":
         return value
-    if key == "tile":
+    if key in ("part", "tile"):
         shares, _, of = value.partition("/")
         first, last = shares.split(":")
-        return Tile(first=int(first), last=int(last), of=int(of))
+        return Share(first=int(first), last=int(last), of=int(of))
     raise ValueError(f"unknown word {key!r}")
 
 

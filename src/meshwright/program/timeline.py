@@ -67,8 +67,7 @@ def label(instruction: Instruction) -> str:
         word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
     elif instruction.tied is not None:
         word = f"{word} {instruction.tied}"
-    tile = instruction.tile
-    return word if tile is None else f"{word} {tile.first}:{tile.last}/{tile.of}"
+    return word if instruction.tile is None else f"{word} {instruction.tile}"
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:
