@@ -20,12 +20,12 @@ from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
-from meshwright.runtime.boundary import Handle
 from meshwright.runtime.measure import Recording
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
 from meshwright.techniques import provided
+from meshwright.techniques.pipeline_parallel.runtime import Handle
 
 _NOTHING = nullcontext()
 

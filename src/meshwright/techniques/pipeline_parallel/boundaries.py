@@ -8,8 +8,8 @@ from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import GATHERS, Op
-from meshwright.program.rows import Move, boundary_moves, gathered
 from meshwright.records import record
+from meshwright.techniques.pipeline_parallel.rows import Move, boundary_moves, gathered
 
 
 @record
