@@ -25,7 +25,27 @@ FIELDS: dict[str, tuple[str, ...]] = {
 BUCKETS = "a rank holds its gradients in buckets, whichever collective sums them"
 CHOSEN = "the search chooses it stage by stage"
 SWITCH = "a switch in files that the exporter writes as a whole"
+MESSAGES = "a rank sends and receives, and waits for what it has posted"
+DIVIDED = "a rank holds slices of its layers, and its team sums inside them"
 ALLOWED: dict[str, dict[str, str]] = {
+    "pipeline_parallel": {
+        "export/torchtitan.py": "torchtitan's own name of a setting",
+        "program/compile.py": "messages stand around the actions that make and read tensors",
+        "runtime/assemble.py": MESSAGES,
+        "runtime/measure.py": MESSAGES,
+        "runtime/play.py": MESSAGES,
+        "runtime/start.py": MESSAGES,
+        "techniques/data_parallel/runtime.py": MESSAGES,
+    },
+    "tensor_parallel": {
+        "export/deepspeed.py": "DeepSpeed's own name of a setting",
+        "runtime/assemble.py": DIVIDED,
+        "runtime/build.py": DIVIDED,
+        "runtime/profile_layers.py": DIVIDED,
+        "runtime/rank_state.py": DIVIDED,
+        "runtime/start.py": DIVIDED,
+        "techniques/data_parallel/runtime.py": DIVIDED,
+    },
     "data_parallel": {
         "runtime/assemble.py": BUCKETS,
         "runtime/measure.py": BUCKETS,

@@ -148,7 +148,7 @@ class Player:
                 return self._send(i)
             case Op.RECV_F | Op.RECV_B:
                 return self._receive(i)
-            case Op.GATHER_F | Op.GATHER_B:
+            case _ if i.op.blocks and i.op.reads is not None:
                 return partial(self._gather, i)
             case _ if i.op.of_gradients:
                 return self._arm(i)
