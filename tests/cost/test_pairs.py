@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster, devices_of
@@ -16,6 +18,7 @@ from meshwright.cost.pairs import (
     Point,
     classes,
     collective_times,
+    fit_line,
     fitted_cluster,
     load_links,
     pair_times,
@@ -123,3 +126,18 @@ def test_a_report_is_read_for_the_cluster_that_it_is_of(tmp_path):
     assert [p.field for p in caught.value.problems] == [
         "pairs[0].between", "all_reduce.residuals"
     ]  # fmt: skip
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(1e6, 1e11))
+def test_a_line_is_recovered(latency, bandwidth):
+    seconds = [latency + size / bandwidth for size in SIZES]
+    found = fit_line(SIZES, seconds)
+    predicted = [found[0] + size / found[1] for size in SIZES]
+    assert predicted == pytest.approx(seconds, rel=1e-6)
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=len(SIZES), max_size=len(SIZES)))
+def test_a_fit_to_noise_is_still_a_link(seconds):
+    latency, bandwidth = fit_line(SIZES, seconds)
+    assert latency >= 0
+    assert bandwidth > 0
