@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from meshwright import cli
+from meshwright.cli.options import INTERRUPTED_STATUS
 from meshwright.errors import ClusterError, Problem
 from meshwright.training import _kept_model
 
@@ -96,7 +97,7 @@ def test_ctrl_c_is_no_traceback(folder: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == cli.STOPPED
+    assert done.returncode == INTERRUPTED_STATUS
     assert done.stderr == "stopped by Ctrl-C\n"
 
 

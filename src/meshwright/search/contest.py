@@ -75,6 +75,8 @@ class Contest:
     others: list[Played] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    misfits: tuple[Plan, ...] = ()
+    """Plans that lack memory, the most promising first, if nothing else was found."""
     timelines: list[tuple[Played, Timeline]] = field(default_factory=list)
     """Of the best that were played, best first."""
 
@@ -174,6 +176,19 @@ def _refused(contest: Contest, strategy: Strategy) -> str:
         return "does not fit in memory"
     bound = max(line_bound(costs, line, schedule) for line in lines) + after_lines(costs, lines)
     return "lower bound above the best" if bound >= contest.limit else ""
+
+
+def simplest(contest: Contest) -> Played:
+    """Return, of the plans that are as good as the best, one with the fewest pipelines and
+    stages."""
+
+    def parts(played: Played) -> tuple[int, int]:
+        pipelines = played.plan.pipelines
+        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
+
+    assert contest.best is not None
+    limit = contest.best.seconds * (1 + SAME)
+    return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
 def timeline_of(contest: Contest, played: Played) -> Timeline | None:

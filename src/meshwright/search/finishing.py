@@ -69,8 +69,7 @@ def finish(contest: Contest, options: Iterable[PlanOption], tell: Progress) -> N
     for option in options:
         step = f"trying {option.name.replace('-', ' ')}"
         tell(step, 0, 1)
-        if contest.best is not None:
-            _try_option(contest, option)
+        _try_option(contest, option)
         tell(step, 1, 1)
 
 

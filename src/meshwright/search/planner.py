@@ -32,6 +32,7 @@ from meshwright.search.contest import (
     enter,
     ignore,
     parts_in,
+    simplest,
     timeline_of,
     work_of,
 )
@@ -85,6 +86,9 @@ PROOF_SECONDS = 1.0
 """How long a certificate may take that an interrupted search has not worked out before."""
 
 MISFITS_SHOWN = 3
+MISFITS_TRIED = 200
+"""Plans without enough memory that further options may make fit, where no other plan fits."""
+
 RUNNERS_UP = 6
 
 
@@ -130,6 +134,8 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     with suppress(Stopped), until(contest.may_leave_off):
         _search(contest, seen, schedules, tell)
         seen.best_without_options = contest.best
+        if contest.best is None:
+            contest.misfits = _misfit_plans(contest, seen.explored)
         finish(contest, options, tell)
     if contest.best is None and contest.spare:
         contest.best = contest.spare
@@ -181,7 +187,7 @@ def _found(contest: Contest, seen: _Seen) -> Plan:
     costs = contest.costs
     if contest.stopped:
         contest.dropped[INTERRUPTED] += 1
-    winner = _simplest(contest)
+    winner = simplest(contest)
     played = {each.name for each in contest.others}
     misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
     before = seen.best_without_options
@@ -211,6 +217,13 @@ def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progres
     return explore(costs, candidates, dropped, tell, lambda: contest.late)
 
 
+def _misfit_plans(contest: Contest, explored: Explored) -> tuple[Plan, ...]:
+    return tuple(
+        as_plan(contest.costs, misfit.candidate, misfit.bounds, contest.cluster_print)
+        for misfit in explored.misfits[:MISFITS_TRIED]
+    )
+
+
 def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
     with suppress(Stopped), until(contest.may_leave_off):
@@ -226,18 +239,6 @@ def _nothing(contest: Contest, explored: Explored, tell: Progress) -> Meshwright
         mend = "give it more time, or no budget"
     wanted, mend = "time for at least one plan", f"{mend}: then it says by how much nothing fits"
     return PlanError(Problem("search", where, found, wanted, mend))
-
-
-def _simplest(contest: Contest) -> Played:
-    """Of the strategies that are as good as the best, one with the fewest pipelines and stages."""
-
-    def parts(played: Played) -> tuple[int, int]:
-        pipelines = played.plan.pipelines
-        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
-
-    assert contest.best is not None
-    limit = contest.best.seconds * (1 + SAME)
-    return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
 def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
