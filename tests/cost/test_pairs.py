@@ -83,6 +83,19 @@ def test_a_bottleneck_between_sites_belongs_to_the_uplink() -> None:
     assert min(links.capacities[n] for n in way.resources) == pytest.approx(1.25e8)
 
 
+def test_what_is_slow_between_sites_slows_no_pair_inside_one() -> None:
+    """Nodes a and b are at one site and as quick as ever; c is at another."""
+    apart = _cluster(dict.fromkeys("abc", "10 Gbit/s"), uplink="1 Gbit/s")
+    a, b, c = apart.nodes
+    sites = replace(apart, nodes=(a, replace(b, site=a.site), c))
+    found = fitted_cluster(sites, _measured(sites))
+    ways = {two: path(topology(found), "a:0", two) for two in ("b:0", "c:0")}
+    slowest = {
+        two: min(topology(found).capacities[n] for n in way.resources) for two, way in ways.items()
+    }
+    assert slowest == pytest.approx({"b:0": 1.25e9, "c:0": 1.25e8})
+
+
 def test_a_burst_does_not_pass_for_bandwidth() -> None:
     rate, burst = 2.5e7, 50_000
     points = [Point(bytes=s, seconds=1e-4 + max(s - burst, 0) / rate) for s in SIZES]

@@ -16,6 +16,7 @@ from meshwright.program.actions import high_water, parse_order, words
 from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
 from meshwright.program.schedules import in_flight, orders
+from meshwright.program.virtual import zb_v
 from meshwright.program.work import Work, most_held, play, to_codes, to_orders
 
 NAMED = tuple(name for name in get_args(ScheduleName) if name not in IN_PLAN)
@@ -168,6 +169,14 @@ def test_bubbles_of_the_zero_bubble_family(groups, more, times):
 def test_no_group_of_zb_v_idles_between_its_first_and_last_action(groups, more, unit):
     work = even("zb-v", groups, 2 * groups - 1 + more, (unit, unit, unit))
     assert bubbles("zb-v", work)[1] == 0
+
+
+@given(groups=st.integers(1, 8), data=st.data())
+def test_fewer_micro_batches_of_zb_v_leave_gaps_in_the_same_pattern(groups, data):
+    whole = 2 * groups - 1
+    count = data.draw(st.integers(1, whole))
+    for own, few in zip(zb_v(groups, whole), zb_v(groups, count), strict=True):
+        assert tuple(action for action in own if action.last <= count) == few
 
 
 @given(groups=st.integers(1, 6), chunks=st.integers(1, 4), rounds=st.integers(1, 4))
