@@ -90,6 +90,20 @@ def test_backwards_that_nobody_waits_for_stay_whole(schedule, groups, count, chu
             assert any(k < n < weight for n in waited_for)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first", "last"),
+    [
+        ("1f1b-2bp", "F0 F1 I0 F2 B1 B2 W0", "F0 I0 F1 I1 F2 I2 W0 W1 W2"),
+        ("1f1b-2bp-batched", "F0 F1 I0 F2 B1 B2 W0", "F0 I0 F1 I1 F2 I2 W0:3"),
+    ],
+)
+def test_2bp_as_it_is_written_down(schedule, first, last):
+    """What waits at the end is one pass if it is batched; backwards after the last forward of the
+    first stage stay whole."""
+    found = [words(order, alone=True) for order in orders(schedule, ((0,), (1,)), 3)]
+    assert found == [first, last]
+
+
 @pytest.mark.parametrize("schedule", NAMED)
 @given(groups=st.integers(1, 4), count=st.integers(1, 9))
 def test_words_and_numbers_say_the_same_as_actions(schedule, groups, count):
