@@ -24,16 +24,18 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from forked import Ended, Work, all_of
-from mutants_run import Reach, Tree, copied, limits_of, reach_of, try_mutant
+from mutants_reach import Reach, reached
+from mutants_run import Tree, copied, try_mutant
 from mutations import Mutation, mutations, planted
 
 HERE = Path(__file__).parent
@@ -45,8 +47,13 @@ ROOMS = (
     "export", "report",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
-SHOWN = 110
-"""Characters of a line that are printed."""
+TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
+"""CPU time that a test may take with a mutant: so many times its own, and some seconds."""
+IMPORT_SECONDS = 60
+WALL_SECONDS = 1200.0
+"""For tests that wait instead of working."""
+SHOWN = 60
+"""Characters of an expression that are printed."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ def sample(texts: dict[str, str], count: int, seed: int) -> list[tuple[Mutation,
             for i, each in enumerate(mutations(text, file))
         ]
         found += chance.sample(all_here, min(number, len(all_here)))
+    # A run that ends early has then seen something of every room.
+    chance.shuffle(found)
     return found
 
 
@@ -126,17 +135,17 @@ def those_of(path: Path, texts: dict[str, str]) -> list[tuple[Mutation, int]]:
     ]
 
 
-def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str]) -> list[str]:
-    """Returns the tests that can notice a mutation, the likeliest first.
+def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str], most: float) -> list[str]:
+    """Returns the tests that can notice a mutation, the likeliest first, of so many CPU seconds.
 
     What is run at import has no mark: the tests of its room can notice it, and those that run a
     statement which mentions what it binds.
     """
     names, room = list(reach.seconds), room_of(mutation.file)
-    if mutation.statement:
-        wanted = set(reach.runs.get(f"{mutation.file}:{mutation.statement}", ()))
-    else:
-        wanted = {i for i, name in enumerate(names) if name.startswith(f"tests/{room}/")}
+    place = f"{mutation.file}:{mutation.statement}"
+    wanted = set(reach.runs.get(place, ()))
+    if not mutation.statement or place in reach.imported:
+        wanted |= {i for i, name in enumerate(names) if name.startswith(f"tests/{room}/")}
         for file, text in texts.items():
             for line in _mentions(text, mutation.names):
                 wanted.update(reach.runs.get(f"{file}:{line}", ()))
@@ -144,12 +153,13 @@ def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str]) -> list[s
     for i in wanted:
         files[names[i].partition("::")[0]] += reach.seconds[names[i]]
 
-    def place(i: int) -> tuple[bool, float, str, float]:
+    def likelihood(i: int) -> tuple[bool, float, str, float]:
         file = names[i].partition("::")[0]
         return not file.startswith(f"tests/{room}/"), files[file], file, reach.seconds[names[i]]
 
-    chosen = [names[i] for i in sorted(wanted, key=place)]
-    return [name for name in chosen if name not in reach.failed]
+    chosen = [names[i] for i in sorted(wanted, key=likelihood) if names[i] not in reach.failed]
+    spent = accumulate(reach.seconds[name] for name in chosen)
+    return [name for name, seconds in zip(chosen, spent, strict=True) if seconds <= most]
 
 
 def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
@@ -163,60 +173,65 @@ def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
                     yield statement.lineno
 
 
-def reached(tree: Tree, texts: dict[str, str]) -> Reach:
-    """Returns what the tests run, from the folder of the tree if it was found out before."""
-    kept = tree.root.with_suffix(".reach.json")
-    if kept.exists():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known.pop("files") == sorted(texts):
-            return Reach(**known)
-    print("what every test runs ...", flush=True)
-    found = reach_of(tree, sorted(texts), tree.root.with_suffix(".reach.log"))
-    kept.write_text(json.dumps({**asdict(found), "files": sorted(texts)}), encoding="utf-8")
-    return found
-
-
 def tried(
     tree: Tree,
     texts: dict[str, str],
     chosen: Sequence[tuple[Mutation, int]],
     jobs: int,
     equivalent: dict[str, str],
+    most: float,
 ) -> Iterator[Tried]:
     """Tries mutants that were not tried before on this tree, and yields what became of all."""
     log = tree.root.with_suffix(".results.jsonl")
     known = _results(log) if log.exists() else {}
-    reach = reached(tree, texts)
-    for name in reach.failed:
-        print(f"fails on the tree as it is: {name}")
-    for name in reach.modules:
-        with suppress(Exception):
-            importlib.import_module(name)
-    todo = []
+    reach = reached(tree, sorted(texts))
+    todo: dict[int, Mutation] = {}
+    works = []
     for mutation, place in chosen:
-        if mutation.key in known:
+        names = tests_for(mutation, reach, texts, most)
+        if mutation.key in equivalent:
+            yield _tried(mutation, "equivalent", equivalent[mutation.key], len(names), 0.0)
+        elif mutation.key in known:
             yield known[mutation.key]
-        elif mutation.key in equivalent:
-            yield _tried(mutation, "equivalent", equivalent[mutation.key], 0, 0.0)
-        elif names := tests_for(mutation, reach, texts):
-            todo.append((mutation, place, names))
-        else:
+        elif not names:
             yield _tried(mutation, "survived", "no test runs it", 0, 0.0)
-    works = {}
-    for n, (mutation, place, names) in enumerate(todo):
-        code, limits = planted(texts[mutation.file], place), limits_of(names, reach)
-        run = partial(try_mutant, tree, mutation.file, code, limits)
-        all_seconds = 60 + 5 * int(sum(reach.seconds[name] for name in names))
-        works[mutation.key] = Work(run, tree.root.with_suffix(f".{n % 1000}.log"), all_seconds)
-    of_work = {id(work): each for work, each in zip(works.values(), todo, strict=True)}
+        else:
+            code, limits = planted(texts[mutation.file], place), _limits(names, reach)
+            works.append(_work(tree, mutation, code, limits, len(works)))
+            todo[id(works[-1])] = mutation
+    _warm(reach)
     with log.open("a", encoding="utf-8") as out:
-        for ended in all_of(works.values(), jobs):
-            mutation, _, names = of_work[id(ended.work)]
-            outcome, by = _outcome(ended)
-            found = _tried(mutation, outcome, by, len(names), ended.cpu_seconds)
+        for ended in all_of(works, jobs):
+            mutation = todo[id(ended.work)]
+            tests = len(tests_for(mutation, reach, texts, most))
+            found = _tried(mutation, *_outcome(ended), tests, ended.cpu_seconds)
             out.write(json.dumps(asdict(found)) + "\n")
             out.flush()
             yield found
+
+
+def _limits(names: Iterable[str], reach: Reach) -> dict[str, float]:
+    """Returns the CPU time that each test may take."""
+    return {name: TEST_SECONDS + TIMES_LONGER * reach.seconds[name] for name in names}
+
+
+def _work(
+    tree: Tree, mutation: Mutation, code: ast.Module, limits: dict[str, float], number: int
+) -> Work:
+    """What a process does with a mutant; its limit is that of all its tests, and an import."""
+    run = partial(try_mutant, tree, mutation.file, code, limits)
+    most = IMPORT_SECONDS + int(sum(limits.values()))
+    return Work(run, tree.root.with_suffix(f".{number}.log"), most, WALL_SECONDS)
+
+
+def _warm(reach: Reach) -> None:
+    """Imports what the tests import from elsewhere, once for all processes forked from this one."""
+    for name in reach.failed:
+        print(f"fails on the tree as it is: {name}")
+    for name in reach.modules:
+        # Some modules can only be imported by others of theirs.
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _outcome(ended: Ended) -> tuple[str, str]:
@@ -269,6 +284,13 @@ def known_equivalent(path: Path, texts: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def _around(old: str, new: str) -> str:
+    """Both texts, and of long ones what differs with a little around it."""
+    same = next((i for i, pair in enumerate(zip(old, new, strict=False)) if len({*pair}) > 1), 0)
+    first = max(0, same - SHOWN // 2) if max(len(old), len(new)) > SHOWN else 0
+    return f"{old[first : first + SHOWN]} -> {new[first : first + SHOWN]}"
+
+
 def table(results: Sequence[Tried]) -> Iterator[str]:
     """Yields a line for each room: how many mutants there were, and what became of them."""
     yield (
@@ -297,6 +319,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--survivors", type=Path, help="try those that survived in these results")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of CPU for a mutant's tests")
     parser.add_argument("--file-list", action="store_true", help="print the files and try nothing")
     parser.add_argument("--tree", type=Path, default=HERE.parent, help="what holds src and tests")
     parser.add_argument("--package", default="meshwright")
@@ -321,10 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         chosen = sample(texts, asked.count, asked.seed)
     results = []
-    for each in tried(tree, everything, chosen, asked.jobs, known_equivalent(EQUIVALENT, texts)):
+    equivalent = known_equivalent(EQUIVALENT, texts)
+    for each in tried(tree, everything, chosen, asked.jobs, equivalent, asked.seconds):
         results.append(each)
         if each.outcome == "survived":
-            told = f"{each.file}:{each.line}: {each.old} -> {each.new}"
+            told = f"{each.file}:{each.line}: {_around(each.old, each.new)}"
             print(f"{told}  ({each.tests} tests run it)", flush=True)
     print()
     print("\n".join(table(results)))

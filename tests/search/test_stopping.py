@@ -211,7 +211,7 @@ def test_a_very_large_cluster_has_a_plan_before_its_search_begins():
     assert plain is not None
     validate_plan(plain.plan, graph, where)
     assert simulate_folded(plain.plan, graph, where).step_seconds == plain.seconds
-    assert incumbent.best is None, "it takes no part in the contest"
+    assert incumbent.best is None, "it takes no part in the incumbent"
     first = []
     find_plan(graph, where, todo, found=first.append)
     assert first[0] == plain.seconds

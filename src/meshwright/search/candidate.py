@@ -1,7 +1,7 @@
 """Describes a candidate plan: pipelines whose stages may differ in width, and replicas in rows.
 
-A unit is a group of devices that share every layer by tensor parallelism; the devices of a stage are
-units, each with its rows of every micro-batch. Letters: S stages, L layers, M micro-batches.
+A unit is a group of devices that share every layer by tensor parallelism. The devices of a stage
+are units, each with its rows of every micro-batch. Letters: S stages, L layers, M micro-batches.
 """
 
 from __future__ import annotations

@@ -69,8 +69,7 @@ def finish(incumbent: Incumbent, options: Iterable[PlanOption], tell: Progress) 
     for option in options:
         step = f"trying {option.name.replace('-', ' ')}"
         tell(step, 0, 1)
-        if incumbent.best is not None:
-            _try_option(incumbent, option)
+        _try_option(incumbent, option)
         tell(step, 1, 1)
 
 

@@ -82,6 +82,8 @@ class Incumbent:
     others: list[Evaluated] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    misfits: tuple[Plan, ...] = ()
+    """Plans that lack memory, the most promising first, if nothing else was found."""
     timelines: list[tuple[Evaluated, Timeline]] = field(default_factory=list)
     """Of the best that were played, best first."""
 
@@ -188,6 +190,19 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
         return "does not fit in memory"
     bound = max(line_bound(costs, line, schedule) for line in lines) + after_lines(costs, lines)
     return "lower bound above the best" if bound >= incumbent.limit else ""
+
+
+def simplest(incumbent: Incumbent) -> Evaluated:
+    """Return, of the plans that are as good as the best, one with the fewest pipelines and
+    stages."""
+
+    def parts(played: Evaluated) -> tuple[int, int]:
+        pipelines = played.plan.pipelines
+        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
+
+    assert incumbent.best is not None
+    limit = incumbent.best.seconds * (1 + SAME)
+    return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
 def timeline_of(incumbent: Incumbent, played: Evaluated) -> Timeline | None:

@@ -56,6 +56,7 @@ from meshwright.search.incumbent import (
     Incumbent,
     ignore,
     parts_in,
+    simplest,
     simulate_and_record,
     timeline_of,
     work_of,
@@ -85,6 +86,9 @@ PROOF_SECONDS = 1.0
 """How long a certificate may take that an interrupted search has not worked out before."""
 
 MISFITS_SHOWN = 3
+MISFITS_TRIED = 200
+"""Plans without enough memory that further options may make fit, where no other plan fits."""
+
 RUNNERS_UP = 6
 
 
@@ -130,6 +134,8 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     with suppress(Stopped), until(incumbent.may_leave_off):
         _search(incumbent, seen, schedules, tell)
         seen.best_without_options = incumbent.best
+        if incumbent.best is None:
+            incumbent.misfits = _misfit_plans(incumbent, seen.explored)
         finish(incumbent, options, tell)
     if incumbent.best is None and incumbent.spare:
         incumbent.best = incumbent.spare
@@ -177,11 +183,11 @@ def _search(
 
 
 def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
-    """Return the best plan with its prediction, its runners-up and its certificate."""
+    """The best plan of a incumbent, with all that is to be said of it."""
     costs = incumbent.costs
     if incumbent.stopped:
         incumbent.dropped[INTERRUPTED] += 1
-    winner = _simplest(incumbent)
+    winner = simplest(incumbent)
     played = {each.name for each in incumbent.others}
     misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
     before = seen.best_without_options
@@ -211,6 +217,13 @@ def _explored(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Pro
     return explore(costs, candidates, dropped, tell, lambda: incumbent.late)
 
 
+def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
+    return tuple(
+        as_plan(incumbent.costs, misfit.candidate, misfit.bounds, incumbent.cluster_print)
+        for misfit in explored.misfits[:MISFITS_TRIED]
+    )
+
+
 def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
     with suppress(Stopped), until(incumbent.may_leave_off):
@@ -226,18 +239,6 @@ def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> Meshwr
         mend = "give it more time, or no budget"
     wanted, mend = "time for at least one plan", f"{mend}: then it says by how much nothing fits"
     return PlanError(Problem("search", where, found, wanted, mend))
-
-
-def _simplest(incumbent: Incumbent) -> Evaluated:
-    """Of the strategies that are as good as the best, one with the fewest pipelines and stages."""
-
-    def parts(played: Evaluated) -> tuple[int, int]:
-        pipelines = played.plan.pipelines
-        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
-
-    assert incumbent.best is not None
-    limit = incumbent.best.seconds * (1 + SAME)
-    return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
 def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:

@@ -24,7 +24,8 @@ def propose(incumbent: Incumbent) -> Proposals:
 
     Where neither side shares layers by tensor parallelism, all kinds are the same.
     """
-    assert incumbent.best is not None
+    if incumbent.best is None:
+        return
     cuts = list(wide_cuts(incumbent.best.plan))
     tries = [(cuts, kind) for kind in KINDS if cuts]
     tries += [([cut], kind) for cut in cuts for kind in KINDS if len(cuts) > 1]

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from math import lcm
 
 from meshwright.cluster.spec import node_of
+from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
+from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import BoundaryKind
@@ -22,11 +23,11 @@ class Move:
 
     source: int
     target: int
-    rows: tuple[int, int]
+    rows: Range
     """Rows [first, last) within the micro-batch."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, number): only the pieces [first, last) of each tensor's flattened rows, cut
-    into this number of equal pieces; None for all."""
+    part: Share | None = None
+    """The share that is sent of each tensor's flattened rows, cut into equal pieces; None for
+    all."""
     chain: tuple[int, ...] = ()
     """Ranks of a broadcast chain: the source, then all receivers; empty if the move is no
     broadcast."""
@@ -57,10 +58,10 @@ def boundary_moves(
     return tuple(move for task in tasks for move in moves(task))
 
 
-def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]:
     """Return the rows whose parts several ranks must all-gather, with these ranks in ascending
     order."""
-    found: dict[tuple[int, int], dict[int, None]] = {}
+    found: dict[Range, dict[int, None]] = {}
     for move in moves:
         if move.part is not None:
             found.setdefault(move.rows, {})[move.target] = None
@@ -80,31 +81,28 @@ def _tasks(
         tasks = tuple(tasks[number] for number in sorted(wanted))
     for task in tasks:
         yield UnitTask(
-            tile=task.tile,
+            box=task.box,
             holders=tuple(ranks[seat] for seat in task.holders),
             receivers=tuple(ranks[seat] for seat in task.receivers),
         )
 
 
-def _rows(stage: StageSeats) -> tuple[tuple[int, int], ...]:
+def _rows(stage: StageSeats) -> tuple[Range, ...]:
     return tuple(seat.rows for replica in stage.seats for seat in replica)
 
 
 @lru_cache(maxsize=8)  # the cuts of a plan have few different pairs of meshes
 def _numbered_tasks(
-    source: tuple[tuple[int, int], ...], target: tuple[tuple[int, int], ...]
+    source: tuple[Range, ...], target: tuple[Range, ...]
 ) -> tuple[tuple[UnitTask, ...], tuple[tuple[int, ...], ...]]:
     """Return the unit tasks between seats with these rows, and the tasks in which each seat takes
     part.
 
     Seats are numbered from 0: first those of the source, then those of the target.
     """
-
-    def laid_out(rows: tuple[tuple[int, int], ...], first: int) -> Layout:
-        tiles = {first + seat: (own,) for seat, own in enumerate(rows)}
-        return Layout(shape=(rows[-1][1],), tiles=tiles)
-
-    tasks = unit_tasks(laid_out(source, 0), laid_out(target, len(source)))
+    holding: Layout = {seat: ((rows,),) for seat, rows in enumerate(source)}
+    wanting: Layout = {seat: ((rows,),) for seat, rows in enumerate(target, len(source))}
+    tasks = unit_tasks(holding, wanting)
     touching: list[list[int]] = [[] for _ in (*source, *target)]
     for number, task in enumerate(tasks):
         for seat in (*task.holders, *task.receivers):
@@ -113,12 +111,11 @@ def _numbered_tasks(
 
 
 def _layout(stage: StageSeats) -> Layout:
-    seats = [seat for replica in stage.seats for seat in replica]
-    return Layout(shape=(seats[-1].rows[1],), tiles={seat.rank: (seat.rows,) for seat in seats})
+    return {seat.rank: ((seat.rows,),) for replica in stage.seats for seat in replica}
 
 
 def _direct(task: UnitTask) -> list[Move]:
-    (rows,) = task.tile
+    (rows,) = task.box
     return [
         Move(source=task.holders[t % len(task.holders)], target=rank, rows=rows)
         for t, rank in enumerate(task.receivers)
@@ -133,8 +130,8 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
         for seat in replica
     }
     for transfer in reshard(_layout(source), _layout(target), nodes):
-        (rows,) = transfer.tile
-        several = transfer.strategy == "broadcast"
+        (rows,) = transfer.box
+        several = len(transfer.receivers) > 1
         chain = (transfer.source, *transfer.receivers) if several else ()
         for rank in transfer.receivers:
             yield Move(source=transfer.source, target=rank, rows=rows, chain=chain)
@@ -143,7 +140,7 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
 def _scattered(task: UnitTask) -> list[Move]:
     """Return the moves of a flattened tensor from even parts over the holders to even parts over
     the receivers."""
-    (rows,) = task.tile
+    (rows,) = task.box
     of = lcm(len(task.holders), len(task.receivers))
     if of == 1:
         return _direct(task)
@@ -153,15 +150,12 @@ def _scattered(task: UnitTask) -> list[Move]:
             source=piece.holders[0],
             target=piece.receivers[0],
             rows=rows,
-            part=(*piece.tile[0], of),
+            part=Share(first=piece.box[0][0], last=piece.box[0][1], of=of),
         )
         for piece in pieces
     ]
 
 
 def _divided(size: int, ranks: Sequence[int]) -> Layout:
-    ends = range(0, size + 1, size // len(ranks))
-    return Layout(
-        shape=(size,),
-        tiles={rank: (ends,) for rank, ends in zip(ranks, pairwise(ends), strict=True)},
-    )
+    step = size // len(ranks)
+    return {rank: (((k * step, (k + 1) * step),),) for k, rank in enumerate(ranks)}
