@@ -27,13 +27,15 @@ from meshwright.program.work import Work, seconds, to_codes, to_orders
 from meshwright.search.bounds import after_lines
 from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
+from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.simulate.fold import fold, priced_for_all
 
-FINALISTS = 3
-"""Plans of different builds that are tried in every order."""
+FINALISTS, FINALISTS_OF_MANY = 5, 3
+"""Plans of different builds that are tried in every order; on large clusters, where simulating each
+takes a second, fewer. With five instead of three, one of 45 example cases gains 13 %."""
 
 PLAYED = 2
 """Named orders of each that are simulated, beside the listed one."""
@@ -82,7 +84,7 @@ def finalists(incumbent: Incumbent) -> list[Evaluated]:
     hopeful = [
         p for p in builds.values() if _least_seconds(incumbent.costs, p.plan) < incumbent.limit
     ]
-    return hopeful[:FINALISTS]
+    return hopeful[: FINALISTS_OF_MANY if is_large(incumbent.costs) else FINALISTS]
 
 
 def _least_seconds(costs: Costs, plan: Plan) -> float:

@@ -61,7 +61,7 @@ UNFIT = 0.08
 """Share that an order made for a plan may gain on those with a rule: ZB-V divides every backward,
 which costs about that."""
 
-PLAYED = 2
+PLAYED = 3
 """Divided plans that are simulated, beside one in an order of its own."""
 
 
