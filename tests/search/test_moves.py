@@ -175,10 +175,15 @@ def test_the_last_device_of_a_line_leaves_its_share_to_the_others():
 
 def test_only_sizes_near_the_wanted_one_are_tried():
     costs = priced()
-    assert neighbourhood.alike(costs, ((A0,), (B0,)), 3, 12, "1f1b", INFINITE).rows == 3
-    assert neighbourhood.alike(costs, ((A0, A1, C0),), 2, 12, "1f1b", INFINITE).rows == 3
-    assert neighbourhood.alike(costs, (), 3, 12, "1f1b", INFINITE) is None
-    assert neighbourhood.alike(costs, ((A0,),), 3, 12, "1f1b", 0.0) is None
+
+    def sizes(stages, rows, limit=INFINITE):
+        found = neighbourhood._with_share(costs, stages, rows, 12, "1f1b", limit)
+        return [each.rows for each in found]
+
+    assert sizes(((A0,), (B0,)), 3) == [3, 2]
+    assert sizes(((A0, A1, C0),), 2) == [3, 4]
+    assert sizes((), 3) == []
+    assert sizes(((A0,),), 3, limit=0.0) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])

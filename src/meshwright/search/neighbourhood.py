@@ -141,6 +141,10 @@ def runs_of(costs: Costs, stages: Stages) -> list[Stages]:
 def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
     """Some of the batch from one line to another: a micro-batch of either, or a row or two."""
     schedule, lines = strategy
+
+    def resized(line: CandidatePipeline, share: int) -> Iterator[CandidatePipeline]:
+        return _with_share(costs, stages_of(line), line.rows, share, schedule, limit)
+
     for i, giver in enumerate(lines):
         for j, taker in enumerate(lines):
             if i == j:
@@ -148,38 +152,24 @@ def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
             for moved in sorted({1, 2, giver.rows, taker.rows}):
                 if giver.share <= moved:
                     continue
-                for less in _resized(costs, giver, giver.share - moved, schedule, limit):
-                    for more in _resized(costs, taker, taker.share + moved, schedule, limit):
+                for less in resized(giver, giver.share - moved):
+                    for more in resized(taker, taker.share + moved):
                         changed = list(lines)
                         changed[i], changed[j] = less, more
                         yield schedule, tuple(changed)
 
 
-def _resized(
-    costs: Costs, line: CandidatePipeline, share: int, schedule: ScheduleName, limit: float
-) -> Iterator[CandidatePipeline]:
-    """The line with another share, in micro-batches of about the size it has."""
-    widest = max(len(team.units) for team in line.teams)
-    sizes = [size for size in divisors(share) if size >= widest]
-    for size in sorted(sizes, key=lambda size: (abs(size - line.rows), size))[:2]:
-        found = fit_line(costs, stages_of(line), size, share // size, schedule, limit)
-        if found is not None:
-            yield found.line
-
-
-def alike(
+def _with_share(
     costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
-) -> CandidatePipeline | None:
-    """The stages with a share of the batch, in micro-batches as near as can be to so many rows."""
-    if not stages or len(stages) > len(costs.model.layers):
-        return None
-    widest = max(len(units) for units in stages)
+) -> Iterator[CandidatePipeline]:
+    """Yield the stages with a share of the batch, in the two sizes of micro-batches that are
+    nearest to a number of rows."""
+    widest = max((len(units) for units in stages), default=share + 1)
     sizes = [size for size in divisors(share) if size >= widest]
     for size in sorted(sizes, key=lambda size: (abs(size - rows), size))[:2]:
         found = fit_line(costs, stages, size, share // size, schedule, limit)
         if found is not None:
-            return found.line
-    return None
+            yield found.line
 
 
 def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
@@ -353,7 +343,9 @@ def rebuilt(
         if share == line.share and changed.get(i, own) == own:
             found.append(line)
             continue
-        fitted = alike(costs, changed.get(i, own), line.rows, share, schedule, limit)
+        fitted = next(
+            _with_share(costs, changed.get(i, own), line.rows, share, schedule, limit), None
+        )
         if fitted is None:
             return
         found.append(fitted)
