@@ -48,6 +48,12 @@ def test_known_models_have_their_published_number_of_parameters(name, parameters
     assert num_parameters(load_model(name, 1024, "bf16")) == parameters
 
 
+@pytest.mark.parametrize(("name", "billions"), [("u-transformer-1b", 1), ("u-transformer-2b", 2)])
+def test_our_own_models_are_as_large_as_their_names_say(name, billions):
+    found = num_parameters(load_model(name, 1024, "bf16"))
+    assert found == pytest.approx(billions * 1e9, rel=0.05)
+
+
 def test_a_config_is_the_model_of_that_name(tmp_path):
     for name, config in (("gpt2", GPT2), ("llama-3-8b", LLAMA)):
         path = tmp_path / name / "config.json"

@@ -15,7 +15,6 @@ from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder, ow
 from meshwright.model.shard import Column, Row, Split, Vocabulary, divided_dim
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import Parameter
-from meshwright.runtime.tensor import take
 from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
     Members,
@@ -23,6 +22,7 @@ from meshwright.techniques.data_parallel.runtime import (
     make_bucket,
     scatter,
 )
+from meshwright.techniques.tensor_parallel.runtime import take
 
 Whole = tuple[Split | None, str, Tensor]
 

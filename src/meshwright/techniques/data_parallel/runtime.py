@@ -20,12 +20,12 @@ from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.layout.tiles import Tile, shape_of, within
 from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
-from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import sums_gradient
-from meshwright.runtime.tensor import put, take
 from meshwright.techniques import provided
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from meshwright.techniques.pipeline_parallel.runtime import Handle
+from meshwright.techniques.tensor_parallel.runtime import put, take
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
