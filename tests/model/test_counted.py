@@ -147,6 +147,16 @@ def test_what_no_tensor_rank_divides_is_one_unit_and_what_they_divide_by_rows_ha
     assert units == [1, 1, 0]
 
 
+def test_both_precisions_of_two_bytes_are_counted_alike():
+    one, other = (counted_graph(LLAMA, 64, precision).layers for precision in ("fp16", "bf16"))
+    for layer, same in zip(one, other, strict=True):
+        assert layer.traffic_bytes == same.traffic_bytes
+        assert (layer.saved_bytes, layer.workspace_bytes) == (
+            same.saved_bytes,
+            same.workspace_bytes,
+        )
+
+
 def test_a_window_takes_attention_as_it_reaches():
     """2 S W - W^2 pairs of tokens instead of S^2: nearly a quarter at eight windows."""
     whole = replace(LLAMA, architecture=replace(LLAMA.architecture, windows=()))
