@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.spec import Cluster, Link, devices_of
 from meshwright.cluster.topology import path, topology
 from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.pairs import (
@@ -84,11 +84,13 @@ def test_a_bottleneck_between_sites_belongs_to_the_uplink() -> None:
 
 
 def test_what_is_slow_between_sites_slows_no_pair_inside_one() -> None:
-    """Nodes a and b are at one site and as quick as ever; c is at another."""
-    apart = _cluster(dict.fromkeys("abc", "10 Gbit/s"), uplink="1 Gbit/s")
-    a, b, c = apart.nodes
-    sites = replace(apart, nodes=(a, replace(b, site=a.site), c))
-    found = fitted_cluster(sites, _measured(sites))
+    """Nodes a and b are at one site, c and d at another, and as quick as ever there. The uplinks
+    are stated ten times as fast as they are."""
+    apart = _cluster(dict.fromkeys("abcd", "10 Gbit/s"), uplink="1 Gbit/s")
+    a, b, c, d = apart.nodes
+    sites = replace(apart, nodes=(a, replace(b, site=a.site), c, replace(d, site=c.site)))
+    hoped = tuple(replace(s, uplink=Link(bandwidth=1.25e9, latency=1e-3)) for s in sites.sites)
+    found = fitted_cluster(replace(sites, sites=hoped), _measured(sites))
     ways = {two: path(topology(found), "a:0", two) for two in ("b:0", "c:0")}
     slowest = {
         two: min(topology(found).capacities[n] for n in way.resources) for two, way in ways.items()

@@ -263,3 +263,11 @@ def test_what_is_no_decoder_of_text_is_planned_but_not_trained_from_its_config(n
     assert load_model(path, 128, "bf16").layers
     with pytest.raises(ModelError, match=r"a decoder of text(?s:.*)Engine"):
         build(path, 128)
+
+
+def test_t5_divides_what_its_output_projection_reads_by_the_root_of_the_width():
+    """If that is the embedding; 512 numbers wide, as Mesh TensorFlow scaled it."""
+    tied = from_config(PUBLISHED["t5-small"], "t5-small")
+    assert tied.architecture.logit_scale == pytest.approx(1 / math.sqrt(512))
+    untied = from_config(PUBLISHED["t5-small"] | {"tie_word_embeddings": False}, "t5-small")
+    assert untied.architecture.logit_scale is None
