@@ -12,7 +12,7 @@ from meshwright.cost.memory import total_bytes
 from meshwright.errors import FitError
 from meshwright.search.planner import find_plan
 from soaks import tenth
-from strategies import freeze
+from worlds import freeze
 
 TINIER = {1: (4, 3), 2: (3, 2), 3: (3, 1)}
 

@@ -11,7 +11,7 @@ from meshwright.search.fitting import fit_line
 from meshwright.search.lines import plan_of
 from meshwright.search.preview import preview_seconds
 from meshwright.simulate.engine import simulate_plan
-from strategies import freeze
+from worlds import freeze
 
 SCHEDULES = ("1f1b", "gpipe")
 
