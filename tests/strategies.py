@@ -8,9 +8,10 @@ from itertools import count, islice, pairwise
 
 from hypothesis import strategies as st
 
+from meshwright.cluster.spec import Link
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
-from worlds import chain, plan_by_hand
+from worlds import chain, cluster, device, job, model, plan_by_hand
 
 
 @st.composite
@@ -101,3 +102,34 @@ def models_and_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
     """A random model with a random legal plan for it."""
     model = draw(models())
     return model, draw(plans(model))
+
+
+@st.composite
+def small_worlds(draw, sizes):
+    """Devices of two types in one to three nodes; `sizes`: for every number of devices the most
+    layers and the most rows."""
+    count = draw(st.sampled_from(sorted(sizes)))
+    most_layers, most_rows = sizes[count]
+    kinds = draw(st.lists(st.sampled_from(["fast", "slow"]), min_size=count, max_size=count))
+    first, second = sorted(draw(st.tuples(st.integers(1, count), st.integers(1, count))))
+    nodes = [tuple(kinds[a:b]) for a, b in ((0, first), (first, second), (second, count)) if b > a]
+    memory = draw(st.sampled_from([1.15, 1.3, 16.0]))
+    types = (
+        device("fast", draw(st.sampled_from([10.0, 20.0, 35.0])), memory),
+        device("slow", 10.0, draw(st.sampled_from([memory, 16.0]))),
+    )
+    network = Link(
+        bandwidth=draw(st.sampled_from([1e7, 1e9, 1e11])),
+        latency=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
+        shared=draw(st.booleans()),
+    )
+    layers = draw(st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=1, max_size=most_layers))
+    graph = model(
+        layers,
+        parameters=draw(st.sampled_from([1000, 1_000_000, 10_000_000])),
+        tied=draw(st.booleans()),
+        units=draw(st.sampled_from([0, 1, 2, 4])),
+        saved=draw(st.sampled_from([1e6, 6e7])),
+    )
+    where = cluster(*nodes, network=network, types=types)
+    return graph, where, job(draw(st.integers(1, most_rows)))

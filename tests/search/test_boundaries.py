@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from searchworlds import NVLINK, cluster, device, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.priced_plan import PricedPlan
@@ -18,6 +17,7 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import fold, simulate_folded
 from meshwright.simulate.traffic import link_loads
+from worlds import NVLINK, cluster, device, job, model
 
 SLOW = Link(bandwidth=1e7, latency=1e-5)
 

@@ -9,7 +9,6 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import FAST, SLOW, cluster, job, model
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cost.collective import all_reduce
@@ -30,6 +29,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, until
 from meshwright.techniques.backward_split.price import SPLIT_COST
+from worlds import FAST, SLOW, cluster, job, model
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 

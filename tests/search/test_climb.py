@@ -1,13 +1,13 @@
 """Climbs: never downhill, within their allowance."""
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.search.climb import Scout, around, climb, rate
 from meshwright.search.contest import Contest
 from meshwright.search.costs import costs_of
 from meshwright.search.fitting import fit_line
 from meshwright.search.preview import preview_seconds
+from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.search.compose import (
     Shape,
@@ -26,6 +25,7 @@ from meshwright.search.mix import (
     shared_out,
     single_lines,
 )
+from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 4, ("fast",) * 4, ("slow",) * 2)
 COSTS = costs_of(model([10.0, 5.0, 40.0, 10.0, 10.0, 20.0]), WHERE, job(24))

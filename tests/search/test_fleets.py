@@ -7,7 +7,6 @@ from itertools import islice, pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import NVLINK, device, job, model
 
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.cost.misfits import memory_problems
@@ -24,6 +23,7 @@ from meshwright.search.sketches import whole_seconds
 from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
+from worlds import NVLINK, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
 NETWORK = Link(bandwidth=1e10, latency=1e-5)

@@ -12,7 +12,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from searchworlds import NVLINK, cluster, device, job, model
 
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.cost.memory import device_memory
@@ -33,6 +32,7 @@ from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
 from meshwright.stopping import Stopped, look, until
 from soaks import tenth
+from worlds import NVLINK, cluster, device, job, model
 
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
 
