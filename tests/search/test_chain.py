@@ -3,9 +3,9 @@
 from itertools import islice, pairwise
 from random import Random
 
-from meshwright.search.chain import chains, cut_chain
+from meshwright.search.chain_partition import chains, cut_chain
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
+from meshwright.search.layer_partition import fit_line
 from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)

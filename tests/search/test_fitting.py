@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import apportion, pace
+from meshwright.search.layer_partition import apportion, pace
 from worlds import cluster, device, job, model
 
 SPEEDS = {"fast": 35.0, "slow": 10.0, "slower": 4.0}

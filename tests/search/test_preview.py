@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
+from meshwright.search.candidate import plan_of
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import plan_of
-from meshwright.search.preview import preview_seconds
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.stage_simulation import preview_seconds
 from meshwright.simulate.engine import simulate_plan
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
