@@ -147,11 +147,7 @@ def test_what_is_said_is_how_far_the_step_may_be_from_the_best():
 def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():
     """Two devices of a node are 2 ms apart, and 1 us from those of other nodes."""
     slow, quick = Link(bandwidth=1e10, latency=2e-3), Link(bandwidth=1e10, latency=1e-6)
-    nodes = tuple(
-        Node(name=name, site="here", devices=("fast",) * 2, inside=slow, network=quick)
-        for name in "abc"
-    )
-    where = Cluster(name="c", types={"fast": FAST}, nodes=nodes, sites=(Site(name="here"),))
+    where = cluster(*(("fast",) * 2,) * 3, inside=slow, network=quick, types=(FAST,))
     graph, todo = model([2.0] * 6, parameters=1000), job(8)
     bound = certificate(costs_of(graph, where, todo)).seconds
     assert bound <= find_plan(graph, where, todo).prediction.step_seconds
