@@ -30,7 +30,7 @@ from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.incumbent import Incumbent, Strategy, try_candidate
 from meshwright.search.local_search import LocalSearch, climb
-from meshwright.search.neighbourhood import alike, stages_of
+from meshwright.search.neighbourhood import stages_of, with_share
 from meshwright.search.planner import find_plan
 from meshwright.search.space import divisors, legal_widths, usable_devices
 
@@ -129,7 +129,8 @@ def random_strategy(costs: Costs, chance: Random) -> Strategy | None:
         ends = sorted({len(group), *(i for i in range(1, len(group)) if chance.random() < 0.6)})
         stages = tuple(tuple(group[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True))
         rows = chance.choice(divisors(share)) if share else 0
-        line = alike(costs, stages, rows, share, "1f1b", float("inf")) if share else None
+        found = with_share(costs, stages, rows, share, "1f1b", float("inf")) if share else iter(())
+        line = next(found, None)
         if line is None or not stages_of(line):
             return None
         lines.append(line)

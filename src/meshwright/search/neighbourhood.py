@@ -143,7 +143,7 @@ def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
     schedule, lines = strategy
 
     def resized(line: CandidatePipeline, share: int) -> Iterator[CandidatePipeline]:
-        return _with_share(costs, stages_of(line), line.rows, share, schedule, limit)
+        return with_share(costs, stages_of(line), line.rows, share, schedule, limit)
 
     for i, giver in enumerate(lines):
         for j, taker in enumerate(lines):
@@ -159,7 +159,7 @@ def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
                         yield schedule, tuple(changed)
 
 
-def _with_share(
+def with_share(
     costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
 ) -> Iterator[CandidatePipeline]:
     """Yield the stages with a share of the batch, in the two sizes of micro-batches that are
@@ -344,7 +344,7 @@ def rebuilt(
             found.append(line)
             continue
         fitted = next(
-            _with_share(costs, changed.get(i, own), line.rows, share, schedule, limit), None
+            with_share(costs, changed.get(i, own), line.rows, share, schedule, limit), None
         )
         if fitted is None:
             return
