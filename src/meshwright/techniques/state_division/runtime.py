@@ -51,7 +51,7 @@ def prepare(bucket: FlatBucket, i: Instruction) -> None:
 
 
 def _spans(bucket: FlatBucket) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
-    """Where each parameter of a bucket lies in its flat tensors."""
+    """Yields each parameter of a bucket, with its range [first, last) in the flat tensors."""
     first = 0
     for one in bucket.held:
         last = first + one.parameter.numel()
