@@ -6,6 +6,7 @@ of waiting, and hands its result over as JSON. Whatever is left of its session i
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -24,6 +25,8 @@ OUT_OF_TIME = (signal.SIGPROF, signal.SIGVTALRM, signal.SIGXCPU, signal.SIGALRM)
 MEMORY_BYTES = 6 * 2**30
 """Beyond what this process has."""
 CRASHED = 70
+END_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux: whatever ends this process, those forked from it end too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def _live(work: Work, result: Path) -> None:
     status = CRASHED
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
         out = os.open(work.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(out, number)

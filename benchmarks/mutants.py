@@ -24,7 +24,7 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +33,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from forked import Ended, Work, all_of
-from mutants_run import Reach, Tree, copied, limits_of, reach_of, try_mutant
+from mutants_reach import Reach, reached
+from mutants_run import Tree, copied, try_mutant
 from mutations import Mutation, mutations, planted
 
 HERE = Path(__file__).parent
@@ -45,8 +46,13 @@ ROOMS = (
     "export", "report",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
-SHOWN = 110
-"""Characters of a line that are printed."""
+TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
+"""CPU time that a test may take with a mutant: so many times its own, and some seconds."""
+IMPORT_SECONDS = 60
+WALL_SECONDS = 1200.0
+"""For tests that wait instead of working."""
+SHOWN = 60
+"""Characters of an expression that are printed."""
 
 
 @dataclass(frozen=True)
@@ -163,19 +169,6 @@ def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
                     yield statement.lineno
 
 
-def reached(tree: Tree, texts: dict[str, str]) -> Reach:
-    """Returns what the tests run, from the folder of the tree if it was found out before."""
-    kept = tree.root.with_suffix(".reach.json")
-    if kept.exists():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known.pop("files") == sorted(texts):
-            return Reach(**known)
-    print("what every test runs ...", flush=True)
-    found = reach_of(tree, sorted(texts), tree.root.with_suffix(".reach.log"))
-    kept.write_text(json.dumps({**asdict(found), "files": sorted(texts)}), encoding="utf-8")
-    return found
-
-
 def tried(
     tree: Tree,
     texts: dict[str, str],
@@ -186,37 +179,54 @@ def tried(
     """Tries mutants that were not tried before on this tree, and yields what became of all."""
     log = tree.root.with_suffix(".results.jsonl")
     known = _results(log) if log.exists() else {}
-    reach = reached(tree, texts)
-    for name in reach.failed:
-        print(f"fails on the tree as it is: {name}")
-    for name in reach.modules:
-        with suppress(Exception):
-            importlib.import_module(name)
-    todo = []
+    reach = reached(tree, sorted(texts))
+    todo: dict[int, Mutation] = {}
+    works = []
     for mutation, place in chosen:
-        if mutation.key in known:
+        names = tests_for(mutation, reach, texts)
+        if mutation.key in equivalent:
+            yield _tried(mutation, "equivalent", equivalent[mutation.key], len(names), 0.0)
+        elif mutation.key in known:
             yield known[mutation.key]
-        elif mutation.key in equivalent:
-            yield _tried(mutation, "equivalent", equivalent[mutation.key], 0, 0.0)
-        elif names := tests_for(mutation, reach, texts):
-            todo.append((mutation, place, names))
-        else:
+        elif not names:
             yield _tried(mutation, "survived", "no test runs it", 0, 0.0)
-    works = {}
-    for n, (mutation, place, names) in enumerate(todo):
-        code, limits = planted(texts[mutation.file], place), limits_of(names, reach)
-        run = partial(try_mutant, tree, mutation.file, code, limits)
-        all_seconds = 60 + 5 * int(sum(reach.seconds[name] for name in names))
-        works[mutation.key] = Work(run, tree.root.with_suffix(f".{n % 1000}.log"), all_seconds)
-    of_work = {id(work): each for work, each in zip(works.values(), todo, strict=True)}
+        else:
+            code, limits = planted(texts[mutation.file], place), _limits(names, reach)
+            works.append(_work(tree, mutation, code, limits, len(works)))
+            todo[id(works[-1])] = mutation
+    _warm(reach)
     with log.open("a", encoding="utf-8") as out:
-        for ended in all_of(works.values(), jobs):
-            mutation, _, names = of_work[id(ended.work)]
-            outcome, by = _outcome(ended)
-            found = _tried(mutation, outcome, by, len(names), ended.cpu_seconds)
+        for ended in all_of(works, jobs):
+            mutation = todo[id(ended.work)]
+            tests = len(tests_for(mutation, reach, texts))
+            found = _tried(mutation, *_outcome(ended), tests, ended.cpu_seconds)
             out.write(json.dumps(asdict(found)) + "\n")
             out.flush()
             yield found
+
+
+def _limits(names: Iterable[str], reach: Reach) -> dict[str, float]:
+    """Returns the CPU time that each test may take."""
+    return {name: TEST_SECONDS + TIMES_LONGER * reach.seconds[name] for name in names}
+
+
+def _work(
+    tree: Tree, mutation: Mutation, code: ast.Module, limits: dict[str, float], number: int
+) -> Work:
+    """What a process does with a mutant; its limit is that of all its tests, and an import."""
+    run = partial(try_mutant, tree, mutation.file, code, limits)
+    most = IMPORT_SECONDS + int(sum(limits.values()))
+    return Work(run, tree.root.with_suffix(f".{number}.log"), most, WALL_SECONDS)
+
+
+def _warm(reach: Reach) -> None:
+    """Imports what the tests import from elsewhere, once for all processes forked from this one."""
+    for name in reach.failed:
+        print(f"fails on the tree as it is: {name}")
+    for name in reach.modules:
+        # Some modules can only be imported by others of theirs.
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _outcome(ended: Ended) -> tuple[str, str]:
@@ -267,6 +277,13 @@ def known_equivalent(path: Path, texts: dict[str, str]) -> dict[str, str]:
         if key.partition("|")[0] in texts and key not in there:
             print(f"{path.name}: no such mutation any more: {key}")
     return found
+
+
+def _around(old: str, new: str) -> str:
+    """Both texts, and of long ones what differs with a little around it."""
+    same = next((i for i, pair in enumerate(zip(old, new, strict=False)) if len({*pair}) > 1), 0)
+    first = max(0, same - SHOWN // 2) if max(len(old), len(new)) > SHOWN else 0
+    return f"{old[first : first + SHOWN]} -> {new[first : first + SHOWN]}"
 
 
 def table(results: Sequence[Tried]) -> Iterator[str]:
@@ -324,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in tried(tree, everything, chosen, asked.jobs, known_equivalent(EQUIVALENT, texts)):
         results.append(each)
         if each.outcome == "survived":
-            told = f"{each.file}:{each.line}: {each.old} -> {each.new}"
+            told = f"{each.file}:{each.line}: {_around(each.old, each.new)}"
             print(f"{told}  ({each.tests} tests run it)", flush=True)
     print()
     print("\n".join(table(results)))

@@ -8,31 +8,23 @@ run its statement. No process outlives its run: each leads a session, which is k
 from __future__ import annotations
 
 import ast
-import builtins
 import hashlib
 import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType
 
 import pytest
-from forked import Work, all_of
 
 LEFT_OUT = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "site", "runs")
 """Names that no test reads, and that a copy of the tree goes without."""
-TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
-"""CPU time that a test may take with a mutant: so many times its own, and some seconds."""
-WALL_SECONDS = 900.0
-"""For a run that waits instead of working."""
-PROBE = "__ran__"
 
 
 @dataclass(frozen=True)
@@ -55,20 +47,6 @@ class Tree:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What the tests do without a mutant."""
-
-    seconds: dict[str, float]
-    """The CPU time of every test, with the set-up it needed."""
-    runs: dict[str, list[int]]
-    """`file:line` of a statement -> the tests that run it, as places in `seconds`."""
-    modules: list[str]
-    """All that was imported from elsewhere."""
-    failed: list[str]
-    """Tests that fail on the tree as it is; they can notice nothing."""
-
-
 def copied(root: Path, work: Path) -> Path:
     """Returns a copy of a tree in a folder that is named by its contents, made at most once."""
     fresh = work / f"copying-{os.getpid()}"
@@ -85,23 +63,32 @@ def copied(root: Path, work: Path) -> Path:
     return kept
 
 
-class _Replacing(MetaPathFinder, Loader):
-    """Imports the modules that are given from trees of our own making."""
+class _Made(SourceFileLoader):
+    """Loads a module from a syntax tree that was not made from its file as it is."""
 
-    def __init__(self, tree: Tree, made: dict[str, Callable[[], CodeType]]) -> None:
+    def __init__(self, name: str, path: Path, make: Callable[[], ast.Module]) -> None:
+        super().__init__(name, str(path))
+        self.make = make
+
+    def get_code(self, _: str) -> CodeType:
+        """Part of the protocol of loaders."""
+        return self.source_to_code(self.make(), self.path)  # type: ignore[arg-type]
+
+
+class _Replacing(MetaPathFinder):
+    """Finds the modules for which there is a tree of our own making."""
+
+    def __init__(self, tree: Tree, made: dict[str, Callable[[], ast.Module]]) -> None:
         self.files = {tree.module(file): (tree.source / file, make) for file, make in made.items()}
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         """Part of the protocol of finders."""
         if name not in self.files:
             return None
-        file = self.files[name][0]
-        inside = [str(file.parent)] if file.name == "__init__.py" else None
-        return spec_from_file_location(name, file, loader=self, submodule_search_locations=inside)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Part of the protocol of loaders."""
-        exec(self.files[module.__name__][1](), module.__dict__)
+        path, make = self.files[name]
+        inside = [str(path.parent)] if path.name == "__init__.py" else None
+        loader = _Made(name, path, make)
+        return spec_from_file_location(name, path, loader=loader, submodule_search_locations=inside)
 
 
 class _Choice:
@@ -131,149 +118,18 @@ class _Choice:
             self.said.setdefault("by", report.nodeid)
 
 
-class _Marks:
-    """A plugin of pytest that writes down which statements every test runs."""
-
-    def __init__(self, places: list[str], ran: bytearray) -> None:
-        self.places, self.ran = places, ran
-        self.seconds: dict[str, float] = {}
-        self.runs: dict[str, dict[str, None]] = {}
-        self.of_files: dict[str, set[str]] = {}
-        self.failed: list[str] = []
-        self.before = 0.0
-
-    def pytest_collection_finish(self) -> None:
-        """What was run to import is run again by whatever tests are chosen."""
-        self._taken()
-        self.before = time.process_time()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A set-up or an end may be of several tests: it counts for all of the file."""
-        now = time.process_time()
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + now - self.before
-        if report.failed:
-            self.failed.append(report.nodeid)
-        for place in self._taken():
-            if report.when == "call":
-                self.runs.setdefault(place, {})[report.nodeid] = None
-            else:
-                self.of_files.setdefault(report.nodeid.partition("::")[0], set()).add(place)
-        self.before = time.process_time()
-
-    def _taken(self) -> Iterable[str]:
-        found, at = [], self.ran.find(1)
-        while at >= 0:
-            found.append(self.places[at])
-            self.ran[at] = 0
-            at = self.ran.find(1, at + 1)
-        return found
-
-    def reach(self, home: Path) -> Reach:
-        """All that was seen."""
-        for name in self.seconds:
-            for place in self.of_files.get(name.partition("::")[0], ()):
-                self.runs.setdefault(place, {})[name] = None
-        number = {name: i for i, name in enumerate(self.seconds)}
-        runs = {place: [number[name] for name in names] for place, names in self.runs.items()}
-        return Reach(self.seconds, runs, _elsewhere(home), sorted(set(self.failed)))
-
-
-def _elsewhere(home: Path) -> list[str]:
-    """Modules that are files, and none of the tree's."""
-    found = []
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        own = getattr(getattr(module, "__spec__", None), "name", None) == name
-        if file and own and not Path(file).is_relative_to(home):
-            found.append(name)
-    return found
-
-
-def probed(source: str, place: Callable[[int], int]) -> ast.Module:
-    """Returns the tree of a source in which every statement of a function first sets its mark."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            for inner in [node, *_of_its_own(node)]:
-                for name in ("body", "orelse", "finalbody"):
-                    block = getattr(inner, name, None)
-                    if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-                        setattr(
-                            inner, name, _marked(block, place, name == "body" and inner is node)
-                        )
-    return ast.fix_missing_locations(tree)
-
-
-def _of_its_own(function: ast.AST) -> Iterator[ast.AST]:
-    """What is inside a function, without the functions and classes inside it."""
-    for node in ast.iter_child_nodes(function):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            yield node
-            yield from _of_its_own(node)
-
-
-def _marked(block: list[ast.stmt], place: Callable[[int], int], first: bool) -> list[ast.stmt]:
-    made: list[ast.stmt] = []
-    for i, statement in enumerate(block):
-        text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        if not (first and i == 0 and text) and not isinstance(statement, ast.Global | ast.Nonlocal):
-            mark = ast.parse(f"{PROBE}[{place(statement.lineno)}] = 1").body[0]
-            made.append(ast.copy_location(mark, statement))
-        made.append(statement)
-    return made
-
-
-def reach_of(tree: Tree, files: Sequence[str], log: Path) -> Reach:
-    """Runs all tests on the tree as it is, and returns what each of them runs of some files."""
-    places: list[str] = []
-    for file in files:
-        lines = (tree.source / file).read_text(encoding="utf-8").count("\n") + 2
-        places += [f"{file}:{line}" for line in range(lines)]
-    ran = bytearray(len(places))
-    number = {place: i for i, place in enumerate(places)}
-
-    def maker(file: str) -> Callable[[], CodeType]:
-        def make() -> CodeType:
-            path = tree.source / file
-            source = path.read_text(encoding="utf-8")
-            marked = probed(source, lambda line: number[f"{file}:{line}"])
-            return compile(marked, str(path), "exec", dont_inherit=True)
-
-        return make
-
-    def run() -> dict[str, object]:
-        setattr(builtins, PROBE, ran)
-        marks = _Marks(places, ran)
-        _tests(tree, [], {file: maker(file) for file in files}, marks, ())
-        return vars(marks.reach(tree.root))
-
-    (ended,) = all_of([Work(run, log, cpu_seconds=3600)], 1)
-    if not ended.result or not ended.result["seconds"]:
-        raise SystemExit(f"the tests cannot be run on the tree as it is: see {log}")
-    return Reach(**ended.result)
-
-
 def try_mutant(tree: Tree, file: str, code: ast.Module, limits: dict[str, float]) -> dict[str, str]:
     """Runs tests in this process with one file replaced; returns how that ended, and by which."""
     choice = _Choice(limits)
     paths = list(dict.fromkeys(name.partition("::")[0] for name in limits))
-
-    def make() -> CodeType:
-        return compile(code, str(tree.source / file), "exec", dont_inherit=True)
-
-    status = _tests(tree, paths, {file: make}, choice, ("-x",))
+    status = run_tests(tree, paths, {file: lambda: code}, choice, ("-x",))
     return {**choice.said, "status": str(int(status))}
 
 
-def limits_of(names: Iterable[str], reach: Reach) -> dict[str, float]:
-    """Returns the CPU time that each test may take."""
-    return {name: TEST_SECONDS + TIMES_LONGER * reach.seconds[name] for name in names}
-
-
-def _tests(
+def run_tests(
     tree: Tree,
     paths: list[str],
-    made: dict[str, Callable[[], CodeType]],
+    made: dict[str, Callable[[], ast.Module]],
     plugin: object,
     more: Sequence[str],
 ) -> int:

@@ -127,7 +127,7 @@ def worker(options: argparse.Namespace) -> None:
     timed = [(measured(act, samples[str(i.op)], clock), i) for act, i in actions]
     small = GPT(vocabulary=64, positions=16, width=32, heads=4, layers=1, tied=False)
 
-    def work() -> None:
+    def work(_) -> None:
         torch.autograd.backward([small(*rows(0, share))])
 
     followed = [(followed_by_blanks(act, samples, clock, work), i) for act, i in actions]
@@ -172,17 +172,17 @@ def watch_own(engine, clock: Clock) -> None:
     for place in engine._own.places.values():
         for layer in place.stage._layers:
             layer.module = clock.around(layer.module)
-    for optimizer in engine._optimizers:
+    for optimizer in engine._end.optimizers:
         optimizer.step = clock.around(optimizer.step)
 
 
 def measured(act, own: list[Sample], clock: Clock):
     """An action that leaves its time, and PyTorch's part of it."""
 
-    def timed() -> None:
+    def timed(step) -> None:
         clock.inside, clock.calls = 0.0, 0
         began = time.thread_time()
-        act()
+        act(step)
         own.append((time.thread_time() - began, clock.inside, clock.calls))
 
     return timed
@@ -190,18 +190,18 @@ def measured(act, own: list[Sample], clock: Clock):
 
 def followed_by_blanks(act, samples: Samples, clock: Clock, work):
     """An action that is not timed, and then one that only calls PyTorch, which is."""
-    nothing, computing = clock.around(lambda: None), clock.around(work)
+    nothing, computing = clock.around(lambda _: None), clock.around(work)
 
-    def twice() -> None:
-        computing()
-        computing()
+    def twice(step) -> None:
+        computing(step)
+        computing(step)
 
-    blanks = {"empty": lambda: None, "nothing": nothing, "once": computing, "twice": twice}
+    blanks = {"empty": lambda _: None, "nothing": nothing, "once": computing, "twice": twice}
     turns = itertools.cycle([measured(blank, samples[k], clock) for k, blank in blanks.items()])
 
-    def both() -> None:
-        act()
-        next(turns)()
+    def both(step) -> None:
+        act(step)
+        next(turns)(step)
 
     return both
 

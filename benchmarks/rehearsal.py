@@ -30,10 +30,11 @@ from meshwright.runtime.assemble import Assembly, build_own
 from meshwright.runtime.build import cut_for, set_precision
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.measure import Recording, Works
-from meshwright.runtime.optimizer import LossScale, OptimizerFactory, updates
-from meshwright.runtime.play import Player
+from meshwright.runtime.optimizer import OptimizerFactory, updates
+from meshwright.runtime.play import Player, Step
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Stage
+from meshwright.runtime.step_end import StepEnd
 from meshwright.runtime.train import adamw
 from meshwright.runtime.world import World, reduction_groups
 
@@ -46,29 +47,31 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 }
 
 
+class _BlindEnd(StepEnd):
+    """The end of a step, of which no value is read."""
+
+    def _reduce_norm(self, i: Instruction, step: Step) -> None:  # noqa: ARG002
+        own = self._player.own
+        own.reducer.finish(own.buckets)
+        self._player.finish()
+        for update in self._updates.values():
+            update.squared_norm(self._world.device)
+        self.loss, self.norm = 0.0, 2.0
+
+
 class _Rehearsal(Engine):
     """The engine of one rank alone, which must not look at values: fake tensors have none."""
 
     def __init__(self, plan: Plan, program: Program, own: Assembly, world: World) -> None:
         self.plan, self.program, self.world, self.rank = plan, program, world, world.rank
         self.steps = 0
-        self._schedule = None
         self._own = own
         self._player = Player(own, plan, program.ranks[world.rank], Recording())
-        self._scale = LossScale(dynamic=False)
         make = OPTIMIZERS[plan.job.optimizer]
-        self._updates = updates(program.ranks[world.rank], own.reducer.buckets, make)
-        self.options, self._early = TrainingOptions(), False
-        self._on_device, self._unread = False, None
+        update = updates(program.ranks[world.rank], own.reducer.buckets, make)
+        self._end = _BlindEnd(self._player, world, update, plan.job.precision, TrainingOptions())
         self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
-
-    def _reduce_norm(self, i: Instruction) -> None:  # noqa: ARG002
-        self._own.reducer.finish(self._own.buckets)
-        self._player.finish()
-        for update in self._updates.values():
-            update.squared_norm(self.world.device)
-        self._mean_loss, self._norm = 0.0, 2.0
 
 
 class _NoModules:

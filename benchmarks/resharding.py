@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from resharding_cases import CASES, ITEM, METHODS, ONE_TO_MANY, Case, layouts
+from resharding_messages import Strategy
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.cluster.topology import Resource, Topology, path, topology
 from meshwright.cost.collective import all_gather
+from meshwright.layout.boxes import elements
 from meshwright.layout.order import lower_bound
 from meshwright.layout.reshard import Transfer, multicasts, reshard
-from meshwright.layout.tiles import elements, unit_tasks
+from meshwright.layout.tiles import unit_tasks
 from meshwright.simulate.flows import Flow, Network, finish, settle, start
 
 NETWORK = 10e9 / 8
@@ -115,22 +117,24 @@ class Play:
         way = path(self.links, self.devices[source], self.devices[target])
         self.flow(dict.fromkeys(way.resources, size), way.latency, then)
 
-    def begin(self, transfer: Transfer, done: Callable[[], None]) -> None:
+    def begin(
+        self, transfer: Transfer, strategy: Strategy | None, done: Callable[[], None]
+    ) -> None:
         """A whole transfer."""
-        size = float(elements(transfer.tile) * ITEM)
-        if transfer.strategy == "broadcast" or len(transfer.receivers) == 1:
+        size = float(elements(transfer.box) * ITEM)
+        if strategy in (None, "broadcast") or len(transfer.receivers) == 1:
             self.chain(transfer, size, done)
             return
         groups: dict[str, list[int]] = defaultdict(list)
         for rank in transfer.receivers:
             groups[self.hosts[rank]].append(rank)
         for ranks in groups.values():
-            share = size / len(ranks) if transfer.strategy == "gather" else size
+            share = size / len(ranks) if strategy == "gather" else size
             left = [len(ranks)]
 
             def arrived(left: list[int] = left, ranks: list[int] = ranks) -> None:
                 left[0] -= 1
-                if not left[0] and transfer.strategy == "gather" and len(ranks) > 1:
+                if not left[0] and strategy == "gather" and len(ranks) > 1:
                     ring = all_gather(self.links, [self.devices[r] for r in ranks], size)
                     self.flow(ring.bytes_by_resource, ring.latency, lambda: None)
 
@@ -155,10 +159,10 @@ def seconds(case: Case, method: str) -> float:
     source, target, hosts = layouts(case)
     strategy, order = METHODS[method]
     play = Play(*cluster_of(hosts), hosts)
-    transfers = reshard(source, target, hosts, strategy, order)
+    transfers = reshard(source, target, hosts, order)
     if strategy in ("send", "gather"):
         for transfer in transfers:
-            play.begin(transfer, lambda: None)
+            play.begin(transfer, strategy, lambda: None)
         return play.run()
     queues: dict[tuple[str, str], deque[int]] = defaultdict(deque)
     ports = [list(used(transfer, hosts)) for transfer in transfers]
@@ -171,7 +175,7 @@ def seconds(case: Case, method: str) -> float:
         for index, transfer in enumerate(transfers):
             if index not in begun and all(queues[port][0] == index for port in ports[index]):
                 begun.add(index)
-                play.begin(transfer, partial(over, index))
+                play.begin(transfer, strategy, partial(over, index))
 
     def over(index: int) -> None:
         for port in ports[index]:

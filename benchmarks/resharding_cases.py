@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
+from resharding_messages import Strategy
+
 from meshwright.layout.order import Multicast, Turn, best_order, by_size, timed
-from meshwright.layout.reshard import Strategy
-from meshwright.layout.tiles import Layout, layout
+from meshwright.layout.shares import cut, own_share
+from meshwright.layout.tiles import Layout
 
 ITEM = 4
 """Bytes of an int32."""
@@ -77,6 +80,26 @@ def layouts(case: Case) -> tuple[Layout, Layout, dict[int, str]]:
     hosts = {rank: f"a{rank // case.source[1]}" for rank in range(count)}
     hosts |= {count + k: f"b{k // case.target[1]}" for k in range(more)}
     return source, target, hosts
+
+
+def layout(
+    shape: Sequence[int],
+    ranks: Sequence[int],
+    mesh: Sequence[int],
+    divided: Sequence[Sequence[int]],
+) -> Layout:
+    """A tensor on a mesh of `ranks` (row-major, axes of sizes `mesh`). `divided` lists, for each
+    dimension, the mesh axes that divide it, outermost first; it is replicated over all others."""
+    tiles = {}
+    for rank, place in zip(ranks, product(*map(range, mesh)), strict=True):
+        box = []
+        for size, axes in zip(shape, divided, strict=True):
+            index = 0
+            for axis in axes:
+                index = index * mesh[axis] + place[axis]
+            box.append(cut(size, own_share(prod(mesh[axis] for axis in axes), index)))
+        tiles[rank] = (tuple(box),)
+    return tiles
 
 
 def axes(spec: Spec) -> list[tuple[int, ...]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from resharding_cases import CASES, ITEM, METHODS, Case, layouts
+from resharding_messages import Strategy, messages
 
-from meshwright.layout.reshard import Transfer, messages, reshard
-from meshwright.layout.tiles import elements
+from meshwright.layout.boxes import elements
+from meshwright.layout.reshard import Transfer, reshard
 
 SCALE = 8
 """Every dimension is so much smaller."""
@@ -32,8 +33,14 @@ def scaled(case: Case) -> Case:
     return Case(case.name, (case.source[0], 2), (case.target[0], 2), shape, case.has, case.wants)
 
 
-def execute(transfers: Sequence[Transfer], hosts: dict[int, str], rank: int, have: Any) -> Any:
-    """Plays one rank's part of the messages, in the order of all; gives {tile: flat tensor}."""
+def execute(
+    transfers: Sequence[Transfer],
+    hosts: dict[int, str],
+    strategy: Strategy | None,
+    rank: int,
+    have: Any,
+) -> Any:
+    """Plays one rank's part of the messages, in the order of all; gives {box: flat tensor}."""
     import torch
     import torch.distributed as dist
 
@@ -41,12 +48,12 @@ def execute(transfers: Sequence[Transfer], hosts: dict[int, str], rank: int, hav
     leaving = []
     for number, transfer in enumerate(transfers):
         if rank == transfer.source:
-            flat = have(transfer.tile)
+            flat = have(transfer.box)
         elif rank in transfer.receivers:
-            flat = got[transfer.tile] = torch.empty(elements(transfer.tile), dtype=torch.int32)
+            flat = got[transfer.box] = torch.empty(elements(transfer.box), dtype=torch.int32)
         else:
             continue
-        for message in messages(transfer, hosts, CHUNKS):
+        for message in messages(transfer, hosts, strategy, CHUNKS):
             part = flat[slice(*message.part)]
             if message.target == rank:
                 dist.recv(part, message.source, tag=number)
@@ -71,19 +78,19 @@ def worker(rank: int, size: int, store: str, results: Any) -> None:
         source, target, hosts = layouts(case)
         whole = torch.arange(prod(case.shape), dtype=torch.int32).view(case.shape)
 
-        def cut(tile: Any, whole: Any = whole) -> Any:
-            return whole[tuple(slice(*ends) for ends in tile)].reshape(-1)
+        def cut(box: Any, whole: Any = whole) -> Any:
+            return whole[tuple(slice(*ends) for ends in box)].reshape(-1)
 
         for method, (strategy, order) in METHODS.items():
-            transfers = reshard(source, target, hosts, strategy, order)
-            execute(transfers, hosts, rank, cut)  # opens the connections
+            transfers = reshard(source, target, hosts, order)
+            execute(transfers, hosts, strategy, rank, cut)  # opens the connections
             dist.barrier()
             before = written()
-            got = execute(transfers, hosts, rank, cut)
+            got = execute(transfers, hosts, strategy, rank, cut)
             sent = written() - before
-            assert all(torch.equal(flat, cut(tile)) for tile, flat in got.items())
-            tile = target.tiles.get(rank)
-            assert tile is None or sum(map(elements, got)) == elements(tile)
+            assert all(torch.equal(flat, cut(box)) for box, flat in got.items())
+            tile = target.get(rank)
+            assert tile is None or sum(map(elements, got)) == elements(tile[0])
             results.put((case.name, method, rank, sent))
             dist.barrier()
     dist.destroy_process_group()
@@ -124,11 +131,12 @@ def run() -> list[dict[str, Any]]:
 def compared(case: Case, method: str, sent: Sequence[int]) -> dict[str, Any]:
     """The plan's bytes of each rank are what it wrote, gloo's headers apart."""
     source, target, hosts = layouts(case)
-    transfers = reshard(source, target, hosts, *METHODS[method])
+    strategy, order = METHODS[method]
+    transfers = reshard(source, target, hosts, order)
     plan: Counter[int] = Counter()
     ends: Counter[int] = Counter()
     for transfer in transfers:
-        for message in messages(transfer, hosts, CHUNKS):
+        for message in messages(transfer, hosts, strategy, CHUNKS):
             plan[message.source] += (message.part[1] - message.part[0]) * ITEM
             ends.update((message.source, message.target))
     for rank, count in enumerate(sent):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "program"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "search"))
 
 from listings import best_named, random_work
 
@@ -27,10 +27,10 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Action, high_water
 from meshwright.program.instructions import Instruction, Program
-from meshwright.program.listing import best_order
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, fits, seconds
+from meshwright.search.list_scheduler.listing import best_order
 from meshwright.simulate.engine import simulate
 
 FREE = Price(traffic=Traffic(bytes_by_resource={}))

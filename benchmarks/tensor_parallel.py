@@ -102,16 +102,16 @@ def by_us(block):
     import torch.distributed as dist
     from torch import nn
 
-    from meshwright.model.shard import held
+    from meshwright.layout.shares import own_share
+    from meshwright.model.shard import tile_of
     from meshwright.runtime.tensor import Team, divide, take
 
     team = Team(dist.group.WORLD, dist.get_rank(), 2)
     for name, how in block.tensor_split.items():
         module = block.get_submodule(name)
         for attribute, full in list(module.named_parameters()):
-            ranges = held(how, attribute, tuple(full.shape), 2, team.index)
-            if ranges is not None:
-                setattr(module, attribute, nn.Parameter(take(full.detach(), ranges)))
+            tile = tile_of(how, attribute, tuple(full.shape), own_share(2, team.index))
+            setattr(module, attribute, nn.Parameter(take(full.detach(), tile)))
         divide(module, name, how, 0, team)
     return block
 

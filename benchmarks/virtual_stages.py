@@ -72,11 +72,11 @@ def cluster(case: Case) -> Cluster:
 
 
 def planned(
-    graph: LayerGraph, where: Cluster, job: Job, *, divide: bool
+    graph: LayerGraph, where: Cluster, job: Job, forbidden: tuple[str, ...]
 ) -> tuple[str, float, float]:
     """The plan in one line, its step, and the CPU seconds of the search."""
     began = time.process_time()
-    plan = find_plan(graph, where, job, divide=divide)
+    plan = find_plan(graph, where, job, forbidden=forbidden)
     assert plan.prediction is not None
     return describe(plan), plan.prediction.step_seconds, time.process_time() - began
 
@@ -91,7 +91,7 @@ def main() -> None:
         graph = load_model(case.model, case.sequence, "fp16")
         job = Job(global_batch=case.rows, sequence=case.sequence, precision="fp16")
         (_, before, spent), (plan, after, then) = (
-            planned(graph, cluster(case), job, divide=divide) for divide in (False, True)
+            planned(graph, cluster(case), job, forbidden) for forbidden in (("virtual-stages",), ())
         )
         devices = " + ".join(
             f"{count * case.per_node} {kind}" for kind, count in case.nodes.items()

@@ -17,7 +17,7 @@ settings.load_profile("meshwright")
 
 HEAVY_ROOMS = ("launch", "runtime", "testbed")
 """Their tests train, or start and end processes, nearly all of them."""
-before = pytest.StashKey[int]()
+before = pytest.StashKey[tuple[frozenset[str], int]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,20 +29,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Remembers what children had done before the test and its fixtures."""
-    item.stash[before] = _work_of_ended_children()
+    """Remembers which processes ran before the test and its fixtures, and what ended ones did."""
+    item.stash[before] = _children(), _work_of_ended_children()
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Fails a test that starts a process without being marked: `make check` would run it."""
-    children = any(each.read_text() for each in Path("/proc/self/task").glob("*/children"))
+    known, work = item.stash[before]
+    now = _children()
     result = yield
-    if children or _work_of_ended_children() != item.stash[before]:
+    # A pool that another test left running may end during this one; that is no start.
+    if now - known or (now == known and _work_of_ended_children() != work):
         marked = any(item.get_closest_marker(name) for name in ("slow", "heavy"))
         assert marked, "this test starts a process: mark it with pytest.mark.heavy"
     return result
+
+
+def _children() -> frozenset[str]:
+    """Process numbers of the children that run now."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return frozenset(pid for each in lists for pid in each.read_text().split())
 
 
 def _work_of_ended_children() -> int:

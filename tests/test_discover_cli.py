@@ -51,6 +51,7 @@ def kinds(path: str) -> tuple[str, ...]:
     return load_cluster(path).nodes[0].devices
 
 
+@pytest.mark.heavy
 def test_a_broken_tool_ends_in_an_error_that_names_the_way_to_the_cores(said) -> None:
     nvidia_smi(BROKEN)
     status, out, err = said()
@@ -63,6 +64,7 @@ def test_a_broken_tool_ends_in_an_error_that_names_the_way_to_the_cores(said) ->
     assert set(kinds("cluster.toml")) == {"cpu"}
 
 
+@pytest.mark.heavy
 def test_gpus_that_can_be_read_are_taken_when_that_is_asked_for(said) -> None:
     nvidia_smi(HALF)
     status, _, err = said()

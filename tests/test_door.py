@@ -276,6 +276,7 @@ def test_what_permissions_forbid_is_said_before_and_when_it_is_done(tmp_path: Pa
     assert (closed / "t").read_text() == "kept"
 
 
+@pytest.mark.heavy
 def test_a_full_disk_is_told_and_nothing_half_is_left(tmp_path: Path) -> None:
     """A limit on the size of files ends a write in its middle, as a full disk does."""
 

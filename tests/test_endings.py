@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from meshwright import cli
+from meshwright.cli.options import INTERRUPTED_STATUS
 from meshwright.errors import ClusterError, Problem
 from meshwright.training import _kept_model
 
@@ -96,7 +97,7 @@ def test_ctrl_c_is_no_traceback(folder: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == cli.STOPPED
+    assert done.returncode == INTERRUPTED_STATUS
     assert done.stderr == "stopped by Ctrl-C\n"
 
 
@@ -161,24 +162,27 @@ OUTPUTS = (
     "reorder plan.json -o {}",
     "whatif plan.json --without here:1 -o {}",
     "profile --model gpt-tiny --sequence 16 -o {}",
-    "train plan.json --report {}",
     "calibrate run -o {}",
     "discover -o {}",
 )
+TRAINING = ("train plan.json --report {}", "train plan.json -o {}")
 FOLDERS = (
     "export plan.json --to megatron -o {}",
     "calibrate --propose 1 --model gpt-tiny --cluster cluster.toml --sequence 16 -o {}",
-    "train plan.json -o {}",
     "verify plan.json -o {}",
     "demo -o {}",
 )
 
 
-@pytest.mark.parametrize("line", [*OUTPUTS, *FOLDERS])
+STARTING = tuple(pytest.param(line, marks=pytest.mark.heavy) for line in TRAINING)
+
+
+@pytest.mark.parametrize("line", [*OUTPUTS, *FOLDERS, *STARTING])
 def test_outputs_that_cannot_be_are_refused_before_the_work(said, folder: Path, line: str) -> None:
     (folder / "file").write_text("a file")
     long = "x" * 300
-    bad = ("file", "file/deep", long) if line in FOLDERS else (".", "/dev/zero", "file/x", long)
+    folder_wanted = line in (*FOLDERS, TRAINING[1])
+    bad = ("file", "file/deep", long) if folder_wanted else (".", "/dev/zero", "file/x", long)
     for each in bad:
         status, out, err = said(line.format(each))
         assert (status, out) == (cli.MISTAKE, "")

@@ -18,11 +18,49 @@ SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
 ROOMS = SOURCE / "techniques"
 SHARED = {"plan/spec.py": "the field itself", "techniques/__init__.py": "the list of rooms"}
 FIELDS: dict[str, tuple[str, ...]] = {
+    "activation_checkpointing": ("recompute",),
     "state_division": ("states", "StateDivision", "StateLevel"),
 }
 """The field of each technique in a plan, with the names of its types."""
-ALLOWED: dict[tuple[str, str], str] = {}
-"""A technique and a file outside its room that has its words all the same, with the reason."""
+BUCKETS = "a rank holds its gradients in buckets, whichever collective sums them"
+CHOSEN = "the search chooses it stage by stage"
+SWITCH = "a switch in files that the exporter writes as a whole"
+ALLOWED: dict[str, dict[str, str]] = {
+    "data_parallel": {
+        "runtime/assemble.py": BUCKETS,
+        "runtime/measure.py": BUCKETS,
+        "runtime/optimizer.py": BUCKETS,
+        "runtime/start.py": BUCKETS,
+        "search/costs.py": "it estimates reductions without a program",
+        "techniques/state_division/program.py": "divided states replace its all-reduces",
+        "techniques/state_division/runtime.py": BUCKETS,
+    },
+    "backward_split": {
+        "cost/times.py": "it keeps the seconds of both parts of a layer",
+        "runtime/stage.py": "a stage runs the two parts of its backwards",
+        "search/certificate.py": "it bounds the seconds of both parts",
+    },
+    "activation_checkpointing": {
+        "cost/instructions.py": "the seconds of a backward hold the repeated forward",
+        "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
+        "cost/pricing_context.py": "memory is kept by what it depends on",
+        "cost/sharded.py": "the same field of another tool's run",
+        "cost/times.py": "the seconds of a backward hold the repeated forward",
+        "export/accelerate.py": SWITCH,
+        "export/answers.py": SWITCH,
+        "export/deepspeed.py": SWITCH,
+        "export/grid.py": SWITCH,
+        "export/megatron.py": SWITCH,
+        "export/torchtitan.py": SWITCH,
+        "plan/ranks.py": "the stage of a rank has it",
+        "runtime/build.py": "a built stage knows which of its layers run again",
+        "runtime/profile_layers.py": "the profile measures layers that keep their activations",
+        "search/explain.py": CHOSEN,
+        "search/lines.py": CHOSEN,
+        "search/virtual_stages.py": CHOSEN,
+    },
+}
+"""By technique: the files outside its room that have its words all the same, with the reason."""
 
 FILES = {
     path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8")
@@ -72,14 +110,13 @@ def _outside(room: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("room", TECHNIQUES)
 def test_the_words_of_a_technique_stay_in_its_room(room: str) -> None:
-    stray = {n: words for n, words in _outside(room).items() if (room, n) not in ALLOWED}
+    stray = {n: words for n, words in _outside(room).items() if n not in ALLOWED.get(room, {})}
     assert not stray, f"words of {room} outside techniques/{room}: {stray}"
 
 
 @pytest.mark.parametrize("room", TECHNIQUES)
 def test_no_exception_is_allowed_for_longer_than_it_lasts(room: str) -> None:
-    allowed = {name for each, name in ALLOWED if each == room}
-    assert allowed <= _outside(room).keys()
+    assert ALLOWED.get(room, {}).keys() <= _outside(room).keys()
 
 
 @pytest.mark.parametrize("room", TECHNIQUES)
@@ -95,4 +132,4 @@ def test_every_room_is_in_the_list() -> None:
     rooms = {path.name for path in ROOMS.iterdir() if (path / "__init__.py").exists()}
     assert rooms == {*TECHNIQUES}
     assert FIELDS.keys() <= rooms
-    assert {room for room, _ in ALLOWED} <= rooms
+    assert ALLOWED.keys() <= rooms

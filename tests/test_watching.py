@@ -14,7 +14,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from meshwright.cli.watching import INTERRUPTED_STATUS, LINE_SECONDS, QUIET_SECONDS, Watch, watched
+from meshwright.cli.options import INTERRUPTED_STATUS
+from meshwright.cli.watching import LINE_SECONDS, QUIET_SECONDS, Watch, watched
 from meshwright.cluster.files import load_cluster
 from meshwright.errors import FitError, PlanError, Problem
 from meshwright.model.load import load_model

@@ -116,8 +116,9 @@ def from_runs(folders: Sequence[Path], cluster: Path | None = None) -> Profile:
     ]
     ProfileError.check(strangers)
     plans = [found.plan for _, found in opened]
+    options = [load_settings(folder, error=ProfileError).options for folder in folders]
     clipped = [
-        load_settings(folder, error=ProfileError).options.clip_norm > 0 for folder in folders
+        each.waits_for_norm(plan.job.precision) for each, plan in zip(options, plans, strict=True)
     ]
     base = base_profile(session)
 

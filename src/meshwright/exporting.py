@@ -14,7 +14,7 @@ from meshwright.export.deepspeed import uniform
 from meshwright.export.tools import check_tool, export_files
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
-from meshwright.plan.spec import Plan
+from meshwright.plan.spec import Plan, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
@@ -91,7 +91,8 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
 
 
 def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
-    """Yield the plan on the same devices with one stage on each, even cuts, and schedule 1F1B."""
+    """Yield the plan on the same devices with one stage on each, even cuts, and schedule 1F1B; both
+    with what techniques add to its stages and without."""
     layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
     groups = len(layouts[0])
     if any(len(layout) != groups for layout in layouts):
@@ -110,7 +111,31 @@ def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
             )
             for pipeline, layout in zip(plan.pipelines, layouts, strict=True)
         )
-        yield replace(plan, schedule="1f1b", pipelines=pipelines, prediction=None)
+        form = replace(plan, schedule="1f1b", pipelines=pipelines, prediction=None)
+        yield form
+        if (without := _without_techniques(form)) != form:
+            yield without
+
+
+def _without_techniques(plan: Plan) -> Plan:
+    """Return the plan with stages that have nothing but what every stage has."""
+    pipelines = tuple(
+        replace(
+            pipeline,
+            stages=tuple(
+                Stage(
+                    layers=stage.layers,
+                    devices=stage.devices,
+                    rows=stage.rows,
+                    boundary=stage.boundary,
+                    recompute=stage.recompute,
+                )
+                for stage in pipeline.stages
+            ),
+        )
+        for pipeline in plan.pipelines
+    )
+    return replace(plan, pipelines=pipelines)
 
 
 def even_cuts(layers: int, stages: int) -> Iterator[Cuts]:

@@ -15,9 +15,9 @@ from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import IN_PLAN
 from meshwright.program.check import check_program
-from meshwright.program.listing import LOOKED_AT
 from meshwright.search.costs import costs_of
-from meshwright.search.schedule import in_listed_order, pipeline_works
+from meshwright.search.list_scheduler.listing import LOOKED_AT
+from meshwright.search.options.schedules import in_listed_order, pipeline_works
 from meshwright.session import Session, predicted, priced
 
 MOST_ORDER_BYTES = 16 * files.MEBI

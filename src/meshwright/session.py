@@ -3,7 +3,7 @@ times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
@@ -105,6 +105,7 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
 def search(
     session: Session,
     *,
+    forbidden: Collection[str] = (),
     budget_seconds: float | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
@@ -117,6 +118,7 @@ def search(
         session.cluster,
         session.job,
         session.profile,
+        forbidden=forbidden,
         budget_seconds=budget_seconds,
         progress=progress,
         stop=stop,

@@ -56,11 +56,13 @@ def refused(host: Host) -> str:
     return str(caught.value)
 
 
+@pytest.mark.heavy
 def test_an_old_driver_is_asked_again_without_the_field(with_tool: Tools) -> None:
     cluster, _ = describe(look(with_tool(OLD_DRIVER)))
     assert cluster.nodes[0].devices == ("V100-32", "V100-32")
 
 
+@pytest.mark.heavy
 def test_a_tool_that_hangs_is_left_with_its_children_and_not_asked_again(
     with_tool: Tools, tmp_path: Path
 ) -> None:
@@ -74,6 +76,7 @@ def test_a_tool_that_hangs_is_left_with_its_children_and_not_asked_again(
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.heavy
 def test_a_tool_that_hangs_is_waited_for_once(with_tool: Tools, tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     host = with_tool(f"#!/bin/sh\necho $1 >> {asked}\nexec sleep 600\n")
@@ -84,6 +87,7 @@ def test_a_tool_that_hangs_is_waited_for_once(with_tool: Tools, tmp_path: Path) 
     assert len(asked.read_text().split()) == 1
 
 
+@pytest.mark.heavy
 def test_a_tool_that_never_stops_writing_is_not_read_to_its_end(with_tool: Tools) -> None:
     host = replace(with_tool("#!/bin/sh\nexec yes Tesla T4, 15360\n"), run=this_host(60).run)
     began = time.monotonic()
@@ -91,12 +95,14 @@ def test_a_tool_that_never_stops_writing_is_not_read_to_its_end(with_tool: Tools
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.heavy
 def test_windows_line_ends_are_read(with_tool: Tools) -> None:
     """As from nvidia-smi.exe, called from Linux."""
     program = "#!/bin/sh\ncase $1 in --query*cap*) printf 'Tesla T4, 15360, 7.5\\r\\n';; esac\n"
     assert [gpu.name for gpu in look(with_tool(program)).gpus] == ["Tesla T4"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("program", "words"),
     [

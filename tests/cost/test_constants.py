@@ -31,12 +31,12 @@ from meshwright.cost.links import overhead_seconds, reached_links, ring_step
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
-from meshwright.program.operations import Op
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import Candidate, evaluate
 from meshwright.search.placement import default_placement
 from meshwright.search.space import DeviceSet, Grid, Shape
 from meshwright.simulate.engine import simulate_plan
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from worlds import even_model, even_plan, one_node
 
 
@@ -116,7 +116,7 @@ def test_16_bit_gradients_after_the_backward_are_reduced_in_half_the_time_but_ex
     late = simulate_plan(plan, model, cluster, under(half))
     for timeline, size in ((plain, 1e-3), (late, 0.5e-3)):
         (began, ended), *_ = [
-            (i.start_seconds, i.end_seconds) for i in timeline.intervals if i.op is Op.REDUCE_GRAD
+            (i.start_seconds, i.end_seconds) for i in timeline.intervals if i.op is REDUCE_GRAD
         ]
         assert ended - began == pytest.approx(size)
     assert late.step_seconds == pytest.approx(6e-3 + 0.5e-3, rel=1e-2)

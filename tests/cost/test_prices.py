@@ -16,6 +16,7 @@ from meshwright.errors import ClusterError
 from meshwright.model.spec import Tied
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from worlds import even_model, even_plan, one_node
 
 
@@ -105,7 +106,7 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
         "w": pytest.approx(4e-3),
     }
     inside = [
-        p.inside for p, i in zip(ranks[0], program.ranks[0], strict=True) if i.op is Op.REDUCE_GRAD
+        p.inside for p, i in zip(ranks[0], program.ranks[0], strict=True) if i.op is REDUCE_GRAD
     ]
     assert inside == [backward] * 4
 
@@ -121,10 +122,10 @@ def test_gradients_as_small_as_the_norm_are_not_taken_for_it() -> None:
     carried = {
         i.op: max(p.traffic.bytes_by_resource.values())
         for i, p in zip(program.ranks[0], own, strict=True)
-        if i.op in (Op.REDUCE_GRAD, Op.REDUCE_NORM)
+        if i.op in (REDUCE_GRAD, Op.REDUCE_NORM)
     }
     assert {i.bytes for i in program.ranks[0] if i.ranks} == {16}
-    assert carried == {Op.REDUCE_GRAD: 8.0, Op.REDUCE_NORM: 16.0}
+    assert carried == {REDUCE_GRAD: 8.0, Op.REDUCE_NORM: 16.0}
 
 
 def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:

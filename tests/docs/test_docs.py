@@ -6,13 +6,18 @@ import ast
 import json
 import re
 import runpy
+import shlex
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup as Group
+from typer.main import get_command
 
 import meshwright
+from meshwright.cli.options import app
 from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.memory import device_memory, total_bytes
@@ -116,6 +121,28 @@ def test_files_and_names_that_a_page_mentions_exist(page: Path) -> None:
 )
 def test_names_are_found_in_the_text_of_a_page(text: str, found: list[tuple[str, str]]) -> None:
     assert NAMES_IN_A_FILE.findall(text) == found
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of every command of ours in the examples of a page, up to a further command."""
+    for block in re.findall(r"```(?:sh|bash|text)?\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s--\s", line.partition(" #")[0]):
+                if part.startswith("meshwright "):
+                    yield shlex.split(part)[1:]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda path: path.name)
+def test_commands_have_the_verbs_and_options_that_a_page_shows(page: Path) -> None:
+    for words in _commands(page.read_text(encoding="utf-8")):
+        command = get_command(app)
+        while isinstance(command, Group) and words:
+            assert words[0] in command.commands, words
+            command, *words = command.commands[words[0]], *words[1:]
+        known = {option for each in command.params for option in each.opts}
+        for word in words:
+            option = word.partition("=")[0].strip("[]")
+            assert not option.startswith("-") or option in known, f"{command.name} {option}"
 
 
 def test_the_readme_is_short() -> None:

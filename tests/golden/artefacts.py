@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cluster.files import load_cluster
@@ -39,9 +40,12 @@ def plan_file(cluster: str, model: str) -> Path:
 
 
 def find(cluster: str, model: str) -> Plan:
-    """The plan that the search finds for a case today."""
+    """The plan that the search finds for a case today, without its counts of pruned candidates:
+    how often a search looks at what it does not choose is free to change."""
     graph = load_model(model, JOB.sequence, JOB.precision)
-    return find_plan(graph, load_cluster(CLUSTERS / f"{cluster}.toml"), JOB)
+    found = find_plan(graph, load_cluster(CLUSTERS / f"{cluster}.toml"), JOB)
+    assert found.prediction is not None
+    return replace(found, prediction=replace(found.prediction, dropped={}))
 
 
 def texts(cluster: str, model: str) -> dict[str, str]:

@@ -1,94 +1,61 @@
 """The table of what tensor ranks hold, and that shares put together are the whole."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
+from meshwright.layout.shares import Share, own_share
+from meshwright.layout.tiles import within
 from meshwright.model.shard import (
     Column,
     Row,
-    Tile,
     Vocabulary,
     VocabularyHead,
     VocabularyLoss,
-    chunk,
-    common_tiles,
-    held,
-    holder,
-    slices,
+    divided_dim,
     splits,
     tensor_units,
-    within,
+    tile_of,
 )
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.moe import Mixtral
 
 
-@given(size=st.integers(0, 300), width=st.integers(1, 20))
-def test_chunks_are_consecutive_and_differ_by_one_at_most(size, width):
-    shares = [chunk(size, width, index) for index in range(width)]
-    assert shares[0][0] == 0
-    assert shares[-1][1] == size
-    assert all(a[1] == b[0] for a, b in pairwise(shares))
-    sizes = [last - first for first, last in shares]
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes[0] == max(sizes)
+def held(split, parameter, shape, width, index):
+    """What a rank holds."""
+    return tile_of(split, parameter, shape, own_share(width, index))
 
 
-@given(
-    size=st.integers(0, 300),
-    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True),
-)
-def test_common_tiles_are_whole_shares_of_every_width(size, widths):
-    """Whatever the size, also where no width divides it."""
-    split = Column(parts=(size, 2 * size))
-    tiles = common_tiles(widths)
-    for width in widths:
-        for index in range(width):
-            own = held(split, "weight", (3 * size, 5), width, index)
-            mine = [slices(split, "weight", (3 * size, 5), tile) for tile in tiles
-                    if holder(tile, width) == index]  # fmt: skip
-            for part in range(2):
-                pieces = [tile.ranges[part] for tile in mine]
-                assert (pieces[0][0], pieces[-1][1]) == own.ranges[part]
-                assert all(a[1] == b[0] for a, b in pairwise(pieces))
-
-
-def test_a_tile_lies_in_each_part_of_what_a_rank_holds():
+def test_a_share_lies_in_each_part_of_what_a_rank_holds():
     split = Column(parts=(8, 4, 4))
     own = held(split, "weight", (16, 10), 2, 1)
-    tile = slices(split, "weight", (16, 10), Tile(first=3, last=4, of=4))
-    assert within(own, tile).ranges == ((2, 4), (5, 6), (7, 8))
+    tile = tile_of(split, "weight", (16, 10), Share(first=3, last=4, of=4))
+    assert within(own, tile) == tuple((rows, (0, 10)) for rows in ((2, 4), (5, 6), (7, 8)))
 
 
 def test_fused_projections_are_divided_part_by_part():
-    ranges = held(Column(parts=(8, 4, 4)), "weight", (16, 10), 2, 1)
-    assert ranges is not None
-    assert (ranges.dim, ranges.ranges) == (-2, ((4, 8), (10, 12), (14, 16)))
+    tile = held(Column(parts=(8, 4, 4)), "weight", (16, 10), 2, 1)
+    assert tile == tuple((rows, (0, 10)) for rows in ((4, 8), (10, 12), (14, 16)))
     bias = held(Column(parts=(8, 4, 4)), "bias", (16,), 2, 0)
-    assert bias is not None
-    assert (bias.dim, bias.ranges) == (-1, ((0, 4), (8, 10), (12, 14)))
+    assert bias == (((0, 4),), ((8, 10),), ((12, 14),))
 
 
 def test_what_is_held_in_full():
-    assert held(Row(), "bias", (16,), 2, 0) is None
-    assert held(VocabularyLoss(), "weight", (16, 2), 2, 0) is None
-    row = held(Row(), "weight", (4, 16, 6), 3, 2)
-    assert row is not None
-    assert (row.dim, row.ranges) == (-1, ((4, 6),))
+    for split, name, shape in (
+        (None, "weight", (3, 4)), (Row(), "bias", (16,)), (VocabularyLoss(), "weight", (16, 2))
+    ):  # fmt: skip
+        assert divided_dim(split, name) is None
+        assert held(split, name, shape, 2, 0) == (tuple((0, size) for size in shape),)
+    assert held(Row(), "weight", (4, 16, 6), 3, 2) == (((0, 4), (0, 16), (4, 6)),)
 
 
 def test_an_uneven_vocabulary_gives_some_ranks_one_more():
     for how in (Vocabulary(), VocabularyHead()):
         shares = [held(how, "weight", (11, 4), 4, index) for index in range(4)]
-        assert [s.ranges for s in shares if s] == [((0, 3),), ((3, 6),), ((6, 9),), ((9, 11),)]
+        assert [rows for ((rows, _),) in shares] == [(0, 3), (3, 6), (6, 9), (9, 11)]
 
 
 def test_a_models_own_table_wins_over_its_modules():
@@ -115,10 +82,9 @@ def share_of(block: nn.Module, width: int, index: int) -> dict[str, torch.Tensor
     state = dict(block.named_parameters())
     for name, how in block.tensor_split.items():
         for own, tensor in block.get_submodule(name).named_parameters():
-            part = held(how, own, tuple(tensor.shape), width, index)
-            if part is not None:
-                pieces = [tensor.narrow(part.dim, a, b - a) for a, b in part.ranges]
-                state[f"{name}.{own}"] = torch.cat(pieces, part.dim)
+            tile = held(how, own, tuple(tensor.shape), width, index)
+            pieces = [tensor[tuple(slice(*ends) for ends in box)] for box in tile]
+            state[f"{name}.{own}"] = torch.cat(pieces, divided_dim(how, own) or 0)
     return state
 
 
@@ -146,5 +112,5 @@ def test_divided_logits_put_together_give_the_loss():
     x, targets = torch.randn(2, 5, 16, dtype=torch.float64), torch.randint(13, (2, 5))
     weight = head.linear.weight
     shares = [held(VocabularyHead(), "weight", (13, 16), 3, index) for index in range(3)]
-    logits = [F.linear(head.norm(x), weight[slice(*s.ranges[0])]) for s in shares if s]
+    logits = [F.linear(head.norm(x), weight[slice(*rows)]) for ((rows, _),) in shares]
     assert torch.equal(head.loss(torch.cat(logits, -1), targets), head(x, targets))

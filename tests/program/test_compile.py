@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import ProgramError
-from meshwright.model.shard import UNDIVIDED
+from meshwright.layout.shares import UNDIVIDED
 from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
@@ -23,6 +23,7 @@ from meshwright.program.deadlock import deadlocks
 from meshwright.program.instructions import Program, dumps, loads
 from meshwright.program.operations import Op
 from meshwright.program.schedules import in_flight, orders
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from strategies import chain, models_and_plans
 from worlds import even_plan, one_node
 
@@ -83,7 +84,7 @@ def met(program, rank, of) -> list:
     return [
         i
         for i in program.ranks[rank]
-        if i.op is Op.REDUCE_GRAD
+        if i.op is REDUCE_GRAD
         and (i.tied == of if isinstance(of, str) else i.layers and i.layers[0] <= of < i.layers[1])
     ]
 
@@ -324,6 +325,6 @@ def test_stages_of_unlike_tensor_widths_reduce_with_their_own_kind():
     )
     program = compile_plan(plan, model)
     check_program(program)
-    reducing = [any(i.op is Op.REDUCE_GRAD for i in instructions) for instructions in program.ranks]
+    reducing = [any(i.op is REDUCE_GRAD for i in instructions) for instructions in program.ranks]
     assert reducing[0]
     assert reducing[1]

@@ -76,3 +76,14 @@ def test_times_are_microseconds_and_the_file_is_json(tmp_path: Path) -> None:
     assert forward["dur"] == 1000.0
     assert forward["cat"] == "F"
     assert document["otherData"]["source"] == "simulated"
+
+
+def test_every_stream_has_its_tracks_and_times_are_whole_nanoseconds() -> None:
+    model, cluster = even_model(2, seconds=1e-3 / 3, cut_bytes=1e6), one_node(2)
+    timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster)
+    events = trace(timeline)["traceEvents"]
+    tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    assert len(set(tracks.values())) == len(tracks) > 2
+    forward = next(e for e in events if e["name"] == "0F0")
+    assert (forward["ts"], forward["dur"]) == (0.0, 333.333)
+    assert forward["tid"] == tracks["compute"]

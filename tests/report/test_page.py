@@ -238,3 +238,56 @@ def test_a_loss_that_is_not_a_number_leaves_the_rest_of_the_curve() -> None:
     assert points
     assert len(points[1].split()) == 2
     assert "nan" not in points[1]
+
+
+def test_a_curve_falls_evenly_between_the_edges_of_its_axes() -> None:
+    """The axes are at 52 and 624 across, and at 14 and 226 down, with a margin of a twentieth."""
+    svg = loss_svg({"run": (5.0, 4.0, 3.0)})
+    points = re.search(r'points="([^"]*)"', svg)
+    assert points
+    places = [tuple(map(float, each.split(","))) for each in points[1].split()]
+    assert [x for x, _ in places] == [52.0, 338.0, 624.0]
+    edge = 212 * 0.05 / 1.1
+    assert [y for _, y in places] == pytest.approx([14 + edge, 120.0, 226 - edge], abs=0.1)
+
+
+def _rectangles(svg: str) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """Kind and edges (left, top, right, bottom) of the site's, the nodes' and the devices'."""
+    found = []
+    for element in ElementTree.fromstring(svg).iter():
+        if element.tag.endswith("rect") and element.get("height") != "3":
+            x, y, width, height = (float(element.attrib[k]) for k in ("x", "y", "width", "height"))
+            kind = element.get("class", "device").replace("unused", "device")
+            found.append((kind, (x, y, x + width, y + height)))
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2, 5, 8, 21])
+def test_devices_stand_side_by_side_in_their_nodes_and_these_in_the_picture(devices: int) -> None:
+    cluster = paper.cluster()
+    nodes = (cluster.nodes[0], replace(cluster.nodes[1], devices=("slow",) * devices))
+    idle = replace(nodes[1], name="a node with a long name", devices=("slow",) * 3)
+    sites = (Site(name="main"), Site(name="far"))
+    spread = (*nodes, replace(idle, site="far"), replace(idle, site="far", name="idle"))
+    svg = plan_svg(paper.plan(), replace(cluster, nodes=spread, sites=sites), paper.model())
+    root = ElementTree.fromstring(svg)
+    _, _, right, bottom = map(float, root.attrib["viewBox"].split())
+    found = _rectangles(svg)
+    around = {"site": [(0.0, 0.0, right, bottom)]}
+    around["node"] = [edges for kind, edges in found if kind == "site"]
+    around["device"] = [edges for kind, edges in found if kind == "node"]
+    assert len(around["node"]) == 2
+    assert len(around["device"]) == 4
+    for kind, edges in found:
+        inside = [
+            outer
+            for outer in around[kind]
+            if outer[0] <= edges[0] and outer[1] <= edges[1]
+            and edges[2] <= outer[2] and edges[3] <= outer[3]
+        ]  # fmt: skip
+        assert len(inside) == 1, (kind, edges)
+        for other, beside in found:
+            if other == kind and beside != edges:
+                apart = edges[2] <= beside[0] or beside[2] <= edges[0]
+                assert apart or edges[3] <= beside[1] or beside[3] <= edges[1], (edges, beside)
+    assert sum(kind == "device" for kind, _ in found) == len(cluster.nodes[0].devices) + devices

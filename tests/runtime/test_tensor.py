@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from meshwright.errors import PlanError
+from meshwright.layout.shares import cut, own_share
 from meshwright.model.shard import (
     Column,
     Row,
@@ -18,8 +19,7 @@ from meshwright.model.shard import (
     Vocabulary,
     VocabularyHead,
     VocabularyLoss,
-    chunk,
-    held,
+    tile_of,
 )
 from meshwright.runtime.tensor import Team, divide, put, take
 
@@ -37,9 +37,8 @@ def test_slices_put_back_give_the_whole(width: int, parts: list[int], rows: bool
     full = torch.arange(float(3 * sum(parts))).view(shape)
     again = torch.full_like(full, -1)
     for index in range(width):
-        ranges = held(split, "weight", shape, width, index)
-        assert ranges is not None
-        put(again, ranges, take(full, ranges))
+        tile = tile_of(split, "weight", shape, own_share(width, index))
+        put(again, tile, take(full, tile))
     assert torch.equal(again, full)
 
 
@@ -63,9 +62,8 @@ def shared(_: int, width: int) -> tuple[float, Tensor, Tensor, Tensor]:
     splits = ((embedding, Vocabulary()), (head, VocabularyHead()), (loss, VocabularyLoss()))
     for module, split in splits:
         for name, full in list(module.named_parameters()):
-            ranges = held(split, name, tuple(full.shape), width, team.index)
-            assert ranges is not None
-            setattr(module, name, nn.Parameter(take(full.detach(), ranges)))
+            tile = tile_of(split, name, tuple(full.shape), own_share(width, team.index))
+            setattr(module, name, nn.Parameter(take(full.detach(), tile)))
         divide(module, "it", split, 11, team)
     value = loss(head(embedding(tokens)), targets)
     (3 * value).backward()
@@ -84,7 +82,7 @@ def test_an_uneven_vocabulary_gives_the_loss_and_gradients_of_the_whole(width: i
     wanted = (embedding.weight.grad, head.weight.grad, head.bias.grad)
     for rank, (loss, *gradients) in enumerate(run_ranks(width, shared, width)):
         assert loss == pytest.approx(value.item(), rel=1e-12)
-        first, last = chunk(11, width, rank)
+        first, last = cut(11, own_share(width, rank))
         for found, full in zip(gradients, wanted, strict=True):
             assert full is not None
             torch.testing.assert_close(found, full[first:last], rtol=1e-12, atol=1e-14)

@@ -10,15 +10,10 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.report.resources import resource_name
-from meshwright.search.boundaries import (
-    KINDS,
-    all_direct,
-    choose_boundaries,
-    wide_cuts,
-    with_boundaries,
-)
 from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
+from meshwright.search.finishing import finish
+from meshwright.search.options.boundary_kinds import KINDS, OPTION, wide_cuts, with_boundaries
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import fold, simulate_folded
@@ -60,7 +55,7 @@ def test_replicated_tensors_cross_a_slow_network_once():
     graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
     contest = contest_of(graph, where, plan)
     direct = contest.best.seconds
-    choose_boundaries(contest, lambda *_: None)
+    finish(contest, [OPTION], lambda *_: None)
     chosen = contest.best.plan.pipelines[0].stages[1].boundary
     assert chosen in KINDS
     assert contest.best.seconds < 0.5 * direct
@@ -69,7 +64,7 @@ def test_replicated_tensors_cross_a_slow_network_once():
         seconds = simulate_plan(other, graph, where).step_seconds
         assert seconds >= contest.best.seconds * (1 - 1e-9)
     again = contest_of(graph, where, plan)
-    choose_boundaries(again, lambda *_: None)
+    finish(again, [OPTION], lambda *_: None)
     assert again.best.plan == contest.best.plan
 
 
@@ -77,7 +72,7 @@ def test_without_tensor_ranks_there_is_nothing_to_choose():
     graph, where, plan = world(stage((0, 2), "a0", "a1"), stage((2, 4), "b0", "b1"))
     contest = contest_of(graph, where, plan)
     assert not list(wide_cuts(plan))
-    choose_boundaries(contest, lambda *_: None)
+    finish(contest, [OPTION], lambda *_: None)
     assert contest.best.plan == plan
     assert len(contest.others) == 1
 
@@ -87,10 +82,10 @@ def test_what_is_no_faster_stays_direct():
     where = replace(cluster(("fast",) * 4), nodes=cluster(("fast",) * 4).nodes)
     graph, _, plan = world(stage((0, 2), "a0 a1"), stage((2, 4), "a2 a3"))
     contest = contest_of(graph, where, plan)
-    choose_boundaries(contest, lambda *_: None)
+    finish(contest, [OPTION], lambda *_: None)
     assert where.nodes[0].inside == NVLINK
     assert contest.best.plan == plan
-    assert contest.dropped["boundaries that are not faster"] == 2
+    assert contest.dropped["boundary-kinds: slower in the simulator"] == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +121,7 @@ def test_a_plan_found_has_its_boundaries_chosen():
     plan = find_plan(graph, where, job(8))
     validate_plan(plan, graph, where)
     assert list(wide_cuts(plan))
-    assert not all_direct(plan)
+    assert {stage.boundary for stage in plan.pipelines[0].stages} & set(KINDS)
     seconds = simulate_plan(plan, graph, where).step_seconds
     assert plan.prediction.step_seconds == pytest.approx(seconds)
     for cut in wide_cuts(plan):

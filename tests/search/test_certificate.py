@@ -3,6 +3,7 @@ cut in two."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,13 +13,18 @@ from searchworlds import FAST, SLOW, cluster, job, model
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cost.collective import all_reduce
+from meshwright.cost.memory import usable_bytes
 from meshwright.cost.profile import LayerTime, Profile
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Prediction
 from meshwright.search.certificate import (
     CHAIN,
+    EXHAUSTIVE,
     LAST,
     certificate,
     certificate_in_haste,
     least_ring_seconds,
+    sentence,
 )
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
@@ -63,6 +69,78 @@ def test_no_ring_of_so_many_devices_is_quicker_than_the_least(where, data):
     members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     ring = all_reduce(costs.links, members, 0.0).latency
     assert least_ring_seconds(costs)(len(members)) <= ring
+
+
+def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():
+    """Two devices on one bus, four at a site, and six at sites whose uplinks take 1, 2 and 3 ms."""
+    bus, network = Link(bandwidth=1e10, latency=1e-6), Link(bandwidth=1e9, latency=1e-4)
+    uplinks = {"near": 1e-3, "far": 2e-3, "farther": 3e-3}
+    nodes = tuple(
+        Node(name=name, site=site, devices=("fast",) * 2, inside=bus, network=network)
+        for name, site in [("a", "near"), ("b", "near"), ("c", "far"), ("d", "farther")]
+    )
+    where = Cluster(
+        name="sites",
+        types={"fast": FAST},
+        nodes=nodes,
+        sites=tuple(
+            Site(name=name, uplink=Link(bandwidth=1e9, latency=seconds))
+            for name, seconds in uplinks.items()
+        ),
+    )
+    costs = costs_of(model([1.0]), where, job())
+    for members, step in ((2, 1e-6), (4, 1e-4), (6, 1e-4 + 2e-3)):
+        names = [device.name for device in devices_of(where)][:members]
+        found = least_ring_seconds(costs)(members)
+        assert found == pytest.approx(2 * (members - 1) * step)
+        assert found <= all_reduce(costs.links, names, 0.0).latency
+
+
+def measured(graph: LayerGraph, times: dict[int, float]) -> Profile:
+    """Seconds of a forward by rows, and twice that backward, of layers that are all alike."""
+    layers = tuple(
+        LayerTime(
+            device="fast",
+            signature=graph.layers[0].signature,
+            precision="fp32",
+            tensor=1,
+            rows=rows,
+            forward_seconds=seconds,
+            backward_seconds=2 * seconds,
+        )
+        for rows, seconds in times.items()
+    )
+    return Profile(model="chain", sequence=16, layers=layers)
+
+
+def test_a_layer_is_bounded_by_the_rows_that_memory_holds_beside_it():
+    """Four rows would be as quick as one. Beside the parameters of a layer, of 16 bytes each with
+    Adam, there is room for two and a half."""
+    parameters = 10_000_000
+    saved = (usable_bytes(FAST) - 16 * parameters) / 2.5
+    graph = model([10.0] * 2, parameters=parameters, saved=saved)
+    profile = measured(graph, {1: 10e-3, 2: 12e-3, 4: 12e-3})
+    bound = certificate(costs_of(graph, cluster(("fast",), types=(FAST,)), job(8), profile))
+    assert bound.seconds == pytest.approx(8 * 2 * 3 * 12e-3 / 2, rel=1e-3)
+
+
+def test_a_layer_that_no_device_holds_alone_is_bounded_by_those_that_hold_it_together():
+    parameters = int(1.5 * usable_bytes(FAST) / 16)
+    graph, todo = model([10.0] * 2, parameters=parameters), job(8)
+    bound = certificate(costs_of(graph, cluster(("fast",) * 4, types=(FAST,)), todo))
+    assert bound.seconds == pytest.approx(8 * 2 * 30e9 / (4 * 20e12), rel=0.05)
+    alone = certificate(costs_of(graph, cluster(*[("fast",)] * 4, types=(FAST,)), todo))
+    assert alone.seconds == float("inf")
+
+
+def test_what_is_said_is_how_far_the_step_may_be_from_the_best():
+    prediction = Prediction(
+        step_seconds=1.5, parts={}, memory=(), lower_bound_seconds=1.2, bound_reason=CHAIN
+    )
+    assert sentence(prediction) == f"at most 25.0% above the best possible (1.2 s: {CHAIN})"
+    assert sentence(replace(prediction, lower_bound_seconds=None)) == ""
+    whole = replace(prediction, bound_reason=EXHAUSTIVE)
+    assert sentence(whole) == f"the best possible: {EXHAUSTIVE}"
 
 
 def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():

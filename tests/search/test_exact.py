@@ -8,6 +8,7 @@ from searchworlds import small_worlds
 from meshwright.errors import FitError
 from meshwright.search.certificate import EXHAUSTIVE, certificate
 from meshwright.search.costs import costs_of
+from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from soaks import tenth
 
@@ -20,9 +21,9 @@ def check_exact(world):
     best, _ = least_seconds(graph, where, todo)
     if best is None:
         with pytest.raises(FitError):
-            find_plan(graph, where, todo, reorder=False)
+            find_plan(graph, where, todo, forbidden=OPTION_NAMES)
         return
-    found = find_plan(graph, where, todo, reorder=False).prediction
+    found = find_plan(graph, where, todo, forbidden=OPTION_NAMES).prediction
     assert found.step_seconds == pytest.approx(best, rel=2e-9)
     assert found.bound_reason == EXHAUSTIVE
     bound = certificate(costs_of(graph, where, todo))

@@ -97,6 +97,15 @@ def test_rows_move_between_unlike_replicas_only():
     assert (6, 4, 2) not in found
 
 
+def test_micro_batches_become_one_or_two_sizes_larger_or_smaller():
+    """Twelve rows come in micro-batches of 1, 2, 3, 4, 6 or 12."""
+    costs = priced()
+    start = line(costs, (A0,), (B0,))
+    assert start.rows == 4
+    found = [lines[0] for _, lines in moves.micro_batches(costs, ("1f1b", (start,)), INFINITE)]
+    assert [(each.rows, each.micro_batches) for each in found] == [(2, 6), (3, 4), (6, 2), (12, 1)]
+
+
 def test_runs_and_stages_change_places():
     costs = priced()
     start = line(costs, (A0,), (A1,), (B0,))

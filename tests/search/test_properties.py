@@ -16,6 +16,7 @@ from meshwright.errors import FitError
 from meshwright.plan.validate import validate_plan
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
+from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from soaks import tenth
 
@@ -50,7 +51,7 @@ def seconds(graph, where, todo):
     """Of the best plan in the space that is searched whole: other orders of work, and several
     stages on a device, are tried for the finalists alone, and those change with the cluster."""
     try:
-        return find_plan(graph, where, todo, reorder=False).prediction.step_seconds
+        return find_plan(graph, where, todo, forbidden=OPTION_NAMES).prediction.step_seconds
     except FitError:
         return float("inf")
 

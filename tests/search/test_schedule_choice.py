@@ -18,14 +18,14 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps, loads
-from meshwright.program.listing import NAMES
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
 from meshwright.program.schedules import orders
 from meshwright.program.work import seconds, to_codes
 from meshwright.search.costs import costs_of
+from meshwright.search.list_scheduler.listing import NAMES
+from meshwright.search.options.schedules import in_listed_order, pipeline_works
 from meshwright.search.planner import find_plan
-from meshwright.search.schedule import in_listed_order, pipeline_works
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import simulate_folded
 from strategies import chain

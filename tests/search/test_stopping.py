@@ -23,10 +23,11 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.records import dumps
-from meshwright.search import improve, schedule
+from meshwright.search import improve
 from meshwright.search.certificate import certificate
 from meshwright.search.contest import Contest
 from meshwright.search.costs import costs_of
+from meshwright.search.options import schedules
 from meshwright.search.plain import plain_plan
 from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
@@ -69,7 +70,7 @@ def short_searches():
     """What is cut short here need not be long."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(improve, "STEPS", (60_000, 2_000, 100_000))
-        patched.setattr(schedule, "LISTED", 4_000)
+        patched.setattr(schedules, "LISTED", 4_000)
         yield
 
 

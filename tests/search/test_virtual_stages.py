@@ -27,9 +27,10 @@ from meshwright.search.certificate import certificate
 from meshwright.search.chunks import _seconds, _tables, cut_in_chunks
 from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
+from meshwright.search.finishing import Pruned, finish
 from meshwright.search.lines import Line, Team, plan_of
+from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
 from meshwright.search.planner import find_plan
-from meshwright.search.virtual_stages import LAYOUTS, divide_stages, divided_plan
 from meshwright.simulate.engine import simulate_plan
 
 
@@ -61,7 +62,10 @@ def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
         found = find_plan(*world)
     except FitError:
         return
-    assert found.prediction.step_seconds <= find_plan(*world, divide=False).prediction.step_seconds
+    assert (
+        found.prediction.step_seconds
+        <= find_plan(*world, forbidden=["virtual-stages"]).prediction.step_seconds
+    )
     validate_plan(found, graph, where)
     check_program(compile_plan(found, graph))
     assert all(total_bytes(m) <= m.capacity for m in device_memory(found, graph, where))
@@ -77,7 +81,7 @@ def test_tied_ends_are_folded_onto_one_device():
     slow = Link(bandwidth=1e8, latency=1e-5)
     where = cluster(("slow",), ("slow",), ("slow",), ("slow",), network=slow)
     found = find_plan(graph, where, job(4))
-    plain = find_plan(graph, where, job(4), divide=False)
+    plain = find_plan(graph, where, job(4), forbidden=["virtual-stages"])
     assert stages_held(found) == 2
     assert stages_held(plain) == 1
     assert found.name.endswith("-vpp2")
@@ -130,15 +134,11 @@ def test_what_cannot_be_divided_says_why():
     graph, where = model([10.0] * 5, parameters=100_000_000), cluster(("slow",), ("slow",))
     costs = costs_of(graph, where, job(4))
     plan = pipeline_plan(costs, "ss", 5, 4)
-    assert divided_plan(costs, plan, "interleaved-1f1b", 4) == (
-        "virtual stages with fewer layers than stages"
-    )
-    assert divided_plan(costs, plan, "zb-v", 2, limit=1e-9) == (
-        "virtual stages that are slower in closed form"
-    )
+    assert divided_plan(costs, plan, "interleaved-1f1b", 4) == Pruned("impossible for this plan")
+    assert divided_plan(costs, plan, "zb-v", 2, limit=1e-9) == Pruned("slower in closed form")
     tight = cluster(("slow",), ("slow",), types=(device("slow", 10.0, 2.0),))
-    assert divided_plan(costs_of(graph, tight, job(4)), plan, "zb-v", 2) == (
-        "virtual stages that do not fit in memory"
+    assert divided_plan(costs_of(graph, tight, job(4)), plan, "zb-v", 2) == Pruned(
+        "does not fit in memory"
     )
 
 
@@ -169,11 +169,11 @@ def test_the_time_that_is_up_leaves_the_best_plan_so_far():
     plan = pipeline_plan(costs, "sss", 12, 4)
     enter(contest, plan, "given")
     told = []
-    divide_stages(contest, lambda *news: told.append(news))
+    finish(contest, [OPTION], lambda *news: told.append(news))
     assert contest.best.plan == plan
-    assert contest.dropped["virtual stages beyond the budget"] == 1
-    assert told[-1] == ("dividing stages", 1, 1)
+    assert contest.dropped["virtual-stages: beyond the budget"] == 1
+    assert told[-1] == ("trying virtual stages", 1, 1)
     contest.deadline = None
-    divide_stages(contest, lambda *_: None)
+    finish(contest, [OPTION], lambda *_: None)
     assert stages_held(contest.best.plan) == 2
     assert replace(contest.best.plan, prediction=None) == contest.best.plan

@@ -23,6 +23,7 @@ from meshwright.program.operations import GATHERS, Op
 from meshwright.program.timeline import Timeline, busy_seconds, label
 from meshwright.simulate.engine import simulate, simulate_plan
 from meshwright.simulate.parts import parts
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from strategies import chain, models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -141,7 +142,7 @@ def test_a_reduction_starts_inside_the_backward_that_completes_it() -> None:
     plan = even_plan(model, cluster, data=2)
     program = compile_plan(plan, model, bucket_bytes=10**6)
     timeline = simulate(program, price(program, plan, model, cluster))
-    reductions = sorted(of_kind(timeline, Op.REDUCE_GRAD))
+    reductions = sorted(of_kind(timeline, REDUCE_GRAD))
     (began, ended), *_ = of_kind(timeline, Op.BACKWARD)
     assert reductions[0][0] == pytest.approx((began + ended) / 2)
     assert reductions[-1][0] == pytest.approx(ended)
@@ -154,7 +155,7 @@ def test_the_norm_waits_for_every_rank_and_the_optimizer_for_the_norm() -> None:
     plan = even_plan(model, cluster, stages=3, micro_batches=2)
     timeline = simulate_plan(plan, model, cluster)
     norms = of_kind(timeline, Op.REDUCE_NORM)
-    work = of_kind(timeline, Op.BACKWARD, Op.REDUCE_GRAD)
+    work = of_kind(timeline, Op.BACKWARD, REDUCE_GRAD)
     assert len({start for start, _ in norms}) == 1
     assert norms[0][0] == pytest.approx(max(end for _, end in work))
     assert min(start for start, _ in of_kind(timeline, Op.OPTIMIZER_STEP)) >= norms[0][1]
@@ -169,7 +170,7 @@ def test_without_clipping_a_stage_that_is_done_does_not_wait_for_late_ones() -> 
     for step in steps:
         own = [i for i in early.intervals if i.rank == step.rank]
         shared = step.label.endswith(" shared")
-        waited = (Op.BACKWARD, Op.REDUCE_GRAD) if shared else (Op.BACKWARD,)
+        waited = (Op.BACKWARD, REDUCE_GRAD) if shared else (Op.BACKWARD,)
         before = [
             i.end_seconds for i in own if i.op in waited or i.label == f"{step.rank}OPTIMIZER_STEP"
         ]

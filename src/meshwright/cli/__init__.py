@@ -8,15 +8,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from meshwright.cli import discovering, planning, running, testbed
-from meshwright.cli.options import app
+from meshwright.cli.options import INTERRUPTED_STATUS, app
 
 if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
 
 __all__ = ["app", "discovering", "main", "planning", "running", "testbed"]
 
-UNREAD, MISTAKE, STOPPED = 1, 2, 130
-"""Exit statuses: output that nobody reads (a closed pipe), an error with a message, Ctrl-C."""
+UNREAD, MISTAKE = 1, 2
+"""Exit statuses: output that nobody reads (a closed pipe), and an error with a message."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def _status() -> int:
         app()  # typer reports unreadable options itself and raises SystemExit
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0
-        if status == STOPPED:
+        if status == INTERRUPTED_STATUS:
             sys.stderr.write("stopped by Ctrl-C\n")
     except MeshwrightError as error:
         status = _tell(error)

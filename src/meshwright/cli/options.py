@@ -15,6 +15,9 @@ app = typer.Typer(
     help="Finds the fastest way to train a model on the machines you have, and trains it that way.",
 )
 
+INTERRUPTED_STATUS = 130
+"""Exit status after Ctrl-C without a result, as in shells."""
+
 
 class PrecisionChoice(StrEnum):
     """Precision of forward and backward arithmetic."""
@@ -35,6 +38,17 @@ class OptimizerChoice(StrEnum):
 PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` writes it.")]
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(help="Stop improving after this time: 5s, 500 ms. Default: when done."),
+]
+ForbidOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave out schedules, virtual-stages, boundary-kinds or divided-states, which are "
+        "tried on the best plans. May be repeated."
+    ),
 ]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")

@@ -12,7 +12,9 @@ from typing import Annotated
 import typer
 
 from meshwright.cli.options import (
+    BudgetOption,
     ClusterOption,
+    ForbidOption,
     ModelOption,
     OptimizerChoice,
     PlanFile,
@@ -39,10 +41,8 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
         "plan.json"
     ),
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Stop improving after this time: 5s, 500 ms. Default: when done."),
-    ] = None,
+    budget: BudgetOption = None,
+    forbid: ForbidOption = None,
 ) -> None:
     """Find the fastest plan for a model on a cluster. Ctrl-C ends the search with the best plan so
     far."""
@@ -70,6 +70,7 @@ def plan(
             say(f"warning: {warning}", to_errors=True)
         found = search(
             session,
+            forbidden=forbid or (),
             budget_seconds=seconds,
             progress=watch.tell,
             stop=watch.stop,
@@ -77,10 +78,10 @@ def plan(
         )
     save_plan(found, output)
     print_explanation(found)
-    if found.prediction and (text := sentence(found.prediction)):
-        say(text)
-    if found.prediction and (text := error_text(session, found.prediction.step_seconds)):
-        say(text)
+    if found.prediction:
+        texts = sentence(found.prediction), error_text(session, found.prediction.step_seconds)
+        for text in filter(None, texts):
+            say(text)
     say(f"wrote {output}")
     if watch.interrupted:
         say(f"interrupted: {output} holds the best plan found so far", to_errors=True)

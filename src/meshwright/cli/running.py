@@ -174,7 +174,8 @@ def train(
             return
         outcome = train_there(launcher, session, found.plan, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
-    _show(replace(found, clipped=settings.options.clip_norm > 0), outcome, report)
+    clipped = settings.options.waits_for_norm(found.plan.job.precision)
+    _show(replace(found, clipped=clipped), outcome, report)
 
 
 def _show(found: PricedPlan, outcome: Outcome, report: Path | None) -> None:

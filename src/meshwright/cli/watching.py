@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from meshwright.cli.options import say
+from meshwright.cli.options import INTERRUPTED_STATUS, say
 from meshwright.errors import MeshwrightError
 from meshwright.units import format_seconds
 
@@ -26,9 +26,6 @@ QUIET_SECONDS = 1.0
 
 LINE_SECONDS = 5.0
 """Seconds between two lines if stderr is not a terminal."""
-
-INTERRUPTED_STATUS = 130
-"""Exit status after Ctrl-C without a result, as in shells."""
 
 
 class Watch:

@@ -57,7 +57,27 @@ def price(
 
     Raises ClusterError if a device does not offer the model's precision.
     """
-    context = PricingContext(
+    context = _context(plan, model, cluster, profile)
+    held = _placed_stages(program, context)
+    return Prices(
+        ranks=tuple(
+            _prices(RankContext(program.ranks[rank], own, context)) if own else ()
+            for rank, own in held.items()
+        ),
+        bandwidth=context.links.capacities,
+        devices=plan.devices,
+        static_bytes=tuple(
+            _static_bytes([(s.stage, s.seat) for s in own.values()], context) if own else 0
+            for own in held.values()
+        ),
+        overhead_seconds=overhead_seconds(profile),
+    )
+
+
+def _context(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
+) -> PricingContext:
+    return PricingContext(
         model=model,
         plan=plan,
         cluster=cluster,
@@ -70,7 +90,12 @@ def price(
         adjustments=adjustments(plan, model),
         types={device.name: device.type for device in devices_of(cluster)},
     )
-    times = Times(model, cluster, profile, context.links, context.step_latency)
+
+
+def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[int, PlacedStage]]:
+    """Return the stages of every rank, by number; a rank without instructions has none."""
+    plan, links = context.plan, context.links
+    times = Times(context.model, context.cluster, context.profile, links, context.step_latency)
     held: dict[int, dict[int, PlacedStage]] = {rank: {} for rank in range(len(plan.devices))}
     for stage in stage_seats(plan):
         look()
@@ -88,19 +113,7 @@ def price(
             for seat in replica:
                 if program.ranks[seat.rank]:
                     held[seat.rank][stage.number] = PlacedStage(stage, seat, computes)
-    return Prices(
-        ranks=tuple(
-            _prices(RankContext(program.ranks[rank], own, context)) if own else ()
-            for rank, own in held.items()
-        ),
-        bandwidth=context.links.capacities,
-        devices=plan.devices,
-        static_bytes=tuple(
-            _static_bytes([(s.stage, s.seat) for s in own.values()], context) if own else 0
-            for own in held.values()
-        ),
-        overhead_seconds=overhead_seconds(profile),
-    )
+    return held
 
 
 def _prices(rank: RankContext) -> tuple[Price, ...]:
@@ -141,9 +154,9 @@ def _completion_seconds(rank: RankContext, reduction: Instruction, backward: int
 
 
 def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Map the index of each REDUCE_GRAD to that of its stage's last backward (B or W).
+    """Map the index of each reduction to that of its stage's last backward (B or W).
 
-    A REDUCE_GRAD posted after that backward is left out: its gradients are complete already.
+    A reduction posted after that backward is left out: its gradients are complete already.
     """
     last = {i.stage: index for index, i in enumerate(instructions) if i.op.completes_gradients}
     return {

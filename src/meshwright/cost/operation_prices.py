@@ -39,7 +39,6 @@ def pricings() -> dict[Op, Pricing]:
         Op.RECV_B: receive_price,
         Op.GATHER_F: gather_price,
         Op.GATHER_B: gather_price,
-        Op.REDUCE_GRAD: reduce_price,
         Op.REDUCE_NORM: norm_price,
         Op.OPTIMIZER_STEP: optimizer_price,
     }
@@ -84,12 +83,6 @@ def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 -
 def gather_price(i: Instruction, rank: RankContext) -> Price:
     """Price an all-gather of activations or gradients in a replica."""
     return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
-
-
-def reduce_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an all-reduce of gradients."""
-    size = i.bytes * rank.pricing.system.gradient_width
-    return Price(traffic=collective(all_reduce, i, size, rank.pricing))
 
 
 def norm_price(i: Instruction, rank: RankContext) -> Price:

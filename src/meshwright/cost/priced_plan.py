@@ -28,7 +28,8 @@ class PricedPlan:
     profile: Profile | None = None
     """Measured times; None: prices come from datasheets."""
     clipped: bool = field(default=True, kw_only=True)
-    """False if gradients are not clipped, so that weights are updated bucket by bucket."""
+    """True: weights are updated once the norm of the whole gradient is known, as clipping needs it;
+    False: bucket by bucket, as soon as gradients are summed."""
     ranks: frozenset[int] | None = field(default=None, kw_only=True)
     """The ranks that are given instructions; None: all."""
 

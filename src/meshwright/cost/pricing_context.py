@@ -36,9 +36,9 @@ class Price:
     traffic: Traffic = NOTHING
     """The traffic of a send (its receive moves with it) or of a collective."""
     inside: int | None = None
-    """The index of the backward that completes the gradients of this REDUCE_GRAD."""
+    """The index of the backward that completes the gradients of this reduction."""
     completes: tuple[tuple[int, float], ...] = ()
-    """For that backward: the index of each of its REDUCE_GRADs, with the seconds from its own start
+    """For that backward: the index of each of its reductions, with the seconds from its own start
     to the moment at which their gradients are complete."""
 
 

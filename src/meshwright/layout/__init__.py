@@ -1,1 +1,1 @@
-"""Describes which slice of a tensor each rank holds, and how to move from one layout to another."""
+"""Describes which part of a tensor each rank holds, and how to move from one layout to another."""

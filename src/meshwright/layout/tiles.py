@@ -1,131 +1,149 @@
-"""Describes which slice (tile) of a tensor each rank of a mesh holds, and the intersections of two
-such layouts."""
+"""Describes which part (tile) of a tensor each rank holds, and what must move from one layout to
+another."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, product
-from math import prod
+from itertools import accumulate
 
+from meshwright.layout.boxes import Box, common, difference, inside, is_empty, moved
 from meshwright.records import record
 
-Tile = tuple[tuple[int, int], ...]
-"""A slice of a tensor: [first, last) along every dimension."""
-
-
-@record
-class Layout:
-    """A tensor laid out over ranks; ranks with equal tiles are replicas of each other."""
-
-    shape: tuple[int, ...]
-    tiles: Mapping[int, Tile]
-    """Tile of each rank; some may be empty."""
+Tile = tuple[Box, ...]
+"""The part of a tensor that a rank holds: disjoint boxes that differ along one dimension. The rank
+keeps them as one tensor, joined along that dimension."""
+Layout = Mapping[int, Tile]
+"""The tile of each rank. Ranks that hold the same box are copies of each other."""
 
 
 @record
 class UnitTask:
-    """A tile to be moved that lies within one tile of the source and one of the target."""
+    """A box to be moved that lies within one box of the source and one of the target."""
 
-    tile: Tile
+    box: Box
     holders: tuple[int, ...]
     """Ranks that hold it."""
     receivers: tuple[int, ...]
     """Ranks that need it and do not hold it."""
 
 
-def even_cuts(size: int, parts: int) -> tuple[int, ...]:
-    """Return the boundaries, from 0 to `size`, of `parts` slices whose sizes differ by at most
-    one."""
-    return tuple(k * size // parts for k in range(parts + 1))
+def joint(tile: Tile) -> int:
+    """Returns the dimension along which the boxes of a tile are joined."""
+    first = tile[0]
+    return next((dim for box in tile for dim, at in enumerate(box) if at != first[dim]), 0)
 
 
-def layout(
-    shape: Sequence[int],
-    ranks: Sequence[int],
-    mesh: Sequence[int],
-    divided: Sequence[Sequence[int]],
-    cuts: Mapping[int, Sequence[int]] | None = None,
-) -> Layout:
-    """Return the layout of a tensor on a mesh of `ranks` (row-major, axes of sizes `mesh`).
+def joined(tile: Tile) -> Tile:
+    """Returns where each box of a tile lies in the tensor that a rank keeps."""
+    dim, found, end = joint(tile), [], 0
+    for box in tile:
+        place = inside(box, box)
+        start, end = end, end + place[dim][1] if box else 0
+        found.append((*place[:dim], (start, end), *place[dim + 1 :]) if box else box)
+    return tuple(found)
 
-    `divided` lists, for each dimension of the tensor, the mesh axes that divide it, outermost
-    first; over all other axes it is replicated. Slices are even (they differ by at most one) unless
-    `cuts` gives the boundaries of a dimension's slices, from 0 to its size.
+
+def shape_of(tile: Tile) -> tuple[int, ...]:
+    """Returns the shape of the tensor that a rank keeps of a tile."""
+    last = joined(tile)[-1]
+    return tuple(end for _, end in last)
+
+
+def within(own: Tile, part: Tile) -> Tile:
+    """Returns where a tile lies in the tensor that a rank keeps of a larger one, box by box."""
+    places = zip(part, own, joined(own), strict=True)
+    return tuple(moved(box, mine, place) for box, mine, place in places)
+
+
+def placed(tile: Tile, local: Box) -> Iterator[tuple[Box, Box]]:
+    """Yields what a box of the tensor that a rank keeps holds of the whole one: boxes of the whole
+    tensor, each with its place in the rank's."""
+    for box, place in zip(tile, joined(tile), strict=True):
+        both = common(place, local)
+        if not is_empty(both):
+            yield moved(both, place, box), both
+
+
+def holders_of(layout: Layout) -> dict[Box, tuple[int, ...]]:
+    """Returns disjoint boxes, sorted, that cover all that is held, each with its holders. The first
+    of them in the layout comes first, and is the one to read the box from.
+
+    A box is cut where a box of another rank covers only a part of it.
     """
-    ends = {
-        dim: (cuts or {}).get(dim) or even_cuts(size, prod(mesh[axis] for axis in axes))
-        for dim, (size, axes) in enumerate(zip(shape, divided, strict=True))
+    found = dict(sorted(_by_box(layout).items()))
+    if not _Sorted(list(found)).overlap():
+        return found
+    pieces: list[Box] = []
+    for box in found:
+        rest = [box]
+        for piece in pieces:
+            rest = [left for each in rest for left in difference(each, piece)]
+        cuts = [(piece, common(piece, box)) for piece in pieces]
+        pieces = [
+            each
+            for piece, both in cuts
+            for each in ([piece] if is_empty(both) else [both, *difference(piece, both)])
+        ] + rest
+    return {
+        piece: tuple(
+            rank for rank, tile in layout.items() if any(common(b, piece) == piece for b in tile)
+        )
+        for piece in sorted(pieces)
     }
-    tiles = {}
-    for rank, place in zip(ranks, product(*map(range, mesh)), strict=True):
-        indices = [_index(place, mesh, axes) for axes in divided]
-        tiles[rank] = tuple((ends[dim][k], ends[dim][k + 1]) for dim, k in enumerate(indices))
-    return Layout(shape=tuple(shape), tiles=tiles)
-
-
-def _index(place: Sequence[int], mesh: Sequence[int], axes: Sequence[int]) -> int:
-    index = 0
-    for axis in axes:
-        index = index * mesh[axis] + place[axis]
-    return index
-
-
-def elements(tile: Tile) -> int:
-    """Return the number of elements in a tile."""
-    return prod(last - first for first, last in tile)
-
-
-def common(one: Tile, other: Tile) -> Tile:
-    """Return the intersection of two tiles; it has an empty slice if they share nothing."""
-    return tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-
-
-def is_empty(tile: Tile) -> bool:
-    """True if a tile has no element."""
-    return any(last <= first for first, last in tile)
 
 
 def unit_tasks(source: Layout, target: Layout) -> tuple[UnitTask, ...]:
-    """Return everything that must move: each distinct tile of the target is split into pieces that
-    each lie within one distinct tile of the source.
+    """Returns everything that must move: each distinct box of the target is split into pieces that
+    each lie within one distinct box of the source.
 
     These are the unit tasks of "On Optimizing the Communication of Model Parallelism", section 3. A
     receiver gets each element in exactly one of them.
     """
     found = []
-    holders = _by_tile(source)
-    near = _Sorted(sorted(holders)) if source.shape else None
-    for tile, wanting in sorted(_by_tile(target).items()):
-        candidates = near.beside(tile) if near else iter(holders)
-        for held in candidates:
-            piece = common(held, tile)
-            have = holders[held]
-            receivers = tuple(rank for rank in wanting if rank not in have)
-            if receivers and not is_empty(piece):
-                found.append(UnitTask(tile=piece, holders=have, receivers=receivers))
+    holders = holders_of(source)
+    held = _Sorted(list(holders))
+    apart = source.keys().isdisjoint(target)
+    for box, wanting in sorted(_by_box(target).items()):
+        for near in held.beside(box):
+            piece, have = box if near == box else common(near, box), holders[near]
+            needing = wanting if apart else tuple(rank for rank in wanting if rank not in have)
+            if needing and (piece is box or not is_empty(piece)):
+                found.append(UnitTask(box=piece, holders=have, receivers=needing))
     return tuple(found)
 
 
-def _by_tile(layout: Layout) -> dict[Tile, tuple[int, ...]]:
-    """Group the ranks by the tile that they hold."""
-    found: dict[Tile, list[int]] = {}
-    for rank, tile in layout.tiles.items():
-        if not is_empty(tile):
-            found.setdefault(tile, []).append(rank)
-    return {tile: tuple(ranks) for tile, ranks in found.items()}
+def _by_box(layout: Layout) -> dict[Box, tuple[int, ...]]:
+    """Groups the ranks by the boxes that they hold."""
+    found: dict[Box, list[int]] = {}
+    for rank, tile in layout.items():
+        for box in tile:
+            if not is_empty(box):
+                found.setdefault(box, []).append(rank)
+    return {box: tuple(ranks) for box, ranks in found.items()}
 
 
 class _Sorted:
-    """Sorted tiles, searched by their first dimension."""
+    """Sorted boxes, searched by their first dimension."""
 
-    def __init__(self, tiles: Sequence[Tile]) -> None:
-        self.tiles = tiles
-        self.firsts = [tile[0][0] for tile in tiles]
-        self.lasts = list(accumulate((tile[0][1] for tile in tiles), max))
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self.boxes = boxes
+        self.firsts = [box[0][0] for box in boxes if box]
+        self.lasts = list(accumulate((box[0][1] for box in boxes if box), max))
 
-    def beside(self, tile: Tile) -> Iterator[Tile]:
-        """Return the tiles that may intersect a tile, in order."""
-        first, last = tile[0]
-        start, end = bisect_right(self.lasts, first), bisect_left(self.firsts, last)
-        return iter(self.tiles[start:end])
+    def beside(self, box: Box) -> Sequence[Box]:
+        """Returns the boxes that may intersect a box, in order."""
+        if not box:
+            return self.boxes
+        first, last = box[0]
+        return self.boxes[bisect_right(self.lasts, first) : bisect_left(self.firsts, last)]
+
+    def overlap(self) -> bool:
+        """True if any two of the boxes share elements."""
+        if all(last <= first for last, first in zip(self.lasts, self.firsts[1:], strict=False)):
+            return False
+        return any(
+            box != other and not is_empty(common(box, other))
+            for box in self.boxes
+            for other in self.beside(box)
+        )

@@ -10,20 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
+from meshwright.layout.shares import own_share
+from meshwright.layout.tiles import shape_of
 from meshwright.model.amounts import Amounts, worst_moments
-from meshwright.model.shard import Ranges, held
+from meshwright.model.shard import divided_dim, tile_of
 from meshwright.model.spec import Layer
 from meshwright.model.transformer.made import Parameter
 
 
-def _held(p: Parameter, width: int) -> Ranges | None:
-    attribute = p.name.rpartition(".")[2]
-    return held(p.split, attribute, p.shape, width, 0) if p.split else None
-
-
 def is_divided(p: Parameter) -> bool:
     """True if tensor parallelism divides the parameter."""
-    return _held(p, 2) is not None
+    return divided_dim(p.split, p.name.rpartition(".")[2]) is not None
 
 
 def share_held(parameters: Iterable[Parameter], width: int) -> float:
@@ -31,9 +28,10 @@ def share_held(parameters: Iterable[Parameter], width: int) -> float:
     more if the vocabulary is not a multiple of `width`; 1 if nothing is divided."""
     full = own = 0
     for p in parameters:
-        if (ranges := _held(p, width)) is not None:
-            full += p.shape[ranges.dim]
-            own += sum(last - first for first, last in ranges.ranges)
+        attribute = p.name.rpartition(".")[2]
+        if (dim := divided_dim(p.split, attribute)) is not None:
+            full += p.shape[dim]
+            own += shape_of(tile_of(p.split, attribute, p.shape, own_share(width, 0)))[dim]
     return own / full if full else 1.0
 
 

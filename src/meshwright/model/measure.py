@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meshwright.cluster.spec import Precision
+from meshwright.layout.shares import own_share
+from meshwright.layout.tiles import shape_of
 from meshwright.model import shard
 from meshwright.model.amounts import Run
 from meshwright.model.graph import LayerPart
@@ -27,11 +29,9 @@ def _weights(
     for name, how in table.items() if width > 1 else ():
         module = part.module.get_submodule(name)
         for parameter, tensor in module.named_parameters(recurse=False):
-            ranges = shard.held(how, parameter, tuple(tensor.shape), width, 0)
-            if ranges is not None:
-                shape = list(tensor.shape)
-                shape[ranges.dim] = sum(last - first for first, last in ranges.ranges)
-                fake = fakes.empty(tuple(shape), tensor.dtype, tensor.requires_grad)
+            if shard.divided_dim(how, parameter) is not None:
+                tile = shard.tile_of(how, parameter, tuple(tensor.shape), own_share(width, 0))
+                fake = fakes.empty(shape_of(tile), tensor.dtype, tensor.requires_grad)
                 state[f"{name}.{parameter}"] = fake
     return state
 

@@ -13,11 +13,12 @@ tensor-parallel group is its number of ranks. Example, for a feed-forward module
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
-from math import lcm
+from collections.abc import Mapping
 from typing import Any
 
+from meshwright.layout.boxes import whole
+from meshwright.layout.shares import Share, cut
+from meshwright.layout.tiles import Tile
 from meshwright.records import record
 
 
@@ -61,59 +62,6 @@ class VocabularyLoss:
 Split = Column | Row | Vocabulary | VocabularyHead | VocabularyLoss
 
 
-@record
-class Ranges:
-    """The slices of one parameter that a rank holds along one dimension."""
-
-    dim: int
-    """The dimension, counted from the end: -1 or -2."""
-    ranges: tuple[tuple[int, int], ...]
-    """Half-open ranges [first, last), one for each part of the parameter."""
-
-
-@record
-class Tile:
-    """The same fraction of every divided parameter: each of its parts is cut into `of` equal
-    shares, of which the tile covers [first, last). Rank 1 of 4 holds the tile first = 1, last = 2,
-    of = 4."""
-
-    first: int
-    last: int
-    of: int
-
-
-UNDIVIDED = Tile(first=0, last=0, of=1)
-"""The tile of parameters that are not divided, which every tensor-parallel rank holds in full."""
-
-
-def own_tile(width: int, index: int) -> Tile:
-    """Gives the tile that rank `index` of `width` tensor-parallel ranks holds."""
-    return Tile(first=index, last=index + 1, of=width)
-
-
-def common_tiles(widths: Iterable[int]) -> tuple[Tile, ...]:
-    """Gives the coarsest tiles, in order, such that a rank of any of these tensor-parallel widths
-    holds a whole number of them. Example: widths 2 and 3 give four tiles, cut at 1/3, 1/2, 2/3."""
-    distinct = set(widths)
-    of = lcm(*distinct)
-    cuts = sorted({of // width * index for width in distinct for index in range(width + 1)})
-    return tuple(Tile(first=first, last=last, of=of) for first, last in pairwise(cuts))
-
-
-def holder(tile: Tile, width: int) -> int:
-    """Gives the index of the rank, of `width` tensor-parallel ranks, that holds a common tile."""
-    return tile.first * width // tile.of
-
-
-def chunk(size: int, width: int, index: int) -> tuple[int, int]:
-    """Gives share `index` of `size` entries divided among `width` ranks, as [first, last).
-
-    Cuts lie at size * index / width, rounded up. Cuts for different widths are therefore in the
-    order of their fractions index / width, and equal fractions give the same cut.
-    """
-    return -(-size * index // width), -(-size * (index + 1) // width)
-
-
 def splits(model: Any, modules: tuple[str, ...]) -> dict[str, Split]:
     """Collects the `tensor_split` tables of a model (an nn.Module): qualified module name -> Split.
 
@@ -135,36 +83,27 @@ def tensor_units(model: Any, modules: tuple[str, ...]) -> int:
     return next((number for number in units if number), 0)
 
 
-def held(
-    split: Split, parameter: str, shape: tuple[int, ...], width: int, index: int
-) -> Ranges | None:
-    """Gives the part of a module's parameter ("weight" or "bias", of `shape`) that rank `index` of
-    `width` holds; None means all of it."""
-    return slices(split, parameter, shape, own_tile(width, index))
-
-
-def slices(split: Split, parameter: str, shape: tuple[int, ...], tile: Tile) -> Ranges | None:
-    """Gives the part of a module's parameter that a tile covers; None if it is not divided."""
-    if isinstance(split, VocabularyLoss) or (isinstance(split, Row) and parameter != "weight"):
+def divided_dim(split: Split | None, parameter: str) -> int | None:
+    """Gives the dimension, counted from the end, along which a module's parameter ("weight" or
+    "bias") is divided; None if every rank holds all of it."""
+    if split is None or isinstance(split, VocabularyLoss):
         return None
-    dim = -2 if parameter == "weight" and not isinstance(split, Row) else -1
-    parts = (split.parts if isinstance(split, Column) else ()) or (shape[dim],)
-    ranges = []
-    start = 0
-    for size in parts:
-        first, _ = chunk(size, tile.of, tile.first)
-        _, last = chunk(size, tile.of, tile.last - 1)
-        ranges.append((start + first, start + last))
+    if isinstance(split, Row):
+        return -1 if parameter == "weight" else None
+    return -2 if parameter == "weight" else -1
+
+
+def tile_of(split: Split | None, parameter: str, shape: tuple[int, ...], share: Share) -> Tile:
+    """Gives the part of a module's parameter that a share covers, with a box for each of its fused
+    projections; the whole parameter if it is not divided."""
+    dim = divided_dim(split, parameter)
+    if dim is None:
+        return (whole(shape),)
+    boxes, start = [], 0
+    for size in (split.parts if isinstance(split, Column) else ()) or (shape[dim],):
+        first, last = cut(size, share)
+        box = list(whole(shape))
+        box[dim] = (start + first, start + last)
+        boxes.append(tuple(box))
         start += size
-    return Ranges(dim=dim, ranges=tuple(ranges))
-
-
-def within(own: Ranges, tile: Ranges) -> Ranges:
-    """Gives the place of a tile inside the slices that a rank holds, part by part; the rank must
-    hold the whole tile."""
-    ranges = []
-    start = 0
-    for (first, last), (low, high) in zip(own.ranges, tile.ranges, strict=True):
-        ranges.append((start + low - first, start + high - first))
-        start += last - first
-    return Ranges(dim=own.dim, ranges=tuple(ranges))
+    return tuple(boxes)

@@ -3,9 +3,10 @@ it works on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
@@ -116,6 +117,21 @@ def replicas_of(stages: Sequence[StageSeats], layers: Sequence[int]) -> tuple[Ra
     return tuple(dict.fromkeys(found))
 
 
+def copies_of(replicas: Sequence[Ranks]) -> Iterator[tuple[Ranks, Share | None]]:
+    """Yield the groups of ranks that hold the same elements, and which share of what is divided.
+
+    If all replicas have the same tensor width, ranks of one tensor index hold the same, and the
+    share is None. Otherwise all ranks hold what is UNDIVIDED, and each common share has its own.
+    """
+    widths = {len(replica) for replica in replicas}
+    if len(widths) == 1:
+        yield from ((tuple(sorted(group)), None) for group in zip(*replicas, strict=True))
+        return
+    yield tuple(sorted(rank for replica in replicas for rank in replica)), UNDIVIDED
+    for share in common_shares(widths):
+        yield tuple(sorted(each[holder(share, len(each))] for each in replicas)), share
+
+
 def held_together(one: StageSeats, other: StageSeats) -> bool:
     """True if the same ranks hold both stages, so that no tensor moves between them."""
     return (one.pipeline, one.position) == (other.pipeline, other.position)
@@ -170,9 +186,7 @@ def describe(plan: Plan) -> str:
         meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
         mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
         cuts = "|".join(
-            f"{b - a}{'r' * s.recompute}{_options_text(s)}"
-            for s in pipeline.stages
-            for a, b in [s.layers]
+            f"{b - a}{_options_text(s)}" for s in pipeline.stages for a, b in [s.layers]
         )
         rows = {"+".join(map(str, s.rows)): None for s in pipeline.stages if s.rows}
         unequal = [each for each in rows if len(set(each.split("+"))) > 1]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from meshwright.layout.rows import Move, boundary_moves, gathered
 from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import GATHERS, Op
+from meshwright.program.rows import Move, boundary_moves, gathered
 from meshwright.records import record
 
 
@@ -80,8 +80,9 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
     receiving = boundary.op.kind == "receive"
     for move in boundary.moves:
         if (move.target if receiving else move.source) == seat.rank:
-            first, last, of = move.part or (0, 1, 1)
             size = boundary.row_bytes * (move.rows[1] - move.rows[0])
+            if move.part is not None:
+                size = size * (move.part.last - move.part.first) / move.part.of
             yield Instruction(
                 op=boundary.op,
                 stage=seat.stage,
@@ -90,7 +91,7 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
                 rows=move.rows,
                 part=move.part,
                 ranks=move.chain,
-                bytes=round(size * (last - first) / of),
+                bytes=round(size),
             )
 
 

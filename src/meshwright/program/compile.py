@@ -10,34 +10,24 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
-from meshwright.program.instructions import Instruction, Program, summed_layers
+from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
-from meshwright.program.posting import no_later_than_the_next, receives_ahead
+from meshwright.program.posting import receives_ahead
 from meshwright.records import record
 from meshwright.stopping import look
 from meshwright.techniques import provided
-from meshwright.techniques.data_parallel.buckets import (
-    Bucket,
-    Sum,
-    gradient_buckets,
-    sums_of,
-    usual_bucket_bytes,
-)
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
-
-Rewriting = Callable[[tuple[Instruction, ...]], tuple[Instruction, ...]]
-"""What a technique makes of the list of a rank."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
 """The whole operation for the part of it that exchanges the same tensors across a boundary."""
 
 
 @record
-class _Group:
-    """Describes a pipeline rank: the ranks that hold the same stages, and their schedule."""
+class PipelineRank:
+    """Describes a group of devices: the ranks that hold the same stages, and their schedule."""
 
     stages: dict[int, StageSeats]
     """The stages, by position in the pipeline."""
@@ -50,6 +40,14 @@ class _Group:
     of it."""
     last_backward: dict[int, int]
     """For each stage, the index of the action that completes its gradients."""
+
+
+Placed = dict[int, list[Instruction]]
+"""Instructions by the index of the action that they precede."""
+Emission = Callable[[PipelineRank, Seat], Placed]
+"""What a technique puts into the list of a rank, given its pipeline rank and its seat there."""
+Rewriting = Callable[[tuple[Instruction, ...]], tuple[Instruction, ...]]
+"""What a technique makes of the list of a rank."""
 
 
 def compile_plan(
@@ -70,8 +68,10 @@ def compile_plan(
     before the norm. Raises PlanError for a schedule in the plan that cannot be played.
     """
     stages = stage_seats(plan)
-    size = bucket_bytes or usual_bucket_bytes(model, plan.job)
-    buckets = gradient_buckets(model, plan.job, stages, size)
+    emissions: list[Emission] = [
+        emission(stages, plan.job, model, bucket_bytes)
+        for emission in provided("program", "emission")
+    ]
     rewrite = _rewriting(plan, model)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
@@ -81,7 +81,7 @@ def compile_plan(
         for seat in (seat for replica in first.seats for seat in replica):
             if only is not None and seat.rank not in only:
                 continue
-            own = tuple(sums_of(seat.rank, buckets))
+            placed = _placed(emissions, group, seat)
             norm = Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES)
             whole = Instruction(
                 op=Op.OPTIMIZER_STEP,
@@ -90,11 +90,20 @@ def compile_plan(
             )
             ranks[seat.rank] = rewrite(
                 (
-                    *_group_program(group, seat, own, model),
-                    *((norm, whole) if clipped else (*_early_updates(group, own, whole), norm)),
+                    *_group_program(group, seat, placed),
+                    *((norm, whole) if clipped else (*_early_updates(group, placed, whole), norm)),
                 )
             )
     return Program(ranks=tuple(ranks))
+
+
+def _placed(emissions: Sequence[Emission], group: PipelineRank, seat: Seat) -> Placed:
+    """Return what all techniques place among the actions of a rank, in their order."""
+    found: Placed = {}
+    for emission in emissions:
+        for index, instructions in emission(group, seat).items():
+            found.setdefault(index, []).extend(instructions)
+    return found
 
 
 def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
@@ -111,13 +120,14 @@ def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
 
 
 def _early_updates(
-    group: _Group, sums: Sequence[tuple[Bucket, Sum]], whole: Instruction
+    group: PipelineRank, placed: Placed, whole: Instruction
 ) -> Iterator[Instruction]:
     """Yield one optimizer step for each bucket, which waits for that bucket's gradients alone.
 
     Before them comes one for the weights that no other rank holds, if there are any.
     """
-    buckets = dict.fromkeys((bucket.layers, bucket.tied) for bucket, _ in sums)
+    posted = (i for _, instructions in sorted(placed.items()) for i in instructions)
+    buckets = dict.fromkeys((i.layers, i.tied) for i in posted if i.op.of_gradients)
     summed = {layer for layers, _ in buckets if layers is not None for layer in range(*layers)}
     if not buckets:
         yield whole
@@ -127,7 +137,7 @@ def _early_updates(
         yield replace(whole, layers=layers, tied=tied)
 
 
-def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[_Group]:
+def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[PipelineRank]:
     """Yield the pipeline ranks of all pipelines."""
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
@@ -135,7 +145,7 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
         arriving = receives_ahead(orders, [stage.position for stage in own])
         for position, order in enumerate(orders):
             held = {s: stage for s, stage in enumerate(own) if stage.position == position}
-            yield _Group(
+            yield PipelineRank(
                 stages=held,
                 order=order,
                 boundaries={s: _boundaries(stage, stages, model) for s, stage in held.items()},
@@ -162,18 +172,15 @@ def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGra
     )
 
 
-def _group_program(
-    group: _Group, seat: Seat, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
-) -> Iterator[Instruction]:
+def _group_program(group: PipelineRank, seat: Seat, placed: Placed) -> Iterator[Instruction]:
     """Yield all instructions of one rank before the end of the step."""
     seats = {s: stage.seats[seat.replica][seat.tensor_index] for s, stage in group.stages.items()}
-    reductions = _reductions(group, sums, model)
     for index, action in enumerate(group.order):
         for later in group.arriving.get(index, ()):
             op, s, micro_batch, _ = group.order[later]
             incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
             yield from transfers(seats[s], micro_batch, incoming)
-        yield from reductions.get(index, ())
+        yield from placed.get(index, ())
         op, s, first, last = action
         if op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
             incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
@@ -188,38 +195,3 @@ def _group_program(
         )
         outgoing = group.boundaries[s].outgoing.get(_WHOLE.get(op, op))
         yield from transfers(seats[s], first, outgoing)
-
-
-def _reductions(
-    group: _Group, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
-) -> dict[int, list[Instruction]]:
-    """Return the gradient reductions, keyed by the index of the action that they precede.
-
-    All ranks post them in one common order.
-    """
-    completing = [_completing(group, bucket, model) for bucket, _ in sums]
-    posted = no_later_than_the_next([group.last_backward[s] for s in completing])
-    found: dict[int, list[Instruction]] = {}
-    for (bucket, own), s, index in zip(sums, completing, posted, strict=True):
-        reduction = Instruction(
-            op=Op.REDUCE_GRAD,
-            stage=group.stages[s].number,
-            layers=bucket.layers,
-            tied=bucket.tied,
-            tile=own.tile,
-            ranks=own.ranks,
-            bytes=own.bytes,
-        )
-        found.setdefault(index, []).append(reduction)
-    return found
-
-
-def _completing(group: _Group, bucket: Bucket, model: LayerGraph) -> int:
-    """Return the stage of a pipeline rank whose backward is the last to add to a bucket."""
-    layers = summed_layers(bucket.layers, bucket.tied, model)
-    holders = [
-        s
-        for s, stage in group.stages.items()
-        if any(stage.layers[0] <= layer < stage.layers[1] for layer in layers)
-    ]
-    return max(holders, key=lambda s: group.last_backward[s])

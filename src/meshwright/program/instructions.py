@@ -3,10 +3,10 @@
 The words are those of torch.distributed.pipelining where it has one: `0F3` is the forward of
 micro-batch 3 on stage 0. The same rules time every instruction in the simulator and in the runtime:
 
-* Communication is *posted*: RECV_F, RECV_B, SEND_F, SEND_B and REDUCE_GRAD return at once. A send
-  moves when its receive is posted too. A REDUCE_GRAD is posted ahead of the backward (the stage's
+* Communication is *posted*: RECV_F, RECV_B, SEND_F, SEND_B and reductions return at once. A send
+  moves when its receive is posted too. A reduction is posted ahead of the backward (the stage's
   last B or W) that completes its gradients, and starts inside that backward, when the last of its
-  layers is done. The REDUCE_GRADs of a rank start in the order of its list.
+  layers is done. The reductions of a rank start in the order of its list.
 * The messages of one broadcast (sends and receives that name the same ranks) move together, when
   all of them are posted.
 * GATHER_F and GATHER_B block: they wait for the receives of their micro-batch and for the other
@@ -16,9 +16,9 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
 * A rank may hold several stages of a pipeline; its list then mixes their instructions. Two
   neighbouring stages on the same rank exchange no messages: the later F, B or I takes what the
   earlier one has left.
-* REDUCE_NORM waits for all REDUCE_GRADs of its rank, then for every other rank; OPTIMIZER_STEP
+* REDUCE_NORM waits for all reductions of its rank, then for every other rank; OPTIMIZER_STEP
   follows it. Without gradient clipping, OPTIMIZER_STEPs come before it instead: one for each
-  bucket, which waits only for the REDUCE_GRADs of the same layers or tied parameter, and before
+  bucket, which waits only for the reductions of the same layers or tied parameter, and before
   them one for all weights that no other rank holds. So an early update need not wait for a late
   reduction.
 * A step ends when everything that was posted has arrived.
@@ -32,7 +32,7 @@ from functools import cache
 from typing import Any
 
 from meshwright.errors import Problem, ProgramError
-from meshwright.model.shard import Tile
+from meshwright.layout.shares import Share
 from meshwright.model.spec import LayerGraph
 from meshwright.program.operations import Op, operation, operations
 from meshwright.records import record
@@ -53,17 +53,17 @@ class Instruction:
     """The rank at the other end of a send or receive."""
     rows: tuple[int, int] | None = None
     """The rows of the micro-batch that are computed or moved, [first, last)."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, of) for a message that carries only a part of its rows: each tensor's rows,
-    flattened and cut into `of` equal pieces, of which it carries [first, last)."""
+    part: Share | None = None
+    """For a message that carries only a part of its rows: its share of each tensor's rows,
+    flattened and cut into equal pieces."""
     layers: tuple[int, int] | None = None
     """A range of layers, [first, last): those that an F, B, I or W computes, whose gradients a
-    REDUCE_GRAD sums, or whose weights an OPTIMIZER_STEP updates. None in an OPTIMIZER_STEP: all
+    reduction sums, or whose weights an OPTIMIZER_STEP updates. None in an OPTIMIZER_STEP: all
     weights that no other one of the rank updates."""
     tied: str | None = None
-    """The tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP, instead of layers."""
-    tile: Tile | None = None
-    """The part of the gradients that a REDUCE_GRAD sums, where its members have different tensor
+    """The tied parameter of a reduction or OPTIMIZER_STEP, instead of layers."""
+    tile: Share | None = None
+    """The part of the gradients that a reduction sums, where its members have different tensor
     widths; every member holds that part. UNDIVIDED stands for the gradients that every tensor rank
     holds whole, of which each member contributes 1 / its tensor width. None: all gradients that a
     member holds."""
@@ -75,7 +75,7 @@ class Instruction:
 
 
 Key = tuple[tuple[int, int] | None, str | None]
-"""The layers or the tied parameter of a REDUCE_GRAD or OPTIMIZER_STEP."""
+"""The layers or the tied parameter of a reduction or OPTIMIZER_STEP."""
 
 
 def micro_batches_of(i: Instruction) -> range:
@@ -131,14 +131,13 @@ def text(instruction: Instruction) -> str:
     if instruction.rows is not None:
         words.append(f"rows={_pair(instruction.rows)}")
     if instruction.part is not None:
-        words.append("part={}:{}/{}".format(*instruction.part))
+        words.append(f"part={instruction.part}")
     if instruction.layers is not None:
         words.append(f"layers={_pair(instruction.layers)}")
     if instruction.tied is not None:
         words.append(f"tied={instruction.tied}")
     if instruction.tile is not None:
-        tile = instruction.tile
-        words.append(f"tile={tile.first}:{tile.last}/{tile.of}")
+        words.append(f"tile={instruction.tile}")
     if instruction.ranks:
         words.append("ranks=" + ",".join(map(str, instruction.ranks)))
     if instruction.bytes:
@@ -158,18 +157,14 @@ def _value(key: str, value: str) -> Any:
     if key in ("rows", "layers", "micro_batches"):
         first, last = value.split(":")
         return int(first), int(last)
-    if key == "part":
-        pieces, _, of = value.partition("/")
-        first, last = pieces.split(":")
-        return int(first), int(last), int(of)
     if key == "ranks":
         return tuple(int(rank) for rank in value.split(","))
     if key == "tied":
         return value
-    if key == "tile":
+    if key in ("part", "tile"):
         shares, _, of = value.partition("/")
         first, last = shares.split(":")
-        return Tile(first=int(first), last=int(last), of=int(of))
+        return Share(first=int(first), last=int(last), of=int(of))
     raise ValueError(f"unknown word {key!r}")
 
 

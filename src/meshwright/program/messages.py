@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from meshwright.layout.shares import Share
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 
@@ -19,7 +20,7 @@ class Message(NamedTuple):
     """The stage before the cut that is crossed; two ranks may share several cuts."""
     micro_batch: int | None
     rows: tuple[int, int] | None
-    part: tuple[int, int, int] | None
+    part: Share | None
 
 
 def message(rank: int, i: Instruction) -> Message:

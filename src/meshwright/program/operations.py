@@ -70,7 +70,6 @@ class Op(str):
     RECV_B: ClassVar[Op]
     GATHER_F: ClassVar[Op]
     GATHER_B: ClassVar[Op]
-    REDUCE_GRAD: ClassVar[Op]
     REDUCE_NORM: ClassVar[Op]
     OPTIMIZER_STEP: ClassVar[Op]
 
@@ -144,11 +143,6 @@ Op.GATHER_B = Op(
     blocks=True, reads=Op.RECV_B, meets=_OF_ROWS,
 )  # fmt: skip
 """Put the gradients of a cut together in the same way."""
-Op.REDUCE_GRAD = Op(
-    "REDUCE_GRAD", "collective", "reduce", "reductions",
-    of_gradients=True, meets=OF_LAYERS, named_by_layers=True,
-)  # fmt: skip
-"""Sum the gradients of some layers over every rank that holds them."""
 Op.REDUCE_NORM = Op(
     "REDUCE_NORM", "collective", "reduce", "reductions", blocks=True, awaits="all", ends_step=True
 )
@@ -169,7 +163,6 @@ _KERNEL = (
     Op.RECV_B,
     Op.GATHER_F,
     Op.GATHER_B,
-    Op.REDUCE_GRAD,
     Op.REDUCE_NORM,
     Op.OPTIMIZER_STEP,
 )

@@ -55,8 +55,8 @@ class Timeline:
 
 
 def label(instruction: Instruction) -> str:
-    """Return the label of an instruction: `0F3`, `0W0:4`, `0REDUCE_GRAD 4:8` with its layers,
-    `0REDUCE_GRAD wte` with its tied parameter, `0REDUCE_GRAD 4:8 1:2/4` with its tile."""
+    """Return the label of an instruction: `0F3`, `0W0:4`, `0OPTIMIZER_STEP 4:8` with its layers,
+    `0OPTIMIZER_STEP wte` with its tied parameter; a tile follows as `1:2/4`."""
     micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
     if instruction.micro_batches is not None:
         micro_batch = "{}:{}".format(*instruction.micro_batches)
@@ -67,8 +67,7 @@ def label(instruction: Instruction) -> str:
         word = f"{word} {instruction.layers[0]}:{instruction.layers[1]}"
     elif instruction.tied is not None:
         word = f"{word} {instruction.tied}"
-    tile = instruction.tile
-    return word if tile is None else f"{word} {tile.first}:{tile.last}/{tile.of}"
+    return word if instruction.tile is None else f"{word} {instruction.tile}"
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:

@@ -10,6 +10,7 @@ from meshwright.plan.ranks import describe
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.plan.virtual import layout_of
 from meshwright.program.timeline import Timeline, busy_seconds
+from meshwright.techniques import rooms_with
 from meshwright.units import format_bytes, format_seconds
 
 _LIMITS = {
@@ -78,7 +79,8 @@ def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
 
 
 def limits(plan: Plan) -> tuple[str, ...]:
-    """Return the sentences on what limits the predicted step: time, memory, and virtual stages."""
+    """Return the sentences on what limits the predicted step: time, memory, virtual stages and
+    techniques."""
     sentences = []
     prediction = plan.prediction
     if prediction and sum(prediction.parts.values()) > 0:
@@ -87,6 +89,8 @@ def limits(plan: Plan) -> tuple[str, ...]:
         sentences.append(memory_sentence(prediction.memory))
         sentences += _frozen(prediction.memory)
     sentences += _virtual_stages(plan)
+    for room in rooms_with("report"):
+        sentences += room.sentences(plan)
     return tuple(sentences)
 
 

@@ -1,1 +1,1 @@
-"""Plays a program on PyTorch."""
+"""Carries out a program on PyTorch: one process for each rank."""

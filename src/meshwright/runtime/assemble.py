@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import Work
 
+from meshwright.layout.shares import Share, own_share
 from meshwright.model.graph import LayeredModel
-from meshwright.model.shard import Tile, own_tile
 from meshwright.plan.ranks import Seat, StageSeats, held_together, seats_of, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Key, Program
 from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
-from meshwright.runtime.collect import Home, parameter_homes
 from meshwright.runtime.debug import Tracer
-from meshwright.runtime.frozen import FrozenShare, equalise_frozen, frozen_shares
 from meshwright.runtime.observer import UNOBSERVED, Observer
+from meshwright.runtime.parameters import Parameter, parameters_of
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.start import agree, equalise
@@ -62,9 +61,8 @@ class Assembly:
     team: Team | None
     held: tuple[Held, ...]
     reducer: Reducer
-    homes: tuple[Home, ...]
-    frozen: tuple[FrozenShare, ...]
-    """Frozen (untrained) parameters that several ranks hold and must start with equal values."""
+    parameters: dict[str, Parameter]
+    """All of the model, by name."""
 
     @property
     def buckets(self) -> Sequence[FlatBucket]:
@@ -89,15 +87,14 @@ def assemble(
     `posted` is called with every gradient reduction that starts. Raises ModelError, PlanError, or
     TrainingError if the processes did not build the same model.
     """
-    place, seat = _own_seats(stage_seats(plan), world.rank)[0]
+    stages = stage_seats(plan)
+    _, seat = _own_seats(stages, world.rank)[0]
     cuts = cut_for(model, inputs, plan.job.precision, seat.rows[1] - seat.rows[0])
     own = build_own(
         model, cuts, plan, program, world, options=options, observer=observer, posted=posted
     )
     agree(program, world, {n: place.messages for n, place in own.places.items()})
-    equalise(own.buckets, own.held, world, own.team)
-    tile = own_tile(len(place.seats[seat.replica]), seat.tensor_index)
-    equalise_frozen(own.frozen, own.held, tile, world)
+    equalise(own.parameters.values(), stages, own.held, world)
     return own
 
 
@@ -118,17 +115,22 @@ def build_own(
     """
     stages = stage_seats(plan)
     mine = _own_seats(stages, world.rank)
-    homes = parameter_homes(model, cuts[0], stages)
-    frozen = frozen_shares(model, cuts[0], stages)
+    parameters = parameters_of(model, cuts[0])
     place, seat = mine[0]
     width = len(place.seats[seat.replica])
     team = _team(world, seat, width, observer)
     built = build_stages(
-        model, cuts, [place for place, _ in mine], seed=options.seed, device=world.device, team=team
+        model,
+        cuts,
+        parameters,
+        [place for place, _ in mine],
+        seed=options.seed,
+        device=world.device,
+        team=team,
     )
     held = tuple({one.name: one for each in built for one in each.held}.values())
-    own = own_tile(width, seat.tensor_index)
-    buckets = _buckets(held, program.ranks[world.rank], built[0].tied, own, world)
+    own = own_share(width, seat.tensor_index)
+    buckets = _buckets(held, program.ranks[world.rank], own, world)
     return Assembly(
         places={
             place.number: _place(each, place, seat, stages, plan, world, options, observer)
@@ -138,8 +140,7 @@ def build_own(
         team=team,
         held=held,
         reducer=Reducer(buckets, posted, observer.posting),
-        homes=homes,
-        frozen=frozen,
+        parameters=parameters,
     )
 
 
@@ -203,13 +204,12 @@ def _team(world: World, seat: Seat, width: int, observer: Observer) -> Team | No
 def _buckets(
     held: Sequence[Held],
     instructions: Sequence[Instruction],
-    tied: frozenset[str],
-    own: Tile,
+    own: Share,
     world: World,
 ) -> dict[Key, FlatBucket]:
     reductions = [i for i in instructions if i.op.of_gradients]
     buckets = {}
-    for key, group in group_parameters(held, reductions, tied).items():
+    for key, group in group_parameters(held, reductions).items():
         members = {
             i.tile: Members(world.reduce[i.ranks], len(i.ranks))
             for i in reductions

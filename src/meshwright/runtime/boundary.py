@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from meshwright.layout.shares import Share
 from meshwright.program.instructions import Instruction
 from meshwright.program.messages import Chain, chain_of
 from meshwright.runtime.build import Crossing
@@ -124,7 +125,7 @@ class Messages:
             if part is None:
                 return post(places)
             if rows not in arrival.parts:
-                arrival.parts[rows] = [(place, laid_flat(place, part[2])) for place in places]
+                arrival.parts[rows] = [(place, laid_flat(place, part.of)) for place in places]
             flats = arrival.parts[rows]
             return post([part_of(flat, place.numel(), part) for place, flat in flats])
 
@@ -285,13 +286,12 @@ def laid_flat(place: Tensor, of: int) -> Tensor:
     return torch.empty(length * of, dtype=place.dtype, device=place.device)
 
 
-def part_of(flat: Tensor, size: int, part: tuple[int, int, int]) -> Tensor:
+def part_of(flat: Tensor, size: int, part: Share) -> Tensor:
     """Returns some of the equal pieces into which the first `size` elements of a flat tensor are
     divided; the last pieces may be shorter or empty.
 
-    `part` is (first, last, number of pieces). With `size` 10 and `part` (1, 2, 4) each piece has 3
-    elements, and elements [3, 6) are returned.
+    With `size` 10 and the second of 4 pieces, each piece has 3 elements, and elements [3, 6) are
+    returned.
     """
-    first, last, of = part
-    length = -(-size // of)
-    return flat[min(first * length, size) : min(last * length, size)]
+    length = -(-size // part.of)
+    return flat[min(part.first * length, size) : min(part.last * length, size)]

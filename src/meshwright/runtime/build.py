@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, PlanError, Problem
+from meshwright.layout.shares import Share, own_share
+from meshwright.layout.tiles import Tile
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.shard import Ranges, Split, Tile, own_tile, slices, splits
+from meshwright.model.shard import Split, splits, tile_of
 from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
+from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import initial_seed
 from meshwright.runtime.tensor import Team, divide, take
 from meshwright.techniques.activation_checkpointing.model import recomputed
@@ -36,27 +39,19 @@ class Crossing:
 
 @dataclass(slots=True)
 class Held:
-    """One parameter, or the slice of it that this rank holds."""
+    """One parameter, or the tile of it that this rank holds."""
 
-    name: str
-    """Name in the model, such as `blocks.0.attention.output.weight`."""
+    of: Parameter
+    """The whole parameter."""
+    tile: Tile
     parameter: nn.Parameter
     layers: tuple[int, ...]
     """Numbers of this rank's layers that use it."""
-    split: Split | None
-    """Division by tensor parallelism, on this rank or others; None if every rank holds all of
-    it."""
-    attribute: str
-    """Name inside its module: "weight" or "bias"."""
-    shape: tuple[int, ...]
-    """Shape of the whole parameter."""
 
-    def slices(self, tile: Tile) -> Ranges | None:
-        """Returns the slices of the whole parameter that a tile covers; None if it is not
-        divided."""
-        if self.split is None:
-            return None
-        return slices(self.split, self.attribute, self.shape, tile)
+    @property
+    def name(self) -> str:
+        """Name in the model, such as `blocks.0.attention.output.weight`."""
+        return self.of.name
 
 
 @dataclass(slots=True)
@@ -69,8 +64,6 @@ class BuiltStage:
     incoming: tuple[Crossing, ...]
     outgoing: tuple[Crossing, ...]
     held: tuple[Held, ...]
-    tied: frozenset[str]
-    """Names of parameters that several layers of the model share."""
     recomputed: tuple[bool, ...]
     """One flag for each part: True if its forward is repeated during the backward."""
 
@@ -115,6 +108,7 @@ def cut_for(
 def build_stages(
     model: nn.Module,
     cuts: tuple[LayeredModel, LayeredModel],
+    parameters: Mapping[str, Parameter],
     stages: Sequence[StageSeats],
     *,
     seed: int,
@@ -124,8 +118,8 @@ def build_stages(
     """Allocates the layers of one rank on its device, and divides them among its tensor-parallel
     group.
 
-    `stages` are in layer order. A parameter that several of them use becomes one Parameter, and one
-    Held, that they share.
+    `parameters` are those of the whole model, and `stages` are in layer order. A parameter that
+    several of them use becomes one nn.Parameter, and one Held, that they share.
 
     A module on the meta device gets storage, then its own `reset_parameters()` under a seed that
     depends on its name alone; real weights are kept. Raises ModelError for a module on meta that
@@ -133,8 +127,9 @@ def build_stages(
     """
     layered, more = cuts
     layers = {n: layered.layers[n] for stage in stages for n in range(*stage.layers)}
-    own = own_tile(1, 0) if team is None else own_tile(team.width, team.index)
-    division = _Division(team=team, own=own, table=_table(model, tuple(layers.values())))
+    own = own_share(1, 0) if team is None else own_share(team.width, team.index)
+    table = _table(model, tuple(layers.values()))
+    division = _Division(parameters=parameters, team=team, own=own, table=table)
     shared: dict[str, nn.Parameter] = {}
     unreal: list[_Place] = []
     # Layer by layer, so that at most one layer is ever held unsliced.
@@ -160,7 +155,6 @@ def build_stages(
             held=tuple(
                 one for one in division.held.values() if any(first <= n < last for n in one.layers)
             ),
-            tied=frozenset(layered.tied),
             recomputed=tuple(
                 stage.recompute and recomputed(layer, len(layered.layers))
                 for layer in range(first, last)
@@ -283,8 +277,9 @@ def _check_real(unreal: list[_Place]) -> None:
 class _Division:
     """The parameters of one rank that have been held and sliced so far."""
 
+    parameters: Mapping[str, Parameter]
     team: Team | None
-    own: Tile
+    own: Share
     table: dict[str, Split]
     held: dict[str, Held] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -293,33 +288,11 @@ class _Division:
 
 
 def _divide(division: _Division, place: _Place) -> None:
-    """Replaces a parameter by this rank's slice of it; one that is not divided stays whole."""
-    team, own = division.team, division.own
-    full = place.owner.get_parameter(place.attribute)
-    split, shape = division.table.get(place.module), tuple(full.shape)
-    ranges = None if split is None else slices(split, place.attribute, shape, own)
-    split = None if ranges is None else split
-    known = division.held.get(place.name)
-    if known is not None and known.parameter is full and (known.split or not split):
-        known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
-        return
-    division.sizes[place.module] = shape[0]
-    if known is None:
-        if ranges is not None and team is not None:
-            part = take(full.detach(), ranges)
-            full = nn.Parameter(part, requires_grad=full.requires_grad)
-        known = Held(
-            name=place.name,
-            parameter=full,
-            layers=(place.layer,),
-            split=split,
-            attribute=place.attribute,
-            shape=shape,
-        )
-        division.held[place.name] = known
-    elif team is None:
-        known.split = known.split or split
-    elif known.slices(own) != ranges:
+    """Replaces a parameter by this rank's tile of it; one that is not divided stays whole."""
+    team, own, whole = division.team, division.own, division.parameters[place.name]
+    tile = whole.tile(own)
+    split = division.table.get(place.module)
+    if team is not None and tile_of(split, place.attribute, whole.shape, own) != tile:
         raise PlanError(
             Problem(
                 f"parameter {place.name}",
@@ -328,6 +301,13 @@ def _divide(division: _Division, place: _Place) -> None:
                 "one way for all modules that share it",
             )
         )
+    division.sizes[place.module] = whole.shape[0]
+    known = division.held.get(place.name)
+    if known is None:
+        full = place.owner.get_parameter(place.attribute)
+        if team is not None and whole.split is not None:
+            full = nn.Parameter(take(full.detach(), tile), requires_grad=full.requires_grad)
+        known = division.held[place.name] = Held(of=whole, tile=tile, parameter=full, layers=())
     known.layers = tuple(dict.fromkeys((*known.layers, place.layer)))
     setattr(place.owner, place.attribute, known.parameter)
 

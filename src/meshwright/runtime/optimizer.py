@@ -88,7 +88,7 @@ def updates(
     for key in named:
         own = [buckets[key]] if key in buckets else rest
         own = own if len(named) > 1 else list(buckets.values())
-        parameters = [parameter for bucket in own for parameter in bucket.trained]
+        parameters = [each.parameter for bucket in own for each in bucket.trained]
         optimizer = make(parameters) if parameters else None
         groups = optimizer.param_groups if optimizer else []
         found[key] = Update(own, optimizer, [float(group["lr"]) for group in groups])

@@ -1,14 +1,15 @@
 """Interprets one rank's instructions: computes, hands over, sends and receives, up to the gradient
 norm.
 
-Every instruction is bound once, to a function without arguments in which everything that is the
-same in every step has been looked up.
+Every instruction is bound once, to a function of the step, in which everything that is the same in
+every step has been looked up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -28,8 +29,20 @@ from meshwright.techniques import provided
 
 _NOTHING = nullcontext()
 
-Action = Callable[[], None]
-"""Function that runs one instruction, in every step."""
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What differs from one step to the next."""
+
+    number: int
+    rows: Rows
+    """The rows of the step's global batch."""
+    scale: float
+    """Multiplies the loss before backwards."""
+
+
+Action = Callable[[Step], None]
+"""Function that runs one instruction of a step."""
 
 Taking = Callable[[], list[Tensor]]
 """Function that returns the tensors that come in over a cut."""
@@ -78,25 +91,20 @@ class Player:
         """Tensors that one stage of this rank has made for another."""
         self.posted_last: list[Handle] = []
         """Collectives that the end of the step waits for."""
-        self._rows: Rows | None = None
-        self._step = 0
-        self._scale = 1.0
         self._losses: list[tuple[Tensor, float]] = []
         """(Mean loss, share of the global batch) of each slice of rows."""
         self._generator = generator_of(own.device)
         self._random: Tensor | None = None
         """The generator's state at the start of the step, to which it returns at the end."""
 
-    def start(self, rows: Rows, step: int, scale: float) -> None:
-        """Begins a step on the rows of a global batch; `scale` multiplies the loss before
-        backwards."""
-        self._rows, self._step, self._scale = rows, step, scale
+    def start(self, step: Step) -> None:
+        """Begins a step."""
         self._losses.clear()
         self._random = self._generator.get_state()
         for place in self.own.places.values():
             for messages in place.messages.values():
                 if messages.headers is not None:
-                    messages.headers.step = step
+                    messages.headers.step = step.number
 
     def wait(self) -> None:
         """Waits until all that was posted has completed."""
@@ -117,7 +125,7 @@ class Player:
         if self._random is None:
             return
         self._generator.set_state(self._random)
-        self._rows = self._random = None
+        self._random = None
         self._made.clear()
         for place in self.own.places.values():
             place.stage.casts.drop()
@@ -143,7 +151,7 @@ class Player:
             case Op.GATHER_F | Op.GATHER_B:
                 return partial(self._gather, i)
             case _ if i.op.of_gradients:
-                return partial(self.own.reducer.arm, i)
+                return self._arm(i)
         return _handlers()[i.op](self, i)
 
     # Computing.
@@ -159,13 +167,12 @@ class Player:
         last = first + rows[1] - rows[0]
         take, keep = self._taking(place, Op.RECV_F, micro_batch), self._keeping_forward(place, i)
 
-        def run() -> None:
-            assert self._rows is not None
+        def run(step: Step) -> None:
             received = take()
-            batch = stage.read(self._rows, first, last)
+            batch = stage.read(step.rows, first, last)
             with self.computing(i):
                 results = stage.forward(
-                    micro_batch, received, batch, step=self._step, first_row=first, split=split
+                    micro_batch, received, batch, step=step.number, first_row=first, split=split
                 )
             keep(results)
 
@@ -201,13 +208,13 @@ class Player:
         take, keep = self._taking(place, Op.RECV_B, micro_batch), self._keeping_backward(place, i)
         whole = i.op is Op.BACKWARD
 
-        def run() -> None:
+        def run(step: Step) -> None:
             if completed:
                 reducer.begin(completed)
             arrived = take()
             with self.computing(i):
                 back = stage.backward if whole else stage.backward_input
-                gradients = back(micro_batch, arrived, weight * self._scale)
+                gradients = back(micro_batch, arrived, weight * step.scale)
             del arrived
             keep(gradients)
             if completed:
@@ -238,7 +245,7 @@ class Player:
         micro_batches = micro_batches_of(i)
         completed = self._completed.get(id(i), ())
 
-        def run() -> None:
+        def run(_: Step) -> None:
             if completed:
                 reducer.begin(completed, stage.settled(micro_batches))
             with self.computing(i):
@@ -292,16 +299,20 @@ class Player:
     def _receive(self, i: Instruction) -> Action:
         messages = self.own.places[i.stage].messages[i.op]
         start = messages.receiver(i)
-        return lambda: messages.expect(i, self.posted(i, start()))
+        return lambda _: messages.expect(i, self.posted(i, start()))
 
     def _send(self, i: Instruction) -> Action:
         messages = self.own.places[i.stage].messages[i.op]
         start = messages.sender(i)
         key = _crossed(i)
         values = self._made.pop if self._last_sends[key] is i else self._made.__getitem__
-        return lambda: messages.sent(i, self.posted(i, start(values(key))))
+        return lambda _: messages.sent(i, self.posted(i, start(values(key))))
 
-    def _gather(self, i: Instruction) -> None:
+    def _arm(self, i: Instruction) -> Action:
+        arm = self.own.reducer.arm
+        return lambda _: arm(i)
+
+    def _gather(self, i: Instruction, _: Step) -> None:
         assert i.op.reads is not None
         with self.measured(i):
             self.meet(partial(self.own.places[i.stage].messages[i.op.reads].gather, i))

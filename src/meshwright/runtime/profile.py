@@ -174,9 +174,7 @@ def measure(
     import torch.distributed as dist
 
     from meshwright.runtime.exchange import from_all, from_rank
-    from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
     from meshwright.runtime.rendezvous import join
-    from meshwright.runtime.train import OPTIMIZERS
     from meshwright.runtime.world import pick_device
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -191,21 +189,9 @@ def measure(
         dist.destroy_process_group()
         return there.profile, True
     cluster = _machines(settings, device)
-    bench = _bench(settings, graph, cluster, device)
-    layers: list[LayerTime] = []
-    todo = list(cases(settings, graph, distinct_layers(graph).values()))
-    total = sum(len(case.layers) for case in todo)
-    for case in todo:
-        for layer in layer_times(bench, layers=case.layers, rows=case.rows, tensor=case.tensor):
-            layers.append(layer)
-            _tell(folder, dist.get_rank(), len(layers), total)
-            dist.barrier()
-    steps = []
-    if settings.rows:
-        factory = OPTIMIZERS[settings.optimizer](1e-4)
-        steps.append(optimizer_time(bench, factory, settings.optimizer))
+    own = _own_times(settings, graph, _bench(settings, graph, cluster, device), folder)
     links = _links(settings, cluster, device)
-    everyone = from_all(OwnTimes(layers=tuple(layers), optimizers=tuple(steps)), OwnTimes)
+    everyone = from_all(own, OwnTimes)
     profile = Profile(
         model=graph.name,
         sequence=graph.sequence,
@@ -220,6 +206,30 @@ def measure(
     found = from_rank(0, profile, Profile)
     dist.destroy_process_group()
     return found, False
+
+
+def _own_times(
+    settings: ProfileSettings, graph: LayerGraph, bench: Bench, folder: Path | None
+) -> OwnTimes:
+    """Measures the layers and the optimizer on this rank's device, all ranks at once."""
+    import torch.distributed as dist
+
+    from meshwright.runtime.profile_layers import distinct_layers, layer_times, optimizer_time
+    from meshwright.runtime.train import OPTIMIZERS
+
+    layers: list[LayerTime] = []
+    todo = list(cases(settings, graph, distinct_layers(graph).values()))
+    total = sum(len(case.layers) for case in todo)
+    for case in todo:
+        for layer in layer_times(bench, layers=case.layers, rows=case.rows, tensor=case.tensor):
+            layers.append(layer)
+            _tell(folder, dist.get_rank(), len(layers), total)
+            dist.barrier()
+    steps = []
+    if settings.rows:
+        factory = OPTIMIZERS[settings.optimizer](1e-4)
+        steps.append(optimizer_time(bench, factory, settings.optimizer))
+    return OwnTimes(layers=tuple(layers), optimizers=tuple(steps))
 
 
 def _machines(settings: ProfileSettings, device: torch.device) -> Cluster:

@@ -21,6 +21,7 @@ from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.plan.spec import Stage as PlanStage
 from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_precision
 from meshwright.runtime.optimizer import OptimizerFactory
+from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.tensor import Team
 
@@ -182,11 +183,12 @@ def _stages_of(
     # A group of one rank: only compute is measured here, communication has its own price.
     team = Team(_alone(), index=0, width=tensor) if tensor > 1 else None
     model, cuts = _cut(bench, rows)
+    parameters = parameters_of(model, cuts[0])
     for n, layer in enumerate(layers):
         if n and team is not None:  # divided modules cannot be made whole again
             model, cuts = _cut(bench, rows)
         seats = _seats(layer, rows, of=len(graph.layers))
-        (built,) = build_stages(model, cuts, (seats,), seed=0, device=device, team=team)
+        (built,) = build_stages(model, cuts, parameters, (seats,), seed=0, device=device, team=team)
         yield layer, Stage(built, graph.precision, device, seed=0), built
         for part in built.parts:
             part.module.to("meta")

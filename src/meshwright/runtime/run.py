@@ -17,6 +17,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from meshwright.cluster.spec import Precision
 from meshwright.errors import MeshwrightError, Problem
 from meshwright.records import (
     Bytes,
@@ -54,8 +55,7 @@ class TrainingOptions:
     steps: Steps = 100
     """Number of optimizer steps."""
     clip_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
-    """Largest norm that the gradient may have; 0: gradients are not clipped, and each bucket's
-    weights are updated as soon as its gradients are summed."""
+    """Largest norm that the gradient may have; 0: gradients are not clipped."""
     seed: Seed = 0
     """Seed of the initial weights, of dropout and of the order of the data."""
     save_weights: bool = False
@@ -67,6 +67,12 @@ class TrainingOptions:
     """A rank that waits longer than this for another takes it for lost."""
     compile: bool = False
     """True: layers run through torch.compile."""
+
+    def waits_for_norm(self, precision: Precision) -> bool:
+        """Returns True if weights wait for the norm of the whole gradient: to be clipped or, in
+        fp16, because all ranks must agree on the loss scale. Else each bucket is updated at
+        once."""
+        return self.clip_norm > 0 or precision == "fp16"
 
     @property
     def recorded_step(self) -> int:

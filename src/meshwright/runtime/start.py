@@ -7,16 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from meshwright.errors import Problem, TrainingError
+from meshwright.layout.shares import UNDIVIDED
+from meshwright.layout.tiles import within
+from meshwright.plan.ranks import Ranks, StageSeats, copies_of, replicas_of
 from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
+from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import mix
-from meshwright.runtime.tensor import Team
+from meshwright.runtime.tensor import put, take
 from meshwright.runtime.world import World
-from meshwright.techniques.data_parallel.runtime import FlatBucket, gathered, scatter
 
 
 def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messages]]) -> None:
@@ -65,21 +69,43 @@ def receiver(op: Op, stage: int) -> int:
     return stage + 1 if op is Op.SEND_F else stage - 1
 
 
+@torch.no_grad()
 def equalise(
-    buckets: Iterable[FlatBucket], held: Sequence[Held], world: World, team: Team | None
+    parameters: Iterable[Parameter],
+    stages: Sequence[StageSeats],
+    held: Sequence[Held],
+    world: World,
 ) -> None:
-    """Copies every parameter from its first holder to the others."""
-    with torch.no_grad():
-        for bucket in buckets:
-            weights = [one.parameter for one in bucket.held]
-            for tile, members in bucket.members.items():
-                if tile is None:
-                    for weight in weights:
-                        dist.broadcast(weight, group_src=0, group=members.group)
-                else:
-                    flat = gathered(bucket, tile, weights)
-                    dist.broadcast(flat, group_src=0, group=members.group)
-                    scatter(bucket, tile, flat, weights)
-        for one in held if team is not None else ():
-            if one.split is None:
-                dist.broadcast(one.parameter, group_src=0, group=world.tensor)
+    """Copies every parameter from its first holder to the others.
+
+    Trained ones are broadcast in the process groups that sum their gradients, and frozen ones in
+    such a group if one happens to have exactly their holders; otherwise they are passed on from
+    rank to rank. Every rank must call it, with all parameters of the model in one order, and those
+    that it holds.
+    """
+    own = {one.name: one for one in held}
+    for each in parameters:
+        for ranks, share in copies_of(replicas_of(stages, each.layers)):
+            other = share is not None and (share == UNDIVIDED) != (each.split is None)
+            if other or len(ranks) == 1 or world.rank not in ranks:
+                continue
+            weight, tile = own[each.name].parameter, own[each.name].tile
+            place = within(tile, tile if share in (None, UNDIVIDED) else each.tile(share))
+            piece = take(weight, place)
+            _pass_on(piece, ranks, world)
+            put(weight, place, piece)
+        if world.tensor is not None and each.name in own and each.split is None:
+            dist.broadcast(own[each.name].parameter, group_src=0, group=world.tensor)
+
+
+def _pass_on(piece: Tensor, ranks: Ranks, world: World) -> None:
+    """Copies `piece` from the first rank to the others: by broadcast if they have a group, else
+    each rank sends it to the next."""
+    if ranks in world.reduce:
+        dist.broadcast(piece, group_src=0, group=world.reduce[ranks])
+        return
+    at = ranks.index(world.rank)
+    if at > 0:
+        dist.recv(piece, ranks[at - 1], group=world.forward)
+    if at + 1 < len(ranks):
+        dist.send(piece, ranks[at + 1], group=world.forward)

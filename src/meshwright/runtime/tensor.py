@@ -19,16 +19,10 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup, ReduceOp
 
 from meshwright.errors import PlanError, Problem
-from meshwright.model.shard import (
-    Column,
-    Ranges,
-    Row,
-    Split,
-    Vocabulary,
-    VocabularyHead,
-    VocabularyLoss,
-    chunk,
-)
+from meshwright.layout.boxes import Box
+from meshwright.layout.shares import cut, own_share
+from meshwright.layout.tiles import Tile, joined, joint
+from meshwright.model.shard import Column, Row, Split, Vocabulary, VocabularyHead, VocabularyLoss
 from meshwright.runtime.observer import Waiting
 
 
@@ -127,20 +121,20 @@ def leave(x: Tensor, team: Team) -> Tensor:
     return cast("Tensor", _Leave.apply(x, team))  # type: ignore[no-untyped-call]
 
 
-def take(full: Tensor, ranges: Ranges) -> Tensor:
-    """Returns the slices in `ranges` of a full tensor, concatenated in a new tensor."""
-    slices = [full.narrow(ranges.dim, first, last - first) for first, last in ranges.ranges]
-    return torch.cat(slices, dim=ranges.dim)
+def at(box: Box) -> tuple[slice, ...]:
+    """Returns the index of a box in a tensor."""
+    return tuple(slice(first, last) for first, last in box)
 
 
-def put(full: Tensor, ranges: Ranges, part: Tensor) -> None:
-    """Writes slices, as `take` returns them, back into the full tensor."""
-    start = 0
-    for first, last in ranges.ranges:
-        full.narrow(ranges.dim, first, last - first).copy_(
-            part.narrow(ranges.dim, start, last - first)
-        )
-        start += last - first
+def take(full: Tensor, tile: Tile) -> Tensor:
+    """Returns a tile of a full tensor as a new tensor, its boxes joined."""
+    return torch.cat([full[at(box)] for box in tile], dim=joint(tile))
+
+
+def put(full: Tensor, tile: Tile, part: Tensor) -> None:
+    """Writes a tile, as `take` returns it, back into the full tensor."""
+    for box, place in zip(tile, joined(tile), strict=True):
+        full[at(box)].copy_(part[at(place)])
 
 
 def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Team) -> None:
@@ -186,7 +180,7 @@ def _sum(module: nn.Module, team: Team) -> Callable[..., Tensor]:
 
 
 def _vocabulary(module: nn.Module, size: int, team: Team) -> Callable[[Tensor], Tensor]:
-    first, last = chunk(size, team.width, team.index)
+    first, last = cut(size, own_share(team.width, team.index))
     whole = module.forward
 
     def forward(index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from meshwright.runtime.run import Metrics, TrainingOptions
 
 Batch = tuple[Tensor, ...]
 """The tensors of some rows; the first dimension of each is the rows."""
-Rows = Callable[[int, int, int], Batch]
+StepRows = Callable[[int, int, int], Batch]
 """Function from (step, first, last) to the batch tensors of rows [first, last) of that step's
 global batch."""
 Loss = Callable[..., Tensor]
@@ -76,7 +76,7 @@ OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 """Optimizers, by their names in Job.optimizer."""
 
 
-def dataset_rows(dataset: Dataset[Any], global_batch: int, *, seed: int = 0) -> Rows:
+def dataset_rows(dataset: Dataset[Any], global_batch: int, *, seed: int = 0) -> StepRows:
     """Returns the rows of a map-style dataset, which every epoch visits in a new random order.
 
     Raises DataError if the dataset is shorter than one batch.
@@ -117,7 +117,7 @@ class _EpochOrder:
 def train(  # noqa: PLR0913 - all that a user brings to a run
     model: nn.Module,
     plan: Plan,
-    data: Dataset[Any] | Rows,
+    data: Dataset[Any] | StepRows,
     *,
     loss: Loss | None = None,
     optimizer: OptimizerFactory,
@@ -157,7 +157,7 @@ def train(  # noqa: PLR0913 - all that a user brings to a run
 
 def run_steps(
     engine: Engine,
-    rows: Rows,
+    rows: StepRows,
     *,
     on_metrics: Callable[[Metrics], None] | None = None,
     peak_flops: float | None = None,

@@ -30,7 +30,7 @@ from meshwright.runtime.run import (
     RunSettings,
     load_settings,
 )
-from meshwright.runtime.train import OPTIMIZERS, Batch, Rows, Trained, train, warmup_cosine
+from meshwright.runtime.train import OPTIMIZERS, Batch, StepRows, Trained, train, warmup_cosine
 
 
 def run(folder: Path) -> None:
@@ -88,7 +88,7 @@ def write_line(metrics: TextIO, line: Metrics) -> None:
     files.add_line(metrics, json.dumps(plain(line)))
 
 
-def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> Rows:
+def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> StepRows:
     """Returns a function that reads a step's rows from the corpus."""
 
     def rows(step: int, first: int, last: int) -> Batch:

@@ -1,1 +1,1 @@
-"""Finds the plan."""
+"""Finds a fast plan: enumerates candidates, estimates their steps, and simulates the best ones."""

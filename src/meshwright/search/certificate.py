@@ -26,7 +26,9 @@ FLUID = "all work spread over all devices without loss"
 CHAIN = "the layers one after another, each where it is fastest"
 WIDE = "all work spread over the best number of devices, and the norm of the gradients over those"
 LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
-EXHAUSTIVE = "every plan of the space was looked at, in the orders 1F1B and GPipe"
+EXHAUSTIVE = (
+    "every plan of the space was looked at, in the orders 1F1B and GPipe, with states undivided"
+)
 
 GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""
@@ -133,10 +135,15 @@ def _row_counts(costs: Costs, most: int) -> list[int]:
 
 
 def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
-    """Rows of a micro-batch of which a device can hold what each layer saves, beside the layer's
-    own parameters; 0 where it cannot hold one row or the width does not divide the layer."""
+    """Return how many rows of each layer's saved tensors a device can hold.
+
+    Beside them it holds the layer's own parameters. Of their optimizer states it has at least an
+    equal share of what all devices together must have: a plan may divide them. The number is 0
+    where not one row fits or the width does not divide the layer.
+    """
     room, unit, found = usable_bytes(costs.cluster.types[kind]), costs.table.weights.unit, []
-    each = unit.weights + unit.gradients + unit.optimizer + unit.casts
+    holders = len(usable_devices(costs.cluster, costs.job))
+    each = unit.weights + unit.gradients + unit.optimizer / holders + unit.casts
     for layer in costs.model.layers:
         divided = 1 - 1 / tensor if layer.tensor_units else 0.0
         held = (layer.parameters - layer.split_parameters * divided) * each

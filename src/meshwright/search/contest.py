@@ -75,6 +75,8 @@ class Contest:
     others: list[Played] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    misfits: tuple[Plan, ...] = ()
+    """Plans that lack memory, the most promising first, if nothing else was found."""
     timelines: list[tuple[Played, Timeline]] = field(default_factory=list)
     """Of the best that were played, best first."""
 
@@ -114,7 +116,7 @@ class Contest:
 def enter(contest: Contest, plan: Plan, name: str) -> Played:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = contest.costs
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
+    timeline = simulate_folded(plan, costs.model, costs.stated_cluster, costs.profile)
     played = Played(name, plan, timeline.step_seconds)
     insort(contest.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
     del contest.timelines[TIMELINES:]
@@ -176,6 +178,19 @@ def _refused(contest: Contest, strategy: Strategy) -> str:
     return "lower bound above the best" if bound >= contest.limit else ""
 
 
+def simplest(contest: Contest) -> Played:
+    """Return, of the plans that are as good as the best, one with the fewest pipelines and
+    stages."""
+
+    def parts(played: Played) -> tuple[int, int]:
+        pipelines = played.plan.pipelines
+        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
+
+    assert contest.best is not None
+    limit = contest.best.seconds * (1 + SAME)
+    return min((p for p in contest.others if p.seconds <= limit), key=parts)
+
+
 def timeline_of(contest: Contest, played: Played) -> Timeline | None:
     """The simulated step of a strategy, if it was kept."""
     return next((timeline for each, timeline in contest.timelines if each is played), None)
@@ -185,7 +200,7 @@ def parts_in(contest: Contest, played: Played) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
     costs = contest.costs
     timeline = timeline_of(contest, played) or simulate_folded(
-        played.plan, costs.model, costs.cluster, costs.profile
+        played.plan, costs.model, costs.stated_cluster, costs.profile
     )
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

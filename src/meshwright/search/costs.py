@@ -48,6 +48,10 @@ class Costs:
 
     model: LayerGraph
     cluster: Cluster
+    """The cluster with the links that the profile says are reached."""
+    stated_cluster: Cluster
+    """The cluster as its file states it. The price of a whole program takes this one, for it looks
+    up the links of the profile itself."""
     job: Job
     profile: Profile | None
     links: Topology
@@ -99,12 +103,13 @@ def costs_of(
 ) -> Costs:
     """Nothing is priced before it is asked for. Measured links replace those of the cluster.
     `recomputation`: stages that do not fit otherwise may recompute."""
-    cluster = reached_links(cluster, profile)
+    stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables = memory_tables(model, job)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
     return Costs(
         model=model,
         cluster=cluster,
+        stated_cluster=stated_cluster,
         job=job,
         profile=profile,
         links=topology(cluster),

@@ -79,7 +79,12 @@ def after_lines(costs: Costs, lines: Sequence[Line]) -> float:
         world = tuple(sorted(used, key=costs.links.order.__getitem__))
         norm = alone_seconds(costs.links, scaled(ring(costs, world), NORM_BYTES))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
-    return norm + max(_optimizers(costs, lines)) + overhead
+    return norm + slowest_optimizer(costs, lines) + overhead
+
+
+def slowest_optimizer(costs: Costs, lines: Sequence[Line]) -> float:
+    """Return the seconds of the longest optimizer step of any device."""
+    return max(_optimizers(costs, lines))
 
 
 def _optimizers(costs: Costs, lines: Sequence[Line]) -> Iterator[float]:

@@ -35,7 +35,7 @@ def plain_plan(contest: Contest) -> Played | None:
     plan = plan_of(costs, lines, schedule, contest.cluster_print)
     if work_of(plan, fold(plan, costs.cluster)) > MOST_WORK:
         return None
-    seconds = simulate_folded(plan, costs.model, costs.cluster, costs.profile).step_seconds
+    seconds = simulate_folded(plan, costs.model, costs.stated_cluster, costs.profile).step_seconds
     missing = len(costs.devices) - len(plan.devices)
     return Played(lines_label(lines, schedule, missing), plan, seconds)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +19,6 @@ from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
 from meshwright.search.baselines import BASELINES
-from meshwright.search.boundaries import all_direct, choose_boundaries
 from meshwright.search.certificate import (
     EXHAUSTIVE,
     Certificate,
@@ -33,6 +32,7 @@ from meshwright.search.contest import (
     enter,
     ignore,
     parts_in,
+    simplest,
     timeline_of,
     work_of,
 )
@@ -59,11 +59,11 @@ from meshwright.search.explore import (
     usable,
     whole,
 )
+from meshwright.search.finishing import finish
 from meshwright.search.improve import improve
 from meshwright.search.inputs import check_inputs
+from meshwright.search.options import options_without
 from meshwright.search.plain import plain_plan
-from meshwright.search.schedule import reschedule
-from meshwright.search.virtual_stages import divide_stages
 from meshwright.simulate.fold import fold
 from meshwright.stopping import Stopped, never, until
 
@@ -86,6 +86,9 @@ PROOF_SECONDS = 1.0
 """How long a certificate may take that an interrupted search has not worked out before."""
 
 MISFITS_SHOWN = 3
+MISFITS_TRIED = 200
+"""Plans without enough memory that further options may make fit, where no other plan fits."""
+
 RUNNERS_UP = 6
 
 
@@ -96,8 +99,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     profile: Profile | None = None,
     *,
     schedules: Sequence[ScheduleName] = ("1f1b", "gpipe"),
-    reorder: bool = True,
-    divide: bool = True,
+    forbidden: Collection[str] = (),
     progress: Progress | None = None,
     budget_seconds: float | None = None,
     stop: Callable[[], bool] = never,
@@ -105,8 +107,8 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
 ) -> Plan:
     """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
 
-    `schedules` are those that every candidate is tried in; with `reorder`, the best are then tried
-    in all others and, with `divide`, with several stages on each device. Without `budget_seconds`
+    `schedules` are those that every candidate is tried in; the best are then tried with every
+    option of `search.options` whose name is not `forbidden`. Without `budget_seconds`
     the same input gives the same plan, byte for byte; with it, the best plan found when the time
     was up, or the first one that fits if that takes a moment longer. `stop` is asked several times
     a second; once it says yes, the search ends at once in the same way. `found` is told the step
@@ -117,6 +119,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     """
     deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
     check_inputs(model, cluster, job)
+    options = options_without(forbidden)
     costs = costs_of(model, cluster, job, profile, recomputation=True)
     contest = Contest(
         costs,
@@ -130,16 +133,16 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     seen = _Seen()
     with suppress(Stopped), until(contest.may_leave_off):
         _search(contest, seen, schedules, tell)
-        if contest.best and reorder:
-            reschedule(contest, tell)
-            if divide:
-                divide_stages(contest, tell)
+        seen.best_without_options = contest.best
+        if contest.best is None:
+            contest.misfits = _misfit_plans(contest, seen.explored)
+        finish(contest, options, tell)
     if contest.best is None and contest.spare:
         contest.best = contest.spare
         contest.others.append(contest.spare)
     if contest.best is None:
         raise _nothing(contest, seen.explored, tell)
-    return _found(contest, seen, schedules)
+    return _found(contest, seen)
 
 
 @dataclass(slots=True)
@@ -150,6 +153,8 @@ class _Seen:
     by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
     exhausted: bool = False
     """Every plan of the space was looked at."""
+    best_without_options: Played | None = None
+    """The best plan before further options were tried."""
     proof: Certificate | None = None
     """Worked out while the search goes on, for whoever interrupts it does not wait for it."""
 
@@ -157,7 +162,7 @@ class _Seen:
 def _search(
     contest: Contest, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
-    """Everything but other orders of work: the contest and `seen` keep what is found."""
+    """Search all but the options of `search.options`; the contest and `seen` keep what is found."""
     if is_large(contest.costs):
         tell("looking for a first plan", 0, 1)
         contest.spare = plain_plan(contest)
@@ -175,18 +180,18 @@ def _search(
     seen.by_hand = _all_by_hand(contest)
     named = [(name, each) for name, each in seen.by_hand if isinstance(each, Estimate)]
     _regular(contest, named, tell)
-    choose_boundaries(contest, tell)
 
 
-def _found(contest: Contest, seen: _Seen, schedules: Sequence[ScheduleName]) -> Plan:
+def _found(contest: Contest, seen: _Seen) -> Plan:
     """The best plan of a contest, with all that is to be said of it."""
     costs = contest.costs
     if contest.stopped:
         contest.dropped[INTERRUPTED] += 1
-    winner = _simplest(contest)
+    winner = simplest(contest)
     played = {each.name for each in contest.others}
     misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
-    settled = seen.exhausted and all_direct(winner.plan) and winner.plan.schedule in schedules
+    before = seen.best_without_options
+    settled = seen.exhausted and before and winner.seconds >= before.seconds * (1 - SAME)
     proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(contest, seen)
     return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
 
@@ -212,6 +217,13 @@ def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progres
     return explore(costs, candidates, dropped, tell, lambda: contest.late)
 
 
+def _misfit_plans(contest: Contest, explored: Explored) -> tuple[Plan, ...]:
+    return tuple(
+        as_plan(contest.costs, misfit.candidate, misfit.bounds, contest.cluster_print)
+        for misfit in explored.misfits[:MISFITS_TRIED]
+    )
+
+
 def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
     with suppress(Stopped), until(contest.may_leave_off):
@@ -227,18 +239,6 @@ def _nothing(contest: Contest, explored: Explored, tell: Progress) -> Meshwright
         mend = "give it more time, or no budget"
     wanted, mend = "time for at least one plan", f"{mend}: then it says by how much nothing fits"
     return PlanError(Problem("search", where, found, wanted, mend))
-
-
-def _simplest(contest: Contest) -> Played:
-    """Of the strategies that are as good as the best, one with the fewest pipelines and stages."""
-
-    def parts(played: Played) -> tuple[int, int]:
-        pipelines = played.plan.pipelines
-        return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
-
-    assert contest.best is not None
-    limit = contest.best.seconds * (1 + SAME)
-    return min((p for p in contest.others if p.seconds <= limit), key=parts)
 
 
 def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:

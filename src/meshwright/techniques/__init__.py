@@ -13,6 +13,8 @@ needs, and may have others, which its own files read. Each is loaded when its pa
 * `memory.py`: `adjustment`, which returns what changes the bytes that a rank holds;
 * `export.py`: `answers`, how another tool is told of its field, and `beside_the_schedule`, the
   sentences for a file that holds only the order of work;
+* `options.py`: OPTION, what the search tries on its best plans;
+* `report.py`: `sentences`, what is said of a plan that uses the technique;
 * `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum
   gradients begin; `prepare`, which lays out a bucket of gradients before the first step.
 """

@@ -1,1 +1,1 @@
-"""A small mixed cluster emulated on one Linux machine: namespaces, shaped links, paced devices."""
+"""Emulates a small mixed cluster on one Linux machine: namespaces, shaped links, slowed devices."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from meshwright.model.shard import Column, Row, Split, held
+from meshwright.layout.shares import own_share
+from meshwright.model.shard import Column, Row, Split, tile_of
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.tensor import Team, divide, take
 from meshwright.techniques.backward_split.runtime.deferring import (
@@ -272,9 +273,9 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     for (index, split), source in zip(((0, splits[0]), (2, splits[1])), (full[0], full[2]),
                                       strict=True):  # fmt: skip
         for name, parameter in source.named_parameters():
-            ranges = held(split, name, tuple(parameter.shape), 2, rank)
-            cuts[f"{index}.{name}"] = ranges
-            value = parameter.detach() if ranges is None else take(parameter.detach(), ranges)
+            tile = tile_of(split, name, tuple(parameter.shape), own_share(2, rank))
+            cuts[f"{index}.{name}"] = tile
+            value = take(parameter.detach(), tile)
             setattr(part[index], name, nn.Parameter(value.clone()))
         divide(part[index], str(index), split, 0, team)
     deferring = Deferring(part.parameters())
@@ -288,13 +289,13 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     errors.append(float((leaf.grad - wanted).abs().max()))  # type: ignore[operator]
     own = dict(part.named_parameters())
     for name, parameter in full.named_parameters():
-        grad, ranges = parameter.grad, cuts[name]
+        grad, tile = parameter.grad, cuts[name]
         assert grad is not None
-        slices = grad if ranges is None else take(grad, ranges)
-        errors.append(float((own[name].grad - slices).abs().max()))  # type: ignore[operator]
+        errors.append(float((own[name].grad - take(grad, tile)).abs().max()))  # type: ignore[operator]
     return first, sums[0], max(errors)
 
 
+@pytest.mark.heavy
 def test_a_team_sums_once_in_the_first_part_and_never_in_the_second() -> None:
     for first, second, error in run_ranks(2, divided, (Column(parts=(16,)), Row())):
         assert (first, second) == (1, 0)

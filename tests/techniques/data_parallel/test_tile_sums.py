@@ -1,4 +1,4 @@
-"""Tiles of gradients, taken out of flat buckets and put back, by ranks of unlike tensor widths."""
+"""Shares of gradients, taken out of flat buckets and put back, by ranks of unlike tensor widths."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meshwright.errors import PlanError
-from meshwright.model.shard import (
-    UNDIVIDED,
-    Column,
-    Row,
-    Split,
-    Tile,
-    Vocabulary,
-    common_tiles,
-    holder,
-    own_tile,
-    slices,
-)
+from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder, own_share
+from meshwright.model.shard import Column, Row, Split, Vocabulary, divided_dim
 from meshwright.runtime.build import Held
+from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.tensor import take
 from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
@@ -62,39 +51,38 @@ def parameters(draw: st.DrawFn) -> list[Whole]:
     return found
 
 
-def holding(wholes: list[Whole], own: Tile, tiles: list[Tile]) -> FlatBucket:
-    """The bucket of one rank, whose parameters are its slices."""
+def holding(wholes: list[Whole], own: Share, shares: list[Share]) -> FlatBucket:
+    """The bucket of one rank, whose parameters are its tiles."""
     held = []
     for number, (split, attribute, whole) in enumerate(wholes):
-        ranges = split and slices(split, attribute, tuple(whole.shape), own)
-        held.append(
-            Held(
-                name=str(number),
-                parameter=nn.Parameter(whole if ranges is None else take(whole, ranges)),
-                layers=(0,),
-                split=None if ranges is None else split,
-                attribute=attribute,
-                shape=tuple(whole.shape),
-            )
+        parameter = Parameter(
+            name=f"{number}.{attribute}",
+            shape=tuple(whole.shape),
+            dtype=whole.dtype,
+            trained=True,
+            layers=(0,),
+            split=None if divided_dim(split, attribute) is None else split,
         )
+        tile = parameter.tile(own)
+        held.append(Held(parameter, tile, nn.Parameter(take(whole, tile)), (0,)))
     group: Any = None
-    return make_bucket(held, own, {tile: Members(group, 2) for tile in (UNDIVIDED, *tiles)})
+    return make_bucket(held, own, {share: Members(group, 2) for share in (UNDIVIDED, *shares)})
 
 
 @given(parameters(), st.lists(st.integers(1, 6), min_size=2, max_size=3, unique=True))
 def test_replicas_of_any_width_give_every_element_once_and_alike(wholes, widths):
-    tiles = common_tiles(widths)
+    shares = common_shares(widths)
     whole_row = (Row(), "bias")
     divided = [x.flatten() for split, name, x in wholes if split and (split, name) != whole_row]
     everything = torch.cat(divided)
     first: list[Tensor] = []
     for width in widths:
         found = []
-        for tile in tiles:
-            index = holder(tile, width)
-            mine = [other for other in tiles if holder(other, width) == index]
-            bucket = holding(wholes, own_tile(width, index), mine)
-            found.append(gathered(bucket, tile, [one.parameter.detach() for one in bucket.held]))
+        for share in shares:
+            index = holder(share, width)
+            mine = [other for other in shares if holder(other, width) == index]
+            bucket = holding(wholes, own_share(width, index), mine)
+            found.append(gathered(bucket, share, [one.parameter.detach() for one in bucket.held]))
         assert torch.equal(torch.cat(found).sort().values, everything.sort().values)
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
@@ -102,26 +90,10 @@ def test_replicas_of_any_width_give_every_element_once_and_alike(wholes, widths)
 
 @given(parameters(), st.integers(2, 6))
 def test_what_is_scattered_is_what_was_gathered(wholes, width):
-    tiles = list(common_tiles([1, width]))
-    bucket = holding(wholes, own_tile(1, 0), tiles)
+    shares = list(common_shares([1, width]))
+    bucket = holding(wholes, own_share(1, 0), shares)
     weights = [one.parameter.detach() for one in bucket.held]
     gradients = [torch.zeros_like(weight) for weight in weights]
-    for tile in (UNDIVIDED, *tiles):
-        scatter(bucket, tile, gathered(bucket, tile, weights), gradients)
+    for share in (UNDIVIDED, *shares):
+        scatter(bucket, share, gathered(bucket, share, weights), gradients)
     assert all(torch.equal(a, b) for a, b in zip(weights, gradients, strict=True))
-
-
-def test_a_tied_parameter_that_is_divided_here_and_whole_there_is_refused():
-    whole = torch.zeros(4, 2)
-    group: Any = None
-    one = Held(
-        name="shared",
-        parameter=nn.Parameter(whole),
-        layers=(0,),
-        split=None,
-        attribute="weight",
-        shape=(4, 2),
-    )
-    tile = Tile(first=0, last=1, of=2)
-    with pytest.raises(PlanError, match="one way for all that share it"):
-        make_bucket([one], own_tile(1, 0), {tile: Members(group, 2)})

@@ -24,6 +24,7 @@ from meshwright.program.operations import Op
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import fold, simulate_folded
 from meshwright.simulate.parts import parts
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 from strategies import chain, models_and_plans
 from worlds import even_model, even_plan, one_node
@@ -75,7 +76,7 @@ def test_scatter_and_gather_each_send_all_but_a_ranks_own_quarter() -> None:
     program, prices = priced(dividing(whole), model, cluster)
     for rank in range(4):
         assert carried(rank, program, prices) == {REDUCE_SCATTER: 3e6, GATHER_PARAMETERS: 3e6}
-    assert carried(0, *priced(whole, model, cluster)) == {Op.REDUCE_GRAD: 6e6}
+    assert carried(0, *priced(whole, model, cluster)) == {REDUCE_GRAD: 6e6}
     # F 1 ms, B 2 ms, scatter 3 ms, update and norm in no time, gather 3 ms.
     step = simulate_plan(dividing(whole), model, cluster).step_seconds
     assert step == pytest.approx(9e-3, rel=1e-3)
@@ -184,7 +185,7 @@ def test_where_widths_are_equal_any_plan_can_divide_and_its_program_is_sound(cas
     program = compile_plan(divided, model)
     check_program(program)
     assert loads(dumps(program)) == program
-    assert not any(i.op is Op.REDUCE_GRAD for rank in program.ranks for i in rank)
+    assert not any(i.op is REDUCE_GRAD for rank in program.ranks for i in rank)
 
 
 @settings(max_examples=30)

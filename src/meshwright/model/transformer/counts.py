@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from meshwright.model.shard import (
-    Column,
-    Row,
-    Split,
-    VocabularyHead,
-    held,
-)
+from meshwright.layout.shares import own_share
+from meshwright.layout.tiles import shape_of
+from meshwright.model.shard import Column, Row, Split, VocabularyHead, tile_of
 from meshwright.model.transformer.made import Made, Parameter
 from meshwright.model.transformer.spec import Activation
 from meshwright.model.transformer.tape import NOWHERE, Sized, Tape
@@ -56,14 +52,9 @@ class Counts:
     ) -> tuple[int, ...]:  # fmt: skip
         """Notes a parameter and gives the shape of the part that this rank holds."""
         self.parameters.append(Parameter(name, shape, split, linear=linear, trained=trained))
-        ranges = None
-        if split is not None and self.width > 1:
-            ranges = held(split, name.rpartition(".")[2], shape, self.width, 0)
-        if ranges is None:
+        if split is None or self.width == 1:
             return shape
-        own = list(shape)
-        own[ranges.dim] = sum(last - first for first, last in ranges.ranges)
-        return tuple(own)
+        return shape_of(tile_of(split, name.rpartition(".")[2], shape, own_share(self.width, 0)))
 
     def weight_cast(self, shape: tuple[int, ...], *, linear: bool) -> Sized:
         """Gives a weight as operations read it: the weight itself, or its cast in 16 bits."""

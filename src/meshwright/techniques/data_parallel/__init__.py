@@ -1,4 +1,5 @@
-"""Replicas of a stage that train on different rows, and sum their gradients in buckets while the
-backward still runs (Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
-Training", VLDB 2020).
+"""Replicas of a stage train on different rows, and sum their gradients.
+
+They do so in buckets while the backward still runs (Li et al., "PyTorch Distributed: Experiences on
+Accelerating Data Parallel Training", VLDB 2020).
 """

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import ceil
 
-from meshwright.model.shard import UNDIVIDED, Tile, common_tiles, holder
+from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.ranks import Ranks, StageSeats, gradient_bytes, replicas_of
+from meshwright.plan.ranks import Ranks, StageSeats, copies_of, gradient_bytes, replicas_of
 from meshwright.plan.spec import Job
 from meshwright.records import record
 
@@ -27,7 +27,7 @@ class Sum:
     """The members, ascending; each holds everything that is summed."""
     bytes: int
     """The bytes on each member."""
-    tile: Tile | None = None
+    tile: Share | None = None
     """The part of the divided gradients that is summed; see Instruction.tile."""
 
 
@@ -100,20 +100,15 @@ def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum,
     Every tensor rank holds `undivided` bytes whole; the tensor ranks of a replica divide `divided`
     bytes among them.
     """
-    widths = {len(replica) for replica in replicas}
-    if len(widths) == 1:
-        tensor = widths.pop()
-        size = round(undivided + divided / tensor)
-        sums = [
-            Sum(ranks=tuple(sorted(group)), bytes=size) for group in zip(*replicas, strict=True)
-        ]
-    else:
-        everyone = tuple(sorted(rank for replica in replicas for rank in replica))
-        sums = [Sum(ranks=everyone, bytes=undivided, tile=UNDIVIDED)]
-        for tile in common_tiles(widths):
-            ranks = tuple(sorted(replica[holder(tile, len(replica))] for replica in replicas))
-            size = ceil(divided * (tile.last - tile.first) / tile.of)
-            sums.append(Sum(ranks=ranks, bytes=size, tile=tile))
+    sums = []
+    for ranks, share in copies_of(replicas):
+        if share is None:
+            size = round(undivided + divided / len(replicas[0]))
+        elif share == UNDIVIDED:
+            size = undivided
+        else:
+            size = ceil(divided * (share.last - share.first) / share.of)
+        sums.append(Sum(ranks=ranks, bytes=size, tile=share))
     return tuple(each for each in sums if each.bytes > 0 and len(each.ranks) > 1)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import prod
 from typing import cast
 
 import torch
@@ -15,14 +14,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
-from meshwright.errors import PlanError, Problem
-from meshwright.model.shard import UNDIVIDED, Ranges, Tile, within
+from meshwright.layout.boxes import Box, Range, elements, lengths
+from meshwright.layout.shares import UNDIVIDED, Share
+from meshwright.layout.tiles import within
 from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
 from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
-from meshwright.runtime.tensor import put, take
+from meshwright.runtime.parameters import sums_gradient
+from meshwright.runtime.tensor import at
 from meshwright.techniques import provided
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
@@ -36,6 +38,17 @@ class Members:
     size: int
 
 
+@dataclass(slots=True)
+class Trained:
+    """What the optimizer of this rank updates of one parameter."""
+
+    of: Held
+    parameter: nn.Parameter
+    """The rank's tile of it, or a flat part of that."""
+    span: Range
+    """The elements of the tile, counted in row-major order."""
+
+
 @dataclass(slots=True, eq=False)
 class FlatBucket:
     """Gradients that are summed together: every `parameter.grad` is a view of `buffer`."""
@@ -45,10 +58,10 @@ class FlatBucket:
     undivided: int
     """Number of elements at the front that every tensor-parallel rank holds; the rest is divided
     among them."""
-    own: Tile
-    """This rank's tile of the divided parameters."""
-    members: dict[Tile | None, Members]
-    """The ranks that sum each tile, keyed as in their instructions; empty if no other rank shares
+    own: Share
+    """This rank's share of the divided parameters."""
+    members: dict[Share | None, Members]
+    """The ranks that sum each share, keyed as in their instructions; empty if no other rank shares
     these gradients."""
     pending: set[str] = field(default_factory=set)
     """Names of the parameters whose gradients are not complete."""
@@ -58,14 +71,17 @@ class FlatBucket:
     """The all-reduces to be started when the gradients are complete."""
     with_gradient: set[str] = field(default_factory=set)
     """Names of the parameters that have received a gradient so far."""
-    trained: list[nn.Parameter] = field(init=False)
+    trained: list[Trained] = field(init=False)
     """What the optimizer of this rank updates: its parameters, or its share of them."""
     weighed: list[tuple[Tensor, int]] = field(init=False)
     """The summed gradients that this rank adds to the norm, each with the number of ranks that do
     so."""
+    _boxes: dict[Share, list[tuple[int, Box]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.trained = [one.parameter for one in self.held]
+        self.trained = [
+            Trained(one, one.parameter, (0, one.parameter.numel())) for one in self.held
+        ]
         parts = self.buffer[: self.undivided], self.buffer[self.undivided :]
         self.weighed = [*zip(parts, self.copies, strict=True)]
 
@@ -75,12 +91,24 @@ class FlatBucket:
         if not self.members or None in self.members:
             replicas = self.members[None].size if self.members else 1
             return replicas * self.own.of, replicas
-        sizes = {tile == UNDIVIDED: members.size for tile, members in self.members.items()}
+        sizes = {share == UNDIVIDED: members.size for share, members in self.members.items()}
         return sizes.get(True, 1), sizes.get(False, 1)
+
+    def boxes(self, share: Share) -> Sequence[tuple[int, Box]]:
+        """Lists where a share lies: the index of a parameter, and a box of this rank's tile of
+        it."""
+        if share not in self._boxes:
+            self._boxes[share] = [
+                (index, box)
+                for index, one in enumerate(self.held)
+                if (one.of.split is None) == (share == UNDIVIDED)
+                for box in within(one.tile, one.of.tile(share))
+            ]
+        return self._boxes[share]
 
 
 def group_parameters(
-    held: Sequence[Held], reductions: Sequence[Instruction], tied: frozenset[str]
+    held: Sequence[Held], reductions: Sequence[Instruction]
 ) -> dict[Key, list[Held]]:
     """Assigns each of a rank's trainable parameters to the instruction that reduces its
     gradient."""
@@ -88,26 +116,17 @@ def group_parameters(
     for one in held:
         if not one.parameter.requires_grad:
             continue
-        keys = [
-            (i.layers, i.tied)
-            for i in reductions
-            if (i.tied == one.name if one.name in tied else _within(one, i.layers))
-        ]
+        keys = [(i.layers, i.tied) for i in reductions if sums_gradient(i, one.of)]
         groups.setdefault(keys[0] if keys else OWN, []).append(one)
     return groups
 
 
-def _within(one: Held, layers: tuple[int, int] | None) -> bool:
-    return layers is not None and layers[0] <= one.layers[0] < layers[1]
-
-
-def make_bucket(held: Sequence[Held], own: Tile, members: dict[Tile | None, Members]) -> FlatBucket:
-    """Lays out the gradients of some parameters in one buffer, those of undivided parameters first.
-
-    Raises PlanError if ranks that hold a tied parameter at unlike tensor widths do not all divide
-    it.
-    """
-    ordered = sorted(held, key=lambda one: one.split is not None)
+def make_bucket(
+    held: Sequence[Held], own: Share, members: dict[Share | None, Members]
+) -> FlatBucket:
+    """Lays out the gradients of some parameters in one buffer, those of undivided parameters
+    first."""
+    ordered = sorted(held, key=lambda one: one.of.split is not None)
     parameters = [one.parameter for one in ordered]
     total = sum(p.numel() for p in parameters)
     buffer = torch.zeros(total, dtype=parameters[0].dtype, device=parameters[0].device)
@@ -116,58 +135,23 @@ def make_bucket(held: Sequence[Held], own: Tile, members: dict[Tile | None, Memb
         view = buffer[start : start + parameter.numel()]
         parameter.grad = view.view(parameter.shape)
         start += parameter.numel()
-    bucket = FlatBucket(
-        held=ordered,
-        buffer=buffer,
-        undivided=sum(one.parameter.numel() for one in ordered if one.split is None),
-        own=own,
-        members=members,
-    )
-    for one in ordered if members and None not in members else ():
-        if one.split is None and UNDIVIDED not in members:
-            found = "a layer that does not divide it, and one that does"
-            wanted = "one way for all that share it, in a plan of unlike tensor widths"
-            raise PlanError(Problem(f"parameter {one.name}", "tensor_split", found, wanted))
-    return bucket
+    undivided = sum(one.parameter.numel() for one in ordered if one.of.split is None)
+    return FlatBucket(held=ordered, buffer=buffer, undivided=undivided, own=own, members=members)
 
 
-def gathered(bucket: FlatBucket, tile: Tile, tensors: Sequence[Tensor]) -> Tensor:
-    """Copies one tile of each of the bucket's parameters (or of `tensors` like them) into a flat
-    tensor, in the same layout on all ranks that hold the tile."""
-    parts = []
-    for index, ranges in _places(bucket, tile):
-        part = tensors[index] if ranges is None else take(tensors[index], ranges)
-        parts.append(part.flatten())
-    return torch.cat(parts)
+def gathered(bucket: FlatBucket, share: Share, tensors: Sequence[Tensor]) -> Tensor:
+    """Copies one share of each of the bucket's parameters (or of `tensors` like them) into a flat
+    tensor, in the same order on all ranks that hold the share."""
+    return torch.cat([tensors[k][at(box)].flatten() for k, box in bucket.boxes(share)])
 
 
-def scatter(bucket: FlatBucket, tile: Tile, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Writes a tile back to where `gathered` has taken it from."""
+def scatter(bucket: FlatBucket, share: Share, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Writes a share back to where `gathered` has taken it from."""
     start = 0
-    for index, ranges in _places(bucket, tile):
-        tensor = tensors[index]
-        shape = list(tensor.shape)
-        if ranges is not None:
-            shape[ranges.dim] = sum(last - first for first, last in ranges.ranges)
-        part = flat[start : start + prod(shape)].view(shape)
-        if ranges is None:
-            tensor.copy_(part)
-        else:
-            put(tensor, ranges, part)
-        start += prod(shape)
-
-
-def _places(bucket: FlatBucket, tile: Tile) -> Iterator[tuple[int, Ranges | None]]:
-    """Yields where a tile lies: the parameter's index, and the slices of this rank's part of it
-    (None: all of it)."""
-    for index, one in enumerate(bucket.held):
-        own = one.slices(bucket.own)
-        if own is None and tile == UNDIVIDED:
-            yield index, None
-        elif own is not None and tile != UNDIVIDED:
-            part = one.slices(tile)
-            assert part is not None
-            yield index, within(own, part)
+    for k, box in bucket.boxes(share):
+        end = start + elements(box)
+        tensors[k][at(box)].copy_(flat[start:end].view(lengths(box)))
+        start = end
 
 
 @dataclass(slots=True)
@@ -308,21 +292,21 @@ def _all_reduce(
     return work, put_back
 
 
-def _summand(bucket: FlatBucket, tile: Tile | None) -> tuple[Tensor, Callable[[], None]]:
+def _summand(bucket: FlatBucket, share: Share | None) -> tuple[Tensor, Callable[[], None]]:
     """Returns the tensor that a rank gives to an all-reduce, and what to call when that has ended.
 
-    Only ranks with several tiles (those of replicas with a smaller tensor width) copy: a tile lies
-    scattered in their gradients.
+    Only ranks with several shares (those of replicas with a smaller tensor width) copy: a share
+    lies scattered in their gradients.
     """
-    if tile is None:
+    if share is None:
         return bucket.buffer, _nothing
-    if tile == UNDIVIDED:
+    if share == UNDIVIDED:
         return bucket.buffer[: bucket.undivided].div_(bucket.own.of), _nothing
     if sum(each != UNDIVIDED for each in bucket.members) == 1:
         return bucket.buffer[bucket.undivided :], _nothing
     gradients = [cast("Tensor", one.parameter.grad) for one in bucket.held]
-    flat = gathered(bucket, tile, gradients)
-    return flat, lambda: scatter(bucket, tile, flat, gradients)
+    flat = gathered(bucket, share, gradients)
+    return flat, lambda: scatter(bucket, share, flat, gradients)
 
 
 def _nothing() -> None:
@@ -333,4 +317,4 @@ def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Param
     return lambda _: reducer.accumulated(bucket, name)
 
 
-STARTS = {Op.REDUCE_GRAD: _all_reduce}
+STARTS: dict[Op, Start] = {REDUCE_GRAD: _all_reduce}

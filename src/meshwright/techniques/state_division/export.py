@@ -13,6 +13,7 @@ from meshwright.plan.spec import Plan, StateDivision
 from meshwright.techniques.state_division.plan import all_stages, divides_optimizer
 
 PROPERTY = "stage.states"
+MEND = "`meshwright plan --forbid divided-states` makes a plan without them"
 
 Value = StateDivision | None
 Lines = Callable[[bool, Asked], Iterable[str]]
@@ -34,7 +35,8 @@ def beside_the_schedule(plan: Plan) -> Iterator[str]:
 def _none(lacks: str) -> Answer:
     """Refuse divided states; `lacks` says what the tool has not."""
     return Answer(
-        "refused", wanted=lambda value, _: f"none: {lacks}" if divides_optimizer(value) else ""
+        "refused",
+        wanted=lambda value, _: f"none: {lacks}; {MEND}" if divides_optimizer(value) else "",
     )
 
 
@@ -45,9 +47,10 @@ def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> 
         if not divides_optimizer(value):
             return ""
         if not all(divides_optimizer(stage.states) for stage in all_stages(asked.plan)):
-            return f"the same in all stages: {tool} has one switch for all"
+            return f"the same in all stages: {tool} has one switch for all; {MEND}"
         if only_adamw and asked.plan.job.optimizer != "adamw":
-            return f"none with {asked.plan.job.optimizer}: {tool} divides only the states of Adam"
+            own = f"{tool} divides only the states of Adam"
+            return f"none with {asked.plan.job.optimizer}: {own}; {MEND}"
         return ""
 
     return Answer(

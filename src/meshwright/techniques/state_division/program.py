@@ -10,6 +10,7 @@ from meshwright.plan.spec import Plan
 from meshwright.program.compile import Rewriting
 from meshwright.program.instructions import Instruction, summed_layers
 from meshwright.program.operations import Op
+from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
 
@@ -25,7 +26,7 @@ def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
     divided = divided_layers(plan, model)
 
     def scattered(i: Instruction) -> Instruction:
-        if i.op is not Op.REDUCE_GRAD:
+        if i.op is not REDUCE_GRAD:
             return i
         layers = summed_layers(i.layers, i.tied, model)
         return replace(i, op=REDUCE_SCATTER) if all(divided[n] for n in layers) else i

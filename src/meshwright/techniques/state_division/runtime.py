@@ -6,15 +6,16 @@ up to a multiple of the number of ranks. Each rank's optimizer updates one slice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meshwright.layout.shares import flat_share
 from meshwright.program.instructions import Instruction
-from meshwright.runtime.play import Action, Player
-from meshwright.techniques.data_parallel.runtime import FlatBucket
+from meshwright.runtime.play import Action, Player, Step
+from meshwright.techniques.data_parallel.runtime import FlatBucket, Trained
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,35 +29,26 @@ def prepare(bucket: FlatBucket, i: Instruction) -> None:
         return
     count, rank = _members(bucket)
     size = -(-bucket.buffer.numel() // count) * count
+    own = (rank * size // count, (rank + 1) * size // count)
     gradients = bucket.buffer.new_zeros(size)
     weights = torch.zeros_like(gradients)
-    for one, (first, last) in _spans(bucket):
-        weights[first:last] = one.detach().flatten()
-        one.data = weights[first:last].view(one.shape)
-        one.grad = gradients[first:last].view(one.shape)
-    bucket.buffer = gradients
-    own = (rank * size // count, (rank + 1) * size // count)
-    bucket.trained = []
-    for _, span in _spans(bucket):
-        first, last = max(span[0], own[0]), min(span[1], own[1])
+    bucket.buffer, bucket.trained, start = gradients, [], 0
+    spans = flat_share([one.parameter.numel() for one in bucket.held], count, rank)
+    for one, (first, last) in zip(bucket.held, spans, strict=True):
+        parameter, end = one.parameter, start + one.parameter.numel()
+        weights[start:end] = parameter.detach().flatten()
+        parameter.data = weights[start:end].view(parameter.shape)
+        parameter.grad = gradients[start:end].view(parameter.shape)
         if first < last:
-            part = nn.Parameter(weights[first:last])
-            part.grad = gradients[first:last]
-            bucket.trained.append(part)
+            part = nn.Parameter(weights[start + first : start + last])
+            part.grad = gradients[start + first : start + last]
+            bucket.trained.append(Trained(one, part, (first, last)))
+        start = end
     middle = min(max(bucket.undivided, own[0]), own[1])
     bucket.weighed = [
         (gradients[own[0] : middle], bucket.own.of),
         (gradients[middle : own[1]], 1),
     ]
-
-
-def _spans(bucket: FlatBucket) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
-    """Yields each parameter of a bucket, with its range [first, last) in the flat tensors."""
-    first = 0
-    for one in bucket.held:
-        last = first + one.parameter.numel()
-        yield one.parameter, (first, last)
-        first = last
 
 
 def _members(bucket: FlatBucket) -> tuple[int, int]:
@@ -90,7 +82,7 @@ def bind_gather(player: Player, i: Instruction) -> Action:
     whole = first.data.as_strided((bucket.buffer.numel(),), (1,), first.storage_offset())
     group = bucket.members[i.tile].group
 
-    def run() -> None:
+    def run(_: Step) -> None:
         own = _share(bucket, whole)
         own = own if whole.is_cuda else own.clone()
         work = _all_gather(whole, own, group=group, async_op=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from meshwright.program.listing import NAMES
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, fits, seconds, to_codes
+from meshwright.search.list_scheduler.listing import NAMES
 
 
 def random_work(random: Random, most_stages: int = 4, most_micro_batches: int = 8) -> Work:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 from operator import attrgetter
 
 from meshwright.cost.memory import device_memory, total_bytes
@@ -19,13 +20,19 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Sta
 from meshwright.plan.virtual import Layout
 from meshwright.program.work import Work
 from meshwright.search.chunks import Bounds, chunks_of, cut_in_chunks
-from meshwright.search.contest import Contest, Played, enter, work_of
+from meshwright.search.contest import Contest, Played, work_of
 from meshwright.search.costs import Costs
-from meshwright.search.explore import Progress
+from meshwright.search.finishing import (
+    PlanOption,
+    Proposal,
+    Proposals,
+    Pruned,
+    fits_in_memory,
+)
 from meshwright.search.fitting import fluid_rate
 from meshwright.search.lines import line_of
 from meshwright.search.lower import after_lines, tail_seconds
-from meshwright.search.schedule import (
+from meshwright.search.options.schedules import (
     LISTED,
     MOST_ACTIONS,
     finalists,
@@ -69,24 +76,43 @@ class _Draft:
     works: list[Work]
 
 
-def divide_stages(contest: Contest, tell: Progress) -> None:
-    """Enter the finalists with several stages on each device, where that may win; the contest keeps
-    the fastest."""
-    field = finalists(contest)
+def propose(contest: Contest) -> Proposals:
+    """Divide the stages of each finalist in every layout, where that may be faster; the fastest
+    few are proposed, and the best of them with a schedule made for it."""
     drafts: list[_Draft] = []
-    for done, played in enumerate(field):
-        tell("dividing stages", done, len(field))
-        if contest.late:
-            contest.dropped["virtual stages beyond the budget"] += len(field) - done
-            break
+    for played in finalists(contest):
         if not _hopeful(contest, played):
-            contest.dropped["virtual stages that could not win"] += 1
+            yield Pruned("lower bound above the best")
         elif work_of(played.plan, fold(played.plan, contest.costs.cluster)) > MOST_ACTIONS:
-            contest.dropped["too large to divide its stages"] += 1
+            yield Pruned("too large to try")
         else:
-            drafts += _drafts(contest, played.plan)
-    _play(contest, sorted(drafts, key=attrgetter("seconds")))
-    tell("dividing stages", len(field), len(field))
+            for found in _drafts(contest, played.plan):
+                if isinstance(found, Pruned):
+                    yield found
+                else:
+                    drafts.append(found)
+    drafts.sort(key=attrgetter("seconds"))
+    known = [draft.seconds for draft in drafts]
+    for k, draft in enumerate(drafts):
+        if k >= PLAYED or draft.seconds >= contest.limit:
+            yield Pruned("slower in the stage-level simulation", len(drafts) - k)
+            break
+        simulated = yield Proposal(draft.plan, describe(draft.plan))
+        known[k] = simulated.seconds if simulated else inf
+    best = min(known, default=inf)
+    if best < contest.limit * (1 + UNFIT):
+        yield from _listed(contest, drafts[known.index(best)])
+
+
+OPTION = PlanOption("virtual-stages", propose)
+
+
+def _listed(contest: Contest, draft: _Draft) -> Proposals:
+    """Propose a divided plan with a schedule made for it."""
+    made = listed_orders(draft.works, LISTED)
+    if made is not None and made[0] + draft.after < contest.limit:
+        plan = in_listed_orders(draft.plan, made[1])
+        yield Proposal(plan, describe(plan))
 
 
 def _hopeful(contest: Contest, played: Played) -> bool:
@@ -105,50 +131,23 @@ def _hopeful(contest: Contest, played: Played) -> bool:
     return True
 
 
-def _play(contest: Contest, drafts: list[_Draft]) -> None:
-    """Simulate the fastest drafts, and the best of them in an order made for it."""
-    known = [draft.seconds for draft in drafts]
-    for k, draft in enumerate(drafts):
-        if k >= PLAYED or draft.seconds >= contest.limit or contest.late:
-            contest.dropped["virtual stages that are not faster"] += len(drafts) - k
-            break
-        known[k] = enter(contest, draft.plan, describe(draft.plan)).seconds
-    best = min(known, default=float("inf"))
-    if best < contest.limit * (1 + UNFIT) and not contest.late:
-        _play_listed(contest, drafts[known.index(best)])
-
-
-def _play_listed(contest: Contest, draft: _Draft) -> None:
-    made = listed_orders(draft.works, LISTED)
-    if made is None or made[0] + draft.after >= contest.limit:
-        return
-    plan = in_listed_orders(draft.plan, made[1])
-    if _fits(contest.costs, plan):
-        enter(contest, plan, describe(plan))
-
-
-def _drafts(contest: Contest, plan: Plan) -> Iterator[_Draft]:
-    """The plan with its stages divided in every way."""
+def _drafts(contest: Contest, plan: Plan) -> Iterator[_Draft | Pruned]:
+    """Divide the stages of a plan in every layout."""
     costs = contest.costs
     after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
     for schedule, chunks in LAYOUTS:
         limit = (contest.limit - after) * (1 + ROUGH)
         divided = divided_plan(costs, plan, schedule, chunks, limit)
-        if isinstance(divided, str):
-            contest.dropped[divided] += 1
+        if isinstance(divided, Pruned):
+            yield divided
             continue
         works = pipeline_works(divided, costs)
         late = after + max(tail_seconds(costs, line_of(p)) for p in divided.pipelines)
         for seconds, name in in_named_orders(works):
             ordered = replace(divided, schedule=name)
-            if _fits(costs, ordered):
+            if fits_in_memory(costs, ordered):
                 yield _Draft(seconds + late, late, ordered, works)
                 break
-
-
-def _fits(costs: Costs, plan: Plan) -> bool:
-    memory = device_memory(plan, costs.model, costs.cluster)
-    return all(total_bytes(each) <= each.capacity for each in memory)
 
 
 def divided_plan(
@@ -157,14 +156,14 @@ def divided_plan(
     schedule: ScheduleName,
     chunks: int,
     limit: float = float("inf"),
-) -> Plan | str:
+) -> Plan | Pruned:
     """The plan with `chunks` stages on every group of devices, in the layout that the schedule
     plays; or why there is none: too few layers, not enough memory even where groups recompute, or
     pipelines that would take `limit` seconds in closed form."""
     lines = [line_of(pipeline) for pipeline in plan.pipelines]
     layouts = [_layout(schedule, len(line.teams), chunks) for line in lines]
     if any(sum(map(len, layout)) > len(costs.model.layers) for layout in layouts):
-        return "virtual stages with fewer layers than stages"
+        return Pruned("impossible for this plan")
     again = [frozenset[int]()] * len(lines)
     while True:
         cuts = [
@@ -172,7 +171,7 @@ def divided_plan(
             for line, layout, groups in zip(lines, layouts, again, strict=True)
         ]
         if max(seconds for _, seconds in cuts) >= limit:
-            return "virtual stages that are slower in closed form"
+            return Pruned("slower in closed form")
         pipelines = tuple(
             _divided(*each) for each in zip(plan.pipelines, layouts, cuts, again, strict=True)
         )
@@ -192,7 +191,7 @@ def divided_plan(
             for line, groups in zip(lines, again, strict=True)
         ]
         if costs.again is None or more == again:
-            return "virtual stages that do not fit in memory"
+            return Pruned("does not fit in memory")
         again = more
 
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listings import best_named, random_work
 
-from meshwright.program.listing import best_order
 from meshwright.program.orders import check_orders
-from meshwright.program.refine import refined
 from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
+from meshwright.search.list_scheduler.listing import best_order
+from meshwright.search.list_scheduler.refine import refined
 from soaks import tenth
 
 

@@ -10,10 +10,10 @@ from typing import get_args
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.plan.virtual import IN_PLAN, layout_wanted
-from meshwright.program.greedy import Rule, listed
-from meshwright.program.refine import refined
 from meshwright.program.schedules import orders
 from meshwright.program.work import Codes, Work, fits, seconds, to_codes
+from meshwright.search.list_scheduler.greedy import Rule, listed
+from meshwright.search.list_scheduler.refine import refined
 from meshwright.stopping import look
 
 LOOKED_AT = 1_000_000

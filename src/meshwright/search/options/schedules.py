@@ -8,35 +8,34 @@ times all, and the simulator plays the few fastest that fit.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
 
 from meshwright.cost.collective import Traffic, alone_seconds, together
 from meshwright.cost.instructions import Prices
-from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.ranks import describe, stage_seats
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.plan.virtual import layout_of, layout_wanted
 from meshwright.program.actions import Order, one, words
 from meshwright.program.instructions import Program
-from meshwright.program.listing import NAMES, best_order
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
-from meshwright.search.contest import Contest, Played, enter, work_of
+from meshwright.search.contest import Contest, Played, work_of
 from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
-from meshwright.search.explore import Progress
+from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.lines import line_of
+from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.lower import after_lines
 from meshwright.simulate.fold import fold, priced_for_all
 
 FINALISTS = 3
 """Plans of different builds that are tried in every order."""
 
-PLAYED = 3
+PLAYED = 2
 """Named orders of each that are simulated, beside the listed one."""
 
 LISTED = 60_000
@@ -49,21 +48,29 @@ MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
 
 
-def reschedule(contest: Contest, tell: Progress) -> None:
-    """Enter the finalists in the orders that suit them best; the contest keeps the fastest."""
-    field = finalists(contest)
-    for done, played in enumerate(field):
-        tell("ordering", done, len(field))
-        if contest.late:
-            contest.dropped["beyond the budget"] += len(field) - done
-            break
-        for plan in _reordered(contest, played):
-            memory = device_memory(plan, contest.costs.model, contest.costs.cluster)
-            if any(total_bytes(each) > each.capacity for each in memory):
-                contest.dropped["order of work that does not fit in memory"] += 1
+def propose(contest: Contest) -> Proposals:
+    """Give each finalist its fastest schedules with a rule, and one made for it."""
+    costs = contest.costs
+    for plan in (played.plan for played in finalists(contest)):
+        if work_of(plan, fold(plan, costs.cluster)) > MOST_ACTIONS:
+            yield Pruned("too large to try")
+            continue
+        works = pipeline_works(plan, costs)
+        after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+        others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
+        for took, name in others[:PLAYED]:
+            if took + after < contest.limit * (1 + ROUGH):
+                changed = replace(plan, schedule=name, prediction=None)
+                yield Proposal(changed, describe(changed))
             else:
-                enter(contest, plan, describe(plan))
-    tell("ordering", len(field), len(field))
+                yield Pruned("slower in the stage-level simulation")
+        listed = listed_orders(works, LISTED)
+        if listed is not None and listed[0] + after < contest.limit * (1 + ROUGH):
+            changed = in_listed_orders(plan, listed[1])
+            yield Proposal(changed, describe(changed))
+
+
+OPTION = PlanOption("schedules", propose)
 
 
 def finalists(contest: Contest) -> list[Played]:
@@ -87,25 +94,6 @@ def _least_seconds(costs: Costs, plan: Plan) -> float:
                 each = forward[b] - forward[a] + backward[b] - backward[a]
                 most = max(most, line.micro_batches * each)
     return most + after_lines(costs, lines)
-
-
-def _reordered(contest: Contest, played: Played) -> Iterator[Plan]:
-    """The plan in its fastest named orders, and in one of its own."""
-    costs, plan = contest.costs, played.plan
-    if work_of(plan, fold(plan, costs.cluster)) > MOST_ACTIONS:
-        contest.dropped["too large to try other orders"] += 1
-        return
-    works = pipeline_works(plan, costs)
-    after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
-    others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
-    for took, name in others[:PLAYED]:
-        if took + after < contest.limit * (1 + ROUGH):
-            yield replace(plan, schedule=name, prediction=None)
-        else:
-            contest.dropped["orders of work that are not faster"] += 1
-    listed = listed_orders(works, LISTED)
-    if listed is not None and listed[0] + after < contest.limit * (1 + ROUGH):
-        yield in_listed_orders(plan, listed[1])
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
@@ -202,7 +190,7 @@ def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
     )
     probe = replace(plan, schedule="custom", pipelines=single)
     folded = fold(plan, costs.cluster)
-    priced = PricedPlan(probe, costs.model, costs.cluster, costs.profile, ranks=folded.ranks)
+    priced = PricedPlan(probe, costs.model, costs.stated_cluster, costs.profile, ranks=folded.ranks)
     return priced.program, priced_for_all(priced.program, priced.prices, folded)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.layout.rows import boundary_moves, gathered
+from meshwright.layout.shares import Share
 from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import StageSeats, stage_seats
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage, Subject
@@ -16,6 +16,7 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps, loads
 from meshwright.program.operations import Op
+from meshwright.program.rows import boundary_moves, gathered
 
 ANY = Subject(name="any", fingerprint="")
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
@@ -85,7 +86,8 @@ def test_every_number_arrives_exactly_once(plan: Plan) -> None:
             first, last = holders(source)[move.source]
             assert first <= move.rows[0] < move.rows[1] <= last
             fine = 720
-            a, b, of = move.part or (0, 1, 1)
+            share = move.part or Share(first=0, last=1, of=1)
+            a, b, of = share.first, share.last, share.of
             cells = [
                 (r, c) for r in range(*move.rows) for c in range(a * fine // of, b * fine // of)
             ]
@@ -143,5 +145,5 @@ def test_gathers_stand_right_before_their_reader(kind: BoundaryKind) -> None:
     assert all(own[k + 1].op is Op.FORWARD for k in found)
     assert all(own[k + 1].micro_batch == own[k].micro_batch for k in found)
     receive = next(i for i in own if i.op is Op.RECV_F)
-    assert receive.part == ((0, 1, 2) if kind == "scatter_gather" else None)
+    assert receive.part == (Share(first=0, last=1, of=2) if kind == "scatter_gather" else None)
     assert receive.ranks == ((0, 1, 2) if kind == "broadcast" else ())

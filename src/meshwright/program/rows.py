@@ -4,11 +4,12 @@ widths."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from math import lcm
 
 from meshwright.cluster.spec import node_of
+from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
+from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.plan.ranks import StageSeats
 from meshwright.plan.spec import BoundaryKind
@@ -21,11 +22,11 @@ class Move:
 
     source: int
     target: int
-    rows: tuple[int, int]
+    rows: Range
     """Rows [first, last) within the micro-batch."""
-    part: tuple[int, int, int] | None = None
-    """(first, last, number): only the pieces [first, last) of each tensor's flattened rows, cut
-    into this number of equal pieces; None for all."""
+    part: Share | None = None
+    """The share that is sent of each tensor's flattened rows, cut into equal pieces; None for
+    all."""
     chain: tuple[int, ...] = ()
     """Ranks of a broadcast chain: the source, then all receivers; empty if the move is no
     broadcast."""
@@ -51,10 +52,10 @@ def boundary_moves(
     return tuple(move for task in tasks for move in moves(task))
 
 
-def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]:
     """Return the rows whose parts several ranks must all-gather, with these ranks in ascending
     order."""
-    found: dict[tuple[int, int], dict[int, None]] = {}
+    found: dict[Range, dict[int, None]] = {}
     for move in moves:
         if move.part is not None:
             found.setdefault(move.rows, {})[move.target] = None
@@ -62,12 +63,11 @@ def gathered(moves: Sequence[Move]) -> tuple[tuple[tuple[int, int], tuple[int, .
 
 
 def _layout(stage: StageSeats) -> Layout:
-    seats = [seat for replica in stage.seats for seat in replica]
-    return Layout(shape=(seats[-1].rows[1],), tiles={seat.rank: (seat.rows,) for seat in seats})
+    return {seat.rank: ((seat.rows,),) for replica in stage.seats for seat in replica}
 
 
 def _direct(task: UnitTask) -> list[Move]:
-    (rows,) = task.tile
+    (rows,) = task.box
     return [
         Move(source=task.holders[t % len(task.holders)], target=rank, rows=rows)
         for t, rank in enumerate(task.receivers)
@@ -82,8 +82,8 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
         for seat in replica
     }
     for transfer in reshard(_layout(source), _layout(target), nodes):
-        (rows,) = transfer.tile
-        several = transfer.strategy == "broadcast"
+        (rows,) = transfer.box
+        several = len(transfer.receivers) > 1
         chain = (transfer.source, *transfer.receivers) if several else ()
         for rank in transfer.receivers:
             yield Move(source=transfer.source, target=rank, rows=rows, chain=chain)
@@ -92,7 +92,7 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
 def _scattered(task: UnitTask) -> list[Move]:
     """Return the moves of a flattened tensor from even parts over the holders to even parts over
     the receivers."""
-    (rows,) = task.tile
+    (rows,) = task.box
     of = lcm(len(task.holders), len(task.receivers))
     if of == 1:
         return _direct(task)
@@ -102,15 +102,12 @@ def _scattered(task: UnitTask) -> list[Move]:
             source=piece.holders[0],
             target=piece.receivers[0],
             rows=rows,
-            part=(*piece.tile[0], of),
+            part=Share(first=piece.box[0][0], last=piece.box[0][1], of=of),
         )
         for piece in pieces
     ]
 
 
 def _divided(size: int, ranks: Sequence[int]) -> Layout:
-    ends = range(0, size + 1, size // len(ranks))
-    return Layout(
-        shape=(size,),
-        tiles={rank: (ends,) for rank, ends in zip(ranks, pairwise(ends), strict=True)},
-    )
+    step = size // len(ranks)
+    return {rank: (((k * step, (k + 1) * step),),) for k, rank in enumerate(ranks)}

@@ -1,0 +1,116 @@
+"""Finishes a search: tries further options on the best plans that it has found.
+
+The search itself compares plans of one kind, for which it has lower bounds. What else a plan may
+have is tried at the end, one option after another, on the few best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.plan.spec import Plan
+from meshwright.search.contest import SAME, Contest, Played, enter
+from meshwright.search.costs import Costs
+from meshwright.search.explore import Progress
+
+PruneReason = Literal[
+    "impossible for this plan",
+    "does not fit in memory",
+    "lower bound above the best",
+    "slower in closed form",
+    "slower in the stage-level simulation",
+    "slower in the simulator",
+    "too large to try",
+    "beyond the budget",
+]
+"""Why a plan is not followed up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan that may be faster than the best one so far."""
+
+    plan: Plan
+    why: str
+    """What sets it apart from others, in one line: its name among the runners-up."""
+    is_variant: bool = False
+    """True if the plan differs from the best one in a detail only. It is then listed, as the best
+    plan or a runner-up, only if it is faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Plans that an option does not propose."""
+
+    reason: PruneReason
+    count: int = 1
+
+
+Proposals = Generator[Proposal | Pruned, Played | None, None]
+"""What an option yields. After each Proposal it receives the plan as simulated, or None if the plan
+does not fit in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOption:
+    """A way to change whole plans, such as giving them another schedule."""
+
+    name: str
+    """A plural, of lower-case words joined by hyphens: `virtual-stages`."""
+    propose: Callable[[Contest], Proposals]
+    """Yields changed forms of the best plans of a contest."""
+
+
+def finish(contest: Contest, options: Iterable[PlanOption], tell: Progress) -> None:
+    """Try options one after another; the contest keeps the fastest plan."""
+    for option in options:
+        step = f"trying {option.name.replace('-', ' ')}"
+        tell(step, 0, 1)
+        _try_option(contest, option)
+        tell(step, 1, 1)
+
+
+def _try_option(contest: Contest, option: PlanOption) -> None:
+    """Simulate what an option proposes until it ends or the search is out of time."""
+
+    def prune(pruned: Pruned) -> None:
+        contest.dropped[f"{option.name}: {pruned.reason}"] += pruned.count
+
+    proposals = option.propose(contest)
+    answer: Played | None = None
+    while True:
+        if contest.late:
+            prune(Pruned("beyond the budget"))
+            return
+        try:
+            found = proposals.send(answer)
+        except StopIteration:
+            return
+        answer = None
+        if isinstance(found, Pruned):
+            prune(found)
+        elif not fits_in_memory(contest.costs, found.plan):
+            prune(Pruned("does not fit in memory"))
+        else:
+            answer = _simulated(contest, found)
+            if answer is not contest.best:
+                prune(Pruned("slower in the simulator"))
+
+
+def _simulated(contest: Contest, proposal: Proposal) -> Played:
+    """Simulate a proposal; a variant leaves no trace unless it is faster than the best plan."""
+    before = contest.best
+    played = enter(contest, proposal.plan, proposal.why)
+    if proposal.is_variant and before and played.seconds >= before.seconds * (1 - SAME):
+        contest.best = before
+        contest.others.pop()
+    return played
+
+
+def fits_in_memory(costs: Costs, plan: Plan) -> bool:
+    """Return True if every device holds what the plan asks of it."""
+    memory = device_memory(plan, costs.model, costs.cluster)
+    return all(total_bytes(each) <= each.capacity for each in memory)

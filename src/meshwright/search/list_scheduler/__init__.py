@@ -1,0 +1,1 @@
+"""Makes schedules for a pipeline of given times and memory, by list scheduling and annealing."""

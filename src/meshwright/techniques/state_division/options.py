@@ -1,0 +1,121 @@
+"""Proposes plans whose stages divide their optimizer states, where that is faster or lets them fit
+in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import attrgetter
+
+from meshwright.plan.spec import Pipeline, Plan, Stage, StateDivision
+from meshwright.search.contest import Contest, Played, simplest, work_of
+from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
+from meshwright.search.lines import line_of
+from meshwright.search.lower import slowest_optimizer
+from meshwright.simulate.fold import fold
+
+DIVISION = StateDivision(optimizer="all")
+
+PLAYED = 3
+"""Plans of different builds that are simulated with divided states."""
+
+WORK, FURTHER_WORK = 8_000, 1_000
+"""Limits on ranks x micro-batches of the best plan, and of the other plans together."""
+
+MISFITS_PLAYED = 8
+"""Plans that fit only with divided states, and are then simulated."""
+
+
+def propose(contest: Contest) -> Proposals:
+    """Divide the states of the best plan of each build; if no plan fits, of those that lack
+    memory."""
+    if contest.best is None:
+        yield from _mended(contest)
+        return
+    left, proposed = WORK, 0
+    for played in _best_of_builds(contest):
+        plan = divided(played.plan)
+        work = work_of(plan, fold(plan, contest.costs.cluster)) if plan else 0
+        if plan is None:
+            yield Pruned("impossible for this plan")
+        elif _least_seconds(contest, played) >= contest.limit:
+            yield Pruned("slower in closed form")
+        elif proposed == PLAYED or work > left:
+            yield Pruned("too large to try")
+        else:
+            left = FURTHER_WORK if proposed == 0 else left - work
+            proposed += 1
+            yield Proposal(plan, f"{played.name}, optimizer states divided", is_variant=True)
+
+
+OPTION = PlanOption("divided-states", propose)
+
+
+def _mended(contest: Contest) -> Proposals:
+    """Divide the states of plans that lack memory."""
+    fitting = 0
+    for misfit in contest.misfits:
+        plan = divided(misfit)
+        if plan is None:
+            continue
+        found = yield Proposal(plan, f"{plan.name}, optimizer states divided")
+        fitting += found is not None
+        if fitting == MISFITS_PLAYED:
+            break
+
+
+def _best_of_builds(contest: Contest) -> list[Played]:
+    """Return the best plan, the simplest of several, and the fastest of each other build."""
+    builds: dict[str, Played] = {}
+    for played in (simplest(contest), *sorted(contest.others, key=attrgetter("seconds"))):
+        builds.setdefault(played.plan.name, played)
+    return list(builds.values())
+
+
+def _least_seconds(contest: Contest, played: Played) -> float:
+    """Estimate the step if each rank updates its share alone, and nothing else takes longer.
+
+    The reduce-scatters and gathers that take the place of all-reduces carry as many bytes.
+    """
+    pipelines = played.plan.pipelines
+    seconds = slowest_optimizer(contest.costs, [line_of(pipeline) for pipeline in pipelines])
+    most = sum(max(len(stage.devices) for stage in each.stages) for each in pipelines)
+    return played.seconds - seconds * (1 - 1 / most)
+
+
+def divided(plan: Plan) -> Plan | None:
+    """Return the plan with divided states in every stage that may divide them; None if none may.
+
+    All stages that hold a layer must divide alike, with replicas of one tensor width, and several
+    replicas must hold it.
+    """
+    stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
+    width = [{len(replica) for replica in stage.devices} for stage in stages]
+    able = [len(plan.pipelines) > 1 or len(stage.devices) > 1 for stage in stages]
+    beside = [[j for j, other in enumerate(stages) if _overlap(each, other)] for each in stages]
+    changed = True
+    while changed:
+        still = [
+            own and all(able[j] for j in near) and len(set().union(*(width[j] for j in near))) == 1
+            for own, near in zip(able, beside, strict=True)
+        ]
+        changed, able = still != able, still
+    if not any(able):
+        return None
+    chosen = iter(able)
+
+    def changed_pipeline(pipeline: Pipeline) -> Pipeline:
+        return replace(
+            pipeline,
+            stages=tuple(
+                replace(stage, states=DIVISION) if next(chosen) else stage
+                for stage in pipeline.stages
+            ),
+        )
+
+    pipelines = tuple(changed_pipeline(pipeline) for pipeline in plan.pipelines)
+    return replace(plan, name=f"{plan.name}-zero1", pipelines=pipelines, prediction=None)
+
+
+def _overlap(one: Stage, other: Stage) -> bool:
+    """True if two stages hold a layer in common."""
+    return one.layers[0] < other.layers[1] and other.layers[0] < one.layers[1]
