@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -118,6 +119,8 @@ def sample(texts: dict[str, str], count: int, seed: int) -> list[tuple[Mutation,
             for i, each in enumerate(mutations(text, file))
         ]
         found += chance.sample(all_here, min(number, len(all_here)))
+    # A run that ends early has then seen something of every room.
+    chance.shuffle(found)
     return found
 
 
@@ -132,17 +135,17 @@ def those_of(path: Path, texts: dict[str, str]) -> list[tuple[Mutation, int]]:
     ]
 
 
-def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str]) -> list[str]:
-    """Returns the tests that can notice a mutation, the likeliest first.
+def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str], most: float) -> list[str]:
+    """Returns the tests that can notice a mutation, the likeliest first, of so many CPU seconds.
 
     What is run at import has no mark: the tests of its room can notice it, and those that run a
     statement which mentions what it binds.
     """
     names, room = list(reach.seconds), room_of(mutation.file)
-    if mutation.statement:
-        wanted = set(reach.runs.get(f"{mutation.file}:{mutation.statement}", ()))
-    else:
-        wanted = {i for i, name in enumerate(names) if name.startswith(f"tests/{room}/")}
+    place = f"{mutation.file}:{mutation.statement}"
+    wanted = set(reach.runs.get(place, ()))
+    if not mutation.statement or place in reach.imported:
+        wanted |= {i for i, name in enumerate(names) if name.startswith(f"tests/{room}/")}
         for file, text in texts.items():
             for line in _mentions(text, mutation.names):
                 wanted.update(reach.runs.get(f"{file}:{line}", ()))
@@ -150,12 +153,13 @@ def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str]) -> list[s
     for i in wanted:
         files[names[i].partition("::")[0]] += reach.seconds[names[i]]
 
-    def place(i: int) -> tuple[bool, float, str, float]:
+    def likelihood(i: int) -> tuple[bool, float, str, float]:
         file = names[i].partition("::")[0]
         return not file.startswith(f"tests/{room}/"), files[file], file, reach.seconds[names[i]]
 
-    chosen = [names[i] for i in sorted(wanted, key=place)]
-    return [name for name in chosen if name not in reach.failed]
+    chosen = [names[i] for i in sorted(wanted, key=likelihood) if names[i] not in reach.failed]
+    spent = accumulate(reach.seconds[name] for name in chosen)
+    return [name for name, seconds in zip(chosen, spent, strict=True) if seconds <= most]
 
 
 def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:
@@ -175,6 +179,7 @@ def tried(
     chosen: Sequence[tuple[Mutation, int]],
     jobs: int,
     equivalent: dict[str, str],
+    most: float,
 ) -> Iterator[Tried]:
     """Tries mutants that were not tried before on this tree, and yields what became of all."""
     log = tree.root.with_suffix(".results.jsonl")
@@ -183,7 +188,7 @@ def tried(
     todo: dict[int, Mutation] = {}
     works = []
     for mutation, place in chosen:
-        names = tests_for(mutation, reach, texts)
+        names = tests_for(mutation, reach, texts, most)
         if mutation.key in equivalent:
             yield _tried(mutation, "equivalent", equivalent[mutation.key], len(names), 0.0)
         elif mutation.key in known:
@@ -198,7 +203,7 @@ def tried(
     with log.open("a", encoding="utf-8") as out:
         for ended in all_of(works, jobs):
             mutation = todo[id(ended.work)]
-            tests = len(tests_for(mutation, reach, texts))
+            tests = len(tests_for(mutation, reach, texts, most))
             found = _tried(mutation, *_outcome(ended), tests, ended.cpu_seconds)
             out.write(json.dumps(asdict(found)) + "\n")
             out.flush()
@@ -314,6 +319,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--survivors", type=Path, help="try those that survived in these results")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of CPU for a mutant's tests")
     parser.add_argument("--file-list", action="store_true", help="print the files and try nothing")
     parser.add_argument("--tree", type=Path, default=HERE.parent, help="what holds src and tests")
     parser.add_argument("--package", default="meshwright")
@@ -338,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         chosen = sample(texts, asked.count, asked.seed)
     results = []
-    for each in tried(tree, everything, chosen, asked.jobs, known_equivalent(EQUIVALENT, texts)):
+    equivalent = known_equivalent(EQUIVALENT, texts)
+    for each in tried(tree, everything, chosen, asked.jobs, equivalent, asked.seconds):
         results.append(each)
         if each.outcome == "survived":
             told = f"{each.file}:{each.line}: {_around(each.old, each.new)}"

@@ -31,6 +31,8 @@ class Reach:
     """The CPU time of every test, with the set-up it needed."""
     runs: dict[str, list[int]]
     """`file:line` of a statement -> the tests that run it, as places in `seconds`."""
+    imported: list[str]
+    """Statements that are run when a file is imported."""
     modules: list[str]
     """All that was imported from elsewhere."""
     failed: list[str]
@@ -46,11 +48,12 @@ class _Marks:
         self.runs: dict[str, dict[str, None]] = {}
         self.of_files: dict[str, set[str]] = {}
         self.failed: list[str] = []
+        self.imported: list[str] = []
         self.before = 0.0
 
     def pytest_collection_finish(self) -> None:
-        """What was run to import is run again by whatever tests are chosen."""
-        self._taken()
+        """What is run by imports is run whatever tests are chosen."""
+        self.imported = list(self._taken())
         self.before = time.process_time()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -81,7 +84,8 @@ class _Marks:
                 self.runs.setdefault(place, {})[name] = None
         number = {name: i for i, name in enumerate(self.seconds)}
         runs = {place: [number[name] for name in names] for place, names in self.runs.items()}
-        return Reach(self.seconds, runs, _elsewhere(home), sorted(set(self.failed)))
+        failed = sorted(set(self.failed))
+        return Reach(self.seconds, runs, self.imported, _elsewhere(home), failed)
 
 
 def _elsewhere(home: Path) -> list[str]:
@@ -175,7 +179,7 @@ def reached(tree: Tree, files: Sequence[str]) -> Reach:
     known = [each for each in known if each.shared == shared]
     old = max(known, key=lambda each: len(each.tests.items() & tests.items()), default=None)
     kept = {name for name, digest in tests.items() if old and old.tests.get(name) == digest}
-    found = Reach({}, {}, [], [])
+    found = Reach({}, {}, [], [], [])
     if old is not None:
         found = _joined(_restricted(old.reach, kept), found)
     if changed := sorted(tests.keys() - kept):
@@ -213,7 +217,8 @@ def _restricted(reach: Reach, files: set[str]) -> Reach:
     names = list(reach.seconds)
     seconds = {names[i]: reach.seconds[names[i]] for i in kept}
     runs = {key: [place[i] for i in those if i in place] for key, those in reach.runs.items()}
-    return Reach(seconds, runs, reach.modules, [name for name in reach.failed if name in seconds])
+    failed = [name for name in reach.failed if name in seconds]
+    return Reach(seconds, runs, reach.imported, reach.modules, failed)
 
 
 def _joined(one: Reach, other: Reach) -> Reach:
@@ -225,6 +230,7 @@ def _joined(one: Reach, other: Reach) -> Reach:
     return Reach(
         seconds={**one.seconds, **other.seconds},
         runs=runs,
+        imported=sorted({*one.imported, *other.imported}),
         modules=list(dict.fromkeys([*one.modules, *other.modules])),
         failed=[*one.failed, *other.failed],
     )

@@ -21,9 +21,10 @@ from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.program.operations import GATHERS, MATCHING_RECEIVE, Op
+from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.program.orders import orders_of
 from meshwright.simulate.engine import simulate
+from meshwright.techniques.pipeline_parallel.operations import GATHER_B, GATHER_F, GATHERS
 
 Way = Literal["posted", "blocking", "free"]
 Slot = tuple[float, Op, int, int]
@@ -50,7 +51,7 @@ def without_crossings(program: Program, prices: Prices) -> Prices:
     ranks = tuple(
         tuple(
             replace(cost, traffic=none)
-            if i.op.kind == "send" or i.op in (Op.GATHER_F, Op.GATHER_B)
+            if i.op.kind == "send" or i.op in (GATHER_F, GATHER_B)
             else cost
             for i, cost in zip(instructions, costs, strict=True)
         )

@@ -104,7 +104,7 @@ def by_us(block):
 
     from meshwright.layout.shares import own_share
     from meshwright.model.shard import tile_of
-    from meshwright.runtime.tensor import Team, divide, take
+    from meshwright.techniques.tensor_parallel.runtime import Team, divide, take
 
     team = Team(dist.group.WORLD, dist.get_rank(), 2)
     for name, how in block.tensor_split.items():

@@ -25,12 +25,32 @@ FIELDS: dict[str, tuple[str, ...]] = {
 BUCKETS = "a rank holds its gradients in buckets, whichever collective sums them"
 CHOSEN = "the search chooses it stage by stage"
 SWITCH = "a switch in files that the exporter writes as a whole"
+MESSAGES = "a rank sends and receives, and waits for what it has posted"
+DIVIDED = "a rank holds slices of its layers, and its team sums inside them"
 ALLOWED: dict[str, dict[str, str]] = {
+    "pipeline_parallel": {
+        "export/torchtitan.py": "torchtitan's own name of a setting",
+        "program/compile.py": "messages stand around the actions that make and read tensors",
+        "runtime/assemble.py": MESSAGES,
+        "runtime/measure.py": MESSAGES,
+        "runtime/play.py": MESSAGES,
+        "runtime/start.py": MESSAGES,
+        "techniques/data_parallel/runtime.py": MESSAGES,
+    },
+    "tensor_parallel": {
+        "export/deepspeed.py": "DeepSpeed's own name of a setting",
+        "runtime/assemble.py": DIVIDED,
+        "runtime/build.py": DIVIDED,
+        "runtime/profile_layers.py": DIVIDED,
+        "runtime/rank_state.py": DIVIDED,
+        "runtime/start.py": DIVIDED,
+        "techniques/data_parallel/runtime.py": DIVIDED,
+    },
     "data_parallel": {
         "runtime/assemble.py": BUCKETS,
         "runtime/measure.py": BUCKETS,
         "runtime/optimizer.py": BUCKETS,
-        "runtime/start.py": BUCKETS,
+        "runtime/rank_state.py": BUCKETS,
         "search/costs.py": "it estimates reductions without a program",
         "techniques/state_division/program.py": "divided states replace its all-reduces",
         "techniques/state_division/runtime.py": BUCKETS,
@@ -52,15 +72,14 @@ ALLOWED: dict[str, dict[str, str]] = {
         "export/grid.py": SWITCH,
         "export/megatron.py": SWITCH,
         "export/torchtitan.py": SWITCH,
+        "exporting.py": "plans like the one that a tool refuses keep it",
         "plan/ranks.py": "the stage of a rank has it",
         "runtime/build.py": "a built stage knows which of its layers run again",
         "runtime/profile_layers.py": "the profile measures layers that keep their activations",
-        "search/explain.py": CHOSEN,
-        "search/lines.py": CHOSEN,
-        "search/virtual_stages.py": CHOSEN,
+        "search/": CHOSEN,
     },
 }
-"""By technique: the files outside its room that have its words all the same, with the reason."""
+"""By technique: files and folders outside its room that have its words, with the reason."""
 
 FILES = {
     path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8")
@@ -110,13 +129,15 @@ def _outside(room: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("room", TECHNIQUES)
 def test_the_words_of_a_technique_stay_in_its_room(room: str) -> None:
-    stray = {n: words for n, words in _outside(room).items() if n not in ALLOWED.get(room, {})}
+    allowed = tuple(ALLOWED.get(room, {}))
+    stray = {n: words for n, words in _outside(room).items() if not n.startswith(allowed)}
     assert not stray, f"words of {room} outside techniques/{room}: {stray}"
 
 
 @pytest.mark.parametrize("room", TECHNIQUES)
 def test_no_exception_is_allowed_for_longer_than_it_lasts(room: str) -> None:
-    assert ALLOWED.get(room, {}).keys() <= _outside(room).keys()
+    for name in ALLOWED.get(room, {}):
+        assert any(each.startswith(name) for each in _outside(room)), name
 
 
 @pytest.mark.parametrize("room", TECHNIQUES)

@@ -169,6 +169,7 @@ def test_the_network_is_that_of_the_default_route():
     assert read_default_interface(ROUTES) == "ens5"
     assert read_default_interface("\n".join(ROUTES.splitlines()[:2])) is None
     assert read_default_interface("") is None
+    assert read_default_interface("head\nens5 00000000 1 2 3 4 5\n") is None
     assert read_speed("25000\n") == 25e9 / 8
     assert read_speed("-1\n") is read_speed("") is None
 
@@ -205,6 +206,32 @@ def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
     assert kind.peak == catalog()["A10G"].type.peak
     assert "GUESSED" in note
     assert "GUESSED" in kind.source
+
+
+@pytest.mark.parametrize(
+    ("capability", "relative"),
+    [
+        ((12, 1), "RTX4090"),
+        ((12, 0), "RTX4090"),
+        ((11, 0), "B200"),
+        ((10, 0), "B200"),
+        ((9, 0), "H100"),
+        ((8, 9), "L4"),
+        ((8, 7), "A10G"),
+        ((8, 0), "A100-40"),
+        ((7, 5), "T4"),
+        ((7, 0), "T4"),
+        (None, "T4"),
+    ],
+)
+def test_an_unknown_gpu_is_taken_for_one_of_its_generation(capability, relative):
+    kind, _ = type_of(Gpu(name="Strange", memory=80 * GIB, capability=capability))
+    assert kind.peak == catalog()[relative].type.peak
+
+
+@pytest.mark.parametrize(("total", "usable"), [(8 * GIB, 7 * GIB), (GIB, GIB // 2)])
+def test_a_gib_of_a_gpu_is_reserved_but_never_more_than_half(total, usable):
+    assert type_of(Gpu(name="Strange", memory=total))[0].memory == usable
 
 
 def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():

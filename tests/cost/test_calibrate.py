@@ -103,6 +103,8 @@ def test_runs_left_out_are_predicted_from_the_others() -> None:
     apart = held_out(seconds, noisy, KNOBS, folds(24))
     assert np.abs(apart / noisy - 1).mean() < 0.03
     assert folds(4) == [0, 1, 2, 3]
+    assert folds(10) == list(range(10))
+    assert folds(12) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert sorted(set(folds(24))) == [0, 1, 2, 3, 4]
 
 

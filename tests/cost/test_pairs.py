@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.spec import Cluster, devices_of
+from meshwright.cluster.spec import Cluster, Link, devices_of
 from meshwright.cluster.topology import path, topology
 from meshwright.cost.collective import all_reduce, alone_seconds
 from meshwright.cost.pairs import (
@@ -16,6 +18,7 @@ from meshwright.cost.pairs import (
     Point,
     classes,
     collective_times,
+    fit_line,
     fitted_cluster,
     load_links,
     pair_times,
@@ -80,6 +83,21 @@ def test_a_bottleneck_between_sites_belongs_to_the_uplink() -> None:
     assert min(links.capacities[n] for n in way.resources) == pytest.approx(1.25e8)
 
 
+def test_what_is_slow_between_sites_slows_no_pair_inside_one() -> None:
+    """Nodes a and b are at one site, c and d at another, and as quick as ever there. The uplinks
+    are stated ten times as fast as they are."""
+    apart = _cluster(dict.fromkeys("abcd", "10 Gbit/s"), uplink="1 Gbit/s")
+    a, b, c, d = apart.nodes
+    sites = replace(apart, nodes=(a, replace(b, site=a.site), c, replace(d, site=c.site)))
+    hoped = tuple(replace(s, uplink=Link(bandwidth=1.25e9, latency=1e-3)) for s in sites.sites)
+    found = fitted_cluster(replace(sites, sites=hoped), _measured(sites))
+    ways = {two: path(topology(found), "a:0", two) for two in ("b:0", "c:0")}
+    slowest = {
+        two: min(topology(found).capacities[n] for n in way.resources) for two, way in ways.items()
+    }
+    assert slowest == pytest.approx({"b:0": 1.25e9, "c:0": 1.25e8})
+
+
 def test_a_burst_does_not_pass_for_bandwidth() -> None:
     rate, burst = 2.5e7, 50_000
     points = [Point(bytes=s, seconds=1e-4 + max(s - burst, 0) / rate) for s in SIZES]
@@ -123,3 +141,18 @@ def test_a_report_is_read_for_the_cluster_that_it_is_of(tmp_path):
     assert [p.field for p in caught.value.problems] == [
         "pairs[0].between", "all_reduce.residuals"
     ]  # fmt: skip
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(1e6, 1e11))
+def test_a_line_is_recovered(latency, bandwidth):
+    seconds = [latency + size / bandwidth for size in SIZES]
+    found = fit_line(SIZES, seconds)
+    predicted = [found[0] + size / found[1] for size in SIZES]
+    assert predicted == pytest.approx(seconds, rel=1e-6)
+
+
+@given(st.lists(st.floats(1e-6, 1.0), min_size=len(SIZES), max_size=len(SIZES)))
+def test_a_fit_to_noise_is_still_a_link(seconds):
+    latency, bandwidth = fit_line(SIZES, seconds)
+    assert latency >= 0
+    assert bandwidth > 0

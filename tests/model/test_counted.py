@@ -139,6 +139,24 @@ def test_blocks_that_differ_have_signatures_of_their_own():
         assert first != second
 
 
+def test_what_no_tensor_rank_divides_is_one_unit_and_what_they_divide_by_rows_has_any_width():
+    """Patches of pictures, and embeddings narrower than the blocks, are computed whole."""
+    pictures = from_config(PUBLISHED["vit-base"], "vit-base")
+    narrow = replace(LLAMA, architecture=replace(LLAMA.architecture, embedding_width=24))
+    units = [counted_graph(c, 64, "fp32").layers[0].tensor_units for c in (pictures, narrow, LLAMA)]
+    assert units == [1, 1, 0]
+
+
+def test_both_precisions_of_two_bytes_are_counted_alike():
+    one, other = (counted_graph(LLAMA, 64, precision).layers for precision in ("fp16", "bf16"))
+    for layer, same in zip(one, other, strict=True):
+        assert layer.traffic_bytes == same.traffic_bytes
+        assert (layer.saved_bytes, layer.workspace_bytes) == (
+            same.saved_bytes,
+            same.workspace_bytes,
+        )
+
+
 def test_a_window_takes_attention_as_it_reaches():
     """2 S W - W^2 pairs of tokens instead of S^2: nearly a quarter at eight windows."""
     whole = replace(LLAMA, architecture=replace(LLAMA.architecture, windows=()))

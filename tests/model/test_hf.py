@@ -48,6 +48,12 @@ def test_known_models_have_their_published_number_of_parameters(name, parameters
     assert num_parameters(load_model(name, 1024, "bf16")) == parameters
 
 
+@pytest.mark.parametrize(("name", "billions"), [("u-transformer-1b", 1), ("u-transformer-2b", 2)])
+def test_our_own_models_are_as_large_as_their_names_say(name, billions):
+    found = num_parameters(load_model(name, 1024, "bf16"))
+    assert found == pytest.approx(billions * 1e9, rel=0.05)
+
+
 def test_a_config_is_the_model_of_that_name(tmp_path):
     for name, config in (("gpt2", GPT2), ("llama-3-8b", LLAMA)):
         path = tmp_path / name / "config.json"
@@ -257,3 +263,11 @@ def test_what_is_no_decoder_of_text_is_planned_but_not_trained_from_its_config(n
     assert load_model(path, 128, "bf16").layers
     with pytest.raises(ModelError, match=r"a decoder of text(?s:.*)Engine"):
         build(path, 128)
+
+
+def test_t5_divides_what_its_output_projection_reads_by_the_root_of_the_width():
+    """If that is the embedding; 512 numbers wide, as Mesh TensorFlow scaled it."""
+    tied = from_config(PUBLISHED["t5-small"], "t5-small")
+    assert tied.architecture.logit_scale == pytest.approx(1 / math.sqrt(512))
+    untied = from_config(PUBLISHED["t5-small"] | {"tie_word_embeddings": False}, "t5-small")
+    assert untied.architecture.logit_scale is None

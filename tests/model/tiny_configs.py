@@ -25,7 +25,7 @@ _DEEPSEEK = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 1
              "qk_rope_head_dim": 8, "v_head_dim": 14, "num_experts_per_tok": 3,
              "moe_intermediate_size": 20, "n_routed_experts": 8, "n_shared_experts": 2,
              "first_k_dense_replace": 1, "num_hidden_layers": 3}  # fmt: skip
-_DEEPSEEK_YARN = {**_YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}
+_DEEPSEEK_YARN = {**_YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.8}
 _GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 _GPT2 = {"model_type": "gpt2", "vocab_size": 61, "n_positions": 64, "n_embd": 48, "n_layer": 2,
          "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

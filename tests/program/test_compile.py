@@ -16,7 +16,6 @@ from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
-from meshwright.program.boundaries import cut_bytes
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.deadlock import deadlocks
@@ -24,6 +23,7 @@ from meshwright.program.instructions import Program, dumps, loads
 from meshwright.program.operations import Op
 from meshwright.program.schedules import in_flight, orders
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from meshwright.techniques.pipeline_parallel.boundaries import cut_bytes
 from strategies import chain, models_and_plans
 from worlds import even_plan, one_node
 

@@ -16,6 +16,7 @@ from meshwright.program.actions import high_water, parse_order, words
 from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
 from meshwright.program.schedules import in_flight, orders
+from meshwright.program.virtual import zb_v
 from meshwright.program.work import Work, most_held, play, to_codes, to_orders
 
 NAMED = tuple(name for name in get_args(ScheduleName) if name not in IN_PLAN)
@@ -87,6 +88,20 @@ def test_backwards_that_nobody_waits_for_stay_whole(schedule, groups, count, chu
                 and other.first <= action.first < other.last
             )
             assert any(k < n < weight for n in waited_for)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "last"),
+    [
+        ("1f1b-2bp", "F0 F1 I0 F2 B1 B2 W0", "F0 I0 F1 I1 F2 I2 W0 W1 W2"),
+        ("1f1b-2bp-batched", "F0 F1 I0 F2 B1 B2 W0", "F0 I0 F1 I1 F2 I2 W0:3"),
+    ],
+)
+def test_2bp_as_it_is_written_down(schedule, first, last):
+    """What waits at the end is one pass if it is batched; backwards after the last forward of the
+    first stage stay whole."""
+    found = [words(order, alone=True) for order in orders(schedule, ((0,), (1,)), 3)]
+    assert found == [first, last]
 
 
 @pytest.mark.parametrize("schedule", NAMED)
@@ -168,6 +183,14 @@ def test_bubbles_of_the_zero_bubble_family(groups, more, times):
 def test_no_group_of_zb_v_idles_between_its_first_and_last_action(groups, more, unit):
     work = even("zb-v", groups, 2 * groups - 1 + more, (unit, unit, unit))
     assert bubbles("zb-v", work)[1] == 0
+
+
+@given(groups=st.integers(1, 8), data=st.data())
+def test_fewer_micro_batches_of_zb_v_leave_gaps_in_the_same_pattern(groups, data):
+    whole = 2 * groups - 1
+    count = data.draw(st.integers(1, whole))
+    for own, few in zip(zb_v(groups, whole), zb_v(groups, count), strict=True):
+        assert tuple(action for action in own if action.last <= count) == few
 
 
 @given(groups=st.integers(1, 6), chunks=st.integers(1, 4), rounds=st.integers(1, 4))

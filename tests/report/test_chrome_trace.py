@@ -84,6 +84,7 @@ def test_every_stream_has_its_tracks_and_times_are_whole_nanoseconds() -> None:
     events = trace(timeline)["traceEvents"]
     tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
     assert len(set(tracks.values())) == len(tracks) > 2
+    assert all(isinstance(track, int) for track in tracks.values())
     forward = next(e for e in events if e["name"] == "0F0")
     assert (forward["ts"], forward["dur"]) == (0.0, 333.333)
     assert forward["tid"] == tracks["compute"]

@@ -291,3 +291,6 @@ def test_devices_stand_side_by_side_in_their_nodes_and_these_in_the_picture(devi
                 apart = edges[2] <= beside[0] or beside[2] <= edges[0]
                 assert apart or edges[3] <= beside[1] or beside[3] <= edges[1], (edges, beside)
     assert sum(kind == "device" for kind, _ in found) == len(cluster.nodes[0].devices) + devices
+    # Seven pixels a letter, and a margin on each side.
+    wide = max(float(e.attrib["width"]) for e in root.iter() if e.get("class") == "node")
+    assert wide > 7 * len("a node with a long name" + "3 × slow, not used") + 24

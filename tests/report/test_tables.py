@@ -15,6 +15,7 @@ from meshwright.report.tables import (
     devices_text,
     explain,
     memory_table,
+    parts_table,
     plan_table,
     timeline_summary,
 )
@@ -152,3 +153,13 @@ def test_predicted_stands_beside_measured() -> None:
     text = _text(comparison_table(paper.timeline(), paper.measured()))
     step = next(line for line in text.splitlines() if line.startswith("step"))
     assert step.split() == ["step", "7.3", "ms", "8.03", "ms", "-9.1%"]
+
+
+def test_parts_that_a_step_has_are_listed_with_their_share_and_others_are_not() -> None:
+    steps = {"predicted": {"compute": 0.03, "bubble": 0.0}, "measured": {"compute": 0.06}}
+    steps["measured"] |= {"bubble": 0.02}
+    lines = [line.split() for line in _text(parts_table(steps)).splitlines()[1:]]
+    assert [line[:7] for line in lines if line] == [
+        ["compute", "30", "ms", "100%", "60", "ms", "75%"],
+        ["bubble", "0", "s", "0%", "20", "ms", "25%"],
+    ]

@@ -60,7 +60,7 @@ def trained(_: int, case: Case) -> tuple[list[tuple[float, float]], dict[str, Te
 
 def clipped(_: int, case: Case, fused: bool) -> tuple[list[tuple[float, float]], bool]:
     with engine_of(case, fused=fused, clip_norm=0.1) as engine:
-        return [step_of(engine, step) for step in range(STEPS)], engine._on_device
+        return [step_of(engine, step) for step in range(STEPS)], engine._end._on_device
 
 
 def alone(case: Case) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:

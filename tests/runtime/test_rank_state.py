@@ -16,7 +16,7 @@ from meshwright.errors import TrainingError
 from meshwright.layout.boxes import Box, lengths, whole
 from meshwright.layout.tiles import Layout, holders_of
 from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.tensor import at
+from meshwright.techniques.tensor_parallel.runtime import at
 
 Found = dict[tuple[str, str], list[tuple[Box, Tensor]]]
 """Boxes and their values, by parameter and kind."""

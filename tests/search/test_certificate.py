@@ -125,7 +125,8 @@ def test_a_layer_is_bounded_by_the_rows_that_memory_holds_beside_it():
 
 
 def test_a_layer_that_no_device_holds_alone_is_bounded_by_those_that_hold_it_together():
-    parameters = int(1.5 * usable_bytes(FAST) / 16)
+    """Weights and gradients alone, half of the bytes with Adam, are a quarter more than it has."""
+    parameters = int(2.5 * usable_bytes(FAST) / 16)
     graph, todo = model([10.0] * 2, parameters=parameters), job(8)
     bound = certificate(costs_of(graph, cluster(("fast",) * 4, types=(FAST,)), todo))
     assert bound.seconds == pytest.approx(8 * 2 * 30e9 / (4 * 20e12), rel=0.05)

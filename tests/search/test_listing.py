@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listings import best_named, random_work
 
+from meshwright.program.actions import parse_order
 from meshwright.program.orders import check_orders
 from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
 from meshwright.search.list_scheduler.listing import best_order
@@ -84,3 +85,26 @@ def test_pipelines_are_within_three_percent_of_the_optimum():
         took = seconds(work, codes)
         least, _ = least_seconds(work, took, 5.0)
         assert took <= 1.03 * least, seed
+
+
+def test_one_micro_batch_at_a_time_becomes_an_order_in_which_both_groups_work():
+    """Four of them take 24 seconds one after another; the first group is idle for no more than the
+    3 of the second at best: 15, or less if its last gradients of weights come last."""
+    work = Work(
+        layout=((0,), (1,)),
+        micro_batches=4,
+        forward=(1.0, 1.0),
+        whole=(2.0, 2.0),
+        inputs=(1.0, 1.0),
+        weights=(1.0, 1.0),
+        onward=(0.0,),
+        back=(0.0,),
+        full=(1.0, 1.0),
+        half=(1.0, 1.0),
+        room=(100.0, 100.0),
+    )
+    text = " ".join(f"F{k} B{k}" for k in range(4))
+    alone = to_codes(tuple(parse_order(text, (s,), source="t", field="x") for s in (0, 1)))
+    assert seconds(work, alone) == 24.0
+    took, better = refined(work, alone, 2000)
+    assert took == seconds(work, better) <= 15.0

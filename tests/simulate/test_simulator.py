@@ -19,11 +19,12 @@ from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.program.operations import GATHERS, Op
+from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline, busy_seconds, label
 from meshwright.simulate.engine import simulate, simulate_plan
 from meshwright.simulate.parts import parts
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from meshwright.techniques.pipeline_parallel.operations import GATHERS
 from strategies import chain, models_and_plans
 from worlds import even_model, even_plan, one_node
 

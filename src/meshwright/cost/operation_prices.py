@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import replace
 from functools import cache
 
-from meshwright.cost.collective import Traffic, all_gather, all_reduce, boundary_transfer, broadcast
+from meshwright.cost.collective import Traffic, all_reduce
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.memory import half_bytes
 from meshwright.cost.pricing_context import (
@@ -33,12 +32,6 @@ def pricings() -> dict[Op, Pricing]:
         Op.BACKWARD: compute_price,
         Op.BACKWARD_INPUT: compute_price,
         Op.BACKWARD_WEIGHT: compute_price,
-        Op.SEND_F: send_price,
-        Op.SEND_B: send_price,
-        Op.RECV_F: receive_price,
-        Op.RECV_B: receive_price,
-        Op.GATHER_F: gather_price,
-        Op.GATHER_B: gather_price,
         Op.REDUCE_NORM: norm_price,
         Op.OPTIMIZER_STEP: optimizer_price,
     }
@@ -59,30 +52,6 @@ def compute_price(i: Instruction, rank: RankContext) -> Price:
         half = half_bytes(context.tables, seated.stage, tensor, rows)
         held = half - full if i.op is Op.BACKWARD_INPUT else -half * len(micro_batches_of(i))
     return Price(seconds=float(seated.computes.of(i.op, len(micro_batches_of(i))).sum()), held=held)
-
-
-def send_price(i: Instruction, rank: RankContext) -> Price:
-    """Price a message; the first message of a broadcast pays for all of it."""
-    assert i.peer is not None
-    context, device = rank.pricing, rank.seat(i).seat.device
-    if not i.ranks:
-        target = context.plan.devices[i.peer]
-        moved = boundary_transfer(context.links, device, target, i.bytes, context.system.boundary)
-        return Price(traffic=replace(moved, sender=device if context.queued else None))
-    if i.peer != i.ranks[1]:
-        return Price()
-    passed = collective(broadcast, i, i.bytes, context)
-    return Price(traffic=replace(passed, latency=passed.latency + context.system.boundary))
-
-
-def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 - a Pricing
-    """A receive costs nothing: it moves with its send."""
-    return Price()
-
-
-def gather_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an all-gather of activations or gradients in a replica."""
-    return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
 
 
 def norm_price(i: Instruction, rank: RankContext) -> Price:

@@ -9,7 +9,6 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
-from meshwright.program.boundaries import Boundaries, boundaries_of, gathers, transfers
 from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
@@ -17,6 +16,12 @@ from meshwright.program.posting import receives_ahead
 from meshwright.records import record
 from meshwright.stopping import look
 from meshwright.techniques import provided
+from meshwright.techniques.pipeline_parallel.boundaries import (
+    Boundaries,
+    boundaries_of,
+    gathers,
+    transfers,
+)
 
 NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""

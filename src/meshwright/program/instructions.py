@@ -9,8 +9,8 @@ micro-batch 3 on stage 0. The same rules time every instruction in the simulator
   layers is done. The reductions of a rank start in the order of its list.
 * The messages of one broadcast (sends and receives that name the same ranks) move together, when
   all of them are posted.
-* GATHER_F and GATHER_B block: they wait for the receives of their micro-batch and for the other
-  tensor ranks of the replica.
+* A collective that completes receives blocks: it waits for those of its micro-batch and for the
+  other tensor ranks of the replica.
 * Compute (F, B, I, W) runs in order on the rank's compute stream, and waits for the receives that
   it reads: F reads RECV_F, B or I reads RECV_B, and W reads what its I has kept.
 * A rank may hold several stages of a pipeline; its list then mixes their instructions. Two

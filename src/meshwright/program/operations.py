@@ -68,8 +68,6 @@ class Op(str):
     RECV_F: ClassVar[Op]
     SEND_B: ClassVar[Op]
     RECV_B: ClassVar[Op]
-    GATHER_F: ClassVar[Op]
-    GATHER_B: ClassVar[Op]
     REDUCE_NORM: ClassVar[Op]
     OPTIMIZER_STEP: ClassVar[Op]
 
@@ -115,7 +113,8 @@ class Op(str):
 
 OF_LAYERS = ("layers", "tied", "tile")
 """The fields that name the parameters which a collective is about."""
-_OF_ROWS = ("stage", "micro_batch", "rows")
+OF_ROWS = ("stage", "micro_batch", "rows")
+"""The fields that name the rows of a micro-batch which a collective is about."""
 
 Op.RECV_F = Op("RECV_F", "receive", "receive", "transfers")
 """Take the activations of a cut from the previous stage."""
@@ -133,16 +132,6 @@ Op.SEND_F = Op("SEND_F", "send", "send", "transfers")
 """Hand the activations of a cut to the next stage."""
 Op.SEND_B = Op("SEND_B", "send", "send", "transfers")
 """Hand the gradients of a cut to the previous stage."""
-Op.GATHER_F = Op(
-    "GATHER_F", "collective", "receive", "transfers",
-    blocks=True, reads=Op.RECV_F, meets=_OF_ROWS,
-)  # fmt: skip
-"""Put activations together of which each tensor rank of a replica has received a part."""
-Op.GATHER_B = Op(
-    "GATHER_B", "collective", "receive", "transfers",
-    blocks=True, reads=Op.RECV_B, meets=_OF_ROWS,
-)  # fmt: skip
-"""Put the gradients of a cut together in the same way."""
 Op.REDUCE_NORM = Op(
     "REDUCE_NORM", "collective", "reduce", "reductions", blocks=True, awaits="all", ends_step=True
 )
@@ -161,8 +150,6 @@ _KERNEL = (
     Op.RECV_F,
     Op.SEND_B,
     Op.RECV_B,
-    Op.GATHER_F,
-    Op.GATHER_B,
     Op.REDUCE_NORM,
     Op.OPTIMIZER_STEP,
 )
@@ -182,7 +169,12 @@ def operation(word: str) -> Op:
     return operations()[word]
 
 
+@cache
+def completing(receive: Op) -> tuple[Op, ...]:
+    """The collectives that put together what receives of a kind have brought in parts."""
+    found = operations().values()
+    return tuple(op for op in found if op.stream == "receive" and op.reads == receive)
+
+
 MATCHING_RECEIVE = {Op.SEND_F: Op.RECV_F, Op.SEND_B: Op.RECV_B}
 """The receive at the other end of a send."""
-GATHERS = {Op.RECV_F: Op.GATHER_F, Op.RECV_B: Op.GATHER_B}
-"""The gather that completes a receive of only a part."""

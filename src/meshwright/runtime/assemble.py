@@ -15,7 +15,6 @@ from meshwright.plan.ranks import Seat, StageSeats, held_together, seats_of, sta
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Key, Program
 from meshwright.program.operations import Op
-from meshwright.runtime.boundary import Handle, Messages
 from meshwright.runtime.build import BuiltStage, Crossing, Held, build_stages, cut_for
 from meshwright.runtime.debug import Tracer
 from meshwright.runtime.observer import UNOBSERVED, Observer
@@ -23,7 +22,6 @@ from meshwright.runtime.parameters import Parameter, parameters_of
 from meshwright.runtime.run import TrainingOptions
 from meshwright.runtime.stage import Stage
 from meshwright.runtime.start import agree, equalise
-from meshwright.runtime.tensor import Team
 from meshwright.runtime.world import World
 from meshwright.techniques import provided
 from meshwright.techniques.data_parallel.runtime import (
@@ -33,6 +31,8 @@ from meshwright.techniques.data_parallel.runtime import (
     group_parameters,
     make_bucket,
 )
+from meshwright.techniques.pipeline_parallel.runtime import Handle, Messages
+from meshwright.techniques.tensor_parallel.runtime import Team
 
 
 @dataclass(slots=True)

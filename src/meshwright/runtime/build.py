@@ -19,8 +19,8 @@ from meshwright.plan.ranks import StageSeats
 from meshwright.records import record
 from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import initial_seed
-from meshwright.runtime.tensor import Team, divide, take
 from meshwright.techniques.activation_checkpointing.model import recomputed
+from meshwright.techniques.tensor_parallel.runtime import Team, divide, take
 
 
 @record

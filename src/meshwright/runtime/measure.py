@@ -27,10 +27,10 @@ from meshwright.program.operations import (
     Op,
 )
 from meshwright.program.timeline import Interval, MemoryPoint, Timeline, label
-from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.exchange import to_first
 from meshwright.techniques.data_parallel.runtime import FlatBucket
+from meshwright.techniques.pipeline_parallel.runtime import Handle
 
 Moment = Callable[[], float]
 """Function that returns a time in seconds on the host's clock; for CUDA it must be called after the

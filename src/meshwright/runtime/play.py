@@ -20,12 +20,12 @@ from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Key, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.runtime.assemble import Assembly, Place
-from meshwright.runtime.boundary import Handle
 from meshwright.runtime.measure import Recording
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import Rows
 from meshwright.techniques import provided
+from meshwright.techniques.pipeline_parallel.runtime import Handle
 
 _NOTHING = nullcontext()
 
@@ -148,7 +148,7 @@ class Player:
                 return self._send(i)
             case Op.RECV_F | Op.RECV_B:
                 return self._receive(i)
-            case Op.GATHER_F | Op.GATHER_B:
+            case _ if i.op.blocks and i.op.reads is not None:
                 return partial(self._gather, i)
             case _ if i.op.of_gradients:
                 return self._arm(i)

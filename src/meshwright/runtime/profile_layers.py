@@ -23,7 +23,7 @@ from meshwright.runtime.build import BuiltStage, build_stages, cut_for, set_prec
 from meshwright.runtime.optimizer import OptimizerFactory
 from meshwright.runtime.parameters import parameters_of
 from meshwright.runtime.stage import Stage
-from meshwright.runtime.tensor import Team
+from meshwright.techniques.tensor_parallel.runtime import Team
 
 Model = Callable[[], nn.Module]
 """Function that makes the model anew, on the meta device."""

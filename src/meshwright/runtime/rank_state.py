@@ -30,9 +30,9 @@ from meshwright.runtime.assemble import Assembly
 from meshwright.runtime.build import Held
 from meshwright.runtime.optimizer import Update
 from meshwright.runtime.parameters import Parameter, layout_of, states_layout
-from meshwright.runtime.tensor import at
 from meshwright.runtime.world import World
 from meshwright.techniques.data_parallel.runtime import Trained
+from meshwright.techniques.tensor_parallel.runtime import at
 
 WEIGHT = "weight"
 """The kind of the weights themselves. Other kinds are the names that the optimizer gives to its

@@ -15,12 +15,12 @@ from meshwright.layout.tiles import within
 from meshwright.plan.ranks import Ranks, StageSeats, copies_of, replicas_of
 from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
-from meshwright.runtime.boundary import Messages
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import mix
-from meshwright.runtime.tensor import put, take
 from meshwright.runtime.world import World
+from meshwright.techniques.pipeline_parallel.runtime import Messages
+from meshwright.techniques.tensor_parallel.runtime import put, take
 
 
 def agree(program: Program, world: World, messages: Mapping[int, dict[Op, Messages]]) -> None:

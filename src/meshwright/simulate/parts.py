@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from meshwright.program.operations import GATHERS, Op
+from meshwright.program.operations import Op, completing
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.records import record
 
@@ -116,7 +116,7 @@ class _Walk:
             return [*own, *(gate for group in ends for gate in self.latest(group, before))]
         if i.stream == "compute":
             read = i.op.reads
-            kinds = (read, GATHERS[read]) if read else ()
+            kinds = (read, *completing(read)) if read else ()
             reads = [r for op in kinds for r in self.reads[op, i.rank, i.stage, i.micro_batch]]
             return [*own, *self.latest(reads, before)]
         if i.op.blocks and i.op.reads:

@@ -28,6 +28,8 @@ from types import ModuleType
 from typing import Any
 
 TECHNIQUES: tuple[str, ...] = (
+    "pipeline_parallel",
+    "tensor_parallel",
     "data_parallel",
     "backward_split",
     "activation_checkpointing",

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from meshwright.layout.shares import own_share
 from meshwright.model.shard import Column, Row, Split, tile_of
 from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.tensor import Team, divide, take
 from meshwright.techniques.backward_split.runtime.deferring import (
     Deferred,
     Deferring,
     backward_weights,
 )
+from meshwright.techniques.tensor_parallel.runtime import Team, divide, take
 
 ROWS, WIDTH = 4, 8
 

@@ -43,7 +43,7 @@ class Bucket:
     """The all-reduces of the bucket, in the order in which every rank starts those it belongs to.
 
     If all replicas have the same tensor width, there is one for each tensor index: rank t of every
-    replica holds the same gradients. Otherwise there is one for each common tile, over the rank of
+    replica holds the same gradients. Otherwise there is one for each common share, over the rank of
     every replica that holds it, and before these one over all ranks for the undivided gradients: a
     rank of tensor width t gives 1 / t of its gradients to that one, so that every replica counts
     once.

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import cast
 
 import torch
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
-from meshwright.layout.boxes import Box, Range, elements, lengths
+from meshwright.layout.boxes import Range
 from meshwright.layout.shares import UNDIVIDED, Share
-from meshwright.layout.tiles import within
+from meshwright.layout.tiles import Tile, shape_of, within
 from meshwright.program.instructions import Instruction, Key
 from meshwright.program.operations import Op
-from meshwright.runtime.boundary import Handle
 from meshwright.runtime.build import Held
 from meshwright.runtime.parameters import sums_gradient
-from meshwright.runtime.tensor import at
 from meshwright.techniques import provided
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from meshwright.techniques.pipeline_parallel.runtime import Handle
+from meshwright.techniques.tensor_parallel.runtime import put, take
 
 OWN: Key = (None, None)
 """Key of the gradients that this rank does not share with others."""
@@ -76,7 +77,7 @@ class FlatBucket:
     weighed: list[tuple[Tensor, int]] = field(init=False)
     """The summed gradients that this rank adds to the norm, each with the number of ranks that do
     so."""
-    _boxes: dict[Share, list[tuple[int, Box]]] = field(default_factory=dict)
+    _tiles: dict[Share, list[tuple[int, Tile]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.trained = [
@@ -94,17 +95,16 @@ class FlatBucket:
         sizes = {share == UNDIVIDED: members.size for share, members in self.members.items()}
         return sizes.get(True, 1), sizes.get(False, 1)
 
-    def boxes(self, share: Share) -> Sequence[tuple[int, Box]]:
-        """Lists where a share lies: the index of a parameter, and a box of this rank's tile of
+    def tiles(self, share: Share) -> Sequence[tuple[int, Tile]]:
+        """Lists where a share lies: the index of a parameter, and a tile of what this rank holds of
         it."""
-        if share not in self._boxes:
-            self._boxes[share] = [
-                (index, box)
+        if share not in self._tiles:
+            self._tiles[share] = [
+                (index, within(one.tile, one.of.tile(share)))
                 for index, one in enumerate(self.held)
                 if (one.of.split is None) == (share == UNDIVIDED)
-                for box in within(one.tile, one.of.tile(share))
             ]
-        return self._boxes[share]
+        return self._tiles[share]
 
 
 def group_parameters(
@@ -141,16 +141,17 @@ def make_bucket(
 
 def gathered(bucket: FlatBucket, share: Share, tensors: Sequence[Tensor]) -> Tensor:
     """Copies one share of each of the bucket's parameters (or of `tensors` like them) into a flat
-    tensor, in the same order on all ranks that hold the share."""
-    return torch.cat([tensors[k][at(box)].flatten() for k, box in bucket.boxes(share)])
+    tensor, in the order in which a rank that has only this share holds it."""
+    return torch.cat([take(tensors[k], tile).flatten() for k, tile in bucket.tiles(share)])
 
 
 def scatter(bucket: FlatBucket, share: Share, flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Writes a share back to where `gathered` has taken it from."""
     start = 0
-    for k, box in bucket.boxes(share):
-        end = start + elements(box)
-        tensors[k][at(box)].copy_(flat[start:end].view(lengths(box)))
+    for k, tile in bucket.tiles(share):
+        shape = shape_of(tile)
+        end = start + prod(shape)
+        put(tensors[k], tile, flat[start:end].view(shape))
         start = end
 
 

@@ -9,7 +9,7 @@ import pytest
 from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.plan.ranks import stage_seats
 from meshwright.plan.spec import Pipeline, Stage
-from meshwright.program.buckets import gradient_buckets, usual_bucket_bytes
+from meshwright.techniques.data_parallel.buckets import gradient_buckets, usual_bucket_bytes
 from worlds import even_model, even_plan, one_node
 
 MIB = 2**20

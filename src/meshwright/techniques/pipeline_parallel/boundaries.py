@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from meshwright.model.spec import LayerGraph, alive_at
 from meshwright.plan.ranks import Seat, StageSeats
 from meshwright.program.instructions import Instruction
-from meshwright.program.operations import GATHERS, Op
-from meshwright.program.rows import Move, boundary_moves, gathered
+from meshwright.program.operations import Op
 from meshwright.records import record
+from meshwright.techniques.pipeline_parallel.operations import GATHERS
+from meshwright.techniques.pipeline_parallel.rows import Move, boundary_moves, gathered
 
 
 @record

@@ -16,7 +16,7 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps, loads
 from meshwright.program.operations import Op
-from meshwright.program.rows import boundary_moves, gathered
+from meshwright.techniques.pipeline_parallel.rows import boundary_moves, gathered
 
 ANY = Subject(name="any", fingerprint="")
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")

@@ -21,7 +21,7 @@ from meshwright.model.shard import (
     VocabularyLoss,
     tile_of,
 )
-from meshwright.runtime.tensor import Team, divide, put, take
+from meshwright.techniques.tensor_parallel.runtime import Team, divide, put, take
 
 IGNORED = -100
 

@@ -1,0 +1,46 @@
+"""Prices the messages between stages, and the gathers of their parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.cost.collective import all_gather, boundary_transfer, broadcast
+from meshwright.cost.operation_prices import collective
+from meshwright.cost.pricing_context import Price, RankContext
+from meshwright.program.instructions import Instruction
+from meshwright.program.operations import Op
+from meshwright.techniques.pipeline_parallel.operations import GATHER_B, GATHER_F
+
+
+def send_price(i: Instruction, rank: RankContext) -> Price:
+    """Price a message; the first message of a broadcast pays for all of it."""
+    assert i.peer is not None
+    context, device = rank.pricing, rank.seat(i).seat.device
+    if not i.ranks:
+        target = context.plan.devices[i.peer]
+        moved = boundary_transfer(context.links, device, target, i.bytes, context.system.boundary)
+        return Price(traffic=replace(moved, sender=device if context.queued else None))
+    if i.peer != i.ranks[1]:
+        return Price()
+    passed = collective(broadcast, i, i.bytes, context)
+    return Price(traffic=replace(passed, latency=passed.latency + context.system.boundary))
+
+
+def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 - a Pricing
+    """A receive costs nothing: it moves with its send."""
+    return Price()
+
+
+def gather_price(i: Instruction, rank: RankContext) -> Price:
+    """Price an all-gather of activations or gradients in a replica."""
+    return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
+
+
+PRICES = {
+    Op.SEND_F: send_price,
+    Op.SEND_B: send_price,
+    Op.RECV_F: receive_price,
+    Op.RECV_B: receive_price,
+    GATHER_F: gather_price,
+    GATHER_B: gather_price,
+}

@@ -1,0 +1,43 @@
+"""The least that a pipeline of two stages takes, worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+from searchworlds import FAST, cluster, job, model
+
+from meshwright.cluster.spec import Link
+from meshwright.search.costs import costs_of
+from meshwright.search.lines import Line, Team
+from meshwright.search.lower import line_bound
+
+FORWARD = 10e9 / 20e12
+"""Seconds of a row on a layer; its backward takes twice that."""
+
+
+def bound(schedule: str, latency: float, micro_batches: int) -> float:
+    """Of a layer on each of two nodes, between which a row takes 0.1 ms and the latency."""
+    where = cluster(("fast",), ("fast",), network=Link(bandwidth=1e9, latency=latency))
+    costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches))
+    line = Line((Team((("a:0",),), (1,)), Team((("b:0",),), (1,))), (0, 1, 2), micro_batches)
+    assert FAST.peak["fp32"] == 20e12
+    return line_bound(costs, line, schedule)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_last_stage_works_from_the_first_arrival_until_the_way_back(
+    schedule: str, micro_batches: int
+) -> None:
+    there, back = FORWARD + 1.1e-4, 1.1e-4 + 2 * FORWARD
+    wanted = there + micro_batches * 3 * FORWARD + back
+    assert bound(schedule, 1e-5, micro_batches) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_first_stage_that_may_hold_two_micro_batches_waits_for_round_trips() -> None:
+    """Four micro-batches are two round trips, of both stages and a transfer each way; with GPipe,
+    where all of them may be on the way, that is no more than one."""
+    trip = 2 * 3 * FORWARD + 2 * 5.1e-3
+    assert bound("1f1b", 5e-3, 4) == pytest.approx(2 * trip, rel=1e-4)
+    assert bound("1f1b", 5e-3, 5) == pytest.approx(3 * trip, rel=1e-4)
+    late = FORWARD + 4 * 3 * FORWARD + 2 * FORWARD + 2 * 5.1e-3
+    assert bound("gpipe", 5e-3, 4) == pytest.approx(late, rel=1e-4)
