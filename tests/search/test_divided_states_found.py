@@ -101,7 +101,7 @@ def test_no_plan_with_divided_states_is_below_the_certificate(world, bandwidth):
         plan = find_plan(graph, where, todo, forbidden=WITHOUT)
     except FitError:
         return
-    changed = divided(plan)
+    changed = divided(plan, graph)
     if changed is None:
         return
     validate_plan(changed, graph, where)

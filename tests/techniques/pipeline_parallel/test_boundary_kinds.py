@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, KINDS, batch
@@ -13,6 +14,8 @@ from test_parity import graph
 
 from meshwright.model.spec import LayerGraph
 from meshwright.runtime.run import TrainingOptions
+
+pytestmark = pytest.mark.heavy
 
 NAMES = [f"{kind}, 2x1 to 1x2, skips" for kind in KINDS]
 

@@ -179,6 +179,7 @@ def test_where_widths_are_equal_any_plan_can_divide_and_its_program_is_sound(cas
         found = {problem.wanted for problem in refusal.problems}
         assert found <= {
             "one tensor width for these layers",
+            "one tensor width for a shared weight",
             "several replicas, or a weight that another stage shares",
         }
         return
@@ -263,3 +264,16 @@ def test_what_cannot_be_divided_is_refused_by_name() -> None:
     pipeline = replace(pipeline, stages=(unlike, pipeline.stages[1]))
     plan = replace(plan, pipelines=(pipeline,), devices=(*plan.devices, "n:4"))
     assert refusal(plan, None) == [(field.format(0), "one tensor width for these layers")]
+
+
+def test_a_shared_weight_is_divided_only_among_stages_of_one_tensor_width() -> None:
+    model = even_model(4, parameters=10)
+    model = replace(model, tied=(Tied(name="w", layers=(0, 3), parameters=10),))
+    plan = even_plan(model, one_node(2), stages=2)
+    (pipeline,) = plan.pipelines
+    wide = replace(pipeline.stages[1], devices=(("n:1", "n:2"),))
+    pipeline = replace(pipeline, stages=(pipeline.stages[0], wide))
+    plan = replace(plan, pipelines=(pipeline,), devices=tuple(f"n:{n}" for n in range(3)))
+    field = "pipelines[0].stages[{}].states.optimizer"
+    wanted = "one tensor width for a shared weight"
+    assert refusal(dividing(plan), model) == [(field.format(s), wanted) for s in range(2)]

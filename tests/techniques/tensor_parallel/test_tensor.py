@@ -23,6 +23,8 @@ from meshwright.model.shard import (
 )
 from meshwright.techniques.tensor_parallel.runtime import Team, divide, put, take
 
+pytestmark = pytest.mark.heavy
+
 IGNORED = -100
 
 

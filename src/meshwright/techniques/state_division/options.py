@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from operator import attrgetter
 
+from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.spec import Pipeline, Plan, Stage, StateDivision
 from meshwright.search.contest import Contest, Played, simplest, work_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
@@ -33,7 +34,7 @@ def propose(contest: Contest) -> Proposals:
         return
     left, proposed = WORK, 0
     for played in _best_of_builds(contest):
-        plan = divided(played.plan)
+        plan = divided(played.plan, contest.costs.model)
         work = work_of(plan, fold(plan, contest.costs.cluster)) if plan else 0
         if plan is None:
             yield Pruned("impossible for this plan")
@@ -54,7 +55,7 @@ def _mended(contest: Contest) -> Proposals:
     """Divide the states of plans that lack memory."""
     fitting = 0
     for misfit in contest.misfits:
-        plan = divided(misfit)
+        plan = divided(misfit, contest.costs.model)
         if plan is None:
             continue
         found = yield Proposal(plan, f"{plan.name}, optimizer states divided")
@@ -82,15 +83,17 @@ def _least_seconds(contest: Contest, played: Played) -> float:
     return played.seconds - seconds * (1 - 1 / most)
 
 
-def divided(plan: Plan) -> Plan | None:
+def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     """Return the plan with divided states in every stage that may divide them; None if none may.
 
     All stages that hold a layer must divide alike, with replicas of one tensor width, and several
-    replicas must hold it.
+    replicas must hold it. Of stages with different tensor widths that share a weight, those that
+    are unlike the first do not divide.
     """
     stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
     width = [{len(replica) for replica in stage.devices} for stage in stages]
     able = [len(plan.pipelines) > 1 or len(stage.devices) > 1 for stage in stages]
+    ties = [[j for j, each in enumerate(stages) if _holds(each, tied)] for tied in model.tied]
     beside = [[j for j, other in enumerate(stages) if _overlap(each, other)] for each in stages]
     changed = True
     while changed:
@@ -98,6 +101,10 @@ def divided(plan: Plan) -> Plan | None:
             own and all(able[j] for j in near) and len(set().union(*(width[j] for j in near))) == 1
             for own, near in zip(able, beside, strict=True)
         ]
+        for users in ties:
+            if users and all(still[j] for j in users):
+                for j in users:
+                    still[j] = width[j] == width[users[0]]
         changed, able = still != able, still
     if not any(able):
         return None
@@ -114,6 +121,12 @@ def divided(plan: Plan) -> Plan | None:
 
     pipelines = tuple(changed_pipeline(pipeline) for pipeline in plan.pipelines)
     return replace(plan, name=f"{plan.name}-zero1", pipelines=pipelines, prediction=None)
+
+
+def _holds(stage: Stage, tied: Tied) -> bool:
+    """True if a stage holds a tied weight."""
+    first, end = stage.layers
+    return any(first <= layer < end for layer in tied.layers)
 
 
 def _overlap(one: Stage, other: Stage) -> bool:

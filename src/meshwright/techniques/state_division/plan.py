@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from meshwright.errors import Problem
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.spec import Plan, Stage, StateDivision
 
 
@@ -64,6 +64,10 @@ def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Prob
                 found = f"'all', but one replica alone holds layers {stage.layers}"
                 wanted = "several replicas, or a weight that another stage shares"
                 yield Problem(source, field, found, wanted, "leave out `states`")
+            for name, widths in _uneven_ties(stage, plan, model) if model is not None else ():
+                found = f"stages of tensor widths {', '.join(map(str, widths))} that share {name}"
+                mend = "leave out `states` in one of them, or give them one tensor width"
+                yield Problem(source, field, found, "one tensor width for a shared weight", mend)
 
 
 def _held(stage: Stage) -> _Held:
@@ -74,12 +78,28 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
+def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[str, list[int]]]:
+    """Yield each tied weight of a stage whose states are divided and whose holders have different
+    tensor widths, with these widths."""
+    for tied in model.tied:
+        users = _users(plan, tied)
+        if stage in users and all(map(divides, users)):
+            widths = sorted({len(replica) for user in users for replica in user.devices})
+            if len(widths) > 1:
+                yield tied.name, widths
+
+
+def _users(plan: Plan, tied: Tied) -> list[Stage]:
+    """Return the stages that hold a tied weight."""
+    return [s for s in all_stages(plan) if any(n in range(*s.layers) for n in tied.layers)]
+
+
 def _is_alone(stage: Stage, plan: Plan, model: LayerGraph) -> bool:
     """True if no other rank holds any weight of a stage, so that there is nothing to divide."""
     if len(plan.pipelines) > 1 or len(stage.devices) > 1:
         return False
     for tied in model.tied:
-        users = [s for s in all_stages(plan) if any(n in range(*s.layers) for n in tied.layers)]
+        users = _users(plan, tied)
         if stage in users and any(user.devices != stage.devices for user in users):
             return False
     return True
