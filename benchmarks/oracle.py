@@ -26,14 +26,13 @@ from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe
 from meshwright.plan.spec import Job, Plan
-from meshwright.search.climb import Scout, climb
-from meshwright.search.contest import Contest, Strategy, challenge
+from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.lines import line_of
-from meshwright.search.mix import legal_widths
-from meshwright.search.moves import alike, stages_of
+from meshwright.search.incumbent import Incumbent, Strategy, try_candidate
+from meshwright.search.local_search import LocalSearch, climb
+from meshwright.search.neighbourhood import alike, stages_of
 from meshwright.search.planner import find_plan
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.space import divisors, legal_widths, usable_devices
 
 TYPES = ("T4", "A10G", "V100-16", "A100-40")
 NETWORKS = (10e9, 25e9, 100e9)
@@ -92,18 +91,18 @@ def oracle(where: World, seed: int, known: Plan | None) -> float:
     """The least simulated seconds that long climbs reach; infinite if none fits."""
     graph, cluster, job = where
     costs = costs_of(graph, cluster, job)
-    contest = Contest(costs, "", work=1 << 62)
-    scout = Scout(contest, SCHEDULES)
+    incumbent = Incumbent(costs, "", work=1 << 62)
+    search = LocalSearch(incumbent, SCHEDULES)
     chance = Random(seed)
     starts = [random_strategy(costs, chance) for _ in range(DRAWN)]
     if known and known.schedule in SCHEDULES:
         starts.append((known.schedule, tuple(line_of(p) for p in known.pipelines)))
     for start in starts:
         if start is not None:
-            scout.left = STEPS
-            challenge(contest, start)
-            challenge(contest, climb(scout, start))
-    return contest.best.seconds if contest.best else float("inf")
+            search.left = STEPS
+            try_candidate(incumbent, start)
+            try_candidate(incumbent, climb(search, start))
+    return incumbent.best.seconds if incumbent.best else float("inf")
 
 
 def random_strategy(costs: Costs, chance: Random) -> Strategy | None:

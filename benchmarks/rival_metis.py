@@ -14,11 +14,10 @@ from itertools import accumulate, chain, permutations, product
 
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
 
+from meshwright.search.candidate import Unit
 from meshwright.search.costs import Costs, distinct_units, unit_kind
-from meshwright.search.fitting import Stages, apportion
-from meshwright.search.lines import Unit
-from meshwright.search.mix import legal_widths
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.layer_partition import Stages, apportion
+from meshwright.search.space import divisors, legal_widths, usable_devices
 
 SMALLEST_GROUP = 0.5
 """Of the average: Metis leaves out smaller groups. Its authors' default."""

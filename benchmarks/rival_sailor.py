@@ -14,12 +14,11 @@ from math import prod
 
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
 
-from meshwright.search.compose import DEPTHS, pools
+from meshwright.search.candidate import Unit
 from meshwright.search.costs import Costs, distinct_units
-from meshwright.search.fitting import Stages, pace
-from meshwright.search.lines import Unit
-from meshwright.search.mix import legal_widths
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.layer_partition import Stages, pace
+from meshwright.search.pool_pipelines import DEPTHS, pools
+from meshwright.search.space import divisors, legal_widths, usable_devices
 
 DEPTH_VECTORS = 400
 """Up to so many ways to give every zone of Sailor its number of stages, all are tried; else only

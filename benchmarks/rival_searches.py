@@ -18,17 +18,23 @@ import numpy as np
 
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.search.contest import work_of
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import (
+    CandidatePipeline,
+    StageDevices,
+    Unit,
+    plan_of,
+    tensor_widths_agree,
+)
 from meshwright.search.costs import (
+    Array,
     Costs,
     ring,
     seconds_per_byte,
     unit_times,
 )
-from meshwright.search.fitting import Stages, apportion, recut
-from meshwright.search.lines import Line, Team, Unit, plan_of, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
-from meshwright.search.partition import Array
+from meshwright.search.incumbent import work_of
+from meshwright.search.layer_partition import Stages, apportion, recut
 from meshwright.simulate.fold import fold, simulate_folded
 
 FITTED = 900
@@ -81,7 +87,7 @@ def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
 
     Lines are looked for as 1f1b; the best of them are tried as gpipe, too.
     """
-    played: list[tuple[float, Line]] = []
+    played: list[tuple[float, CandidatePipeline]] = []
     ordered = _by_build(drafts)
     fitted, work, best, skipped = 0, WORK, float("inf"), False
     while fitted < FITTED and work > 0:
@@ -104,14 +110,16 @@ def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
     return Found(found[1], found[0], len(drafts), fitted, not left)
 
 
-def _played(costs: Costs, line: Line, schedule: ScheduleName) -> tuple[float, int]:
+def _played(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> tuple[float, int]:
     """Seconds in the simulator, and its work."""
     plan = plan_of(costs, (line,), schedule)
     timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
     return timeline.step_seconds, work_of(plan, fold(plan, costs.cluster))
 
 
-def _either_schedule(costs: Costs, lines: Sequence[tuple[float, Line]]) -> tuple[float, Plan]:
+def _either_schedule(
+    costs: Costs, lines: Sequence[tuple[float, CandidatePipeline]]
+) -> tuple[float, Plan]:
     """The best of these 1f1b lines, and of the same devices and rows as gpipe."""
     best = lines[0][0], plan_of(costs, (lines[0][1],), "1f1b")
     for _, line in lines:
@@ -123,13 +131,13 @@ def _either_schedule(costs: Costs, lines: Sequence[tuple[float, Line]]) -> tuple
     return best
 
 
-Cut = tuple[float, Line]
+Cut = tuple[float, CandidatePipeline]
 """A line that fits, behind the seconds that it takes at least."""
 
 
 def _cut(costs: Costs, drafts: Sequence[Draft]) -> Iterator[Cut]:
     for draft in drafts:
-        teams = tuple(Team(units, _shares(costs, draft, units)) for units in draft.stages())
+        teams = tuple(StageDevices(units, _shares(costs, draft, units)) for units in draft.stages())
         fitted = recut(costs, teams, draft.micro_batches, "1f1b")
         if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
             line = fitted.line

@@ -18,7 +18,7 @@ from meshwright.plan.spec import Plan, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.plan.virtual import layout_of
 from meshwright.records import record
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines.manual import BASELINES
 from meshwright.session import Session, by_hand, predicted, priced
 from meshwright.units import format_seconds
 

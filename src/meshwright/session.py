@@ -24,8 +24,8 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.timeline import Timeline
 from meshwright.records import checked, fingerprint, record
-from meshwright.search.contest import ignore
 from meshwright.search.explore import Progress
+from meshwright.search.incumbent import ignore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate
 from meshwright.simulate.parts import parts

@@ -10,9 +10,9 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.report.resources import resource_name
-from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import finish
+from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.boundary_kinds import KINDS, OPTION, wide_cuts, with_boundaries
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
@@ -44,48 +44,48 @@ def stage(layers: tuple[int, int], *replicas: str) -> Stage:
     return Stage(layers=layers, devices=named)
 
 
-def contest_of(graph, where, plan) -> Contest:
-    contest = Contest(costs_of(graph, where, plan.job, None), "")
-    enter(contest, plan, "by hand")
-    return contest
+def contest_of(graph, where, plan) -> Incumbent:
+    incumbent = Incumbent(costs_of(graph, where, plan.job, None), "")
+    simulate_and_record(incumbent, plan, "by hand")
+    return incumbent
 
 
 def test_replicated_tensors_cross_a_slow_network_once():
     """Direct, four devices of a node each receive the same bytes over one interface."""
     graph, where, plan = world(stage((0, 2), "a0"), stage((2, 4), "b0 b1 b2 b3"))
-    contest = contest_of(graph, where, plan)
-    direct = contest.best.seconds
-    finish(contest, [OPTION], lambda *_: None)
-    chosen = contest.best.plan.pipelines[0].stages[1].boundary
+    incumbent = contest_of(graph, where, plan)
+    direct = incumbent.best.seconds
+    finish(incumbent, [OPTION], lambda *_: None)
+    chosen = incumbent.best.plan.pipelines[0].stages[1].boundary
     assert chosen in KINDS
-    assert contest.best.seconds < 0.5 * direct
+    assert incumbent.best.seconds < 0.5 * direct
     for kind in KINDS:
         other = with_boundaries(plan, [(0, 1)], kind)
         seconds = simulate_plan(other, graph, where).step_seconds
-        assert seconds >= contest.best.seconds * (1 - 1e-9)
+        assert seconds >= incumbent.best.seconds * (1 - 1e-9)
     again = contest_of(graph, where, plan)
     finish(again, [OPTION], lambda *_: None)
-    assert again.best.plan == contest.best.plan
+    assert again.best.plan == incumbent.best.plan
 
 
 def test_without_tensor_ranks_there_is_nothing_to_choose():
     graph, where, plan = world(stage((0, 2), "a0", "a1"), stage((2, 4), "b0", "b1"))
-    contest = contest_of(graph, where, plan)
+    incumbent = contest_of(graph, where, plan)
     assert not list(wide_cuts(plan))
-    finish(contest, [OPTION], lambda *_: None)
-    assert contest.best.plan == plan
-    assert len(contest.others) == 1
+    finish(incumbent, [OPTION], lambda *_: None)
+    assert incumbent.best.plan == plan
+    assert len(incumbent.others) == 1
 
 
 def test_what_is_no_faster_stays_direct():
     """Inside one node every device has a port of its own."""
     where = replace(cluster(("fast",) * 4), nodes=cluster(("fast",) * 4).nodes)
     graph, _, plan = world(stage((0, 2), "a0 a1"), stage((2, 4), "a2 a3"))
-    contest = contest_of(graph, where, plan)
-    finish(contest, [OPTION], lambda *_: None)
+    incumbent = contest_of(graph, where, plan)
+    finish(incumbent, [OPTION], lambda *_: None)
     assert where.nodes[0].inside == NVLINK
-    assert contest.best.plan == plan
-    assert contest.dropped["boundary-kinds: slower in the simulator"] == 2
+    assert incumbent.best.plan == plan
+    assert incumbent.dropped["boundary-kinds: slower in the simulator"] == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

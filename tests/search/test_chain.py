@@ -5,9 +5,9 @@ from random import Random
 
 from searchworlds import cluster, job, model
 
-from meshwright.search.chain import chains, cut_chain
+from meshwright.search.chain_partition import chains, cut_chain
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
+from meshwright.search.layer_partition import fit_line
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 UNITS = (("a:0",), ("a:1",), ("b:0",), ("b:1",))

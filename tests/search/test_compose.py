@@ -1,31 +1,25 @@
-"""Pools, the shapes that are made of them, and strategies of one line and of several."""
+"""Pools, the shapes that are made of them, and the pipelines of these shapes."""
 
 from itertools import pairwise
 
 import pytest
 from searchworlds import cluster, job, model
 
-from meshwright.search.compose import (
+from meshwright.search.costs import costs_of
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.pool_pipelines import (
     Shape,
+    blocks,
     by_build,
     drafts,
-    offers,
     orders,
     pool_table,
     pools,
+    single_lines,
     two_ways,
     written,
 )
-from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
-from meshwright.search.mix import (
-    blocks,
-    groupings,
-    legal_widths,
-    several_lines,
-    shared_out,
-    single_lines,
-)
+from meshwright.search.space import legal_widths
 
 WHERE = cluster(("fast",) * 4, ("fast",) * 4, ("slow",) * 2)
 COSTS = costs_of(model([10.0, 5.0, 40.0, 10.0, 10.0, 20.0]), WHERE, job(24))
@@ -104,13 +98,6 @@ def test_pools_stand_in_every_order():
     assert list(orders(Shape((fast, slow), (3,)))) == [Shape((fast, slow), (3,))]
 
 
-def test_offers_fit_and_are_best_first():
-    found = offers(COSTS, pools(COSTS, 1), 10.5)
-    seconds = [f.once + (10.5 / f.line.rows - 1) * f.slowest for f in found]
-    assert found
-    assert seconds == sorted(seconds)
-
-
 def test_blocks_of_few_pools_are_all_there_are():
     table = pool_table(COSTS, (1,))
     assert [len(block) for block in blocks(table)] == [2, 1, 1]
@@ -124,25 +111,10 @@ def test_blocks_of_few_pools_are_all_there_are():
     assert {len(block) for block in found} >= {1, 2, 3, 4, 5, 6}
 
 
-def test_groupings_are_the_partitions_of_every_set():
-    every = pools(COSTS, 1)
-    found = list(groupings(every))
-    a, b = every
-    assert sorted(map(str, found)) == sorted(map(str, [((a,),), ((b,),), ((a, b),), ((a,), (b,))]))
-
-
 def test_legal_widths_divide_every_layer_and_fit_a_node():
     assert legal_widths(COSTS) == (1, 2, 4)
     odd = costs_of(model([10.0] * 3, units=3), WHERE, job(8))
     assert legal_widths(odd) == (1, 3)
-
-
-def test_shares_add_up_to_the_batch():
-    fast, slow = pools(COSTS, 1)
-    chosen = offers(COSTS, (fast,), 20)[0], offers(COSTS, (slow,), 4)[0]
-    lines = shared_out(COSTS, chosen, 24)
-    assert sum(line.share for line in lines) == 24
-    assert lines[0].share > lines[1].share
 
 
 def test_lines_hold_the_whole_batch():
@@ -151,9 +123,6 @@ def test_lines_hold_the_whole_batch():
     assert all(line.share == 24 for (line,) in single)
     tensors = {tuple(len(t.units[0]) for t in line.teams) for (line,) in single}
     assert any(len(set(widths)) > 1 for widths in tensors)
-    for lines in several_lines(COSTS):
-        assert len(lines) > 1
-        assert sum(line.share for line in lines) == 24
 
 
 def test_nothing_is_composed_above_the_limit():

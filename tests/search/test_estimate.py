@@ -25,7 +25,7 @@ from meshwright.search.estimate import (
     step_seconds,
 )
 from meshwright.search.explain import as_plan
-from meshwright.search.partition import assign, chain_loads
+from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
 from meshwright.simulate.engine import simulate

@@ -14,14 +14,22 @@ from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps
-from meshwright.search import fleetwide
+from meshwright.search import template_search
+from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
-from meshwright.search.lines import plan_of
+from meshwright.search.device_classes import (
+    PipelineTemplate,
+    RatedFleet,
+    StageRun,
+    fleets,
+    groupings,
+    nodes_for,
+    written,
+)
+from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.sketch import Sketch
-from meshwright.search.sketches import whole_seconds
-from meshwright.search.templates import Segment, Template, fleets, nodes_for, written
+from meshwright.search.template_estimate import TemplateEstimate
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
 
@@ -50,7 +58,7 @@ def machines(fast, slow, each=8, *, memory=16.0, apart=False, network=NETWORK):
 
 def strategies_of(graph, where, todo, most):
     costs = costs_of(graph, where, todo)
-    found = fleetwide.fleet_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
+    found = template_search.fleet_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
     for schedule, lines in islice(found, most):
         yield plan_of(costs, lines, schedule)
 
@@ -96,7 +104,7 @@ def test_segments_are_written_on_devices_of_their_own(units, depth, width, tenso
         needed = nodes_for(units, depth, width, block)
         where = machines(needed, 0, units * tensor)
         costs = costs_of(model([1.0]), where, job())
-        template = Template(tensor, (Segment(0, depth, width, block),), width, "1f1b")
+        template = PipelineTemplate(tensor, (StageRun(0, depth, width, block),), width, "1f1b")
         stages = written(fleets(costs), template, {})
         names = [name for stage in stages for unit in stage for name in unit]
         assert len(stages) == depth
@@ -106,14 +114,31 @@ def test_segments_are_written_on_devices_of_their_own(units, depth, width, tenso
         assert len({name.split(":")[0] for name in names}) <= needed
 
 
+def test_groupings_of_few_fleets_are_the_partitions_of_every_set():
+    a, b = RatedFleet(0, "here", 2.0), RatedFleet(1, "there", 1.0)
+    found = list(groupings((a, b)))
+    assert sorted(map(str, found)) == sorted(map(str, [((a,),), ((b,),), ((a, b),), ((a,), (b,))]))
+
+
+def test_groupings_of_many_fleets_have_all_together_and_each_site_apart():
+    every = tuple(RatedFleet(i, "here" if i < 3 else "there", 9.0 - i) for i in range(5))
+    found = list(groupings(every))
+    assert len(found) == len(set(found))
+    assert found[0] == (every,)
+    assert (every[:3], every[3:]) in found
+    assert {((fleet,),) for fleet in every} <= set(found)
+
+
 GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)
 
 
 def test_the_closed_form_is_near_the_simulator():
     costs = costs_of(GRAPH, machines(8, 8), job(256))
-    board = fleetwide.drawing(costs, fleets(costs))
-    for choice in fleetwide._at_width(board, 1, ("1f1b", "gpipe"), lambda: False, float("inf")):
-        lines = fleetwide._lines(choice)
+    context = template_search.estimate_context(costs, fleets(costs))
+    for choice in template_search._at_width(
+        context, 1, ("1f1b", "gpipe"), lambda: False, float("inf")
+    ):
+        lines = template_search._lines(choice)
         if lines is not None:
             plan = plan_of(costs, lines, choice.sketches[0].template.schedule)
             played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds
@@ -131,20 +156,20 @@ def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monk
     )
     where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
     costs = costs_of(model([10.0] * 2), where, job(120))
-    board = fleetwide.drawing(costs, fleets(costs))
+    context = template_search.estimate_context(costs, fleets(costs))
     chosen = tuple(
-        fleetwide.sketch(board, Template(1, (Segment(i, 1, 1, 1),), 1, "1f1b"), 40)
+        template_search.sketch(context, PipelineTemplate(1, (StageRun(i, 1, 1, 1),), 1, "1f1b"), 40)
         for i in range(3)
     )
     asked = []
-    further = Sketch.further
+    further = TemplateEstimate.further
     monkeypatch.setattr(
-        Sketch, "further", lambda self, count: asked.append(count) or further(self, count)
+        TemplateEstimate, "further", lambda self, count: asked.append(count) or further(self, count)
     )
-    best = fleetwide._shared_out(board, chosen, 120)
+    best = template_search._shared_out(context, chosen, 120)
     assert sum(best.counts) == 120
     assert best.counts[0] > best.counts[1] > best.counts[2]
-    assert best.seconds == whole_seconds(board, chosen, best.counts)
+    assert best.seconds == whole_seconds(context, chosen, best.counts)
     assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
 
 
@@ -190,7 +215,7 @@ def test_a_budget_that_is_far_too_short_is_not_overrun_for_long(monkeypatch):
         clock[0] += 1e-3
         return clock[0]
 
-    monkeypatch.setattr("meshwright.search.contest.time.monotonic", now)
+    monkeypatch.setattr("meshwright.search.incumbent.time.monotonic", now)
     plain = []
     plan = find_plan(GRAPH, where, job(512), budget_seconds=0.02, found=plain.append)
     validate_plan(plan, GRAPH, where)

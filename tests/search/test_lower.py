@@ -6,9 +6,9 @@ import pytest
 from searchworlds import FAST, cluster, job, model
 
 from meshwright.cluster.spec import Link
+from meshwright.search.bounds import line_bound
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
-from meshwright.search.lines import Line, Team
-from meshwright.search.lower import line_bound
 
 FORWARD = 10e9 / 20e12
 """Seconds of a row on a layer; its backward takes twice that."""
@@ -18,7 +18,9 @@ def bound(schedule: str, latency: float, micro_batches: int) -> float:
     """Of a layer on each of two nodes, between which a row takes 0.1 ms and the latency."""
     where = cluster(("fast",), ("fast",), network=Link(bandwidth=1e9, latency=latency))
     costs = costs_of(model([10.0, 10.0], parameters=1000), where, job(micro_batches))
-    line = Line((Team((("a:0",),), (1,)), Team((("b:0",),), (1,))), (0, 1, 2), micro_batches)
+    line = CandidatePipeline(
+        (StageDevices((("a:0",),), (1,)), StageDevices((("b:0",),), (1,))), (0, 1, 2), micro_batches
+    )
     assert FAST.peak["fp32"] == 20e12
     return line_bound(costs, line, schedule)
 

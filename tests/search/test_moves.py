@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searchworlds import cluster, job, model
 
-from meshwright.search import moves, regroup
-from meshwright.search.climb import MOVES
+from meshwright.search import neighbourhood
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import Line, Team
-from meshwright.search.preview import preview_seconds
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.local_search import MOVES
+from meshwright.search.stage_simulation import preview_seconds
 
 INFINITE = float("inf")
 WHERE = cluster(("fast", "fast"), ("slow", "slow"), ("fast", "slow"))
@@ -83,16 +83,25 @@ A0, A1, B0, B1, C0, C1 = (unit(name) for name in ("a:0", "a:1", "b:0", "b:1", "c
 
 def test_layers_move_over_one_cut_and_over_neighbouring_cuts():
     costs = priced()
-    start = Line((Team((A0,), (4,)), Team((B0,), (4,)), Team((C0,), (4,))), (0, 2, 4, 7), 3)
-    bounds = {lines[0].bounds for _, lines in moves.layers(costs, ("1f1b", (start,)), INFINITE)}
+    start = CandidatePipeline(
+        (StageDevices((A0,), (4,)), StageDevices((B0,), (4,)), StageDevices((C0,), (4,))),
+        (0, 2, 4, 7),
+        3,
+    )
+    bounds = {
+        lines[0].bounds for _, lines in neighbourhood.layers(costs, ("1f1b", (start,)), INFINITE)
+    }
     assert {(0, 3, 4, 7), (0, 1, 4, 7), (0, 2, 6, 7), (0, 3, 5, 7), (0, 1, 3, 7)} <= bounds
     assert (0, 4, 4, 7) not in bounds
 
 
 def test_rows_move_between_unlike_replicas_only():
     costs = priced()
-    start = Line((Team((A0, A1, B0), (5, 5, 2)),), (0, 7), 1)
-    found = {lines[0].teams[0].rows for _, lines in moves.rows(costs, ("1f1b", (start,)), INFINITE)}
+    start = CandidatePipeline((StageDevices((A0, A1, B0), (5, 5, 2)),), (0, 7), 1)
+    found = {
+        lines[0].teams[0].rows
+        for _, lines in neighbourhood.rows(costs, ("1f1b", (start,)), INFINITE)
+    }
     assert {(4, 5, 3), (6, 5, 1)} <= found
     assert (6, 4, 2) not in found
 
@@ -102,14 +111,16 @@ def test_micro_batches_become_one_or_two_sizes_larger_or_smaller():
     costs = priced()
     start = line(costs, (A0,), (B0,))
     assert start.rows == 4
-    found = [lines[0] for _, lines in moves.micro_batches(costs, ("1f1b", (start,)), INFINITE)]
+    found = [
+        lines[0] for _, lines in neighbourhood.micro_batches(costs, ("1f1b", (start,)), INFINITE)
+    ]
     assert [(each.rows, each.micro_batches) for each in found] == [(2, 6), (3, 4), (6, 2), (12, 1)]
 
 
 def test_runs_and_stages_change_places():
     costs = priced()
     start = line(costs, (A0,), (A1,), (B0,))
-    found = shapes(moves.order(costs, ("1f1b", (start,)), INFINITE))
+    found = shapes(neighbourhood.order(costs, ("1f1b", (start,)), INFINITE))
     assert (((B0,), (A0,), (A1,)),) in found
     assert (((A0,), (B0,), (A1,)),) in found
     assert (((A0,), (A1,), (B0,)),) not in found
@@ -120,7 +131,7 @@ def test_shares_move_by_a_micro_batch_or_a_row():
     start = line(costs, (A0, A1), rows=4, count=2), line(costs, (B0,), rows=2, count=2)
     found = {
         tuple(each.share for each in lines)
-        for _, lines in moves.shares(costs, ("1f1b", start), INFINITE)
+        for _, lines in neighbourhood.shares(costs, ("1f1b", start), INFINITE)
     }
     assert {(10, 2), (7, 5), (9, 3), (6, 6), (4, 8)} <= found
 
@@ -128,7 +139,7 @@ def test_shares_move_by_a_micro_batch_or_a_row():
 def test_a_run_is_recast_in_depth_and_tensor_width():
     costs = priced()
     start = line(costs, (A0,), (A1,), (B0,))
-    found = shapes(regroup.recast(costs, ("1f1b", (start,)), INFINITE))
+    found = shapes(neighbourhood.recast(costs, ("1f1b", (start,)), INFINITE))
     assert (((A0, A1), (B0,)),) in found
     assert (((A0 + A1,), (B0,)),) in found
 
@@ -136,7 +147,7 @@ def test_a_run_is_recast_in_depth_and_tensor_width():
 def test_stages_are_merged_split_and_exchange_units():
     costs = priced()
     start = line(costs, (A0, A1), (B0,), (B1,))
-    found = shapes(regroup.stages(costs, ("1f1b", (start,)), INFINITE))
+    found = shapes(neighbourhood.stages(costs, ("1f1b", (start,)), INFINITE))
     assert (((A0,), (A1,), (B0,), (B1,)),) in found
     assert (((A0, A1), (B0, B1)),) in found
     assert any((A0, B0) in stages or (B0, A1) in stages for (stages,) in found)
@@ -145,7 +156,7 @@ def test_stages_are_merged_split_and_exchange_units():
 def test_devices_come_into_use_and_go_out_of_it():
     costs = priced()
     start = line(costs, (A0,), (B0,))
-    found = shapes(regroup.devices(costs, ("1f1b", (start,)), INFINITE))
+    found = shapes(neighbourhood.devices(costs, ("1f1b", (start,)), INFINITE))
     assert (((A0, A1), (B0,)),) in found
     assert (((A0,), (B0,), (B1,)),) in found
     assert (((B0,),),) in found
@@ -155,31 +166,40 @@ def test_the_last_device_of_a_line_leaves_its_share_to_the_others():
     costs = priced()
     start = line(costs, (A0, A1), rows=4, count=2), line(costs, (B0,), rows=2, count=2)
     alone = [
-        lines for _, lines in regroup.devices(costs, ("1f1b", start), INFINITE) if len(lines) == 1
+        lines
+        for _, lines in neighbourhood.devices(costs, ("1f1b", start), INFINITE)
+        if len(lines) == 1
     ]
     assert {lines[0].share for lines in alone} == {12}
 
 
 def test_only_sizes_near_the_wanted_one_are_tried():
     costs = priced()
-    assert moves.alike(costs, ((A0,), (B0,)), 3, 12, "1f1b", INFINITE).rows == 3
-    assert moves.alike(costs, ((A0, A1, C0),), 2, 12, "1f1b", INFINITE).rows == 3
-    assert moves.alike(costs, (), 3, 12, "1f1b", INFINITE) is None
-    assert moves.alike(costs, ((A0,),), 3, 12, "1f1b", 0.0) is None
+
+    def sizes(stages, rows, limit=INFINITE):
+        found = neighbourhood._with_share(costs, stages, rows, 12, "1f1b", limit)
+        return [each.rows for each in found]
+
+    assert sizes(((A0,), (B0,)), 3) == [3, 2]
+    assert sizes(((A0, A1, C0),), 2) == [3, 4]
+    assert sizes((), 3) == []
+    assert sizes(((A0,),), 3, limit=0.0) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_schedule_changes_only_where_it_matters(count):
     costs = priced()
     start = line(costs, (A0,), (B0,), rows=12 // count, count=count)
-    found = list(moves.schedules(costs, ("1f1b", (start,)), INFINITE))
+    found = list(neighbourhood.schedules(costs, ("1f1b", (start,)), INFINITE))
     assert found == ([("gpipe", (start,))] if count > 1 else [])
 
 
 def test_a_slow_device_gives_its_place_to_an_idle_fast_one():
     costs = priced()
     strategy = ("1f1b", (line(costs, (unit("a:0"), unit("b:0")), rows=12, count=1),))
-    stages = {lines[0].teams[0].units for _, lines in regroup.exchanged(costs, strategy, INFINITE)}
+    stages = {
+        lines[0].teams[0].units for _, lines in neighbourhood.exchanged(costs, strategy, INFINITE)
+    }
     assert (unit("a:0"), unit("a:1")) in stages
     assert (unit("a:0"), unit("c:0")) in stages
     assert (unit("a:0"), unit("b:1")) not in stages

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.search.partition import assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
 
 
 def seconds_of(loads, cuts, micro_batches, bounds):

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from searchworlds import NVLINK, cluster, job, model, small_worlds
 
 from meshwright.cluster.spec import Link
+from meshwright.search.candidate import plan_of
 from meshwright.search.costs import costs_of
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import plan_of
-from meshwright.search.preview import preview_seconds
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.stage_simulation import preview_seconds
 from meshwright.simulate.engine import simulate_plan
 from strategies import freeze
 

@@ -23,12 +23,12 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.records import dumps
-from meshwright.search import improve
+from meshwright.search import local_search
 from meshwright.search.certificate import certificate
-from meshwright.search.contest import Contest
 from meshwright.search.costs import costs_of
+from meshwright.search.first_plan import plain_plan
+from meshwright.search.incumbent import Incumbent
 from meshwright.search.options import schedules
-from meshwright.search.plain import plain_plan
 from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
 from meshwright.stopping import Stopped, look, until
@@ -69,7 +69,7 @@ WORLDS = {
 def short_searches():
     """What is cut short here need not be long."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(improve, "STEPS", (60_000, 2_000, 100_000))
+        patched.setattr(local_search, "STEPS", (60_000, 2_000, 100_000))
         patched.setattr(schedules, "LISTED", 4_000)
         yield
 
@@ -206,12 +206,12 @@ def test_more_time_never_gives_a_slower_plan():
 
 def test_a_very_large_cluster_has_a_plan_before_its_search_begins():
     graph, where, todo = WORLDS["counted by class"]
-    contest = Contest(costs_of(graph, where, todo, recomputation=True), "")
-    plain = plain_plan(contest)
+    incumbent = Incumbent(costs_of(graph, where, todo, recomputation=True), "")
+    plain = plain_plan(incumbent)
     assert plain is not None
     validate_plan(plain.plan, graph, where)
     assert simulate_folded(plain.plan, graph, where).step_seconds == plain.seconds
-    assert contest.best is None, "it takes no part in the contest"
+    assert incumbent.best is None, "it takes no part in the incumbent"
     first = []
     find_plan(graph, where, todo, found=first.append)
     assert first[0] == plain.seconds
@@ -220,13 +220,13 @@ def test_a_very_large_cluster_has_a_plan_before_its_search_begins():
 
 def test_a_plain_plan_takes_as_many_stages_as_the_model_needs():
     heavy = model([1.0] * 12, parameters=200_000_000)
-    contest = Contest(costs_of(heavy, fleet(12, 12), job(96), recomputation=True), "")
-    plain = plain_plan(contest)
+    incumbent = Incumbent(costs_of(heavy, fleet(12, 12), job(96), recomputation=True), "")
+    plain = plain_plan(incumbent)
     assert plain is not None
     assert len(plain.plan.pipelines[0].stages) > 1
     assert not memory_problems(plain.plan, heavy, fleet(12, 12))
     hopeless = model([1.0] * 12, parameters=200_000_000_000)
-    assert plain_plan(Contest(costs_of(hopeless, fleet(12, 12), job(96)), "")) is None
+    assert plain_plan(Incumbent(costs_of(hopeless, fleet(12, 12), job(96)), "")) is None
 
 
 def test_only_what_is_told_to_stop_stops():

@@ -23,14 +23,14 @@ from meshwright.program.compile import compile_plan
 from meshwright.report.drawing import plan_svg
 from meshwright.report.sentences import limits
 from meshwright.report.tracks import timeline_data
+from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
 from meshwright.search.certificate import certificate
-from meshwright.search.chunks import _seconds, _tables, cut_in_chunks
-from meshwright.search.contest import Contest, enter
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import Pruned, finish
-from meshwright.search.lines import Line, Team, plan_of
+from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
 from meshwright.search.planner import find_plan
+from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_in_chunks
 from meshwright.simulate.engine import simulate_plan
 
 
@@ -101,8 +101,8 @@ def pipeline_plan(costs, kinds: str, layers: int, micro_batches: int, rows: int 
     """One pipeline on the devices of a cluster in their order, equally many layers on each."""
     names = list(costs.devices)
     cuts = tuple(round(layers * s / len(kinds)) for s in range(len(kinds) + 1))
-    teams = tuple(Team(((name,),), (rows,)) for name in names)
-    return plan_of(costs, [Line(teams, cuts, micro_batches)], "1f1b")
+    teams = tuple(StageDevices(((name,),), (rows,)) for name in names)
+    return plan_of(costs, [CandidatePipeline(teams, cuts, micro_batches)], "1f1b")
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS)
@@ -151,8 +151,8 @@ def test_what_cannot_be_divided_says_why():
 def test_cuts_are_near_the_best_of_all(gflops, schedule, micro_batches):
     graph, where = model(gflops), cluster(("fast",), ("slow",))
     costs = costs_of(graph, where, job(micro_batches))
-    teams = tuple(Team(((name,),), (1,)) for name in costs.devices)
-    line = Line(teams, (0, 3, len(gflops)), micro_batches)
+    teams = tuple(StageDevices(((name,),), (1,)) for name in costs.devices)
+    line = CandidatePipeline(teams, (0, 3, len(gflops)), micro_batches)
     layout = ((0, 2), (1, 3)) if schedule != "zb-v" else ((0, 3), (1, 2))
     bounds, seconds = cut_in_chunks(costs, line, layout, schedule, frozenset())
     every = np.array([(0, *c, len(gflops)) for c in combinations(range(1, len(gflops)), 3)])
@@ -165,15 +165,15 @@ def test_the_time_that_is_up_leaves_the_best_plan_so_far():
     graph = model([10.0] * 12, parameters=10_000_000, tied=True)
     where = cluster(("slow",), ("slow",), ("slow",), network=Link(bandwidth=1e8, latency=1e-5))
     costs = costs_of(graph, where, job(4))
-    contest = Contest(costs, "", deadline=0.0)
+    incumbent = Incumbent(costs, "", deadline=0.0)
     plan = pipeline_plan(costs, "sss", 12, 4)
-    enter(contest, plan, "given")
+    simulate_and_record(incumbent, plan, "given")
     told = []
-    finish(contest, [OPTION], lambda *news: told.append(news))
-    assert contest.best.plan == plan
-    assert contest.dropped["virtual-stages: beyond the budget"] == 1
+    finish(incumbent, [OPTION], lambda *news: told.append(news))
+    assert incumbent.best.plan == plan
+    assert incumbent.dropped["virtual-stages: beyond the budget"] == 1
     assert told[-1] == ("trying virtual stages", 1, 1)
-    contest.deadline = None
-    finish(contest, [OPTION], lambda *_: None)
-    assert stages_held(contest.best.plan) == 2
-    assert replace(contest.best.plan, prediction=None) == contest.best.plan
+    incumbent.deadline = None
+    finish(incumbent, [OPTION], lambda *_: None)
+    assert stages_held(incumbent.best.plan) == 2
+    assert replace(incumbent.best.plan, prediction=None) == incumbent.best.plan

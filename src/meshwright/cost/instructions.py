@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cluster.topology import Resource, topology
+from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.constants import system_constants
 from meshwright.cost.links import messages_queue, overhead_seconds, reached_links, ring_step
 from meshwright.cost.memory import adjustments, framework_bytes, memory_tables, together
@@ -52,12 +52,16 @@ def price(
     model: LayerGraph,
     cluster: Cluster,
     profile: Profile | None = None,
+    *,
+    links: Topology | None = None,
 ) -> Prices:
     """Price every instruction of a plan's program; some ranks of it may have no instructions.
 
+    `links` is the topology of the cluster with the links of the profile, if the caller has it.
     Raises ClusterError if a device does not offer the model's precision.
     """
-    context = _context(plan, model, cluster, profile)
+    links = links or topology(reached_links(cluster, profile))
+    context = _context(plan, model, cluster, profile, links)
     held = _placed_stages(program, context)
     return Prices(
         ranks=tuple(
@@ -75,20 +79,20 @@ def price(
 
 
 def _context(
-    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None, links: Topology
 ) -> PricingContext:
     return PricingContext(
         model=model,
         plan=plan,
         cluster=cluster,
         profile=profile,
-        links=topology(reached_links(cluster, profile)),
+        links=links,
         step_latency=ring_step(profile),
         queued=messages_queue(cluster),
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
         adjustments=adjustments(plan, model),
-        types={device.name: device.type for device in devices_of(cluster)},
+        types={name: device.type for name, device in links.devices.items()},
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Topology
 from meshwright.cost.instructions import Prices, price
 from meshwright.cost.memory import device_memory
 from meshwright.cost.profile import Profile
@@ -32,6 +33,8 @@ class PricedPlan:
     False: bucket by bucket, as soon as gradients are summed."""
     ranks: frozenset[int] | None = field(default=None, kw_only=True)
     """The ranks that are given instructions; None: all."""
+    links: Topology | None = field(default=None, kw_only=True)
+    """The topology of the cluster with the links of the profile; None: it is computed."""
 
     @cached_property
     def program(self) -> Program:
@@ -42,7 +45,9 @@ class PricedPlan:
     def prices(self) -> Prices:
         """The price of every instruction. Raises ClusterError if a device does not offer the
         model's precision."""
-        return price(self.program, self.plan, self.model, self.cluster, self.profile)
+        return price(
+            self.program, self.plan, self.model, self.cluster, self.profile, links=self.links
+        )
 
     @cached_property
     def memory(self) -> tuple[DeviceMemory, ...]:

@@ -4,6 +4,7 @@ it works on."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder
@@ -69,9 +70,16 @@ def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
 
 def stage_seats(plan: Plan) -> tuple[StageSeats, ...]:
     """Return every stage of every pipeline, numbered in order."""
-    rank_of = {device: rank for rank, device in enumerate(plan.devices)}
+    return _stage_seats(plan.devices, plan.pipelines)
+
+
+@lru_cache(maxsize=4)  # a plan is compiled, priced and weighed one after the other
+def _stage_seats(
+    devices: tuple[str, ...], pipelines: tuple[Pipeline, ...]
+) -> tuple[StageSeats, ...]:
+    rank_of = {device: rank for rank, device in enumerate(devices)}
     found: list[StageSeats] = []
-    for p, pipeline in enumerate(plan.pipelines):
+    for p, pipeline in enumerate(pipelines):
         position_of = {s: g for g, held in enumerate(layout_of(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
             number = len(found)

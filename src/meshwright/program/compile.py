@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats, held_together, stage_seats
+from meshwright.plan.ranks import Seat, StageSeats, stage_seats
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.instructions import Instruction, Program
@@ -38,8 +38,7 @@ class PipelineRank:
     """The stages, by position in the pipeline."""
     order: Order
     boundaries: dict[int, Boundaries]
-    """The messages of each stage, by position in the pipeline, without those between stages on the
-    same ranks."""
+    """The messages of each stage, by position in the pipeline."""
     arriving: dict[int, tuple[int, ...]]
     """For the index of an action: the indices of the later actions whose receives are posted ahead
     of it."""
@@ -80,7 +79,7 @@ def compile_plan(
     rewrite = _rewriting(plan, model)
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
-    for group in _groups(plan, stages, model):
+    for group in _groups(plan, stages, model, only):
         look()
         first, *others = group.stages.values()
         for seat in (seat for replica in first.seats for seat in replica):
@@ -142,7 +141,9 @@ def _early_updates(
         yield replace(whole, layers=layers, tied=tied)
 
 
-def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iterator[PipelineRank]:
+def _groups(
+    plan: Plan, stages: Sequence[StageSeats], model: LayerGraph, only: Container[int] | None
+) -> Iterator[PipelineRank]:
     """Yield the pipeline ranks of all pipelines."""
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
@@ -153,7 +154,9 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
             yield PipelineRank(
                 stages=held,
                 order=order,
-                boundaries={s: _boundaries(stage, stages, model) for s, stage in held.items()},
+                boundaries={
+                    s: boundaries_of(stage, stages, model, only) for s, stage in held.items()
+                },
                 arriving=arriving[position],
                 last_backward={
                     action.stage: index
@@ -161,20 +164,6 @@ def _groups(plan: Plan, stages: Sequence[StageSeats], model: LayerGraph) -> Iter
                     if action.op.completes_gradients
                 },
             )
-
-
-def _boundaries(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
-    """Return what a stage exchanges with other ranks, without what stays on the same ones."""
-    found = boundaries_of(stage, stages, model)
-    stays: set[Op] = set()
-    if not stage.is_first and held_together(stage, stages[stage.number - 1]):
-        stays |= {Op.RECV_F, Op.SEND_B}
-    if not stage.is_last and held_together(stage, stages[stage.number + 1]):
-        stays |= {Op.RECV_B, Op.SEND_F}
-    return Boundaries(
-        incoming={op: b for op, b in found.incoming.items() if b.op not in stays},
-        outgoing={op: b for op, b in found.outgoing.items() if b.op not in stays},
-    )
 
 
 def _group_program(group: PipelineRank, seat: Seat, placed: Placed) -> Iterator[Instruction]:

@@ -1,4 +1,4 @@
-"""A lower bound on the step time of every plan there could be, under the same costs.
+"""Computes a lower bound on the step time of every possible plan, under the same costs.
 
 Letters: L layers, K device types, w a price for a second on a device of each type.
 """
@@ -15,8 +15,7 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.memory import usable_bytes
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
-from meshwright.search.costs import Costs, layer_times
-from meshwright.search.partition import Array
+from meshwright.search.costs import Array, Costs, layer_times
 from meshwright.search.space import usable_devices
 from meshwright.stopping import look
 from meshwright.techniques.backward_split.price import backward_shares

@@ -1,4 +1,4 @@
-"""Prices that many candidates share, each worked out once: layer times, memory, boundaries, rings.
+"""Keeps prices that many candidates share: layer times, memory, boundaries, rings.
 
 Letters: S stages, L layers, a stage's first layer, b one past its last. All of this is the cost
 floor's; nothing here has a formula of its own.
@@ -6,14 +6,15 @@ floor's; nothing here has a formula of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
-from meshwright.cluster.topology import Resource, Topology, topology
+from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
@@ -31,8 +32,9 @@ from meshwright.cost.weights import own_numbers
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
-from meshwright.search.partition import Array
 from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
+
+Array = NDArray[np.float64]
 
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
@@ -40,6 +42,11 @@ PROBE_BYTES = 1 << 24
 Kind = tuple[tuple[str, ...], int]
 """What the pace of a tensor-parallel group depends on: its device types and its node's link, by
 number."""
+
+
+T = TypeVar("T")
+
+_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +80,12 @@ class Costs:
     _memory: dict[tuple[int, int, bool], tuple[Array, Array]] = field(default_factory=dict)
     _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    optimizers: dict[tuple[str, tuple[int, int], int], float] = field(default_factory=dict)
-    """Seconds of the optimizer, by device type, layers and tensor width."""
-    crossings: dict[tuple[object, object], Any] = field(default_factory=dict)
-    """Of two teams: what a cut between them asks of the links, ahead and back."""
     _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
         default_factory=dict
     )
     _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
-    loads: dict[tuple[Kind, int, int, bool], Array] = field(default_factory=dict)
-    """Seconds [L + 1, L + 1] of a replica with so many rows and micro-batches in flight, that
-    recomputes or not, where it fits."""
     _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
-    fitted: dict[object, Any] = field(default_factory=dict)
-    """Lines with their best cuts, by teams, micro-batches and schedule; None where none fits."""
-    sums: dict[tuple[tuple[str, ...], ...], tuple[float, tuple[tuple[Resource, float], ...]]] = (
-        field(default_factory=dict)
-    )
-    """Of the rings among units: latency, and seconds per byte on every resource."""
+    _remembered: dict[object, object] = field(default_factory=dict)
 
 
 def costs_of(
@@ -133,10 +128,18 @@ def recomputing(costs: Costs, again: MemoryTable) -> Costs:
         repeats=True,
         _times={},
         _memory={},
-        loads={},
         _prefixes={},
-        fitted={},
+        _remembered={},
     )
+
+
+def remembered(costs: Costs, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """Return what `make` returns; it is called once for each key, which begins with the name of
+    what is made."""
+    found = costs._remembered.get(key, _MISSING)
+    if found is _MISSING:
+        found = costs._remembered[key] = make()
+    return cast("T", found)
 
 
 def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:

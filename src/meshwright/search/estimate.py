@@ -1,10 +1,11 @@
-"""What a candidate costs in closed form, and its best layer cuts.
+"""Estimates the step of a regular grid in closed form, and finds its best layer cuts.
 
 Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +19,8 @@ from meshwright.cost.times import repeated_seconds
 from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
+    PROBE_BYTES,
+    Array,
     Costs,
     capacities,
     pair,
@@ -29,7 +32,7 @@ from meshwright.search.costs import (
     stage_bytes,
     stage_times,
 )
-from meshwright.search.partition import Array, assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
 from meshwright.search.placement import Placement
 from meshwright.search.space import DeviceSet, Shape
 
@@ -159,10 +162,20 @@ def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool
             for one, other in zip(here, there, strict=True)
             for a, b in zip(one, other, strict=True)
         ]
-        latency, slope = seconds_per_byte(costs, [pair(costs, a, b) for a, b in ends])
+        latency, slope = seconds_per_byte(costs, _transfers(costs, ends))
         sizes = row_bytes * candidate.shape.rows
         found[s] = np.where(sizes > 0, latency + slope * sizes, 0.0)
     return found
+
+
+def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffic]:
+    """Yield the transfers between pairs of devices, those between the same nodes as one."""
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for a, b in ends:
+        here, there = costs.devices[a].node, costs.devices[b].node
+        alike.setdefault((a, b) if here == there else (here, there), []).append((a, b))
+    for pairs in alike.values():
+        yield scaled(pair(costs, *pairs[0]), len(pairs) * PROBE_BYTES)
 
 
 def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:

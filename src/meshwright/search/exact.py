@@ -1,4 +1,4 @@
-"""The whole space of a small input, every plan of it either simulated or bounded away.
+"""Searches the whole space of a small input: every plan is simulated or ruled out by its bound.
 
 The space: any devices left out; the others in pipelines, stages and tensor-parallel units in every
 way that keeps a unit inside a node; any layer cuts; any share of the batch for each pipeline, in
@@ -16,11 +16,11 @@ from itertools import combinations, pairwise, product
 from math import comb, prod
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import SAME
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import CandidatePipeline, StageDevices, fits, tensor_widths_agree
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Line, Team, fits, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
-from meshwright.search.skeleton import Skeleton, concrete, skeletons, strategies
+from meshwright.search.device_patterns import DevicePattern, concrete, skeletons, strategies
+from meshwright.search.incumbent import SAME
 from meshwright.search.space import divisors
 from meshwright.stopping import look
 
@@ -32,7 +32,7 @@ LIMIT = 12_000
 class Option:
     """One pipeline with everything decided, and the least it can take."""
 
-    line: Line
+    line: CandidatePipeline
     seconds: float
 
 
@@ -43,7 +43,7 @@ class Prospect:
     seconds: float
     """Lower bound."""
     schedule: ScheduleName
-    lines: tuple[Line, ...]
+    lines: tuple[CandidatePipeline, ...]
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class _Tables:
     limit: float
     """Seconds that a strategy must stay below."""
     dropped: Counter[str]
-    options: dict[tuple[Skeleton, ScheduleName], dict[int, list[Option]]] = field(
+    options: dict[tuple[DevicePattern, ScheduleName], dict[int, list[Option]]] = field(
         default_factory=dict
     )
 
@@ -107,7 +107,7 @@ def prospects(
 
 
 def _of_strategy(
-    tables: _Tables, strategy: tuple[Skeleton, ...], schedule: ScheduleName, first: bool
+    tables: _Tables, strategy: tuple[DevicePattern, ...], schedule: ScheduleName, first: bool
 ) -> Iterator[Prospect]:
     placed = concrete(tables.costs, strategy)
     batch = tables.costs.job.global_batch
@@ -118,8 +118,10 @@ def _of_strategy(
         look()
         for chosen in product(*(offer.get(s, ()) for offer, s in zip(offers, shares, strict=True))):
             lines = [
-                Line(
-                    tuple(Team(u, t.rows) for u, t in zip(where, o.line.teams, strict=True)),
+                CandidatePipeline(
+                    tuple(
+                        StageDevices(u, t.rows) for u, t in zip(where, o.line.teams, strict=True)
+                    ),
                     o.line.bounds,
                     o.line.micro_batches,
                 )
@@ -136,7 +138,7 @@ def _of_strategy(
 
 
 def _options(
-    tables: _Tables, skeleton: Skeleton, schedule: ScheduleName
+    tables: _Tables, skeleton: DevicePattern, schedule: ScheduleName
 ) -> dict[int, list[Option]]:
     """By share: the ways to fill a skeleton that fit and may be fast enough."""
     key = (skeleton, schedule)
@@ -156,15 +158,15 @@ def _options(
     return tables.options[key]
 
 
-def _filled(costs: Costs, skeleton: Skeleton) -> Iterator[Line]:
+def _filled(costs: Costs, skeleton: DevicePattern) -> Iterator[CandidatePipeline]:
     """Every number of micro-batches, rows and cuts of a skeleton on its own devices."""
     (placed,) = concrete(costs, (skeleton,))
     batch, layers = costs.job.global_batch, len(costs.model.layers)
     for share in range(1, batch + 1):
         for rows in divisors(share):
             for split in product(*(compositions(rows, len(units)) for units in placed)):
-                teams = tuple(Team(u, r) for u, r in zip(placed, split, strict=True))
+                teams = tuple(StageDevices(u, r) for u, r in zip(placed, split, strict=True))
                 for sizes in combinations(range(1, layers), len(teams) - 1):
-                    line = Line(teams, (0, *sizes, layers), share // rows)
+                    line = CandidatePipeline(teams, (0, *sizes, layers), share // rows)
                     if tensor_widths_agree(costs, (line,)):
                         yield line

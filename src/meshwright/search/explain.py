@@ -1,4 +1,4 @@
-"""Why a plan won: runners-up with the part that costs them, and what to do when nothing fits."""
+"""Explains why a plan won, what its runners-up lost by, and what to do if nothing fits."""
 
 from __future__ import annotations
 

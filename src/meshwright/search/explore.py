@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines.manual import BASELINES
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.estimate import (
     Candidate,
@@ -17,7 +17,6 @@ from meshwright.search.estimate import (
     evaluate,
     optimistic_seconds,
 )
-from meshwright.search.fleetwide import MOST_CELLS
 from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
@@ -29,6 +28,7 @@ from meshwright.search.space import (
     shapes,
     usable_devices,
 )
+from meshwright.search.template_search import MOST_CELLS
 from meshwright.stopping import look
 
 MANY_DEVICES = 64
@@ -227,12 +227,19 @@ def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit 
     chooses by its own ranking and knows no recomputation, the others by ours."""
     if name == "amp":
         costs = replace(costs, again=None)
-    found = []
-    for candidate in BASELINES[name](costs, used):
+    every = BASELINES[name](costs, used)
+    queue = [(0.0 if name == "amp" else _optimistic(costs, c), i, c) for i, c in enumerate(every)]
+    best: tuple[float, int, Estimate] | None = None
+    misfits = []
+    for bound, number, candidate in sorted(queue, key=lambda entry: entry[:2]):
+        if best is not None and (name == "amp" or bound > best[0]):
+            break
         look()
-        found.append(evaluate(costs, candidate))
-    fitting = [e for e in found if isinstance(e, Estimate)]
-    if fitting:
-        return fitting[0] if name == "amp" else min(fitting, key=lambda e: e.seconds)
-    misfits = [m for m in found if isinstance(m, Misfit)]
-    return min(misfits, key=lambda m: m.excess_bytes, default=None)
+        found = evaluate(costs, candidate)
+        if isinstance(found, Misfit):
+            misfits.append((found.excess_bytes, number, found))
+        elif best is None or (found.seconds, number) < best[:2]:
+            best = (found.seconds, number, found)
+    if best is not None:
+        return best[2]
+    return min(misfits, key=lambda entry: entry[:2])[2] if misfits else None

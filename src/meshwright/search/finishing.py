@@ -12,9 +12,9 @@ from typing import Literal
 
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.spec import Plan
-from meshwright.search.contest import SAME, Contest, Played, enter
 from meshwright.search.costs import Costs
 from meshwright.search.explore import Progress
+from meshwright.search.incumbent import SAME, Evaluated, Incumbent, simulate_and_record
 
 PruneReason = Literal[
     "impossible for this plan",
@@ -49,7 +49,7 @@ class Pruned:
     count: int = 1
 
 
-Proposals = Generator[Proposal | Pruned, Played | None, None]
+Proposals = Generator[Proposal | Pruned, Evaluated | None, None]
 """What an option yields. After each Proposal it receives the plan as simulated, or None if the plan
 does not fit in memory."""
 
@@ -60,29 +60,29 @@ class PlanOption:
 
     name: str
     """A plural, of lower-case words joined by hyphens: `virtual-stages`."""
-    propose: Callable[[Contest], Proposals]
-    """Yields changed forms of the best plans of a contest."""
+    propose: Callable[[Incumbent], Proposals]
+    """Yields changed forms of the best plans so far."""
 
 
-def finish(contest: Contest, options: Iterable[PlanOption], tell: Progress) -> None:
-    """Try options one after another; the contest keeps the fastest plan."""
+def finish(incumbent: Incumbent, options: Iterable[PlanOption], tell: Progress) -> None:
+    """Try options one after another; the incumbent is the fastest plan."""
     for option in options:
         step = f"trying {option.name.replace('-', ' ')}"
         tell(step, 0, 1)
-        _try_option(contest, option)
+        _try_option(incumbent, option)
         tell(step, 1, 1)
 
 
-def _try_option(contest: Contest, option: PlanOption) -> None:
+def _try_option(incumbent: Incumbent, option: PlanOption) -> None:
     """Simulate what an option proposes until it ends or the search is out of time."""
 
     def prune(pruned: Pruned) -> None:
-        contest.dropped[f"{option.name}: {pruned.reason}"] += pruned.count
+        incumbent.dropped[f"{option.name}: {pruned.reason}"] += pruned.count
 
-    proposals = option.propose(contest)
-    answer: Played | None = None
+    proposals = option.propose(incumbent)
+    answer: Evaluated | None = None
     while True:
-        if contest.late:
+        if incumbent.late:
             prune(Pruned("beyond the budget"))
             return
         try:
@@ -92,21 +92,21 @@ def _try_option(contest: Contest, option: PlanOption) -> None:
         answer = None
         if isinstance(found, Pruned):
             prune(found)
-        elif not fits_in_memory(contest.costs, found.plan):
+        elif not fits_in_memory(incumbent.costs, found.plan):
             prune(Pruned("does not fit in memory"))
         else:
-            answer = _simulated(contest, found)
-            if answer is not contest.best:
+            answer = _simulated(incumbent, found)
+            if answer is not incumbent.best:
                 prune(Pruned("slower in the simulator"))
 
 
-def _simulated(contest: Contest, proposal: Proposal) -> Played:
+def _simulated(incumbent: Incumbent, proposal: Proposal) -> Evaluated:
     """Simulate a proposal; a variant leaves no trace unless it is faster than the best plan."""
-    before = contest.best
-    played = enter(contest, proposal.plan, proposal.why)
+    before = incumbent.best
+    played = simulate_and_record(incumbent, proposal.plan, proposal.why)
     if proposal.is_variant and before and played.seconds >= before.seconds * (1 - SAME):
-        contest.best = before
-        contest.others.pop()
+        incumbent.best = before
+        incumbent.others.pop()
     return played
 
 

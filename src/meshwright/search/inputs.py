@@ -1,4 +1,4 @@
-"""What no search could deal with: jobs that contradict their model, links that carry nothing."""
+"""Refuses jobs that contradict their model, and clusters with links that carry nothing."""
 
 from __future__ import annotations
 

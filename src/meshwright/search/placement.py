@@ -1,4 +1,4 @@
-"""Which devices stand where in a grid: a few orders that respect the link hierarchy."""
+"""Places devices in a grid, in a few orders that respect the link hierarchy."""
 
 from __future__ import annotations
 

@@ -18,23 +18,12 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines.manual import BASELINES
 from meshwright.search.certificate import (
     EXHAUSTIVE,
     Certificate,
     certificate,
     certificate_in_haste,
-)
-from meshwright.search.contest import (
-    SAME,
-    Contest,
-    Played,
-    enter,
-    ignore,
-    parts_in,
-    simplest,
-    timeline_of,
-    work_of,
 )
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
@@ -60,10 +49,21 @@ from meshwright.search.explore import (
     whole,
 )
 from meshwright.search.finishing import finish
-from meshwright.search.improve import improve
+from meshwright.search.first_plan import plain_plan
+from meshwright.search.incumbent import (
+    SAME,
+    Evaluated,
+    Incumbent,
+    ignore,
+    parts_in,
+    simplest,
+    simulate_and_record,
+    timeline_of,
+    work_of,
+)
 from meshwright.search.inputs import check_inputs
+from meshwright.search.local_search import improve
 from meshwright.search.options import options_without
-from meshwright.search.plain import plain_plan
 from meshwright.simulate.fold import fold
 from meshwright.stopping import Stopped, never, until
 
@@ -121,7 +121,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     check_inputs(model, cluster, job)
     options = options_without(forbidden)
     costs = costs_of(model, cluster, job, profile, recomputation=True)
-    contest = Contest(
+    incumbent = Incumbent(
         costs,
         cluster_fingerprint(cluster),
         deadline,
@@ -131,18 +131,18 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     )
     tell = progress or (lambda _what, _done, _all: None)
     seen = _Seen()
-    with suppress(Stopped), until(contest.may_leave_off):
-        _search(contest, seen, schedules, tell)
-        seen.best_without_options = contest.best
-        if contest.best is None:
-            contest.misfits = _misfit_plans(contest, seen.explored)
-        finish(contest, options, tell)
-    if contest.best is None and contest.spare:
-        contest.best = contest.spare
-        contest.others.append(contest.spare)
-    if contest.best is None:
-        raise _nothing(contest, seen.explored, tell)
-    return _found(contest, seen)
+    with suppress(Stopped), until(incumbent.may_leave_off):
+        _search(incumbent, seen, schedules, tell)
+        seen.best_without_options = incumbent.best
+        if incumbent.best is None:
+            incumbent.misfits = _misfit_plans(incumbent, seen.explored)
+        finish(incumbent, options, tell)
+    if incumbent.best is None and incumbent.spare:
+        incumbent.best = incumbent.spare
+        incumbent.others.append(incumbent.spare)
+    if incumbent.best is None:
+        raise _nothing(incumbent, seen.explored, tell)
+    return _found(incumbent, seen)
 
 
 @dataclass(slots=True)
@@ -153,86 +153,86 @@ class _Seen:
     by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
     exhausted: bool = False
     """Every plan of the space was looked at."""
-    best_without_options: Played | None = None
+    best_without_options: Evaluated | None = None
     """The best plan before further options were tried."""
     proof: Certificate | None = None
     """Worked out while the search goes on, for whoever interrupts it does not wait for it."""
 
 
 def _search(
-    contest: Contest, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
+    incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
-    """Search all but the options of `search.options`; the contest and `seen` keep what is found."""
-    if is_large(contest.costs):
+    """Search all but the options of `search.options`; `incumbent` and `seen` keep what is found."""
+    if is_large(incumbent.costs):
         tell("looking for a first plan", 0, 1)
-        contest.spare = plain_plan(contest)
-        if contest.spare:
-            contest.found(contest.spare.seconds)
+        incumbent.spare = plain_plan(incumbent)
+        if incumbent.spare:
+            incumbent.found(incumbent.spare.seconds)
         tell("looking for a first plan", 1, 1)
-    seen.explored = _explored(contest, schedules, tell)
+    seen.explored = _explored(incumbent, schedules, tell)
     finalists = _affordable(seen.explored.finalists)
-    _regular(contest, [("", estimate) for estimate in finalists], tell)
-    if (contest.best or contest.spare) and space_size(contest.costs) > LIMIT:
+    _regular(incumbent, [("", estimate) for estimate in finalists], tell)
+    if (incumbent.best or incumbent.spare) and space_size(incumbent.costs) > LIMIT:
         tell("bounding", 0, 1)
-        seen.proof = certificate(contest.costs)
+        seen.proof = certificate(incumbent.costs)
         tell("bounding", 1, 1)
-    seen.exhausted = improve(contest, schedules, tell)
-    seen.by_hand = _all_by_hand(contest)
+    seen.exhausted = improve(incumbent, schedules, tell)
+    seen.by_hand = _all_by_hand(incumbent)
     named = [(name, each) for name, each in seen.by_hand if isinstance(each, Estimate)]
-    _regular(contest, named, tell)
+    _regular(incumbent, named, tell)
 
 
-def _found(contest: Contest, seen: _Seen) -> Plan:
-    """The best plan of a contest, with all that is to be said of it."""
-    costs = contest.costs
-    if contest.stopped:
-        contest.dropped[INTERRUPTED] += 1
-    winner = simplest(contest)
-    played = {each.name for each in contest.others}
+def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
+    """The best plan of a incumbent, with all that is to be said of it."""
+    costs = incumbent.costs
+    if incumbent.stopped:
+        incumbent.dropped[INTERRUPTED] += 1
+    winner = simplest(incumbent)
+    played = {each.name for each in incumbent.others}
     misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
     before = seen.best_without_options
     settled = seen.exhausted and before and winner.seconds >= before.seconds * (1 - SAME)
-    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(contest, seen)
-    return _with_prediction(contest, winner, [*_runners_up(contest, winner), *misfits], proof)
+    proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(incumbent, seen)
+    return _with_prediction(incumbent, winner, [*_runners_up(incumbent, winner), *misfits], proof)
 
 
-def _proof(contest: Contest, seen: _Seen) -> Certificate:
+def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
     """The certificate; where somebody has interrupted the search before it was worked out and
     waits for it, one that takes no time."""
     if seen.proof is not None:
         return seen.proof
     limit = time.monotonic() + PROOF_SECONDS
-    with suppress(Stopped), until(lambda: contest.stopped and time.monotonic() > limit):
-        return certificate(contest.costs)
-    return certificate_in_haste(contest.costs)
+    with suppress(Stopped), until(lambda: incumbent.stopped and time.monotonic() > limit):
+        return certificate(incumbent.costs)
+    return certificate_in_haste(incumbent.costs)
 
 
-def _explored(contest: Contest, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
+def _explored(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
     """The regular grids; of very many devices none, for fleets of nodes contain them."""
-    costs, dropped = contest.costs, contest.dropped
+    costs, dropped = incumbent.costs, incumbent.dropped
     if is_large(costs):
         usable(costs, dropped)
         return Explored(finalists=(), misfits=(), tried=0)
     candidates = candidates_of(costs, schedules, dropped)
-    return explore(costs, candidates, dropped, tell, lambda: contest.late)
+    return explore(costs, candidates, dropped, tell, lambda: incumbent.late)
 
 
-def _misfit_plans(contest: Contest, explored: Explored) -> tuple[Plan, ...]:
+def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
     return tuple(
-        as_plan(contest.costs, misfit.candidate, misfit.bounds, contest.cluster_print)
+        as_plan(incumbent.costs, misfit.candidate, misfit.bounds, incumbent.cluster_print)
         for misfit in explored.misfits[:MISFITS_TRIED]
     )
 
 
-def _nothing(contest: Contest, explored: Explored, tell: Progress) -> MeshwrightError:
+def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
-    with suppress(Stopped), until(contest.may_leave_off):
-        if not contest.late:
+    with suppress(Stopped), until(incumbent.may_leave_off):
+        if not incumbent.late:
             if not explored.tried:
-                candidates = sample_of(contest.costs, contest.dropped)
-                explored = explore(contest.costs, candidates, contest.dropped, tell)
-            return nothing_fits(contest.costs, explored.misfits, explored.tried)
-    if contest.stopped:
+                candidates = sample_of(incumbent.costs, incumbent.dropped)
+                explored = explore(incumbent.costs, candidates, incumbent.dropped, tell)
+            return nothing_fits(incumbent.costs, explored.misfits, explored.tried)
+    if incumbent.stopped:
         where, found, mend = "interrupted", "no plan that fits so far", "let it search for longer"
     else:
         where, found = "budget", "no plan that fits when the time was up"
@@ -241,21 +241,23 @@ def _nothing(contest: Contest, explored: Explored, tell: Progress) -> Meshwright
     return PlanError(Problem("search", where, found, wanted, mend))
 
 
-def _regular(contest: Contest, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
+def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
     """Play finalists of the regular grids, or hand-made plans, which have names."""
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
-        if contest.best and contest.late:
-            contest.dropped["beyond the budget"] += len(field) - index
+        if incumbent.best and incumbent.late:
+            incumbent.dropped["beyond the budget"] += len(field) - index
             break
-        plan = as_plan(contest.costs, estimate.candidate, estimate.bounds, contest.cluster_print)
+        plan = as_plan(
+            incumbent.costs, estimate.candidate, estimate.bounds, incumbent.cluster_print
+        )
         title = _title(name, estimate)
-        hopeless = contest.best and estimate.seconds > HOPELESS * contest.best.seconds
+        hopeless = incumbent.best and estimate.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
-        if contest.best and work_of(plan, fold(plan, contest.costs.cluster)) > most:
-            contest.dropped["too much to simulate"] += 1
+        if incumbent.best and work_of(plan, fold(plan, incumbent.costs.cluster)) > most:
+            incumbent.dropped["too much to simulate"] += 1
         else:
-            enter(contest, plan, title)
+            simulate_and_record(incumbent, plan, title)
     tell("simulating", len(field), len(field))
 
 
@@ -264,16 +266,16 @@ def _title(name: str, estimate: Estimate) -> str:
     return f"{name}: {title}" if name else title
 
 
-def _all_by_hand(contest: Contest) -> list[tuple[str, Estimate | Misfit]]:
+def _all_by_hand(incumbent: Incumbent) -> list[tuple[str, Estimate | Misfit]]:
     found = []
     for name in BASELINES:
-        many = len(contest.costs.devices) > MOST_BY_HAND
-        if many or (name == "amp" and is_large(contest.costs)):
-            contest.dropped[f"{name}, which takes longer than the search here"] += 1
-        elif contest.late:
-            contest.dropped["hand-made plans beyond the budget"] += 1
+        many = len(incumbent.costs.devices) > MOST_BY_HAND
+        if many or (name == "amp" and is_large(incumbent.costs)):
+            incumbent.dropped[f"{name}, which takes longer than the search here"] += 1
+        elif incumbent.late:
+            incumbent.dropped["hand-made plans beyond the budget"] += 1
         else:
-            found.append((name, best_by_hand(contest.costs, name, whole(contest.costs))))
+            found.append((name, best_by_hand(incumbent.costs, name, whole(incumbent.costs))))
     return [(name, best) for name, best in found if best is not None]
 
 
@@ -326,10 +328,10 @@ def baseline_plan(
         )
     if isinstance(found, Misfit):
         raise nothing_fits(costs, [found], 1)
-    contest = Contest(costs, cluster_fingerprint(cluster))
-    _regular(contest, [(name, found)], lambda _what, _done, _all: None)
-    assert contest.best is not None, "the first plan is always played"
-    return _with_prediction(contest, contest.best, [], certificate(costs))
+    incumbent = Incumbent(costs, cluster_fingerprint(cluster))
+    _regular(incumbent, [(name, found)], lambda _what, _done, _all: None)
+    assert incumbent.best is not None, "the first plan is always played"
+    return _with_prediction(incumbent, incumbent.best, [], certificate(costs))
 
 
 def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
@@ -345,11 +347,11 @@ def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
     return chosen
 
 
-def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
+def _runners_up(incumbent: Incumbent, winner: Evaluated) -> list[RunnerUp]:
     """The best of those that lost, few of one build; hand-made plans always."""
-    chosen: list[Played] = []
+    chosen: list[Evaluated] = []
     names, builds = {winner.name}, Counter[str]()
-    for other in sorted(contest.others, key=lambda p: p.seconds):
+    for other in sorted(incumbent.others, key=lambda p: p.seconds):
         hand_made = other.name.split(":")[0] in BASELINES
         room = len(chosen) < RUNNERS_UP and builds[other.plan.name] < ALIKE
         if other is not winner and (hand_made or (room and other.name not in names)):
@@ -358,26 +360,26 @@ def _runners_up(contest: Contest, winner: Played) -> list[RunnerUp]:
             chosen.append(other)
     return [
         RunnerUp(
-            name=other.name, step_seconds=other.seconds, reason=_why_lost(contest, winner, other)
+            name=other.name, step_seconds=other.seconds, reason=_why_lost(incumbent, winner, other)
         )
         for other in chosen
     ]
 
 
-def _why_lost(contest: Contest, winner: Played, other: Played) -> str:
+def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     """What a strategy spends more on. Whoever has stopped the search does not wait for another
     simulated step."""
     if other.plan == winner.plan:
         return "the same plan"
-    if contest.stopped and timeline_of(contest, other) is None:
+    if incumbent.stopped and timeline_of(incumbent, other) is None:
         return "slower in the simulator"
-    return why_slower(parts_in(contest, winner), parts_in(contest, other))
+    return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))
 
 
 def _with_prediction(
-    contest: Contest, played: Played, others: list[RunnerUp], proof: Certificate
+    incumbent: Incumbent, played: Evaluated, others: list[RunnerUp], proof: Certificate
 ) -> Plan:
-    costs = contest.costs
+    costs = incumbent.costs
     memory = device_memory(played.plan, costs.model, costs.cluster)
     over = [m for m in memory if total_bytes(m) > m.capacity]
     assert not over, "the closed form and the final check of memory disagree"
@@ -385,10 +387,10 @@ def _with_prediction(
         played.plan,
         prediction=Prediction(
             step_seconds=played.seconds,
-            parts=parts_in(contest, played),
+            parts=parts_in(incumbent, played),
             memory=memory,
             runners_up=tuple(others),
-            dropped={reason: count for reason, count in sorted(contest.dropped.items()) if count},
+            dropped={reason: count for reason, count in sorted(incumbent.dropped.items()) if count},
             lower_bound_seconds=min(proof.seconds, played.seconds),
             bound_reason=proof.reason,
         ),

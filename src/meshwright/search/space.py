@@ -1,4 +1,4 @@
-"""AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
+"""Enumerates AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from meshwright.cluster.spec import Cluster, Device, devices_of
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, ScheduleName
 from meshwright.records import record
+from meshwright.search.costs import Costs
 
 
 @record
@@ -139,3 +140,10 @@ def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[
     for rows in divisors(share):
         for schedule in schedules if grid.stages > 1 and rows < share else schedules[:1]:
             yield Shape(grid=grid, rows=rows, micro_batches=share // rows, schedule=schedule)
+
+
+def legal_widths(costs: Costs) -> tuple[int, ...]:
+    """Tensor widths that every layer allows and some node has."""
+    widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
+    units = {layer.tensor_units for layer in costs.model.layers}
+    return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))

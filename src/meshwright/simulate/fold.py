@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd
 
 from meshwright.cluster.spec import Cluster, Node, node_of
-from meshwright.cluster.topology import Resource
+from meshwright.cluster.topology import Resource, Topology
 from meshwright.cost.collective import Traffic
 from meshwright.cost.instructions import Prices
 from meshwright.cost.links import messages_queue
@@ -54,19 +55,35 @@ class Fold:
 
 def fold(plan: Plan, cluster: Cluster) -> Fold:
     """Find the fewest ranks that have to be simulated: all ranks if no two slices are identical."""
-    nodes = {node.name: node for node in cluster.nodes}
-    users = _users(plan)
+    pipelines = tuple(replace(pipeline, actions=None) for pipeline in plan.pipelines)
+    queued, direct = messages_queue(cluster), bool(cluster.direct)
+    return _fold(plan.devices, pipelines, cluster.nodes, queued, direct)
+
+
+@lru_cache(maxsize=8)  # a search folds few sets of pipelines, each of them many times
+def _fold(
+    devices: tuple[str, ...],
+    pipelines: tuple[Pipeline, ...],
+    of_cluster: tuple[Node, ...],
+    queued: bool,
+    direct: bool,
+) -> Fold:
+    nodes = {node.name: node for node in of_cluster}
+    users = _users(pipelines)
+    # Queued messages delay slices unequally.
+    whole = [direct or (queued and len(each.stages) > 1) for each in pipelines]
     found = [
-        _folded(plan, p, nodes, users, cluster, across=True) for p in range(len(plan.pipelines))
+        [] if alone else _folded(each, nodes, users, across=True)
+        for each, alone in zip(pipelines, whole, strict=True)
     ]
     # With unlike tensor widths, ranks reduce different tiles: one cannot stand for the others.
-    across = all(found) and len({_tensor_width(pipeline) for pipeline in plan.pipelines}) == 1
+    across = all(found) and len({_tensor_width(pipeline) for pipeline in pipelines}) == 1
     if not across:
         found = [
-            _folded(plan, p, nodes, users, cluster, across=False) or _whole(pipeline)
-            for p, pipeline in enumerate(plan.pipelines)
+            (not alone and _folded(each, nodes, users, across=False)) or _whole(each)
+            for each, alone in zip(pipelines, whole, strict=True)
         ]
-    rank_of = {device: rank for rank, device in enumerate(plan.devices)}
+    rank_of = {device: rank for rank, device in enumerate(devices)}
     pipeline_of: dict[int, int] = {}
     sharing: dict[str, int] = {}
     crossing: dict[tuple[str, int], int] = {}
@@ -76,31 +93,21 @@ def fold(plan: Plan, cluster: Cluster) -> Fold:
         sharing.update({node: passing[node] for node in {node_of(d) for d in copies[0]}})
         for site in {nodes[node_of(device)].site for device in copies[0]}:
             crossing[site, p] = len(copies)
-    rings = {
-        p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(plan.pipelines)
-    }
+    rings = {p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(pipelines)}
     return Fold(frozenset(pipeline_of), sharing, crossing, pipeline_of, rings)
 
 
 def _folded(
-    plan: Plan,
-    p: int,
-    nodes: dict[str, Node],
-    users: dict[str, set[int]],
-    cluster: Cluster,
-    *,
-    across: bool,
+    pipeline: Pipeline, nodes: dict[str, Node], users: dict[str, set[int]], *, across: bool
 ) -> list[Copy]:
     """Return the largest orbit of a pipeline; empty if it has none.
 
     A pipeline that shares a node with another one has none.
     """
-    pipeline = plan.pipelines[p]
     mine = {node_of(d) for stage in pipeline.stages for unit in stage.devices for d in unit}
-    # A broadcast or a gather joins ranks of several slices; queued messages delay slices unequally.
+    # A broadcast or a gather joins ranks of several slices.
     met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
-    turns = len(pipeline.stages) > 1 and messages_queue(cluster)
-    if turns or met or cluster.direct or any(len(users[node]) > 1 for node in mine):
+    if met or any(len(users[node]) > 1 for node in mine):
         return []
     return next(_foldings(pipeline, nodes, across=across), [])
 
@@ -110,10 +117,10 @@ def _tensor_width(pipeline: Pipeline) -> int:
     return len(pipeline.stages[0].devices[0])
 
 
-def _users(plan: Plan) -> dict[str, set[int]]:
+def _users(pipelines: tuple[Pipeline, ...]) -> dict[str, set[int]]:
     """Return the pipelines that use each node."""
     users: dict[str, set[int]] = defaultdict(set)
-    for p, pipeline in enumerate(plan.pipelines):
+    for p, pipeline in enumerate(pipelines):
         for stage in pipeline.stages:
             for unit in stage.devices:
                 for device in unit:
@@ -204,10 +211,14 @@ def simulate_folded(
     profile: Profile | None = None,
     *,
     folded: Fold | None = None,
+    links: Topology | None = None,
 ) -> Timeline:
-    """Simulate one step of a valid plan; the timeline has only the ranks that were simulated."""
+    """Simulate one step of a valid plan; the timeline has only the ranks that were simulated.
+
+    `links` is the topology of the cluster with the links of the profile, if the caller has it.
+    """
     folded = folded or fold(plan, cluster)
-    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks)
+    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, links=links)
     if len(folded.ranks) == len(plan.devices):
         return simulate(priced.program, priced.prices)
     shared = priced_for_all(priced.program, priced.prices, folded)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan
-from meshwright.search.contest import Contest, work_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
+from meshwright.search.incumbent import Incumbent, work_of
 from meshwright.simulate.fold import fold
 
 KINDS: tuple[BoundaryKind, ...] = ("scatter_gather", "broadcast")
@@ -19,21 +19,21 @@ Cut = tuple[int, int]
 """The pipeline, and the stage after the cut."""
 
 
-def propose(contest: Contest) -> Proposals:
+def propose(incumbent: Incumbent) -> Proposals:
     """Change the boundaries of the best plan: all of them to one kind, then one by one.
 
     Where neither side shares layers by tensor parallelism, all kinds are the same.
     """
-    if contest.best is None:
+    if incumbent.best is None:
         return
-    cuts = list(wide_cuts(contest.best.plan))
+    cuts = list(wide_cuts(incumbent.best.plan))
     tries = [(cuts, kind) for kind in KINDS if cuts]
     tries += [([cut], kind) for cut in cuts for kind in KINDS if len(cuts) > 1]
     left = WORK
     for done, (changed, kind) in enumerate(tries):
-        best = contest.best
+        best = incumbent.best
         plan = with_boundaries(best.plan, changed, kind)
-        work = work_of(plan, fold(plan, contest.costs.cluster))
+        work = work_of(plan, fold(plan, incumbent.costs.cluster))
         if work > left:
             yield Pruned("too large to try", len(tries) - done)
             break

@@ -19,8 +19,8 @@ from meshwright.plan.ranks import describe
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
 from meshwright.plan.virtual import Layout
 from meshwright.program.work import Work
-from meshwright.search.chunks import Bounds, chunks_of, cut_in_chunks
-from meshwright.search.contest import Contest, Played, work_of
+from meshwright.search.bounds import after_lines, tail_seconds
+from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import (
     PlanOption,
@@ -29,9 +29,8 @@ from meshwright.search.finishing import (
     Pruned,
     fits_in_memory,
 )
-from meshwright.search.fitting import fluid_rate
-from meshwright.search.lines import line_of
-from meshwright.search.lower import after_lines, tail_seconds
+from meshwright.search.incumbent import Evaluated, Incumbent, work_of
+from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.schedules import (
     LISTED,
     MOST_ACTIONS,
@@ -41,6 +40,7 @@ from meshwright.search.options.schedules import (
     listed_orders,
     pipeline_works,
 )
+from meshwright.search.virtual_stage_partition import Bounds, chunks_of, cut_in_chunks
 from meshwright.simulate.fold import fold
 from meshwright.simulate.parts import parts as parts_of
 
@@ -61,8 +61,11 @@ UNFIT = 0.08
 """Share that an order made for a plan may gain on those with a rule: ZB-V divides every backward,
 which costs about that."""
 
-PLAYED = 2
-"""Divided plans that are simulated, beside one in an order of its own."""
+GIVEN_SCHEDULES = 2
+"""Divided plans that are simulated with a schedule made for them."""
+
+PLAYED = 3
+"""Divided plans that are simulated in a schedule with a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +79,17 @@ class _Draft:
     works: list[Work]
 
 
-def propose(contest: Contest) -> Proposals:
+def propose(incumbent: Incumbent) -> Proposals:
     """Divide the stages of each finalist in every layout, where that may be faster; the fastest
-    few are proposed, and the best of them with a schedule made for it."""
+    few are proposed, and the best two of them with schedules made for them."""
     drafts: list[_Draft] = []
-    for played in finalists(contest):
-        if not _hopeful(contest, played):
+    for played in finalists(incumbent):
+        if not _hopeful(incumbent, played):
             yield Pruned("lower bound above the best")
-        elif work_of(played.plan, fold(played.plan, contest.costs.cluster)) > MOST_ACTIONS:
+        elif work_of(played.plan, fold(played.plan, incumbent.costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
-            for found in _drafts(contest, played.plan):
+            for found in _drafts(incumbent, played.plan):
                 if isinstance(found, Pruned):
                     yield found
                 else:
@@ -94,36 +97,36 @@ def propose(contest: Contest) -> Proposals:
     drafts.sort(key=attrgetter("seconds"))
     known = [draft.seconds for draft in drafts]
     for k, draft in enumerate(drafts):
-        if k >= PLAYED or draft.seconds >= contest.limit:
+        if k >= PLAYED or draft.seconds >= incumbent.limit:
             yield Pruned("slower in the stage-level simulation", len(drafts) - k)
             break
         simulated = yield Proposal(draft.plan, describe(draft.plan))
         known[k] = simulated.seconds if simulated else inf
-    best = min(known, default=inf)
-    if best < contest.limit * (1 + UNFIT):
-        yield from _listed(contest, drafts[known.index(best)])
+    for seconds, k in sorted((seconds, k) for k, seconds in enumerate(known))[:GIVEN_SCHEDULES]:
+        if seconds < incumbent.limit * (1 + UNFIT):
+            yield from _listed(incumbent, drafts[k])
 
 
 OPTION = PlanOption("virtual-stages", propose)
 
 
-def _listed(contest: Contest, draft: _Draft) -> Proposals:
+def _listed(incumbent: Incumbent, draft: _Draft) -> Proposals:
     """Propose a divided plan with a schedule made for it."""
     made = listed_orders(draft.works, LISTED)
-    if made is not None and made[0] + draft.after < contest.limit:
+    if made is not None and made[0] + draft.after < incumbent.limit:
         plan = in_listed_orders(draft.plan, made[1])
         yield Proposal(plan, describe(plan))
 
 
-def _hopeful(contest: Contest, played: Played) -> bool:
+def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
     """Whether a plan would beat the best step by enough without its bubble and the reduction of
     what first and last layers share; and with devices that are never idle."""
-    costs, limit = contest.costs, contest.limit * (1 - WORTH)
+    costs, limit = incumbent.costs, incumbent.limit * (1 - WORTH)
     lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
     busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
     if busy + after_lines(costs, lines) >= limit:
         return False
-    for each, timeline in contest.timelines:
+    for each, timeline in incumbent.timelines:
         if each is played:
             lost = parts_of(timeline)
             spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
@@ -131,12 +134,12 @@ def _hopeful(contest: Contest, played: Played) -> bool:
     return True
 
 
-def _drafts(contest: Contest, plan: Plan) -> Iterator[_Draft | Pruned]:
+def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_Draft | Pruned]:
     """Divide the stages of a plan in every layout."""
-    costs = contest.costs
+    costs = incumbent.costs
     after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
     for schedule, chunks in LAYOUTS:
-        limit = (contest.limit - after) * (1 + ROUGH)
+        limit = (incumbent.limit - after) * (1 + ROUGH)
         divided = divided_plan(costs, plan, schedule, chunks, limit)
         if isinstance(divided, Pruned):
             yield divided

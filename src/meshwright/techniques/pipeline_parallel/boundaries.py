@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from meshwright.model.spec import LayerGraph, alive_at
-from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.plan.ranks import Seat, StageSeats, held_together
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.records import record
@@ -33,22 +33,32 @@ class Boundaries:
     """What it sends, by the compute instruction that produces it."""
 
 
-def boundaries_of(stage: StageSeats, stages: Sequence[StageSeats], model: LayerGraph) -> Boundaries:
-    """Find what a stage receives and sends in each direction, with bytes per row."""
+def boundaries_of(
+    stage: StageSeats,
+    stages: Sequence[StageSeats],
+    model: LayerGraph,
+    only: Container[int] | None = None,
+) -> Boundaries:
+    """Find what a stage receives from other ranks and sends to them in each direction, with bytes
+    per row.
+
+    Nothing moves between stages on the same ranks. With `only`, moves between two ranks outside it
+    may be missing.
+    """
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
     incoming, outgoing = {}, {}
-    if before is not None:
-        arriving = boundary_moves(before, stage, stage.boundary)
-        leaving = boundary_moves(stage, before, stage.boundary)
+    if before is not None and not held_together(stage, before):
+        arriving = boundary_moves(before, stage, stage.boundary, only=only)
+        leaving = boundary_moves(stage, before, stage.boundary, only=only)
         forward, backward = _crossing(model, stage.layers[0])
         if forward is not None:
             incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward)
         if backward is not None:
             outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward)
-    if after is not None:
-        arriving = boundary_moves(after, stage, after.boundary)
-        leaving = boundary_moves(stage, after, after.boundary)
+    if after is not None and not held_together(stage, after):
+        arriving = boundary_moves(after, stage, after.boundary, only=only)
+        leaving = boundary_moves(stage, after, after.boundary, only=only)
         forward, backward = _crossing(model, stage.layers[1])
         if backward is not None:
             incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward)

@@ -3,7 +3,8 @@ widths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import lru_cache
 from math import lcm
 
 from meshwright.cluster.spec import node_of
@@ -33,7 +34,11 @@ class Move:
 
 
 def boundary_moves(
-    source: StageSeats, target: StageSeats, kind: BoundaryKind = "direct"
+    source: StageSeats,
+    target: StageSeats,
+    kind: BoundaryKind = "direct",
+    *,
+    only: Container[int] | None = None,
 ) -> tuple[Move, ...]:
     """Return the moves that give every target rank its rows once, whatever the two meshes look
     like.
@@ -43,11 +48,12 @@ def boundary_moves(
     off and a wider source spreads its senders. `scatter_gather`: each tensor rank of the source
     sends an equal part, each of the target receives one, and the target's ranks then all-gather
     them. `broadcast`: one tensor rank of the source sends to all of the target's; senders and order
-    are chosen so that the nodes' interfaces are equally busy and rarely wait for each other.
+    are chosen so that the nodes' interfaces are equally busy and rarely wait for each other. With
+    `only`, moves between two other ranks may be missing.
     """
     if kind == "broadcast":
         return tuple(_broadcasts(source, target))
-    tasks = unit_tasks(_layout(source), _layout(target))
+    tasks = _tasks(source, target, only if kind == "direct" else None)
     moves = _scattered if kind == "scatter_gather" else _direct
     return tuple(move for task in tasks for move in moves(task))
 
@@ -60,6 +66,48 @@ def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]
         if move.part is not None:
             found.setdefault(move.rows, {})[move.target] = None
     return tuple((rows, tuple(sorted(ranks))) for rows, ranks in found.items() if len(ranks) > 1)
+
+
+def _tasks(
+    source: StageSeats, target: StageSeats, only: Container[int] | None
+) -> Iterator[UnitTask]:
+    """Yield the unit tasks between two stages that no rank holds both of."""
+    ranks = [seat.rank for stage in (source, target) for each in stage.seats for seat in each]
+    tasks, touching = _numbered_tasks(_rows(source), _rows(target))
+    if only is not None:
+        wanted = {
+            task for seat, rank in enumerate(ranks) if rank in only for task in touching[seat]
+        }
+        tasks = tuple(tasks[number] for number in sorted(wanted))
+    for task in tasks:
+        yield UnitTask(
+            box=task.box,
+            holders=tuple(ranks[seat] for seat in task.holders),
+            receivers=tuple(ranks[seat] for seat in task.receivers),
+        )
+
+
+def _rows(stage: StageSeats) -> tuple[Range, ...]:
+    return tuple(seat.rows for replica in stage.seats for seat in replica)
+
+
+@lru_cache(maxsize=8)  # the cuts of a plan have few different pairs of meshes
+def _numbered_tasks(
+    source: tuple[Range, ...], target: tuple[Range, ...]
+) -> tuple[tuple[UnitTask, ...], tuple[tuple[int, ...], ...]]:
+    """Return the unit tasks between seats with these rows, and the tasks in which each seat takes
+    part.
+
+    Seats are numbered from 0: first those of the source, then those of the target.
+    """
+    holding: Layout = {seat: ((rows,),) for seat, rows in enumerate(source)}
+    wanting: Layout = {seat: ((rows,),) for seat, rows in enumerate(target, len(source))}
+    tasks = unit_tasks(holding, wanting)
+    touching: list[list[int]] = [[] for _ in (*source, *target)]
+    for number, task in enumerate(tasks):
+        for seat in (*task.holders, *task.receivers):
+            touching[seat].append(number)
+    return tasks, tuple(map(tuple, touching))
 
 
 def _layout(stage: StageSeats) -> Layout:

@@ -8,10 +8,10 @@ from operator import attrgetter
 
 from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.spec import Pipeline, Plan, Stage, StateDivision
-from meshwright.search.contest import Contest, Played, simplest, work_of
+from meshwright.search.bounds import slowest_optimizer
+from meshwright.search.candidate import line_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.lines import line_of
-from meshwright.search.lower import slowest_optimizer
+from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
 from meshwright.simulate.fold import fold
 
 DIVISION = StateDivision(optimizer="all")
@@ -26,19 +26,19 @@ MISFITS_PLAYED = 8
 """Plans that fit only with divided states, and are then simulated."""
 
 
-def propose(contest: Contest) -> Proposals:
+def propose(incumbent: Incumbent) -> Proposals:
     """Divide the states of the best plan of each build; if no plan fits, of those that lack
     memory."""
-    if contest.best is None:
-        yield from _mended(contest)
+    if incumbent.best is None:
+        yield from _mended(incumbent)
         return
     left, proposed = WORK, 0
-    for played in _best_of_builds(contest):
-        plan = divided(played.plan, contest.costs.model)
-        work = work_of(plan, fold(plan, contest.costs.cluster)) if plan else 0
+    for played in _best_of_builds(incumbent):
+        plan = divided(played.plan, incumbent.costs.model)
+        work = work_of(plan, fold(plan, incumbent.costs.cluster)) if plan else 0
         if plan is None:
             yield Pruned("impossible for this plan")
-        elif _least_seconds(contest, played) >= contest.limit:
+        elif _least_seconds(incumbent, played) >= incumbent.limit:
             yield Pruned("slower in closed form")
         elif proposed == PLAYED or work > left:
             yield Pruned("too large to try")
@@ -51,11 +51,11 @@ def propose(contest: Contest) -> Proposals:
 OPTION = PlanOption("divided-states", propose)
 
 
-def _mended(contest: Contest) -> Proposals:
+def _mended(incumbent: Incumbent) -> Proposals:
     """Divide the states of plans that lack memory."""
     fitting = 0
-    for misfit in contest.misfits:
-        plan = divided(misfit, contest.costs.model)
+    for misfit in incumbent.misfits:
+        plan = divided(misfit, incumbent.costs.model)
         if plan is None:
             continue
         found = yield Proposal(plan, f"{plan.name}, optimizer states divided")
@@ -64,21 +64,21 @@ def _mended(contest: Contest) -> Proposals:
             break
 
 
-def _best_of_builds(contest: Contest) -> list[Played]:
+def _best_of_builds(incumbent: Incumbent) -> list[Evaluated]:
     """Return the best plan, the simplest of several, and the fastest of each other build."""
-    builds: dict[str, Played] = {}
-    for played in (simplest(contest), *sorted(contest.others, key=attrgetter("seconds"))):
+    builds: dict[str, Evaluated] = {}
+    for played in (simplest(incumbent), *sorted(incumbent.others, key=attrgetter("seconds"))):
         builds.setdefault(played.plan.name, played)
     return list(builds.values())
 
 
-def _least_seconds(contest: Contest, played: Played) -> float:
+def _least_seconds(incumbent: Incumbent, played: Evaluated) -> float:
     """Estimate the step if each rank updates its share alone, and nothing else takes longer.
 
     The reduce-scatters and gathers that take the place of all-reduces carry as many bytes.
     """
     pipelines = played.plan.pipelines
-    seconds = slowest_optimizer(contest.costs, [line_of(pipeline) for pipeline in pipelines])
+    seconds = slowest_optimizer(incumbent.costs, [line_of(pipeline) for pipeline in pipelines])
     most = sum(max(len(stage.devices) for stage in each.stages) for each in pipelines)
     return played.seconds - seconds * (1 - 1 / most)
 

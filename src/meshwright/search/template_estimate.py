@@ -1,4 +1,4 @@
-"""What a template takes in closed form, with its best cuts; devices are counted, never listed.
+"""Estimates the step of a pipeline template with its best cuts; devices are counted, never listed.
 
 Letters: S stages, L layers, M micro-batches.
 """
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from meshwright.cluster.spec import Link
 from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
+from meshwright.search.bounds import optimizer_of
 from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
-from meshwright.search.lower import optimizer_of
-from meshwright.search.templates import Fleet, Segment, Template
+from meshwright.search.device_classes import Fleet, PipelineTemplate, StageRun
 
 Ints = NDArray[np.int64]
 
@@ -27,10 +27,10 @@ HALVINGS = 14
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class TemplateEstimate:
     """A template with cuts, and its seconds by part."""
 
-    template: Template
+    template: PipelineTemplate
     bounds: tuple[int, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
@@ -65,7 +65,7 @@ class Sketch:
         return worst
 
 
-def _steady(each: Sketch, micro_batches: float) -> float:
+def _steady(each: TemplateEstimate, micro_batches: float) -> float:
     """Seconds that 1F1B adds after the first micro-batch. Of any n neighbouring stages, the first
     begins a forward when the backward n micro-batches before has come back from the last:
 
@@ -99,7 +99,7 @@ class UnitFacts:
 
 
 @dataclass(slots=True)
-class Drawing:
+class EstimateContext:
     """What sketches share."""
 
     costs: Costs
@@ -118,15 +118,15 @@ class Drawing:
     units: dict[tuple[int, int, int], UnitFacts] = field(default_factory=dict)
     grids: dict[object, Ints] = field(default_factory=dict)
     """Depths worth a look, by what they depend on."""
-    paces: dict[Sketch, float] = field(default_factory=dict)
+    paces: dict[TemplateEstimate, float] = field(default_factory=dict)
 
 
-def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
+def estimate_context(costs: Costs, every: tuple[Fleet, ...]) -> EstimateContext:
     """A fresh one."""
     inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
-    return Drawing(
+    return EstimateContext(
         costs=costs,
         fleets=every,
         widest_cut=float(np.median(inner)) if len(inner) else 0.0,
@@ -136,60 +136,62 @@ def drawing(costs: Costs, every: tuple[Fleet, ...]) -> Drawing:
     )
 
 
-def unit_facts(board: Drawing, fleet: int, tensor: int, rows: int) -> UnitFacts:
+def unit_facts(context: EstimateContext, fleet: int, tensor: int, rows: int) -> UnitFacts:
     """What balanced stages ask of a unit."""
     key = (fleet, tensor, rows)
-    found = board.units.get(key)
+    found = context.units.get(key)
     if found is None:
-        both = prefixes(board, fleet, tensor, rows)[2]
-        always, each = stage_bytes(board.costs, tensor, rows)
-        at = board.common[0]
-        found = board.units[key] = UnitFacts(
+        both = prefixes(context, fleet, tensor, rows)[2]
+        always, each = stage_bytes(context.costs, tensor, rows)
+        at = context.common[0]
+        found = context.units[key] = UnitFacts(
             whole=both[-1],
             longest=max(b - a for a, b in pairwise(both)),
             common=both[at + 1] - both[at],
             always=float(always[0, -1]),
             each=float(each[0, -1]),
-            room=unit_capacity(board.costs, board.fleets[fleet].nodes[0][:tensor]),
+            room=unit_capacity(context.costs, context.fleets[fleet].nodes[0][:tensor]),
         )
     return found
 
 
 def prefixes(
-    board: Drawing, fleet: int, tensor: int, rows: int
+    context: EstimateContext, fleet: int, tensor: int, rows: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Cumulative seconds [L + 1] of forward, backward and both on a unit of a fleet."""
     key = (fleet, tensor, rows)
-    found = board.totals.get(key)
+    found = context.totals.get(key)
     if found is None:
-        unit = board.fleets[fleet].nodes[0][:tensor]
-        forward, backward = unit_prefix(board.costs, unit, rows)
+        unit = context.fleets[fleet].nodes[0][:tensor]
+        forward, backward = unit_prefix(context.costs, unit, rows)
         both = [f + b for f, b in zip(forward, backward, strict=True)]
-        found = board.totals[key] = (forward, backward, both)
+        found = context.totals[key] = (forward, backward, both)
     return found
 
 
-def _reach(board: Drawing, fleet: int, tensor: int, rows: int, held: int) -> list[int]:
+def _reach(context: EstimateContext, fleet: int, tensor: int, rows: int, held: int) -> list[int]:
     """By first layer: one past the last that a unit has memory for."""
     key = (fleet, tensor, rows, held)
-    found = board.reaches.get(key)
+    found = context.reaches.get(key)
     if found is None:
-        always, each = stage_bytes(board.costs, tensor, rows)
-        room = unit_capacity(board.costs, board.fleets[fleet].nodes[0][:tensor])
+        always, each = stage_bytes(context.costs, tensor, rows)
+        room = unit_capacity(context.costs, context.fleets[fleet].nodes[0][:tensor])
         size = len(always)
         beyond = always + each * held > room
         beyond &= ~np.tri(size, dtype=bool)
         first = np.where(beyond.any(axis=1), beyond.argmax(axis=1), size)
-        found = board.reaches[key] = (first - 1).tolist()
+        found = context.reaches[key] = (first - 1).tolist()
     return found
 
 
-def _stages(template: Template) -> list[tuple[Segment, int]]:
+def _stages(template: PipelineTemplate) -> list[tuple[StageRun, int]]:
     """Segment and rows per replica of every stage."""
     return [(s, template.rows // s.width) for s in template.segments for _ in range(s.depth)]
 
 
-def cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, ...] | None:
+def cuts(
+    context: EstimateContext, template: PipelineTemplate, micro_batches: int
+) -> tuple[int, ...] | None:
     """The cuts whose slowest stage is quickest, among those that fit; None if none does."""
     depth = template.depth
     key = (
@@ -198,21 +200,23 @@ def cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, .
         min(micro_batches, depth) if template.schedule == "1f1b" else micro_batches,
         tuple((s.fleet, s.depth, template.rows // s.width) for s in template.segments),
     )
-    if key not in board.cuts:
-        board.cuts[key] = _cuts(board, template, micro_batches)
-    return board.cuts[key]
+    if key not in context.cuts:
+        context.cuts[key] = _cuts(context, template, micro_batches)
+    return context.cuts[key]
 
 
-def _cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, ...] | None:
-    stages, layers = _stages(template), len(board.costs.model.layers)
+def _cuts(
+    context: EstimateContext, template: PipelineTemplate, micro_batches: int
+) -> tuple[int, ...] | None:
+    stages, layers = _stages(template), len(context.costs.model.layers)
     depth, tensor = len(stages), template.tensor
     if depth > layers:
         return None
     rooms, sums = [], []
     for s, (segment, rows) in enumerate(stages):
         held = in_flight(template.schedule, s, depth, micro_batches)
-        rooms.append(_reach(board, segment.fleet, tensor, rows, held))
-        sums.append(prefixes(board, segment.fleet, tensor, rows)[2])
+        rooms.append(_reach(context, segment.fleet, tensor, rows, held))
+        sums.append(prefixes(context, segment.fleet, tensor, rows)[2])
 
     def filled(limit: float) -> tuple[list[int], float] | None:
         """Every stage takes as many layers as it can within a time; and the longest taken."""
@@ -242,30 +246,32 @@ def _cuts(board: Drawing, template: Template, micro_batches: int) -> tuple[int, 
     return tuple(best[0])
 
 
-def sketch(board: Drawing, template: Template, micro_batches: int) -> Sketch | None:
+def sketch(
+    context: EstimateContext, template: PipelineTemplate, micro_batches: int
+) -> TemplateEstimate | None:
     """The template with its best cuts and the seconds of its parts; None if it does not fit."""
-    bounds = cuts(board, template, micro_batches)
+    bounds = cuts(context, template, micro_batches)
     if bounds is None:
         return None
     stages = _stages(template)
     forward, backward, alone, crowded, steps = [], [], [], [], []
     for (segment, rows), layers in zip(stages, pairwise(bounds), strict=True):
         a, b = layers
-        ahead, back, _ = prefixes(board, segment.fleet, template.tensor, rows)
+        ahead, back, _ = prefixes(context, segment.fleet, template.tensor, rows)
         forward.append(ahead[b] - ahead[a])
         backward.append(back[b] - back[a])
-        kind = board.fleets[segment.fleet].kind
-        steps.append(optimizer_of(board.costs, kind, layers, template.tensor))
-        held = float(stage_parameters(board.costs.table.weights, layers, template.tensor))
-        alone.append(reduction_seconds(board, segment, template.tensor, held, crowded=False))
-        crowded.append(reduction_seconds(board, segment, template.tensor, held, crowded=True))
-    return Sketch(
+        kind = context.fleets[segment.fleet].kind
+        steps.append(optimizer_of(context.costs, kind, layers, template.tensor))
+        held = float(stage_parameters(context.costs.table.weights, layers, template.tensor))
+        alone.append(reduction_seconds(context, segment, template.tensor, held, crowded=False))
+        crowded.append(reduction_seconds(context, segment, template.tensor, held, crowded=True))
+    return TemplateEstimate(
         template=template,
         bounds=bounds,
         forward=tuple(forward),
         backward=tuple(backward),
         transfer=tuple(
-            transfer_seconds(board, template, s, stages[s][0], stages[s + 1][0])
+            transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
             for s in range(len(stages) - 1)
         ),
         reduction=tuple(alone),
@@ -280,59 +286,65 @@ def hop_latency(costs: Costs, link: Link) -> float:
 
 
 def reduction_seconds(
-    board: Drawing, segment: Segment, tensor: int, held: float, *, crowded: bool
+    context: EstimateContext, segment: StageRun, tensor: int, held: float, *, crowded: bool
 ) -> float:
     """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
     node share its network interface. `crowded`: holders elsewhere as well."""
-    fleet, width = board.fleets[segment.fleet], segment.width
+    fleet, width = context.fleets[segment.fleet], segment.width
     if width == 1 and not crowded:
         return 0.0
-    size = held * reduced_width(board.costs)
+    size = held * reduced_width(context.costs)
     passed = 2.0 * size * (1.0 if crowded else (width - 1) / width)
     run = fleet.each // tensor // segment.block
     within = passed / fleet.inside.bandwidth
     if fleet.inside.shared:
         within *= fleet.each
     if width == segment.block and not crowded:
-        return within + 2 * (width - 1) * hop_latency(board.costs, fleet.inside)
+        return within + 2 * (width - 1) * hop_latency(context.costs, fleet.inside)
     across = passed * tensor * run / fleet.network.bandwidth
-    return max(within, across) + 2 * (width - 1) * hop_latency(board.costs, fleet.network)
+    return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, fleet.network)
 
 
 def transfer_seconds(
-    board: Drawing, template: Template, stage: int, here: Segment, there: Segment
+    context: EstimateContext,
+    template: PipelineTemplate,
+    stage: int,
+    here: StageRun,
+    there: StageRun,
 ) -> float:
     """A usual activation from a stage to the next one, all replicas at once."""
-    source, target = board.fleets[here.fleet], board.fleets[there.fleet]
+    source, target = context.fleets[here.fleet], context.fleets[there.fleet]
     tensor, rows = template.tensor, template.rows
-    fixed = board.costs.system.boundary
-    each = rows / here.width * board.widest_cut
-    if here == there and _same_node(board, template, stage, here):
+    fixed = context.costs.system.boundary
+    each = rows / here.width * context.widest_cut
+    if here == there and _same_node(context, template, stage, here):
         shared = here.block * tensor if source.inside.shared else 1
         return fixed + source.inside.latency + each * shared / source.inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        rows / s.width * s.block * tensor * board.widest_cut / fleet.network.bandwidth
+        rows / s.width * s.block * tensor * context.widest_cut / fleet.network.bandwidth
         for fleet, s in ends
     )
     latency = max(fleet.network.latency for fleet, _ in ends)
     if source.site != target.site:
         for site in (source.site, target.site):
-            uplink = board.costs.links.uplinks[site]
+            uplink = context.costs.links.uplinks[site]
             if uplink:
-                carried = rows * tensor * board.widest_cut
+                carried = rows * tensor * context.widest_cut
                 seconds = max(seconds, carried / uplink.bandwidth)
-                latency = max(latency, fleet_latency(board, site) + uplink.latency)
+                latency = max(latency, fleet_latency(context, site) + uplink.latency)
     return fixed + latency + seconds
 
 
-def fleet_latency(board: Drawing, site: str) -> float:
+def fleet_latency(context: EstimateContext, site: str) -> float:
     """Of the network at a site."""
-    return max(fleet.network.latency for fleet in board.fleets if fleet.site == site)
+    return max(fleet.network.latency for fleet in context.fleets if fleet.site == site)
 
 
-def _same_node(board: Drawing, template: Template, stage: int, segment: Segment) -> bool:
-    run = board.fleets[segment.fleet].each // template.tensor // segment.block
+def _same_node(
+    context: EstimateContext, template: PipelineTemplate, stage: int, segment: StageRun
+) -> bool:
+    run = context.fleets[segment.fleet].each // template.tensor // segment.block
     place = stage
     for each in template.segments:
         if each is segment:

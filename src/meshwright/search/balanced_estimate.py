@@ -1,7 +1,7 @@
-"""Seconds of a step with perfectly balanced stages, for whole arrays of depths at once.
+"""Estimates steps with perfectly balanced stages, for whole arrays of depths at once.
 
-Optimistic in what cuts cost and layers weigh: it says which templates are worth cutting. Letters:
-D ways to give every fleet its depth, F fleets of a line.
+The estimates are optimistic, for they take layers to be divisible: they tell which templates are
+worth cutting. Letters: D ways to give every fleet its depth, F fleets of a pipeline.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.partition import Array
-from meshwright.search.sketch import Drawing, Ints, hop_latency, unit_facts
+from meshwright.search.costs import Array
+from meshwright.search.template_estimate import EstimateContext, Ints, hop_latency, unit_facts
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,
@@ -33,18 +33,18 @@ class Build:
     schedule: ScheduleName
 
 
-def balanced(board: Drawing, build: Build, micro_batches: float, grid_DF: Ints) -> Array:
+def balanced(context: EstimateContext, build: Build, micro_batches: float, grid_DF: Ints) -> Array:
     """Seconds [D] of a step; infinite where not even all devices together have the memory."""
     facts = [
-        unit_facts(board, i, build.tensor, build.rows // width)
+        unit_facts(context, i, build.tensor, build.rows // width)
         for i, width in zip(build.order, build.widths, strict=True)
     ]
     depth_D = grid_DF.sum(axis=1)
     rate_D: Array = grid_DF @ np.array([1 / each.whole for each in facts])
     room_D: Array = grid_DF @ np.array([each.room for each in facts])
-    crowd_D = -(-board.common[1] // depth_D) * min(each.common for each in facts)
+    crowd_D = -(-context.common[1] // depth_D) * min(each.common for each in facts)
     slowest_D = np.maximum(1 / rate_D, np.maximum(crowd_D, min(f.longest for f in facts)))
-    moved = _transfer(board, build)
+    moved = _transfer(context, build)
     trip_D = depth_D * (slowest_D + 2 * moved)
     steady_D = (micro_batches - 1) * np.maximum(slowest_D, moved)
     need = max(each.always + each.each for each in facts)
@@ -53,19 +53,19 @@ def balanced(board: Drawing, build: Build, micro_batches: float, grid_DF: Ints) 
         steady_D = np.maximum(steady_D, waits_D)
     else:
         need += (micro_batches - 1) * max(each.each for each in facts)
-    exposed_D = np.maximum(_reduction(board, build, grid_DF, depth_D) - HIDDEN * slowest_D, 0.0)
+    exposed_D = np.maximum(_reduction(context, build, grid_DF, depth_D) - HIDDEN * slowest_D, 0.0)
     devices_D = grid_DF @ np.array(build.widths) * build.tensor
-    hop = max(hop_latency(board.costs, board.fleets[i].network) for i in build.order)
+    hop = max(hop_latency(context.costs, context.fleets[i].network) for i in build.order)
     total_D = trip_D + steady_D + exposed_D + 2 * (devices_D - 1) * hop
     return np.where(need <= room_D, total_D, np.inf)
 
 
-def _transfer(board: Drawing, build: Build) -> float:
+def _transfer(context: EstimateContext, build: Build) -> float:
     """Seconds of a usual activation between neighbouring stages: of as many as stand on one node,
     the last one sends to another node."""
     moved = 0.0
     for i, width, block in zip(build.order, build.widths, build.blocks, strict=True):
-        fleet, own = board.fleets[i], build.rows / width * board.widest_cut
+        fleet, own = context.fleets[i], build.rows / width * context.widest_cut
         run = fleet.each // build.tensor // block
         across = own * block * build.tensor / fleet.network.bandwidth + fleet.network.latency
         inside = own / fleet.inside.bandwidth + fleet.inside.latency
@@ -73,17 +73,17 @@ def _transfer(board: Drawing, build: Build) -> float:
     return moved
 
 
-def _reduction(board: Drawing, build: Build, grid_DF: Ints, depth_D: Ints) -> Array:
+def _reduction(context: EstimateContext, build: Build, grid_DF: Ints, depth_D: Ints) -> Array:
     """Seconds [D] of a stage's gradients; those of all stages of a node share its network."""
     worst_D: Array = np.zeros(len(grid_DF))
     for f, (i, width, block) in enumerate(
         zip(build.order, build.widths, build.blocks, strict=True)
     ):
-        fleet = board.fleets[i]
-        own_D = 2 * (1 - 1 / width) * board.gradients / depth_D
+        fleet = context.fleets[i]
+        own_D = 2 * (1 - 1 / width) * context.gradients / depth_D
         if width > block:
             run_D = np.minimum(fleet.each // build.tensor // block, grid_DF[:, f])
-            ring = 2 * (width - 1) * hop_latency(board.costs, fleet.network)
+            ring = 2 * (width - 1) * hop_latency(context.costs, fleet.network)
             worst_D = np.maximum(worst_D, own_D * run_D / fleet.network.bandwidth + ring)
         elif width > 1:
             worst_D = np.maximum(worst_D, own_D / build.tensor / fleet.inside.bandwidth)

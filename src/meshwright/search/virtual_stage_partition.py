@@ -1,4 +1,4 @@
-"""Layer cuts for pipelines whose devices hold several stages each.
+"""Divides layers among virtual stages: pipelines whose devices hold several stages each.
 
 Letters: G groups of devices, K stages, L layers, M micro-batches, a stage's first layer, b one past
 its last. Group g of a pipeline of one stage a group holds stage g there.
@@ -19,16 +19,16 @@ from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order
 from meshwright.program.operations import Op
 from meshwright.program.schedules import orders
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import (
+    Array,
     Costs,
     distinct_replicas,
     stage_bytes,
     unit_capacity,
     unit_times,
 )
-from meshwright.search.fitting import cut_seconds
-from meshwright.search.lines import Line, Team
-from meshwright.search.partition import Array
+from meshwright.search.layer_partition import cut_seconds
 from meshwright.stopping import look
 
 OVERFULL = 1e3
@@ -66,7 +66,11 @@ class _Tables:
 
 
 def cut_in_chunks(
-    costs: Costs, line: Line, layout: Layout, schedule: ScheduleName, again: frozenset[int]
+    costs: Costs,
+    line: CandidatePipeline,
+    layout: Layout,
+    schedule: ScheduleName,
+    again: frozenset[int],
 ) -> tuple[Bounds, float]:
     """K + 1 layer indices for the stages of a layout on the teams of a line, and the seconds of its
     micro-batches by `_seconds`; the groups in `again` recompute.
@@ -92,7 +96,11 @@ def cut_in_chunks(
 
 
 def _tables(
-    costs: Costs, line: Line, layout: Layout, schedule: ScheduleName, again: frozenset[int]
+    costs: Costs,
+    line: CandidatePipeline,
+    layout: Layout,
+    schedule: ScheduleName,
+    again: frozenset[int],
 ) -> _Tables:
     places = chunks_of(layout)
     stages, size = len(places), len(costs.model.layers) + 1
@@ -135,7 +143,7 @@ def _moments(order: Order, stages: int) -> NDArray[np.intp]:
     return kept
 
 
-def _loads(costs: Costs, team: Team, *, again: bool) -> Array:
+def _loads(costs: Costs, team: StageDevices, *, again: bool) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica."""
     found: list[Array] = []
     for unit, rows in distinct_replicas(costs, team.units, team.rows):
@@ -149,7 +157,7 @@ def _loads(costs: Costs, team: Team, *, again: bool) -> Array:
     return worst
 
 
-def _shares(costs: Costs, team: Team, *, again: bool) -> tuple[Array, Array]:
+def _shares(costs: Costs, team: StageDevices, *, again: bool) -> tuple[Array, Array]:
     """Shares [L + 1, L + 1] of the fullest replica's memory: always, and each micro-batch."""
     always: list[Array] = []
     each: list[Array] = []

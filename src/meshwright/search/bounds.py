@@ -1,4 +1,4 @@
-"""The least that one pipeline can take, whatever else goes on in the cluster.
+"""Computes a lower bound on the time of one pipeline, whatever else happens in the cluster.
 
 Everything here is a chain of things that the simulator plays one after the other, with every
 transfer and ring alone on its links; sharing links, other pipelines and other members of a ring
@@ -17,17 +17,18 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.compile import NORM_BYTES
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit, moves
 from meshwright.search.costs import (
     Costs,
     distinct_units,
     own_parameters,
     pair,
+    remembered,
     ring,
     scaled,
     seconds_per_byte,
     unit_prefix,
 )
-from meshwright.search.lines import Line, Team, Unit, moves
 
 UNITS = 64
 """Units of a stage that are followed; leaving out the others only lowers the bound."""
@@ -51,7 +52,7 @@ class _Chain:
     """Seconds from the end of a unit's last backward to that of its reductions."""
 
 
-def line_bound(costs: Costs, line: Line, schedule: ScheduleName) -> float:
+def line_bound(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> float:
     """Seconds before which no pipeline of these teams and cuts has reduced its gradients.
 
         the first micro-batch gets there + all micro-batches on one unit + the last one gets back
@@ -71,7 +72,7 @@ def line_bound(costs: Costs, line: Line, schedule: ScheduleName) -> float:
     return worst
 
 
-def after_lines(costs: Costs, lines: Sequence[Line]) -> float:
+def after_lines(costs: Costs, lines: Sequence[CandidatePipeline]) -> float:
     """Seconds of a step after the last pipeline is done: norm, slowest optimizer, overhead."""
     used = [name for line in lines for team in line.teams for unit in team.units for name in unit]
     norm = 0.0
@@ -82,12 +83,12 @@ def after_lines(costs: Costs, lines: Sequence[Line]) -> float:
     return norm + slowest_optimizer(costs, lines) + overhead
 
 
-def slowest_optimizer(costs: Costs, lines: Sequence[Line]) -> float:
+def slowest_optimizer(costs: Costs, lines: Sequence[CandidatePipeline]) -> float:
     """Return the seconds of the longest optimizer step of any device."""
     return max(_optimizers(costs, lines))
 
 
-def _optimizers(costs: Costs, lines: Sequence[Line]) -> Iterator[float]:
+def _optimizers(costs: Costs, lines: Sequence[CandidatePipeline]) -> Iterator[float]:
     for line in lines:
         for team, layers in zip(line.teams, pairwise(line.bounds), strict=True):
             tensor = len(team.units[0])
@@ -98,19 +99,20 @@ def _optimizers(costs: Costs, lines: Sequence[Line]) -> Iterator[float]:
 
 def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) -> float:
     """Seconds of the optimizer on one device of a stage."""
-    key = (kind, layers, tensor)
-    if key not in costs.optimizers:
-        costs.optimizers[key] = optimizer_seconds(
+    return remembered(
+        costs,
+        ("optimizer", kind, layers, tensor),
+        lambda: optimizer_seconds(
             costs.cluster.types[kind],
             costs.job.optimizer,
             float(stage_parameters(costs.table.weights, layers, tensor)),
             costs.profile,
             costs.model.precision,
-        )
-    return costs.optimizers[key]
+        ),
+    )
 
 
-def _chain(costs: Costs, line: Line) -> _Chain:
+def _chain(costs: Costs, line: CandidatePipeline) -> _Chain:
     forward: Grid = []
     backward: Grid = []
     for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
@@ -127,7 +129,7 @@ def _chain(costs: Costs, line: Line) -> _Chain:
 
 
 def _transfers(
-    costs: Costs, here: Team, there: Team, cut: int
+    costs: Costs, here: StageDevices, there: StageDevices, cut: int
 ) -> list[tuple[int, int, float, float]]:
     ahead, back = float(costs.table.cut[cut]), float(costs.table.cut_gradient[cut])
     return [
@@ -181,7 +183,7 @@ def _trips(facts: _Chain) -> Grid:
     return trips
 
 
-def tail_seconds(costs: Costs, line: Line) -> float:
+def tail_seconds(costs: Costs, line: CandidatePipeline) -> float:
     """Least seconds from the end of the first stage's last backward to that of its reductions;
     teams may hold several stages."""
     (team, *_), last = line.teams, line.bounds[1]
@@ -191,7 +193,7 @@ def tail_seconds(costs: Costs, line: Line) -> float:
     return max(_tails(costs, line, [backward, *others])[0])
 
 
-def _tails(costs: Costs, line: Line, backward: Grid) -> Grid:
+def _tails(costs: Costs, line: CandidatePipeline, backward: Grid) -> Grid:
     """Reductions between the units of each stage, and of tied parameters between stages.
 
     The last bucket holds at least the stage's first layer, and begins when that layer is done; all

@@ -1,4 +1,4 @@
-"""A row of devices cut into stages: which neighbours work as replicas and which layers they take.
+"""Cuts a row of devices into stages: which neighbours are replicas, and which layers they take.
 
 Letters: N units, L layers, M micro-batches, K stages from a unit to the end of the row, units
 [i, j) and layers [a, b) of one stage.
@@ -13,14 +13,12 @@ from random import Random
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.contest import Strategy
-from meshwright.search.costs import Costs, reduced_width, ring, seconds_per_byte
-from meshwright.search.crossing import crossings
-from meshwright.search.fitting import Stages, apportion, fit_line, pace, team_loads
-from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.mix import legal_widths
-from meshwright.search.partition import Array
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.boundary_prices import crossings
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
+from meshwright.search.costs import Array, Costs, reduced_width, ring, seconds_per_byte
+from meshwright.search.incumbent import Strategy
+from meshwright.search.layer_partition import Stages, apportion, fit_line, pace, team_loads
+from meshwright.search.space import divisors, legal_widths, usable_devices
 from meshwright.stopping import look
 
 ROWS = 6
@@ -115,7 +113,7 @@ def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, h
         look()
         for j in range(i + 1, min(number, i + rows) + 1):
             own = tuple(units[i:j])
-            loads = team_loads(costs, Team(own, apportion(costs, own, rows)), held)
+            loads = team_loads(costs, StageDevices(own, apportion(costs, own, rows)), held)
             if j - i > 1:
                 loads = loads + gradients * _slope(costs, own) / micro_batches
             table[i][j - i - 1] = loads
@@ -141,7 +139,7 @@ def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:
     that it is cut before."""
     seconds = np.zeros((len(units) + 1, len(costs.table.cut)))
     for j in range(1, len(units)):
-        here, there = Team((units[j - 1],), (rows,)), Team((units[j],), (rows,))
+        here, there = StageDevices((units[j - 1],), (rows,)), StageDevices((units[j],), (rows,))
         sizes = costs.table.cut, costs.table.cut_gradient
         for way, size in zip(crossings(costs, here, there), sizes, strict=True):
             found = np.where(size > 0, way.latency + way.slowest * rows * size, 0.0)
@@ -196,7 +194,7 @@ def _by_node(costs: Costs, tensor: int) -> list[list[Unit]]:
     return [own for own in found if own]
 
 
-def _lines(costs: Costs, units: tuple[Unit, ...], rows: int, share: int) -> list[Line]:
+def _lines(costs: Costs, units: tuple[Unit, ...], rows: int, share: int) -> list[CandidatePipeline]:
     """The most promising pipelines of a row of units for a share of the batch."""
     schedule: ScheduleName = "1f1b"
     count = share // rows
@@ -233,7 +231,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
     return spent, _scheduled(list(zip(*every, strict=False)))
 
 
-def _scheduled(found: Sequence[tuple[Line, ...]]) -> list[Strategy]:
+def _scheduled(found: Sequence[tuple[CandidatePipeline, ...]]) -> list[Strategy]:
     """With either schedule, where it makes a difference."""
     return [
         (schedule, lines)

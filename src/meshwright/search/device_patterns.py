@@ -1,4 +1,4 @@
-"""Shapes instead of devices: which classes of devices stand where, before cuts and rows.
+"""Enumerates device patterns: which classes of devices each replica has, before cuts and rows.
 
 A class is all devices of one type in one node; a unit is written as the classes of its devices.
 """
@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations_with_replacement, permutations, product
 
+from meshwright.search.candidate import Unit
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Unit
 from meshwright.search.space import usable_devices
 
 Class = tuple[int, str]
 """Index of the node, type of the device."""
-Skeleton = tuple[tuple[tuple[Class, ...], ...], ...]
+DevicePattern = tuple[tuple[tuple[Class, ...], ...], ...]
 """A pipeline: stage, then replica, then the classes of its devices."""
 
 
@@ -29,7 +29,7 @@ def classes(costs: Costs) -> dict[Class, tuple[str, ...]]:
     return found
 
 
-def skeletons(costs: Costs) -> Iterator[Skeleton]:
+def skeletons(costs: Costs) -> Iterator[DevicePattern]:
     """Every pipeline that the devices allow, each once, that is not longer than the model."""
     counts = Counter({key: len(names) for key, names in classes(costs).items()})
     widths = _widths(costs)
@@ -45,7 +45,7 @@ def _widths(costs: Costs) -> tuple[int, ...]:
 
 def _pipelines(
     counts: Counter[Class], widths: tuple[int, ...], depth: int, data: int
-) -> Iterator[Skeleton]:
+) -> Iterator[DevicePattern]:
     if depth == 0:
         return
     for team in _teams(counts, widths, data):
@@ -82,7 +82,7 @@ def _units(counts: Counter[Class], width: int) -> Iterator[tuple[Class, ...]]:
                 yield unit
 
 
-def strategies(costs: Costs) -> Iterator[tuple[Skeleton, ...]]:
+def strategies(costs: Costs) -> Iterator[tuple[DevicePattern, ...]]:
     """Every set of pipelines that can stand beside each other, nodes of one kind exchanged for one
     another only once."""
     every = list(skeletons(costs))
@@ -107,7 +107,7 @@ def strategies(costs: Costs) -> Iterator[tuple[Skeleton, ...]]:
             yield strategy
 
 
-def _use(skeleton: Skeleton) -> Counter[Class]:
+def _use(skeleton: DevicePattern) -> Counter[Class]:
     return Counter(key for team in skeleton for unit in team for key in unit)
 
 
@@ -129,7 +129,9 @@ def _exchanges(costs: Costs) -> list[dict[int, int]]:
     ]
 
 
-def _renamed(strategy: tuple[Skeleton, ...], swap: dict[int, int]) -> tuple[Skeleton, ...]:
+def _renamed(
+    strategy: tuple[DevicePattern, ...], swap: dict[int, int]
+) -> tuple[DevicePattern, ...]:
     return tuple(
         sorted(
             tuple(
@@ -142,7 +144,7 @@ def _renamed(strategy: tuple[Skeleton, ...], swap: dict[int, int]) -> tuple[Skel
 
 
 def concrete(
-    costs: Costs, strategy: tuple[Skeleton, ...]
+    costs: Costs, strategy: tuple[DevicePattern, ...]
 ) -> tuple[tuple[tuple[Unit, ...], ...], ...]:
     """Devices for every place of a strategy, the first of each class first."""
     free = {key: iter(names) for key, names in classes(costs).items()}

@@ -1,21 +1,27 @@
-"""A plain strategy for a very large cluster, found in a moment: for whoever cannot wait.
+"""Finds a plain plan for a very large cluster in a moment, for users who stop the search early.
 
-One pipeline on one kind of node, of as few stages as hold the model, every replica with one row of
-a micro-batch: nothing that a search would keep, but a plan that fits.
+The plan has one pipeline on one kind of node, with as few stages as hold the model, and every
+replica has one row of a micro-batch. A search would not keep it, but it fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshwright.search.contest import Contest, Played, Strategy, work_of
+from meshwright.search.candidate import lines_label, plan_of
 from meshwright.search.costs import Costs, speeds
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import lines_label, plan_of
-from meshwright.search.mix import legal_widths
-from meshwright.search.space import divisors
-from meshwright.search.templates import Fleet, Segment, Template, fleets, nodes_for, written
-from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.search.device_classes import (
+    Fleet,
+    PipelineTemplate,
+    StageRun,
+    fleets,
+    nodes_for,
+    written,
+)
+from meshwright.search.incumbent import Evaluated, Incumbent, Strategy, simulated, work_of
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.space import divisors, legal_widths
+from meshwright.simulate.fold import fold
 from meshwright.stopping import look
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -25,19 +31,19 @@ MOST_WORK = 40_000
 """Micro-batches of ranks beyond which the strategy would take too long to play."""
 
 
-def plain_plan(contest: Contest) -> Played | None:
+def plain_plan(incumbent: Incumbent) -> Evaluated | None:
     """The strategy as the simulator sees it; None if nothing plain fits, or it takes too long."""
-    costs = contest.costs
+    costs = incumbent.costs
     strategy = next(_fitting(costs), None)
     if strategy is None:
         return None
     schedule, lines = strategy
-    plan = plan_of(costs, lines, schedule, contest.cluster_print)
+    plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
     if work_of(plan, fold(plan, costs.cluster)) > MOST_WORK:
         return None
-    seconds = simulate_folded(plan, costs.model, costs.stated_cluster, costs.profile).step_seconds
+    seconds = simulated(costs, plan).step_seconds
     missing = len(costs.devices) - len(plan.devices)
-    return Played(lines_label(lines, schedule, missing), plan, seconds)
+    return Evaluated(lines_label(lines, schedule, missing), plan, seconds)
 
 
 def _fitting(costs: Costs) -> Iterator[Strategy]:
@@ -56,7 +62,7 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
                 segment = _widest(costs, every[number], number, tensor, depth)
                 if segment is None:
                     break
-                template = Template(tensor, (segment,), segment.width, "1f1b")
+                template = PipelineTemplate(tensor, (segment,), segment.width, "1f1b")
                 stages = written(every, template, {})
                 count = costs.job.global_batch // segment.width
                 fitted = fit_line(costs, stages, segment.width, count, "1f1b")
@@ -64,12 +70,12 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
                     yield "1f1b", (fitted.line,)
 
 
-def _widest(costs: Costs, fleet: Fleet, number: int, tensor: int, depth: int) -> Segment | None:
+def _widest(costs: Costs, fleet: Fleet, number: int, tensor: int, depth: int) -> StageRun | None:
     """As many replicas of so many stages as divide the batch and have nodes; None if not one has.
     A replica's neighbour is on the next node, or beside it where it fills the node."""
     units = fleet.each // tensor
     for width in reversed(divisors(costs.job.global_batch)):
         blocks = [b for b in divisors(units) if width % b == 0]
         if blocks and nodes_for(units, depth, width, blocks[-1]) <= len(fleet.nodes):
-            return Segment(number, depth, width, blocks[-1])
+            return StageRun(number, depth, width, blocks[-1])
     return None

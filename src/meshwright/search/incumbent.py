@@ -1,4 +1,4 @@
-"""Strategies that play against each other in the simulator, within a budget."""
+"""Keeps the best plan so far, the plans that were simulated, and what is left of the budget."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.program.timeline import Timeline
+from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.candidate import (
+    CandidatePipeline,
+    fits,
+    lines_label,
+    plan_of,
+    tensor_widths_agree,
+)
 from meshwright.search.costs import Costs
-from meshwright.search.lines import Line, fits, lines_label, plan_of, tensor_widths_agree
-from meshwright.search.lower import after_lines, line_bound
 from meshwright.simulate.fold import Fold, fold, simulate_folded
 from meshwright.simulate.parts import parts as parts_of
 from meshwright.stopping import never
 
-Strategy = tuple[ScheduleName, tuple[Line, ...]]
+Strategy = tuple[ScheduleName, tuple[CandidatePipeline, ...]]
 
 SAME = 1e-9
 """Strategies whose seconds differ by less, relatively, are as good as each other; bounds and
@@ -40,7 +46,7 @@ micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class Evaluated:
     """A strategy that fits, as the simulator sees it."""
 
     name: str
@@ -49,12 +55,12 @@ class Played:
 
 
 def ignore(_seconds: float) -> None:
-    """For a contest whose plans nobody waits for."""
+    """Do nothing: no caller waits for plans."""
 
 
 @dataclass(slots=True)
-class Contest:
-    """What has been played so far, and what may still be."""
+class Incumbent:
+    """The best plan so far, all others that were simulated, and the budget that is left."""
 
     costs: Costs
     cluster_print: str
@@ -69,15 +75,16 @@ class Contest:
     """When `stop` first said yes, in seconds of time.monotonic."""
     found: Callable[[float], None] = ignore
     """Told the seconds of every plan that is the best so far."""
-    spare: Played | None = None
-    """A plan that takes no part in the contest: it is for those who stop it before it has one."""
-    best: Played | None = None
-    others: list[Played] = field(default_factory=list)
+    spare: Evaluated | None = None
+    """A plan that fits, found before the search proper. It is used only if the search is stopped
+    before it has found another one."""
+    best: Evaluated | None = None
+    others: list[Evaluated] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
-    timelines: list[tuple[Played, Timeline]] = field(default_factory=list)
+    timelines: list[tuple[Evaluated, Timeline]] = field(default_factory=list)
     """Of the best that were played, best first."""
 
     @property
@@ -113,43 +120,50 @@ class Contest:
         return self.late or self.work <= 0
 
 
-def enter(contest: Contest, plan: Plan, name: str) -> Played:
+def simulated(costs: Costs, plan: Plan) -> Timeline:
+    """Return the simulated step of a plan that fits."""
+    return simulate_folded(
+        plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
+    )
+
+
+def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluated:
     """Simulate a plan that fits; of equals the first one stays the best."""
-    costs = contest.costs
-    timeline = simulate_folded(plan, costs.model, costs.stated_cluster, costs.profile)
-    played = Played(name, plan, timeline.step_seconds)
-    insort(contest.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
-    del contest.timelines[TIMELINES:]
-    if contest.best is None or played.seconds < contest.best.seconds:
-        contest.best = played
-        contest.found(played.seconds)
-    contest.others.append(played)
+    costs = incumbent.costs
+    timeline = simulated(costs, plan)
+    played = Evaluated(name, plan, timeline.step_seconds)
+    insort(incumbent.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
+    del incumbent.timelines[TIMELINES:]
+    if incumbent.best is None or played.seconds < incumbent.best.seconds:
+        incumbent.best = played
+        incumbent.found(played.seconds)
+    incumbent.others.append(played)
     return played
 
 
-def challenge(contest: Contest, strategy: Strategy) -> bool:
+def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     """Whether a strategy beats the best so far; bounded, weighed and, if need be, simulated."""
-    if strategy in contest.seen:
+    if strategy in incumbent.seen:
         return False
-    contest.seen.add(strategy)
-    contest.work -= max(1, len(contest.costs.devices) // DEVICES_LOOKED_AT)
-    reason = _refused(contest, strategy)
+    incumbent.seen.add(strategy)
+    incumbent.work -= max(1, len(incumbent.costs.devices) // DEVICES_LOOKED_AT)
+    reason = _refused(incumbent, strategy)
     if reason:
-        contest.dropped[reason] += 1
+        incumbent.dropped[reason] += 1
         return False
     schedule, lines = strategy
-    costs = contest.costs
-    plan = plan_of(costs, lines, schedule, contest.cluster_print)
+    costs = incumbent.costs
+    plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
     work = work_of(plan, fold(plan, costs.cluster))
-    if contest.best and work > max(contest.work, 0) // 4:
-        contest.dropped["too much to simulate in what is left of the budget"] += 1
+    if incumbent.best and work > max(incumbent.work, 0) // 4:
+        incumbent.dropped["too much to simulate in what is left of the budget"] += 1
         return False
-    contest.work -= work
+    incumbent.work -= work
     missing = len(costs.devices) - len(plan.devices)
-    played = enter(contest, plan, lines_label(lines, schedule, missing))
-    if contest.best is played:
+    played = simulate_and_record(incumbent, plan, lines_label(lines, schedule, missing))
+    if incumbent.best is played:
         return True
-    contest.dropped["slower in the simulator"] += 1
+    incumbent.dropped["slower in the simulator"] += 1
     return False
 
 
@@ -166,41 +180,39 @@ def work_of(plan: Plan, folded: Fold) -> int:
     return work
 
 
-def _refused(contest: Contest, strategy: Strategy) -> str:
+def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     """Why a strategy need not be simulated; empty: it must."""
     schedule, lines = strategy
-    costs = contest.costs
+    costs = incumbent.costs
     if not tensor_widths_agree(costs, lines):
         return "holders of a layer differ in tensor width"
     if not all(fits(costs, line, schedule) for line in lines):
         return "does not fit in memory"
     bound = max(line_bound(costs, line, schedule) for line in lines) + after_lines(costs, lines)
-    return "lower bound above the best" if bound >= contest.limit else ""
+    return "lower bound above the best" if bound >= incumbent.limit else ""
 
 
-def simplest(contest: Contest) -> Played:
+def simplest(incumbent: Incumbent) -> Evaluated:
     """Return, of the plans that are as good as the best, one with the fewest pipelines and
     stages."""
 
-    def parts(played: Played) -> tuple[int, int]:
+    def parts(played: Evaluated) -> tuple[int, int]:
         pipelines = played.plan.pipelines
         return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
 
-    assert contest.best is not None
-    limit = contest.best.seconds * (1 + SAME)
-    return min((p for p in contest.others if p.seconds <= limit), key=parts)
+    assert incumbent.best is not None
+    limit = incumbent.best.seconds * (1 + SAME)
+    return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
-def timeline_of(contest: Contest, played: Played) -> Timeline | None:
+def timeline_of(incumbent: Incumbent, played: Evaluated) -> Timeline | None:
     """The simulated step of a strategy, if it was kept."""
-    return next((timeline for each, timeline in contest.timelines if each is played), None)
+    return next((timeline for each, timeline in incumbent.timelines if each is played), None)
 
 
-def parts_in(contest: Contest, played: Played) -> dict[str, float]:
+def parts_in(incumbent: Incumbent, played: Evaluated) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    costs = contest.costs
-    timeline = timeline_of(contest, played) or simulate_folded(
-        played.plan, costs.model, costs.stated_cluster, costs.profile
-    )
+    costs = incumbent.costs
+    timeline = timeline_of(incumbent, played) or simulated(costs, played.plan)
     noise = 1e-12 * timeline.step_seconds
     return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}

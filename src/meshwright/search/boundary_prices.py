@@ -1,4 +1,4 @@
-"""What a cut between two stages asks of the links, all replicas at once."""
+"""Prices a cut between two stages: what all its transfers together ask of the links."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from meshwright.cluster.topology import Resource, path
-from meshwright.search.costs import Costs
-from meshwright.search.lines import Team, moves
+from meshwright.search.candidate import StageDevices, moves
+from meshwright.search.costs import Costs, remembered
 
 TRANSFERS = 64
 """Transfers of one cut that are looked at one by one."""
@@ -29,7 +29,7 @@ class Crossing:
         return self.latency + self.slowest * size if size else 0.0
 
 
-def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+def crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
     """Of activations and of gradients.
 
     Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
@@ -37,10 +37,7 @@ def crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing
     """
     even = len(set(here.rows)) == len(set(there.rows)) == 1
     key = (here.units, there.units) if even else (here, there)
-    found = costs.crossings.get(key)
-    if found is None:
-        found = costs.crossings[key] = _crossings(costs, here, there)
-    return found
+    return remembered(costs, ("crossings", *key), lambda: _crossings(costs, here, there))
 
 
 @dataclass(slots=True)
@@ -57,7 +54,7 @@ class _Way:
             self.rows[resource] = self.rows.get(resource, 0) + rows
 
 
-def _crossings(costs: Costs, here: Team, there: Team) -> tuple[Crossing, Crossing]:
+def _crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
     ahead, back = _Way(), _Way()
     counted, rows = 0, sum(here.rows)
     for i, j, moved in islice(moves(here, there), TRANSFERS):

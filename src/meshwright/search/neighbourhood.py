@@ -1,16 +1,175 @@
-"""Devices change places: from stage to stage, in and out of use, into wider and narrower groups."""
+"""Changes strategies a little: layers, rows, shares of the batch, stages and devices move.
+
+Every move yields whole strategies that hold every layer and every row; whether they fit and whether
+they are faster is for the search to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 
-from meshwright.search.contest import Strategy
+from meshwright.plan.spec import ScheduleName
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
 from meshwright.search.costs import Costs, unit_kind
-from meshwright.search.fitting import Stages
-from meshwright.search.lines import Line, Unit
-from meshwright.search.mix import legal_widths
-from meshwright.search.moves import alike, runs_of, stages_of
-from meshwright.search.space import usable_devices
+from meshwright.search.incumbent import Strategy
+from meshwright.search.layer_partition import Stages, fit_line
+from meshwright.search.space import divisors, legal_widths, usable_devices
+
+STEPS = (1, 2, 4)
+"""Rows or layers moved at once."""
+
+Move = Callable[[Costs, Strategy, float], Iterator[Strategy]]
+"""Strategies that a move makes of one; those that surely take the given seconds may be missing."""
+
+
+def stages_of(line: CandidatePipeline) -> Stages:
+    """Its units alone."""
+    return tuple(team.units for team in line.teams)
+
+
+def schedules(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
+    """The other schedule, where it makes a difference."""
+    schedule, lines = strategy
+    if any(len(line.teams) > 1 and line.micro_batches > 1 for line in lines):
+        yield "gpipe" if schedule == "1f1b" else "1f1b", lines
+
+
+def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
+    """A layer or a few across one cut; or one from each of a run of stages to the next."""
+    for i, line in enumerate(strategy[1]):
+        inner = range(1, len(line.teams))
+        for step in STEPS:
+            for s in inner:
+                for by in (step, -step):
+                    yield from _cut(strategy, i, line, range(s, s + 1), by)
+        for first in inner:
+            for last in range(first + 2, len(line.teams) + 1):
+                for by in (1, -1):
+                    yield from _cut(strategy, i, line, range(first, last), by)
+
+
+def _cut(
+    strategy: Strategy, i: int, line: CandidatePipeline, cuts: range, by: int
+) -> Iterator[Strategy]:
+    """With these cuts moved by some layers."""
+    bounds = tuple(cut + by if s in cuts else cut for s, cut in enumerate(line.bounds))
+    if all(a < b for a, b in pairwise(bounds)):
+        yield _with(strategy, i, replace(line, bounds=bounds))
+
+
+def _with(strategy: Strategy, i: int, line: CandidatePipeline) -> Strategy:
+    schedule, lines = strategy
+    return schedule, (*lines[:i], line, *lines[i + 1 :])
+
+
+def rows(costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
+    """A few rows of every micro-batch from one kind of replica to another; equal replicas are not
+    told apart."""
+    for i, line in enumerate(strategy[1]):
+        for s, team in enumerate(line.teams):
+            for changed in _shifted(costs, team):
+                teams = (*line.teams[:s], changed, *line.teams[s + 1 :])
+                yield _with(strategy, i, replace(line, teams=teams))
+
+
+def _shifted(costs: Costs, team: StageDevices) -> Iterator[StageDevices]:
+    first: dict[object, int] = {}
+    for u, unit in enumerate(team.units):
+        first.setdefault((unit_kind(costs, unit), team.rows[u]), u)
+    for step in STEPS:
+        for giver in first.values():
+            for taker in first.values():
+                if giver != taker and team.rows[giver] > step:
+                    moved = list(team.rows)
+                    moved[giver] -= step
+                    moved[taker] += step
+                    yield StageDevices(team.units, tuple(moved))
+
+
+def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """The next larger and smaller micro-batches that share a line's rows out."""
+    schedule, lines = strategy
+    for i, line in enumerate(lines):
+        sizes = divisors(line.share)
+        at = sizes.index(line.rows)
+        for size in (*sizes[max(0, at - 2) : at], *sizes[at + 1 : at + 3]):
+            found = fit_line(costs, stages_of(line), size, line.share // size, schedule, limit)
+            if found is not None:
+                yield _with(strategy, i, found.line)
+
+
+def order(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """Two stages change places; a run of like stages goes elsewhere; the line is turned round."""
+    schedule, lines = strategy
+    for i, line in enumerate(lines):
+        stages = stages_of(line)
+        for other in _orders(costs, stages):
+            if other != stages:
+                found = fit_line(costs, other, line.rows, line.micro_batches, schedule, limit)
+                if found is not None:
+                    yield _with(strategy, i, found.line)
+
+
+def _orders(costs: Costs, stages: Stages) -> Iterator[Stages]:
+    runs = runs_of(costs, stages)
+    for i, run in enumerate(runs):
+        rest = [*runs[:i], *runs[i + 1 :]]
+        for place in range(len(runs)):
+            yield tuple(stage for part in (*rest[:place], run, *rest[place:]) for stage in part)
+    yield stages[::-1]
+    for s in range(1, len(stages)):
+        yield (*stages[: s - 1], stages[s], stages[s - 1], *stages[s + 1 :])
+    for i, run in enumerate(runs):
+        yield tuple(s for part in (*runs[:i], run[::-1], *runs[i + 1 :]) for s in part)
+
+
+def runs_of(costs: Costs, stages: Stages) -> list[Stages]:
+    """Neighbouring stages of the same types of devices."""
+    runs: list[list[tuple[Unit, ...]]] = []
+    before: object = None
+    for stage in stages:
+        kind = frozenset(costs.devices[name].type for unit in stage for name in unit)
+        if kind != before:
+            runs.append([])
+        runs[-1].append(stage)
+        before = kind
+    return [tuple(run) for run in runs]
+
+
+def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
+    """Some of the batch from one line to another: a micro-batch of either, or a row or two."""
+    schedule, lines = strategy
+
+    def resized(line: CandidatePipeline, share: int) -> Iterator[CandidatePipeline]:
+        return _with_share(costs, stages_of(line), line.rows, share, schedule, limit)
+
+    for i, giver in enumerate(lines):
+        for j, taker in enumerate(lines):
+            if i == j:
+                continue
+            for moved in sorted({1, 2, giver.rows, taker.rows}):
+                if giver.share <= moved:
+                    continue
+                for less in resized(giver, giver.share - moved):
+                    for more in resized(taker, taker.share + moved):
+                        changed = list(lines)
+                        changed[i], changed[j] = less, more
+                        yield schedule, tuple(changed)
+
+
+def _with_share(
+    costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
+) -> Iterator[CandidatePipeline]:
+    """Yield the stages with a share of the batch, in the two sizes of micro-batches that are
+    nearest to a number of rows."""
+    widest = max((len(units) for units in stages), default=share + 1)
+    sizes = [size for size in divisors(share) if size >= widest]
+    for size in sorted(sizes, key=lambda size: (abs(size - rows), size))[:2]:
+        found = fit_line(costs, stages, size, share // size, schedule, limit)
+        if found is not None:
+            yield found.line
 
 
 def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
@@ -153,7 +312,7 @@ def _inserted(own: Stages, s: int, unit: Unit) -> Stages:
     return (*own[:s], (unit,), *own[s:])
 
 
-def _idle(costs: Costs, lines: tuple[Line, ...]) -> list[Unit]:
+def _idle(costs: Costs, lines: tuple[CandidatePipeline, ...]) -> list[Unit]:
     """Unused devices of every class, as units of every width in use."""
     used = {name for line in lines for team in line.teams for unit in team.units for name in unit}
     tensors = sorted({len(team.units[0]) for line in lines for team in line.teams})
@@ -184,7 +343,9 @@ def rebuilt(
         if share == line.share and changed.get(i, own) == own:
             found.append(line)
             continue
-        fitted = alike(costs, changed.get(i, own), line.rows, share, schedule, limit)
+        fitted = next(
+            _with_share(costs, changed.get(i, own), line.rows, share, schedule, limit), None
+        )
         if fitted is None:
             return
         found.append(fitted)

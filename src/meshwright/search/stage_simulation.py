@@ -1,8 +1,8 @@
-"""What a strategy takes, worked out in a hundredth of the simulator's time.
+"""Simulates a step stage by stage, in a hundredth of the time of the simulator of ranks.
 
-The same program is followed stage by stage instead of rank by rank: the replicas of a stage keep
-step, transfers of one cut share links only with each other, and reductions queue at each resource.
-Neighbours are compared by it; what the simulator says decides. Letters: S stages, M micro-batches.
+The replicas of a stage keep step, transfers of one cut share links only with each other, and
+reductions queue at each resource. Hill climbs compare neighbours by it; in the end the simulator of
+ranks decides. Letters: S stages, M micro-batches.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.operations import Op
 from meshwright.program.posting import AHEAD
 from meshwright.program.schedules import orders
+from meshwright.search.boundary_prices import crossings
+from meshwright.search.bounds import after_lines
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
 from meshwright.search.costs import (
     PROBE_BYTES,
     Costs,
     distinct_replicas,
     reduced_bytes,
     reduced_width,
+    remembered,
     ring,
     unit_prefix,
 )
-from meshwright.search.crossing import crossings
-from meshwright.search.lines import Line, Team, Unit
-from meshwright.search.lower import after_lines
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
@@ -39,7 +40,10 @@ FOLLOWED = 24
 
 
 def preview_seconds(
-    costs: Costs, lines: Sequence[Line], schedule: ScheduleName, limit: float = float("inf")
+    costs: Costs,
+    lines: Sequence[CandidatePipeline],
+    schedule: ScheduleName,
+    limit: float = float("inf"),
 ) -> float:
     """Seconds of a step without contention between pipelines; where it must be `limit` or more,
     something in between."""
@@ -67,7 +71,7 @@ class _Pipe:
     """Of the link that all cuts together load most."""
 
 
-def _pipe(costs: Costs, line: Line) -> _Pipe:
+def _pipe(costs: Costs, line: CandidatePipeline) -> _Pipe:
     forward, backward = [], []
     for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
         replicas = distinct_replicas(costs, team.units, team.rows)
@@ -225,7 +229,9 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
     return (first[steady] - first[steady - depth]) / depth if steady >= depth else 0.0
 
 
-def _reduced(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> float:
+def _reduced(
+    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> float:
     """When all gradients are summed."""
     end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
@@ -246,11 +252,13 @@ Sum = tuple[float, float, float, float, tuple[Unit, ...]]
 """When the first gradients are there, when the last are, bytes on each rank, those that are sent
 last, and the units."""
 
-Holder = tuple[Team, tuple[int, int], Span]
+Holder = tuple[StageDevices, tuple[int, int], Span]
 """A stage with its layers and its last backward."""
 
 
-def _sums(costs: Costs, lines: Sequence[Line], spans: Sequence[list[Span]]) -> Iterator[Sum]:
+def _sums(
+    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> Iterator[Sum]:
     """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
     stages: list[Holder] = [
         (team, layers, span)
@@ -290,19 +298,22 @@ def _passed(costs: Costs, holder: Holder, layer: int) -> float:
     return begin + (end - begin) * (delay + (1 - delay) * done)
 
 
-def _rings(
-    costs: Costs, units: tuple[Unit, ...]
-) -> tuple[float, tuple[tuple[Resource, float], ...]]:
-    """The rings of all tensor ranks: latency, and seconds per byte on every resource."""
-    found = costs.sums.get(units)
-    if found is None:
-        latency = 0.0
-        used: dict[Resource, float] = {}
-        for t in range(len(units[0])):
-            traffic = ring(costs, tuple(unit[t] for unit in units))
-            latency = max(latency, traffic.latency)
-            for name, size in traffic.bytes_by_resource.items():
-                each = size / PROBE_BYTES / costs.links.capacities[name]
-                used[name] = used.get(name, 0.0) + each
-        found = costs.sums[units] = latency, tuple(used.items())
-    return found
+Rings = tuple[float, tuple[tuple[Resource, float], ...]]
+"""Latency, and seconds per byte on every resource."""
+
+
+def _rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
+    """Return what the rings of all tensor ranks of some units ask of the links."""
+    return remembered(costs, ("rings", units), lambda: _priced_rings(costs, units))
+
+
+def _priced_rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
+    latency = 0.0
+    used: dict[Resource, float] = {}
+    for t in range(len(units[0])):
+        traffic = ring(costs, tuple(unit[t] for unit in units))
+        latency = max(latency, traffic.latency)
+        for name, size in traffic.bytes_by_resource.items():
+            each = size / PROBE_BYTES / costs.links.capacities[name]
+            used[name] = used.get(name, 0.0) + each
+    return latency, tuple(used.items())

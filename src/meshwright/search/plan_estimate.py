@@ -1,62 +1,64 @@
-"""What several templates take together: a step of pipelines over whole fleets, in closed form."""
+"""Estimates the step of a plan of several pipeline templates, in closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from meshwright.cost.links import overhead_seconds
-from meshwright.search.sketch import Drawing, Sketch, hop_latency
+from meshwright.search.template_estimate import EstimateContext, TemplateEstimate, hop_latency
 
 
-def after(board: Drawing, sketches: Sequence[Sketch]) -> float:
+def after(context: EstimateContext, sketches: Sequence[TemplateEstimate]) -> float:
     """Seconds after the last pipeline: norm over all devices, slowest optimizer, overhead; and the
     uplinks, where pipelines at several sites hold the same layers."""
     used = {s.fleet for each in sketches for s in each.template.segments}
     count = sum(each.template.devices for each in sketches)
-    sites = {board.fleets[number].site for number in used}
-    step = max(hop_latency(board.costs, board.fleets[number].network) for number in used)
+    sites = {context.fleets[number].site for number in used}
+    step = max(hop_latency(context.costs, context.fleets[number].network) for number in used)
     if len(sites) > 1:
-        uplinks = [u.latency for site in sites if (u := board.costs.links.uplinks[site])]
+        uplinks = [u.latency for site in sites if (u := context.costs.links.uplinks[site])]
         step += max(uplinks, default=0.0)
     norm = 2 * (count - 1) * step if count > 1 else 0.0
-    return norm + max(each.optimizer for each in sketches) + overhead_seconds(board.costs.profile)
+    return norm + max(each.optimizer for each in sketches) + overhead_seconds(context.costs.profile)
 
 
-def between_sites(board: Drawing, sketches: Sequence[Sketch]) -> float:
+def between_sites(context: EstimateContext, sketches: Sequence[TemplateEstimate]) -> float:
     """Seconds in which the gradients of pipelines at several sites pass the uplinks."""
-    homes = [{board.fleets[s.fleet].site for s in each.template.segments} for each in sketches]
+    homes = [{context.fleets[s.fleet].site for s in each.template.segments} for each in sketches]
     sites = set.union(*homes)
     if len(sites) < 2 or len(sketches) < 2:
         return 0.0
-    links = [link for site in sites if (link := board.costs.links.uplinks[site])]
+    links = [link for site in sites if (link := context.costs.links.uplinks[site])]
     ring = max(sum(s.width for s in each.template.segments) for each in sketches) * len(sketches)
     return max(
-        (2 * board.gradients / link.bandwidth + 2 * ring * link.latency for link in links),
+        (2 * context.gradients / link.bandwidth + 2 * ring * link.latency for link in links),
         default=0.0,
     )
 
 
-def pace(board: Drawing, each: Sketch) -> float:
+def pace(context: EstimateContext, each: TemplateEstimate) -> float:
     """Rows per second of a pipeline that is full."""
-    found = board.paces.get(each)
+    found = context.paces.get(each)
     if found is None:
-        found = board.paces[each] = each.template.rows / (each.further(33) / 32)
+        found = context.paces[each] = each.template.rows / (each.further(33) / 32)
     return found
 
 
-def whole_seconds(board: Drawing, sketches: Sequence[Sketch], counts: Sequence[float]) -> float:
+def whole_seconds(
+    context: EstimateContext, sketches: Sequence[TemplateEstimate], counts: Sequence[float]
+) -> float:
     """Seconds of a step of these pipelines with these numbers of micro-batches."""
-    return seconds_by_counts(board, sketches)(counts)
+    return seconds_by_counts(context, sketches)(counts)
 
 
 def seconds_by_counts(
-    board: Drawing, sketches: Sequence[Sketch]
+    context: EstimateContext, sketches: Sequence[TemplateEstimate]
 ) -> Callable[[Sequence[float]], float]:
     """Seconds of a step of these pipelines as a function of their numbers of micro-batches. What a
     pipeline takes with a number is worked out once: thousands of combinations have few numbers."""
-    delay = board.costs.system.reduction_delay
+    delay = context.costs.system.reduction_delay
     crowded = len(sketches) > 1
-    meeting, later = between_sites(board, sketches), after(board, sketches)
+    meeting, later = between_sites(context, sketches), after(context, sketches)
     exposed = [max(each.exposed(delay, crowded=crowded), meeting) for each in sketches]
     known: list[dict[float, float]] = [{} for _ in sketches]
 

@@ -1,4 +1,4 @@
-"""Strategies for clusters too large to list: which templates on which fleets, with which shares.
+"""Searches clusters too large to list by device: pipeline templates on whole fleets of nodes.
 
 Every width that divides the batch, every depth and every tensor width is scored with balanced
 stages, whole arrays of depths at once; the best are cut exactly, and their shares of the batch
@@ -16,22 +16,31 @@ from math import prod
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.balanced import Build, balanced
+from meshwright.search.balanced_estimate import Build, balanced
+from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import Costs, recomputing
-from meshwright.search.fitting import fit_line
-from meshwright.search.lines import Line
-from meshwright.search.mix import groupings
-from meshwright.search.sketch import (
-    Drawing,
+from meshwright.search.device_classes import (
+    Grouping,
+    PipelineTemplate,
+    RatedFleet,
+    StageRun,
+    blocks_for,
+    fleets,
+    groupings,
+    nodes_for,
+    written,
+)
+from meshwright.search.layer_partition import fit_line
+from meshwright.search.plan_estimate import pace, seconds_by_counts, whole_seconds
+from meshwright.search.space import divisors
+from meshwright.search.template_estimate import (
+    EstimateContext,
     Ints,
-    Sketch,
-    drawing,
+    TemplateEstimate,
+    estimate_context,
     sketch,
     unit_facts,
 )
-from meshwright.search.sketches import pace, seconds_by_counts, whole_seconds
-from meshwright.search.space import divisors
-from meshwright.search.templates import Segment, Template, blocks_for, fleets, nodes_for, written
 from meshwright.stopping import look
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
@@ -73,37 +82,28 @@ Over = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
-    """A fleet as `groupings` sees it."""
-
-    number: int
-    site: str
-    speed: float
-
-
-@dataclass(frozen=True, slots=True)
 class Choice:
     """A strategy: templates with their numbers of micro-batches, and its seconds in closed form."""
 
     seconds: float
-    board: Drawing
-    sketches: tuple[Sketch, ...]
+    context: EstimateContext
+    sketches: tuple[TemplateEstimate, ...]
     counts: tuple[int, ...]
 
 
 def fleet_strategies(
     costs: Costs, schedules: Sequence[ScheduleName], dropped: Counter[str], over: Over
-) -> Iterator[tuple[ScheduleName, tuple[Line, ...]]]:
+) -> Iterator[tuple[ScheduleName, tuple[CandidatePipeline, ...]]]:
     """Strategies over whole fleets, best first, written down one at a time."""
-    boards = [drawing(costs, fleets(costs))]
+    contexts = [estimate_context(costs, fleets(costs))]
     if costs.again is not None:
-        boards.append(drawing(recomputing(costs, costs.again), boards[0].fleets))
+        contexts.append(estimate_context(recomputing(costs, costs.again), contexts[0].fleets))
     every: list[Choice] = []
-    for board, tensor in product(boards, _tensor_widths(boards[0])):
+    for context, tensor in product(contexts, _tensor_widths(contexts[0])):
         if every and over():
             break
         limit = min((choice.seconds for choice in every), default=float("inf"))
-        every += _at_width(board, tensor, schedules, over, limit)
+        every += _at_width(context, tensor, schedules, over, limit)
     every.sort(key=lambda choice: choice.seconds)
     for choice in _diverse(every):
         lines = _lines(choice)
@@ -113,10 +113,10 @@ def fleet_strategies(
             yield choice.sketches[0].template.schedule, lines
 
 
-def _tensor_widths(board: Drawing) -> tuple[int, ...]:
+def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
     """Divisors of a fleet's devices per node that divide every layer."""
-    units = {layer.tensor_units for layer in board.costs.model.layers}
-    widths = {w for fleet in board.fleets for w in divisors(fleet.each)}
+    units = {layer.tensor_units for layer in context.costs.model.layers}
+    widths = {w for fleet in context.fleets for w in divisors(fleet.each)}
     return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
 
 
@@ -130,14 +130,14 @@ def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:
             yield choice
 
 
-def _lines(choice: Choice) -> tuple[Line, ...] | None:
-    board = choice.board
+def _lines(choice: Choice) -> tuple[CandidatePipeline, ...] | None:
+    context = choice.context
     taken: dict[int, int] = {}
     lines = []
     for each, count in zip(choice.sketches, choice.counts, strict=True):
         template = each.template
-        stages = written(board.fleets, template, taken)
-        fitted = fit_line(board.costs, stages, template.rows, count, template.schedule)
+        stages = written(context.fleets, template, taken)
+        fitted = fit_line(context.costs, stages, template.rows, count, template.schedule)
         if fitted is None:
             return None
         lines.append(fitted.line)
@@ -145,34 +145,42 @@ def _lines(choice: Choice) -> tuple[Line, ...] | None:
 
 
 def _at_width(
-    board: Drawing, tensor: int, schedules: Sequence[ScheduleName], over: Over, best: float
+    context: EstimateContext,
+    tensor: int,
+    schedules: Sequence[ScheduleName],
+    over: Over,
+    best: float,
 ) -> Iterator[Choice]:
-    batch = board.costs.job.global_batch
+    batch = context.costs.job.global_batch
     able = [
-        Pooled(i, fleet.site, _units(board, i, tensor) / unit_facts(board, i, tensor, 1).whole)
-        for i, fleet in enumerate(board.fleets)
+        RatedFleet(
+            i, fleet.site, _units(context, i, tensor) / unit_facts(context, i, tensor, 1).whole
+        )
+        for i, fleet in enumerate(context.fleets)
         if fleet.each % tensor == 0
     ]
-    able.sort(key=lambda pooled: -pooled.speed)
-    known: dict[tuple[tuple[int, ...], bool, float], list[Sketch]] = {}
+    able.sort(key=lambda rated: -rated.speed)
+    known: dict[tuple[tuple[int, ...], bool, float], list[TemplateEstimate]] = {}
     for number, grouping in enumerate(sorted(groupings(able), key=_simplest_first)):
         if number and over():
             return
-        speed = sum(pooled.speed for block in grouping for pooled in block)
+        speed = sum(rated.speed for block in grouping for rated in block)
         alone = len(grouping) == 1
         offers = []
         for block in grouping:
-            numbers = tuple(pooled.number for pooled in block)
-            share = batch * sum(pooled.speed for pooled in block) / speed
+            numbers = tuple(rated.number for rated in block)
+            share = batch * sum(rated.speed for rated in block) / speed
             key = (numbers, alone, share)
             if key not in known:
-                task = Task(board, numbers, tensor, share, tuple(schedules), alone, best)
+                task = Task(context, numbers, tensor, share, tuple(schedules), alone, best)
                 known[key] = _offers(task)
             offers.append(known[key])
         if alone:
             for each in offers[0]:
                 count = batch // each.template.rows
-                found = Choice(whole_seconds(board, (each,), (count,)), board, (each,), (count,))
+                found = Choice(
+                    whole_seconds(context, (each,), (count,)), context, (each,), (count,)
+                )
                 best = min(best, found.seconds)
                 yield found
             continue
@@ -181,22 +189,22 @@ def _at_width(
             if best < float("inf") and over():
                 return
             if len({each.template.schedule for each in chosen}) == 1:
-                shared = _shared_out(board, chosen, batch)
+                shared = _shared_out(context, chosen, batch)
                 if shared is not None:
                     best = min(best, shared.seconds)
                     yield shared
 
 
-def _simplest_first(grouping: tuple[tuple[Pooled, ...], ...]) -> tuple[int, float]:
+def _simplest_first(grouping: Grouping) -> tuple[int, float]:
     """Few lines, then much speed: what is found early bounds what comes later."""
-    return len(grouping), -sum(pooled.speed for block in grouping for pooled in block)
+    return len(grouping), -sum(rated.speed for block in grouping for rated in block)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """Lines to look for."""
 
-    board: Drawing
+    context: EstimateContext
     block: tuple[int, ...]
     """Fleets."""
     tensor: int
@@ -209,13 +217,13 @@ class Task:
     """Seconds of the best strategy so far."""
 
 
-def _units(board: Drawing, fleet: int, tensor: int) -> int:
-    return board.fleets[fleet].each // tensor * len(board.fleets[fleet].nodes)
+def _units(context: EstimateContext, fleet: int, tensor: int) -> int:
+    return context.fleets[fleet].each // tensor * len(context.fleets[fleet].nodes)
 
 
-def _offers(task: Task) -> list[Sketch]:
+def _offers(task: Task) -> list[TemplateEstimate]:
     """The best lines of a block of fleets for about a share of the batch, best first."""
-    scored: list[tuple[float, int, Template]] = []
+    scored: list[tuple[float, int, PipelineTemplate]] = []
     orders = dict.fromkeys((task.block, task.block[::-1]))
     for order in orders:
         for widths in _widths(task, order):
@@ -226,15 +234,15 @@ def _offers(task: Task) -> list[Sketch]:
                     for seconds, template in _scored(task, order, widths, rows):
                         scored.append((seconds, len(scored), template))
     scored.sort(key=lambda entry: entry[:2])
-    found: list[tuple[float, int, Sketch]] = []
+    found: list[tuple[float, int, TemplateEstimate]] = []
     best = task.limit
     for seconds, number, template in scored[:SKETCHED]:
         look()
         if seconds > SLACK * best:
             break
-        drawn = sketch(task.board, template, max(1, round(task.share / template.rows)))
+        drawn = sketch(task.context, template, max(1, round(task.share / template.rows)))
         if drawn is not None:
-            exact = whole_seconds(task.board, (drawn,), (task.share / template.rows,))
+            exact = whole_seconds(task.context, (drawn,), (task.share / template.rows,))
             best = min(best, exact)
             found.append((exact, number, drawn))
     found.sort(key=lambda entry: entry[:2])
@@ -243,8 +251,8 @@ def _offers(task: Task) -> list[Sketch]:
 
 def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Replicas of a stage on every fleet of a line: divisors of the batch, alike up to RATIOS."""
-    most = [_units(task.board, i, task.tensor) for i in order]
-    every = divisors(task.board.costs.job.global_batch)
+    most = [_units(task.context, i, task.tensor) for i in order]
+    every = divisors(task.context.costs.job.global_batch)
     every = every[:: -(-len(every) // MOST_WIDTHS)]
     ratios = RATIOS if len(order) < 3 else RATIOS[:2]
     steps = {*ratios, *(1 / ratio for ratio in ratios)}
@@ -258,23 +266,23 @@ def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
     """Rows of a micro-batch on a replica of the widest stage: divisors of the batch's part."""
-    batch, widest = task.board.costs.job.global_batch, max(widths)
+    batch, widest = task.context.costs.job.global_batch, max(widths)
     sizes = [r for r in divisors(batch // widest) if r * widest <= task.share]
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
 def _ideal(task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int) -> float:
     """Seconds of all micro-batches on all devices that these widths can use, without any loss."""
-    layers, rate = len(task.board.costs.model.layers), 0.0
+    layers, rate = len(task.context.costs.model.layers), 0.0
     for i, width in zip(order, widths, strict=True):
-        depth = min(_units(task.board, i, task.tensor) // width, layers)
-        rate += depth / unit_facts(task.board, i, task.tensor, rows // width).whole
+        depth = min(_units(task.context, i, task.tensor) // width, layers)
+        rate += depth / unit_facts(task.context, i, task.tensor, rows // width).whole
     return task.share / rows / rate
 
 
 def _scored(
     task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int
-) -> Iterator[tuple[float, Template]]:
+) -> Iterator[tuple[float, PipelineTemplate]]:
     """Templates of these widths and rows, with their seconds as if stages were balanced."""
     for blocks in _block_choices(task, order, widths):
         look()
@@ -283,7 +291,7 @@ def _scored(
             continue
         for schedule in task.schedules:
             seconds_D = balanced(
-                task.board,
+                task.context,
                 Build(order, task.tensor, widths, blocks, rows, schedule),
                 task.share / rows,
                 grid_DF,
@@ -291,10 +299,10 @@ def _scored(
             best = np.argsort(seconds_D, kind="stable")[:KEPT]
             for i in best[seconds_D[best] < SLACK * task.limit]:
                 segments = tuple(
-                    Segment(f, int(d), w, b)
+                    StageRun(f, int(d), w, b)
                     for f, d, w, b in zip(order, grid_DF[i], widths, blocks, strict=True)
                 )
-                yield float(seconds_D[i]), Template(task.tensor, segments, rows, schedule)
+                yield float(seconds_D[i]), PipelineTemplate(task.tensor, segments, rows, schedule)
             if task.share <= rows or grid_DF.sum(axis=1).max() == 1:
                 break
 
@@ -304,7 +312,7 @@ def _block_choices(
 ) -> Iterator[tuple[int, ...]]:
     """Replicas packed onto nodes, or spread over as many as can be; on one fleet all between."""
     options = [
-        blocks_for(task.board.fleets[i].each // task.tensor, width)
+        blocks_for(task.context.fleets[i].each // task.tensor, width)
         for i, width in zip(order, widths, strict=True)
     ]
     if len(order) == 1:
@@ -318,14 +326,14 @@ def _depth_grid(
 ) -> Ints:
     """Depths [D, F] that the fleets have nodes for and the model layers."""
     key = (order, task.tensor, widths, blocks)
-    known = task.board.grids.get(key)
+    known = task.context.grids.get(key)
     if known is not None:
         return known
-    layers = len(task.board.costs.model.layers)
+    layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     options = []
     for i, width, block in zip(order, widths, blocks, strict=True):
-        fleet = task.board.fleets[i]
+        fleet = task.context.fleets[i]
         units = fleet.each // task.tensor
         every = range(1, layers + 1) if len(order) == 1 else [d for d in DEPTHS if d <= layers]
         options.append([d for d in every if nodes_for(units, d, width, block) <= len(fleet.nodes)])
@@ -333,13 +341,15 @@ def _depth_grid(
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
     grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(order))
     found: Ints = grid[grid.sum(axis=1) <= layers]
-    task.board.grids[key] = found
+    task.context.grids[key] = found
     return found
 
 
-def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choice | None:
+def _shared_out(
+    context: EstimateContext, chosen: tuple[TemplateEstimate, ...], batch: int
+) -> Choice | None:
     """Numbers of micro-batches near the lines' speeds that add up to the batch and end soonest."""
-    paces = [pace(board, each) for each in chosen]
+    paces = [pace(context, each) for each in chosen]
     ideals = [
         batch * pace / sum(paces) / each.template.rows
         for pace, each in zip(paces, chosen, strict=True)
@@ -350,7 +360,7 @@ def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choic
     if len(near) > 1:
         near = [options[NEAR // 2 : -NEAR // 2] for options in near]
     best: Choice | None = None
-    seconds_of = seconds_by_counts(board, chosen)
+    seconds_of = seconds_by_counts(context, chosen)
     for counts in product(*near):
         left = batch - sum(
             c * each.template.rows for c, each in zip(counts, chosen[:-1], strict=True)
@@ -360,5 +370,5 @@ def _shared_out(board: Drawing, chosen: tuple[Sketch, ...], batch: int) -> Choic
             continue
         seconds = seconds_of((*counts, last))
         if best is None or seconds < best.seconds:
-            best = Choice(seconds, board, chosen, (*counts, last))
+            best = Choice(seconds, context, chosen, (*counts, last))
     return best

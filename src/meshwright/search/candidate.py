@@ -1,7 +1,7 @@
-"""Pipelines of any shape: stages of unlike widths, replicas with unlike rows.
+"""Describes a candidate plan: pipelines whose stages may differ in width, and replicas in rows.
 
-A `Line` is a pipeline as the search sees it: teams of units, each unit with its rows of every
-micro-batch. Letters: S stages, L layers, M micro-batches.
+A unit is a group of devices that share every layer by tensor parallelism. The devices of a stage
+are units, each with its rows of every micro-batch. Letters: S stages, L layers, M micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Unit = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class StageDevices:
     """The devices of one stage."""
 
     units: tuple[Unit, ...]
@@ -29,10 +29,10 @@ class Team:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class CandidatePipeline:
     """One pipeline."""
 
-    teams: tuple[Team, ...]
+    teams: tuple[StageDevices, ...]
     bounds: tuple[int, ...]
     """S + 1 layer indices."""
     micro_batches: int
@@ -48,7 +48,7 @@ class Line:
         return self.rows * self.micro_batches
 
 
-def as_pipeline(costs: Costs, line: Line, schedule: ScheduleName) -> Pipeline:
+def as_pipeline(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> Pipeline:
     """As plans write it: equal rows are not listed, and stages recompute that do not fit
     otherwise."""
     stages = tuple(
@@ -63,18 +63,21 @@ def as_pipeline(costs: Costs, line: Line, schedule: ScheduleName) -> Pipeline:
     return Pipeline(micro_batches=line.micro_batches, rows=line.rows, stages=stages)
 
 
-def line_of(pipeline: Pipeline) -> Line:
+def line_of(pipeline: Pipeline) -> CandidatePipeline:
     """The inverse of `as_pipeline`."""
     teams = tuple(
-        Team(s.devices, s.rows or (pipeline.rows // len(s.devices),) * len(s.devices))
+        StageDevices(s.devices, s.rows or (pipeline.rows // len(s.devices),) * len(s.devices))
         for s in pipeline.stages
     )
     bounds = (0, *(stage.layers[1] for stage in pipeline.stages))
-    return Line(teams, bounds, pipeline.micro_batches)
+    return CandidatePipeline(teams, bounds, pipeline.micro_batches)
 
 
 def plan_of(
-    costs: Costs, lines: Sequence[Line], schedule: ScheduleName, cluster_print: str = ""
+    costs: Costs,
+    lines: Sequence[CandidatePipeline],
+    schedule: ScheduleName,
+    cluster_print: str = "",
 ) -> Plan:
     """The plan of these pipelines, without a prediction."""
     used = {name for line in lines for team in line.teams for unit in team.units for name in unit}
@@ -89,18 +92,18 @@ def plan_of(
     )
 
 
-def _name(lines: Sequence[Line]) -> str:
+def _name(lines: Sequence[CandidatePipeline]) -> str:
     return "+".join(_line_name(line) for line in lines)
 
 
-def _line_name(line: Line) -> str:
+def _line_name(line: CandidatePipeline) -> str:
     """`dp2-tp1-pp3`; widths that change from stage to stage are listed: `dp2.1-tp1-pp2`."""
     data = ".".join(dict.fromkeys(str(len(team.units)) for team in line.teams))
     tensor = ".".join(dict.fromkeys(str(len(team.units[0])) for team in line.teams))
     return f"dp{data}-tp{tensor}-pp{len(line.teams)}"
 
 
-def line_label(line: Line) -> str:
+def line_label(line: CandidatePipeline) -> str:
     """`dp2-tp1-pp2 [7|3] 4x8 rows 3,1`: layers, micro-batches, rows where they are not equal."""
     words = [_line_name(line)]
     if len(line.teams) > 1:
@@ -111,7 +114,9 @@ def line_label(line: Line) -> str:
     return " ".join(words)
 
 
-def lines_label(lines: Sequence[Line], schedule: ScheduleName, missing: int = 0) -> str:
+def lines_label(
+    lines: Sequence[CandidatePipeline], schedule: ScheduleName, missing: int = 0
+) -> str:
     """One line that tells a strategy from its neighbours."""
     text = " + ".join(line_label(line) for line in lines)
     if any(len(line.teams) > 1 for line in lines):
@@ -119,7 +124,7 @@ def lines_label(lines: Sequence[Line], schedule: ScheduleName, missing: int = 0)
     return text + (f" without {missing} devices" if missing else "")
 
 
-def fits(costs: Costs, line: Line, schedule: ScheduleName) -> bool:
+def fits(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> bool:
     """Whether every device of every stage holds what it must, recomputing if need be."""
     may = costs.again is not None
     return all(
@@ -130,7 +135,7 @@ def fits(costs: Costs, line: Line, schedule: ScheduleName) -> bool:
 
 
 def stage_fits(
-    costs: Costs, line: Line, s: int, schedule: ScheduleName, *, again: bool = False
+    costs: Costs, line: CandidatePipeline, s: int, schedule: ScheduleName, *, again: bool = False
 ) -> bool:
     """Whether every device of a stage holds what it must; `again`: if it recomputes."""
     team, a, b = line.teams[s], line.bounds[s], line.bounds[s + 1]
@@ -142,13 +147,13 @@ def stage_fits(
     return True
 
 
-def must_recompute(costs: Costs, line: Line, s: int, schedule: ScheduleName) -> bool:
+def must_recompute(costs: Costs, line: CandidatePipeline, s: int, schedule: ScheduleName) -> bool:
     """Whether a stage does not fit without recomputation, and may recompute. Where it fits, it
     would only take longer."""
     return costs.again is not None and not stage_fits(costs, line, s, schedule)
 
 
-def moves(source: Team, target: Team) -> Iterator[tuple[int, int, int]]:
+def moves(source: StageDevices, target: StageDevices) -> Iterator[tuple[int, int, int]]:
     """(source unit, target unit, rows) of one micro-batch across a cut, in order; lazily."""
     ends, goals = accumulate(source.rows), accumulate(target.rows)
     end, goal = next(ends, None), next(goals, None)
@@ -163,7 +168,7 @@ def moves(source: Team, target: Team) -> Iterator[tuple[int, int, int]]:
             j, goal = j + 1, next(goals, None)
 
 
-def tensor_widths_agree(costs: Costs, lines: Sequence[Line]) -> bool:
+def tensor_widths_agree(costs: Costs, lines: Sequence[CandidatePipeline]) -> bool:
     """Whether all holders of a layer, and of what it shares, have one tensor width that divides
     it."""
     width: dict[int, int] = {}

@@ -1,4 +1,5 @@
-"""Lines from pools of like devices: which stand in a line, in which order, how deep and wide.
+"""Builds pipelines from pools of interchangeable devices: which pools, in which order, how deep and
+how wide.
 
 A pool is all devices of one type on nodes of one kind at one site, cut into units: they are
 interchangeable. Letters: S stages, M micro-batches, P parameters of the model.
@@ -6,21 +7,20 @@ interchangeable. Letters: S stages, M micro-batches, P parameters of the model.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from math import prod
 
 import numpy as np
 
 from meshwright.model.spec import num_parameters
 from meshwright.plan.ranks import gradient_bytes
+from meshwright.search.candidate import CandidatePipeline, Unit
 from meshwright.search.costs import Costs, ring, seconds_per_byte
-from meshwright.search.fitting import Fitted, Stages, fit_line, pace
-from meshwright.search.lines import Unit
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.layer_partition import Stages, fit_line, pace
+from meshwright.search.space import divisors, legal_widths, usable_devices
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of stages that a pool may be cut into."""
@@ -32,14 +32,8 @@ there are more, all pools get equal widths."""
 PROMISING = 48
 """Ways to cut a block, for each size of micro-batch, that are kept."""
 
-ROW_COUNTS = 6
-"""Micro-batch sizes tried with a share of the batch that is not fixed."""
-
-KEPT = 3
-"""Lines of one block that go into a strategy of several lines."""
-
-FITTED = 24
-"""Lines of one block that are fitted for that."""
+FEW_POOLS = 4
+"""Pools up to which one line is made of every set of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,43 +269,54 @@ def two_ways(shape: Shape) -> bool:
     return not shape.mixed and any(width > 1 and depth > 1 for width, depth in pairs)
 
 
-def offers(costs: Costs, block: tuple[Pool, ...], share: float) -> tuple[Fitted, ...]:
-    """The best lines of a block of pools for about `share` rows of the batch, best first."""
-    widest = max(len(pool.units) for pool in block)
-    table = [{pool.tensor: pool} for pool in block]
-    found: list[tuple[float, int, Fitted]] = []
-    number = 0
-    for draft in drafts(costs, table, share, _row_counts(widest, share)):
-        for shape in orders(draft.shape):
-            number += 1
-            stages = written(shape, across=False)
-            fitted = fit_line(costs, stages, draft.rows, max(1, round(share / draft.rows)), "1f1b")
-            if fitted is not None:
-                seconds = fitted.once + (share / draft.rows - 1) * fitted.slowest
-                insort(found, (seconds, number, fitted), key=lambda entry: entry[:2])
-        if len(found) >= FITTED or number > 4 * FITTED:
-            break
-    kept: list[Fitted] = []
-    for _, _, fitted in found:
-        if sum(_stages(k) == _stages(fitted) for k in kept) < 2:
-            kept.append(fitted)
-    return tuple(kept[:KEPT])
-
-
-def _stages(fitted: Fitted) -> Stages:
-    return tuple(team.units for team in fitted.line.teams)
-
-
-def _row_counts(widest: int, share: float) -> list[int]:
-    """Rows of a micro-batch: a few for every replica of the widest stage."""
-    full = max(1, round(share / widest)) * widest
-    few = {1 << i for i in range(ROW_COUNTS)}
-    every = sorted({*few, *(widest << i for i in range(3)), full, max(1, round(share))})
-    return [rows for rows in every if rows <= max(1, share)]
-
-
 def whole_batch(costs: Costs) -> tuple[int, ...]:
     """Rows of a micro-batch that a single line may have."""
     every = divisors(costs.job.global_batch)
     step = -(-len(every) // 12)
     return every[::step]
+
+
+def single_lines(
+    costs: Costs, limit: Callable[[], float]
+) -> Iterator[tuple[CandidatePipeline, ...]]:
+    """Lines of whole pools for all of the batch, the most promising first, over all tensor widths
+    of every pool; those whose guess is above the limit are left out."""
+    table = pool_table(costs, legal_widths(costs))
+    row_counts = whole_batch(costs)
+    found = []
+    for block in blocks(table):
+        found += drafts(costs, block, costs.job.global_batch, row_counts)
+    found.sort(key=lambda draft: draft.guess)
+    for draft in by_build(found):
+        if draft.guess >= limit():
+            continue
+        for shape in orders(draft.shape):
+            for across in (False, True) if two_ways(shape) else (False,):
+                stages = written(shape, across=across)
+                fitted = fit_line(
+                    costs, stages, draft.rows, costs.job.global_batch // draft.rows, "1f1b"
+                )
+                yield (fitted.line,) if fitted else ()
+
+
+def blocks(table: Sequence[Widths]) -> Iterator[tuple[Widths, ...]]:
+    """Sets of pools that one line may use; of many pools all, those of a site, and all but the
+    slowest."""
+    if len(table) <= FEW_POOLS:
+        for number in range(len(table), 0, -1):
+            yield from combinations(table, number)
+        return
+    first = [min(widths.values(), key=lambda pool: pool.pace) for widths in table]
+    ordered = [table[i] for i in sorted(range(len(table)), key=lambda i: first[i].pace)]
+    sites = dict.fromkeys(pool.site for pool in first)
+    found = [tuple(ordered[:number]) for number in range(len(table), 0, -1)]
+    found += [
+        tuple(w for w, pool in zip(table, first, strict=True) if pool.site == site)
+        for site in sites
+    ]
+    found += [(widths,) for widths in table]
+    seen: list[tuple[Widths, ...]] = []
+    for block in found:
+        if block not in seen:
+            seen.append(block)
+            yield block

@@ -1,0 +1,185 @@
+"""Whether the search still finds plans as fast as before, and how long it takes.
+
+    python benchmarks/search_gate.py [--only h100-a100] [--jobs 2] [--steps] [--planning]
+        [--baseline CHECKOUT] [--repeat 3] [--write]
+
+Two tables. The first has the simulated step of the plan found for every example cluster and three
+models, over that in `baselines/search_gate.json`. The second has the CPU seconds of planning on
+clusters of 16 to 10,240 devices, beside what is allowed; with `--baseline`, also over those of
+another checkout, measured in turns with it. `--write` stores the steps found as the new baseline.
+Exits with 1 where a step is above its limit, or the geometric mean is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import exp, log
+from pathlib import Path
+from statistics import median
+
+from planner import BATCH, mixed_cluster
+from planner import MODELS as SEQUENCES
+
+from meshwright.cluster.files import load_cluster
+from meshwright.cluster.spec import Cluster
+from meshwright.errors import FitError
+from meshwright.model.load import load_model
+from meshwright.plan.ranks import describe
+from meshwright.plan.spec import Job
+from meshwright.search.options import OPTION_NAMES
+from meshwright.search.planner import find_plan
+
+HERE = Path(__file__).parent
+STORED = HERE / "baselines" / "search_gate.json"
+CLUSTERS = HERE.parent / "examples" / "clusters"
+MODELS = ("gpt2-medium", "gpt2-xl", "llama-2-7b")
+ROWS, SEQUENCE = 64, 1024
+MOST_SLOWER, MOST_MEAN = 1.005, 0.99
+"""Step of one case, and geometric mean over all, relative to the baseline."""
+
+OF_BASELINE = {"boundary-kinds", "schedules", "virtual-stages"}
+"""The options that the search had when the baseline was measured; others are not tried."""
+
+PLANNED = {
+    "gpt2-xl": {16: 1.5, 128: 4.0, 1024: 6.0, 10240: 10.0},
+    "llama-2-70b": {16: 1.6, 128: 5.0, 1024: 8.0, 10240: 12.0},
+}
+"""Allowed CPU seconds, by model and devices."""
+
+
+def cases(only: str) -> Iterator[str]:
+    """Names of the cases of the first table that contain a text."""
+    for path in sorted(CLUSTERS.glob("*.toml")):
+        for model in MODELS:
+            if only in f"{path.stem}.{model}":
+                yield f"{path.stem}.{model}"
+
+
+def found_here(model: str, cluster: Cluster, batch: int, sequence: int) -> dict[str, object]:
+    """Seconds of the step of the plan found, of the CPU, and the plan in a line."""
+    graph = load_model(model, sequence, "fp16")
+    job = Job(global_batch=batch, sequence=sequence, precision="fp16", optimizer="adamw")
+    begun = time.process_time()
+    try:
+        plan = find_plan(graph, cluster, job, forbidden=set(OPTION_NAMES) - OF_BASELINE)
+    except FitError:
+        return {"step": None, "cpu": time.process_time() - begun, "plan": "nothing fits"}
+    spent = time.process_time() - begun
+    assert plan.prediction is not None
+    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe(plan)}
+
+
+def one(name: str) -> dict[str, object]:
+    """A case of either table, in this process."""
+    where, model = name.split(".", 1)
+    if where.isdigit():
+        devices = int(where)
+        return found_here(model, mixed_cluster(devices), BATCH[devices], SEQUENCES[model])
+    return found_here(model, load_cluster(CLUSTERS / f"{where}.toml"), ROWS, SEQUENCE)
+
+
+def apart(name: str, checkout: Path) -> dict[str, object]:
+    """The same in a process of its own, with the sources of a checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__)), "--one", name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} in {checkout} failed:\n{done.stderr}")
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def compare_steps(names: Sequence[str], jobs: int, write: bool) -> bool:
+    """Print the first table; whether it keeps its limits."""
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    ratios, spent = [], [0.0, 0.0]
+    print(f"{'case':<32} {'step s':>9} {'ratio':>7} {'cpu s':>6} {'was':>6}  plan")
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, found in zip(
+            names, pool.map(lambda n: apart(n, HERE.parent), names), strict=True
+        ):
+            before = {} if write else stored.get(name, {})
+            if write:
+                stored[name] = found
+            step, old = found["step"], before.get("step")
+            ratio = step / old if step and old else 1.0 if step == old else float("nan")
+            ratios.append(ratio)
+            was = before.get("cpu", float("nan"))
+            spent[0], spent[1] = spent[0] + float(found["cpu"]), spent[1] + was  # type: ignore[arg-type]
+            mark = " <" if ratio > MOST_SLOWER else ""
+            print(
+                f"{name:<32} {step or float('nan'):9.5f} {ratio:7.4f} {found['cpu']:6.1f} "
+                f"{was:6.1f}  {found['plan']}{mark}",
+                flush=True,
+            )
+    if write:
+        STORED.parent.mkdir(exist_ok=True)
+        STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+        return True
+    mean = exp(sum(map(log, ratios)) / len(ratios))
+    beyond = sum(ratio > MOST_SLOWER for ratio in ratios)
+    print(
+        f"{len(ratios)} cases: geometric mean {mean:.4f} (at most {MOST_MEAN}), "
+        f"largest {max(ratios):.4f}, {beyond} above {MOST_SLOWER}; "
+        f"{spent[0]:.0f} CPU s, {spent[1]:.0f} then"
+    )
+    return not beyond and mean <= MOST_MEAN
+
+
+def time_planning(only: str, other: Path | None, repeat: int) -> None:
+    """Print the second table."""
+    print(
+        f"{'devices.model':<20} {'cpu s':>6} {'allowed':>8} {'to other':>9} {'step to other':>14}"
+    )
+    for model, allowed in PLANNED.items():
+        for devices, limit in allowed.items():
+            name = f"{devices}.{model}"
+            if only not in name:
+                continue
+            ours, theirs = [], []
+            for _ in range(repeat):
+                ours.append(apart(name, HERE.parent))
+                if other:
+                    theirs.append(apart(name, other))
+            cpu = median(float(each["cpu"]) for each in ours)  # type: ignore[arg-type]
+            ratio = step = float("nan")
+            if theirs:
+                ratio = cpu / median(float(each["cpu"]) for each in theirs)  # type: ignore[arg-type]
+                step = float(ours[0]["step"]) / float(theirs[0]["step"])  # type: ignore[arg-type]
+            mark = " <" if cpu > limit else ""
+            print(f"{name:<20} {cpu:6.2f} {limit:8.1f} {ratio:9.2f} {step:14.4f}{mark}", flush=True)
+
+
+def main() -> None:
+    """Print both tables, or one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--steps", action="store_true", help="the first table alone")
+    parser.add_argument("--planning", action="store_true", help="the second table alone")
+    parser.add_argument("--baseline", type=Path, help="another checkout, for the second table")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements, for the second table")
+    parser.add_argument("--write", action="store_true", help="store the steps as the baseline")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one)))
+        return
+    kept = True
+    names = list(cases(options.only))
+    if names and not options.planning:
+        kept = compare_steps(names, options.jobs, options.write)
+    if not options.steps and not options.write:
+        time_planning(options.only, options.baseline, options.repeat)
+    sys.exit(not kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Divides layers among given stages, exactly, and rows among the replicas of a stage.
+
+Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last. A `loads`
+array of shape [S, L + 1, L + 1] holds the seconds that stage s needs per micro-batch for layers
+[a, b); infinity forbids the range (empty, or too large for the stage's memory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from heapq import heapify, heapreplace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost.times import repeated_seconds
+from meshwright.plan.spec import ScheduleName
+from meshwright.program.schedules import in_flight
+from meshwright.search.boundary_prices import crossings
+from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
+from meshwright.search.costs import (
+    Array,
+    Costs,
+    distinct_replicas,
+    distinct_units,
+    remembered,
+    stage_bytes,
+    unit_capacity,
+    unit_kind,
+    unit_prefix,
+    unit_times,
+)
+
+ROUNDING = 1e-13
+"""Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A way to cut the chain."""
+
+    bounds: tuple[int, ...]
+    """S + 1 layer indices: stage s holds [bounds[s], bounds[s + 1])."""
+    seconds: float
+    """The objective of `assign`."""
+    slowest: float
+    """Seconds per micro-batch of the slowest stage."""
+
+
+def chain_loads(times_SL: Array) -> Array:
+    """Loads [S, L + 1, L + 1] from the seconds of every layer on every stage; empty ranges are
+    forbidden."""
+    stages, layers = times_SL.shape
+    prefix = np.zeros((stages, layers + 1))
+    np.cumsum(times_SL, axis=1, out=prefix[:, 1:])
+    loads = prefix[:, None, :] - prefix[:, :, None]
+    loads[:, np.tri(layers + 1, dtype=bool)] = np.inf
+    return loads
+
+
+def forbid_beyond(loads: Array, need: Array, capacity: Array) -> Array:
+    """Loads in which every range whose need exceeds the stage's capacity (bytes, [S]) is
+    forbidden."""
+    return np.where(need <= capacity[:, None, None], loads, np.inf)
+
+
+def least_worst(values: Array) -> tuple[tuple[int, ...], float] | None:
+    """The cuts whose largest value over the stages is smallest, and that value; None if every way
+    to cut meets a forbidden range."""
+    stages, size, _ = values.shape
+    best = np.full(size, np.inf)
+    best[0] = -np.inf
+    choice = np.zeros((stages, size), dtype=np.intp)
+    for s in range(stages):
+        worst = np.maximum(best[:, None], values[s])
+        choice[s] = worst.argmin(axis=0)
+        best = worst.min(axis=0)
+    if not np.isfinite(best[-1]):
+        return None
+    return _trace(choice), float(best[-1])
+
+
+def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
+    bounds = [choice.shape[1] - 1]
+    for row in choice[::-1]:
+        bounds.append(int(row[bounds[-1]]))
+    return tuple(reversed(bounds))
+
+
+def _shortest(loads: Array, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
+    """Cuts with the least sum of loads and boundary seconds among those where no stage takes
+    longer than `bottleneck`; that sum; and the slowest stage's seconds."""
+    stages, size, _ = loads.shape
+    allowed = np.where(loads <= bottleneck, loads, np.inf)
+    cost = np.full(size, np.inf)
+    cost[0] = 0.0
+    choice = np.zeros((stages, size), dtype=np.intp)
+    for s in range(stages):
+        start = cost + cuts[s - 1] if s else cost
+        total = start[:, None] + allowed[s]
+        choice[s] = total.argmin(axis=0)
+        cost = total[choice[s], np.arange(size)]
+    bounds = _trace(choice)
+    slowest = max(float(loads[s, bounds[s], bounds[s + 1]]) for s in range(stages))
+    return bounds, float(cost[-1]), slowest
+
+
+def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
+    """The cuts that minimise
+
+        (M - 1) * slowest stage + sum of the stages + boundary seconds at the cuts
+
+    (AMP, equation of the pipeline's latency), where `cuts[s, l]` is what a cut before layer l costs
+    between stages s and s + 1. None if nothing fits.
+
+    Exact: the sum D(beta) under a bottleneck beta only falls as beta grows, so between two solved
+    bottlenecks nothing can beat (M - 1) * smallest beta + D(largest); such an interval is dropped
+    whole or halved.
+    """
+    tightest = least_worst(loads)
+    if tightest is None:
+        return None
+    weight = micro_batches - 1
+    bounds, total, slowest = _shortest(loads, cuts, tightest[1])
+    best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
+    bounds, free, slowest = _shortest(loads, cuts, np.inf)
+    if weight * slowest + free < best.seconds * (1 - ROUNDING):
+        best = Assignment(bounds=bounds, seconds=weight * slowest + free, slowest=slowest)
+    ceiling = min(slowest, (best.seconds - free) / weight) if weight else 0.0
+    between = loads[(loads > tightest[1]) & (loads < ceiling)]
+    betas = np.unique(between)
+    intervals = [(0, len(betas), free)]
+    while intervals:
+        low, high, floor = intervals.pop()
+        if low >= high or weight * betas[low] + floor >= best.seconds:
+            continue
+        middle = (low + high) // 2
+        bounds, total, slowest = _shortest(loads, cuts, float(betas[middle]))
+        if weight * slowest + total < best.seconds * (1 - ROUNDING):
+            best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
+        intervals.append((middle + 1, high, floor))
+        intervals.append((low, int(np.searchsorted(betas, slowest)), total))
+    return best
+
+
+Stages = tuple[tuple[Unit, ...], ...]
+"""The units of every stage of a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A line with its best cuts, and its seconds without reductions."""
+
+    line: CandidatePipeline
+    once: float
+    """Of the first micro-batch, there and back."""
+    slowest: float
+    """Of every further one."""
+
+
+def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
+    """Seconds per row of the whole model on a unit, at so many rows a micro-batch."""
+    forward, backward = unit_prefix(costs, unit, rows)
+    return (forward[-1] + backward[-1]) / rows
+
+
+def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ...]:
+    """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
+    are taken to be proportional to rows."""
+    each = max(1, rows // len(units))
+    known = {unit_kind(costs, u): pace(costs, u, each) for u in distinct_units(costs, units)}
+    if len(set(known.values())) == 1:
+        share, left = divmod(rows, len(units))
+        return (share + 1,) * left + (share,) * (len(units) - left)
+    paces = [known[unit_kind(costs, unit)] for unit in units]
+    ideal = rows / sum(1 / p for p in paces)
+    shares = [max(1, int(ideal / p)) for p in paces]
+    while sum(shares) > rows:
+        worst = max(
+            (i for i, share in enumerate(shares) if share > 1), key=lambda i: shares[i] * paces[i]
+        )
+        shares[worst] -= 1
+    queue = [((share + 1) * p, i) for i, (share, p) in enumerate(zip(shares, paces, strict=True))]
+    heapify(queue)
+    for _ in range(rows - sum(shares)):
+        _, i = queue[0]
+        shares[i] += 1
+        heapreplace(queue, ((shares[i] + 1) * paces[i], i))
+    return tuple(shares)
+
+
+def fit_line(
+    costs: Costs,
+    stages: Stages,
+    rows: int,
+    micro_batches: int,
+    schedule: ScheduleName,
+    limit: float = float("inf"),
+) -> Fitted | None:
+    """The cuts that make the line fastest among those that fit; None if none does, if there are
+    fewer rows than replicas or fewer layers than stages, or if not even layers that could be cut
+    anywhere would take less than `limit` seconds."""
+    layers = len(costs.model.layers)
+    if len(stages) > layers or rows < max(len(units) for units in stages):
+        return None
+    teams = tuple(StageDevices(units, apportion(costs, units, rows)) for units in stages)
+    if limit < float("inf") and micro_batches / fluid_rate(costs, teams) >= limit:
+        return None
+    key = ("fitted", teams, micro_batches, schedule)
+    return remembered(costs, key, lambda: recut(costs, teams, micro_batches, schedule))
+
+
+def fluid_rate(costs: Costs, teams: tuple[StageDevices, ...]) -> float:
+    """Micro-batches a second of stages that are never idle."""
+    speed = 0.0
+    for team in teams:
+        slowest = 0.0
+        for unit, rows in distinct_replicas(costs, team.units, team.rows):
+            forward, backward = unit_prefix(costs, unit, rows)
+            slowest = max(slowest, forward[-1] + backward[-1])
+        speed += 1 / slowest
+    return speed
+
+
+def recut(
+    costs: Costs, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+) -> Fitted | None:
+    """The same with the rows given as well."""
+    loads = np.array(
+        [
+            team_loads(costs, team, _held(s, teams, micro_batches, schedule))
+            for s, team in enumerate(teams)
+        ]
+    )
+    size = loads.shape[1]
+    cuts = np.zeros((max(len(teams) - 1, 0), size))
+    for s, (here, there) in enumerate(pairwise(teams)):
+        cuts[s] = cut_seconds(costs, here, there)
+    found = assign(loads, cuts, micro_batches)
+    if found is None:
+        return None
+    line = CandidatePipeline(teams, found.bounds, micro_batches)
+    return Fitted(line, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
+
+
+def _held(
+    s: int, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+) -> int:
+    return in_flight(schedule, s, len(teams), micro_batches)
+
+
+def team_loads(costs: Costs, team: StageDevices, held: int) -> Array:
+    """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
+    otherwise; infinite where one does not fit even then."""
+    plain = _slowest(costs, team, held, again=False)
+    size = len(plain)
+    if costs.again is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
+        return plain
+    return np.where(np.isfinite(plain), plain, _slowest(costs, team, held, again=True))
+
+
+def _slowest(costs: Costs, team: StageDevices, held: int, *, again: bool) -> Array:
+    worst: Array | None = None
+    for unit, rows in distinct_replicas(costs, team.units, team.rows):
+        key = ("loads", unit_kind(costs, unit), rows, held, again)
+        make = partial(_replica_loads, costs, unit, rows, held, again=again)
+        loads = remembered(costs, key, make)
+        worst = loads if worst is None else np.maximum(worst, loads)
+    assert worst is not None, "a stage has units"
+    return worst
+
+
+def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int, *, again: bool) -> Array:
+    forward, backward = unit_times(costs, unit, rows)
+    if again:
+        backward = backward + repeated_seconds(costs.model, (0, len(forward)), forward)
+    loads: Array = chain_loads((forward + backward)[None])[0]
+    always, each = stage_bytes(costs, len(unit), rows, again=again)
+    loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+    return loads
+
+
+def cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
+    """Seconds [L + 1] of activations and gradients across a cut before each layer."""
+    rows = sum(here.rows)
+    seconds = np.zeros(len(costs.table.cut))
+    sizes = costs.table.cut, costs.table.cut_gradient
+    for way, bytes_L in zip(crossings(costs, here, there), sizes, strict=True):
+        seconds += np.where(bytes_L > 0, way.latency + way.slowest * rows * bytes_L, 0.0)
+    return seconds
