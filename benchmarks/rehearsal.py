@@ -54,7 +54,7 @@ class _BlindEnd(StepEnd):
         own = self._player.own
         own.reducer.finish(own.buckets)
         self._player.finish()
-        for update in self._updates.values():
+        for update in self.updates.values():
             update.squared_norm(self._world.device)
         self.loss, self.norm = 0.0, 2.0
 

@@ -2,87 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice, pairwise
 
 from hypothesis import strategies as st
 
-from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
-
-
-def layer(name: str, *, cost: float = 1.0, parameters: int = 1000, units: int = 0) -> Layer:
-    """A layer whose amounts are in proportion to its cost."""
-    return Layer(
-        name=name,
-        signature=f"s{cost}-{parameters}",
-        forward_flops=1e9 * cost,
-        backward_flops=2e9 * cost,
-        traffic_bytes=1e6 * cost,
-        parameters=parameters,
-        saved_bytes=1e5 * cost,
-        tensor_units=units,
-    )
-
-
-def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> LayerGraph:
-    """Layers in a row; optionally the first and last share a parameter, or are joined by a skip."""
-    last = len(costs) - 1
-    tensors = [
-        Tensor(name=f"t{i}", bytes=64.0, producer=i, consumers=(i + 1,)) for i in range(last)
-    ]
-    if skip and last > 1:
-        tensors.append(Tensor(name="skip", bytes=32.0, producer=0, consumers=(last,)))
-    shared = (Tied(name="shared", layers=(0, last), parameters=500),) if tied and last else ()
-    return LayerGraph(
-        name="chain",
-        sequence=8,
-        precision="fp32",
-        layers=tuple(layer(f"l{i}", cost=cost) for i, cost in enumerate(costs)),
-        tensors=tuple(tensors),
-        tied=shared,
-    )
-
-
-def freeze(model: LayerGraph, layers: Container[int], *, tied: bool = False) -> LayerGraph:
-    """The model with some layers' own weights frozen, and what is tied if asked for: no gradients
-    of weights there, and no backward at all where nothing is trained in a layer or before it."""
-    shared = set() if tied else {n for each in model.tied for n in each.layers}
-    found: list[Layer] = []
-    for n, layer in enumerate(model.layers):
-        before = [t.producer for t in model.tensors if n in t.consumers]
-        held = n in layers
-        flows = not held or n in shared or any(found[each].has_backward for each in before)
-        changed = replace(
-            layer,
-            signature=f"{layer.signature}-{held}-{flows}",
-            has_backward=flows,
-            backward_flops=layer.backward_flops if flows else 0.0,
-            saved_bytes=layer.saved_bytes if flows else 0.0,
-            split_saved_bytes=layer.split_saved_bytes if flows else 0.0,
-        )
-        if held:
-            changed = replace(
-                changed,
-                parameters=0,
-                cast_parameters=0,
-                split_parameters=0,
-                frozen_parameters=layer.parameters,
-                cast_frozen=layer.cast_parameters,
-                split_frozen=layer.split_parameters,
-                backward_flops=max(changed.backward_flops - layer.forward_flops, 0.0),
-            )
-        found.append(changed)
-    return replace(
-        model,
-        layers=tuple(found),
-        tensors=tuple(replace(t, gradient=found[t.producer].has_backward) for t in model.tensors),
-        tied=tuple(
-            replace(t, parameters=0, frozen_parameters=t.parameters) if tied else t
-            for t in model.tied
-        ),
-    )
+from meshwright.cluster.spec import Link
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from worlds import chain, cluster, device, job, model, plan_by_hand
 
 
 @st.composite
@@ -158,21 +87,13 @@ def plans(
         pipelines.append(
             Pipeline(micro_batches=draw(st.integers(1, 5)), rows=rows, stages=tuple(stages))
         )
-    devices = [
-        d for p in pipelines for stage in p.stages for replica in stage.devices for d in replica
-    ]
-    return Plan(
+    return plan_by_hand(
+        *pipelines,
+        sequence=model.sequence,
         name="random",
         model=Subject(name=model.name, fingerprint=""),
         cluster=Subject(name="random", fingerprint=""),
-        job=Job(
-            global_batch=sum(p.micro_batches * p.rows for p in pipelines),
-            sequence=model.sequence,
-            precision="fp32",
-        ),
         schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
-        devices=tuple(devices),
-        pipelines=tuple(pipelines),
     )
 
 
@@ -181,3 +102,34 @@ def models_and_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
     """A random model with a random legal plan for it."""
     model = draw(models())
     return model, draw(plans(model))
+
+
+@st.composite
+def small_worlds(draw, sizes):
+    """Devices of two types in one to three nodes; `sizes`: for every number of devices the most
+    layers and the most rows."""
+    count = draw(st.sampled_from(sorted(sizes)))
+    most_layers, most_rows = sizes[count]
+    kinds = draw(st.lists(st.sampled_from(["fast", "slow"]), min_size=count, max_size=count))
+    first, second = sorted(draw(st.tuples(st.integers(1, count), st.integers(1, count))))
+    nodes = [tuple(kinds[a:b]) for a, b in ((0, first), (first, second), (second, count)) if b > a]
+    memory = draw(st.sampled_from([1.15, 1.3, 16.0]))
+    types = (
+        device("fast", draw(st.sampled_from([10.0, 20.0, 35.0])), memory),
+        device("slow", 10.0, draw(st.sampled_from([memory, 16.0]))),
+    )
+    network = Link(
+        bandwidth=draw(st.sampled_from([1e7, 1e9, 1e11])),
+        latency=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
+        shared=draw(st.booleans()),
+    )
+    layers = draw(st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=1, max_size=most_layers))
+    graph = model(
+        layers,
+        parameters=draw(st.sampled_from([1000, 1_000_000, 10_000_000])),
+        tied=draw(st.booleans()),
+        units=draw(st.sampled_from([0, 1, 2, 4])),
+        saved=draw(st.sampled_from([1e6, 6e7])),
+    )
+    where = cluster(*nodes, network=network, types=types)
+    return graph, where, job(draw(st.integers(1, most_rows)))

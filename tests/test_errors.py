@@ -14,9 +14,10 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cost.misfits import memory_problems
 from meshwright.errors import PROBLEMS_KEPT, FitError, MeshwrightError, PlanError, Problem
 from meshwright.model.load import load_model
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.text import span
+from worlds import plan_by_hand
 
 NODES, EACH = 8, 8
 DEVICES = tuple(f"n-{node}:{index}" for node in range(NODES) for index in range(EACH))
@@ -117,14 +118,11 @@ def replicas(tmp_path: Path) -> tuple[Plan, Path]:
     path.write_text(CLUSTER)
     stage = Stage(layers=(0, 14), devices=tuple((device,) for device in DEVICES))
     pipeline = Pipeline(micro_batches=1, rows=64 * 64, stages=(stage,))
-    job = Job(global_batch=64 * 64, sequence=1024, precision="fp16")
-    plan = Plan(
-        name="p",
+    plan = plan_by_hand(
+        pipeline,
+        sequence=1024,
+        precision="fp16",
         model=Subject(name="gpt2", fingerprint="", source="gpt2"),
-        cluster=Subject(name="many", fingerprint=""),
-        job=job,
-        devices=DEVICES,
-        pipelines=(pipeline,),
     )
     return plan, path
 

@@ -30,7 +30,7 @@ from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.spec import Job, Pipeline, Plan, Prediction, RunnerUp, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Prediction, RunnerUp, Stage, Subject
 from meshwright.program.timeline import Timeline
 from meshwright.report.comparison import print_comparison, write_comparison
 from meshwright.report.drawing import plan_svg
@@ -42,6 +42,7 @@ from meshwright.report.whatif import Option, WhatIf, print_whatif, whatif_json
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.facts import judge, measure
 from meshwright.text import flaw
+from worlds import plan_by_hand
 
 SENTINEL = "meshwright-was-here"
 PAYLOADS = (
@@ -110,13 +111,13 @@ def world(name: str) -> World:
         Stage(layers=layers, devices=tuple((f"{node.name}:{i}",) for i in range(2)))
         for node, layers in zip(nodes, ((0, 5), (5, 10)), strict=True)
     )
-    plan = Plan(
+    plan = plan_by_hand(
+        Pipeline(micro_batches=4, rows=2, stages=stages),
+        sequence=16,
+        precision="bf16",
         name=name,
         model=Subject(name=name, fingerprint=name, source="llama-tiny"),
         cluster=Subject(name=name, fingerprint=name, source=name),
-        job=Job(global_batch=8, sequence=16, precision="bf16"),
-        devices=tuple(device for s in stages for (device,) in s.devices),
-        pipelines=(Pipeline(micro_batches=4, rows=2, stages=stages),),
     )
     timeline = simulate_plan(plan, model(), cluster, None)
     told = measure(name, PricedPlan(plan, model(), cluster)).facts

@@ -9,26 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Cluster, Link, Node
+from meshwright.cluster.spec import Cluster, Link
 from meshwright.cost.profile import LayerTime, LinkTimes, Profile
 from meshwright.errors import ClusterError, PlanError
 from meshwright.exporting import even_cuts
 from meshwright.plan.spec import Job
 from meshwright.session import Session, search
 from meshwright.whatif import Edits, what_if
-from worlds import even_model, one_node
+from worlds import DEVICE, cluster, even_model, one_node
 
 pytestmark = pytest.mark.heavy
 
 
 def two_nodes() -> Cluster:
     """Two nodes with a device each, and a network that is slow enough to matter."""
-    one = one_node(1)
-    nodes = tuple(
-        Node(name=name, site="s", devices=("g",), inside=link, network=link)
-        for name, link in (("a", Link(bandwidth=1e7)), ("b", Link(bandwidth=1e7)))
-    )
-    return replace(one, nodes=nodes)
+    network = Link(bandwidth=1e7)
+    return cluster(("g",), ("g",), inside=network, network=network, types=(DEVICE,))
 
 
 def session(cluster: Cluster, profile: Profile | None = None) -> Session:

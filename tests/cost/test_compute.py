@@ -21,6 +21,7 @@ from meshwright.cost.constants import Calibration, DeviceConstants
 from meshwright.cost.profile import LayerTime, OptimizerTime, Profile
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Layer, LayerGraph
+from worlds import layer
 
 GPU = DeviceType(
     name="gpu",
@@ -93,15 +94,7 @@ def test_bytes_moved_add_to_the_computation_weights_included() -> None:
 
 
 def test_a_tiny_layer_costs_its_launches() -> None:
-    tiny = Layer(
-        name="t",
-        signature="t",
-        forward_flops=1,
-        backward_flops=2,
-        traffic_bytes=4,
-        parameters=0,
-        saved_bytes=0,
-    )
+    tiny = layer(flops=1, traffic_bytes=4)
     assert roofline(tiny, GPU, "bf16", 1, 1).tolist() == [50e-6, 100e-6]
     slow = DeviceConstants(launch_forward=1e-3, launch_backward=3e-3)
     assert roofline(tiny, GPU, "bf16", 1, 1, slow).tolist() == [1e-3, 3e-3]

@@ -30,8 +30,8 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
-from strategies import chain, freeze, models_and_plans
-from worlds import DEVICE, even_model, even_plan, one_node
+from strategies import models_and_plans
+from worlds import DEVICE, chain, even_model, even_plan, freeze, one_node
 
 WIDTH, HIDDEN, RANK, LAYERS, VOCABULARY, LENGTH = 16, 24, 3, 4, 33, 8
 

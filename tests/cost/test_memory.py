@@ -23,10 +23,10 @@ from meshwright.cost.memory import (
 from meshwright.cost.misfits import memory_problems
 from meshwright.cost.weights import bytes_per_parameter, stage_parameters
 from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Job, Pipeline, Plan, Stage
 from meshwright.simulate.engine import simulate_plan
-from strategies import chain, models_and_plans
-from worlds import DEVICE, even_model, even_plan, one_node
+from strategies import models_and_plans
+from worlds import DEVICE, chain, even_model, even_plan, one_node, plan_by_hand
 
 JOB = Job(global_batch=8, sequence=8, precision="bf16")
 
@@ -178,18 +178,10 @@ def test_narrow_replicas_copy_the_gradients_that_wide_ones_divide() -> None:
     model = replace(model, layers=(big,))
 
     def buffers(devices: tuple[tuple[str, ...], ...]) -> list[int]:
-        names = tuple(name for replica in devices for name in replica)
         stage = Stage(layers=(0, 1), devices=devices, rows=(1,) * len(devices))
         pipeline = Pipeline(micro_batches=1, rows=len(devices), stages=(stage,))
-        plan = Plan(
-            name="x",
-            model=Subject(name="m", fingerprint=""),
-            cluster=Subject(name="c", fingerprint=""),
-            job=Job(global_batch=len(devices), sequence=model.sequence, precision="fp32"),
-            devices=names,
-            pipelines=(pipeline,),
-        )
-        return [m.buffers for m in device_memory(plan, model, one_node(len(names)))]
+        plan = plan_by_hand(pipeline, sequence=model.sequence)
+        return [m.buffers for m in device_memory(plan, model, one_node(len(plan.devices)))]
 
     alike, (wide, _, narrow) = buffers((("n:0",), ("n:1",))), buffers((("n:0", "n:1"), ("n:2",)))
     assert narrow - alike[0] == pytest.approx(16e6, rel=1e-3)

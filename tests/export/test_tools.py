@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import node_of
+from meshwright.cluster.spec import Precision, node_of
 from meshwright.errors import PlanError
 from meshwright.export.deepspeed import uniform
 from meshwright.export.grid import grid_of
@@ -24,7 +24,8 @@ from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from worlds import plan_by_hand
 
 GPT, LLAMA = "gpt-tiny", "llama-tiny"
 """Eight blocks each, hence ten layers."""
@@ -39,7 +40,7 @@ def make(
     micro_batches: int = 4,
     rows: int = 2,
     per_node: int = 2,
-    precision: str = "bf16",
+    precision: Precision = "bf16",
 ) -> tuple[Plan, LayerGraph]:
     """A grid of stages with `cuts` layers, `rows` per replica, on nodes a, b, c ..."""
     names = (f"{chr(97 + i // per_node)}:{i % per_node}" for i in count())
@@ -51,20 +52,13 @@ def make(
         )
         for layers in pairwise(ends)
     )
-    job = Job(
-        global_batch=data * rows * micro_batches,
+    plan = plan_by_hand(
+        Pipeline(micro_batches=micro_batches, rows=rows * data, stages=stages),
         sequence=16,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    plan = Plan(
-        name="p",
+        precision=precision,
         model=Subject(name=model, fingerprint="", source=model),
-        cluster=Subject(name="c", fingerprint=""),
-        job=job,
-        devices=tuple(d for stage in stages for replica in stage.devices for d in replica),
-        pipelines=(Pipeline(micro_batches=micro_batches, rows=rows * data, stages=stages),),
     )
-    return plan, load_model(model, 16, job.precision)
+    return plan, load_model(model, 16, precision)
 
 
 def recomputing(plan: Plan, stages: slice = slice(None)) -> Plan:

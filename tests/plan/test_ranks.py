@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.plan.ranks import describe, first_row, mesh_text, row_intervals, stage_seats
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage
+from worlds import plan_by_hand
 
 
 def plan(rows: tuple[int, ...] | None) -> Plan:
     stage = Stage(layers=(0, 3), devices=(("a:0",), ("a:1",)), rows=rows)
-    return Plan(
-        name="x",
-        model=Subject(name="m", fingerprint=""),
-        cluster=Subject(name="c", fingerprint=""),
-        job=Job(global_batch=8, sequence=8, precision="fp32"),
-        devices=("a:0", "a:1"),
-        pipelines=(Pipeline(micro_batches=1, rows=8, stages=(stage,)),),
-    )
+    return plan_by_hand(Pipeline(micro_batches=1, rows=8, stages=(stage,)))
 
 
 def test_unlike_tensor_widths_are_told():

@@ -6,51 +6,29 @@ import json
 
 import pytest
 
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.errors import PlanError
-from meshwright.model.spec import LayerGraph, structure
+from meshwright.model.spec import structure
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
 from meshwright.plan.validate import validate_plan
 from meshwright.records import fingerprint, plain
-from strategies import chain, layer
+from worlds import chain, cluster, in_a_row, layer, plan_by_hand
 
-CPU = DeviceType(name="cpu", memory=2**30, memory_bandwidth=1e10, peak={"fp32": 1e10})
-CLUSTER = Cluster(
-    name="small",
-    types={"cpu": CPU},
-    nodes=(
-        Node(
-            name="a",
-            site="s",
-            devices=("cpu",) * 4,
-            inside=Link(bandwidth=1e9),
-            network=Link(bandwidth=1e8),
-        ),
-    ),
-    sites=(Site(name="s"),),
-)
+CLUSTER = cluster(("fast",) * 4)
 MODEL = chain([1.0, 1.0, 1.0])
 
 
 def good() -> dict:
     """A legal plan, as its JSON."""
-    plan = Plan(
-        name="good",
+    stages = (
+        Stage(layers=(0, 2), devices=(("a:0",), ("a:1",))),
+        Stage(layers=(2, 3), devices=(("a:2",),)),
+    )
+    plan = plan_by_hand(
+        Pipeline(micro_batches=2, rows=4, stages=stages),
+        sequence=8,
         model=Subject(name=MODEL.name, fingerprint=structure(MODEL)),
         cluster=Subject(name=CLUSTER.name, fingerprint=fingerprint(CLUSTER)),
-        job=Job(global_batch=8, sequence=8, precision="fp32"),
-        devices=("a:0", "a:1", "a:2"),
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=4,
-                stages=(
-                    Stage(layers=(0, 2), devices=(("a:0",), ("a:1",))),
-                    Stage(layers=(2, 3), devices=(("a:2",),)),
-                ),
-            ),
-        ),
     )
     return plain(plan)
 
@@ -78,7 +56,7 @@ EDITS = {
     "foreign device": (
         lambda p: (p["devices"].__setitem__(2, "z:9"), stage(p, 1).update(devices=[["z:9"]])),
         "devices",
-        "a device of small",
+        "a device of test",
     ),
     "nameless device": (
         lambda p: (p["devices"].__setitem__(2, "z"), stage(p, 1).update(devices=[["z"]])),
@@ -178,9 +156,7 @@ def test_all_mistakes_come_at_once(tmp_path):
 
 
 def test_tensor_width_must_divide_the_heads():
-    model = LayerGraph(
-        name="heads", sequence=8, precision="fp32", layers=(layer("a", units=3),), tensors=()
-    )
+    model = in_a_row((layer(tensor_units=3),), cut_bytes=0.0)
     data = good()
     data["model"]["fingerprint"] = ""
     data["pipelines"][0]["stages"] = [{"layers": [0, 1], "devices": [["a:0", "a:1"]]}]

@@ -14,7 +14,7 @@ from meshwright.errors import ProgramError
 from meshwright.layout.shares import UNDIVIDED
 from meshwright.model.spec import alive_at
 from meshwright.plan.ranks import stage_seats
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
@@ -24,8 +24,8 @@ from meshwright.program.operations import Op
 from meshwright.program.schedules import in_flight, orders
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.boundaries import cut_bytes
-from strategies import chain, models_and_plans
-from worlds import even_plan, one_node
+from strategies import models_and_plans
+from worlds import chain, even_plan, one_node, plan_by_hand
 
 
 @given(models_and_plans())
@@ -158,23 +158,8 @@ def test_skip_connections_ride_through_every_cut():
 
 def two_stages() -> Program:
     """Rank 0 and 1, one stage each, two micro-batches."""
-    plan = Plan(
-        name="pp2",
-        model=Subject(name="chain", fingerprint=""),
-        cluster=Subject(name="c", fingerprint=""),
-        job=Job(global_batch=2, sequence=8, precision="fp32"),
-        devices=("a:0", "a:1"),
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=1,
-                stages=(
-                    Stage(layers=(0, 1), devices=(("a:0",),)),
-                    Stage(layers=(1, 2), devices=(("a:1",),)),
-                ),
-            ),
-        ),
-    )
+    stages = tuple(Stage(layers=(s, s + 1), devices=((f"a:{s}",),)) for s in range(2))
+    plan = plan_by_hand(Pipeline(micro_batches=2, rows=1, stages=stages))
     return compile_plan(plan, chain([1.0, 1.0], tied=True))
 
 
@@ -306,23 +291,11 @@ def test_what_one_rank_alone_holds_is_updated_before_what_is_shared() -> None:
 
 def test_stages_of_unlike_tensor_widths_reduce_with_their_own_kind():
     model = chain([1.0] * 4)
-    plan = Plan(
-        name="unlike",
-        model=Subject(name="m", fingerprint=""),
-        cluster=Subject(name="c", fingerprint=""),
-        job=Job(global_batch=2, sequence=model.sequence, precision=model.precision),
-        devices=("n:0", "n:1", "n:2", "n:3"),
-        pipelines=(
-            Pipeline(
-                micro_batches=1,
-                rows=2,
-                stages=(
-                    Stage(layers=(0, 2), devices=(("n:0",), ("n:1",))),
-                    Stage(layers=(2, 4), devices=(("n:2", "n:3"),)),
-                ),
-            ),
-        ),
+    stages = (
+        Stage(layers=(0, 2), devices=(("n:0",), ("n:1",))),
+        Stage(layers=(2, 4), devices=(("n:2", "n:3"),)),
     )
+    plan = plan_by_hand(Pipeline(micro_batches=1, rows=2, stages=stages))
     program = compile_plan(plan, model)
     check_program(program)
     reducing = [any(i.op is REDUCE_GRAD for i in instructions) for instructions in program.ranks]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
-from meshwright.model.spec import Layer, LayerGraph, Tensor
+import worlds
+from meshwright.cluster.spec import Cluster, DeviceType, Link
+from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import (
     DeviceMemory,
-    Job,
     Pipeline,
     Plan,
     Prediction,
@@ -18,47 +18,28 @@ from meshwright.plan.spec import (
 )
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline
-
-GIB = 1024**3
+from worlds import GIB
 
 
 def cluster() -> Cluster:
     fast = DeviceType(
         name="fast", memory=16 * GIB, memory_bandwidth=9e11, peak={"fp32": 4e13}, source="paper"
     )
-    inside = Link(bandwidth=2e10, latency=1e-5)
-    network = Link(bandwidth=1.25e9, latency=5e-5)
-    return Cluster(
-        name="pair",
-        types={"fast": fast, "slow": replace(fast, name="slow", memory=8 * GIB)},
-        nodes=(
-            Node(name="a", site="main", devices=("fast",), inside=inside, network=network),
-            Node(name="b", site="main", devices=("slow", "slow"), inside=inside, network=network),
-        ),
-        sites=(Site(name="main"),),
+    made = worlds.cluster(
+        ("fast",),
+        ("slow", "slow"),
+        inside=Link(bandwidth=2e10, latency=1e-5),
+        network=Link(bandwidth=1.25e9, latency=5e-5),
+        types=(fast, replace(fast, name="slow", memory=8 * GIB)),
     )
+    return replace(made, name="pair")
 
 
 def model() -> LayerGraph:
-    layer = Layer(
-        name="",
-        signature="block",
-        forward_flops=1e9,
-        backward_flops=2e9,
-        traffic_bytes=1e6,
-        parameters=1000,
-        saved_bytes=1e6,
-    )
     names = ("embedding", "blocks.0", "blocks.1", "head")
-    return LayerGraph(
-        name="tiny",
-        sequence=128,
-        precision="fp32",
-        layers=tuple(replace(layer, name=name) for name in names),
-        tensors=tuple(
-            Tensor(name=f"x{i}", bytes=4096.0, producer=i, consumers=(i + 1,)) for i in range(3)
-        ),
-    )
+    facts = {"signature": "block", "traffic_bytes": 1e6, "parameters": 1000, "saved_bytes": 1e6}
+    layers = [worlds.layer(name, 1e9, **facts) for name in names]
+    return worlds.in_a_row(layers, cut_bytes=4096.0, name="tiny", sequence=128)
 
 
 def prediction() -> Prediction:
@@ -84,22 +65,16 @@ def prediction() -> Prediction:
 
 
 def plan() -> Plan:
-    return Plan(
+    stages = (
+        Stage(layers=(0, 3), devices=(("a:0",),)),
+        Stage(layers=(3, 4), devices=(("b:0",),)),
+    )
+    return worlds.plan_by_hand(
+        Pipeline(micro_batches=2, rows=1, stages=stages),
+        sequence=128,
         name="dp1-tp1-pp2",
         model=Subject(name="tiny", fingerprint="0123456789ab"),
         cluster=Subject(name="pair", fingerprint="ba9876543210"),
-        job=Job(global_batch=2, sequence=128, precision="fp32"),
-        devices=("a:0", "b:0"),
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=1,
-                stages=(
-                    Stage(layers=(0, 3), devices=(("a:0",),)),
-                    Stage(layers=(3, 4), devices=(("b:0",),)),
-                ),
-            ),
-        ),
         prediction=prediction(),
     )
 

@@ -157,7 +157,7 @@ def test_the_drawing_is_a_picture_of_its_own() -> None:
 def test_the_drawing_shows_sites_and_direct_links() -> None:
     cluster = replace(
         paper.cluster(),
-        sites=(Site(name="main"), Site(name="far", uplink=Link(bandwidth=1.25e8))),
+        sites=(Site(name="here"), Site(name="far", uplink=Link(bandwidth=1.25e8))),
         direct=(DirectLink(between=("a", "b"), link=Link(bandwidth=5e9)),),
     )
     far = replace(cluster.nodes[1], site="far")
@@ -267,7 +267,7 @@ def test_devices_stand_side_by_side_in_their_nodes_and_these_in_the_picture(devi
     cluster = paper.cluster()
     nodes = (cluster.nodes[0], replace(cluster.nodes[1], devices=("slow",) * devices))
     idle = replace(nodes[1], name="a node with a long name", devices=("slow",) * 3)
-    sites = (Site(name="main"), Site(name="far"))
+    sites = (Site(name="here"), Site(name="far"))
     spread = (*nodes, replace(idle, site="far"), replace(idle, site="far", name="idle"))
     svg = plan_svg(paper.plan(), replace(cluster, nodes=spread, sites=sites), paper.model())
     root = ElementTree.fromstring(svg)

@@ -21,14 +21,13 @@ from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.spec import (
     BoundaryKind,
-    Job,
     Pipeline,
     Plan,
     ScheduleName,
     Stage,
     StateDivision,
-    Subject,
 )
+from worlds import plan_by_hand
 
 VOCABULARY, SEQUENCE, ROWS = 33, 8, 8
 """The vocabulary divides by no tensor width."""
@@ -187,17 +186,10 @@ class Case:
 
     @property
     def plan(self) -> Plan:
-        found = (d for p in self.pipelines for s in p.stages for r in s.devices for d in r)
-        nothing = Subject(name="any", fingerprint="")
-        return Plan(
-            name="case",
-            model=nothing,
-            cluster=nothing,
-            job=Job(global_batch=ROWS, sequence=SEQUENCE, precision=self.precision),
-            schedule=self.schedule,
-            devices=tuple(sorted(set(found))),
-            pipelines=self.pipelines,
+        made = plan_by_hand(
+            *self.pipelines, schedule=self.schedule, sequence=SEQUENCE, precision=self.precision
         )
+        return replace(made, devices=tuple(sorted(made.devices)))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

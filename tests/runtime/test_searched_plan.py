@@ -11,34 +11,17 @@ from cases import ROWS, SEQUENCE, Case, batch, gpt
 from ranks import run_ranks
 from test_parity import exact, reference, relative, trained
 
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
+from meshwright.cluster.spec import Link
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Job
 from meshwright.plan.virtual import layout_of
 from meshwright.search.planner import find_plan
+from worlds import cluster, device
 
-
-def cluster(*kinds: str) -> Cluster:
-    """A node for each device: slow ones, on a network on which parameters are dear to reduce."""
-    types = {
-        name: DeviceType(
-            name=name,
-            memory=1 << 34,
-            memory_bandwidth=1e15,
-            peak={"fp64": flops},
-            matmul_efficiency=1.0,
-            attention_efficiency=1.0,
-            memory_efficiency=1.0,
-        )
-        for name, flops in (("fast", 2e8), ("slow", 1e8))
-    }
-    link = Link(bandwidth=1e6, latency=1e-6)
-    nodes = tuple(
-        Node(name="ab"[i], site="here", devices=(kind,), inside=link, network=link)
-        for i, kind in enumerate(kinds)
-    )
-    return Cluster(name="slow", types=types, nodes=nodes, sites=(Site(name="here"),))
+LINK = Link(bandwidth=1e6, latency=1e-6)
+"""A network on which parameters are dear to reduce."""
+SLOW = (device("fast", 2e-4, precision="fp64"), device("slow", 1e-4, precision="fp64"))
 
 
 def searched() -> tuple[Case, LayerGraph]:
@@ -46,7 +29,8 @@ def searched() -> tuple[Case, LayerGraph]:
     model = partial(gpt, layers=8)
     graph = trace(model(), batch(0), "fp64", SEQUENCE, "gpt")
     job = Job(global_batch=ROWS, sequence=SEQUENCE, precision="fp64")
-    plan = find_plan(graph, cluster("fast", "slow"), job)
+    where = cluster(("fast",), ("slow",), network=LINK, types=SLOW)
+    plan = find_plan(graph, where, job)
     return Case(model=model, pipelines=plan.pipelines, schedule=plan.schedule), graph
 
 

@@ -11,9 +11,10 @@ from itertools import combinations, permutations, product
 from meshwright.cluster.spec import devices_of, node_of
 from meshwright.cost.misfits import memory_problems
 from meshwright.errors import PlanError
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.simulate.engine import simulate_plan
+from worlds import plan_by_hand
 
 SAME_UNIT, NEW_REPLICA, NEW_STAGE, NEW_PIPELINE = range(4)
 
@@ -25,14 +26,11 @@ def every_plan(model, cluster, job):
         for pipelines in _filled(shape, job.global_batch, len(model.layers)):
             used = {d for p in pipelines for s in p.stages for unit in s.devices for d in unit}
             for schedule in ("1f1b", "gpipe"):
-                plan = Plan(
-                    name="brute",
-                    model=Subject(name="", fingerprint=""),
-                    cluster=Subject(name="", fingerprint=""),
+                plan = plan_by_hand(
+                    *pipelines,
                     job=job,
                     schedule=schedule,
                     devices=tuple(name for name in order if name in used),
-                    pipelines=pipelines,
                 )
                 if _legal(plan, model, cluster):
                     yield from _fitting(plan, model, cluster)

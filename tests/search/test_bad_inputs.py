@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from searchworlds import cluster, device, job, model
 
 from meshwright.cluster.spec import DirectLink, Link
 from meshwright.errors import ClusterError, FitError, PlanError
@@ -13,6 +12,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.search.inputs import MOST_LAYERS, MOST_ROWS
 from meshwright.search.planner import find_plan
 from meshwright.search.space import divisors
+from worlds import cluster, device, job, model
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("nan"), float("inf")])

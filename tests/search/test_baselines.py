@@ -1,12 +1,12 @@
 """Hand-made plans and AMP's choice, as candidates."""
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.cluster.spec import devices_of
 from meshwright.search.baselines.manual import amp_ranking, blocks, ddp, even, even_bounds
 from meshwright.search.costs import costs_of, unit_times
 from meshwright.search.space import DeviceSet
+from worlds import cluster, job, model
 
 
 def setting(gflops, *nodes, batch=8, **options):

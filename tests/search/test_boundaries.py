@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from searchworlds import NVLINK, cluster, device, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.priced_plan import PricedPlan
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.report.resources import resource_name
 from meshwright.search.costs import costs_of
@@ -18,6 +17,7 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import fold, simulate_folded
 from meshwright.simulate.traffic import link_loads
+from worlds import NVLINK, cluster, device, job, model, plan_by_hand
 
 SLOW = Link(bandwidth=1e7, latency=1e-5)
 
@@ -26,15 +26,9 @@ def world(*stages: Stage, rows: int = 4):
     """Two nodes of four over a slow network; each row crosses a cut with 100 kB."""
     where = cluster(("fast",) * 4, ("fast",) * 4, network=SLOW)
     graph = model([10.0] * 4)
-    names = [d for stage in stages for replica in stage.devices for d in replica]
-    plan = Plan(
-        name="by hand",
-        model=Subject(name="any", fingerprint=""),
-        cluster=Subject(name="any", fingerprint=""),
-        job=job(2 * rows),
-        devices=tuple(sorted(names)),
-        pipelines=(Pipeline(micro_batches=2, rows=rows, stages=stages),),
-    )
+    pipeline = Pipeline(micro_batches=2, rows=rows, stages=stages)
+    plan = plan_by_hand(pipeline, job=job(2 * rows))
+    plan = replace(plan, devices=tuple(sorted(plan.devices)))
     return graph, where, plan
 
 

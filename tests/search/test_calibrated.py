@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.profile import Profile
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
+from worlds import cluster, job, model
 
 REACHED = SystemConstants(inside_efficiency=0.5, network_efficiency=0.6)
 """Links reach about half of what the cluster states, so that scaling them twice shows."""

@@ -9,7 +9,6 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import FAST, SLOW, cluster, job, model
 
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cost.collective import all_reduce
@@ -30,6 +29,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, until
 from meshwright.techniques.backward_split.price import SPLIT_COST
+from worlds import FAST, SLOW, cluster, job, model
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 
@@ -147,11 +147,7 @@ def test_what_is_said_is_how_far_the_step_may_be_from_the_best():
 def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():
     """Two devices of a node are 2 ms apart, and 1 us from those of other nodes."""
     slow, quick = Link(bandwidth=1e10, latency=2e-3), Link(bandwidth=1e10, latency=1e-6)
-    nodes = tuple(
-        Node(name=name, site="here", devices=("fast",) * 2, inside=slow, network=quick)
-        for name in "abc"
-    )
-    where = Cluster(name="c", types={"fast": FAST}, nodes=nodes, sites=(Site(name="here"),))
+    where = cluster(*(("fast",) * 2,) * 3, inside=slow, network=quick, types=(FAST,))
     graph, todo = model([2.0] * 6, parameters=1000), job(8)
     bound = certificate(costs_of(graph, where, todo)).seconds
     assert bound <= find_plan(graph, where, todo).prediction.step_seconds

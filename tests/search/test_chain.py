@@ -3,11 +3,10 @@
 from itertools import islice, pairwise
 from random import Random
 
-from searchworlds import cluster, job, model
-
 from meshwright.search.chain_partition import chains, cut_chain
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
+from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 UNITS = (("a:0",), ("a:1",), ("b:0",), ("b:1",))

@@ -1,13 +1,13 @@
 """Climbs: never downhill, within their allowance."""
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.search.costs import costs_of
 from meshwright.search.incumbent import Incumbent
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.local_search import LocalSearch, around, climb, rate
 from meshwright.search.stage_simulation import preview_seconds
+from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 

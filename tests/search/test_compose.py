@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-from searchworlds import cluster, job, model
 
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
@@ -20,6 +19,7 @@ from meshwright.search.pool_pipelines import (
     written,
 )
 from meshwright.search.space import legal_widths
+from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 4, ("fast",) * 4, ("slow",) * 2)
 COSTS = costs_of(model([10.0, 5.0, 40.0, 10.0, 10.0, 20.0]), WHERE, job(24))

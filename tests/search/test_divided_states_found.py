@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import FAST, cluster, device, job, model, small_worlds
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
@@ -25,6 +24,8 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.techniques.state_division.options import divided
 from meshwright.techniques.state_division.plan import divides
+from strategies import small_worlds
+from worlds import FAST, cluster, device, job, model
 
 SLOW_UPDATES = replace(FAST, memory_bandwidth=1e11)
 """A device whose optimizer step takes a quarter of the step."""

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import FAST, GIB, SLOW, cluster, device, job, model
 
 from meshwright.cluster.spec import Link, devices_of
 from meshwright.cost.instructions import price
@@ -29,6 +28,7 @@ from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
 from meshwright.simulate.engine import simulate
+from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SPEED = {"fast": 2.0, "slow": 1.0}
 

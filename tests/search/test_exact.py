@@ -3,7 +3,6 @@
 import pytest
 from bruteforce import least_seconds
 from hypothesis import given, seed, settings
-from searchworlds import small_worlds
 
 from meshwright.errors import FitError
 from meshwright.search.certificate import EXHAUSTIVE, certificate
@@ -11,6 +10,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from soaks import tenth
+from strategies import small_worlds
 
 SIZES = {1: (6, 8), 2: (6, 5), 3: (6, 3), 4: (6, 2)}
 """Devices: most layers, most rows that brute force can get through in about a second."""

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from searchworlds import cluster, device, job, model
 
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import apportion, pace
+from worlds import cluster, device, job, model
 
 SPEEDS = {"fast": 35.0, "slow": 10.0, "slower": 4.0}
 TYPES = tuple(device(name, tflops) for name, tflops in SPEEDS.items())

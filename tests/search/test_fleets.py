@@ -7,7 +7,6 @@ from itertools import islice, pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import NVLINK, device, job, model
 
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.cost.misfits import memory_problems
@@ -32,6 +31,7 @@ from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.search.template_estimate import TemplateEstimate
 from meshwright.simulate.fold import simulate_folded
 from soaks import tenth
+from worlds import NVLINK, cluster, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
@@ -149,12 +149,8 @@ def test_the_closed_form_is_near_the_simulator():
 def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):
     """Thousands of combinations of numbers of micro-batches, of which each pipeline has few."""
     kinds = ("fast", "slow", "slower")
-    types = {kind: device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds)}
-    nodes = tuple(
-        Node(name=kind, site="here", devices=(kind,), inside=NVLINK, network=NETWORK)
-        for kind in kinds
-    )
-    where = Cluster(name="three", types=types, nodes=nodes, sites=(Site(name="here"),))
+    types = tuple(device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds))
+    where = cluster(*((kind,) for kind in kinds), network=NETWORK, types=types, names=kinds)
     costs = costs_of(model([10.0] * 2), where, job(120))
     context = template_search.estimate_context(costs, fleets(costs))
     chosen = tuple(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import cluster, job, model, small_worlds
 from test_properties import TINY, any_worlds, check_legal, seconds
 
 from meshwright.cost.memory import total_bytes
 from meshwright.errors import FitError
 from meshwright.search.planner import find_plan
 from soaks import tenth
-from strategies import freeze
+from strategies import small_worlds
+from worlds import cluster, freeze, job, model
 
 TINIER = {1: (4, 3), 2: (3, 2), 3: (3, 1)}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from searchworlds import FAST, cluster, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.search.bounds import line_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
+from worlds import FAST, cluster, job, model
 
 FORWARD = 10e9 / 20e12
 """Seconds of a row on a layer; its backward takes twice that."""

@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import cluster, job, model
 
 from meshwright.search import neighbourhood
 from meshwright.search.candidate import CandidatePipeline, StageDevices
@@ -13,6 +12,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.local_search import MOVES
 from meshwright.search.stage_simulation import preview_seconds
+from worlds import cluster, job, model
 
 INFINITE = float("inf")
 WHERE = cluster(("fast", "fast"), ("slow", "slow"), ("fast", "slow"))

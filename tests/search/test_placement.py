@@ -4,11 +4,11 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from searchworlds import cluster
 
 from meshwright.cluster.spec import devices_of, node_of
 from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import Grid, divisors
+from worlds import cluster
 
 SPEED = {"fast": 2.0, "slow": 1.0}
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import FAST, GIB, SLOW, cluster, device, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import total_bytes
@@ -20,6 +19,7 @@ from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.engine import simulate_plan
+from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
 

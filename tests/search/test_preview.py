@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import NVLINK, cluster, job, model, small_worlds
 
 from meshwright.cluster.spec import Link
 from meshwright.search.candidate import plan_of
@@ -11,7 +10,8 @@ from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.stage_simulation import preview_seconds
 from meshwright.simulate.engine import simulate_plan
-from strategies import freeze
+from strategies import small_worlds
+from worlds import NVLINK, cluster, freeze, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import cluster, device, job, model, small_worlds
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.misfits import memory_problems
@@ -19,6 +18,8 @@ from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from soaks import tenth
+from strategies import small_worlds
+from worlds import cluster, device, job, model
 
 TINY = {1: (4, 4), 2: (4, 3), 3: (3, 2)}
 """Devices: layers and rows; the whole space is searched."""

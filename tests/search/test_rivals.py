@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import searchworlds as worlds
 
+import worlds
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.validate import validate_plan
 from meshwright.search.costs import costs_of

@@ -28,8 +28,7 @@ from meshwright.search.options.schedules import in_listed_order, pipeline_works
 from meshwright.search.planner import find_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import simulate_folded
-from strategies import chain
-from worlds import even_plan, one_node
+from worlds import chain, even_plan, one_node
 
 CLUSTER = one_node(6, bandwidth=1e12, latency=3e-3)
 """Slow transfers that do not slow each other down."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from searchworlds import cluster, job, model
 
 from meshwright.cluster.spec import devices_of
 from meshwright.search.space import (
@@ -16,6 +15,7 @@ from meshwright.search.space import (
     shapes,
     usable_devices,
 )
+from worlds import cluster, job, model
 
 SPEED = {"fast": 2.0, "slow": 1.0}
 

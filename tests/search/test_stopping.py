@@ -12,9 +12,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from searchworlds import NVLINK, cluster, device, job, model
 
-from meshwright.cluster.spec import Cluster, Link, Node, Site
+from meshwright.cluster.spec import Cluster, Link
 from meshwright.cost.memory import device_memory
 from meshwright.cost.misfits import memory_problems
 from meshwright.errors import FitError, PlanError
@@ -33,6 +32,7 @@ from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.fold import simulate_folded
 from meshwright.stopping import Stopped, look, until
 from soaks import tenth
+from worlds import cluster, device, job, model
 
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
 
@@ -40,12 +40,12 @@ NETWORK = Link(bandwidth=1e10, latency=1e-5)
 def fleet(fast: int, slow: int) -> Cluster:
     """Nodes of four devices, more than are looked at one by one."""
     kinds = ["fast"] * fast + ["slow"] * slow
-    nodes = tuple(
-        Node(name=f"n{i}", site="here", devices=(kind,) * 4, inside=NVLINK, network=NETWORK)
-        for i, kind in enumerate(kinds)
+    return cluster(
+        *((kind,) * 4 for kind in kinds),
+        network=NETWORK,
+        types=(device("fast", 30.0), device("slow", 10.0)),
+        names=[f"n{i}" for i in range(fast + slow)],
     )
-    types = {"fast": device("fast", 30.0), "slow": device("slow", 10.0)}
-    return Cluster(name="fleet", types=types, nodes=nodes, sites=(Site(name="here"),))
 
 
 WORLDS = {

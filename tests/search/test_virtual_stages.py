@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searchworlds import cluster, device, job, model
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
@@ -32,6 +31,7 @@ from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_pl
 from meshwright.search.planner import find_plan
 from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_in_chunks
 from meshwright.simulate.engine import simulate_plan
+from worlds import cluster, device, job, model
 
 
 def stages_held(plan: Plan) -> int:

@@ -10,34 +10,28 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cluster.topology import Resource
 from meshwright.cost.instructions import price
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.program.compile import compile_plan
 from meshwright.simulate.engine import simulate_plan
 from meshwright.simulate.fold import fold, priced_for_all, simulate_folded
 from meshwright.simulate.parts import parts
-from worlds import DEVICE, even_model, even_plan
+from worlds import DEVICE, cluster, even_model, even_plan, plan_by_hand
 
 
 def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluster:
     """Nodes of `each` devices, the second half of them at another site."""
-    inside = Link(bandwidth=1e9, latency=1e-6, shared=shared)
-    return Cluster(
-        name="sites",
-        types={"g": DEVICE},
-        nodes=tuple(
-            Node(
-                name=f"n{i}",
-                site="home" if i < (nodes + 1) // 2 else "away",
-                devices=("g",) * each,
-                inside=inside,
-                network=Link(bandwidth=2e8, latency=1e-5, shared=shared),
-            )
-            for i in range(nodes)
-        ),
-        sites=tuple(
-            Site(name=n, uplink=Link(bandwidth=uplink, latency=1e-4)) for n in ("home", "away")
-        ),
+    made = cluster(
+        *(("g",) * each,) * nodes,
+        inside=Link(bandwidth=1e9, latency=1e-6, shared=shared),
+        network=Link(bandwidth=2e8, latency=1e-5, shared=shared),
+        types=(DEVICE,),
+        names=[f"n{i}" for i in range(nodes)],
     )
+    half = (nodes + 1) // 2
+    placed = [replace(n, site="home" if i < half else "away") for i, n in enumerate(made.nodes)]
+    way = Link(bandwidth=uplink, latency=1e-4)
+    ends = tuple(Site(name=name, uplink=way) for name in ("home", "away"))
+    return replace(made, nodes=tuple(placed), sites=ends)
 
 
 @settings(max_examples=60)
@@ -74,31 +68,23 @@ def check(plan, model, where):
     assert parts(folded) == pytest.approx(parts(whole), rel=1e-6, abs=1e-9)
 
 
+def whole(*replicas: tuple[str, ...]) -> Stage:
+    """All four layers."""
+    return Stage(layers=(0, 4), devices=replicas)
+
+
 def two_lines(narrow: bool) -> Plan:
     """Four replicas of one stage, and stages of two replicas and one or two."""
-    devices = tuple(f"n{i}:{j}" for i in range(4) for j in range(2))
+    devices = tuple(f"n{i}:{j}" for i in range(2) for j in range(2))
     second = (("n3:0",),) if narrow else (("n3:0",), ("n3:1",))
-    return Plan(
-        name="two",
-        model=Subject(name="", fingerprint=""),
-        cluster=Subject(name="", fingerprint=""),
-        job=Job(global_batch=12, sequence=1, precision="fp32", optimizer="sgd"),
-        devices=devices[:7] if narrow else devices,
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=4,
-                stages=(Stage(layers=(0, 4), devices=tuple((d,) for d in devices[:4])),),
-            ),
-            Pipeline(
-                micro_batches=2,
-                rows=2,
-                stages=(
-                    Stage(layers=(0, 2), devices=(("n2:0",), ("n2:1",))),
-                    Stage(layers=(2, 4), devices=second),
-                ),
-            ),
-        ),
+    stages = (
+        Stage(layers=(0, 2), devices=(("n2:0",), ("n2:1",))),
+        Stage(layers=(2, 4), devices=second),
+    )
+    return plan_by_hand(
+        Pipeline(micro_batches=2, rows=4, stages=(whole(*((d,) for d in devices)),)),
+        Pipeline(micro_batches=2, rows=2, stages=stages),
+        optimizer="sgd",
     )
 
 
@@ -111,22 +97,11 @@ def test_unlike_pipelines_take_as_long_folded(shared, narrow):
 
 def unlike_widths(second: tuple[tuple[str, ...], ...]) -> Plan:
     """Two replicas of two tensor ranks each in one pipeline, and another pipeline."""
-    devices = tuple(f"n{i}:{j}" for i in range(4) for j in range(2))
-    used = {device for replica in second for device in replica}
-    return Plan(
-        name="unlike",
-        model=Subject(name="", fingerprint=""),
-        cluster=Subject(name="", fingerprint=""),
-        job=Job(global_batch=12, sequence=1, precision="fp32", optimizer="sgd"),
-        devices=tuple(d for d in devices if d < "n2" or d in used),
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=4,
-                stages=(Stage(layers=(0, 4), devices=(devices[:2], devices[2:4])),),
-            ),
-            Pipeline(micro_batches=2, rows=2, stages=(Stage(layers=(0, 4), devices=second),)),
-        ),
+    first = whole(("n0:0", "n0:1"), ("n1:0", "n1:1"))
+    return plan_by_hand(
+        Pipeline(micro_batches=2, rows=4, stages=(first,)),
+        Pipeline(micro_batches=2, rows=2, stages=(whole(*second),)),
+        optimizer="sgd",
     )
 
 

@@ -15,7 +15,7 @@ from meshwright.cost.instructions import Prices, price
 from meshwright.cost.pricing_context import Price
 from meshwright.errors import ProgramError
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
@@ -25,8 +25,8 @@ from meshwright.simulate.engine import simulate, simulate_plan
 from meshwright.simulate.parts import parts
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.operations import GATHERS
-from strategies import chain, models_and_plans
-from worlds import even_model, even_plan, one_node
+from strategies import models_and_plans
+from worlds import chain, even_model, even_plan, one_node, plan_by_hand
 
 SECOND = 1.0
 
@@ -264,14 +264,10 @@ def virtual_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
     )
     micro_batches = draw(st.integers(1, 5))
     model = even_model(len(order), cut_bytes=draw(st.sampled_from([1.0, 1e4])))
-    plan = Plan(
-        name="virtual",
-        model=Subject(name="any", fingerprint=""),
-        cluster=Subject(name="any", fingerprint=""),
-        job=Job(global_batch=micro_batches * rows, sequence=1, precision="fp32"),
+    plan = plan_by_hand(
+        Pipeline(micro_batches=micro_batches, rows=rows, stages=stages),
         schedule=schedule,
         devices=tuple(d for mesh, _ in meshes for replica in mesh for d in replica),
-        pipelines=(Pipeline(micro_batches=micro_batches, rows=rows, stages=stages),),
     )
     layers = tuple(replace(layer, tensor_units=6) for layer in model.layers)
     return replace(model, layers=layers), plan
@@ -308,14 +304,8 @@ def test_broadcasts_of_several_cuts_and_both_directions_take_their_own_time() ->
         Stage(layers=(s, s + 1), devices=devices[g], boundary="broadcast" if s % 2 else None)
         for s, g in enumerate((0, 1, 1, 0))
     )
-    plan = Plan(
-        name="v",
-        model=Subject(name="any", fingerprint=""),
-        cluster=Subject(name="any", fingerprint=""),
-        job=Job(global_batch=1, sequence=1, precision="fp32"),
-        schedule="zb-v",
-        devices=("n:0", "n:1", "n:2"),
-        pipelines=(Pipeline(micro_batches=1, rows=1, stages=stages),),
+    plan = plan_by_hand(
+        Pipeline(micro_batches=1, rows=1, stages=stages), sequence=1, schedule="zb-v"
     )
     wide = replace(model, layers=tuple(replace(layer, tensor_units=2) for layer in model.layers))
     timeline = simulate_plan(plan, wide, one_node(3, bandwidth=1e9))

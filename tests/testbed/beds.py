@@ -10,6 +10,7 @@ from meshwright.cluster.spec import Cluster
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
 from meshwright.testbed.machine import Abilities, Quotas
 from meshwright.testbed.spec import Bed, BedFile, bed_of
+from worlds import plan_by_hand
 
 JOB = Job(global_batch=4, sequence=16, precision="fp32", optimizer="sgd")
 EVERYTHING = Abilities(
@@ -69,12 +70,8 @@ def pipeline_plan(devices: tuple[tuple[tuple[str, ...], ...], ...], cuts: tuple[
         Stage(layers=(a, b), devices=each)
         for a, b, each in zip(cuts, cuts[1:], devices, strict=False)
     )
-    names = tuple(name for stage in devices for row in stage for name in row)
-    return Plan(
-        name="p",
+    return plan_by_hand(
+        Pipeline(micro_batches=2, rows=2, stages=stages),
         model=Subject(name="gpt-tiny", fingerprint=""),
-        cluster=Subject(name="mixed", fingerprint=""),
         job=JOB,
-        devices=names,
-        pipelines=(Pipeline(micro_batches=2, rows=2, stages=stages),),
     )

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.layout.shares import Share
-from meshwright.model.spec import Layer, LayerGraph, Tensor
+from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import StageSeats, stage_seats
-from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import dumps, loads
 from meshwright.program.operations import Op
 from meshwright.techniques.pipeline_parallel.rows import boundary_moves, gathered
+from worlds import in_a_row, layer, plan_by_hand
 
-ANY = Subject(name="any", fingerprint="")
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
 ROWS = 6
 
@@ -42,33 +42,11 @@ def plans(draw: st.DrawFn, kind: BoundaryKind | None = None) -> Plan:
                 boundary=kind if s else None,
             )
         )
-    return Plan(
-        name="any",
-        model=ANY,
-        cluster=ANY,
-        job=Job(global_batch=2 * ROWS, sequence=1, precision="fp32"),
-        devices=tuple(f"n:{k}" for k in range(next(taken))),
-        pipelines=(Pipeline(micro_batches=2, rows=ROWS, stages=tuple(stages)),),
-    )
+    return plan_by_hand(Pipeline(micro_batches=2, rows=ROWS, stages=tuple(stages)))
 
 
 def graph(layers: int) -> LayerGraph:
-    layer = Layer(
-        name="l",
-        signature="l",
-        forward_flops=1.0,
-        backward_flops=1.0,
-        traffic_bytes=0.0,
-        parameters=0,
-        saved_bytes=0.0,
-        tensor_units=12,
-    )
-    tensors = tuple(
-        Tensor(name=f"t{k}", bytes=120.0, producer=k, consumers=(k + 1,)) for k in range(layers - 1)
-    )
-    return LayerGraph(
-        name="g", sequence=1, precision="fp32", layers=(layer,) * layers, tensors=tensors
-    )
+    return in_a_row((layer(tensor_units=12),) * layers, cut_bytes=120.0)
 
 
 def holders(stage: StageSeats) -> dict[int, tuple[int, int]]:
@@ -122,23 +100,11 @@ def test_scattered_bytes_cross_a_cut_once(plan: Plan) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gathers_stand_right_before_their_reader(kind: BoundaryKind) -> None:
-    plan = Plan(
-        name="any",
-        model=ANY,
-        cluster=ANY,
-        job=Job(global_batch=2 * ROWS, sequence=1, precision="fp32"),
-        devices=("n:0", "n:1", "n:2"),
-        pipelines=(
-            Pipeline(
-                micro_batches=2,
-                rows=ROWS,
-                stages=(
-                    Stage(layers=(0, 1), devices=(("n:0",),)),
-                    Stage(layers=(1, 2), devices=(("n:1", "n:2"),), boundary=kind),
-                ),
-            ),
-        ),
+    stages = (
+        Stage(layers=(0, 1), devices=(("n:0",),)),
+        Stage(layers=(1, 2), devices=(("n:1", "n:2"),), boundary=kind),
     )
+    plan = plan_by_hand(Pipeline(micro_batches=2, rows=ROWS, stages=stages))
     own = compile_plan(plan, graph(2)).ranks[1]
     found = [k for k, i in enumerate(own) if i.op.kind == "collective" and i.op.reads]
     assert len(found) == (2 if kind == "scatter_gather" else 0)

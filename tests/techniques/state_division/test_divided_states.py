@@ -26,8 +26,8 @@ from meshwright.simulate.fold import fold, simulate_folded
 from meshwright.simulate.parts import parts
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
-from strategies import chain, models_and_plans
-from worlds import even_model, even_plan, one_node
+from strategies import models_and_plans
+from worlds import chain, even_model, even_plan, one_node
 
 DIVIDED = StateDivision(optimizer="all")
 
