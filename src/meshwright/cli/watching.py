@@ -92,7 +92,7 @@ class Watch:
         return f"planning for {self.seconds:.0f} s: {self._doing}{self._best} ({hint})"
 
     def _show(self) -> None:
-        """Show the line: on a terminal rich keeps it up to date, elsewhere a new one is printed
+        """Show the line: on a terminal the library rich redraws it, elsewhere a new line is printed
         every LINE_SECONDS."""
         if self._live is not None or self._clock() < self._next:
             return

@@ -150,7 +150,7 @@ def read_list(text: str) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
 
 
 def _with_more(way: Way, host: Host) -> Way:
-    """Add power limits, and mark GPUs that are in MIG mode but have no slice."""
+    """Add the power limit of each GPU, and mark those that are in MIG mode but have no slice."""
     for fields in _MORE_FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
         rows = [[cell.strip() for cell in line.split(",")] for line in answer.text.splitlines()]

@@ -129,8 +129,9 @@ def fit(
 
 
 def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
-    """Return the positions at which the robust error, pull included, is least; `origin` is the
-    start."""
+    """Minimise the robust error plus the pull towards the starting values; start at `origin`.
+
+    The result is the position of every parameter in its range."""
     places, damping = origin.copy(), 1e-2
     residual = errors(places)
     for _ in range(ROUNDS):

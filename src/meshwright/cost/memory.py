@@ -277,7 +277,7 @@ def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) 
 
     It keeps the inputs and the output gradients of its matrix products. In a block of GPT-2 these
     are as large as what the forward saved (7 + 9 tensors of the model's width against 16). A
-    recomputed layer keeps as much, since I has repeated its forward; a layer that trains nothing
+    recomputed layer keeps as much, since part I repeats its forward; a layer that trains nothing
     keeps nothing. The loss saves fp32 numbers whose gradient has the precision of the products, so
     half of them count.
     """

@@ -230,7 +230,8 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[Kind, PairTimes]) 
 def _fitted_uplink(
     cluster: Cluster, nodes: Sequence[Node], name: str, report: LinkReport
 ) -> Link | None:
-    """Return the uplink of a site if pairs across it are slower than their nodes, else None."""
+    """Return the uplink of a site; None unless device pairs across it are slower than the network
+    interfaces of their nodes."""
     by_name = {node.name: node for node in nodes}
     devices = {device.name: device for device in devices_of(cluster)}
     found = None

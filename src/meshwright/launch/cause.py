@@ -25,9 +25,9 @@ run."""
 def cause(events: Sequence[Event], folder: Path, *, since: float) -> MeshwrightError:
     """Return the error to report for a run that failed; `since` is when the run began.
 
-    A failure that a rank reports of itself and a process that vanished compete by time: the earlier
-    is the cause. If there are none, the cause is a rank that is stopped; and if there is none
-    either, what ranks report that merely noticed the absence of another.
+    The cause is the earliest of two kinds of events: a rank reports its own failure, or a process
+    vanishes. If there is no such event, the cause is a rank that was stopped (SIGSTOP); failing
+    that, the report of a rank that noticed another one's absence.
     """
     words = [*_said(events), *_written(folder, since)]
     noticed = min((each for each in words if each.secondary), key=_when, default=None)

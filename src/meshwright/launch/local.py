@@ -39,7 +39,7 @@ PROCESS_BYTES = 350 * 2**20
 
 @record
 class Place:
-    """Where a rank runs: what differs between the ranks of one machine."""
+    """Says where a rank runs; this is what differs between the ranks of one machine."""
 
     node: str = "here"
     address: str = variables.LOOPBACK
@@ -53,7 +53,7 @@ class Place:
 
 
 def here(_device: str) -> Place:
-    """Place every rank on this machine without isolation."""
+    """Return the same place for every rank: this machine, without a namespace or control group."""
     return Place()
 
 

@@ -12,8 +12,10 @@ from meshwright.records import record
 
 @record
 class Share:
-    """Of `of` equal shares of something that is divided, those with indices [first, last). Rank 1
-    of 4 has the share first = 1, last = 2, of = 4."""
+    """The shares with indices [first, last) when something is divided into `of` equal shares.
+
+    Rank 1 of 4 has the share first = 1, last = 2, of = 4.
+    """
 
     first: int
     last: int

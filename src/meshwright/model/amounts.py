@@ -46,7 +46,7 @@ class Run:
 
 @record
 class Amounts:
-    """The cost of a layer per row, with the names of `model.spec.Layer`."""
+    """The cost of a layer per row; its fields are named as those of `model.spec.Layer`."""
 
     forward_flops: float
     attention_flops: float

@@ -31,7 +31,7 @@ class Seat:
 
 @record
 class StageSeats:
-    """All seats of one stage, with the facts that its instructions need."""
+    """One stage with the seat of each of its ranks, and what instructions need to know of it."""
 
     number: int
     pipeline: int

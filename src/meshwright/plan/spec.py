@@ -79,7 +79,7 @@ class Subject:
     """Fingerprint of the LayerGraph or Cluster record; empty if any will do, as in plans written by
     hand."""
     source: Line = ""
-    """Where it can be loaded from: a model name, a `config.json`, a `.toml`."""
+    """Source that it can be loaded from: a model name, a `config.json`, a `.toml`."""
 
 
 Actions = Annotated[str, Field(max_length=2**24)]

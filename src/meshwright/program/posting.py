@@ -17,7 +17,7 @@ a forward only."""
 def receives_ahead(
     orders: Sequence[Order], groups: Sequence[int]
 ) -> tuple[dict[int, tuple[int, ...]], ...]:
-    """For every pipeline rank, return the actions whose receives are posted ahead of an action.
+    """Return, for every pipeline rank, the actions whose receives are posted ahead of an action.
 
     The result maps the index of an action to the indices of those actions. `groups` holds the
     pipeline rank of every stage. Messages in one direction between two ranks have no tags (NCCL),

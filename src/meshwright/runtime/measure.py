@@ -205,7 +205,7 @@ class Recorder:
 
 
 class Recording:
-    """Whether the step that runs is measured, for all that takes part in it."""
+    """Tells everything that takes part in a step if the step is measured."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None

@@ -102,7 +102,7 @@ class Pace:
 
     @property
     def slowness(self) -> float:
-        """Present CPU seconds of work that usually takes one second."""
+        """CPU seconds that work takes at present if it usually takes one second."""
         return median(self._recent) / self._usual if self._recent else 1.0
 
 

@@ -90,7 +90,7 @@ def _event() -> torch.cuda.Event:
 
 
 def distinct_layers(model: LayerGraph) -> dict[str, int]:
-    """Returns the number of the first layer with each signature."""
+    """Maps each signature to the number of the first layer that has it."""
     return {layer.signature: n for n, layer in reversed([*enumerate(model.layers)])}
 
 

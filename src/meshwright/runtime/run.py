@@ -121,7 +121,7 @@ class Metrics:
 
 @record
 class Failure:
-    """Why a rank stopped."""
+    """The reason why a rank stopped."""
 
     rank: Rank
     seconds: Ratio

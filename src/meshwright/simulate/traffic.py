@@ -21,7 +21,7 @@ class LinkLoad:
     resource: Resource
     bytes: float
     seconds: float
-    """bytes / bandwidth: the least time in which the bytes pass."""
+    """The least time in which the bytes pass: bytes / bandwidth."""
 
 
 def link_loads(priced: PricedPlan) -> tuple[LinkLoad, ...]:

@@ -85,12 +85,12 @@ class Counted(Counts):
         return made
 
     def heads(self, x: Sized, head: int) -> Sized:
-        """Makes a view."""
+        """Counts nothing: features are divided into heads by a view, without a copy."""
         rows, tokens, features = x.shape
         return self.tape.views(x, [(rows, features // head, tokens, head)], _same)[0]
 
     def merged(self, x: Sized) -> Sized:
-        """Makes a view, since attention gives its output in this order."""
+        """Counts nothing: attention gives its output in this order, so that a view is enough."""
         rows, heads, tokens, head = x.shape
         return self.tape.views(x, [(rows, tokens, heads * head)], _same)[0]
 
@@ -167,12 +167,12 @@ class Counted(Counts):
         return counted_stems.convolution(self, name, x, inputs, outputs, stride=stride)
 
     def turned(self, x: Sized) -> Sized:
-        """Makes a view."""
+        """Counts nothing: a transposition is a view, without a copy."""
         rows, features, tokens = x.shape
         return self.tape.views(x, [(rows, tokens, features)], _same)[0]
 
     def first_token(self, x: Sized) -> Sized:
-        """Makes a view, whose gradient is as large as x."""
+        """Counts a view, which costs nothing; its gradient is as large as x."""
         shape, size = x.shape, x.size
         return self.tape.views(x, [(shape[0], shape[2])], lambda _: [self.tape.new(shape, size)])[0]
 

@@ -151,7 +151,7 @@ def _lengthened(o: Counts, x: Sized, tokens: int) -> Sized:
 
 
 def _piece(o: Counts, x: Sized, tokens: int) -> Sized:
-    """Makes a view of some tokens, whose gradient is as large as x."""
+    """Counts a view of some tokens, which costs nothing; its gradient is as large as x."""
     shape, size = x.shape, x.size
     return o.tape.views(x, [(*shape[:2], tokens, shape[3])], lambda _: [o.tape.new(shape, size)])[0]
 

@@ -63,8 +63,8 @@ class ExpertsOf(nn.Module):
         return expert, share if m.scale == 1.0 else share * m.scale
 
     def _looked_at(self, scores: Tensor) -> Tensor:
-        """Gives the scores by which experts are chosen; experts of groups that were not chosen have
-        minus infinity."""
+        """Gives the scores by which experts are chosen: those of experts in groups that were not
+        chosen become minus infinity."""
         m = self.mixture
         if self.balance is not None:
             scores = scores + self.balance
