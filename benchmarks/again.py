@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from meshwright.launch.local import Launcher
-from meshwright.launch.supervise import first_status
+from meshwright.launch.supervise import exit_status
 
 
 def start_again(ranks: int, arguments: Sequence[str]) -> None:
@@ -14,5 +14,5 @@ def start_again(ranks: int, arguments: Sequence[str]) -> None:
     with Launcher() as launcher:
         devices = [f"here:{rank}" for rank in range(ranks)]
         events = launcher.run_command(devices, (sys.executable, sys.argv[0], *arguments))
-    if first_status(events):
-        sys.exit(first_status(events))
+    if exit_status(events):
+        sys.exit(exit_status(events))

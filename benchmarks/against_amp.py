@@ -24,7 +24,7 @@ from testbed_cases import HERE, Known, Place, Setting, Suite, best_plan, say
 from worth_it import MIXED
 
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Plan
 from meshwright.records import fingerprint
 from meshwright.search.planner import baseline_plan
@@ -90,7 +90,7 @@ def speed_up(suite: Suite, setting: Setting) -> float:
     say(
         f"{setting.place.name:9} {setting.model:7} {middle['meshwright']:7.3f} "
         f"{middle.get('amp', middle['meshwright']):7.3f} {ratio:6.2f}  "
-        f"{describe(own)}  against  {'the same' if same else describe(amp)}"
+        f"{describe_plan(own)}  against  {'the same' if same else describe_plan(amp)}"
     )
     return ratio
 

@@ -31,7 +31,7 @@ WORD_BITS = 32
 class Row:
     """One recorded strategy and our prediction of it."""
 
-    prediction: amp.Prediction
+    prediction: amp.AmpPrediction
     recorded_bounds: tuple[int, ...]
     recorded_seconds: float
 
@@ -49,7 +49,7 @@ class Comparison:
     rows: tuple[Row, ...]
     missing: int
     """Recorded strategies that we did not enumerate."""
-    extra: tuple[amp.Prediction, ...]
+    extra: tuple[amp.AmpPrediction, ...]
     """Enumerated strategies without a record."""
     seconds: float
 

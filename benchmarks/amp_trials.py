@@ -29,11 +29,11 @@ from meshwright import records
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import topology
-from meshwright.cost.calibrate import fit
-from meshwright.cost.collective import all_reduce, alone_seconds
+from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.compute import device_seconds, host_seconds, launch_seconds
 from meshwright.cost.constants import Calibration, device_constants
-from meshwright.cost.links import reached_links, ring_step
+from meshwright.cost.fit_constants import fit_constants
+from meshwright.cost.links import reached_links, ring_step_seconds
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Layer, LayerGraph
@@ -138,10 +138,12 @@ def summing_seconds(
     profile = Profile(model=model.name, sequence=model.sequence, calibration=constants)
     node = next(node for node in cluster.nodes if kind in node.devices)
     ranks = [f"{node.name}:{index}" for index in range(min(tensor, len(node.devices)))]
-    links, latency = topology(reached_links(cluster, profile)), ring_step(profile)
+    links, latency = topology(reached_links(cluster, profile)), ring_step_seconds(profile)
     cost: dict[float, float] = {}
     for size in {size for layer in model.layers for size in layer.forward_all_reduce_bytes}:
-        cost[size] = alone_seconds(links, all_reduce(links, ranks, size, step_latency=latency))
+        cost[size] = uncontended_seconds(
+            links, all_reduce(links, ranks, size, step_latency=latency)
+        )
     return [sum(cost[size] for size in layer.forward_all_reduce_bytes) for layer in model.layers]
 
 
@@ -222,7 +224,7 @@ def fit_to(sets: Sequence[Predictor]) -> Calibration:
         ]
         return np.concatenate(parts)
 
-    return fit(seconds, measured, AMP_KNOBS, start=AMP_PRIOR)
+    return fit_constants(seconds, measured, AMP_KNOBS, start=AMP_PRIOR)
 
 
 def judge(found: Predictor, constants: Calibration) -> dict[str, Any]:

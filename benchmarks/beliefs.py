@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from meshwright.cluster.spec import DeviceType
-from meshwright.cost.calibrate import Knob
 from meshwright.cost.constants import (
     Calibration,
     DeviceConstants,
     SystemConstants,
     implausible,
 )
+from meshwright.cost.fit_constants import FitParameter
 from meshwright.errors import ProfileError
 from meshwright.records import dumps, load
 
@@ -58,18 +58,18 @@ MEGATRON_PRIOR = Calibration(
     ),
 )
 MEGATRON_KNOBS = (
-    Knob(name="matmul_efficiency", types=A100, start=0.8),
-    Knob(name="attention_efficiency", types=A100, start=0.25, low=0.05, high=0.5),
-    Knob(name="memory_efficiency", types=A100, start=0.8),
-    Knob(name="head_efficiency", types=A100, start=0.8),
-    Knob(name="launch_forward", types=A100, start=1e-3),
-    Knob(name="launch_backward", types=A100, start=1e-3),
-    Knob(name="layer_overhead", types=A100, start=1e-4),
-    Knob(name="optimizer_traffic", types=A100, start=0.7),
-    Knob(name="inside_efficiency", start=0.75),
-    Knob(name="ring_step", start=1e-5),
-    Knob(name="boundary", start=2e-5),
-    Knob(name="step", start=1e-3),
+    FitParameter(name="matmul_efficiency", types=A100, start=0.8),
+    FitParameter(name="attention_efficiency", types=A100, start=0.25, low=0.05, high=0.5),
+    FitParameter(name="memory_efficiency", types=A100, start=0.8),
+    FitParameter(name="head_efficiency", types=A100, start=0.8),
+    FitParameter(name="launch_forward", types=A100, start=1e-3),
+    FitParameter(name="launch_backward", types=A100, start=1e-3),
+    FitParameter(name="layer_overhead", types=A100, start=1e-4),
+    FitParameter(name="optimizer_traffic", types=A100, start=0.7),
+    FitParameter(name="inside_efficiency", start=0.75),
+    FitParameter(name="ring_step", start=1e-5),
+    FitParameter(name="boundary", start=2e-5),
+    FitParameter(name="step", start=1e-3),
 )
 
 _AMP_HOST = DeviceConstants(
@@ -92,10 +92,10 @@ AMP_PRIOR = Calibration(
 )
 _BOTH = tuple(AMP_PRIOR.devices)
 AMP_KNOBS = (
-    Knob(name="memory_efficiency", types=_BOTH, start=0.8),
-    Knob(name="launch_backward", types=_BOTH, start=5e-3),
-    Knob(name="inside_efficiency", start=0.75),
-    Knob(name="network_efficiency", start=0.75),
+    FitParameter(name="memory_efficiency", types=_BOTH, start=0.8),
+    FitParameter(name="launch_backward", types=_BOTH, start=5e-3),
+    FitParameter(name="inside_efficiency", start=0.75),
+    FitParameter(name="network_efficiency", start=0.75),
 )
 """All of the framework, none of a GPU type: how many more bytes its kernels move than we count, how
 long the host takes over a backward beside a forward, what its collectives reach. What differs
@@ -118,20 +118,20 @@ MOST_OVERHEAD = 4e-4
 layers' fixed cost what belongs to its memory, and does not carry over to another type."""
 
 
-def fsdp_knobs(types: Mapping[str, DeviceType]) -> tuple[Knob, ...]:
+def fsdp_knobs(types: Mapping[str, DeviceType]) -> tuple[FitParameter, ...]:
     """Three efficiencies for each type; overheads and links for all of them together."""
     own = [
-        Knob(name=name, types=(kind,), start=getattr(types[kind], name))
+        FitParameter(name=name, types=(kind,), start=getattr(types[kind], name))
         for kind in sorted(types)
         for name in ("matmul_efficiency", "attention_efficiency", "memory_efficiency")
     ]
     every = tuple(sorted(types))
     return (
         *own,
-        Knob(name="layer_overhead", types=every, start=1e-4, high=MOST_OVERHEAD),
-        Knob(name="optimizer_traffic", types=every, start=1.0),
-        Knob(name="inside_efficiency", start=0.75),
-        Knob(name="network_efficiency", start=0.75),
-        Knob(name="shard_exposure", start=0.3),
-        Knob(name="step", start=5e-3),
+        FitParameter(name="layer_overhead", types=every, start=1e-4, high=MOST_OVERHEAD),
+        FitParameter(name="optimizer_traffic", types=every, start=1.0),
+        FitParameter(name="inside_efficiency", start=0.75),
+        FitParameter(name="network_efficiency", start=0.75),
+        FitParameter(name="shard_exposure", start=0.3),
+        FitParameter(name="step", start=5e-3),
     )

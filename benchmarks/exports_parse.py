@@ -33,8 +33,8 @@ from meshwright.errors import PlanError
 from meshwright.export.tools import export_files
 from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
-from meshwright.model.transformer.usual import base_of, made_of
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, StateDivision, Subject
+from meshwright.model.transformer.defaults import architecture_of, base_of
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage, StateDivision
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 
@@ -119,8 +119,8 @@ def plan_of(case: Case) -> Plan:
     )
     return Plan(
         name="case",
-        model=Subject(name=case.model, fingerprint="", source=case.model),
-        cluster=Subject(name="c", fingerprint=""),
+        model=PlanInput(name=case.model, fingerprint="", source=case.model),
+        cluster=PlanInput(name="c", fingerprint=""),
         job=job,
         schedule="interleaved-1f1b" if case.loop else "1f1b",
         devices=tuple(d for place in places for replica in place for d in replica),
@@ -155,7 +155,7 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
     config = arguments.core_transformer_config_from_args(parsed)
     c = language_model(case.model)
     llama = base_of(c) != "gpt2"
-    a = made_of(c)
+    a = architecture_of(c)
     found_and_wanted = {
         "num_layers": c.layers,
         "hidden_size": c.width,

@@ -25,8 +25,8 @@ from scores import HEADER, kendall_tau, line, summary, write
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
-from meshwright.cost.calibrate import fit, held_out
 from meshwright.cost.constants import Calibration
+from meshwright.cost.fit_constants import fit_constants, held_out_predictions
 from meshwright.cost.profile import Profile
 from meshwright.cost.sharded import ShardedStep, sharded_step_seconds
 from meshwright.model.config import LanguageModel
@@ -210,7 +210,7 @@ def without_own_type(runs: Sequence[Run], measured: Array) -> Array | None:
     for name in dict.fromkeys(names):
         seen, own = np.flatnonzero(names != name), np.flatnonzero(names == name)
         types = {k: v for i in seen for k, v in runs[i].cluster.types.items()}
-        found = fit(
+        found = fit_constants(
             partial(predict, runs), measured, fsdp_knobs(types), start=FSDP_PRIOR, runs=seen
         )
         predicted[own] = predict(runs, found, own)
@@ -230,7 +230,7 @@ def main() -> int:
     everything = np.arange(len(runs))
     knobs = fsdp_knobs({name: kind for run in runs for name, kind in run.cluster.types.items()})
     if chosen.save:
-        found = fit(predicted, measured, knobs, start=FSDP_PRIOR)
+        found = fit_constants(predicted, measured, knobs, start=FSDP_PRIOR)
         save("fsdp", replace(found, source=", ".join(path.name for path in chosen.runs)))
     print(HEADER)
     results: dict[str, dict[str, float]] = {}
@@ -242,10 +242,10 @@ def main() -> int:
     show("stated in advance, no fit", predicted(FSDP_PRIOR, everything))
     show("shipped", predicted(shipped("fsdp"), everything))
     if chosen.refit:
-        found = fit(predicted, measured, knobs, start=FSDP_PRIOR)
+        found = fit_constants(predicted, measured, knobs, start=FSDP_PRIOR)
         show("fitted here", predicted(found, everything))
         sizes = [run.name for run in runs]
-        apart = held_out(predicted, measured, knobs, sizes, start=FSDP_PRIOR)
+        apart = held_out_predictions(predicted, measured, knobs, sizes, start=FSDP_PRIOR)
         show("leaving one model size out", apart)
         others = without_own_type(runs, measured)
         if others is not None:

@@ -34,7 +34,7 @@ from pathlib import Path
 from fuzz_cases import Case, case_of, runs, strata
 from fuzz_world import make_world
 
-from meshwright.text import flaw
+from meshwright.text import forbidden_character
 
 BYTES = 2**30
 """What a case may take."""
@@ -111,17 +111,17 @@ def _reader(what: str, path: Path) -> None:
     from rich.console import Console
 
     from meshwright.cluster.files import load_cluster
-    from meshwright.cost.pairs import load_links
+    from meshwright.cost.links import load_links
     from meshwright.errors import ProfileError
     from meshwright.program.timeline import Timeline
     from meshwright.records import load
-    from meshwright.report.trace import dump_trace
-    from meshwright.report.verification import links_table
+    from meshwright.report.chrome_trace import save_chrome_trace
+    from meshwright.report.verification import fitted_links_table
 
     if what == "@links":
-        Console().print(links_table(load_links(path, load_cluster(Path("cluster.toml")))))
+        Console().print(fitted_links_table(load_links(path, load_cluster(Path("cluster.toml")))))
     else:
-        dump_trace(load(path, Timeline, error=ProfileError), Path("out.json"))
+        save_chrome_trace(load(path, Timeline, error=ProfileError), Path("out.json"))
     raise SystemExit(0)
 
 
@@ -208,7 +208,7 @@ def _judged(case: Case, home: Path, status: int, seconds: float, grown: int) -> 
         "nonsense accepted": case.verdict == "refused" and code == 0,
         "ordinary refused": case.verdict == "accepted" and code != 0,
         "nothing named": code == 2 and not any(word and word in err for word in case.named),
-        "steers the terminal": flaw(
+        "steers the terminal": forbidden_character(
             (told + COLOURS.sub("", err)).replace("\ufffd", ""), lines=True
         ),
         "printed no number": code == 0 and NONSENSE.search(told),
@@ -311,13 +311,6 @@ def main() -> int:
 def warmed(scratch: Path) -> Warm:
     """Import what verbs need, once, and write the world."""
     import torch  # noqa: F401
-
-    import meshwright.calibration
-    import meshwright.cli
-    import meshwright.exporting
-    import meshwright.ordering
-    import meshwright.training
-    import meshwright.verify  # noqa: F401
 
     world, work = scratch / "world", scratch / "work"
     world.mkdir()

@@ -11,14 +11,14 @@ import numpy as np
 
 from meshwright.cluster.files import load_cluster
 from meshwright.cost.constants import Calibration, DeviceConstants, ErrorBar, SystemConstants
-from meshwright.cost.pairs import CollectiveTimes, LinkReport, PairTimes, Point
+from meshwright.cost.links import CollectiveTimes, LinkReport, MessageTime, PairTimes
 from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
 from meshwright.launch.nodes import write_nodes
 from meshwright.model.load import load_model
 from meshwright.plan.files import load_plan
 from meshwright.records import plain
-from meshwright.runtime.run import Metrics, RunSettings, TrainingOptions
-from meshwright.session import predicted, reopen, simulated
+from meshwright.runtime.run_folder import Metrics, RunSettings, TrainingOptions
+from meshwright.workflows.session import reopen_plan, simulate_priced, with_prediction
 
 CLUSTER = """\
 format = 1
@@ -309,7 +309,7 @@ def _measurements(folder: Path) -> None:
         system=SystemConstants(step=1e-3),
         error=ErrorBar(low=0.9, high=1.1, runs=2),
     )
-    points = tuple(Point(bytes=10**n, seconds=1e-5 + 10**n / 1e8) for n in (3, 5, 7))
+    points = tuple(MessageTime(bytes=10**n, seconds=1e-5 + 10**n / 1e8) for n in (3, 5, 7))
     pair = PairTimes(
         between=("a:0", "b-0:0"), latency=1e-5, bandwidth=1e8, residual=0.01, points=points
     )
@@ -321,8 +321,8 @@ def _measurements(folder: Path) -> None:
         ("links.json", LinkReport(pairs=(pair,), all_reduce=whole)),
     ):
         (folder / name).write_text(json.dumps(plain(record)))
-    _, found = reopen(folder / "plan.json")
-    (folder / "plan.json").write_text(json.dumps(plain(predicted(found)), indent=1))
+    _, found = reopen_plan(folder / "plan.json")
+    (folder / "plan.json").write_text(json.dumps(plain(with_prediction(found)), indent=1))
 
 
 def _run(folder: Path, run: str) -> None:
@@ -330,14 +330,14 @@ def _run(folder: Path, run: str) -> None:
     home = folder / run
     home.mkdir()
     plan = load_plan(folder / "plan.json")
-    session, found = reopen(folder / "plan.json")
+    session, found = reopen_plan(folder / "plan.json")
     (home / "plan.json").write_text(json.dumps(plain(plan)))
     write_nodes(home, plan.devices, session.cluster, 29500)
     settings = RunSettings(
         model="gpt-tiny", peak_flops={"a:0": 1e11}, options=TrainingOptions(steps=STEPS)
     )
     (home / "run.json").write_text(json.dumps(plain(settings)))
-    timeline = replace(simulated(found), source="measured")
+    timeline = replace(simulate_priced(found), source="measured")
     (home / "timeline.json").write_text(json.dumps(plain(timeline)))
     lines = (
         Metrics(

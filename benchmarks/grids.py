@@ -18,7 +18,7 @@ from meshwright.search.estimate import Candidate, Misfit, evaluate, given_second
 from meshwright.search.explain import as_plan
 from meshwright.search.placement import default_placement
 from meshwright.search.space import DeviceSet, Grid, Shape
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 
 Array = NDArray[np.float64]
 

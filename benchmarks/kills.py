@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from meshwright.runtime.run import METRICS, WEIGHTS
+from meshwright.runtime.run_folder import METRICS, WEIGHTS
 
 VICTIMS = ("launcher", "starter", "rank")
 MOMENTS = ("start-up", "step", "step end", "writing", "teardown")

@@ -22,14 +22,14 @@ from rehearsal import measured_peak
 from torch import nn
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
-from meshwright.cost.holding import holders_of, most_held
+from meshwright.cost.in_flight import peak_activation_bytes, scheduled_stages
 from meshwright.cost.memory import device_memory, framework_bytes
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.zoo.build import from_language_model
-from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, ScheduleName, Stage
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
@@ -172,8 +172,8 @@ def plan_of(case: Case, layers: int) -> Plan:
     rows = case.rows * case.data
     return Plan(
         name="p",
-        model=Subject(name=case.model, fingerprint=""),
-        cluster=Subject(name="n", fingerprint=""),
+        model=PlanInput(name=case.model, fingerprint=""),
+        cluster=PlanInput(name="n", fingerprint=""),
         job=Job(
             global_batch=rows * case.micro_batches,
             sequence=case.sequence,
@@ -239,8 +239,8 @@ def compare(case: Case, *, real: bool = False) -> Result:
 def held_of(case: Case) -> int:
     """Micro-batches of all its stages that a rank holds at most, between forward and backward."""
     plan = plan_of(case, case.stages * case.chunks)
-    holders = [*holders_of(plan)][case.stage]
-    return round(most_held(holders, (1.0,) * case.chunks, (1.0,) * case.chunks))
+    holders = [*scheduled_stages(plan)][case.stage]
+    return round(peak_activation_bytes(holders, (1.0,) * case.chunks, (1.0,) * case.chunks))
 
 
 def row(result: Result) -> str:

@@ -24,7 +24,7 @@ from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.errors import FitError
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.search.candidate import line_of
 from meshwright.search.costs import Costs, costs_of
@@ -149,9 +149,9 @@ def gap(seed: int) -> tuple[float, str] | None:
     if plan is None:
         return None if best == float("inf") else (float("inf"), "nothing fits")
     assert plan.prediction is not None
-    return plan.prediction.step_seconds / min(best, plan.prediction.step_seconds) - 1, describe(
-        plan
-    )
+    return plan.prediction.step_seconds / min(
+        best, plan.prediction.step_seconds
+    ) - 1, describe_plan(plan)
 
 
 def main() -> int:

@@ -91,10 +91,10 @@ def worker(options: argparse.Namespace) -> None:
     from torch.utils import checkpoint  # noqa: F401 - imported ahead of the clock
 
     from meshwright.model.zoo.gpt import GPT
-    from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+    from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage
     from meshwright.runtime.engine import Engine
-    from meshwright.runtime.exchange import from_all
-    from meshwright.runtime.run import TrainingOptions
+    from meshwright.runtime.exchange import all_gather_records
+    from meshwright.runtime.run_folder import TrainingOptions
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -103,7 +103,7 @@ def worker(options: argparse.Namespace) -> None:
         Stage(layers=(0, 3), devices=(("here:0",),)),
         Stage(layers=(3, blocks + 2), devices=(("here:1",),)),
     )
-    nobody = Subject(name="any", fingerprint="")
+    nobody = PlanInput(name="any", fingerprint="")
     plan = Plan(
         name="overhead", model=nobody, cluster=nobody,
         job=Job(global_batch=share * micro_batches, sequence=16, precision="fp32"),
@@ -137,7 +137,7 @@ def worker(options: argparse.Namespace) -> None:
         if step == 3:
             for own in samples.values():
                 own.clear()
-    gathered = from_all(dict(samples), dict[str, list[Sample]])
+    gathered = all_gather_records(dict(samples), dict[str, list[Sample]])
     if dist.get_rank() == 0:
         options.worker.write_text(json.dumps(medians(gathered)))
     dist.barrier()

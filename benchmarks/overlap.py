@@ -30,7 +30,7 @@ from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.model.transformer.counted_graph import counted_graph
-from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, PlanInput, ScheduleName, Stage
 
 SEQUENCE = 1024
 
@@ -122,8 +122,8 @@ def pipeline_of(
     rows = job.global_batch // micro_batches
     return Plan(
         name=graph.name,
-        model=Subject(name=graph.name, fingerprint=""),
-        cluster=Subject(name="", fingerprint=""),
+        model=PlanInput(name=graph.name, fingerprint=""),
+        cluster=PlanInput(name="", fingerprint=""),
         job=job,
         devices=tuple(device for group in groups for replica in group for device in replica),
         pipelines=(Pipeline(micro_batches=micro_batches, rows=rows, stages=stages),),

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Literal
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cost.collective import Traffic, together
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.collective import Traffic, concurrent
+from meshwright.cost.pricing import Prices, price_program
 from meshwright.cost.pricing_context import Price
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
@@ -23,7 +23,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.program.orders import orders_of
-from meshwright.simulate.engine import simulate
+from meshwright.simulate.simulator import simulate
 from meshwright.techniques.pipeline_parallel.operations import GATHER_B, GATHER_F, GATHERS
 
 Way = Literal["posted", "blocking", "free"]
@@ -37,7 +37,7 @@ READ_BY = {Op.FORWARD: Op.RECV_F, Op.BACKWARD: Op.RECV_B}
 def step_seconds(plan: Plan, model: LayerGraph, cluster: Cluster, way: Way) -> float:
     """The step of a plan of one pipeline, one stage to a group, with whole backwards."""
     program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster)
     if way == "free":
         prices = without_crossings(program, prices)
     elif way == "blocking":
@@ -115,7 +115,7 @@ def _traffic(program: Program, prices: Prices) -> dict[tuple[Op, int, int], Traf
                 to = i.stage + 1 if i.op is Op.SEND_F else i.stage - 1
                 key = MATCHING_RECEIVE[i.op], to, i.micro_batch
                 found.setdefault(key, []).append(cost.traffic)
-    return {key: together(each) for key, each in found.items()}
+    return {key: concurrent(each) for key, each in found.items()}
 
 
 def _with_steps(

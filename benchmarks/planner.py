@@ -25,7 +25,7 @@ from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.errors import FitError
 from meshwright.model.load import load_model
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job
 from meshwright.search.certificate import sentence
 from meshwright.search.planner import find_plan
@@ -95,7 +95,7 @@ def one(model: str, devices: int, budget: float | None) -> dict[str, object]:
         "gap": found.step_seconds / found.lower_bound_seconds,
         "even": even / found.step_seconds if even else None,
         "certificate": sentence(found),
-        "plan": describe(plan),
+        "plan": describe_plan(plan),
     }
 
 

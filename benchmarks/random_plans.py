@@ -33,7 +33,7 @@ from meshwright.cluster.spec import Cluster, Link, Precision, devices_of
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.cost.profile import LayerTime, LinkTimes, Profile
 from meshwright.errors import MeshwrightError
-from meshwright.model.files import from_table
+from meshwright.model.files import model_from_table
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
@@ -44,8 +44,8 @@ from meshwright.program.compile import compile_plan
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.fold import simulate_folded
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.symmetry import simulate_by_symmetry
 
 BANDWIDTHS = ("1", "10", "25", "40", "100", "200", "400")
 """Gbit/s of networks and explicit links."""
@@ -244,7 +244,7 @@ def inputs(case: Case) -> tuple[LayerGraph, Cluster, Job]:
     where = cluster_from(tomllib.loads(case.cluster), source="drawn.toml")
     if "[[layer]]" in case.model:
         table = tomllib.loads(case.model)
-        model = from_table(table, "model.toml", case.sequence, case.precision)
+        model = model_from_table(table, "model.toml", case.sequence, case.precision)
     else:
         model = load_model(case.model, case.sequence, case.precision)
     job = Job(
@@ -290,7 +290,7 @@ def wrongs(
     if memory != said.memory:
         yield "memory is not as predicted"
     yield from (f"{m.device} is overfull" for m in memory if total_bytes(m) > m.capacity)
-    again = simulate_folded(plan, model, where, profile).step_seconds
+    again = simulate_by_symmetry(plan, model, where, profile).step_seconds
     if again != said.step_seconds:
         yield f"{said.step_seconds!r} s were predicted, and it takes {again!r} s"
     whole = simulate_plan(plan, model, where, profile).step_seconds

@@ -22,20 +22,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshwright.model.meter import FusedKernels
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.runtime.assemble import Assembly, build_own
-from meshwright.runtime.build import cut_for, set_precision
+from meshwright.runtime.build_stages import cut_for, set_precision
 from meshwright.runtime.engine import Engine
-from meshwright.runtime.measure import Recording, Works
-from meshwright.runtime.optimizer import OptimizerFactory, updates
-from meshwright.runtime.play import Player, Step
-from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.stage import Stage
+from meshwright.runtime.interpreter import Interpreter, Step
+from meshwright.runtime.optimizer import OptimizerFactory, make_updates
+from meshwright.runtime.rank_model import RankModel, build_local_layers
+from meshwright.runtime.recorder import JointHandle, Recording
+from meshwright.runtime.run_folder import TrainingOptions
+from meshwright.runtime.stage import StageModule
 from meshwright.runtime.step_end import StepEnd
-from meshwright.runtime.train import adamw
+from meshwright.runtime.training_loop import adamw
 from meshwright.runtime.world import World, reduction_groups
 
 STEPS = 2
@@ -62,13 +62,13 @@ class _BlindEnd(StepEnd):
 class _Rehearsal(Engine):
     """The engine of one rank alone, which must not look at values: fake tensors have none."""
 
-    def __init__(self, plan: Plan, program: Program, own: Assembly, world: World) -> None:
+    def __init__(self, plan: Plan, program: Program, own: RankModel, world: World) -> None:
         self.plan, self.program, self.world, self.rank = plan, program, world, world.rank
         self.steps = 0
         self._own = own
-        self._player = Player(own, plan, program.ranks[world.rank], Recording())
+        self._player = Interpreter(own, plan, program.ranks[world.rank], Recording())
         make = OPTIMIZERS[plan.job.optimizer]
-        update = updates(program.ranks[world.rank], own.reducer.buckets, make)
+        update = make_updates(program.ranks[world.rank], own.reducer.buckets, make)
         self._end = _BlindEnd(self._player, world, update, plan.job.precision, TrainingOptions())
         self._actions = [(self._bind(i), i) for i in program.ranks[world.rank]]
         self._first_actions = self._actions
@@ -104,7 +104,7 @@ def _fake_group(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fuse_again(stage: Stage) -> None:
+def _fuse_again(stage: StageModule) -> None:
     """Kernels are fused in recomputed layers too: no mode around a backward reaches into it."""
     plain = stage._run_layer
 
@@ -121,9 +121,9 @@ def _world(plan: Plan, program: Program, rank: int) -> World:
     assert everyone is not None
     width = next(
         len(replica)
-        for stage in stage_seats(plan)
-        for replica in stage.seats
-        if rank in [seat.rank for seat in replica]
+        for stage in stage_placements(plan)
+        for replica in stage.placements
+        if rank in [placement.rank for placement in replica]
     )
     return World(
         rank=rank,
@@ -153,8 +153,10 @@ def measured_peak(
     tensor-parallel group. `real`: allocate and compute.
     """
     program = compile_plan(plan, graph)
-    seats = [s for stage in stage_seats(plan) for replica in stage.seats for s in replica]
-    rows = next(seat.rows for seat in seats if seat.rank == rank)
+    placements = [
+        s for stage in stage_placements(plan) for replica in stage.placements for s in replica
+    ]
+    rows = next(placement.rows for placement in placements if placement.rank == rank)
     with _fake_group(rank, len(plan.devices)):
         world = _world(plan, program, rank)
         model = make_model()
@@ -164,12 +166,12 @@ def measured_peak(
         tracker._mod_tracker = _NoModules()
         fake = nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
         with fake, nullcontext() if real else FusedKernels(), tracker:
-            own = build_own(
+            own = build_local_layers(
                 model, cuts, plan, program, world,
-                options=TrainingOptions(), posted=lambda _, works: Works(works),
+                options=TrainingOptions(), posted=lambda _, works: JointHandle(works),
             )  # fmt: skip
             if not real:
-                for place in own.places.values():
+                for place in own.stages.values():
                     _fuse_again(place.stage)
             tracker._peak_mem.clear()
             engine = _Rehearsal(plan, program, own, world)

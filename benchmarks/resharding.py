@@ -31,10 +31,10 @@ from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.cluster.topology import Resource, Topology, path, topology
 from meshwright.cost.collective import all_gather
 from meshwright.layout.boxes import elements
-from meshwright.layout.order import lower_bound
+from meshwright.layout.multicast import lower_bound
 from meshwright.layout.reshard import Transfer, multicasts, reshard
 from meshwright.layout.tiles import unit_tasks
-from meshwright.simulate.flows import Flow, Network, finish, settle, start
+from meshwright.simulate.flows import Flow, FlowNetwork, add_flow, remove_flow, reshare_bandwidth
 
 NETWORK = 10e9 / 8
 INSIDE = 20e9
@@ -81,7 +81,7 @@ class Play:
     ended: float = 0.0
 
     def __post_init__(self) -> None:
-        self.network = Network(bandwidth=self.links.capacities)
+        self.network = FlowNetwork(bandwidth=self.links.capacities)
 
     def at(self, seconds: float, react: Callable[[], None]) -> None:
         """Later."""
@@ -92,15 +92,15 @@ class Play:
         self, carried: dict[Resource, float], latency: float, then: Callable[[], None]
     ) -> None:
         """Bytes on resources at one pace, after a latency."""
-        flow = Flow(bytes_by_resource=carried, then=then)
-        self.at(self.now + latency, lambda: start(self.network, flow, self.now))
+        flow = Flow(bytes_by_resource=carried, on_end=then)
+        self.at(self.now + latency, lambda: add_flow(self.network, flow, self.now))
 
     def leave(self, flow: Flow, version: int) -> None:
         """A flow's forecast end."""
         if version == flow.version:
-            finish(self.network, flow)
+            remove_flow(self.network, flow)
             self.ended = self.now
-            flow.then()
+            flow.on_end()
 
     def run(self) -> float:
         """Seconds until the last flow has ended."""
@@ -108,7 +108,7 @@ class Play:
             self.now, _, react = heappop(self.events)
             react()
             if self.network.touched and (not self.events or self.events[0][0] > self.now):
-                for flow in settle(self.network, self.now):
+                for flow in reshare_bandwidth(self.network, self.now):
                     self.at(max(flow.ends, self.now), partial(self.leave, flow, flow.version))
         return self.ended
 

@@ -12,7 +12,13 @@ from math import prod
 
 from resharding_messages import Strategy
 
-from meshwright.layout.order import Multicast, Turn, best_order, by_size, timed
+from meshwright.layout.multicast import (
+    Multicast,
+    ScheduledMulticast,
+    by_size,
+    schedule_multicasts,
+    timed,
+)
 from meshwright.layout.shares import cut, own_share
 from meshwright.layout.tiles import Layout
 
@@ -52,12 +58,14 @@ ONE_TO_MANY = tuple(
     Case(f"1 to {h}x{d}", (1, 1), (h, d), (2**28,), ("R",), ("R",))
     for h, d in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (3, 2), (4, 2))
 )
-METHODS: dict[str, tuple[Strategy | None, Callable[[Sequence[Multicast]], Sequence[Turn]]]] = {
+METHODS: dict[
+    str, tuple[Strategy | None, Callable[[Sequence[Multicast]], Sequence[ScheduledMulticast]]]
+] = {
     "send/receive": ("send", lambda works: timed(works, first_sender(works))),
     "all-gather": ("gather", lambda works: timed(works, first_sender(works))),
     "as they come": ("broadcast", lambda works: in_turn(works, first_sender(works))),
     "by size": ("broadcast", lambda works: in_turn(works, by_size(works))),
-    "ordered": (None, best_order),
+    "ordered": (None, schedule_multicasts),
 }
 
 
@@ -66,7 +74,9 @@ def first_sender(works: Sequence[Multicast]) -> list[tuple[int, str]]:
     return [(index, work.senders[0]) for index, work in enumerate(works)]
 
 
-def in_turn(works: Sequence[Multicast], choice: list[tuple[int, str]]) -> Sequence[Turn]:
+def in_turn(
+    works: Sequence[Multicast], choice: list[tuple[int, str]]
+) -> Sequence[ScheduledMulticast]:
     """Kept in the order of the choice, which `timed` sorts by start."""
     place = {index: k for k, (index, _) in enumerate(choice)}
     return sorted(timed(works, choice), key=lambda turn: place[turn.task])

@@ -69,10 +69,10 @@ def worker(rank: int, size: int, store: str, results: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from meshwright.runtime.variables import kept_to
+    from meshwright.runtime.launch_variables import interface_variables
 
     torch.set_num_threads(1)
-    os.environ.update(kept_to(None, os.environ))
+    os.environ.update(interface_variables(None, os.environ))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for case in map(scaled, CASES):
         source, target, hosts = layouts(case)

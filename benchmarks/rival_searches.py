@@ -35,7 +35,7 @@ from meshwright.search.costs import (
 )
 from meshwright.search.incumbent import work_of
 from meshwright.search.layer_partition import Stages, apportion, recut
-from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 
 FITTED = 900
 """Drafts whose layers are cut, at most; the most promising first."""
@@ -113,8 +113,8 @@ def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
 def _played(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> tuple[float, int]:
     """Seconds in the simulator, and its work."""
     plan = plan_of(costs, (line,), schedule)
-    timeline = simulate_folded(plan, costs.model, costs.cluster, costs.profile)
-    return timeline.step_seconds, work_of(plan, fold(plan, costs.cluster))
+    timeline = simulate_by_symmetry(plan, costs.model, costs.cluster, costs.profile)
+    return timeline.step_seconds, work_of(plan, find_symmetry(plan, costs.cluster))
 
 
 def _either_schedule(

@@ -129,7 +129,7 @@ def start(case: Case, options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from meshwright.runtime.measure import peak_bytes
+    from meshwright.runtime.recorder import peak_bytes
 
     sides, batch = sides_of(replace(case, balanced=False), options.sides)
     for step in sides.values():

@@ -231,9 +231,9 @@ def meshwright_engine(case: Case, at: list[int]):
     """Our engine for stages that begin and end at these layers; a single one is on every device."""
     import torch
 
-    from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+    from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage
     from meshwright.runtime.engine import Engine
-    from meshwright.runtime.run import TrainingOptions
+    from meshwright.runtime.run_folder import TrainingOptions
 
     size = case.processes
     devices = tuple(f"here:{i}" for i in range(size))
@@ -245,8 +245,8 @@ def meshwright_engine(case: Case, at: list[int]):
     )
     plan = Plan(
         name="benchmark",
-        model=Subject(name="gpt", fingerprint=""),
-        cluster=Subject(name="here", fingerprint=""),
+        model=PlanInput(name="gpt", fingerprint=""),
+        cluster=PlanInput(name="here", fingerprint=""),
         job=Job(global_batch=case.batch, sequence=SEQUENCE, precision="fp32"),
         schedule=case.schedule,
         devices=devices,

@@ -21,26 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "search")
 from listings import best_named, random_work
 
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Prices
+from meshwright.cost.pricing import Prices
 from meshwright.cost.pricing_context import Price
+from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.plan.virtual import Layout
-from meshwright.program.actions import Action, high_water
+from meshwright.program.actions import Action, peak_held
 from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import Op
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, fits, seconds
 from meshwright.search.list_scheduler.listing import best_order
-from meshwright.simulate.engine import simulate
+from meshwright.simulate.simulator import simulate
 
 FREE = Price(traffic=Traffic(bytes_by_resource={}))
 UNIT = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0, Op.BACKWARD_INPUT: 1.0, Op.BACKWARD_WEIGHT: 1.0}
 
 
-def simulated(schedule: ScheduleName, layout: Layout, count: int) -> tuple[float, float, float]:
+def simulated(
+    schedule: ScheduleName, layout: StageLayout, count: int
+) -> tuple[float, float, float]:
     """The full simulator on equal stages, F = I = W = 1 s, free transfers: idle seconds of the
     step, of the group that idles most between its first and last action, and micro-batches held."""
-    found = orders(schedule, layout, count)
+    found = schedule_orders(schedule, layout, count)
     group = {s: g for g, held in enumerate(layout) for s in held}
     ranks = [[x for a in order for x in _instructions(a, group)] for order in found]
     prices = tuple(tuple(_price(i) for i in rank) for rank in ranks)
@@ -58,7 +60,7 @@ def simulated(schedule: ScheduleName, layout: Layout, count: int) -> tuple[float
     for g in range(len(layout)):
         own = [i for i in timeline.intervals if i.rank == g and i.stream == "compute"]
         spans.append(max(i.end_seconds for i in own) - min(i.start_seconds for i in own))
-    held = max(high_water(order, _one, _one) for order in found)
+    held = max(peak_held(order, _one, _one) for order in found)
     return timeline.step_seconds - busy, max(spans) - busy, held / len(layout[0])
 
 
@@ -98,9 +100,9 @@ def _price(i: Instruction) -> Price:
 
 def forms() -> None:
     """Every closed form, for 2 to 8 stages."""
-    one: Callable[[int], Layout] = lambda n: tuple((s,) for s in range(n))  # noqa: E731
-    fold: Callable[[int], Layout] = lambda n: tuple((s, 2 * n - 1 - s) for s in range(n))  # noqa: E731
-    deal: Callable[[int], Layout] = lambda n: tuple((s, s + n) for s in range(n))  # noqa: E731
+    one: Callable[[int], StageLayout] = lambda n: tuple((s,) for s in range(n))  # noqa: E731
+    fold: Callable[[int], StageLayout] = lambda n: tuple((s, 2 * n - 1 - s) for s in range(n))  # noqa: E731
+    deal: Callable[[int], StageLayout] = lambda n: tuple((s, s + n) for s in range(n))  # noqa: E731
     print("2BP: share of the step that is idle (T_F = T_p1 = T_p2)")
     rows: list[tuple[ScheduleName, str, Callable[[int], int], Callable[[int], float]]] = [
         ("gpipe", "naive, 1 micro-batch", lambda _: 1, lambda n: (n - 1) / n),
@@ -118,7 +120,9 @@ def forms() -> None:
             share = idle / (idle + 3 * count(n))
             print(f"  {name:10} {what:21} N={n}  closed form {form(n):.6f}  simulated {share:.6f}")
     print("Idle seconds and micro-batches held, M = 4N (F = I = W = 1 s)")
-    family: list[tuple[ScheduleName, Callable[[int], Layout], int, int, Callable[[int], int]]] = [
+    family: list[
+        tuple[ScheduleName, Callable[[int], StageLayout], int, int, Callable[[int], int]]
+    ] = [
         ("1f1b", one, 0, 3, lambda n: n),
         ("zb-h1", one, 0, 1, lambda n: n),
         ("zb-h2", one, 1, 0, lambda n: 2 * n - 1),

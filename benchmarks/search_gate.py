@@ -31,7 +31,7 @@ from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
 from meshwright.errors import FitError
 from meshwright.model.load import load_model
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
@@ -73,7 +73,7 @@ def found_here(model: str, cluster: Cluster, batch: int, sequence: int) -> dict[
         return {"step": None, "cpu": time.process_time() - begun, "plan": "nothing fits"}
     spent = time.process_time() - begun
     assert plan.prediction is not None
-    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe(plan)}
+    return {"step": plan.prediction.step_seconds, "cpu": spent, "plan": describe_plan(plan)}
 
 
 def one(name: str) -> dict[str, object]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from meshwright.runtime.run import METRICS
+from meshwright.runtime.run_folder import METRICS
 
 LIMIT_SECONDS = 300.0
 MESHWRIGHT = [sys.executable, "-m", "meshwright"]

@@ -104,14 +104,18 @@ def by_us(block):
 
     from meshwright.layout.shares import own_share
     from meshwright.model.shard import tile_of
-    from meshwright.techniques.tensor_parallel.runtime import Team, divide, take
+    from meshwright.techniques.tensor_parallel.runtime import (
+        TensorParallelGroup,
+        divide,
+        read_slices,
+    )
 
-    team = Team(dist.group.WORLD, dist.get_rank(), 2)
+    team = TensorParallelGroup(dist.group.WORLD, dist.get_rank(), 2)
     for name, how in block.tensor_split.items():
         module = block.get_submodule(name)
         for attribute, full in list(module.named_parameters()):
             tile = tile_of(how, attribute, tuple(full.shape), own_share(2, team.index))
-            setattr(module, attribute, nn.Parameter(take(full.detach(), tile)))
+            setattr(module, attribute, nn.Parameter(read_slices(full.detach(), tile)))
         divide(module, name, how, 0, team)
     return block
 

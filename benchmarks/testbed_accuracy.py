@@ -32,7 +32,7 @@ from testbed_cases import (
 )
 
 from meshwright.errors import MeshwrightError
-from meshwright.verify import spearman
+from meshwright.workflows.verify import spearman
 
 PAIR = Place("pair", (("a", "2 x fast", 200, "main"), ("b", "2 x slow", 200, "main")))
 THIN = Place("thin", (("a", "2 x fast", 400, "main"), ("b", "2 x slow", 60, "main")))

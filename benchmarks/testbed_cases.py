@@ -19,29 +19,29 @@ import numpy as np
 
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.cost.pairs import LinkReport, fitted_cluster
+from meshwright.cost.links import LinkReport, fitted_cluster
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
+from meshwright.emulation.virtual_times import TIMES_FILE, virtual_times
 from meshwright.errors import FitError, MeshwrightError, PlanError
 from meshwright.model.spec import LayerGraph, without_tensor_parallelism
 from meshwright.plan.files import save_plan
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
+from meshwright.profiling.measure_profile import ProfileSettings
 from meshwright.records import dumps, fingerprint, load, parse, plain
-from meshwright.runtime.profile import ProfileSettings
 from meshwright.search.baselines.manual import BASELINES
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explain import as_plan
 from meshwright.search.explore import candidates_of, whole
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.simulate.engine import simulate_plan
-from meshwright.testbed.bed import Standing, standing
-from meshwright.testbed.launch import BedLauncher, launcher_on
-from meshwright.testbed.load import Watch
-from meshwright.testbed.profile import LINKS, profile_on
-from meshwright.testbed.spec import Bed, BedFile, Mode, bed_of
-from meshwright.testbed.times import TIMES, virtual_times
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.testbed.cpu_load import CpuLoadMeter
+from meshwright.testbed.launcher import TestbedLauncher, launcher_on_testbed
+from meshwright.testbed.lifecycle import RunningTestbed, running_testbed
+from meshwright.testbed.measurements import LINKS, profile_on
+from meshwright.testbed.spec import Mode, Testbed, TestbedFile, make_testbed
 
 HERE = Path(__file__).parent
 SEQUENCE = 64
@@ -99,11 +99,11 @@ def cluster_of(place: Place) -> Cluster:
     return cluster_from(data, source=place.name)
 
 
-def bed_at(place: Place, mode: Mode, *, foreign_share: float, attempts: int) -> Bed:
+def bed_at(place: Place, mode: Mode, *, foreign_share: float, attempts: int) -> Testbed:
     """The testbed of a place."""
     cluster = cluster_of(place)
     used = {device.type for device in devices_of(cluster)}
-    entry = BedFile(
+    entry = TestbedFile(
         name=place.name,
         cluster="",
         mode=mode,
@@ -111,7 +111,7 @@ def bed_at(place: Place, mode: Mode, *, foreign_share: float, attempts: int) -> 
         foreign_share=foreign_share,
         attempts=attempts,
     )
-    return bed_of(entry, cluster, source=place.name)
+    return make_testbed(entry, cluster, source=place.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class Suite:
         self.results = work / "results.jsonl"
         self.done = {line["key"]: line for line in self.lines()}
         self._stack = ExitStack()
-        self._up: tuple[tuple[str, str], BedLauncher] | None = None
+        self._up: tuple[tuple[str, str], TestbedLauncher] | None = None
 
     def lines(self) -> list[dict]:
         """Everything measured so far."""
@@ -168,7 +168,7 @@ class Suite:
         self._stack.close()
         self._up = None
 
-    def launcher(self, setting: Setting) -> BedLauncher:
+    def launcher(self, setting: Setting) -> TestbedLauncher:
         """On the setting's testbed, brought up if another one stands."""
         mark = (setting.place.name, setting.mode)
         if self._up is None or self._up[0] != mark:
@@ -179,8 +179,8 @@ class Suite:
                 foreign_share=self.foreign_share,
                 attempts=self.attempts,
             )
-            up: Standing = self._stack.enter_context(standing(bed))
-            self._up = mark, self._stack.enter_context(launcher_on(up))
+            up: RunningTestbed = self._stack.enter_context(running_testbed(bed))
+            self._up = mark, self._stack.enter_context(launcher_on_testbed(up))
         return self._up[1]
 
     def known(self, setting: Setting) -> Known:
@@ -189,7 +189,7 @@ class Suite:
 
         graph = without_tensor_parallelism(graph_of(setting.model, SEQUENCE))
         links = self._links(setting)
-        bed = self.launcher(setting).up.bed
+        bed = self.launcher(setting).testbed.testbed
         layers = self._layers(setting) if setting.mode != "virtual" else None
         step = links.all_reduce.step_latency if links.all_reduce else None
         profile = Profile(
@@ -221,7 +221,7 @@ class Suite:
         """Measured on the first testbed that has these types of devices: elsewhere on this machine
         they are the same."""
         launcher = self.launcher(setting)
-        devices = devices_of(launcher.up.bed.cluster)
+        devices = devices_of(launcher.testbed.testbed.cluster)
         types = [device.type for device in devices]
         folder = self.work / "layers" / "-".join((setting.model, *sorted(set(types))))
         path = folder / "layers.json"
@@ -235,11 +235,11 @@ class Suite:
                 "repeats": 7,
                 "devices": names,
                 "types": types,
-                "shares": launcher.up.shares,
+                "shares": launcher.testbed.shares,
             }
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.json").write_text(json.dumps(job))
-            launcher.ranks.run(names, folder, module="testbed_rank")
+            launcher.launcher.run(names, folder, module="testbed_rank")
         data = json.loads(path.read_text())
         return (
             [parse(t, LayerTime, source="", error=MeshwrightError) for t in data["layers"]],
@@ -258,7 +258,7 @@ class Suite:
         if key in self.done:
             return self.done[key] | {"strategy": name, "predicted": expected}
         line = {"key": key, "setting": known.setting.key, "strategy": name,
-                "plan": describe(plan), "whole_plan": plain(plan)}  # fmt: skip
+                "plan": describe_plan(plan), "whole_plan": plain(plan)}  # fmt: skip
         best: dict | None = None
         for attempt in range(1, self.attempts + 1):
             seconds, foreign = self._train(known, plan, job or {})
@@ -289,16 +289,16 @@ class Suite:
             "model": setting.model,
             "mode": setting.mode,
             "steps": STEPS[setting.mode],
-            "shares": launcher.up.shares,
+            "shares": launcher.testbed.shares,
         } | changes
         (folder / "job.json").write_text(json.dumps(job))
         if setting.mode == "virtual":
-            cluster = launcher.up.bed.cluster
+            cluster = launcher.testbed.testbed.cluster
             table = virtual_times(PricedPlan(plan, known.graph, cluster, known.profile))
-            (folder / TIMES).write_text(dumps(table))
-        watch = Watch(launcher.ranks.processor_seconds)
+            (folder / TIMES_FILE).write_text(dumps(table))
+        watch = CpuLoadMeter(launcher.launcher.processor_seconds)
         module = "torch_rank" if "system" in changes else "testbed_rank"
-        launcher.ranks.run(plan.devices, folder, module=module)
+        launcher.launcher.run(plan.devices, folder, module=module)
         return json.loads((folder / "seconds.json").read_text()), watch.foreign_share()
 
 

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.cost.profile import LayerTime
+from meshwright.emulation.dilation import Dilation, Dilator, EmulatedStopwatch, dilation_observer
+from meshwright.emulation.virtual_device import virtual_device
+from meshwright.emulation.virtual_times import TIMES_FILE, VirtualTimes
 from meshwright.errors import MeshwrightError
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
@@ -25,25 +28,22 @@ from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.files import load_plan
-from meshwright.records import load, plain
-from meshwright.runtime.dilation import Dilation, Dilator, EmulatedStopwatch, timed_by
-from meshwright.runtime.engine import Engine
-from meshwright.runtime.exchange import from_all
-from meshwright.runtime.failure import rank_process
-from meshwright.runtime.observer import UNOBSERVED
-from meshwright.runtime.profile import OwnTimes, merged_layers, merged_optimizers
-from meshwright.runtime.profile_layers import (
-    Bench,
+from meshwright.profiling.layer_times import (
     DeviceStopwatch,
+    LayerBenchmark,
     distinct_layers,
     layer_times,
     optimizer_time,
 )
-from meshwright.runtime.rendezvous import join
-from meshwright.runtime.run import TIMEOUT_SECONDS, TrainingOptions
-from meshwright.runtime.train import sgd
-from meshwright.testbed.times import TIMES, VirtualTimes
-from meshwright.testbed.virtual import virtual_device
+from meshwright.profiling.measure_profile import RankTimings, merged_layers, merged_optimizers
+from meshwright.records import load, plain
+from meshwright.runtime.engine import Engine
+from meshwright.runtime.exchange import all_gather_records
+from meshwright.runtime.failure import rank_process
+from meshwright.runtime.observer import UNOBSERVED
+from meshwright.runtime.rendezvous import join_run
+from meshwright.runtime.run_folder import TIMEOUT_SECONDS, TrainingOptions
+from meshwright.runtime.training_loop import sgd
 
 VOCABULARY = 256
 BUILDERS = {
@@ -89,7 +89,7 @@ def graph_of(name: str, sequence: int) -> LayerGraph:
 def meet() -> None:
     """Join the other ranks. Runs share a launcher's store: their keys begin with a run's secret."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(rank, size, torch.device("cpu"), timedelta(seconds=TIMEOUT_SECONDS))
+    join_run(rank, size, torch.device("cpu"), timedelta(seconds=TIMEOUT_SECONDS))
 
 
 def measure(job: dict, folder: Path) -> None:
@@ -98,12 +98,12 @@ def measure(job: dict, folder: Path) -> None:
     rank = dist.get_rank()
     graph = graph_of(job["model"], job["sequence"])
     share = job["shares"].get(job["devices"][rank])
-    bench = Bench(
+    bench = LayerBenchmark(
         make_model=partial(make_model, job["model"]),
         graph=graph,
         inputs=batch(1, job["sequence"]),
-        kind=job["types"][rank],
-        watch=EmulatedStopwatch(Dilator(Dilation(share=share)))
+        device_type=job["types"][rank],
+        stopwatch=EmulatedStopwatch(Dilator(Dilation(share=share)))
         if share
         else DeviceStopwatch(torch.device("cpu")),
         repeats=job["repeats"],
@@ -115,7 +115,9 @@ def measure(job: dict, folder: Path) -> None:
             layers.append(found)
             dist.barrier()
     step = optimizer_time(bench, sgd(1e-3), "sgd")
-    everyone = from_all(OwnTimes(layers=tuple(layers), optimizers=(step,)), OwnTimes)
+    everyone = all_gather_records(
+        RankTimings(layers=tuple(layers), optimizers=(step,)), RankTimings
+    )
     if rank == 0:
         times = merged_layers([time for own in everyone for time in own.layers])
         steps = merged_optimizers([time for own in everyone for time in own.optimizers])
@@ -135,13 +137,13 @@ def train(job: dict, folder: Path) -> None:
 
     model = make_model(job["model"])
     if job["mode"] == "virtual":
-        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError).ranks[rank]
+        times = load(folder / TIMES_FILE, VirtualTimes, error=MeshwrightError).ranks[rank]
         device = virtual_device(times)
         optimizer, observer = device.optimizer, device.observer
     else:
         share = job["shares"].get(plan.devices[rank])
         optimizer = sgd(1e-3)
-        observer = timed_by(Dilator(Dilation(share=share))) if share else UNOBSERVED
+        observer = dilation_observer(Dilator(Dilation(share=share))) if share else UNOBSERVED
     inputs = rows(0, 1)
     options = TrainingOptions(clip_norm=0)
     with Engine(

@@ -29,16 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_sleep import SleepingLayer, SleepingStage
 from torch_streams import sharded
 
+from meshwright.emulation.dilation import Dilator
+from meshwright.emulation.virtual_device import COMPUTE_IS_FREE
+from meshwright.emulation.virtual_times import TIMES_FILE, RankTimes, VirtualTimes
 from meshwright.errors import MeshwrightError
 from meshwright.model.graph import LOSS, LayeredModel, cut
 from meshwright.plan.files import load_plan
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.records import load
-from meshwright.runtime.dilation import Dilator
 from meshwright.runtime.failure import rank_process
-from meshwright.testbed.times import TIMES, RankTimes, VirtualTimes
-from meshwright.testbed.virtual import PACE
 
 LEAST_STEPS = 2
 LONG_SECONDS = 8.0
@@ -54,7 +54,9 @@ class Own:
         self.rank = int(os.environ["RANK"])
         self.plan, self.times, self.layered, self.device = plan, times, layered, device
         self.optimizer_seconds = times.optimizer
-        self.stages = [s for s in stage_seats(plan) if any(self.rank == r for r in ranks_of(s))]
+        self.stages = [
+            s for s in stage_placements(plan) if any(self.rank == r for r in ranks_of(s))
+        ]
         (pipeline,) = plan.pipelines
         self.micro_batches = pipeline.micro_batches
         self.rows = pipeline.rows // len(pipeline.stages[0].devices)
@@ -88,9 +90,9 @@ class Own:
         return batch(self.rows * micro_batches, self.plan.job.sequence)[0]
 
 
-def ranks_of(stage: StageSeats) -> list[int]:
+def ranks_of(stage: StagePlacement) -> list[int]:
     """Of every replica."""
-    return [seat.rank for (seat,) in stage.seats]
+    return [placement.rank for (placement,) in stage.placements]
 
 
 def group_of(groups: list[list[int]]) -> dist.ProcessGroup:
@@ -170,20 +172,20 @@ class Stage(PipelineStage):
 
 def pipelined(own: Own, job: dict) -> Step:
     """torch.distributed.pipelining, its replicas under DDP or under `replicate`."""
-    every = stage_seats(own.plan)
+    every = stage_placements(own.plan)
     line = every[: 1 + max(stage.position for stage in every)]
     column = group_of([list(ranks) for ranks in zip(*map(ranks_of, line), strict=True)])
     row = group_of([ranks_of(stage) for stage in line])
     modules, stages = [], []
-    for seats in own.stages:
+    for placements in own.stages:
         first, last = (
             tuple(
                 torch.empty(own.shapes[name], device="meta", requires_grad=True)
                 for name in own.alive(layer)
             )
-            for layer in seats.layers
+            for layer in placements.layers
         )
-        module: nn.Module = own.build(seats.layers)
+        module: nn.Module = own.build(placements.layers)
         modules.append(module)
         if row.size() > 1 and job["replicas"] == "ddp":
             module = DistributedDataParallel(
@@ -197,10 +199,10 @@ def pipelined(own: Own, job: dict) -> Step:
             module = replicate(module, mesh=DeviceMesh.from_group(row, "cpu"))
         stage = Stage(
             module,
-            seats.number,
+            placements.number,
             len(every),
             torch.device("cpu"),
-            input_args=(own.tokens(1).to("meta"),) if seats.is_first else first,
+            input_args=(own.tokens(1).to("meta"),) if placements.is_first else first,
             output_args=last,
             group=column,
         )
@@ -254,11 +256,13 @@ def main() -> None:
         job = json.loads((folder / "job.json").read_text())
         plan = load_plan(folder / "plan.json")
         meet()
-        times = load(folder / TIMES, VirtualTimes, error=MeshwrightError).ranks[dist.get_rank()]
+        times = load(folder / TIMES_FILE, VirtualTimes, error=MeshwrightError).ranks[
+            dist.get_rank()
+        ]
         (pipeline,) = plan.pipelines
         rows = pipeline.rows // len(pipeline.stages[0].devices)
         layered = cut(make_model(job["model"]), batch(rows, plan.job.sequence))
-        own = Own(plan, times, layered, Dilator(PACE))
+        own = Own(plan, times, layered, Dilator(COMPUTE_IS_FREE))
         step = SYSTEMS[job["system"]](own, job)
         dist.barrier()
         seconds = timed(own, step, job["steps"])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from meshwright.emulation.dilation import Dilator
 from meshwright.model.graph import LayerPart
-from meshwright.runtime.dilation import Dilator
 
 
 class Slept(Function):

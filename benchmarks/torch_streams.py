@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from meshwright.runtime.dilation import Dilator
+from meshwright.emulation.dilation import Dilator
 
 AHEAD = 2
 """Layers whose parameters are gathered before they are needed."""

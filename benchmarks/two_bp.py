@@ -31,13 +31,13 @@ from meshwright.launch.local import Launcher
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.spec import Job, Pipeline, Plan, ScheduleName, Stage, Subject
-from meshwright.profiling import profile_here
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, ScheduleName, Stage
+from meshwright.profiling.measure_profile import ProfileSettings
 from meshwright.runtime.failure import rank_process
-from meshwright.runtime.profile import ProfileSettings
-from meshwright.runtime.run import METRICS
-from meshwright.simulate.engine import simulate_plan
-from meshwright.testbed.load import Watch
+from meshwright.runtime.run_folder import METRICS
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.testbed.cpu_load import CpuLoadMeter
+from meshwright.workflows.profile_model import profile_here
 
 STAGES = 4
 BLOCKS = 8
@@ -114,8 +114,8 @@ def plan_of(key: Key, graph: LayerGraph, rows: int) -> Plan:
     )
     return Plan(
         name=f"{schedule}, {count} micro-batches",
-        model=Subject(name=graph.name, fingerprint=""),
-        cluster=Subject(name="here", fingerprint=""),
+        model=PlanInput(name=graph.name, fingerprint=""),
+        cluster=PlanInput(name="here", fingerprint=""),
         job=Job(global_batch=count * rows, sequence=SEQUENCE, precision="fp32", optimizer="sgd"),
         schedule=schedule,
         devices=devices,
@@ -166,18 +166,18 @@ def worker(folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from meshwright.model.zoo.build import build
-    from meshwright.runtime.dilation import Dilation, Dilator, timed_by
+    from meshwright.emulation.dilation import Dilation, Dilator, dilation_observer
+    from meshwright.model.zoo.build import build_model
     from meshwright.runtime.engine import Engine
-    from meshwright.runtime.run import TrainingOptions
-    from meshwright.runtime.train import sgd
+    from meshwright.runtime.run_folder import TrainingOptions
+    from meshwright.runtime.training_loop import sgd
 
     torch.set_num_threads(1)
     job = json.loads((folder / "job.json").read_text())
     engines: list[Engine] = []
     for number in range(len(keys())):
         with torch.device("meta"):
-            model = build(folder / "config.json", SEQUENCE)
+            model = build_model(folder / "config.json", SEQUENCE)
         example = torch.zeros((1, SEQUENCE), dtype=torch.long)
         engine = Engine(
             model,
@@ -185,7 +185,7 @@ def worker(folder: Path) -> None:
             inputs=(example, example),
             optimizer=sgd(1e-3),
             options=TrainingOptions(clip_norm=0),
-            observer=timed_by(Dilator(Dilation(share=job["share"]))),
+            observer=dilation_observer(Dilator(Dilation(share=job["share"]))),
             world=engines[0].world if engines else None,
         )
         engines.append(engine)
@@ -249,7 +249,7 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]
     expected = {
         key: simulate_plan(plan, graph, here(), profile).step_seconds for key, plan in plans.items()
     }
-    watch = Watch()
+    watch = CpuLoadMeter()
     found = measured(folder, options)
     foreign = watch.foreign_share()
     lines = table(expected, found)

@@ -17,7 +17,7 @@ from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job
 from meshwright.search.planner import find_plan
 
@@ -78,7 +78,7 @@ def planned(
     began = time.process_time()
     plan = find_plan(graph, where, job, forbidden=forbidden)
     assert plan.prediction is not None
-    return describe(plan), plan.prediction.step_seconds, time.process_time() - began
+    return describe_plan(plan), plan.prediction.step_seconds, time.process_time() - began
 
 
 def main() -> None:

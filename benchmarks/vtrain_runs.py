@@ -25,8 +25,8 @@ from scores import HEADER, kendall_tau, line, summary, write
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Cluster, Link, Node, Site
-from meshwright.cost.calibrate import fit, folds
 from meshwright.cost.constants import Calibration
+from meshwright.cost.fit_constants import cross_validation_folds, fit_constants
 from meshwright.cost.profile import Profile
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.counted_graph import counted_graph
@@ -164,7 +164,7 @@ def main() -> int:
     predicted = partial(predict, worlds, trials)
     everything = np.arange(len(trials))
     if chosen.save:
-        found = fit(
+        found = fit_constants(
             predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=thinned(everything)
         )
         source = f"{chosen.runs.name}, {len(thinned(everything))} of its {len(everything)} runs"
@@ -200,13 +200,17 @@ def refit(
 ) -> None:
     """Fit to these runs; then every fifth of them from some of the others."""
     everything = np.arange(len(measured))
-    found = fit(predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=thinned(everything))
+    found = fit_constants(
+        predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=thinned(everything)
+    )
     show(f"fitted to {len(thinned(everything))} of these", predicted(found, everything))
     seconds = np.zeros(len(measured))
-    fold = np.array(folds(len(measured)))
+    fold = np.array(cross_validation_folds(len(measured)))
     for label in range(5):
         others = thinned(np.flatnonzero(fold != label))
-        constants = fit(predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=others)
+        constants = fit_constants(
+            predicted, measured, MEGATRON_KNOBS, start=MEGATRON_PRIOR, runs=others
+        )
         own = np.flatnonzero(fold == label)
         seconds[own] = predicted(constants, own)
     show(f"5-fold, each from {len(others)} runs", seconds)

@@ -40,7 +40,7 @@ from testbed_cases import (
 )
 from torch_rivals import Rival, torch_rivals
 
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 
 SLOW, QUICK = 75, 375
 MIXED = Place(
@@ -102,7 +102,7 @@ def judge(name: str, rivals: list[Rival], found: dict[str, float], limit: float)
     own = found["meshwright"]
     others = {n: s for n, s in found.items() if n != "meshwright"}
     best = min(others, key=lambda n: others[n])
-    say(f"{name}: {own:.3f} s by {describe(rivals[0].plan)}")
+    say(f"{name}: {own:.3f} s by {describe_plan(rivals[0].plan)}")
     say(f"  {others[best] / own:.2f} x as fast as {best} (wanted {limit})")
     missed = [name] if others[best] / own < limit else []
     if "ddp" in found:

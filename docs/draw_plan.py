@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meshwright.report.drawing import plan_svg
-from meshwright.session import open_session, search
+from meshwright.report.plan_drawing import plan_svg
+from meshwright.workflows.session import open_session, search_plan
 
 HERE = Path(__file__).parent
 
@@ -21,7 +21,7 @@ def main() -> None:
         precision=None,
         optimizer="adamw",
     )
-    svg = plan_svg(search(session), session.cluster, session.model, standalone=True)
+    svg = plan_svg(search_plan(session), session.cluster, session.model, standalone=True)
     (HERE / "plan.svg").write_text(svg, encoding="utf-8")
 
 

@@ -22,10 +22,10 @@ from meshwright import errors
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Precision
 from meshwright.export import accelerate, deepspeed, megatron, torchtitan
-from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, properties_known
+from meshwright.export.answers import LABEL, PARTS_OF_IT, Answers, known_properties
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.families import FAMILIES
-from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED, followed
+from meshwright.model.transformer.fields import IGNORED, REFUSED, read_fields
 from meshwright.plan.spec import BoundaryKind, StateLevel
 from meshwright.program.operations import operations as op_table
 from meshwright.testbed.spec import Mode
@@ -214,7 +214,7 @@ def config_fields() -> str:
         parts += [f"#### {title}", "", f"`model_type`: {', '.join(f'`{n}`' for n in names)}", ""]
         lines = fields(f"{config.__module__}.{config.__name__}").splitlines()
         followers = {
-            field: [n for n in names if field in followed(FAMILIES[n])]
+            field: [n for n in names if field in read_fields(FAMILIES[n])]
             for field in (line.split("`")[1] for line in lines[2:])
         }
         if any(len(each) < len(names) for each in followers.values()):
@@ -229,7 +229,7 @@ def config_fields() -> str:
 def config_rest() -> str:
     """Fields of a config.json that are passed over, and those that are refused."""
     reasons: dict[str, list[str]] = {}
-    for name, why in OF_NO_ACCOUNT.items():
+    for name, why in IGNORED.items():
         reasons.setdefault(why, []).append(f"`{name}`")
     lines = ["| passed over | because |", "| --- | --- |"]
     lines += [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
@@ -258,7 +258,7 @@ EXPORTS: dict[str, Answers] = {
 def export_answers() -> str:
     """What becomes of every property of a training, by tool."""
     lines = [f"| | {' | '.join(EXPORTS)} |", "| --- " * (len(EXPORTS) + 1) + "|"]
-    for name in properties_known():
+    for name in known_properties():
         told = [answers[name].told for answers in EXPORTS.values()]
         if not {LABEL, PARTS_OF_IT} & {*told}:
             lines.append(f"| `{name}` | {' | '.join(told)} |")

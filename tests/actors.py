@@ -34,11 +34,11 @@ def killed(number: str) -> None:
 
 def says(*words: str) -> None:
     """Tells its launcher each word, and prints it."""
-    from meshwright.runtime.failure import say
+    from meshwright.runtime.failure import report_line
 
     for word in words:
         print(word, flush=True)
-        assert say(word)
+        assert report_line(word)
 
 
 def waits(folder: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.model.shard import Column, Row, Split, Vocabulary
-from meshwright.model.zoo.pieces import Embedding, LayerNorm, LossHead
+from meshwright.model.zoo.modules import Embedding, LayerNorm, LossHead
 
 
 class Adapted(nn.Module):

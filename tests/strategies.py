@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from worlds import chain, cluster, device, job, model, plan_by_hand
 
 
@@ -91,8 +91,8 @@ def plans(
         *pipelines,
         sequence=model.sequence,
         name="random",
-        model=Subject(name=model.name, fingerprint=""),
-        cluster=Subject(name="random", fingerprint=""),
+        model=PlanInput(name=model.name, fingerprint=""),
+        cluster=PlanInput(name="random", fingerprint=""),
         schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
     )
 

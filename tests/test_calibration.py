@@ -9,16 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshwright.calibration import base_profile, from_runs, knobs_for, proposals, run_seconds
-from meshwright.cost.calibrate import informative
 from meshwright.cost.constants import Calibration, DeviceConstants, SystemConstants
+from meshwright.cost.fit_constants import most_informative
 from meshwright.cost.profile import load_profile
 from meshwright.errors import ProfileError
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
-from meshwright.runtime.run import RunSettings, TrainingOptions
-from meshwright.session import Session, error_text, open_session, with_sources
-from meshwright.simulate.engine import simulate_plan
+from meshwright.runtime.run_folder import RunSettings, TrainingOptions
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.workflows.calibrate import (
+    base_profile,
+    fit_parameters_for,
+    profile_from_runs,
+    propose_plans,
+    run_seconds,
+)
+from meshwright.workflows.session import Session, error_text, open_session, with_sources
 
 CLUSTER = """
 format = 1
@@ -56,7 +62,7 @@ def write_runs(session: Session, folder: Path, count: int) -> list[Path]:
     """Run folders whose steps take what the simulator says under TRUE."""
     truth = replace(base_profile(session), calibration=TRUE)
     found = []
-    for index, plan in enumerate(proposals(session, count)):
+    for index, plan in enumerate(propose_plans(session, count)):
         run = folder / f"run-{index}"
         run.mkdir()
         save_plan(with_sources(session, plan), run / "plan.json")
@@ -78,18 +84,18 @@ def write_runs(session: Session, folder: Path, count: int) -> list[Path]:
 
 
 def test_proposals_are_different_plans_that_say_different_things(session: Session) -> None:
-    plans = proposals(session, 5)
+    plans = propose_plans(session, 5)
     assert len({plan.pipelines for plan in plans}) == 5
-    assert proposals(session, 5) == plans
+    assert propose_plans(session, 5) == plans
 
 
 @pytest.mark.heavy
 def test_constants_from_runs_predict_other_plans(session: Session, tmp_path: Path) -> None:
     runs = write_runs(session, tmp_path, 8)
-    found = from_runs(runs[:6])
+    found = profile_from_runs(runs[:6])
     truth = replace(base_profile(session), calibration=TRUE)
     errors = {True: [], False: []}
-    for plan in proposals(session, 8)[6:]:
+    for plan in propose_plans(session, 8)[6:]:
         real = simulate_plan(plan, session.model, session.cluster, truth).step_seconds
         for fitted in (True, False):
             profile = found if fitted else None
@@ -111,17 +117,17 @@ def test_runs_without_steps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="0 steps"):
         run_seconds(tmp_path)
     with pytest.raises(ProfileError, match="at least one run folder"):
-        from_runs([])
+        profile_from_runs([])
 
 
 def test_only_links_that_exist_are_fitted(session: Session) -> None:
-    names = {knob.name for knob in knobs_for(session.cluster, None)}
+    names = {knob.name for knob in fit_parameters_for(session.cluster, None)}
     assert "network_efficiency" in names
     alone = replace(session.cluster, nodes=session.cluster.nodes[:1])
-    assert "network_efficiency" not in {knob.name for knob in knobs_for(alone, None)}
+    assert "network_efficiency" not in {knob.name for knob in fit_parameters_for(alone, None)}
 
 
 def test_informative_rows_point_in_different_directions() -> None:
     slopes = np.array([[1.0, 0.0], [0.99, 0.0], [0.0, 0.5], [0.7, 0.0]])
-    assert informative(slopes, 2) == [0, 2]
-    assert sorted(informative(slopes, 9)) == [0, 1, 2, 3]
+    assert most_informative(slopes, 2) == [0, 2]
+    assert sorted(most_informative(slopes, 9)) == [0, 1, 2, 3]

@@ -19,12 +19,11 @@ import pytest
 
 from meshwright import files
 from meshwright.errors import MeshwrightError, OutputError, PlanError
-from meshwright.faults import fault
 from meshwright.files import (
     add_line,
+    append_file,
     check_folder,
     check_output,
-    growing,
     make_folder,
     read_bytes,
     read_lines,
@@ -32,6 +31,7 @@ from meshwright.files import (
     replacing,
     write_text,
 )
+from meshwright.os_errors import machine_error
 from meshwright.text import printable
 
 SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
@@ -283,7 +283,7 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(tmp_path: Path) -> None:
     def look() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         assert "larger than this process may write" in unwritable(tmp_path / "t", "x" * 10_000)
-        with pytest.raises(OutputError, match="lines"), growing(tmp_path / "lines") as lines:
+        with pytest.raises(OutputError, match="lines"), append_file(tmp_path / "lines") as lines:
             add_line(lines, "y" * 10_000)
 
     open_to_all(tmp_path)
@@ -293,28 +293,30 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(tmp_path: Path) -> None:
 
 def test_lines_are_added_to_a_regular_file_only(tmp_path: Path) -> None:
     path = tmp_path / "lines"
-    with growing(path) as lines:
+    with append_file(path) as lines:
         add_line(lines, "1")
-    with growing(path) as lines:
+    with append_file(path) as lines:
         add_line(lines, "2")
     assert path.read_text() == "1\n2\n"
-    with growing(path, anew=True) as lines:
+    with append_file(path, anew=True) as lines:
         add_line(lines, "3")
     assert path.read_text() == "3\n"
     for other in (tmp_path, Path("/dev/zero")):
-        with pytest.raises(OutputError), growing(other):
+        with pytest.raises(OutputError), append_file(other):
             pass
-    with growing(path) as lines:
+    with append_file(path) as lines:
         path.unlink()
         with pytest.raises(OutputError, match="taken away meanwhile"):
             add_line(lines, "4")
 
 
 def test_a_failure_that_nobody_foresaw_is_told_with_its_path() -> None:
-    told = str(fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "sh")))
+    told = str(machine_error(FileNotFoundError(errno.ENOENT, "No such file or directory", "sh")))
     assert told.startswith("sh: found No such file or directory")
-    assert "standard output: found no space left" in str(fault(OSError(errno.ENOSPC, "full")))
-    assert isinstance(fault(OSError()), MeshwrightError)
+    assert "standard output: found no space left" in str(
+        machine_error(OSError(errno.ENOSPC, "full"))
+    )
+    assert isinstance(machine_error(OSError()), MeshwrightError)
 
 
 OPENERS = {
@@ -329,9 +331,9 @@ ELSEWHERE = {
     "cluster.host": "files of the kernel",
     "cost.profile": "files of the kernel",
     "runtime.worker": "safetensors writes into a draft of the door's",
-    "testbed.machine": "files of the kernel",
+    "testbed.capabilities": "files of the kernel",
     # Processes, their sockets, locks and logs have private folders of their own.
-    "launch.cause": "how processes tell each other what failed",
+    "launch.root_cause": "how processes tell each other what failed",
     "launch.fork_server": "logs and pipes of processes",
     "launch.local": "logs and pipes of processes",
     "launch.lock": "locks",
@@ -339,10 +341,10 @@ ELSEWHERE = {
     "runtime.corpus": "token files are read piece by piece",
     "runtime.failure": "how processes tell each other what failed",
     "runtime_folder": "a folder for its owner alone",
-    "runtime.pace": "locks",
-    "runtime.turns": "locks",
-    "testbed.bed": "control groups",
-    "testbed.traces": "control groups, and what stands on this machine",
+    "emulation.core_speed": "locks",
+    "emulation.compute_lock": "locks",
+    "testbed.lifecycle": "control groups",
+    "testbed.cleanup": "control groups, and what stands on this machine",
 }
 """Modules with calls of their own, and why."""
 

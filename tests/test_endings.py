@@ -15,7 +15,7 @@ import pytest
 from meshwright import cli
 from meshwright.cli.options import INTERRUPTED_STATUS
 from meshwright.errors import ClusterError, Problem
-from meshwright.training import _kept_model
+from meshwright.workflows.train import _kept_model
 
 CLUSTER = """\
 format = 1
@@ -86,8 +86,9 @@ def test_letters_that_the_terminal_lacks_are_numbers(folder: Path) -> None:
 
 @pytest.mark.heavy
 def test_ctrl_c_is_no_traceback(folder: Path) -> None:
-    code = "import os, signal, sys; from meshwright import cli, session\n"
-    code += f"session.reopen = lambda *_, **__: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+    code = "import os, signal, sys; from meshwright import cli\n"
+    code += "from meshwright.workflows import session\n"
+    code += f"session.reopen_plan = lambda *_, **__: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
     code += "sys.argv = ['meshwright', 'explain', 'plan.json']; cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.files import load_cluster
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import PROBLEMS_KEPT, FitError, MeshwrightError, PlanError, Problem
 from meshwright.model.load import load_model
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from meshwright.plan.validate import validate_plan
-from meshwright.text import span
+from meshwright.text import name_ranges
 from worlds import plan_by_hand
 
 NODES, EACH = 8, 8
@@ -99,7 +99,7 @@ def test_a_name_is_not_found_inside_a_longer_one():
 def test_a_span_counts_up_and_leaves_no_name_out(places):
     names = {f"n-{node}:{index}" for node, index in places}
     found: list[str] = []
-    for part in span(names).split(", "):
+    for part in name_ranges(names).split(", "):
         first, _, last = part.partition(" to ")
         (node, index), (other, end) = (
             map(int, name.removeprefix("n-").split(":")) for name in (first, last or first)
@@ -109,8 +109,8 @@ def test_a_span_counts_up_and_leaves_no_name_out(places):
 
 
 def test_a_span_of_names_that_are_no_numbers_lists_them():
-    assert span(["b", "a", "n-9", "n-10"]) == "a, b, n-9 to n-10"
-    assert span(["x" + "9" * 5000]).startswith("x999")
+    assert name_ranges(["b", "a", "n-9", "n-10"]) == "a, b, n-9 to n-10"
+    assert name_ranges(["x" + "9" * 5000]).startswith("x999")
 
 
 def replicas(tmp_path: Path) -> tuple[Plan, Path]:
@@ -122,7 +122,7 @@ def replicas(tmp_path: Path) -> tuple[Plan, Path]:
         pipeline,
         sequence=1024,
         precision="fp16",
-        model=Subject(name="gpt2", fingerprint="", source="gpt2"),
+        model=PlanInput(name="gpt2", fingerprint="", source="gpt2"),
     )
     return plan, path
 

@@ -12,12 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import PlanError
-from meshwright.formats import MISTAKES_TOLD, from_text, read_table
-from meshwright.text import NAME_LETTERS, did_you_mean, file_name, flaw, printable, quoted, shown
+from meshwright.formats import MISTAKES_TOLD, parse_text, read_table
+from meshwright.text import (
+    NAME_LETTERS,
+    did_you_mean,
+    file_name,
+    forbidden_character,
+    printable,
+    quoted,
+    shown,
+)
 
 
 def read(text: str, *, toml: bool = False, **rest: bool):
-    return from_text(text, toml=toml, source="f", error=PlanError, **rest)
+    return parse_text(text, toml=toml, source="f", error=PlanError, **rest)
 
 
 PLAIN = st.recursive(
@@ -122,21 +130,21 @@ HOSTILE = st.text(max_size=30) | st.sampled_from(
 
 @given(HOSTILE)
 def test_what_is_shown_steers_no_terminal_and_stays_readable(text) -> None:
-    assert flaw(printable(text)) == ""
-    assert flaw(shown(text), lines=True) == ""
-    assert printable(text) == text or flaw(text)
+    assert forbidden_character(printable(text)) == ""
+    assert forbidden_character(shown(text), lines=True) == ""
+    assert printable(text) == text or forbidden_character(text)
 
 
 def test_letters_of_people_are_no_flaw() -> None:
     for text in ("Zürich", "東京", "می\u200cخواهم", "👩\u200d🔬", "a b", "100 % [x]"):
-        assert flaw(text) == ""
-    assert flaw("two\nlines", lines=True) == ""
+        assert forbidden_character(text) == ""
+    assert forbidden_character("two\nlines", lines=True) == ""
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_a_quoted_text_is_read_back_by_toml(text) -> None:
     line = quoted(text)
-    assert flaw(line) == ""
+    assert forbidden_character(line) == ""
     assert tomllib.loads(f"a = {line}\nb = 1") == {"a": text, "b": 1}
 
 

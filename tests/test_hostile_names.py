@@ -23,25 +23,25 @@ from rich.console import Console
 
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site
-from meshwright.cost.pairs import LinkReport, PairTimes
+from meshwright.cost.links import LinkReport, PairTimes
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.errors import ClusterError, PlanError
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.spec import Pipeline, Plan, Prediction, RunnerUp, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, Prediction, RunnerUp, Stage
 from meshwright.program.timeline import Timeline
+from meshwright.report.chrome_trace import chrome_trace
 from meshwright.report.comparison import print_comparison, write_comparison
-from meshwright.report.drawing import plan_svg
 from meshwright.report.page import Rival, report_html
+from meshwright.report.plan_drawing import plan_svg
 from meshwright.report.tables import explain, timeline_summary
-from meshwright.report.trace import trace
-from meshwright.report.verification import links_table, strategies_table
-from meshwright.report.whatif import Option, WhatIf, print_whatif, whatif_json
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.facts import judge, measure
-from meshwright.text import flaw
+from meshwright.report.verification import fitted_links_table, strategies_table
+from meshwright.report.whatif import WhatIf, WhatIfOption, print_whatif, whatif_json
+from meshwright.simulate.plan_figures import compare_plans, simulate_figures
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.text import forbidden_character
 from worlds import plan_by_hand
 
 SENTINEL = "meshwright-was-here"
@@ -116,11 +116,11 @@ def world(name: str) -> World:
         sequence=16,
         precision="bf16",
         name=name,
-        model=Subject(name=name, fingerprint=name, source="llama-tiny"),
-        cluster=Subject(name=name, fingerprint=name, source=name),
+        model=PlanInput(name=name, fingerprint=name, source="llama-tiny"),
+        cluster=PlanInput(name=name, fingerprint=name, source=name),
     )
     timeline = simulate_plan(plan, model(), cluster, None)
-    told = measure(name, PricedPlan(plan, model(), cluster)).facts
+    told = simulate_figures(name, PricedPlan(plan, model(), cluster)).figures
     prediction = Prediction(
         step_seconds=timeline.step_seconds,
         parts=told.parts,
@@ -136,7 +136,7 @@ def files_for(tool: str, name: str) -> dict[str, str] | None:
     """What a tool is given; None where a name is refused."""
     plan = world(name).plan
     graph = replace(world(name).model, name=name)
-    if not flaw(name):
+    if not forbidden_character(name):
         return export_files(plan, graph, tool)
     with pytest.raises(PlanError, match="names that a script can hold"):
         export_files(plan, graph, tool)
@@ -180,7 +180,7 @@ STUB = '#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR" "$CUDA_VISIBLE_DEVICES" > start
 @settings(max_examples=25)
 @given(data=st.data())
 def test_exported_scripts_start_on_a_node_of_any_name(tmp_path_factory, tool, data) -> None:
-    name = data.draw(NAMES.filter(lambda name: not flaw(name)))
+    name = data.draw(NAMES.filter(lambda name: not forbidden_character(name)))
     folder = tmp_path_factory.mktemp("script")
     files = files_for(tool, name)
     assert files is not None
@@ -242,7 +242,7 @@ def test_a_plan_holds_any_name_and_is_read_if_it_is_printable(tmp_path_factory, 
     plan = world(name).plan
     save_plan(plan, path)
     assert json.loads(path.read_text(encoding="utf-8"))["name"] == name
-    if flaw(name):
+    if forbidden_character(name):
         with pytest.raises(PlanError):
             load_plan(path)
     else:
@@ -299,8 +299,10 @@ def page(name: str) -> str:
 
 def compared(name: str, path: Path) -> str:
     w = world(name)
-    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
-    write_comparison(path, one, two, judge(one, two))
+    one, two = (
+        simulate_figures(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2")
+    )
+    write_comparison(path, one, two, compare_plans(one, two))
     return path.read_text(encoding="utf-8")
 
 
@@ -312,7 +314,7 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
     for make in (page, lambda each: compared(each, folder / "c.html")):
         found, known = _Tags(make(name)), _Tags(make("n"))
         assert found.tags == known.tags
-        assert not any(flaw(text, lines=True) for text in found.texts)
+        assert not any(forbidden_character(text, lines=True) for text in found.texts)
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page(name))
     assert data is not None
     assert json.loads(data[1])["ranks"][0]["device"] == f"{name}0:0"
@@ -328,13 +330,15 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:
     w = world(name)
-    one, two = (measure(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2"))
+    one, two = (
+        simulate_figures(n, PricedPlan(w.plan, w.model, w.cluster)) for n in (name, f"{name}2")
+    )
     pair = PairTimes(
         between=(f"{name}0:0", f"{name}1:0"), latency=1e-5, bandwidth=1e9, residual=0.0, points=()
     )
     found = WhatIf(
         edits=(name,),
-        options=(Option(name=name, reason=name),),
+        options=(WhatIfOption(name=name, reason=name),),
         seconds_before=1.0,
         seconds_after=1.0,
         best=w.plan,
@@ -344,20 +348,20 @@ def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> Non
     console = Console(file=out, force_terminal=True, width=4000, color_system="truecolor")
     explain(w.plan, console)
     timeline_summary(w.plan, w.timeline, console)
-    print_comparison(one, two, judge(one, two), console)
+    print_comparison(one, two, compare_plans(one, two), console)
     print_whatif(found, console)
-    console.print(links_table(LinkReport(pairs=(pair,))))
+    console.print(fitted_links_table(LinkReport(pairs=(pair,))))
     console.print(strategies_table([(name, name, 1.0, 1.0, 0.0)]))
     text = STEERING.sub("", out.getvalue())
-    assert flaw(text, lines=True) == ""
-    if not flaw(name) and name == name.strip():
+    assert forbidden_character(text, lines=True) == ""
+    if not forbidden_character(name) and name == name.strip():
         assert text.count(name) >= 10
     assert json.loads(whatif_json(found))["edits"] == [name]
 
 
 @given(NAMES)
 def test_a_trace_holds_any_name(name: str) -> None:
-    events = json.loads(json.dumps(trace(world(name).timeline)))["traceEvents"]
+    events = json.loads(json.dumps(chrome_trace(world(name).timeline)))["traceEvents"]
     named = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert named[0] == f"rank 0 on {name}0:0"
 

@@ -17,7 +17,7 @@ FLOORS = (
     "units",
     "text",
     "errors",
-    "faults",
+    "os_errors",
     "files",
     "formats",
     "records",
@@ -35,14 +35,10 @@ FLOORS = (
     "export",
     "runtime",
     "launch",
-    "report",
-    "session",
+    "emulation",
     "profiling",
-    "calibration",
-    "whatif",
-    "exporting",
-    "ordering",
-    "training",
+    "report",
+    "workflows",
     "testbed",
     "verify",
     "demo",
@@ -66,6 +62,8 @@ OF_PARTS = {
     "runtime": "runtime",
 }
 """The floor of each file in a technique's room: that of the part of the kernel that reads it."""
+ABOVE_THE_TESTBED = ("verify", "demo")
+"""Workflows that use a testbed; it uses the others."""
 APART = {("runtime", "simulate"), ("runtime", "search")}
 """Neighbours that stay strangers: a plan written by hand, or by another tool, must run."""
 WITH_TORCH = (
@@ -77,9 +75,13 @@ WITH_TORCH = (
     "meshwright.model.trace",
     "meshwright.model.zoo",
     "meshwright.runtime",
-    "meshwright.testbed.virtual",
-    "meshwright.testbed.worker",
-    "meshwright.demo",
+    "meshwright.emulation.virtual_device",
+    "meshwright.testbed.emulated_worker",
+    "meshwright.workflows.demo",
+    "meshwright.emulation.core_speed",
+    "meshwright.emulation.dilation",
+    "meshwright.profiling.layer_times",
+    "meshwright.profiling.link_times",
     "meshwright.__main__",
 )
 """What may load torch; everything else starts in a fraction of a second, on any machine."""
@@ -145,6 +147,8 @@ def _floor(module: str) -> str:
     _, room, *inside = module.split(".")
     if room == "techniques" and len(inside) > 1:
         return OF_PARTS[inside[1]]
+    if room == "workflows" and inside and inside[0] in ABOVE_THE_TESTBED:
+        return inside[0]
     return room
 
 

@@ -16,13 +16,13 @@ import pytest
 from pydantic import AfterValidator
 from typer.main import get_command
 
-from meshwright.calibration import run_seconds
 from meshwright.cli import app
 from meshwright.cli.running import SETTINGS
 from meshwright.cluster import entries
 from meshwright.cluster.files import load_cluster
-from meshwright.cost.pairs import LinkReport
+from meshwright.cost.links import LinkReport
 from meshwright.cost.profile import Profile, load_profile
+from meshwright.emulation.virtual_times import VirtualTimes
 from meshwright.errors import MeshwrightError, OptionError, PlanError, Problem, ProfileError
 from meshwright.export.answers import ASSUMED
 from meshwright.export.deepspeed import LEARNING_RATE
@@ -30,13 +30,13 @@ from meshwright.model.files import ModelFile
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Job, Plan
+from meshwright.profiling.measure_profile import ProfileSettings
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import Rows, checked, checked_value, dumps, parse, plain, record
-from meshwright.runtime.profile import ProfileSettings
-from meshwright.runtime.run import Metrics, RunSettings, TrainingOptions, load_settings
-from meshwright.testbed.spec import BedFile, load_bed
-from meshwright.testbed.times import VirtualTimes
+from meshwright.runtime.run_folder import Metrics, RunSettings, TrainingOptions, load_settings
+from meshwright.testbed.spec import TestbedFile, load_testbed
+from meshwright.workflows.calibrate import run_seconds
 
 READ = (
     Plan,
@@ -44,7 +44,7 @@ READ = (
     LinkReport,
     ModelFile,
     *dict.fromkeys(family.config for family in FAMILIES.values()),
-    BedFile,
+    TestbedFile,
     RunSettings,
     Metrics,
     Timeline,
@@ -165,7 +165,7 @@ def test_a_format_is_the_number_one_in_every_kind_of_file(tmp_path: Path, value:
     if value is not None:
         head = f'format = {told}\nname = "n"\n'
         readers["cluster.toml"] = (f'{head}[[node]]\nname = "a"\ndevices = ["T4"]', load_cluster)
-        readers["testbed.toml"] = (f'{head}mode = "virtual"\ncluster = "none.toml"', load_bed)
+        readers["testbed.toml"] = (f'{head}mode = "virtual"\ncluster = "none.toml"', load_testbed)
     for name, (text, read) in readers.items():
         path = tmp_path / name
         path.write_text(text)

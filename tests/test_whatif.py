@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Cluster, Link
 from meshwright.cost.profile import LayerTime, LinkTimes, Profile
 from meshwright.errors import ClusterError, PlanError
-from meshwright.exporting import even_cuts
 from meshwright.plan.spec import Job
-from meshwright.session import Session, search
-from meshwright.whatif import Edits, what_if
+from meshwright.workflows.export_plan import even_stage_cuts
+from meshwright.workflows.session import Session, search_plan
+from meshwright.workflows.what_if import ClusterEdits, what_if
 from worlds import DEVICE, cluster, even_model, one_node
 
 pytestmark = pytest.mark.heavy
@@ -42,7 +42,7 @@ def session(cluster: Cluster, profile: Profile | None = None) -> Session:
 
 
 def asked(here: Session, **edits: tuple[str, ...]):
-    return what_if(here, search(here), Edits(**edits))[0]
+    return what_if(here, search_plan(here), ClusterEdits(**edits))[0]
 
 
 def test_a_second_node_buys_a_shorter_step_and_its_loss_a_longer_one():
@@ -61,9 +61,9 @@ def test_an_edit_that_changes_nothing_buys_nothing():
 
 def test_a_plan_that_was_not_the_best_is_no_merit_of_the_edit():
     here = session(two_nodes())
-    alone = search(replace(here, cluster=replace(here.cluster, nodes=here.cluster.nodes[:1])))
+    alone = search_plan(replace(here, cluster=replace(here.cluster, nodes=here.cluster.nodes[:1])))
     alone = replace(alone, cluster=replace(alone.cluster, fingerprint=""))
-    found, _ = what_if(here, alone, Edits(settings=("link.network=80 Mbit/s",)))
+    found, _ = what_if(here, alone, ClusterEdits(settings=("link.network=80 Mbit/s",)))
     now, best, kept, after = (each.step_seconds for each in found.options)
     assert now == kept
     assert best == after
@@ -109,7 +109,7 @@ def test_nothing_to_change_and_nothing_left_are_refused():
 
 @given(st.integers(3, 120), st.integers(1, 40))
 def test_even_cuts_hold_every_layer_on_no_empty_stage(layers, stages):
-    for cuts in even_cuts(layers, stages):
+    for cuts in even_stage_cuts(layers, stages):
         assert len(cuts) == stages
         assert cuts[0][0] == 0
         assert cuts[-1][1] == layers
@@ -119,18 +119,20 @@ def test_even_cuts_hold_every_layer_on_no_empty_stage(layers, stages):
 
 def test_both_searches_end_when_somebody_wants_it():
     here = session(two_nodes())
-    plan = search(here)
+    plan = search_plan(here)
     looks = [0]
 
     def count(limit: float) -> bool:
         looks[0] += 1
         return looks[0] > limit
 
-    what_if(here, plan, Edits(added=("1 x a",)), stop=lambda: count(float("inf")))
+    what_if(here, plan, ClusterEdits(added=("1 x a",)), stop=lambda: count(float("inf")))
     every = looks[0]
     for limit in (every - 1, every // 2):
         looks[0] = 0
-        found, _ = what_if(here, plan, Edits(added=("1 x a",)), stop=lambda n=limit: count(n))
+        found, _ = what_if(
+            here, plan, ClusterEdits(added=("1 x a",)), stop=lambda n=limit: count(n)
+        )
         assert found.best.prediction is not None
         assert found.seconds_after <= min(
             each.step_seconds for each in found.options[2:] if each.step_seconds

@@ -9,10 +9,10 @@ from typing import Any
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site, devices_of
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage
 
 GIB = 1 << 30
-ANY = Subject(name="any", fingerprint="")
+ANY = PlanInput(name="any", fingerprint="")
 """The model or the cluster of a plan, where no test asks which."""
 
 
@@ -251,8 +251,8 @@ def even_plan(
     return plan_by_hand(
         Pipeline(micro_batches=micro_batches, rows=data, stages=mesh),
         name="even",
-        model=Subject(name=model.name, fingerprint=""),
-        cluster=Subject(name=cluster.name, fingerprint=""),
+        model=PlanInput(name=model.name, fingerprint=""),
+        cluster=PlanInput(name=cluster.name, fingerprint=""),
         optimizer="sgd",
         schedule=schedule,
     )

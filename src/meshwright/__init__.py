@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from meshwright.plan.spec import Job as Job
     from meshwright.plan.spec import Plan as Plan
     from meshwright.report.tables import explain as explain
-    from meshwright.runtime.run import TrainingOptions as TrainingOptions
-    from meshwright.runtime.train import train as train
+    from meshwright.runtime.run_folder import TrainingOptions as TrainingOptions
+    from meshwright.runtime.training_loop import train as train
     from meshwright.search.planner import find_plan as find_plan
-    from meshwright.simulate.engine import simulate_plan as simulate_plan
+    from meshwright.simulate.simulator import simulate_plan as simulate_plan
 
 __version__ = "0.1.0"
 
@@ -47,11 +47,11 @@ _HOME = {
     "Job": "plan.spec",
     "Plan": "plan.spec",
     "explain": "report.tables",
-    "TrainingOptions": "runtime.run",
-    "train": "runtime.train",
+    "TrainingOptions": "runtime.run_folder",
+    "train": "runtime.training_loop",
     "launch": "launch.script",
     "find_plan": "search.planner",
-    "simulate_plan": "simulate.engine",
+    "simulate_plan": "simulate.simulator",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -6,7 +6,7 @@ import signal
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C during start-up ends the process silently."""
+    """Runs the command line. Ctrl-C during start-up ends the process silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from meshwright import cli
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, shown, span
+from meshwright.text import SHOWN_LETTERS, SHOWN_OF_A_NAME, name_ranges, shown
 
 PROBLEMS_SHOWN, PROBLEMS_KEPT = 100, 1000
 """Largest number of problems that a message prints, and that an error keeps: a file can hold
@@ -71,7 +71,7 @@ class MeshwrightError(Exception):
     """One or more problems that the user can mend; all that a user sees is this text."""
 
     def __init__(self, *problems: Problem) -> None:
-        problems = together(problems)
+        problems = merge_problems(problems)
         lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
         if len(problems) > PROBLEMS_SHOWN:
             least = "at least " if len(problems) >= PROBLEMS_KEPT else ""
@@ -81,9 +81,9 @@ class MeshwrightError(Exception):
 
     @classmethod
     def check(cls, problems: Iterable[Problem]) -> None:
-        """Raise all problems together, at most PROBLEMS_KEPT of them; do nothing if there are
+        """Raises all problems together, at most PROBLEMS_KEPT of them; does nothing if there are
         none."""
-        found = together(problems)
+        found = merge_problems(problems)
         if found:
             raise cls(*found)
 
@@ -139,9 +139,9 @@ class MachineError(MeshwrightError):
 _INDEX = re.compile(r"\[(\d+)\]")
 
 
-def together(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Merge problems that are the same mistake of several things, each at the place of its first
-    one; return at most PROBLEMS_KEPT."""
+def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Merges problems that are the same mistake of several things, each at the place of its first
+    one; returns at most PROBLEMS_KEPT."""
     alike: dict[object, list[Problem]] = {}
     for problem in problems:
         key = _mistake(problem) if problem.each[0] else len(alike)
@@ -152,7 +152,7 @@ def together(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def _mistake(problem: Problem) -> object:
-    """Return a key that is equal for two problems if they are the same mistake of two things."""
+    """Returns a key that is equal for two problems if they are the same mistake of two things."""
     kind, name = problem.each
     texts = (_put(text, name, "\0") for text in (problem.found, problem.wanted, problem.mend))
     field = _INDEX.sub("[]", _put(problem.field, name, "\0"))
@@ -160,7 +160,7 @@ def _mistake(problem: Problem) -> object:
 
 
 def _put(text: str, name: str, other: str) -> str:
-    """Replace a name in a text by another word, but not within a longer name."""
+    """Replaces a name in a text by another word, but not within a longer name."""
     if not name or name not in text:
         return text
     first, *rest = text.split(name)
@@ -178,7 +178,7 @@ def _as_one(same: Sequence[Problem]) -> Problem:
     first = same[0]
     kind, name = first.each
     names = list(dict.fromkeys(problem.each[1] for problem in same))
-    many = f"{len(names):,} {kind}s ({span(names)})" if len(names) > 1 else name
+    many = f"{len(names):,} {kind}s ({name_ranges(names)})" if len(names) > 1 else name
     found = _put(first.found, name, many)
     fields = list(dict.fromkeys(_put(p.field, p.each[1], many) for p in same))
     return replace(
@@ -193,7 +193,7 @@ def _as_one(same: Sequence[Problem]) -> Problem:
 
 
 def _fields(fields: Sequence[str]) -> str:
-    """Shorten fields that differ in their indices: `pipelines[0-63].stages[0]`. If they are not
+    """Shortens fields that differ in their indices: `pipelines[0-63].stages[0]`. If they are not
     every combination of these indices, give a range of the first index for each of the others."""
     indices = {field: _INDEX.findall(field) for field in fields}
     combinations = prod(len(set(column)) for column in zip(*indices.values(), strict=True))
@@ -206,6 +206,6 @@ def _fields(fields: Sequence[str]) -> str:
 
 
 def _field(like: str, indices: Sequence[Sequence[str]]) -> str:
-    """Return one field name with a range in the place of each index."""
-    texts = iter([span(column, to="-") for column in zip(*indices, strict=True)])
+    """Returns one field name with a range in the place of each index."""
+    texts = iter([name_ranges(column, to="-") for column in zip(*indices, strict=True)])
     return _INDEX.sub(lambda _: f"[{next(texts)}]", like)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TextIO
 
 from meshwright.errors import MeshwrightError, OutputError, Problem
-from meshwright.faults import mend_of, said
-from meshwright.text import flaw
+from meshwright.os_errors import os_error_mend, os_error_text
+from meshwright.text import forbidden_character
 
 MEBI = 2**20
 MOST_BYTES = 64 * MEBI
@@ -75,14 +75,14 @@ def _kind(mode: int) -> str:
 
 
 def _unnameable(path: Path) -> str:
-    """Return why a path cannot be printed or stored in a file; empty if it can."""
-    wrong = flaw(str(path))
+    """Returns why a path cannot be printed or stored in a file; empty if it can."""
+    wrong = forbidden_character(str(path))
     return f"a path with {wrong}" if wrong else ""
 
 
 @contextmanager
 def _reading(path: Path, error: type[MeshwrightError], most: int) -> Iterator[BinaryIO]:
-    """Open a regular file. An OSError inside the block is also raised as `error`."""
+    """Opens a regular file. An OSError inside the block is also raised as `error`."""
     if wrong := _unnameable(path):
         raise error(Problem(str(path), "", wrong, "a name of letters", "rename it"))
     try:
@@ -94,9 +94,9 @@ def _reading(path: Path, error: type[MeshwrightError], most: int) -> Iterator[Bi
     except FileNotFoundError:
         raise error(Problem(str(path), "", "no such file", "a readable file")) from None
     except OSError as failure:
-        mend = mend_of(failure)
+        mend = os_error_mend(failure)
         wanted = "a readable text file"
-        raise error(Problem(str(path), "", said(failure), wanted, mend)) from None
+        raise error(Problem(str(path), "", os_error_text(failure), wanted, mend)) from None
 
 
 def _check_regular(
@@ -114,13 +114,13 @@ def _too_large(path: Path, error: type[MeshwrightError], most: int, found: str) 
 
 
 def check_input(path: Path, *, error: type[MeshwrightError]) -> None:
-    """Raise `error` unless there is a regular file that this process may read, of any size."""
+    """Raises `error` unless there is a regular file that this process may read, of any size."""
     with _reading(path, error, sys.maxsize):
         pass
 
 
 def read_bytes(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> bytes:
-    """Return the bytes of a file. Raises `error`, naming the path, for whatever prevents that."""
+    """Returns the bytes of a file. Raises `error`, naming the path, for whatever prevents that."""
     with _reading(path, error, most) as file:
         chunks: list[bytes] = []
         size = 0
@@ -133,14 +133,14 @@ def read_bytes(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYT
 
 
 def read_text(path: Path, *, error: type[MeshwrightError], most: int = MOST_BYTES) -> str:
-    """Return the text of a UTF-8 file without byte order mark and with Unix line ends. Raises
+    """Returns the text of a UTF-8 file without byte order mark and with Unix line ends. Raises
     `error`, naming path and position, for bytes that are not UTF-8."""
     data = read_bytes(path, error=error, most=most).removeprefix(codecs.BOM_UTF8)
     return _decoded(data, path, error).replace("\r\n", "\n")
 
 
 def read_lines(path: Path, *, error: type[MeshwrightError]) -> Iterator[tuple[int, str]]:
-    """Yield number and text of every line of a UTF-8 file that may be larger than memory. Raises
+    """Yields number and text of every line of a UTF-8 file that may be larger than memory. Raises
     `error`."""
     with _reading(path, error, MOST_LINES_BYTES) as file:
         number = 0
@@ -171,16 +171,16 @@ def _decoded(data: bytes, path: Path, error: type[MeshwrightError], *, line: int
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Raise an OSError inside the block as an OutputError about `path`."""
+def as_output_errors(path: Path) -> Iterator[None]:
+    """Raises an OSError inside the block as an OutputError about `path`."""
     if wrong := _unnameable(path):
         raise OutputError(Problem(str(path), "", wrong, "a name of letters"))
     try:
         yield
     except OSError as failure:
-        mend = mend_of(failure)
+        mend = os_error_mend(failure)
         wanted = "a place that can be written to"
-        raise OutputError(Problem(str(path), "", said(failure), wanted, mend)) from None
+        raise OutputError(Problem(str(path), "", os_error_text(failure), wanted, mend)) from None
 
 
 def _is_stream(path: Path) -> bool:
@@ -202,7 +202,7 @@ def _is_stream(path: Path) -> bool:
 
 
 def _destination(path: Path) -> Path:
-    """Return the regular file, existing or new, that a path leads to. Raises OutputError,
+    """Returns the regular file, existing or new, that a path leads to. Raises OutputError,
     OSError."""
     real = Path(os.path.realpath(path))
     try:
@@ -218,7 +218,7 @@ def _destination(path: Path) -> Path:
 
 
 def _check_folder_of(path: Path, folder: Path) -> None:
-    """Raise OutputError or OSError unless a folder is writable or can be created."""
+    """Raises OutputError or OSError unless a folder is writable or can be created."""
     while not exists(folder) and folder != folder.parent:
         folder = folder.parent
     if not is_folder(folder):
@@ -230,38 +230,38 @@ def _check_folder_of(path: Path, folder: Path) -> None:
 
 
 def check_output(path: Path, *, kept: bool = False) -> None:
-    """Raise OutputError, before long work, if its result could not be written to a path. If `kept`,
-    the result will be read again, so the path must be a file."""
-    with told(path):
+    """Raises OutputError, before long work, if its result could not be written to a path. If
+    `kept`, the result will be read again, so the path must be a file."""
+    with as_output_errors(path):
         if kept or not _is_stream(path):
             real = _destination(path)
             _check_folder_of(path, real.parent)
 
 
 def check_folder(path: Path) -> None:
-    """Raise OutputError, before long work, if a folder could not be created or written to."""
-    with told(path):
+    """Raises OutputError, before long work, if a folder could not be created or written to."""
+    with as_output_errors(path):
         with suppress(FileNotFoundError):
             os.stat(path)  # raises for circular links and for names that are too long
         _check_folder_of(path, Path(os.path.realpath(path)))
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and the folders above it. Raises OutputError."""
-    with told(path):
+    """Creates a folder and the folders above it. Raises OutputError."""
+    with as_output_errors(path):
         if exists(path) and not is_folder(path):
             raise OutputError(Problem(str(path), "", _kind(_mode(path)), "a folder"))
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Delete a file if it exists. Raises OutputError."""
-    with told(path):
+    """Deletes a file if it exists. Raises OutputError."""
+    with as_output_errors(path):
         path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a whole file as UTF-8, and create the folders above it. If `durable`, the file also
+    """Writes a whole file as UTF-8, and creates the folders above it. If `durable`, the file also
     survives a loss of power. Raises OutputError."""
     try:
         data = text.encode("utf-8")
@@ -269,7 +269,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         found = f"text with half of a character, U+{ord(text[failure.start]):04X}"
         raise OutputError(Problem(str(path), "", found, "text that UTF-8 can hold")) from None
     if _is_stream(path):
-        with told(path):
+        with as_output_errors(path):
             _pour(path, data)
         return
     with replacing(path, durable=durable) as draft:
@@ -285,9 +285,9 @@ def _pour(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a draft next to `path` to be written in the block. It replaces the file if the block
+    """Yields a draft next to `path` to be written in the block. It replaces the file if the block
     succeeds, and is deleted if not. Raises OutputError, also for an OSError of the block."""
-    with told(path):
+    with as_output_errors(path):
         real = _destination(path)
         _check_folder_of(path, real.parent)
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -307,8 +307,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def remove_drafts(path: Path) -> None:
-    """Delete the drafts of `path` that killed processes have left; no process may be writing it."""
-    with told(path):
+    """Deletes the drafts of `path` that killed processes have left; no process may be writing
+    it."""
+    with as_output_errors(path):
         real = _destination(path)
         for entry in os.scandir(real.parent):
             if entry.name.startswith(_draft_prefix(real)) and entry.name.endswith(_DRAFT_SUFFIX):
@@ -329,16 +330,16 @@ def _settle(path: Path) -> None:
 
 
 def copy(source: Path, target: Path, *, error: type[MeshwrightError]) -> None:
-    """Copy a small file. Raises `error` for the source, OutputError for the target."""
+    """Copies a small file. Raises `error` for the source, OutputError for the target."""
     data = read_bytes(source, error=error)
     with replacing(target) as draft:
         draft.write_bytes(data)
 
 
 @contextmanager
-def growing(path: Path, *, anew: bool = False) -> Iterator[TextIO]:
-    """Open a file for `add_line`; if `anew`, without the lines that it has. Raises OutputError."""
-    with told(path):
+def append_file(path: Path, *, anew: bool = False) -> Iterator[TextIO]:
+    """Opens a file for `add_line`; if `anew`, without the lines that it has. Raises OutputError."""
+    with as_output_errors(path):
         real = _destination(path)
         mode: Literal["w", "a"] = "w" if anew else "a"
         file = open(real, mode, 1, encoding="utf-8", opener=_open_unwaiting)  # noqa: SIM115
@@ -356,10 +357,10 @@ def _open_unwaiting(path: str, flags: int) -> int:
 
 
 def add_line(file: TextIO, line: str) -> None:
-    """Add one line to a growing file. Raises OutputError, also if the file was deleted in the
+    """Adds one line to a growing file. Raises OutputError, also if the file was deleted in the
     meantime, since the line would then be lost."""
     path = Path(file.name)
-    with told(path):
+    with as_output_errors(path):
         file.write(f"{line}\n")
         if os.fstat(file.fileno()).st_nlink == 0:
             found, wanted = "a file that was taken away meanwhile", "it to stay to the end"

@@ -18,7 +18,7 @@ from typing import Any
 
 from meshwright import files
 from meshwright.errors import MeshwrightError, Problem
-from meshwright.text import flaw
+from meshwright.text import forbidden_character
 
 MOST_TOML_BYTES = 8 * files.MEBI
 """Largest TOML file in bytes: TOML is for people, and is parsed slowly."""
@@ -26,7 +26,7 @@ MOST_DEPTH = 64
 MOST_ENTRIES = 4_000_000
 """Largest number of commas, brackets and line ends of a file, which bounds the memory that its data
 take."""
-LARGE = 16
+LARGE_FACTOR = 16
 """Factor by which a file that a run of ours has written may be larger than others."""
 MOST_DIGITS = 1000
 MISTAKES_TOLD = 100
@@ -37,7 +37,7 @@ _DEEP_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_WORD}[ \t]*+\.[ \t]*+){{{MOST_D
 """Dotted keys that nest too deep, `a.a.a...`: Python's TOML parser needs at least quadratic time
 for them."""
 
-Place = tuple[int | str, ...]
+KeyPath = tuple[int | str, ...]
 """Keys and indices that lead to a value: ("stages", 1, "layers")."""
 
 
@@ -56,8 +56,8 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return doubled
 
 
-def field(place: Place) -> str:
-    """Format a place as a field: `("stages", 1, "layers")` becomes `stages[1].layers`."""
+def format_key_path(place: KeyPath) -> str:
+    """Formats a place as a field: `("stages", 1, "layers")` becomes `stages[1].layers`."""
     text = ""
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -65,18 +65,18 @@ def field(place: Place) -> str:
 
 
 def read_table(path: Path, *, error: type[MeshwrightError], large: bool = False) -> dict[str, Any]:
-    """Read the table in a TOML file (by the suffix `.toml`) or a JSON file. Raises `error`, naming
+    """Reads the table in a TOML file (by the suffix `.toml`) or a JSON file. Raises `error`, naming
     path and field, if the file is missing or malformed."""
-    times, toml = LARGE if large else 1, path.suffix == ".toml"
+    times, toml = LARGE_FACTOR if large else 1, path.suffix == ".toml"
     most = MOST_TOML_BYTES if toml else files.MOST_BYTES * times
     text = files.read_text(path, error=error, most=most)
-    data = from_text(text, toml=toml, source=str(path), error=error, most=MOST_ENTRIES * times)
+    data = parse_text(text, toml=toml, source=str(path), error=error, most=MOST_ENTRIES * times)
     if not isinstance(data, dict):
         raise error(Problem(str(path), "", type(data).__name__, "a table of named fields"))
     return data
 
 
-def from_text(
+def parse_text(
     text: str,
     *,
     source: str,
@@ -85,7 +85,7 @@ def from_text(
     finite: bool = True,
     most: int = MOST_ENTRIES,
 ) -> Any:
-    """Parse the data in a text of TOML or JSON; if not `finite`, NaN and infinities are allowed.
+    """Parses the data in a text of TOML or JSON; if not `finite`, NaN and infinities are allowed.
     Raises `error` with one Problem for every mistake."""
     _check_size(text, source, error, most)
     if toml and (deep := _DEEP_KEY.search(text)):
@@ -113,22 +113,22 @@ def _check_size(text: str, source: str, error: type[MeshwrightError], most: int)
         raise error(Problem(source, "", found, f"at most {MOST_DIGITS:,} digits"))
 
 
-def _too_deep(source: str, place: Place, line: int = 0) -> Problem:
+def _too_deep(source: str, place: KeyPath, line: int = 0) -> Problem:
     found = "tables or lists that are nested too deep" + (f", in line {line}" if line else "")
-    return Problem(source, field(place[:3]), found, f"at most {MOST_DEPTH} levels")
+    return Problem(source, format_key_path(place[:3]), found, f"at most {MOST_DEPTH} levels")
 
 
-def _look(value: object, place: Place, source: str, finite: bool, found: list[Problem]) -> None:
-    """Collect the problems of a value and of everything inside it."""
+def _look(value: object, place: KeyPath, source: str, finite: bool, found: list[Problem]) -> None:
+    """Collects the problems of a value and of everything inside it."""
     if len(place) > MOST_DEPTH:
         found.append(_too_deep(source, place))
     elif isinstance(value, dict):
         if isinstance(value, _Doubled):
-            twice = field((*place, value.key))
+            twice = format_key_path((*place, value.key))
             found.append(Problem(source, twice, "a key that stands twice", "each key once"))
         for key, each in value.items():
-            if wrong := flaw(key):
-                at = field((*place, key))
+            if wrong := forbidden_character(key):
+                at = format_key_path((*place, key))
                 found.append(Problem(source, at, f"a key with {wrong}", "printable text"))
             _look_inside(each, place, key, source, finite, found)
     elif isinstance(value, list):
@@ -137,19 +137,21 @@ def _look(value: object, place: Place, source: str, finite: bool, found: list[Pr
 
 
 def _look_inside(
-    value: object, place: Place, last: int | str, source: str, finite: bool, found: list[Problem]
+    value: object, place: KeyPath, last: int | str, source: str, finite: bool, found: list[Problem]
 ) -> None:
     if len(found) >= MISTAKES_TOLD:
         return
     if isinstance(value, str):
-        if wrong := flaw(value, lines=True):
-            at = field((*place, last))
+        if wrong := forbidden_character(value, lines=True):
+            at = format_key_path((*place, last))
             found.append(Problem(source, at, f"text with {wrong}", "printable text"))
     elif isinstance(value, float):
         if finite and not math.isfinite(value):
-            found.append(Problem(source, field((*place, last)), str(value), "a finite number"))
+            found.append(
+                Problem(source, format_key_path((*place, last)), str(value), "a finite number")
+            )
     elif isinstance(value, dict | list):
         _look(value, (*place, last), source, finite, found)
     elif isinstance(value, date | time):
-        at, wanted = field((*place, last)), "text in quotes, or a number"
+        at, wanted = format_key_path((*place, last)), "text in quotes, or a number"
         found.append(Problem(source, at, "a date or time", wanted))

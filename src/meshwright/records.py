@@ -36,9 +36,9 @@ from pydantic import (
 
 from meshwright import units
 from meshwright.errors import PROBLEMS_KEPT, MeshwrightError, OptionError, Problem
-from meshwright.formats import field as _field
+from meshwright.formats import format_key_path as _field
 from meshwright.formats import read_table
-from meshwright.text import LINE_LETTERS, NAME_LETTERS, did_you_mean, flaw
+from meshwright.text import LINE_LETTERS, NAME_LETTERS, did_you_mean, forbidden_character
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -46,7 +46,7 @@ _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
-    """Make a class a frozen, keyword-only, slotted dataclass that files are checked against.
+    """Makes a class a frozen, keyword-only, slotted dataclass that files are checked against.
 
     All numbers are finite. Further limits of a field are written as `Annotated[int, Field(ge=1,
     le=10)]` or as one of the types below.
@@ -60,7 +60,7 @@ def _reader(parse: Any) -> BeforeValidator:
 
 
 def _one_line(text: str) -> str:
-    if wrong := flaw(text):
+    if wrong := forbidden_character(text):
         raise ValueError(f"one line of printable text, without {wrong}")
     return text
 
@@ -74,7 +74,7 @@ def _format(value: object) -> object:
 
 
 def one_of(*words: str) -> AfterValidator:
-    """Validate a text that must be one of some words."""
+    """Validates a text that must be one of some words."""
 
     def check(text: str) -> str:
         if text not in words:
@@ -127,7 +127,7 @@ def _short(value: object) -> str:
 
 
 def _known_fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
-    """Return the field names of the record at `path` inside a `kind`; empty if it is no record."""
+    """Returns the field names of the record at `path` inside a `kind`; empty if it is no record."""
     for part in path:
         kind = _chosen(kind)
         if is_dataclass(kind):
@@ -140,7 +140,7 @@ def _known_fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
 
 
 def _chosen(kind: Any) -> Any:
-    """Return the type of an optional field without None."""
+    """Returns the type of an optional field without None."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     return next((each for each in get_args(kind) if each is not NoneType), None)
@@ -203,7 +203,7 @@ would take all memory."""
 def parse(
     data: object, kind: type[T], *, source: str, error: type[MeshwrightError], mend: str = ""
 ) -> T:
-    """Convert plain data (from JSON or TOML) to a record of type `kind`.
+    """Converts plain data (from JSON or TOML) to a record of type `kind`.
 
     Raises `error` with one Problem for every mistake found.
     """
@@ -221,7 +221,7 @@ def parse(
 
 
 def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
-    """Return the problems of a record made in memory that no file could contain."""
+    """Returns the problems of a record made in memory that no file could contain."""
     try:
         parse(plain(value), type(value), source=source, error=MeshwrightError)
     except MeshwrightError as failure:
@@ -230,7 +230,7 @@ def problems_in(value: object, *, source: str) -> tuple[Problem, ...]:
 
 
 def checked(kind: type[T], options: Mapping[str, str], /, **values: object) -> T:
-    """Make a record from options of the command line; `options` gives the name of the option that
+    """Makes a record from options of the command line; `options` gives the name of the option that
     sets a field, keyed by the field's path. Raises OptionError with one Problem, naming the option,
     for every value that its field cannot have."""
     try:
@@ -247,23 +247,23 @@ def checked(kind: type[T], options: Mapping[str, str], /, **values: object) -> T
 
 
 def checked_value(kind: Any, value: object, option: str) -> Any:
-    """Return the value of an option, checked as a field of type `kind`. Raises OptionError."""
+    """Returns the value of an option, checked as a field of type `kind`. Raises OptionError."""
     return checked(_holder(kind), {"value": option}, value=value).value
 
 
 @lru_cache
 def _holder(kind: Any) -> Any:
-    """Make a record type with one field of this type."""
+    """Makes a record type with one field of this type."""
     return record(type("Holder", (), {"__annotations__": {"value": kind}}))
 
 
 def read(path: Path, *, error: type[MeshwrightError]) -> dict[str, Any]:
-    """Read the table in a TOML or JSON file. Raises `error` if it is missing or malformed."""
+    """Reads the table in a TOML or JSON file. Raises `error` if it is missing or malformed."""
     return read_table(path, error=error)
 
 
 def check_format(data: Mapping[str, object], *, source: str, error: type[MeshwrightError]) -> None:
-    """Raise `error` unless the data of a file have the format of this version."""
+    """Raises `error` unless the data of a file have the format of this version."""
     if "format" not in data:
         mend = f"write: format = {FORMAT}"
         raise error(Problem(source, "format", "nothing", f"format {FORMAT}", mend))
@@ -275,23 +275,23 @@ def check_format(data: Mapping[str, object], *, source: str, error: type[Meshwri
 
 
 def load(path: Path, kind: type[T], *, error: type[MeshwrightError], large: bool = False) -> T:
-    """Read a record from a TOML or JSON file; `large` is for files written by our runs, which may
+    """Reads a record from a TOML or JSON file; `large` is for files written by our runs, which may
     be larger. Raises `error`, naming the file and every field at fault."""
     data = read_table(path, error=error, large=large)
     return parse(data, kind, source=str(path), error=error)
 
 
 def plain(value: object) -> Any:
-    """Convert a record to plain data; fields that are None are left out."""
+    """Converts a record to plain data; fields that are None are left out."""
     return _adapter(cast("Any", type(value))).dump_python(value, mode="json", exclude_none=True)
 
 
 def dumps(value: object) -> str:
-    """Format a record as JSON; the same record always gives the same bytes."""
+    """Formats a record as JSON; the same record always gives the same bytes."""
     return json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def fingerprint(value: object) -> str:
-    """Return twelve hexadecimal digits that change when the record's content changes."""
+    """Returns twelve hexadecimal digits that change when the record's content changes."""
     text = json.dumps(plain(value), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -18,7 +18,7 @@ from meshwright.errors import LaunchError, Problem
 
 
 def runtime_folder(places: Iterable[Path] | None = None) -> Path:
-    """Return the first of these places that belongs to this user alone; it is created if it is
+    """Returns the first of these places that belongs to this user alone; it is created if it is
     missing.
 
     By default: /run/meshwright for root, then `$XDG_RUNTIME_DIR/meshwright`, then a folder named
@@ -55,7 +55,7 @@ def _places() -> Iterator[Path]:
 
 
 def _refused(place: Path) -> str:
-    """Return why a folder cannot be trusted; empty if it can. A missing folder is created."""
+    """Returns why a folder cannot be trusted; empty if it can. A missing folder is created."""
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         place.mkdir(mode=0o700, exist_ok=True)

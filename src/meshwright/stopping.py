@@ -1,8 +1,8 @@
 """Lets long work be stopped cleanly: its loops check regularly whether they shall stop.
 
-The caller of the work passes a function that says whether to stop; the work calls `look` wherever
-nothing is half done. Outside of `until`, `look` costs nothing and changes nothing.
-"""
+The caller of the work passes a function that says whether to stop; the work calls
+`raise_if_stopped` wherever nothing is half done. Outside of `stoppable`, `raise_if_stopped` costs
+nothing and changes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stopped(Exception):  # noqa: N818 - named for what happened
 
 
 def never() -> bool:
-    """Return False: the default for work that is never stopped."""
+    """Returns False: the default for work that is never stopped."""
     return False
 
 
@@ -24,8 +24,9 @@ _told: ContextVar[Callable[[], bool]] = ContextVar("told", default=never)
 
 
 @contextmanager
-def until(told: Callable[[], bool]) -> Iterator[None]:
-    """Make every `look` in the block ask `told`, and raise Stopped as soon as it returns True."""
+def stoppable(told: Callable[[], bool]) -> Iterator[None]:
+    """Makes every `raise_if_stopped` in the block ask `told`, and raise Stopped as soon as it
+    returns True."""
     before = _told.set(told)
     try:
         yield
@@ -33,7 +34,7 @@ def until(told: Callable[[], bool]) -> Iterator[None]:
         _told.reset(before)
 
 
-def look() -> None:
-    """Raise Stopped if the enclosing work was asked to stop."""
+def raise_if_stopped() -> None:
+    """Raises Stopped if the enclosing work was asked to stop."""
     if _told.get()():
         raise Stopped

@@ -41,8 +41,8 @@ def _is_refused(letter: str, allowed: str) -> bool:
     return unicodedata.category(letter) in _REFUSED and letter not in _JOINERS + allowed
 
 
-def flaw(text: str, *, lines: bool = False) -> str:
-    """Describe the first character that a text must not contain; empty if there is none.
+def forbidden_character(text: str, *, lines: bool = False) -> str:
+    """Describes the first character that a text must not contain; empty if there is none.
 
     If `lines`, the text may contain line breaks and tabs.
     """
@@ -56,8 +56,9 @@ def flaw(text: str, *, lines: bool = False) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Escape the characters that `flaw` refuses: an escape character becomes `\\x1b`."""
-    if not flaw(text, lines=lines):
+    """Escapes the characters that `forbidden_character` refuses: an escape character becomes
+    `\\x1b`."""
+    if not forbidden_character(text, lines=lines):
         return text
     allowed = "\n\t" if lines else ""
     return "".join(_escaped(c) if _is_refused(c, allowed) else c for c in text)
@@ -68,14 +69,14 @@ def _escaped(letter: str) -> str:
 
 
 def shown(text: str, most: int = SHOWN_LETTERS, *, lines: bool = True) -> str:
-    """Make a text fit for a message: printable, and shortened to `most` characters."""
+    """Makes a text fit for a message: printable, and shortened to `most` characters."""
     if len(text) > most:
         text = f"{text[:most]} ... ({len(text) - most:,} more letters)"
     return printable(text, lines=lines)
 
 
 def quoted(text: str) -> str:
-    """Quote a text in double quotes, as TOML and YAML both read it.
+    """Quotes a text in double quotes, as TOML and YAML both read it.
 
     Raises ValueError for half a surrogate pair, which neither can contain.
     """
@@ -97,8 +98,8 @@ Run = tuple[str, str]
 """First and last of consecutive names."""
 
 
-def span(names: Iterable[str], *, to: str = " to ") -> str:
-    """Shorten a list of names: consecutive names become a range, `n-0:0 to n-0:7, x:3`. The same
+def name_ranges(names: Iterable[str], *, to: str = " to ") -> str:
+    """Shortens a list of names: consecutive names become a range, `n-0:0 to n-0:7, x:3`. The same
     devices of consecutive nodes become one range, `n-0:0 to n-7:7`."""
     runs: list[Run] = []
     for name in sorted(dict.fromkeys(names), key=_natural):
@@ -123,7 +124,7 @@ def _same_on_next_node(before: Run, run: Run) -> bool:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a sorting key by which a:10 comes after a:9."""
+    """Returns a sorting key by which a:10 comes after a:9."""
     parts = _NUMBER.split(name)
     return [(int(part), "") if odd % 2 else (0, part) for odd, part in enumerate(parts)]
 
@@ -135,13 +136,13 @@ def _next(name: str, after: str) -> bool:
 
 
 def file_name(name: str) -> str:
-    """Make a safe file name from any text: ASCII letters, digits, dot, dash and underscore, not
+    """Makes a safe file name from any text: ASCII letters, digits, dot, dash and underscore, not
     beginning with a dot or dash."""
     return _FILE_NAME.sub("-", name).lstrip(".-")[:100] or "unnamed"
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Return the known words most similar to an unknown word."""
+    """Returns the known words most similar to an unknown word."""
     words = list(known)
     if len(word) > _COMPARED_LETTERS or len(words) > _COMPARED_WORDS:
         return []
@@ -149,6 +150,6 @@ def nearest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """Return `Did you mean 'gpt2'?`, or nothing if no known word is similar."""
+    """Returns `Did you mean 'gpt2'?`, or nothing if no known word is similar."""
     near = nearest(word, known, cutoff=cutoff)
     return f"Did you mean {near[0]!r}?" if near else ""

@@ -48,22 +48,22 @@ def _scaled(text: str, pattern: re.Pattern[str], example: str) -> float:
 
 
 def parse_bytes(text: str) -> int:
-    """Parse `"80 GiB"`, `"16 GB"` or `"512 KiB"` to bytes. Raises ValueError."""
+    """Parses `"80 GiB"`, `"16 GB"` or `"512 KiB"` to bytes. Raises ValueError."""
     return round(_scaled(text, _BYTES, "80 GiB"))
 
 
 def parse_bandwidth(text: str) -> float:
-    """Parse `"25 Gbit/s"`, `"900 GB/s"` or `"200 Gbps"` to bytes per second. Raises ValueError."""
+    """Parses `"25 Gbit/s"`, `"900 GB/s"` or `"200 Gbps"` to bytes per second. Raises ValueError."""
     return _scaled(text, _RATE, "25 Gbit/s")
 
 
 def parse_flops(text: str) -> float:
-    """Parse `"312 TFLOP/s"` to floating-point operations per second. Raises ValueError."""
+    """Parses `"312 TFLOP/s"` to floating-point operations per second. Raises ValueError."""
     return _scaled(text, _FLOPS, "312 TFLOP/s")
 
 
 def parse_seconds(text: str) -> float:
-    """Parse `"50 us"`, `"2 ms"` or `"1.5 s"` to seconds. Raises ValueError."""
+    """Parses `"50 us"`, `"2 ms"` or `"1.5 s"` to seconds. Raises ValueError."""
     number, unit = _split(text, "50 us")
     if unit in _PER_SECOND:  # dividing keeps "10 us" the float 1e-05
         return _finite(number / _PER_SECOND[unit], text)
@@ -73,7 +73,7 @@ def parse_seconds(text: str) -> float:
 
 
 def format_bytes(size: float) -> str:
-    """Format bytes in binary units: `"1.5 GiB"`."""
+    """Formats bytes in binary units: `"1.5 GiB"`."""
     for power, prefix in ((5, "Pi"), (4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
         if abs(size) >= 1024**power:
             return f"{size / 1024**power:.4g} {prefix}B"
@@ -88,22 +88,22 @@ def _decimal(value: float, unit: str) -> str:
 
 
 def format_bandwidth(bytes_per_second: float) -> str:
-    """Format a bandwidth in decimal bits: `"25 Gbit/s"`."""
+    """Formats a bandwidth in decimal bits: `"25 Gbit/s"`."""
     return _decimal(bytes_per_second * 8, "bit/s")
 
 
 def format_throughput(bytes_per_second: float) -> str:
-    """Format the speed of memory or storage in decimal bytes: `"900 GB/s"`."""
+    """Formats the speed of memory or storage in decimal bytes: `"900 GB/s"`."""
     return _decimal(bytes_per_second, "B/s")
 
 
 def format_flops(flops_per_second: float) -> str:
-    """Format a speed of computing: `"312 TFLOP/s"`."""
+    """Formats a speed of computing: `"312 TFLOP/s"`."""
     return _decimal(flops_per_second, "FLOP/s")
 
 
 def format_seconds(seconds: float) -> str:
-    """Format a time: `"1.25 s"`, `"350 ms"`, `"12 us"`."""
+    """Formats a time: `"1.25 s"`, `"350 ms"`, `"12 us"`."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(seconds) >= scale:
             return f"{seconds / scale:.4g} {unit}"

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import nn
 
 from meshwright.cost.priced_plan import PricedPlan
+from meshwright.emulation.dilation import Dilation, Dilator
+from meshwright.emulation.virtual_times import virtual_times
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Job
 from meshwright.plan.validate import validate_plan
-from meshwright.runtime.dilation import Dilation, Dilator
-from meshwright.testbed.bed import Standing, design
-from meshwright.testbed.launch import BedLauncher, launcher_on
-from meshwright.testbed.times import virtual_times
+from meshwright.testbed.launcher import TestbedLauncher, launcher_on_testbed
+from meshwright.testbed.lifecycle import RunningTestbed, design_testbed
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [str(ROOT / folder) for folder in ("benchmarks", "tests/runtime", "tests/testbed")]
@@ -134,13 +134,13 @@ def test_amp_is_told_of_nodes_of_one_size(graph: LayerGraph) -> None:
 class OnLoopback(Suite):
     """A suite without a testbed: all processes meet on the loopback."""
 
-    def launcher(self, setting: Setting) -> BedLauncher:
+    def launcher(self, setting: Setting) -> TestbedLauncher:
         if self._up is None:
             bed = bed_at(setting.place, "virtual", foreign_share=1.0, attempts=1)
-            up: Standing = design(bed, NOTHING, "mw-none").standing
+            up: RunningTestbed = design_testbed(bed, NOTHING, "mw-none").running
             self._up = (
                 (setting.place.name, setting.mode),
-                self._stack.enter_context(launcher_on(up)),
+                self._stack.enter_context(launcher_on_testbed(up)),
             )
         return self._up[1]
 
@@ -149,10 +149,10 @@ def compute_seconds(known: Known, rival: Rival) -> float:
     """Of the busiest device."""
     times = virtual_times(PricedPlan(rival.plan, known.graph, known.cluster)).ranks
     busy = dict.fromkeys(range(len(times)), 0.0)
-    for stage in stage_seats(rival.plan):
-        for (seat,) in stage.seats:
-            own, layers = times[seat.rank], slice(*stage.layers)
-            busy[seat.rank] += sum(own.forward[layers]) + sum(own.backward[layers])
+    for stage in stage_placements(rival.plan):
+        for (placement,) in stage.placements:
+            own, layers = times[placement.rank], slice(*stage.layers)
+            busy[placement.rank] += sum(own.forward[layers]) + sum(own.backward[layers])
     return rival.plan.pipelines[0].micro_batches * max(busy.values())
 
 

@@ -9,23 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
-from meshwright.cluster.bus import Card, read_lspci
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.discover import describe, discover, discover_toml
+from meshwright.cluster.discover import discover, discover_toml, hardware_cluster
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.host import Answer, Seen, Way
-from meshwright.cluster.machine import (
-    Found,
+from meshwright.cluster.hardware import (
     Gpu,
-    inside_of,
+    MachineHardware,
+    device_type_of,
+    links_inside,
     read_default_interface,
     read_speed,
     read_wiring,
-    type_of,
 )
+from meshwright.cluster.host import GpuReading, GpuSource, ToolOutput
 from meshwright.cluster.nvidia import read_gpus
+from meshwright.cluster.pci import PciCard, read_lspci
 from meshwright.cluster.spec import Link
-from meshwright.text import flaw
+from meshwright.text import forbidden_character
 
 GIB = 2**30
 
@@ -74,32 +74,32 @@ def test_the_weakest_connection_between_gpus_is_read(text, wiring):
     assert read_wiring(text) == wiring
 
 
-def smi(text: str, status: int | None = 0) -> Answer:
-    return Answer(tool="nvidia-smi", text=text, status=status)
+def smi(text: str, status: int | None = 0) -> ToolOutput:
+    return ToolOutput(tool="nvidia-smi", text=text, status=status)
 
 
 def test_gpus_are_read_from_query_output():
     text = "NVIDIA A100-SXM4-40GB, 40960, 8.0\nTesla T4, 15360, 7.5\nold driver, 16160\n"
-    assert read_gpus(smi(text)) == Way(
-        how="nvidia-smi",
-        seen=(
-            Seen(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
-            Seen(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
-            Seen(name="old driver", memory=16160 * 2**20, capability=None),
+    assert read_gpus(smi(text)) == GpuSource(
+        name="nvidia-smi",
+        gpus=(
+            GpuReading(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB, capability=(8, 0)),
+            GpuReading(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
+            GpuReading(name="old driver", memory=16160 * 2**20, capability=None),
         ),
     )
     for status in (0, 6):
-        assert read_gpus(smi("No devices were found\n", status)) == Way(how="nvidia-smi")
+        assert read_gpus(smi("No devices were found\n", status)) == GpuSource(name="nvidia-smi")
 
 
 @given(st.text(), st.sampled_from([None, 0, 1, 2, 6, 9, 15, 255, -11]))
 def test_whatever_a_tool_answers_is_gpus_or_trouble_or_its_word_that_there_are_none(text, status):
     way = read_gpus(smi(text, status))
-    assert way.seen or way.trouble or "No devices were found" in text
+    assert way.gpus or way.trouble or "No devices were found" in text
     if status not in (0, 14):
-        assert way.trouble or way == Way(how="nvidia-smi", notes=way.notes)
-    for words in (way.trouble, *way.notes, *(each.name or "" for each in way.seen)):
-        assert not flaw(words)
+        assert way.trouble or way == GpuSource(name="nvidia-smi", notes=way.notes)
+    for words in (way.trouble, *way.notes, *(each.name or "" for each in way.gpus)):
+        assert not forbidden_character(words)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_whatever_a_tool_answers_is_gpus_or_trouble_or_its_word_that_there_are_n
     ],
 )
 def test_lspci_is_read_with_and_without_numbers(line):
-    (card,) = read_lspci(Answer(tool="lspci", text=f"{line}\n3b:00.1 Audio device: NVIDIA\n"))
+    (card,) = read_lspci(ToolOutput(tool="lspci", text=f"{line}\n3b:00.1 Audio device: NVIDIA\n"))
     assert (card.address, card.maker) == ("0000:3b:00.0", "NVIDIA")
     assert card.name == "NVIDIA Corporation GV100GL [Tesla V100 SXM2 32GB]"
 
@@ -132,7 +132,7 @@ def test_lspci_is_read_with_and_without_numbers(line):
     ],
 )
 def test_graphics_in_a_processor_are_known_from_cards(address, maker, code, device, integrated):
-    card = Card(address=address, maker=maker, code=code, device=device)
+    card = PciCard(address=address, maker=maker, code=code, device=device)
     assert card.is_integrated == integrated
 
 
@@ -141,7 +141,7 @@ def test_memory_is_read_from_every_shape_that_amd_smi_had():
         gpu = {"gpu": 0, "asic": {"market_name": "AMD INSTINCT MI210"}, "vram": {"size": size}}
         (seen,) = read_amd_smi(json.dumps([gpu]))
         assert seen.name == "AMD Instinct MI210"
-        return seen.memory or seen.said
+        return seen.memory or seen.quoted
 
     assert told({"value": 64, "unit": "GB"}) == told({"value": "65536", "unit": "MB"}) == 64 * GIB
     assert told(65536) == told({"value": 64 * GIB, "unit": "B"}) == 64 * GIB
@@ -149,7 +149,7 @@ def test_memory_is_read_from_every_shape_that_amd_smi_had():
     for size in ("N/A", {"value": "N/A", "unit": "MB"}, {"value": 1, "unit": "furlong"}, None):
         assert told(size) == "no memory of GPU 0"
     (nameless,) = read_rocm_smi('{"card10": {"Card Series": "N/A", "VRAM Total Memory (B)": "7"}}')
-    assert nameless == Seen(name="AMD GPU", memory=7)
+    assert nameless == GpuReading(name="AMD GPU", memory=7)
 
 
 @given(st.text())
@@ -176,7 +176,9 @@ def test_the_network_is_that_of_the_default_route():
 
 def test_known_gpus_take_the_catalogue_s_figures():
     gpus = (Gpu(name="Tesla T4", memory=15 * GIB, capability=(7, 5)),) * 4
-    cluster, notes = describe(Found(name="g4", gpus=gpus, wiring="PHB", network=50e9 / 8))
+    cluster, notes = hardware_cluster(
+        MachineHardware(name="g4", gpus=gpus, wiring="PHB", network=50e9 / 8)
+    )
     assert cluster.types == {"T4": catalog()["T4"].type}
     assert cluster.nodes[0].devices == ("T4",) * 4
     assert cluster.nodes[0].inside == Link(bandwidth=12e9, latency=10e-6, shared=True)
@@ -186,21 +188,24 @@ def test_known_gpus_take_the_catalogue_s_figures():
 
 
 def test_nvlink_is_counted_in_lanes_of_its_generation():
-    ampere = Found(
+    ampere = MachineHardware(
         name="a", gpus=(Gpu(name="NVIDIA A100-SXM4-40GB", memory=40 * GIB),), wiring="NV12"
     )
-    assert inside_of(ampere, ("A100-40",))[0].bandwidth == 300e9
+    assert links_inside(ampere, ("A100-40",))[0].bandwidth == 300e9
     blackwell = (Gpu(name="NVIDIA B200", memory=179 * GIB, capability=(10, 0)),)
     assert (
-        inside_of(Found(name="b", gpus=blackwell, wiring="NV18"), ("B200",))[0].bandwidth == 900e9
+        links_inside(MachineHardware(name="b", gpus=blackwell, wiring="NV18"), ("B200",))[
+            0
+        ].bandwidth
+        == 900e9
     )
-    switch = inside_of(Found(name="s", gpus=blackwell, wiring="PXB"), ("B200",))[0]
+    switch = links_inside(MachineHardware(name="s", gpus=blackwell, wiring="PXB"), ("B200",))[0]
     assert switch == Link(bandwidth=24e9, latency=10e-6)
 
 
 def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
     gpu = Gpu(name="NVIDIA Quadro GV/200", memory=48 * GIB, capability=(8, 6))
-    kind, note = type_of(gpu)
+    kind, note = device_type_of(gpu)
     assert kind.name == "Quadro-GV-200-48GiB"
     assert kind.memory == 47 * GIB
     assert kind.peak == catalog()["A10G"].type.peak
@@ -225,17 +230,17 @@ def test_an_unknown_gpu_becomes_a_type_that_says_it_is_guessed():
     ],
 )
 def test_an_unknown_gpu_is_taken_for_one_of_its_generation(capability, relative):
-    kind, _ = type_of(Gpu(name="Strange", memory=80 * GIB, capability=capability))
+    kind, _ = device_type_of(Gpu(name="Strange", memory=80 * GIB, capability=capability))
     assert kind.peak == catalog()[relative].type.peak
 
 
 @pytest.mark.parametrize(("total", "usable"), [(8 * GIB, 7 * GIB), (GIB, GIB // 2)])
 def test_a_gib_of_a_gpu_is_reserved_but_never_more_than_half(total, usable):
-    assert type_of(Gpu(name="Strange", memory=total))[0].memory == usable
+    assert device_type_of(Gpu(name="Strange", memory=total))[0].memory == usable
 
 
 def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
-    kind, note = type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory=20 * GIB))
+    kind, note = device_type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory=20 * GIB))
     assert kind.name == "A100-40-3g.20gb"
     assert kind.memory == 19 * GIB
     assert kind.peak["bf16"] == pytest.approx(catalog()["A100-40"].type.peak["bf16"] * 3 / 7)
@@ -273,32 +278,32 @@ def test_a_slice_of_a_known_gpu_is_not_taken_for_the_whole():
 )
 def test_every_gpu_keeps_the_memory_and_speed_of_its_own_type(gpus):
     """Whatever cards stand beside it, and whatever they are called."""
-    found = Found(name="host", gpus=tuple(gpus), wiring="PHB", network=1.25e9)
-    cluster, _ = describe(found)
+    found = MachineHardware(name="host", gpus=tuple(gpus), wiring="PHB", network=1.25e9)
+    cluster, _ = hardware_cluster(found)
     for gpu, name in zip(gpus, cluster.nodes[0].devices, strict=True):
-        assert replace(cluster.types[name], name="") == replace(type_of(gpu)[0], name="")
+        assert replace(cluster.types[name], name="") == replace(device_type_of(gpu)[0], name="")
     assert cluster_from(tomllib.loads(discover_toml(found)), source="here") == cluster
 
 
 def test_a_type_is_called_the_same_whatever_stands_beside_it():
     cards = [Gpu(name="NVIDIA GeForce RTX 3080", memory=gib * GIB) for gib in (10, 12)]
     names = ["RTX-3080-10GiB", "RTX-3080-12GiB"]
-    assert [type_of(card)[0].name for card in cards] == names
+    assert [device_type_of(card)[0].name for card in cards] == names
     for order in (cards, cards[::-1]):
-        nodes = describe(Found(name="desk", gpus=tuple(order)))[0].nodes
+        nodes = hardware_cluster(MachineHardware(name="desk", gpus=tuple(order)))[0].nodes
         assert sorted(nodes[0].devices) == names
 
 
 def test_slices_of_a_card_that_is_not_catalogued_have_their_share_too():
     whole = Gpu(name="NVIDIA A30", memory=24 * GIB, capability=(8, 0))
     part = Gpu(name="NVIDIA A30", memory=6 * GIB, capability=(8, 0), slice="1g.6gb", whole=24 * GIB)
-    assert type_of(part)[0].name == "A30-1g.6gb"
-    assert type_of(part)[0].peak["bf16"] == type_of(whole)[0].peak["bf16"] / 4
-    assert type_of(part)[0].memory_bandwidth == type_of(whole)[0].memory_bandwidth / 4
+    assert device_type_of(part)[0].name == "A30-1g.6gb"
+    assert device_type_of(part)[0].peak["bf16"] == device_type_of(whole)[0].peak["bf16"] / 4
+    assert device_type_of(part)[0].memory_bandwidth == device_type_of(whole)[0].memory_bandwidth / 4
 
 
 def test_without_gpus_each_core_is_a_device():
-    cluster, notes = describe(Found(name="vm", cores=4, memory=40 * GIB))
+    cluster, notes = hardware_cluster(MachineHardware(name="vm", cores=4, memory=40 * GIB))
     assert cluster.nodes[0].devices == ("cpu",) * 4
     assert cluster.types["cpu"].memory == 9 * GIB
     assert any("ASSUMED" in note for note in notes)

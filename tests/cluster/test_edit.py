@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.edit import edited
+from meshwright.cluster.edit import edit_cluster
 from meshwright.cluster.files import cluster_from, dump_cluster
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.errors import ClusterError
@@ -50,25 +50,25 @@ def count(cluster: Cluster) -> int:
 
 
 def test_a_link_is_set_everywhere_at_one_node_or_at_all_of_a_count():
-    everywhere = edited(mixed(), settings=["link.network=100Gbit/s"]).cluster
+    everywhere = edit_cluster(mixed(), settings=["link.network=100Gbit/s"]).cluster
     assert {node.network.bandwidth for node in everywhere.nodes} == {12.5e9}
     assert {node.network.latency for node in everywhere.nodes} == {50e-6}
-    one = edited(mixed(), settings=["node.g4.x.network.latency=1 us"]).cluster
+    one = edit_cluster(mixed(), settings=["node.g4.x.network.latency=1 us"]).cluster
     assert [node.network.latency for node in one.nodes] == [50e-6] * 3 + [1e-6]
-    group = edited(mixed(), settings=['node.p3.inside.bandwidth="1 GB/s"']).cluster
+    group = edit_cluster(mixed(), settings=['node.p3.inside.bandwidth="1 GB/s"']).cluster
     assert [node.inside.bandwidth == 1e9 for node in group.nodes] == [True] * 3 + [False]
 
 
 def test_an_uplink_is_set_and_a_site_without_one_gets_it():
-    changed = edited(mixed(), settings=["link.uplink=2Gbit/s"]).cluster
+    changed = edit_cluster(mixed(), settings=["link.uplink=2Gbit/s"]).cluster
     assert [site.uplink.bandwidth for site in changed.sites if site.uplink] == [2.5e8, 2.5e8]
-    one = edited(mixed(), settings=["site.south.2.uplink=2Gbit/s"]).cluster
+    one = edit_cluster(mixed(), settings=["site.south.2.uplink=2Gbit/s"]).cluster
     assert one.sites[0] == mixed().sites[0]
 
 
 def test_figures_of_a_device_type_are_set():
     settings = ["device.T4.memory=24 GiB", "device.T4.peak.fp16=10 TFLOP/s"]
-    changed = edited(mixed(), settings=[*settings, "device.T4.matmul_efficiency=0.5"]).cluster
+    changed = edit_cluster(mixed(), settings=[*settings, "device.T4.matmul_efficiency=0.5"]).cluster
     kind = changed.types["T4"]
     assert (kind.memory, kind.peak["fp16"], kind.matmul_efficiency) == (24 << 30, 1e13, 0.5)
     assert kind.peak["fp32"] == mixed().types["T4"].peak["fp32"]
@@ -79,7 +79,7 @@ def test_figures_of_a_device_type_are_set():
     ("name", "left"), [("p3-1", 11), ("p3", 3), ("g4.x:2", 14), ("T4", 13), ("north", 3)]
 )
 def test_what_is_taken_away(name, left):
-    changed = edited(mixed(), without=[name])
+    changed = edit_cluster(mixed(), without=[name])
     assert count(changed.cluster) == left
     assert f"{15 - left} of 15 devices" in changed.notes[0]
     names = {node.name for node in changed.cluster.nodes}
@@ -87,30 +87,30 @@ def test_what_is_taken_away(name, left):
 
 
 def test_devices_are_those_of_the_cluster_as_it_was():
-    changed = edited(mixed(), without=["g4.x:0", "g4.x:1"]).cluster
+    changed = edit_cluster(mixed(), without=["g4.x:0", "g4.x:1"]).cluster
     assert changed.nodes[-1].devices == ("A10G",)
 
 
 def test_a_new_node_is_wired_like_one_of_its_type_or_by_the_catalogue():
-    like = edited(mixed(), added=["4 x T4"])
+    like = edit_cluster(mixed(), added=["4 x T4"])
     node, known = like.cluster.nodes[-1], mixed().nodes[3]
     assert node.devices == ("T4",) * 4
     assert (node.inside, node.network, node.site) == (known.inside, known.network, known.site)
     assert "10 Gbit/s" in like.notes[0]
-    fresh = edited(mixed(), added=["2 x H100"]).cluster
+    fresh = edit_cluster(mixed(), added=["2 x H100"]).cluster
     assert fresh.types["H100"] == catalog()["H100"].type
     assert fresh.nodes[-1].inside == catalog()["H100"].inside
     assert fresh.nodes[-1].site == "north"
 
 
 def test_nodes_like_an_existing_one_even_if_that_goes():
-    changed = edited(mixed(), added=["2 x p3-0"], without=["p3"]).cluster
+    changed = edit_cluster(mixed(), added=["2 x p3-0"], without=["p3"]).cluster
     assert [node.name for node in changed.nodes] == ["g4.x", "new-0", "new-1"]
     assert changed.nodes[1].devices == ("V100-16",) * 4
 
 
 def test_edits_combine_and_the_result_is_a_cluster_file():
-    changed = edited(
+    changed = edit_cluster(
         mixed(), without=["T4"], added=["8 x H100"], settings=["node.new-0.network=1 Tbit/s"]
     ).cluster
     assert changed.nodes[-1].network.bandwidth == 1.25e11
@@ -143,7 +143,7 @@ MISTAKES = {
 @pytest.mark.parametrize("setting", MISTAKES)
 def test_a_mistaken_setting_is_refused_with_what_was_wanted(setting):
     with pytest.raises(ClusterError) as caught:
-        edited(mixed(), settings=[setting])
+        edit_cluster(mixed(), settings=[setting])
     text = str(caught.value)
     assert text.startswith("--set")
     assert all(word in text for word in MISTAKES[setting]), text
@@ -163,18 +163,18 @@ def test_a_mistaken_setting_is_refused_with_what_was_wanted(setting):
 )
 def test_other_mistakes_are_refused(edits, word):
     with pytest.raises(ClusterError, match=word):
-        edited(mixed(), **edits)
+        edit_cluster(mixed(), **edits)
 
 
 def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ClusterError) as caught:
-        edited(mixed(), without=["x"], added=["2 x Y"], settings=["a=b", "link.z=1"])
+        edit_cluster(mixed(), without=["x"], added=["2 x Y"], settings=["a=b", "link.z=1"])
     assert len(caught.value.problems) == 4
 
 
 @given(st.lists(st.sampled_from(["p3-0", "p3-1", "g4.x", "p3-2:3", "A10G"]), unique=True))
 def test_taking_away_never_leaves_an_empty_node(names):
-    cluster = edited(mixed(), without=names).cluster
+    cluster = edit_cluster(mixed(), without=names).cluster
     assert all(node.devices for node in cluster.nodes)
     assert len({node.name for node in cluster.nodes}) == len(cluster.nodes)
 
@@ -182,4 +182,4 @@ def test_taking_away_never_leaves_an_empty_node(names):
 @given(st.text(max_size=30), st.sampled_from(["without", "added", "settings"]))
 def test_any_text_is_an_edit_or_a_refusal(text, what):
     with suppress(ClusterError):
-        assert edited(mixed(), **{what: [text]}).cluster.nodes
+        assert edit_cluster(mixed(), **{what: [text]}).cluster.nodes

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from meshwright.cluster import host as host_module
-from meshwright.cluster.discover import describe, look
-from meshwright.cluster.host import Answer, Host, Seen, Way, this_host
+from meshwright.cluster.discover import hardware_cluster, read_hardware
+from meshwright.cluster.host import GpuReading, GpuSource, Host, ToolOutput, this_host
 from meshwright.errors import MachineError
 
 Tools = Callable[[str], Host]
@@ -52,13 +52,13 @@ def with_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
 
 def refused(host: Host) -> str:
     with pytest.raises(MachineError) as caught:
-        look(host)
+        read_hardware(host)
     return str(caught.value)
 
 
 @pytest.mark.heavy
 def test_an_old_driver_is_asked_again_without_the_field(with_tool: Tools) -> None:
-    cluster, _ = describe(look(with_tool(OLD_DRIVER)))
+    cluster, _ = hardware_cluster(read_hardware(with_tool(OLD_DRIVER)))
     assert cluster.nodes[0].devices == ("V100-32", "V100-32")
 
 
@@ -80,9 +80,11 @@ def test_a_tool_that_hangs_is_left_with_its_children_and_not_asked_again(
 def test_a_tool_that_hangs_is_waited_for_once(with_tool: Tools, tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     host = with_tool(f"#!/bin/sh\necho $1 >> {asked}\nexec sleep 600\n")
-    cards = Way(how="PyTorch", seen=(Seen(name="NVIDIA L4", memory=23034 * 2**20),) * 2)
-    found = look(replace(host, torch=lambda: ("cuda", cards)))
-    assert describe(found)[0].nodes[0].devices == ("L4", "L4")
+    cards = GpuSource(
+        name="PyTorch", gpus=(GpuReading(name="NVIDIA L4", memory=23034 * 2**20),) * 2
+    )
+    found = read_hardware(replace(host, torch=lambda: ("cuda", cards)))
+    assert hardware_cluster(found)[0].nodes[0].devices == ("L4", "L4")
     assert any("no answer from nvidia-smi" in note for note in found.notes)
     assert len(asked.read_text().split()) == 1
 
@@ -99,7 +101,7 @@ def test_a_tool_that_never_stops_writing_is_not_read_to_its_end(with_tool: Tools
 def test_windows_line_ends_are_read(with_tool: Tools) -> None:
     """As from nvidia-smi.exe, called from Linux."""
     program = "#!/bin/sh\ncase $1 in --query*cap*) printf 'Tesla T4, 15360, 7.5\\r\\n';; esac\n"
-    assert [gpu.name for gpu in look(with_tool(program)).gpus] == ["Tesla T4"]
+    assert [gpu.name for gpu in read_hardware(with_tool(program)).gpus] == ["Tesla T4"]
 
 
 @pytest.mark.heavy
@@ -157,26 +159,34 @@ CARD = SimpleNamespace(name="NVIDIA L4", total_memory=22 * 2**30, major=8, minor
     [
         (
             torch_with(CARD),
-            ("cuda", Seen(name="NVIDIA L4", memory=22 * 2**30, capability=(8, 9), uuid="GPU-5a10")),
+            (
+                "cuda",
+                GpuReading(
+                    name="NVIDIA L4", memory=22 * 2**30, capability=(8, 9), uuid="GPU-5a10"
+                ),
+            ),
         ),
         (
             torch_with(SimpleNamespace(name="AMD\x1b", total_memory=9, major=9, minor=4), cuda=None,
                        hip="6.2"),
-            ("rocm", Seen(name="AMD\\x1b", memory=9)),
+            ("rocm", GpuReading(name="AMD\\x1b", memory=9)),
         ),
     ],
 )  # fmt: skip
 def test_pytorch_is_asked_for_what_it_sees(monkeypatch, torch, seen) -> None:
     monkeypatch.setitem(sys.modules, "torch", torch)
-    assert this_host().torch() == (seen[0], Way(how="PyTorch", seen=(seen[1],)))
+    assert this_host().torch() == (seen[0], GpuSource(name="PyTorch", gpus=(seen[1],)))
 
 
 def test_what_pytorch_says_instead_is_kept(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", torch_with())
     note = "PyTorch sees no GPU: The driver is too old"
-    assert this_host().torch() == ("cuda", Way(how="PyTorch", notes=(note,)))
+    assert this_host().torch() == ("cuda", GpuSource(name="PyTorch", notes=(note,)))
     monkeypatch.setitem(sys.modules, "torch", torch_with(RuntimeError("CUDA error:\nlost")))
-    assert this_host().torch() == ("cuda", Way(how="PyTorch", trouble="PyTorch: CUDA error: lost"))
+    assert this_host().torch() == (
+        "cuda",
+        GpuSource(name="PyTorch", trouble="PyTorch: CUDA error: lost"),
+    )
     monkeypatch.setitem(sys.modules, "torch", torch_with(CARD, cuda=None))
     assert this_host().torch() is None
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -190,7 +200,7 @@ def test_a_pytorch_that_cannot_be_imported_is_no_gpu_that_cannot_be_read(
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     note = "PyTorch cannot be imported: libcudart.so.12: not found"
-    assert this_host().torch() == ("cuda", Way(how="PyTorch", notes=(note,)))
+    assert this_host().torch() == ("cuda", GpuSource(name="PyTorch", notes=(note,)))
 
 
 class NVMLError(Exception):
@@ -221,11 +231,11 @@ def nvml_with(*names: str | bytes | None, starts: bool = True) -> SimpleNamespac
 
 def test_nvidia_s_library_is_asked_where_python_has_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml_with("RTX A4000", b"RTX A4000", None))
-    known = Seen(name="RTX A4000", memory=2**34, capability=(8, 6))
-    lost = Seen(trouble="NVML: GPU is lost")
-    assert this_host().nvml() == Way(how="NVML", seen=(known, known, lost))
+    known = GpuReading(name="RTX A4000", memory=2**34, capability=(8, 6))
+    lost = GpuReading(trouble="NVML: GPU is lost")
+    assert this_host().nvml() == GpuSource(name="NVML", gpus=(known, known, lost))
     monkeypatch.setitem(sys.modules, "pynvml", nvml_with(starts=False))
-    assert this_host().nvml() == Way(how="NVML", trouble="NVML: Driver Not Loaded")
+    assert this_host().nvml() == GpuSource(name="NVML", trouble="NVML: Driver Not Loaded")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert this_host().nvml() is None
 
@@ -252,9 +262,9 @@ def test_a_host_s_name_can_stand_in_a_cluster_file(monkeypatch, called: str, nam
 
 
 def test_only_the_first_words_of_a_long_answer_are_told() -> None:
-    words = Answer(tool="tool", text="word \n" * 100, status=3).words
+    words = ToolOutput(tool="tool", text="word \n" * 100, status=3).summary
     assert words.startswith("tool ended with exit status 3 and said: word word word")
     assert words.endswith(" ...")
     assert len(words) < 250
-    short = Answer(tool="tool", text="one\n", errors="two", status=3).words
+    short = ToolOutput(tool="tool", text="one\n", errors="two", status=3).summary
     assert short == "tool ended with exit status 3 and said: one two"

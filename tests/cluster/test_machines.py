@@ -13,11 +13,11 @@ import pytest
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.discover import describe, discover_toml, look
+from meshwright.cluster.discover import discover_toml, hardware_cluster, read_hardware
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.host import Answer, Host, Seen, Way
+from meshwright.cluster.host import GpuReading, GpuSource, Host, ToolOutput
 from meshwright.errors import MachineError
-from meshwright.text import flaw
+from meshwright.text import forbidden_character
 
 MACHINES = Path(__file__).parents[2] / "examples" / "machines"
 FOLDERS = sorted(path.name for path in MACHINES.iterdir() if path.is_dir())
@@ -27,26 +27,26 @@ def table(folder: Path, name: str) -> dict[str, Any]:
     return tomllib.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def answer_in(path: Path) -> tuple[str, Answer]:
+def answer_in(path: Path) -> tuple[str, ToolOutput]:
     """A command, with `*` for any arguments, and what is answered to it."""
     first, *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True)
     command, status = first.removeprefix("$ ").strip(), last.removeprefix("exit status ").strip()
     hung = status == "none in time"
     tool = command.split()[0]
-    return command, Answer(
-        tool=tool, text="".join(lines), status=None if hung else int(status), hung=hung
+    return command, ToolOutput(
+        tool=tool, text="".join(lines), status=None if hung else int(status), timed_out=hung
     )
 
 
-def seen_in(row: dict[str, Any]) -> Seen:
+def seen_in(row: dict[str, Any]) -> GpuReading:
     capability = tuple(row["capability"]) if "capability" in row else None
     memory = units.parse_bytes(row["memory"])
-    return Seen(name=row["name"], memory=memory, capability=capability, uuid=row.get("uuid"))
+    return GpuReading(name=row["name"], memory=memory, capability=capability, uuid=row.get("uuid"))
 
 
-def way_in(how: str, told: dict[str, Any]) -> Way:
+def way_in(how: str, told: dict[str, Any]) -> GpuSource:
     note = (f"{how} sees no GPU: {told['warning']}",) if "warning" in told else ()
-    return Way(how=how, seen=tuple(map(seen_in, told.get("gpus", []))), notes=note)
+    return GpuSource(name=how, gpus=tuple(map(seen_in, told.get("gpus", []))), notes=note)
 
 
 def recorded(folder: Path) -> Host:
@@ -55,14 +55,14 @@ def recorded(folder: Path) -> Host:
     answers = dict(answer_in(path) for path in sorted(folder.glob("*.txt")))
     files: dict[str, str] = given.get("files", {})
 
-    def run(command: tuple[str, ...]) -> Answer:
+    def run(command: tuple[str, ...]) -> ToolOutput:
         line = " ".join(command)
         for pattern, answer in answers.items():
             if fnmatchcase(line, pattern):
                 return answer
         is_there = any(pattern.split()[0] == command[0] for pattern in answers)
         assert not is_there, f"no answer to {line} is recorded"
-        return Answer(tool=command[0], there=False, status=None)
+        return ToolOutput(tool=command[0], installed=False, status=None)
 
     def names(place: str) -> tuple[str, ...]:
         inside = (path.removeprefix(f"{place}/") for path in files if path.startswith(f"{place}/"))
@@ -92,13 +92,13 @@ def test_every_gpu_is_in_the_file_or_named_in_the_error(name: str) -> None:
     expected, host = table(folder, "expected.toml"), recorded(folder)
     if "error" in expected:
         with pytest.raises(MachineError) as caught:
-            look(host)
+            read_hardware(host)
         for words in expected["error"]:
             assert words in str(caught.value)
-        assert not flaw(str(caught.value), lines=True)
+        assert not forbidden_character(str(caught.value), lines=True)
         return
-    found = look(host)
-    cluster, notes = describe(found)
+    found = read_hardware(host)
+    cluster, notes = hardware_cluster(found)
     assert counted(cluster.nodes[0].devices) == expected["devices"]
     for kind, memory in expected.get("memory", {}).items():
         assert cluster.types[kind].memory == units.parse_bytes(memory), kind
@@ -112,20 +112,20 @@ def test_what_cannot_be_read_is_left_out_only_when_that_is_asked_for(name: str) 
     folder = MACHINES / name
     expected, host = table(folder, "expected.toml"), recorded(folder)
     if "error" not in expected:
-        assert look(host, partial=True) == look(host)
+        assert read_hardware(host, partial=True) == read_hardware(host)
     elif "partial" in expected:
-        found = look(host, partial=True)
-        assert counted(describe(found)[0].nodes[0].devices) == expected["partial"]
+        found = read_hardware(host, partial=True)
+        assert counted(hardware_cluster(found)[0].nodes[0].devices) == expected["partial"]
         assert any(note.startswith("LEFT OUT") for note in found.notes)
     else:
         with pytest.raises(MachineError):
-            look(host, partial=True)
+            read_hardware(host, partial=True)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_cores_are_to_be_had_on_every_host(name: str) -> None:
     host = recorded(MACHINES / name)
-    cluster, notes = describe(look(host, cpus=True))
+    cluster, notes = hardware_cluster(read_hardware(host, cpus=True))
     assert cluster.nodes[0].devices == ("cpu",) * host.cores
     assert "The cores, as asked: one process for each; GPUs were not looked for." in notes
 
@@ -138,7 +138,7 @@ def test_hosts_that_say_nothing_of_gpus_are_the_only_ones_without() -> None:
 
 
 def test_a_slice_has_its_share_of_the_figures() -> None:
-    cluster, _ = describe(look(recorded(MACHINES / "mig-a100-unequal-slices")))
+    cluster, _ = hardware_cluster(read_hardware(recorded(MACHINES / "mig-a100-unequal-slices")))
     whole, part = catalog()["A100-40"].type, cluster.types["A100-40-3g.20gb"]
     assert part.peak["bf16"] == pytest.approx(whole.peak["bf16"] * 3 / 7)
     assert part.memory_bandwidth == whole.memory_bandwidth / 2

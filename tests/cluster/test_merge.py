@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster.discover import describe, discover_toml
+from meshwright.cluster.discover import discover_toml, hardware_cluster
 from meshwright.cluster.files import cluster_from, dump_cluster, load_cluster
-from meshwright.cluster.machine import Found, Gpu
+from meshwright.cluster.hardware import Gpu, MachineHardware
 from meshwright.cluster.merge import merged, merged_toml
 from meshwright.cluster.spec import Cluster
 from meshwright.errors import ClusterError
@@ -42,9 +42,9 @@ latency = "5 us"
 """
 
 
-def host(name: str, *cards: tuple[str, int]) -> Found:
+def host(name: str, *cards: tuple[str, int]) -> MachineHardware:
     gpus = tuple(Gpu(name=card, memory=gib * GIB) for card, gib in cards)
-    return Found(name=name, gpus=gpus, cores=4, memory=64 * GIB, network=1.25e9)
+    return MachineHardware(name=name, gpus=gpus, cores=4, memory=64 * GIB, network=1.25e9)
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -104,7 +104,7 @@ def test_a_changed_type_of_the_catalogue_does_not_change_that_of_others() -> Non
     own = own.replace('like = "T4"\n', "")
     parts = [
         ("own", cluster_from(tomllib.loads(own), source="own")),
-        ("known", describe(host("known", ("Tesla T4", 15)))[0]),
+        ("known", hardware_cluster(host("known", ("Tesla T4", 15)))[0]),
     ]
     cluster, _ = merged(parts)
     assert cluster.nodes[-1].devices == ("T4-known",)
@@ -166,7 +166,7 @@ CARDS = st.tuples(
 
 @given(st.lists(st.lists(CARDS, max_size=3), min_size=1, max_size=5))
 def test_any_hosts_together_have_what_each_has(hosts: list[list[tuple[str, int]]]) -> None:
-    parts = [(f"h{i}", describe(host(f"h{i}", *cards))[0]) for i, cards in enumerate(hosts)]
+    parts = [(f"h{i}", hardware_cluster(host(f"h{i}", *cards))[0]) for i, cards in enumerate(hosts)]
     cluster, _ = merged(parts)
     assert cluster_from(tomllib.loads(dump_cluster(cluster)), source="dumped") == cluster
     for node, (_, own) in zip(cluster.nodes, parts, strict=True):

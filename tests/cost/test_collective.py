@@ -12,11 +12,11 @@ from meshwright.cost.collective import (
     Traffic,
     all_gather,
     all_reduce,
-    alone_seconds,
     broadcast,
+    concurrent,
     reduce_scatter,
-    together,
     transfer,
+    uncontended_seconds,
 )
 from meshwright.cost.links import with_measured_links
 from meshwright.cost.profile import LinkTimes
@@ -64,11 +64,13 @@ def test_rings_on_one_switch_are_the_textbook_formulas(n, size, bandwidth, laten
     flat = topology(cluster(1, n, link, SLOW))
     members = list(flat.devices)
     step = latency + size / n / bandwidth
-    assert alone_seconds(flat, all_reduce(flat, members, size)) == pytest.approx(2 * (n - 1) * step)
+    assert uncontended_seconds(flat, all_reduce(flat, members, size)) == pytest.approx(
+        2 * (n - 1) * step
+    )
     for half in (all_gather, reduce_scatter):
-        assert alone_seconds(flat, half(flat, members, size)) == pytest.approx((n - 1) * step)
+        assert uncontended_seconds(flat, half(flat, members, size)) == pytest.approx((n - 1) * step)
     chain = (n - 1) * latency + size / bandwidth
-    assert alone_seconds(flat, broadcast(flat, members, size)) == pytest.approx(chain)
+    assert uncontended_seconds(flat, broadcast(flat, members, size)) == pytest.approx(chain)
 
 
 @given(st.integers(2, 5), st.integers(1, 4), sizes)
@@ -91,7 +93,9 @@ def test_a_ring_crosses_each_uplink_once():
 
 def seconds(built, groups, size):
     """Until all groups, which begin at the same moment, are done."""
-    return alone_seconds(built, together(all_reduce(built, group, size) for group in groups))
+    return uncontended_seconds(
+        built, concurrent(all_reduce(built, group, size) for group in groups)
+    )
 
 
 @given(st.integers(1, 3), sizes)
@@ -125,10 +129,10 @@ def test_a_faster_link_never_takes_longer(slow, size, factor, level, data):
     before, after = topology(slow), topology(fast)
     members = data.draw(st.lists(st.sampled_from([*before.devices]), min_size=1, unique=True))
     for collective in COLLECTIVES:
-        was = alone_seconds(before, collective(before, members, size))
-        assert alone_seconds(after, collective(after, members, size)) <= was * (1 + 1e-12)
-    was = alone_seconds(before, transfer(before, members[0], members[-1], size))
-    assert alone_seconds(after, transfer(after, members[0], members[-1], size)) <= was
+        was = uncontended_seconds(before, collective(before, members, size))
+        assert uncontended_seconds(after, collective(after, members, size)) <= was * (1 + 1e-12)
+    was = uncontended_seconds(before, transfer(before, members[0], members[-1], size))
+    assert uncontended_seconds(after, transfer(after, members[0], members[-1], size)) <= was
 
 
 @given(
@@ -141,16 +145,16 @@ def test_relabelling_equal_nodes_changes_nothing(order, places, size):
     group = [f"n-{i}:{j}" for i, j in sorted(places)]
     moved = [f"n-{order[i]}:{j}" for i, j in sorted(places)]
     for collective in COLLECTIVES[:3]:
-        here = alone_seconds(built, collective(built, group, size))
-        assert alone_seconds(built, collective(built, moved, size)) == pytest.approx(here)
+        here = uncontended_seconds(built, collective(built, group, size))
+        assert uncontended_seconds(built, collective(built, moved, size)) == pytest.approx(here)
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_nobody_to_talk_to_costs_nothing(collective):
     built = topology(cluster(1, 1, FAST, SLOW))
     for members in ([], ["n-0:0"]):
-        assert alone_seconds(built, collective(built, members, 1e9)) == 0
-    assert alone_seconds(built, transfer(built, "n-0:0", "n-0:0", 1e9)) == 0
+        assert uncontended_seconds(built, collective(built, members, 1e9)) == 0
+    assert uncontended_seconds(built, transfer(built, "n-0:0", "n-0:0", 1e9)) == 0
 
 
 def test_a_broadcast_serves_its_own_node_before_it_leaves():
@@ -177,11 +181,11 @@ def test_a_measured_step_counts_where_it_is_slower_than_the_hop():
 
 def test_together_adds_bytes_and_keeps_the_longest_latency():
     built = topology(cluster(2, 2, FAST, SLOW))
-    both = together([transfer(built, "n-0:0", "n-1:0", 5), transfer(built, "n-0:0", "n-0:1", 7)])
+    both = concurrent([transfer(built, "n-0:0", "n-1:0", 5), transfer(built, "n-0:0", "n-0:1", 7)])
     assert both.latency == 20e-6
     assert by_name(both)["n-0 network out"] == 5
     assert by_name(both)["n-0:0 out"] == 7
-    assert by_name(together([])) == {}
+    assert by_name(concurrent([])) == {}
 
 
 def test_measured_links_replace_their_level_and_only_that():
@@ -199,4 +203,4 @@ def test_a_transfer_between_sites_takes_the_latency_measured_for_it():
     site = Link(bandwidth=2e8, latency=5e-3)
     built = topology(with_measured_links(stated, LinkTimes(site=site)))
     across = transfer(built, "n-0:0", "n-1:0", 1e6)
-    assert alone_seconds(built, across) == pytest.approx(5e-3 + 1e6 / 2e8)
+    assert uncontended_seconds(built, across) == pytest.approx(5e-3 + 1e6 / 2e8)

@@ -9,7 +9,7 @@ import pytest
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.spec import Link, devices_of
 from meshwright.cluster.topology import topology
-from meshwright.cost.collective import all_reduce, alone_seconds, boundary_transfer
+from meshwright.cost.collective import all_reduce, boundary_transfer, uncontended_seconds
 from meshwright.cost.compute import (
     head_constants,
     head_signatures,
@@ -27,7 +27,7 @@ from meshwright.cost.constants import (
     device_constants,
     implausible,
 )
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step
+from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.model.config import NAMED
 from meshwright.model.transformer.counted_graph import counted_graph
@@ -35,7 +35,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.estimate import Candidate, evaluate
 from meshwright.search.placement import default_placement
 from meshwright.search.space import DeviceSet, Grid, Shape
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from worlds import even_model, even_plan, one_node
 
@@ -94,16 +94,16 @@ def test_links_reach_their_share_and_measured_ones_stay_as_measured() -> None:
 
 def test_ring_steps_and_the_fixed_cost_of_a_step_are_measured_else_fitted() -> None:
     fitted = under(Calibration(system=SystemConstants(ring_step=3e-5, step=2e-3)))
-    assert ring_step(fitted) == 3e-5
-    assert ring_step(replace(fitted, links=LinkTimes(all_reduce_latency=1e-6))) == 1e-6
-    assert ring_step(None) == 0.0
+    assert ring_step_seconds(fitted) == 3e-5
+    assert ring_step_seconds(replace(fitted, links=LinkTimes(all_reduce_latency=1e-6))) == 1e-6
+    assert ring_step_seconds(None) == 0.0
     assert overhead_seconds(replace(fitted, step_overhead_seconds=1e-3)) == pytest.approx(3e-3)
 
 
 def test_a_boundary_costs_its_fixed_seconds_once_a_transfer() -> None:
     links = topology(one_node(2, bandwidth=1e9))
     moved = boundary_transfer(links, "n:0", "n:1", 1e6, 5e-4)
-    assert alone_seconds(links, moved) == pytest.approx(1e-3 + 5e-4)
+    assert uncontended_seconds(links, moved) == pytest.approx(1e-3 + 5e-4)
     assert boundary_transfer(links, "n:0", "n:0", 1e6, 5e-4).latency == 0.0
 
 

@@ -3,10 +3,10 @@ doing early."""
 
 from __future__ import annotations
 
-from meshwright.cost.instructions import price
+from meshwright.cost.pricing import price_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from worlds import even_model, even_plan, one_node
 
 MODEL, CLUSTER = even_model(4, parameters=1000), one_node(4)
@@ -15,7 +15,7 @@ MODEL, CLUSTER = even_model(4, parameters=1000), one_node(4)
 def test_each_part_takes_as_long_as_on_other_stages() -> None:
     plan = even_plan(MODEL, CLUSTER, stages=4, micro_batches=8, schedule="1f1b-2bp")
     program = compile_plan(plan, MODEL)
-    prices = price(program, plan, MODEL, CLUSTER, None)
+    prices = price_program(program, plan, MODEL, CLUSTER, None)
     seconds = [
         {i.op: p.seconds for i, p in zip(program.ranks[rank], prices.ranks[rank], strict=True)}
         for rank in (0, 1)

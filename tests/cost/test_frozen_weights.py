@@ -20,14 +20,19 @@ from meshwright.cost.memory import (
     total_bytes,
 )
 from meshwright.cost.weights import cast_bytes, weight_table
-from meshwright.model.spec import LayerGraph, num_frozen, num_parameters, structure
+from meshwright.model.spec import (
+    LayerGraph,
+    num_frozen_parameters,
+    num_parameters,
+    structure_fingerprint,
+)
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from strategies import models_and_plans
@@ -53,7 +58,10 @@ def test_a_trace_shows_trained_and_frozen_numbers_apart() -> None:
     assert [x.cast_frozen for x in graph.layers] == [0, *(maps,) * 4, table]
     assert graph.layers[3].split_parameters == RANK * 2 * HIDDEN
     assert graph.layers[3].split_frozen == 2 * WIDTH * HIDDEN + HIDDEN
-    assert (num_parameters(graph), num_frozen(graph)) == (2 * low, table + 4 * (maps + norm) + head)
+    assert (num_parameters(graph), num_frozen_parameters(graph)) == (
+        2 * low,
+        table + 4 * (maps + norm) + head,
+    )
 
 
 def test_nothing_flows_back_to_where_nothing_is_trained() -> None:
@@ -88,7 +96,7 @@ def test_a_stage_holds_weights_without_gradient_and_state(precision: str, width:
     job = Job(global_batch=2, sequence=LENGTH, precision=precision)  # type: ignore[arg-type]
     table = memory_table(graph, job)
     whole = stage_memory(table, (0, len(graph.layers)), 1, 1, 1)
-    assert whole.parameters == width * (num_parameters(graph) + num_frozen(graph))
+    assert whole.parameters == width * (num_parameters(graph) + num_frozen_parameters(graph))
     assert whole.gradients == width * num_parameters(graph)
     assert whole.optimizer == 2 * width * num_parameters(graph)
     first = stage_memory(table, (0, 3), 1, 1, 1)
@@ -170,9 +178,9 @@ def test_buffers_and_whole_numbers_are_held_as_they_are(precision: str, width: i
 def test_only_what_is_frozen_changes_a_fingerprint() -> None:
     model = chain([1.0, 1.0], tied=True)
     same = replace(model, layers=tuple(replace(x, constant_bytes=8.0) for x in model.layers))
-    assert structure(same) == structure(model)
-    assert structure(freeze(model, (0,))) != structure(model)
-    assert structure(freeze(model, (), tied=True)) != structure(model)
+    assert structure_fingerprint(same) == structure_fingerprint(model)
+    assert structure_fingerprint(freeze(model, (0,))) != structure_fingerprint(model)
+    assert structure_fingerprint(freeze(model, (), tied=True)) != structure_fingerprint(model)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

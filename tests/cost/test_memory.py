@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import DeviceType
-from meshwright.cost.copies import copied_gradient_bytes
-from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
+from meshwright.cost.constants import FRAGMENTATION, FRAMEWORK_BYTES
+from meshwright.cost.gradient_copies import copied_gradient_bytes
 from meshwright.cost.memory import (
     device_memory,
     memory_table,
@@ -20,11 +20,11 @@ from meshwright.cost.memory import (
     total_bytes,
     usable_bytes,
 )
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.cost.weights import bytes_per_parameter, stage_parameters
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, alive_at
+from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, tensors_across
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from strategies import models_and_plans
 from worlds import DEVICE, chain, even_model, even_plan, one_node, plan_by_hand
 
@@ -121,7 +121,7 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
             end = min(last, t.layers[-1]) - first
             worst = max(worst, max(peaks[:end]) + waiting)
             worst = max(worst, peaks[users[0]] + 2 * waiting)
-    before, after = (alive_at(model, cut) for cut in layers)
+    before, after = (tensors_across(model, cut) for cut in layers)
     boundary = sum(t.bytes for t in before if not t.kept) + sum(t.bytes for t in after)
     gradients = [sum(t.bytes for t in cut if t.gradient) for cut in (before, after)]
     transfers = sum(t.bytes for t in before) + gradients[1] + gradients[0]
@@ -203,7 +203,7 @@ def test_replicas_that_are_alike_are_weighed_once(data: int, monkeypatch) -> Non
 
 
 def test_a_gpu_keeps_room_for_its_context_and_for_the_allocator() -> None:
-    holes = round(HOLES["gpu"] * DEVICE.memory)
+    holes = round(FRAGMENTATION["gpu"] * DEVICE.memory)
     assert usable_bytes(DEVICE) == DEVICE.memory - FRAMEWORK_BYTES["gpu"] - holes
     cpu = replace(DEVICE, processor="cpu")
     assert usable_bytes(cpu) == DEVICE.memory - FRAMEWORK_BYTES["cpu"]
@@ -211,7 +211,9 @@ def test_a_gpu_keeps_room_for_its_context_and_for_the_allocator() -> None:
 
 def with_room(tensors: int) -> DeviceType:
     """A gpu on which tensors may take this many bytes."""
-    return replace(DEVICE, memory=round((FRAMEWORK_BYTES["gpu"] + tensors) / (1 - HOLES["gpu"])))
+    return replace(
+        DEVICE, memory=round((FRAMEWORK_BYTES["gpu"] + tensors) / (1 - FRAGMENTATION["gpu"]))
+    )
 
 
 def test_what_does_not_fit_is_said_with_size_and_remedy() -> None:

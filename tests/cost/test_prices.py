@@ -9,8 +9,8 @@ import pytest
 from meshwright.cluster.spec import Link
 from meshwright.cluster.topology import Resource
 from meshwright.cost.constants import Calibration, SystemConstants
-from meshwright.cost.instructions import price
 from meshwright.cost.priced_plan import PricedPlan
+from meshwright.cost.pricing import price_program
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError
 from meshwright.model.spec import Tied
@@ -24,7 +24,7 @@ def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
     model, cluster = even_model(6), one_node(2)
     plan = even_plan(model, cluster, stages=2)
     program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster)
     seconds = {i.op: p.seconds for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
     assert seconds[Op.FORWARD] == pytest.approx(3e-3)
     assert seconds[Op.BACKWARD] == pytest.approx(6e-3)
@@ -36,7 +36,7 @@ def test_a_priced_plan_is_compiled_and_priced_once() -> None:
     plan = even_plan(model, cluster, stages=2)
     found = PricedPlan(plan, model, cluster)
     assert found.program == compile_plan(plan, model)
-    assert found.prices == price(found.program, plan, model, cluster)
+    assert found.prices == price_program(found.program, plan, model, cluster)
     assert found.program is found.program
     assert found.prices is found.prices
     alone = PricedPlan(plan, model, cluster, clipped=False, ranks=frozenset({1}))
@@ -52,7 +52,7 @@ def test_a_stage_that_recomputes_repeats_its_forward_in_the_backward() -> None:
     again = tuple(replace(stage, recompute=True) for stage in pipeline.stages)
     plan = replace(plan, pipelines=(replace(pipeline, stages=again),))
     program = compile_plan(plan, model)
-    prices = price(program, plan, model, cluster)
+    prices = price_program(program, plan, model, cluster)
     backwards = [
         next(p.seconds for i, p in zip(*rank, strict=True) if i.op is Op.BACKWARD)
         for rank in zip(program.ranks, prices.ranks, strict=True)
@@ -73,7 +73,7 @@ def test_tensor_parallel_all_reduces_are_inside_the_compute() -> None:
     model = replace(model, layers=(layer,))
     plan = even_plan(model, cluster, tensor=2)
     program = compile_plan(plan, model)
-    for rank in price(program, plan, model, cluster).ranks:
+    for rank in price_program(program, plan, model, cluster).ranks:
         assert rank[0].seconds == pytest.approx(0.5e-3 + 2e-3)
         assert rank[1].seconds == pytest.approx(1e-3 + 1e-3)
 
@@ -84,7 +84,7 @@ def test_the_slower_device_sets_the_pace_of_its_tensor_group() -> None:
     node = replace(cluster.nodes[0], devices=("g", "slow"))
     cluster = replace(cluster, types={**cluster.types, "slow": slow}, nodes=(node,))
     plan = even_plan(model, cluster, tensor=2)
-    prices = price(compile_plan(plan, model), plan, model, cluster)
+    prices = price_program(compile_plan(plan, model), plan, model, cluster)
     assert [rank[0].seconds for rank in prices.ranks] == pytest.approx([4e-3, 4e-3])
 
 
@@ -93,7 +93,7 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
     model = replace(model, tied=(Tied(name="w", layers=(1, 2), parameters=10),))
     plan = even_plan(model, cluster, data=2)
     program = compile_plan(plan, model, bucket_bytes=1)
-    ranks = price(program, plan, model, cluster).ranks
+    ranks = price_program(program, plan, model, cluster).ranks
     backward = next(k for k, i in enumerate(program.ranks[0]) if i.op is Op.BACKWARD)
     offsets = {
         program.ranks[0][index].tied or program.ranks[0][index].layers: offset
@@ -106,7 +106,9 @@ def test_each_bucket_is_complete_when_the_backward_reaches_its_first_layer() -> 
         "w": pytest.approx(4e-3),
     }
     inside = [
-        p.inside for p, i in zip(ranks[0], program.ranks[0], strict=True) if i.op is REDUCE_GRAD
+        p.completed_by
+        for p, i in zip(ranks[0], program.ranks[0], strict=True)
+        if i.op is REDUCE_GRAD
     ]
     assert inside == [backward] * 4
 
@@ -118,7 +120,7 @@ def test_gradients_as_small_as_the_norm_are_not_taken_for_it() -> None:
     half = Calibration(system=SystemConstants(gradient_width=0.5))
     profile = Profile(model="even", sequence=1, calibration=half)
     program = compile_plan(plan, model)
-    own = price(program, plan, model, cluster, profile).ranks[0]
+    own = price_program(program, plan, model, cluster, profile).ranks[0]
     carried = {
         i.op: max(p.traffic.bytes_by_resource.values())
         for i, p in zip(program.ranks[0], own, strict=True)
@@ -138,7 +140,7 @@ def test_measured_links_and_step_overhead_replace_the_cluster_file() -> None:
         links=LinkTimes(inside=Link(bandwidth=1e8, latency=1e-4), all_reduce_latency=5e-4),
         step_overhead_seconds=0.25,
     )
-    prices = price(program, plan, model, cluster, profile)
+    prices = price_program(program, plan, model, cluster, profile)
     traffic = {i.op: p.traffic for i, p in zip(program.ranks[0], prices.ranks[0], strict=True)}
     assert prices.bandwidth[Resource("n:0", "port", "out")] == 1e8
     assert traffic[Op.SEND_F].latency == 1e-4
@@ -150,4 +152,4 @@ def test_a_device_without_the_precision_is_refused() -> None:
     model, cluster = replace(even_model(1), precision="bf16"), one_node(1)
     plan = even_plan(model, cluster)
     with pytest.raises(ClusterError, match="bf16"):
-        price(compile_plan(plan, model), plan, model, cluster)
+        price_program(compile_plan(plan, model), plan, model, cluster)

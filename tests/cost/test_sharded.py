@@ -16,9 +16,9 @@ from meshwright.cost.profile import Profile
 from meshwright.cost.sharded import (
     ShardedStep,
     overlapped,
+    seconds_with_recomputation,
     shard_seconds,
     sharded_step_seconds,
-    with_recomputation,
 )
 from meshwright.model.spec import Tied
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
@@ -74,7 +74,7 @@ def test_recomputation_repeats_the_forward_of_layers_with_attention() -> None:
     attends = replace(model.layers[0], attention_flops=1e6, signature="attends")
     model = replace(model, layers=(attends, model.layers[1]))
     plain = layer_seconds(model, DEVICE, 1, 1)
-    found = with_recomputation(plain, model)
+    found = seconds_with_recomputation(plain, model)
     assert found.backward[0] == pytest.approx(plain.backward[0] + plain.forward[0])
     assert found.backward[1] == plain.backward[1]
 

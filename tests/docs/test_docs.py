@@ -22,11 +22,11 @@ from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import PlanError
-from meshwright.model.files import from_table
+from meshwright.model.files import model_from_table
 from meshwright.model.load import load_model
 from meshwright.plan.spec import Plan
 from meshwright.records import parse
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "meshwright"
@@ -167,7 +167,7 @@ def test_the_examples_are_read_as_they_stand() -> None:
     cluster = cluster_from(tomllib.loads(_example("cluster.md", "toml")), source="cluster.md")
     assert len(devices_of(cluster)) == 16
     table = tomllib.loads(_example("model.md", "toml"))
-    model = from_table(table, "model.md", sequence=1, precision="fp32")
+    model = model_from_table(table, "model.md", sequence=1, precision="fp32")
     assert [layer.name for layer in model.layers] == ["enc0", "enc1", "enc2", "dec"]
     data = json.loads(_example("plan.md", "json"))
     plan = parse(data, Plan, source="plan.md", error=PlanError)

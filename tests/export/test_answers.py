@@ -17,20 +17,20 @@ from meshwright.export.answers import (
     ASSUMED,
     NOTES,
     RECORDS,
-    Answer,
     Answers,
-    Asked,
-    lines,
-    notes,
-    properties_known,
-    refusals,
+    ExportedTraining,
+    PropertyAnswer,
+    answer_lines,
+    export_notes,
+    export_refusals,
+    known_properties,
 )
 from meshwright.export.grid import grid_of
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import from_config, language_model
+from meshwright.model.transformer.defaults import architecture_of, differences
 from meshwright.model.transformer.spec import Architecture, Norm
-from meshwright.model.transformer.usual import differences, made_of
 from meshwright.plan.spec import StateDivision
 
 TABLES: dict[str, Answers] = {
@@ -46,13 +46,13 @@ LABELS = {"model.name"}
 
 @pytest.mark.parametrize("tool", TABLES)
 def test_every_field_has_an_answer_of_every_tool(tool):
-    missing = properties_known().keys() - TABLES[tool].keys()
+    missing = known_properties().keys() - TABLES[tool].keys()
     assert not missing, f"say what {tool} makes of {sorted(missing)}: in its table of answers"
 
 
 @pytest.mark.parametrize("tool", TABLES)
 def test_no_answer_is_for_a_field_that_is_gone(tool):
-    assert not TABLES[tool].keys() - properties_known().keys()
+    assert not TABLES[tool].keys() - known_properties().keys()
 
 
 def test_what_a_record_says_is_not_assumed_as_well():
@@ -82,7 +82,9 @@ def others() -> dict[str, list[tuple[LanguageModel, LanguageModel]]]:
     hints = get_type_hints(LanguageModel)
     models = [language_model(name) for name in (GPT, LLAMA, "mixtral-tiny")]
     thin = [
-        replace(model, architecture=replace(made_of(model), norm=Norm(kind="rms", epsilon=1e-7)))
+        replace(
+            model, architecture=replace(architecture_of(model), norm=Norm(kind="rms", epsilon=1e-7))
+        )
         for model in models
     ]
     return {"model.architecture": [*zip(models, thin, strict=True)]} | {
@@ -106,11 +108,11 @@ OTHERS = others()
 def outcome(answers: Answers, language: LanguageModel) -> object:
     """All that a table makes of a model, on two stages of two tensor ranks."""
     plan, _ = make("5|5", model=LLAMA, tensor=2)
-    asked = Asked(plan, grid_of(plan, "x"), language)
-    refused_for = [(p.field, p.found) for p in refusals("x", answers, asked)]
+    asked = ExportedTraining(plan, grid_of(plan, "x"), language)
+    refused_for = [(p.field, p.found) for p in export_refusals("x", answers, asked)]
     if refused_for:
         return refused_for
-    return lines(answers, asked, "model", "training"), notes(answers, asked)
+    return answer_lines(answers, asked, "model", "training"), export_notes(answers, asked)
 
 
 @pytest.mark.parametrize("tool", TABLES)
@@ -133,10 +135,10 @@ def test_a_property_that_a_table_has_no_answer_for_is_refused_unless_it_is_at_it
     plan, _ = make("5|5", model=LLAMA)
     answers = {name: a for name, a in megatron.ANSWERS.items() if name != "model.tied"}
     language = language_model(LLAMA)
-    asked = Asked(plan, grid_of(plan, "x"), language)
-    assert not [*refusals("megatron", answers, asked)]
-    asked = Asked(plan, grid_of(plan, "x"), replace(language, tied=True))
-    (problem,) = refusals("megatron", answers, asked)
+    asked = ExportedTraining(plan, grid_of(plan, "x"), language)
+    assert not [*export_refusals("megatron", answers, asked)]
+    asked = ExportedTraining(plan, grid_of(plan, "x"), replace(language, tied=True))
+    (problem,) = export_refusals("megatron", answers, asked)
     assert problem.field == "model.tied"
 
 
@@ -188,7 +190,7 @@ def changed(name: str) -> tuple[Any, Any]:
 def test_the_fields_of_plans_that_define_a_training_are_all_tried():
     about = {"format", "name", "model", "cluster", "profile", "prediction", "job"}
     beside = {f"plan.{name}" for name in about} | {"pipeline.actions"}
-    tried = {name for name in properties_known() if name.split(".")[0] not in ("model", "training")}
+    tried = {name for name in known_properties() if name.split(".")[0] not in ("model", "training")}
     assert tried - beside == PLANS.keys()
 
 
@@ -243,7 +245,9 @@ def test_a_vocabulary_that_megatron_must_pad_is_listed():
 def test_a_rotary_base_that_megatron_cannot_read_is_refused():
     plan, _ = make("10", model=LLAMA)
     language = replace(language_model(LLAMA), rotary_base=10000.5)
-    (problem,) = refusals("megatron", megatron.ANSWERS, Asked(plan, grid_of(plan, "x"), language))
+    (problem,) = export_refusals(
+        "megatron", megatron.ANSWERS, ExportedTraining(plan, grid_of(plan, "x"), language)
+    )
     assert (problem.field, problem.found) == ("model.rotary_base", "10000.5")
 
 
@@ -316,12 +320,12 @@ def test_a_mixture_has_no_place_in_torchtitan_or_in_the_plugin_of_accelerate():
 
 def test_an_answer_that_says_nothing_writes_refuses_and_lists_nothing():
     plan, _ = make("10")
-    asked = Asked(plan, grid_of(plan, "x"), language_model(GPT))
-    answer = Answer("")
+    asked = ExportedTraining(plan, grid_of(plan, "x"), language_model(GPT))
+    answer = PropertyAnswer("")
     assert ([*answer.write(1, asked)], answer.wanted(1, asked), answer.note(1, asked)) == (
         [], "", ""
     )  # fmt: skip
-    assert properties_known()["model.family"] is MISSING
+    assert known_properties()["model.family"] is MISSING
 
 
 QWEN = {"model_type": "qwen2", "vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 8,
@@ -362,7 +366,7 @@ def test_code_of_ones_own_is_told_what_the_blocks_are_made_of():
 
 def test_every_field_of_an_architecture_is_a_difference_where_it_differs():
     llama = language_model(LLAMA)
-    usual = made_of(llama)
+    usual = architecture_of(llama)
     assert differences(llama) == {}
     hints = get_type_hints(Architecture)
     for field in fields(Architecture):

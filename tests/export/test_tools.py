@@ -19,12 +19,12 @@ from meshwright.cluster.spec import Precision, node_of
 from meshwright.errors import PlanError
 from meshwright.export.deepspeed import uniform
 from meshwright.export.grid import grid_of
-from meshwright.export.launch import launch_script
+from meshwright.export.launch_script import launch_script
 from meshwright.export.tools import TOOLS, export_files
 from meshwright.model.hf import language_model
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from worlds import plan_by_hand
 
 GPT, LLAMA = "gpt-tiny", "llama-tiny"
@@ -56,7 +56,7 @@ def make(
         Pipeline(micro_batches=micro_batches, rows=rows * data, stages=stages),
         sequence=16,
         precision=precision,
-        model=Subject(name=model, fingerprint="", source=model),
+        model=PlanInput(name=model, fingerprint="", source=model),
     )
     return plan, load_model(model, 16, precision)
 

@@ -20,11 +20,11 @@ from meshwright.model.load import load_model
 from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import dumps as program_text
+from meshwright.program.instructions import format_program as program_text
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 
 HERE = Path(__file__).parent
 CLUSTERS = HERE.parents[1] / "examples" / "clusters"

@@ -16,9 +16,15 @@ import pytest
 from actors import alive, gone, marked
 from meshwright.errors import LaunchError
 from meshwright.launch.accelerators import accelerators
-from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.fork_server import ProcessEvent, SpawnRequest
 from meshwright.launch.store import open_store
-from meshwright.launch.supervise import ForkServer, ending, failed, first_status, see_through
+from meshwright.launch.supervise import (
+    ForkServer,
+    describe_exit,
+    exit_status,
+    has_failed,
+    run_to_end,
+)
 
 HERE = str(Path(__file__).parents[1])
 
@@ -41,22 +47,22 @@ def parts(*plays: str, folder: Path | None = None) -> list[SpawnRequest]:
     ]
 
 
-def statuses(events: tuple[Event, ...]) -> dict[int, int]:
+def statuses(events: tuple[ProcessEvent, ...]) -> dict[int, int]:
     return {event.rank: event.status for event in events if event.kind == "exited"}
 
 
 def test_it_is_told_how_every_process_ended(server: ForkServer) -> None:
-    events = see_through(server, parts("exits 0", "exits 0"))
+    events = run_to_end(server, parts("exits 0", "exits 0"))
     assert statuses(events) == {0: 0, 1: 0}
-    assert first_status(events) == 0
-    events = see_through(server, parts("exits 3"))
-    assert first_status(events) == 3
-    events = see_through(server, parts("fails"))
-    assert first_status(events) == 1
-    events = see_through(server, parts(f"killed {signal.SIGSEGV:d}"))
+    assert exit_status(events) == 0
+    events = run_to_end(server, parts("exits 3"))
+    assert exit_status(events) == 3
+    events = run_to_end(server, parts("fails"))
+    assert exit_status(events) == 1
+    events = run_to_end(server, parts(f"killed {signal.SIGSEGV:d}"))
     assert statuses(events) == {0: -signal.SIGSEGV}
-    assert ending(-signal.SIGSEGV) == "was ended by SIGSEGV"
-    assert first_status(events) == 128 + signal.SIGSEGV
+    assert describe_exit(-signal.SIGSEGV) == "was ended by SIGSEGV"
+    assert exit_status(events) == 128 + signal.SIGSEGV
 
 
 def test_what_a_process_says_comes_before_its_end_and_what_it_prints_is_in_its_log(
@@ -64,7 +70,7 @@ def test_what_a_process_says_comes_before_its_end_and_what_it_prints_is_in_its_l
 ) -> None:
     log = tmp_path / "log"
     words = ["first", "x" * 100_000, "ünïcode"]
-    events = see_through(server, [request(5, "says", *words, log=str(log))])
+    events = run_to_end(server, [request(5, "says", *words, log=str(log))])
     assert [event.said for event in events if event.kind == "said"] == words
     assert [event.kind for event in events][-1] == "exited"
     assert log.read_text().split() == words
@@ -74,7 +80,7 @@ def test_what_a_process_says_comes_before_its_end_and_what_it_prints_is_in_its_l
 def test_a_log_is_not_written_through_a_link(server: ForkServer, tmp_path: Path) -> None:
     target, log = tmp_path / "target", tmp_path / "log"
     log.symlink_to(target)
-    assert first_status(see_through(server, [request(0, "exits", "0", log=str(log))])) == 1
+    assert exit_status(run_to_end(server, [request(0, "exits", "0", log=str(log))])) == 1
     assert not target.exists()
 
 
@@ -82,10 +88,10 @@ def test_a_module_that_cannot_be_imported_ends_its_process_only(
     server: ForkServer, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    events = see_through(server, [request(0, module="no_such_module", log=str(log))])
-    assert first_status(events) == 1
+    events = run_to_end(server, [request(0, module="no_such_module", log=str(log))])
+    assert exit_status(events) == 1
     assert "no_such_module" in log.read_text()
-    assert first_status(see_through(server, parts("exits 0"))) == 0
+    assert exit_status(run_to_end(server, parts("exits 0"))) == 0
 
 
 def test_a_command_is_started_as_it_is(server: ForkServer, tmp_path: Path) -> None:
@@ -94,7 +100,7 @@ def test_a_command_is_started_as_it_is(server: ForkServer, tmp_path: Path) -> No
         SpawnRequest(rank=n, environment={"RANK": str(n)}, module="", arguments=command, log="")
         for n in range(2)
     ]
-    assert statuses(see_through(server, requests)) == {0: 0, 1: 1}
+    assert statuses(run_to_end(server, requests)) == {0: 0, 1: 1}
     assert (tmp_path / "1").read_text() == "1\n"
 
 
@@ -107,10 +113,10 @@ def test_its_processes_end_with_it_whatever_ends_it(
     pids = marked(tmp_path, 3)
     os.kill(server.pid, number)
     if number == signal.SIGTERM:
-        server.close(calmly=True)  # one of them stands still and cannot be asked
+        server.close(gracefully=True)  # one of them stands still and cannot be asked
     else:
         with pytest.raises(LaunchError, match=f"was ended by {number.name}"):
-            see_through(server, parts("exits 0"))
+            run_to_end(server, parts("exits 0"))
     assert gone(pids)
 
 
@@ -127,7 +133,7 @@ def test_closing_ends_also_those_that_stand_still_and_what_they_have_started(
 def test_processes_that_are_asked_may_tidy_up(server: ForkServer, tmp_path: Path) -> None:
     server.spawn(request(0, "tidies", str(tmp_path)))
     pids = marked(tmp_path, 1)
-    server.close(calmly=True)
+    server.close(gracefully=True)
     assert (tmp_path / "tidy").exists()
     assert gone(pids)
 
@@ -135,7 +141,7 @@ def test_processes_that_are_asked_may_tidy_up(server: ForkServer, tmp_path: Path
 def test_one_that_stands_still_is_waited_for_only_so_long(
     server: ForkServer, tmp_path: Path
 ) -> None:
-    events = see_through(server, parts("stops", folder=tmp_path), timeout_seconds=0.5)
+    events = run_to_end(server, parts("stops", folder=tmp_path), timeout_seconds=0.5)
     assert [event.kind for event in events] == ["stopped"]
     server.close()
     assert gone(marked(tmp_path, 1))
@@ -143,7 +149,7 @@ def test_one_that_stands_still_is_waited_for_only_so_long(
 
 def test_after_a_failure_the_others_are_not_waited_for(server: ForkServer, tmp_path: Path) -> None:
     requests = [request(0, "waits", str(tmp_path)), request(1, "exits", "2")]
-    events = see_through(server, requests)
+    events = run_to_end(server, requests)
     assert statuses(events) == {1: 2}
     server.close()
     assert gone(marked(tmp_path, 1))
@@ -156,7 +162,7 @@ def test_a_server_that_stands_still_is_not_waited_for_for_ever(
     pids = marked(tmp_path, 1)
     os.kill(server.pid, signal.SIGSTOP)
     with pytest.raises(LaunchError, match="the process that ranks are forked from stands still"):
-        see_through(server, parts("exits 0"), timeout_seconds=0.5)
+        run_to_end(server, parts("exits 0"), timeout_seconds=0.5)
     server.close()
     assert gone(pids)
 
@@ -177,14 +183,14 @@ LAUNCHER = """
 import sys
 sys.path.insert(0, {here!r})
 from meshwright.launch.fork_server import SpawnRequest
-from meshwright.launch.supervise import ForkServer, see_through
+from meshwright.launch.supervise import ForkServer, run_to_end
 def request(rank, part):
     return SpawnRequest(
         rank=rank, environment={{}}, module="actors", arguments=(part, {folder!r}), log=""
     )
 with ForkServer() as server:
     print(server.pid, flush=True)
-    see_through(server, [request(0, "waits"), request(1, "stops")])
+    run_to_end(server, [request(0, "waits"), request(1, "stops")])
 """
 
 
@@ -214,9 +220,9 @@ def test_all_processes_end_with_the_launcher(
 
 
 def test_only_the_end_of_a_rank_that_has_done_its_work_is_no_failure() -> None:
-    def event(rank: int, status: int) -> Event:
-        return Event(rank=rank, seconds=0.0, kind="exited", status=status)
+    def event(rank: int, status: int) -> ProcessEvent:
+        return ProcessEvent(rank=rank, seconds=0.0, kind="exited", status=status)
 
-    assert not failed(event(0, 0))
-    assert failed(event(0, 1))
-    assert failed(event(-1, 0)), "the store is needed to the end"
+    assert not has_failed(event(0, 0))
+    assert has_failed(event(0, 1))
+    assert has_failed(event(-1, 0)), "the store is needed to the end"

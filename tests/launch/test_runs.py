@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import TCPStore
 from actors import gone
 from commands import meshwright
 from listening import listening
-from meshwright.runtime.run import METRICS
+from meshwright.runtime.run_folder import METRICS
 
 CLUSTER = """\
 format = 1

@@ -7,14 +7,14 @@ import torch
 from published import PUBLISHED
 from variants import LLAMA, VARIANTS
 
-from meshwright.cost.moments import moments_table, temporaries
+from meshwright.cost.peak_moments import peak_moments, temporary_bytes
 from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.hf import from_config
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.transformer.families import FAMILIES
-from meshwright.model.transformer.network import inputs_of
+from meshwright.model.transformer.layer_list import inputs_of
 from meshwright.model.zoo.build import from_language_model
 
 GPT = LanguageModel(
@@ -58,7 +58,7 @@ SHORT = {
 def worst(layer, tensor, rows):
     """Bytes beyond what a layer keeps, at its worst moment."""
     model = LayerGraph(name="", sequence=1, precision="fp32", layers=(layer,), tensors=())
-    return float(temporaries(moments_table(model, divided=tensor > 1), tensor, rows)[0])
+    return float(temporary_bytes(peak_moments(model, divided=tensor > 1), tensor, rows)[0])
 
 
 REST = [pytest.param(each, marks=pytest.mark.slow) for each in ("fp32", "fp64")]
@@ -171,9 +171,11 @@ def test_a_window_takes_attention_as_it_reaches():
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny"])
 def test_the_described_module_is_the_one_written_by_hand(name):
-    from meshwright.model.zoo.described import Network
+    from meshwright.model.zoo.described import DescribedTransformer
 
-    by_hand, described = (f(NAMED[name]).double() for f in (from_language_model, Network))
+    by_hand, described = (
+        f(NAMED[name]).double() for f in (from_language_model, DescribedTransformer)
+    )
     described.load_state_dict(by_hand.state_dict())
     tokens = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(0))
     losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (by_hand, described)]

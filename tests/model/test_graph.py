@@ -9,7 +9,7 @@ from meshwright.errors import ModelError
 from meshwright.model.graph import LayeredModel, cut
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
-from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.mixtral import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 

@@ -16,8 +16,8 @@ from meshwright.model.load import load_model
 from meshwright.model.spec import num_parameters
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.transformer.families import FAMILIES
-from meshwright.model.transformer.fields import OF_NO_ACCOUNT, REFUSED
-from meshwright.model.zoo.build import build, vocabulary_of
+from meshwright.model.transformer.fields import IGNORED, REFUSED
+from meshwright.model.zoo.build import build_model, vocabulary_of
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768,
         "n_layer": 12, "n_head": 12}  # fmt: skip
@@ -80,7 +80,7 @@ def test_fields_that_configs_may_leave_out():
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "u-transformer-tiny"])
 def test_tiny_models_are_built_and_predict_bytes(name):
-    model = build(name, 32)
+    model = build_model(name, 32)
     assert sum(p.numel() for p in model.parameters()) == num_parameters(
         load_model(name, 32, "fp32")
     )
@@ -152,7 +152,7 @@ def test_a_sequence_must_fit_the_position_table(sequence):
         load_model("gpt2", sequence, "bf16")
     for name in ("gpt2", "u-transformer-tiny"):
         with pytest.raises(ModelError, match="wanted 1 to 1024"):
-            build(name, sequence)
+            build_model(name, sequence)
 
 
 def test_rotary_positions_have_no_table_to_exceed():
@@ -163,7 +163,7 @@ def test_rotary_positions_have_no_table_to_exceed():
 
 def test_a_hand_written_model_cannot_be_built():
     with pytest.raises(ModelError, match="it has no code"):
-        build("model.toml", 128)
+        build_model("model.toml", 128)
 
 
 @pytest.mark.heavy
@@ -249,7 +249,7 @@ def test_published_configurations_are_read_whole(name):
 
 
 def test_every_field_is_followed_or_of_no_account_or_refused_but_not_two_of_these():
-    assert not OF_NO_ACCOUNT.keys() & REFUSED.keys()
+    assert not IGNORED.keys() & REFUSED.keys()
     for family in FAMILIES.values():
         names = {each.name for each in dataclasses.fields(family.config)}
         assert set(family.follows) <= names, family.heads
@@ -262,7 +262,7 @@ def test_what_is_no_decoder_of_text_is_planned_but_not_trained_from_its_config(n
     path.write_text(json.dumps(PUBLISHED[name]))
     assert load_model(path, 128, "bf16").layers
     with pytest.raises(ModelError, match=r"a decoder of text(?s:.*)Engine"):
-        build(path, 128)
+        build_model(path, 128)
 
 
 def test_t5_divides_what_its_output_projection_reads_by_the_root_of_the_width():

@@ -4,7 +4,13 @@ import pytest
 
 from meshwright.errors import ModelError
 from meshwright.model.load import load_model
-from meshwright.model.spec import alive_at, content, num_frozen, num_parameters, structure
+from meshwright.model.spec import (
+    content_fingerprint,
+    num_frozen_parameters,
+    num_parameters,
+    structure_fingerprint,
+    tensors_across,
+)
 
 GOOD = """
 name = "u"
@@ -67,7 +73,7 @@ def test_a_hand_written_model_is_read_as_it_is_written(tmp_path):
         ("enc0", 0, (1, 4)), ("enc1", 1, (2,)), ("enc2", 2, (3,)), ("mid", 3, (4,)),
         ("enc1/dec", 1, (4,)),
     ]  # fmt: skip
-    assert {t.name for t in alive_at(graph, 4)} == {"enc0", "mid", "enc1/dec"}
+    assert {t.name for t in tensors_across(graph, 4)} == {"enc0", "mid", "enc1/dec"}
     assert graph.tied[0].layers == (0, 4)
     assert num_parameters(graph) == 12_001_077
     assert (graph.sequence, graph.precision) == (64, "bf16")
@@ -129,7 +135,7 @@ def test_frozen_parameters_of_a_file_are_held_and_not_trained(tmp_path):
     assert [x.split_frozen for x in graph.layers] == [0, 0, 300, 300, 0, 0]
     (words,) = graph.tied
     assert (words.parameters, words.frozen_parameters) == (0, 40)
-    assert (num_parameters(graph), num_frozen(graph)) == (200, 1840)
+    assert (num_parameters(graph), num_frozen_parameters(graph)) == (200, 1840)
 
 
 def test_backwards_of_a_file_follow_from_what_is_trained(tmp_path):
@@ -153,7 +159,10 @@ def test_a_file_that_freezes_nothing_is_read_as_ever(tmp_path):
     assert all(t.gradient for t in graph.tensors)
     enc, mid, dec = "b6f31ccf7d13", "99b93a098fb6", "5fa0149b1a52"
     assert [x.signature for x in graph.layers] == [enc, enc, enc, mid, dec]
-    assert (structure(graph), content(graph)) == ("087735a31cfd", "059623529a08")
+    assert (structure_fingerprint(graph), content_fingerprint(graph)) == (
+        "087735a31cfd",
+        "059623529a08",
+    )
 
 
 def test_a_backward_of_nothing_is_a_mistake(tmp_path):

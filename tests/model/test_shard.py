@@ -21,7 +21,7 @@ from meshwright.model.shard import (
 )
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
-from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.mixtral import Mixtral
 
 
 def held(split, parameter, shape, width, index):

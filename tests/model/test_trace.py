@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from meshwright.errors import ModelError
 from meshwright.model.load import load_model
 from meshwright.model.shard import Column, Row
-from meshwright.model.spec import LayerGraph, alive_at, num_parameters
+from meshwright.model.spec import LayerGraph, num_parameters, tensors_across
 from meshwright.model.trace import trace
-from meshwright.model.zoo.build import build
+from meshwright.model.zoo.build import build_model
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
-from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.mixtral import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
@@ -128,7 +128,7 @@ def test_equal_layers_share_a_signature():
 
 def test_what_is_alive_at_each_cut_of_a_u():
     graph = trace(MODELS["uneven"](), batch())
-    names = [[t.name for t in alive_at(graph, cut)] for cut in range(1, len(graph.layers))]
+    names = [[t.name for t in tensors_across(graph, cut)] for cut in range(1, len(graph.layers))]
     assert names == [
         ["embedding"],
         ["embedding", "encoder.0"],
@@ -144,7 +144,7 @@ def test_what_is_alive_at_each_cut_of_a_u():
 def test_the_middle_of_a_u_transformer_is_thin_beside_what_skips_it():
     graph = trace(MODELS["u-transformer"](), batch())
     middle = [layer.name for layer in graph.layers].index("middle.0")
-    crossing = {t.name: t.bytes for t in alive_at(graph, middle)}
+    crossing = {t.name: t.bytes for t in tensors_across(graph, middle)}
     wide = 16 * 16 * 4
     assert crossing == {"encoder.0": wide, "encoder.2": wide / 2, "encoder.3": wide / 4}
     blocks = {layer.name: layer for layer in graph.layers}
@@ -224,7 +224,7 @@ def test_a_large_model_is_traced_in_seconds_without_its_weights():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     with torch.device("meta"):
-        model = build("gpt2-xl", 1024)
+        model = build_model("gpt2-xl", 1024)
     tokens = torch.empty(1, 1024, dtype=torch.long, device="meta")
     graph = trace(model, (tokens, tokens), "bf16", name="gpt2-xl")
     assert time.perf_counter() - start < 30

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from meshwright.model.zoo.gpt import GPT
-from meshwright.model.zoo.llama import Llama, rotate
-from meshwright.model.zoo.moe import Experts, Mixtral
+from meshwright.model.zoo.llama import Llama, apply_rotary
+from meshwright.model.zoo.mixtral import Experts, Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 
@@ -91,9 +91,9 @@ def test_rotary_scores_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q = torch.randn(8, dtype=torch.float64).expand(1, 10, 8)
     k = torch.randn(8, dtype=torch.float64).expand(1, 10, 8)
-    scores = (rotate(q, 8, 100.0) @ rotate(k, 8, 100.0).mT)[0, 0]
+    scores = (apply_rotary(q, 8, 100.0) @ apply_rotary(k, 8, 100.0).mT)[0, 0]
     torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(rotate(q, 8, 100.0)[0, 0].norm(dim=-1), q[0].norm(dim=-1))
+    torch.testing.assert_close(apply_rotary(q, 8, 100.0)[0, 0].norm(dim=-1), q[0].norm(dim=-1))
 
 
 def test_experts_are_the_sum_over_each_tokens_choice():

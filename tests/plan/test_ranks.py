@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.plan.ranks import describe, first_row, mesh_text, row_intervals, stage_seats
+from meshwright.plan.ranks import (
+    describe_plan,
+    first_row,
+    mesh_text,
+    row_intervals,
+    stage_placements,
+)
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from worlds import plan_by_hand
 
@@ -18,15 +24,15 @@ def test_unlike_tensor_widths_are_told():
     ragged = Stage(layers=(0, 3), devices=(("a:0", "a:1"), ("a:2",)))
     one = plan(None)
     pipelines = (replace(one.pipelines[0], stages=(ragged,)),)
-    assert describe(replace(one, pipelines=pipelines)) == "dp2 tp2+1 pp1 [3] 1x8 1f1b"
+    assert describe_plan(replace(one, pipelines=pipelines)) == "dp2 tp2+1 pp1 [3] 1x8 1f1b"
     assert mesh_text(ragged.devices) == "2 + 1"
     assert mesh_text((("a", "b"),) * 3) == "3 x 2"
 
 
 def test_unequal_rows_are_told_and_equal_ones_are_not():
-    assert describe(plan(None)) == "dp2 tp1 pp1 [3] 1x8 1f1b"
-    assert describe(plan((4, 4))) == "dp2 tp1 pp1 [3] 1x8 1f1b"
-    assert describe(plan((7, 1))) == "dp2 tp1 pp1 [3] 1x7+1 1f1b"
+    assert describe_plan(plan(None)) == "dp2 tp1 pp1 [3] 1x8 1f1b"
+    assert describe_plan(plan((4, 4))) == "dp2 tp1 pp1 [3] 1x8 1f1b"
+    assert describe_plan(plan((7, 1))) == "dp2 tp1 pp1 [3] 1x7+1 1f1b"
 
 
 def test_pipelines_take_the_rows_of_the_batch_one_after_another():
@@ -50,12 +56,17 @@ def test_every_device_has_its_seat():
     pipeline = Pipeline(micro_batches=1, rows=4, stages=(first, last))
     whole = Pipeline(micro_batches=1, rows=4, stages=(Stage(layers=(0, 3), devices=(("a:5",),)),))
     devices = tuple(f"a:{i}" for i in range(6))
-    found = stage_seats(replace(plan(None), devices=devices, pipelines=(pipeline, whole)))
+    found = stage_placements(replace(plan(None), devices=devices, pipelines=(pipeline, whole)))
     ends = [(s.number, s.pipeline, s.is_first, s.is_last, s.position) for s in found]
     assert ends == [(0, 0, True, False, 0), (1, 0, False, True, 1), (2, 1, True, True, 0)]
     assert [(s.boundary, s.recompute) for s in found[:2]] == [
         ("direct", False),
         ("broadcast", True),
     ]
-    seats = [[(q.rank, q.replica, q.tensor_index, q.rows) for q in r] for r in found[0].seats]
-    assert seats == [[(2, 0, 0, (0, 3)), (0, 0, 1, (0, 3))], [(1, 1, 0, (3, 4)), (3, 1, 1, (3, 4))]]
+    placements = [
+        [(q.rank, q.replica, q.tensor_index, q.rows) for q in r] for r in found[0].placements
+    ]
+    assert placements == [
+        [(2, 0, 0, (0, 3)), (0, 0, 1, (0, 3))],
+        [(1, 1, 0, (3, 4)), (3, 1, 1, (3, 4))],
+    ]

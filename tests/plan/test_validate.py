@@ -7,9 +7,9 @@ import json
 import pytest
 
 from meshwright.errors import PlanError
-from meshwright.model.spec import structure
+from meshwright.model.spec import structure_fingerprint
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.spec import Pipeline, Plan, Stage, Subject
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.records import fingerprint, plain
 from worlds import chain, cluster, in_a_row, layer, plan_by_hand
@@ -27,8 +27,8 @@ def good() -> dict:
     plan = plan_by_hand(
         Pipeline(micro_batches=2, rows=4, stages=stages),
         sequence=8,
-        model=Subject(name=MODEL.name, fingerprint=structure(MODEL)),
-        cluster=Subject(name=CLUSTER.name, fingerprint=fingerprint(CLUSTER)),
+        model=PlanInput(name=MODEL.name, fingerprint=structure_fingerprint(MODEL)),
+        cluster=PlanInput(name=CLUSTER.name, fingerprint=fingerprint(CLUSTER)),
     )
     return plain(plan)
 

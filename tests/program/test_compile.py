@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from meshwright.errors import ProgramError
 from meshwright.layout.shares import UNDIVIDED
-from meshwright.model.spec import alive_at
-from meshwright.plan.ranks import stage_seats
+from meshwright.model.spec import tensors_across
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Pipeline, Stage
 from meshwright.plan.validate import validate_plan
-from meshwright.program.check import check_program
+from meshwright.program.check import check_program, deadlocks
 from meshwright.program.compile import compile_plan
-from meshwright.program.deadlock import deadlocks
-from meshwright.program.instructions import Program, dumps, loads
+from meshwright.program.instructions import Program, format_program, parse_program
 from meshwright.program.operations import Op
-from meshwright.program.schedules import in_flight, orders
+from meshwright.program.schedules import in_flight, schedule_orders
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.boundaries import cut_bytes
 from strategies import models_and_plans
@@ -39,17 +38,19 @@ def test_every_legal_plan_compiles_to_a_sound_program(case):
 def test_text_and_back_is_the_same_program(case):
     model, plan = case
     program = compile_plan(plan, model)
-    assert loads(dumps(program)) == program
+    assert parse_program(format_program(program)) == program
 
 
 @given(models_and_plans())
 def test_every_row_of_the_batch_passes_every_layer_once_each_way(case):
     model, plan = case
     program = compile_plan(plan, model)
-    seats = {s.rank: s for stage in stage_seats(plan) for r in stage.seats for s in r}
+    placements = {
+        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
+    }
     done = Counter()
     for rank, instructions in enumerate(program.ranks):
-        if seats[rank].tensor_index:
+        if placements[rank].tensor_index:
             continue
         for i in instructions:
             if i.op in (Op.FORWARD, Op.BACKWARD):
@@ -72,10 +73,12 @@ def test_every_receiver_gets_exactly_its_rows(case):
         for i in instructions:
             if i.op in (Op.RECV_F, Op.RECV_B):
                 received[rank, i.op, i.micro_batch].append(i.rows)
-    seats = {s.rank: s for stage in stage_seats(plan) for r in stage.seats for s in r}
+    placements = {
+        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
+    }
     for (rank, _, _), pieces in received.items():
         pieces.sort()
-        assert [pieces[0][0], pieces[-1][1]] == list(seats[rank].rows)
+        assert [pieces[0][0], pieces[-1][1]] == list(placements[rank].rows)
         assert all(a[1] == b[0] for a, b in pairwise(pieces))
 
 
@@ -100,9 +103,9 @@ def test_gradients_of_every_layer_meet_one_of_every_replica(case):
               for t in model.tied]  # fmt: skip
     for layers, name, undivided, divided in parts:
         replicas = {
-            tuple(seat.rank for seat in replica)
-            for stage in stage_seats(plan)
-            for replica in stage.seats
+            tuple(placement.rank for placement in replica)
+            for stage in stage_placements(plan)
+            for replica in stage.placements
             if any(stage.layers[0] <= n < stage.layers[1] for n in layers)
         }
         everyone = sorted(rank for replica in replicas for rank in replica)
@@ -143,7 +146,7 @@ def test_no_stage_holds_more_micro_batches_than_stated(stages, micro_batches, sc
     for stage in range(stages):
         held = most = 0
         layout = tuple((s,) for s in range(stages))
-        for op, *_ in orders(schedule, layout, micro_batches)[stage]:
+        for op, *_ in schedule_orders(schedule, layout, micro_batches)[stage]:
             held += 1 if op is Op.FORWARD else -1
             most = max(most, held)
         assert held == 0
@@ -152,7 +155,7 @@ def test_no_stage_holds_more_micro_batches_than_stated(stages, micro_batches, sc
 
 def test_skip_connections_ride_through_every_cut():
     model = chain([1.0, 1.0, 1.0, 1.0], skip=True)
-    assert [t.name for t in alive_at(model, 2)] == ["t1", "skip"]
+    assert [t.name for t in tensors_across(model, 2)] == ["t1", "skip"]
     assert cut_bytes(model, 2) == (96.0, 96.0)
 
 
@@ -164,9 +167,11 @@ def two_stages() -> Program:
 
 
 def edited(rank: int, edit) -> Program:
-    ranks = [dumps(Program(ranks=(r,))).splitlines()[1:] for r in two_stages().ranks]
+    ranks = [format_program(Program(ranks=(r,))).splitlines()[1:] for r in two_stages().ranks]
     edit(ranks[rank])
-    return loads("\n".join(f"rank {n}\n" + "\n".join(lines) for n, lines in enumerate(ranks)))
+    return parse_program(
+        "\n".join(f"rank {n}\n" + "\n".join(lines) for n, lines in enumerate(ranks))
+    )
 
 
 def move(lines: list[str], word: str, to: int) -> None:
@@ -206,7 +211,7 @@ def rows_of_two_cuts(*words: str) -> Program:
     """Two ranks that hold two stages each, and messages from the first to the second."""
     sent = "\n".join(word.replace("RECV", "SEND") + " peer=1 bytes=4" for word in words[0].split())
     read = "\n".join(word + " peer=0 bytes=4" for word in words[1].split())
-    return loads(f"rank 0\n{sent}\nrank 1\n{read}\n".replace("/", " rows="))
+    return parse_program(f"rank 0\n{sent}\nrank 1\n{read}\n".replace("/", " rows="))
 
 
 @pytest.mark.parametrize(
@@ -222,12 +227,12 @@ def test_messages_that_differ_in_their_cut_or_rows_alone_are_not_the_same(sent, 
 
 
 def test_a_forward_waits_for_all_rows_that_it_reads() -> None:
-    program = loads(
+    program = parse_program(
         "rank 0\n0F0\n0SEND_F0 peer=1 rows=0:1\n0B0\n0SEND_F0 peer=1 rows=1:2\n"
         "rank 1\n1RECV_F0 peer=0 rows=0:1\n1RECV_F0 peer=0 rows=1:2\n1F0\n"
     )
     assert [*deadlocks(program, "p")] == []
-    late = loads(
+    late = parse_program(
         "rank 0\n0F0\n0SEND_F0 peer=1 rows=0:1\n0RECV_B0 peer=1\n0B0\n"
         "0SEND_F0 peer=1 rows=1:2\n"
         "rank 1\n1RECV_F0 peer=0 rows=0:1\n1RECV_F0 peer=0 rows=1:2\n1F0\n1B0\n"
@@ -243,7 +248,7 @@ def test_a_forward_waits_for_all_rows_that_it_reads() -> None:
 )
 def test_unreadable_text_names_the_line(line):
     with pytest.raises(ProgramError, match="line 2"):
-        loads(f"rank 0\n  {line}\n")
+        parse_program(f"rank 0\n  {line}\n")
 
 
 def test_clipping_is_all_ranks_or_none() -> None:

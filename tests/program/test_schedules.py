@@ -10,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.errors import PlanError
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES
 from meshwright.plan.spec import ScheduleName
-from meshwright.plan.virtual import IN_PLAN
-from meshwright.program.actions import high_water, parse_order, words
+from meshwright.program.actions import format_order, parse_order, peak_held
 from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
-from meshwright.program.schedules import in_flight, orders
-from meshwright.program.virtual import zb_v
+from meshwright.program.schedules import in_flight, schedule_orders, zb_v
 from meshwright.program.work import Work, most_held, play, to_codes, to_orders
 
-NAMED = tuple(name for name in get_args(ScheduleName) if name not in IN_PLAN)
+NAMED = tuple(name for name in get_args(ScheduleName) if name not in EXPLICIT_SCHEDULES)
 
 
 def layout(schedule: str, groups: int, chunks: int = 2) -> tuple[tuple[int, ...], ...]:
@@ -55,7 +54,7 @@ def even(
 def bubbles(schedule: str, work: Work) -> tuple[float, float]:
     """Idle seconds: of the step, and of the group that idles most between its own first and last
     action."""
-    codes = to_codes(orders(schedule, work.layout, work.micro_batches))
+    codes = to_codes(schedule_orders(schedule, work.layout, work.micro_batches))
     ends = play(work, codes)
     assert ends is not None
     each = work.forward[0] + work.inputs[0] + work.weights[0]
@@ -68,7 +67,7 @@ def bubbles(schedule: str, work: Work) -> tuple[float, float]:
 @given(groups=st.integers(1, 6), count=st.integers(1, 17), chunks=st.integers(1, 3))
 def test_every_named_schedule_does_everything_once_and_ends(schedule, groups, count, chunks):
     places = layout(schedule, groups, chunks)
-    found = orders(schedule, places, count)
+    found = schedule_orders(schedule, places, count)
     check_orders(found, places, count, source="test", where="pipelines[0]")
 
 
@@ -76,7 +75,7 @@ def test_every_named_schedule_does_everything_once_and_ends(schedule, groups, co
 @given(groups=st.integers(1, 6), count=st.integers(1, 17), chunks=st.integers(1, 3))
 def test_backwards_that_nobody_waits_for_stay_whole(schedule, groups, count, chunks):
     """On the first stage two parts are worth their passes only if forwards come between them."""
-    order = orders(schedule, layout(schedule, groups, chunks), count)[0]
+    order = schedule_orders(schedule, layout(schedule, groups, chunks), count)[0]
     waited_for = [k for k, action in enumerate(order) if action.op is Op.FORWARD or action.stage]
     for k, action in enumerate(order):
         if action.op is Op.BACKWARD_INPUT and action.stage == 0:
@@ -100,7 +99,9 @@ def test_backwards_that_nobody_waits_for_stay_whole(schedule, groups, count, chu
 def test_2bp_as_it_is_written_down(schedule, first, last):
     """What waits at the end is one pass if it is batched; backwards after the last forward of the
     first stage stay whole."""
-    found = [words(order, alone=True) for order in orders(schedule, ((0,), (1,)), 3)]
+    found = [
+        format_order(order, alone=True) for order in schedule_orders(schedule, ((0,), (1,)), 3)
+    ]
     assert found == [first, last]
 
 
@@ -108,9 +109,9 @@ def test_2bp_as_it_is_written_down(schedule, first, last):
 @given(groups=st.integers(1, 4), count=st.integers(1, 9))
 def test_words_and_numbers_say_the_same_as_actions(schedule, groups, count):
     places = layout(schedule, groups)
-    found = orders(schedule, places, count)
+    found = schedule_orders(schedule, places, count)
     for order, held in zip(found, places, strict=True):
-        text = words(order, alone=len(held) == 1)
+        text = format_order(order, alone=len(held) == 1)
         assert parse_order(text, held, source="test", field="actions[0]") == order
     single = to_orders(to_codes(found))
     if not schedule.endswith("-batched"):
@@ -204,7 +205,7 @@ def test_memory_of_the_zero_bubble_family(groups, count):
     """ZB-H1 and ZB-V hold no more than 1F1B does on its first stage, ZB-H2 twice that less one."""
     for schedule, most in (("zb-h1", groups), ("zb-h2", 2 * groups - 1), ("zb-v", 2 * groups)):
         work = even(schedule, groups, count)
-        codes = to_codes(orders(schedule, work.layout, count))
+        codes = to_codes(schedule_orders(schedule, work.layout, count))
         held = [most_held(work, own) for own in codes]
         assert max(held) <= most
         if count >= 2 * groups:
@@ -220,7 +221,7 @@ def test_eager_1f1b_lets_a_transfer_hide_behind_computing():
     slow = Work(**{**fields, "onward": (1.0,) * 3, "back": (1.0,) * 3})
     took = {}
     for schedule in ("1f1b", "eager-1f1b"):
-        codes = to_codes(orders(schedule, slow.layout, 32))
+        codes = to_codes(schedule_orders(schedule, slow.layout, 32))
         ends = play(slow, codes)
         assert ends is not None
         took[schedule] = max(own[-1] for own in ends)
@@ -230,7 +231,7 @@ def test_eager_1f1b_lets_a_transfer_hide_behind_computing():
 def test_high_water_counts_both_parts_of_a_backward():
     order = parse_order("F0 F1 I0 I1 W0:2", (0,), source="test", field="x")
     assert order[-1] == (Op.BACKWARD_WEIGHT, 0, 0, 2)
-    assert high_water(order, lambda _: 2.0, lambda _: 3.0) == 6.0
+    assert peak_held(order, lambda _: 2.0, lambda _: 3.0) == 6.0
 
 
 BAD = {

@@ -11,10 +11,10 @@ from meshwright.plan.spec import (
     DeviceMemory,
     Pipeline,
     Plan,
+    PlanInput,
     Prediction,
     RunnerUp,
     Stage,
-    Subject,
 )
 from meshwright.program.operations import Op
 from meshwright.program.timeline import Interval, MemoryPoint, Stream, Timeline
@@ -73,8 +73,8 @@ def plan() -> Plan:
         Pipeline(micro_batches=2, rows=1, stages=stages),
         sequence=128,
         name="dp1-tp1-pp2",
-        model=Subject(name="tiny", fingerprint="0123456789ab"),
-        cluster=Subject(name="pair", fingerprint="ba9876543210"),
+        model=PlanInput(name="tiny", fingerprint="0123456789ab"),
+        cluster=PlanInput(name="pair", fingerprint="ba9876543210"),
         prediction=prediction(),
     )
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
-from meshwright.report.trace import dump_trace, trace
-from meshwright.simulate.engine import simulate_plan
+from meshwright.report.chrome_trace import chrome_trace, save_chrome_trace
+from meshwright.simulate.simulator import simulate_plan
 from strategies import models_and_plans
 from worlds import even_model, even_plan, one_node
 
@@ -24,7 +24,7 @@ def test_events_of_a_track_never_overlap(case: tuple[LayerGraph, Plan], bandwidt
     model, plan = case
     cluster = one_node(len(plan.devices), bandwidth=bandwidth, shared=True)
     tracks = defaultdict(list)
-    for event in trace(simulate_plan(plan, model, cluster))["traceEvents"]:
+    for event in chrome_trace(simulate_plan(plan, model, cluster))["traceEvents"]:
         if event["ph"] == "X":
             tracks[event["pid"], event["tid"]].append((event["ts"], event["dur"]))
     for events in tracks.values():
@@ -37,7 +37,7 @@ def test_events_of_a_track_never_overlap(case: tuple[LayerGraph, Plan], bandwidt
 def test_every_interval_and_memory_point_is_an_event(case: tuple[LayerGraph, Plan]) -> None:
     model, plan = case
     timeline = simulate_plan(plan, model, one_node(len(plan.devices)))
-    events = json.loads(json.dumps(trace(timeline), allow_nan=False))["traceEvents"]
+    events = json.loads(json.dumps(chrome_trace(timeline), allow_nan=False))["traceEvents"]
     by_kind = {kind: [e for e in events if e["ph"] == kind] for kind in "XCM"}
     assert len(by_kind["X"]) == len(timeline.intervals)
     assert len(by_kind["C"]) == len(timeline.memory)
@@ -62,7 +62,7 @@ def test_overlapping_transfers_go_to_numbered_tracks() -> None:
         plan.pipelines[0], stages=tuple(replace(second, **stage) for stage in stages)
     )
     joined = replace(plan, devices=("n:0", "n:1", "n:2"), pipelines=(pipeline,))
-    events = trace(simulate_plan(joined, model, cluster))["traceEvents"]
+    events = chrome_trace(simulate_plan(joined, model, cluster))["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 2}
     assert {"receive", "receive 2"} <= names
 
@@ -70,7 +70,7 @@ def test_overlapping_transfers_go_to_numbered_tracks() -> None:
 def test_times_are_microseconds_and_the_file_is_json(tmp_path: Path) -> None:
     model, cluster = even_model(1), one_node(1)
     timeline = simulate_plan(even_plan(model, cluster), model, cluster)
-    dump_trace(timeline, tmp_path / "step.json")
+    save_chrome_trace(timeline, tmp_path / "step.json")
     document = json.loads((tmp_path / "step.json").read_text())
     forward = next(e for e in document["traceEvents"] if e["name"] == "0F0")
     assert forward["dur"] == 1000.0
@@ -81,7 +81,7 @@ def test_times_are_microseconds_and_the_file_is_json(tmp_path: Path) -> None:
 def test_every_stream_has_its_tracks_and_times_are_whole_nanoseconds() -> None:
     model, cluster = even_model(2, seconds=1e-3 / 3, cut_bytes=1e6), one_node(2)
     timeline = simulate_plan(even_plan(model, cluster, stages=2), model, cluster)
-    events = trace(timeline)["traceEvents"]
+    events = chrome_trace(timeline)["traceEvents"]
     tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
     assert len(set(tracks.values())) == len(tracks) > 2
     assert all(isinstance(track, int) for track in tracks.values())

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import DirectLink, Link, Site
 from meshwright.plan.spec import Pipeline, Stage
 from meshwright.report.charts import loss_svg, ticks
-from meshwright.report.drawing import layers_text, plan_svg
 from meshwright.report.page import Rival, report_html, write_report
 from meshwright.report.palette import KINDS, ink_on, stage_colours
+from meshwright.report.plan_drawing import layers_text, plan_svg
 
 _RIVALS = (
     Rival(name="even plan", predicted_seconds=0.015, measured_seconds=0.016),

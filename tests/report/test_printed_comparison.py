@@ -9,7 +9,7 @@ import pytest
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.plan.spec import Plan
 from meshwright.report.comparison import print_comparison
-from meshwright.simulate.facts import judge, measure
+from meshwright.simulate.plan_figures import compare_plans, simulate_figures
 from worlds import even_model, even_plan, one_node
 
 MODEL, CLUSTER = even_model(4, cut_bytes=1e6), one_node(2)
@@ -19,10 +19,10 @@ TWO = replace(even_plan(MODEL, CLUSTER, stages=2, micro_batches=8), job=ALONE.jo
 
 def printed(first: Plan, second: Plan, capsys: pytest.CaptureFixture[str]) -> str:
     one, two = (
-        measure(name, PricedPlan(plan, MODEL, CLUSTER))
+        simulate_figures(name, PricedPlan(plan, MODEL, CLUSTER))
         for name, plan in (("one.json", first), ("two.json", second))
     )
-    print_comparison(one, two, judge(one, two))
+    print_comparison(one, two, compare_plans(one, two))
     return capsys.readouterr().out
 
 

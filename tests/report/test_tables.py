@@ -12,9 +12,9 @@ from meshwright.plan.spec import DeviceMemory, Pipeline, RunnerUp, Stage
 from meshwright.report.sentences import error_sentence, memory_sentence, parts_sentence, verdict
 from meshwright.report.tables import (
     comparison_table,
+    device_memory_table,
     devices_text,
     explain,
-    memory_table,
     parts_table,
     plan_table,
     timeline_summary,
@@ -92,7 +92,7 @@ def test_devices_that_count_up_share_a_word() -> None:
 def test_equal_devices_share_a_line_of_memory() -> None:
     memory = paper.prediction().memory[0]
     alike = tuple(replace(memory, device=f"a:{index}") for index in range(3))
-    text = _text(memory_table(alike))
+    text = _text(device_memory_table(alike))
     assert "a:0-2" in text
     assert text.count("14 GiB") == 1
 
@@ -101,13 +101,13 @@ def test_memory_bars_are_as_long_as_they_are_full() -> None:
     full = DeviceMemory(
         device="a:0", parameters=1, gradients=1, optimizer=1, activations=1, buffers=0, capacity=8
     )
-    line = _text(memory_table((full,))).splitlines()[1]
+    line = _text(device_memory_table((full,))).splitlines()[1]
     assert line.count("█") == line.count("·") == 14
 
 
 def test_a_narrow_terminal_gets_whole_lines() -> None:
     console = Console(width=80, record=True, file=StringIO(), color_system=None)
-    console.print(memory_table(paper.prediction().memory, wide=False))
+    console.print(device_memory_table(paper.prediction().memory, wide=False))
     _, *lines, caption = console.export_text().splitlines()
     assert caption.split() == ["parameters", "gradients", "optimizer", "activations", "buffers"]
     assert [line.split()[0] for line in lines] == ["a:0", "b:0"]

@@ -13,10 +13,10 @@ from adapters import tuned
 from meshwright.cluster.spec import Precision
 from meshwright.model.config import LanguageModel
 from meshwright.model.transformer.spec import Architecture, Latent, Mixture, Norm, Rotary
-from meshwright.model.zoo.described import Network
+from meshwright.model.zoo.described import DescribedTransformer
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
-from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.mixtral import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
 from meshwright.plan.spec import (
@@ -114,7 +114,7 @@ def described(architecture: dict[str, Any], **sizes: Any) -> Callable[[], nn.Mod
                              "positions": SEQUENCE, "layers": 4, "heads": 4, "kv_heads": 2,
                              "head": 4, "hidden": 16}  # fmt: skip
     made = Architecture(**(plain | architecture))
-    return lambda: Network(LanguageModel(**(model | sizes), architecture=made))
+    return lambda: DescribedTransformer(LanguageModel(**(model | sizes), architecture=made))
 
 
 BIASED = described({"query_bias": True, "out_bias": True, "feed_bias": True, "activation": "gelu",

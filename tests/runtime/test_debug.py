@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from meshwright.errors import LaunchError, PlanError, TrainingError
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
-from meshwright.runtime.debug import Headers
+from meshwright.runtime.debug import MessageHeaders
 from meshwright.runtime.engine import Engine
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.runtime.world import PeerLost
 
 TWO = Case(model=gpt, pipelines=(pipeline(4, 2, (2, "a"), (3, "b")),))
@@ -94,7 +94,7 @@ def exchanged(rank: int, sent: dict[str, Any]) -> str:
     """What rank 1 says of a message that it awaits from rank 0."""
     import torch.distributed as dist
 
-    headers = Headers(torch.device("cpu"))
+    headers = MessageHeaders(torch.device("cpu"))
     op = Op.RECV_F if rank else Op.SEND_F
     i = Instruction(op=op, stage=rank, micro_batch=2, peer=1 - rank, rows=(0, 2))
     tensor = torch.ones(2, 3)
@@ -154,7 +154,7 @@ class Poison(nn.Module):
 def poisoned(rank: int, case: Case, backward: bool) -> str:
     engine = engine_of(case, debug=True)
     if rank == 1:
-        block = engine._own.places[1].stage.parts[1].module
+        block = engine._own.stages[1].stage.parts[1].module
         (name,) = [n for n, m in block.named_modules() if n.endswith("mlp")]
         parent = block.get_submodule(name.rpartition(".")[0])
         parent.mlp = Poison(parent.mlp, backward)

@@ -15,7 +15,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import TrainingError
 from meshwright.program.operations import Op
 from meshwright.runtime.engine import Engine
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 
 STEPS, RATE = 6, 1e-2
 TWO_PIPELINES = Case(
@@ -106,7 +106,7 @@ def spoiled(rank: int, case: Case, fused: bool, clip_norm: float = 0) -> Any:
     engine = engine_of(case, fused=fused, clip_norm=clip_norm)
     for step in range(2):
         step_of(engine, step)
-    held = [one.parameter for one in engine._own.held]
+    held = [one.parameter for one in engine._own.local_parameters]
     before = [parameter.detach().clone() for parameter in held]
     if rank == 0:
         held[-1].register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]

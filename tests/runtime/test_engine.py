@@ -20,18 +20,18 @@ from cases import ROWS, Case, Idle, batch, gpt, llama, pipeline
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
+from meshwright.emulation import core_speed
+from meshwright.emulation.dilation import Dilation, Dilator, dilation_observer
 from meshwright.errors import LaunchError, TrainingError
 from meshwright.model.trace import trace
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
-from meshwright.program.timeline import label
-from meshwright.runtime import pace
-from meshwright.runtime.dilation import Dilation, Dilator, timed_by
+from meshwright.program.timeline import interval_label
 from meshwright.runtime.engine import Engine
 from meshwright.runtime.observer import Observer
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.runtime.seeds import layer_seed, rows_seed
-from meshwright.runtime.world import PeerLost, connect, launched
+from meshwright.runtime.world import PeerLost, connect, launcher_ranks
 
 Rows = Callable[[int, int], tuple[Tensor, ...]]
 
@@ -175,7 +175,7 @@ def test_a_recorded_step_has_every_instruction_in_order(stages: Any) -> None:
     assert timeline.source == "measured"
     for rank, instructions in enumerate(program.ranks):
         own = [i for i in timeline.intervals if i.rank == rank]
-        assert sorted(i.label for i in own) == sorted(label(i) for i in instructions)
+        assert sorted(i.label for i in own) == sorted(interval_label(i) for i in instructions)
         compute = sorted((i for i in own if i.stream == "compute"), key=lambda i: i.start_seconds)
         assert all(a.end_seconds <= b.start_seconds for a, b in pairwise(compute))
         assert all(0 <= i.start_seconds <= i.end_seconds for i in own)
@@ -209,7 +209,7 @@ def observed(_: int, case: Case) -> tuple[list[Any], list[Any], list[str]]:
         return wait()
 
     observer = Observer(
-        attach=lambda model, own: called.append(f"{len(model.layers)} {sorted(own.places)}"),
+        attach=lambda model, own: called.append(f"{len(model.layers)} {sorted(own.stages)}"),
         before=lambda i: told.append((i, False)),
         after=lambda i: told.append((i, True)),
         posting=lambda: called.append("posting"),
@@ -244,7 +244,7 @@ def failing(_: int, case: Case) -> list[str]:
         failed=lambda: called.append("failed"),
     )
     engine = engine_of(case, observer=observer)
-    engine._own.places[0].stage.forward = fails  # type: ignore[method-assign]
+    engine._own.stages[0].stage.forward = fails  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         engine.step(rows_of(0))
     engine.close()
@@ -266,8 +266,8 @@ def busy(seconds: float) -> None:
 
 
 def test_dilation_stretches_computing_and_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = pace.usual_seconds()
-    monkeypatch.setattr(pace, "sample", lambda: usual)
+    usual = core_speed.usual_seconds()
+    monkeypatch.setattr(core_speed, "sample_seconds", lambda: usual)
     dilator = Dilator(Dilation(share=0.25))
     start = time.perf_counter()
     dilator.begin()
@@ -286,7 +286,7 @@ def dilated(_: int, case: Case) -> Any:
         cpu = time.thread_time()
         engine.step(rows_of(1))
         cpu = time.thread_time() - cpu
-    with engine_of(case, observer=timed_by(Dilator(Dilation(share=0.1)))) as engine:
+    with engine_of(case, observer=dilation_observer(Dilator(Dilation(share=0.1)))) as engine:
         engine.step(rows_of(0))
         result = engine.step(rows_of(1))
         return result.loss, result.seconds, cpu
@@ -318,10 +318,10 @@ class NotANumber(nn.Module):
 def stopped(_: int, case: Case) -> tuple[str, bool]:
     """What a first step says, and whether the weights are still the initial ones."""
     engine = engine_of(case)
-    before = [one.parameter.detach().clone() for one in engine._own.held]
+    before = [one.parameter.detach().clone() for one in engine._own.local_parameters]
     with pytest.raises(TrainingError) as caught:
         engine.step(rows_of(0))
-    after = [one.parameter for one in engine._own.held]
+    after = [one.parameter for one in engine._own.local_parameters]
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     engine.close()
     return str(caught.value), same
@@ -434,7 +434,7 @@ def mistaken_width(rank: int, case: Case) -> None:
 def test_missing_launcher_variables_are_named_with_the_mend() -> None:
     plan = Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)).plan
     with pytest.raises(LaunchError) as caught:
-        launched(plan, {"RANK": "0", "WORLD_SIZE": "2"})
+        launcher_ranks(plan, {"RANK": "0", "WORLD_SIZE": "2"})
     text = str(caught.value)
     assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in text
     assert "meshwright.launch(plan)" in text
@@ -445,7 +445,7 @@ def test_a_world_of_the_wrong_size_is_refused(size: str, found: str) -> None:
     plan = Case(model=gpt, pipelines=(pipeline(2, 4, (5, "a b")),)).plan
     environ = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     with pytest.raises(LaunchError, match=found):
-        launched(plan, {**environ, "WORLD_SIZE": size})
+        launcher_ranks(plan, {**environ, "WORLD_SIZE": size})
 
 
 def too_many(_: int, case: Case) -> str:

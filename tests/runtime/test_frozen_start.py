@@ -12,8 +12,8 @@ from torch import nn
 
 from adapters import tuned
 from meshwright.model.symbolic import autocast
-from meshwright.runtime.casts import Casts
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.low_precision_weights import LowPrecisionWeights
+from meshwright.runtime.run_folder import TrainingOptions
 
 STARTS = {
     "replicas without a sum": Case(
@@ -151,7 +151,7 @@ def test_a_stage_that_trains_nothing_holds_weights_and_casts_alone() -> None:
 
 def test_casts_of_frozen_weights_outlast_a_step_and_follow_a_change() -> None:
     frozen, trained = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
-    casts = Casts([nn.Sequential(frozen, trained)], "bf16")
+    casts = LowPrecisionWeights([nn.Sequential(frozen, trained)], "bf16")
     x = torch.ones(1, 2)
     with autocast("bf16"):
         trained(frozen(x))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 
 STEPS = 10
 LIMIT_SECONDS = 120.0

@@ -13,19 +13,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.cluster.spec import Device
 from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, load_profile
+from meshwright.emulation import core_speed
 from meshwright.errors import LaunchError
 from meshwright.model.load import load_model
-from meshwright.model.zoo.build import build
-from meshwright.profiling import profile_here
-from meshwright.runtime import pace
-from meshwright.runtime.profile import (
+from meshwright.model.zoo.build import build_model
+from meshwright.profiling.layer_times import (
+    DeviceStopwatch,
+    LayerBenchmark,
+    distinct_layers,
+    layer_times,
+)
+from meshwright.profiling.link_times import representative_pairs
+from meshwright.profiling.measure_profile import (
     ProfileSettings,
-    cases,
+    layer_cases,
     merged_layers,
     merged_optimizers,
 )
-from meshwright.runtime.profile_layers import Bench, DeviceStopwatch, distinct_layers, layer_times
-from meshwright.runtime.profile_links import representative_pairs
+from meshwright.workflows.profile_model import profile_here
 
 
 def test_one_pair_stands_for_each_level():
@@ -74,7 +79,9 @@ def test_equal_layers_are_measured_once_and_illegal_widths_not_at_all(tmp_path):
     assert len(distinct) == 3
     chosen = settings(tmp_path, tensor=(1, 3), rows=(1,))
     found = [
-        (n, case.tensor) for case in cases(chosen, graph, distinct.values()) for n in case.layers
+        (n, case.tensor)
+        for case in layer_cases(chosen, graph, distinct.values())
+        for n in case.layers
     ]
     blocks = distinct[graph.layers[1].signature]
     assert (blocks, 1) in found
@@ -93,15 +100,15 @@ class Operations(DeviceStopwatch):
 def operations(at: int) -> LayerTime:
     def make_model() -> nn.Module:
         with torch.device("meta"):
-            return build("gpt-tiny", 16)
+            return build_model("gpt-tiny", 16)
 
     tokens = torch.zeros((1, 16), dtype=torch.long)
-    bench = Bench(
+    bench = LayerBenchmark(
         make_model=make_model,
         graph=load_model("gpt-tiny", 16, "fp32"),
         inputs=(tokens, tokens),
-        kind="cpu",
-        watch=Operations(torch.device("cpu")),
+        device_type="cpu",
+        stopwatch=Operations(torch.device("cpu")),
         repeats=2,
     )
     # The counter does not know every fused attention that a processor may have.
@@ -155,8 +162,8 @@ def test_emulated_devices_are_measured_again_where_their_speed_refers_to_another
     emulated = settings(tmp_path, shares={"cpu": 0.5})
     one, _ = profile_here(emulated, processes=1)
     assert profile_here(emulated, processes=1) == (one, True)
-    usual = pace.usual_seconds()
-    monkeypatch.setattr(pace, "usual_seconds", lambda: 2 * usual)
+    usual = core_speed.usual_seconds()
+    monkeypatch.setattr(core_speed, "usual_seconds", lambda: 2 * usual)
     assert profile_here(emulated, processes=1)[1] is False
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
 from meshwright.plan.spec import Plan
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 from soaks import tenth
 from strategies import plans
 

@@ -15,8 +15,8 @@ from adapters import tuned
 from meshwright.errors import TrainingError
 from meshwright.layout.boxes import Box, lengths, whole
 from meshwright.layout.tiles import Layout, holders_of
-from meshwright.runtime.run import TrainingOptions
-from meshwright.techniques.tensor_parallel.runtime import at
+from meshwright.runtime.run_folder import TrainingOptions
+from meshwright.techniques.tensor_parallel.runtime import box_index
 
 Found = dict[tuple[str, str], list[tuple[Box, Tensor]]]
 """Boxes and their values, by parameter and kind."""
@@ -70,7 +70,7 @@ def states_after(_: int, case: Case, resumed: Full | None) -> tuple[Found, dict[
                 for (of, kind), full in resumed.items():
                     boxes = state.layout(name, kind).get(engine.rank, ()) if of == name else ()
                     for box in boxes if full.dim() else [()] * bool(boxes):
-                        state.write(name, box, full[at(box)], kind)
+                        state.write(name, box, full[box_index(box)], kind)
         train(engine, 0 if resumed is None else STEPS)
         found: Found = {
             (name, kind): [(box, view.clone()) for box, view in state.pieces(name, kind)]
@@ -127,7 +127,7 @@ def assembled(ranks: list[tuple[Found, dict[Any, Layout]]], wanted: Full) -> Ful
             copies = [part for rank in holders for part in values(held[rank][name, kind], box)]
             assert len(copies) == len(holders)
             assert all(torch.equal(copy, copies[0]) for copy in copies)
-            full[name, kind][at(box)] = copies[0]
+            full[name, kind][box_index(box)] = copies[0]
     return full
 
 
@@ -137,7 +137,7 @@ def values(pieces: list[tuple[Box, Tensor]], box: Box) -> list[Tensor]:
     for piece, value in pieces:
         inner = tuple((a - c, b - c) for (a, b), (c, _) in zip(box, piece, strict=True))
         if all(a >= 0 and b <= n for (a, b), n in zip(inner, value.shape, strict=True)):
-            found.append(value[at(inner)])
+            found.append(value[box_index(inner)])
     return found
 
 

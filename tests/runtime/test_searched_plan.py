@@ -14,8 +14,8 @@ from test_parity import exact, reference, relative, trained
 from meshwright.cluster.spec import Link
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
+from meshwright.plan.ranks import stage_layout
 from meshwright.plan.spec import Job
-from meshwright.plan.virtual import layout_of
 from meshwright.search.planner import find_plan
 from worlds import cluster, device
 
@@ -43,7 +43,7 @@ def play(_: int, case: Case, graph: LayerGraph) -> tuple[list[tuple[float, float
 def test_a_searched_plan_with_several_stages_on_each_device_trains_as_one_process() -> None:
     case, graph = searched()
     (pipeline,) = case.pipelines
-    assert max(map(len, layout_of(pipeline))) > 1
+    assert max(map(len, stage_layout(pipeline))) > 1
     ranks = run_ranks(case.world_size, play, case, graph, limit=120)
     wanted, weights = reference(case)
     for losses, _ in ranks:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from itertools import combinations, permutations, product
 
 from meshwright.cluster.spec import devices_of, node_of
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import PlanError
 from meshwright.plan.spec import Pipeline, Stage
 from meshwright.plan.validate import validate_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from worlds import plan_by_hand
 
 SAME_UNIT, NEW_REPLICA, NEW_STAGE, NEW_PIPELINE = range(4)

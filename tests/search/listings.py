@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, fits, seconds, to_codes
 from meshwright.search.list_scheduler.listing import NAMES
 
@@ -37,7 +37,7 @@ def random_work(random: Random, most_stages: int = 4, most_micro_batches: int = 
 def best_named(work: Work) -> float:
     """Seconds of the best schedule with a rule that fits; infinite if none does."""
     found = [
-        to_codes(orders(name, work.layout, work.micro_batches))
+        to_codes(schedule_orders(name, work.layout, work.micro_batches))
         for name in NAMES
         if not name.startswith("interleaved") and name != "zb-v"
     ]

@@ -14,8 +14,8 @@ from meshwright.search.finishing import finish
 from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.boundary_kinds import KINDS, OPTION, wide_cuts, with_boundaries
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.fold import fold, simulate_folded
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.simulate.traffic import link_loads
 from worlds import NVLINK, cluster, device, job, model, plan_by_hand
 
@@ -102,10 +102,10 @@ def test_links_carry_what_crosses_once(kind):
 def test_copies_that_meet_are_played_one_by_one(kind):
     graph, where, plan = world(stage((0, 2), "a0 a1", "a2 a3"), stage((2, 4), "b0 b1", "b2 b3"))
     changed = with_boundaries(plan, [(0, 1)], kind)
-    assert len(fold(changed, where).ranks) == 8
-    assert len(fold(plan, where).ranks) < 8
+    assert len(find_symmetry(changed, where).ranks) == 8
+    assert len(find_symmetry(plan, where).ranks) < 8
     whole = simulate_plan(changed, graph, where).step_seconds
-    assert simulate_folded(changed, graph, where).step_seconds == pytest.approx(whole)
+    assert simulate_by_symmetry(changed, graph, where).step_seconds == pytest.approx(whole)
 
 
 def test_a_plan_found_has_its_boundaries_chosen():

@@ -8,7 +8,7 @@ from meshwright.cluster.spec import Link
 from meshwright.cost.constants import Calibration, SystemConstants
 from meshwright.cost.profile import Profile
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from worlds import cluster, job, model
 
 REACHED = SystemConstants(inside_efficiency=0.5, network_efficiency=0.6)

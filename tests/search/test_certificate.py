@@ -27,7 +27,7 @@ from meshwright.search.certificate import (
 )
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
-from meshwright.stopping import Stopped, until
+from meshwright.stopping import Stopped, stoppable
 from meshwright.techniques.backward_split.price import SPLIT_COST
 from worlds import FAST, SLOW, cluster, job, model
 
@@ -206,7 +206,7 @@ def test_a_backward_that_was_measured_quicker_in_two_parts_counts_as_that():
 
 def test_a_certificate_that_is_left_off_gives_way_to_one_that_takes_no_time():
     costs = costs_of(model([10.0] * 4), cluster(("fast",) * 2, ("slow",) * 2), job(8))
-    with pytest.raises(Stopped), until(lambda: True):
+    with pytest.raises(Stopped), stoppable(lambda: True):
         certificate(costs)
     quick = certificate_in_haste(costs)
     assert quick.reason == LAST

@@ -7,7 +7,7 @@ import pytest
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.pool_pipelines import (
-    Shape,
+    PoolStages,
     blocks,
     by_build,
     drafts,
@@ -75,27 +75,27 @@ def test_builds_take_turns():
 def test_a_shape_is_written_without_using_a_device_twice():
     fast, slow = pools(COSTS, 1)
     for shape in (
-        Shape((fast, slow), (2, 1)),
-        Shape((slow, fast), (2, 3)),
-        Shape((fast, slow), (5,)),
+        PoolStages((fast, slow), (2, 1)),
+        PoolStages((slow, fast), (2, 3)),
+        PoolStages((fast, slow), (5,)),
     ):
         for across in (False, True):
             stages = written(shape, across=across)
             assert len(stages) == sum(shape.depths)
             assert len(used(stages)) == len(set(used(stages)))
-    beside = written(Shape((fast,), (2,)), across=False)
-    across = written(Shape((fast,), (2,)), across=True)
+    beside = written(PoolStages((fast,), (2,)), across=False)
+    across = written(PoolStages((fast,), (2,)), across=True)
     assert {name[0] for name in used(beside[:1])} == {"a"}
     assert {name[0] for name in used(across[:1])} == {"a", "b"}
-    assert two_ways(Shape((fast,), (2,)))
-    assert not two_ways(Shape((fast,), (8,)))
+    assert two_ways(PoolStages((fast,), (2,)))
+    assert not two_ways(PoolStages((fast,), (8,)))
 
 
 def test_pools_stand_in_every_order():
     fast, slow = pools(COSTS, 1)
-    found = list(orders(Shape((fast, slow), (4, 1))))
+    found = list(orders(PoolStages((fast, slow), (4, 1))))
     assert [(s.pools, s.depths) for s in found] == [((fast, slow), (4, 1)), ((slow, fast), (1, 4))]
-    assert list(orders(Shape((fast, slow), (3,)))) == [Shape((fast, slow), (3,))]
+    assert list(orders(PoolStages((fast, slow), (3,)))) == [PoolStages((fast, slow), (3,))]
 
 
 def test_blocks_of_few_pools_are_all_there_are():

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import FitError, PlanError
-from meshwright.exporting import regular_forms
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
@@ -21,9 +20,10 @@ from meshwright.report.sentences import limits
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.state_division.options import divided
 from meshwright.techniques.state_division.plan import divides
+from meshwright.workflows.export_plan import regular_forms
 from strategies import small_worlds
 from worlds import FAST, cluster, device, job, model
 
@@ -50,7 +50,7 @@ def test_the_search_divides_states_where_that_is_faster():
     assert whole == pytest.approx(found.prediction.step_seconds, rel=1e-9)
     assert found == find_plan(graph, where, job(8))
     assert found.name.endswith("-zero1")
-    assert "[4z]" in describe(found)
+    assert "[4z]" in describe_plan(found)
     assert "Optimizer states are divided (ZeRO-1)" in limits(found)[-1]
     reasons = {r.name: r.reason for r in found.prediction.runners_up}
     assert "optimizer +" in reasons["dp4-tp1-pp1 1x8"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link, devices_of
-from meshwright.cost.instructions import price
 from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.cost.pricing import price_program
 from meshwright.program.compile import compile_plan
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import (
@@ -27,7 +27,7 @@ from meshwright.search.explain import as_plan
 from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
-from meshwright.simulate.engine import simulate
+from meshwright.simulate.simulator import simulate
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SPEED = {"fast": 2.0, "slow": 1.0}
@@ -95,7 +95,9 @@ def test_the_closed_form_is_near_the_simulator(case):
     if isinstance(found, Estimate):
         plan = as_plan(costs, candidate, found.bounds, "")
         program = compile_plan(plan, costs.model)
-        simulated = simulate(program, price(program, plan, costs.model, costs.cluster)).step_seconds
+        simulated = simulate(
+            program, price_program(program, plan, costs.model, costs.cluster)
+        ).step_seconds
         assert found.seconds == pytest.approx(simulated, rel=0.25)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, Link, Node, Site
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps
@@ -29,7 +29,7 @@ from meshwright.search.device_classes import (
 from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.search.template_estimate import TemplateEstimate
-from meshwright.simulate.fold import simulate_folded
+from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import tenth
 from worlds import NVLINK, cluster, device, job, model
 
@@ -95,7 +95,7 @@ def test_every_strategy_holds_every_layer_once_and_fits(world):
 def test_no_strategy_is_faster_than_the_certificate(world):
     bound = certificate(costs_of(*world)).seconds
     for plan in strategies_of(*world, most=3):
-        assert bound <= simulate_folded(plan, *world[:2]).step_seconds * (1 + 1e-9)
+        assert bound <= simulate_by_symmetry(plan, *world[:2]).step_seconds * (1 + 1e-9)
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 4]))
@@ -141,7 +141,7 @@ def test_the_closed_form_is_near_the_simulator():
         lines = template_search._lines(choice)
         if lines is not None:
             plan = plan_of(costs, lines, choice.sketches[0].template.schedule)
-            played = simulate_folded(plan, GRAPH, costs.cluster).step_seconds
+            played = simulate_by_symmetry(plan, GRAPH, costs.cluster).step_seconds
             assert 0.75 < choice.seconds / played < 1.2
             break
 

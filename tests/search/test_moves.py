@@ -51,15 +51,24 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
     for schedule, lines in move(costs, strategy, INFINITE):
         assert sum(each.share for each in lines) == costs.job.global_batch
         used = Counter(
-            name for each in lines for team in each.teams for unit in team.units for name in unit
+            name
+            for each in lines
+            for tensor_group in each.teams
+            for unit in tensor_group.units
+            for name in unit
         )
         assert set(used.values()) == {1}
         for each in lines:
             assert each.bounds[0] == 0
             assert each.bounds[-1] == len(costs.model.layers)
             assert all(a < b for a, b in zip(each.bounds, each.bounds[1:], strict=False))
-            assert all(min(team.rows) >= 1 and sum(team.rows) == each.rows for team in each.teams)
-            assert all(len({len(u) for u in team.units}) == 1 for team in each.teams)
+            assert all(
+                min(tensor_group.rows) >= 1 and sum(tensor_group.rows) == each.rows
+                for tensor_group in each.teams
+            )
+            assert all(
+                len({len(u) for u in tensor_group.units}) == 1 for tensor_group in each.teams
+            )
         assert schedule in ("1f1b", "gpipe")
 
 
@@ -75,7 +84,10 @@ def test_a_limit_leaves_out_only_what_is_slower(drawn, move):
 
 
 def shapes(found):
-    return {tuple(tuple(team.units for team in each.teams) for each in lines) for _, lines in found}
+    return {
+        tuple(tuple(tensor_group.units for tensor_group in each.teams) for each in lines)
+        for _, lines in found
+    }
 
 
 A0, A1, B0, B1, C0, C1 = (unit(name) for name in ("a:0", "a:1", "b:0", "b:1", "c:0", "c:1"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.session import open_session, search
+from meshwright.workflows.session import open_session, search_plan
 from soaks import tenth
 
 pytestmark = pytest.mark.heavy
@@ -66,7 +66,7 @@ def check(cluster: Path, model: str, batch: int, sequence: int):
         precision=None,
         optimizer="adamw",
     )
-    plan = search(here)
+    plan = search_plan(here)
     assert not [*random_plans.wrongs(plan, here.model, here.cluster)]
     return plan
 

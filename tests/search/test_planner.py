@@ -11,14 +11,14 @@ from meshwright.cluster.spec import Link
 from meshwright.cost.memory import total_bytes
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import ClusterError, FitError, PlanError
-from meshwright.model.spec import structure
+from meshwright.model.spec import structure_fingerprint
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps, fingerprint
 from meshwright.search.costs import costs_of
 from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -78,7 +78,7 @@ def test_the_same_input_gives_the_same_bytes():
 def test_a_plan_says_what_it_is_for():
     graph, where, todo = model([10.0] * 4), cluster(("fast",) * 2), job(4)
     plan = find_plan(graph, where, todo)
-    assert plan.model.fingerprint == structure(graph)
+    assert plan.model.fingerprint == structure_fingerprint(graph)
     assert plan.cluster.fingerprint == fingerprint(where)
     assert plan.job == todo
     assert plan.devices == ("a:0", "a:1")

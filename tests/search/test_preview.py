@@ -9,7 +9,7 @@ from meshwright.search.candidate import plan_of
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.stage_simulation import preview_seconds
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import FitError
 from meshwright.plan.validate import validate_plan
 from meshwright.search.certificate import certificate

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.cost.instructions import price
 from meshwright.cost.memory import device_memory
+from meshwright.cost.pricing import price_program
 from meshwright.errors import PlanError
 from meshwright.export.pipelining import schedule_csv, with_schedule
 from meshwright.model.spec import LayerGraph
@@ -17,17 +17,17 @@ from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import dumps, loads
+from meshwright.program.instructions import format_program, parse_program
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import seconds, to_codes
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import NAMES
-from meshwright.search.options.schedules import in_listed_order, pipeline_works
+from meshwright.search.options.other_schedules import in_listed_order, pipeline_works
 from meshwright.search.planner import find_plan
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.fold import simulate_folded
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.symmetry import simulate_by_symmetry
 from worlds import chain, even_plan, one_node
 
 CLUSTER = one_node(6, bandwidth=1e12, latency=3e-3)
@@ -77,7 +77,7 @@ def test_the_quick_clock_agrees_with_the_simulator(schedule, stages, micro_batch
     validate_plan(plan, model)
     check_program(compile_plan(plan, model))
     work = pipeline_works(plan, costs_of(model, CLUSTER, plan.job, None))[0]
-    quick = seconds(work, to_codes(orders(schedule, work.layout, micro_batches)))
+    quick = seconds(work, to_codes(schedule_orders(schedule, work.layout, micro_batches)))
     assert quick == pytest.approx(compute_end(plan, model), rel=1e-9)
 
 
@@ -89,9 +89,11 @@ def test_virtual_stages_compile_to_a_sound_program(schedule, groups):
     validate_plan(plan, model)
     program = compile_plan(plan, model)
     check_program(program)
-    assert loads(dumps(program)) == program
+    assert parse_program(format_program(program)) == program
     whole = simulate_plan(plan, model, CLUSTER)
-    assert simulate_folded(plan, model, CLUSTER).step_seconds == pytest.approx(whole.step_seconds)
+    assert simulate_by_symmetry(plan, model, CLUSTER).step_seconds == pytest.approx(
+        whole.step_seconds
+    )
     passes = [i for i in program.ranks[0] if i.op in (Op.SEND_F, Op.SEND_B)]
     assert bool(passes) == (groups > 1)
 
@@ -124,7 +126,7 @@ def test_memory_of_a_plan_is_the_high_water_mark_of_its_simulated_step():
     for schedule in ("gpipe", "1f1b", "1f1b-2bp-batched", "zb-h1", "zb-h2"):
         plan = pipeline(model, 4, 8, schedule)
         program = compile_plan(plan, model)
-        static = price(program, plan, model, CLUSTER).static_bytes
+        static = price_program(program, plan, model, CLUSTER).static_bytes
         timeline = simulate_plan(plan, model, CLUSTER)
         for rank, memory in enumerate(device_memory(plan, model, CLUSTER)):
             most = max(p.bytes for p in timeline.memory if p.rank == rank) - static[rank]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, Link
 from meshwright.cost.memory import device_memory
-from meshwright.cost.misfits import memory_problems
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
@@ -27,10 +27,10 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.first_plan import plain_plan
 from meshwright.search.incumbent import Incumbent
-from meshwright.search.options import schedules
+from meshwright.search.options import other_schedules
 from meshwright.search.planner import INTERRUPTED, find_plan
-from meshwright.simulate.fold import simulate_folded
-from meshwright.stopping import Stopped, look, until
+from meshwright.simulate.symmetry import simulate_by_symmetry
+from meshwright.stopping import Stopped, raise_if_stopped, stoppable
 from soaks import tenth
 from worlds import cluster, device, job, model
 
@@ -70,7 +70,7 @@ def short_searches():
     """What is cut short here need not be long."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(local_search, "STEPS", (60_000, 2_000, 100_000))
-        patched.setattr(schedules, "LISTED", 4_000)
+        patched.setattr(other_schedules, "LISTED", 4_000)
         yield
 
 
@@ -126,7 +126,7 @@ def check_stopped(name: str, n: int) -> None:
     check_program(compile_plan(plan, graph))
     assert said.memory == device_memory(plan, graph, where)
     assert not memory_problems(plan, graph, where)
-    assert simulate_folded(plan, graph, where).step_seconds == said.step_seconds
+    assert simulate_by_symmetry(plan, graph, where).step_seconds == said.step_seconds
     assert said.step_seconds == pytest.approx(min(asked.seconds), rel=2e-9)
     assert 0 < said.lower_bound_seconds <= said.step_seconds
     assert certificate(costs_of(graph, where, todo)).seconds <= said.step_seconds * (1 + 1e-9)
@@ -210,7 +210,7 @@ def test_a_very_large_cluster_has_a_plan_before_its_search_begins():
     plain = plain_plan(incumbent)
     assert plain is not None
     validate_plan(plain.plan, graph, where)
-    assert simulate_folded(plain.plan, graph, where).step_seconds == plain.seconds
+    assert simulate_by_symmetry(plain.plan, graph, where).step_seconds == plain.seconds
     assert incumbent.best is None, "it takes no part in the incumbent"
     first = []
     find_plan(graph, where, todo, found=first.append)
@@ -230,10 +230,10 @@ def test_a_plain_plan_takes_as_many_stages_as_the_model_needs():
 
 
 def test_only_what_is_told_to_stop_stops():
-    look()
-    with until(lambda: False):
-        look()
-        with pytest.raises(Stopped), until(lambda: True):
-            look()
-        look()
-    look()
+    raise_if_stopped()
+    with stoppable(lambda: False):
+        raise_if_stopped()
+        with pytest.raises(Stopped), stoppable(lambda: True):
+            raise_if_stopped()
+        raise_if_stopped()
+    raise_if_stopped()

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import FitError
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
-from meshwright.plan.virtual import layout_of
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.report.drawing import plan_svg
+from meshwright.report.plan_drawing import plan_svg
 from meshwright.report.sentences import limits
-from meshwright.report.tracks import timeline_data
+from meshwright.report.timeline_data import timeline_data
 from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
@@ -30,13 +29,13 @@ from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
 from meshwright.search.planner import find_plan
 from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_in_chunks
-from meshwright.simulate.engine import simulate_plan
+from meshwright.simulate.simulator import simulate_plan
 from worlds import cluster, device, job, model
 
 
 def stages_held(plan: Plan) -> int:
     """Most stages on one device."""
-    return max(len(held) for pipeline in plan.pipelines for held in layout_of(pipeline))
+    return max(len(held) for pipeline in plan.pipelines for held in stage_layout(pipeline))
 
 
 @st.composite
@@ -89,7 +88,7 @@ def test_tied_ends_are_folded_onto_one_device():
     first, *_, last = found.pipelines[0].stages
     assert first.devices == last.devices
     assert any(r.name.startswith("dp1 tp1 pp4 [") for r in found.prediction.runners_up)
-    assert describe(found).startswith("dp1 tp1 pp4 vpp2 [")
+    assert describe_plan(found).startswith("dp1 tp1 pp4 vpp2 [")
     assert "The first devices hold its last layers too" in limits(found)[-1]
     assert "a:0, slow: rank 0, stages 0, 7 , l0" in plan_svg(found, where, graph)
     ranks = timeline_data([simulate_plan(found, graph, where)], where, found)["ranks"]
@@ -121,7 +120,7 @@ def test_every_layout_is_dealt_out_by_speed_and_memory(schedule, chunks, memory)
     (pipeline,) = divided.pipelines
     held = [
         sum(b - a for a, b in (pipeline.stages[k].layers for k in group))
-        for group in layout_of(pipeline)
+        for group in stage_layout(pipeline)
     ]
     assert len(held) == 3
     if memory > 2:

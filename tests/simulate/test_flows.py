@@ -11,14 +11,21 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError
-from meshwright.simulate.flows import Flow, Network, fair_rates, finish, settle, start
+from meshwright.simulate.flows import (
+    Flow,
+    FlowNetwork,
+    add_flow,
+    fair_rates,
+    remove_flow,
+    reshare_bandwidth,
+)
 
 
 def flow(**sizes: float) -> Flow:
-    return Flow(bytes_by_resource=sizes, then=lambda: None)
+    return Flow(bytes_by_resource=sizes, on_end=lambda: None)
 
 
-def play(network: Network, arrivals: list[tuple[float, Flow]]) -> dict[Flow, float]:
+def play(network: FlowNetwork, arrivals: list[tuple[float, Flow]]) -> dict[Flow, float]:
     """When each flow ends, if each enters at its time."""
     ended: dict[Flow, float] = {}
     events = [(at, n, new, None) for n, (at, new) in enumerate(arrivals)]
@@ -27,33 +34,33 @@ def play(network: Network, arrivals: list[tuple[float, Flow]]) -> dict[Flow, flo
     while events:
         now, _, each, version = heapq.heappop(events)
         if version is None:
-            start(network, each, now)
+            add_flow(network, each, now)
         elif version == each.version and each not in ended:
             ended[each] = now
-            finish(network, each)
+            remove_flow(network, each)
         else:
             continue
-        for other in settle(network, now):
+        for other in reshare_bandwidth(network, now):
             heapq.heappush(events, (other.ends, next(numbers), other, other.version))
     return ended
 
 
 def test_two_equal_flows_on_one_link_take_twice_as_long() -> None:
     a, b = flow(wire=10.0), flow(wire=10.0)
-    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
     assert ended == {a: pytest.approx(4.0), b: pytest.approx(4.0)}
 
 
 def test_a_flow_speeds_up_when_its_neighbour_ends() -> None:
     """10 and 30 bytes at 5 B/s: shared until 4 s, then 20 bytes alone."""
     a, b = flow(wire=10.0), flow(wire=30.0)
-    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b)])
     assert ended == {a: pytest.approx(4.0), b: pytest.approx(8.0)}
 
 
 def test_a_late_flow_slows_one_down_only_while_both_last() -> None:
     a, b = flow(wire=20.0), flow(wire=5.0)
-    ended = play(Network(bandwidth={"wire": 10.0}), [(0.0, a), (1.0, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 10.0}), [(0.0, a), (1.0, b)])
     assert ended == {a: pytest.approx(2.5), b: pytest.approx(2.0)}
 
 
@@ -79,38 +86,38 @@ senders = count()
 def queued(sender: str = "", **sizes: float) -> Flow:
     """From a sender of its own, unless that is given."""
     name = sender or f"sender {next(senders)}"
-    return Flow(bytes_by_resource=sizes, then=lambda: None, sender=name)
+    return Flow(bytes_by_resource=sizes, on_end=lambda: None, sender=name)
 
 
 def test_messages_of_one_sender_do_not_wait_for_each_other() -> None:
     a, b, c = queued("x", wire=10.0), queued("x", wire=10.0), queued("y", wire=10.0)
-    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b), (0.0, c)])
+    ended = play(FlowNetwork(bandwidth={"wire": 5.0}), [(0.0, a), (0.0, b), (0.0, c)])
     assert ended == {a: pytest.approx(4.0), b: pytest.approx(4.0), c: pytest.approx(6.0)}
 
 
 def test_messages_that_queue_pass_one_after_another() -> None:
     a, b = queued(wire=10.0), queued(wire=10.0)
-    ended = play(Network(bandwidth={"wire": 5.0}), [(0.0, a), (0.5, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 5.0}), [(0.0, a), (0.5, b)])
     assert ended == {a: pytest.approx(2.0), b: pytest.approx(4.0)}
 
 
 def test_one_that_is_held_up_elsewhere_leaves_the_rest_to_the_next() -> None:
     """The first gets 1 B/s at its narrow end, the second the other 4 until both have ended."""
     a, b = queued(wire=10.0, narrow=10.0), queued(wire=8.0)
-    ended = play(Network(bandwidth={"wire": 5.0, "narrow": 1.0}), [(0.0, a), (0.0, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 5.0, "narrow": 1.0}), [(0.0, a), (0.0, b)])
     assert ended == {a: pytest.approx(10.0), b: pytest.approx(2.0)}
 
 
 def test_the_first_in_the_queue_shares_with_a_collective() -> None:
     ring, a, b = flow(wire=8.0), queued(wire=4.0), queued(wire=4.0)
-    ended = play(Network(bandwidth={"wire": 4.0}), [(0.0, ring), (0.0, a), (0.0, b)])
+    ended = play(FlowNetwork(bandwidth={"wire": 4.0}), [(0.0, ring), (0.0, a), (0.0, b)])
     assert ended == {a: pytest.approx(2.0), ring: pytest.approx(4.0), b: pytest.approx(4.0)}
 
 
 def test_a_dead_link_is_named() -> None:
     wire = Resource("here", "link", "out", "there")
     with pytest.raises(ClusterError, match="link of here"):
-        fair_rates({wire: 0.0}, [Flow(bytes_by_resource={wire: 1.0}, then=lambda: None)])
+        fair_rates({wire: 0.0}, [Flow(bytes_by_resource={wire: 1.0}, on_end=lambda: None)])
 
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.floats(0.1, 10.0), min_size=1)
@@ -162,7 +169,7 @@ def test_updating_neighbours_only_ends_flows_when_updating_all_would(
 ) -> None:
     """A reference that recomputes every rate at every event gives the same ends."""
     flows = [(at, flow(**demand)) for at, demand in arrivals]
-    ended = play(Network(bandwidth=bandwidth), flows)
+    ended = play(FlowNetwork(bandwidth=bandwidth), flows)
     waiting, left, expected, now = sorted(flows, key=lambda f: f[0]), {}, {}, 0.0
     while waiting or left:
         rates = fair_rates(bandwidth, left)

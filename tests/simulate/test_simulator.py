@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cost.collective import Traffic
-from meshwright.cost.instructions import Prices, price
+from meshwright.cost.pricing import Prices, price_program
 from meshwright.cost.pricing_context import Price
 from meshwright.errors import ProgramError
 from meshwright.model.spec import LayerGraph
@@ -20,9 +20,9 @@ from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import Op
-from meshwright.program.timeline import Timeline, busy_seconds, label
-from meshwright.simulate.engine import simulate, simulate_plan
-from meshwright.simulate.parts import parts
+from meshwright.program.timeline import Timeline, busy_seconds, interval_label
+from meshwright.simulate.critical_path import step_breakdown
+from meshwright.simulate.simulator import simulate, simulate_plan
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.operations import GATHERS
 from strategies import models_and_plans
@@ -53,7 +53,7 @@ def test_every_instruction_has_one_interval(case: tuple[LayerGraph, Plan]) -> No
     model, plan = case
     program = compile_plan(plan, model)
     cluster = one_node(len(plan.devices))
-    timeline = simulate(program, price(program, plan, model, cluster))
+    timeline = simulate(program, price_program(program, plan, model, cluster))
     played = Counter((i.rank, i.op, i.stage, i.micro_batch) for i in timeline.intervals)
     listed = Counter(
         (rank, i.op, i.stage, i.micro_batch)
@@ -142,7 +142,7 @@ def test_a_reduction_starts_inside_the_backward_that_completes_it() -> None:
     cluster = one_node(2)
     plan = even_plan(model, cluster, data=2)
     program = compile_plan(plan, model, bucket_bytes=10**6)
-    timeline = simulate(program, price(program, plan, model, cluster))
+    timeline = simulate(program, price_program(program, plan, model, cluster))
     reductions = sorted(of_kind(timeline, REDUCE_GRAD))
     (began, ended), *_ = of_kind(timeline, Op.BACKWARD)
     assert reductions[0][0] == pytest.approx((began + ended) / 2)
@@ -182,7 +182,7 @@ def test_without_clipping_a_stage_that_is_done_does_not_wait_for_late_ones() -> 
     ]
     assert len({step.start_seconds for step in steps}) > 2
     assert early.step_seconds <= late.step_seconds
-    assert sum(parts(early).values()) == pytest.approx(early.step_seconds)
+    assert sum(step_breakdown(early).values()) == pytest.approx(early.step_seconds)
 
 
 def test_memory_rises_with_forwards_and_returns_to_where_it_began() -> None:
@@ -190,12 +190,12 @@ def test_memory_rises_with_forwards_and_returns_to_where_it_began() -> None:
     for schedule, held in (("1f1b", [4, 3, 2, 1]), ("gpipe", [8, 8, 8, 8])):
         plan = even_plan(model, cluster, stages=4, micro_batches=8, schedule=schedule)
         program = compile_plan(plan, model)
-        prices = price(program, plan, model, cluster)
+        prices = price_program(program, plan, model, cluster)
         timeline = simulate(program, prices)
         for rank in range(4):
             sizes = [point.bytes for point in timeline.memory if point.rank == rank]
             assert sizes[0] == sizes[-1] == prices.static_bytes[rank]
-            each = max(price.held for price in prices.ranks[rank])
+            each = max(price.held_bytes for price in prices.ranks[rank])
             assert max(sizes) - sizes[0] == held[rank] * each
 
 
@@ -282,7 +282,7 @@ def test_messages_of_several_cuts_between_the_same_ranks_are_told_apart(
     program = compile_plan(plan, model)
     check_program(program)
     timeline = simulate_plan(plan, model, one_node(len(plan.devices), bandwidth=1e6))
-    listed = Counter(label(i) for own in program.ranks for i in own)
+    listed = Counter(interval_label(i) for own in program.ranks for i in own)
     assert Counter(i.label for i in timeline.intervals) == listed
     arrived: dict[tuple[int, Op, int, int | None], float] = defaultdict(float)
     for i in timeline.intervals:

@@ -7,13 +7,13 @@ from typing import Any
 
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.spec import Cluster
-from meshwright.plan.spec import Job, Pipeline, Plan, Stage, Subject
-from meshwright.testbed.machine import Abilities, Quotas
-from meshwright.testbed.spec import Bed, BedFile, bed_of
+from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage
+from meshwright.testbed.capabilities import Capabilities, Quotas
+from meshwright.testbed.spec import Testbed, TestbedFile, make_testbed
 from worlds import plan_by_hand
 
 JOB = Job(global_batch=4, sequence=16, precision="fp32", optimizer="sgd")
-EVERYTHING = Abilities(
+EVERYTHING = Capabilities(
     namespaces=True,
     shaper="htb",
     priority=True,
@@ -21,7 +21,7 @@ EVERYTHING = Abilities(
     quotas=Quotas(version=2, folder="/sys/fs/cgroup"),
     cubic=True,
 )
-NOTHING = Abilities(
+NOTHING = Capabilities(
     missing={"namespaces and link rates": "needs root", "CPU quotas": "none is mounted"}
 )
 
@@ -52,14 +52,14 @@ def mixed_cluster() -> Cluster:
     return cluster_from(data, source="mixed")
 
 
-def bed(mode: str = "virtual", **changes: Any) -> Bed:
+def bed(mode: str = "virtual", **changes: Any) -> Testbed:
     """A testbed of the mixed cluster."""
     shares = {} if mode == "virtual" else {"fastest_share": 0.4}
-    entry = BedFile(name="mixed", cluster="", mode=mode, **{**shares, **changes})  # type: ignore[arg-type]
-    return bed_of(entry, mixed_cluster(), source="testbed.toml")
+    entry = TestbedFile(name="mixed", cluster="", mode=mode, **{**shares, **changes})  # type: ignore[arg-type]
+    return make_testbed(entry, mixed_cluster(), source="testbed.toml")
 
 
-def without_latency(able: Abilities) -> Abilities:
+def without_latency(able: Capabilities) -> Capabilities:
     """A kernel that cannot delay packets."""
     return replace(able, latency=False, missing={"link latency": "netem: unknown"})
 
@@ -72,6 +72,6 @@ def pipeline_plan(devices: tuple[tuple[tuple[str, ...], ...], ...], cuts: tuple[
     )
     return plan_by_hand(
         Pipeline(micro_batches=2, rows=2, stages=stages),
-        model=Subject(name="gpt-tiny", fingerprint=""),
+        model=PlanInput(name="gpt-tiny", fingerprint=""),
         job=JOB,
     )

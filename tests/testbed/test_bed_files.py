@@ -8,7 +8,13 @@ import pytest
 from beds import bed, mixed_cluster
 
 from meshwright.errors import ClusterError, LaunchError
-from meshwright.testbed.spec import BedFile, bed_of, check_room, device_shares, load_bed
+from meshwright.testbed.spec import (
+    TestbedFile,
+    check_room,
+    device_shares,
+    load_testbed,
+    make_testbed,
+)
 
 INLINE = """\
 format = 1
@@ -34,7 +40,7 @@ network = { bandwidth = "5 Gbit/s", latency = "50 us" }
 def test_shares_follow_the_peaks_and_links_the_scale(tmp_path: Path) -> None:
     path = tmp_path / "testbed.toml"
     path.write_text(INLINE)
-    found = load_bed(path)
+    found = load_testbed(path)
     assert found.shares == pytest.approx({"V100-16": 0.4, "T4": 0.4 * 8.1 / 15.7})
     assert [n.network.bandwidth for n in found.cluster.nodes] == [1.25e7, 0.625e7]
     assert {kind.processor for kind in found.cluster.types.values()} == {"cpu"}
@@ -45,7 +51,7 @@ def test_a_cluster_file_is_looked_for_beside_the_testbed(tmp_path: Path) -> None
     (tmp_path / "cluster.toml").write_text(cluster.replace("cluster.", ""))
     path = tmp_path / "testbed.toml"
     path.write_text('name = "pair"\nmode = "virtual"\ncluster = "cluster.toml"\n')
-    assert [n.name for n in load_bed(path).cluster.nodes] == ["a", "b"]
+    assert [n.name for n in load_testbed(path).cluster.nodes] == ["a", "b"]
 
 
 def test_a_given_share_replaces_the_one_that_follows_from_the_peak() -> None:
@@ -55,7 +61,7 @@ def test_a_given_share_replaces_the_one_that_follows_from_the_peak() -> None:
 
 
 def test_every_mistake_is_named() -> None:
-    entry = BedFile(
+    entry = TestbedFile(
         name="x",
         cluster="",
         mode="dilation",
@@ -65,7 +71,7 @@ def test_every_mistake_is_named() -> None:
         attempts=0,
     )
     with pytest.raises(ClusterError) as caught:
-        bed_of(entry, mixed_cluster(), source="testbed.toml")
+        make_testbed(entry, mixed_cluster(), source="testbed.toml")
     fields = {problem.field for problem in caught.value.problems}
     assert fields == {
         "shares.fast", "shares.other", "shares.slow",

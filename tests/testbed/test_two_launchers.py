@@ -15,9 +15,9 @@ from beds import bed
 from actors import gone
 from commands import meshwright
 from listening import listening
-from meshwright.runtime.run import METRICS
-from meshwright.testbed.bed import standing
-from meshwright.testbed.machine import abilities
+from meshwright.runtime.run_folder import METRICS
+from meshwright.testbed.capabilities import probe_capabilities
+from meshwright.testbed.lifecycle import running_testbed
 
 CLUSTER = """\
 format = 1
@@ -39,10 +39,10 @@ LIMIT = 120.0
 
 @pytest.mark.slow
 def test_only_the_named_interfaces_listen(tmp_path: Path) -> None:
-    able = abilities(f"mw-probe{os.getpid()}")
+    able = probe_capabilities(f"mw-probe{os.getpid()}")
     if not able.namespaces:
         pytest.skip(able.missing["namespaces and link rates"])
-    with standing(bed(), folder=tmp_path / "traces") as up:
+    with running_testbed(bed(), folder=tmp_path / "traces") as up:
         (tmp_path / "cluster.toml").write_text(CLUSTER.format(**up.addresses))
         job = ("--global-batch", "4", "--sequence", "16", "--precision", "fp32")
         plan = meshwright("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml", *job,

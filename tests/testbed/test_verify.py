@@ -9,10 +9,10 @@ from beds import JOB, mixed_cluster, pipeline_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.profile import LayerTime, Profile, strange_versions, versions
+from meshwright.cost.profile import LayerTime, Profile, version_mismatches, versions
 from meshwright.model.load import load_model
-from meshwright.session import Session
-from meshwright.verify import Verification, Verified, spearman, unmeasured
+from meshwright.workflows.session import Session
+from meshwright.workflows.verify import Verification, Verified, spearman, unmeasured
 
 NUMBERS = st.lists(st.integers(1, 1000), min_size=3, max_size=20, unique=True)
 
@@ -56,9 +56,9 @@ def test_regret_is_what_the_plan_loses_to_the_best_tried() -> None:
 
 def test_a_profile_from_elsewhere_is_told_apart() -> None:
     own = Profile(model="m", sequence=1, versions=versions())
-    assert strange_versions(own) == ()
+    assert version_mismatches(own) == ()
     other = replace(own, versions=versions() | {"torch": "1.0", "machine": "an abacus"})
-    said = strange_versions(other)
+    said = version_mismatches(other)
     assert len(said) == 2
     assert any("an abacus" in sentence for sentence in said)
 

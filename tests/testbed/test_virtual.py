@@ -11,18 +11,18 @@ from torch import nn
 
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import Profile
+from meshwright.emulation.virtual_device import BackwardState, VirtualLayer, VirtualOptimizer
+from meshwright.emulation.virtual_times import virtual_times
 from meshwright.errors import LaunchError, MeshwrightError
 from meshwright.model.load import load_model
 from meshwright.plan.files import save_plan
 from meshwright.records import dumps
 from meshwright.runtime import worker
-from meshwright.runtime.run import RunSettings, TrainingOptions
-from meshwright.session import Session, predicted, priced
-from meshwright.testbed.bed import design
-from meshwright.testbed.launch import launcher_on
-from meshwright.testbed.times import virtual_times
-from meshwright.testbed.train import train_on
-from meshwright.testbed.virtual import Pace, VirtualLayer, VirtualOptimizer
+from meshwright.runtime.run_folder import RunSettings, TrainingOptions
+from meshwright.testbed.launcher import launcher_on_testbed
+from meshwright.testbed.lifecycle import design_testbed
+from meshwright.testbed.undisturbed_runs import train_on
+from meshwright.workflows.session import Session, priced, with_prediction
 
 
 class Twice(nn.Module):
@@ -39,7 +39,7 @@ class Twice(nn.Module):
 def test_a_layer_spends_its_time_both_ways_and_gives_every_gradient() -> None:
     spent: list[float] = []
     module = Twice()
-    layer = VirtualLayer(module, 0.25, 0.5, spent.append, Pace())
+    layer = VirtualLayer(module, 0.25, 0.5, spent.append, BackwardState())
     x = torch.randn(2, 3, requires_grad=True)
     y, numbers = layer(x)
     assert (y.shape, y.requires_grad) == ((2, 5), True)
@@ -54,7 +54,7 @@ def test_a_layer_spends_its_time_both_ways_and_gives_every_gradient() -> None:
 
 
 def test_another_number_of_rows_gets_its_own_shapes() -> None:
-    layer = VirtualLayer(Twice(), 0.0, 0.0, lambda _: None, Pace())
+    layer = VirtualLayer(Twice(), 0.0, 0.0, lambda _: None, BackwardState())
     assert [layer(torch.randn(rows, 3))[0].shape[0] for rows in (2, 7, 2)] == [2, 7, 2]
 
 
@@ -91,7 +91,7 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
     """On the loopback, which every machine permits. Instructions sleep at least their time, so that
     the step cannot be shorter than the busiest rank's."""
     virtual = bed(compute_scale=0.2)
-    up = design(virtual, NOTHING, "mw-none").standing
+    up = design_testbed(virtual, NOTHING, "mw-none").running
     model = load_model("gpt-tiny", 16, "fp32")
     session = Session(
         model=model,
@@ -103,8 +103,8 @@ def test_a_pipeline_of_virtual_devices_lasts_as_long_as_predicted(tmp_path: Path
         profile_source="",
         warnings=(),
     )
-    plan = predicted(priced(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10))))
-    with launcher_on(up) as launcher:
+    plan = with_prediction(priced(session, pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10))))
+    with launcher_on_testbed(up) as launcher:
         settings = RunSettings(model="gpt-tiny", options=TrainingOptions(steps=4))
         run = train_on(launcher, session, plan, settings, tmp_path)
     assert plan.prediction is not None
@@ -120,23 +120,23 @@ def test_an_emulated_device_does_not_run_at_full_speed_by_mistake(tmp_path: Path
     (tmp_path / "run.json").write_text(dumps(settings))
     save_plan(pipeline_plan(((("a:0",),), (("b:0",),)), (0, 7, 10)), tmp_path / "plan.json")
     with pytest.raises(LaunchError, match=r"shares.a:0: found 0.5; wanted a rank that a testbed"):
-        worker.run(tmp_path)
+        worker.run_worker(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
-    up = design(bed(), NOTHING, "mw-none").standing
+    up = design_testbed(bed(), NOTHING, "mw-none").running
     with (
-        launcher_on(up) as launcher,
+        launcher_on_testbed(up) as launcher,
         pytest.raises(MeshwrightError, match=r"run\.json.*no such file"),
     ):
-        launcher.ranks.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.worker")
+        launcher.launcher.run(("a:0", "b:0"), tmp_path, module="meshwright.testbed.emulated_worker")
 
 
 def test_a_command_ends_with_the_status_of_the_process_that_failed() -> None:
-    up = design(bed(), NOTHING, "mw-none").standing
-    with launcher_on(up) as launcher:
-        events = launcher.ranks.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"])
+    up = design_testbed(bed(), NOTHING, "mw-none").running
+    with launcher_on_testbed(up) as launcher:
+        events = launcher.launcher.run_command(("a:0", "b:0"), ["sh", "-c", "exit $RANK"])
         assert {event.rank: event.status for event in events} == {0: 0, 1: 1}
-        (event,) = launcher.ranks.run_command(("a:0",), ["sh", "-c", "kill -9 $$"])
+        (event,) = launcher.launcher.run_command(("a:0",), ["sh", "-c", "kill -9 $$"])
         assert event.status == -9

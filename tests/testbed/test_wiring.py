@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from beds import EVERYTHING, NOTHING, bed, without_latency
 
-from meshwright.testbed.bed import design
+from meshwright.testbed.lifecycle import design_testbed
 from meshwright.testbed.network import as_text, wiring
 
 ID = "mw-test"
@@ -77,16 +77,16 @@ def test_a_link_beyond_the_machine_is_left_alone_and_said() -> None:
 
 
 def test_without_namespaces_there_is_nothing_to_do_but_say_so() -> None:
-    drawn = design(bed("quota"), NOTHING, ID)
+    drawn = design_testbed(bed("quota"), NOTHING, ID)
     assert drawn.up == drawn.down == drawn.groups == ()
-    assert drawn.standing.bed.mode == "dilation"
-    assert drawn.standing.shares["a:0"] == 0.4
-    assert any("needs root" in each for each in drawn.standing.absent)
-    assert any("dilation in their place" in each for each in drawn.standing.absent)
+    assert drawn.running.testbed.mode == "dilation"
+    assert drawn.running.shares["a:0"] == 0.4
+    assert any("needs root" in each for each in drawn.running.absent)
+    assert any("dilation in their place" in each for each in drawn.running.absent)
 
 
 def test_quotas_get_a_group_for_each_device() -> None:
-    drawn = design(bed("quota"), EVERYTHING, ID)
+    drawn = design_testbed(bed("quota"), EVERYTHING, ID)
     assert dict(drawn.groups)["/sys/fs/cgroup/mw-test-d0"] == 0.4
-    assert set(drawn.standing.groups) == {"a:0", "a:1", "b:0", "c:0"}
-    assert not drawn.standing.shares, "the quota slows the device already"
+    assert set(drawn.running.groups) == {"a:0", "a:1", "b:0", "c:0"}
+    assert not drawn.running.shares, "the quota slows the device already"

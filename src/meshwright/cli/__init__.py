@@ -7,20 +7,20 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meshwright.cli import discovering, planning, running, testbed
+from meshwright.cli import discovering, emulating, planning, running
 from meshwright.cli.options import INTERRUPTED_STATUS, app
 
 if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
 
-__all__ = ["app", "discovering", "main", "planning", "running", "testbed"]
+__all__ = ["app", "discovering", "emulating", "main", "planning", "running"]
 
 UNREAD, MISTAKE = 1, 2
 """Exit statuses: output that nobody reads (a closed pipe), and an error with a message."""
 
 
 def main() -> None:
-    """Run the command line, the entry point of `meshwright`.
+    """Runs the command line, the entry point of `meshwright`.
 
     A mistake of the user, a broken file or a failure of the machine ends with a message and an exit
     status. A traceback is always a bug of ours.
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _status() -> int:
-    """Run a verb, and return its exit status."""
+    """Runs a verb, and returns its exit status."""
     from meshwright.errors import MachineError, MeshwrightError, Problem
 
     status = 0
@@ -64,13 +64,13 @@ def _status() -> int:
 
 
 def _fault(failure: OSError) -> MeshwrightError:
-    from meshwright.faults import fault
+    from meshwright.os_errors import machine_error
 
-    return fault(failure)
+    return machine_error(failure)
 
 
 def _flushed() -> OSError | None:
-    """Flush the output; return why that failed, or None."""
+    """Flushes the output; returns why that failed, or None."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

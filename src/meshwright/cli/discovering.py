@@ -56,9 +56,9 @@ def discover(
 
 
 def _described(*, cpus: bool, partial: bool) -> tuple[str, tuple[str, ...]]:
-    from meshwright.cluster.discover import discover_toml, look
+    from meshwright.cluster.discover import discover_toml, read_hardware
 
-    found = look(cpus=cpus, partial=partial)
+    found = read_hardware(cpus=cpus, partial=partial)
     return discover_toml(found), found.notes
 
 

@@ -59,14 +59,14 @@ ModelOption = Annotated[
 
 
 def say(text: str, *, to_errors: bool = False) -> None:
-    """Print a line; control characters are escaped."""
+    """Prints a line; control characters are escaped."""
     from meshwright.text import printable
 
     typer.echo(printable(text, lines=True), err=to_errors)
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Raise OutputError, before any work is done, if one of the files could not be written."""
+    """Raises OutputError, before any work is done, if one of the files could not be written."""
     from meshwright import files
 
     for path in paths:

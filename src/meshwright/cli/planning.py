@@ -46,14 +46,14 @@ def plan(
 ) -> None:
     """Find the fastest plan for a model on a cluster. Ctrl-C ends the search with the best plan so
     far."""
-    from meshwright.cli.watching import watched
+    from meshwright.cli.progress import search_progress
 
-    with watched() as watch:
+    with search_progress() as watch:
         from meshwright.plan.files import save_plan
         from meshwright.records import PositiveSeconds, checked_value
         from meshwright.report.tables import explain as print_explanation
         from meshwright.search.certificate import sentence
-        from meshwright.session import error_text, open_session, search
+        from meshwright.workflows.session import error_text, open_session, search_plan
 
         seconds = checked_value(PositiveSeconds, budget, "--budget") if budget is not None else None
         check_outputs(output)
@@ -68,7 +68,7 @@ def plan(
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
-        found = search(
+        found = search_plan(
             session,
             forbidden=forbid or (),
             budget_seconds=seconds,
@@ -92,10 +92,10 @@ def explain(plan_file: PlanFile) -> None:
     """Explain a plan: its stages, what limits the step, and why other strategies lost."""
     from meshwright.report.tables import explain as print_explanation
     from meshwright.search.certificate import sentence
-    from meshwright.session import predicted, reopen
+    from meshwright.workflows.session import reopen_plan, with_prediction
 
-    _, opened = reopen(plan_file)
-    found = opened.plan if opened.plan.prediction else predicted(opened)
+    _, opened = reopen_plan(plan_file)
+    found = opened.plan if opened.plan.prediction else with_prediction(opened)
     print_explanation(found)
     if found.prediction and (text := sentence(found.prediction)):
         say(text)
@@ -115,23 +115,23 @@ def simulate(
     """Simulate one step of a plan with the cost model."""
     from meshwright import files
     from meshwright.report.tables import timeline_summary
-    from meshwright.session import error_text, reopen, simulated
+    from meshwright.workflows.session import error_text, reopen_plan, simulate_priced
 
     check_outputs(trace, program, report)
-    session, found = reopen(plan_file, cluster=cluster, profile=profile)
-    timeline = simulated(found)
+    session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
+    timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)
     if text := error_text(session, timeline.step_seconds):
         say(text)
     if program:
-        from meshwright.program.instructions import dumps
+        from meshwright.program.instructions import format_program
 
-        files.write_text(program, dumps(found.program))
+        files.write_text(program, format_program(found.program))
         say(f"wrote {program}")
     if trace:
-        from meshwright.report.trace import dump_trace
+        from meshwright.report.chrome_trace import save_chrome_trace
 
-        dump_trace(timeline, trace)
+        save_chrome_trace(timeline, trace)
         say(f"wrote {trace}")
     if report:
         from meshwright.report.page import write_report
@@ -154,16 +154,16 @@ def compare(
         short_names,
         write_comparison,
     )
-    from meshwright.session import reopen
-    from meshwright.simulate.facts import check_comparable, judge, measure
+    from meshwright.simulate.plan_figures import check_comparable, compare_plans, simulate_figures
+    from meshwright.workflows.session import reopen_plan
 
     check_outputs(report)
     one, two = (
-        measure(name, reopen(file)[1])
+        simulate_figures(name, reopen_plan(file)[1])
         for file, name in zip((first, second), short_names(first, second), strict=True)
     )
     check_comparable(one, two)
-    verdict = judge(one, two)
+    verdict = compare_plans(one, two)
     if json:
         typer.echo(comparison_json(one, two, verdict), nl=False)
     else:
@@ -195,20 +195,20 @@ def whatif(
 ) -> None:
     """Show what another cluster would gain: edit the cluster, plan again, compare. Options may be
     repeated."""
-    from meshwright.cli.watching import watched
+    from meshwright.cli.progress import search_progress
 
-    with watched() as watch:
+    with search_progress() as watch:
         from meshwright import files
         from meshwright.cluster.files import dump_cluster
         from meshwright.report.whatif import print_whatif, whatif_json
-        from meshwright.session import reopen
-        from meshwright.whatif import Edits, what_if
+        from meshwright.workflows.session import reopen_plan
+        from meshwright.workflows.what_if import ClusterEdits, what_if
 
         check_outputs(output)
-        edits = Edits(
+        edits = ClusterEdits(
             without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
         )
-        session, opened = reopen(plan_file)
+        session, opened = reopen_plan(plan_file)
         found, cluster = what_if(session, opened.plan, edits, progress=watch.tell, stop=watch.stop)
     if json:
         typer.echo(whatif_json(found), nl=False)
@@ -237,14 +237,14 @@ def export(
     """Write a plan as the settings of another tool, with a script that starts it, and a list of
     what these files do not express."""
     from meshwright import files
-    from meshwright.exporting import exported
     from meshwright.plan.files import save_plan
-    from meshwright.plan.ranks import describe
-    from meshwright.session import reopen
+    from meshwright.plan.ranks import describe_plan
+    from meshwright.workflows.export_plan import export_plan
+    from meshwright.workflows.session import reopen_plan
 
     files.check_folder(output)
-    session, opened = reopen(plan_file)
-    found = exported(session, opened.plan, to, nearest=nearest)
+    session, opened = reopen_plan(plan_file)
+    found = export_plan(session, opened.plan, to, nearest=nearest)
     files.make_folder(output)
     for name, text in found.files.items():
         files.write_text(output / name, text)
@@ -253,7 +253,7 @@ def export(
         say(f"not expressed: {sentence}")
     if found.plan != opened.plan:
         save_plan(found.plan, output / "plan.json")
-        say(f"wrote {output / 'plan.json'}: the nearest plan, {describe(found.plan)}")
+        say(f"wrote {output / 'plan.json'}: the nearest plan, {describe_plan(found.plan)}")
 
 
 @app.command()
@@ -277,15 +277,19 @@ def reorder(
 ) -> None:
     """Give a plan another schedule: a standard one, one made for the plan, or one imported from
     CSV."""
-    from meshwright.ordering import imported, in_order
     from meshwright.plan.files import save_plan
     from meshwright.report.tables import explain as print_explanation
-    from meshwright.session import reopen
+    from meshwright.workflows.reorder import with_imported_schedule, with_schedule_named
+    from meshwright.workflows.session import reopen_plan
 
     check_outputs(output)
-    session, opened = reopen(plan_file)
+    session, opened = reopen_plan(plan_file)
     plan = opened.plan
-    found = imported(session, plan, csv) if csv else in_order(session, plan, order)
+    found = (
+        with_imported_schedule(session, plan, csv)
+        if csv
+        else with_schedule_named(session, plan, order)
+    )
     save_plan(found, output)
     print_explanation(found)
     say(f"wrote {output}")

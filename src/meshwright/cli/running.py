@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshwright.cli.emulating import (
+    BedOption,
+    current_launcher,
+    launcher_for,
+    profile_testbed,
+    train_with_launcher,
+)
 from meshwright.cli.options import (
     ModelOption,
     PlanFile,
@@ -22,17 +29,10 @@ from meshwright.cli.options import (
     check_outputs,
     say,
 )
-from meshwright.cli.testbed import (
-    BedOption,
-    launcher_for,
-    launcher_there,
-    profile_testbed,
-    train_there,
-)
 
 if TYPE_CHECKING:
     from meshwright.cost.priced_plan import PricedPlan
-    from meshwright.training import Outcome
+    from meshwright.workflows.train import RunOutcome
 
 
 @app.command()
@@ -65,9 +65,9 @@ def profile(
     links.json and a cluster.toml that has the measured links.
     """
     from meshwright import files
-    from meshwright.profiling import Processes, profile_here
+    from meshwright.profiling.measure_profile import ProfileSettings
     from meshwright.records import checked, checked_value
-    from meshwright.runtime.profile import ProfileSettings
+    from meshwright.workflows.profile_model import Processes, profile_here
 
     checked_value(Processes, processes, "--processes")
     settings = checked(
@@ -147,14 +147,14 @@ def train(
 
     `--dry-run` only prepares the run folder, and prints the command for each node of the plan.
     """
-    with launcher_there(warm=not dry_run) as launcher:
+    with current_launcher(warm=not dry_run) as launcher:
         from meshwright import files
         from meshwright.records import checked
-        from meshwright.runtime.run import RunSettings
-        from meshwright.session import reopen
-        from meshwright.training import prepared_commands
+        from meshwright.runtime.run_folder import RunSettings
+        from meshwright.workflows.session import reopen_plan
+        from meshwright.workflows.train import prepared_commands
 
-        session, found = reopen(plan_file)
+        session, found = reopen_plan(plan_file)
         told = {"steps": steps, "clip_norm": clip_norm, "seed": seed, "save_weights": save_weights}
         told |= {"debug": debug, "timeout_seconds": timeout, "compile": compile}
         settings = checked(
@@ -172,20 +172,20 @@ def train(
             for command in prepared_commands(session, found.plan, settings, output, port):
                 say(command)
             return
-        outcome = train_there(launcher, session, found.plan, settings, output)
+        outcome = train_with_launcher(launcher, session, found.plan, settings, output)
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     clipped = settings.options.waits_for_norm(found.plan.job.precision)
     _show(replace(found, clipped=clipped), outcome, report)
 
 
-def _show(found: PricedPlan, outcome: Outcome, report: Path | None) -> None:
-    """Print the measured step next to the predicted one, and write an HTML page if asked to."""
+def _show(found: PricedPlan, outcome: RunOutcome, report: Path | None) -> None:
+    """Prints the measured step next to the predicted one, and writes an HTML page if asked to."""
     from rich.console import Console
 
     from meshwright.report.tables import comparison_table
-    from meshwright.session import simulated
+    from meshwright.workflows.session import simulate_priced
 
-    predicted = simulated(found)
+    predicted = simulate_priced(found)
     if outcome.timeline is not None:
         Console().print(comparison_table(predicted, outcome.timeline))
     if report:
@@ -232,7 +232,7 @@ def launch(
         raise typer.BadParameter(f"found {' '.join(what)}; wanted {wanted}")
     from rich.console import Console
 
-    from meshwright.training import train_node
+    from meshwright.workflows.train import train_node
 
     folder = Path(what[0])
     outcome = train_node(folder, node, Console())
@@ -247,10 +247,10 @@ def _launch_command(
     from meshwright.cluster.files import load_cluster
     from meshwright.cluster.spec import devices_of
     from meshwright.launch.nodes import launch_command
-    from meshwright.session import reopen
+    from meshwright.workflows.session import reopen_plan
 
     if plan_file is not None:
-        session, found = reopen(plan_file, cluster=cluster)
+        session, found = reopen_plan(plan_file, cluster=cluster)
         return launch_command(found.plan.devices, session.cluster, node, command, port)
     assert cluster is not None
     machines = load_cluster(cluster)
@@ -284,12 +284,12 @@ def calibrate(
     """Fit the cost model to runs on this cluster; `plan --profile` then uses the fitted
     constants."""
     from meshwright import files
-    from meshwright.calibration import Proposals, proposals
     from meshwright.errors import OptionError, Problem
     from meshwright.plan.files import save_plan
     from meshwright.records import checked_value
-    from meshwright.session import open_session, with_sources
     from meshwright.text import file_name
+    from meshwright.workflows.calibrate import Proposals, propose_plans
+    from meshwright.workflows.session import open_session, with_sources
 
     checked_value(Proposals, propose, "--propose")
     if not propose:
@@ -309,7 +309,7 @@ def calibrate(
         precision=precision.value if precision else None,
         optimizer="adamw",
     )
-    for index, proposed in enumerate(proposals(session, propose)):
+    for index, proposed in enumerate(propose_plans(session, propose)):
         path = folder / f"{index}-{file_name(proposed.name)}.json"
         save_plan(with_sources(session, proposed), path)
         run = folder / f"run-{index}"
@@ -319,11 +319,11 @@ def calibrate(
 
 def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
     from meshwright import files
-    from meshwright.calibration import from_runs
     from meshwright.records import dumps
+    from meshwright.workflows.calibrate import profile_from_runs
 
     check_outputs(output)
-    found = from_runs(runs, cluster)
+    found = profile_from_runs(runs, cluster)
     files.write_text(output, dumps(found), durable=True)
     fitted = found.calibration
     if fitted and fitted.error:
@@ -340,9 +340,9 @@ def demo(
     """Emulate a mixed cluster on this machine, find a plan for it, and train by this plan and by
     the even one."""
     from meshwright import files
-    from meshwright.demo import run_demo
     from meshwright.records import checked_value
-    from meshwright.runtime.run import Steps
+    from meshwright.runtime.run_folder import Steps
+    from meshwright.workflows.demo import run_demo
 
     files.check_folder(output)
     run_demo(output, checked_value(Steps, steps, "--steps"))

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from meshwright.cluster.bus import Card
-from meshwright.cluster.host import Answer, Host, Seen, Way
+from meshwright.cluster.host import GpuReading, GpuSource, Host, ToolOutput
+from meshwright.cluster.pci import PciCard
 from meshwright.text import printable
 
 AMD_SMI = ("amd-smi", "static", "--asic", "--vram", "--json")
@@ -17,30 +17,32 @@ _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 _NONE = "No JSON data to report"
 
 
-def tools(host: Host) -> list[Way]:
-    """Return what AMD's installed tools report; rocm-smi is asked only if amd-smi fails or does not
-    report the memory of every GPU."""
-    ways: list[Way] = []
+def amd_sources(host: Host) -> list[GpuSource]:
+    """Returns what AMD's installed tools report; rocm-smi is asked only if amd-smi fails or does
+    not report the memory of every GPU."""
+    ways: list[GpuSource] = []
     for command, read in ((AMD_SMI, read_amd_smi), (ROCM_SMI, read_rocm_smi)):
         answer = host.run(command)
-        if answer.there:
+        if answer.installed:
             way = _way(answer, read(answer.text))
             ways.append(way)
-            if way.seen and not way.trouble and all(each.memory for each in way.seen):
+            if way.gpus and not way.trouble and all(each.memory for each in way.gpus):
                 break
     return ways
 
 
-def _way(answer: Answer, seen: tuple[Seen, ...] | None) -> Way:
+def _way(answer: ToolOutput, seen: tuple[GpuReading, ...] | None) -> GpuSource:
     if seen is not None and (seen or answer.status == 0):
-        return Way(how=answer.tool, seen=seen, trouble="" if answer.status == 0 else answer.words)
+        return GpuSource(
+            name=answer.tool, gpus=seen, trouble="" if answer.status == 0 else answer.summary
+        )
     if _NONE in f"{answer.text}{answer.errors}":
-        return Way(how=answer.tool)
-    return Way(how=answer.tool, trouble=answer.words)
+        return GpuSource(name=answer.tool)
+    return GpuSource(name=answer.tool, trouble=answer.summary)
 
 
 def _data(text: str) -> Any:
-    """Return the JSON in an output that may begin with warnings; None if it contains none."""
+    """Returns the JSON in an output that may begin with warnings; None if it contains none."""
     for match in re.finditer(r"^[\[{]", text, re.MULTILINE):
         try:
             return json.loads(text[match.start() :])
@@ -49,8 +51,8 @@ def _data(text: str) -> Any:
     return None
 
 
-def read_amd_smi(text: str) -> tuple[Seen, ...] | None:
-    """Return the GPUs in the output of `amd-smi static --asic --vram --json`; None if its JSON has
+def read_amd_smi(text: str) -> tuple[GpuReading, ...] | None:
+    """Returns the GPUs in the output of `amd-smi static --asic --vram --json`; None if its JSON has
     no known layout."""
     data = _data(text)
     if isinstance(data, dict):
@@ -60,7 +62,7 @@ def read_amd_smi(text: str) -> tuple[Seen, ...] | None:
     return tuple(_amd_smi_seen(each) for each in data)
 
 
-def _amd_smi_seen(gpu: Mapping[str, Any]) -> Seen:
+def _amd_smi_seen(gpu: Mapping[str, Any]) -> GpuReading:
     asic, vram = gpu.get("asic"), gpu.get("vram")
     name = asic.get("market_name") if isinstance(asic, dict) else None
     size = vram.get("size") if isinstance(vram, dict) else None
@@ -70,9 +72,9 @@ def _amd_smi_seen(gpu: Mapping[str, Any]) -> Seen:
     return _seen(name, memory, f"no memory of GPU {gpu.get('gpu', '?')}")
 
 
-def read_rocm_smi(text: str) -> tuple[Seen, ...] | None:
-    """Return the GPUs in the output of `rocm-smi --showproductname --showmeminfo vram --json`; None
-    if its JSON has no known layout."""
+def read_rocm_smi(text: str) -> tuple[GpuReading, ...] | None:
+    """Returns the GPUs in the output of `rocm-smi --showproductname --showmeminfo vram --json`;
+    None if its JSON has no known layout."""
     data = _data(text)
     if not isinstance(data, dict):
         return None
@@ -88,7 +90,7 @@ def _number(card: str) -> int:
     return int(card.removeprefix("card"))
 
 
-def _rocm_smi_seen(key: str, card: Mapping[str, Any]) -> Seen:
+def _rocm_smi_seen(key: str, card: Mapping[str, Any]) -> GpuReading:
     names = [card.get("card series"), card.get("card model"), card.get("device name")]
     name = next((each for each in names if _is_name(each)), None)
     size = str(card.get("vram total memory (b)", ""))
@@ -100,18 +102,18 @@ def _is_name(text: object) -> bool:
     return isinstance(text, str) and bool(re.search(r"[A-Z]", text)) and text != "N/A"
 
 
-def _seen(name: object, memory: int | None, said: str) -> Seen:
+def _seen(name: object, memory: int | None, said: str) -> GpuReading:
     told = printable(name)[:100] if isinstance(name, str) and _is_name(name) else "AMD GPU"
     told = re.sub("instinct", "Instinct", told, flags=re.IGNORECASE)
-    return Seen(name=told, memory=memory or None, said="" if memory else printable(said))
+    return GpuReading(name=told, memory=memory or None, quoted="" if memory else printable(said))
 
 
-def driver_files(host: Host, cards: Sequence[Card]) -> Way:
-    """Return the name and memory that the amdgpu driver reports for each card on the PCI bus."""
-    return Way(how="the amdgpu driver", seen=tuple(_from_driver(host, cards)))
+def amd_driver_source(host: Host, cards: Sequence[PciCard]) -> GpuSource:
+    """Returns the name and memory that the amdgpu driver reports for each card on the PCI bus."""
+    return GpuSource(name="the amdgpu driver", gpus=tuple(_from_driver(host, cards)))
 
 
-def _from_driver(host: Host, cards: Sequence[Card]) -> Iterator[Seen]:
+def _from_driver(host: Host, cards: Sequence[PciCard]) -> Iterator[GpuReading]:
     for card in cards:
         folder = f"/sys/bus/pci/devices/{card.address}"
         size = host.read(f"{folder}/mem_info_vram_total").strip()

@@ -26,7 +26,7 @@ class CatalogEntry:
 
 @lru_cache
 def catalog() -> dict[str, CatalogEntry]:
-    """Return every entry of the catalogue, by device type name."""
+    """Returns every entry of the catalogue, by device type name."""
     text = files("meshwright.cluster").joinpath("catalog.toml").read_text(encoding="utf-8")
     entries = {}
     for name, row in tomllib.loads(text).items():
@@ -37,7 +37,7 @@ def catalog() -> dict[str, CatalogEntry]:
 
 
 def type_reported_as(driver_name: str) -> str | None:
-    """Return the catalogue's name of the device that a driver calls `driver_name`, or None."""
+    """Returns the catalogue's name of the device that a driver calls `driver_name`, or None."""
     for name, entry in catalog().items():
         if entry.reported_as and re.search(entry.reported_as, driver_name):
             return name

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
 from meshwright.cluster.files import dump_cluster
-from meshwright.cluster.host import Host, this_host
-from meshwright.cluster.look import gpus_of
-from meshwright.cluster.machine import (
-    Found,
-    inside_of,
+from meshwright.cluster.gpus import detect_gpus
+from meshwright.cluster.hardware import (
+    MachineHardware,
+    device_type_of,
+    links_inside,
     read_default_interface,
     read_speed,
     read_wiring,
-    type_of,
 )
+from meshwright.cluster.host import Host, this_host
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Site
 from meshwright.records import BytesPerSecond
 from meshwright.text import printable
@@ -29,27 +29,27 @@ _HOST_SHARE = 0.9
 
 
 def discover(*, cpus: bool = False) -> Cluster:
-    """Return a cluster of this machine's GPUs, or of its cores as processes of type `cpu` if it has
-    none or if `cpus` is set. Raises MachineError if a GPU cannot be read."""
-    return describe(look(cpus=cpus))[0]
+    """Returns a cluster of this machine's GPUs, or of its cores as processes of type `cpu` if it
+    has none or if `cpus` is set. Raises MachineError if a GPU cannot be read."""
+    return hardware_cluster(read_hardware(cpus=cpus))[0]
 
 
-def discover_toml(found: Found | None = None) -> str:
-    """Return the text of a cluster file for this machine (or for `found`), with comments on the
+def discover_toml(found: MachineHardware | None = None) -> str:
+    """Returns the text of a cluster file for this machine (or for `found`), with comments on the
     figures that were not measured."""
-    cluster, notes = describe(found or look())
+    cluster, notes = hardware_cluster(found or read_hardware())
     head = ("Found on this machine. Figures are nominal: `meshwright profile` measures.", *notes)
     return "".join(f"# {printable(line)}\n" for line in head) + "\n" + dump_cluster(cluster)
 
 
-def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
-    """Return the cluster that describes a found machine, and notes for its user on where the
+def hardware_cluster(found: MachineHardware) -> tuple[Cluster, tuple[str, ...]]:
+    """Returns the cluster that describes a found machine, and notes for its user on where the
     figures come from."""
     types, notes = _types(found)
     names = tuple(kind.name for kind in types)
     if found.gpus:
         known = (type_reported_as(gpu.name) for gpu in found.gpus)
-        inside, origin = inside_of(found, tuple(name for name in known if name))
+        inside, origin = links_inside(found, tuple(name for name in known if name))
         notes += [origin] if len(types) > 1 else []
     else:
         inside = catalog()["cpu"].inside
@@ -73,10 +73,10 @@ def describe(found: Found) -> tuple[Cluster, tuple[str, ...]]:
     return cluster, tuple(dict.fromkeys((*found.notes, *notes)))
 
 
-def _types(found: Found) -> tuple[list[DeviceType], list[str]]:
+def _types(found: MachineHardware) -> tuple[list[DeviceType], list[str]]:
     if found.gpus:
-        typed = [type_of(gpu) for gpu in found.gpus]
-        return named_apart([kind for kind, _ in typed]), [note for _, note in typed if note]
+        typed = [device_type_of(gpu) for gpu in found.gpus]
+        return number_equal_names([kind for kind, _ in typed]), [note for _, note in typed if note]
     cpu = catalog()["cpu"].type
     memory = int(_HOST_SHARE * found.memory) // found.cores >> 20 << 20
     note = f"memory: {_HOST_SHARE:.0%} of the host's, divided by its {found.cores} cores"
@@ -84,7 +84,7 @@ def _types(found: Found) -> tuple[list[DeviceType], list[str]]:
     return [kind] * found.cores, []
 
 
-def named_apart(kinds: Sequence[DeviceType]) -> list[DeviceType]:
+def number_equal_names(kinds: Sequence[DeviceType]) -> list[DeviceType]:
     """Number the types that have one name but unlike figures: the second becomes
     `RTX-3080-10GiB-2`."""
     own: dict[tuple[str, str], str] = {}
@@ -99,11 +99,13 @@ def named_apart(kinds: Sequence[DeviceType]) -> list[DeviceType]:
     return apart
 
 
-def look(host: Host | None = None, *, cpus: bool = False, partial: bool = False) -> Found:
-    """Ask the machine for its GPUs (not if `cpus` is set), cores, memory and network speed. With
+def read_hardware(
+    host: Host | None = None, *, cpus: bool = False, partial: bool = False
+) -> MachineHardware:
+    """Asks the machine for its GPUs (not if `cpus` is set), cores, memory and network speed. With
     `partial`, GPUs that cannot be read are left out; without it, they raise MachineError."""
     asked = host or this_host()
-    found = Found(
+    found = MachineHardware(
         name=asked.name,
         cores=asked.cores,
         memory=asked.memory,
@@ -112,7 +114,7 @@ def look(host: Host | None = None, *, cpus: bool = False, partial: bool = False)
     )
     if cpus:
         return found
-    looked = gpus_of(asked, partial=partial)
+    looked = detect_gpus(asked, partial=partial)
     wiring = None
     if len(looked.gpus) > 1:
         wiring = read_wiring(asked.run(("nvidia-smi", "topo", "-m")).text)

@@ -1,8 +1,8 @@
 """Edits a cluster for what-if questions: pure functions from Cluster to Cluster that also return
 the assumptions they made.
 
-`taken_away` removes nodes, devices, types or sites, `with_added` adds nodes, `with_setting` changes
-a figure; `edited` does all of them in this order and reports every mistake at once.
+`with_removed` removes nodes, devices, types or sites, `with_added` adds nodes, `with_setting`
+changes a figure; `edit_cluster` does all of them in this order and reports every mistake at once.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import replace
 from functools import partial
 
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.check import MOST_DEVICES, devices_in
+from meshwright.cluster.entries import nearest_types
 from meshwright.cluster.settings import nodes_named, with_setting
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
-from meshwright.cluster.types import nearest_types
+from meshwright.cluster.validate import MOST_DEVICES, parse_devices
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import record
 from meshwright.text import NAME_LETTERS, did_you_mean
 from meshwright.units import format_bandwidth, format_seconds
 
-EDITED = ", edited"
+EDITED_SUFFIX = ", edited"
 """Suffix of the name of a cluster that differs from its file."""
 
 
 @record
-class Edited:
+class EditedCluster:
     """A cluster after edits, with notes on them."""
 
     cluster: Cluster
@@ -35,19 +35,19 @@ class Edited:
     """One sentence for each edit: what it did, or what it had to assume."""
 
 
-def edited(
+def edit_cluster(
     cluster: Cluster,
     *,
     without: Sequence[str] = (),
     added: Sequence[str] = (),
     settings: Sequence[str] = (),
-) -> Edited:
-    """Remove, then add, then set. Raises ClusterError with one Problem for every edit at fault, and
-    if no device is left."""
+) -> EditedCluster:
+    """Removes, then add, then set. Raises ClusterError with one Problem for every edit at fault,
+    and if no device is left."""
     problems: list[Problem] = []
     notes: list[str] = []
 
-    def attempt(edit: Callable[[Cluster], Edited], before: Cluster) -> Cluster:
+    def attempt(edit: Callable[[Cluster], EditedCluster], before: Cluster) -> Cluster:
         try:
             after = edit(before)
         except ClusterError as failure:
@@ -58,24 +58,27 @@ def edited(
 
     changed = cluster
     # New nodes may be modelled on a node that `without` removes: templates come from before.
-    steps: list[Callable[[Cluster], Edited]] = []
+    steps: list[Callable[[Cluster], EditedCluster]] = []
     if without:
-        steps.append(partial(taken_away, names=without))
+        steps.append(partial(with_removed, names=without))
     steps += [partial(with_added, text=text, templates=cluster) for text in added]
     steps += [partial(_set, text=text) for text in settings]
     for step in steps:
         changed = attempt(step, changed)
     ClusterError.check(problems)
-    name = f"{cluster.name.removesuffix(EDITED)[: NAME_LETTERS - len(EDITED)]}{EDITED}"
-    return Edited(cluster=replace(changed, name=name), notes=tuple(notes))
+    stem = cluster.name.removesuffix(EDITED_SUFFIX)[: NAME_LETTERS - len(EDITED_SUFFIX)]
+    name = f"{stem}{EDITED_SUFFIX}"
+    return EditedCluster(cluster=replace(changed, name=name), notes=tuple(notes))
 
 
-def _set(cluster: Cluster, text: str) -> Edited:
-    return Edited(cluster=with_setting(cluster, text), notes=())
+def _set(cluster: Cluster, text: str) -> EditedCluster:
+    return EditedCluster(cluster=with_setting(cluster, text), notes=())
 
 
-def taken_away(cluster: Cluster, names: Sequence[str], *, option: str = "--without") -> Edited:
-    """Return the cluster without these nodes (or all nodes of a `count`), devices `node:index`,
+def with_removed(
+    cluster: Cluster, names: Sequence[str], *, option: str = "--without"
+) -> EditedCluster:
+    """Returns the cluster without these nodes (or all nodes of a `count`), devices `node:index`,
     device types and sites. Later devices of a node get lower indices. Raises ClusterError."""
     gone: set[str] = set()
     problems: list[Problem] = []
@@ -107,11 +110,11 @@ def taken_away(cluster: Cluster, names: Sequence[str], *, option: str = "--witho
     if not kept:
         found, wanted = ", ".join(names), "at least one device that is left"
         raise ClusterError(Problem(option, "", found, wanted))
-    return Edited(cluster=replace(cluster, nodes=kept, direct=direct), notes=tuple(notes))
+    return EditedCluster(cluster=replace(cluster, nodes=kept, direct=direct), notes=tuple(notes))
 
 
 def _called(cluster: Cluster, name: str) -> dict[str, set[str]]:
-    """Return the devices that a name may mean, under each kind of thing: node, device, device type
+    """Returns the devices that a name may mean, under each kind of thing: node, device, device type
     and site."""
     nodes = {node.name for node in nodes_named(cluster).get(name, ())}
     devices = devices_of(cluster)
@@ -136,16 +139,15 @@ def _no_such(cluster: Cluster, name: str, found: list[str], option: str) -> Prob
 
 def with_added(
     cluster: Cluster, text: str, templates: Cluster | None = None, *, option: str = "--add"
-) -> Edited:
-    """Return the cluster with new nodes: `"4 x T4"` adds one node of four T4, `"2 x p3-0"` adds two
-    nodes like p3-0. A name that is both a type and a node means the node; `templates` is the
+) -> EditedCluster:
+    """Returns the cluster with new nodes: `"4 x T4"` adds one node of four T4, `"2 x p3-0"` adds
+    two nodes like p3-0. A name that is both a type and a node means the node; `templates` is the
     cluster in which such nodes are looked up. Raises ClusterError.
 
     A node of a type that the cluster has is wired like the first node with that type. Any other is
-    wired inside as the catalogue says, and outside like most nodes of the cluster.
-    """
+    wired inside as the catalogue says, and outside like most nodes of the cluster."""
     known = templates or cluster
-    read = devices_in(text)
+    read = parse_devices(text)
     if read is None or read[0] < 1:
         wanted = "a number and a device type or node, like '4 x T4'"
         raise ClusterError(Problem(option, "", repr(text), wanted))
@@ -160,17 +162,17 @@ def with_added(
         notes = (f"{fresh[0].name}: like {like[0].name}, {_wired(fresh[0])}",)
         if count > 1:
             notes = (f"{fresh[0].name} to {fresh[-1].name}: like {name}, {_wired(fresh[0])}",)
-        return Edited(
+        return EditedCluster(
             cluster=_with_types(cluster, known.types, (*cluster.nodes, *fresh)), notes=notes
         )
     node = _new_node(cluster, known, count, name, option)
     types = {**known.types} if name in known.types else {**known.types, name: _type(name)}
     note = f"{node.name}: {count} x {name}, {_wired(node)}"
-    return Edited(cluster=_with_types(cluster, types, (*cluster.nodes, node)), notes=(note,))
+    return EditedCluster(cluster=_with_types(cluster, types, (*cluster.nodes, node)), notes=(note,))
 
 
 def _with_types(cluster: Cluster, types: dict[str, DeviceType], nodes: tuple[Node, ...]) -> Cluster:
-    """Return the cluster with these nodes and the device types that they need."""
+    """Returns the cluster with these nodes and the device types that they need."""
     used = {kind for node in nodes for kind in node.devices}
     missing = {name: types[name] for name in sorted(used) if name not in cluster.types}
     return replace(cluster, nodes=nodes, types={**cluster.types, **missing})

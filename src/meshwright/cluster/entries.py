@@ -1,19 +1,21 @@
-"""Reads the tables of a cluster file as they are written: shapes and units are checked, meaning is
-not."""
+"""Reads the tables of a cluster file as they are written, and resolves the device types that they
+name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
 from meshwright import units
-from meshwright.cluster.spec import Link, Precision
+from meshwright.cluster.catalog import catalog
+from meshwright.cluster.spec import DeviceType, Link, Precision
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import Count, Line, Name, PositiveShare, check_format, parse, record
-from meshwright.text import did_you_mean
+from meshwright.text import did_you_mean, nearest
 
 T = TypeVar("T")
 MOST_IN_MATRIX = 512
@@ -21,8 +23,8 @@ MOST_IN_MATRIX = 512
 
 
 def _written(read: Callable[[str], float], example: str) -> BeforeValidator:
-    """Validate a quantity that must be text with a unit: a bare number could mean bits or bytes, MB
-    or MiB."""
+    """Validates a quantity that must be text with a unit: a bare number could mean bits or bytes,
+    MB or MiB."""
 
     def check(value: object) -> float:
         if not isinstance(value, str):
@@ -148,13 +150,13 @@ class Entries:
 _KNOWN = ("format", "name", "links", "node", "site", "device", "link", "matrix")
 
 
-def link_of(entry: LinkEntry | PairEntry) -> Link:
-    """Return the link that an entry describes."""
+def entry_link(entry: LinkEntry | PairEntry) -> Link:
+    """Returns the link that an entry describes."""
     return Link(bandwidth=entry.bandwidth, latency=entry.latency, shared=entry.shared)
 
 
 def read_entries(data: dict[str, Any], source: str) -> tuple[Entries, list[Problem]]:
-    """Return the file's tables, and one Problem for each value in them that has a wrong shape."""
+    """Returns the file's tables, and one Problem for each value in them that has a wrong shape."""
     reading = _Reading(source=source, problems=[*_header_problems(data, source)], unread=[])
     links = _table(reading, LinksEntry, "links", data.get("links", {}))
     matrix = _table(reading, MatrixEntry, "matrix", data["matrix"]) if "matrix" in data else None
@@ -222,3 +224,109 @@ def _types(reading: _Reading, rows: object) -> dict[str, DeviceEntry]:
     read = {n: _table(reading, DeviceEntry, f"device.{n}", row) for n, row in rows.items()}
     # A type whose table has errors stays known, so that its nodes are not reported as well.
     return {name: entry or DeviceEntry(like="cpu") for name, entry in read.items()}
+
+
+_NEEDED = ("memory", "memory_bandwidth", "peak")
+_FIGURES = (
+    "memory",
+    "memory_bandwidth",
+    "matmul_efficiency",
+    "attention_efficiency",
+    "memory_efficiency",
+    "processor",
+)
+
+
+def nearest_types(name: str, known: Mapping[str, object]) -> str:
+    """Returns a hint for a device type name that is not known."""
+    names = sorted({*catalog(), *known})
+    folded = {each.lower(): each for each in names}
+    near = [each for each in folded if each.startswith(name.lower())]
+    near = near or nearest(name.lower(), folded, count=3, cutoff=0.5)
+    close = " or ".join(repr(folded[each]) for each in near)
+    mend = f"Did you mean {close}? " if near else ""
+    return f"{mend}Known: {', '.join(names)}; or define [device.{name}]."
+
+
+def type_problems(devices: Mapping[str, DeviceEntry], source: str) -> Iterator[Problem]:
+    """Yields mistakes in how types refer to each other, and the figures that a new type lacks."""
+    for name, entry in devices.items():
+        where = f"device.{name}"
+        if entry.like is not None and entry.like not in devices and entry.like not in catalog():
+            wanted, hint = "a known device type", nearest_types(entry.like, devices)
+            yield Problem(source, f"{where}.like", repr(entry.like), wanted, hint)
+        elif entry.like is not None and _is_circular(name, devices):
+            wanted = "a type that does not lead back here"
+            yield Problem(source, f"{where}.like", repr(entry.like), wanted)
+        elif entry.like is None and name not in catalog():
+            for figure in _NEEDED:
+                if not getattr(entry, figure):
+                    mend = 'Or derive it: like = "T4".'
+                    wanted = f"this figure of a new device type{_missing_hint(figure)}"
+                    yield Problem(source, f"{where}.{figure}", "nothing", wanted, mend)
+
+
+def _missing_hint(figure: str) -> str:
+    return ', like { fp32 = "8.1 TFLOP/s" }' if figure == "peak" else ""
+
+
+def _base(name: str, entry: DeviceEntry) -> str | None:
+    return entry.like or (name if name in catalog() else None)
+
+
+def _is_circular(name: str, devices: Mapping[str, DeviceEntry]) -> bool:
+    seen = {name}
+    base = devices[name].like
+    while base is not None and base in devices:
+        if base in seen:
+            return True
+        seen.add(base)
+        base = devices[base].like
+    return False
+
+
+def offer_problems(devices: Mapping[str, DeviceEntry], source: str) -> Iterator[Problem]:
+    """Yields a Problem for each type whose peaks are all 0. The file must be free of
+    `type_problems`."""
+    for name in devices:
+        if not resolve_type(name, devices)[0].peak:
+            yield Problem(source, f"device.{name}.peak", "0 for all", "a precision that is offered")
+
+
+def resolve_type(name: str, devices: Mapping[str, DeviceEntry]) -> tuple[DeviceType, Link | None]:
+    """Returns a device type with every figure, and the link between two such devices in a node if
+    one is known.
+
+    The file must be free of `type_problems`.
+    """
+    chain: list[tuple[str, DeviceEntry]] = []
+    base: str | None = name
+    while base is not None and base in devices:
+        chain.append((base, devices[base]))
+        following = _base(base, devices[base])
+        if following == base:
+            break
+        base = following
+    known = catalog().get(base) if base is not None else None
+    figures: dict[str, object] = {}
+    inside = known.inside if known else None
+    if known:
+        figures = {each: getattr(known.type, each) for each in (*_FIGURES, "source")}
+        figures["peak"] = dict(known.type.peak)
+    for _, entry in reversed(chain):
+        figures = _changed(figures, entry)
+        inside = entry_link(entry.inside) if entry.inside else inside
+    return DeviceType(name=name, **figures), inside  # type: ignore[arg-type]
+
+
+def _changed(figures: dict[str, object], entry: DeviceEntry) -> dict[str, object]:
+    given = {each: getattr(entry, each) for each in _FIGURES if getattr(entry, each) is not None}
+    before = figures.get("peak")
+    merged = {**(before if isinstance(before, dict) else {}), **(entry.peak or {})}
+    peak = {precision: speed for precision, speed in merged.items() if speed}
+    mended = ", ".join([*given, *(f"peak {each}" for each in entry.peak or {})])
+    origin = f"{figures.get('source', '')}; from the cluster file: {mended}".removeprefix("; ")
+    changed = {**figures, **given, "peak": peak}
+    if entry.source is not None or mended:
+        changed["source"] = origin if entry.source is None else entry.source
+    return changed

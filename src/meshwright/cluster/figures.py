@@ -14,7 +14,7 @@ from meshwright.records import record
 
 
 @record
-class Range:
+class AllowedRange:
     """The allowed range of a figure, and the function that formats it."""
 
     least: float
@@ -23,29 +23,29 @@ class Range:
 
 
 # From a modem to ten times the fastest hardware announced: a value outside is a wrong unit.
-BANDWIDTH = Range(least=1e3, most=1e14, show=units.format_bandwidth)
-LATENCY = Range(least=0.0, most=10.0, show=units.format_seconds)
-MEMORY = Range(least=2**20, most=2**44, show=units.format_bytes)
-MEMORY_BANDWIDTH = Range(least=1e6, most=1e15, show=units.format_throughput)
-PEAK = Range(least=1e6, most=1e17, show=units.format_flops)
+BANDWIDTH = AllowedRange(least=1e3, most=1e14, show=units.format_bandwidth)
+LATENCY = AllowedRange(least=0.0, most=10.0, show=units.format_seconds)
+MEMORY = AllowedRange(least=2**20, most=2**44, show=units.format_bytes)
+MEMORY_BANDWIDTH = AllowedRange(least=1e6, most=1e15, show=units.format_throughput)
+PEAK = AllowedRange(least=1e6, most=1e17, show=units.format_flops)
 _SUSPICIOUS = 1.5
 """Multiple of the datasheet's figure above which a value is doubted."""
 
 
 def figure_problems(entries: Entries, source: str) -> Iterator[Problem]:
-    """Yield one Problem for each bandwidth, latency, size or speed that is out of range."""
+    """Yields one Problem for each bandwidth, latency, size or speed that is out of range."""
     for field, value, allowed in _figures(entries):
         yield from out_of_range(field, value, allowed, source)
 
 
-def out_of_range(field: str, value: float, allowed: Range, source: str) -> Iterator[Problem]:
-    """Yield a Problem if `value` lies outside the allowed range."""
+def out_of_range(field: str, value: float, allowed: AllowedRange, source: str) -> Iterator[Problem]:
+    """Yields a Problem if `value` lies outside the allowed range."""
     if not allowed.least <= value <= allowed.most:
         wanted = f"{allowed.show(allowed.least)} to {allowed.show(allowed.most)}"
         yield Problem(source, field, allowed.show(value), wanted, each=("figure", ""))
 
 
-def _figures(entries: Entries) -> Iterator[tuple[str, float, Range]]:
+def _figures(entries: Entries) -> Iterator[tuple[str, float, AllowedRange]]:
     for field, link in _links(entries):
         yield f"{field}.bandwidth", link.bandwidth, BANDWIDTH
         yield f"{field}.latency", link.latency, LATENCY
@@ -74,7 +74,7 @@ def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
 
 
 def cluster_warnings(cluster: Cluster) -> tuple[str, ...]:
-    """Return warnings on figures that are possible but exceed the datasheet by half or more.
+    """Returns warnings on figures that are possible but exceed the datasheet by half or more.
 
     CPU processes are not checked: they have no datasheet, for their host decides what they get.
     """

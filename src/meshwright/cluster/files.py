@@ -11,11 +11,10 @@ from typing import Any
 
 from meshwright import records, units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.check import DEFAULT_SITE, devices_in, names_of, problems_of
-from meshwright.cluster.entries import Entries, NodeEntry, link_of, read_entries
+from meshwright.cluster.entries import Entries, NodeEntry, entry_link, read_entries, resolve_type
 from meshwright.cluster.matrix import matrix_links
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Endpoint, Link, Node, Site
-from meshwright.cluster.types import resolve_type
+from meshwright.cluster.validate import DEFAULT_SITE, node_names, parse_devices, table_problems
 from meshwright.errors import ClusterError, Problem
 from meshwright.text import quoted
 
@@ -26,7 +25,7 @@ Ethernet."""
 
 
 def load_cluster(path: str | Path) -> Cluster:
-    """Load the cluster that a file describes.
+    """Loads the cluster that a file describes.
 
     Raises ClusterError with one Problem for every mistake in the file.
     """
@@ -38,7 +37,7 @@ def load_cluster(path: str | Path) -> Cluster:
 
 
 def _with_mend(problem: Problem) -> Problem:
-    """Add the mend for a table that occurs twice, as in two files that were joined by hand."""
+    """Adds the mend for a table that occurs twice, as in two files that were joined by hand."""
     if "Cannot declare" not in problem.found and "Cannot overwrite" not in problem.found:
         return problem
     mend = "Files of several hosts are put together by: meshwright discover --merge a.toml b.toml"
@@ -46,9 +45,9 @@ def _with_mend(problem: Problem) -> Problem:
 
 
 def cluster_from(data: dict[str, Any], *, source: str) -> Cluster:
-    """Build the cluster that the content of a cluster file describes. Raises ClusterError."""
+    """Builds the cluster that the content of a cluster file describes. Raises ClusterError."""
     entries, problems = read_entries(data, source)
-    ClusterError.check(chain(problems, problems_of(entries, source)))
+    ClusterError.check(chain(problems, table_problems(entries, source)))
     return _expand(entries)
 
 
@@ -59,7 +58,7 @@ def _expand(entries: Entries) -> Cluster:
     }
     nodes = tuple(node for entry in entries.nodes.values() for node in _expand_node(entry, entries))
     direct = [
-        DirectLink(between=pair.between, link=link_of(pair)) for pair in entries.pairs.values()
+        DirectLink(between=pair.between, link=entry_link(pair)) for pair in entries.pairs.values()
     ]
     if entries.matrix:
         direct += matrix_links(entries.matrix)
@@ -75,7 +74,7 @@ def _expand(entries: Entries) -> Cluster:
 
 def _endpoints(entries: Entries) -> Iterator[tuple[str, Endpoint]]:
     for entry in entries.nodes.values():
-        names = names_of(entry)
+        names = node_names(entry)
         given = entry.address if isinstance(entry.address, tuple) else [entry.address] * len(names)
         for name, address in zip(names, given, strict=True):
             if address is not None or entry.interface is not None:
@@ -83,31 +82,31 @@ def _endpoints(entries: Entries) -> Iterator[tuple[str, Endpoint]]:
 
 
 def _devices(entry: NodeEntry) -> tuple[str, ...]:
-    read = [devices_in(text) for text in entry.devices]
+    read = [parse_devices(text) for text in entry.devices]
     return tuple(each[1] for each in read if each for _ in range(each[0]))
 
 
 def _expand_node(entry: NodeEntry, entries: Entries) -> Iterator[Node]:
     devices = _devices(entry)
     network = entry.network or entries.links.network
-    interface = link_of(network) if network else _UNUSED_NETWORK
+    interface = entry_link(network) if network else _UNUSED_NETWORK
     given = entry.inside or entries.links.inside
-    inside = link_of(given) if given else _default_inside(devices, entries, interface)
-    for name in names_of(entry):
+    inside = entry_link(given) if given else _default_inside(devices, entries, interface)
+    for name in node_names(entry):
         yield Node(name=name, site=entry.site, devices=devices, inside=inside, network=interface)
 
 
 def _default_inside(devices: tuple[str, ...], entries: Entries, network: Link) -> Link:
-    """Return the slowest link among those that the node's device types usually have."""
+    """Returns the slowest link among those that the node's device types usually have."""
     links = [resolve_type(kind, entries.devices)[1] for kind in sorted({*devices})]
     known = [link for link in links if link is not None]
     return min(known, key=lambda link: link.bandwidth) if known else network
 
 
 def _sites(entries: Entries, nodes: tuple[Node, ...]) -> tuple[Site, ...]:
-    default = link_of(entries.links.uplink) if entries.links.uplink else None
+    default = entry_link(entries.links.uplink) if entries.links.uplink else None
     sites = [
-        Site(name=site.name, uplink=link_of(site.uplink) if site.uplink else default)
+        Site(name=site.name, uplink=entry_link(site.uplink) if site.uplink else default)
         for site in entries.sites.values()
     ]
     if DEFAULT_SITE in {node.site for node in nodes} - {site.name for site in sites}:
@@ -116,7 +115,7 @@ def _sites(entries: Entries, nodes: tuple[Node, ...]) -> tuple[Site, ...]:
 
 
 def dump_cluster(cluster: Cluster) -> str:
-    """Format a cluster as TOML text that `load_cluster` reads back to an equal cluster."""
+    """Formats a cluster as TOML text that `load_cluster` reads back to an equal cluster."""
     networks = {node.network for node in cluster.nodes}
     shared = networks.pop() if len(networks) == 1 else None
     lines = [f"format = {records.FORMAT}", f"name = {quoted(cluster.name)}"]
@@ -153,8 +152,8 @@ def _endpoint_lines(endpoints: list[Endpoint], several: bool) -> list[str]:
 def _runs(
     nodes: tuple[Node, ...], known: dict[str, Endpoint]
 ) -> list[tuple[str | None, list[Node]]]:
-    """Group the nodes, in order: identical neighbours named `base-0`, `base-1` ... come under their
-    base, every other node alone under None."""
+    """Groups the nodes, in order: identical neighbours named `base-0`, `base-1` ... come under
+    their base, every other node alone under None."""
 
     def kind(node: Node) -> tuple[Node, bool, str | None]:
         endpoint = known.get(node.name, Endpoint())
@@ -219,6 +218,6 @@ def _rate(bytes_per_second: float) -> str:
 
 
 def _quantity(value: float, show: Any, read: Any, unit: str) -> str:
-    """Format the value readably if that text is exact, else with all digits."""
+    """Formats the value readably if that text is exact, else with all digits."""
     readable = show(value)
     return quoted(readable if read(readable) == value else f"{value!r} {unit}")

@@ -39,7 +39,7 @@ _ELSEWHERE = {
 
 
 @record
-class Answer:
+class ToolOutput:
     """The output of one run of a command line tool."""
 
     tool: str
@@ -48,17 +48,17 @@ class Answer:
     """Text that it wrote to stderr."""
     status: int | None = 0
     """Exit status; None if it could not be started or did not end."""
-    there: bool = True
+    installed: bool = True
     """False if the tool is not installed."""
-    hung: bool = False
+    timed_out: bool = False
     """True if it did not end in time, or wrote without end."""
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """Summary on one line: how it ended, and the first words of its output."""
         said = " ".join(f"{self.text}\n{self.errors}".split()) or "nothing"
         said = printable(said if len(said) <= _FIRST_WORDS else f"{said[:_FIRST_WORDS]} ...")
-        if self.hung:
+        if self.timed_out:
             return f"no answer from {self.tool} in time, or one without end"
         if self.status is None:
             return f"{self.tool} could not be started: {said}"
@@ -66,7 +66,7 @@ class Answer:
 
 
 @record
-class Seen:
+class GpuReading:
     """One GPU (or a slice of one) as one source reports it; None marks what it does not report."""
 
     name: str | None = None
@@ -76,22 +76,22 @@ class Seen:
     uuid: str | None = None
     slice: str | None = None
     """MIG profile of a slice, like `3g.20gb`."""
-    whole: Bytes | None = None
+    whole_memory: Bytes | None = None
     """Total memory of the whole GPU in bytes, for a slice."""
     watts: float | None = None
     usual_watts: float | None = None
-    said: str = ""
+    quoted: str = ""
     """Text that this was read from, kept if a part of it is missing."""
     trouble: str = ""
     """Why it cannot be used, quoted from the source."""
 
 
 @record
-class Way:
+class GpuSource:
     """The result of one source of information about GPUs, for example nvidia-smi."""
 
-    how: str
-    seen: tuple[Seen, ...] = ()
+    name: str
+    gpus: tuple[GpuReading, ...] = ()
     trouble: str = ""
     """How the source failed, or its words that could not be parsed."""
     notes: tuple[str, ...] = ()
@@ -101,16 +101,16 @@ class Way:
 class Host:
     """A machine as functions that ask it; tests replace them."""
 
-    run: Callable[[tuple[str, ...]], Answer]
+    run: Callable[[tuple[str, ...]], ToolOutput]
     """Runs a tool and returns its output."""
     read: Callable[[str], str]
     """Reads a file of the kernel; empty if there is none."""
     names: Callable[[str], tuple[str, ...]]
     """Lists a folder of the kernel in order; empty if there is none."""
-    torch: Callable[[], tuple[str, Way] | None]
+    torch: Callable[[], tuple[str, GpuSource] | None]
     """Returns the GPUs that PyTorch sees and whether it is built for `cuda` or `rocm`; None if for
     neither."""
-    nvml: Callable[[], Way | None]
+    nvml: Callable[[], GpuSource | None]
     """Returns the GPUs that NVIDIA's library (NVML) reports; None if its Python bindings are not
     installed."""
     environment: Mapping[str, str]
@@ -121,7 +121,7 @@ class Host:
 
 
 def this_host(seconds: float = TOOL_SECONDS) -> Host:
-    """Return the machine that this process runs on; each tool may take `seconds`."""
+    """Returns the machine that this process runs on; each tool may take `seconds`."""
     cores: int = psutil.cpu_count(logical=False) or 1
     if sys.platform == "linux":
         cores = min(cores, len(os.sched_getaffinity(0)))
@@ -139,29 +139,29 @@ def this_host(seconds: float = TOOL_SECONDS) -> Host:
     )
 
 
-def _asker(seconds: float) -> Callable[[tuple[str, ...]], Answer]:
-    answers: dict[tuple[str, ...], Answer] = {}
-    hung: dict[str, Answer] = {}
+def _asker(seconds: float) -> Callable[[tuple[str, ...]], ToolOutput]:
+    answers: dict[tuple[str, ...], ToolOutput] = {}
+    hung: dict[str, ToolOutput] = {}
 
-    def run(command: tuple[str, ...]) -> Answer:
+    def run(command: tuple[str, ...]) -> ToolOutput:
         tool = command[0]
         if tool in hung:
             return hung[tool]  # a tool that hung once is not waited for again
         if command not in answers:
             answers[command] = _answer(command, seconds)
-        if answers[command].hung:
+        if answers[command].timed_out:
             hung[tool] = answers[command]
         return answers[command]
 
     return run
 
 
-def _answer(command: tuple[str, ...], seconds: float) -> Answer:
+def _answer(command: tuple[str, ...], seconds: float) -> ToolOutput:
     tool = command[0]
     places = [os.environ.get("PATH", os.defpath), _ELSEWHERE.get(tool, "")]
     program = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
     if program is None:
-        return Answer(tool=tool, there=False, status=None)
+        return ToolOutput(tool=tool, installed=False, status=None)
     try:
         process = subprocess.Popen(
             (program, *command[1:]),
@@ -171,7 +171,7 @@ def _answer(command: tuple[str, ...], seconds: float) -> Answer:
             start_new_session=True,
         )
     except OSError as failure:
-        return Answer(tool=tool, errors=failure.strerror or "", status=None)
+        return ToolOutput(tool=tool, errors=failure.strerror or "", status=None)
     with process.stdout or nullcontext(), process.stderr or nullcontext():
         written = _written(process, seconds)
     if written is None:
@@ -180,12 +180,12 @@ def _answer(command: tuple[str, ...], seconds: float) -> Answer:
         # A tool that waits inside a hanging driver cannot even be killed.
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
-        return Answer(tool=tool, status=None, hung=True)
-    return Answer(tool=tool, text=written[0], errors=written[1], status=process.returncode)
+        return ToolOutput(tool=tool, status=None, timed_out=True)
+    return ToolOutput(tool=tool, text=written[0], errors=written[1], status=process.returncode)
 
 
 def _written(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str] | None:
-    """Return what a process writes to stdout and stderr until it ends; None if it does not end in
+    """Returns what a process writes to stdout and stderr until it ends; None if it does not end in
     time or writes without end."""
     ends = time.monotonic() + seconds
     written: dict[Any, bytearray] = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -231,14 +231,14 @@ def _host_memory() -> Bytes:
     return min(limits)
 
 
-def _torch() -> tuple[str, Way] | None:
+def _torch() -> tuple[str, GpuSource] | None:
     how = "PyTorch"
     try:
         import torch
     except ModuleNotFoundError:
         return None
     except (ImportError, OSError) as failure:
-        return "cuda", Way(how=how, notes=(f"PyTorch cannot be imported: {_said(failure)}",))
+        return "cuda", GpuSource(name=how, notes=(f"PyTorch cannot be imported: {_said(failure)}",))
     kind = "cuda" if torch.version.cuda else "rocm" if torch.version.hip else None
     if kind is None:
         return None
@@ -248,9 +248,9 @@ def _torch() -> tuple[str, Way] | None:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             found = [torch.cuda.get_device_properties(index) for index in range(count)]
         except Exception as failure:  # drivers fail in many ways
-            return kind, Way(how=how, trouble=f"PyTorch: {_said(failure)}")
+            return kind, GpuSource(name=how, trouble=f"PyTorch: {_said(failure)}")
     seen = tuple(
-        Seen(
+        GpuReading(
             name=printable(each.name),
             memory=each.total_memory,
             # On ROCm these two numbers count AMD's generations, not CUDA's.
@@ -260,14 +260,14 @@ def _torch() -> tuple[str, Way] | None:
         for each in found
     )
     said = f"PyTorch sees no GPU: {_said(told[0].message)}" if told and not seen else ""
-    return kind, Way(how=how, seen=seen, notes=(said,) if said else ())
+    return kind, GpuSource(name=how, gpus=seen, notes=(said,) if said else ())
 
 
 def _said(failure: object) -> str:
     return shown(" ".join(str(failure).split()), _FIRST_WORDS)
 
 
-def _nvml() -> Way | None:
+def _nvml() -> GpuSource | None:
     how = "NVML"
     try:
         import pynvml  # type: ignore[import-not-found,unused-ignore]
@@ -277,11 +277,11 @@ def _nvml() -> Way | None:
         pynvml.nvmlInit()
         seen = tuple(_nvml_seen(pynvml))
     except pynvml.NVMLError as failure:
-        return Way(how=how, trouble=f"NVML: {_said(failure)}")
-    return Way(how=how, seen=seen)
+        return GpuSource(name=how, trouble=f"NVML: {_said(failure)}")
+    return GpuSource(name=how, gpus=seen)
 
 
-def _nvml_seen(nvml: Any) -> Iterator[Seen]:
+def _nvml_seen(nvml: Any) -> Iterator[GpuReading]:
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -289,7 +289,7 @@ def _nvml_seen(nvml: Any) -> Iterator[Seen]:
             memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
             major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         except nvml.NVMLError as failure:
-            yield Seen(trouble=f"NVML: {_said(failure)}")
+            yield GpuReading(trouble=f"NVML: {_said(failure)}")
         else:
             text = name.decode(errors="replace") if isinstance(name, bytes) else name
-            yield Seen(name=printable(text), memory=memory, capability=(major, minor))
+            yield GpuReading(name=printable(text), memory=memory, capability=(major, minor))

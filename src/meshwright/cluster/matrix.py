@@ -18,7 +18,7 @@ Rows = tuple[tuple[str, ...], ...]
 
 
 def _latencies(matrix: MatrixEntry) -> Rows:
-    """Return all rows of latencies, even if the file gives one latency for all pairs."""
+    """Returns all rows of latencies, even if the file gives one latency for all pairs."""
     if len(matrix.latency) == 1 and len(matrix.latency[0]) == 1 and len(matrix.nodes) > 1:
         return tuple(
             tuple(NONE if given == NONE else matrix.latency[0][0] for given in row)
@@ -28,7 +28,7 @@ def _latencies(matrix: MatrixEntry) -> Rows:
 
 
 def matrix_problems(matrix: MatrixEntry, names: set[str], source: str) -> Iterator[Problem]:
-    """Yield the mistakes in the node names, the shape, the symmetry and the entries."""
+    """Yields the mistakes in the node names, the shape, the symmetry and the entries."""
     seen: set[str] = set()
     for index, name in enumerate(matrix.nodes):
         if name not in names:
@@ -95,7 +95,7 @@ def _read_cell(text: str, read: Callable[[str], float]) -> float | None:
 
 
 def matrix_links(matrix: MatrixEntry) -> Iterator[DirectLink]:
-    """Yield the direct link of each pair that has one. The matrix must be free of problems."""
+    """Yields the direct link of each pair that has one. The matrix must be free of problems."""
     latencies = _latencies(matrix)
     for row, column in combinations(range(len(matrix.nodes)), 2):
         if matrix.bandwidth[row][column] != NONE:

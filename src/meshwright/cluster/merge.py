@@ -22,7 +22,7 @@ Part = tuple[str, Cluster]
 
 
 def merged_toml(paths: Sequence[Path]) -> tuple[str, tuple[str, ...]]:
-    """Return the text of the merged cluster file, and a note on each type that had to be renamed.
+    """Returns the text of the merged cluster file, and a note on each type that had to be renamed.
     Comments at the head of each file are kept. Raises ClusterError."""
     parts: list[Part] = []
     problems: list[Problem] = []
@@ -43,14 +43,14 @@ def merged_toml(paths: Sequence[Path]) -> tuple[str, tuple[str, ...]]:
 
 
 def _comments(path: Path) -> Iterator[str]:
-    """Yield the comment lines at the head of a file."""
+    """Yields the comment lines at the head of a file."""
     lines = files.read_text(path, error=ClusterError).splitlines()
     for line in takewhile(lambda line: line.startswith("#"), lines):
         yield line.lstrip("#").strip()
 
 
 def merged(parts: Sequence[Part]) -> tuple[Cluster, tuple[str, ...]]:
-    """Merge several clusters into one; also return a sentence for each type that was renamed.
+    """Merges several clusters into one; also return a sentence for each type that was renamed.
 
     Types with one name and the same figures are one type; others are renamed. Raises ClusterError
     if two nodes have one name, or if two sites with one name differ.
@@ -85,8 +85,8 @@ def merged(parts: Sequence[Part]) -> tuple[Cluster, tuple[str, ...]]:
 def _name_for(
     kind: DeviceType, cluster: Cluster, types: Mapping[str, DeviceType], taken: set[str]
 ) -> str:
-    """Return a type's own name, or, if other figures already have that name, the name with a node's
-    name after it."""
+    """Returns a type's own name, or, if other figures already have that name, the name with a
+    node's name after it."""
     alike = [
         name
         for name, known in types.items()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from meshwright.cluster.host import Answer, Host, Seen, Way
+from meshwright.cluster.host import GpuReading, GpuSource, Host, ToolOutput
 from meshwright.records import Bytes, record
 from meshwright.text import printable, shown
 
@@ -40,7 +40,7 @@ _FINE = (0, 14)
 
 
 @record
-class Listed:
+class ListedGpu:
     """One GPU in `nvidia-smi -L`."""
 
     name: str | None = None
@@ -50,23 +50,23 @@ class Listed:
     trouble: str = ""
 
 
-def smi(host: Host) -> list[Way]:
-    """Return the GPUs and slices that nvidia-smi reports: first by the full query, then by shorter
+def nvidia_smi_sources(host: Host) -> list[GpuSource]:
+    """Returns the GPUs and slices that nvidia-smi reports: first by the full query, then by shorter
     ones if it refuses, then the GPUs that it only lists. Empty if nvidia-smi is not installed."""
-    way = Way(how=SMI)
+    way = GpuSource(name=SMI)
     for fields in _FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
-        if not answer.there:
+        if not answer.installed:
             return []
         asked = read_gpus(answer)
-        way = asked if len(asked.seen) >= len(way.seen) else way
+        way = asked if len(asked.gpus) >= len(way.gpus) else way
         if _UNKNOWN_FIELD not in f"{answer.text}{answer.errors}":
             break
-    if answer.hung or not (way.seen or way.trouble):
+    if answer.timed_out or not (way.gpus or way.trouble):
         return [way]
     answer = host.run((SMI, "-L"))
     gpus, strange = read_list(answer.text)
-    if way.seen:
+    if way.gpus:
         way = _with_more(way, host)
     if not gpus and way.trouble:
         return [way]
@@ -75,19 +75,19 @@ def smi(host: Host) -> list[Way]:
         note = f"slices (MIG) were not looked for: {SMI} -L{said or ' told of no GPU'}"
         return [replace(way, notes=(*way.notes, note))]
     memories = read_slice_memory(host.run((SMI,)).text) if any(g.slices for g in gpus) else {}
-    names = [Seen(name=each.name, uuid=each.uuid, trouble=each.trouble) for each in gpus]
-    listed = Way(how=f"{SMI} -L", seen=_sliced(names, gpus, memories))
-    if len(gpus) != len(way.seen):
+    names = [GpuReading(name=each.name, uuid=each.uuid, trouble=each.trouble) for each in gpus]
+    listed = GpuSource(name=f"{SMI} -L", gpus=_sliced(names, gpus, memories))
+    if len(gpus) != len(way.gpus):
         return [way, _one_by_one(host, gpus), listed]
-    is_whole = all(each.name and each.memory for each in way.seen)
+    is_whole = all(each.name and each.memory for each in way.gpus)
     if way.trouble and is_whole and not strange and answer.status in _FINE:
         way = replace(way, trouble="", notes=(*way.notes, way.trouble))
-    way = replace(way, seen=_sliced(way.seen, gpus, memories))
+    way = replace(way, gpus=_sliced(way.gpus, gpus, memories))
     return [way] if is_whole and not way.trouble else [way, listed]
 
 
-def read_gpus(answer: Answer) -> Way:
-    """Parse the GPUs in an answer to `nvidia-smi --query-gpu=name,memory.total,compute_cap
+def read_gpus(answer: ToolOutput) -> GpuSource:
+    """Parses the GPUs in an answer to `nvidia-smi --query-gpu=name,memory.total,compute_cap
     --format=csv,noheader,nounits`, or to a query for fewer columns.
 
     A line that is neither a GPU nor the statement that there is none counts as trouble, so that an
@@ -100,57 +100,57 @@ def read_gpus(answer: Answer) -> Way:
         if match:
             seen.append(_seen(match, line))
         elif _LOST.search(line):
-            seen.append(Seen(trouble=_words(line)))
+            seen.append(GpuReading(trouble=_words(line)))
         elif _WARNING.match(line):
             notes.append(f"{SMI}: {_words(line)}")
         elif _NONE not in line:
             strange.append(line)
     is_none = lines and not seen and not strange
     failed = answer.status not in _FINE and not is_none
-    trouble = answer.words if failed or not lines else ""
+    trouble = answer.summary if failed or not lines else ""
     if strange and not trouble:
         trouble = f"{SMI} answered a line that is not understood: {_words(strange[0])}"
-    return Way(how=SMI, seen=tuple(seen), trouble=trouble, notes=tuple(notes))
+    return GpuSource(name=SMI, gpus=tuple(seen), trouble=trouble, notes=tuple(notes))
 
 
 def _words(line: str) -> str:
     return shown(" ".join(line.split()), 160)
 
 
-def _seen(match: re.Match[str], line: str) -> Seen:
+def _seen(match: re.Match[str], line: str) -> GpuReading:
     memory, capability = match["memory"], match["capability"] or ""
     major, _, minor = capability.partition(".")
     is_told = memory[0] in "123456789"
     broken = any(sign in line for sign in _BROKEN)
-    return Seen(
+    return GpuReading(
         trouble=_words(line) if broken else "",
         name=None if _NOT_TOLD.fullmatch(match["name"]) else printable(match["name"])[:100],
         memory=int(memory.split()[0]) * 2**20 if is_told else None,
         capability=(int(major), int(minor)) if minor.isdigit() else None,
-        said="" if is_told else _words(line),
+        quoted="" if is_told else _words(line),
     )
 
 
-def read_list(text: str) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
-    """Parse the GPUs and their slices in the output of `nvidia-smi -L`, and the lines that are
+def read_list(text: str) -> tuple[tuple[ListedGpu, ...], tuple[str, ...]]:
+    """Parses the GPUs and their slices in the output of `nvidia-smi -L`, and the lines that are
     neither."""
-    gpus: list[Listed] = []
+    gpus: list[ListedGpu] = []
     unread = []
     for line in text.splitlines():
         if match := _LISTED.fullmatch(line):
-            gpus.append(Listed(name=printable(match[2])[:100], uuid=match[3]))
+            gpus.append(ListedGpu(name=printable(match[2])[:100], uuid=match[3]))
         elif (match := _SLICE.fullmatch(line)) and gpus:
             one = (printable(match[1])[:40], int(match[2]), match[3])
             gpus[-1] = replace(gpus[-1], slices=(*gpus[-1].slices, one))
         elif _LOST.search(line):
-            gpus.append(Listed(trouble=_words(line)))
+            gpus.append(ListedGpu(trouble=_words(line)))
         elif line.strip() and not _WARNING.match(line) and _NONE not in line:
             unread.append(line)
     return tuple(gpus), tuple(unread)
 
 
-def _with_more(way: Way, host: Host) -> Way:
-    """Add the power limit of each GPU, and mark those that are in MIG mode but have no slice."""
+def _with_more(way: GpuSource, host: Host) -> GpuSource:
+    """Adds the power limit of each GPU, and marks those that are in MIG mode but have no slice."""
     for fields in _MORE_FIELDS:
         answer = host.run((SMI, f"--query-gpu={fields}", _CSV))
         rows = [[cell.strip() for cell in line.split(",")] for line in answer.text.splitlines()]
@@ -159,14 +159,14 @@ def _with_more(way: Way, host: Host) -> Way:
         ]
         if rows or _UNKNOWN_FIELD not in f"{answer.text}{answer.errors}":
             break
-    if len(rows) == len(way.seen):
-        seen = [_with_row(each, row) for each, row in zip(way.seen, rows, strict=True)]
-        return replace(way, seen=tuple(seen))
+    if len(rows) == len(way.gpus):
+        seen = [_with_row(each, row) for each, row in zip(way.gpus, rows, strict=True)]
+        return replace(way, gpus=tuple(seen))
     note = f"{SMI} did not tell the limits of power: each GPU is taken to have its whole"
     return replace(way, notes=(*way.notes, note))
 
 
-def _with_row(seen: Seen, row: Sequence[str]) -> Seen:
+def _with_row(seen: GpuReading, row: Sequence[str]) -> GpuReading:
     watts, usual = (
         float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else None for cell in row[1:3]
     )
@@ -176,26 +176,28 @@ def _with_row(seen: Seen, row: Sequence[str]) -> Seen:
     return replace(seen, uuid=row[0], watts=watts, usual_watts=usual, trouble=trouble)
 
 
-def _one_by_one(host: Host, gpus: Sequence[Listed]) -> Way:
-    """Query each listed GPU on its own: one lost GPU makes a query for all of them fail."""
+def _one_by_one(host: Host, gpus: Sequence[ListedGpu]) -> GpuSource:
+    """Queries each listed GPU on its own: one lost GPU makes a query for all of them fail."""
     seen = []
     for index, each in enumerate(gpus):
-        told: tuple[Seen, ...] = ()
+        told: tuple[GpuReading, ...] = ()
         for fields in _FIELDS if not each.trouble else ():
             asked = read_gpus(host.run((SMI, "-i", str(index), f"--query-gpu={fields}", _CSV)))
-            if len(asked.seen) == 1 and not asked.trouble:
-                told = asked.seen
+            if len(asked.gpus) == 1 and not asked.trouble:
+                told = asked.gpus
                 break
-        own = told[0] if told else Seen(name=each.name)
+        own = told[0] if told else GpuReading(name=each.name)
         seen.append(replace(own, uuid=each.uuid, trouble=each.trouble or own.trouble))
-    return Way(how=f"{SMI} -i", seen=_sliced(seen, gpus, {}))
+    return GpuSource(name=f"{SMI} -i", gpus=_sliced(seen, gpus, {}))
 
 
 def _sliced(
-    wholes: Sequence[Seen], gpus: Sequence[Listed], memories: Mapping[tuple[int, int], Bytes]
-) -> tuple[Seen, ...]:
-    """Replace each GPU that is divided by its slices."""
-    seen: list[Seen] = []
+    wholes: Sequence[GpuReading],
+    gpus: Sequence[ListedGpu],
+    memories: Mapping[tuple[int, int], Bytes],
+) -> tuple[GpuReading, ...]:
+    """Replaces each GPU that is divided by its slices."""
+    seen: list[GpuReading] = []
     for index, (whole, listed) in enumerate(zip(wholes, gpus, strict=True)):
         if not listed.slices:
             seen.append(whole)
@@ -203,43 +205,45 @@ def _sliced(
             memory = memories.get((index, number)) or nominal_memory(profile)
             trouble = "" if memory else f"{SMI} names a slice that is not understood: {profile}"
             # Power is shared by all slices, and limits none of them alone.
-            one = replace(whole, slice=profile, memory=memory, whole=whole.memory, watts=None)
+            one = replace(
+                whole, slice=profile, memory=memory, whole_memory=whole.memory, watts=None
+            )
             seen.append(replace(one, uuid=uuid, trouble=trouble))
     return tuple(seen)
 
 
 def read_slice_memory(text: str) -> dict[tuple[int, int], Bytes]:
-    """Parse the bytes of each slice, keyed by GPU and slice number, in the table that `nvidia-smi`
+    """Parses the bytes of each slice, keyed by GPU and slice number, in the table that `nvidia-smi`
     prints."""
     found = _SLICE_MEMORY.findall(text)
     return {(int(gpu), int(number)): int(mib) * 2**20 for gpu, number, mib in found}
 
 
 def nominal_memory(profile: str) -> Bytes | None:
-    """Return the bytes of a slice from its profile, less the twentieth that the driver may keep:
+    """Returns the bytes of a slice from its profile, less the twentieth that the driver may keep:
     `1g.5gb` has 4.75 GiB."""
     match = re.search(r"(\d+)gb", profile)
     return int(match[1]) * 2**30 * 19 // 20 if match else None
 
 
-def driver_files(host: Host) -> Way:
-    """Return the GPUs that the kernel's driver lists by name in /proc/driver/nvidia."""
+def nvidia_driver_source(host: Host) -> GpuSource:
+    """Returns the GPUs that the kernel's driver lists by name in /proc/driver/nvidia."""
     folder = "/proc/driver/nvidia/gpus"
     seen = []
     for place in host.names(folder):
         match = re.search(r"^Model:\s*(.+?)\s*$", host.read(f"{folder}/{place}/information"), re.M)
         name = printable(match[1])[:100] if match and "Unknown" not in match[1] else None
-        seen.append(Seen(name=name, said="" if name else f"{folder}/{place}"))
-    return Way(how=folder, seen=tuple(seen))
+        seen.append(GpuReading(name=name, quoted="" if name else f"{folder}/{place}"))
+    return GpuSource(name=folder, gpus=tuple(seen))
 
 
 _TEGRA = "/proc/device-tree/"
 
 
-def tegra(host: Host) -> Way:
-    """Return the GPU of a Jetson, which is on no PCI bus; boards before JetPack 6 have no
+def tegra_source(host: Host) -> GpuSource:
+    """Returns the GPU of a Jetson, which is on no PCI bus; boards before JetPack 6 have no
     nvidia-smi."""
     if "nvidia,tegra" not in host.read(f"{_TEGRA}compatible"):
-        return Way(how=_TEGRA)
+        return GpuSource(name=_TEGRA)
     name = host.read(f"{_TEGRA}model").strip("\0 \n") or "NVIDIA Jetson"
-    return Way(how=f"{_TEGRA}model", seen=(Seen(name=printable(name)[:100]),))
+    return GpuSource(name=f"{_TEGRA}model", gpus=(GpuReading(name=printable(name)[:100]),))

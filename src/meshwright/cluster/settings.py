@@ -14,7 +14,7 @@ from meshwright.cluster.figures import (
     MEMORY,
     MEMORY_BANDWIDTH,
     PEAK,
-    Range,
+    AllowedRange,
     out_of_range,
 )
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
@@ -31,17 +31,17 @@ class _Figure:
     """How a figure is parsed, and its allowed range."""
 
     read: Callable[[str], Any]
-    allowed: Range
+    allowed: AllowedRange
 
 
-def _share(text: str) -> float:
+def _parse_share(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"a number, not {text!r}")
     return value
 
 
-_EFFICIENCY = _Figure(read=_share, allowed=Range(least=1e-6, most=1.0, show=str))
+_EFFICIENCY = _Figure(read=_parse_share, allowed=AllowedRange(least=1e-6, most=1.0, show=str))
 _LINK = {
     "bandwidth": _Figure(read=units.parse_bandwidth, allowed=BANDWIDTH),
     "latency": _Figure(read=units.parse_seconds, allowed=LATENCY),
@@ -56,7 +56,7 @@ _DEVICE = {
 
 
 def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cluster:
-    """Return the cluster with one figure changed; `setting` is `FIELD=VALUE`, with the fields
+    """Returns the cluster with one figure changed; `setting` is `FIELD=VALUE`, with the fields
 
         link.LEVEL[.FIGURE]         of all nodes (inside, network) or sites (uplink)
         node.NAME.LEVEL[.FIGURE]    of one node, or of all nodes of a `count` with base NAME
@@ -73,27 +73,27 @@ def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cl
     topic, _, rest = field.partition(".")
     topic = topic.removesuffix("s")  # the cluster file says [links]
     if topic == "device":
-        return _set_device(cluster, rest, value, _Place(option=option, field=field))
+        return _set_device(cluster, rest, value, _OptionField(option=option, field=field))
     if topic in _TOPICS:
-        return _set_link(cluster, topic, rest, value, _Place(option=option, field=field))
-    raise _unknown(_Place(option=option, field=field), topic, _TOPICS)
+        return _set_link(cluster, topic, rest, value, _OptionField(option=option, field=field))
+    raise _unknown(_OptionField(option=option, field=field), topic, _TOPICS)
 
 
 @record
-class _Place:
+class _OptionField:
     """The place of a mistake: the option, and the field in it."""
 
     option: str
     field: str
 
 
-def _unknown(place: _Place, found: str, known: tuple[str, ...]) -> ClusterError:
+def _unknown(place: _OptionField, found: str, known: tuple[str, ...]) -> ClusterError:
     mend = did_you_mean(found, known, cutoff=0.5)
     wanted = f"one of: {', '.join(known)}" if known else "nothing: the cluster has none"
     return ClusterError(Problem(place.option, place.field, repr(found), wanted, mend))
 
 
-def _value(place: _Place, figure: _Figure, text: str) -> Any:
+def _value(place: _OptionField, figure: _Figure, text: str) -> Any:
     try:
         value = figure.read(text.strip("\"'"))
     except ValueError as failure:
@@ -103,14 +103,14 @@ def _value(place: _Place, figure: _Figure, text: str) -> Any:
 
 
 def longest_name(text: str, names: Mapping[str, object]) -> str | None:
-    """Return the longest of the names that `text` begins with, up to a dot; names may contain dots
+    """Returns the longest of the names that `text` begins with, up to a dot; names may contain dots
     themselves."""
     fitting = [name for name in names if text == name or text.startswith(f"{name}.")]
     return max(fitting, key=len, default=None)
 
 
 def nodes_named(cluster: Cluster) -> dict[str, tuple[Node, ...]]:
-    """Return the nodes by each name that may mean them: `p3-0` and `p3-1` by their own names, and
+    """Returns the nodes by each name that may mean them: `p3-0` and `p3-1` by their own names, and
     both by `p3`."""
     named: dict[str, tuple[Node, ...]] = {}
     for node in cluster.nodes:
@@ -120,7 +120,7 @@ def nodes_named(cluster: Cluster) -> dict[str, tuple[Node, ...]]:
     return {**named, **{node.name: (node,) for node in cluster.nodes}}
 
 
-def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _Place) -> Cluster:
+def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _OptionField) -> Cluster:
     nodes = {node.name for node in cluster.nodes}
     sites = {site.name for site in cluster.sites}
     levels: tuple[str, ...] = LEVELS
@@ -155,7 +155,7 @@ def _with_link(node: Node, level: str, change: dict[str, Any], chosen: bool) -> 
 
 
 def _with_uplinks(
-    cluster: Cluster, names: set[str], change: dict[str, Any], place: _Place
+    cluster: Cluster, names: set[str], change: dict[str, Any], place: _OptionField
 ) -> Cluster:
     def changed(site: Site) -> Site:
         if site.name not in names or (site.uplink is None and "bandwidth" not in change):
@@ -172,7 +172,7 @@ def _with_uplinks(
     return replace(cluster, sites=tuple(changed(site) for site in cluster.sites))
 
 
-def _set_device(cluster: Cluster, rest: str, value: str, place: _Place) -> Cluster:
+def _set_device(cluster: Cluster, rest: str, value: str, place: _OptionField) -> Cluster:
     name = longest_name(rest, cluster.types)
     if name is None:
         raise _unknown(place, rest.partition(".")[0], tuple(cluster.types))
@@ -182,7 +182,7 @@ def _set_device(cluster: Cluster, rest: str, value: str, place: _Place) -> Clust
     return replace(cluster, types={**cluster.types, name: replace(changed, source=source)})
 
 
-def _with_figure(kind: DeviceType, figure: str, value: str, place: _Place) -> DeviceType:
+def _with_figure(kind: DeviceType, figure: str, value: str, place: _OptionField) -> DeviceType:
     whole, _, precision = figure.partition(".")
     if whole == "peak":
         if precision not in get_args(Precision):

@@ -126,18 +126,18 @@ class Cluster:
 
 
 def cluster_fingerprint(cluster: Cluster) -> str:
-    """Return the fingerprint by which a plan recognises its cluster: the hardware without
+    """Returns the fingerprint by which a plan recognises its cluster: the hardware without
     addresses."""
     return fingerprint(replace(cluster, endpoints=None))
 
 
 def node_of(device: str) -> str:
-    """Return the node of a device: `"p3-0"` for `"p3-0:1"`."""
+    """Returns the node of a device: `"p3-0"` for `"p3-0:1"`."""
     return device.rpartition(":")[0]
 
 
 def devices_of(cluster: Cluster) -> tuple[Device, ...]:
-    """Return all devices, node by node: the order in which ranks are numbered."""
+    """Returns all devices, node by node: the order in which ranks are numbered."""
     return tuple(
         Device(name=f"{node.name}:{index}", type=kind, node=node.name, site=node.site)
         for node in cluster.nodes

@@ -62,14 +62,14 @@ class Topology:
     """Paths computed so far: by pair of nodes, or by pair of devices of one node."""
 
 
-WAYS: tuple[Direction, ...] = ("out", "in")
+DIRECTIONS: tuple[Direction, ...] = ("out", "in")
 """The two directions of a link that is not shared."""
 
 _HERE = Path(resources=(), latency=0.0)
 
 
 def topology(cluster: Cluster) -> Topology:
-    """Compute the resources of a cluster and their capacities."""
+    """Computes the resources of a cluster and their capacities."""
     direct: dict[tuple[str, str], Link] = {}
     for each in cluster.direct:
         direct[each.between] = direct[each.between[::-1]] = each.link
@@ -91,13 +91,13 @@ def _capacities(
 ) -> dict[Resource, BytesPerSecond]:
     capacities: dict[Resource, BytesPerSecond] = {}
     for node in cluster.nodes:
-        for way in WAYS:
+        for way in DIRECTIONS:
             capacities[_network(node, way)] = node.network.bandwidth
             for index in range(len(node.devices)):
                 capacities[_inside(node, f"{node.name}:{index}", way)] = node.inside.bandwidth
     for site in cluster.sites:
         if site.uplink:
-            for way in WAYS:
+            for way in DIRECTIONS:
                 capacities[_uplink(site.name, site.uplink, way)] = site.uplink.bandwidth
     for (source, target), link in direct.items():
         capacities[_direct(source, target, link)] = link.bandwidth
@@ -126,7 +126,7 @@ def _direct(source: str, target: str, link: Link) -> Resource:
 
 
 def path(topology: Topology, source: str, target: str) -> Path:
-    """Return the path from device `source` to device `target`; it is empty if they are one.
+    """Returns the path from device `source` to device `target`; it is empty if they are one.
 
     Latencies add up over the levels that are crossed (network, then sites); within a level the
     slower of the two ends counts, since a link's latency is that between two such ends.
@@ -168,7 +168,7 @@ def _path_between(topology: Topology, source: str, target: str) -> Path:
 def _across(topology: Topology, here: str, there: str) -> tuple[tuple[Resource, ...], Seconds]:
     ends = [
         (_uplink(site, link, way), link.latency)
-        for site, way in zip((here, there), WAYS, strict=True)
+        for site, way in zip((here, there), DIRECTIONS, strict=True)
         if (link := topology.uplinks[site])
     ]
     return tuple(uplink for uplink, _ in ends), max((wait for _, wait in ends), default=0.0)

@@ -37,7 +37,7 @@ class Traffic:
 
 
 def transfer(topology: Topology, source: str, target: str, size: float) -> Traffic:
-    """Return the traffic of `size` bytes from one device to another; none within one device."""
+    """Returns the traffic of `size` bytes from one device to another; none within one device."""
     way = path(topology, source, target)
     return Traffic(bytes_by_resource=dict.fromkeys(way.resources, size), latency=way.latency)
 
@@ -45,7 +45,7 @@ def transfer(topology: Topology, source: str, target: str, size: float) -> Traff
 def boundary_transfer(
     topology: Topology, source: str, target: str, size: float, fixed: Seconds
 ) -> Traffic:
-    """Return the traffic of a transfer between two stages, `fixed` seconds of latency included;
+    """Returns the traffic of a transfer between two stages, `fixed` seconds of latency included;
     none within one device."""
     moved = transfer(topology, source, target, size)
     return replace(moved, latency=moved.latency + fixed) if source != target else moved
@@ -54,7 +54,7 @@ def boundary_transfer(
 def all_reduce(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Return the traffic of a ring all-reduce of `size` bytes on every member.
+    """Returns the traffic of a ring all-reduce of `size` bytes on every member.
 
         every member sends 2(n - 1) / n * size; latency = 2(n - 1) * slowest hop
 
@@ -67,7 +67,7 @@ def all_reduce(
 def all_gather(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Return the traffic of a ring all-gather; each member holds an equal part of `size` bytes.
+    """Returns the traffic of a ring all-gather; each member holds an equal part of `size` bytes.
 
     every member sends (n - 1) / n * size; latency = (n - 1) * slowest hop
     """
@@ -77,7 +77,7 @@ def all_gather(
 def reduce_scatter(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Return the traffic of a ring reduce-scatter of `size` bytes on every member: an all-gather
+    """Returns the traffic of a ring reduce-scatter of `size` bytes on every member: an all-gather
     run backwards."""
     return _ring(topology, devices, size, len(devices) - 1, step_latency)
 
@@ -85,7 +85,7 @@ def reduce_scatter(
 def broadcast(
     topology: Topology, devices: Sequence[str], size: float, *, step_latency: Seconds = 0.0
 ) -> Traffic:
-    """Return the traffic of a pipelined chain from the first device through all others.
+    """Returns the traffic of a pipelined chain from the first device through all others.
 
     Every hop carries `size` bytes; latency = (n - 1) * slowest hop. The chain visits the nearest
     devices first: those of the source's node, then of its site.
@@ -111,7 +111,7 @@ def broadcast(
 def _ring(
     topology: Topology, devices: Sequence[str], size: float, steps: int, step_latency: Seconds
 ) -> Traffic:
-    """Return the traffic of `steps` ring steps, in each of which every member sends `size` / n
+    """Returns the traffic of `steps` ring steps, in each of which every member sends `size` / n
     bytes."""
     count = len(devices)
     if count < 2:
@@ -128,7 +128,7 @@ def _hops(
     steps: int,
     step_latency: Seconds,
 ) -> Traffic:
-    """Return the traffic of `size` bytes over each hop, in `steps` steps that each last as long as
+    """Returns the traffic of `size` bytes over each hop, in `steps` steps that each last as long as
     the slowest hop."""
     carried: dict[Resource, float] = {}
     slowest = step_latency
@@ -140,8 +140,8 @@ def _hops(
     return Traffic(bytes_by_resource=carried, latency=steps * slowest)
 
 
-def together(traffics: Iterable[Traffic]) -> Traffic:
-    """Add up communications that begin at the same moment: their bytes add up, and the longest
+def concurrent(traffics: Iterable[Traffic]) -> Traffic:
+    """Adds up communications that begin at the same moment: their bytes add up, and the longest
     latency covers the others."""
     carried: dict[Resource, float] = {}
     latency = 0.0
@@ -152,8 +152,8 @@ def together(traffics: Iterable[Traffic]) -> Traffic:
     return Traffic(bytes_by_resource=carried, latency=latency)
 
 
-def alone_seconds(topology: Topology, traffic: Traffic) -> Seconds:
-    """Return the time on an otherwise idle cluster: latency + max over resources of bytes /
+def uncontended_seconds(topology: Topology, traffic: Traffic) -> Seconds:
+    """Returns the time on an otherwise idle cluster: latency + max over resources of bytes /
     capacity."""
     busiest = max(
         (size / topology.capacities[name] for name, size in traffic.bytes_by_resource.items()),

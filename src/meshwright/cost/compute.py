@@ -19,7 +19,7 @@ from meshwright.records import record
 from meshwright.units import format_flops
 
 Array = NDArray[np.float64]
-Pair = Array
+ForwardBackward = Array
 """Two numbers, [forward, backward]; seconds unless said otherwise."""
 
 ACTIVATION_PASSES = np.array([1.0, 2.0])
@@ -71,7 +71,7 @@ class LayerSeconds:
 
 
 def peak_flops(device: DeviceType, precision: Precision) -> float:
-    """Return the dense peak of a device in FLOP/s.
+    """Returns the dense peak of a device in FLOP/s.
 
     Raises ClusterError if the device does not offer the precision.
     """
@@ -90,7 +90,7 @@ def peak_flops(device: DeviceType, precision: Precision) -> float:
 
 
 def split_share(split: float, whole: float, tensor: int) -> float:
-    """Return the share of `whole` that each of `tensor` ranks holds if they divide `split` of it.
+    """Returns the share of `whole` that each of `tensor` ranks holds if they divide `split` of it.
 
     1 - split / whole * (1 - 1 / tensor)
     """
@@ -106,8 +106,8 @@ def device_seconds(
     tensor: int,
     rows: float,
     constants: DeviceConstants = DEFAULT_DEVICE,
-) -> Pair:
-    """Return the forward and backward seconds that the device itself works on a layer, on one
+) -> ForwardBackward:
+    """Returns the forward and backward seconds that the device itself works on a layer, on one
     tensor rank.
 
         t = matmul / (peak e_mm) + attention / (peak e_att) + bytes / (bandwidth e_mem)
@@ -136,12 +136,14 @@ def device_seconds(
         layer.split_frozen, layer.frozen_parameters, tensor
     )
     moved += frozen * constants.weight_traffic * np.array(FROZEN_BYTES[precision])
-    result: Pair = flops * seconds_per_flop / peak + moved / (device.memory_bandwidth * e_memory)
+    result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
+        device.memory_bandwidth * e_memory
+    )
     return result * _passes(layer)
 
 
-def _passes(layer: Layer) -> Pair:
-    """Return [1, 1], or [1, 0] for a layer without a backward."""
+def _passes(layer: Layer) -> ForwardBackward:
+    """Returns [1, 1], or [1, 0] for a layer without a backward."""
     return np.array([1.0, float(layer.has_backward)])
 
 
@@ -152,8 +154,8 @@ def roofline(
     tensor: int,
     rows: float,
     constants: DeviceConstants = DEFAULT_DEVICE,
-) -> Pair:
-    """Predict the forward and backward seconds of a layer from the datasheet, on one tensor rank.
+) -> ForwardBackward:
+    """Predicts the forward and backward seconds of a layer from the datasheet, on one tensor rank.
 
         t = max(overhead + `device_seconds`, launch)
 
@@ -165,27 +167,33 @@ def roofline(
     if not layer.traffic_bytes and not layer.forward_flops + layer.attention_flops:
         return work
     work += constants.layer_overhead * ACTIVATION_PASSES
-    result: Pair = np.maximum(work, launch_seconds(constants)) * _passes(layer)
+    result: ForwardBackward = np.maximum(work, launch_seconds(constants)) * _passes(layer)
     return result
 
 
-def launch_seconds(constants: DeviceConstants) -> Pair:
-    """Return the least seconds of a layer's forward and backward: the time to launch their
+def launch_seconds(constants: DeviceConstants) -> ForwardBackward:
+    """Returns the least seconds of a layer's forward and backward: the time to launch their
     kernels."""
     return np.array([constants.launch_forward, constants.launch_backward])
 
 
-def host_seconds(measured: Pair, work: Pair, launch: Pair) -> Pair:
-    """Return the part of a measured time for which the device waited for the host.
+def host_seconds(
+    measured: ForwardBackward, work: ForwardBackward, launch: ForwardBackward
+) -> ForwardBackward:
+    """Returns the part of a measured time for which the device waited for the host.
 
     It is what exceeds the device's work, and at most one launch.
     """
-    result: Pair = np.clip(measured - work, 0.0, launch)
+    result: ForwardBackward = np.clip(measured - work, 0.0, launch)
     return result
 
 
-def at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair]) -> Pair:
-    """Interpolate measured seconds at a number of rows.
+def at_rows(
+    points: dict[int, ForwardBackward],
+    rows: int,
+    host: Callable[[int, ForwardBackward], ForwardBackward],
+) -> ForwardBackward:
+    """Interpolates measured seconds at a number of rows.
 
     The interpolation is linear between measured sizes; beyond them it continues the line through
     the two nearest ones. With a single measured size, the host's part stays constant and the rest
@@ -197,23 +205,23 @@ def at_rows(points: dict[int, Pair], rows: int, host: Callable[[int, Pair], Pair
     if len(sizes) == 1:
         known = points[sizes[0]]
         fixed = host(sizes[0], known)
-        single: Pair = fixed + (known - fixed) * rows / sizes[0]
+        single: ForwardBackward = fixed + (known - fixed) * rows / sizes[0]
         return single
     right = min(max(int(np.searchsorted(sizes, rows)), 1), len(sizes) - 1)
     low, high = sizes[right - 1], sizes[right]
     slope = (points[high] - points[low]) / (high - low)
-    result: Pair = np.maximum(points[low] + slope * (rows - low), 0.0)
+    result: ForwardBackward = np.maximum(points[low] + slope * (rows - low), 0.0)
     return result
 
 
 def _measured(
-    widths: dict[int, dict[int, Pair]],
+    widths: dict[int, dict[int, ForwardBackward]],
     tensor: int,
     rows: int,
-    model: Callable[[int, float], Pair],
-    host: Callable[[int, int, Pair], Pair],
-) -> Pair:
-    """Return measured seconds at a tensor width.
+    model: Callable[[int, float], ForwardBackward],
+    host: Callable[[int, int, ForwardBackward], ForwardBackward],
+) -> ForwardBackward:
+    """Returns measured seconds at a tensor width.
 
     A width that was not measured is scaled by the roofline from the next narrower measured width,
     or from the narrowest one if there is none.
@@ -224,15 +232,15 @@ def _measured(
     width = max(narrower) if narrower else min(widths)
     known = at_rows(widths[width], rows, partial(host, width))
     wide, narrow = model(tensor, rows), model(width, rows)
-    result: Pair = np.divide(known * wide, narrow, out=known.copy(), where=narrow > 0)
+    result: ForwardBackward = np.divide(known * wide, narrow, out=known.copy(), where=narrow > 0)
     return result
 
 
 def _measurements(
     profile: Profile | None, device: str, precision: Precision
-) -> dict[str, dict[int, dict[int, Pair]]]:
-    """Return the profile's seconds, indexed by layer signature, tensor width and rows."""
-    found: dict[str, dict[int, dict[int, Pair]]] = {}
+) -> dict[str, dict[int, dict[int, ForwardBackward]]]:
+    """Returns the profile's seconds, indexed by layer signature, tensor width and rows."""
+    found: dict[str, dict[int, dict[int, ForwardBackward]]] = {}
     for entry in profile.layers if profile else ():
         if entry.device == device and entry.precision == precision:
             widths = found.setdefault(entry.signature, {})
@@ -240,16 +248,16 @@ def _measurements(
     return found
 
 
-def _seconds(entry: LayerTime) -> Pair:
+def _seconds(entry: LayerTime) -> ForwardBackward:
     return np.array([entry.forward_seconds, entry.backward_seconds])
 
 
 def _calibration(
-    times: dict[str, dict[int, dict[int, Pair]]],
+    times: dict[str, dict[int, dict[int, ForwardBackward]]],
     kinds: dict[str, Layer],
-    model: Callable[[Layer, int, float], Pair],
-) -> Pair:
-    """Return the median of measured / roofline seconds over all layers measured on one device
+    model: Callable[[Layer, int, float], ForwardBackward],
+) -> ForwardBackward:
+    """Returns the median of measured / roofline seconds over all layers measured on one device
     type."""
     ratios = [
         seconds / model(kinds[signature], width, rows)
@@ -264,24 +272,24 @@ def _calibration(
 def layer_seconds(
     model: LayerGraph, device: DeviceType, tensor: int, rows: int, profile: Profile | None = None
 ) -> LayerSeconds:
-    """Return the seconds of every layer for a micro-batch of `rows` rows on each of `tensor` ranks.
+    """Returns the seconds of every layer for a micro-batch of `rows` rows on each of `tensor`
+    ranks.
 
     Where the profile has the layer on this device type, its measured time counts. Otherwise the
     roofline does, multiplied by the median of measured / roofline seconds of the layers that were
     measured on this device type. Raises ClusterError if the device does not offer the model's
-    precision.
-    """
+    precision."""
     precision = model.precision
     constants = device_constants(profile.calibration if profile else None, device)
 
     heads = head_signatures(model)
     output = head_constants(constants, device)
 
-    def price(layer: Layer, width: int, size: float) -> Pair:
+    def price(layer: Layer, width: int, size: float) -> ForwardBackward:
         own = output if layer.signature in heads else constants
         return roofline(layer, device, precision, width, size, own)
 
-    def host(layer: Layer, width: int, size: int, measured: Pair) -> Pair:
+    def host(layer: Layer, width: int, size: int, measured: ForwardBackward) -> ForwardBackward:
         if device.processor == "cpu":
             return np.zeros(2)
         work = device_seconds(layer, device, precision, width, size, constants)
@@ -304,7 +312,7 @@ def layer_seconds(
 
 
 def head_signatures(model: LayerGraph) -> frozenset[str]:
-    """Return the signatures of the layers after the last attention: output projection and loss.
+    """Returns the signatures of the layers after the last attention: output projection and loss.
 
     The set is empty for a model without attention.
     """
@@ -315,7 +323,7 @@ def head_signatures(model: LayerGraph) -> frozenset[str]:
 
 
 def head_constants(constants: DeviceConstants, device: DeviceType) -> DeviceConstants:
-    """Return the constants with the matmul efficiency of the output projection."""
+    """Returns the constants with the matmul efficiency of the output projection."""
     efficiency = constants.matmul_efficiency or device.matmul_efficiency
     return replace(constants, matmul_efficiency=efficiency * constants.head_efficiency)
 
@@ -327,7 +335,7 @@ def optimizer_seconds(
     profile: Profile | None = None,
     precision: Precision = "fp32",
 ) -> float:
-    """Return the seconds of one optimizer step, clipping included, on a rank that holds
+    """Returns the seconds of one optimizer step, clipping included, on a rank that holds
     `parameters` trained parameters.
 
     A measured time counts if the profile has one; otherwise the step is bound by memory: t = bytes

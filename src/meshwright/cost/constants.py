@@ -221,7 +221,7 @@ KIN = 2.5
 
 
 def device_constants(calibration: Calibration | None, device: DeviceType) -> DeviceConstants:
-    """Return the constants of a device type: fitted ones, or those of the nearest fitted type.
+    """Returns the constants of a device type: fitted ones, or those of the nearest fitted type.
 
     The distance is measured in peak and memory bandwidth. A type beyond the factor KIN lends only
     the constants that describe host and framework. Memory efficiency is among them: it depends less
@@ -240,7 +240,7 @@ def device_constants(calibration: Calibration | None, device: DeviceType) -> Dev
 
 
 def _distance(device: DeviceType, name: str) -> float:
-    """Return the larger of |log(peak ratio)| and |log(bandwidth ratio)|; inf for an unknown
+    """Returns the larger of |log(peak ratio)| and |log(bandwidth ratio)|; inf for an unknown
     type."""
     from meshwright.cluster.catalog import catalog
 
@@ -255,12 +255,12 @@ def _distance(device: DeviceType, name: str) -> float:
 
 
 def system_constants(calibration: Calibration | None) -> SystemConstants:
-    """Return the fitted constants of links and framework, or the defaults."""
+    """Returns the fitted constants of links and framework, or the defaults."""
     return calibration.system if calibration else DEFAULT_SYSTEM
 
 
 def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
-    """Yield one Problem for every constant outside its plausible range; default values always
+    """Yields one Problem for every constant outside its plausible range; default values always
     pass."""
     mend = "calibrate again, or correct the file"
     found = [
@@ -277,3 +277,32 @@ def implausible(calibration: Calibration, source: str) -> Iterator[Problem]:
         if value not in (None, default) and not known.low <= value <= known.high:
             wanted = f"{known.low:g} to {known.high:g} {known.unit}"
             yield Problem(source, where, f"{value:g}", wanted, mend)
+
+
+CUDA_CONTEXT_BYTES = 512 << 20
+"""A CUDA process's context and the loaded kernels of PyTorch and its libraries: about 300 to 550
+MiB from V100 to H100, as nvidia-smi's figure less `torch.cuda.memory_reserved`."""
+
+CUBLAS_WORKSPACE_BYTES = 32 << 20
+"""PyTorch's cuBLAS workspace on Hopper; on older devices it is a little over 8 MiB: the default of
+CUBLAS_WORKSPACE_CONFIG in PyTorch's documentation."""
+
+NCCL_COMMUNICATOR_BYTES = 96 << 20
+"""The buffers of one communicator: NCCL_BUFFSIZE (4 MiB by default) for sending and as much for
+receiving, on about 12 channels."""
+
+COMMUNICATORS = 4
+"""The communicators of a rank: forward, backward, gradients, and one of the tensor ranks or of all
+ranks."""
+
+FRAGMENTATION = {"gpu": 0.04, "cpu": 0.0}
+"""The share of a device's memory that is lost to fragmentation. The caching allocator keeps blocks
+of sizes that are not asked for again: reserved memory exceeds allocated memory by 2 to 10 % in
+PyTorch's own statistics of training loops with fixed shapes."""
+
+FRAMEWORK_BYTES = {
+    "gpu": CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES + COMMUNICATORS * NCCL_COMMUNICATOR_BYTES,
+    "cpu": 64 << 20,
+}
+"""The bytes that a process holds besides tensors, by processor; on a CPU they are gloo's
+buffers."""

@@ -13,10 +13,10 @@ from functools import lru_cache
 import numpy as np
 
 from meshwright.cluster.spec import Cluster, DeviceType, devices_of
-from meshwright.cost.copies import copied_gradient_bytes, tensor_widths
-from meshwright.cost.framework import FRAMEWORK_BYTES, HOLES
-from meshwright.cost.holding import Holders, holders_of, most_held
-from meshwright.cost.moments import Moments, RangeMaxima, moments_table, temporaries
+from meshwright.cost.constants import FRAGMENTATION, FRAMEWORK_BYTES
+from meshwright.cost.gradient_copies import copied_gradient_bytes, tensor_widths
+from meshwright.cost.in_flight import ScheduledStages, peak_activation_bytes, scheduled_stages
+from meshwright.cost.peak_moments import PeakMoments, RangeMaxima, peak_moments, temporary_bytes
 from meshwright.cost.weights import (
     Array,
     Floats,
@@ -26,16 +26,16 @@ from meshwright.cost.weights import (
     cumulative,
     rank_parameters,
     rank_weight_bytes,
-    share,
     stage_parameters,
+    tied_share,
     weight_bytes,
     weight_table,
 )
 from meshwright.model.spec import Layer, LayerGraph, Tensor
-from meshwright.plan.ranks import RankView, StageSeats, stage_seats
+from meshwright.plan.ranks import RankView, StagePlacement, stage_placements
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 from meshwright.techniques import provided
 from meshwright.techniques.activation_checkpointing.model import with_recomputation
 
@@ -66,9 +66,9 @@ class MemoryTable:
     cut_returns: Array
     """The number of tensors at each cut for which a gradient comes back; where it is 0, no stage
     waits for a backward across the cut."""
-    alone: Moments
+    alone: PeakMoments
     """The peak moments of layers on a rank that does not divide them."""
-    divided: Moments
+    divided: PeakMoments
     """The peak moments of layers that tensor ranks divide."""
     worst: dict[tuple[int, int], tuple[Array, RangeMaxima]] = field(default_factory=dict)
     """A cache by tensor width and rows: the peak bytes of every layer, with their range maxima."""
@@ -96,7 +96,7 @@ class StageMemory:
 
 
 def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
-    """Sum an amount at every cut over all tensors that cross it."""
+    """Sums an amount at every cut over all tensors that cross it."""
     change = np.zeros(len(model.layers) + 2)
     for tensor in model.tensors:
         if tensor.consumers:
@@ -116,19 +116,19 @@ class MemoryTables:
 
 @lru_cache(maxsize=8)
 def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
-    """Build both tables for a model trained by a job."""
+    """Builds both tables for a model trained by a job."""
     return MemoryTables(
         plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
     )
 
 
-def table_of(tables: MemoryTables, stage: StageSeats) -> MemoryTable:
-    """Return the table that applies to a stage."""
+def stage_table(tables: MemoryTables, stage: StagePlacement) -> MemoryTable:
+    """Returns the table that applies to a stage."""
     return tables.recomputed if stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
-    """Build the sums that `stage_memory` looks up for a model trained by a job."""
+    """Builds the sums that `stage_memory` looks up for a model trained by a job."""
     saved = _saved(model.layers)
     return MemoryTable(
         weights=weight_table(model, job),
@@ -140,13 +140,13 @@ def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
         cut_gradient=_cut_sums(model, lambda t: t.bytes if t.gradient else 0.0),
         cut_unkept=_cut_sums(model, lambda t: 0.0 if t.kept else t.bytes),
         cut_returns=_cut_sums(model, lambda t: float(t.gradient)),
-        alone=moments_table(model, divided=False),
-        divided=moments_table(model, divided=True),
+        alone=peak_moments(model, divided=False),
+        divided=peak_moments(model, divided=True),
     )
 
 
 def _saved(layers: Sequence[Layer | None]) -> SavedTable:
-    """Sum the saved bytes of layers; None stands for a layer that counts nothing."""
+    """Sums the saved bytes of layers; None stands for a layer that counts nothing."""
     split = cumulative(layer.split_saved_bytes if layer else 0.0 for layer in layers)
     return SavedTable(
         split=split,
@@ -156,7 +156,7 @@ def _saved(layers: Sequence[Layer | None]) -> SavedTable:
 
 
 def _untrained(model: LayerGraph) -> list[Layer | None]:
-    """Return the layers that hold frozen weights and no trained ones; None in place of each other
+    """Returns the layers that hold frozen weights and no trained ones; None in place of each other
     one."""
     trained = {n for tied in model.tied if tied.parameters for n in tied.layers}
     frozen = {n for tied in model.tied if tied.frozen_parameters for n in tied.layers}
@@ -171,7 +171,7 @@ def _untrained(model: LayerGraph) -> list[Layer | None]:
 def _workspace(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: int, kept: Array
 ) -> Floats:
-    """Return the peak bytes in a stage's forward and backward of one micro-batch, above the bytes
+    """Returns the peak bytes in a stage's forward and backward of one micro-batch, above the bytes
     that all its layers keep of it.
 
     `kept` is cumulative. If a stage holds two users of a tied parameter, the gradient of the later
@@ -180,13 +180,13 @@ def _workspace(
     first, last = layers
     if (tensor, rows) not in table.worst:
         moments = table.divided if tensor > 1 else table.alone
-        peaks = kept[1:] + temporaries(moments, tensor, rows)
+        peaks = kept[1:] + temporary_bytes(moments, tensor, rows)
         table.worst[tensor, rows] = peaks, RangeMaxima(peaks)
     peaks, maxima = table.worst[tensor, rows]
     most = maxima.of(first, last)
     for tied in table.weights.tied:
         several = tied.users[last] - tied.users[first] > 1
-        waiting = share(tied, tied.trained, tensor) * table.weights.unit.gradients
+        waiting = tied_share(tied, tied.trained, tensor) * table.weights.unit.gradients
         end = np.where(several, np.minimum(last, tied.last), last)
         between = np.maximum(maxima.of(first, end) + waiting, peaks[tied.next[first]] + 2 * waiting)
         most = np.where(several, np.maximum(most, between), most)
@@ -196,7 +196,7 @@ def _workspace(
 def stage_memory(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
-    """Return the bytes on each device of a stage by kind.
+    """Returns the bytes on each device of a stage by kind.
 
     The stage works on `rows` rows of every micro-batch and holds `in_flight` micro-batches between
     forward and backward. Activations are the saved tensors of its layers (tensor ranks divide the
@@ -227,7 +227,7 @@ def stage_memory(
 def _of_many_rows(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> StageMemory:
-    """Weigh one stage after another where `rows` is an array."""
+    """Weighs one stage after another where `rows` is an array."""
     first, last, each, held = np.broadcast_arrays(*layers, rows, in_flight)
     found = [
         stage_memory(table, (a, b), tensor, int(r), h)
@@ -244,35 +244,37 @@ def _of_many_rows(
 def stage_memory_bytes(
     table: MemoryTable, layers: tuple[Ints, Ints], tensor: int, rows: Ints, in_flight: Floats
 ) -> Floats:
-    """Return the sum of `stage_memory` over all kinds, to be compared with `usable_bytes`."""
+    """Returns the sum of `stage_memory` over all kinds, to be compared with `usable_bytes`."""
     parts = stage_memory(table, layers, tensor, rows, in_flight)
     states = parts.parameters + parts.gradients + parts.optimizer
     return states + parts.activations + parts.buffers
 
 
 def framework_bytes(device: DeviceType) -> int:
-    """Return the bytes of a device that no tensor can use.
+    """Returns the bytes of a device that no tensor can use.
 
     They are what the framework reserves before the first tensor, and the fragmentation of its
     allocator.
     """
     kind = device.processor
-    return FRAMEWORK_BYTES[kind] + round(HOLES[kind] * device.memory)
+    return FRAMEWORK_BYTES[kind] + round(FRAGMENTATION[kind] * device.memory)
 
 
 def usable_bytes(device: DeviceType) -> int:
-    """Return the bytes of a device that tensors can use."""
+    """Returns the bytes of a device that tensors can use."""
     return device.memory - framework_bytes(device)
 
 
-def weigh(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> StageMemory:
-    """Return the memory of a stage with one micro-batch of `rows` rows in flight, on a replica
+def micro_batch_memory(
+    tables: MemoryTables, stage: StagePlacement, tensor: int, rows: int
+) -> StageMemory:
+    """Returns the memory of a stage with one micro-batch of `rows` rows in flight, on a replica
     `tensor` ranks wide."""
-    return stage_memory(table_of(tables, stage), stage.layers, tensor, rows, 1)
+    return stage_memory(stage_table(tables, stage), stage.layers, tensor, rows, 1)
 
 
-def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) -> float:
-    """Return the bytes that a stage keeps of a micro-batch between the two parts I and W of its
+def deferred_bytes(tables: MemoryTables, stage: StagePlacement, tensor: int, rows: int) -> float:
+    """Returns the bytes that a stage keeps of a micro-batch between the two parts I and W of its
     backward.
 
     It keeps the inputs and the output gradients of its matrix products. In a block of GPT-2 these
@@ -293,10 +295,10 @@ def half_bytes(tables: MemoryTables, stage: StageSeats, tensor: int, rows: int) 
     return kept
 
 
-def together(
-    table: MemoryTable, stages: Sequence[StageSeats], tensor: int, parts: Sequence[StageMemory]
+def device_stage_memory(
+    table: MemoryTable, stages: Sequence[StagePlacement], tensor: int, parts: Sequence[StageMemory]
 ) -> StageMemory:
-    """Return the memory of one device that holds several stages, each with one micro-batch in
+    """Returns the memory of one device that holds several stages, each with one micro-batch in
     flight.
 
     The casts of all its stages count, but the buffers of only one stage at a time.
@@ -319,13 +321,13 @@ Adjustment = Callable[[StageMemory, RankView], StageMemory]
 
 
 def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
-    """Return what the techniques of a plan change in the memory of its ranks, in their order."""
+    """Returns what the techniques of a plan change in the memory of its ranks, in their order."""
     found = (adjustment(plan, model) for adjustment in provided("memory", "adjustment"))
     return tuple(each for each in found if each is not None)
 
 
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
-    """Predict the peak bytes of every device of a plan, in rank order.
+    """Predicts the peak bytes of every device of a plan, in rank order.
 
     Activations are the most that the device holds at any point of its schedule. Raises PlanError
     for a schedule in the plan that cannot be played.
@@ -333,25 +335,30 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     tables = memory_tables(model, plan.job)
     types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     found: dict[int, DeviceMemory] = {}
-    widths = tensor_widths(model, stage_seats(plan))
+    widths = tensor_widths(model, stage_placements(plan))
     changes = adjustments(plan, model)
-    for holders in holders_of(plan):
-        look()
+    for scheduled in scheduled_stages(plan):
+        raise_if_stopped()
         known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
-        for seat in (seat for replica in holders.stages[0].seats for seat in replica):
-            key = len(holders.stages[0].seats[seat.replica]), seat.rows[1] - seat.rows[0]
+        for placement in (
+            placement for replica in scheduled.stages[0].placements for placement in replica
+        ):
+            key = (
+                len(scheduled.stages[0].placements[placement.replica]),
+                placement.rows[1] - placement.rows[0],
+            )
             if key not in known:
                 copied = sum(
                     copied_gradient_bytes(model, plan.job, widths, stage, key[0])
-                    for stage in holders.stages
+                    for stage in scheduled.stages
                 )
-                known[key] = (*_weighed(tables, holders, *key), copied)
+                known[key] = (*_stage_memories(tables, scheduled, *key), copied)
             parts, activations, copied = known[key]
             for adjust in changes:
-                parts = adjust(parts, RankView(stages=holders.stages, seat=seat))
-            device = types[seat.device]
-            found[seat.rank] = DeviceMemory(
-                device=seat.device,
+                parts = adjust(parts, RankView(stages=scheduled.stages, placement=placement))
+            device = types[placement.device]
+            found[placement.rank] = DeviceMemory(
+                device=placement.device,
                 parameters=round(parts.parameters),
                 gradients=round(parts.gradients),
                 optimizer=round(parts.optimizer),
@@ -362,18 +369,18 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     return tuple(found[rank] for rank in sorted(found))
 
 
-def _weighed(
-    tables: MemoryTables, holders: Holders, tensor: int, rows: int
+def _stage_memories(
+    tables: MemoryTables, scheduled: ScheduledStages, tensor: int, rows: int
 ) -> tuple[StageMemory, float]:
-    """Return the memory of all stages of a device, and the most activations that it holds at
+    """Returns the memory of all stages of a device, and the most activations that it holds at
     once."""
-    parts = [weigh(tables, stage, tensor, rows) for stage in holders.stages]
-    half = [half_bytes(tables, stage, tensor, rows) for stage in holders.stages]
-    held = most_held(holders, [float(part.activations) for part in parts], half)
-    return together(tables.plain, holders.stages, tensor, parts), held
+    parts = [micro_batch_memory(tables, stage, tensor, rows) for stage in scheduled.stages]
+    half = [deferred_bytes(tables, stage, tensor, rows) for stage in scheduled.stages]
+    held = peak_activation_bytes(scheduled, [float(part.activations) for part in parts], half)
+    return device_stage_memory(tables.plain, scheduled.stages, tensor, parts), held
 
 
 def total_bytes(memory: DeviceMemory) -> int:
-    """Return the peak bytes of one device, all kinds together."""
+    """Returns the peak bytes of one device, all kinds together."""
     states = memory.parameters + memory.gradients + memory.optimizer
     return states + memory.activations + memory.buffers

@@ -7,27 +7,27 @@ from functools import cache
 
 from meshwright.cost.collective import Traffic, all_reduce
 from meshwright.cost.compute import optimizer_seconds
-from meshwright.cost.memory import half_bytes
+from meshwright.cost.memory import deferred_bytes
 from meshwright.cost.pricing_context import (
     Collective,
     Price,
-    Pricing,
+    PriceFunction,
     PricingContext,
     RankContext,
-    one_in_flight,
+    one_micro_batch_memory,
     tensor_width,
 )
 from meshwright.cost.weights import rank_parameters
 from meshwright.plan.ranks import gradient_bytes
-from meshwright.program.instructions import Instruction, Key, micro_batches_of
+from meshwright.program.instructions import GradientKey, Instruction, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.techniques import provided
 
 
 @cache
-def pricings() -> dict[Op, Pricing]:
+def pricings() -> dict[Op, PriceFunction]:
     """The price of every operation, those of the techniques included."""
-    own: dict[Op, Pricing] = {
+    own: dict[Op, PriceFunction] = {
         Op.FORWARD: compute_price,
         Op.BACKWARD: compute_price,
         Op.BACKWARD_INPUT: compute_price,
@@ -41,26 +41,28 @@ def pricings() -> dict[Op, Pricing]:
 
 
 def compute_price(i: Instruction, rank: RankContext) -> Price:
-    """Price a forward, a backward or a part of one."""
-    context, seated = rank.pricing, rank.seat(i)
-    full = float(one_in_flight(seated.stage, seated.seat, context).activations)
-    rows = seated.seat.rows[1] - seated.seat.rows[0]
-    tensor = tensor_width(seated.stage, seated.seat)
+    """Prices a forward, a backward or a part of one."""
+    context, seated = rank.pricing, rank.stage_of(i)
+    full = float(one_micro_batch_memory(seated.stage, seated.placement, context).activations)
+    rows = seated.placement.rows[1] - seated.placement.rows[0]
+    tensor = tensor_width(seated.stage, seated.placement)
     if i.op in (Op.FORWARD, Op.BACKWARD):
         held = full if i.op is Op.FORWARD else -full
     else:
-        half = half_bytes(context.tables, seated.stage, tensor, rows)
+        half = deferred_bytes(context.tables, seated.stage, tensor, rows)
         held = half - full if i.op is Op.BACKWARD_INPUT else -half * len(micro_batches_of(i))
-    return Price(seconds=float(seated.computes.of(i.op, len(micro_batches_of(i))).sum()), held=held)
+    return Price(
+        seconds=float(seated.times.of(i.op, len(micro_batches_of(i))).sum()), held_bytes=held
+    )
 
 
 def norm_price(i: Instruction, rank: RankContext) -> Price:
-    """Price the all-reduce of loss and norm."""
+    """Prices the all-reduce of loss and norm."""
     return Price(traffic=collective(all_reduce, i, i.bytes, rank.pricing))
 
 
 def collective(kind: Collective, i: Instruction, size: float, context: PricingContext) -> Traffic:
-    """Return the traffic of a collective of `size` bytes among an instruction's ranks."""
+    """Returns the traffic of a collective of `size` bytes among an instruction's ranks."""
     key = (kind, i.ranks, size)
     if key not in context.collectives:
         members = [context.plan.devices[each] for each in i.ranks]
@@ -71,11 +73,11 @@ def collective(kind: Collective, i: Instruction, size: float, context: PricingCo
 
 
 def optimizer_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an optimizer step by the number of parameters that it updates."""
+    """Prices an optimizer step by the number of parameters that it updates."""
     context = rank.pricing
     return Price(
         seconds=optimizer_seconds(
-            context.cluster.types[context.types[rank.seat(i).seat.device]],
+            context.cluster.types[context.types[rank.stage_of(i).placement.device]],
             context.plan.job.optimizer,
             max(_updated_parameters(i, rank), 0.0),
             context.profile,
@@ -85,24 +87,24 @@ def optimizer_price(i: Instruction, rank: RankContext) -> Price:
 
 
 def _updated_parameters(i: Instruction, rank: RankContext) -> float:
-    """Return the number of parameters that an optimizer step of a rank updates.
+    """Returns the number of parameters that an optimizer step of a rank updates.
 
     If a rank has several steps, each updates the parameters whose gradients are reduced under the
     same layers or tied name; the step without such reductions updates all other parameters. A
     single step updates every parameter of the rank. Of gradients that were scattered it updates
     those that it has kept.
     """
-    context, seated = rank.pricing, rank.seat(i)
+    context, seated = rank.pricing, rank.stage_of(i)
     steps = {(s.layers, s.tied) for s in rank.instructions if s.op is Op.OPTIMIZER_STEP}
-    summed: Counter[Key] = Counter()
-    elsewhere: dict[Key, float] = defaultdict(float)
+    summed: Counter[GradientKey] = Counter()
+    elsewhere: dict[GradientKey, float] = defaultdict(float)
     for each in (each for each in rank.instructions if each.op.of_gradients):
         if len(steps) > 1:
             summed[each.layers, each.tied] += each.bytes
         if each.op.scatters:
             kept = each.bytes / len(each.ranks)
             elsewhere[each.layers, each.tied] += each.bytes - kept
-    width, tensor = gradient_bytes(context.plan.job), tensor_width(seated.stage, seated.seat)
+    width, tensor = gradient_bytes(context.plan.job), tensor_width(seated.stage, seated.placement)
     if (i.layers, i.tied) in summed:
         key = (i.layers, i.tied)
         return (summed[key] - elsewhere[key]) / width

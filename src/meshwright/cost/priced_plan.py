@@ -7,8 +7,8 @@ from functools import cached_property
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
-from meshwright.cost.instructions import Prices, price
 from meshwright.cost.memory import device_memory
+from meshwright.cost.pricing import Prices, price_program
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import DeviceMemory, Plan
@@ -45,7 +45,7 @@ class PricedPlan:
     def prices(self) -> Prices:
         """The price of every instruction. Raises ClusterError if a device does not offer the
         model's precision."""
-        return price(
+        return price_program(
             self.program, self.plan, self.model, self.cluster, self.profile, links=self.links
         )
 

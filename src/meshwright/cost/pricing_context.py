@@ -9,11 +9,11 @@ from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import Traffic
 from meshwright.cost.constants import SystemConstants
-from meshwright.cost.memory import Adjustment, MemoryTables, StageMemory, weigh
+from meshwright.cost.memory import Adjustment, MemoryTables, StageMemory, micro_batch_memory
 from meshwright.cost.profile import Profile
-from meshwright.cost.times import ReplicaTimes
+from meshwright.cost.times import ReplicaSeconds
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.plan.ranks import RankPlacement, StagePlacement
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
@@ -21,7 +21,7 @@ from meshwright.records import record
 Collective = Callable[..., Traffic]
 """A function of cost.collective: links, devices and bytes to traffic."""
 
-NOTHING = Traffic(bytes_by_resource={})
+NO_TRAFFIC = Traffic(bytes_by_resource={})
 
 
 @record
@@ -30,12 +30,12 @@ class Price:
 
     seconds: float = 0.0
     """The seconds of a compute instruction, with the tensor-parallel all-reduces of its layers."""
-    held: float = 0.0
+    held_bytes: float = 0.0
     """The bytes of activations that a compute instruction adds: positive for a forward, from its
     start; negative for a backward, at its end."""
-    traffic: Traffic = NOTHING
+    traffic: Traffic = NO_TRAFFIC
     """The traffic of a send (its receive moves with it) or of a collective."""
-    inside: int | None = None
+    completed_by: int | None = None
     """The index of the backward that completes the gradients of this reduction."""
     completes: tuple[tuple[int, float], ...] = ()
     """For that backward: the index of each of its reductions, with the seconds from its own start
@@ -65,17 +65,19 @@ class PricingContext:
         default_factory=dict
     )
     """The collectives priced so far, by kind, ranks and bytes: all members ask for the same one."""
-    weighed: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(default_factory=dict)
+    stage_memories: dict[tuple[bool, tuple[int, int], int, int], StageMemory] = field(
+        default_factory=dict
+    )
     """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedStage:
-    """Describes a rank's seat in one of its stages."""
+class PricedStage:
+    """Describes a rank's placement in one of its stages."""
 
-    stage: StageSeats
-    seat: Seat
-    computes: ReplicaTimes
+    stage: StagePlacement
+    placement: RankPlacement
+    times: ReplicaSeconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +85,30 @@ class RankContext:
     """One rank whose instructions are priced."""
 
     instructions: Sequence[Instruction]
-    stages: dict[int, PlacedStage]
-    """Its seats, by number of the stage."""
+    stages: dict[int, PricedStage]
+    """Its placements, by number of the stage."""
     pricing: PricingContext
 
-    def seat(self, i: Instruction) -> PlacedStage:
-        """The seat in which the rank carries out an instruction."""
+    def stage_of(self, i: Instruction) -> PricedStage:
+        """The placement in which the rank carries out an instruction."""
         return self.stages[i.stage]
 
 
-Pricing = Callable[[Instruction, RankContext], Price]
+PriceFunction = Callable[[Instruction, RankContext], Price]
 """Prices one instruction of a rank."""
 
 
-def tensor_width(stage: StageSeats, seat: Seat) -> int:
-    """Return the tensor width of the replica that a rank belongs to."""
-    return len(stage.seats[seat.replica])
+def tensor_width(stage: StagePlacement, placement: RankPlacement) -> int:
+    """Returns the tensor width of the replica that a rank belongs to."""
+    return len(stage.placements[placement.replica])
 
 
-def one_in_flight(stage: StageSeats, seat: Seat, context: PricingContext) -> StageMemory:
-    """Return the memory of a stage with one micro-batch in flight."""
-    tensor, rows = tensor_width(stage, seat), seat.rows[1] - seat.rows[0]
+def one_micro_batch_memory(
+    stage: StagePlacement, placement: RankPlacement, context: PricingContext
+) -> StageMemory:
+    """Returns the memory of a stage with one micro-batch in flight."""
+    tensor, rows = tensor_width(stage, placement), placement.rows[1] - placement.rows[0]
     key = (stage.recompute, stage.layers, tensor, rows)
-    if key not in context.weighed:
-        context.weighed[key] = weigh(context.tables, stage, tensor, rows)
-    return context.weighed[key]
+    if key not in context.stage_memories:
+        context.stage_memories[key] = micro_batch_memory(context.tables, stage, tensor, rows)
+    return context.stage_memories[key]

@@ -105,7 +105,7 @@ class Profile:
 
 
 def versions() -> dict[str, str]:
-    """Return what a measurement on this machine depends on, in the form of `Profile.versions`."""
+    """Returns what a measurement on this machine depends on, in the form of `Profile.versions`."""
     return {
         "meshwright": __version__,
         "torch": version("torch"),
@@ -115,16 +115,16 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Return the name of this machine's processor as the operating system gives it."""
+    """Returns the name of this machine's processor as the operating system gives it."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def strange_versions(profile: Profile) -> tuple[str, ...]:
-    """Return one sentence for every version with which a profile was measured and that this machine
-    does not have."""
+def version_mismatches(profile: Profile) -> tuple[str, ...]:
+    """Returns one sentence for every version with which a profile was measured and that this
+    machine does not have."""
     here = versions()
     return tuple(
         f"the profile was measured with {name} {found}; this is {here[name]}"
@@ -133,30 +133,32 @@ def strange_versions(profile: Profile) -> tuple[str, ...]:
     )
 
 
-AGAIN = "measure again with `meshwright profile`"
+MEASURE_AGAIN = "measure again with `meshwright profile`"
 """The mend of a problem that a new measurement solves."""
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Load a profile from its JSON or TOML file.
+    """Loads a profile from its JSON or TOML file.
 
     Raises ProfileError with every mistake found.
     """
     data = read(Path(path), error=ProfileError)
-    profile = parse(data, Profile, source=str(path), error=ProfileError, mend=AGAIN)
-    ProfileError.check(_implausible(profile, str(path)))
+    profile = parse(data, Profile, source=str(path), error=ProfileError, mend=MEASURE_AGAIN)
+    ProfileError.check(_implausible_times(profile, str(path)))
     return profile
 
 
 def check_profile(
     profile: Profile, model: LayerGraph, cluster: Cluster, *, source: str = "profile"
 ) -> None:
-    """Raise ProfileError with every measurement that is implausible or of another model or
+    """Raises ProfileError with every measurement that is implausible or of another model or
     cluster."""
-    ProfileError.check((*_implausible(profile, source), *_foreign(profile, model, cluster, source)))
+    ProfileError.check(
+        (*_implausible_times(profile, source), *_mismatches(profile, model, cluster, source))
+    )
 
 
-def _implausible(profile: Profile, source: str) -> Iterator[Problem]:
+def _implausible_times(profile: Profile, source: str) -> Iterator[Problem]:
     if profile.calibration:
         yield from implausible(profile.calibration, source)
 
@@ -165,7 +167,7 @@ _ENTRY = ("entry", "")
 """The grouping of problems with layer times: each device type repeats those of every layer."""
 
 
-def _foreign(
+def _mismatches(
     profile: Profile, model: LayerGraph, cluster: Cluster, source: str
 ) -> Iterator[Problem]:
     if profile.model != model.name:
@@ -184,7 +186,7 @@ def _foreign(
         if entry.signature not in signatures:
             wanted = f"the signature of a layer of {model.name}"
             field = f"layers[{i}].signature"
-            yield Problem(source, field, entry.signature, wanted, AGAIN, each=_ENTRY)
+            yield Problem(source, field, entry.signature, wanted, MEASURE_AGAIN, each=_ENTRY)
     measured = {entry.device for entry in profile.layers}
     if measured and not measured & set(cluster.types):
         found, wanted = ", ".join(sorted(measured)), f"one of {', '.join(sorted(cluster.types))}"

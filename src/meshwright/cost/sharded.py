@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cluster.topology import Topology, topology
-from meshwright.cost.collective import all_gather, alone_seconds, reduce_scatter
+from meshwright.cost.collective import all_gather, reduce_scatter, uncontended_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds, optimizer_seconds
 from meshwright.cost.constants import system_constants
-from meshwright.cost.links import overhead_seconds, reached_links, ring_step
+from meshwright.cost.links import overhead_seconds, reached_links, ring_step_seconds
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph, num_parameters
 from meshwright.records import record
@@ -43,8 +43,8 @@ class ShardedStep:
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
 
-def with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds:
-    """Add the repeated forwards of activation recomputation (Chen et al. 2016) to the backwards.
+def seconds_with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds:
+    """Adds the repeated forwards of activation recomputation (Chen et al. 2016) to the backwards.
 
     Every layer with attention keeps only its input and repeats its forward before its backward; the
     first and last layers keep their activations.
@@ -58,7 +58,7 @@ def with_recomputation(seconds: LayerSeconds, model: LayerGraph) -> LayerSeconds
 
 
 def overlapped(compute: Array, communication: Array, exposure: float) -> Array:
-    """Return the seconds of overlapping compute and communication.
+    """Returns the seconds of overlapping compute and communication.
 
         max(c, m) + x min(c, m)
 
@@ -73,7 +73,7 @@ def overlapped(compute: Array, communication: Array, exposure: float) -> Array:
 def shard_seconds(
     model: LayerGraph, links: Topology, devices: Sequence[str], step_latency: float, width: float
 ) -> tuple[Array, Array]:
-    """Return the seconds of each layer to gather its parameters, and to reduce and scatter its
+    """Returns the seconds of each layer to gather its parameters, and to reduce and scatter its
     gradients.
 
     Parameters travel in 16 bits (or fp32), gradients of trained parameters in `width` times four
@@ -90,7 +90,7 @@ def shard_seconds(
     for own, held in set(counts):
         gather = all_gather(links, devices, held * size, step_latency=step_latency)
         scatter = reduce_scatter(links, devices, own * 4.0 * width, step_latency=step_latency)
-        cost[own, held] = (alone_seconds(links, gather), alone_seconds(links, scatter))
+        cost[own, held] = (uncontended_seconds(links, gather), uncontended_seconds(links, scatter))
     pairs = np.array([cost[each] for each in counts]).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
@@ -98,7 +98,7 @@ def shard_seconds(
 def sharded_step_seconds(
     model: LayerGraph, cluster: Cluster, step: ShardedStep, profile: Profile | None = None
 ) -> float:
-    """Return the seconds of one step on all devices of a cluster; the slowest device type decides.
+    """Returns the seconds of one step on all devices of a cluster; the slowest device type decides.
 
         micro-batches x sum over layers of
             forward | gather, and backward | gather (full) + scatter
@@ -112,7 +112,7 @@ def sharded_step_seconds(
     links = topology(reached_links(cluster, profile))
     constants = system_constants(profile.calibration if profile else None)
     gather, scatter = shard_seconds(
-        model, links, devices, ring_step(profile), constants.gradient_width
+        model, links, devices, ring_step_seconds(profile), constants.gradient_width
     )
     again = gather if step.sharding == "full" else np.zeros(len(gather))
     slowest = 0.0
@@ -120,7 +120,7 @@ def sharded_step_seconds(
         device = cluster.types[kind]
         seconds = layer_seconds(model, device, 1, step.rows, profile)
         if step.recompute:
-            seconds = with_recomputation(seconds, model)
+            seconds = seconds_with_recomputation(seconds, model)
         forward = overlapped(seconds.forward, gather, constants.shard_exposure)
         backward = overlapped(seconds.backward, again + scatter, constants.shard_exposure)
         share = num_parameters(model) / len(devices)

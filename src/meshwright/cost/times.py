@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
-from meshwright.cost.collective import all_reduce, alone_seconds
+from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
@@ -30,7 +30,7 @@ def replica_seconds(
     *,
     step_latency: float = 0.0,
 ) -> tuple[Array, Array]:
-    """Return the forward and backward seconds of each layer of a stage on one tensor-parallel
+    """Returns the forward and backward seconds of each layer of a stage on one tensor-parallel
     replica.
 
     `computed` holds the compute of every layer for each device type of the replica. Every layer
@@ -47,7 +47,7 @@ def replica_seconds(
             for size in sizes:
                 if size not in cost:
                     traffic = all_reduce(links, devices, size * rows, step_latency=step_latency)
-                    cost[size] = alone_seconds(links, traffic)
+                    cost[size] = uncontended_seconds(links, traffic)
             return sum(cost[size] for size in sizes)
 
         held = model.layers[first:last]
@@ -57,7 +57,7 @@ def replica_seconds(
 
 
 def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
-    """Return the seconds that recomputation adds to the backward of each layer: those of its
+    """Returns the seconds that recomputation adds to the backward of each layer: those of its
     forward."""
     repeats = np.array(
         [
@@ -69,7 +69,7 @@ def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array)
     return result
 
 
-class Times:
+class LayerTimeCache:
     """Caches layer times while a plan is priced, so that each distinct replica is computed once."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Times:
         self._shares: dict[tuple[str, int, int], Array] = {}
 
     def computed(self, kind: str, tensor: int, rows: int) -> LayerSeconds:
-        """Return the compute seconds of every layer on one device type."""
+        """Returns the compute seconds of every layer on one device type."""
         key = (kind, tensor, rows)
         if key not in self._computed:
             device = self.cluster.types[kind]
@@ -94,7 +94,7 @@ class Times:
         return self._computed[key]
 
     def shares(self, kind: str, tensor: int, rows: int) -> Array:
-        """Return the shares of the two parts of a backward on one device type, [layer, part]."""
+        """Returns the shares of the two parts of a backward on one device type, [layer, part]."""
         key = (kind, tensor, rows)
         if key not in self._shares:
             device = self.cluster.types[kind]
@@ -102,12 +102,12 @@ class Times:
         return self._shares[key]
 
 
-class ReplicaTimes:
+class ReplicaSeconds:
     """Gives the compute seconds of one tensor-parallel replica; its slowest rank decides."""
 
     def __init__(
         self,
-        times: Times,
+        times: LayerTimeCache,
         layers: tuple[int, int],
         kinds: Sequence[str],
         devices: Sequence[str],
@@ -122,7 +122,7 @@ class ReplicaTimes:
         self._known: dict[tuple[Op, int], Array] = {}
 
     def of(self, op: Op, micro_batches: int = 1) -> Array:
-        """Return the seconds of each layer in an F, B, I or W.
+        """Returns the seconds of each layer in an F, B, I or W.
 
         A W may compute the weight gradients of several micro-batches at once; for its matrix
         products that multiplies the number of rows.
@@ -153,7 +153,7 @@ class ReplicaTimes:
         return seconds
 
     def _both(self) -> tuple[Array, Array]:
-        """Return the seconds of a forward and of a whole backward."""
+        """Returns the seconds of a forward and of a whole backward."""
         if self._whole is None:
             tensor = len(self.devices)
             forward, backward = replica_seconds(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.spec import LayerGraph, Tied
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import StagePlacement
 from meshwright.plan.spec import Job
 from meshwright.records import record
 
@@ -38,7 +38,7 @@ class ParameterBytes:
 
 
 def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
-    """Return the bytes of each kind per parameter.
+    """Returns the bytes of each kind per parameter.
 
     Master weights, gradients and optimizer states are fp32 (fp64 in an fp64 job): 4 + 4 + 8 with
     Adam, which keeps two moments as wide as the weights. 16-bit arithmetic adds 2 for the cast.
@@ -50,7 +50,7 @@ def bytes_per_parameter(precision: Precision, optimizer: str) -> ParameterBytes:
 
 
 @record
-class Numbers:
+class ParameterCounts:
     """Counts weights cumulatively: index l is the sum over the layers before l."""
 
     replicated: Array
@@ -64,9 +64,9 @@ class WeightTable:
     """Holds sums over layers, so that the weights of any stage are counted in constant time."""
 
     unit: ParameterBytes
-    trained: Numbers
-    frozen: Numbers
-    cast: Numbers
+    trained: ParameterCounts
+    frozen: ParameterCounts
+    cast: ParameterCounts
     """The weights, trained or frozen, that have a cast in 16-bit precision."""
     constants: Array
     """The bytes of what a layer holds besides weights, cumulative."""
@@ -93,17 +93,17 @@ class TiedUses:
 
 
 def cumulative(values: Iterable[float]) -> Array:
-    """Return the cumulative sums from 0: index l is the sum of the first l values."""
+    """Returns the cumulative sums from 0: index l is the sum of the first l values."""
     return np.concatenate([[0.0], np.cumsum(np.array([*values], dtype=np.float64))])
 
 
-def _numbers(whole: Iterable[float], split: Iterable[float]) -> Numbers:
+def _numbers(whole: Iterable[float], split: Iterable[float]) -> ParameterCounts:
     divided = cumulative(split)
-    return Numbers(replicated=cumulative(whole) - divided, split=divided)
+    return ParameterCounts(replicated=cumulative(whole) - divided, split=divided)
 
 
 def weight_table(model: LayerGraph, job: Job) -> WeightTable:
-    """Build the sums over the weights of a model trained by a job."""
+    """Builds the sums over the weights of a model trained by a job."""
     layers = model.layers
     return WeightTable(
         unit=bytes_per_parameter(job.precision, job.optimizer),
@@ -122,7 +122,7 @@ def weight_table(model: LayerGraph, job: Job) -> WeightTable:
 
 
 def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
-    """Describe the users of a tied parameter.
+    """Describes the users of a tied parameter.
 
     A user without matrix products (an embedding) reads the weights themselves, not a cast.
     """
@@ -148,83 +148,83 @@ def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
     )
 
 
-def share(tied: TiedUses, numbers: int, tensor: int) -> float:
-    """Return the part of `numbers` weights of a tied parameter that each tensor rank holds."""
+def tied_share(tied: TiedUses, numbers: int, tensor: int) -> float:
+    """Returns the part of `numbers` weights of a tied parameter that each tensor rank holds."""
     return numbers / tensor if tied.split else float(numbers)
 
 
-def own_numbers(numbers: Numbers, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Return the number of weights of a range of layers on each tensor rank, without tied ones."""
+def untied_parameters(numbers: ParameterCounts, layers: tuple[Ints, Ints], tensor: int) -> Floats:
+    """Returns the number of weights of a range of layers on each tensor rank, without tied ones."""
     first, last = layers
     held = numbers.replicated[last] - numbers.replicated[first]
     return held + (numbers.split[last] - numbers.split[first]) / tensor
 
 
 def stage_parameters(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Return the number of trained parameters on each tensor rank of a stage, tied ones
+    """Returns the number of trained parameters on each tensor rank of a stage, tied ones
     included."""
     first, last = layers
-    held = own_numbers(table.trained, layers, tensor)
+    held = untied_parameters(table.trained, layers, tensor)
     for tied in table.tied:
-        own = share(tied, tied.trained, tensor)
+        own = tied_share(tied, tied.trained, tensor)
         held = held + np.where(tied.users[last] > tied.users[first], own, 0.0)
     return held
 
 
 def _frozen_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Return the bytes of frozen weights, tied ones included, and of constants on each tensor
+    """Returns the bytes of frozen weights, tied ones included, and of constants on each tensor
     rank."""
     first, last = layers
-    held = own_numbers(table.frozen, layers, tensor)
+    held = untied_parameters(table.frozen, layers, tensor)
     for tied in table.tied:
-        own = share(tied, tied.frozen, tensor)
+        own = tied_share(tied, tied.frozen, tensor)
         held = held + np.where(tied.users[last] > tied.users[first], own, 0.0)
     return held * table.unit.weights + (table.constants[last] - table.constants[first])
 
 
 def weight_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Return the bytes of all weights and constants on each tensor rank of a stage, without
+    """Returns the bytes of all weights and constants on each tensor rank of a stage, without
     casts."""
     trained = stage_parameters(table, layers, tensor) * table.unit.weights
     return trained + _frozen_bytes(table, layers, tensor)
 
 
-def _repeated(table: WeightTable, stages: Sequence[StageSeats]) -> list[tuple[TiedUses, int]]:
-    """Return every tied parameter with the number of a rank's stages that use it beyond the first
+def _repeated(table: WeightTable, stages: Sequence[StagePlacement]) -> list[tuple[TiedUses, int]]:
+    """Returns every tied parameter with the number of a rank's stages that use it beyond the first
     one."""
     ranges = [stage.layers for stage in stages]
     using = [sum(bool(tied.users[b] > tied.users[a]) for a, b in ranges) for tied in table.tied]
     return [(tied, max(n - 1, 0)) for tied, n in zip(table.tied, using, strict=True)]
 
 
-def rank_parameters(table: WeightTable, stages: Sequence[StageSeats], tensor: int) -> float:
-    """Return the number of trained parameters in all stages of a rank.
+def rank_parameters(table: WeightTable, stages: Sequence[StagePlacement], tensor: int) -> float:
+    """Returns the number of trained parameters in all stages of a rank.
 
     A tied parameter counts once, even if several stages use it.
     """
     held = sum(float(stage_parameters(table, stage.layers, tensor)) for stage in stages)
     for tied, times in _repeated(table, stages):
-        held -= times * share(tied, tied.trained, tensor)
+        held -= times * tied_share(tied, tied.trained, tensor)
     return held
 
 
-def rank_weight_bytes(table: WeightTable, stages: Sequence[StageSeats], tensor: int) -> float:
-    """Return the bytes of all weights and constants in all stages of a rank, without casts.
+def rank_weight_bytes(table: WeightTable, stages: Sequence[StagePlacement], tensor: int) -> float:
+    """Returns the bytes of all weights and constants in all stages of a rank, without casts.
 
     A tied weight counts once, even if several stages use it.
     """
     held = rank_parameters(table, stages, tensor) * table.unit.weights
     held += sum(float(_frozen_bytes(table, stage.layers, tensor)) for stage in stages)
     for tied, times in _repeated(table, stages):
-        held -= times * share(tied, tied.frozen, tensor) * table.unit.weights
+        held -= times * tied_share(tied, tied.frozen, tensor) * table.unit.weights
     return held
 
 
 def cast_bytes(table: WeightTable, layers: tuple[Ints, Ints], tensor: int) -> Floats:
-    """Return the bytes of the 16-bit casts of a stage's weights, trained or not."""
+    """Returns the bytes of the 16-bit casts of a stage's weights, trained or not."""
     first, last = layers
-    cast = own_numbers(table.cast, layers, tensor)
+    cast = untied_parameters(table.cast, layers, tensor)
     for tied in table.tied:
-        own = share(tied, tied.trained + tied.frozen, tensor)
+        own = tied_share(tied, tied.trained + tied.frozen, tensor)
         cast = cast + np.where(tied.casting[last] > tied.casting[first], own, 0.0)
     return cast * table.unit.casts

@@ -16,30 +16,36 @@ from meshwright.errors import PlanError, Problem
 from meshwright.export import megatron
 from meshwright.export.answers import (
     ASSUMED,
-    Answer,
     Answers,
-    Asked,
+    ExportedTraining,
+    PropertyAnswer,
+    answer_lines,
+    export_notes,
+    export_refusals,
+    grid_answers,
+    irrelevant,
     is_rotary,
-    lines,
-    listed,
-    no_matter,
-    notes,
+    listed_in_notes,
     notes_file,
     of_techniques,
     only,
-    own_model,
-    refusals,
-    regular,
+    own_model_answers,
 )
 from meshwright.export.grid import (
-    Grid,
+    RegularGrid,
     blocks_by_stage,
     grid_of,
-    only_precisions,
-    only_schedule,
+    precision_problems,
+    schedule_problems,
 )
-from meshwright.export.launch import PORT, by_node, is_node_by_node, stage_major, visible
-from meshwright.export.writing import comment, shell_default
+from meshwright.export.launch_script import (
+    PORT,
+    by_node,
+    is_node_by_node,
+    stage_major,
+    visible_devices,
+)
+from meshwright.export.writing import line_comment, shell_default
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Plan
@@ -50,7 +56,7 @@ _PLUGIN_FAMILIES = ("gpt2", "llama")
 _NO_EXPERTS = "its Megatron-LM plugin has no experts"
 
 
-def _family(value: str, _: Asked) -> str:
+def _family(value: str, _: ExportedTraining) -> str:
     known = value in _PLUGIN_FAMILIES
     return (
         ""
@@ -60,18 +66,22 @@ def _family(value: str, _: Asked) -> str:
 
 
 _YOURS = {
-    **regular(TOOL),
-    "job.sequence": listed("the length of a row, in your data: {} tokens"),
-    "job.optimizer": listed("the optimizer, which is your own code: {} (sgd is without momentum)"),
+    **grid_answers(TOOL),
+    "job.sequence": listed_in_notes("the length of a row, in your data: {} tokens"),
+    "job.optimizer": listed_in_notes(
+        "the optimizer, which is your own code: {} (sgd is without momentum)"
+    ),
 }
 OWN: Answers = {
     **_YOURS,
-    **own_model(),
-    "training.clip_norm": listed("clipping: accelerator.clip_grad_norm_(model.parameters(), {})"),
-    "training.gradient_sums": no_matter("fp32, as the weights"),
-    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
-    "training.sharded_weights": no_matter("off by default"),
-    "training.sequence_parallel": no_matter("off by default"),
+    **own_model_answers(),
+    "training.clip_norm": listed_in_notes(
+        "clipping: accelerator.clip_grad_norm_(model.parameters(), {})"
+    ),
+    "training.gradient_sums": irrelevant("fp32, as the weights"),
+    "training.attention_within_documents": irrelevant("as your code has it: over a whole row"),
+    "training.sharded_weights": irrelevant("off by default"),
+    "training.sequence_parallel": irrelevant("off by default"),
 }
 """Rules for plans that accelerate runs without the plugin."""
 PLUGIN: Answers = {
@@ -85,11 +95,11 @@ PLUGIN: Answers = {
     "model.experts": only(0, lacks=_NO_EXPERTS),
     "model.chosen": only(0, lacks=_NO_EXPERTS),
     "model.auxiliary_loss": only(0.0, lacks=_NO_EXPERTS),
-    "training.clip_norm": Answer("`megatron_lm_gradient_clipping`"),
+    "training.clip_norm": PropertyAnswer("`megatron_lm_gradient_clipping`"),
     "training.gradient_sums": megatron.ANSWERS["training.gradient_sums"],
-    "training.attention_within_documents": no_matter("off by default"),
-    "training.sharded_weights": Answer("`megatron_lm_use_custom_fsdp`"),
-    "training.sequence_parallel": Answer("`megatron_lm_sequence_parallelism`"),
+    "training.attention_within_documents": irrelevant("off by default"),
+    "training.sharded_weights": PropertyAnswer("`megatron_lm_use_custom_fsdp`"),
+    "training.sequence_parallel": PropertyAnswer("`megatron_lm_sequence_parallelism`"),
 }
 """Rules for plans that need accelerate's Megatron-LM plugin."""
 _ATTRIBUTES = {"norm_epsilon": "layernorm_epsilon"}
@@ -97,20 +107,20 @@ _ATTRIBUTES = {"norm_epsilon": "layernorm_epsilon"}
 
 
 def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """Return the files `accelerate.yaml`, `launch.sh` and, if needed, `megatron_plugin.py` and the
+    """Returns the files `accelerate.yaml`, `launch.sh` and, if needed, `megatron_plugin.py` and the
     notes. Raises PlanError if accelerate cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
-    asked = Asked(plan, grid, language)
+    asked = ExportedTraining(plan, grid, language)
     answers = PLUGIN if _needs_plugin(grid) else OWN
     PlanError.check(
         [
-            *only_schedule(plan, grid, TOOL),
-            *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
+            *schedule_problems(plan, grid, TOOL),
+            *precision_problems(plan, TOOL, "bf16", "fp16", "fp32"),
             *_order_problems(plan, grid),
             *_plugin_problems(plan, grid, blocks),
             *_recompute_problems(plan, grid),
-            *refusals(TOOL, answers, asked),
+            *export_refusals(TOOL, answers, asked),
         ]
     )
     plugin = {"megatron_plugin.py": _plugin(asked)} if _needs_plugin(grid) else {}
@@ -118,11 +128,11 @@ def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
         "accelerate.yaml": _yaml(asked, blocks),
         "launch.sh": _launch(grid),
         **plugin,
-        **notes_file(TOOL, [*_to_be_used(grid), *notes(answers, asked)]),
+        **notes_file(TOOL, [*_to_be_used(grid), *export_notes(answers, asked)]),
     }
 
 
-def _to_be_used(grid: Grid) -> Iterator[str]:
+def _to_be_used(grid: RegularGrid) -> Iterator[str]:
     if _needs_plugin(grid):
         yield (
             "megatron_plugin.py, which your code is to use: without it accelerate builds another "
@@ -130,11 +140,11 @@ def _to_be_used(grid: Grid) -> Iterator[str]:
         )
 
 
-def _needs_plugin(grid: Grid) -> bool:
+def _needs_plugin(grid: RegularGrid) -> bool:
     return grid.stages > 1 or grid.tensor > 1
 
 
-def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
+def _order_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
     order = stage_major(grid)
     if not is_node_by_node(order):
         wanted = "stages that follow each other node by node, as accelerate numbers its processes"
@@ -147,7 +157,7 @@ def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
         yield Problem(plan.name, "devices", found, wanted)
 
 
-def _plugin_problems(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> Iterator[Problem]:
+def _plugin_problems(plan: Plan, grid: RegularGrid, blocks: tuple[int, ...]) -> Iterator[Problem]:
     if not _needs_plugin(grid):
         return
     if len(set(blocks[:-1])) > 1 or 0 in blocks:
@@ -156,16 +166,19 @@ def _plugin_problems(plan: Plan, grid: Grid, blocks: tuple[int, ...]) -> Iterato
         yield Problem(plan.name, "pipelines[0].stages", found, wanted)
 
 
-def _recompute_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
+def _recompute_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
     if grid.recompute and not _needs_plugin(grid):
         wanted = "none: accelerate leaves recomputation of whole blocks to the model's own code"
         mend = "export it without, and call the model's gradient_checkpointing_enable()"
         yield Problem(plan.name, "pipelines", "stages that recompute", wanted, mend)
 
 
-def _plugin(asked: Asked) -> str:
-    """Return the text of `megatron_plugin.py`: Megatron's arguments by their attribute names."""
-    given = [*lines(PLUGIN, asked, "model", "training"), f"--seq-length {asked.plan.job.sequence}"]
+def _plugin(asked: ExportedTraining) -> str:
+    """Returns the text of `megatron_plugin.py`: Megatron's arguments by their attribute names."""
+    given = [
+        *answer_lines(PLUGIN, asked, "model", "training"),
+        f"--seq-length {asked.plan.job.sequence}",
+    ]
     pairs = [_attribute(line) for line in given]
     if not asked.grid.recompute:
         names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
@@ -180,7 +193,7 @@ ARGUMENTS = {{
 
 
 def _attribute(line: str) -> tuple[str, object]:
-    """Convert an argument of Megatron's command line to the attribute that holds it, and its
+    """Converts an argument of Megatron's command line to the attribute that holds it, and its
     value."""
     option, _, text = line.removeprefix("--").partition(" ")
     name = option.replace("-", "_")
@@ -198,13 +211,13 @@ def _read(text: str) -> object:
     return text
 
 
-def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
+def _yaml(asked: ExportedTraining, blocks: tuple[int, ...]) -> str:
     plan, grid = asked.plan, asked.grid
     order = stage_major(grid)
     kind = "MULTI_GPU" if len(order) > 1 else "NO"
     precision = plan.job.precision
     text = [
-        comment(
+        line_comment(
             f"{plan.name}: {grid.rows} rows of {plan.job.sequence} tokens in a batch of the data"
         ),
         f"# loader, {grid.micro_batches} batches and {plan.job.global_batch} rows in a step.",
@@ -233,7 +246,7 @@ def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
             "  megatron_lm_use_custom_fsdp: false",
             "  megatron_lm_recompute_activations: false",
             "  megatron_lm_sequence_parallelism: false",
-            *dict.fromkeys(f"  {line}" for line in lines(PLUGIN, asked, "stage")),
+            *dict.fromkeys(f"  {line}" for line in answer_lines(PLUGIN, asked, "stage")),
         ]
         if grid.recompute:
             text += [
@@ -246,13 +259,13 @@ def _yaml(asked: Asked, blocks: tuple[int, ...]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _launch(grid: Grid) -> str:
+def _launch(grid: RegularGrid) -> str:
     nodes = by_node(stage_major(grid))
     names = [node for node, _ in nodes]
     lines = [
         "#!/usr/bin/env bash",
         "# Start it on every node, in this folder: bash launch.sh NODE [more arguments]",
-        comment(
+        line_comment(
             f"NODE: {shlex.join(names)} (names that the others can reach; else set MASTER_ADDR)"
         ),
         "set -euo pipefail",
@@ -267,7 +280,7 @@ def _launch(grid: Grid) -> str:
     for rank, (node, devices) in enumerate(nodes):
         lines += [
             f"  {shlex.quote(node)})",
-            f"    CUDA_VISIBLE_DEVICES={visible(devices)} accelerate launch \\",
+            f"    CUDA_VISIBLE_DEVICES={visible_devices(devices)} accelerate launch \\",
             f"      --config_file accelerate.yaml --machine_rank {rank} \\",
             '      --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\',
             '      "${SCRIPT:-train.py}" "$@"',

@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from meshwright.errors import Problem
-from meshwright.export.grid import Grid
+from meshwright.export.grid import RegularGrid
 from meshwright.model.config import LanguageModel
-from meshwright.model.transformer.usual import differences, made_of
+from meshwright.model.transformer.defaults import architecture_of, differences
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
 from meshwright.techniques import provided
 
@@ -40,150 +40,154 @@ PARTS_OF_IT = "field by field"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ExportedTraining:
     """The training that a tool shall express."""
 
     plan: Plan
-    grid: Grid
+    grid: RegularGrid
     language: LanguageModel
 
 
-def _no_lines(value: Any, asked: Asked) -> Iterable[str]:  # noqa: ARG001
+def _no_lines(value: Any, asked: ExportedTraining) -> Iterable[str]:  # noqa: ARG001
     return ()
 
 
-def _no_words(value: Any, asked: Asked) -> str:  # noqa: ARG001
+def _no_words(value: Any, asked: ExportedTraining) -> str:  # noqa: ARG001
     return ""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PropertyAnswer:
     """How a tool expresses one property; the functions take its value and the whole training."""
 
     told: str
     """What the table in the docs says."""
-    write: Callable[[Any, Asked], Iterable[str]] = _no_lines
+    write: Callable[[Any, ExportedTraining], Iterable[str]] = _no_lines
     """Returns the lines of the tool's file."""
-    wanted: Callable[[Any, Asked], str] = _no_words
+    wanted: Callable[[Any, ExportedTraining], str] = _no_words
     """Returns what the tool can express instead, as a refusal words it; empty if it can express
     this value."""
-    note: Callable[[Any, Asked], str] = _no_words
+    note: Callable[[Any, ExportedTraining], str] = _no_words
     """Returns the sentence for the notes on what the tool's files do not express; empty if they
     do."""
     own_code: bool = False
     """True if the note names a property of the user's own code; such notes are joined into one."""
 
 
-Answers = Mapping[str, Answer]
+Answers = Mapping[str, PropertyAnswer]
 
 
-def written(*patterns: str, told: str = "") -> Answer:
-    """Write the value in place of `{}` in these lines."""
+def written(*patterns: str, told: str = "") -> PropertyAnswer:
+    """Writes the value in place of `{}` in these lines."""
     first = " ".join(patterns[0].replace("{}", "").split()).strip("= ")
-    return Answer(
+    return PropertyAnswer(
         told or f"`{first}`",
-        write=lambda value, _: [pattern.format(shown(value)) for pattern in patterns],
+        write=lambda value, _: [pattern.format(format_value(value)) for pattern in patterns],
     )
 
 
-def switch(line: str, *, when: object) -> Answer:
-    """Write a line if the value is `when`, and nothing otherwise."""
-    return Answer(f"`{line}`", write=lambda value, _: [line] * (value == when))
+def switch(line: str, *, when: object) -> PropertyAnswer:
+    """Writes a line if the value is `when`, and nothing otherwise."""
+    return PropertyAnswer(f"`{line}`", write=lambda value, _: [line] * (value == when))
 
 
-def by(told: str, write: Callable[[Any, Asked], Iterable[str]]) -> Answer:
-    """Write the lines that a function returns."""
-    return Answer(told, write=write)
+def written_by(
+    told: str, write: Callable[[Any, ExportedTraining], Iterable[str]]
+) -> PropertyAnswer:
+    """Writes the lines that a function returns."""
+    return PropertyAnswer(told, write=write)
 
 
-def planned(told: str) -> Answer:
-    """Leave the property to the code of the exporter that writes degrees, cuts, batches and
+def planned(told: str) -> PropertyAnswer:
+    """Leaves the property to the code of the exporter that writes degrees, cuts, batches and
     schedule."""
-    return Answer(told)
+    return PropertyAnswer(told)
 
 
-def only(*values: object, lacks: str) -> Answer:
-    """Refuse the plan unless the value is one of these; `lacks` says what the tool does not have,
+def only(*values: object, lacks: str) -> PropertyAnswer:
+    """Refuses the plan unless the value is one of these; `lacks` says what the tool does not have,
     like `no dropout`."""
-    has = " or ".join(shown(value) for value in values)
-    return Answer(
+    has = " or ".join(format_value(value) for value in values)
+    return PropertyAnswer(
         f"only {has}",
         wanted=lambda value, _: "" if value in values else f"{has}: {lacks}",
     )
 
 
-def listed(sentence: str, *, unless: object = MISSING) -> Answer:
-    """List the property in the notes; `{}` in the sentence is the value."""
-    return Answer(
+def listed_in_notes(sentence: str, *, unless: object = MISSING) -> PropertyAnswer:
+    """Lists the property in the notes; `{}` in the sentence is the value."""
+    return PropertyAnswer(
         "listed",
-        note=lambda value, _: "" if value == unless else sentence.replace("{}", shown(value)),
+        note=lambda value, _: (
+            "" if value == unless else sentence.replace("{}", format_value(value))
+        ),
     )
 
 
-def no_matter(why: str) -> Answer:
-    """Ignore a property that does not affect training, for the reason `why`."""
-    return Answer(why)
+def irrelevant(why: str) -> PropertyAnswer:
+    """Ignores a property that does not affect training, for the reason `why`."""
+    return PropertyAnswer(why)
 
 
-def own_code(name: str) -> Answer:
-    """List a property that the user's own model code must have.
+def own_code(name: str) -> PropertyAnswer:
+    """Lists a property that the user's own model code must have.
 
     A number or a kind that is at its empty default, since the model has nothing of that sort, is
     not listed.
     """
     words = name.partition(".")[2].replace("_", " ")
-    default = properties_known()[name]
+    default = known_properties()[name]
     absent = default is None or (type(default) is int and default == 0)
 
-    def note(value: Any, _: Asked) -> str:
+    def note(value: Any, _: ExportedTraining) -> str:
         if isinstance(value, bool):
             return words if value else f"not {words}"
-        return "" if absent and value == default else f"{words} {shown(value)}"
+        return "" if absent and value == default else f"{words} {format_value(value)}"
 
-    return Answer("listed: your own code", note=note, own_code=True)
+    return PropertyAnswer("listed: your own code", note=note, own_code=True)
 
 
 def is_rotary(c: LanguageModel) -> bool:
     """True if positions are encoded by rotary embeddings of queries and keys."""
-    return c.family != "u-transformer" and made_of(c).position == "rotary"
+    return c.family != "u-transformer" and architecture_of(c).position == "rotary"
 
 
-def blocks(
+def block_answers(
     tool: str,
     told: str,
-    always: Callable[[Asked], Iterable[str]],
-    expressed: Mapping[str, Callable[[Any, Asked], Iterable[str] | None]],
-) -> Answer:
-    """Write the lines in `always`, and for each property of the blocks that differs from the usual
+    always: Callable[[ExportedTraining], Iterable[str]],
+    expressed: Mapping[str, Callable[[Any, ExportedTraining], Iterable[str] | None]],
+) -> PropertyAnswer:
+    """Writes the lines in `always`, and for each property of the blocks that differs from the usual
     those of its function in `expressed`. A function returns None for a value that the tool cannot
     express, which is then refused."""
 
-    def said(name: str, value: Any, asked: Asked) -> Iterable[str] | None:
+    def said(name: str, value: Any, asked: ExportedTraining) -> Iterable[str] | None:
         return expressed[name](value, asked) if name in expressed else None
 
-    def wanted(value: dict[str, Any], asked: Asked) -> str:
+    def wanted(value: dict[str, Any], asked: ExportedTraining) -> str:
         other = [name for name, own in value.items() if said(name, own, asked) is None]
         return f"nothing else than usual: {tool} is not told of {', '.join(other)}" if other else ""
 
-    def write(value: dict[str, Any], asked: Asked) -> Iterable[str]:
+    def write(value: dict[str, Any], asked: ExportedTraining) -> Iterable[str]:
         further = [line for name, own in value.items() for line in said(name, own, asked) or ()]
         return [*always(asked), *further]
 
-    return Answer(told, write=write, wanted=wanted)
+    return PropertyAnswer(told, write=write, wanted=wanted)
 
 
-def own_model() -> dict[str, Answer]:
-    """Return the answers of a tool whose files do not describe the model, which is all the user's
+def own_model_answers() -> dict[str, PropertyAnswer]:
+    """Returns the answers of a tool whose files do not describe the model, which is all the user's
     own code."""
-    found = {name: own_code(name) for name in properties_known() if name.startswith("model.")}
-    found["model.name"] = no_matter(LABEL)
+    found = {name: own_code(name) for name in known_properties() if name.startswith("model.")}
+    found["model.name"] = irrelevant(LABEL)
     base, loss = found["model.rotary_base"], found["model.auxiliary_loss"]
     found["model.rotary_base"] = replace(
         base, note=lambda v, asked: base.note(v, asked) if is_rotary(asked.language) else ""
     )
     found["model.architecture"] = replace(
         found["model.architecture"],
-        note=lambda v, _: ", ".join(f"{each} {shown(what)}" for each, what in v.items()),
+        note=lambda v, _: ", ".join(f"{each} {format_value(what)}" for each, what in v.items()),
     )
     found["model.auxiliary_loss"] = replace(
         loss, note=lambda v, asked: loss.note(v, asked) if asked.language.experts else ""
@@ -191,11 +195,11 @@ def own_model() -> dict[str, Answer]:
     return found
 
 
-def regular(tool: str) -> dict[str, Answer]:
-    """Return the answers that all tools with a regular grid have in common."""
-    label = no_matter(LABEL)
+def grid_answers(tool: str) -> dict[str, PropertyAnswer]:
+    """Returns the answers that all tools with a regular grid have in common."""
+    label = irrelevant(LABEL)
 
-    def boundary(value: str | None, _: Asked) -> str:
+    def boundary(value: str | None, _: ExportedTraining) -> str:
         own = f"how tensors cross from stage to stage ({value}): {tool} has a way of its own"
         return "" if value in (None, "direct") else own
 
@@ -219,37 +223,39 @@ def regular(tool: str) -> dict[str, Answer]:
         "stage.rows": planned("equal shares, else refused"),
         "stage.recompute": planned("all stages or none"),
         **of_techniques(tool),
-        "stage.boundary": Answer("direct, else listed", note=boundary),
+        "stage.boundary": PropertyAnswer("direct, else listed", note=boundary),
         "job.global_batch": planned("rows of a step"),
         "job.sequence": planned("length of a row"),
         "job.precision": planned("precision"),
         "job.optimizer": planned("optimizer"),
-        "training.optimizer_settings": listed(
+        "training.optimizer_settings": listed_in_notes(
             "learning rate, its schedule, betas, weight decay, number of steps and data: a plan "
             "says nothing of them"
         ),
     }
 
 
-def of_techniques(tool: str) -> dict[str, Answer]:
-    """Return the answers of all techniques for the fields that they have in a plan."""
+def of_techniques(tool: str) -> dict[str, PropertyAnswer]:
+    """Returns the answers of all techniques for the fields that they have in a plan."""
     return {
         name: a for answers in provided("export", "answers") for name, a in answers(tool).items()
     }
 
 
-def shown(value: object) -> str:
-    """Format a value for tools and people: `0`, `1e-05`, `4096`."""
+def format_value(value: object) -> str:
+    """Formats a value for tools and people: `0`, `1e-05`, `4096`."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} = {shown(own)}" for name, own in value.items()) or "the usual"
+        return (
+            ", ".join(f"{name} = {format_value(own)}" for name, own in value.items()) or "the usual"
+        )
     if is_dataclass(value):
         told = ((each.name, getattr(value, each.name)) for each in fields(value))
-        return " ".join(f"{name} {shown(own)}" for name, own in told if own)
+        return " ".join(f"{name} {format_value(own)}" for name, own in told if own)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def properties_known() -> dict[str, object]:
-    """Return every property that must be covered, with its default; MISSING if it has none."""
+def known_properties() -> dict[str, object]:
+    """Returns every property that must be covered, with its default; MISSING if it has none."""
     own = {
         f"{kind}.{field.name}": field.default
         for kind, cls in RECORDS.items()
@@ -258,8 +264,8 @@ def properties_known() -> dict[str, object]:
     return {**own, **{name: value for name, value in ASSUMED.items() if name not in own}}
 
 
-def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
-    """Yield every property with its value; a property of pipelines or stages comes once for each
+def property_values(asked: ExportedTraining) -> Iterator[tuple[str, Any]]:
+    """Yields every property with its value; a property of pipelines or stages comes once for each
     distinct value."""
     plan = asked.plan
     stages = tuple(stage for pipeline in plan.pipelines for stage in pipeline.stages)
@@ -270,7 +276,7 @@ def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
         "pipeline": plan.pipelines,
         "stage": stages,
     }
-    for name in properties_known():
+    for name in known_properties():
         kind, _, field = name.partition(".")
         owners = [each for each in held.get(kind, ()) if hasattr(each, field)]
         values = [getattr(each, field) for each in owners] or [ASSUMED[name]]
@@ -279,34 +285,34 @@ def properties(asked: Asked) -> Iterator[tuple[str, Any]]:
         yield from ((name, value) for n, value in enumerate(values) if value not in values[:n])
 
 
-def refusals(tool: str, answers: Answers, asked: Asked) -> Iterator[Problem]:
-    """Yield a Problem for every property with a value that the tool cannot express."""
-    source, defaults = asked.plan.name, properties_known()
-    for name, value in properties(asked):
+def export_refusals(tool: str, answers: Answers, asked: ExportedTraining) -> Iterator[Problem]:
+    """Yields a Problem for every property with a value that the tool cannot express."""
+    source, defaults = asked.plan.name, known_properties()
+    for name, value in property_values(asked):
         if name in answers:
             wanted = answers[name].wanted(value, asked)
         else:
             known = value == defaults[name]
             wanted = "" if known else f"another: nothing of this is written for {tool}"
         if wanted:
-            yield Problem(source, name, shown(value), wanted)
+            yield Problem(source, name, format_value(value), wanted)
 
 
-def lines(answers: Answers, asked: Asked, *kinds: str) -> list[str]:
-    """Return the lines to write for the properties of these kinds."""
+def answer_lines(answers: Answers, asked: ExportedTraining, *kinds: str) -> list[str]:
+    """Returns the lines to write for the properties of these kinds."""
     return [
         line
-        for name, value in properties(asked)
+        for name, value in property_values(asked)
         if name.partition(".")[0] in kinds and name in answers
         for line in answers[name].write(value, asked)
     ]
 
 
-def notes(answers: Answers, asked: Asked) -> tuple[str, ...]:
-    """Return one sentence for each property that the tool's files do not express."""
+def export_notes(answers: Answers, asked: ExportedTraining) -> tuple[str, ...]:
+    """Returns one sentence for each property that the tool's files do not express."""
     own: list[str] = []
     others: list[str] = []
-    for name, value in properties(asked):
+    for name, value in property_values(asked):
         answer = answers.get(name)
         if answer and (note := answer.note(value, asked)):
             (own if answer.own_code else others).append(note)
@@ -315,7 +321,7 @@ def notes(answers: Answers, asked: Asked) -> tuple[str, ...]:
 
 
 def notes_file(tool: str, sentences: Iterable[str]) -> dict[str, str]:
-    """Return the notes as a file of the export; no file if there are none."""
+    """Returns the notes as a file of the export; no file if there are none."""
     text = "\n".join(f"- {sentence}" for sentence in sentences)
     if not text:
         return {}

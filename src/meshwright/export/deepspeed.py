@@ -14,32 +14,32 @@ from typing import Any
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import (
     ASSUMED,
-    Answer,
     Answers,
-    Asked,
-    lines,
-    listed,
-    no_matter,
-    notes,
+    ExportedTraining,
+    PropertyAnswer,
+    answer_lines,
+    export_notes,
+    export_refusals,
+    grid_answers,
+    irrelevant,
+    listed_in_notes,
     notes_file,
     own_code,
-    own_model,
+    own_model_answers,
     planned,
-    refusals,
-    regular,
 )
 from meshwright.export.grid import (
-    Grid,
+    RegularGrid,
     blocks_by_stage,
     grid_of,
     is_even,
-    only_precisions,
-    only_schedule,
+    precision_problems,
+    schedule_problems,
 )
-from meshwright.export.launch import launch_script, stage_major
+from meshwright.export.launch_script import launch_script, stage_major
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
-from meshwright.model.transformer.usual import base_of
+from meshwright.model.transformer.defaults import base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "DeepSpeed"
@@ -49,12 +49,12 @@ _PRESETS = {"llama": "llama", "mixtral": "mixtral"}
 """AutoTP's names of the model families."""
 
 
-def _tied(value: bool, asked: Asked) -> str:
-    """Return the note on tied weights; with several stages pipeline.py ties them itself."""
+def _tied(value: bool, asked: ExportedTraining) -> str:
+    """Returns the note on tied weights; with several stages pipeline.py ties them itself."""
     return "" if asked.grid.stages > 1 and value else own_code("model.tied").note(value, asked)
 
 
-def _gradient_sums(_: Any, asked: Asked) -> str:
+def _gradient_sums(_: Any, asked: ExportedTraining) -> str:
     precision, times = asked.plan.job.precision, asked.grid.micro_batches
     told = any(line.startswith("data_types.grad_accum_dtype") for line in _lines(asked))
     if precision == "fp32" or times == 1 or told:
@@ -66,18 +66,20 @@ def _gradient_sums(_: Any, asked: Asked) -> str:
 
 
 ANSWERS: Answers = {
-    **regular(TOOL),
-    **own_model(),
-    "model.tied": Answer("`TiedLayerSpec` in pipeline.py; else yours", note=_tied, own_code=True),
-    "job.sequence": listed("the length of a row, in your data: {} tokens"),
+    **grid_answers(TOOL),
+    **own_model_answers(),
+    "model.tied": PropertyAnswer(
+        "`TiedLayerSpec` in pipeline.py; else yours", note=_tied, own_code=True
+    ),
+    "job.sequence": listed_in_notes("the length of a row, in your data: {} tokens"),
     "training.clip_norm": planned("`gradient_clipping`"),
-    "training.gradient_sums": Answer(
+    "training.gradient_sums": PropertyAnswer(
         "`communication_data_type`; of micro-batches listed", note=_gradient_sums
     ),
-    "training.attention_within_documents": no_matter("as your code has it: over a whole row"),
+    "training.attention_within_documents": irrelevant("as your code has it: over a whole row"),
     "training.sharded_weights": planned("`zero_optimization.stage`, at most 1"),
-    "training.sequence_parallel": no_matter("off by default"),
-    "training.optimizer_settings": Answer(
+    "training.sequence_parallel": irrelevant("off by default"),
+    "training.optimizer_settings": PropertyAnswer(
         f"`lr` {LEARNING_RATE}; listed",
         note=lambda _, __: (
             f"a plan says nothing of the optimizer's settings: `lr` is {LEARNING_RATE}, with which "
@@ -89,18 +91,18 @@ ANSWERS: Answers = {
 
 
 def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """Return the files `ds_config.json`, `launch.sh`, `pipeline.py` if there are several stages,
+    """Returns the files `ds_config.json`, `launch.sh`, `pipeline.py` if there are several stages,
     and the notes. Raises PlanError if DeepSpeed cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
     method = _partition_method(grid, blocks, len(model.layers))
-    asked = Asked(plan, grid, language)
+    asked = ExportedTraining(plan, grid, language)
     PlanError.check(
         [
-            *only_schedule(plan, grid, TOOL),
-            *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
+            *schedule_problems(plan, grid, TOOL),
+            *precision_problems(plan, TOOL, "bf16", "fp16", "fp32"),
             *_problems(plan, grid, language, len(model.layers), method),
-            *refusals(TOOL, ANSWERS, asked),
+            *export_refusals(TOOL, ANSWERS, asked),
         ]
     )
     command = '"${SCRIPT:-train.py}" --deepspeed --deepspeed_config ds_config.json'
@@ -110,24 +112,24 @@ def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> d
     }
     if grid.stages > 1:
         files["pipeline.py"] = _pipeline(grid, method, language)
-    return {**files, **notes_file(TOOL, notes(ANSWERS, asked))}
+    return {**files, **notes_file(TOOL, export_notes(ANSWERS, asked))}
 
 
-def _lines(asked: Asked) -> list[str]:
-    """Return the settings that techniques add, as `zero_optimization.stage = 1`."""
-    return lines(ANSWERS, asked, "stage")
+def _lines(asked: ExportedTraining) -> list[str]:
+    """Returns the settings that techniques add, as `zero_optimization.stage = 1`."""
+    return answer_lines(ANSWERS, asked, "stage")
 
 
 def uniform(items: int, stages: int) -> tuple[tuple[int, int], ...]:
-    """Compute DeepSpeed's `uniform` partition of a list of layers: the first stages take the
+    """Computes DeepSpeed's `uniform` partition of a list of layers: the first stages take the
     remainder."""
     each, over = divmod(items, stages)
     ends = accumulate((each + (stage < over) for stage in range(stages)), initial=0)
     return tuple(pairwise(ends))
 
 
-def _partition_method(grid: Grid, blocks: tuple[int, ...], items: int) -> str:
-    """Return the partition method that gives the plan's cuts; empty if none does.
+def _partition_method(grid: RegularGrid, blocks: tuple[int, ...], items: int) -> str:
+    """Returns the partition method that gives the plan's cuts; empty if none does.
 
     `type:` balances the number of blocks, which are the layers whose class has that word in its
     name.
@@ -138,7 +140,7 @@ def _partition_method(grid: Grid, blocks: tuple[int, ...], items: int) -> str:
 
 
 def _problems(
-    plan: Plan, grid: Grid, language: LanguageModel, items: int, method: str
+    plan: Plan, grid: RegularGrid, language: LanguageModel, items: int, method: str
 ) -> Iterator[Problem]:
     if grid.stages > 1 and grid.tensor > 1:
         found = f"{grid.stages} stages of tensor width {grid.tensor}"
@@ -157,7 +159,7 @@ def _problems(
         yield Problem(plan.name, "pipelines[0].stages", f"layers {found}", wanted)
 
 
-def _settings(asked: Asked, method: str) -> dict[str, Any]:
+def _settings(asked: ExportedTraining, method: str) -> dict[str, Any]:
     job, grid = asked.plan.job, asked.grid
     sgd = job.optimizer == "sgd"
     settings: dict[str, Any] = {
@@ -189,7 +191,7 @@ def _settings(asked: Asked, method: str) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(grid: Grid, method: str, language: LanguageModel) -> str:
+def _pipeline(grid: RegularGrid, method: str, language: LanguageModel) -> str:
     cuts = "|".join(str(end - first) for first, end in grid.layers)
     return f'''"""For PipelineModule(layers(...), **PIPELINE): {cuts}.
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe, mesh_text
+from meshwright.plan.ranks import describe_plan, mesh_text, stage_layout
 from meshwright.plan.spec import Pipeline, Plan, Stage
-from meshwright.plan.virtual import layout_of
 from meshwright.records import record
 
 Mesh = tuple[tuple[tuple[str, ...], ...], ...]
@@ -16,7 +15,7 @@ Mesh = tuple[tuple[tuple[str, ...], ...], ...]
 
 
 @record
-class Grid:
+class RegularGrid:
     """A plan in which every stage has the same widths and every replica the same work."""
 
     data: int
@@ -41,8 +40,8 @@ class Grid:
         return len(self.layers) // len(self.mesh)
 
 
-def grid_of(plan: Plan, tool: str) -> Grid:
-    """Return the grid that a plan forms; equal pipelines count as replicas of one.
+def grid_of(plan: Plan, tool: str) -> RegularGrid:
+    """Returns the grid that a plan forms; equal pipelines count as replicas of one.
 
     Raises PlanError with every reason why the plan is no grid, worded for `tool`.
     """
@@ -51,9 +50,9 @@ def grid_of(plan: Plan, tool: str) -> Grid:
     stages = plan.pipelines[0].stages
     mesh = tuple(
         tuple(replica for pipeline in plan.pipelines for replica in pipeline.stages[s].devices)
-        for s, *_ in layout_of(plan.pipelines[0])
+        for s, *_ in stage_layout(plan.pipelines[0])
     )
-    return Grid(
+    return RegularGrid(
         data=len(mesh[0]),
         tensor=len(mesh[0][0]),
         layers=tuple(stage.layers for stage in stages),
@@ -69,15 +68,15 @@ def _widths(stage: Stage) -> tuple[int, int]:
 
 
 def _work(pipeline: Pipeline) -> tuple[object, ...]:
-    """Return what two pipelines must have in common to be replicas of one."""
+    """Returns what two pipelines must have in common to be replicas of one."""
     stages = tuple((stage.layers, _widths(stage)) for stage in pipeline.stages)
-    return pipeline.micro_batches, pipeline.rows, stages, layout_of(pipeline)
+    return pipeline.micro_batches, pipeline.rows, stages, stage_layout(pipeline)
 
 
 def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
     if len({_work(pipeline) for pipeline in plan.pipelines}) > 1:
         wanted = f"equal pipelines: {tool} gives every replica the same layers and the same rows"
-        yield Problem(plan.name, "pipelines", describe(plan), wanted)
+        yield Problem(plan.name, "pipelines", describe_plan(plan), wanted)
     for p, pipeline in enumerate(plan.pipelines):
         yield from pipeline_problems(plan, p, pipeline, tool)
     if len({stage.recompute for pipeline in plan.pipelines for stage in pipeline.stages}) > 1:
@@ -86,7 +85,7 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:
-    """Yield the reasons why the stages of one pipeline do not form a grid."""
+    """Yields the reasons why the stages of one pipeline do not form a grid."""
     where = f"pipelines[{index}].stages"
     widths = list(dict.fromkeys(_widths(stage) for stage in pipeline.stages))
     if len(widths) > 1:
@@ -102,8 +101,8 @@ def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> 
             yield Problem(plan.name, f"{where}[{s}].rows", str(list(stage.rows)), wanted)
 
 
-def blocks_by_stage(plan: Plan, grid: Grid, model: LayerGraph, tool: str) -> tuple[int, ...]:
-    """Return the number of blocks of each stage of a language model, not counting embedding and
+def blocks_by_stage(plan: Plan, grid: RegularGrid, model: LayerGraph, tool: str) -> tuple[int, ...]:
+    """Returns the number of blocks of each stage of a language model, not counting embedding and
     head.
 
     Raises PlanError if the model does not consist of embedding, blocks and head.
@@ -122,8 +121,8 @@ def is_even(blocks: tuple[int, ...]) -> bool:
     return len(set(blocks)) == 1 and blocks[0] > 0
 
 
-def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
-    """Yield a Problem if the schedule is not 1F1B and the plan depends on that."""
+def schedule_problems(plan: Plan, grid: RegularGrid, tool: str) -> Iterator[Problem]:
+    """Yields a Problem if the schedule is not 1F1B and the plan depends on that."""
     if grid.chunks > 1:
         found = f"{grid.chunks} stages on each device, {plan.schedule}"
         wanted = f"one stage on each device: {tool} has no such order"
@@ -134,8 +133,8 @@ def only_schedule(plan: Plan, grid: Grid, tool: str) -> Iterator[Problem]:
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
 
 
-def only_precisions(plan: Plan, tool: str, *known: str) -> Iterator[Problem]:
-    """Yield a Problem if the tool does not compute in the job's precision."""
+def precision_problems(plan: Plan, tool: str, *known: str) -> Iterator[Problem]:
+    """Yields a Problem if the tool does not compute in the job's precision."""
     if plan.job.precision not in known:
         wanted = f"{' or '.join(known)}, which {tool} computes in"
         yield Problem(plan.name, "job.precision", plan.job.precision, wanted)

@@ -11,35 +11,40 @@ from typing import Any
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import (
     LABEL,
-    Answer,
     Answers,
-    Asked,
-    blocks,
-    by,
-    lines,
-    no_matter,
-    notes,
+    ExportedTraining,
+    PropertyAnswer,
+    answer_lines,
+    block_answers,
+    export_notes,
+    export_refusals,
+    format_value,
+    grid_answers,
+    irrelevant,
     notes_file,
     only,
-    refusals,
-    regular,
-    shown,
     switch,
     written,
+    written_by,
 )
 from meshwright.export.grid import (
-    Grid,
+    RegularGrid,
     blocks_by_stage,
     grid_of,
     is_even,
-    only_precisions,
-    only_schedule,
+    precision_problems,
+    schedule_problems,
 )
-from meshwright.export.launch import is_node_by_node, launch_script, replica_major, stage_major
+from meshwright.export.launch_script import (
+    is_node_by_node,
+    launch_script,
+    replica_major,
+    stage_major,
+)
 from meshwright.model.config import LanguageModel
 from meshwright.model.spec import LayerGraph
+from meshwright.model.transformer.defaults import architecture_of, base_of
 from meshwright.model.transformer.spec import Scaling
-from meshwright.model.transformer.usual import base_of, made_of
 from meshwright.plan.spec import Plan
 
 TOOL = "Megatron-LM"
@@ -63,20 +68,20 @@ _BLOCKS = {
 """Megatron's arguments for the blocks of each model family."""
 
 
-def _family(_: str, asked: Asked) -> str:
+def _family(_: str, asked: ExportedTraining) -> str:
     known = base_of(asked.language) in _BLOCKS
     return "" if known else f"one of {', '.join(_BLOCKS)}: {TOOL} has no such blocks"
 
 
-def _scaled(value: Scaling, _: Asked) -> list[str] | None:
-    """Return the arguments for Llama 3's rotary scaling, the factor of which is the only figure
+def _scaled(value: Scaling, _: ExportedTraining) -> list[str] | None:
+    """Returns the arguments for Llama 3's rotary scaling, the factor of which is the only figure
     that Megatron can change."""
     if value.kind != "llama3" or (value.low, value.high, value.original) != (1.0, 4.0, 8192):
         return None
-    return ["--use-rope-scaling", f"--rope-scaling-factor {shown(value.factor)}"]
+    return ["--use-rope-scaling", f"--rope-scaling-factor {format_value(value.factor)}"]
 
 
-_EXPRESSED: dict[str, Callable[[Any, Asked], list[str] | None]] = {
+_EXPRESSED: dict[str, Callable[[Any, ExportedTraining], list[str] | None]] = {
     "norm.epsilon": lambda _, __: [],
     "rotary.scaling": _scaled,
     "query_bias": lambda _, asked: _query_bias(asked),
@@ -84,39 +89,39 @@ _EXPRESSED: dict[str, Callable[[Any, Asked], list[str] | None]] = {
 }
 
 
-def _query_bias(asked: Asked) -> list[str] | None:
-    """Return the argument for biases of queries, keys and values; a Llama with these is a Qwen."""
+def _query_bias(asked: ExportedTraining) -> list[str] | None:
+    """Returns the argument for biases of queries, keys and values; a Llama with these is a Qwen."""
     return ["--add-qkv-bias"] if base_of(asked.language) != "gpt2" else None
 
 
-def _positions(value: int, asked: Asked) -> list[str]:
+def _positions(value: int, asked: ExportedTraining) -> list[str]:
     return [f"--max-position-embeddings {max(value, asked.plan.job.sequence)}"]
 
 
-def _padding(value: int, asked: Asked) -> str:
-    """Return the note on padding of the vocabulary, which every tensor rank holds an equal part
+def _padding(value: int, asked: ExportedTraining) -> str:
+    """Returns the note on padding of the vocabulary, which every tensor rank holds an equal part
     of."""
     over = -value % asked.grid.tensor
     ranks = f"so that {asked.grid.tensor} tensor ranks divide it"
     return f"the vocabulary is {value + over}, {over} more than {value}, {ranks}" if over else ""
 
 
-def _groups(value: int, asked: Asked) -> list[str]:
+def _groups(value: int, asked: ExportedTraining) -> list[str]:
     if value == asked.language.heads:
         return []
     return ["--group-query-attention", f"--num-query-groups {value}"]
 
 
-def _rotary_base(value: float, asked: Asked) -> list[str]:
+def _rotary_base(value: float, asked: ExportedTraining) -> list[str]:
     return [] if base_of(asked.language) == "gpt2" else [f"--rotary-base {value:.0f}"]
 
 
-def _whole(value: float, _: Asked) -> str:
+def _whole(value: float, _: ExportedTraining) -> str:
     return "" if value == round(value) else f"a whole number: {TOOL} has no other rotary bases"
 
 
-def _residual_std(_: Any, asked: Asked) -> str:
-    """Return the note on initialisation: Megatron initialises every model as GPT-2 does."""
+def _residual_std(_: Any, asked: ExportedTraining) -> str:
+    """Returns the note on initialisation: Megatron initialises every model as GPT-2 does."""
     if base_of(asked.language) == "gpt2":
         return ""
     return (
@@ -125,96 +130,103 @@ def _residual_std(_: Any, asked: Asked) -> str:
     )
 
 
-def _experts(value: int, _: Asked) -> list[str]:
+def _experts(value: int, _: ExportedTraining) -> list[str]:
     return [f"--num-experts {value}"] * (value > 0)
 
 
-def _chosen(value: int, asked: Asked) -> list[str]:
+def _chosen(value: int, asked: ExportedTraining) -> list[str]:
     return [f"--moe-router-topk {value}"] * (asked.language.experts > 0)
 
 
-def _balancing(value: float, asked: Asked) -> list[str]:
-    """Return the arguments for balancing experts; without an auxiliary loss nothing balances
+def _balancing(value: float, asked: ExportedTraining) -> list[str]:
+    """Returns the arguments for balancing experts; without an auxiliary loss nothing balances
     them."""
     if not asked.language.experts:
         return []
     kind = "aux_loss" if value else "none"
-    return [f"--moe-router-load-balancing-type {kind}", f"--moe-aux-loss-coeff {shown(value)}"]
+    return [
+        f"--moe-router-load-balancing-type {kind}",
+        f"--moe-aux-loss-coeff {format_value(value)}",
+    ]
 
 
-def _optimizer(value: str, _: Asked) -> list[str]:
-    """Return the arguments for the optimizer; SGD in plans has no momentum, which would also take
+def _optimizer(value: str, _: ExportedTraining) -> list[str]:
+    """Returns the arguments for the optimizer; SGD in plans has no momentum, which would also take
     memory."""
     return ["--optimizer sgd", "--sgd-momentum 0"] if value == "sgd" else ["--optimizer adam"]
 
 
-def _gradient_sums(_: Any, asked: Asked) -> list[str]:
+def _gradient_sums(_: Any, asked: ExportedTraining) -> list[str]:
     return ["--accumulate-allreduce-grads-in-fp32"] * (asked.plan.job.precision != "fp32")
 
 
 ANSWERS: Answers = {
-    **regular(TOOL),
-    "model.name": no_matter(LABEL),
-    "model.family": Answer(
+    **grid_answers(TOOL),
+    "model.name": irrelevant(LABEL),
+    "model.family": PropertyAnswer(
         "`--normalization`, `--swiglu`, `--disable-bias-linear`, `--position-embedding-type`",
         write=lambda _, asked: _BLOCKS[base_of(asked.language)],
         wanted=_family,
     ),
-    "model.vocabulary": Answer(
+    "model.vocabulary": PropertyAnswer(
         "`--vocab-size`, padded for tensor ranks where they do not divide it (listed)",
         write=lambda value, _: [f"--vocab-size {value}", "--make-vocab-size-divisible-by 1"],
         note=_padding,
     ),
-    "model.positions": by("`--max-position-embeddings`", _positions),
+    "model.positions": written_by("`--max-position-embeddings`", _positions),
     "model.width": written("--hidden-size {}"),
     "model.layers": written("--num-layers {}"),
     "model.heads": written("--num-attention-heads {}"),
-    "model.kv_heads": by("`--num-query-groups`", _groups),
+    "model.kv_heads": written_by("`--num-query-groups`", _groups),
     "model.head": written("--kv-channels {}"),
     "model.hidden": written("--ffn-hidden-size {}"),
     "model.tied": switch("--untie-embeddings-and-output-weights", when=False),
-    "model.experts": by("`--num-experts`", _experts),
-    "model.chosen": by("`--moe-router-topk`", _chosen),
-    "model.rotary_base": Answer("`--rotary-base`, if whole", write=_rotary_base, wanted=_whole),
+    "model.experts": written_by("`--num-experts`", _experts),
+    "model.chosen": written_by("`--moe-router-topk`", _chosen),
+    "model.rotary_base": PropertyAnswer(
+        "`--rotary-base`, if whole", write=_rotary_base, wanted=_whole
+    ),
     "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
     "model.dropout": written(
         "--attention-dropout {}",
         "--hidden-dropout {}",
         told="`--attention-dropout 0`, `--hidden-dropout 0`",
     ),
-    "model.architecture": blocks(
+    "model.architecture": block_answers(
         TOOL,
         "`--norm-epsilon`, `--use-rope-scaling`, `--add-qkv-bias`, `--qk-layernorm`; what else is "
         "not usual is refused",
-        lambda asked: [f"--norm-epsilon {shown(made_of(asked.language).norm.epsilon)}"],
+        lambda asked: [
+            f"--norm-epsilon {format_value(architecture_of(asked.language).norm.epsilon)}"
+        ],
         _EXPRESSED,
     ),
-    "model.initial_std": Answer(
+    "model.initial_std": PropertyAnswer(
         "`--init-method-std`; narrower on the residual stream (listed)",
-        write=lambda value, _: [f"--init-method-std {shown(value)}"],
+        write=lambda value, _: [f"--init-method-std {format_value(value)}"],
         note=_residual_std,
     ),
-    "model.auxiliary_loss": by("`--moe-router-load-balancing-type`", _balancing),
-    "job.optimizer": by("`--optimizer`; SGD with `--sgd-momentum 0`", _optimizer),
+    "model.auxiliary_loss": written_by("`--moe-router-load-balancing-type`", _balancing),
+    "job.optimizer": written_by("`--optimizer`; SGD with `--sgd-momentum 0`", _optimizer),
     "training.clip_norm": written("--clip-grad {}"),
-    "training.gradient_sums": by("`--accumulate-allreduce-grads-in-fp32`", _gradient_sums),
-    "training.attention_within_documents": no_matter("off by default"),
-    "training.sharded_weights": no_matter("off by default"),
-    "training.sequence_parallel": no_matter("off by default"),
+    "training.gradient_sums": written_by("`--accumulate-allreduce-grads-in-fp32`", _gradient_sums),
+    "training.attention_within_documents": irrelevant("off by default"),
+    "training.sharded_weights": irrelevant("off by default"),
+    "training.sequence_parallel": irrelevant("off by default"),
 }
 
 
 def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """Return the files `arguments.txt`, `launch.sh` and the notes. Raises PlanError if Megatron-LM
+    """Returns the files `arguments.txt`, `launch.sh` and the notes. Raises PlanError if Megatron-LM
     cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
-    asked = Asked(plan, grid, language)
+    asked = ExportedTraining(plan, grid, language)
     PlanError.check(
         [
             *_order_problems(plan, grid),
-            *only_precisions(plan, TOOL, "bf16", "fp16", "fp32"),
-            *refusals(TOOL, ANSWERS, asked),
+            *precision_problems(plan, TOOL, "bf16", "fp16", "fp32"),
+            *export_refusals(TOOL, ANSWERS, asked),
         ]
     )
     order = stage_major(grid)
@@ -222,7 +234,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
     if not is_node_by_node(order) and is_node_by_node(replica_major(grid)):
         order, mapping = replica_major(grid), ["--use-tp-pp-dp-mapping"]
     arguments = [
-        *lines(ANSWERS, asked, "model"),
+        *answer_lines(ANSWERS, asked, "model"),
         f"--seq-length {plan.job.sequence}",
         "--tokenizer-type NullTokenizer",
         f"--tensor-model-parallel-size {grid.tensor}",
@@ -232,7 +244,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         f"--micro-batch-size {grid.rows}",
         f"--global-batch-size {plan.job.global_batch}",
         *([] if plan.job.precision == "fp32" else [f"--{plan.job.precision}"]),
-        *lines(ANSWERS, asked, "job", "stage", "training"),
+        *answer_lines(ANSWERS, asked, "job", "stage", "training"),
         *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]
@@ -241,22 +253,22 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
     return {
         "arguments.txt": "\n".join(arguments) + "\n",
         "launch.sh": launch_script(order, command, environment=environment),
-        **notes_file(TOOL, notes(ANSWERS, asked)),
+        **notes_file(TOOL, export_notes(ANSWERS, asked)),
     }
 
 
-def _order_problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
-    """Yield Problems with the schedule; when Megatron interleaves, the number of micro-batches must
-    be a multiple of the number of pipeline ranks."""
+def _order_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
+    """Yields Problems with the schedule; when Megatron interleaves, the number of micro-batches
+    must be a multiple of the number of pipeline ranks."""
     if plan.schedule != "interleaved-1f1b" or grid.chunks == 1 or grid.stages == 1:
-        yield from only_schedule(plan, grid, TOOL)
+        yield from schedule_problems(plan, grid, TOOL)
     elif grid.micro_batches % grid.stages:
         wanted = f"a multiple of {grid.stages}: {TOOL} interleaves so many at a time"
         yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
 
 
-def _split(blocks: tuple[int, ...], grid: Grid) -> list[str]:
-    """Return the arguments for the cuts: only the number of virtual stages if all stages have the
+def _split(blocks: tuple[int, ...], grid: RegularGrid) -> list[str]:
+    """Returns the arguments for the cuts: only the number of virtual stages if all stages have the
     same number of blocks, a count for the first or last stage if only these differ, else the layout
     of every stage."""
     if grid.stages == 1 or is_even(blocks):

@@ -14,10 +14,15 @@ from dataclasses import replace
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import notes_file
 from meshwright.export.grid import pipeline_problems
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import Pipeline, Plan
-from meshwright.plan.virtual import layout_of
-from meshwright.program.actions import Order, one, parse_order, word, words
+from meshwright.program.actions import (
+    Order,
+    format_action,
+    format_order,
+    parse_order,
+    single_action,
+)
 from meshwright.program.orders import check_orders, orders_of
 from meshwright.techniques import provided
 
@@ -25,7 +30,7 @@ TOOL = "torch.distributed.pipelining"
 
 
 def pipelining_files(plan: Plan) -> dict[str, str]:
-    """Return the file `schedule.csv`, or `schedule-0.csv` and so on if pipelines differ, and the
+    """Returns the file `schedule.csv`, or `schedule-0.csv` and so on if pipelines differ, and the
     notes. Raises PlanError for stages of different widths or replicas with different rows, between
     which torch's stages cannot send."""
     PlanError.check(
@@ -41,9 +46,10 @@ def pipelining_files(plan: Plan) -> dict[str, str]:
 
 
 def _not_in_csv(plan: Plan) -> Iterator[str]:
-    """Yield the notes: everything but the schedule."""
+    """Yields the notes: everything but the schedule."""
     job = plan.job
-    yield f"the model, {plan.model.name}, which is your own code, and its cuts: {describe(plan)}"
+    cuts = describe_plan(plan)
+    yield f"the model, {plan.model.name}, which is your own code, and its cuts: {cuts}"
     yield (
         f"the job: {job.global_batch} rows of {job.sequence} tokens in a step, {job.precision}, "
         f"{job.optimizer}"
@@ -53,11 +59,11 @@ def _not_in_csv(plan: Plan) -> Iterator[str]:
 
 
 def schedule_csv(orders: Sequence[Order]) -> str:
-    """Format orders as CSV; a W of several micro-batches becomes single ones, the only kind that
+    """Formats orders as CSV; a W of several micro-batches becomes single ones, the only kind that
     torch has."""
     rows = (
         ",".join(
-            word(one(action.op, action.stage, m), alone=False)
+            format_action(single_action(action.op, action.stage, m), alone=False)
             for action in order
             for m in range(action.first, action.last)
         )
@@ -67,7 +73,7 @@ def schedule_csv(orders: Sequence[Order]) -> str:
 
 
 def with_schedule(plan: Plan, texts: Sequence[str], sources: Sequence[str]) -> Plan:
-    """Return the plan with schedule `custom`, in the order of CSV files, one for every pipeline or
+    """Returns the plan with schedule `custom`, in the order of CSV files, one for every pipeline or
     one for all. Raises PlanError, naming file, line and word, for an order that cannot run."""
     if len(texts) not in (1, len(plan.pipelines)):
         wanted = f"1, or one for each of {len(plan.pipelines)} pipelines"
@@ -82,7 +88,7 @@ def with_schedule(plan: Plan, texts: Sequence[str], sources: Sequence[str]) -> P
 
 
 def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
-    layout = layout_of(pipeline)
+    layout = stage_layout(pipeline)
     rows = [row for row in text.splitlines() if row.strip()]
     if len(rows) != len(layout):
         wanted = f"{len(layout)}, one for each group of devices of the pipeline"
@@ -96,7 +102,7 @@ def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
             Problem(
                 source,
                 f"line {number}, word {index}",
-                word(action, alone=False),
+                format_action(action, alone=False),
                 f"stages of its devices: {', '.join(map(str, held))}",
             )
             for index, action in enumerate(order)
@@ -105,5 +111,5 @@ def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
         found.append(order)
     check_orders(found, layout, pipeline.micro_batches, source=source, where="file")
     return tuple(
-        words(order, alone=len(held) == 1) for order, held in zip(found, layout, strict=True)
+        format_order(order, alone=len(held) == 1) for order, held in zip(found, layout, strict=True)
     )

@@ -13,9 +13,9 @@ from meshwright.export.torchtitan import torchtitan_files
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
 from meshwright.model.spec import LayerGraph
-from meshwright.model.transformer.usual import base_of
+from meshwright.model.transformer.defaults import base_of
 from meshwright.plan.spec import Plan
-from meshwright.text import did_you_mean, flaw
+from meshwright.text import did_you_mean, forbidden_character
 
 _WRITERS: dict[str, Callable[[Plan, LayerGraph, LanguageModel], dict[str, str]]] = {
     "torchtitan": torchtitan_files,
@@ -28,14 +28,14 @@ TOOLS = (*_WRITERS, PIPELINING)
 
 
 def check_tool(tool: str) -> None:
-    """Raise PlanError if the tool is unknown."""
+    """Raises PlanError if the tool is unknown."""
     if tool not in TOOLS:
         wanted, mend = f"one of: {', '.join(TOOLS)}", did_you_mean(tool, TOOLS)
         raise PlanError(Problem("--to", "", repr(tool), wanted, mend))
 
 
 def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
-    """Return the text of every file that `tool` needs for the plan, by file name.
+    """Returns the text of every file that `tool` needs for the plan, by file name.
 
     Raises PlanError with every reason why the tool cannot express the plan.
     """
@@ -43,7 +43,7 @@ def export_files(plan: Plan, model: LayerGraph, tool: str) -> dict[str, str]:
     PlanError.check(
         Problem(plan.name, "devices", device, "names that a script can hold", f"without {wrong}")
         for device in plan.devices
-        if (wrong := flaw(device))
+        if (wrong := forbidden_character(device))
     )
     if tool == PIPELINING:
         return pipelining_files(plan)

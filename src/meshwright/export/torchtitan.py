@@ -12,29 +12,29 @@ from collections.abc import Iterator
 from meshwright.errors import PlanError, Problem
 from meshwright.export.answers import (
     LABEL,
-    Answer,
     Answers,
-    Asked,
-    blocks,
-    by,
-    lines,
-    listed,
-    no_matter,
-    notes,
+    ExportedTraining,
+    PropertyAnswer,
+    answer_lines,
+    block_answers,
+    export_notes,
+    export_refusals,
+    format_value,
+    grid_answers,
+    irrelevant,
+    listed_in_notes,
     notes_file,
     only,
     planned,
-    refusals,
-    regular,
-    shown,
     written,
+    written_by,
 )
-from meshwright.export.grid import Grid, blocks_by_stage, grid_of, only_precisions
-from meshwright.export.launch import launch_script, stage_major
-from meshwright.export.writing import docstring
+from meshwright.export.grid import RegularGrid, blocks_by_stage, grid_of, precision_problems
+from meshwright.export.launch_script import launch_script, stage_major
+from meshwright.export.writing import python_docstring
 from meshwright.model.config import NAMED, LanguageModel
 from meshwright.model.spec import LayerGraph
-from meshwright.model.transformer.usual import base_of, made_of
+from meshwright.model.transformer.defaults import architecture_of, base_of
 from meshwright.plan.spec import Plan
 
 TOOL = "torchtitan"
@@ -42,51 +42,51 @@ BASES = {"llama-3-8b": "llama3_8b", "llama-3-70b": "llama3_70b"}
 """Configurations in torchtitan.models.llama3.config_registry, by the models that they describe."""
 
 
-def _same(name: str, found: str) -> Answer:
-    """Write a line that refuses a configuration of another model when training starts."""
-    return Answer(
+def _same(name: str, found: str) -> PropertyAnswer:
+    """Writes a line that refuses a configuration of another model when training starts."""
+    return PropertyAnswer(
         "checked when it starts",
         write=lambda value, _: [f"same({name!r}, {found}, {value!r})"],
     )
 
 
-def _llama(_: str, asked: Asked) -> str:
+def _llama(_: str, asked: ExportedTraining) -> str:
     return (
         "" if base_of(asked.language) == "llama" else f"llama: {TOOL} has no GPT-2 and no Mixtral"
     )
 
 
-def _norms(asked: Asked) -> list[str]:
-    epsilon = shown(made_of(asked.language).norm.epsilon)
+def _norms(asked: ExportedTraining) -> list[str]:
+    epsilon = format_value(architecture_of(asked.language).norm.epsilon)
     return [
         f"model.norm.eps = each.attention_norm.eps = each.ffn_norm.eps = {epsilon}",
         "each.attention.rope.scaling = 'none'",
     ]
 
 
-def _tied(value: bool, asked: Asked) -> str:
+def _tied(value: bool, asked: ExportedTraining) -> str:
     apart = value and asked.grid.stages > 1
     return f"False: {TOOL} does not tie weights of two stages, and would train two" if apart else ""
 
 
-def _positions(value: int, asked: Asked) -> list[str]:
+def _positions(value: int, asked: ExportedTraining) -> list[str]:
     longest = max(value, asked.plan.job.sequence)
     return [f"each.attention.rope.max_context_length = {longest}"]
 
 
 ANSWERS: Answers = {
-    **regular(TOOL),
-    "model.name": no_matter(LABEL),
-    "model.family": Answer("only Llamas", wanted=_llama),
+    **grid_answers(TOOL),
+    "model.name": irrelevant(LABEL),
+    "model.family": PropertyAnswer("only Llamas", wanted=_llama),
     "model.vocabulary": _same("vocabulary", "model.vocab_size"),
-    "model.positions": by("`rope.max_context_length`", _positions),
+    "model.positions": written_by("`rope.max_context_length`", _positions),
     "model.width": _same("width", "model.dim"),
     "model.layers": _same("layers", "len(model.layers)"),
     "model.heads": _same("heads", "each.attention.n_heads"),
     "model.kv_heads": _same("kv_heads", "each.attention.n_kv_heads or each.attention.n_heads"),
     "model.head": _same("head", "each.attention.head_dim or model.dim // each.attention.n_heads"),
     "model.hidden": _same("hidden", "each.feed_forward.w1.out_features"),
-    "model.tied": Answer(
+    "model.tied": PropertyAnswer(
         "checked when it starts; refused where stages share a weight",
         write=lambda value, _: [f"same('tied', model.enable_weight_tying, {value})"],
         wanted=_tied,
@@ -96,22 +96,22 @@ ANSWERS: Answers = {
     "model.rotary_base": written("each.attention.rope.theta = {}", told="`rope.theta`"),
     "model.levels": only(0, lacks=f"{TOOL} has no U-Transformers"),
     "model.dropout": only(0.0, lacks=f"{TOOL} has no dropout"),
-    "model.architecture": blocks(
+    "model.architecture": block_answers(
         TOOL,
         "`eps` of every norm, `rope.scaling`; what is not usual else is refused",
         _norms,
         {"norm.epsilon": lambda _, __: []},
     ),
-    "model.initial_std": listed(
+    "model.initial_std": listed_in_notes(
         "the first weights: drawn from torchtitan's own distributions, not with a deviation of {}"
     ),
     "model.auxiliary_loss": only(0.0, lacks=f"{TOOL} has no experts in its Llama"),
     "training.clip_norm": written("training.max_norm = {}"),
-    "training.gradient_sums": by(
+    "training.gradient_sums": written_by(
         "`training.mixed_precision_reduce`",
         lambda _, __: ["training.mixed_precision_reduce = 'float32'"],
     ),
-    "training.attention_within_documents": listed(
+    "training.attention_within_documents": listed_in_notes(
         "the mask of attention: torchtitan's stays inside each document, the plan's does not"
     ),
     "training.sharded_weights": planned("`data_parallel_shard_degree`"),
@@ -131,16 +131,16 @@ def same(what, found, planned):
 
 
 def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> dict[str, str]:
-    """Return the files `meshwright_plan.py`, `launch.sh` and the notes. Raises PlanError if
+    """Returns the files `meshwright_plan.py`, `launch.sh` and the notes. Raises PlanError if
     torchtitan cannot run the plan."""
     grid = grid_of(plan, TOOL)
     blocks = blocks_by_stage(plan, grid, model, TOOL)
-    asked = Asked(plan, grid, language)
+    asked = ExportedTraining(plan, grid, language)
     PlanError.check(
         [
-            *only_precisions(plan, TOOL, "bf16", "fp32"),
+            *precision_problems(plan, TOOL, "bf16", "fp32"),
             *_problems(plan, grid),
-            *refusals(TOOL, ANSWERS, asked),
+            *export_refusals(TOOL, ANSWERS, asked),
         ]
     )
     own = language == NAMED.get(language.name)  # a config.json may carry another model's name
@@ -157,22 +157,22 @@ def torchtitan_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
         "launch.sh": launch_script(
             stage_major(grid), command, environment='PYTHONPATH="$PWD:${PYTHONPATH:-}"'
         ),
-        **notes_file(TOOL, notes(ANSWERS, asked)),
+        **notes_file(TOOL, export_notes(ANSWERS, asked)),
     }
 
 
-def _module(asked: Asked, blocks: tuple[int, ...], base: str | None) -> str:
-    """Return the text of `meshwright_plan.py`: `apply`, which changes a configuration, and `train`,
-    a complete one, if torchtitan has the model."""
+def _module(asked: ExportedTraining, blocks: tuple[int, ...], base: str | None) -> str:
+    """Returns the text of `meshwright_plan.py`: `apply`, which changes a configuration, and
+    `train`, a complete one, if torchtitan has the model."""
     plan, grid, language = asked.plan, asked.grid, asked.language
     title = f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."
     imports = ["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute
     if base:
         imports.append(f"from torchtitan.models.llama3.config_registry import {base}")
-    of_model = "\n".join(f"        {line}" for line in lines(ANSWERS, asked, "model"))
+    of_model = "\n".join(f"        {line}" for line in answer_lines(ANSWERS, asked, "model"))
     return "\n".join(
         [
-            docstring(title),
+            python_docstring(title),
             *([""] * bool(imports)),
             *imports,
             "",
@@ -183,7 +183,7 @@ def _module(asked: Asked, blocks: tuple[int, ...], base: str | None) -> str:
             *(f"    parallelism.{name} = {value!r}" for name, value in _parallelism(plan, grid)),
             *_parts(grid, blocks),
             *(f"    training.{name} = {value!r}" for name, value in _training(plan, grid)),
-            *(f"    {line}" for line in lines(ANSWERS, asked, "training")),
+            *(f"    {line}" for line in answer_lines(ANSWERS, asked, "training")),
             f"    config.activation_checkpoint = {'FullAC.Config()' if grid.recompute else None}",
             "    check(config.model_spec.model)",
             "    return config",
@@ -201,7 +201,7 @@ SEVERAL: dict[str, str] = {"interleaved-1f1b": "Interleaved1F1B", "zb-v": "ZBVZe
 (SEVERAL) of each device."""
 
 
-def _problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
+def _problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
     rounds = max(1, grid.micro_batches // grid.stages)
     if plan.schedule == "interleaved-1f1b" and grid.micro_batches % rounds:
         wanted = f"a multiple of {rounds}: as many micro-batches in each round of {grid.stages}"
@@ -216,12 +216,12 @@ def _problems(plan: Plan, grid: Grid) -> Iterator[Problem]:
         yield Problem(plan.name, "job.optimizer", plan.job.optimizer, wanted)
 
 
-def _schedules(grid: Grid) -> dict[str, str]:
+def _schedules(grid: RegularGrid) -> dict[str, str]:
     return SEVERAL if grid.chunks > 1 and grid.stages > 1 else SINGLE
 
 
-def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
-    """Return the settings of parallelism: parameters are replicated, as in the plan, and every
+def _parallelism(plan: Plan, grid: RegularGrid) -> list[tuple[str, object]]:
+    """Returns the settings of parallelism: parameters are replicated, as in the plan, and every
     tensor rank holds whole activations."""
     settings: list[tuple[str, object]] = [
         ("data_parallel_replicate_degree", grid.data),
@@ -237,8 +237,8 @@ def _parallelism(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
     return settings
 
 
-def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
-    """Return the lines that name the modules of every stage; torchtitan deals several stages to
+def _parts(grid: RegularGrid, blocks: tuple[int, ...]) -> list[str]:
+    """Returns the lines that name the modules of every stage; torchtitan deals several stages to
     each device in the same order as plans."""
     if grid.stages == 1:
         return []
@@ -252,7 +252,7 @@ def _parts(grid: Grid, blocks: tuple[int, ...]) -> list[str]:
     return [*lines, "    ]"]
 
 
-def _training(plan: Plan, grid: Grid) -> list[tuple[str, object]]:
+def _training(plan: Plan, grid: RegularGrid) -> list[tuple[str, object]]:
     job = plan.job
     # torchtitan captures CUDA graphs by default, but cannot do so with stages.
     graphs: list[tuple[str, object]] = [("disable_cuda_graphs", True)] if grid.stages > 1 else []

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import shlex
 
-from meshwright.text import flaw, printable
+from meshwright.text import forbidden_character, printable
 
 
-def docstring(text: str) -> str:
-    """Return a Python docstring of one line, or a plain literal if quotes would end a docstring."""
-    plain = '"""' not in text and "\\" not in text and not text.endswith('"') and not flaw(text)
+def python_docstring(text: str) -> str:
+    """Returns a Python docstring of one line, or a plain literal if quotes would end a
+    docstring."""
+    plain = (
+        '"""' not in text
+        and "\\" not in text
+        and not text.endswith('"')
+        and not forbidden_character(text)
+    )
     return f'"""{text}"""' if plain else repr(text)
 
 
-def comment(text: str) -> str:
-    """Return a comment of one line, for Python, YAML and shells."""
+def line_comment(text: str) -> str:
+    """Returns a comment of one line, for Python, YAML and shells."""
     return f"# {printable(text)}"
 
 
 def shell_default(name: str) -> str:
-    """Quote a word for use in `"${NAME:-word}"`, where plain quotes would become part of the
+    """Quotes a word for use in `"${NAME:-word}"`, where plain quotes would become part of the
     word."""
     word = shlex.quote(name)
     return name if word == name else f"$(printf %s {word})"

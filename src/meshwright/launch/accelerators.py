@@ -10,25 +10,25 @@ import json
 
 from meshwright.errors import LaunchError, Problem
 from meshwright.launch.fork_server import SpawnRequest
-from meshwright.launch.supervise import ForkServer, see_through
-from meshwright.runtime.failure import say
+from meshwright.launch.supervise import ForkServer, run_to_end
+from meshwright.runtime.failure import report_line
 
 RANK = -2
 """Pseudo rank of the process that counts."""
 
 
 def accelerators(server: ForkServer, timeout_seconds: float) -> int:
-    """Return the number of CUDA devices of this machine. Raises LaunchError if there is no answer,
+    """Returns the number of CUDA devices of this machine. Raises LaunchError if there is no answer,
     or a process is stopped for `timeout_seconds`."""
     request = SpawnRequest(rank=RANK, environment={}, module=__name__, arguments=(), log="")
-    for event in see_through(server, [request], timeout_seconds=timeout_seconds):
+    for event in run_to_end(server, [request], timeout_seconds=timeout_seconds):
         if event.kind == "said":
             return int(json.loads(event.said))
     raise LaunchError(Problem("this machine", "accelerators", "no answer", "their number"))
 
 
 def main() -> None:
-    """Report the number of CUDA devices to the launcher."""
+    """Reports the number of CUDA devices to the launcher."""
     import torch
 
-    say(json.dumps(torch.cuda.device_count()))
+    report_line(json.dumps(torch.cuda.device_count()))

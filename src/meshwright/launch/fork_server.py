@@ -29,7 +29,7 @@ from typing import Literal
 
 from meshwright.errors import LaunchError
 from meshwright.records import parse, plain, record
-from meshwright.runtime.variables import REPORT
+from meshwright.runtime.launch_variables import REPORT
 
 LONGEST_LINE = 1 << 20
 """Longest report of a process in bytes."""
@@ -39,7 +39,7 @@ PARENT_DEATH_SIGNAL, NAME = 1, 15
 """PR_SET_PDEATHSIG and PR_SET_NAME of prctl(2)."""
 
 
-Kind = Literal["refused", "said", "stopped", "continued", "exited"]
+EventKind = Literal["refused", "said", "stopped", "continued", "exited"]
 """Kinds of events of a process; `refused`: the system could not create it."""
 
 
@@ -63,13 +63,13 @@ class SpawnRequest:
 
 
 @record
-class Event:
+class ProcessEvent:
     """Something that happened to a rank."""
 
     rank: int
     seconds: float
     """Time of the event by the machine's clock, in seconds since the epoch."""
-    kind: Kind
+    kind: EventKind
     status: int = 0
     """Exit status, or minus the signal that ended or stopped it."""
     said: str = ""
@@ -77,15 +77,15 @@ class Event:
 
 
 def end_with_parent(parent: int | None = None, signal_number: int = signal.SIGKILL) -> None:
-    """Ask Linux to end this process when its parent dies; end at once if it has died already."""
+    """Asks Linux to end this process when its parent dies; ends at once if it has died already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal_number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
 
-def enter(namespace: str) -> None:
-    """Enter a network namespace. Raises OSError."""
+def enter_namespace(namespace: str) -> None:
+    """Enters a network namespace. Raises OSError."""
     handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -121,7 +121,7 @@ class _Server:
     ending: bool = False
 
     def serve(self) -> None:
-        """Fork the processes that the launcher asks for and report their events, until the input
+        """Forks the processes that the launcher asks for and reports their events, until the input
         ends or SIGTERM has come."""
         while not self.ending:
             pipes = {child.pipe: child for child in self.children.values() if child.pipe}
@@ -167,7 +167,7 @@ class _Server:
         return [child.pipe for child in self.children.values() if child.pipe]
 
     def hear(self, child: _Child) -> None:
-        """Forward the complete lines that a child has written."""
+        """Forwards the complete lines that a child has written."""
         if child.pipe is None:
             return
         try:
@@ -182,7 +182,7 @@ class _Server:
             child.pipe = None
 
     def reap(self) -> None:
-        """Report every change of state that has not been reported."""
+        """Reports every change of state that has not been reported."""
         while self.children:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not pid:
@@ -199,14 +199,14 @@ class _Server:
                 del self.children[pid]
                 self.tell(child.rank, "exited", os.waitstatus_to_exitcode(status))
 
-    def tell(self, rank: int, kind: Kind, status: int = 0, said: str = "") -> None:
-        event = Event(rank=rank, seconds=time.time(), kind=kind, status=status, said=said)
+    def tell(self, rank: int, kind: EventKind, status: int = 0, said: str = "") -> None:
+        event = ProcessEvent(rank=rank, seconds=time.time(), kind=kind, status=status, said=said)
         line = json.dumps(plain(event)).encode() + b"\n"
         while line:
             line = line[os.write(self.events, line) :]
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM to every process, and return when all of them have ended."""
+        """Sends SIGTERM to every process, and return when all of them have ended."""
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)
         while self.children:
@@ -217,7 +217,7 @@ class _Server:
 def _child(
     request: SpawnRequest, parent: int, report: int, output: int, others: tuple[int, ...]
 ) -> None:
-    """Run a process from fork to end. Does not return."""
+    """Runs a process from fork to end. Does not return."""
     status = 1
     try:
         end_with_parent(parent)
@@ -238,7 +238,7 @@ def _child(
 
 def _live(request: SpawnRequest, report: int, output: int) -> None:
     if request.namespace:
-        enter(request.namespace)
+        enter_namespace(request.namespace)
     if request.group:
         (Path(request.group) / "cgroup.procs").write_text(str(os.getpid()))
     os.set_inheritable(report, True)
@@ -260,7 +260,7 @@ def _live(request: SpawnRequest, report: int, output: int) -> None:
 
 
 def main() -> None:
-    """Serve the launcher that started this process."""
+    """Serves the launcher that started this process."""
     parent, output, modules = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     end_with_parent(parent)
     events = os.dup(1)

@@ -14,14 +14,14 @@ from typing import Self
 
 from meshwright import files
 from meshwright.launch.accelerators import accelerators
-from meshwright.launch.cause import cause
-from meshwright.launch.fork_server import Event, SpawnRequest
-from meshwright.launch.signals import ended_by_signals
-from meshwright.launch.store import Meeting, new_token, open_store
-from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, failed, see_through
+from meshwright.launch.fork_server import ProcessEvent, SpawnRequest
+from meshwright.launch.root_cause import root_cause
+from meshwright.launch.signals import unwind_on_signals
+from meshwright.launch.store import Rendezvous, new_token, open_store
+from meshwright.launch.supervise import PRELOADED, STORE, ForkServer, has_failed, run_to_end
 from meshwright.records import record
-from meshwright.runtime import variables
-from meshwright.runtime.run import (
+from meshwright.runtime import launch_variables
+from meshwright.runtime.run_folder import (
     LOGS,
     METRICS,
     TIMELINE,
@@ -30,19 +30,19 @@ from meshwright.runtime.run import (
     failure_file,
 )
 
-Line = dict[str, float]
-Look = Callable[[Line], None]
+MetricsLine = dict[str, float]
+OnMetrics = Callable[[MetricsLine], None]
 WORKER = "meshwright.runtime.worker"
 PROCESS_BYTES = 350 * 2**20
 """Resident memory in bytes of a process that has imported PyTorch, before it holds a model."""
 
 
 @record
-class Place:
+class ProcessPlacement:
     """Says where a rank runs; this is what differs between the ranks of one machine."""
 
     node: str = "here"
-    address: str = variables.LOOPBACK
+    address: str = launch_variables.LOOPBACK
     """Network address of the rank's node."""
     interface: str | None = None
     """Network interface for traffic with other nodes; None: the loopback."""
@@ -52,9 +52,9 @@ class Place:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def here(_device: str) -> Place:
-    """Return the same place for every rank: this machine, without a namespace or control group."""
-    return Place()
+def on_this_machine(_device: str) -> ProcessPlacement:
+    """Returns the same place for every rank: this machine, without a namespace or control group."""
+    return ProcessPlacement()
 
 
 class Launcher:
@@ -64,11 +64,13 @@ class Launcher:
     `worker` is the module that ranks run.
     """
 
-    def __init__(self, place: Callable[[str], Place] = here, worker: str = WORKER) -> None:
+    def __init__(
+        self, place: Callable[[str], ProcessPlacement] = on_this_machine, worker: str = WORKER
+    ) -> None:
         self._place = place
         self._worker = worker
         self._server: ForkServer | None = None
-        self._meetings: dict[Place, Meeting] = {}
+        self._meetings: dict[ProcessPlacement, Rendezvous] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -81,31 +83,31 @@ class Launcher:
     ) -> None:
         self.close()
 
-    def warm(self) -> Self:
-        """Begin to import what ranks need, while the caller does something else."""
+    def preload(self) -> Self:
+        """Begins to import what ranks need, while the caller does something else."""
         self._started(*PRELOADED, WORKER)
         return self
 
     def _started(self, *modules: str) -> ForkServer:
-        """Return the fork server, which has imported these modules or will."""
+        """Returns the fork server, which has imported these modules or will."""
         if self._server is None:
             self._server = ForkServer(*modules)
         return self._server
 
-    def close(self, *, calmly: bool = False) -> None:
-        """End every process that was started."""
+    def close(self, *, gracefully: bool = False) -> None:
+        """Ends every process that was started."""
         server, self._server = self._server, None
         self._meetings.clear()
         if server is not None:
-            server.close(calmly=calmly)
+            server.close(gracefully=gracefully)
 
     def accelerators(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
-        """Return the number of CUDA devices that ranks can use here. Raises LaunchError if the
+        """Returns the number of CUDA devices that ranks can use here. Raises LaunchError if the
         process that counts is stopped for `timeout_seconds`."""
         return accelerators(self._started(*PRELOADED, WORKER), timeout_seconds)
 
     def processor_seconds(self) -> float:
-        """Return the processor seconds of all ranks that have ended since the last `close`."""
+        """Returns the processor seconds of all ranks that have ended since the last `close`."""
         return 0.0 if self._server is None else self._server.processor_seconds()
 
     def run(
@@ -114,27 +116,27 @@ class Launcher:
         folder: Path,
         *,
         module: str | None = None,
-        on_metrics: Look = lambda _: None,
+        on_metrics: OnMetrics = lambda _: None,
         timeout_seconds: float = TIMEOUT_SECONDS,
         node: str | None = None,
-        meeting: Meeting | None = None,
+        rendezvous: Rendezvous | None = None,
     ) -> None:
-        """Run `module`, or the launcher's worker, on all devices and wait for its end.
+        """Runs `module`, or the launcher's worker, on all devices and waits for its end.
 
         Each new line of metrics.jsonl goes to `on_metrics`. With `node`, only the ranks of that
-        node run, and meet all others at `meeting`. Raises the MeshwrightError of the first rank
+        node run, and meet all others at `rendezvous`. Raises the MeshwrightError of the first rank
         that fails, or a TrainingError that names the rank that was lost. After a failure no process
         is left.
         """
         started = time.time()
         self._started(*PRELOADED, WORKER).patience_seconds = timeout_seconds
         module, log = module or self._worker, folder / LOGS
-        requests = self.requests(devices, module, (str(folder),), log, node, meeting)
-        clear(folder, None if node is None else [request.rank for request in requests])
-        follower = Follower(folder / METRICS, on_metrics)
-        events = self._see_through(requests, follower.look, timeout_seconds)
-        if not _all_done(events, requests):
-            raise cause(events, folder, since=started)
+        requests = self.requests(devices, module, (str(folder),), log, node, rendezvous)
+        clear_run_files(folder, None if node is None else [request.rank for request in requests])
+        follower = LineFollower(folder / METRICS, on_metrics)
+        events = self._run_to_end(requests, follower.look, timeout_seconds)
+        if not _all_succeeded(events, requests):
+            raise root_cause(events, folder, since=started)
 
     def run_command(
         self,
@@ -142,12 +144,12 @@ class Launcher:
         command: Sequence[str],
         *,
         node: str | None = None,
-        meeting: Meeting | None = None,
-    ) -> tuple[Event, ...]:
-        """Run a command once for each device (of `node`, if given), and return the events of its
+        rendezvous: Rendezvous | None = None,
+    ) -> tuple[ProcessEvent, ...]:
+        """Runs a command once for each device (of `node`, if given), and returns the events of its
         processes."""
-        requests = self.requests(devices, "", tuple(command), None, node, meeting)
-        return self._see_through(requests, lambda: None, float("inf"))
+        requests = self.requests(devices, "", tuple(command), None, node, rendezvous)
+        return self._run_to_end(requests, lambda: None, float("inf"))
 
     def requests(
         self,
@@ -156,15 +158,15 @@ class Launcher:
         arguments: tuple[str, ...],
         logs: Path | None,
         node: str | None = None,
-        meeting: Meeting | None = None,
+        rendezvous: Rendezvous | None = None,
     ) -> list[SpawnRequest]:
-        """Return the requests that start each rank, or those of one node."""
+        """Returns the requests that start each rank, or those of one node."""
         places = [self._place(device) for device in devices]
-        meeting = self._meeting(places[0], node, meeting)
+        rendezvous = self._rendezvous(places[0], node, rendezvous)
         return [
             SpawnRequest(
                 rank=rank,
-                environment=environment(places, rank, meeting),
+                environment=rank_environment(places, rank, rendezvous),
                 namespace=place.namespace,
                 group=place.group,
                 module=module,
@@ -175,59 +177,67 @@ class Launcher:
             if node in (None, place.node)
         ]
 
-    def _meeting(self, first: Place, node: str | None, meeting: Meeting | None) -> Meeting:
-        """Return where ranks meet. The store runs beside the first rank; later runs use the same
+    def _rendezvous(
+        self, first: ProcessPlacement, node: str | None, rendezvous: Rendezvous | None
+    ) -> Rendezvous:
+        """Returns where ranks meet. The store runs beside the first rank; later runs use the same
         store, each with a new secret."""
         server = self._started()
-        if meeting is not None:
+        if rendezvous is not None:
             own = node == first.node
-            port, token = meeting.port, meeting.token
-            return open_store(server, first.address, port=port, token=token) if own else meeting
+            port, token = rendezvous.port, rendezvous.token
+            return open_store(server, first.address, port=port, token=token) if own else rendezvous
         where = replace(first, group=None)
         if where not in self._meetings:
             self._meetings[where] = open_store(server, first.address, namespace=first.namespace)
         return replace(self._meetings[where], token=new_token())
 
-    def _see_through(
+    def _run_to_end(
         self, requests: list[SpawnRequest], look: Callable[[], None], timeout_seconds: float
-    ) -> tuple[Event, ...]:
+    ) -> tuple[ProcessEvent, ...]:
         assert self._server is not None
         try:
-            with ended_by_signals():
-                events = see_through(
+            with unwind_on_signals():
+                events = run_to_end(
                     self._server, requests, look=look, timeout_seconds=timeout_seconds
                 )
         except BaseException:
-            self.close(calmly=True)
+            self.close(gracefully=True)
             raise
-        if not _all_done(events, requests):
+        if not _all_succeeded(events, requests):
             self.close()
         return events
 
 
-def _all_done(events: Sequence[Event], requests: Sequence[SpawnRequest]) -> bool:
+def _all_succeeded(events: Sequence[ProcessEvent], requests: Sequence[SpawnRequest]) -> bool:
     """True if every process has ended by itself with its work done."""
     ended = sum(each.kind == "exited" and each.rank != STORE for each in events)
-    return ended == len(requests) and not any(map(failed, events))
+    return ended == len(requests) and not any(map(has_failed, events))
 
 
-def environment(places: Sequence[Place], rank: int, meeting: Meeting) -> dict[str, str]:
-    """Return the environment variables of a rank: those that every launcher sets, and ours."""
+def rank_environment(
+    places: Sequence[ProcessPlacement], rank: int, rendezvous: Rendezvous
+) -> dict[str, str]:
+    """Returns the environment variables of a rank: those that every launcher sets, and ours."""
     nodes, own = [place.node for place in places], places[rank]
     named = {
-        **variables.FOR_PLAIN_TORCH,
-        variables.RANK: str(rank),
-        variables.WORLD_SIZE: str(len(places)),
-        variables.LOCAL_RANK: str(nodes[:rank].count(own.node)),
-        variables.LOCAL_WORLD_SIZE: str(nodes.count(own.node)),
-        **meeting.environment,
+        **launch_variables.FOR_PLAIN_TORCH,
+        launch_variables.RANK: str(rank),
+        launch_variables.WORLD_SIZE: str(len(places)),
+        launch_variables.LOCAL_RANK: str(nodes[:rank].count(own.node)),
+        launch_variables.LOCAL_WORLD_SIZE: str(nodes.count(own.node)),
+        **rendezvous.environment,
     }
-    return named | variables.kept_to(own.interface, os.environ) | dict(own.environment)
+    return (
+        named
+        | launch_variables.interface_variables(own.interface, os.environ)
+        | dict(own.environment)
+    )
 
 
-def clear(folder: Path, ranks: Sequence[int] | None) -> None:
-    """Delete the files that an earlier run of some ranks (None: of all) left in a folder, and
-    create the folder of logs."""
+def clear_run_files(folder: Path, ranks: Sequence[int] | None) -> None:
+    """Deletes the files that an earlier run of some ranks (None: of all) left in a folder, and
+    creates the folder of logs."""
     (folder / LOGS).mkdir(mode=0o700, parents=True, exist_ok=True)
     everything = [*folder.glob("failure-*.json")]
     stale = everything if ranks is None else [failure_file(folder, rank) for rank in ranks]
@@ -239,14 +249,14 @@ def clear(folder: Path, ranks: Sequence[int] | None) -> None:
             files.remove_drafts(folder / name)
 
 
-class Follower:
+class LineFollower:
     """Forwards the lines of a growing file, each once."""
 
-    def __init__(self, path: Path, tell: Look) -> None:
+    def __init__(self, path: Path, tell: OnMetrics) -> None:
         self.path, self.tell, self.position = path, tell, 0
 
     def look(self) -> None:
-        """Forward the lines that were added since the last call."""
+        """Forwards the lines that were added since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as lines:

@@ -24,7 +24,7 @@ LOCK = "lock"
 
 
 @record
-class Holder:
+class LockHolder:
     """The process that holds a folder."""
 
     process: int
@@ -35,8 +35,8 @@ class Holder:
 
 
 @contextmanager
-def held(folder: Path, node: str | None = None) -> Iterator[None]:
-    """Keep every other run out of a folder while the block runs; the folder is created if it is
+def lock_folder(folder: Path, node: str | None = None) -> Iterator[None]:
+    """Keeps every other run out of a folder while the block runs; the folder is created if it is
     missing.
 
     With `node`, only runs of the same node and runs that want the whole folder are kept out. Raises
@@ -61,7 +61,7 @@ def held(folder: Path, node: str | None = None) -> Iterator[None]:
 
 
 def private_folder(folder: Path) -> None:
-    """Create a folder that only its owner can read; an existing one stays as it is."""
+    """Creates a folder that only its owner can read; an existing one stays as it is."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -98,8 +98,8 @@ def _lock(file: int, kind: int, folder: Path, path: Path) -> None:
         ) from None
 
 
-def _myself() -> Holder:
-    return Holder(
+def _myself() -> LockHolder:
+    return LockHolder(
         process=os.getpid(),
         host=socket.gethostname(),
         since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -109,6 +109,6 @@ def _myself() -> Holder:
 
 def _holder(path: Path) -> str:
     with suppress(MeshwrightError):  # the holder may not have written its name yet
-        known = load(path, Holder, error=LaunchError)
+        known = load(path, LockHolder, error=LaunchError)
         return f"process {known.process} on {known.host} since {known.since} ({known.command})"
     return "another process"

@@ -18,16 +18,16 @@ import psutil
 
 from meshwright.cluster.spec import Cluster, Endpoint, node_of
 from meshwright.errors import LaunchError, Problem
-from meshwright.launch.local import Launcher, Line, Place
-from meshwright.launch.lock import held
-from meshwright.launch.store import Meeting, new_token
-from meshwright.launch.supervise import ending, failed, first_status
+from meshwright.launch.local import Launcher, MetricsLine, ProcessPlacement
+from meshwright.launch.lock import lock_folder
+from meshwright.launch.store import Rendezvous, new_token
+from meshwright.launch.supervise import describe_exit, exit_status, has_failed
 from meshwright.plan.files import load_plan
 from meshwright.records import dumps, fingerprint, load, record
-from meshwright.runtime.run import PLAN, load_settings
-from meshwright.runtime.variables import TOKEN
+from meshwright.runtime.launch_variables import TOKEN
+from meshwright.runtime.run_folder import PLAN, load_settings
 
-NODES = "nodes.json"
+NODES_FILE = "nodes.json"
 PORT = 29500
 
 
@@ -42,24 +42,24 @@ class RunNodes:
 
 
 def write_nodes(folder: Path, devices: Sequence[str], cluster: Cluster, port: int) -> None:
-    """Write down where the ranks of a prepared run will meet, readable by the owner alone."""
+    """Writes down where the ranks of a prepared run will meet, readable by the owner alone."""
     known = cluster.endpoints or {}
     names = dict.fromkeys(map(node_of, devices))
     nodes = {name: known.get(name, Endpoint()) for name in names}
-    path = folder / NODES
+    path = folder / NODES_FILE
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(dumps(RunNodes(nodes=nodes, port=port, token=new_token())))
 
 
 def launch_commands(devices: Sequence[str], folder: Path) -> list[str]:
-    """Return the command to run on each node; every node must be able to read the run folder."""
+    """Returns the command to run on each node; every node must be able to read the run folder."""
     names = dict.fromkeys(map(node_of, devices))
     return [f"meshwright launch {shlex.quote(str(folder))} --node {name}" for name in names]
 
 
-def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
-    """Start the ranks of one node of a prepared run, and wait for them.
+def launch_node(folder: Path, node: str, tell: Callable[[MetricsLine], None]) -> None:
+    """Starts the ranks of one node of a prepared run, and waits for them.
 
     On the node of the first rank, `tell` gets the metrics. Raises LaunchError if the node has no
     ranks, if its address is not one of this machine, or if the first node's address cannot be
@@ -67,45 +67,47 @@ def launch_node(folder: Path, node: str, tell: Callable[[Line], None]) -> None:
     """
     settings = load_settings(folder, error=LaunchError)
     plan = load_plan(folder / PLAN)
-    run = load(folder / NODES, RunNodes, error=LaunchError)
-    meeting, place = _meeting(run, node, str(folder))
+    run = load(folder / NODES_FILE, RunNodes, error=LaunchError)
+    rendezvous, place = _meeting(run, node, str(folder))
     first = next(iter(run.nodes))
-    with held(folder, node), Launcher(place) as launcher:
+    with lock_folder(folder, node), Launcher(place) as launcher:
         launcher.run(
             plan.devices,
             folder,
             on_metrics=tell if node == first else lambda _: None,
             timeout_seconds=settings.options.timeout_seconds,
             node=node,
-            meeting=meeting,
+            rendezvous=rendezvous,
         )
 
 
 def launch_command(
     devices: Sequence[str], cluster: Cluster | None, node: str, command: Sequence[str], port: int
 ) -> int:
-    """Run a command once for each of a node's devices, as the ranks of one run over all nodes.
+    """Runs a command once for each of a node's devices, as the ranks of one run over all nodes.
     Return an exit status as a shell does. Raises LaunchError as `launch_node` does."""
     known = (cluster.endpoints if cluster else None) or {}
     names = dict.fromkeys(map(node_of, devices))
     nodes = {name: known.get(name, Endpoint()) for name in names}
     run = RunNodes(nodes=nodes, port=port, token=_shared_token(devices, command))
-    meeting, place = _meeting(run, node, "the devices")
+    rendezvous, place = _meeting(run, node, "the devices")
     with Launcher(place) as launcher:
-        events = launcher.run_command(devices, command, node=node, meeting=meeting)
-    for event in filter(failed, events):
-        sys.stderr.write(f"rank {event.rank} {ending(event.status)}\n")
-    return first_status(events)
+        events = launcher.run_command(devices, command, node=node, rendezvous=rendezvous)
+    for event in filter(has_failed, events):
+        sys.stderr.write(f"rank {event.rank} {describe_exit(event.status)}\n")
+    return exit_status(events)
 
 
 def _shared_token(devices: Sequence[str], command: Sequence[str]) -> str:
-    """Return the user's secret, the same on all nodes, or else a fingerprint that keeps runs
+    """Returns the user's secret, the same on all nodes, or else a fingerprint that keeps runs
     apart."""
     return os.environ.get(TOKEN) or fingerprint([[*devices], [*command]])
 
 
-def _meeting(run: RunNodes, node: str, source: str) -> tuple[Meeting, Callable[[str], Place]]:
-    """Return where all ranks of a run meet, and the function that places the ranks of one node."""
+def _meeting(
+    run: RunNodes, node: str, source: str
+) -> tuple[Rendezvous, Callable[[str], ProcessPlacement]]:
+    """Returns where all ranks of a run meet, and the function that places the ranks of one node."""
     if node not in run.nodes:
         wanted = f"a node of the run: {', '.join(run.nodes)}"
         raise LaunchError(Problem(source, "--node", repr(node), wanted))
@@ -113,15 +115,17 @@ def _meeting(run: RunNodes, node: str, source: str) -> tuple[Meeting, Callable[[
     address = address_of(first, run.nodes[first])
     interface = interface_of(node, run.nodes[node])
 
-    def place(device: str) -> Place:
+    def place(device: str) -> ProcessPlacement:
         own = node_of(device)
-        return Place(node=own, address=address, interface=interface if own == node else None)
+        return ProcessPlacement(
+            node=own, address=address, interface=interface if own == node else None
+        )
 
-    return Meeting(address=address, port=run.port, token=run.token), place
+    return Rendezvous(address=address, port=run.port, token=run.token), place
 
 
 def address_of(node: str, endpoint: Endpoint) -> str:
-    """Return the address of a node in the network that training uses. Raises LaunchError if its
+    """Returns the address of a node in the network that training uses. Raises LaunchError if its
     name cannot be resolved here."""
     name = endpoint.address or node
     try:
@@ -139,7 +143,7 @@ def address_of(node: str, endpoint: Endpoint) -> str:
 
 
 def interface_of(node: str, endpoint: Endpoint) -> str:
-    """Return the network interface of this machine that a node's ranks use: the one that the
+    """Returns the network interface of this machine that a node's ranks use: the one that the
     cluster file names, else the one with the node's address. Raises LaunchError if this machine has
     no such interface."""
     there = {

@@ -7,13 +7,13 @@ import sys
 
 from meshwright.errors import LaunchError, Problem
 from meshwright.launch.local import Launcher
-from meshwright.launch.supervise import ending, failed, first_status
+from meshwright.launch.supervise import describe_exit, exit_status, has_failed
 from meshwright.plan.spec import Plan
-from meshwright.runtime.variables import RANK
+from meshwright.runtime.launch_variables import RANK
 
 
 def launch(plan: Plan) -> None:
-    """Start the running script again as the plan's processes on this machine, and exit with their
+    """Starts the running script again as the plan's processes on this machine, and exits with their
     status.
 
     In a process that a launcher has started (ours, torchrun, or srun with its variables set) this
@@ -28,7 +28,7 @@ def launch(plan: Plan) -> None:
         raise LaunchError(Problem("launch", "", "an interactive session", wanted, mend))
     with Launcher() as launcher:
         events = launcher.run_command(plan.devices, (sys.executable, *sys.orig_argv[1:]))
-    for event in filter(failed, events):
+    for event in filter(has_failed, events):
         if event.status < 0:
-            sys.stderr.write(f"rank {event.rank} {ending(event.status)}\n")
-    sys.exit(first_status(events))
+            sys.stderr.write(f"rank {event.rank} {describe_exit(event.status)}\n")
+    sys.exit(exit_status(events))

@@ -10,8 +10,8 @@ from types import FrameType
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the stack while the block runs, as Ctrl-C always does."""
+def unwind_on_signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP unwind the stack while the block runs, as Ctrl-C always does."""
 
     def stop(number: int, _: FrameType | None) -> None:
         sys.stderr.write(f"ended by {signal.Signals(number).name}\n")

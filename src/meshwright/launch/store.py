@@ -15,17 +15,17 @@ import sys
 import time
 
 from meshwright.errors import LaunchError, Problem
-from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.fork_server import ProcessEvent, SpawnRequest
 from meshwright.launch.supervise import STORE, ForkServer
 from meshwright.records import record
-from meshwright.runtime.failure import say
-from meshwright.runtime.variables import MASTER_ADDR, MASTER_PORT, TOKEN
+from meshwright.runtime.failure import report_line
+from meshwright.runtime.launch_variables import MASTER_ADDR, MASTER_PORT, TOKEN
 
 START_SECONDS = 60.0
 
 
 @record
-class Meeting:
+class Rendezvous:
     """Address, port and secret by which the ranks of a run meet."""
 
     address: str
@@ -39,7 +39,7 @@ class Meeting:
 
 
 def new_token() -> str:
-    """Return a new random secret."""
+    """Returns a new random secret."""
     return secrets.token_hex(16)
 
 
@@ -50,8 +50,8 @@ def open_store(
     port: int = 0,
     token: str | None = None,
     namespace: str | None = None,
-) -> Meeting:
-    """Start a store that listens on this address alone, on a free port if none is given.
+) -> Rendezvous:
+    """Starts a store that listens on this address alone, on a free port if none is given.
 
     Raises LaunchError if the address is not one of this machine or the port is taken.
     """
@@ -76,7 +76,7 @@ def open_store(
                 "correct the node's address in the cluster file, or choose another --port",
             )
         )
-    return Meeting(address=address, port=int(said["port"]), token=token or new_token())
+    return Rendezvous(address=address, port=int(said["port"]), token=token or new_token())
 
 
 def _first_word(server: ForkServer) -> dict[str, str]:
@@ -89,22 +89,22 @@ def _first_word(server: ForkServer) -> dict[str, str]:
     return {}
 
 
-def _ending(event: Event) -> str:
+def _ending(event: ProcessEvent) -> str:
     return event.said or f"the process that keeps the store {event.kind}: {event.status}"
 
 
 def main() -> None:
-    """Keep the store until the process is ended."""
+    """Keeps the store until the process is ended."""
     address, port = sys.argv[1], int(sys.argv[2])
     try:
         family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(where[:2], family=family, backlog=4096)
     except OSError as failure:
-        say(json.dumps({"error": f"{failure.strerror or failure}"}))
+        report_line(json.dumps({"error": f"{failure.strerror or failure}"}))
         raise
     port = listener.getsockname()[1]
     # Ranks that connect before PyTorch is imported here wait until it is.
-    say(json.dumps({"port": port}))
+    report_line(json.dumps({"port": port}))
     from torch._C._distributed_c10d import TCPStore
 
     kept = TCPStore(

@@ -17,7 +17,7 @@ from typing import Self
 import psutil
 
 from meshwright.errors import LaunchError, Problem
-from meshwright.launch.fork_server import Event, SpawnRequest
+from meshwright.launch.fork_server import ProcessEvent, SpawnRequest
 from meshwright.records import parse, plain
 
 MODULE = "meshwright.launch.fork_server"
@@ -26,10 +26,10 @@ PRELOADED = ("torch._dynamo",)
 STORE = -1
 """Pseudo rank of the process that keeps the store."""
 POLL_SECONDS = 0.2
-CALM_SECONDS = 1.0
+GRACE_SECONDS = 1.0
 """Grace period after the first failure, in which the other processes may report before they are
 ended."""
-END_SECONDS = 3.0
+KILL_SECONDS = 3.0
 """Time between asking a process to end and killing it."""
 
 
@@ -76,7 +76,7 @@ class ForkServer:
         return self._process.pid
 
     def spawn(self, request: SpawnRequest) -> None:
-        """Ask the server for a process. Raises LaunchError if the server has ended."""
+        """Asks the server for a process. Raises LaunchError if the server has ended."""
         assert self._process is not None, "closed"
         assert self._process.stdin is not None
         try:
@@ -85,8 +85,8 @@ class ForkServer:
         except BrokenPipeError:
             raise self._ended() from None
 
-    def events(self, seconds: float) -> list[Event]:
-        """Return new events; waits for one at most `seconds`, and at most POLL_SECONDS.
+    def events(self, seconds: float) -> list[ProcessEvent]:
+        """Returns new events; waits for one at most `seconds`, and at most POLL_SECONDS.
 
         Raises LaunchError if the server has ended, or was stopped for `patience_seconds`.
         """
@@ -102,13 +102,13 @@ class ForkServer:
             raise self._ended()
         *lines, self._unread = (self._unread + text).split(b"\n")
         return [
-            parse(json.loads(line), Event, source="fork server", error=LaunchError)
+            parse(json.loads(line), ProcessEvent, source="fork server", error=LaunchError)
             for line in lines
         ]
 
     def _look_whether_it_goes_on(self) -> None:
-        """Raise LaunchError if the server has been stopped too long, since it then reports no event
-        of any rank."""
+        """Raises LaunchError if the server has been stopped too long, since it then reports no
+        event of any rank."""
         now, stopped = time.monotonic(), False
         with suppress(psutil.NoSuchProcess):
             stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
@@ -120,26 +120,27 @@ class ForkServer:
             raise LaunchError(Problem("launcher", "fork server", found, "to go on"))
 
     def processor_seconds(self) -> float:
-        """Return the processor seconds of the server and of all ranks that have ended; 0 once it is
-        closed."""
+        """Returns the processor seconds of the server and of all ranks that have ended; 0 once it
+        is closed."""
         if self._process is None:
             return 0.0
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system + times.children_user + times.children_system)
 
-    def close(self, *, calmly: bool = False) -> None:
-        """End the server and every process in its session; if `calmly`, they are asked first."""
+    def close(self, *, gracefully: bool = False) -> None:
+        """Ends the server and every process in its session; if `gracefully`, they are asked
+        first."""
         process, self._process, self._unread = self._process, None, b""
         if process is None:
             return
         try:
-            if calmly:
+            if gracefully:
                 process.terminate()
                 # A stopped process could not even end.
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGCONT)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(END_SECONDS)
+                    process.wait(KILL_SECONDS)
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -151,30 +152,31 @@ class ForkServer:
 
     def _ended(self) -> LaunchError:
         assert self._process is not None
-        how = ending(self._process.wait())
+        how = describe_exit(self._process.wait())
         self.close()
         found = f"the process that ranks are forked from {how}"
         return LaunchError(Problem("launcher", "fork server", found, "to live to the end"))
 
 
-def ending(status: int) -> str:
-    """Describe how a process ended: `ended with status 3`, `was ended by SIGKILL`."""
+def describe_exit(status: int) -> str:
+    """Describes how a process ended: `ended with status 3`, `was ended by SIGKILL`."""
     if status >= 0:
         return f"ended with status {status}"
     name = signal_name(-status)
     return f"was ended by {name}{_HINTS.get(name, '')}"
 
 
-def first_status(events: Iterable[Event]) -> int:
-    """Return the exit status for all processes as a shell does: 0, or that of the first failure."""
-    first = next(filter(failed, events), None)
+def exit_status(events: Iterable[ProcessEvent]) -> int:
+    """Returns the exit status for all processes as a shell does: 0, or that of the first
+    failure."""
+    first = next(filter(has_failed, events), None)
     if first is None:
         return 0
     return 128 - first.status if first.status < 0 else first.status or 1
 
 
 def signal_name(number: int) -> str:
-    """Return a signal's name, like `SIGKILL`, or `signal 42` if it has none."""
+    """Returns a signal's name, like `SIGKILL`, or `signal 42` if it has none."""
     names = {each.value: each.name for each in signal.Signals}
     return names.get(number, f"signal {number}")
 
@@ -185,16 +187,16 @@ _HINTS = {
 }
 
 
-def see_through(
+def run_to_end(
     server: ForkServer,
     requests: Sequence[SpawnRequest],
     *,
     look: Callable[[], None] = lambda: None,
     timeout_seconds: float = float("inf"),
-) -> tuple[Event, ...]:
-    """Start processes, wait until all have ended, and return what happened.
+) -> tuple[ProcessEvent, ...]:
+    """Starts processes, wait until all have ended, and returns what happened.
 
-    `look` is called about every POLL_SECONDS. When one process fails, the others have CALM_SECONDS
+    `look` is called about every POLL_SECONDS. When one process fails, the others have GRACE_SECONDS
     to report; when one is stopped for `timeout_seconds`, waiting ends. The caller ends the
     processes that are left by `server.close()`. Raises LaunchError if the server ends, or is
     stopped for `timeout_seconds`.
@@ -202,7 +204,7 @@ def see_through(
     server.patience_seconds = timeout_seconds
     for request in requests:
         server.spawn(request)
-    events: list[Event] = []
+    events: list[ProcessEvent] = []
     left = {request.rank for request in requests}
     stopped: dict[int, float] = {}
     deadline = float("inf")
@@ -213,15 +215,15 @@ def see_through(
             _note(event, left, stopped)
         look()
         now = time.monotonic()
-        if any(map(failed, new)):
-            deadline = min(deadline, now + CALM_SECONDS)
+        if any(map(has_failed, new)):
+            deadline = min(deadline, now + GRACE_SECONDS)
         if now > deadline or any(now > since + timeout_seconds for since in stopped.values()):
             break
     look()
     return tuple(events)
 
 
-def _note(event: Event, left: set[int], stopped: dict[int, float]) -> None:
+def _note(event: ProcessEvent, left: set[int], stopped: dict[int, float]) -> None:
     if event.kind == "stopped":
         stopped[event.rank] = time.monotonic()
     elif event.kind in ("exited", "refused", "continued"):
@@ -229,7 +231,7 @@ def _note(event: Event, left: set[int], stopped: dict[int, float]) -> None:
         left -= set() if event.kind == "continued" else {event.rank}
 
 
-def failed(event: Event) -> bool:
+def has_failed(event: ProcessEvent) -> bool:
     """True if a process ended without having done its work; the store's work is never done."""
     ended_badly = event.kind == "exited" and (event.status != 0 or event.rank == STORE)
     return event.kind == "refused" or ended_badly

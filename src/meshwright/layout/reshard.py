@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from meshwright.layout.boxes import Box, elements
-from meshwright.layout.order import Multicast, Turn, best_order
+from meshwright.layout.multicast import Multicast, ScheduledMulticast, schedule_multicasts
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
 from meshwright.records import record
 
@@ -22,12 +22,12 @@ class Transfer:
     """Receivers host by host, in the order of a chain."""
 
 
-Order = Callable[[Sequence[Multicast]], Sequence[Turn]]
+Order = Callable[[Sequence[Multicast]], Sequence[ScheduledMulticast]]
 """A function that chooses the hosts that send, and the order."""
 
 
 def reshard(
-    source: Layout, target: Layout, hosts: Mapping[int, str], order: Order = best_order
+    source: Layout, target: Layout, hosts: Mapping[int, str], order: Order = schedule_multicasts
 ) -> tuple[Transfer, ...]:
     """Returns the transfers that turn `source` into `target`, in the order in which they should
     begin.

@@ -10,12 +10,12 @@ from meshwright.model.shard import Split
 from meshwright.model.spec import Moment
 from meshwright.records import record
 
-ROWS = (2, 4)
+ROWS_OF_RUNS = (2, 4)
 """Numbers of rows of the two runs; the difference of their costs gives the cost of a row."""
 
 
 @record
-class Run:
+class LayerRun:
     """What one forward and backward of a layer did, at one number of rows. Storages are numbered in
     the order of their allocation."""
 
@@ -45,7 +45,7 @@ class Run:
 
 
 @record
-class Amounts:
+class RowCosts:
     """The cost of a layer per row; its fields are named as those of `model.spec.Layer`."""
 
     forward_flops: float
@@ -55,13 +55,13 @@ class Amounts:
     saved_bytes: float
     fixed_saved_bytes: float
     workspace_bytes: float
-    runs: tuple[Run, Run]
+    runs: tuple[LayerRun, LayerRun]
     keeps: tuple[bool, ...]
     forward_all_reduce_bytes: tuple[float, ...]
     backward_all_reduce_bytes: tuple[float, ...]
 
 
-def peak(events: list[int], sizes: list[float], ignored: set[int]) -> float:
+def peak_bytes_of(events: list[int], sizes: list[float], ignored: set[int]) -> float:
     """Gives the largest number of bytes allocated at once, without the ignored storages."""
     alive = most = 0.0
     for event in events:
@@ -89,7 +89,7 @@ def _alive(
 
 
 def moments_of(
-    runs: tuple[Run, Run], wanted: Iterable[int] | None = None
+    runs: tuple[LayerRun, LayerRun], wanted: Iterable[int] | None = None
 ) -> dict[int, tuple[float, float]]:
     """Gives the bytes allocated beyond the saved ones, as event -> (constant bytes, bytes per row).
 
@@ -98,11 +98,11 @@ def moments_of(
     outputs during the backward, which count for the layers that read them.
     """
     few, many = runs
-    rows = ROWS[1] - ROWS[0]
+    rows = ROWS_OF_RUNS[1] - ROWS_OF_RUNS[0]
     sizes = []
     for number, (a, b) in enumerate(zip(few.births, many.births, strict=True)):
         row = (b - a) / rows
-        sizes.append((0.0 if number in few.casts else a - ROWS[0] * row, row))
+        sizes.append((0.0 if number in few.casts else a - ROWS_OF_RUNS[0] * row, row))
     kept = [sum(sizes[number][k] for number in few.saved) for k in range(2)]
     alive = _alive(few.forward_events, sizes, set())
     alive += _alive(few.backward_events, sizes, few.outputs)
@@ -114,17 +114,17 @@ def moments_of(
     return {n: beyond[n] for n in sorted(wanted)}
 
 
-def per_row(runs: tuple[Run, Run]) -> Amounts:
-    """Computes the cost of a row from runs with `ROWS` rows.
+def costs_per_row(runs: tuple[LayerRun, LayerRun]) -> RowCosts:
+    """Computes the cost of a row from runs with `ROWS_OF_RUNS` rows.
 
     The workspace is the largest number of bytes allocated at any moment, less the saved ones.
     """
     few, many = runs
-    rows = ROWS[1] - ROWS[0]
+    rows = ROWS_OF_RUNS[1] - ROWS_OF_RUNS[0]
     sizes = [(b - a) / rows for a, b in zip(few.births, many.births, strict=True)]
     saved = sum(sizes[number] for number in few.saved)
-    forward_peak = peak(few.forward_events, sizes, set())
-    backward_peak = peak(few.backward_events, sizes, few.outputs)
+    forward_peak = peak_bytes_of(few.forward_events, sizes, set())
+    backward_peak = peak_bytes_of(few.backward_events, sizes, few.outputs)
 
     def slope(name: str) -> float:
         return float((getattr(many, name) - getattr(few, name)) / rows)
@@ -133,14 +133,14 @@ def per_row(runs: tuple[Run, Run]) -> Amounts:
         pairs = zip(getattr(few, name), getattr(many, name), strict=True)
         return tuple((b - a) / rows for a, b in pairs)
 
-    return Amounts(
+    return RowCosts(
         forward_flops=slope("flops"),
         attention_flops=slope("attention_flops"),
         backward_flops=slope("backward_flops"),
         traffic_bytes=slope("traffic"),
         saved_bytes=saved,
         fixed_saved_bytes=sum(
-            few.births[n] - ROWS[0] * sizes[n] for n in few.saved if n not in few.casts
+            few.births[n] - ROWS_OF_RUNS[0] * sizes[n] for n in few.saved if n not in few.casts
         ),
         runs=(few, many),
         keeps=few.keeps,
@@ -150,7 +150,7 @@ def per_row(runs: tuple[Run, Run]) -> Amounts:
     )
 
 
-def first_width(units: int, table: Mapping[str, Split]) -> int:
+def smallest_width(units: int, table: Mapping[str, Split]) -> int:
     """Gives the smallest legal tensor-parallel width above 1; 1 if there is none, or if the table
     divides nothing."""
     if not table or units == 1:
@@ -158,15 +158,15 @@ def first_width(units: int, table: Mapping[str, Split]) -> int:
     return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
 
 
-def widths_run(units: int, table: Mapping[str, Split]) -> tuple[int, ...]:
+def measured_widths(units: int, table: Mapping[str, Split]) -> tuple[int, ...]:
     """Gives the tensor-parallel widths to run a layer at: 1 and up to two more, whose difference
     separates what is divided from what is replicated."""
-    first = first_width(units, table)
+    first = smallest_width(units, table)
     second = 2 * first if units % (2 * first) == 0 else first
     return tuple(sorted({1, first, second} if first > 1 else {1}))
 
 
-def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
+def peak_moments_of(amounts: dict[int, RowCosts]) -> tuple[Moment, ...]:
     """Gives the moments at which memory may peak, from the runs at each tensor-parallel width.
 
     The runs at the largest width, and at the one before it, determine which moments these are. With
@@ -186,25 +186,25 @@ def worst_moments(amounts: dict[int, Amounts]) -> tuple[Moment, ...]:
     return tuple(
         Moment(fixed=fixed.whole, split_fixed=fixed.split, row=row.whole, split_row=row.split)
         for fixed, row in (
-            [parts_of(a, less, b, most) for a, b in zip(wide, narrow, strict=True)]
+            [split_amount(a, less, b, most) for a, b in zip(wide, narrow, strict=True)]
             for wide, narrow in zip(*pairs, strict=True)
         )
     )
 
 
-class Parts(NamedTuple):
+class TensorParallelParts(NamedTuple):
     """An amount as two summands: replicated on each tensor-parallel rank, and divided among all."""
 
     whole: float
     split: float
 
 
-def parts_of(at_less: float, less: int, at_most: float, most: int) -> Parts:
+def split_amount(at_less: float, less: int, at_most: float, most: int) -> TensorParallelParts:
     """Solves whole + split / width for `whole` and `split`, given the amounts at two widths."""
     split = (at_less - at_most) / (1 / less - 1 / most)
-    return Parts(at_less - split / less, split)
+    return TensorParallelParts(at_less - split / less, split)
 
 
-def _length(amounts: Amounts) -> int:
+def _length(amounts: RowCosts) -> int:
     run, _ = amounts.runs
     return len(run.forward_events) + len(run.backward_events)

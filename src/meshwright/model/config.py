@@ -154,7 +154,7 @@ NAMED = {
 }
 
 
-def problems_of(
+def size_problems(
     model: LanguageModel, source: str, fields: dict[str, str] | None = None
 ) -> Iterator[Problem]:
     """Yields a Problem for each pair of sizes that contradict each other; `fields` maps a size to

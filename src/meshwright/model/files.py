@@ -40,9 +40,9 @@ from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.records import Bytes, Flops, Name, fingerprint, parse, read, record
 from meshwright.units import format_flops
 
-Word = Annotated[Name, Field(min_length=1)]
+LayerName = Annotated[Name, Field(min_length=1)]
 """Name of a layer."""
-Work = Flops
+FlopCount = Flops
 """A number of FLOP, not FLOP/s."""
 Parameters = Annotated[int, Field(ge=0, le=10**15)]
 Widths = Annotated[int, Field(ge=1, le=2**30)]
@@ -54,12 +54,12 @@ MOST_LAYERS = 10_000
 class LayerEntry:
     """One [[layer]] entry; amounts are per row."""
 
-    name: Word
+    name: LayerName
     count: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
-    forward: Work
-    attention: Work = 0.0
+    forward: FlopCount
+    attention: FlopCount = 0.0
     """FLOPs of attention, in addition to `forward`."""
-    backward: Work | None = None
+    backward: FlopCount | None = None
     """If absent, 2 (forward + attention). With frozen parameters it is less: (1 + t) forward + 2
     attention, t being the trained fraction of the layer's own parameters. It is 0 if neither this
     layer nor one before it is trained."""
@@ -97,7 +97,7 @@ class SkipEntry:
 class TiedEntry:
     """One [[tied]] entry: a parameter that several layers share, in addition to their own."""
 
-    name: Word
+    name: LayerName
     layers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MOST_LAYERS)]
     parameters: Annotated[Parameters, Field(ge=1)]
     split: bool = False
@@ -118,10 +118,10 @@ class ModelFile:
 
 def load_file(path: Path, sequence: int, precision: Precision) -> LayerGraph:
     """Reads a hand-written model from a file. Raises ModelError with every mistake in it."""
-    return from_table(read(path, error=ModelError), str(path), sequence, precision)
+    return model_from_table(read(path, error=ModelError), str(path), sequence, precision)
 
 
-def from_table(
+def model_from_table(
     table: dict[str, Any], source: str, sequence: int, precision: Precision
 ) -> LayerGraph:
     """Builds a hand-written model from its parsed TOML. Raises ModelError with every mistake."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from meshwright import files
 from meshwright.errors import ModelError, Problem
-from meshwright.model.config import NAMED, LanguageModel, problems_of
+from meshwright.model.config import NAMED, LanguageModel, size_problems
+from meshwright.model.transformer.defaults import architecture_of
 from meshwright.model.transformer.families import FAMILIES, Family
-from meshwright.model.transformer.fields import followed, unread
-from meshwright.model.transformer.usual import made_of
+from meshwright.model.transformer.fields import read_fields, unread
 from meshwright.records import parse, read
 from meshwright.text import NAME_LETTERS, did_you_mean, nearest
 
@@ -36,7 +36,7 @@ def has_position_table(model: LanguageModel) -> bool:
     """True if a position table limits the length of a sequence."""
     if model.family == "u-transformer":
         return True
-    a = made_of(model)
+    a = architecture_of(model)
     return a.position in ("learned", "sinusoidal") and a.picture is None
 
 
@@ -63,13 +63,13 @@ def from_config(config: dict[str, Any], source: str) -> LanguageModel:
         raise ModelError(Problem(source, "model_type", found, wanted, mend))
     family = FAMILIES[kind]
     problems = [*unread(config, kind, source), *_head_problems(config, family, source)]
-    own = followed(family)
+    own = read_fields(family)
     given = {key: value for key, value in config.items() if key in own}
     try:
         parsed = parse(_filled(given, family), family.config, source=source, error=ModelError)
         name = str(parsed.name_or_path or Path(source).parent.name or kind)[-NAME_LETTERS:]
         model = family.read(parsed, name, source, kind)
-        problems += problems_of(model, source, dict(family.names))
+        problems += size_problems(model, source, dict(family.names))
     except ModelError as error:
         raise ModelError(*problems, *error.problems) from None
     ModelError.check(problems)

@@ -12,18 +12,18 @@ from math import prod
 
 from meshwright.layout.shares import own_share
 from meshwright.layout.tiles import shape_of
-from meshwright.model.amounts import Amounts, worst_moments
+from meshwright.model.amounts import RowCosts, peak_moments_of
 from meshwright.model.shard import divided_dim, tile_of
 from meshwright.model.spec import Layer
-from meshwright.model.transformer.made import Parameter
+from meshwright.model.transformer.module_specs import ParameterSpec
 
 
-def is_divided(p: Parameter) -> bool:
+def is_divided(p: ParameterSpec) -> bool:
     """True if tensor parallelism divides the parameter."""
     return divided_dim(p.split, p.name.rpartition(".")[2]) is not None
 
 
-def share_held(parameters: Iterable[Parameter], width: int) -> float:
+def held_share(parameters: Iterable[ParameterSpec], width: int) -> float:
     """Gives the share of the divided weights that rank 0 of `width` holds: 1 / width, or slightly
     more if the vocabulary is not a multiple of `width`; 1 if nothing is divided."""
     full = own = 0
@@ -35,10 +35,10 @@ def share_held(parameters: Iterable[Parameter], width: int) -> float:
     return own / full if full else 1.0
 
 
-def with_parameters(layer: Layer, own: Sequence[Parameter]) -> Layer:
+def with_parameters(layer: Layer, own: Sequence[ParameterSpec]) -> Layer:
     """Adds the counts of the parameters that belong to the layer alone."""
 
-    def numbers(chosen: Iterable[Parameter]) -> int:
+    def numbers(chosen: Iterable[ParameterSpec]) -> int:
         return sum(prod(p.shape) for p in chosen)
 
     trained = [p for p in own if p.trained]
@@ -58,8 +58,8 @@ def layer_record(
     name: str,
     signature: str,
     units: int,
-    amounts: Mapping[int, Amounts],
-    parameters: Sequence[Parameter],
+    amounts: Mapping[int, RowCosts],
+    parameters: Sequence[ParameterSpec],
 ) -> Layer:
     """Makes the Layer of one layer, without its parameter counts and constants.
 
@@ -70,7 +70,7 @@ def layer_record(
     whole = amounts[1]
     several = {width: each for width, each in amounts.items() if width > 1}
     first = min(several, default=1)
-    share, left = amounts[first], share_held(parameters, first)
+    share, left = amounts[first], held_share(parameters, first)
 
     def divided(full: float, rest: float) -> float:
         return (full - rest) / (1 - left) if left < 1 else 0.0
@@ -87,8 +87,8 @@ def layer_record(
         saved_bytes=whole.saved_bytes,
         workspace_bytes=whole.workspace_bytes,
         fixed_saved_bytes=whole.fixed_saved_bytes,
-        moments=worst_moments({1: whole}),
-        tensor_moments=worst_moments(several) if several else (),
+        moments=peak_moments_of({1: whole}),
+        tensor_moments=peak_moments_of(several) if several else (),
         tensor_units=units,
         split_flops=divided(flops, share.forward_flops + share.attention_flops),
         split_saved_bytes=divided(whole.saved_bytes, share.saved_bytes),

@@ -12,12 +12,12 @@ from meshwright.cluster.spec import Precision
 from meshwright.layout.shares import own_share
 from meshwright.layout.tiles import shape_of
 from meshwright.model import shard
-from meshwright.model.amounts import Run
+from meshwright.model.amounts import LayerRun
 from meshwright.model.graph import LayerPart
 from meshwright.model.meter import DividedCrossEntropy, FusedKernels, Meter
 from meshwright.model.symbolic import Fakes, autocast, linear_parameters
 
-Shape = tuple[tuple[int, ...], torch.dtype, bool]
+TensorSpec = tuple[tuple[int, ...], torch.dtype, bool]
 """Shape and dtype of a tensor, and True if it needs a gradient."""
 
 
@@ -47,13 +47,13 @@ def _meter(part: LayerPart, fakes: Fakes, state: dict[str, Tensor]) -> Meter:
     return Meter([state, [tensor.grad for tensor in state.values()]], cast_once)
 
 
-def run(
+def run_layer(
     part: LayerPart,
-    shapes: dict[str, Shape],
+    shapes: dict[str, TensorSpec],
     precision: Precision,
     table: dict[str, shard.Split],
     width: int,
-) -> Run:
+) -> LayerRun:
     """Runs a layer on fake inputs, as rank 0 of `width` tensor-parallel ranks."""
     fakes = Fakes(precision)
     state = _weights(part, fakes, table, width)
@@ -87,7 +87,7 @@ def run(
         grads = [torch.empty_like(tensor) for tensor in outputs]
         if outputs:
             torch.autograd.backward(outputs, grads)
-    return Run(
+    return LayerRun(
         flops=forward[0],
         attention_flops=forward[1],
         backward_flops=meter.flops + meter.attention_flops - forward[0] - forward[1],

@@ -145,7 +145,7 @@ class LayerGraph:
     tied: tuple[Tied, ...] = ()
 
 
-def alive_at(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
+def tensors_across(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
     """Lists the tensors that cross a cut before layer `cut`: they are computed before the cut and
     read after it."""
     return tuple(t for t in model.tensors if t.producer < cut <= t.consumers[-1])
@@ -185,7 +185,7 @@ def num_parameters(model: LayerGraph) -> int:
     return sum(layer.parameters for layer in model.layers) + sum(t.parameters for t in model.tied)
 
 
-def num_frozen(model: LayerGraph) -> int:
+def num_frozen_parameters(model: LayerGraph) -> int:
     """Counts the frozen numbers of the whole model, each tied parameter once."""
     own = sum(layer.frozen_parameters for layer in model.layers)
     return own + sum(tied.frozen_parameters for tied in model.tied)
@@ -196,7 +196,7 @@ _LATER = {"frozen_parameters": 0, "cast_frozen": 0, "split_frozen": 0, "constant
 """Fields that older graphs lack, with the defaults that stand for their absence."""
 
 
-def content(model: LayerGraph) -> str:
+def content_fingerprint(model: LayerGraph) -> str:
     """Fingerprint of everything in a graph. Fields of `_LATER` that have their default do not
     enter, so that measurements made for older graphs are still found."""
     found = plain(model)
@@ -207,7 +207,7 @@ def content(model: LayerGraph) -> str:
     return fingerprint(found)
 
 
-def structure(model: LayerGraph) -> str:
+def structure_fingerprint(model: LayerGraph) -> str:
     """Fingerprint of what a plan refers to: names and parameter counts of the layers, the tied
     parameters, and frozen counts if there are any. A graph counted from a config and one traced
     from the module have the same structure."""

@@ -22,19 +22,19 @@ from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
 from meshwright.model import shard
 from meshwright.model.amounts import (
-    ROWS,
-    Amounts,
-    Run,
-    per_row,
-    widths_run,
+    ROWS_OF_RUNS,
+    LayerRun,
+    RowCosts,
+    costs_per_row,
+    measured_widths,
 )
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
 from meshwright.model.layer_record import is_divided, layer_record, with_parameters
-from meshwright.model.measure import Shape, run
+from meshwright.model.measure import TensorSpec, run_layer
 from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.model.spec import Tensor as Crossing
 from meshwright.model.symbolic import linear_parameters
-from meshwright.model.transformer.made import Parameter
+from meshwright.model.transformer.module_specs import ParameterSpec
 
 
 def trace(
@@ -56,10 +56,10 @@ def trace(
     take most of the time; the amounts that it divides are then 0. Raises ModelError.
     """
     _check_rows(model, inputs)
-    batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS]
+    batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS_OF_RUNS]
     few, many = (cut(model, batch, precision) for batch in batches)
     shapes = [_shapes(cut_, batch) for cut_, batch in zip((few, many), batches, strict=True)]
-    measured: dict[tuple[str, int], Amounts] = {}
+    measured: dict[tuple[str, int], RowCosts] = {}
     layers: list[Layer] = []
     kept: set[tuple[str, int]] = set()
     for part, same in zip(few.layers, many.layers, strict=True):
@@ -68,12 +68,12 @@ def trace(
         key = _structure(part, table, shapes[0])
 
         units = shard.tensor_units(model, part.modules)
-        widths = widths_run(units, table) if divided else (1,)
+        widths = measured_widths(units, table) if divided else (1,)
         for width in widths:
             if (key, width) not in measured:
                 pairs = zip((part, same), shapes, strict=True)
                 runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
-                measured[key, width] = per_row(_alike(part, runs))
+                measured[key, width] = costs_per_row(_alike(part, runs))
         amounts = {width: measured[key, width] for width in widths}
         kept |= {(name, len(layers)) for name, keeps in
                  zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
@@ -91,13 +91,13 @@ def trace(
 
 def _run(
     part: LayerPart,
-    shapes: dict[str, Shape],
+    shapes: dict[str, TensorSpec],
     precision: Precision,
     table: dict[str, shard.Split],
     width: int,
-) -> Run:
+) -> LayerRun:
     try:
-        return run(part, shapes, precision, table, width)
+        return run_layer(part, shapes, precision, table, width)
     except RuntimeError as failure:
         if width == 1:
             raise
@@ -114,10 +114,11 @@ def _run(
         ) from failure
 
 
-def _alike(part: LayerPart, runs: list[Run]) -> tuple[Run, Run]:
+def _alike(part: LayerPart, runs: list[LayerRun]) -> tuple[LayerRun, LayerRun]:
     steps = [len(one.births) for one in runs]
     if len(set(steps)) > 1:
-        found = f"{steps[0]} tensors made with {ROWS[0]} rows, {steps[1]} with {ROWS[1]}"
+        one, other = ROWS_OF_RUNS
+        found = f"{steps[0]} tensors made with {one} rows, {steps[1]} with {other}"
         wanted = "the same steps for every number of rows"
         mend = "take out what branches on the number of rows"
         raise ModelError(Problem(part.name, "forward", found, wanted, mend))
@@ -143,8 +144,8 @@ def _resized(tensor: Tensor, rows: int) -> Tensor:
     return torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
 
 
-def _shapes(layered: LayeredModel, batch: tuple[Tensor, ...]) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {
+def _shapes(layered: LayeredModel, batch: tuple[Tensor, ...]) -> dict[str, TensorSpec]:
+    shapes: dict[str, TensorSpec] = {
         name: (tuple(tensor.shape), tensor.dtype, False)
         for name, tensor in zip(layered.inputs, batch, strict=True)
     }
@@ -155,7 +156,9 @@ def _within(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _structure(part: LayerPart, table: dict[str, shard.Split], shapes: dict[str, Shape]) -> str:
+def _structure(
+    part: LayerPart, table: dict[str, shard.Split], shapes: dict[str, TensorSpec]
+) -> str:
     """Describes a layer as text; layers with the same computation and shapes give the same text."""
     short = {name: str(number) for number, name in enumerate(part.modules)}
 
@@ -196,7 +199,7 @@ def _layer(
     table: dict[str, shard.Split],
     units: int,
     key: str,
-    amounts: dict[int, Amounts],
+    amounts: dict[int, RowCosts],
     precision: Precision,
     *,
     flows: bool,
@@ -213,11 +216,11 @@ def _layer(
     )
 
 
-def _parameters(part: LayerPart, table: dict[str, shard.Split]) -> list[Parameter]:
+def _parameters(part: LayerPart, table: dict[str, shard.Split]) -> list[ParameterSpec]:
     """Lists the layer's parameters of floating-point numbers, tied ones included."""
     linear = {id(owner.get_parameter(name)) for owner, name in linear_parameters(part.module)}
     return [
-        Parameter(
+        ParameterSpec(
             part.parameters[name],
             tuple(parameter.shape),
             table.get(name.rpartition(".")[0]),
@@ -248,7 +251,7 @@ def _tensors(
     return tuple(
         Crossing(
             name=a.name,
-            bytes=(size(b) - size(a)) / (ROWS[1] - ROWS[0]),
+            bytes=(size(b) - size(a)) / (ROWS_OF_RUNS[1] - ROWS_OF_RUNS[0]),
             producer=a.producer,
             consumers=a.consumers,
             gradient=a.gradient,
@@ -268,5 +271,5 @@ def _tied(layered: LayeredModel, model: nn.Module, name: str) -> Tied:
         layers=layers,
         parameters=parameter.numel() if parameter.requires_grad else 0,
         frozen_parameters=0 if parameter.requires_grad else parameter.numel(),
-        split=is_divided(Parameter(name, tuple(parameter.shape), split)),
+        split=is_divided(ParameterSpec(name, tuple(parameter.shape), split)),
     )

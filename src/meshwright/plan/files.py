@@ -12,7 +12,7 @@ from meshwright.records import check_format, dumps, parse, read
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan and check it by itself. Raises PlanError with every mistake, each with file and
+    """Reads a plan and checks it by itself. Raises PlanError with every mistake, each with file and
     field."""
     data = read(Path(path), error=PlanError)
     check_format(data, source=str(path), error=PlanError)
@@ -22,5 +22,5 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan as JSON; the same plan always gives the same bytes."""
+    """Writes a plan as JSON; the same plan always gives the same bytes."""
     files.write_text(Path(path), dumps(plan), durable=True)

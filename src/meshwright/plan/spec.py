@@ -71,7 +71,7 @@ class Job:
 
 
 @record
-class Subject:
+class PlanInput:
     """The model, cluster or profile that a plan was made for."""
 
     name: Name
@@ -191,9 +191,9 @@ class Plan:
 
     format: Format = 1
     name: Name
-    model: Subject
-    cluster: Subject
-    profile: Subject | None = None
+    model: PlanInput
+    cluster: PlanInput
+    profile: PlanInput | None = None
     """Profile with the measured times that the search used; None: datasheets."""
     job: Job
     schedule: ScheduleName = "1f1b"

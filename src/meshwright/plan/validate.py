@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster, cluster_fingerprint, devices_of, node_of
 from meshwright.errors import PlanError, Problem
-from meshwright.model.spec import LayerGraph, structure
-from meshwright.plan.ranks import pipeline_rows
+from meshwright.model.spec import LayerGraph, structure_fingerprint
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout, pipeline_rows, stage_layout
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
-from meshwright.plan.virtual import IN_PLAN, layout_of, layout_wanted
 from meshwright.techniques import provided
 
 MOST_PASSES = 2_000_000
@@ -26,7 +25,7 @@ def validate_plan(
     *,
     source: str = "plan",
 ) -> None:
-    """Check a plan by itself, and against the model and cluster if they are given.
+    """Checks a plan by itself, and against the model and cluster if they are given.
 
     Memory is checked by cost.memory. Raises PlanError with one Problem per mistake.
     """
@@ -61,7 +60,7 @@ def _pipelines(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _of_each_pipeline(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """Mark problems that several pipelines may have in common, each in its own stages."""
+    """Marks problems that several pipelines may have in common, each in its own stages."""
     return (replace(problem, each=("pipeline", "")) for problem in problems)
 
 
@@ -86,7 +85,7 @@ def _batch(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _length(plan: Plan, source: str) -> Iterator[Problem]:
-    """Yield a Problem if the program, which lists every pass on every device, would be too long to
+    """Yields a Problem if the program, which lists every pass on every device, would be too long to
     hold in memory while it is checked."""
     passes = sum(
         pipeline.micro_batches * sum(len(replica) for s in pipeline.stages for replica in s.devices)
@@ -129,10 +128,10 @@ def _devices(plan: Plan, source: str) -> Iterator[Problem]:
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield the field that names a device, and the device, for every device of every mesh. A mesh
+    """Yields the field that names a device, and the device, for every device of every mesh. A mesh
     that holds several stages of a pipeline counts once; `_schedule` checks these."""
     for p, pipeline in enumerate(plan.pipelines):
-        for held in layout_of(pipeline):
+        for held in stage_layout(pipeline):
             where = f"pipelines[{p}].stages[{held[0]}].devices"
             for replica in pipeline.stages[held[0]].devices:
                 yield from ((where, device) for device in replica)
@@ -165,10 +164,10 @@ def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
 def _schedule(
     schedule: ScheduleName, pipeline: Pipeline, where: str, source: str
 ) -> Iterator[Problem]:
-    """Yield a Problem for stages that share devices although the schedule cannot run that, and for
+    """Yields a Problem for stages that share devices although the schedule cannot run that, and for
     too many or too few actions."""
-    layout = layout_of(pipeline)
-    wanted = layout_wanted(schedule, layout)
+    layout = stage_layout(pipeline)
+    wanted = needed_layout(schedule, layout)
     for held in layout:
         first, *others = (pipeline.stages[s] for s in held)
         for s, stage in zip(held[1:], others, strict=True):
@@ -184,10 +183,10 @@ def _schedule(
         found = f"each of {len(layout)} stages on devices of its own"
         yield Problem(source, f"{where}.stages", found, f"{wanted} ({schedule})")
     texts = 0 if pipeline.actions is None else len(pipeline.actions)
-    if schedule in IN_PLAN and texts != len(layout):
+    if schedule in EXPLICIT_SCHEDULES and texts != len(layout):
         need = f"{len(layout)} texts, one for each group of devices (schedule {schedule})"
         yield Problem(source, f"{where}.actions", str(texts), need)
-    if schedule not in IN_PLAN and pipeline.actions is not None:
+    if schedule not in EXPLICIT_SCHEDULES and pipeline.actions is not None:
         need = f"none: {schedule} says what is done; or the schedule `custom`"
         yield Problem(source, f"{where}.actions", f"{texts} texts", need)
 
@@ -214,12 +213,13 @@ def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]
 
 def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
     wanted = plan.model.fingerprint
-    if wanted and wanted != structure(model):
+    if wanted and wanted != structure_fingerprint(model):
         yield Problem(
             source,
             "model.fingerprint",
             f"{wanted} ({plan.model.name})",
-            f"{structure(model)}, the model given ({model.name}, {len(model.layers)} layers)",
+            f"{structure_fingerprint(model)}, the model given "
+            f"({model.name}, {len(model.layers)} layers)",
             "plan again for this model; or empty the field to use the plan all the same",
         )
     for name, found, need in (
@@ -242,7 +242,7 @@ def _against_model(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
 
 
 def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Problem]:
-    """Yield a Problem for each tensor width that does not divide a layer; replicas may differ in
+    """Yields a Problem for each tensor width that does not divide a layer; replicas may differ in
     width."""
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):

@@ -33,13 +33,13 @@ Order = tuple[Action, ...]
 """The actions of one pipeline rank in a step, in order."""
 
 
-def one(op: Op, stage: int, micro_batch: int) -> Action:
-    """Return an action on a single micro-batch."""
+def single_action(op: Op, stage: int, micro_batch: int) -> Action:
+    """Returns an action on a single micro-batch."""
     return Action(op, stage, micro_batch, micro_batch + 1)
 
 
-def word(action: Action, *, alone: bool) -> str:
-    """Return an action as text: `F3`, `W0:4`, or with its stage `2F3`.
+def format_action(action: Action, *, alone: bool) -> str:
+    """Returns an action as text: `F3`, `W0:4`, or with its stage `2F3`.
 
     `alone` leaves the stage out: it is the only one of its pipeline rank.
     """
@@ -48,16 +48,16 @@ def word(action: Action, *, alone: bool) -> str:
     return f"{op}{batches}" if alone else f"{stage}{op}{batches}"
 
 
-def words(order: Iterable[Action], *, alone: bool) -> str:
-    """Return a whole order as text."""
-    return " ".join(word(action, alone=alone) for action in order)
+def format_order(order: Iterable[Action], *, alone: bool) -> str:
+    """Returns a whole order as text."""
+    return " ".join(format_action(action, alone=alone) for action in order)
 
 
 _WORD = re.compile(r"([0-9]{0,9})([FBIW])([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 
 def parse_order(text: str, held: Sequence[int], *, source: str, field: str) -> Order:
-    """Parse the text of an order of a pipeline rank that holds the stages `held`; the inverse of
+    """Parses the text of an order of a pipeline rank that holds the stages `held`; the inverse of
     `words`.
 
     Raises PlanError that names every word that is not an action.
@@ -90,10 +90,10 @@ def _action(each: str, held: Sequence[int]) -> Action | None:
     return Action(op, stage, first, last)
 
 
-def high_water(
+def peak_held(
     order: Iterable[Action], full: Callable[[int], float], half: Callable[[int], float]
 ) -> float:
-    """Return the most that a pipeline rank holds at once.
+    """Returns the most that a pipeline rank holds at once.
 
     For each micro-batch, a stage holds full(stage) between its forward and its B or I, and
     half(stage) between I and W.

@@ -6,24 +6,80 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats, stage_seats
+from meshwright.plan.ranks import RankPlacement, StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.instructions import Instruction, Program
 from meshwright.program.operations import Op
 from meshwright.program.orders import orders_of
-from meshwright.program.posting import receives_ahead
 from meshwright.records import record
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 from meshwright.techniques import provided
 from meshwright.techniques.pipeline_parallel.boundaries import (
     Boundaries,
     boundaries_of,
-    gathers,
-    transfers,
+    boundary_gathers,
+    boundary_transfers,
 )
 
-NORM_BYTES = 16
+RECEIVES_AHEAD = 2
+"""The number of compute instructions between posting a receive and reading it, behind which the
+transfer can hide. In 1F1B, 2 covers a forward and a backward; with 1, a gradient could hide behind
+a forward only."""
+
+
+def receives_ahead(
+    orders: Sequence[Order], groups: Sequence[int]
+) -> tuple[dict[int, tuple[int, ...]], ...]:
+    """Returns, for every pipeline rank, the actions whose receives are posted ahead of an action.
+
+    The result maps the index of an action to the indices of those actions. `groups` holds the
+    pipeline rank of every stage. Messages in one direction between two ranks have no tags (NCCL),
+    so they are received in the order in which they were sent, some earlier than needed.
+    """
+    made = {
+        (action.op if action.op is Op.FORWARD else Op.BACKWARD, action.stage, action.first): index
+        for order in orders
+        for index, action in enumerate(order)
+        if action.op is not Op.BACKWARD_WEIGHT
+    }
+    found = []
+    for group, order in enumerate(orders):
+        channels: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        for index, (op, stage, micro_batch, _) in enumerate(order):
+            forward = op is Op.FORWARD
+            source = stage - 1 if forward else stage + 1
+            if op is Op.BACKWARD_WEIGHT or not 0 <= source < len(groups):
+                continue
+            if groups[source] != group:
+                sent = made[Op.FORWARD if forward else Op.BACKWARD, source, micro_batch]
+                channels.setdefault((groups[source], forward), []).append((sent, index))
+        found.append(_posts(channels))
+    return tuple(found)
+
+
+def _posts(
+    channels: dict[tuple[int, bool], list[tuple[int, int]]],
+) -> dict[int, tuple[int, ...]]:
+    """Chooses where a pipeline rank posts its receives, so that messages keep their order."""
+    posts: dict[int, list[int]] = {}
+    for messages in channels.values():
+        messages.sort()
+        latest = suffix_minima([max(0, index - RECEIVES_AHEAD) for _, index in messages])
+        for at, (_, index) in zip(latest, messages, strict=True):
+            posts.setdefault(at, []).append(index)
+    return {at: tuple(indices) for at, indices in posts.items()}
+
+
+def suffix_minima(places: Sequence[int]) -> list[int]:
+    """Lowers each place to the least of those after it: [3, 1, 2] becomes [1, 1, 2]."""
+    found = list(places)
+    for k in range(len(found) - 2, -1, -1):
+        found[k] = min(found[k], found[k + 1])
+    return found
+
+
+REDUCE_NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
@@ -34,7 +90,7 @@ _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
 class PipelineRank:
     """Describes a group of devices: the ranks that hold the same stages, and their schedule."""
 
-    stages: dict[int, StageSeats]
+    stages: dict[int, StagePlacement]
     """The stages, by position in the pipeline."""
     order: Order
     boundaries: dict[int, Boundaries]
@@ -48,8 +104,9 @@ class PipelineRank:
 
 Placed = dict[int, list[Instruction]]
 """Instructions by the index of the action that they precede."""
-Emission = Callable[[PipelineRank, Seat], Placed]
-"""What a technique puts into the list of a rank, given its pipeline rank and its seat there."""
+Emission = Callable[[PipelineRank, RankPlacement], Placed]
+"""What a technique puts into the list of a rank, given its pipeline rank and its placement
+there."""
 Rewriting = Callable[[tuple[Instruction, ...]], tuple[Instruction, ...]]
 """What a technique makes of the list of a rank."""
 
@@ -62,7 +119,7 @@ def compile_plan(
     clipped: bool = True,
     only: Container[int] | None = None,
 ) -> Program:
-    """Compile a valid plan; ranks outside `only` get no instructions.
+    """Compiles a valid plan; ranks outside `only` get no instructions.
 
     A receive is posted `posting.AHEAD` compute instructions ahead of the one that reads it, in the
     order in which the other side sends. A send directly follows the instruction that produces its
@@ -71,7 +128,7 @@ def compile_plan(
     (`clipped` false) the weights of each bucket are updated as soon as its gradients are summed,
     before the norm. Raises PlanError for a schedule in the plan that cannot be played.
     """
-    stages = stage_seats(plan)
+    stages = stage_placements(plan)
     emissions: list[Emission] = [
         emission(stages, plan.job, model, bucket_bytes)
         for emission in provided("program", "emission")
@@ -80,38 +137,41 @@ def compile_plan(
     world = tuple(range(len(plan.devices)))
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model, only):
-        look()
+        raise_if_stopped()
         first, *others = group.stages.values()
-        for seat in (seat for replica in first.seats for seat in replica):
-            if only is not None and seat.rank not in only:
+        for placement in (placement for replica in first.placements for placement in replica):
+            if only is not None and placement.rank not in only:
                 continue
-            placed = _placed(emissions, group, seat)
-            norm = Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=NORM_BYTES)
+            placed = _placed(emissions, group, placement)
+            norm = Instruction(
+                op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=REDUCE_NORM_BYTES
+            )
             whole = Instruction(
                 op=Op.OPTIMIZER_STEP,
                 stage=first.number,
                 layers=None if others else first.layers,
             )
-            ranks[seat.rank] = rewrite(
+            ranks[placement.rank] = rewrite(
                 (
-                    *_group_program(group, seat, placed),
+                    *_group_program(group, placement, placed),
                     *((norm, whole) if clipped else (*_early_updates(group, placed, whole), norm)),
                 )
             )
     return Program(ranks=tuple(ranks))
 
 
-def _placed(emissions: Sequence[Emission], group: PipelineRank, seat: Seat) -> Placed:
-    """Return what all techniques place among the actions of a rank, in their order."""
+def _placed(emissions: Sequence[Emission], group: PipelineRank, placement: RankPlacement) -> Placed:
+    """Returns what all techniques place among the actions of a rank, in their order."""
     found: Placed = {}
     for emission in emissions:
-        for index, instructions in emission(group, seat).items():
+        for index, instructions in emission(group, placement).items():
             found.setdefault(index, []).extend(instructions)
     return found
 
 
 def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
-    """Return what lets every technique, in their order, put its instructions into a rank's list."""
+    """Returns what lets every technique, in their order, put its instructions into a rank's
+    list."""
     found = [rewriting(plan, model) for rewriting in provided("program", "rewriting")]
     own = [each for each in found if each is not None]
 
@@ -126,7 +186,7 @@ def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
 def _early_updates(
     group: PipelineRank, placed: Placed, whole: Instruction
 ) -> Iterator[Instruction]:
-    """Yield one optimizer step for each bucket, which waits for that bucket's gradients alone.
+    """Yields one optimizer step for each bucket, which waits for that bucket's gradients alone.
 
     Before them comes one for the weights that no other rank holds, if there are any.
     """
@@ -142,9 +202,9 @@ def _early_updates(
 
 
 def _groups(
-    plan: Plan, stages: Sequence[StageSeats], model: LayerGraph, only: Container[int] | None
+    plan: Plan, stages: Sequence[StagePlacement], model: LayerGraph, only: Container[int] | None
 ) -> Iterator[PipelineRank]:
-    """Yield the pipeline ranks of all pipelines."""
+    """Yields the pipeline ranks of all pipelines."""
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
         orders = orders_of(plan, p)
@@ -166,26 +226,31 @@ def _groups(
             )
 
 
-def _group_program(group: PipelineRank, seat: Seat, placed: Placed) -> Iterator[Instruction]:
-    """Yield all instructions of one rank before the end of the step."""
-    seats = {s: stage.seats[seat.replica][seat.tensor_index] for s, stage in group.stages.items()}
+def _group_program(
+    group: PipelineRank, placement: RankPlacement, placed: Placed
+) -> Iterator[Instruction]:
+    """Yields all instructions of one rank before the end of the step."""
+    placements = {
+        s: stage.placements[placement.replica][placement.tensor_index]
+        for s, stage in group.stages.items()
+    }
     for index, action in enumerate(group.order):
         for later in group.arriving.get(index, ()):
             op, s, micro_batch, _ = group.order[later]
             incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
-            yield from transfers(seats[s], micro_batch, incoming)
+            yield from boundary_transfers(placements[s], micro_batch, incoming)
         yield from placed.get(index, ())
         op, s, first, last = action
         if op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT):
             incoming = group.boundaries[s].incoming.get(_WHOLE.get(op, op))
-            yield from gathers(seats[s], first, incoming)
+            yield from boundary_gathers(placements[s], first, incoming)
         yield Instruction(
             op=op,
             stage=group.stages[s].number,
             micro_batch=first if last == first + 1 else None,
             micro_batches=None if last == first + 1 else (first, last),
-            rows=seat.rows,
+            rows=placement.rows,
             layers=group.stages[s].layers,
         )
         outgoing = group.boundaries[s].outgoing.get(_WHOLE.get(op, op))
-        yield from transfers(seats[s], first, outgoing)
+        yield from boundary_transfers(placements[s], first, outgoing)

@@ -74,24 +74,25 @@ class Instruction:
     """The size of the message, or of the buffer that is reduced."""
 
 
-Key = tuple[tuple[int, int] | None, str | None]
+GradientKey = tuple[tuple[int, int] | None, str | None]
 """The layers or the tied parameter of a reduction or OPTIMIZER_STEP."""
 
 
 def micro_batches_of(i: Instruction) -> range:
-    """Return the micro-batches that an instruction works on; there is none at the end of a step."""
+    """Returns the micro-batches that an instruction works on; there is none at the end of a
+    step."""
     if i.micro_batches is not None:
         return range(*i.micro_batches)
     return range(0) if i.micro_batch is None else range(i.micro_batch, i.micro_batch + 1)
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:
-    """Return what is equal on all members of a collective."""
+    """Returns what is equal on all members of a collective."""
     return (i.op, i.ranks, *(getattr(i, name) for name in i.op.meets))
 
 
 def completing_layer(reduction: Instruction, layers: tuple[int, int], model: LayerGraph) -> int:
-    """Return the layer of a stage whose backward completes the gradients of a reduction.
+    """Returns the layer of a stage whose backward completes the gradients of a reduction.
 
     That is the first of its layers, or the stage's first user of its tied parameter.
     """
@@ -102,7 +103,8 @@ def completing_layer(reduction: Instruction, layers: tuple[int, int], model: Lay
 def summed_layers(
     layers: tuple[int, int] | None, tied: str | None, model: LayerGraph
 ) -> Sequence[int]:
-    """Return the layers, ascending, whose gradients are summed under some layers or a tied name."""
+    """Returns the layers, ascending, whose gradients are summed under some layers or a tied
+    name."""
     if layers is not None:
         return range(*layers)
     return next(each.layers for each in model.tied if each.name == tied)
@@ -119,8 +121,8 @@ def _pair(value: tuple[int, int]) -> str:
     return f"{value[0]}:{value[1]}"
 
 
-def text(instruction: Instruction) -> str:
-    """Return an instruction as one line: `0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2
+def format_instruction(instruction: Instruction) -> str:
+    """Returns an instruction as one line: `0F3 rows=0:2 layers=0:4`, `0SEND_F3 peer=1 rows=0:2
     bytes=4096`."""
     micro_batch = "" if instruction.micro_batch is None else instruction.micro_batch
     words = [f"{instruction.stage}{instruction.op}{micro_batch}"]
@@ -168,8 +170,8 @@ def _value(key: str, value: str) -> Any:
     raise ValueError(f"unknown word {key!r}")
 
 
-def parse(line: str, *, source: str = "program", field: str = "") -> Instruction:
-    """Parse one line, the inverse of `text`.
+def parse_instruction(line: str, *, source: str = "program", field: str = "") -> Instruction:
+    """Parses one line, the inverse of `format_instruction`.
 
     Raises ProgramError that names `source` and `field`.
     """
@@ -190,16 +192,18 @@ def parse(line: str, *, source: str = "program", field: str = "") -> Instruction
     )
 
 
-def dumps(program: Program) -> str:
-    """Return a program as text: a line `rank N`, then one line for each instruction."""
+def format_program(program: Program) -> str:
+    """Returns a program as text: a line `rank N`, then one line for each instruction."""
     blocks = []
     for rank, instructions in enumerate(program.ranks):
-        blocks.append("\n".join([f"rank {rank}", *(f"  {text(i)}" for i in instructions)]))
+        blocks.append(
+            "\n".join([f"rank {rank}", *(f"  {format_instruction(i)}" for i in instructions)])
+        )
     return "\n".join(blocks) + "\n"
 
 
-def loads(document: str, *, source: str = "program") -> Program:
-    """Parse a whole program, the inverse of `dumps`.
+def parse_program(document: str, *, source: str = "program") -> Program:
+    """Parses a whole program, the inverse of `format_program`.
 
     Raises ProgramError that names the line.
     """
@@ -212,5 +216,5 @@ def loads(document: str, *, source: str = "program") -> Program:
         elif not ranks:
             raise ProgramError(Problem(source, f"line {number}", repr(line), "a line 'rank 0'"))
         else:
-            ranks[-1].append(parse(line, source=source, field=f"line {number}"))
+            ranks[-1].append(parse_instruction(line, source=source, field=f"line {number}"))
     return Program(ranks=tuple(tuple(instructions) for instructions in ranks))

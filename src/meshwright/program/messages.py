@@ -23,8 +23,8 @@ class Message(NamedTuple):
     part: Share | None
 
 
-def message(rank: int, i: Instruction) -> Message:
-    """Return the message of a send or receive in the list of a rank."""
+def message_of(rank: int, i: Instruction) -> Message:
+    """Returns the message of a send or receive in the list of a rank."""
     assert i.peer is not None
     sends = i.op.kind == "send"
     return Message(
@@ -39,12 +39,12 @@ def message(rank: int, i: Instruction) -> Message:
 
 
 def direction(i: Instruction) -> Op:
-    """Return RECV_F for activations and RECV_B for gradients, at both ends of a message."""
+    """Returns RECV_F for activations and RECV_B for gradients, at both ends of a message."""
     return MATCHING_RECEIVE.get(i.op, i.op)
 
 
 def stage_before(i: Instruction) -> int:
-    """Return the stage before the cut that a message crosses."""
+    """Returns the stage before the cut that a message crosses."""
     return i.stage if i.op in (Op.SEND_F, Op.RECV_B) else i.stage - 1
 
 
@@ -55,5 +55,5 @@ ranks, and each rank posts the two in an order of its own."""
 
 
 def chain_of(i: Instruction) -> Chain:
-    """Return the chain of a send or receive that belongs to a broadcast."""
+    """Returns the chain of a send or receive that belongs to a broadcast."""
     return direction(i), i.ranks

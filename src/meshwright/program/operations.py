@@ -88,7 +88,7 @@ class Op(str):
         ends_step: bool = False,
         named_by_layers: bool = False,
     ) -> Self:
-        """Make one row of the table."""
+        """Makes one row of the table."""
         new = super().__new__(cls, word)
         new.kind, new.stream, new.part = kind, stream, part
         new.blocks, new.reads, new.awaits = blocks, reads, awaits
@@ -98,12 +98,12 @@ class Op(str):
         return new
 
     def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
-        """Copy an operation as its word, so that there is one of each."""
+        """Copies an operation as its word, so that there is one of each."""
         return operation, (str(self),)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        """Read an operation from a file by its word."""
+        """Reads an operation from a file by its word."""
         return core_schema.no_info_after_validator_function(
             operation,
             core_schema.str_schema(max_length=64),

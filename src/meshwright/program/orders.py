@@ -7,32 +7,32 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from meshwright.errors import PlanError, Problem
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES, StageLayout, stage_layout
 from meshwright.plan.spec import Plan
-from meshwright.plan.virtual import IN_PLAN, Layout, layout_of
-from meshwright.program.actions import Order, parse_order, word
+from meshwright.program.actions import Order, format_action, parse_order
 from meshwright.program.operations import Op
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 
 
 def orders_of(plan: Plan, pipeline: int) -> tuple[Order, ...]:
-    """Return the order of every pipeline rank of a pipeline.
+    """Returns the order of every pipeline rank of a pipeline.
 
     Raises PlanError, naming the word, for actions in the plan that are missing, repeated, out of
     order, or wait for ever.
     """
     found = plan.pipelines[pipeline]
-    layout = layout_of(found)
-    if plan.schedule not in IN_PLAN:
-        return orders(plan.schedule, layout, found.micro_batches)
+    layout = stage_layout(found)
+    if plan.schedule not in EXPLICIT_SCHEDULES:
+        return schedule_orders(plan.schedule, layout, found.micro_batches)
     actions = found.actions or ()
     return _checked(actions, layout, found.micro_batches, plan.name, f"pipelines[{pipeline}]")
 
 
 @lru_cache(maxsize=64)
 def _checked(
-    actions: tuple[str, ...], layout: Layout, micro_batches: int, source: str, where: str
+    actions: tuple[str, ...], layout: StageLayout, micro_batches: int, source: str, where: str
 ) -> tuple[Order, ...]:
-    """Parse and check the orders that a plan lists."""
+    """Parses and checks the orders that a plan lists."""
     if len(actions) != len(layout):
         found, wanted = f"{len(actions)} texts", f"{len(layout)}, one for each group of devices"
         raise PlanError(Problem(source, f"{where}.actions", found, wanted))
@@ -45,9 +45,9 @@ def _checked(
 
 
 def check_orders(
-    found: Sequence[Order], layout: Layout, micro_batches: int, *, source: str, where: str
+    found: Sequence[Order], layout: StageLayout, micro_batches: int, *, source: str, where: str
 ) -> None:
-    """Raise PlanError for orders that cannot be played.
+    """Raises PlanError for orders that cannot be played.
 
     Every pipeline rank must do each part of its micro-batches once and after what it depends on,
     and no two ranks may wait for each other for ever.
@@ -63,7 +63,7 @@ def check_orders(
 def _incomplete(
     order: Order, held: Sequence[int], micro_batches: int, source: str, field: str
 ) -> Iterator[Problem]:
-    """Walk through the order of a pipeline rank and check each action against those before it."""
+    """Walks through the order of a pipeline rank and checks each action against those before it."""
     alone = len(held) == 1
     done: set[tuple[Op, int, int]] = set()
     for index, action in enumerate(order):
@@ -73,14 +73,16 @@ def _incomplete(
             needed = _needs(op)
             if m >= micro_batches:
                 wanted = f"micro-batches below {micro_batches}"
-                yield Problem(source, here, word(action, alone=alone), wanted)
+                yield Problem(source, here, format_action(action, alone=alone), wanted)
             elif (op, stage, m) in done:
-                yield Problem(source, here, word(action, alone=alone), "each action once")
+                yield Problem(source, here, format_action(action, alone=alone), "each action once")
             elif needed and (needed, stage, m) not in done:
-                yield Problem(source, here, word(action, alone=alone), f"its {needed}{m} before it")
+                yield Problem(
+                    source, here, format_action(action, alone=alone), f"its {needed}{m} before it"
+                )
             elif op in (Op.BACKWARD, Op.BACKWARD_INPUT) and _other(op, stage, m) in done:
                 wanted = "a backward whole (B) or in two parts (I, W), not both"
-                yield Problem(source, here, word(action, alone=alone), wanted)
+                yield Problem(source, here, format_action(action, alone=alone), wanted)
             done.add((op, stage, m))
     for stage in held:
         for m in range(micro_batches):
@@ -91,20 +93,20 @@ def _incomplete(
 
 
 def _needs(op: Op) -> Op | None:
-    """Return the operation on the same stage and micro-batch that must come before this one."""
+    """Returns the operation on the same stage and micro-batch that must come before this one."""
     if op is Op.BACKWARD_WEIGHT:
         return Op.BACKWARD_INPUT
     return None if op is Op.FORWARD else Op.FORWARD
 
 
 def _other(op: Op, stage: int, micro_batch: int) -> tuple[Op, int, int]:
-    """Return the action that would do a backward a second time: I for a B, B for an I."""
+    """Returns the action that would do a backward a second time: I for a B, B for an I."""
     other = Op.BACKWARD_INPUT if op is Op.BACKWARD else Op.BACKWARD
     return other, stage, micro_batch
 
 
 def _missing(done: set[tuple[Op, int, int]], stage: int, m: int) -> str:
-    """Return the first operation that is missing for a micro-batch, or an empty string."""
+    """Returns the first operation that is missing for a micro-batch, or an empty string."""
     if (Op.FORWARD, stage, m) not in done:
         return Op.FORWARD
     if (Op.BACKWARD_INPUT, stage, m) in done:
@@ -112,8 +114,10 @@ def _missing(done: set[tuple[Op, int, int]], stage: int, m: int) -> str:
     return "" if (Op.BACKWARD, stage, m) in done else Op.BACKWARD
 
 
-def _stuck(found: Sequence[Order], layout: Layout, source: str, where: str) -> Iterator[Problem]:
-    """Play the orders without times; report every pipeline rank that waits for ever, and for
+def _stuck(
+    found: Sequence[Order], layout: StageLayout, source: str, where: str
+) -> Iterator[Problem]:
+    """Plays the orders without times; reports every pipeline rank that waits for ever, and for
     what."""
     last = max(stage for held in layout for stage in held)
     done: set[tuple[Op, int, int]] = set()
@@ -142,7 +146,7 @@ def _stuck(found: Sequence[Order], layout: Layout, source: str, where: str) -> I
         if at[g] < len(order):
             need = awaited(g)
             assert need is not None
-            stuck = word(order[at[g]], alone=len(layout[g]) == 1)
+            stuck = format_action(order[at[g]], alone=len(layout[g]) == 1)
             text = f"{stuck}, which waits for {need[1]}{need[0]}{need[2]} for ever"
             field = f"{where}.actions[{g}], word {at[g]}"
             yield Problem(source, field, text, "an order in which every wait ends")

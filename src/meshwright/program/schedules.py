@@ -10,57 +10,160 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES, StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.plan.virtual import IN_PLAN, Layout
-from meshwright.program.actions import Action, Order, high_water, one
+from meshwright.program.actions import Action, Order, peak_held, single_action
 from meshwright.program.operations import Op
-from meshwright.program.virtual import interleaved, zb_v
+
+
+def interleaved(groups: int, chunks: int, micro_batches: int) -> tuple[Order, ...]:
+    """Returns interleaved 1F1B (Narayanan et al. 2021): stage k stands on pipeline rank k modulo p.
+
+    Micro-batches pass through all chunks p at a time, so that the bubble is (p - 1)(F + B) of one
+    chunk. If p does not divide M, the last round is a longer one.
+    """
+    rounds = _rounds(groups, micro_batches)
+    found = []
+    for s in range(groups):
+        stages = [s + c * groups for c in range(chunks)]
+        forwards = [single_action(Op.FORWARD, k, m) for r in rounds for k in stages for m in r]
+        backwards = [
+            single_action(Op.BACKWARD, k, m) for r in rounds for k in reversed(stages) for m in r
+        ]
+        longest = len(rounds[0]) if len(rounds) == 1 else max(map(len, rounds))
+        warm_up = (chunks - 1) * max(groups, longest) + 2 * (groups - 1 - s) + 1
+        found.append(_alternating(forwards, backwards, warm_up))
+    return tuple(found)
+
+
+def _rounds(groups: int, micro_batches: int) -> list[range]:
+    """Divides the micro-batches into rounds of `groups`; the last one takes the remainder too."""
+    count = max(1, micro_batches // groups)
+    ends = [groups * (r + 1) for r in range(count - 1)] + [micro_batches]
+    return [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _alternating(forwards: list[Action], backwards: list[Action], warm_up: int) -> Order:
+    """Runs `warm_up` forwards, then alternate backwards and forwards."""
+    order = forwards[:warm_up]
+    for k, backward in enumerate(backwards):
+        order.append(backward)
+        order += forwards[warm_up + k : warm_up + k + 1]
+    return tuple(order)
+
+
+class _OrderBuilder:
+    """Builds the order of a pipeline rank, with the next micro-batch of each stage and
+    operation."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.order: list[Action] = []
+        self.next: dict[tuple[Op, int], int] = {}
+
+    def take(self, stage: int, *ops: Op) -> None:
+        """Appends the next micro-batch of each operation; those beyond the last are skipped."""
+        for op in ops:
+            m = self.next.get((op, stage), 0)
+            self.next[op, stage] = m + 1
+            if m < self.micro_batches:
+                self.order.append(single_action(op, stage, m))
+
+    def left(self, op: Op, stage: int) -> int:
+        """Returns the number of micro-batches for which an operation is still to be done."""
+        return self.micro_batches - self.next.get((op, stage), 0)
+
+
+def zb_v(groups: int, micro_batches: int) -> tuple[Order, ...]:
+    """Returns ZB-V (Qi et al. 2024, arXiv 2405.15362), with stages s and 2p - 1 - s on pipeline
+    rank s.
+
+    A micro-batch's backward therefore begins on the pipeline rank where its forward ended. If F, I
+    and W take equal time, no pipeline rank idles between its first and its last action, and none
+    holds more than p micro-batches of both its stages. With fewer than 2p - 1 micro-batches the
+    same pattern has gaps."""
+    return tuple(_v_order(s, groups, micro_batches) for s in range(groups))
+
+
+def _v_order(group: int, groups: int, micro_batches: int) -> Order:
+    """Returns the order of the pipeline rank `group`.
+
+    Its stage `down` is one of the first p stages, its stage `up` one of the last p.
+    """
+    down, up = group, 2 * groups - 1 - group
+    f, i, w = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
+    # No stage waits for the first one, whose backwards therefore stay whole, in fewer passes.
+    both = (i, w) if down else (Op.BACKWARD,)
+    played = max(micro_batches, 2 * groups - 1)
+    turns = _OrderBuilder(micro_batches)
+    for _ in range(2 * (groups - group) - 1):
+        turns.take(down, f)
+    for _ in range(group):
+        turns.take(up, f)
+        turns.take(down, f)
+    for _ in range(groups - group):
+        turns.take(up, f, i, w)
+    for _ in range(played - groups):
+        if turns.next[f, down] < played:
+            turns.take(down, f)
+        turns.take(down, *both)
+        turns.take(up, f, i, w)
+    for _ in range(group):
+        turns.take(down, i)
+        turns.take(up, i)
+    for _ in range(groups - group):
+        turns.take(down, *both)
+    for stage, last in ((up, w), (down, both[-1])):
+        while turns.left(last, stage) > 0:
+            turns.take(stage, last)
+    return tuple(turns.order)
 
 
 def gpipe(stage: int, micro_batches: int) -> Order:
-    """Run all forwards, then all backwards, oldest first (Huang et al. 2019)."""
-    forwards = (one(Op.FORWARD, stage, m) for m in range(micro_batches))
-    backwards = (one(Op.BACKWARD, stage, m) for m in range(micro_batches))
+    """Runs all forwards, then all backwards, oldest first (Huang et al. 2019)."""
+    forwards = (single_action(Op.FORWARD, stage, m) for m in range(micro_batches))
+    backwards = (single_action(Op.BACKWARD, stage, m) for m in range(micro_batches))
     return (*forwards, *backwards)
 
 
 def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
-    """Run `warm_up` forwards, then backwards and forwards in turn, then the remaining backwards.
+    """Runs `warm_up` forwards, then backwards and forwards in turn, then the remaining backwards.
 
     PipeDream-flush (Narayanan et al. 2021). At most `warm_up` micro-batches are held. With
     `warm_up` 2 and 3 micro-batches: F0 F1 B0 F2 B1 B2.
     """
-    order = [one(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
+    order = [single_action(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
     for m in range(micro_batches):
-        order.append(one(Op.BACKWARD, stage, m))
+        order.append(single_action(Op.BACKWARD, stage, m))
         if m + warm_up < micro_batches:
-            order.append(one(Op.FORWARD, stage, m + warm_up))
+            order.append(single_action(Op.FORWARD, stage, m + warm_up))
     return tuple(order)
 
 
 def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order:
-    """Run 1F1B with a split backward whose weight part follows `lag` micro-batches behind.
+    """Runs 1F1B with a split backward whose weight part follows `lag` micro-batches behind.
 
     At most `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241). Without a
     lag, on the first stage, a whole backward does the same in fewer passes.
     """
     if lag == 0:
         return one_f_one_b(stage, micro_batches, warm_up)
-    order = [one(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
+    order = [single_action(Op.FORWARD, stage, m) for m in range(min(warm_up, micro_batches))]
     for m in range(micro_batches):
-        order.append(one(Op.BACKWARD_INPUT, stage, m))
+        order.append(single_action(Op.BACKWARD_INPUT, stage, m))
         if m >= lag:
-            order.append(one(Op.BACKWARD_WEIGHT, stage, m - lag))
+            order.append(single_action(Op.BACKWARD_WEIGHT, stage, m - lag))
         if m + warm_up < micro_batches:
-            order.append(one(Op.FORWARD, stage, m + warm_up))
+            order.append(single_action(Op.FORWARD, stage, m + warm_up))
     order += (
-        one(Op.BACKWARD_WEIGHT, stage, m) for m in range(max(micro_batches - lag, 0), micro_batches)
+        single_action(Op.BACKWARD_WEIGHT, stage, m)
+        for m in range(max(micro_batches - lag, 0), micro_batches)
     )
     return tuple(order)
 
 
-def delayed(order: Order, *, filled: bool, batched: bool) -> Order:
-    """Split the backwards of an order and delay their weight parts: 2BP (arXiv 2405.18047).
+def two_bp(order: Order, *, filled: bool, batched: bool) -> Order:
+    """Splits the backwards of an order and delay their weight parts: 2BP (arXiv 2405.18047).
 
     A backward hands on its input gradients first. If the base schedule alternates (`filled`), each
     of its backwards after the last forward leaves room for one delayed weight part. The remaining
@@ -82,7 +185,7 @@ def delayed(order: Order, *, filled: bool, batched: bool) -> Order:
 
 
 def _batched(weights: Iterable[Action]) -> list[Action]:
-    """Join weight parts of neighbouring micro-batches of one stage into one action.
+    """Joins weight parts of neighbouring micro-batches of one stage into one action.
 
     Stages keep the order of their first weight part.
     """
@@ -96,12 +199,14 @@ def _batched(weights: Iterable[Action]) -> list[Action]:
     return [action for own in runs.values() for action in own]
 
 
-def _one_each(make: Callable[[int, int, int], Order]) -> Callable[[Layout, int], tuple[Order, ...]]:
-    """Adapt a rule make(stage, p, M) for pipeline ranks that hold one stage each."""
+def _one_each(
+    make: Callable[[int, int, int], Order],
+) -> Callable[[StageLayout, int], tuple[Order, ...]]:
+    """Adapts a rule make(stage, p, M) for pipeline ranks that hold one stage each."""
     return lambda layout, count: tuple(make(s, len(layout), count) for s in range(len(layout)))
 
 
-_BASES: dict[str, Callable[[Layout, int], tuple[Order, ...]]] = {
+_BASES: dict[str, Callable[[StageLayout, int], tuple[Order, ...]]] = {
     "gpipe": _one_each(lambda s, _, count: gpipe(s, count)),
     "1f1b": _one_each(lambda s, p, count: one_f_one_b(s, count, p - s)),
     # One more forward ahead for every boundary below, so that each transfer has a slot of its own
@@ -115,31 +220,33 @@ _BASES: dict[str, Callable[[Layout, int], tuple[Order, ...]]] = {
 
 
 @lru_cache(maxsize=64)
-def orders(schedule: ScheduleName, layout: Layout, micro_batches: int) -> tuple[Order, ...]:
-    """Return the order of every pipeline rank by a schedule's rule.
+def schedule_orders(
+    schedule: ScheduleName, layout: StageLayout, micro_batches: int
+) -> tuple[Order, ...]:
+    """Returns the order of every pipeline rank by a schedule's rule.
 
-    The schedule must have a rule and be able to play this layout (`layout_wanted`).
+    The schedule must have a rule and be able to play this layout (`needed_layout`).
     """
     base, two_parts, how = schedule.partition("-2bp")
     found = _BASES[base](layout, micro_batches)
     if not two_parts:
         return found
     filled, batched = base != "gpipe", how == "-batched"
-    return tuple(delayed(order, filled=filled, batched=batched) for order in found)
+    return tuple(two_bp(order, filled=filled, batched=batched) for order in found)
 
 
 def in_flight(schedule: ScheduleName, stage: int, stages: int, micro_batches: int) -> int:
-    """Return the most micro-batches that a stage alone on its pipeline rank holds at once.
+    """Returns the most micro-batches that a stage alone on its pipeline rank holds at once.
 
     A micro-batch is held from its forward to the last part of its backward. For a schedule whose
     actions the plan lists, the number is an upper bound.
     """
-    if schedule == "gpipe" or schedule in IN_PLAN:
+    if schedule == "gpipe" or schedule in EXPLICIT_SCHEDULES:
         return micro_batches
     if schedule == "1f1b":
         return min(stages - stage, micro_batches)
     layout = tuple((s,) for s in range(stages))
-    return round(high_water(orders(schedule, layout, micro_batches)[stage], _each, _each))
+    return round(peak_held(schedule_orders(schedule, layout, micro_batches)[stage], _each, _each))
 
 
 def _each(_stage: int) -> float:

@@ -10,7 +10,7 @@ from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op, Stream
 from meshwright.records import Bytes, Line, Name, PositiveSeconds, Rank, record
 
-Moment = Annotated[float, Field(ge=-1e9, le=1e30)]
+StepMoment = Annotated[float, Field(ge=-1e9, le=1e30)]
 """Seconds from the start of a step; the clocks of several machines may make it slightly
 negative."""
 MicroBatch = Annotated[int, Field(ge=0, le=2**20)]
@@ -26,9 +26,9 @@ class Interval:
     stage: Rank
     micro_batch: MicroBatch | None = None
     label: Line
-    """The first word of the instruction's text, such as `0F3`; see `label`."""
-    start_seconds: Moment
-    end_seconds: Moment
+    """The first word of the instruction's text, such as `0F3`; see `interval_label`."""
+    start_seconds: StepMoment
+    end_seconds: StepMoment
     peer: Rank | None = None
     bytes: Bytes = 0
 
@@ -38,7 +38,7 @@ class MemoryPoint:
     """Gives the bytes in use on one rank from this moment on."""
 
     rank: Rank
-    seconds: Moment
+    seconds: StepMoment
     bytes: Bytes
 
 
@@ -54,8 +54,8 @@ class Timeline:
     memory: tuple[MemoryPoint, ...] = ()
 
 
-def label(instruction: Instruction) -> str:
-    """Return the label of an instruction: `0F3`, `0W0:4`, `0OPTIMIZER_STEP 4:8` with its layers,
+def interval_label(instruction: Instruction) -> str:
+    """Returns the label of an instruction: `0F3`, `0W0:4`, `0OPTIMIZER_STEP 4:8` with its layers,
     `0OPTIMIZER_STEP wte` with its tied parameter; a tile follows as `1:2/4`."""
     micro_batch = "" if instruction.micro_batch is None else f"{instruction.micro_batch}"
     if instruction.micro_batches is not None:
@@ -71,7 +71,7 @@ def label(instruction: Instruction) -> str:
 
 
 def busy_seconds(timeline: Timeline, rank: int) -> float:
-    """Return the seconds in which a rank's compute stream was busy."""
+    """Returns the seconds in which a rank's compute stream was busy."""
     return sum(
         i.end_seconds - i.start_seconds
         for i in timeline.intervals

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
 
-from meshwright.plan.virtual import Layout
-from meshwright.program.actions import Order, one
+from meshwright.plan.ranks import StageLayout
+from meshwright.program.actions import Order, single_action
+from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.operations import Op
-from meshwright.program.posting import AHEAD
 from meshwright.records import record
 
 F, B, I, W = range(4)  # noqa: E741 - the words of schedules
@@ -35,7 +35,7 @@ sent: at the ends, and within a group."""
 class Work:
     """What the stages of one pipeline have to do for every micro-batch."""
 
-    layout: Layout
+    layout: StageLayout
     micro_batches: int
     forward: tuple[float, ...]
     """Seconds by stage; so are the next three."""
@@ -91,7 +91,7 @@ def _to_order(own: Codes) -> Order:
             backwards[s] += 1
             if kind == I:
                 waiting[s].append(m)
-        order.append(one(OPS[kind], s, m))
+        order.append(single_action(OPS[kind], s, m))
     return tuple(order)
 
 
@@ -163,7 +163,7 @@ class _Play:
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
 
     def advance(self, group: int) -> bool:
-        """Play a group until it has to wait for another; whether it moved."""
+        """Plays a group until it has to wait for another; whether it moved."""
         own, ends = self.codes[group], self.ends[group]
         began = k = len(ends)
         now = ends[-1] if ends else 0.0
@@ -185,7 +185,7 @@ class _Play:
                     break
                 ready = made[m]
                 if wait is not None:
-                    posted = ends[k - AHEAD - 1] if k > AHEAD else 0.0
+                    posted = ends[k - RECEIVES_AHEAD - 1] if k > RECEIVES_AHEAD else 0.0
                     ready = max(ready, posted, free[s]) + wait
                     free[s] = ready
                 now = max(now, ready)

@@ -37,7 +37,7 @@ class Tick:
 
 
 def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
-    """Return about `count` round values (1, 2 or 5 times a power of ten) that span low to high."""
+    """Returns about `count` round values (1, 2 or 5 times a power of ten) that span low to high."""
     span = high - low or abs(high) or 1.0
     rough = span / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -48,7 +48,7 @@ def ticks(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 def loss_svg(losses: Mapping[str, Sequence[float]]) -> Markup:
-    """Draw loss against step for every run, as inline SVG."""
+    """Draws loss against step for every run, as inline SVG."""
     steps = max(len(values) for values in losses.values())
     finite = [v for values in losses.values() for v in values if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)

@@ -11,17 +11,17 @@ from rich.text import Text
 
 from meshwright import __version__, files
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import mesh_text, stage_seats
+from meshwright.plan.ranks import mesh_text, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, plain, record
-from meshwright.report.drawing import plan_svg
 from meshwright.report.page import Bar, Piece
 from meshwright.report.palette import PARTS
+from meshwright.report.plan_drawing import plan_svg
 from meshwright.report.resources import NamedLoad, named_loads
 from meshwright.report.tables import devices_text, plan_table
-from meshwright.report.template import render, source
-from meshwright.report.terminal import words
-from meshwright.simulate.facts import Facts, Measured, Verdict
+from meshwright.report.template import render, template_source
+from meshwright.report.terminal import plain_text
+from meshwright.simulate.plan_figures import PlanFigures, SimulatedPlan, Verdict
 from meshwright.units import format_bytes, format_seconds
 
 MOST_LINKS = 12
@@ -38,7 +38,7 @@ class ComparedPlans:
 
 
 def short_names(first: Path, second: Path) -> tuple[str, str]:
-    """Return the names of two files for a table: their file names, or their paths if these are
+    """Returns the names of two files for a table: their file names, or their paths if these are
     equal."""
     if first.name != second.name:
         return first.name, second.name
@@ -47,18 +47,18 @@ def short_names(first: Path, second: Path) -> tuple[str, str]:
     return f"{first.name} (first)", f"{second.name} (second)"
 
 
-def comparison_json(first: Measured, second: Measured, verdict: Verdict) -> str:
-    """Format the comparison as JSON, in seconds and bytes."""
-    plans = _named(first.facts), _named(second.facts)
+def comparison_json(first: SimulatedPlan, second: SimulatedPlan, verdict: Verdict) -> str:
+    """Formats the comparison as JSON, in seconds and bytes."""
+    plans = _named(first.figures), _named(second.figures)
     return dumps(ComparedPlans(plans=plans, verdict=verdict))
 
 
-def _named(facts: Facts) -> dict[str, Any]:
+def _named(facts: PlanFigures) -> dict[str, Any]:
     return {**plain(facts), "links": [plain(load) for load in named_loads(facts.links)]}
 
 
-def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
-    """Say which plan is faster, by how much, and what the other one loses."""
+def verdict_sentence(first: PlanFigures, second: PlanFigures, verdict: Verdict) -> str:
+    """Says which plan is faster, by how much, and what the other one loses."""
     if verdict.winner is None:
         rate = f"{first.tokens_per_second:,.0f} tokens/s"
         return f"{first.name} and {second.name} are equally fast: {rate}."
@@ -70,33 +70,33 @@ def verdict_sentence(first: Facts, second: Facts, verdict: Verdict) -> str:
 
 
 def print_comparison(
-    first: Measured, second: Measured, verdict: Verdict, console: Console | None = None
+    first: SimulatedPlan, second: SimulatedPlan, verdict: Verdict, console: Console | None = None
 ) -> None:
-    """Print the stages of both plans, the parts of a step, the load of the links, and the
+    """Prints the stages of both plans, the parts of a step, the load of the links, and the
     verdict."""
     console = console or Console()
     for each in (first, second):
-        console.print(words(f"{each.facts.name}: {each.facts.plan}", style="bold"))
+        console.print(plain_text(f"{each.figures.name}: {each.figures.plan}", style="bold"))
         console.print(plan_table(each.plan))
         console.print()
     for difference in verdict.differences:
-        console.print(words(f"• not alike: {difference}"))
+        console.print(plain_text(f"• not alike: {difference}"))
     if verdict.differences:
         console.print()
-    console.print(figures_table(first.facts, second.facts))
+    console.print(figures_table(first.figures, second.figures))
     console.print()
-    console.print(links_table(first.facts, second.facts))
+    console.print(link_loads_table(first.figures, second.figures))
     console.print()
-    sentence = verdict_sentence(first.facts, second.facts, verdict)
-    console.print(words(f"• {sentence}"))
+    sentence = verdict_sentence(first.figures, second.figures, verdict)
+    console.print(plain_text(f"• {sentence}"))
 
 
-Line = tuple[str, str, str, str]
+ComparisonRow = tuple[str, str, str, str]
 """A line of the comparison: label, value of the first plan, of the second, and the change."""
 
 
-def figures(first: Facts, second: Facts) -> list[Line]:
-    """Return every line of the comparison."""
+def comparison_rows(first: PlanFigures, second: PlanFigures) -> list[ComparisonRow]:
+    """Returns every line of the comparison."""
     parts = [part for part in PARTS if first.parts.get(part) or second.parts.get(part)]
     return [
         ("step", *_seconds(first.step_seconds, second.step_seconds)),
@@ -113,7 +113,7 @@ def figures(first: Facts, second: Facts) -> list[Line]:
     ]
 
 
-def _memory_lines(first: Facts, second: Facts) -> list[Line]:
+def _memory_lines(first: PlanFigures, second: PlanFigures) -> list[ComparisonRow]:
     one, two = total_bytes(first.fullest), total_bytes(second.fullest)
     return [
         ("fullest device", first.fullest.device, second.fullest.device, ""),
@@ -132,26 +132,28 @@ def _change(first: float, second: float) -> str:
     return f"{second / first - 1:+.1%}"
 
 
-def figures_table(first: Facts, second: Facts) -> Table:
-    """Return a table of the figures of both plans, and the second's change from the first."""
+def figures_table(first: PlanFigures, second: PlanFigures) -> Table:
+    """Returns a table of the figures of both plans, and the second's change from the first."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in (first.name, second.name):
         table.add_column(_heading(name), justify="right", max_width=24)
     table.add_column("change", justify="right")
-    for line in figures(first, second):
-        table.add_row(*map(words, line))
+    for line in comparison_rows(first, second):
+        table.add_row(*map(plain_text, line))
     return table
 
 
 def _heading(name: str) -> Text:
-    heading = words(name)
+    heading = plain_text(name)
     heading.overflow = "fold"
     return heading
 
 
-def link_rows(first: Facts, second: Facts) -> list[tuple[str, NamedLoad | None, NamedLoad | None]]:
-    """Return every link that either plan uses, longest busy first."""
+def link_rows(
+    first: PlanFigures, second: PlanFigures
+) -> list[tuple[str, NamedLoad | None, NamedLoad | None]]:
+    """Returns every link that either plan uses, longest busy first."""
     one, two = ({load.name: load for load in named_loads(each.links)} for each in (first, second))
 
     def busiest(name: str) -> float:
@@ -161,8 +163,8 @@ def link_rows(first: Facts, second: Facts) -> list[tuple[str, NamedLoad | None, 
     return [(name, one.get(name), two.get(name)) for name in names]
 
 
-def links_table(first: Facts, second: Facts) -> Table:
-    """Return a table of the bytes of a step by link, and the share of the step that they take at
+def link_loads_table(first: PlanFigures, second: PlanFigures) -> Table:
+    """Returns a table of the bytes of a step by link, and the share of the step that they take at
     full bandwidth."""
     rows = link_rows(first, second)
     left = len(rows) - MOST_LINKS
@@ -176,7 +178,7 @@ def links_table(first: Facts, second: Facts) -> Table:
         cells: list[str] = []
         for load, facts in ((one, first), (two, second)):
             cells += _load_cells(load, facts.step_seconds)
-        table.add_row(words(name), *cells)
+        table.add_row(plain_text(name), *cells)
     if not rows:
         table.add_row("nothing", "-", "", "-", "")
     return table
@@ -188,30 +190,32 @@ def _load_cells(load: NamedLoad | None, step_seconds: float) -> tuple[str, str]:
     return format_bytes(load.bytes), f"{load.seconds / step_seconds:.0%}"
 
 
-def write_comparison(path: Path, first: Measured, second: Measured, verdict: Verdict) -> None:
-    """Write the comparison as one self-contained HTML page."""
-    room = max(each.facts.step_seconds for each in (first, second))
+def write_comparison(
+    path: Path, first: SimulatedPlan, second: SimulatedPlan, verdict: Verdict
+) -> None:
+    """Writes the comparison as one self-contained HTML page."""
+    room = max(each.figures.step_seconds for each in (first, second))
     text = render(
         "compare.html",
-        css=source("page.css") + source("plan.css"),
+        css=template_source("page.css") + template_source("plan.css"),
         version=__version__,
-        heading=verdict_sentence(first.facts, second.facts, verdict),
+        heading=verdict_sentence(first.figures, second.figures, verdict),
         differences=verdict.differences,
         sides=[
             {
-                "facts": each.facts,
+                "facts": each.figures,
                 "svg": plan_svg(each.plan, each.cluster, each.model),
                 "stages": _stage_lines(each.plan),
             }
             for each in (first, second)
         ],
-        figures=figures(first.facts, second.facts),
-        step_parts=[_part_bar(each.facts, room) for each in (first, second)],
+        figures=comparison_rows(first.figures, second.figures),
+        step_parts=[_part_bar(each.figures, room) for each in (first, second)],
         part_colours=PARTS,
         links=[
-            (name, *_load_cells(one, first.facts.step_seconds),
-             *_load_cells(two, second.facts.step_seconds))
-            for name, one, two in link_rows(first.facts, second.facts)
+            (name, *_load_cells(one, first.figures.step_seconds),
+             *_load_cells(two, second.figures.step_seconds))
+            for name, one, two in link_rows(first.figures, second.figures)
         ],
     )  # fmt: skip
     files.write_text(path, text)
@@ -222,14 +226,14 @@ def _stage_lines(plan: Plan) -> list[tuple[int, str, str, str]]:
         (
             stage.number,
             f"{stage.layers[0]}:{stage.layers[1]}",
-            mesh_text(stage.seats, "×"),
-            devices_text(tuple(s.device for replica in stage.seats for s in replica)),
+            mesh_text(stage.placements, "×"),
+            devices_text(tuple(s.device for replica in stage.placements for s in replica)),
         )
-        for stage in stage_seats(plan)
+        for stage in stage_placements(plan)
     ]
 
 
-def _part_bar(facts: Facts, room: float) -> Bar:
+def _part_bar(facts: PlanFigures, room: float) -> Bar:
     pieces = tuple(
         Piece(name=part, colour=PARTS[part], amount=seconds, share=seconds / room)
         for part, seconds in facts.parts.items()

@@ -13,16 +13,16 @@ from pathlib import Path
 from meshwright import __version__, files
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
-from meshwright.model.spec import LayerGraph, num_frozen, num_parameters
-from meshwright.plan.ranks import mesh_text, stage_seats
+from meshwright.model.spec import LayerGraph, num_frozen_parameters, num_parameters
+from meshwright.plan.ranks import mesh_text, stage_placements
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import dumps
+from meshwright.program.instructions import format_program
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.report.charts import loss_svg
-from meshwright.report.drawing import layers_text, plan_svg
 from meshwright.report.palette import KIND_NAMES, KINDS, MEMORY, PARTS, stage_colours
+from meshwright.report.plan_drawing import layers_text, plan_svg
 from meshwright.report.sentences import (
     busiest_sentence,
     limits,
@@ -31,10 +31,10 @@ from meshwright.report.sentences import (
     verdict,
 )
 from meshwright.report.tables import devices_text, rows_text
-from meshwright.report.template import render, source
-from meshwright.report.tracks import timeline_data
-from meshwright.simulate.compare import Comparison
-from meshwright.simulate.parts import parts
+from meshwright.report.template import render, template_source
+from meshwright.report.timeline_data import timeline_data
+from meshwright.simulate.compare_timelines import TimelineComparison
+from meshwright.simulate.critical_path import step_breakdown
 
 PROGRAM_LINES = 20_000
 """Largest number of program lines on a page; a longer program is cut off."""
@@ -101,9 +101,9 @@ def write_report(  # noqa: PLR0913 - a page shows what there is
     measured: Timeline | None = None,
     losses: Mapping[str, Sequence[float]] | None = None,
     rivals: Sequence[Rival] = (),
-    comparison: Comparison | None = None,
+    comparison: TimelineComparison | None = None,
 ) -> None:
-    """Write the page.
+    """Writes the page.
 
     `losses` are per run; `rivals` are in the order of their rows, the plan itself last. Its
     measured step there, a median of many, takes precedence over the single step that `measured`
@@ -131,20 +131,20 @@ def report_html(
     measured: Timeline | None,
     losses: Mapping[str, Sequence[float]],
     rivals: Sequence[Rival],
-    comparison: Comparison | None = None,
+    comparison: TimelineComparison | None = None,
 ) -> str:
-    """Return the page as HTML text."""
+    """Returns the page as HTML text."""
     prediction = plan.prediction
     timelines = [each for each in (predicted, measured) if each is not None]
     seconds = _measured_seconds(measured, rivals)
     return render(
         "page.html",
-        css=source("page.css") + source("plan.css"),
-        script=source("timeline.js"),
+        css=template_source("page.css") + template_source("plan.css"),
+        script=template_source("timeline.js"),
         version=__version__,
         plan=plan,
         parameters=num_parameters(model),
-        frozen=num_frozen(model),
+        frozen=num_frozen_parameters(model),
         heading=verdict(plan, predicted.step_seconds, seconds),
         subtitle=title(plan),
         tiles=_tiles(plan, predicted.step_seconds, seconds, rivals),
@@ -166,7 +166,7 @@ def report_html(
 
 
 def _measured_seconds(measured: Timeline | None, rivals: Sequence[Rival]) -> float | None:
-    """Return the measured seconds of a step: the run's median, else the one step that was
+    """Returns the measured seconds of a step: the run's median, else the one step that was
     recorded."""
     if rivals and rivals[-1].measured_seconds:
         return rivals[-1].measured_seconds
@@ -176,7 +176,7 @@ def _measured_seconds(measured: Timeline | None, rivals: Sequence[Rival]) -> flo
 def _tiles(
     plan: Plan, predicted: float, measured: float | None, rivals: Sequence[Rival]
 ) -> list[tuple[str, float | str, str]]:
-    """Return the figures at the top of the page: label, value, and how to format it."""
+    """Returns the figures at the top of the page: label, value, and how to format it."""
     tiles: list[tuple[str, float | str, str]] = [("step, predicted", predicted, "seconds")]
     if measured is not None:
         tiles.append(("step, measured", measured, "seconds"))
@@ -190,7 +190,7 @@ def _tiles(
 
 
 def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
-    stages = stage_seats(plan)
+    stages = stage_placements(plan)
     colours = stage_colours(len(stages))
     return [
         StageRow(
@@ -199,9 +199,9 @@ def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
             colour=colours[stage.number],
             layers=layers_text(model, stage.layers),
             count=stage.layers[1] - stage.layers[0],
-            mesh=mesh_text(stage.seats, "×"),
+            mesh=mesh_text(stage.placements, "×"),
             rows=rows_text(stage, plan.pipelines[stage.pipeline].rows),
-            devices=devices_text(tuple(s.device for replica in stage.seats for s in replica)),
+            devices=devices_text(tuple(s.device for replica in stage.placements for s in replica)),
         )
         for stage in stages
     ]
@@ -216,7 +216,7 @@ def _step_parts(timelines: Sequence[Timeline]) -> list[Bar]:
             total=timeline.step_seconds,
             pieces=tuple(
                 Piece(name=part, colour=PARTS[part], amount=seconds, share=seconds / room)
-                for part, seconds in parts(timeline).items()
+                for part, seconds in step_breakdown(timeline).items()
                 if seconds > 0
             ),
         )
@@ -225,7 +225,7 @@ def _step_parts(timelines: Sequence[Timeline]) -> list[Bar]:
 
 
 def _memory_bars(memory: Sequence[DeviceMemory]) -> list[Bar]:
-    """Return the memory bars on one scale: the largest of all capacities and needs."""
+    """Returns the memory bars on one scale: the largest of all capacities and needs."""
     room = max((max(total_bytes(each), each.capacity) for each in memory), default=1)
     return [
         Bar(
@@ -271,7 +271,7 @@ def _sentences(plan: Plan, predicted: Timeline, cluster: Cluster) -> tuple[str, 
 
 
 def _program(plan: Plan, model: LayerGraph) -> str:
-    lines = dumps(compile_plan(plan, model)).splitlines()
+    lines = format_program(compile_plan(plan, model)).splitlines()
     if len(lines) > PROGRAM_LINES:
         rest = len(lines) - PROGRAM_LINES
         note = f"({rest} more lines: `meshwright simulate PLAN --program FILE` writes them all)"

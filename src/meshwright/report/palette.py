@@ -52,12 +52,12 @@ _RAMP = ((72, 40, 120), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 
 def stage_colours(count: int) -> tuple[str, ...]:
-    """Return one colour for each of `count` stages, from violet to yellow."""
+    """Returns one colour for each of `count` stages, from violet to yellow."""
     return tuple(_ramp(index / max(count - 1, 1)) for index in range(count))
 
 
 def _ramp(place: float) -> str:
-    """Return the colour at a place from 0 (first stop) to 1 (last stop), linear between stops."""
+    """Returns the colour at a place from 0 (first stop) to 1 (last stop), linear between stops."""
     scaled = place * (len(_RAMP) - 1)
     low = min(int(scaled), len(_RAMP) - 2)
     share = scaled - low
@@ -66,7 +66,7 @@ def _ramp(place: float) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """Return black or white, whichever is more readable on a colour: WCAG 2 relative luminance."""
+    """Returns black or white, whichever is more readable on a colour: WCAG 2 relative luminance."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     luminance = 0.2126 * _linear(red) + 0.7152 * _linear(green) + 0.0722 * _linear(blue)
     return "#000000" if luminance > 0.179 else "#ffffff"

@@ -20,7 +20,7 @@ class NamedLoad:
 
 
 def resource_name(resource: Resource) -> str:
-    """Name a resource for people: `a:0 out`, `b bus`, `c network in`, `home uplink out`, `a > b`.
+    """Names a resource for people: `a:0 out`, `b bus`, `c network in`, `home uplink out`, `a > b`.
 
     A resource with one capacity for both directions has no direction in its name; if it is an
     explicit link, it reads `a - b`.
@@ -37,7 +37,7 @@ def resource_name(resource: Resource) -> str:
 
 
 def named_loads(loads: Iterable[LinkLoad]) -> tuple[NamedLoad, ...]:
-    """Return the loads with names, longest busy first, and by name among equals."""
+    """Returns the loads with names, longest busy first, and by name among equals."""
     named = (
         NamedLoad(name=resource_name(load.resource), bytes=load.bytes, seconds=load.seconds)
         for load in loads

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import DeviceMemory, Plan
-from meshwright.plan.virtual import layout_of
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.techniques import rooms_with
 from meshwright.units import format_bytes, format_seconds
@@ -33,12 +32,12 @@ TIGHT = 0.95
 
 
 def tokens_per_second(plan: Plan, step_seconds: float) -> float:
-    """Return tokens of the global batch per second."""
+    """Returns tokens of the global batch per second."""
     return plan.job.global_batch * plan.job.sequence / step_seconds
 
 
 def parts_sentence(parts: Mapping[str, float]) -> str:
-    """Say what the critical path spends its time on, and what would shorten the largest loss."""
+    """Says what the critical path spends its time on, and what would shorten the largest loss."""
     step = sum(parts.values())
     lost = {part: seconds for part, seconds in parts.items() if part != "compute" and seconds > 0}
     computing = (
@@ -55,7 +54,7 @@ def parts_sentence(parts: Mapping[str, float]) -> str:
 
 
 def memory_sentence(memory: tuple[DeviceMemory, ...]) -> str:
-    """Name the fullest device, and say if memory limits the plan."""
+    """Names the fullest device, and says if memory limits the plan."""
     worst = max(memory, key=lambda m: total_bytes(m) / m.capacity)
     used = total_bytes(worst) / worst.capacity
     room = "memory limits this plan" if used >= TIGHT else "memory leaves room"
@@ -64,7 +63,7 @@ def memory_sentence(memory: tuple[DeviceMemory, ...]) -> str:
 
 
 def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
-    """Name the device that computes longest, which bounds the step, and the idlest."""
+    """Names the device that computes longest, which bounds the step, and the idlest."""
     ranks = range(len(timeline.devices))
     busy = {rank: busy_seconds(timeline, rank) for rank in ranks}
     most, least = max(busy, key=lambda r: busy[r]), min(busy, key=lambda r: busy[r])
@@ -79,7 +78,7 @@ def busiest_sentence(timeline: Timeline, cluster: Cluster) -> str:
 
 
 def limits(plan: Plan) -> tuple[str, ...]:
-    """Return the sentences on what limits the predicted step: time, memory, virtual stages and
+    """Returns the sentences on what limits the predicted step: time, memory, virtual stages and
     techniques."""
     sentences = []
     prediction = plan.prediction
@@ -95,8 +94,8 @@ def limits(plan: Plan) -> tuple[str, ...]:
 
 
 def _frozen(memory: tuple[DeviceMemory, ...]) -> Iterator[str]:
-    """Say how much of the weights is frozen, if any: the difference of weights and gradients, which
-    are equally large for trained weights."""
+    """Says how much of the weights is frozen, if any: the difference of weights and gradients,
+    which are equally large for trained weights."""
     held, trained = sum(m.parameters for m in memory), sum(m.gradients for m in memory)
     if held - trained > 0.005 * held:
         text = f"Of {format_bytes(held)} of weights on all devices {format_bytes(held - trained)} "
@@ -104,8 +103,8 @@ def _frozen(memory: tuple[DeviceMemory, ...]) -> Iterator[str]:
 
 
 def _virtual_stages(plan: Plan) -> Iterator[str]:
-    """Say why devices hold several stages, if any does."""
-    layouts = [layout_of(pipeline) for pipeline in plan.pipelines]
+    """Says why devices hold several stages, if any does."""
+    layouts = [stage_layout(pipeline) for pipeline in plan.pipelines]
     most = max((len(held) for layout in layouts for held in layout), default=1)
     if most > 1:
         text = f"Devices hold up to {most} stages of a pipeline: it fills and drains in the time "
@@ -118,7 +117,7 @@ def _virtual_stages(plan: Plan) -> Iterator[str]:
 
 
 def error_sentence(predicted: float, measured: float) -> str:
-    """Say how far a prediction was off: (predicted - measured) / measured."""
+    """Says how far a prediction was off: (predicted - measured) / measured."""
     error = (predicted - measured) / measured
     if abs(error) < 0.0005:
         return "as predicted"
@@ -127,7 +126,7 @@ def error_sentence(predicted: float, measured: float) -> str:
 
 
 def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
-    """Summarise the whole page in one sentence; both arguments are seconds of a step."""
+    """Summarises the whole page in one sentence; both arguments are seconds of a step."""
     where = f"{plan.model.name} on {plan.cluster.name}"
     seconds = measured or predicted
     rate = f"{tokens_per_second(plan, seconds):,.0f} tokens/s"
@@ -138,6 +137,6 @@ def verdict(plan: Plan, predicted: float, measured: float | None) -> str:
 
 
 def title(plan: Plan) -> str:
-    """Describe the plan in one line, with its job."""
+    """Describes the plan in one line, with its job."""
     job = plan.job
-    return f"{describe(plan)}, {job.global_batch} rows of {job.sequence}, {job.precision}"
+    return f"{describe_plan(plan)}, {job.global_batch} rows of {job.sequence}, {job.precision}"

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import StageSeats, describe, mesh_text, stage_seats
+from meshwright.plan.ranks import StagePlacement, describe_plan, mesh_text, stage_placements
 from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.report.palette import MEMORY, PARTS
 from meshwright.report.sentences import limits, parts_sentence, tokens_per_second
-from meshwright.report.terminal import words
-from meshwright.simulate.parts import parts
+from meshwright.report.terminal import plain_text
+from meshwright.simulate.critical_path import step_breakdown
 from meshwright.units import format_bytes, format_seconds
 
 _BAR = 28
@@ -26,13 +26,13 @@ _WIDE = 130
 
 
 def explain(plan: Plan, console: Console | None = None) -> None:
-    """Print the stages of a plan, the parts of a step, the memory of devices, and the
+    """Prints the stages of a plan, the parts of a step, the memory of devices, and the
     runners-up."""
     console = console or Console()
     job = plan.job
-    console.print(words(describe(plan), style="bold"))
+    console.print(plain_text(describe_plan(plan), style="bold"))
     console.print(
-        words(
+        plain_text(
             f"{plan.model.name} on {plan.cluster.name}: {job.global_batch} rows of {job.sequence} "
             f"a step, {job.precision}, {job.optimizer}\n"
         )
@@ -48,10 +48,10 @@ def explain(plan: Plan, console: Console | None = None) -> None:
     console.print(parts_table({"predicted": prediction.parts}))
     if prediction.memory:
         console.print()
-        console.print(memory_table(prediction.memory, wide=console.width >= _WIDE))
+        console.print(device_memory_table(prediction.memory, wide=console.width >= _WIDE))
     console.print()
     for sentence in limits(plan):
-        console.print(words(f"• {sentence}"))
+        console.print(plain_text(f"• {sentence}"))
     if prediction.runners_up:
         console.print()
         console.print(runners_up_table(prediction.runners_up, seconds))
@@ -66,12 +66,12 @@ def _speed(seconds: float, rate: float, source: str) -> Text:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return a table of the plan with one line per stage."""
+    """Returns a table of the plan with one line per stage."""
     table = Table(box=None, pad_edge=False, title_justify="left")
     for name in ("stage", "layers", "count", "data x tensor", "rows", "devices"):
         table.add_column(name, justify="right" if name in ("stage", "count") else "left")
     rows = [pipeline.rows for pipeline in plan.pipelines]
-    for stage in stage_seats(plan):
+    for stage in stage_placements(plan):
         if stage.is_first and len(plan.pipelines) > 1:
             pipeline = plan.pipelines[stage.pipeline]
             share = pipeline.rows * pipeline.micro_batches
@@ -81,16 +81,18 @@ def plan_table(plan: Plan) -> Table:
             str(stage.number),
             f"{first}:{last}",
             str(last - first),
-            mesh_text(stage.seats),
+            mesh_text(stage.placements),
             rows_text(stage, rows[stage.pipeline]),
-            words(devices_text(tuple(s.device for replica in stage.seats for s in replica))),
+            plain_text(
+                devices_text(tuple(s.device for replica in stage.placements for s in replica))
+            ),
         )
     return table
 
 
-def rows_text(stage: StageSeats, rows: int) -> str:
-    """Format the rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
-    shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.seats]
+def rows_text(stage: StagePlacement, rows: int) -> str:
+    """Formats the rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
+    shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.placements]
     if len(shares) == 1:
         return str(rows)
     if len(set(shares)) == 1:
@@ -99,7 +101,7 @@ def rows_text(stage: StageSeats, rows: int) -> str:
 
 
 def devices_text(devices: tuple[str, ...]) -> str:
-    """Format device names, shortened where indices count up: `p3-0:0-3 g4-0:0`."""
+    """Formats device names, shortened where indices count up: `p3-0:0-3 g4-0:0`."""
     found = []
     split = [(node, int(index)) for node, _, index in (d.rpartition(":") for d in devices)]
     runs = groupby(enumerate(split), key=lambda item: (item[1][0], item[1][1] - item[0]))
@@ -111,7 +113,7 @@ def devices_text(devices: tuple[str, ...]) -> str:
 
 
 def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table of the parts of a step: one line per part, one column per step."""
+    """Returns a table of the parts of a step: one line per part, one column per step."""
     table = Table(box=None, pad_edge=False)
     table.add_column("part")
     for name in steps:
@@ -132,7 +134,7 @@ def parts_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
-    """Draw a bar of coloured blocks. The ends of pieces are rounded, not their sizes, so that the
+    """Draws a bar of coloured blocks. The ends of pieces are rounded, not their sizes, so that the
     total length is right."""
     text, done, drawn = Text(), 0.0, 0
     for size, colour in pieces:
@@ -143,8 +145,8 @@ def _bar(pieces: tuple[tuple[float, str], ...], full: float) -> Text:
     return text
 
 
-def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Table:
-    """Return a table of the peak memory of each device, by kind, and its capacity. Equal devices
+def device_memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Table:
+    """Returns a table of the peak memory of each device, by kind, and its capacity. Equal devices
     share a line.
 
     A dot marks free memory; a bar as long as the column is full. If not `wide`, the table fits 80
@@ -161,7 +163,7 @@ def memory_table(memory: tuple[DeviceMemory, ...], *, wide: bool = True) -> Tabl
         alike = tuple(run)
         one = alike[0]
         table.add_row(
-            words(devices_text(tuple(each.device for each in alike))),
+            plain_text(devices_text(tuple(each.device for each in alike))),
             *(format_bytes(getattr(one, kind)) for kind in kinds),
             format_bytes(total_bytes(one)),
             format_bytes(one.capacity),
@@ -177,7 +179,7 @@ def _memory_bar(memory: DeviceMemory) -> Text:
 
 
 def _legend() -> Text:
-    """Return the names of the kinds of memory in their colours."""
+    """Returns the names of the kinds of memory in their colours."""
     return Text(" ").join(Text(kind, style=colour) for kind, colour in MEMORY.items())
 
 
@@ -186,7 +188,7 @@ def _amounts(memory: DeviceMemory) -> tuple[int, ...]:
 
 
 def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> Table:
-    """Return a table of the next best strategies, with the parts of a step that made them
+    """Returns a table of the next best strategies, with the parts of a step that made them
     slower."""
     table = Table(box=None, pad_edge=False)
     for name in ("runner-up", "step", "slower", "why"):
@@ -195,36 +197,36 @@ def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> T
         seconds = each.step_seconds
         step = "-" if seconds is None else format_seconds(seconds)
         slower = "" if seconds is None else f"{seconds / best_seconds - 1:+.1%}"
-        table.add_row(words(each.name), step, slower, words(each.reason))
+        table.add_row(plain_text(each.name), step, slower, plain_text(each.reason))
     return table
 
 
 def dropped_table(dropped: Mapping[str, int]) -> Table:
-    """Return a table of the numbers of pruned candidates by reason, largest first."""
+    """Returns a table of the numbers of pruned candidates by reason, largest first."""
     table = Table(box=None, pad_edge=False)
     table.add_column("dropped", justify="right")
     table.add_column("because")
     for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(str(count), words(reason))
+        table.add_row(str(count), plain_text(reason))
     return table
 
 
 def timeline_summary(plan: Plan, timeline: Timeline, console: Console | None = None) -> None:
-    """Print the time of one step, its parts, and how busy every device is."""
+    """Prints the time of one step, its parts, and how busy every device is."""
     console = console or Console()
-    seconds, found = timeline.step_seconds, parts(timeline)
+    seconds, found = timeline.step_seconds, step_breakdown(timeline)
     rate = tokens_per_second(plan, seconds)
     console.print(_speed(seconds, rate, timeline.source))
     console.print(parts_table({timeline.source: found}))
     console.print()
     console.print(busy_table(timeline))
     console.print()
-    console.print(words(f"• {parts_sentence(found)}"))
+    console.print(plain_text(f"• {parts_sentence(found)}"))
 
 
 def busy_table(timeline: Timeline) -> Table:
-    """Return a table of the time that each device computes, and its peak memory if the timeline has
-    it."""
+    """Returns a table of the time that each device computes, and its peak memory if the timeline
+    has it."""
     table = Table(box=None, pad_edge=False)
     for name in ("rank", "device", "computes", "share", "peak memory"):
         table.add_column(name, justify="left" if name == "device" else "right")
@@ -236,7 +238,7 @@ def busy_table(timeline: Timeline) -> Table:
         busy = busy_seconds(timeline, rank)
         table.add_row(
             str(rank),
-            words(device),
+            plain_text(device),
             format_seconds(busy),
             f"{busy / timeline.step_seconds:.0%}",
             format_bytes(peaks[rank]) if peaks[rank] else "",
@@ -246,11 +248,11 @@ def busy_table(timeline: Timeline) -> Table:
 
 
 def comparison_table(predicted: Timeline, measured: Timeline) -> Table:
-    """Return a table of predicted and measured times: the step, its parts, and their errors."""
+    """Returns a table of predicted and measured times: the step, its parts, and their errors."""
     table = Table(box=None, pad_edge=False)
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="right" if name else "left")
-    before, after = parts(predicted), parts(measured)
+    before, after = step_breakdown(predicted), step_breakdown(measured)
     rows = {"step": (predicted.step_seconds, measured.step_seconds)}
     rows |= {part: (before[part], after[part]) for part in before}
     for name, (guess, truth) in rows.items():

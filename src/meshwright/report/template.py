@@ -12,7 +12,7 @@ from meshwright.units import format_bytes, format_seconds
 
 
 def _shown(value: object) -> object:
-    """Remove characters that a page must not contain from a value."""
+    """Removes characters that a page must not contain from a value."""
     return printable(value, lines=True) if isinstance(value, str) else value
 
 
@@ -32,12 +32,12 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: object) -> Markup:
-    """Render a template of this package; values are escaped, except rendered templates."""
+    """Renders a template of this package; values are escaped, except rendered templates."""
     return Markup(_environment().get_template(template).render(**values))
 
 
-def source(template: str) -> Markup:
-    """Return a template as it is, to be included in a page: style sheets and scripts."""
+def template_source(template: str) -> Markup:
+    """Returns a template as it is, to be included in a page: style sheets and scripts."""
     loader = _environment().loader
     assert loader is not None
     return Markup(loader.get_source(_environment(), template)[0])

@@ -7,7 +7,7 @@ from rich.text import Text
 from meshwright.text import printable
 
 
-def words(text: str, style: str = "") -> Text:
-    """Return a text that is printed as it is: nothing in it is read as markup, a link, an emoji or
+def plain_text(text: str, style: str = "") -> Text:
+    """Returns a text that is printed as it is: nothing in it is read as markup, a link, an emoji or
     a control sequence."""
     return Text(printable(text, lines=True), style=style)

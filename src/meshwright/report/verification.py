@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from meshwright.cost.pairs import LinkReport
-from meshwright.report.terminal import words
-from meshwright.simulate.compare import Comparison
+from meshwright.cost.links import LinkReport
+from meshwright.report.terminal import plain_text
+from meshwright.simulate.compare_timelines import TimelineComparison
 from meshwright.units import format_bandwidth, format_bytes, format_seconds
 
 
-def kinds_table(parts: Comparison) -> Table:
-    """Return a table of every kind of instruction in one step: sums of durations, and their
+def kinds_table(parts: TimelineComparison) -> Table:
+    """Returns a table of every kind of instruction in one step: sums of durations, and their
     error."""
     table = Table(box=None, pad_edge=False)
     for heading in ("instruction", "count", "predicted", "measured", "error", "median of each"):
@@ -39,15 +39,15 @@ def kinds_table(parts: Comparison) -> Table:
 
 
 def strategies_table(rows: Sequence[tuple[str, str, float, float, float]]) -> Table:
-    """Return a table of strategies from rows (name, plan, predicted seconds, measured seconds,
+    """Returns a table of strategies from rows (name, plan, predicted seconds, measured seconds,
     spread)."""
     table = Table(box=None, pad_edge=False)
     for heading in ("strategy", "plan", "predicted", "measured", "error", "spread"):
         table.add_column(heading, justify="left" if heading in ("strategy", "plan") else "right")
     for name, plan, predicted, measured, spread in rows:
         table.add_row(
-            words(name),
-            words(plan),
+            plain_text(name),
+            plain_text(plan),
             format_seconds(predicted),
             format_seconds(measured),
             _error(predicted, measured),
@@ -60,15 +60,15 @@ def _error(predicted: float, measured: float) -> str:
     return "" if measured == 0 else f"{predicted / measured - 1:+.1%}"
 
 
-def links_table(report: LinkReport) -> Table:
-    """Return a table of the fitted links: their residual, and the bandwidth that two concurrent
+def fitted_links_table(report: LinkReport) -> Table:
+    """Returns a table of the fitted links: their residual, and the bandwidth that two concurrent
     pairs get relative to half each; then the all-reduces with their prediction error."""
     table = Table(box=None, pad_edge=False)
     for heading in ("link", "latency", "bandwidth", "residual", "two pairs"):
         table.add_column(heading, justify="left" if heading == "link" else "right")
     for pair in report.pairs:
         table.add_row(
-            words(f"{pair.between[0]} - {pair.between[1]}"),
+            plain_text(f"{pair.between[0]} - {pair.between[1]}"),
             format_seconds(pair.latency),
             format_bandwidth(pair.bandwidth),
             f"{pair.residual:.1%}",

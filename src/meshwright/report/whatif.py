@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
 from meshwright.report.resources import NamedLoad
 from meshwright.report.sentences import limits, tokens_per_second
 from meshwright.report.tables import plan_table
-from meshwright.report.terminal import words
+from meshwright.report.terminal import plain_text
 from meshwright.units import format_seconds
 
 BUSY = 0.5
@@ -19,7 +19,7 @@ BUSY = 0.5
 
 
 @record
-class Option:
+class WhatIfOption:
     """A plan on a cluster: one line of the answer."""
 
     name: str
@@ -38,7 +38,7 @@ class WhatIf:
 
     edits: tuple[str, ...]
     """Sentences on what was changed, and what was assumed for it."""
-    options: tuple[Option, ...]
+    options: tuple[WhatIfOption, ...]
     """Four lines: the plan as it is, the best plan for the cluster as it is, the plan kept on the
     edited cluster, and the best plan for the edited cluster."""
     seconds_before: float
@@ -56,19 +56,21 @@ class WhatIf:
         return self.seconds_before / self.seconds_after
 
 
-def option(name: str, plan: Plan, seconds: float) -> Option:
-    """Return the line of a plan that runs."""
+def what_if_option(name: str, plan: Plan, seconds: float) -> WhatIfOption:
+    """Returns the line of a plan that runs."""
     rate = tokens_per_second(plan, seconds)
-    return Option(name=name, plan=describe(plan), step_seconds=seconds, tokens_per_second=rate)
+    return WhatIfOption(
+        name=name, plan=describe_plan(plan), step_seconds=seconds, tokens_per_second=rate
+    )
 
 
 def whatif_json(found: WhatIf) -> str:
-    """Format the answer as JSON, in seconds and bytes."""
+    """Formats the answer as JSON, in seconds and bytes."""
     return dumps(found)
 
 
-def bought(found: WhatIf) -> str:
-    """Say in a sentence what the edits would gain."""
+def gain_sentence(found: WhatIf) -> str:
+    """Says in a sentence what the edits would gain."""
     before, after = format_seconds(found.seconds_before), format_seconds(found.seconds_after)
     change = f"{before} before, {after} after"
     if abs(found.speed_up - 1) < 0.0005:
@@ -79,21 +81,21 @@ def bought(found: WhatIf) -> str:
 
 
 def print_whatif(found: WhatIf, console: Console | None = None) -> None:
-    """Print the assumptions, the gain, the best plan for the edited cluster, and what would limit
+    """Prints the assumptions, the gain, the best plan for the edited cluster, and what would limit
     it."""
     console = console or Console()
     for edit in found.edits:
-        console.print(words(f"• {edit}"))
+        console.print(plain_text(f"• {edit}"))
     console.print()
     console.print(_options_table(found))
     console.print()
-    console.print(words(f"• {bought(found)}"))
+    console.print(plain_text(f"• {gain_sentence(found)}"))
     console.print()
-    console.print(words(f"the best plan for it: {describe(found.best)}", style="bold"))
+    console.print(plain_text(f"the best plan for it: {describe_plan(found.best)}", style="bold"))
     console.print(plan_table(found.best))
     console.print()
     for sentence in (*limits(found.best), *_busiest(found)):
-        console.print(words(f"• {sentence}"))
+        console.print(plain_text(f"• {sentence}"))
 
 
 def _busiest(found: WhatIf) -> tuple[str, ...]:
@@ -111,10 +113,12 @@ def _options_table(found: WhatIf) -> Table:
     told: dict[str, str] = {}
     for each in found.options:
         if each.step_seconds is None or each.tokens_per_second is None:
-            table.add_row(words(each.name), "-", "-", words(each.reason))
+            table.add_row(plain_text(each.name), "-", "-", plain_text(each.reason))
             continue
         rate = f"{each.tokens_per_second:,.0f}"
         plan = told.get(each.plan, each.plan)
         told.setdefault(each.plan, "the same")
-        table.add_row(words(each.name), format_seconds(each.step_seconds), rate, words(plan))
+        table.add_row(
+            plain_text(each.name), format_seconds(each.step_seconds), rate, plain_text(plan)
+        )
     return table

@@ -25,7 +25,7 @@ STANDARD_LIBRARY = "python-standard-library"
 """Name of the corpus that is always there: the source of Python's standard library."""
 
 
-class Tokens(Protocol):
+class TokenSequence(Protocol):
     """A sequence of token ids that is read in slices."""
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Corpus:
     """A named stream of tokens to train on."""
 
     name: str
-    tokens: Tokens
+    tokens: TokenSequence
 
 
 class TokenFile:

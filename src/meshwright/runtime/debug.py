@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed import Work
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import Instruction, text
+from meshwright.program.instructions import Instruction, format_instruction
 from meshwright.program.messages import stage_before
 from meshwright.program.operations import Op
-from meshwright.runtime.build import Held
+from meshwright.runtime.build_stages import LocalParameter
 
 _DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -31,7 +31,7 @@ Post = Callable[[Tensor, int], Work]
 """Function that starts a send or a receive of a tensor under a tag."""
 
 
-class Headers:
+class MessageHeaders:
     """Sends a header that describes each message of one direction ahead of it, and checks it on
     arrival."""
 
@@ -117,7 +117,7 @@ class _Checked(Work):
 def _wrong(i: Instruction, found: Sequence[int], wanted: Sequence[int]) -> TrainingError:
     return TrainingError(
         Problem(
-            text(i),
+            format_instruction(i),
             "header",
             f"from rank {i.peer}: {_words(found)}",
             _words(wanted),
@@ -138,7 +138,7 @@ def _words(header: Sequence[int]) -> str:
     )
 
 
-class Tracer:
+class NonFiniteCheck:
     """Finds the layer, step and micro-batch in which the first non-finite value (NaN or Inf)
     appears.
 
@@ -146,7 +146,7 @@ class Tracer:
     overflow now and then.
     """
 
-    def __init__(self, stage: int, held: Iterable[Held], *, backward: bool) -> None:
+    def __init__(self, stage: int, held: Iterable[LocalParameter], *, backward: bool) -> None:
         self.stage = stage
         self.backward = backward
         self.place = ("", "")

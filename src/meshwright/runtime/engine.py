@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meshwright.model.spec import LayerGraph
 from meshwright.model.trace import trace
-from meshwright.plan.ranks import divides_layers
+from meshwright.plan.ranks import uses_tensor_parallelism
 from meshwright.plan.spec import Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
@@ -21,17 +21,17 @@ from meshwright.program.operations import Op
 from meshwright.program.timeline import Timeline
 from meshwright.records import record
 from meshwright.runtime import world as worlds
-from meshwright.runtime.assemble import assemble
-from meshwright.runtime.build import set_precision
-from meshwright.runtime.compiling import check_compilable
-from meshwright.runtime.measure import Recorder, Recording, gather, static_bytes
+from meshwright.runtime.build_stages import set_precision
+from meshwright.runtime.interpreter import BoundInstruction, Interpreter, Step
 from meshwright.runtime.observer import UNOBSERVED, Observer
-from meshwright.runtime.optimizer import OptimizerFactory, Schedule, updates
-from meshwright.runtime.play import Action, Player, Step
+from meshwright.runtime.optimizer import LearningRateSchedule, OptimizerFactory, make_updates
+from meshwright.runtime.rank_model import build_rank_model
 from meshwright.runtime.rank_state import RankState, collect_parameters
-from meshwright.runtime.run import TrainingOptions
-from meshwright.runtime.stage import Rows
+from meshwright.runtime.recorder import Recorder, Recording, gather_timeline, static_bytes
+from meshwright.runtime.run_folder import TrainingOptions
+from meshwright.runtime.stage import RowReader
 from meshwright.runtime.step_end import StepEnd
+from meshwright.runtime.torch_compile import check_compilable
 from meshwright.runtime.world import World
 
 
@@ -47,7 +47,7 @@ class StepResult:
     """Wall-clock time of the step on this rank, communication included."""
 
 
-def _after_norm(action: tuple[Action, Instruction]) -> bool:
+def _after_norm(action: tuple[BoundInstruction, Instruction]) -> bool:
     """True if an instruction changes weights, or passes changed ones on."""
     return action[1].op.ends_step and action[1].op is not Op.REDUCE_NORM
 
@@ -73,7 +73,7 @@ class Engine:
         inputs: tuple[Tensor, ...],
         optimizer: OptimizerFactory,
         options: TrainingOptions,
-        learning_rate: Schedule | None = None,
+        learning_rate: LearningRateSchedule | None = None,
         graph: LayerGraph | None = None,
         observer: Observer = UNOBSERVED,
         world: World | None = None,
@@ -94,8 +94,8 @@ class Engine:
         self.steps = 0
         self._current: Instruction | None = None
         self._recording = Recording()
-        with worlds.noticing(self.world, lambda: None):
-            self._own = assemble(
+        with worlds.name_lost_peers(self.world, lambda: None):
+            self._own = build_rank_model(
                 model,
                 inputs,
                 plan,
@@ -106,9 +106,9 @@ class Engine:
                 posted=self._recording.posted,
             )
         own = self.program.ranks[self.rank]
-        self._player = Player(self._own, plan, own, self._recording, observer)
+        self._player = Interpreter(self._own, plan, own, self._recording, observer)
         observer.attach(self.model, self._own)
-        update = updates(own, self._own.reducer.buckets, optimizer)
+        update = make_updates(own, self._own.reducer.buckets, optimizer)
         self._end = StepEnd(self._player, self.world, update, precision, options, learning_rate)
         self._actions = [(self._bind(i), i) for i in own]
         # The first step updates after its norm, which finds parameters that get no gradient.
@@ -129,7 +129,7 @@ class Engine:
 
     # What the training loop calls.
 
-    def step(self, rows: Rows) -> StepResult:
+    def step(self, rows: RowReader) -> StepResult:
         """Runs one optimizer step on a global batch, of which each rank reads its own rows.
 
         Raises TrainingError, before any weight changes, if the loss or a gradient is non-finite or
@@ -141,7 +141,7 @@ class Engine:
         step = Step(self.steps, rows, self._end.scale.value)
         self._player.start(step)
         self._end.begin()
-        with worlds.noticing(self.world, lambda: self._player.waiting() or self._current):
+        with worlds.name_lost_peers(self.world, lambda: self._player.waiting() or self._current):
             for act, instruction in self._actions if self.steps else self._first_actions:
                 self._current = instruction
                 act(step)
@@ -152,20 +152,20 @@ class Engine:
         seconds = time.perf_counter() - started
         return StepResult(loss=self._end.loss, grad_norm=self._end.norm, seconds=seconds)
 
-    def record(self, rows: Rows) -> tuple[StepResult, Timeline | None]:
+    def record(self, rows: RowReader) -> tuple[StepResult, Timeline | None]:
         """Runs one step and measures each instruction; the Timeline is returned on rank 0 only.
 
         Raises what `step` raises.
         """
-        with worlds.noticing(self.world, lambda: None):
+        with worlds.name_lost_peers(self.world, lambda: None):
             dist.barrier(group=self.world.everyone)
         own = self._own
-        casts = [c for place in own.places.values() for c in place.stage.casts.tensors()]
+        casts = [c for place in own.stages.values() for c in place.stage.casts.tensors()]
         recorder = self._recording.recorder = Recorder(
             self.program.ranks[self.rank],
             self.world.device,
-            weights=[*(one.parameter for one in own.held), *casts],
-            static_bytes=static_bytes(own.held, own.buckets, self._end.optimizers)
+            weights=[*(one.parameter for one in own.local_parameters), *casts],
+            static_bytes=static_bytes(own.local_parameters, own.buckets, self._end.optimizers)
             + sum(cast.nbytes for cast in casts),
         )
         try:
@@ -173,13 +173,15 @@ class Engine:
             measured = recorder.close()
         finally:
             self._recording.recorder = None
-        with worlds.noticing(self.world, lambda: None):
-            return result, gather(measured, self.program, self.plan.devices, self.world.everyone)
+        with worlds.name_lost_peers(self.world, lambda: None):
+            return result, gather_timeline(
+                measured, self.program, self.plan.devices, self.world.everyone
+            )
 
     def parameters(self) -> dict[str, Tensor] | None:
         """Returns every parameter, whole and on the CPU, by its name in the model; None on ranks
         other than 0."""
-        with worlds.noticing(self.world, lambda: None):
+        with worlds.name_lost_peers(self.world, lambda: None):
             return collect_parameters(self.state(), self.world)
 
     def state(self) -> RankState:
@@ -202,7 +204,7 @@ class Engine:
         self._own.reducer.close()
         worlds.close(self.world)
 
-    def _bind(self, i: Instruction) -> Action:
+    def _bind(self, i: Instruction) -> BoundInstruction:
         """Returns the function that runs an instruction."""
         ends = i.op in (Op.REDUCE_NORM, Op.OPTIMIZER_STEP)
         return self._end.bind(i) if ends else self._player.bind(i)
@@ -210,5 +212,5 @@ class Engine:
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], plan: Plan) -> LayerGraph:
     """Traces the model for a plan: tensor widths are looked at only if a layer is divided."""
-    job, shared = plan.job, divides_layers(plan)
+    job, shared = plan.job, uses_tensor_parallelism(plan)
     return trace(model, inputs, job.precision, job.sequence, plan.model.name, divided=shared)

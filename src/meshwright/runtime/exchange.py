@@ -16,7 +16,9 @@ from meshwright.records import parse, plain
 T = TypeVar("T")
 
 
-def from_rank(rank: int, value: T | None, kind: type[T], group: ProcessGroup | None = None) -> T:
+def broadcast_record(
+    rank: int, value: T | None, kind: type[T], group: ProcessGroup | None = None
+) -> T:
     """Broadcasts one rank's value and returns it on all ranks; the `value` of the others is
     ignored.
 
@@ -30,9 +32,9 @@ def from_rank(rank: int, value: T | None, kind: type[T], group: ProcessGroup | N
     return _from_bytes(data, kind, f"rank {rank}")
 
 
-def from_all(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T]:
+def all_gather_records(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T]:
     """Returns the values of all ranks, in rank order, on every rank. Raises TrainingError as
-    `from_rank`."""
+    `broadcast_record`."""
     own, sizes = _to_bytes(value), _sizes(value, group)
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: own.numel()] = own
@@ -41,9 +43,9 @@ def from_all(value: T, kind: type[T], group: ProcessGroup | None = None) -> list
     return _cut(found, sizes, kind)
 
 
-def to_first(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T] | None:
+def gather_records(value: T, kind: type[T], group: ProcessGroup | None = None) -> list[T] | None:
     """Returns the values of all ranks, in rank order, on the first; None on the others. Raises
-    TrainingError as `from_rank`."""
+    TrainingError as `broadcast_record`."""
     own, sizes = _to_bytes(value), _sizes(value, group)
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: own.numel()] = own

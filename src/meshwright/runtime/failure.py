@@ -14,8 +14,8 @@ from pathlib import Path
 
 from meshwright.errors import MeshwrightError, Problem
 from meshwright.records import dumps, plain
-from meshwright.runtime.run import Failure, failure_file
-from meshwright.runtime.variables import RANK, REPORT
+from meshwright.runtime.launch_variables import RANK, REPORT
+from meshwright.runtime.run_folder import Failure, failure_file
 
 _SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out", "Socket")
 """Words by which one recognises PyTorch's errors about a message that did not get through."""
@@ -48,7 +48,7 @@ def _print(error: BaseException) -> None:
         sys.stderr.flush()
 
 
-def say(text: str) -> bool:
+def report_line(text: str) -> bool:
     """Sends one line to the launcher. Returns False if no launcher listens."""
     pipe = os.environ.get(REPORT, "")
     if not pipe.isdecimal():
@@ -71,14 +71,14 @@ def _tell(error: BaseException, folder: Path) -> None:
         seconds=time.time(),
         kind=type(error).__name__,
         problems=_problems(error, rank, folder),
-        secondary=type(error).__name__ == "PeerLost" or of_communication(error),
+        secondary=type(error).__name__ == "PeerLost" or is_communication_error(error),
     )
-    say(json.dumps(plain(failure)))
+    report_line(json.dumps(plain(failure)))
     with suppress(OSError):
         failure_file(folder, rank).write_text(dumps(failure))
 
 
-def of_communication(error: BaseException) -> bool:
+def is_communication_error(error: BaseException) -> bool:
     """Returns True if an error comes from communication between ranks, such as one whose peer has
     gone."""
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):

@@ -11,7 +11,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.program.instructions import Instruction
 
 if TYPE_CHECKING:
-    from meshwright.runtime.assemble import Assembly
+    from meshwright.runtime.rank_model import RankModel
 
 Waiting = Callable[[Callable[[], Any]], Any]
 """Function that calls its argument, which waits for other ranks, and returns the result."""
@@ -29,7 +29,7 @@ def _wait(wait: Callable[[], Any]) -> Any:
 class Observer:
     """The functions to call; by default each does nothing else than its arguments ask for."""
 
-    attach: Callable[[LayerGraph, Assembly], None] = _nothing
+    attach: Callable[[LayerGraph, RankModel], None] = _nothing
     """Called once, when the rank's layers have been built."""
     before: Callable[[Instruction], None] = _nothing
     """Called before an instruction computes."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.errors import Problem, TrainingError
-from meshwright.program.instructions import Instruction, Key
+from meshwright.program.instructions import GradientKey, Instruction
 from meshwright.program.operations import Op
-from meshwright.runtime.exchange import from_all
+from meshwright.runtime.exchange import all_gather_records
 from meshwright.runtime.world import World
 from meshwright.techniques.data_parallel.runtime import FlatBucket
 
-Schedule = Callable[[int], float]
+LearningRateSchedule = Callable[[int], float]
 """Function from the step (from 0) to the factor of the learning rate."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -49,7 +49,7 @@ class Update:
             return
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * own
-        clip(self.buckets, factor)
+        scale_gradients(self.buckets, factor)
         self.optimizer.step()
 
     @property
@@ -73,9 +73,11 @@ class Update:
         self.run(1.0, rate)
 
 
-def updates(
-    instructions: Sequence[Instruction], buckets: Mapping[Key, FlatBucket], make: OptimizerFactory
-) -> dict[Key, Update]:
+def make_updates(
+    instructions: Sequence[Instruction],
+    buckets: Mapping[GradientKey, FlatBucket],
+    make: OptimizerFactory,
+) -> dict[GradientKey, Update]:
     """Makes the Update of each of a rank's OPTIMIZER_STEPs, keyed by the step's layers or tied
     parameter.
 
@@ -103,13 +105,13 @@ def squared_norm(buckets: Iterable[FlatBucket], device: torch.device) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for bucket in buckets:
-        for part, copies in bucket.weighed:
+        for part, copies in bucket.norm_terms:
             if part.numel():
                 total += torch.linalg.vector_norm(part).double().square() / copies
     return total
 
 
-def clip(buckets: Iterable[FlatBucket], factor: float) -> None:
+def scale_gradients(buckets: Iterable[FlatBucket], factor: float) -> None:
     """Multiplies all gradients by `factor`."""
     if factor != 1.0:
         for bucket in buckets:
@@ -162,7 +164,9 @@ def check_finite(step: int, loss: float, norm: float, scale: LossScale, weights:
 
 UNTOUCHED = "the weights are those before this step"
 """State of the weights when a step stops, for `check_finite`."""
-PARTLY = "layers whose own gradients were finite have taken this step: resume from saved weights"
+PARTLY_UPDATED = (
+    "layers whose own gradients were finite have taken this step: resume from saved weights"
+)
 
 
 def _stop(step: int, what: str, value: float, weights: str) -> None:
@@ -180,7 +184,7 @@ def _stop(step: int, what: str, value: float, weights: str) -> None:
 def stop_for_missing(names: list[str], world: World) -> None:
     """Raises TrainingError, on every rank alike, naming the parameters that got no gradient on any
     of the ranks."""
-    found = from_all(tuple(names), tuple[str, ...], world.everyone)
+    found = all_gather_records(tuple(names), tuple[str, ...], world.everyone)
     raise TrainingError(
         *(
             Problem(

@@ -12,7 +12,7 @@ from meshwright.layout.shares import Share, flat_share, own_share
 from meshwright.layout.tiles import Layout, Tile, placed, shape_of
 from meshwright.model.graph import LayeredModel
 from meshwright.model.shard import Split, divided_dim, splits, tile_of
-from meshwright.plan.ranks import StageSeats, replicas_of
+from meshwright.plan.ranks import StagePlacement, replicas_of
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
@@ -60,7 +60,7 @@ def parameters_of(model: nn.Module, layered: LayeredModel) -> dict[str, Paramete
     return found
 
 
-def layout_of(parameter: Parameter, stages: Sequence[StageSeats]) -> Layout:
+def layout_of(parameter: Parameter, stages: Sequence[StagePlacement]) -> Layout:
     """Returns the tile of a parameter that each of its ranks holds, those of its first replica
     first."""
     return {
@@ -80,7 +80,7 @@ def sums_gradient(i: Instruction, parameter: Parameter) -> bool:
 def states_layout(
     parameter: Parameter,
     others: Iterable[Parameter],
-    stages: Sequence[StageSeats],
+    stages: Sequence[StagePlacement],
     scattering: Sequence[Sequence[Instruction]],
 ) -> Layout:
     """Returns the boxes of a trained parameter whose optimizer states each of its ranks holds.

@@ -23,16 +23,16 @@ from meshwright.layout.boxes import (
     whole,
 )
 from meshwright.layout.tiles import Layout, holders_of, placed
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program
-from meshwright.runtime.assemble import Assembly
-from meshwright.runtime.build import Held
+from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.optimizer import Update
 from meshwright.runtime.parameters import Parameter, layout_of, states_layout
+from meshwright.runtime.rank_model import RankModel
 from meshwright.runtime.world import World
-from meshwright.techniques.data_parallel.runtime import Trained
-from meshwright.techniques.tensor_parallel.runtime import at
+from meshwright.techniques.data_parallel.runtime import TrainedPart
+from meshwright.techniques.tensor_parallel.runtime import box_index
 
 WEIGHT = "weight"
 """The kind of the weights themselves. Other kinds are the names that the optimizer gives to its
@@ -50,7 +50,7 @@ class RankState:
 
     plan: Plan
     program: Program
-    own: Assembly
+    own: RankModel
     updates: Iterable[Update]
 
     @property
@@ -59,13 +59,13 @@ class RankState:
         return self.own.parameters
 
     @cached_property
-    def _held(self) -> dict[str, Held]:
-        return {one.name: one for one in self.own.held}
+    def _held(self) -> dict[str, LocalParameter]:
+        return {one.name: one for one in self.own.local_parameters}
 
     @cached_property
-    def _trained(self) -> dict[str, list[tuple[Trained, Optimizer]]]:
+    def _trained(self) -> dict[str, list[tuple[TrainedPart, Optimizer]]]:
         """What this rank updates of each parameter, and by which optimizer."""
-        found: dict[str, list[tuple[Trained, Optimizer]]] = {}
+        found: dict[str, list[tuple[TrainedPart, Optimizer]]] = {}
         for update in self.updates:
             for part in (part for bucket in update.buckets for part in bucket.trained):
                 assert update.optimizer is not None
@@ -74,15 +74,16 @@ class RankState:
 
     def layout(self, name: str, kind: str = WEIGHT) -> Layout:
         """Returns the boxes of a parameter, or of its optimizer states, that each rank holds. Of
-        several holders of a box, `holders_of` puts the one first that it is to be read from."""
+        several holders of a box, `scheduled_stages` puts the one first that it is to be read from.
+        """
         parameter, stages = self.parameters[name], self._stages
         if kind == WEIGHT:
             return layout_of(parameter, stages)
         return states_layout(parameter, self.parameters.values(), stages, self._scattering)
 
     @cached_property
-    def _stages(self) -> Sequence[StageSeats]:
-        return stage_seats(self.plan)
+    def _stages(self) -> Sequence[StagePlacement]:
+        return stage_placements(self.plan)
 
     @cached_property
     def _scattering(self) -> list[list[Instruction]]:
@@ -103,7 +104,7 @@ class RankState:
         if kind == WEIGHT:
             weight = self._held[name].parameter.detach()
             for box, place in placed(self._held[name].tile, whole(weight.shape)):
-                yield box, weight[at(place)]
+                yield box, weight[box_index(place)]
             return
         for each, optimizer in self._trained.get(name, ()):
             value = optimizer.state.get(each.parameter, {}).get(kind)
@@ -123,7 +124,7 @@ class RankState:
         views = self._views(name, box, kind)
         result = torch.empty(lengths(box), dtype=views[0][1].dtype, device=views[0][1].device)
         for place, view in views:
-            result[at(place)].copy_(view)
+            result[box_index(place)].copy_(view)
         return result
 
     def write(self, name: str, box: Box, values: Tensor, kind: str = WEIGHT) -> None:
@@ -133,7 +134,7 @@ class RankState:
             if kind not in optimizer.state[each.parameter]:
                 optimizer.state[each.parameter][kind] = _zeros(each, optimizer, box, values)
         for place, view in self._views(name, box, kind):
-            view.copy_(values[at(place)])
+            view.copy_(values[box_index(place)])
 
     def _views(self, name: str, box: Box, kind: str) -> list[tuple[Box, Tensor]]:
         """Returns the parts of a box: where each lies in it, and a view of its elements."""
@@ -141,14 +142,14 @@ class RankState:
         for piece, view in self.pieces(name, kind):
             both = common(piece, box)
             if not is_empty(both):
-                found.append((inside(both, box), view[at(inside(both, piece))]))
+                found.append((inside(both, box), view[box_index(inside(both, piece))]))
         if not found or sum(elements(place) for place, _ in found) < elements(box):
             held = ", ".join(str(piece) for piece, _ in self.pieces(name, kind)) or "nothing"
             raise TrainingError(Problem(name, kind, held, f"all of {box} on this rank"))
         return found
 
 
-def _boxes_of(part: Trained, value: Tensor) -> Iterator[tuple[Box, Tensor]]:
+def _boxes_of(part: TrainedPart, value: Tensor) -> Iterator[tuple[Box, Tensor]]:
     """Yields the boxes of a state that has an element for each one of the weights it updates."""
     shape, start = part.of.parameter.shape, 0
     for local in run_of_elements(shape, *part.span):
@@ -157,10 +158,10 @@ def _boxes_of(part: Trained, value: Tensor) -> Iterator[tuple[Box, Tensor]]:
             view = value[start : start + elements(local)].view(lengths(local))
         start += elements(local)
         for box, place in placed(part.of.tile, local):
-            yield box, view[at(inside(place, local))]
+            yield box, view[box_index(inside(place, local))]
 
 
-def _zeros(part: Trained, optimizer: Optimizer, box: Box, values: Tensor) -> Tensor:
+def _zeros(part: TrainedPart, optimizer: Optimizer, box: Box, values: Tensor) -> Tensor:
     """Makes a state as the optimizer itself would: one number is on the CPU, except for optimizers
     that read it on the device."""
     if box or not part.of.of.shape:
@@ -178,11 +179,11 @@ def collect_parameters(state: RankState, world: World) -> dict[str, Tensor] | No
         result[name] = torch.empty(parameter.shape if world.rank == 0 else 0, dtype=parameter.dtype)
         for box, (holder, *_) in holders_of(state.layout(name)).items():
             if world.rank == holder == 0:
-                result[name][at(box)] = state.read(name, box)
+                result[name][box_index(box)] = state.read(name, box)
             elif world.rank == holder:
                 dist.send(state.read(name, box), 0, group=world.forward)
             elif world.rank == 0:
                 part = torch.empty(lengths(box), dtype=parameter.dtype, device=world.device)
                 dist.recv(part, holder, group=world.forward)
-                result[name][at(box)] = part
+                result[name][box_index(box)] = part
     return result if world.rank == 0 else None

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from meshwright.errors import LaunchError, Problem, TrainingError
-from meshwright.runtime.variables import (
+from meshwright.runtime.launch_variables import (
     LOCAL_WORLD_SIZE,
     LOOPBACK,
     MASTER_ADDR,
     MASTER_PORT,
     TOKEN,
     WORLD_SIZE,
-    kept_to,
+    interface_variables,
 )
 
 TORCHRUN = (
@@ -43,7 +43,7 @@ class PeerLost(TrainingError):  # noqa: N818 - named for what happened
     """Another rank has gone; this one is well."""
 
 
-def join(
+def join_run(
     rank: int,
     size: int,
     device: torch.device,
@@ -134,4 +134,4 @@ def _choose_interface(environ: Mapping[str, str]) -> None:
     them. What the user or a launcher has set is kept."""
     together = environ.get(LOCAL_WORLD_SIZE, "") == environ[WORLD_SIZE]
     if together or environ[MASTER_ADDR] in (LOOPBACK, "localhost", "::1"):
-        os.environ.update(kept_to(None, os.environ))
+        os.environ.update(interface_variables(None, os.environ))

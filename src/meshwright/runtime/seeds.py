@@ -12,7 +12,7 @@ _WORD = 2**64 - 1
 
 
 @lru_cache(maxsize=4096)
-def mix(*parts: int | str) -> int:
+def hash_seed(*parts: int | str) -> int:
     """Hashes all parts to a seed of 63 bits."""
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -21,7 +21,7 @@ def mix(*parts: int | str) -> int:
 def layer_seed(seed: int, layer: str) -> int:
     """Returns the layer's part of the seed of a forward (dropout). The seed is layer_seed xor
     rows_seed."""
-    return mix(seed, layer)
+    return hash_seed(seed, layer)
 
 
 def rows_seed(step: int, first_row: int) -> int:
@@ -38,7 +38,7 @@ def rows_seed(step: int, first_row: int) -> int:
 
 def initial_seed(seed: int, module: str) -> int:
     """Returns the seed of a module's initial values."""
-    return mix(seed, "parameters", module)
+    return hash_seed(seed, "parameters", module)
 
 
 def generator_of(device: torch.device) -> torch.Generator:

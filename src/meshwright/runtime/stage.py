@@ -13,23 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.graph import LOSS, autocast
-from meshwright.runtime.build import BuiltStage
-from meshwright.runtime.casts import Casts
-from meshwright.runtime.debug import Tracer
+from meshwright.runtime.build_stages import BuiltStage
+from meshwright.runtime.debug import NonFiniteCheck
+from meshwright.runtime.low_precision_weights import LowPrecisionWeights
 from meshwright.runtime.seeds import generator_of, layer_seed, rows_seed
 from meshwright.techniques.backward_split.runtime.deferring import (
-    Deferred,
-    Deferring,
+    DeferredGradients,
+    DeferWeightGradients,
     backward_weights,
 )
 
-Rows = Callable[[int, int], tuple[Tensor, ...]]
+RowReader = Callable[[int, int], tuple[Tensor, ...]]
 """Function from (first, last) to the batch tensors of rows [first, last) of the step's global
 batch."""
 
 
 @dataclass(slots=True, kw_only=True)
-class _Pass:
+class _MicroBatchState:
     """One micro-batch between its forward and its backward."""
 
     leaves: list[Tensor]
@@ -40,11 +40,11 @@ class _Pass:
     split: bool
     """True if its backward comes in two parts."""
     results: list[Tensor] = field(default_factory=list)
-    deferred: Deferred | None = None
+    deferred: DeferredGradients | None = None
 
 
 @dataclass(slots=True, kw_only=True)
-class _Layer:
+class _StageLayer:
     """One layer, as a forward runs it."""
 
     name: str
@@ -53,13 +53,13 @@ class _Layer:
     module: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    done: tuple[str, ...]
+    unneeded: tuple[str, ...]
     """Names of the tensors that are not needed after it."""
-    again: bool
+    repeats_forward: bool
     """True if the backward runs its forward again (recomputation)."""
 
 
-class Stage:
+class StageModule:
     """The layers of one stage, and what the backwards of its micro-batches still need."""
 
     def __init__(
@@ -73,33 +73,37 @@ class Stage:
     ) -> None:
         self.parts = built.parts
         # Compiled code casts weights itself.
-        self.casts = Casts([] if compile else [part.module for part in built.parts], precision)
+        self.casts = LowPrecisionWeights(
+            [] if compile else [part.module for part in built.parts], precision
+        )
         self.incoming = built.incoming
         self.outgoing = built.outgoing
         self.precision: Precision = precision
         self.device = device
-        self.tracer: Tracer | None = None
+        self.tracer: NonFiniteCheck | None = None
         """Checks every layer for non-finite values, in debug mode."""
         self.between_layers: Callable[[], None] | None = None
         """Called between layers, in forwards and backwards."""
         self.inputs = built.inputs
         self.reads = _read_from_batch(built)
         self.makes_loss = LOSS in self.parts[-1].writes
-        self.parameters = frozenset(one.name for one in built.held)
-        self._parameters = [one.parameter for one in built.held if one.parameter.requires_grad]
+        self.parameters = frozenset(one.name for one in built.local_parameters)
+        self._parameters = [
+            one.parameter for one in built.local_parameters if one.parameter.requires_grad
+        ]
         self._results = (LOSS,) if self.makes_loss else tuple(t.name for t in self.outgoing)
         self._ends = [n for n, crossing in enumerate(built.outgoing) if crossing.gradient]
         """Indices of the results whose gradients come back."""
         self._received = tuple(crossing.name for crossing in built.incoming)
         self._layers = _layers(built, self._results, seed, compile=compile)
-        self._deferring = Deferring(self._parameters)
+        self._deferring = DeferWeightGradients(self._parameters)
         self._arithmetic = autocast(precision, device.type)
         self._generator = generator_of(device)
-        self._passes: dict[int, _Pass] = {}
+        self._passes: dict[int, _MicroBatchState] = {}
         self._root: tuple[float, Tensor] | None = None
         """The last weight of a loss, and the root gradient made for it."""
 
-    def read(self, rows: Rows, first: int, last: int) -> dict[str, Tensor]:
+    def read(self, rows: RowReader, first: int, last: int) -> dict[str, Tensor]:
         """Returns the batch tensors that these layers read, on their device."""
         if not self.reads:
             return {}
@@ -132,7 +136,9 @@ class Stage:
             tensor.requires_grad_() if crossing.gradient else tensor
             for tensor, crossing in zip(received, self.incoming, strict=True)
         ]
-        own = _Pass(leaves=leaves, batch=batch, step=step, first_row=first_row, split=split)
+        own = _MicroBatchState(
+            leaves=leaves, batch=batch, step=step, first_row=first_row, split=split
+        )
         self._passes[micro_batch] = own
         if self.tracer is not None:
             self.tracer.begin(own.step, (micro_batch,))
@@ -144,7 +150,7 @@ class Stage:
             own.results = self._run(own)
         return own.results
 
-    def _run(self, own: _Pass) -> list[Tensor]:
+    def _run(self, own: _MicroBatchState) -> list[Tensor]:
         values = {**own.batch, **dict(zip(self._received, own.leaves, strict=True))}
         of_rows = rows_seed(own.step, own.first_row)
         with self._arithmetic:
@@ -152,14 +158,14 @@ class Stage:
                 reads = [values[name] for name in layer.reads]
                 if self.tracer is not None:
                     reads = self.tracer.read(layer.name, reads)
-                run = self._run_again_later if layer.again else self._run_layer
+                run = self._run_again_later if layer.repeats_forward else self._run_layer
                 made = run(layer.module, layer.seed ^ of_rows, reads, own.split)
                 if self.tracer is not None:
                     self.tracer.made(layer.name, made)
                 if self.between_layers is not None:
                     _call_around(self.between_layers, made)
                 values.update(zip(layer.writes, made, strict=True))
-                for name in layer.done:
+                for name in layer.unneeded:
                     del values[name]
         return [values[name] for name in self._results]
 
@@ -180,7 +186,7 @@ class Stage:
         """
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), Deferring(self._parameters) if split else nullcontext()
+            return nullcontext(), DeferWeightGradients(self._parameters) if split else nullcontext()
 
         return checkpoint(  # type: ignore[no-any-return]
             self._run_layer, module, seed, reads,
@@ -225,7 +231,7 @@ class Stage:
             self.tracer.begin(passes[0].step, micro_batches)
         backward_weights([own.deferred for own in passes if own.deferred is not None])
 
-    def settled(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
+    def completed_parameters(self, micro_batches: Sequence[int]) -> list[nn.Parameter]:
         """Returns the parameters whose gradients the first part of these micro-batches' backward
         has completed."""
         passes = [self._passes[micro_batch] for micro_batch in micro_batches]
@@ -240,7 +246,7 @@ class Stage:
         deferred = self._passes[micro_batch].deferred
         return None if deferred is None else deferred.kept_bytes()
 
-    def _run_back(self, own: _Pass, gradients: Sequence[Tensor], weight: float) -> None:
+    def _run_back(self, own: _MicroBatchState, gradients: Sequence[Tensor], weight: float) -> None:
         results, own.results = own.results, []
         roots: list[Tensor] = []
         given: list[Tensor] = []
@@ -261,7 +267,7 @@ class Stage:
             self._root = weight, torch.full_like(loss, weight)
         return self._root[1]
 
-    def _of_leaves(self, own: _Pass) -> list[Tensor | None]:
+    def _of_leaves(self, own: _MicroBatchState) -> list[Tensor | None]:
         return [leaf.grad for leaf in own.leaves if leaf.requires_grad]
 
 
@@ -278,20 +284,22 @@ def _read_from_batch(built: BuiltStage) -> tuple[str, ...]:
     return tuple(name for name in built.inputs if name in read)
 
 
-def _layers(built: BuiltStage, results: Sequence[str], seed: int, *, compile: bool) -> list[_Layer]:
+def _layers(
+    built: BuiltStage, results: Sequence[str], seed: int, *, compile: bool
+) -> list[_StageLayer]:
     seen = set(results)
-    found: list[_Layer] = []
+    found: list[_StageLayer] = []
     for part, again in zip(reversed(built.parts), reversed(built.recomputed), strict=True):
         names = dict.fromkeys((*part.reads, *part.writes))
         found.append(
-            _Layer(
+            _StageLayer(
                 name=part.name,
                 seed=layer_seed(seed, part.name),
                 module=torch.compile(part.module) if compile else part.module,
                 reads=part.reads,
                 writes=part.writes,
-                done=tuple(name for name in names if name not in seen),
-                again=again,
+                unneeded=tuple(name for name in names if name not in seen),
+                repeats_forward=again,
             )
         )
         seen.update(names)

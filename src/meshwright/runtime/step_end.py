@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.cluster.spec import Precision
-from meshwright.program.instructions import Instruction, Key
+from meshwright.program.instructions import GradientKey, Instruction
 from meshwright.program.operations import Op
-from meshwright.runtime.measure import peak_bytes
+from meshwright.runtime.interpreter import BoundInstruction, Interpreter, Step
 from meshwright.runtime.optimizer import (
-    PARTLY,
+    PARTLY_UPDATED,
     UNTOUCHED,
+    LearningRateSchedule,
     LossScale,
-    Schedule,
     Update,
     check_finite,
     clip_factor,
     clip_factor_on_device,
     stop_for_missing,
 )
-from meshwright.runtime.play import Action, Player, Step
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.recorder import peak_bytes
+from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.runtime.world import World
 
 
@@ -43,19 +43,19 @@ class StepEnd:
 
     def __init__(
         self,
-        player: Player,
+        interpreter: Interpreter,
         world: World,
-        updates: Mapping[Key, Update],
+        updates: Mapping[GradientKey, Update],
         precision: Precision,
         options: TrainingOptions,
-        schedule: Schedule | None = None,
+        schedule: LearningRateSchedule | None = None,
     ) -> None:
         self.loss = self.norm = math.nan
         """Mean loss of the last step, and norm of its gradient before clipping."""
         self.peaks = [0] * world.size
         """Peak memory of every rank."""
         self.scale = LossScale(dynamic=precision == "fp16")
-        self._player, self._world = player, world
+        self._player, self._world = interpreter, world
         self.updates = updates
         """The update of each bucket, by its key."""
         self._clip_norm, self._schedule = options.clip_norm, schedule
@@ -70,7 +70,7 @@ class StepEnd:
         """All optimizers of this rank."""
         return [each.optimizer for each in self.updates.values() if each.optimizer is not None]
 
-    def bind(self, i: Instruction) -> Action:
+    def bind(self, i: Instruction) -> BoundInstruction:
         """Returns the function that runs an instruction of the end of a step."""
         run = self._reduce_norm if i.op is Op.REDUCE_NORM else self._optimizer_step
         return partial(run, i)
@@ -112,7 +112,7 @@ class StepEnd:
         self.norm = squared**0.5 / self.scale.value
         if without:
             stop_for_missing(self._player.own.reducer.missing(), self._world)
-        weights = PARTLY if self._by_bucket and step.number > 0 else UNTOUCHED
+        weights = PARTLY_UPDATED if self._by_bucket and step.number > 0 else UNTOUCHED
         check_finite(step.number, self.loss, self.norm, self.scale, weights)
 
     def _optimizer_step(self, i: Instruction, step: Step) -> None:

@@ -13,14 +13,14 @@ import torch
 
 from meshwright import files
 from meshwright.errors import LaunchError, MeshwrightError, Problem
-from meshwright.model.zoo.build import build, vocabulary_of
+from meshwright.model.zoo.build import build_model, vocabulary_of
 from meshwright.plan.files import load_plan
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, plain
 from meshwright.runtime.corpus import Corpus, batch_rows, check_corpus, open_corpus
 from meshwright.runtime.failure import rank_process
 from meshwright.runtime.observer import UNOBSERVED, Observer
-from meshwright.runtime.run import (
+from meshwright.runtime.run_folder import (
     METRICS,
     PLAN,
     SETTINGS,
@@ -30,10 +30,17 @@ from meshwright.runtime.run import (
     RunSettings,
     load_settings,
 )
-from meshwright.runtime.train import OPTIMIZERS, Batch, StepRows, Trained, train, warmup_cosine
+from meshwright.runtime.training_loop import (
+    OPTIMIZERS,
+    Batch,
+    StepRows,
+    TrainingResult,
+    train,
+    warmup_cosine,
+)
 
 
-def run(folder: Path) -> None:
+def run_worker(folder: Path) -> None:
     """Trains as the run folder says. Raises LaunchError for an emulated device."""
     settings = load_settings(folder, error=MeshwrightError)
     plan = load_plan(folder / PLAN)
@@ -57,9 +64,9 @@ def train_rank(
     corpus = open_corpus(settings.data, vocabulary)
     check_corpus(corpus, sequence=plan.job.sequence, global_batch=plan.job.global_batch)
     with torch.device("meta"):
-        model = build(settings.model, plan.job.sequence)
+        model = build_model(settings.model, plan.job.sequence)
     peaks = [settings.peak_flops.get(name) for name in plan.devices]
-    with files.growing(folder / METRICS) if rank == 0 else nullcontext() as metrics:
+    with files.append_file(folder / METRICS) if rank == 0 else nullcontext() as metrics:
 
         def write(line: Metrics) -> None:
             assert metrics is not None, "only the first rank is told"
@@ -71,7 +78,7 @@ def train_rank(
         trained = train(
             model,
             plan,
-            rows_of(corpus, plan, vocabulary, options.seed),
+            corpus_rows(corpus, plan, vocabulary, options.seed),
             optimizer=OPTIMIZERS[plan.job.optimizer](settings.learning_rate, settings.weight_decay),
             options=options,
             learning_rate=warmup_cosine(options.steps, settings.warmup_steps),
@@ -88,7 +95,7 @@ def write_line(metrics: TextIO, line: Metrics) -> None:
     files.add_line(metrics, json.dumps(plain(line)))
 
 
-def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> StepRows:
+def corpus_rows(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> StepRows:
     """Returns a function that reads a step's rows from the corpus."""
 
     def rows(step: int, first: int, last: int) -> Batch:
@@ -107,7 +114,7 @@ def rows_of(corpus: Corpus, plan: Plan, vocabulary: int, seed: int) -> StepRows:
     return rows
 
 
-def _keep(folder: Path, trained: Trained) -> None:
+def _keep(folder: Path, trained: TrainingResult) -> None:
     if trained.timeline is not None:
         files.write_text(folder / TIMELINE, dumps(trained.timeline))
     if trained.parameters is not None:
@@ -122,7 +129,7 @@ def main() -> None:
     """Trains, and reports the reason if that fails."""
     folder = Path(sys.argv[1])
     with rank_process(folder):
-        run(folder)
+        run_worker(folder)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from meshwright.errors import LaunchError, Problem
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
-from meshwright.program.instructions import Instruction, Program, text
+from meshwright.program.instructions import Instruction, Program, format_instruction
 from meshwright.program.messages import Chain, chain_of
-from meshwright.runtime.failure import first_line, of_communication
-from meshwright.runtime.pulse import Pulse
-from meshwright.runtime.rendezvous import PeerLost, join
-from meshwright.runtime.variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
+from meshwright.runtime.failure import first_line, is_communication_error
+from meshwright.runtime.heartbeat import Heartbeat
+from meshwright.runtime.launch_variables import LOCAL_RANK, RANK, REQUIRED, WORLD_SIZE
+from meshwright.runtime.rendezvous import PeerLost, join_run
 
 
 @dataclass(slots=True)
@@ -47,13 +47,13 @@ class World:
     tensor: ProcessGroup | None = None
     """The ranks that share this rank's layers by tensor parallelism; None if it holds them
     alone."""
-    pulse: Pulse | None = None
+    heartbeat: Heartbeat | None = None
     """Heartbeat of the ranks; None for a single rank."""
     owned: bool = True
     """True if closing this World must end torch.distributed too."""
 
 
-def launched(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def launcher_ranks(plan: Plan, environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Returns the rank and the local rank that a launcher gave this process.
 
     Raises LaunchError if its variables are missing or not numbers, or if there are not as many
@@ -128,9 +128,9 @@ def connect(
     timeout = timedelta(seconds=timeout_seconds)
     owned = not dist.is_initialized()
     if owned:
-        rank, local_rank = launched(plan, environ)
+        rank, local_rank = launcher_ranks(plan, environ)
         chosen = pick_device(local_rank, device)
-        join(rank, len(plan.devices), chosen, timeout, environ)
+        join_run(rank, len(plan.devices), chosen, timeout, environ)
     else:
         rank = dist.get_rank()
         local_rank = int(environ.get("LOCAL_RANK", rank))
@@ -141,8 +141,8 @@ def connect(
 
 def close(world: World) -> None:
     """Stops the heartbeat and leaves all groups."""
-    if world.pulse is not None:
-        world.pulse.stop()
+    if world.heartbeat is not None:
+        world.heartbeat.stop()
     if not dist.is_initialized():
         return
     if world.owned:
@@ -187,8 +187,10 @@ def _groups(
         backward=new(range(size)),
         owned=owned,
     )
-    replicas = (replica for stage in stage_seats(plan) for replica in stage.seats)
-    for ranks in dict.fromkeys(tuple(seat.rank for seat in replica) for replica in replicas):
+    replicas = (replica for stage in stage_placements(plan) for replica in stage.placements)
+    for ranks in dict.fromkeys(
+        tuple(placement.rank for placement in replica) for replica in replicas
+    ):
         if len(ranks) > 1:
             group = new(ranks)
             world.tensor = group if rank in ranks else world.tensor
@@ -202,7 +204,7 @@ def _groups(
         if rank in ranks:
             world.chains[chain] = group
     # Last, since creating groups uses the store too.
-    world.pulse = Pulse(rank, size) if size > 1 else None
+    world.heartbeat = Heartbeat(rank, size) if size > 1 else None
     return world
 
 
@@ -231,13 +233,13 @@ def reduction_groups(program: Program) -> tuple[tuple[int, ...], ...]:
 
 
 @contextmanager
-def noticing(world: World, doing: Callable[[], Instruction | None]) -> Iterator[None]:
+def name_lost_peers(world: World, doing: Callable[[], Instruction | None]) -> Iterator[None]:
     """Turns a failure of communication in its `with` block into PeerLost, which names the
     instruction and the rank that has gone."""
     try:
         yield
     except RuntimeError as failure:
-        if not of_communication(failure):
+        if not is_communication_error(failure):
             raise
         raise _lost_peer(world, doing(), failure) from failure
 
@@ -249,10 +251,10 @@ def _lost_peer(world: World, doing: Instruction | None, failure: RuntimeError) -
         known = doing.ranks if doing is not None and doing.ranks else range(world.size)
         others = [str(r) for r in known if r != world.rank]
         whom = f"one of ranks {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}"
-    where = "between steps" if doing is None else text(doing)
+    where = "between steps" if doing is None else format_instruction(doing)
     noticed = f"noticed by rank {world.rank}, at {where}: {first_line(failure)[:160]}"
-    if world.pulse is not None:
-        gone, noticed = world.pulse.verdict(noticed)
+    if world.heartbeat is not None:
+        gone, noticed = world.heartbeat.lost_ranks(noticed)
         if gone:
             whom = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
     verb = "have" if whom.startswith("ranks") else "has"

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from meshwright.cost.collective import alone_seconds
+from meshwright.cost.collective import uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.weights import stage_parameters
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.compile import NORM_BYTES
+from meshwright.program.compile import REDUCE_NORM_BYTES
 from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit, moves
 from meshwright.search.costs import (
     Costs,
@@ -41,7 +41,7 @@ Grid = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Chain:
+class _PipelineTables:
     forward: Grid
     backward: Grid
     ahead: list[list[tuple[int, int, float, float]]]
@@ -78,7 +78,7 @@ def after_lines(costs: Costs, lines: Sequence[CandidatePipeline]) -> float:
     norm = 0.0
     if len(used) <= NORM_RANKS:
         world = tuple(sorted(used, key=costs.links.order.__getitem__))
-        norm = alone_seconds(costs.links, scaled(ring(costs, world), NORM_BYTES))
+        norm = uncontended_seconds(costs.links, scaled(ring(costs, world), REDUCE_NORM_BYTES))
     overhead = costs.profile.step_overhead_seconds if costs.profile else 0.0
     return norm + slowest_optimizer(costs, lines) + overhead
 
@@ -112,7 +112,7 @@ def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) 
     )
 
 
-def _chain(costs: Costs, line: CandidatePipeline) -> _Chain:
+def _chain(costs: Costs, line: CandidatePipeline) -> _PipelineTables:
     forward: Grid = []
     backward: Grid = []
     for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
@@ -125,7 +125,7 @@ def _chain(costs: Costs, line: CandidatePipeline) -> _Chain:
         for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True)
     ]
     returns = [bool(costs.table.cut_returns[cut]) for cut in line.bounds[1:-1]]
-    return _Chain(forward, backward, ahead, returns, _tails(costs, line, backward))
+    return _PipelineTables(forward, backward, ahead, returns, _tails(costs, line, backward))
 
 
 def _transfers(
@@ -151,7 +151,7 @@ def _transfer(costs: Costs, source: Unit, target: Unit, size: float) -> float:
     return latency + slope * (size - 0.5)  # messages are of whole bytes
 
 
-def _starts(facts: _Chain) -> Grid:
+def _starts(facts: _PipelineTables) -> Grid:
     """When each unit's first forward can begin."""
     starts = [[0.0] * len(stage) for stage in facts.forward]
     for s, transfers in enumerate(facts.ahead):
@@ -161,7 +161,7 @@ def _starts(facts: _Chain) -> Grid:
     return starts
 
 
-def _ends(facts: _Chain) -> Grid:
+def _ends(facts: _PipelineTables) -> Grid:
     """Seconds from the end of each unit's last backward to the end of all that follows from it."""
     ends = [list(stage) for stage in facts.tails]
     for s, transfers in enumerate(facts.ahead):
@@ -170,7 +170,7 @@ def _ends(facts: _Chain) -> Grid:
     return ends
 
 
-def _trips(facts: _Chain) -> Grid:
+def _trips(facts: _PipelineTables) -> Grid:
     """Seconds from the begin of a forward to the end of its backward."""
     trips = [
         [f + b for f, b in zip(*both, strict=True)]

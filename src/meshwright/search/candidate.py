@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from meshwright.model.spec import structure
-from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage, Subject
+from meshwright.model.spec import structure_fingerprint
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, ScheduleName, Stage
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import Costs, distinct_replicas, stage_bytes, unit_capacity
 
@@ -83,8 +83,8 @@ def plan_of(
     used = {name for line in lines for team in line.teams for unit in team.units for name in unit}
     return Plan(
         name=_name(lines),
-        model=Subject(name=costs.model.name, fingerprint=structure(costs.model)),
-        cluster=Subject(name=costs.cluster.name, fingerprint=cluster_print),
+        model=PlanInput(name=costs.model.name, fingerprint=structure_fingerprint(costs.model)),
+        cluster=PlanInput(name=costs.cluster.name, fingerprint=cluster_print),
         job=costs.job,
         schedule=schedule,
         devices=tuple(name for name in costs.devices if name in used),

@@ -17,7 +17,7 @@ from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
 from meshwright.search.costs import Array, Costs, layer_times
 from meshwright.search.space import usable_devices
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.units import format_seconds
 
@@ -94,7 +94,7 @@ def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
     most = _most_rows(costs, kind, tensor)
     work, once = np.full(len(most), np.inf), np.full(len(most), np.inf)
     for rows in _row_counts(costs, int(most.max(initial=0))):
-        look()
+        raise_if_stopped()
         whole, passed = _least_seconds(costs, kind, tensor, rows)
         allowed = rows <= most
         work = np.where(allowed, np.minimum(work, tensor * whole / rows), work)

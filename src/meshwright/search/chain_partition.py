@@ -19,7 +19,7 @@ from meshwright.search.costs import Array, Costs, reduced_width, ring, seconds_p
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, apportion, fit_line, pace, team_loads
 from meshwright.search.space import divisors, legal_widths, usable_devices
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 ROWS = 6
 """Sizes of micro-batches that every row of devices is cut for."""
@@ -60,7 +60,7 @@ def cut_chain(
     ample = all(map(np.array_equal, tables[1], tables[most]))
     found = []
     for k in range(1, depth + 1):
-        look()
+        raise_if_stopped()
         held = min(k, micro_batches)
         if held not in tables:
             tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
@@ -110,7 +110,7 @@ def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, h
     table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
     gradients = _gradients(costs, len(units[0]))
     for i in range(number):
-        look()
+        raise_if_stopped()
         for j in range(i + 1, min(number, i + rows) + 1):
             own = tuple(units[i:j])
             loads = team_loads(costs, StageDevices(own, apportion(costs, own, rows)), held)

@@ -18,17 +18,17 @@ from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
-    alone_seconds,
     boundary_transfer,
-    together,
+    concurrent,
+    uncontended_seconds,
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.links import reached_links, ring_step
+from meshwright.cost.links import reached_links, ring_step_seconds
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import repeated_seconds, replica_seconds
-from meshwright.cost.weights import own_numbers
+from meshwright.cost.weights import untied_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
@@ -108,7 +108,7 @@ def costs_of(
         job=job,
         profile=profile,
         links=topology(cluster),
-        step_latency=ring_step(profile),
+        step_latency=ring_step_seconds(profile),
         system=system_constants(profile.calibration if profile else None),
         bucket_bytes=usual_bucket_bytes(model, job),
         table=tables.plain,
@@ -280,7 +280,7 @@ def reduced_width(costs: Costs) -> float:
 
 def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
     """Trained numbers on each tensor rank of a stage that are not tied."""
-    return float(own_numbers(costs.table.weights.trained, layers, tensor))
+    return float(untied_parameters(costs.table.weights.trained, layers, tensor))
 
 
 def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[float, float]:
@@ -323,5 +323,7 @@ def scaled(traffic: Traffic, size: float) -> Traffic:
 
 def seconds_per_byte(costs: Costs, probes: Iterable[Traffic]) -> tuple[float, float]:
     """Latency, and seconds for each byte, of communications that carry equal payloads at once."""
-    traffic = together(probes)
-    return traffic.latency, (alone_seconds(costs.links, traffic) - traffic.latency) / PROBE_BYTES
+    traffic = concurrent(probes)
+    return traffic.latency, (
+        uncontended_seconds(costs.links, traffic) - traffic.latency
+    ) / PROBE_BYTES

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost.collective import Traffic, alone_seconds, together
+from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.times import repeated_seconds
@@ -372,12 +372,12 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
         if between := _rings(costs, candidate, holders):
             sizes[list(holders)] += size
             rings += [(set(holders), scaled(t, size)) for t in between]
-    everything = together(traffic for _, traffic in rings).bytes_by_resource
+    everything = concurrent(traffic for _, traffic in rings).bytes_by_resource
     for s in range(len(ranges)):
         if sizes[s, 0] > 0:
-            mine = together(traffic for holders, traffic in rings if s in holders)
+            mine = concurrent(traffic for holders, traffic in rings if s in holders)
             busy = {name: everything[name] for name in mine.bytes_by_resource}
-            found[s, 0] = alone_seconds(
+            found[s, 0] = uncontended_seconds(
                 costs.links, Traffic(bytes_by_resource=busy, latency=mine.latency)
             )
             found[s, 1] = found[s, 0] * sizes[s, 1] / sizes[s, 0]

@@ -22,7 +22,7 @@ from meshwright.search.costs import Costs
 from meshwright.search.device_patterns import DevicePattern, concrete, skeletons, strategies
 from meshwright.search.incumbent import SAME
 from meshwright.search.space import divisors
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 LIMIT = 12_000
 """Pipelines (with their cuts, shares and rows) up to which a space is searched exhaustively."""
@@ -47,7 +47,7 @@ class Prospect:
 
 
 @dataclass(slots=True)
-class _Tables:
+class _SearchTables:
     costs: Costs
     limit: float
     """Seconds that a strategy must stay below."""
@@ -95,7 +95,7 @@ def prospects(
 ) -> list[Prospect] | None:
     """Every strategy of the space whose lower bound is below `limit` seconds, lowest first; None
     when it was over before all had been looked at."""
-    tables = _Tables(costs, limit, dropped)
+    tables = _SearchTables(costs, limit, dropped)
     found: list[Prospect] = []
     for strategy in strategies(costs):
         if over():
@@ -107,7 +107,7 @@ def prospects(
 
 
 def _of_strategy(
-    tables: _Tables, strategy: tuple[DevicePattern, ...], schedule: ScheduleName, first: bool
+    tables: _SearchTables, strategy: tuple[DevicePattern, ...], schedule: ScheduleName, first: bool
 ) -> Iterator[Prospect]:
     placed = concrete(tables.costs, strategy)
     batch = tables.costs.job.global_batch
@@ -115,7 +115,7 @@ def _of_strategy(
     if any(not offer for offer in offers):
         return
     for shares in compositions(batch, len(strategy)):
-        look()
+        raise_if_stopped()
         for chosen in product(*(offer.get(s, ()) for offer, s in zip(offers, shares, strict=True))):
             lines = [
                 CandidatePipeline(
@@ -138,14 +138,14 @@ def _of_strategy(
 
 
 def _options(
-    tables: _Tables, skeleton: DevicePattern, schedule: ScheduleName
+    tables: _SearchTables, skeleton: DevicePattern, schedule: ScheduleName
 ) -> dict[int, list[Option]]:
     """By share: the ways to fill a skeleton that fit and may be fast enough."""
     key = (skeleton, schedule)
     if key not in tables.options:
         found: dict[int, list[Option]] = {}
         for line in _filled(tables.costs, skeleton):
-            look()
+            raise_if_stopped()
             if not fits(tables.costs, line, schedule):
                 tables.dropped["does not fit in memory"] += 1
                 continue

@@ -7,10 +7,10 @@ from dataclasses import replace
 from itertools import pairwise
 
 from meshwright.cost.memory import device_memory, total_bytes
-from meshwright.cost.misfits import enough_bytes, memory_problems
+from meshwright.cost.out_of_memory import memory_problems, needed_bytes
 from meshwright.errors import FitError, Problem
-from meshwright.model.spec import structure
-from meshwright.plan.spec import Pipeline, Plan, RunnerUp, Stage, Subject
+from meshwright.model.spec import structure_fingerprint
+from meshwright.plan.spec import Pipeline, Plan, PlanInput, RunnerUp, Stage
 from meshwright.search.costs import Costs
 from meshwright.search.estimate import Bounds, Candidate, Misfit, memory_of, recomputed_stages
 from meshwright.units import format_bytes, format_seconds
@@ -38,8 +38,8 @@ def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: s
     )
     return Plan(
         name=f"dp{grid.data}-tp{grid.tensor}-pp{grid.stages}",
-        model=Subject(name=costs.model.name, fingerprint=structure(costs.model)),
-        cluster=Subject(name=costs.cluster.name, fingerprint=cluster_print),
+        model=PlanInput(name=costs.model.name, fingerprint=structure_fingerprint(costs.model)),
+        cluster=PlanInput(name=costs.cluster.name, fingerprint=cluster_print),
         job=costs.job,
         schedule=shape.schedule,
         devices=tuple(device.name for device in candidate.used.devices),
@@ -114,7 +114,7 @@ def nothing_fits(costs: Costs, misfits: Iterable[Misfit], tried: int) -> FitErro
     states = worst.parameters + worst.gradients + worst.optimizer
     grid, rows = nearest.candidate.shape.grid, nearest.candidate.shape.rows
     kind = costs.cluster.types[costs.devices[worst.device].type]
-    advice = [f"devices with {format_bytes(enough_bytes(worst, kind))} of memory"]
+    advice = [f"devices with {format_bytes(needed_bytes(worst, kind))} of memory"]
     if grid.stages < len(costs.model.layers):
         advice.append("more devices, hence fewer layers on each")
     if states < worst.activations + worst.buffers and rows == 1:

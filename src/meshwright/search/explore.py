@@ -29,7 +29,7 @@ from meshwright.search.space import (
     usable_devices,
 )
 from meshwright.search.template_search import MOST_CELLS
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 MANY_DEVICES = 64
 """Above this number devices are counted by class: strategies over whole fleets of nodes contain the
@@ -158,7 +158,7 @@ def _on(
         places = placements(used.devices, grid, speed)
         for shape in shapes(grid, costs.job, schedules):
             for place in places:
-                look()
+                raise_if_stopped()
                 yield Candidate(used, place, shape)
 
 
@@ -188,7 +188,7 @@ def explore(
             break
         if done % 64 == 0:
             tell("searching", done, len(queue))
-        look()
+        raise_if_stopped()
         found = evaluate(costs, candidate)
         if isinstance(found, Misfit):
             dropped["does not fit in memory"] += 1
@@ -202,7 +202,7 @@ def explore(
 
 
 def _optimistic(costs: Costs, candidate: Candidate) -> float:
-    look()
+    raise_if_stopped()
     return optimistic_seconds(costs, candidate)
 
 
@@ -234,7 +234,7 @@ def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit 
     for bound, number, candidate in sorted(queue, key=lambda entry: entry[:2]):
         if best is not None and (name == "amp" or bound > best[0]):
             break
-        look()
+        raise_if_stopped()
         found = evaluate(costs, candidate)
         if isinstance(found, Misfit):
             misfits.append((found.excess_bytes, number, found))

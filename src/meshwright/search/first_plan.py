@@ -21,8 +21,8 @@ from meshwright.search.device_classes import (
 from meshwright.search.incumbent import Evaluated, Incumbent, Strategy, simulated, work_of
 from meshwright.search.layer_partition import fit_line
 from meshwright.search.space import divisors, legal_widths
-from meshwright.simulate.fold import fold
-from meshwright.stopping import look
+from meshwright.simulate.symmetry import find_symmetry
+from meshwright.stopping import raise_if_stopped
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of stages that are tried."""
@@ -39,7 +39,7 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
         return None
     schedule, lines = strategy
     plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
-    if work_of(plan, fold(plan, costs.cluster)) > MOST_WORK:
+    if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_WORK:
         return None
     seconds = simulated(costs, plan).step_seconds
     missing = len(costs.devices) - len(plan.devices)
@@ -58,7 +58,7 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
     for number in order:
         for tensor in (t for t in legal_widths(costs) if every[number].each % t == 0):
             for depth in (d for d in DEPTHS if d <= len(costs.model.layers)):
-                look()
+                raise_if_stopped()
                 segment = _widest(costs, every[number], number, tensor, depth)
                 if segment is None:
                     break

@@ -19,8 +19,8 @@ from meshwright.search.candidate import (
     tensor_widths_agree,
 )
 from meshwright.search.costs import Costs
-from meshwright.simulate.fold import Fold, fold, simulate_folded
-from meshwright.simulate.parts import parts as parts_of
+from meshwright.simulate.critical_path import step_breakdown as parts_of
+from meshwright.simulate.symmetry import Symmetry, find_symmetry, simulate_by_symmetry
 from meshwright.stopping import never
 
 Strategy = tuple[ScheduleName, tuple[CandidatePipeline, ...]]
@@ -122,7 +122,7 @@ class Incumbent:
 
 def simulated(costs: Costs, plan: Plan) -> Timeline:
     """Return the simulated step of a plan that fits."""
-    return simulate_folded(
+    return simulate_by_symmetry(
         plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
     )
 
@@ -154,7 +154,7 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     schedule, lines = strategy
     costs = incumbent.costs
     plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
-    work = work_of(plan, fold(plan, costs.cluster))
+    work = work_of(plan, find_symmetry(plan, costs.cluster))
     if incumbent.best and work > max(incumbent.work, 0) // 4:
         incumbent.dropped["too much to simulate in what is left of the budget"] += 1
         return False
@@ -167,7 +167,7 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     return False
 
 
-def work_of(plan: Plan, folded: Fold) -> int:
+def work_of(plan: Plan, folded: Symmetry) -> int:
     """Micro-batches, and reductions of about a layer each, of all ranks that are played."""
     played = {plan.devices[rank] for rank in folded.ranks}
     work = 0

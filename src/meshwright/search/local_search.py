@@ -22,7 +22,7 @@ from meshwright.search.neighbourhood import Move
 from meshwright.search.pool_pipelines import single_lines
 from meshwright.search.stage_simulation import followed, preview_seconds
 from meshwright.search.template_search import fleet_strategies
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
@@ -294,7 +294,7 @@ class LocalSearch:
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
     """Seconds by preview, infinite where it does not fit; where they are not below the limit,
     perhaps only a bound."""
-    look()
+    raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
         search.left -= _steps(strategy)

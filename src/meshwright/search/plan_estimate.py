@@ -58,8 +58,8 @@ def seconds_by_counts(
     pipeline takes with a number is worked out once: thousands of combinations have few numbers."""
     delay = context.costs.system.reduction_delay
     crowded = len(sketches) > 1
-    meeting, later = between_sites(context, sketches), after(context, sketches)
-    exposed = [max(each.exposed(delay, crowded=crowded), meeting) for each in sketches]
+    rendezvous, later = between_sites(context, sketches), after(context, sketches)
+    exposed = [max(each.exposed(delay, crowded=crowded), rendezvous) for each in sketches]
     known: list[dict[float, float]] = [{} for _ in sketches]
 
     def alone(k: int, count: float) -> float:

@@ -64,8 +64,8 @@ from meshwright.search.incumbent import (
 from meshwright.search.inputs import check_inputs
 from meshwright.search.local_search import improve
 from meshwright.search.options import options_without
-from meshwright.simulate.fold import fold
-from meshwright.stopping import Stopped, never, until
+from meshwright.simulate.symmetry import find_symmetry
+from meshwright.stopping import Stopped, never, stoppable
 
 SIMULATED_WORK = 80_000
 """Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
@@ -131,7 +131,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     )
     tell = progress or (lambda _what, _done, _all: None)
     seen = _Seen()
-    with suppress(Stopped), until(incumbent.may_leave_off):
+    with suppress(Stopped), stoppable(incumbent.may_leave_off):
         _search(incumbent, seen, schedules, tell)
         seen.best_without_options = incumbent.best
         if incumbent.best is None:
@@ -202,7 +202,7 @@ def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
     if seen.proof is not None:
         return seen.proof
     limit = time.monotonic() + PROOF_SECONDS
-    with suppress(Stopped), until(lambda: incumbent.stopped and time.monotonic() > limit):
+    with suppress(Stopped), stoppable(lambda: incumbent.stopped and time.monotonic() > limit):
         return certificate(incumbent.costs)
     return certificate_in_haste(incumbent.costs)
 
@@ -226,7 +226,7 @@ def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
 
 def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
-    with suppress(Stopped), until(incumbent.may_leave_off):
+    with suppress(Stopped), stoppable(incumbent.may_leave_off):
         if not incumbent.late:
             if not explored.tried:
                 candidates = sample_of(incumbent.costs, incumbent.dropped)
@@ -254,7 +254,7 @@ def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: 
         title = _title(name, estimate)
         hopeless = incumbent.best and estimate.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
-        if incumbent.best and work_of(plan, fold(plan, incumbent.costs.cluster)) > most:
+        if incumbent.best and work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) > most:
             incumbent.dropped["too much to simulate"] += 1
         else:
             simulate_and_record(incumbent, plan, title)

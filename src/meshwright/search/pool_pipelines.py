@@ -96,7 +96,7 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class PoolStages:
     """A block of pools as stages, before they are written down device by device."""
 
     pools: tuple[Pool, ...]
@@ -122,7 +122,7 @@ class Draft:
 
     guess: float
     """Seconds of a balanced line: no cut costs anything, layers can be divided."""
-    shape: Shape
+    shape: PoolStages
     rows: int
 
     @property
@@ -144,7 +144,7 @@ def drafts(
         together = tuple(widths[tensor] for widths in block)
         number = sum(len(pool.units) for pool in together)
         for depth in (d for d in DEPTHS if d <= min(layers, number)):
-            shape = Shape(together, (depth,))
+            shape = PoolStages(together, (depth,))
             found += (
                 Draft(_mixed_guess(costs, shape, rows, share), shape, rows)
                 for rows in row_counts
@@ -203,7 +203,7 @@ def _separate(
     for index in np.argsort(guess, kind="stable")[:most]:
         if np.isfinite(guess[index]):
             chosen = [own[i] for own, i in zip(usable, np.unravel_index(index, shape), strict=True)]
-            stages = Shape(tuple(pool for pool, _ in chosen), tuple(d for _, d in chosen))
+            stages = PoolStages(tuple(pool for pool, _ in chosen), tuple(d for _, d in chosen))
             yield Draft(float(guess[index]), stages, rows)
 
 
@@ -218,7 +218,7 @@ def _facts(costs: Costs, pool: Pool, depth: int, rows: int) -> tuple[float, floa
     return speed, depth, slope / depth / pool.tensor
 
 
-def _mixed_guess(costs: Costs, shape: Shape, rows: int, share: float) -> float:
+def _mixed_guess(costs: Costs, shape: PoolStages, rows: int, share: float) -> float:
     each = max(1, rows // shape.widths[0])
     speed = sum(len(pool.units) / pace(costs, pool.units[0], each) for pool in shape.pools)
     return (share - rows + rows * shape.depths[0]) / speed
@@ -235,7 +235,7 @@ def by_build(found: Sequence[Draft]) -> list[Draft]:
     return [entry[3] for entry in sorted(placed, key=lambda entry: entry[:3])]
 
 
-def orders(shape: Shape) -> Iterator[Shape]:
+def orders(shape: PoolStages) -> Iterator[PoolStages]:
     """Its pools in every order; of many, as they are and the other way round."""
     count = len(shape.pools)
     if shape.mixed or count == 1:
@@ -243,10 +243,10 @@ def orders(shape: Shape) -> Iterator[Shape]:
         return
     ways = permutations(range(count)) if count <= 3 else (range(count), range(count)[::-1])
     for way in ways:
-        yield Shape(tuple(shape.pools[i] for i in way), tuple(shape.depths[i] for i in way))
+        yield PoolStages(tuple(shape.pools[i] for i in way), tuple(shape.depths[i] for i in way))
 
 
-def written(shape: Shape, *, across: bool) -> Stages:
+def written(shape: PoolStages, *, across: bool) -> Stages:
     """The units of every stage. `across`: neighbouring units stand in neighbouring stages, not
     beside each other as replicas."""
     if shape.mixed:
@@ -263,7 +263,7 @@ def written(shape: Shape, *, across: bool) -> Stages:
     return tuple(found)
 
 
-def two_ways(shape: Shape) -> bool:
+def two_ways(shape: PoolStages) -> bool:
     """Whether `across` makes a difference."""
     pairs = zip(shape.widths, shape.depths, strict=True)
     return not shape.mixed and any(width > 1 and depth > 1 for width, depth in pairs)

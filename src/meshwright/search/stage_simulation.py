@@ -15,9 +15,9 @@ from itertools import pairwise
 
 from meshwright.cluster.topology import Resource
 from meshwright.plan.spec import ScheduleName
+from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.operations import Op
-from meshwright.program.posting import AHEAD
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.search.boundary_prices import crossings
 from meshwright.search.bounds import after_lines
 from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
@@ -141,12 +141,12 @@ def _orders(
     layout = tuple((s,) for s in range(depth))
     return tuple(
         tuple((int(action.op is Op.BACKWARD), action.first) for action in order)
-        for order in orders(schedule, layout, count)
+        for order in schedule_orders(schedule, layout, count)
     )
 
 
 @dataclass(slots=True)
-class _Stage:
+class _FollowedStage:
     """A stage that is being followed; of every pair, the first is for forwards."""
 
     order: tuple[tuple[int, int], ...]
@@ -161,11 +161,13 @@ class _Stage:
     """When the last transfer was over."""
     at: int = 0
     now: float = 0.0
-    earlier: deque[float] = field(default_factory=lambda: deque([0.0] * AHEAD, AHEAD))
+    earlier: deque[float] = field(
+        default_factory=lambda: deque([0.0] * RECEIVES_AHEAD, RECEIVES_AHEAD)
+    )
     """When the computations before the last one ended."""
 
 
-def _advance(stage: _Stage) -> bool:
+def _advance(stage: _FollowedStage) -> bool:
     """Follow a stage up to the first transfer that has not begun; whether it got any further.
 
     A transfer begins when its tensor is there, the one before it in its channel is over and its
@@ -193,7 +195,7 @@ def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float
     depth = len(pipe.forward)
     ends: list[tuple[list[float], list[float]]] = [([], []) for _ in range(depth)]
     stages = [
-        _Stage(
+        _FollowedStage(
             order=order,
             seconds=(pipe.forward[s], pipe.backward[s]),
             delays=(pipe.ahead[s - 1] if s else 0.0, pipe.back[s] if s < depth - 1 else 0.0),

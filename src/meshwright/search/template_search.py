@@ -41,7 +41,7 @@ from meshwright.search.template_estimate import (
     sketch,
     unit_facts,
 )
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 """Stages on each fleet of a line over several; on one fleet all numbers up to MOST_DEPTHS are."""
@@ -185,7 +185,7 @@ def _at_width(
                 yield found
             continue
         for chosen in product(*(offer[:OFFERED] for offer in offers)):
-            look()
+            raise_if_stopped()
             if best < float("inf") and over():
                 return
             if len({each.template.schedule for each in chosen}) == 1:
@@ -227,7 +227,7 @@ def _offers(task: Task) -> list[TemplateEstimate]:
     orders = dict.fromkeys((task.block, task.block[::-1]))
     for order in orders:
         for widths in _widths(task, order):
-            look()
+            raise_if_stopped()
             for each in _row_sizes(task, widths):
                 rows = each * max(widths)
                 if _ideal(task, order, widths, rows) < SLACK * task.limit:
@@ -237,7 +237,7 @@ def _offers(task: Task) -> list[TemplateEstimate]:
     found: list[tuple[float, int, TemplateEstimate]] = []
     best = task.limit
     for seconds, number, template in scored[:SKETCHED]:
-        look()
+        raise_if_stopped()
         if seconds > SLACK * best:
             break
         drawn = sketch(task.context, template, max(1, round(task.share / template.rows)))
@@ -285,7 +285,7 @@ def _scored(
 ) -> Iterator[tuple[float, PipelineTemplate]]:
     """Templates of these widths and rows, with their seconds as if stages were balanced."""
     for blocks in _block_choices(task, order, widths):
-        look()
+        raise_if_stopped()
         grid_DF = _depth_grid(task, order, widths, blocks)
         if not len(grid_DF):
             continue

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cost.times import repeated_seconds
+from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
-from meshwright.plan.virtual import Layout
 from meshwright.program.actions import Order
 from meshwright.program.operations import Op
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import (
     Array,
@@ -29,7 +29,7 @@ from meshwright.search.costs import (
     unit_times,
 )
 from meshwright.search.layer_partition import cut_seconds
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 OVERFULL = 1e3
 """Steps of the whole model on the busiest group that it costs to overfill one by all of its
@@ -45,7 +45,7 @@ Bounds = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Tables:
+class _CutTables:
     """What a choice of cuts comes to: entry [k, a, b] is of stage k with layers [a, b)."""
 
     member: Array
@@ -68,7 +68,7 @@ class _Tables:
 def cut_in_chunks(
     costs: Costs,
     line: CandidatePipeline,
-    layout: Layout,
+    layout: StageLayout,
     schedule: ScheduleName,
     again: frozenset[int],
 ) -> tuple[Bounds, float]:
@@ -83,7 +83,7 @@ def cut_in_chunks(
     best = float(_seconds(tables, bounds[None])[0])
     shifts, reach = _shifts(len(bounds)), 1
     while reach <= REACH:
-        look()
+        raise_if_stopped()
         moved = bounds + reach * shifts
         moved = moved[(np.diff(moved, axis=1) > 0).all(axis=1)]
         seconds = _seconds(tables, moved) if len(moved) else np.array([np.inf])
@@ -98,23 +98,25 @@ def cut_in_chunks(
 def _tables(
     costs: Costs,
     line: CandidatePipeline,
-    layout: Layout,
+    layout: StageLayout,
     schedule: ScheduleName,
     again: frozenset[int],
-) -> _Tables:
+) -> _CutTables:
     places = chunks_of(layout)
     stages, size = len(places), len(costs.model.layers) + 1
     loads, always, each = (np.zeros((stages, size, size)) for _ in range(3))
     for k, g in enumerate(places):
-        look()
+        raise_if_stopped()
         loads[k] = _loads(costs, line.teams[g], again=g in again)
         always[k], each[k] = _shares(costs, line.teams[g], again=g in again)
     cuts = np.zeros((max(stages - 1, 0), size))
     for k, (one, other) in enumerate(pairwise(places)):
         if one != other:
             cuts[k] = cut_seconds(costs, line.teams[one], line.teams[other])
-    moments = [_moments(order, stages) for order in orders(schedule, layout, line.micro_batches)]
-    return _Tables(
+    moments = [
+        _moments(order, stages) for order in schedule_orders(schedule, layout, line.micro_batches)
+    ]
+    return _CutTables(
         member=np.equal.outer(places, np.arange(len(layout))).astype(np.float64),
         loads=loads,
         always=always,
@@ -168,7 +170,7 @@ def _shares(costs: Costs, team: StageDevices, *, again: bool) -> tuple[Array, Ar
     return np.max(always, axis=0), np.max(each, axis=0)
 
 
-def _proportional(tables: _Tables) -> NDArray[np.intp]:
+def _proportional(tables: _CutTables) -> NDArray[np.intp]:
     """Equal stages of every group, in proportion to its speed; at least one layer each."""
     stages, size = tables.loads.shape[0], tables.loads.shape[1]
     whole = tables.loads[:, 0, -1]
@@ -193,7 +195,7 @@ def _shifts(size: int) -> NDArray[np.intp]:
     return np.array(rows, dtype=np.intp).reshape(-1, size)
 
 
-def _seconds(tables: _Tables, bounds: NDArray[np.intp]) -> Array:
+def _seconds(tables: _CutTables, bounds: NDArray[np.intp]) -> Array:
     """Of each choice of cuts [N, K + 1]:
 
         M * busiest group + (G - 1) * slowest stage / 3 + transfers of one micro-batch
@@ -215,7 +217,7 @@ def _seconds(tables: _Tables, bounds: NDArray[np.intp]) -> Array:
     return seconds
 
 
-def chunks_of(layout: Layout) -> Sequence[int]:
+def chunks_of(layout: StageLayout) -> Sequence[int]:
     """The group of every stage."""
     places = {k: g for g, held in enumerate(layout) for k in held}
     return [places[k] for k in range(len(places))]

@@ -22,7 +22,7 @@ class Flow:
 
     bytes_by_resource: Mapping[Resource, float]
     """The bytes on every resource, all positive."""
-    then: Callable[[], None]
+    on_end: Callable[[], None]
     """The reaction to its end."""
     stream: float = 0.0
     """The bytes of one of the equal streams that the flow is made of; fairness is between streams.
@@ -32,12 +32,12 @@ class Flow:
     came before it on any of its resources."""
     number: int = 0
     """Its number in the order of arrival."""
-    left: float = 1.0
+    remaining: float = 1.0
     """The share of its bytes that is still to move."""
     rate: float = 0.0
     """The share of its bytes that moves in one second."""
     since: float = 0.0
-    """The moment to which `left` belongs."""
+    """The moment to which `remaining` belongs."""
     version: int = 0
     """A number that grows with every change of `rate`, which invalidates earlier forecasts of its
     end."""
@@ -50,12 +50,12 @@ class Flow:
 
     @property
     def ends(self) -> float:
-        """Return the moment at which the flow ends if its rate stays the same."""
-        return self.since + self.left / self.rate if self.rate else inf
+        """Returns the moment at which the flow ends if its rate stays the same."""
+        return self.since + self.remaining / self.rate if self.rate else inf
 
 
 @dataclass(slots=True, eq=False)
-class Network:
+class FlowNetwork:
     """Holds the resources and the flows on them."""
 
     bandwidth: Mapping[Resource, float]
@@ -68,8 +68,8 @@ class Network:
     """The number of flows that have arrived so far."""
 
 
-def start(network: Network, flow: Flow, now: float) -> None:
-    """Add a flow to the network; `settle` gives it its rate."""
+def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
+    """Adds a flow to the network; `reshare_bandwidth` gives it its rate."""
     for resource in flow.bytes_by_resource:
         network.flows.setdefault(resource, {})[flow] = None
     network.arrived += 1
@@ -77,8 +77,8 @@ def start(network: Network, flow: Flow, now: float) -> None:
     network.touched[flow] = None
 
 
-def finish(network: Network, flow: Flow) -> None:
-    """Remove a flow from the network; `settle` gives its share to the others."""
+def remove_flow(network: FlowNetwork, flow: Flow) -> None:
+    """Removes a flow from the network; `reshare_bandwidth` gives its share to the others."""
     network.touched.pop(flow, None)
     for resource in flow.bytes_by_resource:
         others = network.flows[resource]
@@ -86,7 +86,7 @@ def finish(network: Network, flow: Flow) -> None:
         network.touched.update(others)
 
 
-def settle(network: Network, now: float) -> list[Flow]:
+def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
     """Share bandwidth again after all arrivals and departures of one moment.
 
     Returns every flow whose end has changed.
@@ -96,8 +96,8 @@ def settle(network: Network, now: float) -> list[Flow]:
     return _share(network, affected, now) if affected else []
 
 
-def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
-    """Return these flows and every flow that shares a resource with them, directly or through
+def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
+    """Returns these flows and every flow that shares a resource with them, directly or through
     others."""
     found = dict.fromkeys(flows)
     queue, seen = list(found), set[Resource]()
@@ -111,12 +111,12 @@ def _sharing(network: Network, flows: Iterable[Flow]) -> list[Flow]:
     return list(found)
 
 
-def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
-    """Give these flows their fair rates; return those whose rate has changed."""
+def _share(network: FlowNetwork, flows: list[Flow], now: float) -> list[Flow]:
+    """Gives these flows their fair rates; returns those whose rate has changed."""
     changed = []
     for flow, rate in fair_rates(network.bandwidth, flows).items():
         if rate != flow.rate:
-            flow.left = max(flow.left - flow.rate * (now - flow.since), 0.0)
+            flow.remaining = max(flow.remaining - flow.rate * (now - flow.since), 0.0)
             flow.since, flow.rate = now, rate
             flow.version += 1
             changed.append(flow)
@@ -124,7 +124,7 @@ def _share(network: Network, flows: list[Flow], now: float) -> list[Flow]:
 
 
 def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
-    """Return the rate of each flow, in shares of its bytes per second; streams share max-min
+    """Returns the rate of each flow, in shares of its bytes per second; streams share max-min
     fairly.
 
     Queued flows that are first on all their resources share with the others that do not queue. The
@@ -154,7 +154,7 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
 
 
 def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
-    """Return the queued flows that follow a flow of another sender on some resource, in order of
+    """Returns the queued flows that follow a flow of another sender on some resource, in order of
     arrival."""
     waiting: dict[Flow, None] = {}
     first: dict[Resource, str] = {}
@@ -167,7 +167,7 @@ def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
 
 
 def _filled(left: dict[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
-    """Share bandwidth by progressive filling, and subtract the shares from `left`.
+    """Share bandwidth by progressive filling, and subtract the shares from `remaining`.
 
     All streams speed up together; those through the first resource to fill keep that speed, the
     others go on (Bertsekas and Gallager, Data Networks, section 6.5.2). Flows with equal streams on

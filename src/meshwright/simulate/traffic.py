@@ -9,7 +9,7 @@ from meshwright.cluster.topology import Resource, Topology, topology
 from meshwright.cost.collective import Traffic, all_reduce
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.records import record
 
@@ -25,7 +25,7 @@ class LinkLoad:
 
 
 def link_loads(priced: PricedPlan) -> tuple[LinkLoad, ...]:
-    """Return what every resource that carries bytes carries in a step of a plan.
+    """Returns what every resource that carries bytes carries in a step of a plan.
 
     A message counts once, at its sender, and a collective once, at its first member; the
     tensor-parallel all-reduces inside forward and backward count too.
@@ -48,19 +48,19 @@ def link_loads(priced: PricedPlan) -> tuple[LinkLoad, ...]:
 
 
 def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:
-    """Return the bytes by resource of the all-reduces inside layers: micro-batches x rows x bytes
+    """Returns the bytes by resource of the all-reduces inside layers: micro-batches x rows x bytes
     of a row."""
     carried: dict[Resource, float] = defaultdict(float)
-    for stage in stage_seats(plan):
+    for stage in stage_placements(plan):
         layers = model.layers[stage.layers[0] : stage.layers[1]]
         row_bytes = sum(
             sum(layer.forward_all_reduce_bytes) + sum(layer.backward_all_reduce_bytes)
             for layer in layers
         )
-        for replica in stage.seats:
+        for replica in stage.placements:
             rows = replica[0].rows[1] - replica[0].rows[0]
             size = plan.pipelines[stage.pipeline].micro_batches * rows * row_bytes
-            traffic: Traffic = all_reduce(links, [seat.device for seat in replica], size)
+            traffic: Traffic = all_reduce(links, [placement.device for placement in replica], size)
             for resource, each in traffic.bytes_by_resource.items():
                 carried[resource] += each
     return carried

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from meshwright.cluster.spec import Cluster, Link
 from meshwright.records import record
-from meshwright.testbed.machine import Abilities
-from meshwright.testbed.spec import Bed
+from meshwright.testbed.capabilities import Capabilities
+from meshwright.testbed.spec import Testbed
 from meshwright.units import format_bandwidth
 
 Command = tuple[str, ...]
@@ -50,16 +50,16 @@ class Wiring:
     """Ways in which the network is not as the cluster says, with the reasons."""
 
 
-def wiring(bed: Bed, able: Abilities, identity: str) -> Wiring:
+def wiring(testbed: Testbed, capabilities: Capabilities, identity: str) -> Wiring:
     """Designs the network of a testbed, whose names all begin with `identity`."""
-    cluster, hub = bed.cluster, f"{identity}-hub"
+    cluster, hub = testbed.cluster, f"{identity}-hub"
     by_node = {node.name: f"{identity}-n{i}" for i, node in enumerate(cluster.nodes)}
     addresses = {
         node.name: f"10.77.{i // 250}.{i % 250 + 1}" for i, node in enumerate(cluster.nodes)
     }
     namespaces = (hub, *by_node.values())
-    shaper = _Shaper(bed, able)
-    up = [
+    shaper = _Shaper(testbed, capabilities)
+    running = [
         *(("ip", "netns", "add", name) for name in namespaces),
         *_bridges(cluster, hub, shaper),
         *_nodes(cluster, hub, by_node, addresses, shaper),
@@ -70,7 +70,7 @@ def wiring(bed: Bed, able: Abilities, identity: str) -> Wiring:
         namespaces=namespaces,
         by_node=by_node,
         addresses=addresses,
-        up=tuple(up),
+        up=tuple(running),
         down=down,
         absent=tuple(shaper.absent()),
     )
@@ -79,8 +79,8 @@ def wiring(bed: Bed, able: Abilities, identity: str) -> Wiring:
 class _Shaper:
     """Turns links into commands, and notes what this machine cannot do."""
 
-    def __init__(self, bed: Bed, able: Abilities) -> None:
-        self.bed, self.able = bed, able
+    def __init__(self, testbed: Testbed, capabilities: Capabilities) -> None:
+        self.bed, self.able = testbed, capabilities
         self.unshaped: dict[str, str] = {}
         """Reasons why links are not slowed down, by link."""
         self.late = False

@@ -12,13 +12,13 @@ from pydantic import Field
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.files import cluster_from, load_cluster
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
+from meshwright.emulation.compute_lock import devices_at_once
 from meshwright.errors import ClusterError, LaunchError, Problem
 from meshwright.launch.local import PROCESS_BYTES
 from meshwright.records import Format, Line, Name, PositiveShare, load, problems_in, record
-from meshwright.runtime.turns import turns_at_once
 
 Mode = Literal["dilation", "virtual", "quota"]
-"""The way in which devices are made slow, see `BedFile.mode`."""
+"""The way in which devices are made slow, see `TestbedPath.mode`."""
 ClusterSource = Line | dict[Name, Any]
 """Path of a cluster file, or the content of one."""
 Scale = Annotated[float, Field(gt=0, le=1e6)]
@@ -31,7 +31,7 @@ FREE_CORES = 0.1
 
 
 @record
-class BedFile:
+class TestbedFile:
     """The content of `testbed.toml`."""
 
     format: Format = 1
@@ -62,7 +62,7 @@ class BedFile:
 
 
 @record
-class Bed:
+class Testbed:
     """A testbed that can be brought up."""
 
     name: Name
@@ -78,22 +78,22 @@ class Bed:
     attempts: Attempts
 
 
-def load_bed(path: Path) -> Bed:
+def load_testbed(path: Path) -> Testbed:
     """Reads the testbed that a file describes. Raises ClusterError with every mistake found."""
-    entry = load(path, BedFile, error=ClusterError)
+    entry = load(path, TestbedFile, error=ClusterError)
     if isinstance(entry.cluster, str):
         cluster = load_cluster(path.parent / entry.cluster)
     else:
         cluster = cluster_from(entry.cluster, source=f"{path}: cluster")
-    return bed_of(entry, cluster, source=str(path))
+    return make_testbed(entry, cluster, source=str(path))
 
 
-def bed_of(entry: BedFile, cluster: Cluster, *, source: str) -> Bed:
+def make_testbed(entry: TestbedFile, cluster: Cluster, *, source: str) -> Testbed:
     """Makes a testbed of a file's content and its cluster. Raises ClusterError with every mistake
     found."""
     ClusterError.check(_mistakes(entry, cluster, source))
     shares = {} if entry.mode == "virtual" else _shares(entry, cluster)
-    return Bed(
+    return Testbed(
         name=entry.name,
         source=source,
         mode=entry.mode,
@@ -110,12 +110,12 @@ def _used(cluster: Cluster) -> list[str]:
     return sorted({device.type for device in devices_of(cluster)})
 
 
-def _mistakes(entry: BedFile, cluster: Cluster, source: str) -> Iterator[Problem]:
+def _mistakes(entry: TestbedFile, cluster: Cluster, source: str) -> Iterator[Problem]:
     yield from problems_in(entry, source=source)
     yield from _mistaken_shares(entry, _used(cluster), source)
 
 
-def _mistaken_shares(entry: BedFile, used: list[str], source: str) -> Iterator[Problem]:
+def _mistaken_shares(entry: TestbedFile, used: list[str], source: str) -> Iterator[Problem]:
     given = {f"shares.{kind}": share for kind, share in entry.shares.items()}
     if entry.fastest_share is not None:
         given["fastest_share"] = entry.fastest_share
@@ -131,7 +131,7 @@ def _mistaken_shares(entry: BedFile, used: list[str], source: str) -> Iterator[P
             yield Problem(source, f"shares.{kind}", "nothing", "the share of a core", mend)
 
 
-def _shares(entry: BedFile, cluster: Cluster) -> dict[str, float]:
+def _shares(entry: TestbedFile, cluster: Cluster) -> dict[str, float]:
     peaks = {kind: _peak(cluster.types[kind]) for kind in _used(cluster)}
     top = entry.fastest_share or 0.0
     derived = {kind: top * peak / max(peaks.values()) for kind, peak in peaks.items()}
@@ -144,7 +144,7 @@ def _peak(kind: DeviceType) -> float:
     return kind.peak.get("fp32") or max(kind.peak.values())
 
 
-def _emulated(entry: BedFile, cluster: Cluster, shares: dict[str, float]) -> Cluster:
+def _emulated(entry: TestbedFile, cluster: Cluster, shares: dict[str, float]) -> Cluster:
     core = catalog()["cpu"].type
 
     def kind(each: DeviceType) -> DeviceType:
@@ -191,31 +191,31 @@ def _scaled(kind: DeviceType, like: DeviceType, scale: float) -> DeviceType:
     )
 
 
-def device_shares(bed: Bed) -> dict[str, float]:
+def device_shares(testbed: Testbed) -> dict[str, float]:
     """Returns the share of a core of each device, by name; empty for virtual devices."""
-    if not bed.shares:
+    if not testbed.shares:
         return {}
-    return {device.name: bed.shares[device.type] for device in devices_of(bed.cluster)}
+    return {device.name: testbed.shares[device.type] for device in devices_of(testbed.cluster)}
 
 
-def check_room(bed: Bed, *, cores: int, free_bytes: int) -> None:
+def check_room(testbed: Testbed, *, cores: int, free_bytes: int) -> None:
     """Raises LaunchError if the emulated devices ask for more cores or memory than the machine
     has."""
-    devices = len(devices_of(bed.cluster))
+    devices = len(devices_of(testbed.cluster))
     problems = []
-    wanted = sum(device_shares(bed).values())
-    computing = cores if bed.mode == "quota" else turns_at_once(cores)
+    wanted = sum(device_shares(testbed).values())
+    computing = cores if testbed.mode == "quota" else devices_at_once(cores)
     most = computing * (1 - FREE_CORES)
     if wanted > most:
         mend = 'lower the shares, or emulate with mode = "virtual"'
         found = f"{wanted:.2f} cores for {devices} devices"
         limit = f"at most {most:.2f} ({computing} of {cores} compute)"
-        problems.append(Problem(bed.source, "shares", found, limit, mend))
+        problems.append(Problem(testbed.source, "shares", found, limit, mend))
     if devices * PROCESS_BYTES > free_bytes:
         room = free_bytes // PROCESS_BYTES
         problems.append(
             Problem(
-                bed.source,
+                testbed.source,
                 "cluster",
                 f"{devices} devices, a process each",
                 f"at most {room}, for which this machine has memory free",

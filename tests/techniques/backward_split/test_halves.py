@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cost.instructions import price
 from meshwright.cost.priced_plan import PricedPlan
+from meshwright.cost.pricing import price_program
 from meshwright.cost.profile import LayerTime, Profile
+from meshwright.emulation.virtual_times import part_key, virtual_times
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.backward_split.price import backward_shares
-from meshwright.testbed.times import part_key, virtual_times
 from worlds import DEVICE, even_model, even_plan, one_node
 
 MODEL, CLUSTER = even_model(4), one_node(4)
@@ -67,7 +67,7 @@ def test_where_the_line_is_below_zero_the_nearest_size_counts() -> None:
 def priced(plan: Plan, rank: int) -> dict[tuple[Op, int], float]:
     """Seconds of one rank's kinds of work, by how many micro-batches they serve."""
     program = compile_plan(plan, MODEL)
-    prices = price(program, plan, MODEL, CLUSTER, FIXED)
+    prices = price_program(program, plan, MODEL, CLUSTER, FIXED)
     return {
         (i.op, 1 if i.micro_batches is None else i.micro_batches[1] - i.micro_batches[0]): p.seconds
         for i, p in zip(program.ranks[rank], prices.ranks[rank], strict=True)

@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.layout.shares import own_share
 from meshwright.model.shard import Column, Row, Split, tile_of
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.techniques.backward_split.runtime.deferring import (
-    Deferred,
-    Deferring,
+    DeferredGradients,
+    DeferWeightGradients,
     backward_weights,
 )
-from meshwright.techniques.tensor_parallel.runtime import Team, divide, take
+from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide, read_slices
 
 ROWS, WIDTH = 4, 8
 
@@ -86,10 +86,10 @@ def inputs(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(x.clone(), g.clone()) for x, g in draw]
 
 
-def first_part(module: nn.Module, x: Tensor, given: Tensor) -> tuple[Tensor, Deferred]:
+def first_part(module: nn.Module, x: Tensor, given: Tensor) -> tuple[Tensor, DeferredGradients]:
     """Forward, and the first part of the backward."""
     leaf = x.clone().requires_grad_()
-    deferring = Deferring(module.parameters())
+    deferring = DeferWeightGradients(module.parameters())
     with deferring:
         result = module(leaf)
     result.backward(given)
@@ -148,7 +148,7 @@ def test_nothing_is_computed_twice(kind: str) -> None:
     leaf = x.clone().requires_grad_()
     result = module(leaf)
     both = counted(lambda: result.backward(given))
-    deferring = Deferring(module.parameters())
+    deferring = DeferWeightGradients(module.parameters())
     with deferring:
         result = module(x.clone().requires_grad_())
     first = counted(lambda: result.backward(given))
@@ -241,7 +241,7 @@ def test_low_precision_is_as_without_parts() -> None:
         wanted.append(leaf.grad)
     weights = gradients(module)
     for (x, given), other in zip(pairs, wanted, strict=True):
-        leaf, deferring = x.clone().requires_grad_(), Deferring(module.parameters())
+        leaf, deferring = x.clone().requires_grad_(), DeferWeightGradients(module.parameters())
         with deferring:
             result = autocasting(lambda leaf=leaf: module(leaf))
         result.backward(given.bfloat16())
@@ -261,13 +261,13 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     wanted = whole(full, x, given)
     part = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)).double()
     assert dist.group.WORLD is not None
-    team, sums = Team(dist.group.WORLD, rank, 2), [0]
+    tensor_group, sums = TensorParallelGroup(dist.group.WORLD, rank, 2), [0]
 
     def counted(wait: Callable[[], Any]) -> Any:
         sums[0] += 1
         return wait()
 
-    team.waiting = counted
+    tensor_group.waiting = counted
     errors = []
     cuts = {}
     for (index, split), source in zip(((0, splits[0]), (2, splits[1])), (full[0], full[2]),
@@ -275,10 +275,10 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
         for name, parameter in source.named_parameters():
             tile = tile_of(split, name, tuple(parameter.shape), own_share(2, rank))
             cuts[f"{index}.{name}"] = tile
-            value = take(parameter.detach(), tile)
+            value = read_slices(parameter.detach(), tile)
             setattr(part[index], name, nn.Parameter(value.clone()))
-        divide(part[index], str(index), split, 0, team)
-    deferring = Deferring(part.parameters())
+        divide(part[index], str(index), split, 0, tensor_group)
+    deferring = DeferWeightGradients(part.parameters())
     leaf = x.clone().requires_grad_()
     with deferring:
         result = part(leaf)
@@ -291,7 +291,7 @@ def divided(rank: int, splits: Sequence[Split]) -> tuple[int, int, float]:
     for name, parameter in full.named_parameters():
         grad, tile = parameter.grad, cuts[name]
         assert grad is not None
-        errors.append(float((own[name].grad - take(grad, tile)).abs().max()))  # type: ignore[operator]
+        errors.append(float((own[name].grad - read_slices(grad, tile)).abs().max()))  # type: ignore[operator]
     return first, sums[0], max(errors)
 
 
@@ -319,7 +319,7 @@ def repeated(rank: int) -> tuple[int, float]:
         optimizer=torch.optim.SGD,
         options=TrainingOptions(clip_norm=0),
     ) as engine:
-        block = engine._own.places[rank].stage.parts[1].module
+        block = engine._own.stages[rank].stage.parts[1].module
         linear = next(m for m in block.modules() if isinstance(m, nn.Linear))
         linear.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         loss = engine.step(lambda a, b: tuple(t[a:b] for t in batch(0))).loss

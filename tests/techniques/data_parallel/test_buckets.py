@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.model.spec import Layer, LayerGraph, Tied
-from meshwright.plan.ranks import stage_seats
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Pipeline, Stage
 from meshwright.techniques.data_parallel.buckets import gradient_buckets, usual_bucket_bytes
 from worlds import even_model, even_plan, one_node
@@ -39,7 +39,7 @@ def bytes_by_ranks(model: LayerGraph, *stages: Stage, least: int) -> list[tuple]
         devices=tuple(dict.fromkeys(devices)),
         pipelines=(Pipeline(micro_batches=1, rows=2, stages=stages),),
     )
-    found = gradient_buckets(model, plan.job, stage_seats(plan), least)
+    found = gradient_buckets(model, plan.job, stage_placements(plan), least)
     return [(b.layers or b.tied, [(each.ranks, each.bytes) for each in b.sums]) for b in found]
 
 

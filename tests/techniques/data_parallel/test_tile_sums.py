@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder, own_share
 from meshwright.model.shard import Column, Row, Split, Vocabulary, divided_dim
-from meshwright.runtime.build import Held
+from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.parameters import Parameter
 from meshwright.techniques.data_parallel.runtime import (
     FlatBucket,
-    Members,
-    gathered,
+    SumGroup,
+    gather_tile,
     make_bucket,
-    scatter,
+    scatter_tile,
 )
-from meshwright.techniques.tensor_parallel.runtime import take
+from meshwright.techniques.tensor_parallel.runtime import read_slices
 
 Whole = tuple[Split | None, str, Tensor]
 
@@ -64,9 +64,9 @@ def holding(wholes: list[Whole], own: Share, shares: list[Share]) -> FlatBucket:
             split=None if divided_dim(split, attribute) is None else split,
         )
         tile = parameter.tile(own)
-        held.append(Held(parameter, tile, nn.Parameter(take(whole, tile)), (0,)))
+        held.append(LocalParameter(parameter, tile, nn.Parameter(read_slices(whole, tile)), (0,)))
     group: Any = None
-    return make_bucket(held, own, {share: Members(group, 2) for share in (UNDIVIDED, *shares)})
+    return make_bucket(held, own, {share: SumGroup(group, 2) for share in (UNDIVIDED, *shares)})
 
 
 @given(parameters(), st.lists(st.integers(1, 6), min_size=2, max_size=3, unique=True))
@@ -82,9 +82,13 @@ def test_replicas_of_any_width_give_every_element_once_and_alike(wholes, widths)
             index = holder(share, width)
             mine = [other for other in shares if holder(other, width) == index]
             bucket = holding(wholes, own_share(width, index), mine)
-            found.append(gathered(bucket, share, [one.parameter.detach() for one in bucket.held]))
+            found.append(
+                gather_tile(
+                    bucket, share, [one.parameter.detach() for one in bucket.local_parameters]
+                )
+            )
             if len(mine) == 1:  # such a rank sums its own buffer, and gathers nothing
-                own = [one for one in bucket.held if one.of.split is not None]
+                own = [one for one in bucket.local_parameters if one.of.split is not None]
                 assert torch.equal(
                     found[-1], torch.cat([one.parameter.detach().flatten() for one in own])
                 )
@@ -97,8 +101,8 @@ def test_replicas_of_any_width_give_every_element_once_and_alike(wholes, widths)
 def test_what_is_scattered_is_what_was_gathered(wholes, width):
     shares = list(common_shares([1, width]))
     bucket = holding(wholes, own_share(1, 0), shares)
-    weights = [one.parameter.detach() for one in bucket.held]
+    weights = [one.parameter.detach() for one in bucket.local_parameters]
     gradients = [torch.zeros_like(weight) for weight in weights]
     for share in (UNDIVIDED, *shares):
-        scatter(bucket, share, gathered(bucket, share, weights), gradients)
+        scatter_tile(bucket, share, gather_tile(bucket, share, weights), gradients)
     assert all(torch.equal(a, b) for a, b in zip(weights, gradients, strict=True))

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from test_parity import graph
 
 from meshwright.model.spec import LayerGraph
-from meshwright.runtime.run import TrainingOptions
+from meshwright.runtime.run_folder import TrainingOptions
 
 pytestmark = pytest.mark.heavy
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from meshwright.layout.shares import Share
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import StageSeats, stage_seats
+from meshwright.plan.ranks import StagePlacement, stage_placements
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, Stage
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import dumps, loads
+from meshwright.program.instructions import format_program, parse_program
 from meshwright.program.operations import Op
 from meshwright.techniques.pipeline_parallel.rows import boundary_moves, gathered
 from worlds import in_a_row, layer, plan_by_hand
@@ -49,14 +49,14 @@ def graph(layers: int) -> LayerGraph:
     return in_a_row((layer(tensor_units=12),) * layers, cut_bytes=120.0)
 
 
-def holders(stage: StageSeats) -> dict[int, tuple[int, int]]:
-    return {seat.rank: seat.rows for replica in stage.seats for seat in replica}
+def holders(stage: StagePlacement) -> dict[int, tuple[int, int]]:
+    return {placement.rank: placement.rows for replica in stage.placements for placement in replica}
 
 
 @given(plans())
 def test_every_number_arrives_exactly_once(plan: Plan) -> None:
     """After the gathers, on every rank; and from a rank that has it."""
-    stages = stage_seats(plan)
+    stages = stage_placements(plan)
     for source, target in ((stages[0], stages[1]), (stages[1], stages[0])):
         moves = boundary_moves(source, target, stages[1].boundary)
         got: dict[int, list[tuple[int, int]]] = {rank: [] for rank in holders(target)}
@@ -82,17 +82,19 @@ def test_every_number_arrives_exactly_once(plan: Plan) -> None:
 def test_programs_are_sound_and_survive_as_text(plan: Plan) -> None:
     program = compile_plan(plan, graph(len(plan.pipelines[0].stages)))
     check_program(program)
-    assert loads(dumps(program)) == program
+    assert parse_program(format_program(program)) == program
 
 
 @given(plans("scatter_gather"))
 def test_scattered_bytes_cross_a_cut_once(plan: Plan) -> None:
     """What a replica receives in all is what one of its ranks needs."""
     program = compile_plan(plan, graph(len(plan.pipelines[0].stages)))
-    for stage in stage_seats(plan):
-        for replica in stage.seats:
+    for stage in stage_placements(plan):
+        for replica in stage.placements:
             for op in (Op.RECV_F, Op.RECV_B):
-                found = [i for seat in replica for i in program.ranks[seat.rank] if i.op is op]
+                found = [
+                    i for placement in replica for i in program.ranks[placement.rank] if i.op is op
+                ]
                 rows = replica[0].rows[1] - replica[0].rows[0]
                 at_all = not (stage.is_first if op is Op.RECV_F else stage.is_last)
                 assert sum(i.bytes for i in found) == 2 * 120 * rows * at_all

@@ -9,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cost.instructions import Prices, price
 from meshwright.cost.memory import device_memory
+from meshwright.cost.pricing import Prices, price_program
 from meshwright.errors import MeshwrightError, PlanError
 from meshwright.model.spec import LayerGraph, Tied
 from meshwright.plan.files import load_plan, save_plan
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Plan, StateDivision
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
-from meshwright.program.instructions import Program, dumps, loads
+from meshwright.program.instructions import Program, format_program, parse_program
 from meshwright.program.operations import Op
-from meshwright.simulate.engine import simulate_plan
-from meshwright.simulate.fold import fold, simulate_folded
-from meshwright.simulate.parts import parts
+from meshwright.simulate.critical_path import step_breakdown
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 from strategies import models_and_plans
@@ -56,7 +56,7 @@ def adam(plan: Plan) -> Plan:
 def priced(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Program, Prices]:
     program = compile_plan(plan, model, clipped=False)
     check_program(program)
-    return program, price(program, plan, model, cluster)
+    return program, price_program(program, plan, model, cluster)
 
 
 def carried(rank: int, program: Program, prices: Prices) -> dict[Op, float]:
@@ -185,7 +185,7 @@ def test_where_widths_are_equal_any_plan_can_divide_and_its_program_is_sound(cas
         return
     program = compile_plan(divided, model)
     check_program(program)
-    assert loads(dumps(program)) == program
+    assert parse_program(format_program(program)) == program
     assert not any(i.op is REDUCE_GRAD for rank in program.ranks for i in rank)
 
 
@@ -205,16 +205,16 @@ def test_one_of_equal_replicas_stands_for_all(
     cluster = one_node(16, latency=1e-5, shared=shared)
     grid = even_plan(model, cluster, data=data, tensor=tensor, stages=stages, micro_batches=2)
     plan = dividing(grid, *only)
-    assert len(fold(plan, cluster).ranks) == stages
-    whole, folded = simulate_plan(plan, model, cluster), simulate_folded(plan, model, cluster)
+    assert len(find_symmetry(plan, cluster).ranks) == stages
+    whole, folded = simulate_plan(plan, model, cluster), simulate_by_symmetry(plan, model, cluster)
     assert folded.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
-    assert parts(folded) == pytest.approx(parts(whole), rel=1e-6, abs=1e-9)
+    assert step_breakdown(folded) == pytest.approx(step_breakdown(whole), rel=1e-6, abs=1e-9)
 
 
 def test_a_plan_says_which_stages_divide_and_reads_back(tmp_path) -> None:
     model, cluster = even_model(4, parameters=10), one_node(4)
     plan = dividing(even_plan(model, cluster, data=2, stages=2), 0)
-    assert describe(plan) == "dp2 tp1 pp2 [2z|2] 1x2 1f1b"
+    assert describe_plan(plan) == "dp2 tp1 pp2 [2z|2] 1x2 1f1b"
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
 

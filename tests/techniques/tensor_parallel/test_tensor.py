@@ -21,7 +21,12 @@ from meshwright.model.shard import (
     VocabularyLoss,
     tile_of,
 )
-from meshwright.techniques.tensor_parallel.runtime import Team, divide, put, take
+from meshwright.techniques.tensor_parallel.runtime import (
+    TensorParallelGroup,
+    divide,
+    read_slices,
+    write_slices,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -40,7 +45,7 @@ def test_slices_put_back_give_the_whole(width: int, parts: list[int], rows: bool
     again = torch.full_like(full, -1)
     for index in range(width):
         tile = tile_of(split, "weight", shape, own_share(width, index))
-        put(again, tile, take(full, tile))
+        write_slices(again, tile, read_slices(full, tile))
     assert torch.equal(again, full)
 
 
@@ -60,13 +65,13 @@ def shared(_: int, width: int) -> tuple[float, Tensor, Tensor, Tensor]:
     embedding, head, tokens, targets = whole()
     loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
     assert dist.group.WORLD is not None
-    team = Team(dist.group.WORLD, dist.get_rank(), width)
+    tensor_group = TensorParallelGroup(dist.group.WORLD, dist.get_rank(), width)
     splits = ((embedding, Vocabulary()), (head, VocabularyHead()), (loss, VocabularyLoss()))
     for module, split in splits:
         for name, full in list(module.named_parameters()):
-            tile = tile_of(split, name, tuple(full.shape), own_share(width, team.index))
-            setattr(module, name, nn.Parameter(take(full.detach(), tile)))
-        divide(module, "it", split, 11, team)
+            tile = tile_of(split, name, tuple(full.shape), own_share(width, tensor_group.index))
+            setattr(module, name, nn.Parameter(read_slices(full.detach(), tile)))
+        divide(module, "it", split, 11, tensor_group)
     value = loss(head(embedding(tokens)), targets)
     (3 * value).backward()
     assert embedding.weight.grad is not None
@@ -99,6 +104,6 @@ def test_an_uneven_vocabulary_gives_the_loss_and_gradients_of_the_whole(width: i
     ],
 )
 def test_what_cannot_be_divided_is_refused_by_name(module: nn.Module, split: Split) -> None:
-    team = Team.__new__(Team)
+    tensor_group = TensorParallelGroup.__new__(TensorParallelGroup)
     with pytest.raises(PlanError, match=r"module mlp\.down: tensor_split: found"):
-        divide(module, "mlp.down", split, 4, team)
+        divide(module, "mlp.down", split, 4, tensor_group)

@@ -16,10 +16,10 @@ from meshwright.model.shard import (
     Vocabulary,
 )
 from meshwright.model.transformer import counted_loss, counted_stems
-from meshwright.model.transformer.counted_attention import attend
-from meshwright.model.transformer.counted_experts import routed
+from meshwright.model.transformer.counted_attention import count_attention
+from meshwright.model.transformer.counted_experts import count_experts
 from meshwright.model.transformer.counts import Counts
-from meshwright.model.transformer.made import Made
+from meshwright.model.transformer.module_specs import ModuleSpec
 from meshwright.model.transformer.spec import Norm, Rotary
 from meshwright.model.transformer.tape import Backward, Sized
 
@@ -33,7 +33,7 @@ class Counted(Counts):
         self, name: str, index: Sized, entries: int, width: int, *, split: Split | None = None
     ) -> Sized:
         """Counts a look-up: no FLOPs, and a gradient as large as the table."""
-        self.modules[name] = Made("table", (entries, width), split=split)
+        self.modules[name] = ModuleSpec("table", (entries, width), split=split)
         own = self.parameter(f"{name}.weight", (entries, width), split)
         shape = (*index.shape, width)
 
@@ -63,7 +63,7 @@ class Counted(Counts):
     def norm(self, name: str, x: Sized, width: int, norm: Norm) -> Sized:
         """Counts a normalisation, which saves its input and two statistics of each vector (one for
         RMS)."""
-        self.modules[name] = Made("norm", (width,), norm=norm)
+        self.modules[name] = ModuleSpec("norm", (width,), norm=norm)
         gain = [self.tape.new((width,), self.m)] if norm.one_added and not self.low else []
         names = [n for n, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
         own = [self.parameter(f"{name}.{each}", (width,)) for each in names]
@@ -120,12 +120,14 @@ class Counted(Counts):
         bias: Sized | None = None,
     ) -> Sized:  # fmt: skip
         """Counts one fused kernel, or explicit products for variants without such a kernel."""
-        return attend(self, q, k, v, window=window, cap=cap, masked=causal, alibi=alibi > 0,
-                      bias=bias)  # fmt: skip
+        return count_attention(
+            self, q, k, v, window=window, cap=cap, masked=causal, alibi=alibi > 0,
+            bias=bias,
+        )  # fmt: skip
 
     def experts(self, name: str, x: Sized, c: LanguageModel) -> Sized:
         """Counts a mixture of experts, in which each token goes through its chosen experts."""
-        return routed(self, name, x, c)
+        return count_experts(self, name, x, c)
 
     def joined(self, x: Sized, y: Sized) -> Sized:
         """Counts a concatenation of the last dimension."""

@@ -9,7 +9,7 @@ from meshwright.model.transformer.counts import Counts
 from meshwright.model.transformer.tape import Sized, seen_as
 
 
-def attend(
+def count_attention(
     o: Counts, q: Sized, k: Sized, v: Sized, *, window: int, cap: float | None, masked: bool,
     alibi: bool, bias: Sized | None,
 ) -> Sized:  # fmt: skip
@@ -83,7 +83,7 @@ def capped(
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
     """Counts attention with explicit scores, which are capped and saved. Keys and values that are
-    not contiguous (`in_order`) are copied."""
+    not contiguous (`with_schedule_named`) are copied."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:

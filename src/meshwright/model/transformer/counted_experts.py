@@ -1,4 +1,4 @@
-"""Counts the cost of a mixture of experts, as `model.zoo.mixture` computes it."""
+"""Counts the cost of a mixture of experts, as `model.zoo.experts` computes it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from math import prod
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Split
 from meshwright.model.transformer.counts import Counts
-from meshwright.model.transformer.made import INDEX, Made
+from meshwright.model.transformer.defaults import architecture_of
+from meshwright.model.transformer.module_specs import INDEX_BYTES, ModuleSpec
 from meshwright.model.transformer.tape import Sized, seen_as
-from meshwright.model.transformer.usual import made_of
 
 
-def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
+def count_experts(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     """Counts a mixture of experts: tokens are sorted by expert, go through their experts, and are
     put back in order."""
     rows, sequence, width = x.shape
@@ -29,9 +29,9 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
                        Column(parts=(hidden, hidden)), counts)  # fmt: skip
     own = gate_up.shape[-1] // 2
     gate, up = o.parts(gate_up, (own, own))
-    inner = o.product(o.activate(made_of(c).activation, gate), up)
+    inner = o.product(o.activate(architecture_of(c).activation, gate), up)
     y = _grouped(o, f"{name}.down", inner, c.experts, hidden, width, Row(), counts)
-    back = new((tokens * k,), INDEX)
+    back = new((tokens * k,), INDEX_BYTES)
     o.tape.traffic += 2 * back.bytes
     again = _picked(o, y, back)
     again = o.tape.views(again, [(tokens, k, width)], seen_as(y.shape))[0]
@@ -42,7 +42,7 @@ def routed(o: Counts, name: str, x: Sized, c: LanguageModel) -> Sized:
     whole = o.tape.views(summed, [x.shape], seen_as((tokens, width)))[0]
     # The router is a submodule of the experts' module, not one of its own.
     del o.modules[f"{name}.router"]
-    o.modules[name] = Made("experts", model=c)
+    o.modules[name] = ModuleSpec("experts", model=c)
     o.splits[f"{name}.gate_up"] = Column(parts=(hidden, hidden))
     o.splits[f"{name}.down"] = Row()
     return whole
@@ -63,10 +63,10 @@ def _weighted(o: Counts, x: Sized, share: Sized) -> Sized:
 
 
 def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
-    mixture = made_of(c).mixture
+    mixture = architecture_of(c).mixture
     assert mixture is not None
     tokens, k = logits.shape[0], c.chosen
-    expert = o.tape.new((tokens, k), INDEX)
+    expert = o.tape.new((tokens, k), INDEX_BYTES)
     if mixture.score == "softmax" and mixture.normalised and mixture.groups == 1:
         shape, size = logits.shape, logits.size
         best = o.tape.record(
@@ -82,7 +82,7 @@ def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
             logits = o.cast_to(logits, o.m)
         scores = o.elementwise([logits], [])
         o.tape.keep(scores, [scores])
-        o.tape.traffic += scores.bytes + tokens * k * (o.m + INDEX)
+        o.tape.traffic += scores.bytes + tokens * k * (o.m + INDEX_BYTES)
         if mixture.balanced:
             o.constants += c.experts
             o.tape.traffic += 2 * scores.bytes
@@ -104,9 +104,9 @@ def _shares(o: Counts, logits: Sized, c: LanguageModel) -> Sized:
 def _sorted(o: Counts, tokens: int, c: LanguageModel) -> tuple[Sized, Sized]:
     """Counts the sorting of tokens by expert and the counting of the tokens of each expert."""
     k = c.chosen
-    order = o.tape.new((tokens * k,), INDEX)
-    counts = o.tape.new((c.experts,), INDEX)
-    o.tape.traffic += tokens * k * (8 * INDEX + 2 * c.experts)
+    order = o.tape.new((tokens * k,), INDEX_BYTES)
+    counts = o.tape.new((c.experts,), INDEX_BYTES)
+    o.tape.traffic += tokens * k * (8 * INDEX_BYTES + 2 * c.experts)
     return order, counts
 
 

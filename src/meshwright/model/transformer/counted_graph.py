@@ -11,27 +11,27 @@ from math import prod
 
 from meshwright.cluster.spec import Precision
 from meshwright.model.amounts import (
-    ROWS,
-    Amounts,
-    Run,
-    per_row,
-    widths_run,
+    ROWS_OF_RUNS,
+    LayerRun,
+    RowCosts,
+    costs_per_row,
+    measured_widths,
 )
 from meshwright.model.config import LanguageModel
 from meshwright.model.layer_record import is_divided, layer_record, with_parameters
 from meshwright.model.shard import Split
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.model.transformer.counted import Counted
-from meshwright.model.transformer.made import INDEX, Parameter
-from meshwright.model.transformer.network import (
-    LayerOf,
+from meshwright.model.transformer.defaults import architecture_of
+from meshwright.model.transformer.layer_list import (
+    LayerDescription,
     inputs_of,
     layers_of,
     tied_parameters,
     tokens_of,
 )
+from meshwright.model.transformer.module_specs import INDEX_BYTES, ParameterSpec
 from meshwright.model.transformer.tape import Sized
-from meshwright.model.transformer.usual import made_of
 from meshwright.records import fingerprint
 
 SIZES: Mapping[Precision, tuple[int, int]] = {
@@ -44,7 +44,7 @@ SIZES: Mapping[Precision, tuple[int, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CountedJob:
     """A model, and the sequence length and precision that it is counted for."""
 
     model: LanguageModel
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CountedLayer:
     """The counted cost of a layer."""
 
     layer: Layer
@@ -61,14 +61,14 @@ class Found:
     """For each input of the layer, True if it is saved for the backward."""
     output_bytes: float
     """Size of the output per row."""
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[ParameterSpec, ...]
 
 
 def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> LayerGraph:
     """Builds the LayerGraph of a GPT-2, Llama, Mixtral or any model with an architecture."""
-    job = Job(c, sequence, precision)
+    job = CountedJob(c, sequence, precision)
     layers = layers_of(c)
-    known: dict[str, Found] = {}
+    known: dict[str, CountedLayer] = {}
     for layer in layers:
         if layer.kind not in known:
             known[layer.kind] = _counted(layer, job)
@@ -87,7 +87,7 @@ def counted_graph(c: LanguageModel, sequence: int, precision: Precision) -> Laye
     )
 
 
-def _tensors(layers: tuple[LayerOf, ...], found: list[Found]) -> tuple[Tensor, ...]:
+def _tensors(layers: tuple[LayerDescription, ...], found: list[CountedLayer]) -> tuple[Tensor, ...]:
     readers = [
         tuple(n for n, each in enumerate(layers) if layer.name in each.reads) for layer in layers
     ]
@@ -105,14 +105,16 @@ def _tensors(layers: tuple[LayerOf, ...], found: list[Found]) -> tuple[Tensor, .
     )
 
 
-def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: int) -> list[Sized]:
+def layer_inputs(
+    o: Counted, layer: LayerDescription, c: LanguageModel, rows: int, sequence: int
+) -> list[Sized]:
     """Makes the abstract inputs of a layer."""
     batch = {each.name: each for each in inputs_of(c, sequence)}
     given = []
     for name in layer.reads:
         if name in batch:
             own = batch[name]
-            size = INDEX if own.index else o.m
+            size = INDEX_BYTES if own.index else o.m
             given.append(o.tape.leaf((rows, *own.shape), size, gradient=False))
         else:
             shape = (rows, tokens_of(c, name, sequence), c.width)
@@ -120,18 +122,20 @@ def given_to(o: Counted, layer: LayerOf, c: LanguageModel, rows: int, sequence: 
     return given
 
 
-def _run(layer: LayerOf, job: Job, rows: int, width: int) -> tuple[Run, Counted, int]:
+def _run(
+    layer: LayerDescription, job: CountedJob, rows: int, width: int
+) -> tuple[LayerRun, Counted, int]:
     """Counts forward and backward on rank 0 of `width` tensor-parallel ranks. Also gives the
     counter, and the bytes of the output."""
     a, m = SIZES[job.precision]
     o = Counted(a=a, m=m, width=width)
-    given = given_to(o, layer, job.model, rows, job.sequence)
+    given = layer_inputs(o, layer, job.model, rows, job.sequence)
     result = layer.compute(o, *given)
     flops, attention, traffic = o.flops, o.attention_flops, o.tape.traffic
     events = list(o.tape.events)
     outputs = {result.storage.number} - o.tape.saved
     o.tape.backward([result])
-    run = Run(
+    run = LayerRun(
         flops=flops,
         attention_flops=attention,
         backward_flops=o.flops + o.attention_flops - flops - attention,
@@ -149,38 +153,38 @@ def _run(layer: LayerOf, job: Job, rows: int, width: int) -> tuple[Run, Counted,
     return run, o, result.bytes
 
 
-def _counted(layer: LayerOf, job: Job) -> Found:
-    few, many = (_run(layer, job, rows, 1) for rows in ROWS)
+def _counted(layer: LayerDescription, job: CountedJob) -> CountedLayer:
+    few, many = (_run(layer, job, rows, 1) for rows in ROWS_OF_RUNS)
     parameters, splits = few[1].parameters, few[1].splits
     table: dict[str, Split] = {p.name: p.split for p in parameters if p.split is not None}
     table |= splits
-    amounts: dict[int, Amounts] = {1: per_row((few[0], many[0]))}
-    for width in widths_run(layer.units, table):
+    amounts: dict[int, RowCosts] = {1: costs_per_row((few[0], many[0]))}
+    for width in measured_widths(layer.units, table):
         if width > 1:
-            one, two = (_run(layer, job, rows, width)[0] for rows in ROWS)
-            amounts[width] = per_row((one, two))
+            one, two = (_run(layer, job, rows, width)[0] for rows in ROWS_OF_RUNS)
+            amounts[width] = costs_per_row((one, two))
     record = layer_record(layer.name, _signature(layer, job), layer.units, amounts, parameters)
     constants = float(few[1].constants * SIZES[job.precision][1])
-    return Found(
+    return CountedLayer(
         layer=replace(record, constant_bytes=constants),
         keeps=amounts[1].keeps,
-        output_bytes=(many[2] - few[2]) / (ROWS[1] - ROWS[0]),
+        output_bytes=(many[2] - few[2]) / (ROWS_OF_RUNS[1] - ROWS_OF_RUNS[0]),
         parameters=tuple(parameters),
     )
 
 
-def _signature(layer: LayerOf, job: Job) -> str:
+def _signature(layer: LayerDescription, job: CountedJob) -> str:
     """Identifies what a layer computes. A block's signature does not depend on the model's number
     of layers, vocabulary or positions."""
     c = job.model
     sizes = [c.width, c.heads, c.kv_heads, c.head, c.hidden, c.experts, c.chosen]
     outer = [] if layer.kind.startswith("block") else [c.vocabulary, c.positions]
-    return fingerprint([repr(made_of(c)), layer.kind, job.sequence, *sizes, *outer])
+    return fingerprint([repr(architecture_of(c)), layer.kind, job.sequence, *sizes, *outer])
 
 
 def _owned(
-    layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel
-) -> list[tuple[Parameter, ...]]:
+    layers: tuple[LayerDescription, ...], found: list[CountedLayer], c: LanguageModel
+) -> list[tuple[ParameterSpec, ...]]:
     """Gives for each layer the parameters that are not tied to those of another layer."""
     tied = tied_parameters(c)
     both = {*tied, *tied.values()}
@@ -190,7 +194,9 @@ def _owned(
     ]
 
 
-def _tied(layers: tuple[LayerOf, ...], found: list[Found], c: LanguageModel) -> tuple[Tied, ...]:
+def _tied(
+    layers: tuple[LayerDescription, ...], found: list[CountedLayer], c: LanguageModel
+) -> tuple[Tied, ...]:
     """Lists the tied parameters, in the order of the first layer that has each."""
     places = {
         f"{layer.name}.{p.name}": (number, p)

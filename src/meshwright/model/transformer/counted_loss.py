@@ -7,7 +7,7 @@ from math import prod
 
 from meshwright.model.shard import Split, VocabularyLoss
 from meshwright.model.transformer.counts import Counts
-from meshwright.model.transformer.made import Made
+from meshwright.model.transformer.module_specs import ModuleSpec
 from meshwright.model.transformer.tape import Sized
 
 
@@ -15,7 +15,7 @@ def loss(
     o: Counts, name: str, logits: Sized, targets: Sized, *, split: Split | None = None
 ) -> Sized:
     """Counts cross entropy, which saves the log-probabilities in full precision."""
-    o.modules[name] = Made("loss", split=split)
+    o.modules[name] = ModuleSpec("loss", split=split)
     if isinstance(split, VocabularyLoss):
         o.forward_all_reduce.extend([prod(targets.shape) * o.m] * 3)
     if isinstance(split, VocabularyLoss) and o.width > 1:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.model.transformer.counts import Counts
-from meshwright.model.transformer.made import INDEX, Made
+from meshwright.model.transformer.module_specs import INDEX_BYTES, ModuleSpec
 from meshwright.model.transformer.tape import Sized
 
 
@@ -14,12 +14,12 @@ def positions(o: Counts, name: str, x: Sized, entries: int, offset: int, *, froz
     """Counts the addition of position embeddings: the looked-up table has one row per token, for
     any number of rows in the batch."""
     tokens, width = x.shape[1], x.shape[2]
-    o.modules[name] = Made("sines" if frozen else "table", (entries + offset, width))
+    o.modules[name] = ModuleSpec("sines" if frozen else "table", (entries + offset, width))
     own = o.parameter(f"{name}.weight", (entries + offset, width), trained=not frozen)
     table = o.tape.new((tokens, width), o.m)
     if o.low:
         table = o.tape.new((tokens, width), o.a)
-    saved = [] if frozen else [o.tape.new((tokens,), INDEX)]
+    saved = [] if frozen else [o.tape.new((tokens,), INDEX_BYTES)]
     shape, size = x.shape, x.size
 
     def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
@@ -38,7 +38,7 @@ def positions(o: Counts, name: str, x: Sized, entries: int, offset: int, *, froz
 
 def added_row(o: Counts, name: str, x: Sized, entries: int) -> Sized:
     """Counts the addition of one row of a table to every token."""
-    o.modules[name] = Made("table", (entries, x.shape[-1]))
+    o.modules[name] = ModuleSpec("table", (entries, x.shape[-1]))
     own = o.parameter(f"{name}.weight", (entries, x.shape[-1]))
 
     def back(arrived: Sequence[Sized | None]) -> list[Sized | None]:
@@ -51,7 +51,7 @@ def added_row(o: Counts, name: str, x: Sized, entries: int) -> Sized:
 def prepended(o: Counts, name: str, x: Sized) -> Sized:
     """Counts one more token, a parameter, before the tokens of every row."""
     rows, tokens, width = x.shape
-    o.modules[name] = Made("row", (1, 1, width))
+    o.modules[name] = ModuleSpec("row", (1, 1, width))
     o.parameter(f"{name}.weight", (1, 1, width))
     size = x.size
     o.tape.traffic += rows * width * size
@@ -74,7 +74,7 @@ def convolution(o: Counts, name: str, x: Sized, inputs: int, outputs: int, *, st
     """Counts 6 * tokens * inputs * outputs FLOPs, and twice that in the backward."""
     rows, _, before = x.shape
     tokens = before // stride
-    o.modules[name] = Made("convolution", (inputs, outputs, stride))
+    o.modules[name] = ModuleSpec("convolution", (inputs, outputs, stride))
     shapes = [
         o.parameter(f"{name}.weight", (outputs, inputs, 3)),
         o.parameter(f"{name}.bias", (outputs,)),
@@ -100,10 +100,10 @@ def convolution(o: Counts, name: str, x: Sized, inputs: int, outputs: int, *, st
 def relative_bias(o: Counts, name: str, x: Sized, heads: int, buckets: int) -> Sized:
     """Counts a relative-position bias: one number for each head and pair of tokens, for any number
     of rows in the batch."""
-    o.modules[name] = Made("table", (buckets, heads))
+    o.modules[name] = ModuleSpec("table", (buckets, heads))
     own = o.parameter(f"{name}.weight", (buckets, heads))
     tokens = x.shape[1]
-    index = o.tape.new((tokens, tokens), INDEX)
+    index = o.tape.new((tokens, tokens), INDEX_BYTES)
     shape = (1, heads, tokens, tokens)
     before = o.tape.traffic
 

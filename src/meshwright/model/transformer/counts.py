@@ -12,7 +12,7 @@ from math import prod
 from meshwright.layout.shares import own_share
 from meshwright.layout.tiles import shape_of
 from meshwright.model.shard import Column, Row, Split, VocabularyHead, tile_of
-from meshwright.model.transformer.made import Made, Parameter
+from meshwright.model.transformer.module_specs import ModuleSpec, ParameterSpec
 from meshwright.model.transformer.spec import Activation
 from meshwright.model.transformer.tape import NOWHERE, Sized, Tape
 
@@ -27,8 +27,8 @@ class Counts:
     """Number of bytes of a weight, and of what is computed in full precision."""
     width: int = 1
     tape: Tape = field(default_factory=Tape)
-    parameters: list[Parameter] = field(default_factory=list)
-    modules: dict[str, Made] = field(default_factory=dict)
+    parameters: list[ParameterSpec] = field(default_factory=list)
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
     """Submodules of the layer by name."""
     constants: int = 0
     """Number of elements of buffers, which are held but not trained."""
@@ -51,7 +51,7 @@ class Counts:
         linear: bool = False, trained: bool = True,
     ) -> tuple[int, ...]:  # fmt: skip
         """Notes a parameter and gives the shape of the part that this rank holds."""
-        self.parameters.append(Parameter(name, shape, split, linear=linear, trained=trained))
+        self.parameters.append(ParameterSpec(name, shape, split, linear=linear, trained=trained))
         if split is None or self.width == 1:
             return shape
         return shape_of(tile_of(split, name.rpartition(".")[2], shape, own_share(self.width, 0)))
@@ -92,7 +92,7 @@ class Counts:
         split: Split | None = None,
     ) -> Sized:  # fmt: skip
         """Counts 2 * tokens * inputs * outputs FLOPs, and twice that in the backward."""
-        self.modules[name] = Made("linear", (inputs, outputs), bias, split)
+        self.modules[name] = ModuleSpec("linear", (inputs, outputs), bias, split)
         own = self.parameter(f"{name}.weight", (outputs, inputs), split, linear=True)
         shapes = [own]
         if bias:

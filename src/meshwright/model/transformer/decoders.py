@@ -5,6 +5,11 @@ from __future__ import annotations
 
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.config_values import (
+    head_features,
+    read_activation,
+    rotated_share,
+)
 from meshwright.model.transformer.configs import (
     BloomConfig,
     FalconConfig,
@@ -12,7 +17,6 @@ from meshwright.model.transformer.configs import (
     NeoxConfig,
     OptConfig,
 )
-from meshwright.model.transformer.reading import activation, divided, share
 from meshwright.model.transformer.rope import rotary
 from meshwright.model.transformer.spec import Architecture, Norm
 
@@ -28,13 +32,13 @@ def gpt2(c: Gpt2Config, name: str, source: str, _kind: str) -> LanguageModel:
         layers=c.n_layer,
         heads=c.n_head,
         kv_heads=c.n_head,
-        head=divided(c.n_embd, c.n_head, ("n_embd", "n_head"), source),
+        head=head_features(c.n_embd, c.n_head, ("n_embd", "n_head"), source),
         hidden=c.n_inner or 4 * c.n_embd,
         tied=c.tie_word_embeddings,
         architecture=Architecture(
             norm=Norm(kind="layer", epsilon=c.layer_norm_epsilon, bias=True),
             position="learned",
-            activation=activation(c.activation_function, "activation_function", source),
+            activation=read_activation(c.activation_function, "activation_function", source),
             gated=False,
             query_bias=True,
             out_bias=True,
@@ -46,11 +50,11 @@ def gpt2(c: Gpt2Config, name: str, source: str, _kind: str) -> LanguageModel:
 def neox(c: NeoxConfig, name: str, source: str, kind: str) -> LanguageModel:
     """Reads a GPT-NeoX: parallel attention and feed-forward module, with part of each head
     rotated."""
-    head = divided(
+    head = head_features(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
     given = c.rope_parameters if c.rope_parameters is not None else c.rope_scaling
-    turning = share(c.rope_parameters, c.rotary_pct or c.partial_rotary_factor or 0.25)
+    turning = rotated_share(c.rope_parameters, c.rotary_pct or c.partial_rotary_factor or 0.25)
     turned = rotary(
         given, "rope_parameters" if c.rope_parameters is not None else "rope_scaling", source,
         base=c.rotary_emb_base or c.rope_theta or 10000.0, features=int(head * turning),
@@ -63,7 +67,7 @@ def neox(c: NeoxConfig, name: str, source: str, kind: str) -> LanguageModel:
             parallel="two norms" if c.use_parallel_residual else "",
             position="rotary",
             rotary=turned,
-            activation=activation(c.hidden_act, "hidden_act", source),
+            activation=read_activation(c.hidden_act, "hidden_act", source),
             gated=False,
             query_bias=c.attention_bias,
             out_bias=c.attention_bias,
@@ -96,7 +100,7 @@ def _even(
 def falcon(c: FalconConfig, name: str, source: str, kind: str) -> LanguageModel:
     """Reads a Falcon: one key-value head, or groups of them, and one or two parallel
     normalisations."""
-    head = divided(
+    head = head_features(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
     two = c.new_decoder_architecture and (c.num_ln_in_parallel_attn or 2) == 2
@@ -116,7 +120,7 @@ def falcon(c: FalconConfig, name: str, source: str, kind: str) -> LanguageModel:
             position="rotary",
             rotary=rotary(given, where, source, base=c.rope_theta or 10000.0, features=head,
                           positions=c.max_position_embeddings),
-            activation=activation(c.activation, "activation", source),
+            activation=read_activation(c.activation, "activation", source),
             gated=False,
             query_bias=c.bias,
             out_bias=c.bias,
@@ -144,7 +148,7 @@ def bloom(c: BloomConfig, name: str, source: str, kind: str) -> LanguageModel:
         layers=layers,
         heads=heads,
         kv_heads=heads,
-        head=divided(width, heads, ("hidden_size", "n_head"), source),
+        head=head_features(width, heads, ("hidden_size", "n_head"), source),
         hidden=4 * width,
         tied=c.tie_word_embeddings,
         architecture=Architecture(
@@ -162,7 +166,7 @@ def bloom(c: BloomConfig, name: str, source: str, kind: str) -> LanguageModel:
 
 def opt(c: OptConfig, name: str, source: str, kind: str) -> LanguageModel:
     """Reads an OPT, whose position table has two rows before the first position."""
-    head = divided(
+    head = head_features(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
     affine = c.layer_norm_elementwise_affine
@@ -176,7 +180,7 @@ def opt(c: OptConfig, name: str, source: str, kind: str) -> LanguageModel:
             position="learned",
             position_offset=2,
             embedding_width=c.word_embed_proj_dim or 0 if other else 0,
-            activation=activation(c.activation_function, "activation_function", source),
+            activation=read_activation(c.activation_function, "activation_function", source),
             gated=False,
             query_bias=c.enable_bias,
             out_bias=c.enable_bias,

@@ -6,13 +6,13 @@ from typing import Any
 
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.config_values import head_features, read_activation
 from meshwright.model.transformer.encoder_configs import (
     BertConfig,
     T5Config,
     VitConfig,
     WhisperConfig,
 )
-from meshwright.model.transformer.reading import activation, divided
 from meshwright.model.transformer.spec import Architecture, Encoder, Norm, Picture
 
 _BIASES: dict[str, Any] = {"query_bias": True, "out_bias": True, "feed_bias": True}
@@ -30,7 +30,7 @@ def bert(c: BertConfig, name: str, source: str, kind: str) -> LanguageModel:
         layers=c.num_hidden_layers,
         heads=c.num_attention_heads,
         kv_heads=c.num_attention_heads,
-        head=divided(c.hidden_size, c.num_attention_heads, names, source),
+        head=head_features(c.hidden_size, c.num_attention_heads, names, source),
         hidden=c.intermediate_size,
         tied=c.tie_word_embeddings,
         architecture=Architecture(
@@ -43,7 +43,7 @@ def bert(c: BertConfig, name: str, source: str, kind: str) -> LanguageModel:
             head_transform=True,
             head_bias=True,
             position="learned",
-            activation=activation(c.hidden_act, "hidden_act", source),
+            activation=read_activation(c.hidden_act, "hidden_act", source),
             gated=False,
             **_BIASES,
         ),
@@ -67,13 +67,13 @@ def vit(c: VitConfig, name: str, source: str, kind: str) -> LanguageModel:
         layers=c.num_hidden_layers,
         heads=c.num_attention_heads,
         kv_heads=c.num_attention_heads,
-        head=divided(c.hidden_size, c.num_attention_heads, names, source),
+        head=head_features(c.hidden_size, c.num_attention_heads, names, source),
         hidden=c.intermediate_size,
         architecture=Architecture(
             task="image class",
             norm=Norm(kind="layer", epsilon=c.layer_norm_eps, bias=True),
             position="learned",
-            activation=activation(c.hidden_act, "hidden_act", source),
+            activation=read_activation(c.hidden_act, "hidden_act", source),
             gated=False,
             picture=Picture(size=size, patch=patch, channels=c.num_channels, classes=classes),
             **(_BIASES | {"query_bias": c.qkv_bias}),
@@ -107,7 +107,7 @@ def t5(c: T5Config, name: str, source: str, kind: str) -> LanguageModel:
             buckets=c.relative_attention_num_buckets,
             reach=c.relative_attention_max_distance,
             score_scale=1.0,
-            activation=activation(word, "feed_forward_proj", source),
+            activation=read_activation(word, "feed_forward_proj", source),
             gated=gated,
             logit_scale=c.d_model**-0.5 if scaled else None,
             encoder=Encoder(
@@ -121,7 +121,7 @@ def whisper(c: WhisperConfig, name: str, source: str, kind: str) -> LanguageMode
     """Reads a Whisper: speech goes through two convolutions and an encoder, whose output a text
     decoder attends to."""
     names = ("d_model", "encoder_attention_heads")
-    head = divided(c.d_model, c.encoder_attention_heads, names, source)
+    head = head_features(c.d_model, c.encoder_attention_heads, names, source)
     if c.decoder_attention_heads != c.encoder_attention_heads:
         wanted = f"encoder_attention_heads = {c.encoder_attention_heads}"
         found = str(c.decoder_attention_heads)
@@ -144,7 +144,7 @@ def whisper(c: WhisperConfig, name: str, source: str, kind: str) -> LanguageMode
             position="sinusoidal",
             mels=c.num_mel_bins,
             key_bias=False,
-            activation=activation(c.activation_function, "activation_function", source),
+            activation=read_activation(c.activation_function, "activation_function", source),
             gated=False,
             encoder=Encoder(
                 layers=c.encoder_layers,

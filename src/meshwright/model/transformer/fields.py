@@ -22,7 +22,7 @@ _ORIGIN = "says where the file is from"
 _CODE = "how transformers computes it, not what"
 _SPEECH = "for recognising speech, or for augmenting it"
 
-OF_NO_ACCOUNT: Mapping[str, str] = {
+IGNORED: Mapping[str, str] = {
     **dict.fromkeys(
         ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop",
          "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "dropout", "dropout_rate",
@@ -111,7 +111,7 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
 """Field -> its values that change nothing, and the reason why all others are refused."""
 
 
-def followed(family: Family) -> frozenset[str]:
+def read_fields(family: Family) -> frozenset[str]:
     """Gives the fields of a config.json that are read for a family."""
     written = {_written(each) for each in fields(family.config)}
     if not family.follows:
@@ -125,7 +125,7 @@ def _written(each: Any) -> str:
     return f"_{each.name}" if each.name in alias else str(each.name)
 
 
-EVERY: frozenset[str] = frozenset(
+ALL_FIELDS: frozenset[str] = frozenset(
     name for family in FAMILIES.values() for name in map(_written, fields(family.config))
 )
 """Fields that are read for at least one family."""
@@ -134,7 +134,7 @@ EVERY: frozenset[str] = frozenset(
 def unread(config: Mapping[str, Any], kind: str, source: str) -> Iterator[Problem]:
     """Yields a Problem for each field that is refused or unknown."""
     family = FAMILIES[kind]
-    own = followed(family)
+    own = read_fields(family)
     for key, value in config.items():
         if key in own or key in ("model_type", "architectures") or value is None:
             continue
@@ -146,9 +146,9 @@ def unread(config: Mapping[str, Any], kind: str, source: str) -> Iterator[Proble
             ):
                 wanted = " or ".join(map(_short, allowed)) or "no such field"
                 yield Problem(source, key, found, wanted, why)
-        elif key in OF_NO_ACCOUNT or (key in EVERY and value is False):
+        elif key in IGNORED or (key in ALL_FIELDS and value is False):
             continue
-        elif key in EVERY:
+        elif key in ALL_FIELDS:
             yield Problem(source, key, found, f"no such field in a {kind}",
                           "it is one of other families: is model_type right?")  # fmt: skip
         else:

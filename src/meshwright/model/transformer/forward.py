@@ -10,9 +10,9 @@ from math import gcd
 
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Column, Row, Vocabulary, VocabularyHead, VocabularyLoss
-from meshwright.model.transformer.operations import Operations, Value
+from meshwright.model.transformer.defaults import architecture_of
+from meshwright.model.transformer.layer_operations import Operations, Value
 from meshwright.model.transformer.spec import Architecture, Norm, Picture, Rotary
-from meshwright.model.transformer.usual import made_of
 
 COMPRESSED = Norm(kind="rms", epsilon=1e-6)
 """The norm of compressed queries, keys and values in latent attention; its epsilon differs from
@@ -21,7 +21,7 @@ that of the blocks (DeepSeek)."""
 
 def tensor_units(c: LanguageModel, block: int) -> int:
     """Gives the number that a legal tensor-parallel width must divide, for one block."""
-    a = made_of(c)
+    a = architecture_of(c)
     # Tensor parallelism is not supported (1) where a rank with some of the heads would need more:
     # norms over all heads, compressed values that all heads read, slopes or biases of each head.
     if a.picture or a.query_norm or a.latent is not None or a.position in ("alibi", "relative"):
@@ -34,15 +34,15 @@ def tensor_units(c: LanguageModel, block: int) -> int:
 
 def feed_width(c: LanguageModel, block: int) -> int:
     """Gives the inner width of a block's feed-forward module, or of one of its experts."""
-    mixture = made_of(c).mixture
+    mixture = architecture_of(c).mixture
     return mixture.dense_hidden if mixture and block in mixture.dense else c.hidden
 
 
 def embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
     """Describes the first layer: it embeds tokens or patches and adds positions and segments."""
-    a = made_of(c)
+    a = architecture_of(c)
     if a.picture is not None:
-        return _seen(o, c, a.picture, tokens)
+        return _embedded_patches(o, c, a.picture, tokens)
     width = a.embedding_width or c.width
     x = o.embedding("tokens", tokens, c.vocabulary, width, split=Vocabulary())
     if a.embedding_scale is not None:
@@ -64,7 +64,7 @@ def patches_of(picture: Picture) -> int:
     return (height // down) * (width // across)
 
 
-def _seen(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> Value:
+def _embedded_patches(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> Value:
     """Embeds each patch with a linear map, and puts a class token before the patches."""
     numbers = picture.channels * picture.patch[0] * picture.patch[1]
     x = o.linear("patches", o.patches(pixels, picture.patch), numbers, c.width, bias=True)
@@ -74,27 +74,27 @@ def _seen(o: Operations, c: LanguageModel, picture: Picture, pixels: Value) -> V
 
 def block(o: Operations, c: LanguageModel, x: Value, *, number: int) -> Value:
     """Describes a block: attention and feed-forward module, each added to the residual stream."""
-    a = made_of(c)
+    a = architecture_of(c)
 
     def norm(name: str, value: Value) -> Value:
         return o.norm(name, value, c.width, a.norm)
 
     if a.parallel:
         read = norm("norm1", x)
-        attended = attention(o, c, number, read)
-        fed = feed(o, c, number, norm("norm2", x) if a.parallel == "two norms" else read)
+        attended = self_attention(o, c, number, read)
+        fed = feed_forward(o, c, number, norm("norm2", x) if a.parallel == "two norms" else read)
         return o.added(o.added(x, attended), fed)
     if a.place == "before":
-        x = o.added(x, attention(o, c, number, norm("norm1", x)))
-        return o.added(x, feed(o, c, number, norm("norm2", x)))
+        x = o.added(x, self_attention(o, c, number, norm("norm1", x)))
+        return o.added(x, feed_forward(o, c, number, norm("norm2", x)))
     if a.place == "after":
-        x = norm("norm1", o.added(x, attention(o, c, number, x)))
-        return norm("norm2", o.added(x, feed(o, c, number, x)))
+        x = norm("norm1", o.added(x, self_attention(o, c, number, x)))
+        return norm("norm2", o.added(x, feed_forward(o, c, number, x)))
     if a.place == "output":
-        x = o.added(x, norm("norm1", attention(o, c, number, x)))
-        return o.added(x, norm("norm2", feed(o, c, number, x)))
-    x = o.added(x, norm("norm1_after", attention(o, c, number, norm("norm1", x))))
-    return o.added(x, norm("norm2_after", feed(o, c, number, norm("norm2", x))))
+        x = o.added(x, norm("norm1", self_attention(o, c, number, x)))
+        return o.added(x, norm("norm2", feed_forward(o, c, number, x)))
+    x = o.added(x, norm("norm1_after", self_attention(o, c, number, norm("norm1", x))))
+    return o.added(x, norm("norm2_after", feed_forward(o, c, number, norm("norm2", x))))
 
 
 def _rotary(a: Architecture, number: int) -> Rotary | None:
@@ -104,9 +104,9 @@ def _rotary(a: Architecture, number: int) -> Rotary | None:
     return a.local_rotary if windowed and a.local_rotary else a.rotary
 
 
-def attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+def self_attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
     """Describes self-attention, in which each key-value head serves a group of query heads."""
-    a = made_of(c)
+    a = architecture_of(c)
     if a.latent is not None:
         return latent_attention(o, c, x)
     q, k, v = _projected(o, c, x)
@@ -136,7 +136,7 @@ def attention(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
 def _projected(o: Operations, c: LanguageModel, x: Value) -> tuple[Value, Value, Value]:
     """Computes queries, keys and values in one product."""
     sizes = (c.heads * c.head, c.kv_heads * c.head, c.kv_heads * c.head)
-    qkv = o.linear("attention.qkv", x, c.width, sum(sizes), bias=made_of(c).query_bias,
+    qkv = o.linear("attention.qkv", x, c.width, sum(sizes), bias=architecture_of(c).query_bias,
                    split=Column(parts=sizes))  # fmt: skip
     q, k, v = o.parts(qkv, sizes)
     return q, k, v
@@ -145,7 +145,7 @@ def _projected(o: Operations, c: LanguageModel, x: Value) -> tuple[Value, Value,
 def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
     """Describes multi-head latent attention as in training, where keys and values are decompressed
     for every head (DeepSeek-V2, section 2.1)."""
-    a = made_of(c)
+    a = architecture_of(c)
     latent, rotary = a.latent, a.rotary
     assert latent is not None
     assert rotary is not None
@@ -170,9 +170,9 @@ def latent_attention(o: Operations, c: LanguageModel, x: Value) -> Value:
     return o.linear("attention.out", o.merged(y), c.heads * latent.value, c.width, bias=a.out_bias)
 
 
-def feed(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
+def feed_forward(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
     """Describes the feed-forward module of a block, or its mixture of experts."""
-    a = made_of(c)
+    a = architecture_of(c)
     if a.mixture is None or number in a.mixture.dense:
         return dense(o, c, "mlp", x, feed_width(c, number))
     y = o.experts("mlp", x, c)
@@ -187,7 +187,7 @@ def feed(o: Operations, c: LanguageModel, number: int, x: Value) -> Value:
 def dense(o: Operations, c: LanguageModel, name: str, x: Value, hidden: int) -> Value:
     """Describes a feed-forward module: two linear maps with an activation, possibly gated, between
     them."""
-    a = made_of(c)
+    a = architecture_of(c)
     if a.gated:
         both = o.linear(f"{name}.gate_up", x, c.width, 2 * hidden, bias=a.feed_bias,
                         split=Column(parts=(hidden, hidden)))  # fmt: skip
@@ -202,7 +202,7 @@ def dense(o: Operations, c: LanguageModel, name: str, x: Value, hidden: int) -> 
 def head(o: Operations, c: LanguageModel, x: Value, targets: Value) -> Value:
     """Describes the last layer: normalisation, projection to the vocabulary or to classes, and mean
     loss."""
-    a = made_of(c)
+    a = architecture_of(c)
     width = a.embedding_width or c.width
     if a.last_norm:
         x = o.norm("norm", x, c.width, a.norm)

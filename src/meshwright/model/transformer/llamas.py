@@ -9,9 +9,13 @@ from typing import Any
 
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
+from meshwright.model.transformer.config_values import (
+    head_features,
+    read_activation,
+    rotated_share,
+)
 from meshwright.model.transformer.configs import DecoderConfig
 from meshwright.model.transformer.mixtures import latent_of, mixture_of
-from meshwright.model.transformer.reading import activation, divided, share
 from meshwright.model.transformer.rope import rotary
 from meshwright.model.transformer.spec import Architecture, Norm, Rotary
 
@@ -20,7 +24,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 def llama(c: DecoderConfig, name: str, source: str, kind: str) -> LanguageModel:
     """Reads a model of family `kind`: Llama, plus what differs from Llama in that family."""
-    head = c.head_dim or divided(
+    head = c.head_dim or head_features(
         c.hidden_size, c.num_attention_heads, ("hidden_size", "num_attention_heads"), source
     )
     latent = latent_of(c, kind)
@@ -60,7 +64,7 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
     """Gives the architecture that a Llama with these fields has."""
     head = c.qk_rope_head_dim if kind.startswith("deepseek") else c.head_dim
     head = head or c.hidden_size // c.num_attention_heads
-    turned = int(head * share(c.rope_parameters, c.partial_rotary_factor or 1.0))
+    turned = int(head * rotated_share(c.rope_parameters, c.partial_rotary_factor or 1.0))
     where = "rope_parameters" if c.rope_parameters is not None else "rope_scaling"
     given = c.rope_parameters if c.rope_parameters is not None else c.rope_scaling
     local = None
@@ -89,7 +93,7 @@ def _plain(c: DecoderConfig, source: str, kind: str) -> Architecture:
         position="rotary",
         rotary=full,
         local_rotary=own,
-        activation=activation(word, field, source),
+        activation=read_activation(word, field, source),
         gated=True,
         query_bias=c.attention_bias if c.qkv_bias is None else c.qkv_bias,
         out_bias=c.attention_bias,

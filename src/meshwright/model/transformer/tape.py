@@ -35,7 +35,7 @@ class Sized:
         self.shape = shape
         self.size = size
         self.storage = storage
-        self.source: tuple[Step, int] | None = None
+        self.source: tuple[TapeEntry, int] | None = None
         """The operation that made this tensor, and the index of this output; None if the tensor
         needs no gradient."""
 
@@ -63,7 +63,7 @@ def seen_as(shape: Sequence[int]) -> Backward:
     return back
 
 
-class Step:
+class TapeEntry:
     """One recorded operation with everything that its backward needs."""
 
     __slots__ = ("back", "cast_at_once", "gradients", "inputs", "saved")
@@ -98,7 +98,7 @@ class Tape:
         """Storages of casts of weights which are cast once a step."""
         self.traffic = 0
         """Number of bytes that the operations recorded so far read and write."""
-        self._steps: list[Step] = []
+        self._steps: list[TapeEntry] = []
 
     def new(self, shape: Sequence[int], size: int) -> Sized:
         """Allocates a tensor with a storage of its own."""
@@ -127,7 +127,7 @@ class Tape:
         allocated.
         """
         made = Sized(tuple(shape), before, NOWHERE)
-        step = Step((), (), None)
+        step = TapeEntry((), (), None)
         step.cast_at_once = True
         made.source = (step, 0)
         return made
@@ -136,7 +136,7 @@ class Tape:
         """Allocates an input of a layer."""
         made = self.new(shape, size)
         if gradient:
-            made.source = (Step((), (), None), 0)
+            made.source = (TapeEntry((), (), None), 0)
         return made
 
     def record(
@@ -167,7 +167,9 @@ class Tape:
     def _follow(
         self, inputs: Sequence[Sized], made: list[Sized], back: Backward, saved: Sequence[Sized]
     ) -> None:
-        step = Step(inputs, [Sized(s.shape, s.size, s.storage) for s in saved], back, len(made))
+        step = TapeEntry(
+            inputs, [Sized(s.shape, s.size, s.storage) for s in saved], back, len(made)
+        )
         for number, each in enumerate(made):
             each.source = (step, number)
         self.saved |= {each.storage.number for each in saved}
@@ -191,7 +193,7 @@ class Tape:
         while self._steps:
             self._step_back(self._steps.pop())
 
-    def _step_back(self, step: Step) -> None:
+    def _step_back(self, step: TapeEntry) -> None:
         arrived, step.gradients = step.gradients, []
         if step.back is None or all(each is None for each in arrived):
             return

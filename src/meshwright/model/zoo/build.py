@@ -9,10 +9,10 @@ from torch import nn
 from meshwright.errors import ModelError, Problem
 from meshwright.model.config import LanguageModel
 from meshwright.model.hf import language_model
-from meshwright.model.zoo.described import Network
+from meshwright.model.zoo.described import DescribedTransformer
 from meshwright.model.zoo.gpt import GPT
 from meshwright.model.zoo.llama import Llama
-from meshwright.model.zoo.moe import Mixtral
+from meshwright.model.zoo.mixtral import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 
 
@@ -21,7 +21,7 @@ def vocabulary_of(source: str | Path) -> int:
     return _trainable(source, None).vocabulary
 
 
-def build(source: str | Path, sequence: int) -> nn.Module:
+def build_model(source: str | Path, sequence: int) -> nn.Module:
     """Builds a model that takes (tokens, targets), both (rows, sequence), and gives the mean loss.
 
     Its weights are freshly initialised, and it has no dropout, as is usual in pre-training. Under
@@ -46,7 +46,7 @@ def _trainable(source: str | Path, sequence: int | None) -> LanguageModel:
 def from_language_model(c: LanguageModel) -> nn.Module:
     """Builds the module of a family with these sizes."""
     if c.architecture is not None:
-        return Network(c)
+        return DescribedTransformer(c)
     if c.family == "gpt2":
         return GPT(
             vocabulary=c.vocabulary,

@@ -18,26 +18,31 @@ from meshwright.model import shard
 from meshwright.model.config import LanguageModel
 from meshwright.model.shard import Split
 from meshwright.model.transformer.counted import Counted
-from meshwright.model.transformer.counted_graph import given_to
-from meshwright.model.transformer.made import Made
-from meshwright.model.transformer.network import LayerOf, inputs_of, layers_of, tied_parameters
+from meshwright.model.transformer.counted_graph import layer_inputs
+from meshwright.model.transformer.layer_list import (
+    LayerDescription,
+    inputs_of,
+    layers_of,
+    tied_parameters,
+)
+from meshwright.model.transformer.module_specs import ModuleSpec
 from meshwright.model.transformer.rotary import frequencies
 from meshwright.model.transformer.spec import Activation, Norm, Rotary
 from meshwright.model.zoo.activations import ACTIVATIONS
 from meshwright.model.zoo.attention import attend, bucket
-from meshwright.model.zoo.mixture import ExpertsOf
-from meshwright.model.zoo.pieces import (
+from meshwright.model.zoo.experts import ConfiguredExperts
+from meshwright.model.zoo.modules import (
     INIT_STD,
     CrossEntropy,
     Embedding,
     Linear,
     RMSNorm,
     activation_dtype,
-    as_is,
+    without_autocast,
 )
 
 
-class Network(nn.Module):
+class DescribedTransformer(nn.Module):
     """A transformer whose forward takes the tensors of a batch and gives the mean loss."""
 
     def __init__(self, c: LanguageModel) -> None:
@@ -68,14 +73,14 @@ class Network(nn.Module):
 class DescribedLayer(nn.Module):
     """One layer, with the submodules that its description needs (found by counting it once)."""
 
-    def __init__(self, layer: LayerOf, c: LanguageModel) -> None:
+    def __init__(self, layer: LayerDescription, c: LanguageModel) -> None:
         super().__init__()
         self.kind = layer.kind
         self.compute = layer.compute
         self.tensor_units = layer.units
         self.tensor_split: dict[str, Split] = {}
         counted = Counted(a=4, m=4)
-        layer.compute(counted, *given_to(counted, layer, c, 1, 8))
+        layer.compute(counted, *layer_inputs(counted, layer, c, 1, 8))
         for name, made in counted.modules.items():
             _put(self, name, _module(made, _std(made, c)))
             if made.split is not None:
@@ -83,7 +88,7 @@ class DescribedLayer(nn.Module):
         self.tensor_split |= counted.splits
 
     def forward(self, *values: Tensor) -> Tensor:
-        return cast("Tensor", self.compute(Computed(self), *values))
+        return cast("Tensor", self.compute(TorchOperations(self), *values))
 
 
 def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
@@ -95,14 +100,14 @@ def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
     owner.add_module(last, module)
 
 
-def _std(made: Made, c: LanguageModel) -> float:
+def _std(made: ModuleSpec, c: LanguageModel) -> float:
     """Gives the standard deviation of initial weights. GPT-2 divides that of projections into the
     residual stream by the square root of their number, 2 * layers."""
     shrunk = c.family == "gpt2" and isinstance(made.split, shard.Row)
     return INIT_STD / (2 * c.layers) ** 0.5 if shrunk else INIT_STD
 
 
-def _module(made: Made, std: float) -> nn.Module:
+def _module(made: ModuleSpec, std: float) -> nn.Module:
     match made.kind:
         case "linear":
             return Linear(*made.sizes, bias=made.bias, std=std)
@@ -110,14 +115,14 @@ def _module(made: Made, std: float) -> nn.Module:
             entries, width = made.sizes
             return Embedding(entries, width)
         case "sines":
-            return Sines(*made.sizes)
+            return SinusoidalPositions(*made.sizes)
         case "row":
-            return Row(*made.sizes)
+            return TokenParameter(*made.sizes)
         case "convolution":
             return Convolution(*made.sizes)
         case "experts":
             assert made.model is not None
-            return ExpertsOf(made.model)
+            return ConfiguredExperts(made.model)
         case "loss":
             return CrossEntropy()
     assert made.norm is not None
@@ -126,11 +131,15 @@ def _module(made: Made, std: float) -> nn.Module:
 
 def _norm(width: int, norm: Norm) -> nn.Module:
     if norm.kind == "rms":
-        return GainPlusOne(width, norm.epsilon) if norm.one_added else RMSNorm(width, norm.epsilon)
-    return LayerNormOf(width, norm)
+        return (
+            UnitOffsetRMSNorm(width, norm.epsilon)
+            if norm.one_added
+            else RMSNorm(width, norm.epsilon)
+        )
+    return ConfiguredLayerNorm(width, norm)
 
 
-class GainPlusOne(nn.Module):
+class UnitOffsetRMSNorm(nn.Module):
     """Root-mean-square normalisation with a gain of 1 + weight (Gemma)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
@@ -143,18 +152,18 @@ class GainPlusOne(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        with as_is(x):
+        with without_autocast(x):
             return F.rms_norm(x, (x.shape[-1],), (1 + self.weight).to(x.dtype), self.epsilon)
 
 
-class LayerNormOf(nn.LayerNorm):
+class ConfiguredLayerNorm(nn.LayerNorm):
     """Layer normalisation with optional weight and bias, which keeps the dtype of its input."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__(width, norm.epsilon, elementwise_affine=norm.weight, bias=norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        with as_is(x):
+        with without_autocast(x):
             weight = None if self.weight is None else self.weight.to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
@@ -168,7 +177,7 @@ class Convolution(nn.Conv1d):
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
-class Sines(Embedding):
+class SinusoidalPositions(Embedding):
     """A position table of sines and cosines that is not trained (Vaswani et al. 2017)."""
 
     def __init__(self, entries: int, width: int) -> None:
@@ -184,7 +193,7 @@ class Sines(Embedding):
         self.weight.data.copy_(torch.cat((angles.sin(), angles.cos()), dim=1))
 
 
-class Row(nn.Module):
+class TokenParameter(nn.Module):
     """A parameter that holds the features of one token, such as ViT's class token."""
 
     def __init__(self, *shape: int) -> None:
@@ -196,7 +205,7 @@ class Row(nn.Module):
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
-class Computed:
+class TorchOperations:
     """Carries out `transformer.operations.Operations` with torch, with one layer's parameters."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -269,7 +278,7 @@ class Computed:
     def rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
         x = x.transpose(1, 2)
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with as_is(x):
+        with without_autocast(x):
             turns, magnitude = frequencies(rotary, x.shape[1])
             steps = torch.tensor(turns, device=x.device, dtype=exact)
             positions = torch.arange(x.shape[1], device=x.device, dtype=exact)

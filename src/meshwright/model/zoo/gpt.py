@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.shard import Column, Row, Split, Vocabulary
-from meshwright.model.zoo.pieces import (
+from meshwright.model.zoo.modules import (
     INIT_STD,
     Embedding,
     LayerNorm,

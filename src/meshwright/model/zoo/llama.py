@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.shard import Column, Row, Split, Vocabulary
-from meshwright.model.zoo.pieces import (
+from meshwright.model.zoo.modules import (
     Embedding,
     Linear,
     LossHead,
     RMSNorm,
-    as_is,
     heads_first,
     heads_last,
+    without_autocast,
 )
 
 
-class Tokens(nn.Module):
+class TokenEmbedding(nn.Module):
     """The first layer, which looks up token embeddings: (rows, sequence) to (rows, sequence,
     width)."""
 
@@ -35,7 +35,7 @@ class Tokens(nn.Module):
         return cast("Tensor", self.tokens(tokens))
 
 
-def rotate(x: Tensor, head: int, base: float) -> Tensor:
+def apply_rotary(x: Tensor, head: int, base: float) -> Tensor:
     """Applies rotary position embedding (Su et al. 2021): (rows, sequence, heads * head) to (rows,
     heads, sequence, head).
 
@@ -44,7 +44,7 @@ def rotate(x: Tensor, head: int, base: float) -> Tensor:
     """
     x = x.view(*x.shape[:-1], -1, head)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with as_is(x):
+    with without_autocast(x):
         steps = torch.arange(0, head, 2, device=x.device, dtype=exact) / head
         positions = torch.arange(x.shape[1], device=x.device, dtype=exact)
         angles = positions[:, None, None] * base**-steps
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         kv = qkv.shape[-1] // (self.groups + 2)
         q, k, v = torch.split(qkv, [self.groups * kv, kv, kv], dim=-1)
-        q, k = rotate(q, self.head, self.base), rotate(k, self.head, self.base)
+        q, k = apply_rotary(q, self.head, self.base), apply_rotary(k, self.head, self.base)
         grouped = self.groups > 1
         y = F.scaled_dot_product_attention(
             q, k, heads_first(v, self.head), is_causal=True, enable_gqa=grouped
@@ -135,7 +135,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         head = head or width // heads
-        self.embedding = Tokens(vocabulary, width)
+        self.embedding = TokenEmbedding(vocabulary, width)
         self.blocks = nn.ModuleList()
         for _ in range(layers):
             attention = Attention(width, heads, kv_heads, head, base)

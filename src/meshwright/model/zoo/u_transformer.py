@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.zoo.gpt import Block, TokensAndPositions
-from meshwright.model.zoo.pieces import INIT_STD, LayerNorm, Linear, LossHead
+from meshwright.model.zoo.modules import INIT_STD, LayerNorm, Linear, LossHead
 
 FACTOR = 4
 """Number of tokens that are joined into one."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.model.shard import Column, Row, Split
-from meshwright.model.zoo.llama import Tokens
-from meshwright.model.zoo.pieces import LayerNorm, Linear, LossHead
+from meshwright.model.zoo.llama import TokenEmbedding
+from meshwright.model.zoo.modules import LayerNorm, Linear, LossHead
 
 
 class Mix(nn.Module):
@@ -51,7 +51,7 @@ class Uneven(nn.Module):
         super().__init__()
         depth = len(widths) - 1
         assert len(hidden) == 2 * depth
-        self.embedding = Tokens(vocabulary, widths[0])
+        self.embedding = TokenEmbedding(vocabulary, widths[0])
         self.encoder = nn.ModuleList(
             Mix(widths[i], hidden[i], widths[i + 1], 2**i) for i in range(depth)
         )

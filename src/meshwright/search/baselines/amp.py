@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 Array = NDArray[np.float64]
 
@@ -67,7 +67,7 @@ class Strategy:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class AmpPrediction:
     """AMP's answer for one strategy."""
 
     strategy: Strategy
@@ -140,7 +140,7 @@ def assign_faithfully(
     chosen = np.zeros((stages, layers, len(marks)), dtype=np.intp)
     columns = np.arange(len(marks))
     for stage in range(1, stages):
-        look()
+        raise_if_stopped()
         before, best = best, np.full_like(best, np.inf)
         end = layers - (stages - 1 - stage)  # later stages need a layer each
         for cut in range(stage - 1, end - 1):
@@ -214,9 +214,9 @@ def data_seconds(
 
 def predict(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, global_batch: int
-) -> Prediction:
+) -> AmpPrediction:
     """AMP's assignment and step seconds for one strategy. A layer takes three times its forward."""
-    look()
+    raise_if_stopped()
     times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
     times = times[list(model.assigned)]
     micro_batches = global_batch // strategy.data // strategy.micro_batch
@@ -226,7 +226,7 @@ def predict(
     else:
         sizes = assign_faithfully(times, cuts, strategy.stages, micro_batches)
     bounds = _entry_bounds(model, sizes)
-    return Prediction(
+    return AmpPrediction(
         strategy=strategy,
         micro_batches=micro_batches,
         bounds=bounds,
@@ -235,7 +235,7 @@ def predict(
     )
 
 
-def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[Prediction, ...]:
+def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[AmpPrediction, ...]:
     """Every strategy of AMP's space, best first; those with more stages than layers are left out,
     as AMP's tables have no entry for them, and tensor widths without times."""
     shared = model.uniform[1]

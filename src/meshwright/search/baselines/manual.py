@@ -110,7 +110,7 @@ def _amp_model(costs: Costs, used: DeviceSet, tensors: list[int]) -> amp.AmpMode
     )
 
 
-def _transplanted(used: DeviceSet, prediction: amp.Prediction) -> Candidate:
+def _transplanted(used: DeviceSet, prediction: amp.AmpPrediction) -> Candidate:
     chosen = prediction.strategy
     grid = Grid(data=chosen.data, tensor=chosen.tensor, stages=chosen.stages)
     shape = Shape(

@@ -6,7 +6,7 @@ from collections import deque
 from heapq import heappop, heappush
 from math import inf
 
-from meshwright.program.posting import AHEAD
+from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.work import B, Codes, F, I, W, Work
 from meshwright.records import record
 
@@ -56,7 +56,7 @@ class _Listing:
         )
         self.codes: list[Codes] = [[] for _ in range(groups)]
         self.now = [0.0] * groups
-        self.before = [deque([0.0] * AHEAD, AHEAD) for _ in range(groups)]
+        self.before = [deque([0.0] * RECEIVES_AHEAD, RECEIVES_AHEAD) for _ in range(groups)]
         """When the AHEAD actions before the last one ended: receives of the next are posted when
         the first of these did."""
         self.held = [0.0] * groups

@@ -8,13 +8,13 @@ from itertools import chain, product
 from operator import itemgetter
 from typing import get_args
 
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout
 from meshwright.plan.spec import ScheduleName
-from meshwright.plan.virtual import IN_PLAN, layout_wanted
-from meshwright.program.schedules import orders
+from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Codes, Work, fits, seconds, to_codes
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 LOOKED_AT = 1_000_000
 """Actions that are placed or timed in the search for one order: the end of the search, the same on
@@ -27,7 +27,9 @@ WORTH = 20
 """none if it allows fewer."""
 
 NAMES: tuple[ScheduleName, ...] = tuple(
-    name for name in get_args(ScheduleName) if name not in IN_PLAN and not name.endswith("-batched")
+    name
+    for name in get_args(ScheduleName)
+    if name not in EXPLICIT_SCHEDULES and not name.endswith("-batched")
 )
 """Schedules with a rule; a batched weight part is, for its timing, several."""
 
@@ -57,15 +59,15 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
 
 
 def _listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
-    look()
+    raise_if_stopped()
     return listed(work, rule)
 
 
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
     for name in names:
-        look()
-        if not layout_wanted(name, work.layout):
-            codes = to_codes(orders(name, work.layout, work.micro_batches))
+        raise_if_stopped()
+        if not needed_layout(name, work.layout):
+            codes = to_codes(schedule_orders(name, work.layout, work.micro_batches))
             if fits(work, codes):
                 yield seconds(work, codes), codes
 

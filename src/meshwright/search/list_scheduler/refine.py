@@ -8,7 +8,7 @@ from math import exp, inf
 from random import Random
 
 from meshwright.program.work import B, Codes, F, I, W, Work, most_held, play
-from meshwright.stopping import look
+from meshwright.stopping import raise_if_stopped
 
 REACH = 4
 """Places by which an action is moved at most."""
@@ -33,7 +33,7 @@ def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list
     best, score = now, _score(work, now)
     least = score
     for turn in range(tries):
-        look()
+        raise_if_stopped()
         g = random.randrange(len(now))
         own = _changed(now[g], random)
         if own is None or most_held(work, own) > work.room[g] or not _in_order(own):

@@ -6,12 +6,12 @@ from collections.abc import Collection
 
 from meshwright.errors import PlanError, Problem
 from meshwright.search.finishing import PlanOption
-from meshwright.search.options import boundary_kinds, schedules, virtual_stages
+from meshwright.search.options import boundary_kinds, other_schedules, virtual_stages
 from meshwright.techniques import rooms_with
 
 OPTIONS: tuple[PlanOption, ...] = (
     boundary_kinds.OPTION,
-    schedules.OPTION,
+    other_schedules.OPTION,
     virtual_stages.OPTION,
     *(room.OPTION for room in rooms_with("options")),
 )

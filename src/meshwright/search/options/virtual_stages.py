@@ -15,9 +15,8 @@ from math import inf
 from operator import attrgetter
 
 from meshwright.cost.memory import device_memory, total_bytes
-from meshwright.plan.ranks import describe
+from meshwright.plan.ranks import StageLayout, describe_plan
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
-from meshwright.plan.virtual import Layout
 from meshwright.program.work import Work
 from meshwright.search.bounds import after_lines, tail_seconds
 from meshwright.search.candidate import line_of
@@ -31,7 +30,7 @@ from meshwright.search.finishing import (
 )
 from meshwright.search.incumbent import Evaluated, Incumbent, work_of
 from meshwright.search.layer_partition import fluid_rate
-from meshwright.search.options.schedules import (
+from meshwright.search.options.other_schedules import (
     LISTED,
     MOST_ACTIONS,
     finalists,
@@ -41,8 +40,8 @@ from meshwright.search.options.schedules import (
     pipeline_works,
 )
 from meshwright.search.virtual_stage_partition import Bounds, chunks_of, cut_in_chunks
-from meshwright.simulate.fold import fold
-from meshwright.simulate.parts import parts as parts_of
+from meshwright.simulate.critical_path import step_breakdown as parts_of
+from meshwright.simulate.symmetry import find_symmetry
 
 LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (
     ("interleaved-1f1b", 2),
@@ -69,7 +68,7 @@ PLAYED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class _DividedPlan:
     """A divided plan that fits, in the order in which the quick clock likes it best."""
 
     seconds: float
@@ -82,11 +81,13 @@ class _Draft:
 def propose(incumbent: Incumbent) -> Proposals:
     """Divide the stages of each finalist in every layout, where that may be faster; the fastest
     few are proposed, and the best two of them with schedules made for them."""
-    drafts: list[_Draft] = []
+    drafts: list[_DividedPlan] = []
     for played in finalists(incumbent):
         if not _hopeful(incumbent, played):
             yield Pruned("lower bound above the best")
-        elif work_of(played.plan, fold(played.plan, incumbent.costs.cluster)) > MOST_ACTIONS:
+        elif (
+            work_of(played.plan, find_symmetry(played.plan, incumbent.costs.cluster)) > MOST_ACTIONS
+        ):
             yield Pruned("too large to try")
         else:
             for found in _drafts(incumbent, played.plan):
@@ -100,7 +101,7 @@ def propose(incumbent: Incumbent) -> Proposals:
         if k >= PLAYED or draft.seconds >= incumbent.limit:
             yield Pruned("slower in the stage-level simulation", len(drafts) - k)
             break
-        simulated = yield Proposal(draft.plan, describe(draft.plan))
+        simulated = yield Proposal(draft.plan, describe_plan(draft.plan))
         known[k] = simulated.seconds if simulated else inf
     for seconds, k in sorted((seconds, k) for k, seconds in enumerate(known))[:GIVEN_SCHEDULES]:
         if seconds < incumbent.limit * (1 + UNFIT):
@@ -110,12 +111,12 @@ def propose(incumbent: Incumbent) -> Proposals:
 OPTION = PlanOption("virtual-stages", propose)
 
 
-def _listed(incumbent: Incumbent, draft: _Draft) -> Proposals:
+def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
     """Propose a divided plan with a schedule made for it."""
     made = listed_orders(draft.works, LISTED)
     if made is not None and made[0] + draft.after < incumbent.limit:
         plan = in_listed_orders(draft.plan, made[1])
-        yield Proposal(plan, describe(plan))
+        yield Proposal(plan, describe_plan(plan))
 
 
 def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
@@ -134,7 +135,7 @@ def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
     return True
 
 
-def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_Draft | Pruned]:
+def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
     """Divide the stages of a plan in every layout."""
     costs = incumbent.costs
     after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
@@ -149,7 +150,7 @@ def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_Draft | Pruned]:
         for seconds, name in in_named_orders(works):
             ordered = replace(divided, schedule=name)
             if fits_in_memory(costs, ordered):
-                yield _Draft(seconds + late, late, ordered, works)
+                yield _DividedPlan(seconds + late, late, ordered, works)
                 break
 
 
@@ -202,7 +203,7 @@ def _any_of(units: tuple[tuple[str, ...], ...], names: set[str]) -> bool:
     return any(name in names for unit in units for name in unit)
 
 
-def _layout(schedule: ScheduleName, groups: int, chunks: int) -> Layout:
+def _layout(schedule: ScheduleName, groups: int, chunks: int) -> StageLayout:
     """The stages of every group."""
     if schedule == "zb-v":
         return tuple((g, 2 * groups - 1 - g) for g in range(groups))
@@ -211,7 +212,7 @@ def _layout(schedule: ScheduleName, groups: int, chunks: int) -> Layout:
 
 
 def _divided(
-    pipeline: Pipeline, layout: Layout, cuts: tuple[Bounds, float], again: frozenset[int]
+    pipeline: Pipeline, layout: StageLayout, cuts: tuple[Bounds, float], again: frozenset[int]
 ) -> Pipeline:
     places = chunks_of(layout)
     stages = tuple(

@@ -6,5 +6,5 @@ from meshwright.plan.spec import Stage
 
 
 def stage_text(stage: Stage) -> str:
-    """Format recomputation in the one-line description of a plan: `[12r|12]`."""
+    """Formats recomputation in the one-line description of a plan: `[12r|12]`."""
     return "r" if stage.recompute else ""

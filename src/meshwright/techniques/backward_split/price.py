@@ -26,7 +26,7 @@ work to do: autograd walks the graph twice (transformer block, PyTorch 2.13 on a
 def backward_shares(
     model: LayerGraph, device: DeviceType, tensor: int, rows: int, profile: Profile | None = None
 ) -> Array:
-    """Return [layer, part]: the seconds of a layer's I and W over those of its whole backward.
+    """Returns [layer, part]: the seconds of a layer's I and W over those of its whole backward.
 
     Measured shares count where the profile has both parts of such a layer on this device type,
     interpolated between numbers of rows at the nearest tensor width. Otherwise FLOPs decide: the
@@ -52,7 +52,7 @@ def backward_shares(
 def _measured(
     profile: Profile | None, device: DeviceType, layer: Layer, precision: str
 ) -> list[LayerTime]:
-    """Return the profile's times of a layer on a device type that have both parts of the
+    """Returns the profile's times of a layer on a device type that have both parts of the
     backward."""
     return [
         entry
@@ -65,7 +65,7 @@ def _measured(
 
 
 def _interpolated(times: Sequence[LayerTime], tensor: int, rows: int) -> tuple[float, float]:
-    """Return the shares of I and W at a number of rows, from the measured tensor width nearest to
+    """Returns the shares of I and W at a number of rows, from the measured tensor width nearest to
     `tensor`."""
     width = min((t.tensor for t in times), key=lambda each: (abs(each - tensor), each))
     points = {t.rows: _seconds(t) for t in times if t.tensor == width}
@@ -76,7 +76,7 @@ def _interpolated(times: Sequence[LayerTime], tensor: int, rows: int) -> tuple[f
 
 
 def _seconds(entry: LayerTime) -> Array:
-    """Return [I, W, whole backward] of one measurement."""
+    """Returns [I, W, whole backward] of one measurement."""
     return np.array([entry.input_seconds, entry.weight_seconds, entry.backward_seconds])
 
 
@@ -89,7 +89,7 @@ def _by_flops(
     rows: int,
     profile: Profile | None,
 ) -> float:
-    """Return the share of a backward that computes weight gradients.
+    """Returns the share of a backward that computes weight gradients.
 
     They take as many FLOPs as the products of the forward, the same share of the moved activations,
     and the writing of the gradients. If some weights are frozen, the products are what the backward

@@ -9,7 +9,7 @@ from math import ceil
 
 from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.ranks import Ranks, StageSeats, copies_of, gradient_bytes, replicas_of
+from meshwright.plan.ranks import Ranks, StagePlacement, copies_of, gradient_bytes, replicas_of
 from meshwright.plan.spec import Job
 from meshwright.records import record
 
@@ -20,7 +20,7 @@ BUCKETS = 16
 
 
 @record
-class Sum:
+class GradientSum:
     """Describes one all-reduce of a bucket."""
 
     ranks: Ranks
@@ -39,7 +39,7 @@ class Bucket:
     """Whole layers, [first, last); None for a tied parameter."""
     tied: str | None
     """The name of a tied parameter; None for layers."""
-    sums: tuple[Sum, ...]
+    sums: tuple[GradientSum, ...]
     """The all-reduces of the bucket, in the order in which every rank starts those it belongs to.
 
     If all replicas have the same tensor width, there is one for each tensor index: rank t of every
@@ -51,7 +51,7 @@ class Bucket:
 
 
 def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
-    """Return the least size of a bucket: large enough for full bandwidth, small enough to overlap.
+    """Returns the least size of a bucket: large enough for full bandwidth, small enough to overlap.
 
     The default of DistributedDataParallel, 25 MiB, would leave a small model no compute behind
     which to hide its reductions.
@@ -61,9 +61,9 @@ def usual_bucket_bytes(model: LayerGraph, job: Job) -> int:
 
 
 def gradient_buckets(
-    model: LayerGraph, job: Job, stages: Sequence[StageSeats], bucket_bytes: int
+    model: LayerGraph, job: Job, stages: Sequence[StagePlacement], bucket_bytes: int
 ) -> tuple[Bucket, ...]:
-    """Return all buckets, in the order in which a backward over the whole model completes them.
+    """Returns all buckets, in the order in which a backward over the whole model completes them.
 
     A bucket never crosses a cut of any pipeline, so all its layers are held by the same ranks, and
     every one of these forms the same buckets. Gradients held by a single rank need no bucket. A
@@ -94,8 +94,8 @@ def gradient_buckets(
     return tuple(bucket for _, bucket in found if bucket.sums)
 
 
-def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum, ...]:
-    """Return the all-reduces of a bucket.
+def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[GradientSum, ...]:
+    """Returns the all-reduces of a bucket.
 
     Every tensor rank holds `undivided` bytes whole; the tensor ranks of a replica divide `divided`
     bytes among them.
@@ -108,12 +108,12 @@ def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[Sum,
             size = undivided
         else:
             size = ceil(divided * (share.last - share.first) / share.of)
-        sums.append(Sum(ranks=ranks, bytes=size, tile=share))
+        sums.append(GradientSum(ranks=ranks, bytes=size, tile=share))
     return tuple(each for each in sums if each.bytes > 0 and len(each.ranks) > 1)
 
 
-def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, Sum]]:
-    """Yield the all-reduces that one rank belongs to, with their buckets, in the common order."""
+def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, GradientSum]]:
+    """Yields the all-reduces that one rank belongs to, with their buckets, in the common order."""
     for bucket in buckets:
         for each in bucket.sums:
             at = bisect_left(each.ranks, rank)

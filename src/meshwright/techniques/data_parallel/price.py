@@ -10,7 +10,7 @@ from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 
 
 def reduce_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an all-reduce of gradients."""
+    """Prices an all-reduce of gradients."""
     size = i.bytes * rank.pricing.system.gradient_width
     return Price(traffic=collective(all_reduce, i, size, rank.pricing))
 

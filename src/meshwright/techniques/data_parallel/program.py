@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import Seat, StageSeats
+from meshwright.plan.ranks import RankPlacement, StagePlacement
 from meshwright.plan.spec import Job
-from meshwright.program.compile import Emission, PipelineRank, Placed
+from meshwright.program.compile import Emission, PipelineRank, Placed, suffix_minima
 from meshwright.program.instructions import Instruction, summed_layers
-from meshwright.program.posting import no_later_than_the_next
 from meshwright.techniques.data_parallel.buckets import (
     Bucket,
-    Sum,
+    GradientSum,
     gradient_buckets,
     sums_of,
     usual_bucket_bytes,
@@ -21,27 +20,27 @@ from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 
 
 def emission(
-    stages: Sequence[StageSeats], job: Job, model: LayerGraph, bucket_bytes: int | None
+    stages: Sequence[StagePlacement], job: Job, model: LayerGraph, bucket_bytes: int | None
 ) -> Emission:
-    """Return what places the reductions of a rank ahead of the backwards that complete them."""
+    """Returns what places the reductions of a rank ahead of the backwards that complete them."""
     size = bucket_bytes or usual_bucket_bytes(model, job)
     buckets = gradient_buckets(model, job, stages, size)
 
-    def emit(group: PipelineRank, seat: Seat) -> Placed:
-        return _reductions(group, tuple(sums_of(seat.rank, buckets)), model)
+    def emit(group: PipelineRank, placement: RankPlacement) -> Placed:
+        return _reductions(group, tuple(sums_of(placement.rank, buckets)), model)
 
     return emit
 
 
 def _reductions(
-    group: PipelineRank, sums: Sequence[tuple[Bucket, Sum]], model: LayerGraph
+    group: PipelineRank, sums: Sequence[tuple[Bucket, GradientSum]], model: LayerGraph
 ) -> dict[int, list[Instruction]]:
-    """Return the gradient reductions, keyed by the index of the action that they precede.
+    """Returns the gradient reductions, keyed by the index of the action that they precede.
 
     All ranks post them in one common order.
     """
     completing = [_completing(group, bucket, model) for bucket, _ in sums]
-    posted = no_later_than_the_next([group.last_backward[s] for s in completing])
+    posted = suffix_minima([group.last_backward[s] for s in completing])
     found: dict[int, list[Instruction]] = {}
     for (bucket, own), s, index in zip(sums, completing, posted, strict=True):
         reduction = Instruction(
@@ -58,7 +57,7 @@ def _reductions(
 
 
 def _completing(group: PipelineRank, bucket: Bucket, model: LayerGraph) -> int:
-    """Return the stage of a pipeline rank whose backward is the last to add to a bucket."""
+    """Returns the stage of a pipeline rank whose backward is the last to add to a bucket."""
     layers = summed_layers(bucket.layers, bucket.tied, model)
     holders = [
         s

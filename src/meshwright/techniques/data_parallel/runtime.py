@@ -18,21 +18,21 @@ from torch.utils.hooks import RemovableHandle
 from meshwright.layout.boxes import Range
 from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.layout.tiles import Tile, shape_of, within
-from meshwright.program.instructions import Instruction, Key
+from meshwright.program.instructions import GradientKey, Instruction
 from meshwright.program.operations import Op
-from meshwright.runtime.build import Held
+from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.parameters import sums_gradient
 from meshwright.techniques import provided
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.runtime import Handle
-from meshwright.techniques.tensor_parallel.runtime import put, take
+from meshwright.techniques.tensor_parallel.runtime import read_slices, write_slices
 
-OWN: Key = (None, None)
+UNSHARED: GradientKey = (None, None)
 """Key of the gradients that this rank does not share with others."""
 
 
 @dataclass(slots=True)
-class Members:
+class SumGroup:
     """The ranks that sum a tensor together."""
 
     group: ProcessGroup
@@ -40,10 +40,10 @@ class Members:
 
 
 @dataclass(slots=True)
-class Trained:
+class TrainedPart:
     """What the optimizer of this rank updates of one parameter."""
 
-    of: Held
+    of: LocalParameter
     parameter: nn.Parameter
     """The rank's tile of it, or a flat part of that."""
     span: Range
@@ -54,37 +54,38 @@ class Trained:
 class FlatBucket:
     """Gradients that are summed together: every `parameter.grad` is a view of `buffer`."""
 
-    held: list[Held]
+    local_parameters: list[LocalParameter]
     buffer: Tensor
     undivided: int
     """Number of elements at the front that every tensor-parallel rank holds; the rest is divided
     among them."""
     own: Share
     """This rank's share of the divided parameters."""
-    members: dict[Share | None, Members]
+    members: dict[Share | None, SumGroup]
     """The ranks that sum each share, keyed as in their instructions; empty if no other rank shares
     these gradients."""
     pending: set[str] = field(default_factory=set)
     """Names of the parameters whose gradients are not complete."""
     completing: bool = False
     """True if the last backward that adds to these gradients has begun."""
-    armed: list[Instruction] = field(default_factory=list)
+    queued: list[Instruction] = field(default_factory=list)
     """The all-reduces to be started when the gradients are complete."""
     with_gradient: set[str] = field(default_factory=set)
     """Names of the parameters that have received a gradient so far."""
-    trained: list[Trained] = field(init=False)
+    trained: list[TrainedPart] = field(init=False)
     """What the optimizer of this rank updates: its parameters, or its share of them."""
-    weighed: list[tuple[Tensor, int]] = field(init=False)
+    norm_terms: list[tuple[Tensor, int]] = field(init=False)
     """The summed gradients that this rank adds to the norm, each with the number of ranks that do
     so."""
     _tiles: dict[Share, list[tuple[int, Tile]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.trained = [
-            Trained(one, one.parameter, (0, one.parameter.numel())) for one in self.held
+            TrainedPart(one, one.parameter, (0, one.parameter.numel()))
+            for one in self.local_parameters
         ]
         parts = self.buffer[: self.undivided], self.buffer[self.undivided :]
-        self.weighed = [*zip(parts, self.copies, strict=True)]
+        self.norm_terms = [*zip(parts, self.copies, strict=True)]
 
     @property
     def copies(self) -> tuple[int, int]:
@@ -101,28 +102,28 @@ class FlatBucket:
         if share not in self._tiles:
             self._tiles[share] = [
                 (index, within(one.tile, one.of.tile(share)))
-                for index, one in enumerate(self.held)
+                for index, one in enumerate(self.local_parameters)
                 if (one.of.split is None) == (share == UNDIVIDED)
             ]
         return self._tiles[share]
 
 
 def group_parameters(
-    held: Sequence[Held], reductions: Sequence[Instruction]
-) -> dict[Key, list[Held]]:
+    held: Sequence[LocalParameter], reductions: Sequence[Instruction]
+) -> dict[GradientKey, list[LocalParameter]]:
     """Assigns each of a rank's trainable parameters to the instruction that reduces its
     gradient."""
-    groups: dict[Key, list[Held]] = {(i.layers, i.tied): [] for i in reductions}
+    groups: dict[GradientKey, list[LocalParameter]] = {(i.layers, i.tied): [] for i in reductions}
     for one in held:
         if not one.parameter.requires_grad:
             continue
         keys = [(i.layers, i.tied) for i in reductions if sums_gradient(i, one.of)]
-        groups.setdefault(keys[0] if keys else OWN, []).append(one)
+        groups.setdefault(keys[0] if keys else UNSHARED, []).append(one)
     return groups
 
 
 def make_bucket(
-    held: Sequence[Held], own: Share, members: dict[Share | None, Members]
+    held: Sequence[LocalParameter], own: Share, members: dict[Share | None, SumGroup]
 ) -> FlatBucket:
     """Lays out the gradients of some parameters in one buffer, those of undivided parameters
     first."""
@@ -136,30 +137,32 @@ def make_bucket(
         parameter.grad = view.view(parameter.shape)
         start += parameter.numel()
     undivided = sum(one.parameter.numel() for one in ordered if one.of.split is None)
-    return FlatBucket(held=ordered, buffer=buffer, undivided=undivided, own=own, members=members)
+    return FlatBucket(
+        local_parameters=ordered, buffer=buffer, undivided=undivided, own=own, members=members
+    )
 
 
-def gathered(bucket: FlatBucket, share: Share, tensors: Sequence[Tensor]) -> Tensor:
+def gather_tile(bucket: FlatBucket, share: Share, tensors: Sequence[Tensor]) -> Tensor:
     """Copies one share of each of the bucket's parameters (or of `tensors` like them) into a flat
     tensor, in the order in which a rank that has only this share holds it."""
-    return torch.cat([take(tensors[k], tile).flatten() for k, tile in bucket.tiles(share)])
+    return torch.cat([read_slices(tensors[k], tile).flatten() for k, tile in bucket.tiles(share)])
 
 
-def scatter(bucket: FlatBucket, share: Share, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Writes a share back to where `gathered` has taken it from."""
+def scatter_tile(bucket: FlatBucket, share: Share, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Writes a share back to where `gather_tile` has taken it from."""
     start = 0
     for k, tile in bucket.tiles(share):
         shape = shape_of(tile)
         end = start + prod(shape)
-        put(tensors[k], tile, flat[start:end].view(shape))
+        write_slices(tensors[k], tile, flat[start:end].view(shape))
         start = end
 
 
 @dataclass(slots=True)
-class _UnderWay:
+class _PendingReduction:
     """An all-reduce in flight."""
 
-    of: FlatBucket
+    bucket: FlatBucket
     handle: Handle
     put_back: Callable[[], None]
     """Called after it has ended; writes the sum to the gradients, if it was made in a copy."""
@@ -171,7 +174,7 @@ class Reducer:
 
     def __init__(
         self,
-        buckets: dict[Key, FlatBucket],
+        buckets: dict[GradientKey, FlatBucket],
         launched: Callable[[Instruction, list[dist.Work]], Handle],
         posting: Callable[[], None],
     ) -> None:
@@ -179,11 +182,11 @@ class Reducer:
         self._launched = launched
         self._posting = posting
         self._queue: deque[FlatBucket] = deque()
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[_PendingReduction] = deque()
         self._hooks: list[RemovableHandle] = [
             one.parameter.register_post_accumulate_grad_hook(_hook(self, bucket, one.name))  # type: ignore[no-untyped-call]
             for bucket in buckets.values()
-            for one in bucket.held
+            for one in bucket.local_parameters
         ]
 
     def close(self) -> None:
@@ -201,26 +204,28 @@ class Reducer:
         for bucket in self.buckets.values():
             bucket.buffer.zero_()
 
-    def arm(self, instruction: Instruction) -> None:
+    def queue(self, instruction: Instruction) -> None:
         """Queues an all-reduce, to be started when its gradients are complete; the order of these
         calls is kept."""
         bucket = self.buckets[instruction.layers, instruction.tied]
-        if not bucket.armed:
-            bucket.pending = {one.name for one in bucket.held}
+        if not bucket.queued:
+            bucket.pending = {one.name for one in bucket.local_parameters}
             self._queue.append(bucket)
-        bucket.armed.append(instruction)
+        bucket.queued.append(instruction)
 
-    def begin(self, completed: Sequence[Key], settled: Sequence[nn.Parameter] = ()) -> None:
+    def begin(self, completed: Sequence[GradientKey], settled: Sequence[nn.Parameter] = ()) -> None:
         """Notes that the last backward which adds to these buckets begins; the gradients of
         `settled` parameters are complete already."""
         done = {id(parameter) for parameter in settled}
         for key in completed:
             bucket = self.buckets[key]
             bucket.completing = True
-            bucket.pending -= {one.name for one in bucket.held if id(one.parameter) in done}
+            bucket.pending -= {
+                one.name for one in bucket.local_parameters if id(one.parameter) in done
+            }
         self._advance()
 
-    def end(self, completed: Sequence[Key]) -> None:
+    def end(self, completed: Sequence[GradientKey]) -> None:
         """Notes that this backward has ended: gradients that have not come are zero."""
         for key in completed:
             self.buckets[key].pending.clear()
@@ -244,27 +249,34 @@ class Reducer:
 
     def finish(self, buckets: Sequence[FlatBucket]) -> None:
         """Waits for the all-reduces of some buckets, and for all that began earlier."""
-        last = max((n for n, each in enumerate(self._under_way) if each.of in buckets), default=-1)
+        last = max(
+            (n for n, each in enumerate(self._under_way) if each.bucket in buckets), default=-1
+        )
         for _ in range(last + 1):
             self._end(self._under_way.popleft())
 
-    def _end(self, first: _UnderWay) -> None:
+    def _end(self, first: _PendingReduction) -> None:
         first.handle.wait()
         first.put_back()
 
     def missing(self) -> list[str]:
         """Returns the names of trainable parameters that have received no gradient so far."""
         buckets = self.buckets.values()
-        return [one.name for b in buckets for one in b.held if one.name not in b.with_gradient]
+        return [
+            one.name
+            for b in buckets
+            for one in b.local_parameters
+            if one.name not in b.with_gradient
+        ]
 
     def _launch(self, bucket: FlatBucket) -> None:
         self._put_back_what_is_done()
         self._posting()
-        for instruction in bucket.armed:
-            work, put_back = starts()[instruction.op](bucket, instruction)
+        for instruction in bucket.queued:
+            work, put_back = reduction_starts()[instruction.op](bucket, instruction)
             handle = self._launched(instruction, [work])
-            self._under_way.append(_UnderWay(bucket, handle, put_back))
-        bucket.armed.clear()
+            self._under_way.append(_PendingReduction(bucket, handle, put_back))
+        bucket.queued.clear()
 
     def _put_back_what_is_done(self) -> None:
         """Writes finished sums back, so that copies do not pile up until the end of the step."""
@@ -272,13 +284,13 @@ class Reducer:
             self._end(self._under_way.popleft())
 
 
-Start = Callable[[FlatBucket, Instruction], tuple[dist.Work, Callable[[], None]]]
+StartReduction = Callable[[FlatBucket, Instruction], tuple[dist.Work, Callable[[], None]]]
 """Starts the collective that sums a bucket's gradients; what to call when that has ended comes
 second."""
 
 
 @cache
-def starts() -> dict[Op, Start]:
+def reduction_starts() -> dict[Op, StartReduction]:
     """How each operation that sums gradients is started, those of the techniques included."""
     return {op: start for starts in provided("runtime", "STARTS") for op, start in starts.items()}
 
@@ -305,9 +317,9 @@ def _summand(bucket: FlatBucket, share: Share | None) -> tuple[Tensor, Callable[
         return bucket.buffer[: bucket.undivided].div_(bucket.own.of), _nothing
     if sum(each != UNDIVIDED for each in bucket.members) == 1:
         return bucket.buffer[bucket.undivided :], _nothing
-    gradients = [cast("Tensor", one.parameter.grad) for one in bucket.held]
-    flat = gathered(bucket, share, gradients)
-    return flat, lambda: scatter(bucket, share, flat, gradients)
+    gradients = [cast("Tensor", one.parameter.grad) for one in bucket.local_parameters]
+    flat = gather_tile(bucket, share, gradients)
+    return flat, lambda: scatter_tile(bucket, share, flat, gradients)
 
 
 def _nothing() -> None:
@@ -318,4 +330,4 @@ def _hook(reducer: Reducer, bucket: FlatBucket, name: str) -> Callable[[nn.Param
     return lambda _: reducer.accumulated(bucket, name)
 
 
-STARTS: dict[Op, Start] = {REDUCE_GRAD: _all_reduce}
+STARTS: dict[Op, StartReduction] = {REDUCE_GRAD: _all_reduce}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 
-from meshwright.model.spec import LayerGraph, alive_at
-from meshwright.plan.ranks import Seat, StageSeats, held_together
+from meshwright.model.spec import LayerGraph, tensors_across
+from meshwright.plan.ranks import RankPlacement, StagePlacement, same_ranks
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.records import record
@@ -34,12 +34,12 @@ class Boundaries:
 
 
 def boundaries_of(
-    stage: StageSeats,
-    stages: Sequence[StageSeats],
+    stage: StagePlacement,
+    stages: Sequence[StagePlacement],
     model: LayerGraph,
     only: Container[int] | None = None,
 ) -> Boundaries:
-    """Find what a stage receives from other ranks and sends to them in each direction, with bytes
+    """Finds what a stage receives from other ranks and sends to them in each direction, with bytes
     per row.
 
     Nothing moves between stages on the same ranks. With `only`, moves between two ranks outside it
@@ -48,7 +48,7 @@ def boundaries_of(
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
     incoming, outgoing = {}, {}
-    if before is not None and not held_together(stage, before):
+    if before is not None and not same_ranks(stage, before):
         arriving = boundary_moves(before, stage, stage.boundary, only=only)
         leaving = boundary_moves(stage, before, stage.boundary, only=only)
         forward, backward = _crossing(model, stage.layers[0])
@@ -56,7 +56,7 @@ def boundaries_of(
             incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward)
         if backward is not None:
             outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward)
-    if after is not None and not held_together(stage, after):
+    if after is not None and not same_ranks(stage, after):
         arriving = boundary_moves(after, stage, after.boundary, only=only)
         leaving = boundary_moves(stage, after, after.boundary, only=only)
         forward, backward = _crossing(model, stage.layers[1])
@@ -68,35 +68,37 @@ def boundaries_of(
 
 
 def _crossing(model: LayerGraph, cut: int) -> tuple[float | None, float | None]:
-    """Return the bytes of `cut_bytes`, or None in a direction in which no tensor crosses.
+    """Returns the bytes of `cut_bytes`, or None in a direction in which no tensor crosses.
 
     A tensor without rows crosses with 0 bytes per row, which is why 0 does not mean None.
     """
-    alive = alive_at(model, cut)
+    alive = tensors_across(model, cut)
     ahead, back = cut_bytes(model, cut)
     return ahead if alive else None, back if any(t.gradient for t in alive) else None
 
 
 def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
-    """Return the bytes per row that cross the cut before layer `cut`: forward, and backward."""
-    alive = alive_at(model, cut)
+    """Returns the bytes per row that cross the cut before layer `cut`: forward, and backward."""
+    alive = tensors_across(model, cut)
     return sum(t.bytes for t in alive), sum(t.bytes for t in alive if t.gradient)
 
 
-def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
-    """Yield this rank's messages of one micro-batch across a boundary in one direction, if there
+def boundary_transfers(
+    placement: RankPlacement, micro_batch: int, boundary: Boundary | None
+) -> Iterator[Instruction]:
+    """Yields this rank's messages of one micro-batch across a boundary in one direction, if there
     are any."""
     if boundary is None:
         return
     receiving = boundary.op.kind == "receive"
     for move in boundary.moves:
-        if (move.target if receiving else move.source) == seat.rank:
+        if (move.target if receiving else move.source) == placement.rank:
             size = boundary.row_bytes * (move.rows[1] - move.rows[0])
             if move.part is not None:
                 size = size * (move.part.last - move.part.first) / move.part.of
             yield Instruction(
                 op=boundary.op,
-                stage=seat.stage,
+                stage=placement.stage,
                 micro_batch=micro_batch,
                 peer=move.source if receiving else move.target,
                 rows=move.rows,
@@ -106,16 +108,18 @@ def transfers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterat
             )
 
 
-def gathers(seat: Seat, micro_batch: int, boundary: Boundary | None) -> Iterator[Instruction]:
-    """Yield the gathers by which ranks of a replica assemble what each of them has received a part
+def boundary_gathers(
+    placement: RankPlacement, micro_batch: int, boundary: Boundary | None
+) -> Iterator[Instruction]:
+    """Yields the gathers by which ranks of a replica assemble what each of them has received a part
     of."""
     if boundary is None:
         return
     for rows, ranks in gathered(boundary.moves):
-        if seat.rank in ranks:
+        if placement.rank in ranks:
             yield Instruction(
                 op=GATHERS[boundary.op],
-                stage=seat.stage,
+                stage=placement.stage,
                 micro_batch=micro_batch,
                 rows=rows,
                 ranks=ranks,

@@ -13,9 +13,9 @@ from meshwright.techniques.pipeline_parallel.operations import GATHER_B, GATHER_
 
 
 def send_price(i: Instruction, rank: RankContext) -> Price:
-    """Price a message; the first message of a broadcast pays for all of it."""
+    """Prices a message; the first message of a broadcast pays for all of it."""
     assert i.peer is not None
-    context, device = rank.pricing, rank.seat(i).seat.device
+    context, device = rank.pricing, rank.stage_of(i).placement.device
     if not i.ranks:
         target = context.plan.devices[i.peer]
         moved = boundary_transfer(context.links, device, target, i.bytes, context.system.boundary)
@@ -31,8 +31,8 @@ def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 -
     return Price()
 
 
-def gather_price(i: Instruction, rank: RankContext) -> Price:
-    """Price an all-gather of activations or gradients in a replica."""
+def activation_gather_price(i: Instruction, rank: RankContext) -> Price:
+    """Prices an all-gather of activations or gradients in a replica."""
     return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
 
 
@@ -41,6 +41,6 @@ PRICES = {
     Op.SEND_B: send_price,
     Op.RECV_F: receive_price,
     Op.RECV_B: receive_price,
-    GATHER_F: gather_price,
-    GATHER_B: gather_price,
+    GATHER_F: activation_gather_price,
+    GATHER_B: activation_gather_price,
 }

@@ -12,7 +12,7 @@ from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
 from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
-from meshwright.plan.ranks import StageSeats
+from meshwright.plan.ranks import StagePlacement
 from meshwright.plan.spec import BoundaryKind
 from meshwright.records import record
 
@@ -34,13 +34,13 @@ class Move:
 
 
 def boundary_moves(
-    source: StageSeats,
-    target: StageSeats,
+    source: StagePlacement,
+    target: StagePlacement,
     kind: BoundaryKind = "direct",
     *,
     only: Container[int] | None = None,
 ) -> tuple[Move, ...]:
-    """Return the moves that give every target rank its rows once, whatever the two meshes look
+    """Returns the moves that give every target rank its rows once, whatever the two meshes look
     like.
 
     Activations at a boundary are the same on all tensor ranks of a replica. `direct`: target tensor
@@ -59,7 +59,7 @@ def boundary_moves(
 
 
 def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]:
-    """Return the rows whose parts several ranks must all-gather, with these ranks in ascending
+    """Returns the rows whose parts several ranks must all-gather, with these ranks in ascending
     order."""
     found: dict[Range, dict[int, None]] = {}
     for move in moves:
@@ -69,49 +69,60 @@ def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]
 
 
 def _tasks(
-    source: StageSeats, target: StageSeats, only: Container[int] | None
+    source: StagePlacement, target: StagePlacement, only: Container[int] | None
 ) -> Iterator[UnitTask]:
-    """Yield the unit tasks between two stages that no rank holds both of."""
-    ranks = [seat.rank for stage in (source, target) for each in stage.seats for seat in each]
+    """Yields the unit tasks between two stages that no rank holds both of."""
+    ranks = [
+        placement.rank
+        for stage in (source, target)
+        for each in stage.placements
+        for placement in each
+    ]
     tasks, touching = _numbered_tasks(_rows(source), _rows(target))
     if only is not None:
         wanted = {
-            task for seat, rank in enumerate(ranks) if rank in only for task in touching[seat]
+            task
+            for placement, rank in enumerate(ranks)
+            if rank in only
+            for task in touching[placement]
         }
         tasks = tuple(tasks[number] for number in sorted(wanted))
     for task in tasks:
         yield UnitTask(
             box=task.box,
-            holders=tuple(ranks[seat] for seat in task.holders),
-            receivers=tuple(ranks[seat] for seat in task.receivers),
+            holders=tuple(ranks[placement] for placement in task.holders),
+            receivers=tuple(ranks[placement] for placement in task.receivers),
         )
 
 
-def _rows(stage: StageSeats) -> tuple[Range, ...]:
-    return tuple(seat.rows for replica in stage.seats for seat in replica)
+def _rows(stage: StagePlacement) -> tuple[Range, ...]:
+    return tuple(placement.rows for replica in stage.placements for placement in replica)
 
 
 @lru_cache(maxsize=8)  # the cuts of a plan have few different pairs of meshes
 def _numbered_tasks(
     source: tuple[Range, ...], target: tuple[Range, ...]
 ) -> tuple[tuple[UnitTask, ...], tuple[tuple[int, ...], ...]]:
-    """Return the unit tasks between seats with these rows, and the tasks in which each seat takes
-    part.
+    """Returns the unit tasks between placements with these rows, and the tasks in which each
+    placement takes part.
 
-    Seats are numbered from 0: first those of the source, then those of the target.
-    """
-    holding: Layout = {seat: ((rows,),) for seat, rows in enumerate(source)}
-    wanting: Layout = {seat: ((rows,),) for seat, rows in enumerate(target, len(source))}
+    Seats are numbered from 0: first those of the source, then those of the target."""
+    holding: Layout = {placement: ((rows,),) for placement, rows in enumerate(source)}
+    wanting: Layout = {placement: ((rows,),) for placement, rows in enumerate(target, len(source))}
     tasks = unit_tasks(holding, wanting)
     touching: list[list[int]] = [[] for _ in (*source, *target)]
     for number, task in enumerate(tasks):
-        for seat in (*task.holders, *task.receivers):
-            touching[seat].append(number)
+        for placement in (*task.holders, *task.receivers):
+            touching[placement].append(number)
     return tasks, tuple(map(tuple, touching))
 
 
-def _layout(stage: StageSeats) -> Layout:
-    return {seat.rank: ((seat.rows,),) for replica in stage.seats for seat in replica}
+def _layout(stage: StagePlacement) -> Layout:
+    return {
+        placement.rank: ((placement.rows,),)
+        for replica in stage.placements
+        for placement in replica
+    }
 
 
 def _direct(task: UnitTask) -> list[Move]:
@@ -122,12 +133,12 @@ def _direct(task: UnitTask) -> list[Move]:
     ]
 
 
-def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
+def _broadcasts(source: StagePlacement, target: StagePlacement) -> Iterator[Move]:
     nodes = {
-        seat.rank: node_of(seat.device)
+        placement.rank: node_of(placement.device)
         for stage in (source, target)
-        for replica in stage.seats
-        for seat in replica
+        for replica in stage.placements
+        for placement in replica
     }
     for transfer in reshard(_layout(source), _layout(target), nodes):
         (rows,) = transfer.box
@@ -138,7 +149,7 @@ def _broadcasts(source: StageSeats, target: StageSeats) -> Iterator[Move]:
 
 
 def _scattered(task: UnitTask) -> list[Move]:
-    """Return the moves of a flattened tensor from even parts over the holders to even parts over
+    """Returns the moves of a flattened tensor from even parts over the holders to even parts over
     the receivers."""
     (rows,) = task.box
     of = lcm(len(task.holders), len(task.receivers))

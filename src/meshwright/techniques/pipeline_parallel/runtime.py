@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup, Work
 from meshwright.layout.shares import Share
 from meshwright.program.instructions import Instruction
 from meshwright.program.messages import Chain, chain_of
-from meshwright.runtime.build import Crossing
-from meshwright.runtime.debug import Headers
+from meshwright.runtime.build_stages import BoundaryTensor
+from meshwright.runtime.debug import MessageHeaders
 
 
 class Handle(Protocol):
@@ -53,7 +53,7 @@ class _Arrival:
     the rows [first, last)."""
 
 
-class Messages:
+class BoundaryMessages:
     """The tensors that this rank exchanges across one stage boundary, in one direction.
 
     Each tensor is a message of its own, in the order of `tensors`. Tensors with rows travel as
@@ -64,7 +64,7 @@ class Messages:
 
     def __init__(  # noqa: PLR0913 - all that a direction is made of
         self,
-        tensors: Sequence[Crossing],
+        tensors: Sequence[BoundaryTensor],
         rows: tuple[int, int],
         group: ProcessGroup,
         device: torch.device,
@@ -90,7 +90,7 @@ class Messages:
         self.lane = lane
         """(Number of the boundary, number of boundaries): part of each message's tag, which keeps
         several boundaries between the same two ranks apart."""
-        self.headers = Headers(device) if debug else None
+        self.headers = MessageHeaders(device) if debug else None
         self._arrivals: dict[int, _Arrival] = {}
         """Receives of each micro-batch."""
         self._leaving: deque[tuple[Instruction, Handle]] = deque()
@@ -125,9 +125,9 @@ class Messages:
             if part is None:
                 return post(places)
             if rows not in arrival.parts:
-                arrival.parts[rows] = [(place, laid_flat(place, part.of)) for place in places]
+                arrival.parts[rows] = [(place, flat_buffer(place, part.of)) for place in places]
             flats = arrival.parts[rows]
-            return post([part_of(flat, place.numel(), part) for place, flat in flats])
+            return post([flat_part(flat, place.numel(), part) for place, flat in flats])
 
         return start
 
@@ -189,7 +189,7 @@ class Messages:
 
         return start
 
-    def _part_of(self, tensor: Crossing, i: Instruction) -> Callable[[Tensor | None], Tensor]:
+    def _part_of(self, tensor: BoundaryTensor, i: Instruction) -> Callable[[Tensor | None], Tensor]:
         """Returns a function from a whole tensor to the slice of it that a send transfers."""
         assert i.rows is not None
         first, last = i.rows[0] - self.first, i.rows[1] - self.first
@@ -205,7 +205,7 @@ class Messages:
                 if found.requires_grad:
                     found = found.detach()
             assert found.shape == shape and found.dtype is tensor.dtype, tensor  # noqa: PT018
-            return found if i.part is None else part_of(found.view(-1), found.numel(), i.part)
+            return found if i.part is None else flat_part(found.view(-1), found.numel(), i.part)
 
         return part
 
@@ -277,7 +277,7 @@ class Messages:
         return [w for k, t in enumerate(tensors) for w in self.headers.broadcast(i, k, t, start)]
 
 
-def laid_flat(place: Tensor, of: int) -> Tensor:
+def flat_buffer(place: Tensor, of: int) -> Tensor:
     """Returns a flat buffer for `of` pieces of equal length that hold `place`: a view of `place` if
     they fill it exactly, else a new tensor with room to spare."""
     length = -(-place.numel() // of)
@@ -286,7 +286,7 @@ def laid_flat(place: Tensor, of: int) -> Tensor:
     return torch.empty(length * of, dtype=place.dtype, device=place.device)
 
 
-def part_of(flat: Tensor, size: int, part: Share) -> Tensor:
+def flat_part(flat: Tensor, size: int, part: Share) -> Tensor:
     """Returns some of the equal pieces into which the first `size` elements of a flat tensor are
     divided; the last pieces may be shorter or empty.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from meshwright.export.answers import Answer, Asked
+from meshwright.export.answers import ExportedTraining, PropertyAnswer
 from meshwright.plan.spec import Plan, StateDivision
 from meshwright.techniques.state_division.plan import all_stages, divides_optimizer
 
@@ -16,34 +16,34 @@ PROPERTY = "stage.states"
 MEND = "`meshwright plan --forbid divided-states` makes a plan without them"
 
 Value = StateDivision | None
-Lines = Callable[[bool, Asked], Iterable[str]]
+Lines = Callable[[bool, ExportedTraining], Iterable[str]]
 
 
-def answers(tool: str) -> dict[str, Answer]:
-    """Return the answer of a tool for `Stage.states`; one that is not known here refuses it."""
+def answers(tool: str) -> dict[str, PropertyAnswer]:
+    """Returns the answer of a tool for `Stage.states`; one that is not known here refuses it."""
     return {PROPERTY: _OF_TOOLS.get(tool, _none(f"{tool} divides no optimizer states"))}
 
 
 def beside_the_schedule(plan: Plan) -> Iterator[str]:
-    """Yield the note for a tool that is told the order of work alone."""
+    """Yields the note for a tool that is told the order of work alone."""
     held = [divides_optimizer(stage.states) for stage in all_stages(plan)]
     if any(held):
         which = "all stages" if all(held) else "the stages marked z"
         yield f"the optimizer states of {which}, which the replicas are to divide (ZeRO-1)"
 
 
-def _none(lacks: str) -> Answer:
-    """Refuse divided states; `lacks` says what the tool has not."""
-    return Answer(
+def _none(lacks: str) -> PropertyAnswer:
+    """Refuses divided states; `lacks` says what the tool has not."""
+    return PropertyAnswer(
         "refused",
         wanted=lambda value, _: f"none: {lacks}; {MEND}" if divides_optimizer(value) else "",
     )
 
 
-def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> Answer:
-    """Write the lines of a tool that has one switch for all stages."""
+def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> PropertyAnswer:
+    """Writes the lines of a tool that has one switch for all stages."""
 
-    def wanted(value: Value, asked: Asked) -> str:
+    def wanted(value: Value, asked: ExportedTraining) -> str:
         if not divides_optimizer(value):
             return ""
         if not all(divides_optimizer(stage.states) for stage in all_stages(asked.plan)):
@@ -53,21 +53,21 @@ def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> 
             return f"none with {asked.plan.job.optimizer}: {own}; {MEND}"
         return ""
 
-    return Answer(
+    return PropertyAnswer(
         told, write=lambda value, asked: write(divides_optimizer(value), asked), wanted=wanted
     )
 
 
-def _megatron(divided: bool, _: Asked) -> list[str]:
+def _megatron(divided: bool, _: ExportedTraining) -> list[str]:
     return ["--use-distributed-optimizer"] * divided
 
 
-def _plugin(divided: bool, _: Asked) -> list[str]:
+def _plugin(divided: bool, _: ExportedTraining) -> list[str]:
     return [f"megatron_lm_use_distributed_optimizer: {str(divided).lower()}"]
 
 
-def _deepspeed(divided: bool, asked: Asked) -> list[str]:
-    """Return ZeRO stage 1. Only with it DeepSpeed adds up the gradients of micro-batches in fp32,
+def _deepspeed(divided: bool, asked: ExportedTraining) -> list[str]:
+    """Returns ZeRO stage 1. Only with it DeepSpeed adds up the gradients of micro-batches in fp32,
     and it must be told that SGD is meant."""
     if not divided:
         return []

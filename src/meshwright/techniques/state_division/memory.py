@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from meshwright.cost.memory import Adjustment, StageMemory, memory_tables
-from meshwright.cost.weights import Array, cumulative, own_numbers, share
+from meshwright.cost.weights import Array, cumulative, tied_share, untied_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import RankView
 from meshwright.plan.spec import Plan
@@ -17,7 +17,7 @@ from meshwright.techniques.state_division.plan import all_stages, divided_layers
 
 
 def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
-    """Return what leaves of the optimizer states of divided layers the share of each rank."""
+    """Returns what leaves of the optimizer states of divided layers the share of each rank."""
     if not any(map(divides, all_stages(plan))):
         return None
     table = memory_tables(model, plan.job).plain.weights
@@ -34,23 +34,23 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
 
     @cache
     def elsewhere(tensor: int) -> Array:
-        """Return the parameters of layers that others update, cumulative, by tensor width."""
+        """Returns the parameters of layers that others update, cumulative, by tensor width."""
         layers = np.arange(len(model.layers))
-        return cumulative(own_numbers(table.trained, (layers, layers + 1), tensor) * away)
+        return cumulative(untied_parameters(table.trained, (layers, layers + 1), tensor) * away)
 
     def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
-        tensor = len(rank.stages[0].seats[rank.seat.replica])
+        tensor = len(rank.stages[0].placements[rank.placement.replica])
         ranges = [stage.layers for stage in rank.stages]
         others = sum(float(elsewhere(tensor)[b] - elsewhere(tensor)[a]) for a, b in ranges)
         for uses, part in zip(table.tied, of_tied, strict=True):
             if any(uses.users[b] > uses.users[a] for a, b in ranges):
-                others += share(uses, uses.trained, tensor) * part
+                others += tied_share(uses, uses.trained, tensor) * part
         return replace(parts, optimizer=parts.optimizer - others * table.unit.optimizer)
 
     return adjust
 
 
 def _replicas(plan: Plan, layers: Sequence[int]) -> int:
-    """Return the number of replicas that hold any of some layers."""
+    """Returns the number of replicas that hold any of some layers."""
     held = (s for s in all_stages(plan) if any(s.layers[0] <= n < s.layers[1] for n in layers))
     return len({replica for stage in held for replica in stage.devices})

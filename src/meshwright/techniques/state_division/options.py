@@ -12,7 +12,7 @@ from meshwright.search.bounds import slowest_optimizer
 from meshwright.search.candidate import line_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
-from meshwright.simulate.fold import fold
+from meshwright.simulate.symmetry import find_symmetry
 
 DIVISION = StateDivision(optimizer="all")
 
@@ -27,7 +27,7 @@ MISFITS_PLAYED = 8
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Divide the states of the best plan of each build; if no plan fits, of those that lack
+    """Divides the states of the best plan of each build; if no plan fits, of those that lack
     memory."""
     if incumbent.best is None:
         yield from _mended(incumbent)
@@ -35,7 +35,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     left, proposed = WORK, 0
     for played in _best_of_builds(incumbent):
         plan = divided(played.plan, incumbent.costs.model)
-        work = work_of(plan, fold(plan, incumbent.costs.cluster)) if plan else 0
+        work = work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) if plan else 0
         if plan is None:
             yield Pruned("impossible for this plan")
         elif _least_seconds(incumbent, played) >= incumbent.limit:
@@ -52,7 +52,7 @@ OPTION = PlanOption("divided-states", propose)
 
 
 def _mended(incumbent: Incumbent) -> Proposals:
-    """Divide the states of plans that lack memory."""
+    """Divides the states of plans that lack memory."""
     fitting = 0
     for misfit in incumbent.misfits:
         plan = divided(misfit, incumbent.costs.model)
@@ -65,7 +65,7 @@ def _mended(incumbent: Incumbent) -> Proposals:
 
 
 def _best_of_builds(incumbent: Incumbent) -> list[Evaluated]:
-    """Return the best plan, the simplest of several, and the fastest of each other build."""
+    """Returns the best plan, the simplest of several, and the fastest of each other build."""
     builds: dict[str, Evaluated] = {}
     for played in (simplest(incumbent), *sorted(incumbent.others, key=attrgetter("seconds"))):
         builds.setdefault(played.plan.name, played)
@@ -84,7 +84,7 @@ def _least_seconds(incumbent: Incumbent, played: Evaluated) -> float:
 
 
 def divided(plan: Plan, model: LayerGraph) -> Plan | None:
-    """Return the plan with divided states in every stage that may divide them; None if none may.
+    """Returns the plan with divided states in every stage that may divide them; None if none may.
 
     All stages that hold a layer must divide alike, with replicas of one tensor width, and several
     replicas must hold it. Of stages with different tensor widths that share a weight, those that

@@ -20,17 +20,17 @@ def divides(stage: Stage) -> bool:
 
 
 def all_stages(plan: Plan) -> list[Stage]:
-    """Return the stages of all pipelines of a plan."""
+    """Returns the stages of all pipelines of a plan."""
     return [stage for pipeline in plan.pipelines for stage in pipeline.stages]
 
 
 def stage_text(stage: Stage) -> str:
-    """Format the division in the one-line description of a plan: `[12z|12]`."""
+    """Formats the division in the one-line description of a plan: `[12z|12]`."""
     return "z" if divides(stage) else ""
 
 
 def divided_layers(plan: Plan, model: LayerGraph) -> list[bool]:
-    """Return for each layer whether every stage that holds it divides its states."""
+    """Returns for each layer whether every stage that holds it divides its states."""
     found = [True] * len(model.layers)
     for stage in all_stages(plan):
         if not divides(stage):
@@ -44,7 +44,7 @@ _Held = tuple[tuple[int, int], bool, frozenset[int]]
 
 
 def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Problem]:
-    """Find stages that cannot divide their states with the others that hold the same layers."""
+    """Finds stages that cannot divide their states with the others that hold the same layers."""
     held = list(dict.fromkeys(map(_held, all_stages(plan))))
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
@@ -79,7 +79,7 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[str, list[int]]]:
-    """Yield each tied weight of a stage whose states are divided and whose holders have different
+    """Yields each tied weight of a stage whose states are divided and whose holders have different
     tensor widths, with these widths."""
     for tied in model.tied:
         users = _users(plan, tied)
@@ -90,7 +90,7 @@ def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[
 
 
 def _users(plan: Plan, tied: Tied) -> list[Stage]:
-    """Return the stages that hold a tied weight."""
+    """Returns the stages that hold a tied weight."""
     return [s for s in all_stages(plan) if any(n in range(*s.layers) for n in tied.layers)]
 
 

@@ -9,16 +9,16 @@ from meshwright.program.instructions import Instruction
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 
-def scatter_price(i: Instruction, rank: RankContext) -> Price:
-    """Price a reduce-scatter of gradients: half an all-reduce, but a whole one over gloo, which
+def gradient_scatter_price(i: Instruction, rank: RankContext) -> Price:
+    """Prices a reduce-scatter of gradients: half an all-reduce, but a whole one over gloo, which
     carries it out as such."""
     size = i.bytes * rank.pricing.system.gradient_width
     kind = all_reduce if _over_gloo(i, rank) else reduce_scatter
     return Price(traffic=collective(kind, i, size, rank.pricing))
 
 
-def gather_price(i: Instruction, rank: RankContext) -> Price:
-    """Price the all-gather of updated weights."""
+def parameter_gather_price(i: Instruction, rank: RankContext) -> Price:
+    """Prices the all-gather of updated weights."""
     return Price(traffic=collective(all_gather, i, i.bytes, rank.pricing))
 
 
@@ -28,4 +28,4 @@ def _over_gloo(i: Instruction, rank: RankContext) -> bool:
     return any(context.cluster.types[each].processor == "cpu" for each in types)
 
 
-PRICES = {REDUCE_SCATTER: scatter_price, GATHER_PARAMETERS: gather_price}
+PRICES = {REDUCE_SCATTER: gradient_scatter_price, GATHER_PARAMETERS: parameter_gather_price}

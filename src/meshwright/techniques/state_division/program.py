@@ -16,7 +16,7 @@ from meshwright.techniques.state_division.plan import all_stages, divided_layers
 
 
 def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
-    """Return what replaces the all-reduces of divided layers in the list of a rank, and gathers
+    """Returns what replaces the all-reduces of divided layers in the list of a rank, and gathers
     their weights after the update.
 
     A gather follows the optimizer step of its own bucket, or the rank's only one.

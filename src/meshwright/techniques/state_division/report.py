@@ -9,7 +9,7 @@ from meshwright.techniques.state_division.plan import divides
 
 
 def sentences(plan: Plan) -> Iterator[str]:
-    """Yield a sentence if any stage divides its optimizer states."""
+    """Yields a sentence if any stage divides its optimizer states."""
     stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
     number = sum(map(divides, stages))
     if number:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from meshwright.layout.shares import flat_share
 from meshwright.program.instructions import Instruction
-from meshwright.runtime.play import Action, Player, Step
-from meshwright.techniques.data_parallel.runtime import FlatBucket, Trained
+from meshwright.runtime.interpreter import BoundInstruction, Interpreter, Step
+from meshwright.techniques.data_parallel.runtime import FlatBucket, TrainedPart
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -24,7 +24,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def prepare(bucket: FlatBucket, i: Instruction) -> None:
-    """Lay a bucket's weights out flat, and give the optimizer this rank's share of them."""
+    """Lays a bucket's weights out flat, and gives the optimizer this rank's share of them."""
     if i.op is not REDUCE_SCATTER:
         return
     count, rank = _members(bucket)
@@ -33,8 +33,8 @@ def prepare(bucket: FlatBucket, i: Instruction) -> None:
     gradients = bucket.buffer.new_zeros(size)
     weights = torch.zeros_like(gradients)
     bucket.buffer, bucket.trained, start = gradients, [], 0
-    spans = flat_share([one.parameter.numel() for one in bucket.held], count, rank)
-    for one, (first, last) in zip(bucket.held, spans, strict=True):
+    spans = flat_share([one.parameter.numel() for one in bucket.local_parameters], count, rank)
+    for one, (first, last) in zip(bucket.local_parameters, spans, strict=True):
         parameter, end = one.parameter, start + one.parameter.numel()
         weights[start:end] = parameter.detach().flatten()
         parameter.data = weights[start:end].view(parameter.shape)
@@ -42,10 +42,10 @@ def prepare(bucket: FlatBucket, i: Instruction) -> None:
         if first < last:
             part = nn.Parameter(weights[start + first : start + last])
             part.grad = gradients[start + first : start + last]
-            bucket.trained.append(Trained(one, part, (first, last)))
+            bucket.trained.append(TrainedPart(one, part, (first, last)))
         start = end
     middle = min(max(bucket.undivided, own[0]), own[1])
-    bucket.weighed = [
+    bucket.norm_terms = [
         (gradients[own[0] : middle], bucket.own.of),
         (gradients[middle : own[1]], 1),
     ]
@@ -63,8 +63,8 @@ def _share(bucket: FlatBucket, flat: Tensor) -> Tensor:
     return flat.chunk(count)[rank]
 
 
-def scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, Callable[[], None]]:
-    """Start the sum of a bucket's gradients; this rank's share is valid afterwards."""
+def start_scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, Callable[[], None]]:
+    """Starts the sum of a bucket's gradients; this rank's share is valid afterwards."""
     group = bucket.members[i.tile].group
     if bucket.buffer.is_cuda:
         own = _share(bucket, bucket.buffer)
@@ -75,10 +75,10 @@ def scatter(bucket: FlatBucket, i: Instruction) -> tuple[dist.Work, Callable[[],
     return work, lambda: None
 
 
-def bind_gather(player: Player, i: Instruction) -> Action:
-    """Bind the all-gather of a bucket's updated weights, which the end of the step waits for."""
-    bucket = player.own.reducer.buckets[i.layers, i.tied]
-    first = bucket.held[0].parameter
+def bind_gather(interpreter: Interpreter, i: Instruction) -> BoundInstruction:
+    """Binds the all-gather of a bucket's updated weights, which the end of the step waits for."""
+    bucket = interpreter.own.reducer.buckets[i.layers, i.tied]
+    first = bucket.local_parameters[0].parameter
     whole = first.data.as_strided((bucket.buffer.numel(),), (1,), first.storage_offset())
     group = bucket.members[i.tile].group
 
@@ -87,10 +87,10 @@ def bind_gather(player: Player, i: Instruction) -> Action:
         own = own if whole.is_cuda else own.clone()
         work = _all_gather(whole, own, group=group, async_op=True)
         assert work is not None
-        player.posted_last.append(player.posted(i, [work]))
+        interpreter.posted_last.append(interpreter.posted(i, [work]))
 
     return run
 
 
-STARTS = {REDUCE_SCATTER: scatter}
+STARTS = {REDUCE_SCATTER: start_scatter}
 HANDLERS = {GATHER_PARAMETERS: bind_gather}

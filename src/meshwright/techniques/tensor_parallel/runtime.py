@@ -26,7 +26,7 @@ from meshwright.model.shard import Column, Row, Split, Vocabulary, VocabularyHea
 from meshwright.runtime.observer import Waiting
 
 
-class Team:
+class TensorParallelGroup:
     """The tensor-parallel group of this rank: the ranks that share its layers."""
 
     def __init__(self, group: ProcessGroup, index: int, width: int) -> None:
@@ -35,9 +35,9 @@ class Team:
         """This rank's place in the group, from 0."""
         self.width = width
         self.waiting: Waiting | None = None
-        """Called for everything that waits for the group, all of which is in `sum_`."""
+        """Called for everything that waits for the group, all of which is in `all_reduce`."""
 
-    def sum_(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
+    def all_reduce(self, x: Tensor, op: Any = ReduceOp.SUM) -> Tensor:
         """All-reduces `x` over the group, in place."""
         if self.waiting is None:
             dist.all_reduce(x, op, group=self.group)
@@ -46,29 +46,29 @@ class Team:
         return x
 
 
-class _Enter(Function):
+class _CopyToGroup(Function):
     """Enters the divided part of a layer: forward is the identity, backward sums the gradient over
     the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        ctx.team = team
+    def forward(ctx: Any, x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
+        ctx.team = tensor_group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # A copy, since autograd may hand the same gradient tensor to other nodes.
-        team: Team = ctx.team
-        return team.sum_(grad.clone(memory_format=torch.contiguous_format)), None
+        tensor_group: TensorParallelGroup = ctx.team
+        return tensor_group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
 
 
-class _Leave(Function):
+class _ReduceFromGroup(Function):
     """Leaves the divided part of a layer: forward sums over the group, backward is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
         ctx.mark_dirty(x)
-        return team.sum_(x)
+        return tensor_group.all_reduce(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
@@ -84,17 +84,22 @@ class _VocabularyCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, target_N: Tensor, first: int, ignore: int, team: Team
+        ctx: Any,
+        logits_NV: Tensor,
+        target_N: Tensor,
+        first: int,
+        ignore: int,
+        tensor_group: TensorParallelGroup,
     ) -> Tensor:
         x_NV = logits_NV.to(torch.promote_types(torch.float32, logits_NV.dtype))
-        top_N = team.sum_(x_NV.amax(dim=1), ReduceOp.MAX)
+        top_N = tensor_group.all_reduce(x_NV.amax(dim=1), ReduceOp.MAX)
         x_NV = x_NV - top_N[:, None]
         local_N = target_N - first
         mine_N = (local_N >= 0) & (local_N < x_NV.shape[1])
         local_N = local_N.masked_fill(~mine_N, 0)
         picked_N = x_NV.gather(1, local_N[:, None])[:, 0].masked_fill(~mine_N, 0)
         exp_NV = x_NV.exp_()
-        total_N, picked_N = team.sum_(torch.stack((exp_NV.sum(dim=1), picked_N)))
+        total_N, picked_N = tensor_group.all_reduce(torch.stack((exp_NV.sum(dim=1), picked_N)))
         counts_N = target_N != ignore
         ctx.scale = 1 / counts_N.sum(dtype=x_NV.dtype)
         ctx.save_for_backward(exp_NV.div_(total_N[:, None]), local_N, mine_N, counts_N)
@@ -111,33 +116,35 @@ class _VocabularyCrossEntropy(Function):
         return grad_NV.to(ctx.dtype), None, None, None, None
 
 
-def enter(x: Tensor, team: Team) -> Tensor:
+def copy_to_group(x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
     """Returns `x`; its gradient is summed over the group."""
-    return cast("Tensor", _Enter.apply(x, team))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _CopyToGroup.apply(x, tensor_group))  # type: ignore[no-untyped-call]
 
 
-def leave(x: Tensor, team: Team) -> Tensor:
+def reduce_from_group(x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
     """Sums `x` over the group, in place, and returns it; its gradient passes unchanged."""
-    return cast("Tensor", _Leave.apply(x, team))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _ReduceFromGroup.apply(x, tensor_group))  # type: ignore[no-untyped-call]
 
 
-def at(box: Box) -> tuple[slice, ...]:
+def box_index(box: Box) -> tuple[slice, ...]:
     """Returns the index of a box in a tensor."""
     return tuple(slice(first, last) for first, last in box)
 
 
-def take(full: Tensor, tile: Tile) -> Tensor:
+def read_slices(full: Tensor, tile: Tile) -> Tensor:
     """Returns a tile of a full tensor as a new tensor, its boxes joined."""
-    return torch.cat([full[at(box)] for box in tile], dim=joint(tile))
+    return torch.cat([full[box_index(box)] for box in tile], dim=joint(tile))
 
 
-def put(full: Tensor, tile: Tile, part: Tensor) -> None:
-    """Writes a tile, as `take` returns it, back into the full tensor."""
+def write_slices(full: Tensor, tile: Tile, part: Tensor) -> None:
+    """Writes a tile, as `read_slices` returns it, back into the full tensor."""
     for box, place in zip(tile, joined(tile), strict=True):
-        full[at(box)].copy_(part[at(place)])
+        full[box_index(box)].copy_(part[box_index(place)])
 
 
-def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Team) -> None:
+def divide(
+    module: nn.Module, name: str, split: Split, full_size: int, tensor_group: TensorParallelGroup
+) -> None:
     """Makes a module whose parameters are slices compute together with the other ranks of its
     group.
 
@@ -146,19 +153,21 @@ def divide(module: nn.Module, name: str, split: Split, full_size: int, team: Tea
     """
     if isinstance(split, (Column, VocabularyHead)):
         whole = module.forward
-        module.forward = lambda x, *rest: whole(enter(x, team), *rest)
+        module.forward = lambda x, *rest: whole(copy_to_group(x, tensor_group), *rest)
     elif isinstance(split, Row):
         linear = type(module).forward is nn.Linear.forward
         biased = getattr(module, "bias", None) is not None
         _need(linear or not biased, module, name, "an nn.Linear, or any module without bias")
-        module.forward = _row(cast("nn.Linear", module), team) if linear else _sum(module, team)
+        module.forward = (
+            _row(cast("nn.Linear", module), tensor_group) if linear else _sum(module, tensor_group)
+        )
     elif isinstance(split, Vocabulary):
         fits = isinstance(module, nn.Embedding) and module.padding_idx is None
         _need(fits and cast("Any", module).max_norm is None, module, name,
               "an nn.Embedding without padding_idx and max_norm")  # fmt: skip
-        module.forward = _vocabulary(module, full_size, team)
+        module.forward = _vocabulary(module, full_size, tensor_group)
     elif isinstance(split, VocabularyLoss):
-        module.forward = _vocabulary_loss(module, team)
+        module.forward = _vocabulary_loss(module, tensor_group)
 
 
 def _need(holds: bool, module: nn.Module, name: str, wanted: str) -> None:
@@ -166,43 +175,47 @@ def _need(holds: bool, module: nn.Module, name: str, wanted: str) -> None:
         raise PlanError(Problem(f"module {name}", "tensor_split", type(module).__name__, wanted))
 
 
-def _row(module: nn.Linear, team: Team) -> Callable[[Tensor], Tensor]:
+def _row(module: nn.Linear, tensor_group: TensorParallelGroup) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        y = leave(F.linear(x, module.weight), team)
+        y = reduce_from_group(F.linear(x, module.weight), tensor_group)
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
     return forward
 
 
-def _sum(module: nn.Module, team: Team) -> Callable[..., Tensor]:
+def _sum(module: nn.Module, tensor_group: TensorParallelGroup) -> Callable[..., Tensor]:
     whole = module.forward
-    return lambda *args: leave(whole(*args), team)
+    return lambda *args: reduce_from_group(whole(*args), tensor_group)
 
 
-def _vocabulary(module: nn.Module, size: int, team: Team) -> Callable[[Tensor], Tensor]:
-    first, last = cut(size, own_share(team.width, team.index))
+def _vocabulary(
+    module: nn.Module, size: int, tensor_group: TensorParallelGroup
+) -> Callable[[Tensor], Tensor]:
+    first, last = cut(size, own_share(tensor_group.width, tensor_group.index))
     whole = module.forward
 
     def forward(index: Tensor) -> Tensor:
         elsewhere = (index < first) | (index >= last)
         found = whole((index - first).masked_fill(elsewhere, 0))
-        return leave(found.masked_fill(elsewhere[..., None], 0), team)
+        return reduce_from_group(found.masked_fill(elsewhere[..., None], 0), tensor_group)
 
     return forward
 
 
-def _vocabulary_loss(module: nn.Module, team: Team) -> Callable[[Tensor, Tensor], Tensor]:
+def _vocabulary_loss(
+    module: nn.Module, tensor_group: TensorParallelGroup
+) -> Callable[[Tensor, Tensor], Tensor]:
     ignore = int(getattr(module, "ignore_index", -100))
     starts: list[int] = []
 
     def forward(logits: Tensor, targets: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
         if not starts:
-            sizes = torch.zeros(team.width, dtype=torch.long, device=flat.device)
-            sizes[team.index] = flat.shape[1]
-            team.sum_(sizes)
-            starts.append(sum(int(sizes[i]) for i in range(team.index)))
-        args = (flat, targets.flatten(), starts[0], ignore, team)
+            sizes = torch.zeros(tensor_group.width, dtype=torch.long, device=flat.device)
+            sizes[tensor_group.index] = flat.shape[1]
+            tensor_group.all_reduce(sizes)
+            starts.append(sum(int(sizes[i]) for i in range(tensor_group.index)))
+        args = (flat, targets.flatten(), starts[0], ignore, tensor_group)
         result = _VocabularyCrossEntropy.apply(*args)  # type: ignore[no-untyped-call]
         return cast("Tensor", result)
 

@@ -2,15 +2,15 @@
 those of the weights.
 
 The technique is that of 2BP (Rae et al. 2024) and zero bubble (Qi et al. 2023). While a forward
-runs under `Deferring`, every product of an activation and a weight becomes two autograd nodes. One
-is in the graph of the activations: its backward computes the gradient of the activation alone, and
-keeps what the other node needs. The other leads from a token to the weight; a backward from the
-token computes the weight's gradient. (A linear product of unchanged parameters needs no token: the
-product itself adds to their gradients, in one pass.) So each product is computed once, accumulation
-and hooks work as usual, and the first part frees the graph: only inputs and output gradients of the
-products are kept for the second. Parameters outside products (norms, added biases, embeddings) get
-their gradients in the first part: their operations compute both at once, in memory-bound kernels.
-"""
+runs under `DeferWeightGradients`, every product of an activation and a weight becomes two autograd
+nodes. One is in the graph of the activations: its backward computes the gradient of the activation
+alone, and keeps what the other node needs. The other leads from a token to the weight; a backward
+from the token computes the weight's gradient. (A linear product of unchanged parameters needs no
+token: the product itself adds to their gradients, in one pass.) So each product is computed once,
+accumulation and hooks work as usual, and the first part frees the graph: only inputs and output
+gradients of the products are kept for the second. Parameters outside products (norms, added biases,
+embeddings) get their gradients in the first part: their operations compute both at once, in
+memory-bound kernels."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from meshwright.techniques.backward_split.runtime.products import (
-    LinearInput,
+    InputGradientLinear,
+    InputGradientProduct,
     LinearProduct,
-    OtherInput,
     OtherProduct,
     Product,
-    Token,
+    WeightGradientNode,
 )
 
 PRODUCTS: frozenset[Callable[..., Tensor]] = frozenset(
@@ -52,8 +52,9 @@ _ALIASES = frozenset(
 """Autograd nodes that may lie between a parameter and the form of it that a product reads."""
 
 
-class Deferred:
-    """The weight gradients of one micro-batch that `Deferring` has put off in its forward."""
+class DeferredGradients:
+    """The weight gradients of one micro-batch that `DeferWeightGradients` has put off in its
+    forward."""
 
     def __init__(self) -> None:
         self.products: list[tuple[Tensor | None, Product]] = []
@@ -73,18 +74,18 @@ class Deferred:
         return sum(sizes.values())
 
 
-class Deferring(TorchFunctionMode):
+class DeferWeightGradients(TorchFunctionMode):
     """Context in which a forward defers the gradients of the weights in its products."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self._weights = {id(p) for p in parameters if p.requires_grad}
         self._anchors: dict[torch.device, Tensor] = {}
-        self.deferred = Deferred()
+        self.deferred = DeferredGradients()
 
-    def begin(self) -> Deferred:
+    def begin(self) -> DeferredGradients:
         """Starts collecting the next forward's deferred gradients, and returns the collection."""
-        self.deferred = Deferred()
+        self.deferred = DeferredGradients()
         return self.deferred
 
     def __torch_function__(
@@ -108,7 +109,7 @@ class Deferring(TorchFunctionMode):
             product = LinearProduct(tuple(map(id, operands)), operands)
             self.deferred.products.append((None, product))
             return self._product(product, input, operands)
-        sources = tuple(source(w, self._weights) for w in operands if w.requires_grad)
+        sources = tuple(parameter_behind(w, self._weights) for w in operands if w.requires_grad)
         if weight.ndim != 2 or not weight.requires_grad or None in sources:
             return F.linear(input, weight, bias)
         if low is not None:
@@ -120,14 +121,18 @@ class Deferring(TorchFunctionMode):
     def _product(self, product: LinearProduct, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         fixed = (w.detach() for w in operands)
         anchor = self._anchor(x.device)
-        return cast("Tensor", LinearInput.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
+        return cast("Tensor", InputGradientLinear.apply(product, anchor, x, *fixed))  # type: ignore[no-untyped-call]
 
     def _any(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
-        weights = [t for t in tensors if t.requires_grad and source(t, self._weights) is not None]
+        weights = [
+            t for t in tensors if t.requires_grad and parameter_behind(t, self._weights) is not None
+        ]
         if not weights:
             return func(*args, **kwargs)
-        product = OtherProduct(tuple(cast("int", source(w, self._weights)) for w in weights))
+        product = OtherProduct(
+            tuple(cast("int", parameter_behind(w, self._weights)) for w in weights)
+        )
         product.inner = [w.detach().requires_grad_() for w in weights]
         self._defer(product, weights)
         fixed = {id(w): inner for w, inner in zip(weights, product.inner, strict=True)}
@@ -139,10 +144,10 @@ class Deferring(TorchFunctionMode):
             return func(*again, **named)
 
         anchor = self._anchor(weights[0].device)
-        return OtherInput.apply(product, call, anchor, *activations)  # type: ignore[no-untyped-call]
+        return InputGradientProduct.apply(product, call, anchor, *activations)  # type: ignore[no-untyped-call]
 
     def _defer(self, product: Product, weights: Sequence[Tensor]) -> None:
-        token = Token.apply(product, *weights)  # type: ignore[no-untyped-call]
+        token = WeightGradientNode.apply(product, *weights)  # type: ignore[no-untyped-call]
         self.deferred.products.append((token, product))
 
     def _anchor(self, device: torch.device) -> Tensor:
@@ -153,7 +158,7 @@ class Deferring(TorchFunctionMode):
         return self._anchors[device]
 
 
-def backward_weights(micro_batches: Sequence[Deferred]) -> None:
+def backward_weights(micro_batches: Sequence[DeferredGradients]) -> None:
     """Runs the second part of the backward of some micro-batches whose first part is done.
 
     Gradients accumulate, and hooks run, in the order of an ordinary backward. Linear products of
@@ -164,7 +169,7 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
         _accumulate([cast("LinearProduct", product) for _, product in ready])
     else:
         tokens = [
-            Token.apply(product, *cast("LinearProduct", product).parameters)  # type: ignore[no-untyped-call]
+            WeightGradientNode.apply(product, *cast("LinearProduct", product).parameters)  # type: ignore[no-untyped-call]
             if token is None
             else token
             for token, product in ready
@@ -174,7 +179,7 @@ def backward_weights(micro_batches: Sequence[Deferred]) -> None:
         deferred.products.clear()
 
 
-def _ready(micro_batches: Sequence[Deferred]) -> list[tuple[Tensor | None, Product]]:
+def _ready(micro_batches: Sequence[DeferredGradients]) -> list[tuple[Tensor | None, Product]]:
     """Returns the products that a gradient has reached, with linear products joined where
     possible."""
     if len(micro_batches) == 1:
@@ -222,7 +227,7 @@ def _accumulate(products: Sequence[LinearProduct]) -> None:
                         hook(parameter)
 
 
-def source(tensor: Tensor, known: set[int]) -> int | None:
+def parameter_behind(tensor: Tensor, known: set[int]) -> int | None:
     """Returns the identity of the parameter that `tensor` is a form of (itself, a view, a cast), if
     any."""
     if tensor.is_leaf:

@@ -115,7 +115,7 @@ Product = LinearProduct | OtherProduct
 """A product whose weight gradient is computed later than its activation gradient."""
 
 
-class Token(Function):
+class WeightGradientNode(Function):
     """Autograd node that stands for a product's weights: its backward computes their gradients."""
 
     @staticmethod
@@ -128,7 +128,7 @@ class Token(Function):
         return None, *ctx.product.gradients(ctx.needs_input_grad[1:])
 
 
-class LinearInput(Function):
+class InputGradientLinear(Function):
     """A linear product whose backward computes the gradient of its input alone."""
 
     @staticmethod
@@ -153,7 +153,7 @@ class LinearInput(Function):
         return None, None, grad @ weight if needed[2] else None, *(None for _ in needed[3:])
 
 
-class OtherInput(Function):
+class InputGradientProduct(Function):
     """Any other product; its backward computes the gradients of its activations."""
 
     @staticmethod

@@ -1,0 +1,195 @@
+"""What every instruction of a program costs: seconds of compute, traffic on the links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Resource, Topology, topology
+from meshwright.cost.constants import system_constants
+from meshwright.cost.links import (
+    messages_are_serialised,
+    overhead_seconds,
+    reached_links,
+    ring_step_seconds,
+)
+from meshwright.cost.memory import adjustments, device_stage_memory, framework_bytes, memory_tables
+from meshwright.cost.operation_prices import pricings
+from meshwright.cost.pricing_context import (
+    Price,
+    PricedStage,
+    PricingContext,
+    RankContext,
+    one_micro_batch_memory,
+    tensor_width,
+)
+from meshwright.cost.profile import Profile
+from meshwright.cost.times import LayerTimeCache, ReplicaSeconds
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import RankPlacement, RankView, StagePlacement, stage_placements
+from meshwright.plan.spec import Plan
+from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
+from meshwright.program.operations import Op
+from meshwright.records import record
+from meshwright.stopping import raise_if_stopped
+
+
+@record
+class Prices:
+    """Holds everything but the program itself that the simulator needs."""
+
+    ranks: tuple[tuple[Price, ...], ...]
+    """The price of every instruction, in the order of Program.ranks."""
+    bandwidth: Mapping[Resource, float]
+    """The bytes per second of every resource that traffic uses."""
+    devices: tuple[str, ...]
+    """The device of every rank."""
+    static_bytes: tuple[int, ...]
+    """The bytes of parameters, gradients, optimizer states and buffers on every rank."""
+    overhead_seconds: float = 0.0
+    """The fixed cost of a step outside all instructions."""
+
+
+def price_program(
+    program: Program,
+    plan: Plan,
+    model: LayerGraph,
+    cluster: Cluster,
+    profile: Profile | None = None,
+    *,
+    links: Topology | None = None,
+) -> Prices:
+    """Prices every instruction of a plan's program; some ranks of it may have no instructions.
+
+    `links` is the topology of the cluster with the links of the profile, if the caller has it.
+    Raises ClusterError if a device does not offer the model's precision.
+    """
+    links = links or topology(reached_links(cluster, profile))
+    context = _context(plan, model, cluster, profile, links)
+    held = _placed_stages(program, context)
+    return Prices(
+        ranks=tuple(
+            _prices(RankContext(program.ranks[rank], own, context)) if own else ()
+            for rank, own in held.items()
+        ),
+        bandwidth=context.links.capacities,
+        devices=plan.devices,
+        static_bytes=tuple(
+            _static_bytes([(s.stage, s.placement) for s in own.values()], context) if own else 0
+            for own in held.values()
+        ),
+        overhead_seconds=overhead_seconds(profile),
+    )
+
+
+def _context(
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None, links: Topology
+) -> PricingContext:
+    return PricingContext(
+        model=model,
+        plan=plan,
+        cluster=cluster,
+        profile=profile,
+        links=links,
+        step_latency=ring_step_seconds(profile),
+        queued=messages_are_serialised(cluster),
+        system=system_constants(profile.calibration if profile else None),
+        tables=memory_tables(model, plan.job),
+        adjustments=adjustments(plan, model),
+        types={name: device.type for name, device in links.devices.items()},
+    )
+
+
+def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[int, PricedStage]]:
+    """Returns the stages of every rank, by number; a rank without instructions has none."""
+    plan, links = context.plan, context.links
+    times = LayerTimeCache(
+        context.model, context.cluster, context.profile, links, context.step_latency
+    )
+    held: dict[int, dict[int, PricedStage]] = {rank: {} for rank in range(len(plan.devices))}
+    for stage in stage_placements(plan):
+        raise_if_stopped()
+        for replica in stage.placements:
+            if not any(program.ranks[placement.rank] for placement in replica):
+                continue
+            computes = ReplicaSeconds(
+                times,
+                stage.layers,
+                [context.types[placement.device] for placement in replica],
+                [placement.device for placement in replica],
+                replica[0].rows[1] - replica[0].rows[0],
+                recompute=stage.recompute,
+            )
+            for placement in replica:
+                if program.ranks[placement.rank]:
+                    held[placement.rank][stage.number] = PricedStage(stage, placement, computes)
+    return held
+
+
+def _prices(rank: RankContext) -> tuple[Price, ...]:
+    """Prices the instructions of one rank."""
+    raise_if_stopped()
+    inside = _backward_of_reductions(rank.instructions)
+    completes: dict[int, list[tuple[int, float]]] = {}
+    for reduction, backward in inside.items():
+        offset = _completion_seconds(rank, rank.instructions[reduction], backward)
+        completes.setdefault(backward, []).append((reduction, offset))
+    known: dict[tuple[int, Op, int], Price] = {}
+    found = []
+    for index, i in enumerate(rank.instructions):
+        if i.op.part == "compute":
+            key = (i.stage, i.op, len(micro_batches_of(i)))
+            if key not in known:
+                known[key] = pricings()[i.op](i, rank)
+            priced = known[key]
+        else:
+            priced = pricings()[i.op](i, rank)
+        if index in inside or index in completes:
+            done = tuple(completes.get(index, ()))
+            priced = replace(priced, completed_by=inside.get(index), completes=done)
+        found.append(priced)
+    return tuple(found)
+
+
+def _completion_seconds(rank: RankContext, reduction: Instruction, backward: int) -> float:
+    """Returns the seconds from the start of a backward to the moment at which the gradients of a
+    reduction are complete."""
+    i = rank.instructions[backward]
+    seated, context = rank.stage_of(i), rank.pricing
+    layers = seated.stage.layers
+    seconds = seated.times.of(i.op, len(micro_batches_of(i)))
+    layer = completing_layer(reduction, layers, context.model)
+    offset = float(seconds[layer - layers[0] :].sum())
+    return offset + context.system.reduction_delay * (float(seconds.sum()) - offset)
+
+
+def _backward_of_reductions(instructions: Sequence[Instruction]) -> dict[int, int]:
+    """Maps the index of each reduction to that of its stage's last backward (B or W).
+
+    A reduction posted after that backward is left out: its gradients are complete already.
+    """
+    last = {i.stage: index for index, i in enumerate(instructions) if i.op.completes_gradients}
+    return {
+        index: last[i.stage]
+        for index, i in enumerate(instructions)
+        if i.op.of_gradients and last.get(i.stage, -1) > index
+    }
+
+
+def _static_bytes(
+    own: Sequence[tuple[StagePlacement, RankPlacement]], context: PricingContext
+) -> int:
+    """Returns the bytes that a rank holds whichever micro-batches are in flight."""
+    stages = tuple(stage for stage, _ in own)
+    parts = device_stage_memory(
+        context.tables.plain,
+        stages,
+        tensor_width(*own[0]),
+        [one_micro_batch_memory(stage, placement, context) for stage, placement in own],
+    )
+    for adjust in context.adjustments:
+        parts = adjust(parts, RankView(stages=stages, placement=own[0][1]))
+    device = context.cluster.types[context.types[own[0][1].device]]
+    states = parts.parameters + parts.gradients + parts.optimizer
+    return framework_bytes(device) + round(float(states + parts.buffers))

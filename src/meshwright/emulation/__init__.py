@@ -1,0 +1,1 @@
+"""Emulates slower devices on this machine, so that a mixed cluster can be tried without one."""

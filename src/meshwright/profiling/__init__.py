@@ -1,0 +1,1 @@
+"""Measures the times of layers, optimizers and links on the devices themselves."""

@@ -1,0 +1,1 @@
+"""Runs the verbs of the command line from beginning to end, one file for each."""

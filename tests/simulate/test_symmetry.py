@@ -1,0 +1,215 @@
+"""Playing one of every set of identical replicas gives what playing all of them gives."""
+
+from dataclasses import replace
+from math import ulp
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
+from meshwright.cluster.topology import Resource
+from meshwright.cost.pricing import price_program
+from meshwright.plan.spec import Pipeline, Plan, Stage
+from meshwright.program.compile import compile_plan
+from meshwright.simulate.critical_path import step_breakdown
+from meshwright.simulate.simulator import simulate_plan
+from meshwright.simulate.symmetry import find_symmetry, priced_for_all, simulate_by_symmetry
+from worlds import DEVICE, cluster, even_model, even_plan, plan_by_hand
+
+
+def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluster:
+    """Nodes of `each` devices, the second half of them at another site."""
+    made = cluster(
+        *(("g",) * each,) * nodes,
+        inside=Link(bandwidth=1e9, latency=1e-6, shared=shared),
+        network=Link(bandwidth=2e8, latency=1e-5, shared=shared),
+        types=(DEVICE,),
+        names=[f"n{i}" for i in range(nodes)],
+    )
+    half = (nodes + 1) // 2
+    placed = [replace(n, site="home" if i < half else "away") for i, n in enumerate(made.nodes)]
+    way = Link(bandwidth=uplink, latency=1e-4)
+    ends = tuple(Site(name=name, uplink=way) for name in ("home", "away"))
+    return replace(made, nodes=tuple(placed), sites=ends)
+
+
+@settings(max_examples=60)
+@given(
+    data=st.sampled_from([1, 2, 4]),
+    tensor=st.sampled_from([1, 2]),
+    stages=st.integers(1, 4),
+    micro_batches=st.integers(1, 5),
+    each=st.sampled_from([1, 2, 4]),
+    shared=st.booleans(),
+    schedule=st.sampled_from(["1f1b", "gpipe"]),
+    parameters=st.sampled_from([0, 100_000, 10_000_000]),
+)
+def test_regular_plans_take_as_long_folded(
+    data, tensor, stages, micro_batches, each, shared, schedule, parameters
+):
+    model = even_model(stages * 2, cut_bytes=1e4, parameters=parameters)
+    where = sites(-(-data * tensor * stages // each), each, shared=shared)
+    plan = even_plan(
+        model,
+        where,
+        data=data,
+        tensor=tensor,
+        stages=stages,
+        micro_batches=micro_batches,
+        schedule=schedule,
+    )
+    check(plan, model, where)
+
+
+def check(plan, model, where):
+    whole, folded = simulate_plan(plan, model, where), simulate_by_symmetry(plan, model, where)
+    assert folded.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
+    assert step_breakdown(folded) == pytest.approx(step_breakdown(whole), rel=1e-6, abs=1e-9)
+
+
+def whole(*replicas: tuple[str, ...]) -> Stage:
+    """All four layers."""
+    return Stage(layers=(0, 4), devices=replicas)
+
+
+def two_lines(narrow: bool) -> Plan:
+    """Four replicas of one stage, and stages of two replicas and one or two."""
+    devices = tuple(f"n{i}:{j}" for i in range(2) for j in range(2))
+    second = (("n3:0",),) if narrow else (("n3:0",), ("n3:1",))
+    stages = (
+        Stage(layers=(0, 2), devices=(("n2:0",), ("n2:1",))),
+        Stage(layers=(2, 4), devices=second),
+    )
+    return plan_by_hand(
+        Pipeline(micro_batches=2, rows=4, stages=(whole(*((d,) for d in devices)),)),
+        Pipeline(micro_batches=2, rows=2, stages=stages),
+        optimizer="sgd",
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_unlike_pipelines_take_as_long_folded(shared, narrow):
+    model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
+    check(two_lines(narrow), model, sites(4, 2, shared=shared))
+
+
+def unlike_widths(second: tuple[tuple[str, ...], ...]) -> Plan:
+    """Two replicas of two tensor ranks each in one pipeline, and another pipeline."""
+    first = whole(("n0:0", "n0:1"), ("n1:0", "n1:1"))
+    return plan_by_hand(
+        Pipeline(micro_batches=2, rows=4, stages=(first,)),
+        Pipeline(micro_batches=2, rows=2, stages=(whole(*second),)),
+        optimizer="sgd",
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("second", "played"),
+    [
+        ((("n2:0", "n2:1", "n3:0", "n3:1"),), 2 + 4),
+        ((("n2:0",), ("n2:1",), ("n3:0",), ("n3:1",))[:2], 2 + 1),
+        ((("n2:0",), ("n3:0", "n3:1")), 2 + 3),
+        ((("n2:0", "n2:1"),), 1 + 1),
+    ],
+)
+def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
+    """Only where all tensor widths are equal one tensor rank stands for the others."""
+    model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
+    model = replace(
+        model, layers=tuple(replace(x, split_parameters=2_900_000) for x in model.layers)
+    )
+    plan, where = unlike_widths(second), sites(4, 2, shared=shared)
+    check(plan, model, where)
+    assert len(find_symmetry(plan, where).ranks) == played
+
+
+def test_one_of_all_replicas_is_played():
+    model, where = even_model(2), sites(4, 2, shared=False)
+    plan = even_plan(model, where, data=4, stages=2)
+    assert len(find_symmetry(plan, where).ranks) == 2
+    assert len(find_symmetry(two_lines(False), where).ranks) == 1 + 2
+    assert len(find_symmetry(two_lines(True), where).ranks) == 1 + 3
+
+
+@st.composite
+def uneven_clusters(draw) -> Cluster:
+    """Nodes of one to four devices of two types, alike or not, at one site or two, often with an
+    explicit link between two of them."""
+    widths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    if draw(st.booleans()):
+        widths = widths[:1] * (len(widths) + 1)
+    kinds = ["g"] if draw(st.booleans()) else ["g", "h"]
+    shared = draw(st.booleans())
+    inside = Link(bandwidth=draw(st.sampled_from([1e9, 3.3e9])), latency=1e-6, shared=shared)
+    network = Link(bandwidth=draw(st.sampled_from([2e8, 1.37e8])), latency=1e-5, shared=shared)
+    places = st.sampled_from(draw(st.sampled_from([["home"], ["home", "away"]])))
+    nodes = tuple(
+        Node(
+            name=f"n{i}",
+            site=draw(places),
+            devices=(draw(st.sampled_from(kinds)),) * width,
+            inside=inside,
+            network=network,
+        )
+        for i, width in enumerate(widths)
+    )
+    pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name < b.name]
+    wire = Link(bandwidth=7.7e7, latency=1e-6, shared=draw(st.booleans()))
+    chosen = draw(st.lists(st.sampled_from(pairs), max_size=2, unique=True)) if pairs else []
+    uplink = Link(bandwidth=draw(st.sampled_from([1e8, 3.1e7])), latency=1e-4)
+    return Cluster(
+        name="uneven",
+        types={"g": DEVICE, "h": replace(DEVICE, name="h", peak={"fp32": 4e11})},
+        nodes=nodes,
+        sites=tuple(Site(name=name, uplink=uplink) for name in ("home", "away")),
+        direct=tuple(DirectLink(between=pair, link=wire) for pair in chosen),
+    )
+
+
+@settings(max_examples=200)
+@given(uneven_clusters(), st.data())
+def test_uneven_clusters_with_explicit_links_take_as_long_folded(where, data):
+    """To the last digit; sums of equal bytes on a shared bus may round in its last place."""
+    model = even_model(
+        6,
+        cut_bytes=data.draw(st.sampled_from([1e4, 12345.0, 1e6])),
+        parameters=data.draw(st.sampled_from([0, 100_003, 3_000_000])),
+    )
+    count = len(devices_of(where))
+    stages = data.draw(st.sampled_from([s for s in (1, 2, 3) if s <= count]))
+    replicas = data.draw(st.integers(1, count // stages))
+    plan = even_plan(
+        model,
+        where,
+        data=replicas,
+        tensor=data.draw(st.integers(1, count // stages // replicas)),
+        stages=stages,
+        micro_batches=data.draw(st.integers(1, 5)),
+        schedule=data.draw(st.sampled_from(["1f1b", "gpipe"])),
+    )
+    whole = simulate_plan(plan, model, where).step_seconds
+    assert abs(simulate_by_symmetry(plan, model, where).step_seconds - whole) <= ulp(whole)
+
+
+def test_an_explicit_link_is_priced_as_what_it_is():
+    """Where there is one every rank is played, and nothing changes its price."""
+    where = sites(2, 2, shared=False)
+    wire = DirectLink(between=("n0", "n1"), link=Link(bandwidth=5e7, latency=1e-6))
+    where = replace(where, direct=(wire,))
+    model = even_model(4, cut_bytes=1e4, parameters=100_000)
+    plan = even_plan(model, where, data=2, stages=2, micro_batches=2)
+    folded = find_symmetry(plan, where)
+    assert len(folded.ranks) == 4
+    program = compile_plan(plan, model)
+    prices = price_program(program, plan, model, where)
+    carried = {r for own in prices.ranks for each in own for r in each.traffic.bytes_by_resource}
+    there, back = (Resource(a, "link", "out", b) for a, b in (("n0", "n1"), ("n1", "n0")))
+    assert {there, back} <= carried
+    assert _carried(priced_for_all(program, prices, folded)) == _carried(prices)
+
+
+def _carried(prices):
+    return [[each.traffic.bytes_by_resource for each in own] for own in prices.ranks]

@@ -1,0 +1,88 @@
+"""Names and docstrings: one idea has one name, and an explanation is a sentence."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
+EXCEPT = ("search/", "program/work.py")
+"""Beginnings of paths whose docstrings are not held to this."""
+TREES = {
+    path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+IN_EVERY_ROOM = {"__init__.py", "__main__.py", "spec.py", "files.py", "validate.py"}
+"""Files whose room says what they are about: its records, a user's files, and their checks."""
+OF_BOTH_MODELS = {"Attention", "Block"}
+"""Modules that GPT-2 and Llama have in common by name only."""
+NO_SENTENCE = {"And", "As", "At", "By", "From", "In", "Of"} | {
+    "Until",
+    "When",
+    "Where",
+    "Whether",
+    "With",
+}
+"""First words after which a reader must guess the rest of the sentence from the code."""
+
+
+def _homes(found: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
+    homes = defaultdict(list)
+    for name, home in found:
+        homes[name].append(home)
+    return {name: found for name, found in homes.items() if len(found) > 1}
+
+
+def test_no_file_name_stands_for_two_things() -> None:
+    files = (
+        (path.name, str(path))
+        for path in TREES
+        if path.name not in IN_EVERY_ROOM and path.parts[0] != "techniques"
+    )
+    assert not _homes(files)
+
+
+def test_no_class_name_stands_for_two_things() -> None:
+    classes = (
+        (node.name.lstrip("_"), str(path))
+        for path, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name not in OF_BOTH_MODELS
+    )
+    assert not _homes(classes)
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """The docstrings of a module, its classes and functions, and the texts under its fields."""
+    yield "", ast.get_docstring(tree) or ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, ast.get_docstring(node) or ""
+        for one, other in _pairs(node):
+            if isinstance(one, ast.Assign | ast.AnnAssign) and isinstance(other, ast.Expr):
+                text = getattr(other.value, "value", None)
+                if isinstance(text, str):
+                    yield ast.unparse(one).split("=")[0], text
+
+
+def _pairs(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    body = getattr(node, "body", [])
+    if isinstance(body, list):
+        yield from pairwise(body)
+
+
+HELD = [path for path in TREES if not path.as_posix().startswith(EXCEPT)]
+
+
+@pytest.mark.parametrize("path", HELD, ids=str)
+def test_docstrings_begin_as_sentences_do(path: Path) -> None:
+    for name, text in _docstrings(TREES[path]):
+        first = text.split(maxsplit=1)[0] if text.strip() else "Nothing"
+        lower = first[0].islower() and not first.startswith("torch")
+        assert not lower, f"{path}:{name} begins in the middle: {text[:60]!r}"
+        assert first.rstrip(",:") not in NO_SENTENCE, f"{path}:{name} is no sentence: {text[:60]!r}"
