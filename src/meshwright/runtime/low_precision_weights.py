@@ -19,7 +19,7 @@ from meshwright.cluster.spec import Precision
 from meshwright.model.symbolic import LOW_PRECISION, linear_parameters
 
 
-class _CastWeight(Function):
+class CastWeight(Function):
     """Replaces a weight by its existing low-precision copy; the backward casts the gradient to the
     weight's precision."""
 
@@ -79,7 +79,7 @@ class LowPrecisionWeights:
     def _put(self, module: nn.Module, _: object) -> None:
         for name in self._places[module]:
             weight = module.get_parameter(name)
-            copy = _CastWeight.apply(weight, self._copy(weight))  # type: ignore[no-untyped-call]
+            copy = CastWeight.apply(weight, self._copy(weight))  # type: ignore[no-untyped-call]
             module._parameters[name] = copy
             self._replaced.append((module, name, weight))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from meshwright.runtime.low_precision_weights import CastWeight
 from meshwright.techniques.backward_split.runtime.products import (
     InputGradientLinear,
     InputGradientProduct,
@@ -48,7 +49,7 @@ _ALIASES = frozenset(
     f"{name}Backward0"
     for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "Expand", "Select",
                  "Slice", "Squeeze", "Unsqueeze", "Alias", "ToCopy")
-) | {"_CopyBackward"}  # fmt: skip
+) | {f"{CastWeight.__name__}Backward"}  # fmt: skip
 """Autograd nodes that may lie between a parameter and the form of it that a product reads."""
 
 
