@@ -92,7 +92,7 @@ def test_nothing_stays_after_an_error(tmp_path: Path) -> None:
 KILLED = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts aside ignores it
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {tests!r}]
 from pathlib import Path
 from beds import bed
 from meshwright.testbed.lifecycle import running_testbed
@@ -103,7 +103,9 @@ with running_testbed(bed(), folder=Path({folder!r})) as up:
 
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:
-    script = textwrap.dedent(KILLED.format(here=str(HERE), folder=str(folder)))
+    script = textwrap.dedent(
+        KILLED.format(here=str(HERE), tests=str(HERE.parent), folder=str(folder))
+    )
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + LIMIT
     while len([p for p in folder.glob("*.pid") if p.stat().st_size]) < 2:
