@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, batch, gpt, pipeline
-from ranks import run_ranks
+from ranks import run_ranks, start_server
 
 from meshwright.emulation.compute_lock import ComputeLock, devices_at_once
 from meshwright.emulation.dilation import (
@@ -41,6 +41,7 @@ def hold(folder: Path, pipe: Connection) -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_one_computes_until_it_leaves_or_ends(tmp_path: Path, killed: bool) -> None:
+    start_server()
     ours, theirs = multiprocessing.get_context("forkserver").Pipe()
     other = multiprocessing.get_context("forkserver").Process(target=hold, args=(tmp_path, theirs))
     other.start()

@@ -189,7 +189,7 @@ def test_only_sizes_near_the_wanted_one_are_tried():
     costs = priced()
 
     def sizes(stages, rows, limit=INFINITE):
-        found = neighbourhood._with_share(costs, stages, rows, 12, "1f1b", limit)
+        found = neighbourhood.with_share(costs, stages, rows, 12, "1f1b", limit)
         return [each.rows for each in found]
 
     assert sizes(((A0,), (B0,)), 3) == [3, 2]
