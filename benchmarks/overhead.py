@@ -169,7 +169,7 @@ def watch(clock: Clock) -> None:
 
 def watch_own(engine, clock: Clock) -> None:
     """The same around its layers and its optimizer."""
-    for place in engine._own.places.values():
+    for place in engine._own.stages.values():
         for layer in place.stage._layers:
             layer.module = clock.around(layer.module)
     for optimizer in engine._end.optimizers:

@@ -185,7 +185,9 @@ def refused(rank: int) -> list[str]:
         state = engine.state()
         name = next(n for n in state.parameters if len(state.layout(n, "exp_avg")[rank]) > 0)
         shape = state.parameters[name].shape
-        assert torch.equal(state.read(name, whole(shape)), engine._own.held[0].parameter)
+        assert torch.equal(
+            state.read(name, whole(shape)), engine._own.local_parameters[0].parameter
+        )
         for kind, box in (("exp_avg", whole(shape)), ("momentum", whole(shape))):
             try:
                 state.read(name, box, kind)
