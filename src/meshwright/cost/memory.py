@@ -32,7 +32,13 @@ from meshwright.cost.weights import (
     weight_table,
 )
 from meshwright.model.spec import Layer, LayerGraph, Tensor
-from meshwright.plan.ranks import RankView, StagePlacement, stage_placements
+from meshwright.plan.ranks import (
+    RankView,
+    StagePlacement,
+    members_of,
+    stage_placements,
+    tensor_width,
+)
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import raise_if_stopped
@@ -340,13 +346,9 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
     for scheduled in scheduled_stages(plan):
         raise_if_stopped()
         known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
-        for placement in (
-            placement for replica in scheduled.stages[0].placements for placement in replica
-        ):
-            key = (
-                len(scheduled.stages[0].placements[placement.replica]),
-                placement.rows[1] - placement.rows[0],
-            )
+        first = scheduled.stages[0]
+        for placement in members_of(first):
+            key = tensor_width(first, placement), placement.rows[1] - placement.rows[0]
             if key not in known:
                 copied = sum(
                     copied_gradient_bytes(model, plan.job, widths, stage, key[0])

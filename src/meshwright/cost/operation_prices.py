@@ -15,10 +15,9 @@ from meshwright.cost.pricing_context import (
     PricingContext,
     RankContext,
     one_micro_batch_memory,
-    tensor_width,
 )
 from meshwright.cost.weights import rank_parameters
-from meshwright.plan.ranks import gradient_bytes
+from meshwright.plan.ranks import gradient_bytes, tensor_width
 from meshwright.program.instructions import GradientKey, Instruction, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.techniques import provided

@@ -22,12 +22,17 @@ from meshwright.cost.pricing_context import (
     PricingContext,
     RankContext,
     one_micro_batch_memory,
-    tensor_width,
 )
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import LayerTimeCache, ReplicaSeconds
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, RankView, StagePlacement, stage_placements
+from meshwright.plan.ranks import (
+    RankPlacement,
+    RankView,
+    StagePlacement,
+    stage_placements,
+    tensor_width,
+)
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
 from meshwright.program.operations import Op

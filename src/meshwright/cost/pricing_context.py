@@ -13,7 +13,7 @@ from meshwright.cost.memory import Adjustment, MemoryTables, StageMemory, micro_
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import ReplicaSeconds
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement
+from meshwright.plan.ranks import RankPlacement, StagePlacement, tensor_width
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
@@ -96,11 +96,6 @@ class RankContext:
 
 PriceFunction = Callable[[Instruction, RankContext], Price]
 """Prices one instruction of a rank."""
-
-
-def tensor_width(stage: StagePlacement, placement: RankPlacement) -> int:
-    """Returns the tensor width of the replica that a rank belongs to."""
-    return len(stage.placements[placement.replica])
 
 
 def one_micro_batch_memory(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage
@@ -145,6 +145,16 @@ def copies_of(replicas: Sequence[Ranks]) -> Iterator[tuple[Ranks, Share | None]]
         yield tuple(sorted(each[holder(share, len(each))] for each in replicas)), share
 
 
+def members_of(stage: StagePlacement) -> Iterator[RankPlacement]:
+    """Yields the placement of every rank of a stage, replica by replica."""
+    return chain.from_iterable(stage.placements)
+
+
+def tensor_width(stage: StagePlacement, placement: RankPlacement) -> int:
+    """Returns the number of ranks that divide each layer in the replica of a placement."""
+    return len(stage.placements[placement.replica])
+
+
 def same_ranks(one: StagePlacement, other: StagePlacement) -> bool:
     """True if the same ranks hold both stages, so that no tensor moves between them."""
     return (one.pipeline, one.position) == (other.pipeline, other.position)
@@ -158,9 +168,7 @@ def uses_tensor_parallelism(plan: Plan) -> bool:
 def placements_of(stages: Sequence[StagePlacement], rank: int) -> tuple[RankPlacement, ...]:
     """Returns a rank's placements in stage order; there are several if the schedule has virtual
     stages."""
-    placements = (
-        placement for stage in stages for replica in stage.placements for placement in replica
-    )
+    placements = (placement for stage in stages for placement in members_of(stage))
     return tuple(placement for placement in placements if placement.rank == rank)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement, stage_placements
+from meshwright.plan.ranks import RankPlacement, StagePlacement, members_of, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.instructions import Instruction, Program
@@ -139,7 +139,7 @@ def compile_plan(
     for group in _groups(plan, stages, model, only):
         raise_if_stopped()
         first, *others = group.stages.values()
-        for placement in (placement for replica in first.placements for placement in replica):
+        for placement in members_of(first):
             if only is not None and placement.rank not in only:
                 continue
             placed = _placed(emissions, group, placement)

@@ -14,7 +14,7 @@ from meshwright import __version__, files
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph, num_frozen_parameters, num_parameters
-from meshwright.plan.ranks import mesh_text, stage_placements
+from meshwright.plan.ranks import members_of, mesh_text, stage_placements
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import format_program
@@ -201,7 +201,7 @@ def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
             count=stage.layers[1] - stage.layers[0],
             mesh=mesh_text(stage.placements, "×"),
             rows=rows_text(stage, plan.pipelines[stage.pipeline].rows),
-            devices=devices_text(tuple(s.device for replica in stage.placements for s in replica)),
+            devices=devices_text(tuple(each.device for each in members_of(stage))),
         )
         for stage in stages
     ]

@@ -9,7 +9,13 @@ from dataclasses import replace
 from meshwright.cluster.spec import Cluster, Node, Site
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement, stage_placements
+from meshwright.plan.ranks import (
+    RankPlacement,
+    StagePlacement,
+    members_of,
+    stage_placements,
+    tensor_width,
+)
 from meshwright.plan.spec import Plan
 from meshwright.records import record
 from meshwright.report.palette import ink_on, stage_colours
@@ -129,9 +135,7 @@ class _Cells:
         self.colours = stage_colours(len(stages))
         self.stages = stages
         self.seats: dict[str, list[RankPlacement]] = {}
-        for placement in (
-            placement for stage in stages for replica in stage.placements for placement in replica
-        ):
+        for placement in (placement for stage in stages for placement in members_of(stage)):
             self.seats.setdefault(placement.device, []).append(placement)
         prediction = plan.prediction
         self.memory = {each.device: each for each in prediction.memory} if prediction else {}
@@ -167,7 +171,7 @@ class _Cells:
         1/2`, or both."""
         stage = self.stages[placement.stage]
         rows = f"{placement.rows[0]}:{placement.rows[1]}" if len(stage.placements) > 1 else ""
-        width = len(stage.placements[placement.replica])
+        width = tensor_width(stage, placement)
         tensor = f"tp {placement.tensor_index + 1}/{width}" if width > 1 else ""
         return f"{rows} {tensor}" if rows and tensor else tensor or (rows and f"rows {rows}")
 

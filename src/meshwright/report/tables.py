@@ -10,7 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import StagePlacement, describe_plan, mesh_text, stage_placements
+from meshwright.plan.ranks import (
+    StagePlacement,
+    describe_plan,
+    members_of,
+    mesh_text,
+    stage_placements,
+)
 from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
 from meshwright.program.timeline import Timeline, busy_seconds
 from meshwright.report.palette import MEMORY, PARTS
@@ -83,9 +89,7 @@ def plan_table(plan: Plan) -> Table:
             str(last - first),
             mesh_text(stage.placements),
             rows_text(stage, rows[stage.pipeline]),
-            plain_text(
-                devices_text(tuple(s.device for replica in stage.placements for s in replica))
-            ),
+            plain_text(devices_text(tuple(each.device for each in members_of(stage)))),
         )
     return table
 

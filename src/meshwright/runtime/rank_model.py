@@ -17,6 +17,7 @@ from meshwright.plan.ranks import (
     placements_of,
     same_ranks,
     stage_placements,
+    tensor_width,
 )
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import GradientKey, Instruction, Program
@@ -129,7 +130,7 @@ def build_local_layers(
     mine = _own_seats(stages, world.rank)
     parameters = parameters_of(model, cuts[0])
     place, placement = mine[0]
-    width = len(place.placements[placement.replica])
+    width = tensor_width(place, placement)
     tensor_group = _team(world, placement, width, observer)
     built = build_stages(
         model,

@@ -19,7 +19,12 @@ from meshwright.cost.profile import version_mismatches
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
 from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
-from meshwright.plan.ranks import describe_plan, stage_placements, uses_tensor_parallelism
+from meshwright.plan.ranks import (
+    describe_plan,
+    members_of,
+    stage_placements,
+    uses_tensor_parallelism,
+)
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Timeline
 from meshwright.records import dumps, load, record
@@ -194,7 +199,7 @@ def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
     types = {device.name: device.type for device in devices_of(session.cluster)}
     found: dict[str, None] = {}
     for stage in stage_placements(plan):
-        for placement in (placement for replica in stage.placements for placement in replica):
+        for placement in members_of(stage):
             kind, count = types[placement.device], placement.rows[1] - placement.rows[0]
             known = ", ".join(map(str, sorted(rows[kind])))
             if not rows[kind]:

@@ -16,7 +16,13 @@ from operator import itemgetter
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
-from meshwright.plan.ranks import describe_plan, needed_layout, stage_layout, stage_placements
+from meshwright.plan.ranks import (
+    describe_plan,
+    members_of,
+    needed_layout,
+    stage_layout,
+    stage_placements,
+)
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName
 from meshwright.program.actions import Order, format_order, single_action
 from meshwright.program.instructions import Program
@@ -246,7 +252,7 @@ def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
     """Bytes left for activations on the fullest rank of each stage."""
     rooms: dict[int, float] = {}
     for stage in stage_placements(plan):
-        for placement in (placement for replica in stage.placements for placement in replica):
+        for placement in members_of(stage):
             if prices.ranks[placement.rank]:
                 capacity = costs.cluster.types[costs.devices[placement.device].type].memory
                 left = capacity - prices.static_bytes[placement.rank]

@@ -12,7 +12,7 @@ from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
 from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
-from meshwright.plan.ranks import StagePlacement
+from meshwright.plan.ranks import StagePlacement, members_of
 from meshwright.plan.spec import BoundaryKind
 from meshwright.records import record
 
@@ -96,7 +96,7 @@ def _tasks(
 
 
 def _rows(stage: StagePlacement) -> tuple[Range, ...]:
-    return tuple(placement.rows for replica in stage.placements for placement in replica)
+    return tuple(placement.rows for placement in members_of(stage))
 
 
 @lru_cache(maxsize=8)  # the cuts of a plan have few different pairs of meshes

@@ -11,7 +11,7 @@ import numpy as np
 from meshwright.cost.memory import Adjustment, StageMemory, memory_tables
 from meshwright.cost.weights import Array, cumulative, tied_share, untied_parameters
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView
+from meshwright.plan.ranks import RankView, tensor_width
 from meshwright.plan.spec import Plan
 from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
 
@@ -39,7 +39,7 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
         return cumulative(untied_parameters(table.trained, (layers, layers + 1), tensor) * away)
 
     def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
-        tensor = len(rank.stages[0].placements[rank.placement.replica])
+        tensor = tensor_width(rank.stages[0], rank.placement)
         ranges = [stage.layers for stage in rank.stages]
         others = sum(float(elsewhere(tensor)[b] - elsewhere(tensor)[a]) for a, b in ranges)
         for uses, part in zip(table.tied, of_tied, strict=True):
