@@ -52,18 +52,21 @@ def agree_on_messages(
         theirs = torch.empty_like(own)
         dist.recv(theirs, source, group=end.group)
         if not torch.equal(own, theirs):
-            raise TrainingError(
-                Problem(
-                    f"rank {world.rank}",
-                    f"{op} from rank {source}",
-                    "tensors of other names, shapes or types than here",
-                    f"the same on both sides ({'; '.join(end.signature())})",
-                    "build the same model, with the same inputs, in every process",
-                )
-            )
+            raise TrainingError(_disagreement(world.rank, op, source, end))
 
     for (_, ranks), group in world.chains.items():
         dist.broadcast(torch.zeros(1, device=world.device), ranks[0], group=group)
+
+
+def _disagreement(rank: int, op: Op, source: int, end: BoundaryMessages) -> Problem:
+    """Returns what is wrong where a rank expects other messages than its peer will send."""
+    return Problem(
+        f"rank {rank}",
+        f"{op} from rank {source}",
+        "tensors of other names, shapes or types than here",
+        f"the same on both sides ({'; '.join(end.signature())})",
+        "build the same model, with the same inputs, in every process",
+    )
 
 
 def receiving_stage(op: Op, stage: int) -> int:

@@ -148,22 +148,28 @@ def build_stages(
         for name, split in division.table.items():
             size = division.sizes.get(name, 0)
             divide(model.get_submodule(name), name, split, size, tensor_group)
-    return tuple(
-        BuiltStage(
-            inputs=layered.inputs,
-            parts=layered.layers[first:last],
-            incoming=_crossings(layered, more, first),
-            outgoing=_crossings(layered, more, last),
-            local_parameters=tuple(
-                one for one in division.held.values() if any(first <= n < last for n in one.layers)
-            ),
-            recomputed=tuple(
-                stage.recompute and recomputed(layer, len(layered.layers))
-                for layer in range(first, last)
-            ),
-        )
-        for stage in stages
-        for first, last in (stage.layers,)
+    held = tuple(division.held.values())
+    return tuple(_built(stage, layered, more, held) for stage in stages)
+
+
+def _built(
+    stage: StagePlacement,
+    layered: LayeredModel,
+    more: LayeredModel,
+    held: tuple[LocalParameter, ...],
+) -> BuiltStage:
+    """Returns one stage of a rank, with those of the rank's parameters that its layers use."""
+    first, last = stage.layers
+    return BuiltStage(
+        inputs=layered.inputs,
+        parts=layered.layers[first:last],
+        incoming=_crossings(layered, more, first),
+        outgoing=_crossings(layered, more, last),
+        local_parameters=tuple(one for one in held if any(first <= n < last for n in one.layers)),
+        recomputed=tuple(
+            stage.recompute and recomputed(layer, len(layered.layers))
+            for layer in range(first, last)
+        ),
     )
 
 
