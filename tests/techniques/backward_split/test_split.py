@@ -326,6 +326,7 @@ def repeated(rank: int) -> tuple[int, float]:
     return calls[0], loss
 
 
+@pytest.mark.heavy
 def test_a_recomputed_layer_is_recomputed_once() -> None:
     """Twice a micro-batch: in its forward, and in the first part of its backward."""
     assert [calls for calls, _ in run_ranks(2, repeated)] == [8, 8]
