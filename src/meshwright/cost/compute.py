@@ -126,8 +126,19 @@ def device_seconds(
     flops = np.array([total, layer.backward_flops])
     flops *= rows * split_share(layer.split_flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
+    moved = _moved_bytes(layer, precision, tensor, rows, constants.weight_traffic)
+    result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
+        device.memory_bandwidth * e_memory
+    )
+    return result * _passes(layer)
+
+
+def _moved_bytes(
+    layer: Layer, precision: Precision, tensor: int, rows: float, weight_traffic: float
+) -> ForwardBackward:
+    """Returns the bytes of activations and weights that forward and backward read and write."""
     parameters = layer.parameters * split_share(layer.split_parameters, layer.parameters, tensor)
-    parameters *= constants.weight_traffic
+    parameters *= weight_traffic
     activations = layer.traffic_bytes * split_share(
         layer.split_saved_bytes, layer.saved_bytes, tensor
     )
@@ -135,11 +146,9 @@ def device_seconds(
     frozen = layer.frozen_parameters * split_share(
         layer.split_frozen, layer.frozen_parameters, tensor
     )
-    moved += frozen * constants.weight_traffic * np.array(FROZEN_BYTES[precision])
-    result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
-        device.memory_bandwidth * e_memory
-    )
-    return result * _passes(layer)
+    moved += frozen * weight_traffic * np.array(FROZEN_BYTES[precision])
+    result: ForwardBackward = moved
+    return result
 
 
 def _passes(layer: Layer) -> ForwardBackward:
