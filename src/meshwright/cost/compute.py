@@ -142,13 +142,13 @@ def _moved_bytes(
     activations = layer.traffic_bytes * split_share(
         layer.split_saved_bytes, layer.saved_bytes, tensor
     )
-    moved = rows * activations * ACTIVATION_PASSES + parameters * np.array(WEIGHT_BYTES[precision])
+    moved: ForwardBackward = rows * activations * ACTIVATION_PASSES
+    moved += parameters * np.array(WEIGHT_BYTES[precision])
     frozen = layer.frozen_parameters * split_share(
         layer.split_frozen, layer.frozen_parameters, tensor
     )
     moved += frozen * weight_traffic * np.array(FROZEN_BYTES[precision])
-    result: ForwardBackward = moved
-    return result
+    return moved
 
 
 def _passes(layer: Layer) -> ForwardBackward:

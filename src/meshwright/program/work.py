@@ -56,7 +56,7 @@ class Work:
 
     @property
     def group_of(self) -> tuple[int, ...]:
-        """Of every stage."""
+        """Returns the group that holds each stage."""
         places = {s: g for g, held in enumerate(self.layout) for s in held}
         return tuple(places[s] for s in range(len(places)))
 
@@ -104,7 +104,7 @@ def to_codes(orders: Sequence[Order]) -> list[Codes]:
 
 
 def fits(work: Work, codes: Sequence[Codes]) -> bool:
-    """Whether no group holds more than it has room for."""
+    """True if no group holds more than it has room for."""
     return all(most_held(work, own) <= work.room[g] for g, own in enumerate(codes))
 
 
@@ -121,7 +121,7 @@ def most_held(work: Work, own: Codes) -> float:
 
 
 def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
-    """When every action ends, by group; None if some wait for ever.
+    """Returns when every action ends, by group; None if some wait for ever.
 
     A receive is posted AHEAD actions before its reader, when the action before these ends; messages
     of one cut and direction go one after the other.
@@ -139,7 +139,8 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
 
 
 def seconds(work: Work, codes: Sequence[Codes]) -> float:
-    """From the first action to the end of the last; infinite if that never comes."""
+    """Returns the seconds from the first action to the end of the last; infinite if that never
+    comes."""
     ends = play(work, codes)
     return max(own[-1] for own in ends) if ends is not None else float("inf")
 

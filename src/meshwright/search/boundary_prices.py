@@ -25,12 +25,12 @@ class Crossing:
     """The same for every resource."""
 
     def seconds(self, size: float) -> float:
-        """Of a micro-batch of so many bytes."""
+        """Returns the seconds that a micro-batch of a number of bytes takes."""
         return self.latency + self.slowest * size if size else 0.0
 
 
 def crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
-    """Of activations and of gradients.
+    """Returns the crossings of activations and of gradients.
 
     Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
     uplinks, is scaled to all of them.

@@ -152,7 +152,7 @@ def _transfer(costs: Costs, source: Unit, target: Unit, size: float) -> float:
 
 
 def _starts(facts: _PipelineTables) -> Grid:
-    """When each unit's first forward can begin."""
+    """Returns when each unit's first forward can begin."""
     starts = [[0.0] * len(stage) for stage in facts.forward]
     for s, transfers in enumerate(facts.ahead):
         for i, j, ahead, _ in transfers:

@@ -39,7 +39,7 @@ class CandidatePipeline:
 
     @property
     def rows(self) -> int:
-        """Of one micro-batch, over all units of a stage."""
+        """Returns the rows of one micro-batch, over all units of a stage."""
         return sum(self.teams[0].rows)
 
     @property
@@ -49,8 +49,8 @@ class CandidatePipeline:
 
 
 def as_pipeline(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> Pipeline:
-    """As plans write it: equal rows are not listed, and stages recompute that do not fit
-    otherwise."""
+    """Returns the pipeline as plans write it: equal rows are not listed, and stages recompute that
+    do not fit otherwise."""
     stages = tuple(
         Stage(
             layers=layers,
@@ -125,7 +125,7 @@ def lines_label(
 
 
 def fits(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> bool:
-    """Whether every device of every stage holds what it must, recomputing if need be."""
+    """True if every device of every stage holds what it must, recomputing if need be."""
     may = costs.again is not None
     return all(
         stage_fits(costs, line, s, schedule)
@@ -137,7 +137,7 @@ def fits(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> bool:
 def stage_fits(
     costs: Costs, line: CandidatePipeline, s: int, schedule: ScheduleName, *, again: bool = False
 ) -> bool:
-    """Whether every device of a stage holds what it must; `again`: if it recomputes."""
+    """True if every device of a stage holds what it must; `again`: if it recomputes."""
     team, a, b = line.teams[s], line.bounds[s], line.bounds[s + 1]
     held = in_flight(schedule, s, len(line.teams), line.micro_batches)
     for unit, rows in distinct_replicas(costs, team.units, team.rows):
@@ -148,7 +148,7 @@ def stage_fits(
 
 
 def must_recompute(costs: Costs, line: CandidatePipeline, s: int, schedule: ScheduleName) -> bool:
-    """Whether a stage does not fit without recomputation, and may recompute. Where it fits, it
+    """True if a stage does not fit without recomputation, and may recompute. Where it fits, it
     would only take longer."""
     return costs.again is not None and not stage_fits(costs, line, s, schedule)
 
@@ -169,7 +169,7 @@ def moves(source: StageDevices, target: StageDevices) -> Iterator[tuple[int, int
 
 
 def tensor_widths_agree(costs: Costs, lines: Sequence[CandidatePipeline]) -> bool:
-    """Whether all holders of a layer, and of what it shares, have one tensor width that divides
+    """True if all holders of a layer, and of what it shares, have one tensor width that divides
     it."""
     width: dict[int, int] = {}
     layers = costs.model.layers

@@ -89,8 +89,8 @@ def certificate_in_haste(costs: Costs) -> Certificate:
 
 
 def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
-    """Of every layer: least device-seconds per row, and least seconds of a micro-batch, on `tensor`
-    devices of a type; infinite where the layer cannot be there."""
+    """Returns for every layer the least device-seconds per row, and least seconds of a micro-batch,
+    on `tensor` devices of a type; infinite where the layer cannot be there."""
     most = _most_rows(costs, kind, tensor)
     work, once = np.full(len(most), np.inf), np.full(len(most), np.inf)
     for rows in _row_counts(costs, int(most.max(initial=0))):

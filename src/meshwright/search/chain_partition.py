@@ -232,7 +232,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
 
 
 def _scheduled(found: Sequence[tuple[CandidatePipeline, ...]]) -> list[Strategy]:
-    """With either schedule, where it makes a difference."""
+    """Yields the candidate with either schedule, where it makes a difference."""
     return [
         (schedule, lines)
         for lines in found

@@ -104,7 +104,7 @@ def misfits_as_runners_up(
 
 
 def nothing_fits(costs: Costs, misfits: Iterable[Misfit], tried: int) -> FitError:
-    """By how much the nearest attempt misses, on which device, and what would help."""
+    """Says by how much the nearest attempt misses, on which device, and what would help."""
     nearest = min(misfits, key=lambda m: m.excess_bytes)
     plan = as_plan(costs, nearest.candidate, nearest.bounds, "")
     plan = replace(plan, name=label(nearest.candidate, nearest.bounds))

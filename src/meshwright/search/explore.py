@@ -67,7 +67,7 @@ class Explored:
 
 
 def is_large(costs: Costs) -> bool:
-    """Whether devices are counted by class, not looked at one by one."""
+    """True if devices are counted by class, not looked at one by one."""
     devices = len(costs.devices)
     return devices > MANY_DEVICES or devices * len(costs.model.layers) ** 2 > MANY_CELLS
 

@@ -71,8 +71,8 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
 
 
 def _widest(costs: Costs, fleet: Fleet, number: int, tensor: int, depth: int) -> StageRun | None:
-    """As many replicas of so many stages as divide the batch and have nodes; None if not one has.
-    A replica's neighbour is on the next node, or beside it where it fills the node."""
+    """Returns as many replicas of a number of stages as divide the batch and have nodes; None if
+    not one has. A replica's neighbour is on the next node, or beside it where it fills the node."""
     units = fleet.each // tensor
     for width in reversed(divisors(costs.job.global_batch)):
         blocks = [b for b in divisors(units) if width % b == 0]

@@ -70,9 +70,9 @@ class Incumbent:
     """How long a search whose time is up looks for a plan that is better than a spare one."""
     work: int = WORK
     stop: Callable[[], bool] = never
-    """Whether somebody wants the search to end."""
+    """True if somebody wants the search to end."""
     stopped_at: float | None = None
-    """When `stop` first said yes, in seconds of time.monotonic."""
+    """The time when `stop` first said yes, in seconds of time.monotonic."""
     found: Callable[[float], None] = ignore
     """Told the seconds of every plan that is the best so far."""
     spare: Evaluated | None = None
@@ -94,18 +94,18 @@ class Incumbent:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody has told the search to end."""
+        """True if somebody has told the search to end."""
         if self.stopped_at is None and self.stop():
             self.stopped_at = time.monotonic()
         return self.stopped_at is not None
 
     @property
     def late(self) -> bool:
-        """Whether the search is to end: the time is up, or somebody wants it."""
+        """True if the search is to end: the time is up, or somebody wants it."""
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def may_leave_off(self) -> bool:
-        """Whether what is under way may be left unfinished: the search is to end, and there is a
+        """True if what is under way may be left unfinished: the search is to end, and there is a
         plan, or none has been found in the time that is left for that."""
         if not self.late or self.best is not None:
             return self.late
@@ -116,7 +116,7 @@ class Incumbent:
 
     @property
     def over(self) -> bool:
-        """Whether the budget is spent: the time, or the work."""
+        """True if the budget is spent: the time, or the work."""
         return self.late or self.work <= 0
 
 
@@ -142,7 +142,7 @@ def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluate
 
 
 def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
-    """Whether a strategy beats the best so far; bounded, weighed and, if need be, simulated."""
+    """True if a strategy beats the best so far; bounded, weighed and, if need be, simulated."""
     if strategy in incumbent.seen:
         return False
     incumbent.seen.add(strategy)

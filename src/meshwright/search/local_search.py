@@ -287,7 +287,7 @@ class LocalSearch:
 
     @property
     def over(self) -> bool:
-        """Whether the allowance or the budget is spent."""
+        """True if the allowance or the budget is spent."""
         return self.left <= 0 or self.incumbent.late
 
 

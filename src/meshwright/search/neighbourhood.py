@@ -53,7 +53,7 @@ def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strateg
 def _cut(
     strategy: Strategy, i: int, line: CandidatePipeline, cuts: range, by: int
 ) -> Iterator[Strategy]:
-    """With these cuts moved by some layers."""
+    """Returns the stages with these cuts moved by some layers."""
     bounds = tuple(cut + by if s in cuts else cut for s, cut in enumerate(line.bounds))
     if all(a < b for a, b in pairwise(bounds)):
         yield _with(strategy, i, replace(line, bounds=bounds))
@@ -190,7 +190,7 @@ def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
 
 
 def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Stages]:
-    """Of every run in the same order: tensor widths by depths around its own."""
+    """Yields for every run, in the same order, tensor widths by depths around its own."""
     depth, tensor = len(run), len(run[0][0])
     names = [name for stage in run for unit in stage for name in unit]
     place = {name: i for i, name in enumerate(costs.devices)}

@@ -43,7 +43,7 @@ def default_placement(devices: Sequence[Device], grid: Grid) -> Placement:
 def placements(
     devices: Sequence[Device], grid: Grid, speed: dict[str, float]
 ) -> tuple[Placement, ...]:
-    """At most seven different placements, the default first.
+    """Returns at most seven different placements, the default first.
 
     Units come in cluster order, fastest first, or slowest first. For each order either the replicas
     of a stage stand next to each other (data parallelism inside nodes, stages across them) or the

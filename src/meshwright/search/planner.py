@@ -335,7 +335,7 @@ def baseline_plan(
 
 
 def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
-    """As many of the best as SIMULATED_WORK allows."""
+    """Returns as many of the best as SIMULATED_WORK allows."""
     chosen: list[Estimate] = []
     work = 0
     for estimate in finalists:

@@ -105,7 +105,7 @@ class PoolStages:
 
     @property
     def mixed(self) -> bool:
-        """Whether every stage has units of every pool."""
+        """True if every stage has units of every pool."""
         return len(self.depths) < len(self.pools)
 
     @property
@@ -264,7 +264,7 @@ def written(shape: PoolStages, *, across: bool) -> Stages:
 
 
 def two_ways(shape: PoolStages) -> bool:
-    """Whether `across` makes a difference."""
+    """True if `across` makes a difference."""
     pairs = zip(shape.widths, shape.depths, strict=True)
     return not shape.mixed and any(width > 1 and depth > 1 for width, depth in pairs)
 

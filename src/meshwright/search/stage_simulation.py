@@ -137,7 +137,7 @@ def followed(depth: int, count: int) -> int:
 def _orders(
     schedule: ScheduleName, depth: int, count: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Of every stage: 0 for a forward or 1 for a backward, and its micro-batch."""
+    """Returns for every stage: 0 for a forward or 1 for a backward, and its micro-batch."""
     layout = tuple((s,) for s in range(depth))
     return tuple(
         tuple((int(action.op is Op.BACKWARD), action.first) for action in order)
@@ -158,13 +158,13 @@ class _FollowedStage:
     ends: tuple[list[float], list[float]]
     """Of its computations so far, by micro-batch."""
     free: list[float]
-    """When the last transfer was over."""
+    """The time when the last transfer was over."""
     at: int = 0
     now: float = 0.0
     earlier: deque[float] = field(
         default_factory=lambda: deque([0.0] * RECEIVES_AHEAD, RECEIVES_AHEAD)
     )
-    """When the computations before the last one ended."""
+    """The time when the computations before the last one ended."""
 
 
 def _advance(stage: _FollowedStage) -> bool:
@@ -191,7 +191,8 @@ def _advance(stage: _FollowedStage) -> bool:
 
 
 def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float], float]:
-    """When each stage ends its last backward, and the seconds of every further micro-batch."""
+    """Returns when each stage ends its last backward, and the seconds of every further
+    micro-batch."""
     depth = len(pipe.forward)
     ends: list[tuple[list[float], list[float]]] = [([], []) for _ in range(depth)]
     stages = [
@@ -234,7 +235,7 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
 def _reduced(
     costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
 ) -> float:
-    """When all gradients are summed."""
+    """Returns when all gradients are summed."""
     end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
     for begin, complete, size, closing, units in sorted(
@@ -251,8 +252,8 @@ def _reduced(
 
 
 Sum = tuple[float, float, float, float, tuple[Unit, ...]]
-"""When the first gradients are there, when the last are, bytes on each rank, those that are sent
-last, and the units."""
+"""The time when the first gradients are there, when the last are, bytes on each rank, those that
+are sent last, and the units."""
 
 Holder = tuple[StageDevices, tuple[int, int], Span]
 """A stage with its layers and its last backward."""
@@ -290,8 +291,8 @@ def _sums(
 
 
 def _passed(costs: Costs, holder: Holder, layer: int) -> float:
-    """When a stage's last backward, from its last layer to its first, has come to a layer and its
-    gradients may be sent."""
+    """Returns when a stage's last backward, from its last layer to its first, has come to a layer
+    and its gradients may be sent."""
     team, (first, last), (begin, end) = holder
     _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
     whole = prefix[last] - prefix[first]

@@ -170,7 +170,7 @@ def prefixes(
 
 
 def _reach(context: EstimateContext, fleet: int, tensor: int, rows: int, held: int) -> list[int]:
-    """By first layer: one past the last that a unit has memory for."""
+    """Returns for each first layer: one past the last that a unit has memory for."""
     key = (fleet, tensor, rows, held)
     found = context.reaches.get(key)
     if found is None:
@@ -281,7 +281,7 @@ def sketch(
 
 
 def hop_latency(costs: Costs, link: Link) -> float:
-    """Of one step of a ring."""
+    """Returns the latency of one step of a ring."""
     return max(link.latency, costs.step_latency)
 
 
@@ -337,7 +337,7 @@ def transfer_seconds(
 
 
 def fleet_latency(context: EstimateContext, site: str) -> float:
-    """Of the network at a site."""
+    """Returns the latency of the network at a site."""
     return max(fleet.network.latency for fleet in context.fleets if fleet.site == site)
 
 

@@ -121,7 +121,7 @@ def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
 
 
 def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:
-    """At most two of one build."""
+    """Returns at most two of one build."""
     builds: Counter[object] = Counter()
     for choice in every:
         build = tuple((s.template.tensor, s.template.segments) for s in choice.sketches)

@@ -196,7 +196,7 @@ def _shifts(size: int) -> NDArray[np.intp]:
 
 
 def _seconds(tables: _CutTables, bounds: NDArray[np.intp]) -> Array:
-    """Of each choice of cuts [N, K + 1]:
+    """Returns the seconds of each choice of cuts [N, K + 1]:
 
         M * busiest group + (G - 1) * slowest stage / 3 + transfers of one micro-batch
 

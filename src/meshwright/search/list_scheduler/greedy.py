@@ -11,8 +11,8 @@ from meshwright.program.work import B, Codes, F, I, W, Work
 from meshwright.records import record
 
 Need = tuple[list[float] | None, float | None, list[float]]
-"""When the source has made what is waited for, None if there is no source; seconds of the message,
-None if it is of the same group; and by stage, when the link is free again."""
+"""The time when the source has made what is waited for, None if there is no source; seconds of the
+message, None if it is of the same group; and by stage, when the link is free again."""
 
 
 @record
@@ -57,8 +57,8 @@ class _Listing:
         self.codes: list[Codes] = [[] for _ in range(groups)]
         self.now = [0.0] * groups
         self.before = [deque([0.0] * RECEIVES_AHEAD, RECEIVES_AHEAD) for _ in range(groups)]
-        """When the AHEAD actions before the last one ended: receives of the next are posted when
-        the first of these did."""
+        """The time when the AHEAD actions before the last one ended: receives of the next are
+        posted when the first of these did."""
         self.held = [0.0] * groups
         self.forwards: list[list[float]] = [[] for _ in range(self.stages)]
         self.backwards: list[list[float]] = [[] for _ in range(self.stages)]
@@ -116,13 +116,13 @@ class _Listing:
             heappush(self.events, (coming, g))
 
     def is_time(self, s: int, behind: int, at: float, coming: float) -> bool:
-        """Whether a weight part goes first: it is far behind, or is done before what is coming."""
+        """True if a weight part goes first: it is far behind, or is done before what is coming."""
         done = at + self.work.weights[s] * self.hurry
         return behind > self.rule.lag[s] or (at < coming and done <= coming)
 
     def backward(self, s: int) -> int:
-        """In two parts, if that is the rule and there is room; whole on the first stage once its
-        group has no forward left, as nobody waits for it then."""
+        """Runs a backward in two parts, if that is the rule and there is room; whole on the first
+        stage once its group has no forward left, as nobody waits for it then."""
         g = self.group[s]
         alone = s == 0 and len(self.forwards[max(self.layout[g])]) == self.count
         if alone or len(self.backwards[s]) < self.count - self.rule.split:
@@ -131,8 +131,8 @@ class _Listing:
         return I if self.held[g] + grows <= self.room[g] else B
 
     def ready(self, s: int, kind: int, m: int, g: int) -> float:
-        """When what a micro-batch's work needs is there; infinite while nobody has begun to make
-        it."""
+        """Returns when what a micro-batch's work needs is there; infinite while nobody has begun to
+        make it."""
         made, wait, free = (self.for_f if kind == F else self.for_b)[s]
         if made is None:
             return 0.0

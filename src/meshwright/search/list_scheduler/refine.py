@@ -89,7 +89,7 @@ def _joined(own: Codes, k: int) -> Codes | None:
 
 
 def _in_order(own: Codes) -> bool:
-    """Whether every backward follows its forward, and every weight part its input part."""
+    """True if every backward follows its forward, and every weight part its input part."""
     stages = max(own) // 4 + 1
     ahead, lag = [0] * stages, [0] * stages
     for code in own:

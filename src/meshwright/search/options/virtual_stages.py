@@ -120,7 +120,7 @@ def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
 
 
 def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
-    """Whether a plan would beat the best step by enough without its bubble and the reduction of
+    """True if a plan would beat the best step by enough without its bubble and the reduction of
     what first and last layers share; and with devices that are never idle."""
     costs, limit = incumbent.costs, incumbent.limit * (1 - WORTH)
     lines = [line_of(pipeline) for pipeline in played.plan.pipelines]

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 from operator import attrgetter
 
-from meshwright.model.spec import LayerGraph, Tied
-from meshwright.plan.spec import Pipeline, Plan, Stage, StateDivision
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Pipeline, Plan, StateDivision
 from meshwright.search.bounds import slowest_optimizer
 from meshwright.search.candidate import line_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
 from meshwright.simulate.symmetry import find_symmetry
+from meshwright.techniques.state_division.plan import holds, overlap
 
 DIVISION = StateDivision(optimizer="all")
 
@@ -93,8 +94,11 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
     width = [{len(replica) for replica in stage.devices} for stage in stages]
     able = [len(plan.pipelines) > 1 or len(stage.devices) > 1 for stage in stages]
-    ties = [[j for j, each in enumerate(stages) if _holds(each, tied)] for tied in model.tied]
-    beside = [[j for j, other in enumerate(stages) if _overlap(each, other)] for each in stages]
+    ties = [[j for j, each in enumerate(stages) if holds(each, tied)] for tied in model.tied]
+    beside = [
+        [j for j, other in enumerate(stages) if overlap(each.layers, other.layers)]
+        for each in stages
+    ]
     changed = True
     while changed:
         still = [
@@ -121,14 +125,3 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
 
     pipelines = tuple(changed_pipeline(pipeline) for pipeline in plan.pipelines)
     return replace(plan, name=f"{plan.name}-zero1", pipelines=pipelines, prediction=None)
-
-
-def _holds(stage: Stage, tied: Tied) -> bool:
-    """True if a stage holds a tied weight."""
-    first, end = stage.layers
-    return any(first <= layer < end for layer in tied.layers)
-
-
-def _overlap(one: Stage, other: Stage) -> bool:
-    """True if two stages hold a layer in common."""
-    return one.layers[0] < other.layers[1] and other.layers[0] < one.layers[1]

@@ -51,7 +51,7 @@ def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Prob
             if not divides(stage):
                 continue
             field = f"pipelines[{p}].stages[{s}].states.optimizer"
-            others = [each for each in held if _overlap(each[0], stage.layers)]
+            others = [each for each in held if overlap(each[0], stage.layers)]
             if not all(divided for _, divided, _ in others):
                 found = f"'all', and 'none' in another stage that holds layers {stage.layers}"
                 yield Problem(source, field, found, "the same in all stages that share layers")
@@ -74,7 +74,8 @@ def _held(stage: Stage) -> _Held:
     return stage.layers, divides(stage), frozenset(map(len, stage.devices))
 
 
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """True if two ranges of layers have a layer in common."""
     return one[0] < other[1] and other[0] < one[1]
 
 
@@ -89,9 +90,15 @@ def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[
                 yield tied.name, widths
 
 
+def holds(stage: Stage, tied: Tied) -> bool:
+    """True if a stage holds a tied weight."""
+    first, end = stage.layers
+    return any(first <= layer < end for layer in tied.layers)
+
+
 def _users(plan: Plan, tied: Tied) -> list[Stage]:
     """Returns the stages that hold a tied weight."""
-    return [s for s in all_stages(plan) if any(n in range(*s.layers) for n in tied.layers)]
+    return [stage for stage in all_stages(plan) if holds(stage, tied)]
 
 
 def _is_alone(stage: Stage, plan: Plan, model: LayerGraph) -> bool:
