@@ -65,6 +65,13 @@ def test_it_is_told_how_every_process_ended(server: ForkServer) -> None:
     assert exit_status(events) == 128 + signal.SIGSEGV
 
 
+def test_the_status_is_that_of_the_cause_not_of_a_process_that_lost_its_peer() -> None:
+    aborted = ProcessEvent(rank=0, seconds=1.0, kind="exited", status=-signal.SIGABRT)
+    killed = ProcessEvent(rank=1, seconds=2.0, kind="exited", status=-signal.SIGKILL)
+    assert exit_status([aborted, killed]) == exit_status([killed, aborted]) == 128 + signal.SIGKILL
+    assert exit_status([aborted]) == 128 + signal.SIGABRT
+
+
 def test_what_a_process_says_comes_before_its_end_and_what_it_prints_is_in_its_log(
     server: ForkServer, tmp_path: Path
 ) -> None:

@@ -167,11 +167,16 @@ def describe_exit(status: int) -> str:
 
 
 def exit_status(events: Iterable[ProcessEvent]) -> int:
-    """Returns the exit status for all processes as a shell does: 0, or that of the first
-    failure."""
-    first = next(filter(has_failed, events), None)
-    if first is None:
+    """Returns the exit status for all processes as a shell does: 0, or that of the first failure.
+
+    A process that aborted counts only if none failed otherwise: so do torch's threads end a process
+    that has lost its peer, and it may be seen before the peer.
+    """
+    failed = tuple(filter(has_failed, events))
+    if not failed:
         return 0
+    causes = (event for event in failed if event.status != -signal.SIGABRT)
+    first = next(causes, failed[0])
     return 128 - first.status if first.status < 0 else first.status or 1
 
 
