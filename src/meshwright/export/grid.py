@@ -25,7 +25,6 @@ class RegularGrid:
     rows: int
     """Rows of a micro-batch that one replica takes."""
     micro_batches: int
-    recompute: bool
     mesh: Mesh
 
     @property
@@ -58,7 +57,6 @@ def grid_of(plan: Plan, tool: str) -> RegularGrid:
         layers=tuple(stage.layers for stage in stages),
         rows=plan.pipelines[0].rows // len(stages[0].devices),
         micro_batches=plan.pipelines[0].micro_batches,
-        recompute=stages[0].recompute,
         mesh=mesh,
     )
 
@@ -79,9 +77,6 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
         yield Problem(plan.name, "pipelines", describe_plan(plan), wanted)
     for p, pipeline in enumerate(plan.pipelines):
         yield from pipeline_problems(plan, p, pipeline, tool)
-    if len({stage.recompute for pipeline in plan.pipelines for stage in pipeline.stages}) > 1:
-        wanted = f"all stages or none: {tool} recomputes every block or none"
-        yield Problem(plan.name, "recompute", "some stages that recompute", wanted)
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:

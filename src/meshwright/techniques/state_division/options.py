@@ -91,7 +91,7 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     replicas must hold it. Of stages with different tensor widths that share a weight, those that
     are unlike the first do not divide.
     """
-    stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
+    stages = plan.stages
     width = [{len(replica) for replica in stage.devices} for stage in stages]
     able = [len(plan.pipelines) > 1 or len(stage.devices) > 1 for stage in stages]
     ties = [[j for j, each in enumerate(stages) if holds(each, tied)] for tied in model.tied]
