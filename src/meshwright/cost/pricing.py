@@ -124,7 +124,7 @@ def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[
                 [context.types[placement.device] for placement in replica],
                 [placement.device for placement in replica],
                 replica[0].rows[1] - replica[0].rows[0],
-                recompute=stage.recompute,
+                stage.plan_stage,
             )
             for placement in replica:
                 if program.ranks[placement.rank]:
