@@ -97,7 +97,7 @@ ROOM_LINES = {
     "launch": 1_450,
     "layout": 700,
     "model": 7_900,
-    "plan": 850,
+    "plan": 950,
     "profiling": 900,
     "program": 1_900,
     "report": 1_900,
