@@ -27,11 +27,12 @@ from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import reached_links, ring_step_seconds
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
-from meshwright.cost.times import repeated_seconds, replica_seconds
+from meshwright.cost.times import ReplicaWork, replica_seconds
 from meshwright.cost.weights import untied_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
 
 Array = NDArray[np.float64]
@@ -170,9 +171,8 @@ def group_times(costs: Costs, group: TensorGroup, rows: int) -> tuple[Array, Arr
     if key not in costs._times:
         computed = [layer_times(costs, kind, len(group), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
-        forward, backward = replica_seconds(
-            costs.model, whole, computed, costs.links, group, rows, step_latency=costs.step_latency
-        )
+        work = ReplicaWork(costs.model, whole, group, rows, costs.links, costs.step_latency)
+        forward, backward = replica_seconds(work, computed)
         if costs.repeats:
             backward = backward + repeated_seconds(costs.model, whole, forward)
         costs._times[key] = forward, backward
@@ -180,7 +180,7 @@ def group_times(costs: Costs, group: TensorGroup, rows: int) -> tuple[Array, Arr
 
 
 def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
-    """Cumulative forward and backward seconds [L + 1] of `unit_times`: entry l is the sum over the
+    """Cumulative forward and backward seconds [L + 1] of `group_times`: entry l is the sum over the
     layers before l."""
     key = (group_kind(costs, group), rows)
     if key not in costs._prefixes:

@@ -18,7 +18,6 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
 from meshwright.plan.ranks import (
     describe_plan,
-    members_of,
     needed_layout,
     stage_layout,
     stage_placements,
@@ -251,7 +250,7 @@ def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
     """Bytes left for activations on the fullest rank of each stage."""
     rooms: dict[int, float] = {}
     for stage in stage_placements(plan):
-        for placement in members_of(stage):
+        for placement in stage.mesh.members:
             if prices.ranks[placement.rank]:
                 capacity = costs.cluster.types[costs.devices[placement.device].type].memory
                 left = capacity - prices.static_bytes[placement.rank]
