@@ -195,8 +195,9 @@ def _entry_bounds(model: AmpModel, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def data_seconds(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, bounds: tuple[int, ...]
 ) -> float:
-    """Returns the seconds of the gradient reduction of the slowest stage and tensor rank: 2 (dp - 1)
-    / dp * words / speed.
+    """Returns the seconds of the gradient reduction of the slowest stage and tensor rank.
+
+    seconds = 2 (dp - 1) / dp * words / speed
 
     As in the published code, the speed is that of the pair which closes the ring, not that of its
     slowest pair.
