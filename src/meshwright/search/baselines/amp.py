@@ -24,16 +24,16 @@ class AmpModel:
     """What AMP knows of a model. Entries are the layers of the pipeline, no-ops included."""
 
     forward_seconds: Mapping[int, tuple[float, ...]]
-    """By tensor width: seconds of every entry for one row, communication inside it included."""
+    """Seconds of every entry for one row, by tensor width; communication inside is included."""
     assigned: tuple[int, ...]
     """Entries that the layer assignment moves, ascending; those between go with the one before."""
     uniform: tuple[int, int, int]
     """Assigned entries that even cutting gives to the first stage in advance, shares out, and gives
     to the last stage on top."""
     boundary_words: Mapping[int, tuple[float, ...]]
-    """By tensor width: words per row that a cut behind every assigned entry carries."""
+    """Words per row that a cut behind each assigned entry carries, by tensor width."""
     parameter_words: tuple[float, ...]
-    """Of every entry, embeddings left out."""
+    """Words of the parameters of every entry, without embeddings."""
     embedding_words: float = 0.0
     """Charged once to every stage that holds any of `embeddings`."""
     embeddings: tuple[int, ...] = ()
