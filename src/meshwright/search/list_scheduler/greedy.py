@@ -131,8 +131,7 @@ class _Listing:
         return I if self.held[g] + grows <= self.room[g] else B
 
     def ready(self, s: int, kind: int, m: int, g: int) -> float:
-        """Returns when what a micro-batch's work needs is there; infinite while nobody has begun to
-        make it."""
+        """Returns when the input of an action arrives; infinite until its source has begun."""
         made, wait, free = (self.for_f if kind == F else self.for_b)[s]
         if made is None:
             return 0.0
