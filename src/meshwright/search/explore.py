@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.estimate import Candidate, Estimate, Misfit, evaluate, optimistic_seconds
 from meshwright.search.placement import default_placement, placements

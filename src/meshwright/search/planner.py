@@ -18,7 +18,7 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate, certificate_in_haste
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds

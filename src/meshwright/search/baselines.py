@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from meshwright.search.baselines import amp
+from meshwright.rivals import amp
 from meshwright.search.costs import Costs, group_times
 from meshwright.search.estimate import Bounds, Candidate
 from meshwright.search.placement import default_placement
