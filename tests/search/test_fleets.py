@@ -158,7 +158,7 @@ def test_the_closed_form_is_near_the_simulator():
 def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, schedule, memory):
     graph = model(layers, parameters=2_000_000, saved=5e6)
     costs = costs_of(graph, machines(1, 0, 4, memory=memory), job(count))
-    context = template_search.estimate_context(costs, fleets(costs))
+    context = template_search.estimate_context(costs, device_classes(costs))
     template = PipelineTemplate(1, (StageRun(0, depth, 1, 1),), 1, schedule)
     unit = next(iter(costs.devices))
     forward, backward = unit_prefix(costs, (unit,), 1)
