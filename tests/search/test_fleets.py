@@ -17,7 +17,7 @@ from meshwright.records import dumps
 from meshwright.search import template_search
 from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
-from meshwright.search.costs import costs_of, stage_bytes, unit_capacity, unit_prefix
+from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
 from meshwright.search.device_classes import (
     PipelineTemplate,
     RatedClass,
@@ -160,8 +160,8 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
     costs = costs_of(graph, machines(1, 0, 4, memory=memory), job(count))
     context = template_search.estimate_context(costs, device_classes(costs))
     template = PipelineTemplate(1, (StageRun(0, depth, 1, 1),), 1, schedule)
-    unit = next(iter(costs.devices))
-    forward, backward = unit_prefix(costs, (unit,), 1)
+    device = next(iter(costs.devices))
+    forward, backward = group_prefix(costs, (device,), 1)
     always, each = stage_bytes(costs, 1, 1)
 
     def slowest(bounds):
@@ -170,7 +170,7 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
     def fits(bounds):
         return all(
             always[a, b] + each[a, b] * in_flight(schedule, s, depth, count)
-            <= unit_capacity(costs, (unit,))
+            <= group_capacity(costs, (device,))
             for s, (a, b) in enumerate(pairwise(bounds))
         )
 
