@@ -118,7 +118,7 @@ def test_where_messages_take_long_the_bound_counts_every_round_trip(before):
     far = Link(bandwidth=1e10, latency=0.1)
     where = cluster(("fast",) * (1 + before), ("fast",), network=far)
     costs = costs_of(model([1.0] * 3), where, job(12))
-    line = chain_of(costs, 1, 12, "1f1b").line
+    line = chain_of(costs, 1, 12, "1f1b").pipeline
     seconds = stage_level_seconds(costs, (line,), "1f1b")
     bound = stage_level_seconds(costs, (line,), "1f1b", limit=0.0)
     assert 0.9 * seconds < bound <= seconds
