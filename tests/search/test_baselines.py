@@ -3,7 +3,7 @@
 import pytest
 
 from meshwright.cluster.spec import devices_of
-from meshwright.search.baselines.manual import amp_ranking, blocks, ddp, even, even_bounds
+from meshwright.search.baselines import amp_ranking, blocks, ddp, even, even_bounds
 from meshwright.search.costs import costs_of, group_times
 from meshwright.search.space import DeviceSet
 from worlds import cluster, job, model

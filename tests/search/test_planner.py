@@ -147,7 +147,7 @@ def test_what_would_be_faster_but_does_not_fit_is_among_the_runners_up():
     plan = find_plan(model([10.0] * 4, parameters=10_000_000, units=1), where, job(8))
     reasons = [r.reason for r in plan.prediction.runners_up if r.step_seconds is None]
     assert any(reason.startswith("does not fit: a:") for reason in reasons)
-    assert plan.prediction.pruned["does not fit in memory"] > 0
+    assert plan.prediction.dropped["does not fit in memory"] > 0
 
 
 def test_progress_is_told_to_the_end():
@@ -182,7 +182,7 @@ def test_devices_that_do_not_offer_the_precision_are_counted():
     graph = replace(model([10.0] * 4), precision="bf16")
     plan = find_plan(graph, where, replace(job(), precision="bf16"))
     assert set(plan.devices) <= {"a:0", "a:1"}
-    assert plan.prediction.pruned["devices that do not offer bf16"] == 1
+    assert plan.prediction.dropped["devices that do not offer bf16"] == 1
 
 
 @pytest.mark.parametrize("name", ["ddp", "even", "amp"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.estimate import Candidate, Estimate, Misfit, evaluate, optimistic_seconds
 from meshwright.search.placement import default_placement, placements
@@ -83,7 +83,7 @@ def whole(costs: Costs) -> DeviceSet:
 
 
 def usable(costs: Costs, pruned: Counter[str]) -> DeviceSet:
-    """As `whole`; devices that are not among them are counted in `dropped`."""
+    """Returns the devices of `whole`, and counts all other devices in `pruned`."""
     used = whole(costs)
     if unable := len(costs.devices) - len(used.devices):
         pruned[f"devices that do not offer {costs.job.precision}"] += unable
