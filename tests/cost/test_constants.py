@@ -48,7 +48,7 @@ def test_every_constant_is_described_and_its_default_is_plausible_or_neutral() -
     assert set(CONSTANTS) == {*DEVICE_NAMES, *SYSTEM_NAMES}
     for known in CONSTANTS.values():
         assert 0 <= known.low < known.high
-        assert known.group
+        assert known.unit
         assert known.meaning
         assert known.source
 

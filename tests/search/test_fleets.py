@@ -2,8 +2,9 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,11 +13,13 @@ from meshwright.cluster.spec import Cluster, Link, Node, Site
 from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
+from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
 from meshwright.search import template_search
+from meshwright.search.balanced_estimate import Build, balanced
 from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
-from meshwright.search.costs import costs_of
+from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
 from meshwright.search.device_classes import (
     PipelineTemplate,
     RatedClass,
@@ -28,7 +31,7 @@ from meshwright.search.device_classes import (
 )
 from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.template_estimate import TemplateEstimate
+from meshwright.search.template_estimate import TemplateEstimate, cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import tenth
 from worlds import NVLINK, cluster, device, job, model
@@ -144,6 +147,56 @@ def test_the_closed_form_is_near_the_simulator():
             played = simulate_by_symmetry(plan, GRAPH, costs.cluster).step_seconds
             assert 0.75 < choice.seconds / played < 1.2
             break
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.sampled_from(("1f1b", "gpipe")),
+    st.floats(0.98, 1.12),
+)
+def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, schedule, memory):
+    graph = model(layers, parameters=2_000_000, saved=5e6)
+    costs = costs_of(graph, machines(1, 0, 4, memory=memory), job(count))
+    context = template_search.estimate_context(costs, device_classes(costs))
+    template = PipelineTemplate(1, (StageRun(0, depth, 1, 1),), 1, schedule)
+    group = (next(iter(costs.devices)),)
+    forward, backward = group_prefix(costs, group, 1)
+    always, each = stage_bytes(costs, 1, 1)
+
+    def slowest(bounds):
+        return max(forward[b] - forward[a] + backward[b] - backward[a] for a, b in pairwise(bounds))
+
+    def fits(bounds):
+        return all(
+            always[a, b] + each[a, b] * in_flight(schedule, s, depth, count)
+            <= group_capacity(costs, group)
+            for s, (a, b) in enumerate(pairwise(bounds))
+        )
+
+    inner = combinations(range(1, len(layers)), depth - 1)
+    fitting = [bounds for bounds in ((0, *cut, len(layers)) for cut in inner) if fits(bounds)]
+    found = cuts(context, template, count)
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert found in fitting
+        assert slowest(found) == pytest.approx(min(map(slowest, fitting)))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth):
+    """Gradients take most of the step: a ring passes 2 (w - 1) / w of them."""
+    graph = model([10.0] * 7, parameters=10_000_000)
+    costs = costs_of(graph, machines(depth * width, 0, 1), job(8 * width))
+    context = template_search.estimate_context(costs, device_classes(costs))
+    build = Build((0,), 1, (width,), (1,), width, "1f1b")
+    (least,) = balanced(context, build, 8, np.array([[depth]]))
+    template = PipelineTemplate(1, (StageRun(0, depth, width, 1),), width, "1f1b")
+    exact = whole_seconds(context, (estimate_template(context, template, 8),), (8,))
+    assert 0.6 * exact < least < 1.02 * exact
 
 
 def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):

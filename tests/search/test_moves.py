@@ -53,8 +53,8 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
         used = Counter(
             name
             for each in lines
-            for tensor_group in each.stages
-            for unit in tensor_group.groups
+            for stage in each.stages
+            for unit in stage.groups
             for name in unit
         )
         assert set(used.values()) == {1}
@@ -63,12 +63,9 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
             assert each.bounds[-1] == len(costs.model.layers)
             assert all(a < b for a, b in zip(each.bounds, each.bounds[1:], strict=False))
             assert all(
-                min(tensor_group.rows) >= 1 and sum(tensor_group.rows) == each.rows
-                for tensor_group in each.stages
+                min(stage.rows) >= 1 and sum(stage.rows) == each.rows for stage in each.stages
             )
-            assert all(
-                len({len(u) for u in tensor_group.groups}) == 1 for tensor_group in each.stages
-            )
+            assert all(len({len(u) for u in stage.groups}) == 1 for stage in each.stages)
         assert schedule in ("1f1b", "gpipe")
 
 
@@ -85,8 +82,7 @@ def test_a_limit_leaves_out_only_what_is_slower(drawn, move):
 
 def shapes(found):
     return {
-        tuple(tuple(tensor_group.groups for tensor_group in each.stages) for each in lines)
-        for _, lines in found
+        tuple(tuple(stage.groups for stage in each.stages) for each in lines) for _, lines in found
     }
 
 

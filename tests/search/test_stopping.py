@@ -132,7 +132,7 @@ def check_stopped(name: str, n: int) -> None:
     assert certificate(costs_of(graph, where, todo)).seconds <= said.step_seconds * (1 + 1e-9)
     assert said.bound_reason
     whole = uninterrupted(name)[0]
-    assert said.pruned.get(INTERRUPTED) == 1 or f'"step_seconds": {said.step_seconds!r}' in whole
+    assert said.dropped.get(INTERRUPTED) == 1 or f'"step_seconds": {said.step_seconds!r}' in whole
     assert all(other.reason for other in said.runners_up)
 
 

@@ -160,6 +160,16 @@ def test_cuts_are_near_the_best_of_all(gflops, schedule, micro_batches):
     assert best * (1 - 1e-12) <= seconds <= best * 1.3
 
 
+def test_cuts_on_machines_twice_as_slow_take_twice_as_long():
+    costs = costs_of(model([10.0] * 6), cluster(("fast",), ("slow",)), job(4))
+    teams = tuple(StageDevices(((name,),), (1,)) for name in costs.devices)
+    line = CandidatePipeline(teams, (0, 3, 6), 4)
+    tables = _tables(costs, line, ((0, 2), (1, 3)), "interleaved-1f1b", frozenset())
+    bounds = np.array([(0, 1, 3, 4, 6), (0, 2, 3, 5, 6)])
+    slower = replace(tables, loads=2 * tables.loads, cuts=2 * tables.cuts)
+    assert _seconds(slower, bounds) == pytest.approx(2 * _seconds(tables, bounds))
+
+
 def test_the_time_that_is_up_leaves_the_best_plan_so_far():
     graph = model([10.0] * 12, parameters=10_000_000, tied=True)
     where = cluster(("slow",), ("slow",), ("slow",), network=Link(bandwidth=1e8, latency=1e-5))

@@ -28,7 +28,7 @@ class Build:
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
     rows: int
-    """Of a micro-batch."""
+    """Rows of a micro-batch over all replicas."""
     schedule: ScheduleName
 
 

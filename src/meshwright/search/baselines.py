@@ -123,4 +123,4 @@ BASELINES: dict[str, Callable[[Costs, DeviceSet], list[Candidate]]] = {
     "even": even,
     "amp": amp_ranking,
 }
-"""By the name that users say. Only AMP's order is AMP's own; the others are to be ranked."""
+"""Each kind of hand-made plan, under its name for users. AMP's candidates come ranked by AMP."""

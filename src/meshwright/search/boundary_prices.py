@@ -45,7 +45,7 @@ def boundary_prices(
 @dataclass(slots=True)
 class _Way:
     rows: dict[Resource, int] = field(default_factory=dict)
-    """By resource."""
+    """Rows that cross each resource."""
     latency: float = 0.0
 
     def add(self, costs: Costs, source: str, target: str, rows: int) -> None:

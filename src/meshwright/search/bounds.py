@@ -46,9 +46,9 @@ class _PipelineTables:
     forward: Grid
     backward: Grid
     ahead: list[list[tuple[int, int, float, float]]]
-    """By cut: source group, target group, seconds of its activations, of its gradients."""
+    """Source group, target group, seconds of activations and of gradients, for each cut."""
     returns: list[bool]
-    """By cut: whether a backward before it waits for gradients; nothing frozen does."""
+    """True for cuts over which gradients come back; none do if all before it is frozen."""
     exposed: Grid
     """Seconds from the end of a tensor group's last backward to that of its reductions."""
 

@@ -28,7 +28,7 @@ class StageDevices:
 
     groups: tuple[TensorGroup, ...]
     rows: tuple[int, ...]
-    """Of every micro-batch, by tensor group."""
+    """Rows of every micro-batch that each tensor group works on."""
 
 
 @dataclass(frozen=True, slots=True)

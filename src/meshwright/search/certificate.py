@@ -33,7 +33,7 @@ GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""
 
 EVERY_ROW_COUNT = 512
-"""Micro-batches of so many rows are priced one by one where times were measured."""
+"""Row counts up to this one are each priced where layer times were measured."""
 
 
 @dataclass(frozen=True, slots=True)

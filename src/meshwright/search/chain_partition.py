@@ -35,7 +35,7 @@ DEEPEST = 24
 """Most stages that are looked at."""
 
 Table = list[Array]
-"""By group i, seconds [J, L + 1, L + 1] of stages with groups [i, i + 1), [i, i + 2) and so on."""
+"""Seconds [J, L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
 
 
 def cut_chain(
@@ -149,7 +149,7 @@ def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
 
 
 def cost_of_cutting(costs: Costs, number: int) -> int:
-    """Steps (about a microsecond each) that `cut_chain` takes for so many tensor groups."""
+    """Steps (about a microsecond each) that `cut_chain` takes for a number of tensor groups."""
     elements = number**2 * (len(costs.model.layers) + 1) ** 2
     return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
 

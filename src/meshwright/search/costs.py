@@ -72,10 +72,10 @@ class Costs:
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
     bucket_bytes: int
-    """Of the gradients that are summed at once."""
+    """Bytes of the gradients that are summed at once."""
     table: MemoryTable
     recomputed: MemoryTable | None
-    """Of stages that recompute; None: no stage may."""
+    """The table of stages that recompute; None if no stage may."""
     repeats: bool
     """Every stage recomputes, and `table` is that of such stages."""
     devices: dict[str, Device]
@@ -281,8 +281,8 @@ def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
 
 
 def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[float, float]:
-    """Of these layers' gradients that are not tied, on each tensor rank: all, and those that are
-    sent last, a bucket of one layer at least."""
+    """Returns the bytes of these layers' gradients on each tensor rank, without tied ones: of all,
+    and of the last bucket, which has one layer at least."""
     width, first = reduced_width(costs), layers[0]
     everything = own_parameters(costs, layers, tensor) * width
     least = own_parameters(costs, (first, first + 1), tensor) * width

@@ -39,7 +39,7 @@ class DeviceClass:
 
     @property
     def each(self) -> int:
-        """Devices of a node."""
+        """Returns the number of such devices in each node."""
         return len(self.nodes[0])
 
 
@@ -62,9 +62,9 @@ class StageRun:
     beside each other, then as many of the next stage, until the node is full."""
 
     device_class: int
-    """Its number."""
+    """Index of the device class in `device_classes`."""
     depth: int
-    """Stages."""
+    """Number of stages."""
     width: int
     """Replicas of each stage."""
     block: int
@@ -77,17 +77,17 @@ class PipelineTemplate:
     tensor: int
     runs: tuple[StageRun, ...]
     rows: int
-    """Of a micro-batch, over all replicas."""
+    """Rows of a micro-batch, over all replicas."""
     schedule: ScheduleName
 
     @property
     def depth(self) -> int:
-        """Stages."""
+        """Number of stages."""
         return sum(run.depth for run in self.runs)
 
     @property
     def devices(self) -> int:
-        """Devices in use."""
+        """Returns the number of devices in use."""
         return self.tensor * sum(s.depth * s.width for s in self.runs)
 
 

@@ -75,7 +75,7 @@ class Needs:
 
     always: Array
     each: Array
-    """And for every micro-batch in flight."""
+    """Bytes for every micro-batch in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class Memory:
     """What the stages of a candidate need of their devices' memory."""
 
     plain: Needs
-    """Of stages that keep what their layers make."""
+    """Needs of stages that keep the activations of their layers."""
     recomputed: Needs | None
-    """Of stages that recompute, if they may."""
+    """Needs of stages that recompute; None if they may not."""
     held: Array
     """Micro-batches in flight [S]."""
     capacity: Array

@@ -140,7 +140,7 @@ def _of_strategy(
 def _options(
     tables: _SearchTables, pattern: DevicePattern, schedule: ScheduleName
 ) -> dict[int, list[Option]]:
-    """By share: the ways to fill a device pattern that fit and may be fast enough."""
+    """Returns the ways to fill a device pattern that fit and may be fast enough, by share."""
     key = (pattern, schedule)
     if key not in tables.options:
         found: dict[int, list[Option]] = {}

@@ -83,7 +83,7 @@ def whole(costs: Costs) -> DeviceSet:
 
 
 def usable(costs: Costs, pruned: Counter[str]) -> DeviceSet:
-    """As `whole`; devices that are not among them are counted in `dropped`."""
+    """Returns the devices of `whole`, and counts all other devices in `pruned`."""
     used = whole(costs)
     if unable := len(costs.devices) - len(used.devices):
         pruned[f"devices that do not offer {costs.job.precision}"] += unable

@@ -65,12 +65,12 @@ class Incumbent:
     costs: Costs
     cluster_print: str
     deadline: float | None = None
-    """Of time.monotonic; None: the work alone ends the search."""
+    """End of the search, in seconds of time.monotonic; None: the work alone ends it."""
     grace_seconds: float = 0.0
     """How long a search whose time is up looks for a plan that is better than a spare one."""
     work: int = WORK
     stop: Callable[[], bool] = never
-    """True if somebody wants the search to end."""
+    """Returns True if the user wants the search to end."""
     stopped_at: float | None = None
     """The time when `stop` first said yes, in seconds of time.monotonic."""
     found: Callable[[float], None] = ignore
@@ -85,7 +85,7 @@ class Incumbent:
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
     timelines: list[tuple[Evaluated, Timeline]] = field(default_factory=list)
-    """Of the best that were played, best first."""
+    """The simulated steps of the best plans, fastest first."""
 
     @property
     def limit(self) -> float:
@@ -94,14 +94,14 @@ class Incumbent:
 
     @property
     def stopped(self) -> bool:
-        """True if somebody has told the search to end."""
+        """Returns True if the user has told the search to end."""
         if self.stopped_at is None and self.stop():
             self.stopped_at = time.monotonic()
         return self.stopped_at is not None
 
     @property
     def out_of_time(self) -> bool:
-        """True if the search is to end: the time is up, or somebody wants it."""
+        """Returns True if the search is to end: the time is up, or the user wants it."""
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def may_leave_off(self) -> bool:

@@ -150,17 +150,17 @@ Stages = tuple[tuple[TensorGroup, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A line with its best cuts, and its seconds without reductions."""
+    """A pipeline with its best cuts, and its seconds without reductions."""
 
     pipeline: CandidatePipeline
     once: float
-    """Of the first micro-batch, there and back."""
+    """Seconds of the first micro-batch, forward and backward through all stages."""
     slowest: float
-    """Of every further one."""
+    """Seconds that every further micro-batch adds."""
 
 
 def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
-    """Seconds per row of the whole model on a tensor group, at so many rows a micro-batch."""
+    """Returns a tensor group's seconds per row of the whole model, at this micro-batch size."""
     forward, backward = group_prefix(costs, group, rows)
     return (forward[-1] + backward[-1]) / rows
 

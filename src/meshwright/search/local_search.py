@@ -1,4 +1,4 @@
-"""From the best regular grid to the best plan: everything on small inputs, climbs on large ones.
+"""Improves on the best regular grid: exhaustively on small inputs, by hill climbs on large ones.
 
 A hill climb compares strategies by a simulation of their stages. The full simulator judges the
 local optima and the neighbours of the best of them.
@@ -44,7 +44,7 @@ ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""
 
 STAY = 2
-"""Of this many climbs, one goes on to the next round of successive halving."""
+"""Each round of successive halving keeps one climb out of this many."""
 
 DRAWN = 8
 """Starts of a race, at least."""

@@ -75,7 +75,7 @@ HOPELESS, MOST_HOPELESS = 1.25, 8_000
 less work than this."""
 
 INTERRUPTED = "all that was left when the search was interrupted"
-"""Why a search that somebody has stopped did not look further."""
+"""The reason why a search that the user has stopped did not look further."""
 
 PROOF_SECONDS = 1.0
 """How long a certificate may take that an interrupted search has not worked out before."""
@@ -151,7 +151,7 @@ class _Seen:
     best_without_options: Evaluated | None = None
     """The best plan before further options were tried."""
     proof: Certificate | None = None
-    """Worked out while the search goes on, for whoever interrupts it does not wait for it."""
+    """The certificate, worked out during the search so that an interrupting user need not wait."""
 
 
 def _search(
@@ -178,7 +178,7 @@ def _search(
 
 
 def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
-    """The best plan of a incumbent, with all that is to be said of it."""
+    """Returns the best plan with its prediction, its runners-up and its certificate."""
     costs = incumbent.costs
     if incumbent.stopped:
         incumbent.pruned[INTERRUPTED] += 1

@@ -38,13 +38,13 @@ class DeviceSet:
     """Devices that a strategy uses, and what it leaves out."""
 
     devices: tuple[Device, ...]
-    """In cluster order."""
+    """Devices in the order of the cluster."""
     without: str = ""
-    """For people; empty: nothing is left out."""
+    """What is left out, in words for people; empty if nothing is."""
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """Ascending."""
+    """Returns all divisors of a number, smallest first."""
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     high = [number // d for d in reversed(low) if d * d != number]
     return (*low, *high)

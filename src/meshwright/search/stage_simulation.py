@@ -37,7 +37,7 @@ ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
 
 FOLLOWED = 24
-"""At least so many are followed."""
+"""Micro-batches that are followed at least."""
 
 
 def stage_level_seconds(
@@ -67,9 +67,9 @@ class _Pipe:
     ahead: list[float]
     back: list[float]
     returns: list[bool]
-    """By cut: whether a backward before it waits for gradients; nothing frozen does."""
+    """True for cuts over which gradients come back; none do if all before it is frozen."""
     busiest: float
-    """Of the link that all cuts together load most."""
+    """Seconds that a micro-batch occupies the busiest link, over all cuts."""
 
 
 def _pipe(costs: Costs, pipeline: CandidatePipeline) -> _Pipe:
@@ -160,7 +160,7 @@ class _FollowedStage:
     sources: tuple[list[float] | None, list[float] | None]
     """The `ends` that they follow; None: nothing comes in."""
     ends: tuple[list[float], list[float]]
-    """Of its computations so far, by micro-batch."""
+    """End times of its computations so far, by micro-batch."""
     free: list[float]
     """The time when the last transfer was over."""
     at: int = 0

@@ -87,9 +87,9 @@ class GroupFacts:
     whole: float
     """Seconds of all layers."""
     longest: float
-    """Of the longest layer."""
+    """Seconds of the longest layer."""
     common: float
-    """Of one of the commonest layers."""
+    """Seconds of one layer of the commonest kind."""
     always: float
     """Bytes on each device, whatever is in flight."""
     each: float

@@ -63,7 +63,7 @@ ROW_SIZES = 6
 """Rows per replica that are tried: the smallest divisors of its share."""
 
 KEPT = 12
-"""Of all arrays of one choice of widths and rows, depths that are followed up."""
+"""Depths that are kept for each choice of widths, rows, blocks and schedule."""
 
 ESTIMATED = 1_200
 """Pipelines of one block of device classes that are cut, most promising first."""
@@ -75,7 +75,7 @@ NEAR = 12
 """Micro-batches more or fewer than a pipeline's ideal number that are tried."""
 
 MOST_WIDTHS = 16
-"""Replicas of a stage that are tried: of so many divisors of the batch, evenly spread."""
+"""The most numbers of replicas of a stage that are tried: divisors of the batch."""
 
 SLACK = 1.1
 """Times the best known strategy that a pipeline may take as if perfectly balanced."""

@@ -53,13 +53,13 @@ class _CutTables:
     loads: Array
     """Seconds of a micro-batch, there and back."""
     always: Array
-    """Share of the devices' memory that is always held,"""
+    """Share of the devices' memory that is always in use."""
     each: Array
-    """and that of every micro-batch in flight."""
+    """Share of it that each micro-batch in flight takes."""
     held: Array
     """[K, H] micro-batches of every stage in flight at moments of one group when most may be."""
     moments: NDArray[np.intp]
-    """Of every group, the first of its moments."""
+    """Index of the first moment of each group."""
     cuts: Array
     """Seconds [K - 1, L + 1] across the cut after each stage."""
     micro_batches: int

@@ -67,7 +67,7 @@ class _DividedPlan:
 
     seconds: float
     after: float
-    """Of these, seconds after the last backward."""
+    """Seconds after the last backward; `seconds` includes them."""
     plan: Plan
     works: list[Work]
 
