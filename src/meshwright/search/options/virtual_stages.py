@@ -28,7 +28,7 @@ from meshwright.search.finishing import (
     Pruned,
     fits_in_memory,
 )
-from meshwright.search.incumbent import Evaluated, Incumbent, work_of
+from meshwright.search.incumbent import Evaluated, Incumbent, step_of, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
     LISTED,
@@ -127,12 +127,12 @@ def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
     busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
     if busy + after_lines(costs, lines) >= limit:
         return False
-    for each, timeline in incumbent.timelines:
-        if each is played:
-            lost = parts_of(timeline)
-            spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
-            return played.seconds - spared < limit
-    return True
+    step = step_of(incumbent, played)
+    if step is None:
+        return True
+    lost = parts_of(step.timeline())
+    spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
+    return played.seconds - spared < limit
 
 
 def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
