@@ -8,12 +8,14 @@ from fuzz_mutations import CONTROLS, DIGITS, PAYLOADS, Verdict
 
 PLAN = "plan --model gpt-tiny --cluster cluster.toml --global-batch 4 --sequence 16 --budget 2s"
 VERBS = {
-    "plan": f"{PLAN} --precision fp32 --optimizer adamw --profile profile.json -o out.json",
+    "plan": f"{PLAN} --precision fp32 --optimizer adamw --profile profile.json "
+    "--forbid schedules -o out.json",
     "explain": "explain plan.json",
     "simulate": "simulate plan.json --cluster cluster.toml --profile profile.json --trace t.json "
     "--program p.txt --report r.html",
     "compare": "compare plan.json other.json --report r.html",
-    "whatif": "whatif plan.json --without b --add 1xT4 --set link.network=1Gbit/s -o out.toml",
+    "whatif": "whatif plan.json --without b --add 1xT4 --set link.network=1Gbit/s --budget 2s "
+    "--forbid schedules -o out.toml",
     "export": "export plan.json --to pipelining-csv -o out",
     "reorder": "reorder plan.json --order gpipe -o out.json",
     "imported": "reorder plan.json --csv order.csv -o out.json",
@@ -112,6 +114,7 @@ def _options(verb: str, sort: str, *names: str, zero: Verdict = "refused") -> li
 
 OPTIONS = (
     *_options("plan", "number", "--global-batch", "--sequence", "--budget"),
+    *_options("plan", "word", "--forbid"),
     *_options("plan", "input", "--cluster", "--profile", "--model"),
     *_options("plan", "word", "--precision", "--optimizer", "--model"),
     *_options("plan", "output", "-o"),
@@ -121,7 +124,8 @@ OPTIONS = (
     *_options("compare", "input", "plan.json", "other.json"),
     *_options("compare", "output", "--report"),
     *_options("whatif", "input", "plan.json"),
-    *_options("whatif", "word", "--without", "--add", "--set"),
+    *_options("whatif", "number", "--budget"),
+    *_options("whatif", "word", "--without", "--add", "--set", "--forbid"),
     *_options("whatif", "output", "-o"),
     *_options("export", "input", "plan.json"),
     *_options("export", "word", "--to"),

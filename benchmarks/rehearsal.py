@@ -28,10 +28,11 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
 from meshwright.runtime.build_stages import cut_for, set_precision
 from meshwright.runtime.engine import Engine
+from meshwright.runtime.handles import JointHandle
 from meshwright.runtime.interpreter import Interpreter, Step
 from meshwright.runtime.optimizer import OptimizerFactory, make_updates
 from meshwright.runtime.rank_model import RankModel, build_local_layers
-from meshwright.runtime.recorder import JointHandle, Recording
+from meshwright.runtime.recorder import Recording
 from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.runtime.stage import StageModule
 from meshwright.runtime.step_end import StepEnd

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from commands import meshwright, refused
+from meshwright.cli import app
+from meshwright.search.options import OPTION_NAMES
 
 pytestmark = pytest.mark.heavy
 
@@ -70,6 +73,24 @@ def test_a_plan_is_explained_and_simulated(planned):
     assert json.loads((planned / "step.json").read_text())["traceEvents"]
     assert (planned / "program.txt").read_text().startswith("rank 0")
     assert "<html" in (planned / "report.html").read_text()
+
+
+def test_every_verb_that_searches_takes_the_same_limits():
+    verbs = get_command(app).commands
+    for option in ("budget", "forbid"):
+        told = [{p.name: p.help for p in verbs[verb].params} for verb in ("plan", "whatif", "demo")]
+        assert len({found[option] for found in told}) == 1
+    for name in OPTION_NAMES:
+        assert name in told[0]["forbid"]
+
+
+@pytest.mark.parametrize("verb", ["plan", "whatif", "demo"])
+def test_an_option_that_does_not_exist_cannot_be_forbidden(planned, verb):
+    given = {"plan": "--model gpt-tiny --cluster cluster.toml --global-batch 4 -o no.json",
+             "whatif": "plan.json --without here:1", "demo": "-o no"}  # fmt: skip
+    refused(f"{verb} {given[verb]} --forbid zero", ("--forbid", "divided-states"), cwd=planned)
+    refused(f"{verb} {given[verb]} --budget 0s", ("--budget", "more than 0"), cwd=planned)
+    assert not (planned / "no").exists()
 
 
 def test_the_same_input_gives_the_same_bytes(planned):

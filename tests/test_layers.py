@@ -101,7 +101,7 @@ ROOM_LINES = {
     "profiling": 900,
     "program": 1_900,
     "report": 1_900,
-    "runtime": 4_500,
+    "runtime": 4_700,
     "search": 7_900,
     "simulate": 1_600,
     "testbed": 1_550,

@@ -14,7 +14,7 @@ from meshwright.cost.profile import LayerTime, LinkTimes, Profile
 from meshwright.errors import ClusterError, PlanError
 from meshwright.plan.spec import Job
 from meshwright.workflows.export_plan import even_stage_cuts
-from meshwright.workflows.session import Session, search_plan
+from meshwright.workflows.session import SearchLimits, Session, search_plan
 from meshwright.workflows.what_if import ClusterEdits, what_if
 from worlds import DEVICE, cluster, even_model, one_node
 
@@ -105,6 +105,20 @@ def test_nothing_to_change_and_nothing_left_are_refused():
         asked(here)
     with pytest.raises(ClusterError, match="at least one device"):
         asked(here, without=("a", "b"))
+
+
+def test_both_searches_leave_out_what_the_plan_left_out():
+    slow_updates = replace(DEVICE, memory_bandwidth=1e8)
+    nodes = (("g", "g"), ("g", "g"))
+    here = session(cluster(*nodes, network=Link(bandwidth=1e9), types=(slow_updates,)))
+    without = SearchLimits(forbidden=("divided-states",))
+    plan = search_plan(here, without)
+    for limits, divided in ((without, False), (SearchLimits(), True)):
+        edits = ClusterEdits(settings=("link.network=9 Gbit/s",))
+        found = what_if(here, plan, edits, limits)[0]
+        assert ("zero1" in found.best.name) == divided
+        steps = [each.step_seconds for each in found.options]
+        assert (steps[1] < steps[0]) == divided
 
 
 @given(st.integers(3, 120), st.integers(1, 40))

@@ -109,3 +109,14 @@ def test_a_limit_is_kept_from_both_sides(share, count, schedule):
         assert limited == seconds
     else:
         assert share * seconds * (1 - 1e-12) <= limited <= seconds * (1 + 1e-9)
+
+
+def test_where_messages_take_long_the_bound_counts_every_round_trip():
+    """The second of three stages holds two micro-batches: six times two go to the third and back,
+    a tenth of a second each way."""
+    far = Link(bandwidth=1e10, latency=0.1)
+    costs = costs_of(model([1.0] * 3), cluster(("fast", "fast"), ("fast",), network=far), job(12))
+    line = chain_of(costs, 1, 12, "1f1b").line
+    seconds = preview_seconds(costs, (line,), "1f1b")
+    bound = preview_seconds(costs, (line,), "1f1b", limit=0.0)
+    assert 0.9 * seconds < bound <= seconds

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from meshwright.workflows.session import SearchLimits
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +66,19 @@ def say(text: str, *, to_errors: bool = False) -> None:
     from meshwright.text import printable
 
     typer.echo(printable(text, lines=True), err=to_errors)
+
+
+def search_limits(budget: str | None, forbid: list[str] | None) -> SearchLimits:
+    """Returns what BudgetOption and ForbidOption set, for each verb that searches. Raises
+    OptionError or PlanError, before any work is done, for values that they cannot have."""
+    from meshwright.records import checked
+    from meshwright.search.options import options_without
+    from meshwright.workflows.session import SearchLimits
+
+    forbidden = tuple(forbid or ())
+    options_without(forbidden)
+    named = {"budget_seconds": "--budget"}
+    return checked(SearchLimits, named, budget_seconds=budget, forbidden=forbidden)
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -23,6 +23,7 @@ from meshwright.cli.options import (
     app,
     check_outputs,
     say,
+    search_limits,
 )
 
 
@@ -50,12 +51,11 @@ def plan(
 
     with search_progress() as watch:
         from meshwright.plan.files import save_plan
-        from meshwright.records import PositiveSeconds, checked_value
         from meshwright.report.tables import explain as print_explanation
         from meshwright.search.certificate import sentence
         from meshwright.workflows.session import error_text, open_session, search_plan
 
-        seconds = checked_value(PositiveSeconds, budget, "--budget") if budget is not None else None
+        limits = search_limits(budget, forbid)
         check_outputs(output)
         session = open_session(
             model=model,
@@ -70,8 +70,7 @@ def plan(
             say(f"warning: {warning}", to_errors=True)
         found = search_plan(
             session,
-            forbidden=forbid or (),
-            budget_seconds=seconds,
+            limits,
             progress=watch.tell,
             stop=watch.stop,
             found=watch.found,
@@ -188,6 +187,8 @@ def whatif(
         list[str] | None,
         typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
     ] = None,
+    budget: BudgetOption = None,
+    forbid: ForbidOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
@@ -204,12 +205,15 @@ def whatif(
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.what_if import ClusterEdits, what_if
 
+        limits = search_limits(budget, forbid)
         check_outputs(output)
         edits = ClusterEdits(
             without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
         )
         session, opened = reopen_plan(plan_file)
-        found, cluster = what_if(session, opened.plan, edits, progress=watch.tell, stop=watch.stop)
+        found, cluster = what_if(
+            session, opened.plan, edits, limits, progress=watch.tell, stop=watch.stop
+        )
     if json:
         typer.echo(whatif_json(found), nl=False)
     else:

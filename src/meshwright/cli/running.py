@@ -22,12 +22,15 @@ from meshwright.cli.emulating import (
     train_with_launcher,
 )
 from meshwright.cli.options import (
+    BudgetOption,
+    ForbidOption,
     ModelOption,
     PlanFile,
     PrecisionChoice,
     app,
     check_outputs,
     say,
+    search_limits,
 )
 
 if TYPE_CHECKING:
@@ -336,6 +339,8 @@ def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each plan.")] = 10,
+    budget: BudgetOption = None,
+    forbid: ForbidOption = None,
 ) -> None:
     """Emulate a mixed cluster on this machine, find a plan for it, and train by this plan and by
     the even one."""
@@ -344,5 +349,6 @@ def demo(
     from meshwright.runtime.run_folder import Steps
     from meshwright.workflows.demo import run_demo
 
+    limits = search_limits(budget, forbid)
     files.check_folder(output)
-    run_demo(output, checked_value(Steps, steps, "--steps"))
+    run_demo(output, checked_value(Steps, steps, "--steps"), limits)

@@ -23,7 +23,6 @@ class RegularGrid:
     rows: int
     """Rows of a micro-batch that one replica takes."""
     micro_batches: int
-    recompute: bool
     meshes: tuple[Mesh[str], ...]
     """The devices of each pipeline rank: the replicas of all pipelines."""
 
@@ -57,7 +56,6 @@ def grid_of(plan: Plan, tool: str) -> RegularGrid:
         layers=tuple(stage.layers for stage in stages),
         rows=plan.pipelines[0].rows // mesh_of(stages[0]).width("data"),
         micro_batches=plan.pipelines[0].micro_batches,
-        recompute=stages[0].recompute,
         meshes=meshes,
     )
 
@@ -80,9 +78,6 @@ def _problems(plan: Plan, tool: str) -> Iterator[Problem]:
         yield Problem(plan.name, "pipelines", describe_plan(plan), wanted)
     for p, pipeline in enumerate(plan.pipelines):
         yield from pipeline_problems(plan, p, pipeline, tool)
-    if len({stage.recompute for pipeline in plan.pipelines for stage in pipeline.stages}) > 1:
-        wanted = f"all stages or none: {tool} recomputes every block or none"
-        yield Problem(plan.name, "recompute", "some stages that recompute", wanted)
 
 
 def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> Iterator[Problem]:

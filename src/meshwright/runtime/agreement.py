@@ -19,9 +19,9 @@ from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import hash_seed
+from meshwright.runtime.slices import read_slices, write_slices
 from meshwright.runtime.world import World
 from meshwright.techniques.pipeline_parallel.runtime import BoundaryMessages
-from meshwright.techniques.tensor_parallel.runtime import read_slices, write_slices
 
 
 def agree_on_messages(

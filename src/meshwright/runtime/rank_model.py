@@ -30,20 +30,21 @@ from meshwright.runtime.build_stages import (
     cut_for,
 )
 from meshwright.runtime.debug import NonFiniteCheck
+from meshwright.runtime.flat_buckets import (
+    FlatBucket,
+    SumGroup,
+    group_parameters,
+    make_bucket,
+)
+from meshwright.runtime.handles import Handle
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.parameters import Parameter, parameters_of
 from meshwright.runtime.run_folder import TrainingOptions
 from meshwright.runtime.stage import StageModule
 from meshwright.runtime.world import World
 from meshwright.techniques import provided
-from meshwright.techniques.data_parallel.runtime import (
-    FlatBucket,
-    Reducer,
-    SumGroup,
-    group_parameters,
-    make_bucket,
-)
-from meshwright.techniques.pipeline_parallel.runtime import BoundaryMessages, Handle
+from meshwright.techniques.data_parallel.runtime import Reducer
+from meshwright.techniques.pipeline_parallel.runtime import BoundaryMessages
 from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup
 
 

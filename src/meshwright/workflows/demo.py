@@ -30,6 +30,7 @@ from meshwright.runtime.run_folder import RunSettings, TrainingOptions
 from meshwright.testbed.launcher import EMULATED_WORKER
 from meshwright.workflows.profile_model import profile_here
 from meshwright.workflows.session import (
+    SearchLimits,
     Session,
     manual_plan,
     open_session,
@@ -85,14 +86,14 @@ class TimedPlan:
         return self.plan.prediction.step_seconds
 
 
-def run_demo(folder: Path, steps: int, console: Console | None = None) -> None:
+def run_demo(folder: Path, steps: int, limits: SearchLimits) -> None:
     """Runs the whole demo; it leaves cluster, profile, plans, runs, traces and report.html in
     `folder`."""
-    console = console or Console()
+    console = Console()
     files.make_folder(folder)
     session = _prepare(folder, console)
     console.rule("plan")
-    found = search_plan(session)
+    found = search_plan(session, limits)
     even = manual_plan(session, "even")
     explain(found, console)
     console.rule("train")

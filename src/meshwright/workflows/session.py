@@ -3,7 +3,7 @@ times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
@@ -23,7 +23,7 @@ from meshwright.plan.spec import Job, Plan, PlanInput, Prediction
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.timeline import Timeline
-from meshwright.records import checked, fingerprint, record
+from meshwright.records import PositiveSeconds, checked, fingerprint, record
 from meshwright.search.explore import Progress
 from meshwright.search.incumbent import ignore
 from meshwright.search.planner import baseline_plan, find_plan
@@ -47,6 +47,19 @@ class Session:
     cluster_source: str
     profile_source: str
     warnings: tuple[str, ...]
+
+
+@record
+class SearchLimits:
+    """What a search leaves out, and the time after which it ends."""
+
+    forbidden: tuple[str, ...] = ()
+    """Names of options (`OPTION_NAMES` in `search/options`) that it does not try."""
+    budget_seconds: PositiveSeconds | None = None
+    """The time after which it stops improving; None: it ends when it is done."""
+
+
+NO_LIMITS = SearchLimits()
 
 
 def open_session(
@@ -104,22 +117,21 @@ def _precision(wanted: str | None, cluster: Cluster, source: str) -> Precision:
 
 def search_plan(
     session: Session,
+    limits: SearchLimits = NO_LIMITS,
     *,
-    forbidden: Collection[str] = (),
-    budget_seconds: float | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
     found: Callable[[float], None] = ignore,
 ) -> Plan:
-    """Finds a plan for a session; the options are those of `find_plan`. Raises FitError if nothing
-    fits, PlanError if the search had to end before a plan was found."""
+    """Finds a plan for a session; `progress`, `stop` and `found` are those of `find_plan`. Raises
+    FitError if nothing fits, PlanError if the search had to end before a plan was found."""
     best = find_plan(
         session.model,
         session.cluster,
         session.job,
         session.profile,
-        forbidden=forbidden,
-        budget_seconds=budget_seconds,
+        forbidden=limits.forbidden,
+        budget_seconds=limits.budget_seconds,
         progress=progress,
         stop=stop,
         found=found,

@@ -21,7 +21,14 @@ from meshwright.report.whatif import WhatIf, WhatIfOption, what_if_option
 from meshwright.search.explore import Progress
 from meshwright.simulate.plan_figures import simulate_figures
 from meshwright.stopping import never
-from meshwright.workflows.session import Session, priced, search_plan, simulate_priced
+from meshwright.workflows.session import (
+    NO_LIMITS,
+    SearchLimits,
+    Session,
+    priced,
+    search_plan,
+    simulate_priced,
+)
 
 _TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficiency")
 
@@ -39,16 +46,17 @@ def what_if(
     session: Session,
     plan: Plan,
     edits: ClusterEdits,
+    limits: SearchLimits = NO_LIMITS,
     *,
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
 ) -> tuple[WhatIf, Cluster]:
     """Returns what the edits gain, and the edited cluster.
 
-    A plan is searched for each of the two clusters; `progress` is told of both searches, and `stop`
-    ends both. Raises ClusterError for edits at fault, PlanError if there are none, if measured
-    times override one, or if a search ended before it had found a plan, and FitError if no plan
-    fits the edited cluster.
+    A plan is searched for each of the two clusters, within the same `limits`; `progress` is told of
+    both searches, and `stop` ends both. Raises ClusterError for edits at fault, PlanError if there
+    are none, if measured times override one, or if a search ended before it had found a plan, and
+    FitError if no plan fits the edited cluster.
     """
     _check(session, edits)
     base = _with_own_links(session)
@@ -58,7 +66,7 @@ def what_if(
     other = replace(base, cluster=change.cluster)
     known = cluster_warnings(base.cluster)
     doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
-    best_before = search_plan(base, progress=progress, stop=stop)
+    best_before = search_plan(base, limits, progress=progress, stop=stop)
     as_it_is = [("this plan", plan), ("best plan", best_before)]
     now = [
         what_if_option(
@@ -66,7 +74,7 @@ def what_if(
         )
         for name, each in as_it_is
     ]
-    after = search_plan(other, progress=progress, stop=stop)
+    after = search_plan(other, limits, progress=progress, stop=stop)
     found = what_if_option(
         "best plan, edited cluster", after, simulate_priced(priced(other, after)).step_seconds
     )

@@ -92,7 +92,7 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     replicas must hold it. Of stages with different tensor widths that share a weight, those that
     are unlike the first do not divide.
     """
-    stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
+    stages = plan.stages
     meshes = [mesh_of(stage) for stage in stages]
     width = [{*mesh.widths("tensor")} for mesh in meshes]
     able = [len(plan.pipelines) > 1 or mesh.width("data") > 1 for mesh in meshes]
