@@ -123,7 +123,7 @@ def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[
                 [context.types[placement.device] for placement in group],
                 [placement.device for placement in group],
                 group[0].rows[1] - group[0].rows[0],
-                recompute=stage.recompute,
+                stage.plan_stage,
             )
             for placement in group:
                 if program.ranks[placement.rank]:

@@ -27,11 +27,12 @@ from meshwright.cost.constants import SystemConstants, system_constants
 from meshwright.cost.links import reached_links, ring_step_seconds
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
-from meshwright.cost.times import repeated_seconds, replica_seconds
+from meshwright.cost.times import ReplicaWork, replica_seconds
 from meshwright.cost.weights import untied_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
 
 Array = NDArray[np.float64]
@@ -167,15 +168,8 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     if key not in costs._times:
         computed = [layer_times(costs, kind, len(unit), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
-        forward, backward = replica_seconds(
-            costs.model,
-            whole,
-            computed,
-            costs.links,
-            unit,
-            rows,
-            step_latency=costs.step_latency,
-        )
+        work = ReplicaWork(costs.model, whole, unit, rows, costs.links, costs.step_latency)
+        forward, backward = replica_seconds(work, computed)
         if costs.repeats:
             backward = backward + repeated_seconds(costs.model, whole, forward)
         costs._times[key] = forward, backward

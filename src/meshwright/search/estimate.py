@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
-from meshwright.cost.times import repeated_seconds
 from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
@@ -35,6 +34,7 @@ from meshwright.search.costs import (
 from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
 from meshwright.search.placement import Placement
 from meshwright.search.space import DeviceSet, Shape
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 Bounds = tuple[int, ...]
 

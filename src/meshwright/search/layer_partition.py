@@ -15,7 +15,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost.times import repeated_seconds
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.boundary_prices import crossings
@@ -32,6 +31,7 @@ from meshwright.search.costs import (
     unit_prefix,
     unit_times,
 )
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 ROUNDING = 1e-13
 """Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""

@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.cost.times import repeated_seconds
 from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.actions import Order
@@ -30,6 +29,7 @@ from meshwright.search.costs import (
 )
 from meshwright.search.layer_partition import cut_seconds
 from meshwright.stopping import raise_if_stopped
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 OVERFULL = 1e3
 """Steps of the whole model on the busiest group that it costs to overfill one by all of its
