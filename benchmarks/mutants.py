@@ -43,8 +43,8 @@ EQUIVALENT = HERE / "mutants_equivalent.toml"
 SELECTION = "not slow and not heavy"
 """The tests of `make check`."""
 ROOMS = (
-    "cluster", "plan", "layout", "model", "program", "cost", "simulate", "search", "techniques",
-    "export", "report",
+    "cluster", "plan", "layout", "model", "program", "cost", "simulate", "rivals", "search",
+    "techniques", "export", "report",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
 TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
@@ -52,6 +52,8 @@ TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
 IMPORT_SECONDS = 60
 WALL_SECONDS = 1200.0
 """For tests that wait instead of working."""
+QUICK = 1.0
+"""CPU seconds of a test; longer ones wait for some of the others."""
 SHOWN = 60
 """Characters of an expression that are printed."""
 
@@ -152,14 +154,30 @@ def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str], most: flo
     files = Counter[str]()
     for i in wanted:
         files[names[i].partition("::")[0]] += reach.seconds[names[i]]
+    turns = _turns([names[i] for i in wanted])
 
-    def likelihood(i: int) -> tuple[bool, float, str, float]:
-        file = names[i].partition("::")[0]
-        return not file.startswith(f"tests/{room}/"), files[file], file, reach.seconds[names[i]]
+    def likelihood(i: int) -> tuple[int, bool, float, str, float]:
+        file, seconds = names[i].partition("::")[0], reach.seconds[names[i]]
+        elsewhere = not file.startswith(f"tests/{room}/")
+        return turns[names[i]] + 3 * (seconds > QUICK), elsewhere, files[file], file, seconds
 
     chosen = [names[i] for i in sorted(wanted, key=likelihood) if names[i] not in reach.failed]
     spent = accumulate(reach.seconds[name] for name in chosen)
     return [name for name, seconds in zip(chosen, spent, strict=True) if seconds <= most]
+
+
+def _turns(names: Iterable[str]) -> dict[str, int]:
+    """Returns when each test has its turn: of the cases of one test, any two first, then two more,
+    then four, as cases are like each other."""
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        cases.setdefault(name.partition("[")[0], []).append(name)
+    chance = random.Random(0)
+    found = {}
+    for those in cases.values():
+        mixed = chance.sample(sorted(those), len(those))
+        found.update({name: (i // 2).bit_length() for i, name in enumerate(mixed)})
+    return found
 
 
 def _mentions(text: str, names: Sequence[str]) -> Iterator[int]:

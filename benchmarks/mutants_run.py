@@ -138,7 +138,9 @@ def run_tests(
     sys.meta_path.insert(0, _Replacing(tree, made))
     base = tree.root.parent / f"basetemp-{os.getpid()}"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(base)]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", tree.selection, *more]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", tree.selection]
+    # Nobody reads how a test fails, and to describe large values can take longer than the test.
+    options += ["--tb=no", "--assert=plain", *more]
     try:
         return pytest.main([*options, *paths], plugins=[plugin, _NoShrinking()])
     finally:

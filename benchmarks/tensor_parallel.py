@@ -104,11 +104,8 @@ def by_us(block):
 
     from meshwright.layout.shares import own_share
     from meshwright.model.shard import tile_of
-    from meshwright.techniques.tensor_parallel.runtime import (
-        TensorParallelGroup,
-        divide,
-        read_slices,
-    )
+    from meshwright.runtime.slices import read_slices
+    from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide
 
     team = TensorParallelGroup(dist.group.WORLD, dist.get_rank(), 2)
     for name, how in block.tensor_split.items():

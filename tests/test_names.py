@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
-EXCEPT = ("search/", "program/work.py")
-"""Beginnings of paths whose docstrings are not held to this."""
 TREES = {
     path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(SOURCE.rglob("*.py"))
@@ -76,10 +74,7 @@ def _pairs(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         yield from pairwise(body)
 
 
-HELD = [path for path in TREES if not path.as_posix().startswith(EXCEPT)]
-
-
-@pytest.mark.parametrize("path", HELD, ids=str)
+@pytest.mark.parametrize("path", list(TREES), ids=str)
 def test_docstrings_begin_as_sentences_do(path: Path) -> None:
     for name, text in _docstrings(TREES[path]):
         first = text.split(maxsplit=1)[0] if text.strip() else "Nothing"

@@ -23,38 +23,25 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "state_division": ("states", "StateDivision", "StateLevel"),
 }
 """The field of each technique in a plan, with the names of its types."""
-BUCKETS = "a rank holds its gradients in buckets, whichever collective sums them"
 CHOSEN = "the search chooses it stage by stage"
-SWITCH = "a switch in files that the exporter writes as a whole"
 MESSAGES = "a rank sends and receives, and waits for what it has posted"
 DIVIDED = "a rank holds slices of its layers, and its team sums inside them"
 ALLOWED: dict[str, dict[str, str]] = {
     "pipeline_parallel": {
-        "export/torchtitan.py": "torchtitan's own name of a setting",
         "program/compile.py": "messages stand around the actions that make and read tensors",
         "runtime/rank_model.py": MESSAGES,
-        "runtime/recorder.py": MESSAGES,
-        "runtime/interpreter.py": MESSAGES,
         "runtime/agreement.py": MESSAGES,
-        "techniques/data_parallel/runtime.py": MESSAGES,
     },
     "tensor_parallel": {
         "export/deepspeed.py": "DeepSpeed's own name of a setting",
         "runtime/rank_model.py": DIVIDED,
         "runtime/build_stages.py": DIVIDED,
         "profiling/layer_times.py": DIVIDED,
-        "runtime/rank_state.py": DIVIDED,
-        "runtime/agreement.py": DIVIDED,
-        "techniques/data_parallel/runtime.py": DIVIDED,
     },
     "data_parallel": {
-        "runtime/rank_model.py": BUCKETS,
-        "runtime/recorder.py": BUCKETS,
-        "runtime/optimizer.py": BUCKETS,
-        "runtime/rank_state.py": BUCKETS,
+        "runtime/rank_model.py": "a rank starts its reductions during the backward",
         "search/costs.py": "it estimates reductions without a program",
         "techniques/state_division/program.py": "divided states replace its all-reduces",
-        "techniques/state_division/runtime.py": BUCKETS,
     },
     "backward_split": {
         "cost/times.py": "it keeps the seconds of both parts of a layer",
@@ -62,18 +49,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "search/certificate.py": "it bounds the seconds of both parts",
     },
     "activation_checkpointing": {
-        "cost/pricing.py": "the seconds of a backward hold the repeated forward",
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
         "cost/pricing_context.py": "memory is kept by what it depends on",
         "cost/sharded.py": "the same field of another tool's run",
-        "cost/times.py": "the seconds of a backward hold the repeated forward",
-        "export/accelerate.py": SWITCH,
-        "export/answers.py": SWITCH,
-        "export/deepspeed.py": SWITCH,
-        "export/grid.py": SWITCH,
-        "export/megatron.py": SWITCH,
-        "export/torchtitan.py": SWITCH,
-        "workflows/export_plan.py": "plans like the one that a tool refuses keep it",
         "plan/ranks.py": "the stage of a rank has it",
         "runtime/build_stages.py": "a built stage knows which of its layers run again",
         "profiling/layer_times.py": "the profile measures layers that keep their activations",

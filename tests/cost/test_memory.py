@@ -205,6 +205,8 @@ def test_replicas_that_are_alike_are_weighed_once(data: int, monkeypatch) -> Non
 def test_a_gpu_keeps_room_for_its_context_and_for_the_allocator() -> None:
     holes = round(FRAGMENTATION["gpu"] * DEVICE.memory)
     assert usable_bytes(DEVICE) == DEVICE.memory - FRAMEWORK_BYTES["gpu"] - holes
+    context, workspace, communicators = 512 << 20, 32 << 20, 4 * (96 << 20)
+    assert FRAMEWORK_BYTES["gpu"] == context + workspace + communicators
     cpu = replace(DEVICE, processor="cpu")
     assert usable_bytes(cpu) == DEVICE.memory - FRAMEWORK_BYTES["cpu"]
 

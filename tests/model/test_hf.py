@@ -78,6 +78,13 @@ def test_fields_that_configs_may_leave_out():
     assert from_config(MIXTRAL, "c").experts == 8
 
 
+def test_the_base_of_rotary_frequencies_may_be_any_number_above_0():
+    for base in (0.5, 1.0, 1e15):
+        assert from_config(LLAMA | {"rope_theta": base}, "c").rotary_base == base
+    with pytest.raises(ModelError, match="rope_theta: found 0"):
+        from_config(LLAMA | {"rope_theta": 0.0}, "c")
+
+
 @pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "u-transformer-tiny"])
 def test_tiny_models_are_built_and_predict_bytes(name):
     model = build_model(name, 32)

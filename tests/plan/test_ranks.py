@@ -7,7 +7,6 @@ from dataclasses import replace
 from meshwright.plan.ranks import (
     describe_plan,
     first_row,
-    mesh_text,
     row_intervals,
     stage_placements,
 )
@@ -25,8 +24,6 @@ def test_unlike_tensor_widths_are_told():
     one = plan(None)
     pipelines = (replace(one.pipelines[0], stages=(ragged,)),)
     assert describe_plan(replace(one, pipelines=pipelines)) == "dp2 tp2+1 pp1 [3] 1x8 1f1b"
-    assert mesh_text(ragged.devices) == "2 + 1"
-    assert mesh_text((("a", "b"),) * 3) == "3 x 2"
 
 
 def test_unequal_rows_are_told_and_equal_ones_are_not():
@@ -63,10 +60,10 @@ def test_every_device_has_its_seat():
         ("direct", False),
         ("broadcast", True),
     ]
-    placements = [
-        [(q.rank, q.replica, q.tensor_index, q.rows) for q in r] for r in found[0].placements
-    ]
+    placements = [(q.rank, q.coordinates, q.widths, q.rows) for q in found[0].mesh.members]
     assert placements == [
-        [(2, 0, 0, (0, 3)), (0, 0, 1, (0, 3))],
-        [(1, 1, 0, (3, 4)), (3, 1, 1, (3, 4))],
+        (2, (0, 0), (2, 2), (0, 3)),
+        (0, (0, 1), (2, 2), (0, 3)),
+        (1, (1, 0), (2, 2), (3, 4)),
+        (3, (1, 1), (2, 2), (3, 4)),
     ]

@@ -45,12 +45,10 @@ def test_text_and_back_is_the_same_program(case):
 def test_every_row_of_the_batch_passes_every_layer_once_each_way(case):
     model, plan = case
     program = compile_plan(plan, model)
-    placements = {
-        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
-    }
+    placements = {s.rank: s for stage in stage_placements(plan) for s in stage.mesh.members}
     done = Counter()
     for rank, instructions in enumerate(program.ranks):
-        if placements[rank].tensor_index:
+        if placements[rank].index("tensor"):
             continue
         for i in instructions:
             if i.op in (Op.FORWARD, Op.BACKWARD):
@@ -73,9 +71,7 @@ def test_every_receiver_gets_exactly_its_rows(case):
         for i in instructions:
             if i.op in (Op.RECV_F, Op.RECV_B):
                 received[rank, i.op, i.micro_batch].append(i.rows)
-    placements = {
-        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
-    }
+    placements = {s.rank: s for stage in stage_placements(plan) for s in stage.mesh.members}
     for (rank, _, _), pieces in received.items():
         pieces.sort()
         assert [pieces[0][0], pieces[-1][1]] == list(placements[rank].rows)
@@ -105,7 +101,7 @@ def test_gradients_of_every_layer_meet_one_of_every_replica(case):
         replicas = {
             tuple(placement.rank for placement in replica)
             for stage in stage_placements(plan)
-            for replica in stage.placements
+            for replica in stage.mesh.groups("tensor")
             if any(stage.layers[0] <= n < stage.layers[1] for n in layers)
         }
         everyone = sorted(rank for replica in replicas for rank in replica)

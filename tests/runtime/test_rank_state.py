@@ -16,7 +16,7 @@ from meshwright.errors import TrainingError
 from meshwright.layout.boxes import Box, lengths, whole
 from meshwright.layout.tiles import Layout, holders_of
 from meshwright.runtime.run_folder import TrainingOptions
-from meshwright.techniques.tensor_parallel.runtime import box_index
+from meshwright.runtime.slices import box_index
 
 Found = dict[tuple[str, str], list[tuple[Box, Tensor]]]
 """Boxes and their values, by parameter and kind."""

@@ -12,7 +12,7 @@ from meshwright.cluster.spec import Link
 from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.errors import FitError, PlanError
 from meshwright.plan.ranks import describe_plan
-from meshwright.plan.spec import Plan
+from meshwright.plan.spec import Plan, StateDivision, with_stages
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
@@ -25,7 +25,7 @@ from meshwright.techniques.state_division.options import divided
 from meshwright.techniques.state_division.plan import divides
 from meshwright.workflows.export_plan import regular_forms
 from strategies import small_worlds
-from worlds import FAST, cluster, device, job, model
+from worlds import FAST, cluster, device, even_plan, job, model, one_node
 
 SLOW_UPDATES = replace(FAST, memory_bandwidth=1e11)
 """A device whose optimizer step takes a quarter of the step."""
@@ -124,3 +124,16 @@ def test_the_nearest_plans_for_a_tool_include_one_with_whole_states():
     whole = [not any(division(form)) for form in regular_forms(found, graph)]
     assert whole
     assert whole == [False, True] * (len(whole) // 2)
+
+
+def test_the_nearest_plans_include_every_choice_of_techniques_that_the_plan_uses():
+    graph = model([10.0] * 4)
+    plan = even_plan(graph, one_node(4), data=2, stages=2)
+    used = with_stages(
+        plan, lambda s: replace(s, recompute=True, states=StateDivision(optimizer="all"))
+    )
+    forms = [*regular_forms(used, graph)]
+    found = [(form.stages[0].recompute, divides(form.stages[0])) for form in forms]
+    assert found[:4] == [(True, True), (False, True), (True, False), (False, False)]
+    assert len(forms) == len(set(forms))
+    assert len([*regular_forms(plan, graph)]) * 4 == len(forms)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Link
 from meshwright.search.candidate import plan_of
 from meshwright.search.costs import costs_of
-from meshwright.search.layer_partition import fit_line
-from meshwright.search.stage_simulation import preview_seconds
+from meshwright.search.layer_partition import fit_pipeline
+from meshwright.search.stage_simulation import stage_level_seconds
 from meshwright.simulate.simulator import simulate_plan
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
@@ -24,7 +24,7 @@ def simulated(costs, lines, schedule):
 def chain_of(costs, rows, count, schedule):
     """Every device a stage."""
     stages = tuple(((name,),) for name in costs.devices)
-    return fit_line(costs, stages, rows, count, schedule)
+    return fit_pipeline(costs, stages, rows, count, schedule)
 
 
 @settings(max_examples=30)
@@ -39,8 +39,8 @@ def test_it_is_exact_where_every_link_has_one_user(kinds, layers, count, schedul
     network = Link(bandwidth=bandwidth, latency=1e-5)
     where = cluster(*((kind,) for kind in kinds), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
-    line = chain_of(costs, 2, count, schedule).line
-    seconds = preview_seconds(costs, (line,), schedule)
+    line = chain_of(costs, 2, count, schedule).pipeline
+    seconds = stage_level_seconds(costs, (line,), schedule)
     assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-9)
 
 
@@ -58,8 +58,8 @@ def test_it_is_exact_where_nobody_waits_for_a_gradient(layers, count, schedule, 
     frozen = data.draw(st.sets(st.integers(0, len(layers) - 1))) | {0}
     graph = freeze(model(layers), frozen)
     costs = costs_of(graph, cluster(("fast",), ("slow",), network=network), job(2 * count))
-    line = chain_of(costs, 2, count, schedule).line
-    seconds = preview_seconds(costs, (line,), schedule)
+    line = chain_of(costs, 2, count, schedule).pipeline
+    seconds = stage_level_seconds(costs, (line,), schedule)
     assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-9)
 
 
@@ -69,8 +69,8 @@ def test_long_lines_are_close_where_links_are_fast(depth, count, schedule):
     """An inner stage sends activations one way and gradients the other through one port."""
     where = cluster(("fast", "slow", "fast", "slow", "fast")[:depth])
     costs = costs_of(model([5.0, 10.0, 40.0, 5.0, 5.0, 10.0]), where, job(2 * count))
-    line = chain_of(costs, 2, count, schedule).line
-    seconds = preview_seconds(costs, (line,), schedule)
+    line = chain_of(costs, 2, count, schedule).pipeline
+    seconds = stage_level_seconds(costs, (line,), schedule)
     assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=1e-3)
 
 
@@ -78,8 +78,8 @@ def test_long_lines_are_close_where_links_are_fast(depth, count, schedule):
 def test_micro_batches_that_are_not_followed_come_at_an_even_pace(schedule):
     where = cluster(("fast", "slow"), ("slow", "fast"))
     costs = costs_of(model([10.0, 5.0, 40.0, 10.0, 20.0]), where, job(200))
-    line = chain_of(costs, 1, 200, schedule).line
-    seconds = preview_seconds(costs, (line,), schedule)
+    line = chain_of(costs, 1, 200, schedule).pipeline
+    seconds = stage_level_seconds(costs, (line,), schedule)
     assert seconds == pytest.approx(simulated(costs, (line,), schedule), rel=5e-3)
 
 
@@ -90,10 +90,10 @@ def test_replicas_and_tied_layers_are_close(world, schedule):
     costs = costs_of(graph, where, todo)
     units = tuple((name,) for name in costs.devices)
     rows = max(len(units), todo.global_batch)
-    found = fit_line(costs, (units,), rows, 2, schedule)
+    found = fit_pipeline(costs, (units,), rows, 2, schedule)
     if found is not None:
-        seconds = preview_seconds(costs, (found.line,), schedule)
-        assert seconds == pytest.approx(simulated(costs, (found.line,), schedule), rel=0.25)
+        seconds = stage_level_seconds(costs, (found.pipeline,), schedule)
+        assert seconds == pytest.approx(simulated(costs, (found.pipeline,), schedule), rel=0.25)
 
 
 @settings(max_examples=20)
@@ -102,10 +102,23 @@ def test_a_limit_is_kept_from_both_sides(share, count, schedule):
     """Below the limit the answer is the same; else it is something between limit and answer."""
     where = cluster(("fast", "slow"), ("slow",), network=NVLINK)
     costs = costs_of(model([10.0, 5.0, 40.0, 10.0]), where, job(count))
-    line = chain_of(costs, 1, count, schedule).line
-    seconds = preview_seconds(costs, (line,), schedule)
-    limited = preview_seconds(costs, (line,), schedule, share * seconds)
+    line = chain_of(costs, 1, count, schedule).pipeline
+    seconds = stage_level_seconds(costs, (line,), schedule)
+    limited = stage_level_seconds(costs, (line,), schedule, share * seconds)
     if share > 1:
         assert limited == seconds
     else:
         assert share * seconds * (1 - 1e-12) <= limited <= seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_where_messages_take_long_the_bound_counts_every_round_trip(before):
+    """The last stage but one holds two micro-batches: six times two go to the last and back, a
+    tenth of a second each way."""
+    far = Link(bandwidth=1e10, latency=0.1)
+    where = cluster(("fast",) * (1 + before), ("fast",), network=far)
+    costs = costs_of(model([1.0] * 3), where, job(12))
+    line = chain_of(costs, 1, 12, "1f1b").line
+    seconds = stage_level_seconds(costs, (line,), "1f1b")
+    bound = stage_level_seconds(costs, (line,), "1f1b", limit=0.0)
+    assert 0.9 * seconds < bound <= seconds

@@ -119,7 +119,6 @@ def accelerate_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> 
             *precision_problems(plan, TOOL, "bf16", "fp16", "fp32"),
             *_order_problems(plan, grid),
             *_plugin_problems(plan, grid, blocks),
-            *_recompute_problems(plan, grid),
             *export_refusals(TOOL, answers, asked),
         ]
     )
@@ -166,11 +165,11 @@ def _plugin_problems(plan: Plan, grid: RegularGrid, blocks: tuple[int, ...]) -> 
         yield Problem(plan.name, "pipelines[0].stages", found, wanted)
 
 
-def _recompute_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
-    if grid.recompute and not _needs_plugin(grid):
-        wanted = "none: accelerate leaves recomputation of whole blocks to the model's own code"
-        mend = "export it without, and call the model's gradient_checkpointing_enable()"
-        yield Problem(plan.name, "pipelines", "stages that recompute", wanted, mend)
+def _of_techniques(asked: ExportedTraining) -> tuple[list[str], list[str]]:
+    """Returns what techniques tell the plugin: its own settings, and arguments of Megatron."""
+    lines = dict.fromkeys(answer_lines(PLUGIN, asked, "stage"))
+    arguments = [line for line in lines if line.startswith("--")]
+    return [line for line in lines if line not in arguments], arguments
 
 
 def _plugin(asked: ExportedTraining) -> str:
@@ -178,11 +177,9 @@ def _plugin(asked: ExportedTraining) -> str:
     given = [
         *answer_lines(PLUGIN, asked, "model", "training"),
         f"--seq-length {asked.plan.job.sequence}",
+        *_of_techniques(asked)[1],
     ]
     pairs = [_attribute(line) for line in given]
-    if not asked.grid.recompute:
-        names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-        pairs += [(name, None) for name in names]
     arguments = "\n".join(f"    {name!r}: {value!r}," for name, value in pairs)
     return f'''"""For MegatronLMPlugin(other_megatron_args=ARGUMENTS), given to Accelerator."""
 
@@ -203,6 +200,8 @@ def _attribute(line: str) -> tuple[str, object]:
 
 
 def _read(text: str) -> object:
+    if text == "None":
+        return None
     for kind in (int, float):
         try:
             return kind(text)
@@ -246,14 +245,8 @@ def _yaml(asked: ExportedTraining, blocks: tuple[int, ...]) -> str:
             "  megatron_lm_use_custom_fsdp: false",
             "  megatron_lm_recompute_activations: false",
             "  megatron_lm_sequence_parallelism: false",
-            *dict.fromkeys(f"  {line}" for line in answer_lines(PLUGIN, asked, "stage")),
+            *(f"  {line}" for line in _of_techniques(asked)[0]),
         ]
-        if grid.recompute:
-            text += [
-                "  megatron_lm_recompute_granularity: full",
-                "  megatron_lm_recompute_method: uniform",
-                "  megatron_lm_recompute_num_layers: 1",
-            ]
         if blocks[-1] != blocks[0]:
             text.append(f"  megatron_lm_decoder_last_pipeline_num_layers: {blocks[-1]}")
     return "\n".join(text) + "\n"

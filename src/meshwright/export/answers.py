@@ -221,7 +221,6 @@ def grid_answers(tool: str) -> dict[str, PropertyAnswer]:
         "stage.layers": planned("cuts"),
         "stage.devices": planned("degrees, and launch.sh"),
         "stage.rows": planned("equal shares, else refused"),
-        "stage.recompute": planned("all stages or none"),
         **of_techniques(tool),
         "stage.boundary": PropertyAnswer("direct, else listed", note=boundary),
         "job.global_batch": planned("rows of a step"),
@@ -268,13 +267,12 @@ def property_values(asked: ExportedTraining) -> Iterator[tuple[str, Any]]:
     """Yields every property with its value; a property of pipelines or stages comes once for each
     distinct value."""
     plan = asked.plan
-    stages = tuple(stage for pipeline in plan.pipelines for stage in pipeline.stages)
     held: dict[str, tuple[object, ...]] = {
         "model": (asked.language,),
         "job": (plan.job,),
         "plan": (plan,),
         "pipeline": plan.pipelines,
-        "stage": stages,
+        "stage": plan.stages,
     }
     for name in known_properties():
         kind, _, field = name.partition(".")

@@ -111,13 +111,18 @@ def deepspeed_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> d
         "launch.sh": launch_script(stage_major(grid), command),
     }
     if grid.stages > 1:
-        files["pipeline.py"] = _pipeline(grid, method, language)
+        files["pipeline.py"] = _pipeline(asked, method)
     return {**files, **notes_file(TOOL, export_notes(ANSWERS, asked))}
+
+
+_OF_PIPELINE = "pipeline."
+"""What the names of the settings begin with that are arguments of PipelineModule."""
 
 
 def _lines(asked: ExportedTraining) -> list[str]:
     """Returns the settings that techniques add, as `zero_optimization.stage = 1`."""
-    return answer_lines(ANSWERS, asked, "stage")
+    lines = answer_lines(ANSWERS, asked, "stage")
+    return [line for line in lines if not line.startswith(_OF_PIPELINE)]
 
 
 def uniform(items: int, stages: int) -> tuple[tuple[int, int], ...]:
@@ -149,9 +154,6 @@ def _problems(
     elif grid.tensor > 1 and base_of(language) not in _PRESETS:
         wanted = f"one that AutoTP has a preset for: {', '.join(_PRESETS)}"
         yield Problem(plan.name, "model", f"{language.name} of tensor width {grid.tensor}", wanted)
-    if grid.recompute and grid.stages == 1:
-        wanted = "none: without stages DeepSpeed recomputes only what the model's code asks it to"
-        yield Problem(plan.name, "pipelines", "a stage that recomputes", wanted)
     if not method:
         found = "|".join(str(end - first) for first, end in grid.layers)
         even = "|".join(str(end - first) for first, end in uniform(items, grid.stages))
@@ -191,7 +193,13 @@ def _settings(asked: ExportedTraining, method: str) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(grid: RegularGrid, method: str, language: LanguageModel) -> str:
+def _pipeline(asked: ExportedTraining, method: str) -> str:
+    grid, language = asked.grid, asked.language
+    lines = answer_lines(ANSWERS, asked, "stage")
+    told = (line.removeprefix(_OF_PIPELINE) for line in lines if line.startswith(_OF_PIPELINE))
+    further = "".join(
+        f'    "{name}": {value},\n' for name, _, value in (t.partition(" = ") for t in told)
+    )
     cuts = "|".join(str(end - first) for first, end in grid.layers)
     return f'''"""For PipelineModule(layers(...), **PIPELINE): {cuts}.
 
@@ -202,8 +210,7 @@ BLOCKS = {language.layers}
 PIPELINE = {{
     "num_stages": {grid.stages},
     "partition_method": "{method}",
-    "activation_checkpoint_interval": {int(grid.recompute)},
-}}
+{further}}}
 
 ''' + (_TIED if language.tied else _UNTIED)
 

@@ -48,11 +48,6 @@ from meshwright.model.transformer.spec import Scaling
 from meshwright.plan.spec import Plan
 
 TOOL = "Megatron-LM"
-_RECOMPUTE = [
-    "--recompute-granularity full",
-    "--recompute-method uniform",
-    "--recompute-num-layers 1",
-]
 _LLAMA_BLOCKS = [
     "--position-embedding-type rope",
     "--normalization RMSNorm",
@@ -245,7 +240,6 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
         f"--global-batch-size {plan.job.global_batch}",
         *([] if plan.job.precision == "fp32" else [f"--{plan.job.precision}"]),
         *answer_lines(ANSWERS, asked, "job", "stage", "training"),
-        *(_RECOMPUTE if grid.recompute else []),
         *(["--overlap-grad-reduce"] if grid.data > 1 else []),
     ]
     command = '"${MEGATRON:?the folder of Megatron-LM}/pretrain_gpt.py" $(cat arguments.txt)'

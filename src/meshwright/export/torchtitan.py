@@ -1,8 +1,7 @@
 """Exports a plan as a configuration of torchtitan, which is a Python function.
 
-Names: torchtitan/config/configs.py, torchtitan/trainer.py, pipeline_parallel.py and
-activation_checkpoint.py in torchtitan/distributed, and decoder.py and config_utils.py in
-torchtitan/models/common, 0.2.2.
+Names: torchtitan/config/configs.py, torchtitan/trainer.py, torchtitan/distributed, and decoder.py
+and config_utils.py in torchtitan/models/common, 0.2.2.
 """
 
 from __future__ import annotations
@@ -166,7 +165,8 @@ def _module(asked: ExportedTraining, blocks: tuple[int, ...], base: str | None) 
     `train`, a complete one, if torchtitan has the model."""
     plan, grid, language = asked.plan, asked.grid, asked.language
     title = f"{plan.name}: {language.name} on {plan.cluster.name}, as torchtitan takes it."
-    imports = ["from torchtitan.distributed.activation_checkpoint import FullAC"] * grid.recompute
+    of_stages = answer_lines(ANSWERS, asked, "stage")
+    imports = [line for line in of_stages if line.startswith("from ")]
     if base:
         imports.append(f"from torchtitan.models.llama3.config_registry import {base}")
     of_model = "\n".join(f"        {line}" for line in answer_lines(ANSWERS, asked, "model"))
@@ -184,7 +184,7 @@ def _module(asked: ExportedTraining, blocks: tuple[int, ...], base: str | None) 
             *_parts(grid, blocks),
             *(f"    training.{name} = {value!r}" for name, value in _training(plan, grid)),
             *(f"    {line}" for line in answer_lines(ANSWERS, asked, "training")),
-            f"    config.activation_checkpoint = {'FullAC.Config()' if grid.recompute else None}",
+            *(f"    {line}" for line in of_stages if line not in imports),
             "    check(config.model_spec.model)",
             "    return config",
             "",

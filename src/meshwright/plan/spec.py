@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -201,3 +202,16 @@ class Plan:
     """Devices in use, in rank order: node by node, as the launcher starts them."""
     pipelines: tuple[Pipeline, ...]
     prediction: Prediction | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of all pipelines, pipeline by pipeline."""
+        return tuple(stage for pipeline in self.pipelines for stage in pipeline.stages)
+
+
+def with_stages(plan: Plan, change: Callable[[Stage], Stage]) -> Plan:
+    """Returns the plan with every stage changed."""
+    pipelines = (
+        replace(pipeline, stages=tuple(map(change, pipeline.stages))) for pipeline in plan.pipelines
+    )
+    return replace(plan, pipelines=tuple(pipelines))

@@ -19,8 +19,9 @@ from meshwright.plan.ranks import StagePlacement
 from meshwright.records import record
 from meshwright.runtime.parameters import Parameter
 from meshwright.runtime.seeds import initial_seed
+from meshwright.runtime.slices import read_slices
 from meshwright.techniques.activation_checkpointing.model import recomputed
-from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide, read_slices
+from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide
 
 
 @record

@@ -19,13 +19,13 @@ from meshwright.plan.ranks import first_row
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import GradientKey, Instruction, micro_batches_of
 from meshwright.program.operations import Op
+from meshwright.runtime.handles import Handle
 from meshwright.runtime.observer import UNOBSERVED, Observer
 from meshwright.runtime.rank_model import LocalStage, RankModel
 from meshwright.runtime.recorder import Recording
 from meshwright.runtime.seeds import generator_of
 from meshwright.runtime.stage import RowReader
 from meshwright.techniques import provided
-from meshwright.techniques.pipeline_parallel.runtime import Handle
 
 _NOTHING = nullcontext()
 
@@ -183,7 +183,7 @@ class Interpreter:
     ) -> Callable[[Sequence[Tensor]], None]:
         assert i.micro_batch is not None
         if place.stage.makes_loss:
-            if place.placement.tensor_index > 0:
+            if place.placement.index("tensor") > 0:
                 return _drop
             share = self._weight(i)
 

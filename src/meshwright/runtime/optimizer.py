@@ -14,8 +14,8 @@ from meshwright.errors import Problem, TrainingError
 from meshwright.program.instructions import GradientKey, Instruction
 from meshwright.program.operations import Op
 from meshwright.runtime.exchange import all_gather_records
+from meshwright.runtime.flat_buckets import FlatBucket
 from meshwright.runtime.world import World
-from meshwright.techniques.data_parallel.runtime import FlatBucket
 
 LearningRateSchedule = Callable[[int], float]
 """Function from the step (from 0) to the factor of the learning rate."""

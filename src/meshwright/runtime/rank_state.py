@@ -27,12 +27,12 @@ from meshwright.plan.ranks import StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program
 from meshwright.runtime.build_stages import LocalParameter
+from meshwright.runtime.flat_buckets import TrainedPart
 from meshwright.runtime.optimizer import Update
 from meshwright.runtime.parameters import Parameter, layout_of, states_layout
 from meshwright.runtime.rank_model import RankModel
+from meshwright.runtime.slices import box_index
 from meshwright.runtime.world import World
-from meshwright.techniques.data_parallel.runtime import TrainedPart
-from meshwright.techniques.tensor_parallel.runtime import box_index
 
 WEIGHT = "weight"
 """The kind of the weights themselves. Other kinds are the names that the optimizer gives to its

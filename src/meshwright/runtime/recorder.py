@@ -29,35 +29,12 @@ from meshwright.program.operations import (
 from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interval_label
 from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.exchange import gather_records
-from meshwright.techniques.data_parallel.runtime import FlatBucket
-from meshwright.techniques.pipeline_parallel.runtime import Handle
+from meshwright.runtime.flat_buckets import FlatBucket
+from meshwright.runtime.handles import Handle, JointHandle, joint_handle
 
 TimeReader = Callable[[], float]
 """Function that returns a time in seconds on the host's clock; for CUDA it must be called after the
 device has got there."""
-
-
-class JointHandle:
-    """The messages of one instruction, as one handle."""
-
-    __slots__ = ("works",)
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.works = works
-
-    def is_completed(self) -> bool:
-        """Returns True if all messages have arrived."""
-        return all(work.is_completed() for work in self.works)
-
-    def wait(self) -> None:
-        """Waits until all messages have arrived; on CUDA the current stream waits, not the host."""
-        for work in self.works:
-            work.wait()
-
-
-def joint_handle(works: Sequence[Work]) -> Handle:
-    """Returns one handle for all messages of an instruction."""
-    return works[0] if len(works) == 1 else JointHandle(works)
 
 
 class _TimedHandle:

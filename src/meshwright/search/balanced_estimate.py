@@ -1,8 +1,8 @@
 """Estimates steps with perfectly balanced stages, for whole arrays of pipelines at once.
 
 The estimates are optimistic, for they take layers to be divisible: they tell which templates are
-worth cutting. Letters: B builds, F fleets of a pipeline, P pipelines: builds with a depth for every
-fleet, C orders of work.
+worth cutting. Letters: B builds, F classes of a pipeline, P pipelines: builds with a depth for
+every class, C schedules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.costs import Array
-from meshwright.search.template_estimate import EstimateContext, Ints, hop_latency, unit_facts
+from meshwright.search.template_estimate import EstimateContext, Ints, group_facts, hop_latency
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,
@@ -23,10 +23,10 @@ less what has to be done before the first bucket is full."""
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """Templates without their depths and orders of work, on the same fleets."""
+    """Templates without their depths and schedules, on the same classes."""
 
     order: tuple[int, ...]
-    """Fleets."""
+    """Device classes."""
     tensor: int
     widths: Ints
     """Replicas of a stage [B, F]."""
@@ -65,7 +65,7 @@ def balanced(
     moved_P = _transfer(context, builds)[build_P]
     trip_P = depth_P * (slowest_P + 2 * moved_P)
     exposed_P = _reduction(context, builds, build_P, depths_FP, depth_P) - HIDDEN * slowest_P
-    hop = max(hop_latency(context.costs, context.fleets[i].network) for i in builds.order)
+    hop = max(hop_latency(context.costs, context.classes[i].network) for i in builds.order)
     rest_P = np.maximum(exposed_P, 0.0) + 2 * (devices_P * builds.tensor - 1) * hop
     count_P = count_B[build_P]
     steady_P = (count_P - 1) * np.maximum(slowest_P, moved_P)
@@ -80,10 +80,10 @@ def balanced(
     return found
 
 
-def facts_by_build(context: EstimateContext, fleet: int, tensor: int, rows_B: Ints) -> Array:
-    """Returns the fields [B, 6] of `unit_facts`."""
+def facts_by_build(context: EstimateContext, device_class: int, tensor: int, rows_B: Ints) -> Array:
+    """Returns the fields [B, 6] of `group_facts`."""
     known, at_B = np.unique(rows_B, return_inverse=True)
-    table = [unit_facts(context, fleet, tensor, rows) for rows in known.tolist()]
+    table = [group_facts(context, device_class, tensor, rows) for rows in known.tolist()]
     found: Array = np.array(table, dtype=np.float64).reshape(-1, 6)[at_B]
     return found
 
@@ -92,12 +92,12 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
     """Seconds [B] of a usual activation between neighbouring stages: of as many as stand on one
     node, the last one sends to another node."""
     moved_B: Array = np.zeros(len(builds.rows))
-    for f, i in enumerate(builds.order):
-        fleet, block_B = context.fleets[i], builds.blocks[:, f]
-        own_B = builds.rows / builds.widths[:, f] * context.widest_cut
-        run_B = fleet.each // builds.tensor // block_B
-        across_B = own_B * block_B * builds.tensor / fleet.network.bandwidth + fleet.network.latency
-        inside_B = own_B / fleet.inside.bandwidth + fleet.inside.latency
+    for i, width_B, block_B in zip(builds.order, builds.widths.T, builds.blocks.T, strict=True):
+        inside, network = context.classes[i].inside, context.classes[i].network
+        own_B = builds.rows / width_B * context.widest_cut
+        run_B = context.classes[i].each // builds.tensor // block_B
+        across_B = own_B * block_B * builds.tensor / network.bandwidth + network.latency
+        inside_B = own_B / inside.bandwidth + inside.latency
         moved_B = np.maximum(moved_B, (across_B + (run_B - 1) * inside_B) / run_B)
     return moved_B
 
@@ -108,14 +108,13 @@ def _reduction(
     """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
     for f, i in enumerate(builds.order):
-        fleet, width_B, block_B = context.fleets[i], builds.widths[:, f], builds.blocks[:, f]
+        inside, network = context.classes[i].inside, context.classes[i].network
+        width_B, block_B = builds.widths[:, f], builds.blocks[:, f]
         across_B = width_B > block_B
         own_B = 2 * (1 - 1 / width_B) * context.gradients
-        own_B /= np.where(across_B, fleet.network.bandwidth, builds.tensor * fleet.inside.bandwidth)
-        ring_B = np.where(
-            across_B, 2 * (width_B - 1) * hop_latency(context.costs, fleet.network), 0.0
-        )
-        run_B = np.where(across_B, fleet.each // builds.tensor // block_B, 1)
+        own_B /= np.where(across_B, network.bandwidth, builds.tensor * inside.bandwidth)
+        ring_B = across_B * 2 * (width_B - 1) * hop_latency(context.costs, network)
+        run_B = np.where(across_B, context.classes[i].each // builds.tensor // block_B, 1)
         run_P = np.minimum(run_B[build_P], depths_FP[f])
         worst_P = np.maximum(worst_P, own_B[build_P] / depth_P * run_P + ring_B[build_P])
     return worst_P

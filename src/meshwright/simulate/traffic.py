@@ -57,10 +57,10 @@ def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[
             sum(layer.forward_all_reduce_bytes) + sum(layer.backward_all_reduce_bytes)
             for layer in layers
         )
-        for replica in stage.placements:
-            rows = replica[0].rows[1] - replica[0].rows[0]
+        for group in stage.mesh.groups("tensor"):
+            rows = group[0].rows[1] - group[0].rows[0]
             size = plan.pipelines[stage.pipeline].micro_batches * rows * row_bytes
-            traffic: Traffic = all_reduce(links, [placement.device for placement in replica], size)
+            traffic: Traffic = all_reduce(links, [placement.device for placement in group], size)
             for resource, each in traffic.bytes_by_resource.items():
                 carried[resource] += each
     return carried

@@ -5,11 +5,12 @@ The files of a room are named after the part of the kernel that reads them. A ro
 needs, and may have others, which its own files read. Each is loaded when its part needs it, so only
 `runtime.py` (or `runtime/`) may import PyTorch:
 
-* `plan.py`: `problems`, what is wrong with its field of a plan, and `stage_text`, its word in the
-  one-line description of a plan;
+* `plan.py`: `problems`, what is wrong with its field of a plan; `stage_text`, its word in the
+  one-line description of a plan; `without`, which returns a stage that does not use it;
 * `operations.py`: OPERATIONS, the words that the technique adds to programs;
 * `program.py`: `rewriting`, which returns what puts its instructions into the list of a rank;
-* `price.py`: PRICES, what each of its operations costs;
+* `price.py`: PRICES, what each of its operations costs; `layer_seconds`, which adds to the forward
+  and backward of each layer what the technique does inside them;
 * `memory.py`: `adjustment`, which returns what changes the bytes that a rank holds;
 * `export.py`: `answers`, how another tool is told of its field, and `beside_the_schedule`, the
   sentences for a file that holds only the order of work;

@@ -14,10 +14,11 @@ from meshwright.export.deepspeed import uniform
 from meshwright.export.tools import check_tool, export_files
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe_plan, stage_layout
-from meshwright.plan.spec import Plan, Stage
+from meshwright.plan.spec import Plan, with_stages
 from meshwright.plan.validate import validate_plan
 from meshwright.records import record
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
+from meshwright.techniques import provided
 from meshwright.units import format_seconds
 from meshwright.workflows.session import Session, manual_plan, priced, with_prediction
 
@@ -91,7 +92,7 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
 
 def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
     """Yields the plan on the same devices with one stage on each, even cuts, and schedule 1F1B;
-    both with what techniques add to its stages and without."""
+    each with every part of what techniques add to its stages, all of it first."""
     layouts = [stage_layout(pipeline) for pipeline in plan.pipelines]
     groups = len(layouts[0])
     if any(len(layout) != groups for layout in layouts):
@@ -111,30 +112,10 @@ def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
             for pipeline, layout in zip(plan.pipelines, layouts, strict=True)
         )
         form = replace(plan, schedule="1f1b", pipelines=pipelines, prediction=None)
-        yield form
-        if (without := _without_techniques(form)) != form:
-            yield without
-
-
-def _without_techniques(plan: Plan) -> Plan:
-    """Returns the plan with stages that have nothing but what every stage has."""
-    pipelines = tuple(
-        replace(
-            pipeline,
-            stages=tuple(
-                Stage(
-                    layers=stage.layers,
-                    devices=stage.devices,
-                    rows=stage.rows,
-                    boundary=stage.boundary,
-                    recompute=stage.recompute,
-                )
-                for stage in pipeline.stages
-            ),
-        )
-        for pipeline in plan.pipelines
-    )
-    return replace(plan, pipelines=pipelines)
+        forms = [form]
+        for without in provided("plan", "without"):
+            forms += [with_stages(each, without) for each in forms]
+        yield from dict.fromkeys(forms)
 
 
 def even_stage_cuts(layers: int, stages: int) -> Iterator[Cuts]:

@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from meshwright.layout.shares import own_share
 from meshwright.model.shard import Column, Row, Split, tile_of
 from meshwright.runtime.run_folder import TrainingOptions
+from meshwright.runtime.slices import read_slices
 from meshwright.techniques.backward_split.runtime.deferring import (
     DeferredGradients,
     DeferWeightGradients,
     backward_weights,
 )
-from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide, read_slices
+from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide
 
 ROWS, WIDTH = 4, 8
 

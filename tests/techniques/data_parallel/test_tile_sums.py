@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder, own_share
 from meshwright.model.shard import Column, Row, Split, Vocabulary, divided_dim
 from meshwright.runtime.build_stages import LocalParameter
-from meshwright.runtime.parameters import Parameter
-from meshwright.techniques.data_parallel.runtime import (
+from meshwright.runtime.flat_buckets import (
     FlatBucket,
     SumGroup,
     gather_tile,
     make_bucket,
     scatter_tile,
 )
-from meshwright.techniques.tensor_parallel.runtime import read_slices
+from meshwright.runtime.parameters import Parameter
+from meshwright.runtime.slices import read_slices
 
 Whole = tuple[Split | None, str, Tensor]
 

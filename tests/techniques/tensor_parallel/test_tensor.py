@@ -21,12 +21,8 @@ from meshwright.model.shard import (
     VocabularyLoss,
     tile_of,
 )
-from meshwright.techniques.tensor_parallel.runtime import (
-    TensorParallelGroup,
-    divide,
-    read_slices,
-    write_slices,
-)
+from meshwright.runtime.slices import read_slices, write_slices
+from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, divide
 
 pytestmark = pytest.mark.heavy
 

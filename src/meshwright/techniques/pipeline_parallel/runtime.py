@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,17 +22,7 @@ from meshwright.program.instructions import Instruction
 from meshwright.program.messages import Chain, chain_of
 from meshwright.runtime.build_stages import BoundaryTensor
 from meshwright.runtime.debug import MessageHeaders
-
-
-class Handle(Protocol):
-    """An operation in flight that can be polled and waited for, as torch.distributed.Work can."""
-
-    def is_completed(self) -> bool:
-        """Returns True if the operation has completed."""
-
-    def wait(self) -> object:
-        """Waits until the operation has completed; raises if it has failed."""
-
+from meshwright.runtime.handles import Handle
 
 Post = Callable[[Sequence[Tensor]], list[Work]]
 """Function that starts the messages of one instruction, one message for each tensor."""

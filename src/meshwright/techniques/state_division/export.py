@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from meshwright.export.answers import ExportedTraining, PropertyAnswer
 from meshwright.plan.spec import Plan, StateDivision
-from meshwright.techniques.state_division.plan import all_stages, divides_optimizer
+from meshwright.techniques.state_division.plan import divides_optimizer
 
 PROPERTY = "stage.states"
 MEND = "`meshwright plan --forbid divided-states` makes a plan without them"
@@ -26,7 +26,7 @@ def answers(tool: str) -> dict[str, PropertyAnswer]:
 
 def beside_the_schedule(plan: Plan) -> Iterator[str]:
     """Yields the note for a tool that is told the order of work alone."""
-    held = [divides_optimizer(stage.states) for stage in all_stages(plan)]
+    held = [divides_optimizer(stage.states) for stage in plan.stages]
     if any(held):
         which = "all stages" if all(held) else "the stages marked z"
         yield f"the optimizer states of {which}, which the replicas are to divide (ZeRO-1)"
@@ -46,7 +46,7 @@ def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> 
     def wanted(value: Value, asked: ExportedTraining) -> str:
         if not divides_optimizer(value):
             return ""
-        if not all(divides_optimizer(stage.states) for stage in all_stages(asked.plan)):
+        if not all(divides_optimizer(stage.states) for stage in asked.plan.stages):
             return f"the same in all stages: {tool} has one switch for all; {MEND}"
         if only_adamw and asked.plan.job.optimizer != "adamw":
             own = f"{tool} divides only the states of Adam"

@@ -11,20 +11,21 @@ import numpy as np
 from meshwright.cost.memory import Adjustment, StageMemory, memory_tables
 from meshwright.cost.weights import Array, cumulative, tied_share, untied_parameters
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView, tensor_width
+from meshwright.plan.mesh import mesh_of, stacked
+from meshwright.plan.ranks import RankView
 from meshwright.plan.spec import Plan
-from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
+from meshwright.techniques.state_division.plan import divided_layers, divides
 
 
 def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
     """Returns what leaves of the optimizer states of divided layers the share of each rank."""
-    if not any(map(divides, all_stages(plan))):
+    if not any(map(divides, plan.stages)):
         return None
     table = memory_tables(model, plan.job).plain.weights
     divided = divided_layers(plan, model)
     replicas = np.zeros(len(model.layers))
-    for stage in all_stages(plan):
-        replicas[slice(*stage.layers)] += len(stage.devices)
+    for stage in plan.stages:
+        replicas[slice(*stage.layers)] += mesh_of(stage).width("data")
     # Share of a layer's states that other ranks hold instead of one that holds the layer.
     away = np.where(divided, 1 - 1 / replicas, 0.0)
     of_tied = [
@@ -39,7 +40,7 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
         return cumulative(untied_parameters(table.trained, (layers, layers + 1), tensor) * away)
 
     def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
-        tensor = tensor_width(rank.stages[0], rank.placement)
+        tensor = rank.placement.width("tensor")
         ranges = [stage.layers for stage in rank.stages]
         others = sum(float(elsewhere(tensor)[b] - elsewhere(tensor)[a]) for a, b in ranges)
         for uses, part in zip(table.tied, of_tied, strict=True):
@@ -52,5 +53,5 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
 
 def _replicas(plan: Plan, layers: Sequence[int]) -> int:
     """Returns the number of replicas that hold any of some layers."""
-    held = (s for s in all_stages(plan) if any(s.layers[0] <= n < s.layers[1] for n in layers))
-    return len({replica for stage in held for replica in stage.devices})
+    held = (s for s in plan.stages if any(s.layers[0] <= n < s.layers[1] for n in layers))
+    return stacked(map(mesh_of, held)).width("data")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from meshwright.errors import Problem
 from meshwright.model.spec import LayerGraph, Tied
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Plan, Stage, StateDivision
 
 
@@ -19,20 +21,20 @@ def divides(stage: Stage) -> bool:
     return divides_optimizer(stage.states)
 
 
-def all_stages(plan: Plan) -> list[Stage]:
-    """Returns the stages of all pipelines of a plan."""
-    return [stage for pipeline in plan.pipelines for stage in pipeline.stages]
-
-
 def stage_text(stage: Stage) -> str:
     """Formats the division in the one-line description of a plan: `[12z|12]`."""
     return "z" if divides(stage) else ""
 
 
+def without(stage: Stage) -> Stage:
+    """Returns the stage with states that are whole on every replica."""
+    return replace(stage, states=None)
+
+
 def divided_layers(plan: Plan, model: LayerGraph) -> list[bool]:
     """Returns for each layer whether every stage that holds it divides its states."""
     found = [True] * len(model.layers)
-    for stage in all_stages(plan):
+    for stage in plan.stages:
         if not divides(stage):
             first, last = stage.layers
             found[first:last] = [False] * (last - first)
@@ -45,7 +47,7 @@ _Held = tuple[tuple[int, int], bool, frozenset[int]]
 
 def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Problem]:
     """Finds stages that cannot divide their states with the others that hold the same layers."""
-    held = list(dict.fromkeys(map(_held, all_stages(plan))))
+    held = list(dict.fromkeys(map(_held, plan.stages)))
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
             if not divides(stage):
@@ -71,7 +73,7 @@ def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Prob
 
 
 def _held(stage: Stage) -> _Held:
-    return stage.layers, divides(stage), frozenset(map(len, stage.devices))
+    return stage.layers, divides(stage), frozenset(mesh_of(stage).widths("tensor"))
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -85,7 +87,7 @@ def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[
     for tied in model.tied:
         users = _users(plan, tied)
         if stage in users and all(map(divides, users)):
-            widths = sorted({len(replica) for user in users for replica in user.devices})
+            widths = sorted({width for user in users for width in mesh_of(user).widths("tensor")})
             if len(widths) > 1:
                 yield tied.name, widths
 
@@ -98,12 +100,12 @@ def holds(stage: Stage, tied: Tied) -> bool:
 
 def _users(plan: Plan, tied: Tied) -> list[Stage]:
     """Returns the stages that hold a tied weight."""
-    return [stage for stage in all_stages(plan) if holds(stage, tied)]
+    return [stage for stage in plan.stages if holds(stage, tied)]
 
 
 def _is_alone(stage: Stage, plan: Plan, model: LayerGraph) -> bool:
     """True if no other rank holds any weight of a stage, so that there is nothing to divide."""
-    if len(plan.pipelines) > 1 or len(stage.devices) > 1:
+    if len(plan.pipelines) > 1 or mesh_of(stage).width("data") > 1:
         return False
     for tied in model.tied:
         users = _users(plan, tied)

@@ -12,7 +12,7 @@ from meshwright.program.instructions import Instruction, summed_layers
 from meshwright.program.operations import Op
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
-from meshwright.techniques.state_division.plan import all_stages, divided_layers, divides
+from meshwright.techniques.state_division.plan import divided_layers, divides
 
 
 def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
@@ -21,7 +21,7 @@ def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
 
     A gather follows the optimizer step of its own bucket, or the rank's only one.
     """
-    if not any(map(divides, all_stages(plan))):
+    if not any(map(divides, plan.stages)):
         return None
     divided = divided_layers(plan, model)
 

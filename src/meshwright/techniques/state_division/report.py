@@ -10,7 +10,7 @@ from meshwright.techniques.state_division.plan import divides
 
 def sentences(plan: Plan) -> Iterator[str]:
     """Yields a sentence if any stage divides its optimizer states."""
-    stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
+    stages = plan.stages
     number = sum(map(divides, stages))
     if number:
         some = "" if number == len(stages) else f" of {number} of {len(stages)} stages"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from meshwright.layout.shares import flat_share
 from meshwright.program.instructions import Instruction
+from meshwright.runtime.flat_buckets import FlatBucket, TrainedPart
 from meshwright.runtime.interpreter import BoundInstruction, Interpreter, Step
-from meshwright.techniques.data_parallel.runtime import FlatBucket, TrainedPart
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -19,9 +19,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup, ReduceOp
 
 from meshwright.errors import PlanError, Problem
-from meshwright.layout.boxes import Box
 from meshwright.layout.shares import cut, own_share
-from meshwright.layout.tiles import Tile, joined, joint
 from meshwright.model.shard import Column, Row, Split, Vocabulary, VocabularyHead, VocabularyLoss
 from meshwright.runtime.observer import Waiting
 
@@ -124,22 +122,6 @@ def copy_to_group(x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
 def reduce_from_group(x: Tensor, tensor_group: TensorParallelGroup) -> Tensor:
     """Sums `x` over the group, in place, and returns it; its gradient passes unchanged."""
     return cast("Tensor", _ReduceFromGroup.apply(x, tensor_group))  # type: ignore[no-untyped-call]
-
-
-def box_index(box: Box) -> tuple[slice, ...]:
-    """Returns the index of a box in a tensor."""
-    return tuple(slice(first, last) for first, last in box)
-
-
-def read_slices(full: Tensor, tile: Tile) -> Tensor:
-    """Returns a tile of a full tensor as a new tensor, its boxes joined."""
-    return torch.cat([full[box_index(box)] for box in tile], dim=joint(tile))
-
-
-def write_slices(full: Tensor, tile: Tile, part: Tensor) -> None:
-    """Writes a tile, as `read_slices` returns it, back into the full tensor."""
-    for box, place in zip(tile, joined(tile), strict=True):
-        full[box_index(box)].copy_(part[box_index(place)])
 
 
 def divide(
