@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,10 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
 from meshwright.search import template_search
+from meshwright.search.balanced_estimate import Build, balanced
 from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
-from meshwright.search.costs import costs_of, stage_bytes, unit_capacity, unit_prefix
+from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
 from meshwright.search.device_classes import (
     PipelineTemplate,
     RatedClass,
@@ -29,7 +31,7 @@ from meshwright.search.device_classes import (
 )
 from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.template_estimate import TemplateEstimate, cuts
+from meshwright.search.template_estimate import TemplateEstimate, cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import tenth
 from worlds import NVLINK, cluster, device, job, model
@@ -160,8 +162,8 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
     costs = costs_of(graph, machines(1, 0, 4, memory=memory), job(count))
     context = template_search.estimate_context(costs, device_classes(costs))
     template = PipelineTemplate(1, (StageRun(0, depth, 1, 1),), 1, schedule)
-    unit = next(iter(costs.devices))
-    forward, backward = unit_prefix(costs, (unit,), 1)
+    group = (next(iter(costs.devices)),)
+    forward, backward = group_prefix(costs, group, 1)
     always, each = stage_bytes(costs, 1, 1)
 
     def slowest(bounds):
@@ -170,7 +172,7 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
     def fits(bounds):
         return all(
             always[a, b] + each[a, b] * in_flight(schedule, s, depth, count)
-            <= unit_capacity(costs, (unit,))
+            <= group_capacity(costs, group)
             for s, (a, b) in enumerate(pairwise(bounds))
         )
 
@@ -181,6 +183,20 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
     if found is not None:
         assert found in fitting
         assert slowest(found) == pytest.approx(min(map(slowest, fitting)))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth):
+    """Gradients take most of the step: a ring passes 2 (w - 1) / w of them."""
+    graph = model([10.0] * 7, parameters=10_000_000)
+    costs = costs_of(graph, machines(depth * width, 0, 1), job(8 * width))
+    context = template_search.estimate_context(costs, device_classes(costs))
+    build = Build((0,), 1, (width,), (1,), width, "1f1b")
+    (least,) = balanced(context, build, 8, np.array([[depth]]))
+    template = PipelineTemplate(1, (StageRun(0, depth, width, 1),), width, "1f1b")
+    exact = whole_seconds(context, (estimate_template(context, template, 8),), (8,))
+    assert 0.6 * exact < least < 1.02 * exact
 
 
 def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):

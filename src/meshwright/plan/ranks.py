@@ -53,7 +53,6 @@ class StagePlacement:
     same ranks, in the same mesh (virtual stages); without these it is the stage's index in its
     pipeline."""
     layers: tuple[int, int]
-    recompute: bool
     plan_stage: Stage
     """The stage as the plan describes it."""
     mesh: Mesh[RankPlacement]
@@ -106,7 +105,6 @@ def _stage_seats(
                     position=position_of[s],
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
-                    recompute=stage.recompute,
                     plan_stage=stage,
                     mesh=Mesh(
                         members=tuple(
