@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from meshwright.model.meter import FusedKernels
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import stage_placements
+from meshwright.plan.ranks import placements_of, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Instruction, Program
@@ -120,12 +120,7 @@ def _world(plan: Plan, program: Program, rank: int) -> World:
     """The fake group stands for every other."""
     everyone = dist.group.WORLD
     assert everyone is not None
-    width = next(
-        len(replica)
-        for stage in stage_placements(plan)
-        for replica in stage.placements
-        if rank in [placement.rank for placement in replica]
-    )
+    placement = placements_of(stage_placements(plan), rank)[0]
     return World(
         rank=rank,
         size=len(plan.devices),
@@ -134,7 +129,7 @@ def _world(plan: Plan, program: Program, rank: int) -> World:
         forward=everyone,
         backward=everyone,
         reduce=dict.fromkeys(reduction_groups(program), everyone),
-        tensor=everyone if width > 1 else None,
+        inside={"tensor": everyone} if placement.width("tensor") > 1 else {},
     )
 
 
@@ -154,10 +149,7 @@ def measured_peak(
     tensor-parallel group. `real`: allocate and compute.
     """
     program = compile_plan(plan, graph)
-    placements = [
-        s for stage in stage_placements(plan) for replica in stage.placements for s in replica
-    ]
-    rows = next(placement.rows for placement in placements if placement.rank == rank)
+    rows = placements_of(stage_placements(plan), rank)[0].rows
     with _fake_group(rank, len(plan.devices)):
         world = _world(plan, program, rank)
         model = make_model()

@@ -92,7 +92,7 @@ class Own:
 
 def ranks_of(stage: StagePlacement) -> list[int]:
     """Of every replica."""
-    return [placement.rank for (placement,) in stage.placements]
+    return [placement.rank for placement in stage.mesh.members]
 
 
 def group_of(groups: list[list[int]]) -> dist.ProcessGroup:

@@ -12,8 +12,6 @@ import pytest
 
 from sources import PACKAGE, files_below, tree_of
 
-EXCEPT = ("search/", "program/work.py")
-"""Beginnings of paths whose docstrings are not held to this."""
 PATHS = [path.relative_to(PACKAGE) for path in files_below(PACKAGE)]
 IN_EVERY_ROOM = {"__init__.py", "__main__.py", "spec.py", "files.py", "validate.py"}
 """Files whose room says what they are about: its records, a user's files, and their checks."""
@@ -74,10 +72,7 @@ def _pairs(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         yield from pairwise(body)
 
 
-HELD = [path for path in PATHS if not path.as_posix().startswith(EXCEPT)]
-
-
-@pytest.mark.parametrize("path", HELD, ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=str)
 def test_docstrings_begin_as_sentences_do(path: Path) -> None:
     for name, text in _docstrings(tree_of(PACKAGE / path)):
         first = text.split(maxsplit=1)[0] if text.strip() else "Nothing"

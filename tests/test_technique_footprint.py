@@ -49,14 +49,10 @@ ALLOWED: dict[str, dict[str, str]] = {
         "search/certificate.py": "it bounds the seconds of both parts",
     },
     "activation_checkpointing": {
-        "cost/pricing.py": "the seconds of a backward hold the repeated forward",
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
         "cost/pricing_context.py": "memory is kept by what it depends on",
         "cost/sharded.py": "the same field of another tool's run",
-        "cost/times.py": "the seconds of a backward hold the repeated forward",
-        "plan/ranks.py": "the stage of a rank has it",
         "runtime/build_stages.py": "a built stage knows which of its layers run again",
-        "profiling/layer_times.py": "the profile measures layers that keep their activations",
         "search/": CHOSEN,
     },
 }

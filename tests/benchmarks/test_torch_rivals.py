@@ -152,7 +152,7 @@ def compute_seconds(known: Known, rival: Rival) -> float:
     times = virtual_times(PricedPlan(rival.plan, known.graph, known.cluster)).ranks
     busy = dict.fromkeys(range(len(times)), 0.0)
     for stage in stage_placements(rival.plan):
-        for (placement,) in stage.placements:
+        for placement in stage.mesh.members:
             own, layers = times[placement.rank], slice(*stage.layers)
             busy[placement.rank] += sum(own.forward[layers]) + sum(own.backward[layers])
     return rival.plan.pipelines[0].micro_batches * max(busy.values())

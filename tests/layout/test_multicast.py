@@ -73,6 +73,17 @@ def test_turns_share_no_port(found: list[Multicast]) -> None:
     assert schedule_multicasts(found) == turns
 
 
+def test_the_longest_are_dealt_first() -> None:
+    """A half, two quarters and so on of what each of eight hosts sends: the small fill up what the
+    large have left, without a gap."""
+    hosts = tuple("abcdefgh")
+    sizes = [2.0**k for k in range(8) for _ in range(128 // 2**k)]
+    found = [
+        Multicast(size=size, senders=hosts, receivers=(f"t{n}",)) for n, size in enumerate(sizes)
+    ]
+    assert makespan(schedule_multicasts(found)) == lower_bound(found) == sum(sizes) / 8
+
+
 @pytest.mark.parametrize("count", [8, 16, 64])
 def test_all_to_all_is_free_of_contention(count: int) -> None:
     """Every sender to every receiver, in as many rounds as there are receivers."""

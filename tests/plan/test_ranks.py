@@ -7,7 +7,6 @@ from dataclasses import replace
 from meshwright.plan.ranks import (
     describe_plan,
     first_row,
-    mesh_text,
     row_intervals,
     stage_placements,
 )
@@ -25,8 +24,6 @@ def test_unlike_tensor_widths_are_told():
     one = plan(None)
     pipelines = (replace(one.pipelines[0], stages=(ragged,)),)
     assert describe_plan(replace(one, pipelines=pipelines)) == "dp2 tp2+1 pp1 [3] 1x8 1f1b"
-    assert mesh_text(ragged.devices) == "2 + 1"
-    assert mesh_text((("a", "b"),) * 3) == "3 x 2"
 
 
 def test_unequal_rows_are_told_and_equal_ones_are_not():
@@ -59,14 +56,14 @@ def test_every_device_has_its_seat():
     found = stage_placements(replace(plan(None), devices=devices, pipelines=(pipeline, whole)))
     ends = [(s.number, s.pipeline, s.is_first, s.is_last, s.position) for s in found]
     assert ends == [(0, 0, True, False, 0), (1, 0, False, True, 1), (2, 1, True, True, 0)]
-    assert [(s.boundary, s.recompute) for s in found[:2]] == [
-        ("direct", False),
-        ("broadcast", True),
+    assert [(s.boundary, s.plan_stage) for s in found[:2]] == [
+        ("direct", first),
+        ("broadcast", last),
     ]
-    placements = [
-        [(q.rank, q.replica, q.tensor_index, q.rows) for q in r] for r in found[0].placements
-    ]
+    placements = [(q.rank, q.coordinates, q.widths, q.rows) for q in found[0].mesh.members]
     assert placements == [
-        [(2, 0, 0, (0, 3)), (0, 0, 1, (0, 3))],
-        [(1, 1, 0, (3, 4)), (3, 1, 1, (3, 4))],
+        (2, (0, 0), (2, 2), (0, 3)),
+        (0, (0, 1), (2, 2), (0, 3)),
+        (1, (1, 0), (2, 2), (3, 4)),
+        (3, (1, 1), (2, 2), (3, 4)),
     ]

@@ -45,12 +45,10 @@ def test_text_and_back_is_the_same_program(case):
 def test_every_row_of_the_batch_passes_every_layer_once_each_way(case):
     model, plan = case
     program = compile_plan(plan, model)
-    placements = {
-        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
-    }
+    placements = {s.rank: s for stage in stage_placements(plan) for s in stage.mesh.members}
     done = Counter()
     for rank, instructions in enumerate(program.ranks):
-        if placements[rank].tensor_index:
+        if placements[rank].index("tensor"):
             continue
         for i in instructions:
             if i.op in (Op.FORWARD, Op.BACKWARD):
@@ -73,9 +71,7 @@ def test_every_receiver_gets_exactly_its_rows(case):
         for i in instructions:
             if i.op in (Op.RECV_F, Op.RECV_B):
                 received[rank, i.op, i.micro_batch].append(i.rows)
-    placements = {
-        s.rank: s for stage in stage_placements(plan) for r in stage.placements for s in r
-    }
+    placements = {s.rank: s for stage in stage_placements(plan) for s in stage.mesh.members}
     for (rank, _, _), pieces in received.items():
         pieces.sort()
         assert [pieces[0][0], pieces[-1][1]] == list(placements[rank].rows)
@@ -105,7 +101,7 @@ def test_gradients_of_every_layer_meet_one_of_every_replica(case):
         replicas = {
             tuple(placement.rank for placement in replica)
             for stage in stage_placements(plan)
-            for replica in stage.placements
+            for replica in stage.mesh.groups("tensor")
             if any(stage.layers[0] <= n < stage.layers[1] for n in layers)
         }
         everyone = sorted(rank for replica in replicas for rank in replica)
@@ -284,6 +280,23 @@ def test_without_clipping_every_bucket_is_updated_for_itself() -> None:
         check_program(Program(ranks=(own, *program.ranks[1:])))
     assert "0REDUCE_GRAD layers=1:2" in str(caught.value)
     assert "an OPTIMIZER_STEP of the same layers" in str(caught.value)
+
+
+def test_a_tied_gradient_is_summed_with_the_last_backward_that_adds_to_it() -> None:
+    """The first devices hold the first and the last of four stages, which share a weight. The sum
+    is posted ahead of the last backward, in which it begins."""
+    model = chain([1.0] * 4, tied=True)
+    outer, inner = (("n:0",), ("n:1",)), (("n:2",), ("n:3",))
+    stages = tuple(
+        Stage(layers=(s, s + 1), devices=devices)
+        for s, devices in enumerate((outer, inner, inner, outer))
+    )
+    plan = plan_by_hand(Pipeline(micro_batches=4, rows=2, stages=stages), schedule="zb-v")
+    own = compile_plan(plan, model).ranks[0]
+    (posted,) = [n for n, i in enumerate(own) if i.op is REDUCE_GRAD and i.tied == "shared"]
+    completing = Counter(i.stage for i in own[:posted] if i.op.completes_gradients)
+    assert completing == {0: 3, 3: 4}
+    assert [i.stage for i in own[posted:] if i.op.completes_gradients] == [0]
 
 
 def test_what_one_rank_alone_holds_is_updated_before_what_is_shared() -> None:

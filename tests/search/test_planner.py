@@ -85,6 +85,14 @@ def test_a_plan_says_what_it_is_for():
     assert plan.devices == ("a:0", "a:1")
 
 
+def test_at_most_six_runners_up_are_told_beside_those_made_by_hand():
+    plan = find_plan(model([10.0] * 6), cluster(("fast",), ("slow",)), job(8))
+    names = [other.name.partition(":")[0] for other in plan.prediction.runners_up]
+    assert len(names) == len(set(names))
+    assert {*names} >= {"ddp", "even", "amp"}
+    assert len(names) == 6 + 3
+
+
 def test_a_mixed_cluster_is_used_better_than_by_hand():
     """Two fast and two slow devices, a model too large for one: the fast ones take two thirds."""
     types = tuple(replace(kind, memory=int(1.6 * GIB)) for kind in (FAST, SLOW))
@@ -195,5 +203,5 @@ def test_unknown_and_impossible_baselines_say_so():
         baseline_plan("ddp", graph, cluster(("fast",) * 3), job(8))
     where = cluster(("fast",), types=(device("fast", memory_gib=1.01),))
     large = model([1.0] * 2, parameters=10**8)
-    with pytest.raises(FitError):
+    with pytest.raises(FitError, match="found 1 strategies, none of which fits"):
         baseline_plan("ddp", large, where, job())

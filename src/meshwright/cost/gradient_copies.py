@@ -16,9 +16,8 @@ def tensor_widths(model: LayerGraph, stages: Sequence[StagePlacement]) -> Tensor
     """Returns the tensor widths in which a plan's stages hold each layer."""
     found: list[set[int]] = [set() for _ in model.layers]
     for stage in stages:
-        widths = {len(replica) for replica in stage.placements}
         for layer in range(*stage.layers):
-            found[layer] |= widths
+            found[layer].update(stage.mesh.widths("tensor"))
     return tuple(map(frozenset, found))
 
 

@@ -35,9 +35,7 @@ from meshwright.model.spec import Layer, LayerGraph, Tensor
 from meshwright.plan.ranks import (
     RankView,
     StagePlacement,
-    members_of,
     stage_placements,
-    tensor_width,
 )
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
@@ -130,7 +128,7 @@ def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
 
 def stage_table(tables: MemoryTables, stage: StagePlacement) -> MemoryTable:
     """Returns the table that applies to a stage."""
-    return tables.recomputed if stage.recompute else tables.plain
+    return tables.recomputed if stage.plan_stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
@@ -347,8 +345,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
         raise_if_stopped()
         known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
         first = scheduled.stages[0]
-        for placement in members_of(first):
-            key = tensor_width(first, placement), placement.rows[1] - placement.rows[0]
+        for placement in first.mesh.members:
+            key = placement.width("tensor"), placement.rows[1] - placement.rows[0]
             if key not in known:
                 copied = sum(
                     copied_gradient_bytes(model, plan.job, widths, stage, key[0])

@@ -17,7 +17,7 @@ from meshwright.cost.pricing_context import (
     one_micro_batch_memory,
 )
 from meshwright.cost.weights import rank_parameters
-from meshwright.plan.ranks import gradient_bytes, tensor_width
+from meshwright.plan.ranks import gradient_bytes
 from meshwright.program.instructions import GradientKey, Instruction, micro_batches_of
 from meshwright.program.operations import Op
 from meshwright.techniques import provided
@@ -44,7 +44,7 @@ def compute_price(i: Instruction, rank: RankContext) -> Price:
     context, seated = rank.pricing, rank.stage_of(i)
     full = float(one_micro_batch_memory(seated.stage, seated.placement, context).activations)
     rows = seated.placement.rows[1] - seated.placement.rows[0]
-    tensor = tensor_width(seated.stage, seated.placement)
+    tensor = seated.placement.width("tensor")
     if i.op in (Op.FORWARD, Op.BACKWARD):
         held = full if i.op is Op.FORWARD else -full
     else:
@@ -103,7 +103,7 @@ def _updated_parameters(i: Instruction, rank: RankContext) -> float:
         if each.op.scatters:
             kept = each.bytes / len(each.ranks)
             elsewhere[each.layers, each.tied] += each.bytes - kept
-    width, tensor = gradient_bytes(context.plan.job), tensor_width(seated.stage, seated.placement)
+    width, tensor = gradient_bytes(context.plan.job), seated.placement.width("tensor")
     if (i.layers, i.tied) in summed:
         key = (i.layers, i.tied)
         return (summed[key] - elsewhere[key]) / width

@@ -20,7 +20,7 @@ from meshwright.cost.memory import (
 )
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement, members_of, tensor_width
+from meshwright.plan.ranks import RankPlacement, StagePlacement
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.units import format_bytes
 
@@ -43,7 +43,7 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
     for scheduled in scheduled_stages(plan):
         stage, count = scheduled.stages[0], len(scheduled.stages)
         held = peak_activation_bytes(scheduled, (1.0,) * count, (1.0,) * count)
-        for placement in members_of(stage):
+        for placement in stage.mesh.members:
             memory = by_device[placement.device]
             excess = total_bytes(memory) - memory.capacity
             if excess > 0:
@@ -96,7 +96,7 @@ def _what_helps(
     tensor width.
     """
     (first, last), rows = stage.layers, placement.rows[1] - placement.rows[0]
-    tensor, table = tensor_width(stage, placement), stage_table(tables, stage)
+    tensor, table = placement.width("tensor"), stage_table(tables, stage)
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
     by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
     by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)

@@ -31,7 +31,6 @@ from meshwright.plan.ranks import (
     RankView,
     StagePlacement,
     stage_placements,
-    tensor_width,
 )
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
@@ -115,18 +114,18 @@ def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[
     held: dict[int, dict[int, PricedStage]] = {rank: {} for rank in range(len(plan.devices))}
     for stage in stage_placements(plan):
         raise_if_stopped()
-        for replica in stage.placements:
-            if not any(program.ranks[placement.rank] for placement in replica):
+        for group in stage.mesh.groups("tensor"):
+            if not any(program.ranks[placement.rank] for placement in group):
                 continue
             computes = ReplicaSeconds(
                 times,
                 stage.layers,
-                [context.types[placement.device] for placement in replica],
-                [placement.device for placement in replica],
-                replica[0].rows[1] - replica[0].rows[0],
-                recompute=stage.recompute,
+                [context.types[placement.device] for placement in group],
+                [placement.device for placement in group],
+                group[0].rows[1] - group[0].rows[0],
+                stage.plan_stage,
             )
-            for placement in replica:
+            for placement in group:
                 if program.ranks[placement.rank]:
                     held[placement.rank][stage.number] = PricedStage(stage, placement, computes)
     return held
@@ -190,7 +189,7 @@ def _static_bytes(
     parts = device_stage_memory(
         context.tables.plain,
         stages,
-        tensor_width(*own[0]),
+        own[0][1].width("tensor"),
         [one_micro_batch_memory(stage, placement, context) for stage, placement in own],
     )
     for adjust in context.adjustments:

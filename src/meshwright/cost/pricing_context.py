@@ -13,7 +13,7 @@ from meshwright.cost.memory import Adjustment, MemoryTables, StageMemory, micro_
 from meshwright.cost.profile import Profile
 from meshwright.cost.times import ReplicaSeconds
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement, tensor_width
+from meshwright.plan.ranks import RankPlacement, StagePlacement
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
@@ -102,8 +102,8 @@ def one_micro_batch_memory(
     stage: StagePlacement, placement: RankPlacement, context: PricingContext
 ) -> StageMemory:
     """Returns the memory of a stage with one micro-batch in flight."""
-    tensor, rows = tensor_width(stage, placement), placement.rows[1] - placement.rows[0]
-    key = (stage.recompute, stage.layers, tensor, rows)
+    tensor, rows = placement.width("tensor"), placement.rows[1] - placement.rows[0]
+    key = (stage.plan_stage.recompute, stage.layers, tensor, rows)
     if key not in context.stage_memories:
         context.stage_memories[key] = micro_batch_memory(context.tables, stage, tensor, rows)
     return context.stage_memories[key]

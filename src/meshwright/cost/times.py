@@ -2,71 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster
 from meshwright.cluster.topology import Topology
-from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.spec import Stage
 from meshwright.program.operations import Op
-from meshwright.techniques.activation_checkpointing.model import recomputed
+from meshwright.techniques import provided
 from meshwright.techniques.backward_split.price import backward_shares
 
 Array = NDArray[np.float64]
 
 
-def replica_seconds(
-    model: LayerGraph,
-    layers: tuple[int, int],
-    computed: Sequence[LayerSeconds],
-    links: Topology,
-    devices: Sequence[str],
-    rows: int,
-    *,
-    step_latency: float = 0.0,
-) -> tuple[Array, Array]:
-    """Returns the forward and backward seconds of each layer of a stage on one tensor-parallel
-    replica.
+@dataclass(frozen=True, slots=True)
+class ReplicaWork:
+    """The layers that the devices of one replica compute of a micro-batch."""
 
-    `computed` holds the compute of every layer for each device type of the replica. Every layer
-    ends in all-reduces in which all ranks meet, so the slowest one decides; these overlap with
-    nothing. `step_latency` is the fixed cost of one step of a ring, in seconds.
+    model: LayerGraph
+    layers: tuple[int, int]
+    devices: Sequence[str]
+    rows: int
+    links: Topology
+    step_latency: float
+    """The fixed seconds of one step of a ring."""
+    stage: Stage | None = None
+    """The stage of the plan; None before there is one: nothing that it could choose is added."""
+
+
+LayerSecondsChange = Callable[[ReplicaWork, Array, Array], tuple[Array, Array]]
+"""What a technique makes of the forward and backward seconds of a replica's layers."""
+
+
+@cache
+def _changes() -> tuple[LayerSecondsChange, ...]:
+    return provided("price", "layer_seconds")
+
+
+def replica_seconds(work: ReplicaWork, computed: Sequence[LayerSeconds]) -> tuple[Array, Array]:
+    """Returns the forward and backward seconds of each layer of a replica, with all that techniques
+    add.
+
+    `computed` holds the compute of every layer for each device type of the replica: the slowest
+    decides, since all devices meet at the end of a layer.
     """
-    first, last = layers
-    forward = np.max([c.forward[first:last] for c in computed], axis=0)
-    backward = np.max([c.backward[first:last] for c in computed], axis=0)
-    if len(devices) > 1:
-        cost: dict[float, float] = {}
-
-        def reduce_seconds(sizes: tuple[float, ...]) -> float:
-            for size in sizes:
-                if size not in cost:
-                    traffic = all_reduce(links, devices, size * rows, step_latency=step_latency)
-                    cost[size] = uncontended_seconds(links, traffic)
-            return sum(cost[size] for size in sizes)
-
-        held = model.layers[first:last]
-        forward = forward + [reduce_seconds(layer.forward_all_reduce_bytes) for layer in held]
-        backward = backward + [reduce_seconds(layer.backward_all_reduce_bytes) for layer in held]
+    inside = slice(*work.layers)
+    forward = np.max([each.forward[inside] for each in computed], axis=0)
+    backward = np.max([each.backward[inside] for each in computed], axis=0)
+    for change in _changes():
+        forward, backward = change(work, forward, backward)
     return forward, backward
-
-
-def repeated_seconds(model: LayerGraph, layers: tuple[int, int], forward: Array) -> Array:
-    """Returns the seconds that recomputation adds to the backward of each layer: those of its
-    forward."""
-    repeats = np.array(
-        [
-            recomputed(layer, len(model.layers)) and model.layers[layer].has_backward
-            for layer in range(*layers)
-        ]
-    )
-    result: Array = forward * repeats
-    return result
 
 
 class LayerTimeCache:
@@ -112,12 +104,11 @@ class ReplicaSeconds:
         kinds: Sequence[str],
         devices: Sequence[str],
         rows: int,
-        *,
-        recompute: bool,
+        stage: Stage,
     ) -> None:
         self.times, self.layers, self.devices, self.rows = times, layers, devices, rows
         self.kinds = tuple(dict.fromkeys(kinds))
-        self.recompute = recompute
+        self.stage = stage
         self._whole: tuple[Array, Array] | None = None
         self._known: dict[tuple[Op, int], Array] = {}
 
@@ -149,23 +140,22 @@ class ReplicaSeconds:
         if op is Op.BACKWARD_INPUT:
             computed = [self.times.computed(k, len(self.devices), self.rows) for k in self.kinds]
             alone = np.max([c.backward[first:last] for c in computed], axis=0)
-            seconds = seconds + (self._both()[1] - alone)  # all-reduces and recomputation
+            seconds = seconds + (self._both()[1] - alone)  # what techniques add
         return seconds
 
     def _both(self) -> tuple[Array, Array]:
         """Returns the seconds of a forward and of a whole backward."""
         if self._whole is None:
             tensor = len(self.devices)
-            forward, backward = replica_seconds(
+            work = ReplicaWork(
                 self.times.model,
                 self.layers,
-                [self.times.computed(kind, tensor, self.rows) for kind in self.kinds],
-                self.times.links,
                 self.devices,
                 self.rows,
-                step_latency=self.times.step_latency,
+                self.times.links,
+                self.times.step_latency,
+                self.stage,
             )
-            if self.recompute:
-                backward = backward + repeated_seconds(self.times.model, self.layers, forward)
-            self._whole = forward, backward
+            computed = [self.times.computed(kind, tensor, self.rows) for kind in self.kinds]
+            self._whole = replica_seconds(work, computed)
         return self._whole

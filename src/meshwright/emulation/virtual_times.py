@@ -55,12 +55,12 @@ def virtual_times(priced: PricedPlan) -> VirtualTimes:
     parts = _parts(priced)
     ranks: dict[int, RankTimes] = {}
     for stage in stage_placements(plan):
-        width = len(stage.placements[0])
+        width = stage.mesh.width("tensor")
         if width > 1:
             mend = "plan without tensor parallelism, or emulate by dilation"
             found = f"{width} devices that share a layer"
             raise LaunchError(Problem(plan.name, "tensor", found, "1, of virtual devices", mend))
-        for (placement,) in stage.placements:
+        for placement in stage.mesh.members:
             kind, rows = types[placement.device], placement.rows[1] - placement.rows[0]
             seconds = layer_seconds(model, kind, 1, rows, profile)
             update = partial(optimizer_seconds, kind, plan.job.optimizer)

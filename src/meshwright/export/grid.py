@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import describe_plan, mesh_text, stage_layout
+from meshwright.plan.mesh import AXES, Mesh, mesh_of, mesh_text, stacked
+from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import Pipeline, Plan, Stage
 from meshwright.records import record
-
-Mesh = tuple[tuple[tuple[str, ...], ...], ...]
-"""Device names by group of devices (a pipeline rank), replica and tensor index."""
 
 
 @record
@@ -25,18 +23,19 @@ class RegularGrid:
     rows: int
     """Rows of a micro-batch that one replica takes."""
     micro_batches: int
-    mesh: Mesh
+    meshes: tuple[Mesh[str], ...]
+    """The devices of each pipeline rank: the replicas of all pipelines."""
 
     @property
     def stages(self) -> int:
         """Number of groups of devices (pipeline ranks), each of which holds one stage or
         several."""
-        return len(self.mesh)
+        return len(self.meshes)
 
     @property
     def chunks(self) -> int:
         """Number of stages (virtual stages) of each group of devices."""
-        return len(self.layers) // len(self.mesh)
+        return len(self.layers) // len(self.meshes)
 
 
 def grid_of(plan: Plan, tool: str) -> RegularGrid:
@@ -47,22 +46,24 @@ def grid_of(plan: Plan, tool: str) -> RegularGrid:
     problems = [*_problems(plan, tool)]
     PlanError.check(problems)
     stages = plan.pipelines[0].stages
-    mesh = tuple(
-        tuple(replica for pipeline in plan.pipelines for replica in pipeline.stages[s].devices)
+    meshes = tuple(
+        stacked(mesh_of(pipeline.stages[s]) for pipeline in plan.pipelines)
         for s, *_ in stage_layout(plan.pipelines[0])
     )
     return RegularGrid(
-        data=len(mesh[0]),
-        tensor=len(mesh[0][0]),
+        data=meshes[0].width("data"),
+        tensor=meshes[0].width("tensor"),
         layers=tuple(stage.layers for stage in stages),
-        rows=plan.pipelines[0].rows // len(stages[0].devices),
+        rows=plan.pipelines[0].rows // mesh_of(stages[0]).width("data"),
         micro_batches=plan.pipelines[0].micro_batches,
-        mesh=mesh,
+        meshes=meshes,
     )
 
 
-def _widths(stage: Stage) -> tuple[int, int]:
-    return len(stage.devices), len(stage.devices[0])
+def _widths(stage: Stage) -> tuple[int, ...]:
+    """Returns the widths of a stage along all axes, those of its first replica."""
+    mesh = mesh_of(stage)
+    return tuple(mesh.widths(axis)[0] for axis in AXES)
 
 
 def _work(pipeline: Pipeline) -> tuple[object, ...]:
@@ -84,13 +85,14 @@ def pipeline_problems(plan: Plan, index: int, pipeline: Pipeline, tool: str) -> 
     where = f"pipelines[{index}].stages"
     widths = list(dict.fromkeys(_widths(stage) for stage in pipeline.stages))
     if len(widths) > 1:
-        found = ", ".join(f"{data} x {tensor}" for data, tensor in widths)
-        wanted = f"one data x tensor width: {tool} knows only stages of equal width"
+        found = ", ".join(" x ".join(map(str, each)) for each in widths)
+        wanted = f"one {' x '.join(AXES)} width: {tool} knows only stages of equal width"
         yield Problem(plan.name, where, found, wanted)
     for s, stage in enumerate(pipeline.stages):
-        if len({len(replica) for replica in stage.devices}) > 1:
+        mesh = mesh_of(stage)
+        if len(set(mesh.inner_widths)) > 1:
             wanted = f"one tensor width: {tool} gives every replica the same mesh"
-            yield Problem(plan.name, f"{where}[{s}].devices", mesh_text(stage.devices), wanted)
+            yield Problem(plan.name, f"{where}[{s}].devices", mesh_text(mesh), wanted)
         if stage.rows is not None and len(set(stage.rows)) > 1:
             wanted = f"equal shares: {tool} gives every replica the same number of rows"
             yield Problem(plan.name, f"{where}[{s}].rows", str(list(stage.rows)), wanted)

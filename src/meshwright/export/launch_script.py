@@ -17,7 +17,7 @@ PORT = 29500
 def stage_major(grid: RegularGrid) -> tuple[str, ...]:
     """Returns the devices in rank order if stages are the slowest axis: stage, replica, tensor
     index."""
-    return tuple(device for stage in grid.mesh for replica in stage for device in replica)
+    return tuple(device for mesh in grid.meshes for device in mesh.members)
 
 
 def replica_major(grid: RegularGrid) -> tuple[str, ...]:
@@ -26,8 +26,8 @@ def replica_major(grid: RegularGrid) -> tuple[str, ...]:
     return tuple(
         device
         for replica in range(grid.data)
-        for stage in range(grid.stages)
-        for device in grid.mesh[stage][replica]
+        for mesh in grid.meshes
+        for device in mesh.at("data", replica)
     )
 
 

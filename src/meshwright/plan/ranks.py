@@ -4,11 +4,11 @@ it works on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 
-from meshwright.layout.shares import UNDIVIDED, Share, common_shares, holder
+from meshwright.plan.mesh import AXES, Axis, Coordinates, Mesh, mesh_of, stacked, widths_text
 from meshwright.plan.spec import BoundaryKind, Job, Pipeline, Plan, ScheduleName, Stage
 from meshwright.records import record
 from meshwright.techniques import provided
@@ -23,10 +23,20 @@ class RankPlacement:
     pipeline: int
     stage: int
     """Number of the stage, counted over all pipelines in order."""
-    replica: int
-    tensor_index: int
+    coordinates: Coordinates
+    """Its index along each axis of the stage's mesh."""
+    widths: Coordinates
+    """The width of the mesh along each axis, at its replica."""
     rows: tuple[int, int]
     """Rows of every micro-batch that this rank works on: [first, last)."""
+
+    def index(self, axis: Axis) -> int:
+        """Returns its index along an axis."""
+        return self.coordinates[AXES.index(axis)]
+
+    def width(self, axis: Axis) -> int:
+        """Returns the number of ranks along an axis, itself included."""
+        return self.widths[AXES.index(axis)]
 
 
 @record
@@ -43,11 +53,10 @@ class StagePlacement:
     same ranks, in the same mesh (virtual stages); without these it is the stage's index in its
     pipeline."""
     layers: tuple[int, int]
-    recompute: bool
     plan_stage: Stage
     """The stage as the plan describes it."""
-    placements: tuple[tuple[RankPlacement, ...], ...]
-    """Seats by replica and tensor index, in the order of the stage's devices."""
+    mesh: Mesh[RankPlacement]
+    """The placements of its ranks, in the order of the stage's devices."""
     boundary: BoundaryKind = "direct"
     """How tensors cross the cut between the previous stage and this one, in both directions."""
 
@@ -64,7 +73,8 @@ class RankView:
 
 def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
     """Returns the rows [first, last) of each replica in a micro-batch of `rows` rows."""
-    shares = stage.rows or (rows // len(stage.devices),) * len(stage.devices)
+    replicas = len(stage.devices)
+    shares = stage.rows or (rows // replicas,) * replicas
     ends = tuple(accumulate(shares))
     return tuple(zip((0, *ends[:-1]), ends, strict=True))
 
@@ -83,8 +93,9 @@ def _stage_seats(
     for p, pipeline in enumerate(pipelines):
         position_of = {s: g for g, held in enumerate(stage_layout(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
-            number = len(found)
+            number, mesh = len(found), mesh_of(stage)
             intervals = row_intervals(stage, pipeline.rows)
+            replicas = len(mesh.inner_widths)
             found.append(
                 StagePlacement(
                     number=number,
@@ -94,65 +105,40 @@ def _stage_seats(
                     position=position_of[s],
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
-                    recompute=stage.recompute,
                     plan_stage=stage,
-                    placements=tuple(
-                        tuple(
+                    mesh=Mesh(
+                        members=tuple(
                             RankPlacement(
                                 rank=rank_of[device],
                                 device=device,
                                 pipeline=p,
                                 stage=number,
-                                replica=r,
-                                tensor_index=t,
-                                rows=intervals[r],
+                                coordinates=(replica, *inner),
+                                widths=(replicas, *mesh.inner_widths[replica]),
+                                rows=intervals[replica],
                             )
-                            for t, device in enumerate(replica)
-                        )
-                        for r, replica in enumerate(stage.devices)
+                            for device, (replica, *inner) in zip(
+                                mesh.members, mesh.coordinates, strict=True
+                            )
+                        ),
+                        inner_widths=mesh.inner_widths,
                     ),
                 )
             )
     return tuple(found)
 
 
-Ranks = tuple[int, ...]
+def holders_of(stages: Sequence[StagePlacement], layers: Sequence[int]) -> Mesh[int]:
+    """Returns the mesh of all ranks that hold any of the layers: the replicas of all their
+    stages."""
+    held = (s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers))
+    return stacked(rank_mesh(stage) for stage in held)
 
 
-def replicas_of(stages: Sequence[StagePlacement], layers: Sequence[int]) -> tuple[Ranks, ...]:
-    """Returns the tensor ranks of every replica that holds any of the layers."""
-    held = [s for s in stages if any(s.layers[0] <= layer < s.layers[1] for layer in layers)]
-    found = (
-        tuple(placement.rank for placement in replica)
-        for stage in held
-        for replica in stage.placements
-    )
-    return tuple(dict.fromkeys(found))
-
-
-def copies_of(replicas: Sequence[Ranks]) -> Iterator[tuple[Ranks, Share | None]]:
-    """Yields the groups of ranks that hold the same elements, and which share of what is divided.
-
-    If all replicas have the same tensor width, ranks of one tensor index hold the same, and the
-    share is None. Otherwise all ranks hold what is UNDIVIDED, and each common share has its own.
-    """
-    widths = {len(replica) for replica in replicas}
-    if len(widths) == 1:
-        yield from ((tuple(sorted(group)), None) for group in zip(*replicas, strict=True))
-        return
-    yield tuple(sorted(rank for replica in replicas for rank in replica)), UNDIVIDED
-    for share in common_shares(widths):
-        yield tuple(sorted(each[holder(share, len(each))] for each in replicas)), share
-
-
-def members_of(stage: StagePlacement) -> Iterator[RankPlacement]:
-    """Yields the placement of every rank of a stage, replica by replica."""
-    return chain.from_iterable(stage.placements)
-
-
-def tensor_width(stage: StagePlacement, placement: RankPlacement) -> int:
-    """Returns the number of ranks that divide each layer in the replica of a placement."""
-    return len(stage.placements[placement.replica])
+def rank_mesh(stage: StagePlacement) -> Mesh[int]:
+    """Returns the ranks of a stage on its mesh."""
+    ranks = tuple(placement.rank for placement in stage.mesh.members)
+    return Mesh(members=ranks, inner_widths=stage.mesh.inner_widths)
 
 
 def same_ranks(one: StagePlacement, other: StagePlacement) -> bool:
@@ -162,13 +148,13 @@ def same_ranks(one: StagePlacement, other: StagePlacement) -> bool:
 
 def uses_tensor_parallelism(plan: Plan) -> bool:
     """True if any layer is divided over several tensor ranks."""
-    return any(len(replica) > 1 for p in plan.pipelines for s in p.stages for replica in s.devices)
+    return any(mesh_of(s).width("tensor") > 1 for p in plan.pipelines for s in p.stages)
 
 
 def placements_of(stages: Sequence[StagePlacement], rank: int) -> tuple[RankPlacement, ...]:
     """Returns a rank's placements in stage order; there are several if the schedule has virtual
     stages."""
-    placements = (placement for stage in stages for placement in members_of(stage))
+    placements = (placement for stage in stages for placement in stage.mesh.members)
     return tuple(placement for placement in placements if placement.rank == rank)
 
 
@@ -188,15 +174,6 @@ def gradient_bytes(job: Job) -> int:
     return 8 if job.precision == "fp64" else 4
 
 
-def mesh_text(devices: Sequence[Sequence[object]], sign: str = "x") -> str:
-    """Formats a mesh as data width x tensor width, `2 x 4`; replicas of unlike tensor widths as `4
-    + 2 + 2`."""
-    widths = [len(replica) for replica in devices]
-    if len(set(widths)) > 1:
-        return " + ".join(map(str, widths))
-    return f"{len(widths)} {sign} {widths[0]}"
-
-
 def describe_plan(plan: Plan) -> str:
     """Describes a plan in one line: `dp2 tp1 pp2 [12|4r] 8x4 1f1b`.
 
@@ -206,8 +183,8 @@ def describe_plan(plan: Plan) -> str:
     """
     lines = []
     for pipeline in plan.pipelines:
-        meshes = sorted({tuple(map(len, s.devices)) for s in pipeline.stages})
-        mesh = " ".join(f"dp{len(widths)} tp{_widths_text(widths)}" for widths in meshes)
+        meshes = {mesh.inner_widths: mesh for mesh in map(mesh_of, pipeline.stages)}
+        mesh = " ".join(widths_text(meshes[widths]) for widths in sorted(meshes))
         cuts = "|".join(
             f"{b - a}{_options_text(s)}" for s in pipeline.stages for a, b in [s.layers]
         )
@@ -224,10 +201,6 @@ def describe_plan(plan: Plan) -> str:
 def _options_text(stage: Stage) -> str:
     """Formats what techniques add to a stage."""
     return "".join(text(stage) for text in provided("plan", "stage_text"))
-
-
-def _widths_text(widths: Sequence[int]) -> str:
-    return "+".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))
 
 
 StageLayout = tuple[tuple[int, ...], ...]

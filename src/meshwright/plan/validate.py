@@ -10,6 +10,7 @@ from dataclasses import replace
 from meshwright.cluster.spec import Cluster, cluster_fingerprint, devices_of, node_of
 from meshwright.errors import PlanError, Problem
 from meshwright.model.spec import LayerGraph, structure_fingerprint
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout, pipeline_rows, stage_layout
 from meshwright.plan.spec import Pipeline, Plan, ScheduleName, Stage
 from meshwright.techniques import provided
@@ -88,7 +89,7 @@ def _length(plan: Plan, source: str) -> Iterator[Problem]:
     """Yields a Problem if the program, which lists every pass on every device, would be too long to
     hold in memory while it is checked."""
     passes = sum(
-        pipeline.micro_batches * sum(len(replica) for s in pipeline.stages for replica in s.devices)
+        pipeline.micro_batches * sum(len(mesh_of(stage).members) for stage in pipeline.stages)
         for pipeline in plan.pipelines
     )
     if passes > MOST_PASSES:
@@ -133,8 +134,7 @@ def _places(plan: Plan) -> Iterator[tuple[str, str]]:
     for p, pipeline in enumerate(plan.pipelines):
         for held in stage_layout(pipeline):
             where = f"pipelines[{p}].stages[{held[0]}].devices"
-            for replica in pipeline.stages[held[0]].devices:
-                yield from ((where, device) for device in replica)
+            yield from ((where, device) for device in mesh_of(pipeline.stages[held[0]]).members)
 
 
 def _stages(pipeline: Pipeline, where: str, source: str) -> Iterator[Problem]:
@@ -192,11 +192,10 @@ def _schedule(
 
 
 def _mesh(stage: Stage, rows: int, where: str, source: str) -> Iterator[Problem]:
-    widths = {len(replica) for replica in stage.devices}
-    if not stage.devices or 0 in widths:
+    if not all(stage.devices) or not stage.devices:
         yield Problem(source, f"{where}.devices", "an empty mesh", "at least one device")
         return
-    data = len(stage.devices)
+    data = mesh_of(stage).width("data")
     if stage.rows is None:
         if rows % data:
             yield Problem(
@@ -247,7 +246,7 @@ def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
             held = range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers)))
-            for width in sorted({len(replica) for replica in stage.devices} - {0}):
+            for width in sorted({*mesh_of(stage).widths("tensor")} - {0}):
                 for layer in (model.layers[n] for n in held):
                     if layer.tensor_units % width:
                         yield Problem(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from meshwright.cost.profile import LayerTime, OptimizerTime
 from meshwright.model.graph import LayeredModel
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.mesh import AXES, Mesh, mesh_of
 from meshwright.plan.ranks import RankPlacement, StagePlacement
 from meshwright.plan.spec import Stage as PlanStage
 from meshwright.runtime.build_stages import BuiltStage, build_stages, cut_for, set_precision
@@ -206,8 +207,16 @@ def _cut(bench: LayerBenchmark, rows: int) -> tuple[nn.Module, tuple[LayeredMode
 
 
 def _seats(layer: int, rows: int, *, of: int) -> StagePlacement:
+    stage = PlanStage(layers=(layer, layer + 1), devices=(("",),))
+    mesh = mesh_of(stage)
     placement = RankPlacement(
-        rank=0, device="", pipeline=0, stage=0, replica=0, tensor_index=0, rows=(0, rows)
+        rank=0,
+        device="",
+        pipeline=0,
+        stage=0,
+        coordinates=mesh.coordinates[0],
+        widths=tuple(map(mesh.width, AXES)),
+        rows=(0, rows),
     )
     return StagePlacement(
         number=0,
@@ -215,10 +224,9 @@ def _seats(layer: int, rows: int, *, of: int) -> StagePlacement:
         is_first=layer == 0,
         is_last=layer == of - 1,
         position=0,
-        layers=(layer, layer + 1),
-        recompute=False,
-        plan_stage=PlanStage(layers=(layer, layer + 1), devices=(("",),)),
-        placements=((placement,),),
+        layers=stage.layers,
+        plan_stage=stage,
+        mesh=Mesh(members=(placement,), inner_widths=mesh.inner_widths),
     )
 
 

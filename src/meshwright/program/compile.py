@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement, members_of, stage_placements
+from meshwright.plan.ranks import RankPlacement, StagePlacement, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.actions import Order
 from meshwright.program.instructions import Instruction, Program
@@ -139,7 +139,7 @@ def compile_plan(
     for group in _groups(plan, stages, model, only):
         raise_if_stopped()
         first, *others = group.stages.values()
-        for placement in members_of(first):
+        for number, placement in enumerate(first.mesh.members):
             if only is not None and placement.rank not in only:
                 continue
             placed = _placed(emissions, group, placement)
@@ -153,7 +153,7 @@ def compile_plan(
             )
             ranks[placement.rank] = rewrite(
                 (
-                    *_group_program(group, placement, placed),
+                    *_group_program(group, number, placed),
                     *((norm, whole) if clipped else (*_early_updates(group, placed, whole), norm)),
                 )
             )
@@ -226,14 +226,10 @@ def _groups(
             )
 
 
-def _group_program(
-    group: PipelineRank, placement: RankPlacement, placed: Placed
-) -> Iterator[Instruction]:
-    """Yields all instructions of one rank before the end of the step."""
-    placements = {
-        s: stage.placements[placement.replica][placement.tensor_index]
-        for s, stage in group.stages.items()
-    }
+def _group_program(group: PipelineRank, number: int, placed: Placed) -> Iterator[Instruction]:
+    """Yields all instructions of one rank, given its number in the mesh, before the end of the
+    step."""
+    placements = {s: stage.mesh.members[number] for s, stage in group.stages.items()}
     for index, action in enumerate(group.order):
         for later in group.arriving.get(index, ()):
             op, s, micro_batch, _ = group.order[later]
@@ -249,7 +245,7 @@ def _group_program(
             stage=group.stages[s].number,
             micro_batch=first if last == first + 1 else None,
             micro_batches=None if last == first + 1 else (first, last),
-            rows=placement.rows,
+            rows=placements[s].rows,
             layers=group.stages[s].layers,
         )
         outgoing = group.boundaries[s].outgoing.get(_WHOLE.get(op, op))

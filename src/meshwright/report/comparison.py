@@ -11,7 +11,8 @@ from rich.text import Text
 
 from meshwright import __version__, files
 from meshwright.cost.memory import total_bytes
-from meshwright.plan.ranks import members_of, mesh_text, stage_placements
+from meshwright.plan.mesh import mesh_text
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, plain, record
 from meshwright.report.page import Bar, Piece
@@ -226,8 +227,8 @@ def _stage_lines(plan: Plan) -> list[tuple[int, str, str, str]]:
         (
             stage.number,
             f"{stage.layers[0]}:{stage.layers[1]}",
-            mesh_text(stage.placements, "×"),
-            devices_text(tuple(each.device for each in members_of(stage))),
+            mesh_text(stage.mesh, "×"),
+            devices_text(tuple(each.device for each in stage.mesh.members)),
         )
         for stage in stage_placements(plan)
     ]

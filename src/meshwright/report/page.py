@@ -14,7 +14,8 @@ from meshwright import __version__, files
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.memory import total_bytes
 from meshwright.model.spec import LayerGraph, num_frozen_parameters, num_parameters
-from meshwright.plan.ranks import members_of, mesh_text, stage_placements
+from meshwright.plan.mesh import mesh_text
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import format_program
@@ -199,9 +200,9 @@ def _stages(plan: Plan, model: LayerGraph) -> list[StageRow]:
             colour=colours[stage.number],
             layers=layers_text(model, stage.layers),
             count=stage.layers[1] - stage.layers[0],
-            mesh=mesh_text(stage.placements, "×"),
+            mesh=mesh_text(stage.mesh, "×"),
             rows=rows_text(stage, plan.pipelines[stage.pipeline].rows),
-            devices=devices_text(tuple(each.device for each in members_of(stage))),
+            devices=devices_text(tuple(each.device for each in stage.mesh.members)),
         )
         for stage in stages
     ]

@@ -12,9 +12,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import (
     RankPlacement,
     StagePlacement,
-    members_of,
     stage_placements,
-    tensor_width,
 )
 from meshwright.plan.spec import Plan
 from meshwright.records import record
@@ -135,7 +133,7 @@ class _Cells:
         self.colours = stage_colours(len(stages))
         self.stages = stages
         self.seats: dict[str, list[RankPlacement]] = {}
-        for placement in (placement for stage in stages for placement in members_of(stage)):
+        for placement in (placement for stage in stages for placement in stage.mesh.members):
             self.seats.setdefault(placement.device, []).append(placement)
         prediction = plan.prediction
         self.memory = {each.device: each for each in prediction.memory} if prediction else {}
@@ -169,10 +167,10 @@ class _Cells:
     def _share(self, placement: RankPlacement) -> str:
         """Formats the rows of a micro-batch and the index among the tensor ranks: `rows 0:2`, `tp
         1/2`, or both."""
-        stage = self.stages[placement.stage]
-        rows = f"{placement.rows[0]}:{placement.rows[1]}" if len(stage.placements) > 1 else ""
-        width = tensor_width(stage, placement)
-        tensor = f"tp {placement.tensor_index + 1}/{width}" if width > 1 else ""
+        first, last = placement.rows
+        rows = f"{first}:{last}" if placement.width("data") > 1 else ""
+        width = placement.width("tensor")
+        tensor = f"tp {placement.index('tensor') + 1}/{width}" if width > 1 else ""
         return f"{rows} {tensor}" if rows and tensor else tensor or (rows and f"rows {rows}")
 
     def used(self, node: Node) -> bool:

@@ -10,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import total_bytes
+from meshwright.plan.mesh import mesh_text
 from meshwright.plan.ranks import (
     StagePlacement,
     describe_plan,
-    members_of,
-    mesh_text,
     stage_placements,
 )
 from meshwright.plan.spec import DeviceMemory, Plan, RunnerUp
@@ -87,16 +86,16 @@ def plan_table(plan: Plan) -> Table:
             str(stage.number),
             f"{first}:{last}",
             str(last - first),
-            mesh_text(stage.placements),
+            mesh_text(stage.mesh),
             rows_text(stage, rows[stage.pipeline]),
-            plain_text(devices_text(tuple(each.device for each in members_of(stage)))),
+            plain_text(devices_text(tuple(each.device for each in stage.mesh.members))),
         )
     return table
 
 
 def rows_text(stage: StagePlacement, rows: int) -> str:
     """Formats the rows of a micro-batch, replica by replica: `8 = 4 + 4`."""
-    shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.placements]
+    shares = [replica[0].rows[1] - replica[0].rows[0] for replica in stage.mesh.replicas]
     if len(shares) == 1:
         return str(rows)
     if len(set(shares)) == 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshwright.cluster.spec import Cluster, devices_of
-from meshwright.plan.ranks import members_of, stage_placements
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.timeline import Interval, Timeline
 from meshwright.report.palette import KIND_NAMES, KINDS
@@ -23,7 +23,7 @@ def timeline_data(timelines: Sequence[Timeline], cluster: Cluster, plan: Plan) -
     """
     types = {device.name: device.type for device in devices_of(cluster)}
     stages: dict[int, list[int]] = {}
-    for placement in (each for stage in stage_placements(plan) for each in members_of(stage)):
+    for placement in (each for stage in stage_placements(plan) for each in stage.mesh.members):
         stages.setdefault(placement.rank, []).append(placement.stage)
     names = {"simulated": "predicted", "measured": "measured"}
     return {

@@ -12,7 +12,8 @@ from torch import Tensor
 from meshwright.errors import Problem, TrainingError
 from meshwright.layout.shares import UNDIVIDED
 from meshwright.layout.tiles import within
-from meshwright.plan.ranks import Ranks, StagePlacement, copies_of, replicas_of
+from meshwright.plan.mesh import copies
+from meshwright.plan.ranks import StagePlacement, holders_of
 from meshwright.program.instructions import Program
 from meshwright.program.operations import MATCHING_RECEIVE, Op
 from meshwright.runtime.build_stages import LocalParameter
@@ -90,7 +91,7 @@ def broadcast_parameters(
     """
     own = {one.name: one for one in held}
     for each in parameters:
-        for ranks, share in copies_of(replicas_of(stages, each.layers)):
+        for ranks, share in copies(holders_of(stages, each.layers)):
             other = share is not None and (share == UNDIVIDED) != (each.split is None)
             if other or len(ranks) == 1 or world.rank not in ranks:
                 continue
@@ -99,11 +100,12 @@ def broadcast_parameters(
             piece = read_slices(weight, place)
             _pass_on(piece, ranks, world)
             write_slices(weight, place, piece)
-        if world.tensor is not None and each.name in own and each.split is None:
-            dist.broadcast(own[each.name].parameter, group_src=0, group=world.tensor)
+        if each.name in own and each.split is None:
+            for group in world.inside.values():
+                dist.broadcast(own[each.name].parameter, group_src=0, group=group)
 
 
-def _pass_on(piece: Tensor, ranks: Ranks, world: World) -> None:
+def _pass_on(piece: Tensor, ranks: tuple[int, ...], world: World) -> None:
     """Copies `piece` from the first rank to the others: by broadcast if they have a group, else
     each rank sends it to the next."""
     if ranks in world.reduce:

@@ -183,7 +183,7 @@ class Interpreter:
     ) -> Callable[[Sequence[Tensor]], None]:
         assert i.micro_batch is not None
         if place.stage.makes_loss:
-            if place.placement.tensor_index > 0:
+            if place.placement.index("tensor") > 0:
                 return _drop
             share = self._weight(i)
 

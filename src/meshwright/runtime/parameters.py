@@ -12,7 +12,7 @@ from meshwright.layout.shares import Share, flat_share, own_share
 from meshwright.layout.tiles import Layout, Tile, placed, shape_of
 from meshwright.model.graph import LayeredModel
 from meshwright.model.shard import Split, divided_dim, splits, tile_of
-from meshwright.plan.ranks import StagePlacement, replicas_of
+from meshwright.plan.ranks import StagePlacement, holders_of
 from meshwright.program.instructions import Instruction
 from meshwright.records import record
 
@@ -64,9 +64,9 @@ def layout_of(parameter: Parameter, stages: Sequence[StagePlacement]) -> Layout:
     """Returns the tile of a parameter that each of its ranks holds, those of its first replica
     first."""
     return {
-        rank: parameter.tile(own_share(len(replica), index))
-        for replica in replicas_of(stages, parameter.layers)
-        for index, rank in enumerate(replica)
+        rank: parameter.tile(own_share(len(group), index))
+        for group in holders_of(stages, parameter.layers).groups("tensor")
+        for index, rank in enumerate(group)
     }
 
 
@@ -89,9 +89,9 @@ def states_layout(
     leave it a flat share of the gradients that they sum.
     """
     found = {}
-    for replica in replicas_of(stages, parameter.layers):
-        for index, rank in enumerate(replica):
-            share = own_share(len(replica), index)
+    for group in holders_of(stages, parameter.layers).groups("tensor"):
+        for index, rank in enumerate(group):
+            share = own_share(len(group), index)
             found[rank] = tile = parameter.tile(share)
             for i in scattering[rank]:
                 if sums_gradient(i, parameter):

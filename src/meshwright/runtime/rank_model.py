@@ -17,7 +17,6 @@ from meshwright.plan.ranks import (
     placements_of,
     same_ranks,
     stage_placements,
-    tensor_width,
 )
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import GradientKey, Instruction, Program
@@ -130,9 +129,8 @@ def build_local_layers(
     stages = stage_placements(plan)
     mine = _own_seats(stages, world.rank)
     parameters = parameters_of(model, cuts[0])
-    place, placement = mine[0]
-    width = tensor_width(place, placement)
-    tensor_group = _team(world, placement, width, observer)
+    _, placement = mine[0]
+    tensor_group = _tensor_group(world, placement, observer)
     built = build_stages(
         model,
         cuts,
@@ -143,7 +141,7 @@ def build_local_layers(
         tensor_group=tensor_group,
     )
     held = tuple({one.name: one for each in built for one in each.local_parameters}.values())
-    own = own_share(width, placement.tensor_index)
+    own = own_share(placement.width("tensor"), placement.index("tensor"))
     buckets = _buckets(held, program.ranks[world.rank], own, world)
     return RankModel(
         stages={
@@ -180,7 +178,7 @@ def _place(
             window=plan.pipelines[placement.pipeline].micro_batches,
             lane=(place.number if incoming else place.number + 1, len(stages) + 1),
             chains=world.chains,
-            replica=world.tensor,
+            replica=world.inside.get("tensor"),
             debug=options.debug,
         )
 
@@ -213,12 +211,13 @@ def _own_seats(
     return [(stages[placement.stage], placement) for placement in placements_of(stages, rank)]
 
 
-def _team(
-    world: World, placement: RankPlacement, width: int, observer: Observer
+def _tensor_group(
+    world: World, placement: RankPlacement, observer: Observer
 ) -> TensorParallelGroup | None:
-    if world.tensor is None:
+    group = world.inside.get("tensor")
+    if group is None:
         return None
-    tensor_group = TensorParallelGroup(world.tensor, placement.tensor_index, width)
+    tensor_group = TensorParallelGroup(group, placement.index("tensor"), placement.width("tensor"))
     tensor_group.waiting = observer.waiting_inside
     return tensor_group
 

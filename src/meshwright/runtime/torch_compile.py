@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from meshwright.errors import LaunchError, PlanError, Problem
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
@@ -36,7 +37,7 @@ def _problems(plan: Plan, program: Program) -> Iterator[Problem]:
         yield Problem(source, "schedule", found, wanted, "train without `compile`")
     for p, pipeline in enumerate(plan.pipelines):
         for s, stage in enumerate(pipeline.stages):
-            width = max(map(len, stage.devices))
+            width = mesh_of(stage).width("tensor")
             if width > 1:
                 where = f"pipelines[{p}].stages[{s}].devices"
                 wanted = "1: sums inside a layer are not compiled"

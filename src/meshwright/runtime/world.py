@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from meshwright.errors import LaunchError, Problem
-from meshwright.plan.ranks import stage_placements
+from meshwright.plan.mesh import INNER_AXES, Axis
+from meshwright.plan.ranks import rank_mesh, stage_placements
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program, format_instruction
 from meshwright.program.messages import Chain, chain_of
@@ -44,9 +45,8 @@ class World:
     """Groups that sum gradients, keyed by their ranks."""
     chains: dict[Chain, ProcessGroup] = field(default_factory=dict)
     """Groups for broadcasts over a stage boundary."""
-    tensor: ProcessGroup | None = None
-    """The ranks that share this rank's layers by tensor parallelism; None if it holds them
-    alone."""
+    inside: dict[Axis, ProcessGroup] = field(default_factory=dict)
+    """For each axis along which several ranks divide this rank's layers: these ranks."""
     heartbeat: Heartbeat | None = None
     """Heartbeat of the ranks; None for a single rank."""
     owned: bool = True
@@ -151,8 +151,8 @@ def close(world: World) -> None:
     shared = {world.forward, world.backward, *world.reduce.values(), *world.chains.values()}
     for group in shared - {world.everyone}:
         dist.destroy_process_group(group)
-    if world.tensor is not None:
-        dist.destroy_process_group(world.tensor)
+    for group in world.inside.values():
+        dist.destroy_process_group(group)
 
 
 def _check_size(plan: Plan) -> None:
@@ -187,13 +187,13 @@ def _groups(
         backward=new(range(size)),
         owned=owned,
     )
-    replicas = (replica for stage in stage_placements(plan) for replica in stage.placements)
-    for ranks in dict.fromkeys(
-        tuple(placement.rank for placement in replica) for replica in replicas
-    ):
-        if len(ranks) > 1:
-            group = new(ranks)
-            world.tensor = group if rank in ranks else world.tensor
+    meshes = [rank_mesh(stage) for stage in stage_placements(plan)]
+    for axis in INNER_AXES:
+        for ranks in dict.fromkeys(ranks for mesh in meshes for ranks in mesh.groups(axis)):
+            if len(ranks) > 1:
+                group = new(ranks)
+                if rank in ranks:
+                    world.inside[axis] = group
     for ranks in reduction_groups(program):
         group = new(ranks)
         if rank in ranks:

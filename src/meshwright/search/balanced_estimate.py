@@ -1,8 +1,7 @@
 """Estimates steps with perfectly balanced stages, for whole arrays of depths at once.
 
 The estimates are optimistic, for they take layers to be divisible: they tell which templates are
-worth cutting. Letters: D ways to give every fleet its depth, F fleets of a pipeline.
-"""
+worth cutting. Letters: D ways to give every class its depth, F classes of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.costs import Array
-from meshwright.search.template_estimate import EstimateContext, Ints, hop_latency, unit_facts
+from meshwright.search.template_estimate import EstimateContext, Ints, group_facts, hop_latency
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,
@@ -24,19 +23,19 @@ class Build:
     """A template without its depths."""
 
     order: tuple[int, ...]
-    """Fleets."""
+    """Device classes."""
     tensor: int
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
     rows: int
-    """Of a micro-batch."""
+    """Rows of a micro-batch over all replicas."""
     schedule: ScheduleName
 
 
 def balanced(context: EstimateContext, build: Build, micro_batches: float, grid_DF: Ints) -> Array:
     """Seconds [D] of a step; infinite where not even all devices together have the memory."""
     facts = [
-        unit_facts(context, i, build.tensor, build.rows // width)
+        group_facts(context, i, build.tensor, build.rows // width)
         for i, width in zip(build.order, build.widths, strict=True)
     ]
     depth_D = grid_DF.sum(axis=1)
@@ -55,7 +54,7 @@ def balanced(context: EstimateContext, build: Build, micro_batches: float, grid_
         need += (micro_batches - 1) * max(each.each for each in facts)
     exposed_D = np.maximum(_reduction(context, build, grid_DF, depth_D) - HIDDEN * slowest_D, 0.0)
     devices_D = grid_DF @ np.array(build.widths) * build.tensor
-    hop = max(hop_latency(context.costs, context.fleets[i].network) for i in build.order)
+    hop = max(hop_latency(context.costs, context.classes[i].network) for i in build.order)
     total_D = trip_D + steady_D + exposed_D + 2 * (devices_D - 1) * hop
     return np.where(need <= room_D, total_D, np.inf)
 
@@ -65,11 +64,14 @@ def _transfer(context: EstimateContext, build: Build) -> float:
     the last one sends to another node."""
     moved = 0.0
     for i, width, block in zip(build.order, build.widths, build.blocks, strict=True):
-        fleet, own = context.fleets[i], build.rows / width * context.widest_cut
-        run = fleet.each // build.tensor // block
-        across = own * block * build.tensor / fleet.network.bandwidth + fleet.network.latency
-        inside = own / fleet.inside.bandwidth + fleet.inside.latency
-        moved = max(moved, (across + (run - 1) * inside) / run)
+        device_class, own = context.classes[i], build.rows / width * context.widest_cut
+        per_node = device_class.each // build.tensor // block
+        across = (
+            own * block * build.tensor / device_class.network.bandwidth
+            + device_class.network.latency
+        )
+        inside = own / device_class.inside.bandwidth + device_class.inside.latency
+        moved = max(moved, (across + (per_node - 1) * inside) / per_node)
     return moved
 
 
@@ -79,12 +81,12 @@ def _reduction(context: EstimateContext, build: Build, grid_DF: Ints, depth_D: I
     for f, (i, width, block) in enumerate(
         zip(build.order, build.widths, build.blocks, strict=True)
     ):
-        fleet = context.fleets[i]
+        device_class = context.classes[i]
         own_D = 2 * (1 - 1 / width) * context.gradients / depth_D
         if width > block:
-            run_D = np.minimum(fleet.each // build.tensor // block, grid_DF[:, f])
-            ring = 2 * (width - 1) * hop_latency(context.costs, fleet.network)
-            worst_D = np.maximum(worst_D, own_D * run_D / fleet.network.bandwidth + ring)
+            run_D = np.minimum(device_class.each // build.tensor // block, grid_DF[:, f])
+            ring = 2 * (width - 1) * hop_latency(context.costs, device_class.network)
+            worst_D = np.maximum(worst_D, own_D * run_D / device_class.network.bandwidth + ring)
         elif width > 1:
-            worst_D = np.maximum(worst_D, own_D / build.tensor / fleet.inside.bandwidth)
+            worst_D = np.maximum(worst_D, own_D / build.tensor / device_class.inside.bandwidth)
     return worst_D

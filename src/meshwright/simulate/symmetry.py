@@ -25,6 +25,7 @@ from meshwright.cost.pricing import Prices
 from meshwright.cost.pricing_context import Price
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
@@ -105,7 +106,7 @@ def _largest_orbit(
 
     A pipeline that shares a node with another one has none.
     """
-    mine = {node_of(d) for stage in pipeline.stages for unit in stage.devices for d in unit}
+    mine = {node_of(device) for device in _devices(pipeline)}
     # A broadcast or a gather joins ranks of several slices.
     met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
     if met or any(len(users[node]) > 1 for node in mine):
@@ -115,23 +116,26 @@ def _largest_orbit(
 
 def _tensor_width(pipeline: Pipeline) -> int:
     """Returns the tensor width of a pipeline's first stage."""
-    return len(pipeline.stages[0].devices[0])
+    return mesh_of(pipeline.stages[0]).widths("tensor")[0]
+
+
+def _devices(pipeline: Pipeline) -> Iterator[str]:
+    """Yields the devices of all stages of a pipeline."""
+    return (device for stage in pipeline.stages for device in mesh_of(stage).members)
 
 
 def _users(pipelines: tuple[Pipeline, ...]) -> dict[str, set[int]]:
     """Returns the pipelines that use each node."""
     users: dict[str, set[int]] = defaultdict(set)
     for p, pipeline in enumerate(pipelines):
-        for stage in pipeline.stages:
-            for unit in stage.devices:
-                for device in unit:
-                    users[node_of(device)].add(p)
+        for device in _devices(pipeline):
+            users[node_of(device)].add(p)
     return users
 
 
 def _whole(pipeline: Pipeline) -> list[ReplicaSlice]:
     """Returns the whole pipeline as a single slice."""
-    return [tuple(d for stage in pipeline.stages for unit in stage.devices for d in unit)]
+    return [tuple(_devices(pipeline))]
 
 
 def _divisions(
@@ -142,21 +146,18 @@ def _divisions(
     With `across`, the tensor ranks of a replica become slices too; each replica must then be inside
     one node.
     """
-    stages = pipeline.stages
-    even = all(stage.rows is None or len(set(stage.rows)) == 1 for stage in stages)
-    units = [unit for stage in stages for unit in stage.devices]
-    tensor = {len(unit) for unit in units}
+    even = all(stage.rows is None or len(set(stage.rows)) == 1 for stage in pipeline.stages)
+    meshes = [mesh_of(stage) for stage in pipeline.stages]
+    tensor = {width for mesh in meshes for width in mesh.widths("tensor")}
     if not even or len(tensor) > 1:
         return
-    if across and any(len({node_of(device) for device in unit}) > 1 for unit in units):
+    units = [mesh.groups("tensor") for mesh in meshes]
+    if across and any(len(set(map(node_of, unit))) > 1 for own in units for unit in own):
         return
-    width = gcd(*(len(stage.devices) for stage in stages))
+    width = gcd(*(mesh.width("data") for mesh in meshes))
     for number in (n for n in range(width, 0, -1) if width % n == 0):
         raise_if_stopped()
-        parts = [
-            [unit for stage in stages for unit in _part(stage.devices, c, number)]
-            for c in range(number)
-        ]
+        parts = [[unit for own in units for unit in _part(own, c, number)] for c in range(number)]
         if across:
             copies = [tuple(unit[t] for unit in part) for part in parts for t in range(min(tensor))]
         else:

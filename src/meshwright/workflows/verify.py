@@ -21,7 +21,6 @@ from meshwright.model.spec import without_tensor_parallelism
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import (
     describe_plan,
-    members_of,
     stage_placements,
     uses_tensor_parallelism,
 )
@@ -199,7 +198,7 @@ def unmeasured(session: Session, plan: Plan) -> tuple[str, ...]:
     types = {device.name: device.type for device in devices_of(session.cluster)}
     found: dict[str, None] = {}
     for stage in stage_placements(plan):
-        for placement in members_of(stage):
+        for placement in stage.mesh.members:
             kind, count = types[placement.device], placement.rows[1] - placement.rows[0]
             known = ", ".join(map(str, sorted(rows[kind])))
             if not rows[kind]:

@@ -50,7 +50,7 @@ def graph(layers: int) -> LayerGraph:
 
 
 def holders(stage: StagePlacement) -> dict[int, tuple[int, int]]:
-    return {placement.rank: placement.rows for replica in stage.placements for placement in replica}
+    return {placement.rank: placement.rows for placement in stage.mesh.members}
 
 
 @given(plans())
@@ -90,7 +90,7 @@ def test_scattered_bytes_cross_a_cut_once(plan: Plan) -> None:
     """What a replica receives in all is what one of its ranks needs."""
     program = compile_plan(plan, graph(len(plan.pipelines[0].stages)))
     for stage in stage_placements(plan):
-        for replica in stage.placements:
+        for replica in stage.mesh.groups("tensor"):
             for op in (Op.RECV_F, Op.RECV_B):
                 found = [
                     i for placement in replica for i in program.ranks[placement.rank] if i.op is op

@@ -18,7 +18,6 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
 from meshwright.plan.ranks import (
     describe_plan,
-    members_of,
     needed_layout,
     stage_layout,
     stage_placements,
@@ -29,9 +28,9 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
-from meshwright.search.bounds import after_lines
-from meshwright.search.candidate import line_of
-from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
+from meshwright.search.bounds import after_pipelines
+from meshwright.search.candidate import candidate_of
+from meshwright.search.costs import Costs, distinct_replicas, group_prefix
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, work_of
@@ -58,12 +57,12 @@ MOST_ACTIONS = 40_000
 def propose(incumbent: Incumbent) -> Proposals:
     """Give each finalist its fastest schedules with a rule, and one made for it."""
     costs = incumbent.costs
-    for plan in (played.plan for played in finalists(incumbent)):
+    for plan in (evaluated.plan for evaluated in finalists(incumbent)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
             continue
         works = pipeline_works(plan, costs)
-        after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+        after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
         others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
         for took, name in others[:PLAYED]:
             if took + after < incumbent.limit * (1 + ROUGH):
@@ -83,9 +82,9 @@ OPTION = PlanOption("schedules", propose)
 def finalists(incumbent: Incumbent) -> list[Evaluated]:
     """The best plan of each build in which there is an order to choose and that could win by it."""
     builds: dict[str, Evaluated] = {}
-    for played in sorted(incumbent.others, key=lambda p: p.seconds):
-        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
-            builds.setdefault(played.plan.name, played)
+    for evaluated in sorted(incumbent.others, key=lambda p: p.seconds):
+        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in evaluated.plan.pipelines):
+            builds.setdefault(evaluated.plan.name, evaluated)
     hopeful = [
         p for p in builds.values() if _least_seconds(incumbent.costs, p.plan) < incumbent.limit
     ]
@@ -93,16 +92,16 @@ def finalists(incumbent: Incumbent) -> list[Evaluated]:
 
 
 def _least_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest unit computes, in any order of work, and all that comes after."""
+    """Seconds that the busiest group computes, in any order of work, and all that comes after."""
     most = 0.0
-    lines = [line_of(pipeline) for pipeline in plan.pipelines]
-    for line in lines:
-        for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
-            for unit, rows in distinct_replicas(costs, team.units, team.rows):
-                forward, backward = unit_prefix(costs, unit, rows)
+    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
+    for pipeline in pipelines:
+        for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
+            for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+                forward, backward = group_prefix(costs, group, rows)
                 each = forward[b] - forward[a] + backward[b] - backward[a]
-                most = max(most, line.micro_batches * each)
-    return most + after_lines(costs, lines)
+                most = max(most, pipeline.micro_batches * each)
+    return most + after_pipelines(costs, pipelines)
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
@@ -223,8 +222,7 @@ def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, 
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
-    """The most of any rank, by stage and kind of work or memory; transfers of all replicas, which
-    keep step."""
+    """Return the most of any rank, by stage and kind; transfers are those of all replicas."""
     found: dict[tuple[object, ...], float] = {}
     sent: defaultdict[tuple[object, ...], list[Traffic]] = defaultdict(list)
 
@@ -252,7 +250,7 @@ def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
     """Bytes left for activations on the fullest rank of each stage."""
     rooms: dict[int, float] = {}
     for stage in stage_placements(plan):
-        for placement in members_of(stage):
+        for placement in stage.mesh.members:
             if prices.ranks[placement.rank]:
                 capacity = costs.cluster.types[costs.devices[placement.device].type].memory
                 left = capacity - prices.static_bytes[placement.rank]

@@ -9,7 +9,8 @@ from math import ceil
 
 from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.ranks import Ranks, StagePlacement, copies_of, gradient_bytes, replicas_of
+from meshwright.plan.mesh import Mesh, copies
+from meshwright.plan.ranks import StagePlacement, gradient_bytes, holders_of
 from meshwright.plan.spec import Job
 from meshwright.records import record
 
@@ -23,7 +24,7 @@ BUCKETS = 16
 class GradientSum:
     """Describes one all-reduce of a bucket."""
 
-    ranks: Ranks
+    ranks: tuple[int, ...]
     """The members, ascending; each holds everything that is summed."""
     bytes: int
     """The bytes on each member."""
@@ -74,36 +75,36 @@ def gradient_buckets(
     found: list[tuple[int, Bucket]] = []
     cuts = sorted({cut for stage in stages for cut in stage.layers})
     for first, last in pairwise(cuts):
-        replicas = replicas_of(stages, range(first, last))
+        holders = holders_of(stages, range(first, last))
         end, undivided, divided = last, 0, 0
         for layer in reversed(range(first, last)):
             facts = model.layers[layer]
             undivided += width * (facts.parameters - facts.split_parameters)
             divided += width * facts.split_parameters
-            size = undivided + divided / max(map(len, replicas))
+            size = undivided + divided / holders.width("tensor")
             if size >= bucket_bytes or layer == first:
-                sums = _sums(replicas, undivided, divided)
+                sums = _sums(holders, undivided, divided)
                 found.append((layer, Bucket(layers=(layer, end), tied=None, sums=sums)))
                 end, undivided, divided = layer, 0, 0
     for tied in model.tied:
         size = width * tied.parameters
-        replicas = replicas_of(stages, tied.layers)
-        sums = _sums(replicas, *((0, size) if tied.split else (size, 0)))
+        holders = holders_of(stages, tied.layers)
+        sums = _sums(holders, *((0, size) if tied.split else (size, 0)))
         found.append((tied.layers[0], Bucket(layers=None, tied=tied.name, sums=sums)))
     found.sort(key=lambda each: -each[0])
     return tuple(bucket for _, bucket in found if bucket.sums)
 
 
-def _sums(replicas: Sequence[Ranks], undivided: int, divided: int) -> tuple[GradientSum, ...]:
+def _sums(holders: Mesh[int], undivided: int, divided: int) -> tuple[GradientSum, ...]:
     """Returns the all-reduces of a bucket.
 
     Every tensor rank holds `undivided` bytes whole; the tensor ranks of a replica divide `divided`
     bytes among them.
     """
     sums = []
-    for ranks, share in copies_of(replicas):
+    for ranks, share in copies(holders):
         if share is None:
-            size = round(undivided + divided / len(replicas[0]))
+            size = round(undivided + divided / holders.width("tensor"))
         elif share == UNDIVIDED:
             size = undivided
         else:

@@ -12,7 +12,7 @@ from meshwright.layout.boxes import Range
 from meshwright.layout.reshard import reshard
 from meshwright.layout.shares import Share
 from meshwright.layout.tiles import Layout, UnitTask, unit_tasks
-from meshwright.plan.ranks import StagePlacement, members_of
+from meshwright.plan.ranks import StagePlacement
 from meshwright.plan.spec import BoundaryKind
 from meshwright.records import record
 
@@ -72,12 +72,7 @@ def _tasks(
     source: StagePlacement, target: StagePlacement, only: Container[int] | None
 ) -> Iterator[UnitTask]:
     """Yields the unit tasks between two stages that no rank holds both of."""
-    ranks = [
-        placement.rank
-        for stage in (source, target)
-        for each in stage.placements
-        for placement in each
-    ]
+    ranks = [placement.rank for stage in (source, target) for placement in stage.mesh.members]
     tasks, touching = _numbered_tasks(_rows(source), _rows(target))
     if only is not None:
         wanted = {
@@ -96,7 +91,7 @@ def _tasks(
 
 
 def _rows(stage: StagePlacement) -> tuple[Range, ...]:
-    return tuple(placement.rows for placement in members_of(stage))
+    return tuple(placement.rows for placement in stage.mesh.members)
 
 
 @lru_cache(maxsize=8)  # the cuts of a plan have few different pairs of meshes
@@ -118,11 +113,7 @@ def _numbered_tasks(
 
 
 def _layout(stage: StagePlacement) -> Layout:
-    return {
-        placement.rank: ((placement.rows,),)
-        for replica in stage.placements
-        for placement in replica
-    }
+    return {placement.rank: ((placement.rows,),) for placement in stage.mesh.members}
 
 
 def _direct(task: UnitTask) -> list[Move]:
@@ -137,8 +128,7 @@ def _broadcasts(source: StagePlacement, target: StagePlacement) -> Iterator[Move
     nodes = {
         placement.rank: node_of(placement.device)
         for stage in (source, target)
-        for replica in stage.placements
-        for placement in replica
+        for placement in stage.mesh.members
     }
     for transfer in reshard(_layout(source), _layout(target), nodes):
         (rows,) = transfer.box

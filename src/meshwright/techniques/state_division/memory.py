@@ -11,7 +11,8 @@ import numpy as np
 from meshwright.cost.memory import Adjustment, StageMemory, memory_tables
 from meshwright.cost.weights import Array, cumulative, tied_share, untied_parameters
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.ranks import RankView, tensor_width
+from meshwright.plan.mesh import mesh_of, stacked
+from meshwright.plan.ranks import RankView
 from meshwright.plan.spec import Plan
 from meshwright.techniques.state_division.plan import divided_layers, divides
 
@@ -24,7 +25,7 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
     divided = divided_layers(plan, model)
     replicas = np.zeros(len(model.layers))
     for stage in plan.stages:
-        replicas[slice(*stage.layers)] += len(stage.devices)
+        replicas[slice(*stage.layers)] += mesh_of(stage).width("data")
     # Share of a layer's states that other ranks hold instead of one that holds the layer.
     away = np.where(divided, 1 - 1 / replicas, 0.0)
     of_tied = [
@@ -39,7 +40,7 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
         return cumulative(untied_parameters(table.trained, (layers, layers + 1), tensor) * away)
 
     def adjust(parts: StageMemory, rank: RankView) -> StageMemory:
-        tensor = tensor_width(rank.stages[0], rank.placement)
+        tensor = rank.placement.width("tensor")
         ranges = [stage.layers for stage in rank.stages]
         others = sum(float(elsewhere(tensor)[b] - elsewhere(tensor)[a]) for a, b in ranges)
         for uses, part in zip(table.tied, of_tied, strict=True):
@@ -53,4 +54,4 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
 def _replicas(plan: Plan, layers: Sequence[int]) -> int:
     """Returns the number of replicas that hold any of some layers."""
     held = (s for s in plan.stages if any(s.layers[0] <= n < s.layers[1] for n in layers))
-    return len({replica for stage in held for replica in stage.devices})
+    return stacked(map(mesh_of, held)).width("data")

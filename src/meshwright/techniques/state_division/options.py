@@ -7,9 +7,10 @@ from dataclasses import replace
 from operator import attrgetter
 
 from meshwright.model.spec import LayerGraph
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan, StateDivision
 from meshwright.search.bounds import slowest_optimizer
-from meshwright.search.candidate import line_of
+from meshwright.search.candidate import candidate_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
 from meshwright.simulate.symmetry import find_symmetry
@@ -79,8 +80,8 @@ def _least_seconds(incumbent: Incumbent, played: Evaluated) -> float:
     The reduce-scatters and gathers that take the place of all-reduces carry as many bytes.
     """
     pipelines = played.plan.pipelines
-    seconds = slowest_optimizer(incumbent.costs, [line_of(pipeline) for pipeline in pipelines])
-    most = sum(max(len(stage.devices) for stage in each.stages) for each in pipelines)
+    seconds = slowest_optimizer(incumbent.costs, [candidate_of(pipeline) for pipeline in pipelines])
+    most = sum(max(mesh_of(stage).width("data") for stage in each.stages) for each in pipelines)
     return played.seconds - seconds * (1 - 1 / most)
 
 
@@ -92,8 +93,9 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     are unlike the first do not divide.
     """
     stages = plan.stages
-    width = [{len(replica) for replica in stage.devices} for stage in stages]
-    able = [len(plan.pipelines) > 1 or len(stage.devices) > 1 for stage in stages]
+    meshes = [mesh_of(stage) for stage in stages]
+    width = [{*mesh.widths("tensor")} for mesh in meshes]
+    able = [len(plan.pipelines) > 1 or mesh.width("data") > 1 for mesh in meshes]
     ties = [[j for j, each in enumerate(stages) if holds(each, tied)] for tied in model.tied]
     beside = [
         [j for j, other in enumerate(stages) if overlap(each.layers, other.layers)]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from meshwright.errors import Problem
 from meshwright.model.spec import LayerGraph, Tied
+from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Plan, Stage, StateDivision
 
 
@@ -72,7 +73,7 @@ def problems(plan: Plan, model: LayerGraph | None, source: str) -> Iterator[Prob
 
 
 def _held(stage: Stage) -> _Held:
-    return stage.layers, divides(stage), frozenset(map(len, stage.devices))
+    return stage.layers, divides(stage), frozenset(mesh_of(stage).widths("tensor"))
 
 
 def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -86,7 +87,7 @@ def _uneven_ties(stage: Stage, plan: Plan, model: LayerGraph) -> Iterator[tuple[
     for tied in model.tied:
         users = _users(plan, tied)
         if stage in users and all(map(divides, users)):
-            widths = sorted({len(replica) for user in users for replica in user.devices})
+            widths = sorted({width for user in users for width in mesh_of(user).widths("tensor")})
             if len(widths) > 1:
                 yield tied.name, widths
 
@@ -104,7 +105,7 @@ def _users(plan: Plan, tied: Tied) -> list[Stage]:
 
 def _is_alone(stage: Stage, plan: Plan, model: LayerGraph) -> bool:
     """True if no other rank holds any weight of a stage, so that there is nothing to divide."""
-    if len(plan.pipelines) > 1 or len(stage.devices) > 1:
+    if len(plan.pipelines) > 1 or mesh_of(stage).width("data") > 1:
         return False
     for tied in model.tied:
         users = _users(plan, tied)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.search.baselines import amp
+from meshwright.rivals import amp
 from soaks import portion
 
 DATA = os.environ.get("MESHWRIGHT_AMP_DATA", "")
