@@ -16,7 +16,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
 from meshwright.search import template_search
-from meshwright.search.balanced_estimate import Build, balanced
+from meshwright.search.balanced_estimate import Builds, balanced
 from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
@@ -33,7 +33,7 @@ from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.search.template_estimate import TemplateEstimate, cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
-from soaks import tenth
+from soaks import portion, tenth
 from worlds import NVLINK, cluster, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
@@ -85,7 +85,7 @@ def fleet_worlds(draw):
     return graph, where, job(draw(st.integers(1, 96)))
 
 
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(fleet_worlds())
 def test_every_strategy_holds_every_layer_once_and_fits(world):
     for plan in strategies_of(*world, most=6):
@@ -93,7 +93,7 @@ def test_every_strategy_holds_every_layer_once_and_fits(world):
         assert not memory_problems(plan, world[0], world[1])
 
 
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(fleet_worlds())
 def test_no_strategy_is_faster_than_the_certificate(world):
     bound = certificate(costs_of(*world)).seconds
@@ -192,11 +192,26 @@ def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth
     graph = model([10.0] * 7, parameters=10_000_000)
     costs = costs_of(graph, machines(depth * width, 0, 1), job(8 * width))
     context = template_search.estimate_context(costs, device_classes(costs))
-    build = Build((0,), 1, (width,), (1,), width, "1f1b")
-    (least,) = balanced(context, build, 8, np.array([[depth]]))
+    builds = Builds((0,), 1, np.array([[width]]), np.array([[1]]), np.array([width]))
+    at = np.array([0]), np.array([[depth]])
+    ((least,),) = balanced(context, builds, ("1f1b",), 8 * width, *at)
     template = PipelineTemplate(1, (StageRun(0, depth, width, 1),), width, "1f1b")
     exact = whole_seconds(context, (estimate_template(context, template, 8),), (8,))
     assert 0.6 * exact < least < 1.02 * exact
+
+
+def test_what_is_scored_grows_by_the_kinds_of_nodes_not_by_the_devices(monkeypatch):
+    """Ten times the nodes, and the batch with them: not ten times the pipelines to score."""
+    scored = Counter()
+    monkeypatch.setattr(template_search, "balanced", lambda *given: count(*given))
+
+    def count(*given):
+        scored[many] += given[-1].shape[1]
+        return balanced(*given)
+
+    for many in (16, 160):
+        list(strategies_of(model([10.0] * 12), machines(many, many), job(many * 16), 4))
+    assert 0 < scored[160] < 3 * scored[16]
 
 
 def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):

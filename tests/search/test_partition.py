@@ -17,6 +17,7 @@ from meshwright.search.layer_partition import (
     least_worst,
     stage_loads,
 )
+from soaks import portion
 from worlds import cluster, device, job, model
 
 
@@ -50,7 +51,7 @@ def problems(draw):
     return loads, cuts, draw(st.integers(1, 12))
 
 
-@settings(max_examples=300)
+@settings(max_examples=portion(300))
 @given(problems())
 def test_nothing_beats_the_assignment(problem):
     loads, cuts, micro_batches = problem
@@ -67,7 +68,7 @@ def test_nothing_beats_the_assignment(problem):
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=portion(100))
 @given(problems())
 def test_least_worst_is_the_smallest_largest_load(problem):
     loads, _, _ = problem

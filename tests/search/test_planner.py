@@ -19,6 +19,7 @@ from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -40,7 +41,7 @@ def worlds(draw):
 
 
 @pytest.mark.heavy
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(worlds())
 def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     graph, where, todo = world
@@ -56,7 +57,7 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
         assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(worlds())
 def test_bounds_drop_nothing_that_would_have_been_best(world):
     graph, where, todo = world

@@ -150,7 +150,7 @@ Stages = tuple[tuple[TensorGroup, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A line with its best cuts, and its seconds without reductions."""
+    """A pipeline with its best cuts, and its seconds without reductions."""
 
     pipeline: CandidatePipeline
     once: float

@@ -53,7 +53,7 @@ from meshwright.search.incumbent import (
     parts_in,
     simplest,
     simulate_and_record,
-    timeline_of,
+    step_of,
     work_of,
 )
 from meshwright.search.inputs import check_inputs
@@ -362,7 +362,7 @@ def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     simulated step."""
     if other.plan == winner.plan:
         return "the same plan"
-    if incumbent.stopped and timeline_of(incumbent, other) is None:
+    if incumbent.stopped and step_of(incumbent, other) is None:
         return "slower in the simulator"
     return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))
 

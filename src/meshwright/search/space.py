@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from math import isqrt
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
@@ -43,6 +44,7 @@ class DeviceSet:
     """What is left out, in words for people; empty if nothing is."""
 
 
+@lru_cache(maxsize=4096)
 def divisors(number: int) -> tuple[int, ...]:
     """Returns all divisors of a number, smallest first."""
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,7 @@ def _steady(each: TemplateEstimate, micro_batches: float) -> float:
     return float((trips * np.maximum(micro_batches / number - 1, 0.0)).max())
 
 
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
+class GroupFacts(NamedTuple):
     """The whole model on one tensor group, at some rows of a micro-batch."""
 
     whole: float
@@ -116,8 +116,8 @@ class EstimateContext:
     )
     cuts: dict[tuple[object, ...], tuple[int, ...] | None] = field(default_factory=dict)
     groups: dict[tuple[int, int, int], GroupFacts] = field(default_factory=dict)
-    grids: dict[object, Ints] = field(default_factory=dict)
-    """Depths worth a look, by what they depend on."""
+    grids: dict[tuple[int, ...], Ints] = field(default_factory=dict)
+    """Depths worth a look, by the number of them for every class."""
     paces: dict[TemplateEstimate, float] = field(default_factory=dict)
 
 
@@ -214,11 +214,17 @@ def _cuts(
     depth, tensor = len(stages), template.tensor
     if depth > layers:
         return None
-    rooms, sums = [], []
+    rooms, at = [], 0
     for s, (run, rows) in enumerate(stages):
         held = in_flight(template.schedule, s, depth, micro_batches)
         rooms.append(_reach(context, run.device_class, tensor, rows, held))
-        sums.append(prefixes(context, run.device_class, tensor, rows)[2])
+        to = min(rooms[s][at], layers - (depth - 1 - s))
+        if to <= at:
+            return None
+        at = to
+    if at < layers:
+        return None
+    sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]
 
     def filled(limit: float) -> tuple[list[int], float] | None:
         """Every stage takes as many layers as it can within a time; and the longest taken."""

@@ -2,7 +2,8 @@
 
 Every width that divides the batch, every depth and every tensor width is scored with balanced
 stages, whole arrays of depths at once; the best are cut exactly, and their shares of the batch
-settled. Letters: D depths that are scored at once.
+settled. Letters: F classes, B builds (widths, blocks and rows), P pipelines: builds with depths, N
+choices of widths and rows, K pipelines that are kept, C schedules, D depths of one build.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from heapq import merge
+from itertools import islice, product
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.balanced_estimate import Build, balanced
+from meshwright.search.balanced_estimate import Builds, balanced, facts_by_build
 from meshwright.search.candidate import CandidatePipeline
-from meshwright.search.costs import Costs, recomputing
+from meshwright.search.costs import Array, Costs, recomputing
 from meshwright.search.device_classes import (
     Grouping,
     PipelineTemplate,
@@ -27,7 +30,6 @@ from meshwright.search.device_classes import (
     blocks_for,
     device_classes,
     groupings,
-    nodes_for,
     written,
 )
 from meshwright.search.layer_partition import fit_pipeline
@@ -61,6 +63,9 @@ RATIOS = (1, 2, 4)
 
 ROW_SIZES = 6
 """Rows per replica that are tried: the smallest divisors of its share."""
+
+AT_ONCE = 20_000
+"""Pipelines that are scored at once: their arrays stay in the cache of a core."""
 
 KEPT = 12
 """Depths that are kept for each choice of widths, rows, blocks and schedule."""
@@ -227,20 +232,11 @@ def _group_count(context: EstimateContext, device_class: int, tensor: int) -> in
 
 def _offers(task: Task) -> list[TemplateEstimate]:
     """The best pipelines of a block of classes for about a share of the batch, best first."""
-    scored: list[tuple[float, int, PipelineTemplate]] = []
     orders = dict.fromkeys((task.block, task.block[::-1]))
-    for order in orders:
-        for widths in _widths(task, order):
-            raise_if_stopped()
-            for each in _row_sizes(task, widths):
-                rows = each * max(widths)
-                if _ideal(task, order, widths, rows) < SLACK * task.limit:
-                    for seconds, template in _scored(task, order, widths, rows):
-                        scored.append((seconds, len(scored), template))
-    scored.sort(key=lambda entry: entry[:2])
+    scored = merge(*(_scored(task, order) for order in orders), key=itemgetter(0))
     found: list[tuple[float, int, TemplateEstimate]] = []
     best = task.limit
-    for seconds, number, template in scored[:ESTIMATED]:
+    for number, (seconds, template) in enumerate(islice(scored, ESTIMATED)):
         raise_if_stopped()
         if seconds > SLACK * best:
             break
@@ -251,7 +247,7 @@ def _offers(task: Task) -> list[TemplateEstimate]:
             exact = whole_seconds(task.context, (estimate,), (task.share / template.rows,))
             best = min(best, exact)
             found.append((exact, number, estimate))
-    found.sort(key=lambda entry: entry[:2])
+    found.sort(key=itemgetter(0, 1))
     return [estimate for _, _, estimate in found[: 4 * OFFERED if task.alone else 2 * OFFERED]]
 
 
@@ -278,40 +274,72 @@ def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
-def _ideal(task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int) -> float:
-    """Seconds of all micro-batches on all devices that these widths can use, without any loss."""
-    layers, rate = len(task.context.costs.model.layers), 0.0
-    for i, width in zip(order, widths, strict=True):
-        depth = min(_group_count(task.context, i, task.tensor) // width, layers)
-        rate += depth / group_facts(task.context, i, task.tensor, rows // width).whole
-    return task.share / rows / rate
+def _builds(task: Task, order: tuple[int, ...]) -> Builds:
+    """Widths, blocks and rows with which the micro-batches, without any loss on all devices that
+    the widths can use, take less than the best strategy known."""
+    context, layers = task.context, len(task.context.costs.model.layers)
+    chosen = [(w, rows * max(w)) for w in _widths(task, order) for rows in _row_sizes(task, w)]
+    width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64).reshape(-1, len(order))
+    rows_N = np.array([rows for _, rows in chosen], dtype=np.int64)
+    rate_N = np.zeros(len(chosen))
+    for i, width_N in zip(order, width_NF.T, strict=True):
+        depth_N = np.minimum(_group_count(context, i, task.tensor) // width_N, layers)
+        rate_N += depth_N / facts_by_build(context, i, task.tensor, rows_N // width_N)[:, 0]
+    able_N = task.share / rows_N / rate_N < SLACK * task.limit
+    found = [
+        (*widths, *blocks, rows)
+        for (widths, rows), able in zip(chosen, able_N.tolist(), strict=True)
+        if able
+        for blocks in _block_choices(task, order, widths)
+    ]
+    number = len(order)
+    table = np.array(found, dtype=np.int64).reshape(-1, 2 * number + 1)
+    return Builds(order, task.tensor, table[:, :number], table[:, number:-1], table[:, -1])
 
 
-def _scored(
-    task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int
-) -> Iterator[tuple[float, PipelineTemplate]]:
-    """Templates of these widths and rows, with their seconds as if stages were balanced."""
-    for blocks in _block_choices(task, order, widths):
+def _scored(task: Task, order: tuple[int, ...]) -> Iterator[tuple[float, PipelineTemplate]]:
+    """Templates on these classes with their seconds as if stages were balanced, fastest first."""
+    builds = _builds(task, order)
+    grids = _depth_grids(task, builds)
+    if not grids:
+        return
+    sizes = np.array([grid.shape[1] for grid in grids])
+    parts = []
+    for part in np.split(np.arange(len(grids)), _changes(np.cumsum(sizes) // AT_ONCE)):
         raise_if_stopped()
-        grid_DF = _depth_grid(task, order, widths, blocks)
-        if not len(grid_DF):
-            continue
-        for schedule in task.schedules:
-            seconds_D = balanced(
-                task.context,
-                Build(order, task.tensor, widths, blocks, rows, schedule),
-                task.share / rows,
-                grid_DF,
-            )
-            best = np.argsort(seconds_D, kind="stable")[:KEPT]
-            for i in best[seconds_D[best] < SLACK * task.limit]:
-                runs = tuple(
-                    StageRun(f, int(d), w, b)
-                    for f, d, w, b in zip(order, grid_DF[i], widths, blocks, strict=True)
-                )
-                yield float(seconds_D[i]), PipelineTemplate(task.tensor, runs, rows, schedule)
-            if task.share <= rows or grid_DF.sum(axis=1).max() == 1:
-                break
+        depths_FP = np.concatenate([grids[b] for b in part.tolist()], axis=1)
+        parts.append(_fastest(task, builds, np.repeat(part, sizes[part]), depths_FP))
+    seconds_K, group_K, depths_KF = (np.concatenate(each) for each in zip(*parts, strict=True))
+    for k in np.lexsort((group_K, seconds_K)).tolist():
+        b, c = divmod(int(group_K[k]), len(task.schedules))
+        numbers = (depths_KF[k], builds.widths[b], builds.blocks[b])
+        segments = map(StageRun, order, *(each.tolist() for each in numbers))
+        rows, schedule = int(builds.rows[b]), task.schedules[c]
+        yield float(seconds_K[k]), PipelineTemplate(task.tensor, tuple(segments), rows, schedule)
+
+
+def _changes(numbers: Ints) -> Ints:
+    """Returns the indices at which a number differs from the one before."""
+    return np.flatnonzero(np.diff(numbers)) + 1
+
+
+def _fastest(
+    task: Task, builds: Builds, build_P: Ints, depths_FP: Ints
+) -> tuple[Array, Ints, Ints]:
+    """The KEPT fastest depths of every build and schedule: their seconds, the number of the build
+    and the schedule, and the depths."""
+    seconds_CP = balanced(task.context, builds, task.schedules, task.share, build_P, depths_FP)
+    # With one stage or one micro-batch there is no order to choose.
+    deepest_B = np.zeros(len(builds.rows), dtype=np.int64)
+    np.maximum.at(deepest_B, build_P, depths_FP.sum(axis=0))
+    alike_B = (task.share <= builds.rows) | (deepest_B == 1)
+    seconds_CP[1:, alike_B[build_P]] = np.inf
+    c_K, p_K = np.nonzero(seconds_CP < SLACK * task.limit)
+    seconds_K, group_K = seconds_CP[c_K, p_K], build_P[p_K] * len(task.schedules) + c_K
+    sorted_K = np.lexsort((p_K, seconds_K, group_K))
+    groups = group_K[sorted_K]
+    kept = sorted_K[np.arange(len(groups)) - np.searchsorted(groups, groups) < KEPT]
+    return seconds_K[kept], group_K[kept], depths_FP[:, p_K[kept]].T
 
 
 def _block_choices(
@@ -328,29 +356,30 @@ def _block_choices(
     yield from dict.fromkeys((tuple(o[-1] for o in options), tuple(o[0] for o in options)))
 
 
-def _depth_grid(
-    task: Task, order: tuple[int, ...], widths: tuple[int, ...], blocks: tuple[int, ...]
-) -> Ints:
-    """Depths [D, F] that the device classes have nodes for and the model layers."""
-    key = (order, task.tensor, widths, blocks)
-    known = task.context.grids.get(key)
-    if known is not None:
-        return known
+def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
+    """Depths [F, D] of every build that the classes have nodes for and the model layers."""
     layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
-    options = []
-    for i, width, block in zip(order, widths, blocks, strict=True):
-        device_class = task.context.classes[i]
-        groups = device_class.each // task.tensor
-        every = range(1, layers + 1) if len(order) == 1 else [d for d in DEPTHS if d <= layers]
-        options.append(
-            [d for d in every if nodes_for(groups, d, width, block) <= len(device_class.nodes)]
-        )
+    every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
+    ends_BF = np.empty_like(builds.widths)
+    for f, i in enumerate(builds.order):
+        device_class, block_B = task.context.classes[i], builds.blocks[:, f]
+        nodes_B = len(device_class.nodes) // (builds.widths[:, f] // block_B)
+        deepest_B = nodes_B * (device_class.each // builds.tensor // block_B)
+        ends_BF[:, f] = np.searchsorted(every, deepest_B, side="right")
+    known = task.context.grids
+    for ends in map(tuple, np.unique(ends_BF, axis=0).tolist()):
+        if ends not in known:
+            known[ends] = _grid([every[:end] for end in ends], layers)
+    return [known[ends] for ends in map(tuple, ends_BF.tolist())]
+
+
+def _grid(options: list[Sequence[int]], layers: int) -> Ints:
+    """All depths [F, D] together no more than the layers; of very many, every other one."""
     while prod(map(len, options)) > DEPTH_GRID:
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
-    grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(order))
-    found: Ints = grid[grid.sum(axis=1) <= layers]
-    task.context.grids[key] = found
+    grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(options))
+    found: Ints = grid[grid.sum(axis=1) <= layers].T
     return found
 
 
