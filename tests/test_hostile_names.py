@@ -42,6 +42,8 @@ from meshwright.report.whatif import WhatIf, WhatIfOption, print_whatif, whatif_
 from meshwright.simulate.plan_figures import compare_plans, simulate_figures
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.text import forbidden_character
+from soaks import portion
+from sources import PACKAGE, files_below, tree_of
 from worlds import plan_by_hand
 
 SENTINEL = "meshwright-was-here"
@@ -177,7 +179,7 @@ STUB = '#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR" "$CUDA_VISIBLE_DEVICES" > start
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("tool", ["torchtitan", "megatron", "deepspeed", "accelerate"])
-@settings(max_examples=25)
+@settings(max_examples=portion(25))
 @given(data=st.data())
 def test_exported_scripts_start_on_a_node_of_any_name(tmp_path_factory, tool, data) -> None:
     name = data.draw(NAMES.filter(lambda name: not forbidden_character(name)))
@@ -307,7 +309,7 @@ def compared(name: str, path: Path) -> str:
 
 
 @pytest.mark.heavy
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(NAMES)
 def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str) -> None:
     folder = tmp_path_factory.mktemp("pages")
@@ -326,7 +328,7 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
 
 
 @pytest.mark.heavy
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:
     w = world(name)
@@ -366,7 +368,6 @@ def test_a_trace_holds_any_name(name: str) -> None:
     assert named[0] == f"rank 0 on {name}0:0"
 
 
-SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
 PRINTERS = {"print", "rule", "echo", "add_task"}
 
 
@@ -374,8 +375,8 @@ def test_whatever_is_printed_goes_through_one_function() -> None:
     """Text that is put together for a terminal is given to `words` or `say` first."""
     raw = [
         f"{path.name}:{node.lineno}"
-        for path in sorted(SOURCE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path in files_below(PACKAGE)
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in PRINTERS

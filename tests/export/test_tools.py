@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,12 @@ def make(
         precision=precision,
         model=PlanInput(name=model, fingerprint="", source=model),
     )
-    return plan, load_model(model, 16, precision)
+    return plan, graph_of(model, precision)
+
+
+@cache
+def graph_of(model: str, precision: Precision) -> LayerGraph:
+    return load_model(model, 16, precision)
 
 
 def recomputing(plan: Plan, stages: slice = slice(None)) -> Plan:
@@ -236,6 +242,13 @@ def test_a_uniform_partition_holds_every_layer_and_is_even(items, stages):
 
 def settings(text: str) -> dict[str, str]:
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tensor_ranks_of_megatron_in_accelerate_queue_their_work_in_one_order(tensor):
+    plan, model = make("5|5", tensor=tensor)
+    launch = export_files(plan, model, "accelerate")["launch.sh"]
+    assert ("export CUDA_DEVICE_MAX_CONNECTIONS=1" in launch) == (tensor > 1)
 
 
 def test_accelerate_takes_replicas_itself_and_stages_by_its_plugin():

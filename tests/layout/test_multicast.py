@@ -18,6 +18,7 @@ from meshwright.layout.multicast import (
     schedule_multicasts,
     timed,
 )
+from soaks import portion
 
 SOURCES, TARGETS = ("a", "b", "c"), ("x", "y", "z")
 
@@ -45,7 +46,7 @@ def best_of_all(found: list[Multicast]) -> float:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=portion(60), deadline=None)
 @given(tasks(4))
 def test_few_tasks_are_ordered_best(found: list[Multicast]) -> None:
     wanted = best_of_all(found)
@@ -53,7 +54,7 @@ def test_few_tasks_are_ordered_best(found: list[Multicast]) -> None:
     assert makespan(schedule_multicasts(found)) == pytest.approx(wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=portion(40), deadline=None)
 @given(tasks(30))
 def test_turns_share_no_port(found: list[Multicast]) -> None:
     turns = schedule_multicasts(found)

@@ -31,6 +31,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, stoppable
 from meshwright.techniques.backward_split.price import SPLIT_COST
+from soaks import portion
 from worlds import FAST, SLOW, cluster, job, model
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
@@ -63,7 +64,7 @@ def wired(draw) -> Cluster:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=portion(200))
 @given(wired(), st.data())
 def test_no_ring_of_so_many_devices_is_quicker_than_the_least(where, data):
     costs = costs_of(model([1.0]), where, job())

@@ -33,7 +33,7 @@ from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.search.template_estimate import TemplateEstimate, cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
-from soaks import tenth
+from soaks import portion, tenth
 from worlds import NVLINK, cluster, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
@@ -85,7 +85,7 @@ def fleet_worlds(draw):
     return graph, where, job(draw(st.integers(1, 96)))
 
 
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(fleet_worlds())
 def test_every_strategy_holds_every_layer_once_and_fits(world):
     for plan in strategies_of(*world, most=6):
@@ -93,7 +93,7 @@ def test_every_strategy_holds_every_layer_once_and_fits(world):
         assert not memory_problems(plan, world[0], world[1])
 
 
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(fleet_worlds())
 def test_no_strategy_is_faster_than_the_certificate(world):
     bound = certificate(costs_of(*world)).seconds
@@ -149,7 +149,7 @@ def test_the_closed_form_is_near_the_simulator():
             break
 
 
-@settings(max_examples=25)
+@settings(max_examples=portion(25))
 @given(
     st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=5),
     st.integers(1, 3),

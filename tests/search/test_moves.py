@@ -12,6 +12,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.local_search import MOVES
 from meshwright.search.stage_simulation import stage_level_seconds
+from soaks import portion
 from worlds import cluster, job, model
 
 INFINITE = float("inf")
@@ -44,7 +45,7 @@ def strategies(draw):
     return costs, ("1f1b", tuple(line(costs, *part, rows=rows, count=1) for part in parts))
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(strategies(), st.sampled_from(MOVES))
 def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
     costs, strategy = drawn
@@ -69,7 +70,7 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
         assert schedule in ("1f1b", "gpipe")
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(strategies(), st.sampled_from(MOVES))
 def test_a_limit_leaves_out_only_what_is_slower(drawn, move):
     costs, strategy = drawn

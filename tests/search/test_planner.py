@@ -19,6 +19,7 @@ from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -40,7 +41,7 @@ def worlds(draw):
 
 
 @pytest.mark.heavy
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(worlds())
 def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     graph, where, todo = world
@@ -56,7 +57,7 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
         assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(worlds())
 def test_bounds_drop_nothing_that_would_have_been_best(world):
     graph, where, todo = world
@@ -140,6 +141,18 @@ def test_nothing_fits_says_how_much_is_missing_and_that_much_is_enough():
     needed = float(problem.mend.split("devices with ")[1].split(" GiB")[0])
     enough = cluster(("fast",), ("fast",), types=(device("fast", memory_gib=needed * 1.001),))
     assert find_plan(graph, enough, todo).prediction.memory
+
+
+@pytest.mark.parametrize(
+    ("parameters", "saved", "shorter"), [(1_000_000, 2e8, True), (100_000_000, 1e6, False)]
+)
+def test_a_shorter_sequence_is_advised_where_it_is_what_takes_the_memory(
+    parameters, saved, shorter
+):
+    where = cluster(("fast",), types=(device("fast", memory_gib=1.1),))
+    with pytest.raises(FitError) as failure:
+        find_plan(model([10.0] * 2, parameters=parameters, saved=saved), where, job(1))
+    assert ("a shorter sequence" in failure.value.problems[0].mend) == shorter
 
 
 def test_what_would_be_faster_but_does_not_fit_is_among_the_runners_up():

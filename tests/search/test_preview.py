@@ -10,6 +10,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.stage_simulation import stage_level_seconds
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from strategies import small_worlds
 from worlds import NVLINK, cluster, freeze, job, model
 
@@ -27,7 +28,7 @@ def chain_of(costs, rows, count, schedule):
     return fit_pipeline(costs, stages, rows, count, schedule)
 
 
-@settings(max_examples=30)
+@settings(max_examples=portion(30))
 @given(
     st.lists(st.sampled_from(["fast", "slow"]), min_size=1, max_size=2),
     st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=5, max_size=8),
@@ -44,7 +45,7 @@ def test_it_is_exact_where_every_link_has_one_user(kinds, layers, count, schedul
     assert seconds == pytest.approx(simulated(costs, (pipeline,), schedule), rel=1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=portion(30))
 @given(
     st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=5, max_size=8),
     st.integers(1, 20),
@@ -63,7 +64,7 @@ def test_it_is_exact_where_nobody_waits_for_a_gradient(layers, count, schedule, 
     assert seconds == pytest.approx(simulated(costs, (pipeline,), schedule), rel=1e-9)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(st.integers(3, 5), st.integers(1, 20), st.sampled_from(SCHEDULES))
 def test_long_lines_are_close_where_links_are_fast(depth, count, schedule):
     """An inner stage sends activations one way and gradients the other through one port."""
@@ -83,7 +84,7 @@ def test_micro_batches_that_are_not_followed_come_at_an_even_pace(schedule):
     assert seconds == pytest.approx(simulated(costs, (pipeline,), schedule), rel=5e-3)
 
 
-@settings(max_examples=30)
+@settings(max_examples=portion(30))
 @given(small_worlds({2: (4, 6), 3: (5, 6)}), st.sampled_from(SCHEDULES))
 def test_replicas_and_tied_layers_are_close(world, schedule):
     graph, where, todo = world
@@ -96,7 +97,7 @@ def test_replicas_and_tied_layers_are_close(world, schedule):
         assert seconds == pytest.approx(simulated(costs, (found.pipeline,), schedule), rel=0.25)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(st.floats(0.1, 2), st.integers(1, 12), st.sampled_from(SCHEDULES))
 def test_a_limit_is_kept_from_both_sides(share, count, schedule):
     """Below the limit the answer is the same; else it is something between limit and answer."""

@@ -30,6 +30,7 @@ from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_pl
 from meshwright.search.planner import find_plan
 from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_virtual_stages
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from worlds import cluster, device, job, model
 
 
@@ -53,7 +54,7 @@ def waiting_worlds(draw):
 
 
 @pytest.mark.heavy
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=portion(15), deadline=None)
 @given(world=waiting_worlds())
 def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
     graph, where, todo = world
@@ -141,7 +142,7 @@ def test_what_cannot_be_divided_says_why():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=portion(30), deadline=None)
 @given(
     gflops=st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=6, max_size=9),
     schedule=st.sampled_from(["interleaved-1f1b", "zb-v"]),

@@ -4,7 +4,7 @@ it works on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -50,7 +50,7 @@ class StagePlacement:
     is_first: bool
     is_last: bool
     position: int
-    """Index of the group of devices in its pipeline, from 0. Stages of one position are held by the
+    """Index of its pipeline rank, from 0. Stages of one position are held by the
     same ranks, in the same mesh (virtual stages); without these it is the stage's index in its
     pipeline."""
     layers: tuple[int, int]
@@ -84,11 +84,11 @@ def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
     """Returns every stage of every pipeline, numbered in order."""
     # Plans that differ in their schedule and micro-batches alone share what they place.
     pipelines = tuple(replace(each, micro_batches=1, actions=None) for each in plan.pipelines)
-    return _stage_seats(plan.devices, pipelines)
+    return _placements(plan.devices, pipelines)
 
 
 @lru_cache(maxsize=4)  # a plan is compiled, priced and weighed one after the other
-def _stage_seats(
+def _placements(
     devices: tuple[str, ...], pipelines: tuple[Pipeline, ...]
 ) -> tuple[StagePlacement, ...]:
     rank_of = {device: rank for rank, device in enumerate(devices)}
@@ -96,9 +96,7 @@ def _stage_seats(
     for p, pipeline in enumerate(pipelines):
         position_of = {s: g for g, held in enumerate(stage_layout(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
-            number, mesh = len(found), mesh_of(stage)
-            intervals = row_intervals(stage, pipeline.rows)
-            replicas = len(mesh.inner_widths)
+            number = len(found)
             found.append(
                 StagePlacement(
                     number=number,
@@ -109,26 +107,32 @@ def _stage_seats(
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
                     plan_stage=stage,
-                    mesh=Mesh(
-                        members=tuple(
-                            RankPlacement(
-                                rank=rank_of[device],
-                                device=device,
-                                pipeline=p,
-                                stage=number,
-                                coordinates=(replica, *inner),
-                                widths=(replicas, *mesh.inner_widths[replica]),
-                                rows=intervals[replica],
-                            )
-                            for device, (replica, *inner) in zip(
-                                mesh.members, mesh.coordinates, strict=True
-                            )
-                        ),
-                        inner_widths=mesh.inner_widths,
-                    ),
+                    mesh=_placed_mesh(stage, number, p, pipeline.rows, rank_of),
                 )
             )
     return tuple(found)
+
+
+def _placed_mesh(
+    stage: Stage, number: int, pipeline: int, rows: int, rank_of: Mapping[str, int]
+) -> Mesh[RankPlacement]:
+    """Returns the mesh of a stage with the placement of each rank; `rows` are those of a
+    micro-batch."""
+    mesh, intervals = mesh_of(stage), row_intervals(stage, rows)
+    replicas = len(mesh.inner_widths)
+    members = (
+        RankPlacement(
+            rank=rank_of[device],
+            device=device,
+            pipeline=pipeline,
+            stage=number,
+            coordinates=(replica, *inner),
+            widths=(replicas, *mesh.inner_widths[replica]),
+            rows=intervals[replica],
+        )
+        for device, (replica, *inner) in zip(mesh.members, mesh.coordinates, strict=True)
+    )
+    return Mesh(members=tuple(members), inner_widths=mesh.inner_widths)
 
 
 def holders_of(stages: Sequence[StagePlacement], layers: Sequence[int]) -> Mesh[int]:
@@ -182,7 +186,7 @@ def describe_plan(plan: Plan) -> str:
 
     The brackets give the number of layers of each stage, with r if it recomputes, and `8x4` is 8
     micro-batches of 4 rows. Unequal rows of replicas read `7+1`, unequal tensor widths `tp4+2`;
-    `pp2 vpp3` means three stages on each of two groups of devices.
+    `pp2 vpp3` means three stages on each of two pipeline ranks.
     """
     lines = []
     for pipeline in plan.pipelines:
@@ -207,7 +211,7 @@ def _options_text(stage: Stage) -> str:
 
 
 StageLayout = tuple[tuple[int, ...], ...]
-"""The stages that each group of devices holds; groups in the order of their first stages: ((0, 2),
+"""The stages that each pipeline rank holds, in the order of their first stages: ((0, 2),
 (1, 3))."""
 
 EXPLICIT_SCHEDULES: tuple[ScheduleName, ...] = ("list", "custom")
@@ -215,7 +219,7 @@ EXPLICIT_SCHEDULES: tuple[ScheduleName, ...] = ("list", "custom")
 
 
 def stage_layout(pipeline: Pipeline) -> StageLayout:
-    """Returns the stages that each group of devices holds."""
+    """Returns the stages that each pipeline rank holds."""
     held: dict[object, list[int]] = {}
     for s, stage in enumerate(pipeline.stages):
         held.setdefault(stage.devices, []).append(s)
@@ -232,7 +236,7 @@ def needed_layout(schedule: ScheduleName, layout: StageLayout) -> str:
         dealt = tuple(tuple(range(s, stages, groups)) for s in range(groups))
         if stages % groups == 0 and layout == dealt:
             return ""
-        return "as many stages on every group of devices, dealt out in turn"
+        return "as many stages on every pipeline rank, dealt out in turn"
     if schedule == "zb-v":
         folded = tuple((s, 2 * groups - 1 - s) for s in range(groups))
         return "" if layout == folded else "two stages on every group: down the line and back up"

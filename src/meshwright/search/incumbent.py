@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.program.timeline import Timeline
 from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
     CandidatePipeline,
@@ -20,6 +19,7 @@ from meshwright.search.candidate import (
 )
 from meshwright.search.costs import Costs
 from meshwright.simulate.critical_path import step_breakdown as parts_of
+from meshwright.simulate.played_step import PlayedStep
 from meshwright.simulate.symmetry import Symmetry, find_symmetry, simulate_by_symmetry
 from meshwright.stopping import never
 
@@ -34,7 +34,7 @@ WORK = 16_000
 regular grids: the normal end of a search, the same on every machine."""
 
 
-TIMELINES = 12
+STEPS_KEPT = 12
 """Simulated steps that are kept, to say where their seconds go."""
 
 MOMENT_SECONDS = 1.5
@@ -84,8 +84,10 @@ class Incumbent:
     seen: set[Strategy] = field(default_factory=set)
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
-    timelines: list[tuple[Evaluated, Timeline]] = field(default_factory=list)
+    steps: list[tuple[Evaluated, PlayedStep]] = field(default_factory=list)
     """The simulated steps of the best plans, fastest first."""
+    parts: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The answers of `parts_in`, by the identity of a plan in `others`."""
 
     @property
     def limit(self) -> float:
@@ -120,7 +122,7 @@ class Incumbent:
         return self.out_of_time or self.work <= 0
 
 
-def simulated(costs: Costs, plan: Plan) -> Timeline:
+def simulated(costs: Costs, plan: Plan) -> PlayedStep:
     """Return the simulated step of a plan that fits."""
     return simulate_by_symmetry(
         plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
@@ -130,10 +132,10 @@ def simulated(costs: Costs, plan: Plan) -> Timeline:
 def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluated:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = incumbent.costs
-    timeline = simulated(costs, plan)
-    evaluated = Evaluated(name, plan, timeline.step_seconds)
-    insort(incumbent.timelines, (evaluated, timeline), key=lambda pair: pair[0].seconds)
-    del incumbent.timelines[TIMELINES:]
+    step = simulated(costs, plan)
+    evaluated = Evaluated(name, plan, step.step_seconds)
+    insort(incumbent.steps, (evaluated, step), key=lambda pair: pair[0].seconds)
+    del incumbent.steps[STEPS_KEPT:]
     if incumbent.best is None or evaluated.seconds < incumbent.best.seconds:
         incumbent.best = evaluated
         incumbent.found(evaluated.seconds)
@@ -205,14 +207,17 @@ def simplest(incumbent: Incumbent) -> Evaluated:
     return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
-def timeline_of(incumbent: Incumbent, evaluated: Evaluated) -> Timeline | None:
+def step_of(incumbent: Incumbent, evaluated: Evaluated) -> PlayedStep | None:
     """The simulated step of a strategy, if it was kept."""
-    return next((timeline for each, timeline in incumbent.timelines if each is evaluated), None)
+    return next((step for each, step in incumbent.steps if each is evaluated), None)
 
 
 def parts_in(incumbent: Incumbent, evaluated: Evaluated) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    costs = incumbent.costs
-    timeline = timeline_of(incumbent, evaluated) or simulated(costs, evaluated.plan)
-    noise = 1e-12 * timeline.step_seconds
-    return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}
+    if id(evaluated) not in incumbent.parts:
+        step = step_of(incumbent, evaluated) or simulated(incumbent.costs, evaluated.plan)
+        noise = 1e-12 * step.step_seconds
+        incumbent.parts[id(evaluated)] = {
+            part: s if s > noise else 0.0 for part, s in parts_of(step.timeline()).items()
+        }
+    return incumbent.parts[id(evaluated)]

@@ -45,6 +45,7 @@ from meshwright.search.explore import (
 )
 from meshwright.search.finishing import finish
 from meshwright.search.first_plan import plain_plan
+from meshwright.search.garbage_collection import rare_collections
 from meshwright.search.incumbent import (
     SAME,
     Evaluated,
@@ -53,7 +54,7 @@ from meshwright.search.incumbent import (
     parts_in,
     simplest,
     simulate_and_record,
-    timeline_of,
+    step_of,
     work_of,
 )
 from meshwright.search.inputs import check_inputs
@@ -87,6 +88,7 @@ MISFITS_TRIED = 200
 RUNNERS_UP = 6
 
 
+@rare_collections()
 def find_plan(  # noqa: PLR0913 - options, each with a default
     model: LayerGraph,
     cluster: Cluster,
@@ -362,7 +364,7 @@ def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     simulated step."""
     if other.plan == winner.plan:
         return "the same plan"
-    if incumbent.stopped and timeline_of(incumbent, other) is None:
+    if incumbent.stopped and step_of(incumbent, other) is None:
         return "slower in the simulator"
     return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))
 

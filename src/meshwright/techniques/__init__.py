@@ -14,7 +14,7 @@ needs, and may have others, which its own files read. Each is loaded when its pa
   step that it sends there;
 * `memory.py`: `adjustment`, which returns what changes the bytes that a rank holds;
 * `export.py`: `answers`, how another tool is told of its field, and `beside_the_schedule`, the
-  sentences for a file that holds only the order of work;
+  sentences for a file that holds only the schedule;
 * `options.py`: OPTION, what the search tries on its best plans;
 * `report.py`: `sentences`, what is said of a plan that uses the technique;
 * `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum

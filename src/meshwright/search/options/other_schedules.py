@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from operator import itemgetter
 
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
@@ -47,16 +48,35 @@ PLAYED = 2
 LISTED = 60_000
 """Actions that the list scheduler may look at for one pipeline."""
 
-ROUGH = 0.02
+ROUGH = 0.01
 """Share by which program.work may be slower than the simulator."""
+
+SCATTER = 0.01
+"""Share by which a plan may be faster than what another finalist in its schedule lets expect."""
 
 MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Give each finalist its fastest schedules with a rule, and one made for it."""
+    """Give each finalist its fastest schedules with a rule, and one made for it.
+
+    How many times the quick clock's seconds the simulator makes of a schedule on one finalist is
+    expected of the same schedule on the others.
+    """
     costs = incumbent.costs
+    ratios: dict[ScheduleName, float] = {}
+
+    def attempt(plan: Plan, took: float) -> Proposals:
+        name = plan.schedule
+        expected = took * ratios.get(name, 1 - ROUGH)
+        if expected >= incumbent.limit * (1 + SCATTER):
+            yield Pruned("slower in the stage-level simulation")
+            return
+        simulated = yield Proposal(plan, describe_plan(plan))
+        if simulated:
+            ratios[name] = min(ratios.get(name, inf), simulated.seconds / took)
+
     for plan in (evaluated.plan for evaluated in finalists(incumbent)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
@@ -65,15 +85,10 @@ def propose(incumbent: Incumbent) -> Proposals:
         after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
         others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
         for took, name in others[:PLAYED]:
-            if took + after < incumbent.limit * (1 + ROUGH):
-                changed = replace(plan, schedule=name, prediction=None)
-                yield Proposal(changed, describe_plan(changed))
-            else:
-                yield Pruned("slower in the stage-level simulation")
+            yield from attempt(replace(plan, schedule=name, prediction=None), took + after)
         listed = listed_orders(works, LISTED)
-        if listed is not None and listed[0] + after < incumbent.limit * (1 + ROUGH):
-            changed = in_listed_orders(plan, listed[1])
-            yield Proposal(changed, describe_plan(changed))
+        if listed is not None:
+            yield from attempt(in_listed_orders(plan, listed[1]), listed[0] + after)
 
 
 OPTION = PlanOption("schedules", propose)

@@ -22,7 +22,7 @@ from meshwright.search.bounds import after_pipelines, exposed_seconds
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned, fits_in_memory
-from meshwright.search.incumbent import Evaluated, Incumbent, work_of
+from meshwright.search.incumbent import Evaluated, Incumbent, step_of, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
     LISTED,
@@ -122,12 +122,12 @@ def _hopeful(incumbent: Incumbent, evaluated: Evaluated) -> bool:
     busy = max(each.micro_batches / fluid_rate(costs, each.stages) for each in pipelines)
     if busy + after_pipelines(costs, pipelines) >= limit:
         return False
-    for each, timeline in incumbent.timelines:
-        if each is evaluated:
-            lost = parts_of(timeline)
-            spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
-            return evaluated.seconds - spared < limit
-    return True
+    step = step_of(incumbent, evaluated)
+    if step is None:
+        return True
+    lost = parts_of(step.timeline())
+    spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
+    return evaluated.seconds - spared < limit
 
 
 def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
