@@ -21,7 +21,7 @@ def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
     """Names of the usable devices of every class, in cluster order."""
     index = {node.name: i for i, node in enumerate(costs.cluster.nodes)}
     found: dict[NodeType, tuple[str, ...]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         key = (index[device.node], device.type)
         found[key] = (*found.get(key, ()), device.name)
     return found

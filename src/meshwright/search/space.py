@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import isqrt
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Device
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, ScheduleName
 from meshwright.records import record
@@ -52,9 +52,10 @@ def divisors(number: int) -> tuple[int, ...]:
     return (*low, *high)
 
 
-def usable_devices(cluster: Cluster, job: Job) -> tuple[Device, ...]:
+def usable_devices(costs: Costs) -> tuple[Device, ...]:
     """Devices whose type offers the job's precision, in cluster order."""
-    return tuple(d for d in devices_of(cluster) if job.precision in cluster.types[d.type].peak)
+    offers = {k for k, kind in costs.cluster.types.items() if costs.job.precision in kind.peak}
+    return tuple(device for device in costs.devices.values() if device.type in offers)
 
 
 def device_sets(
