@@ -225,7 +225,7 @@ def _tails(costs: Costs, line: CandidatePipeline, backward: Grid) -> Grid:
         units = tuple(dict.fromkeys(unit for s in stages for unit in line.teams[s].units))
         if len(units) > 1:
             latency, slope = _ring(costs, units)
-            size = tied.parameters * width / (len(units[0]) if tied.split else 1) - 1
+            size = tied.parameters * width / (len(units[0]) if "tensor" in tied.divided else 1) - 1
             first = line.bounds[stages[0]] == tied.layers[0]
             for u, seconds in enumerate(backward[stages[0]]):
                 begun = 0.0 if first else seconds

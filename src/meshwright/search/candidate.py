@@ -177,6 +177,7 @@ def tensor_widths_agree(costs: Costs, lines: Sequence[CandidatePipeline]) -> boo
         for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
             tensor = len(team.units[0])
             for layer in range(a, b):
-                if layers[layer].tensor_units % tensor or width.setdefault(layer, tensor) != tensor:
+                units = layers[layer].along("tensor").units
+                if units % tensor or width.setdefault(layer, tensor) != tensor:
                     return False
     return all(len({width[layer] for layer in tied.layers}) <= 1 for tied in costs.model.tied)

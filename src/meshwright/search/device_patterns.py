@@ -39,7 +39,7 @@ def skeletons(costs: Costs) -> Iterator[DevicePattern]:
 def _widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that at least one layer allows."""
     most = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    units = {layer.tensor_units for layer in costs.model.layers}
+    units = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, most + 1) if any(unit % t == 0 for unit in units))
 
 

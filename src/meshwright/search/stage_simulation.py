@@ -285,7 +285,7 @@ def _sums(
         units = tuple(unit for team, _, _ in holders for unit in team.units)
         if len(units) > 1:
             ready = max(end for _, _, (_, end) in holders)
-            share = len(units[0]) if tied.split else 1
+            share = len(units[0]) if "tensor" in tied.divided else 1
             size = tied.parameters / share * reduced_width(costs)
             yield ready, ready, size, size, units
 

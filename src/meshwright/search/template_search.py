@@ -115,7 +115,7 @@ def fleet_strategies(
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
     """Divisors of a fleet's devices per node that divide every layer."""
-    units = {layer.tensor_units for layer in context.costs.model.layers}
+    units = {layer.along("tensor").units for layer in context.costs.model.layers}
     widths = {w for fleet in context.fleets for w in divisors(fleet.each)}
     return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
 

@@ -54,8 +54,8 @@ def _tensor_parallel(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[
     for stage in stage_placements(plan):
         layers = model.layers[stage.layers[0] : stage.layers[1]]
         row_bytes = sum(
-            sum(layer.forward_all_reduce_bytes) + sum(layer.backward_all_reduce_bytes)
-            for layer in layers
+            sum(each.forward_all_reduce_bytes) + sum(each.backward_all_reduce_bytes)
+            for each in (layer.along("tensor") for layer in layers)
         )
         for group in stage.mesh.groups("tensor"):
             rows = group[0].rows[1] - group[0].rows[0]

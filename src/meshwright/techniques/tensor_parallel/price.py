@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.times import Array, ReplicaWork
+from meshwright.techniques.tensor_parallel.model import AXIS
 
 
 def layer_seconds(work: ReplicaWork, forward: Array, backward: Array) -> tuple[Array, Array]:
@@ -25,8 +26,8 @@ def layer_seconds(work: ReplicaWork, forward: Array, backward: Array) -> tuple[A
                 known[size] = uncontended_seconds(work.links, traffic)
         return sum(known[size] for size in sizes)
 
-    held = work.model.layers[slice(*work.layers)]
+    held = [layer.along(AXIS) for layer in work.model.layers[slice(*work.layers)]]
     return (
-        forward + [seconds(layer.forward_all_reduce_bytes) for layer in held],
-        backward + [seconds(layer.backward_all_reduce_bytes) for layer in held],
+        forward + [seconds(each.forward_all_reduce_bytes) for each in held],
+        backward + [seconds(each.backward_all_reduce_bytes) for each in held],
     )
