@@ -16,7 +16,8 @@ demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, 
 	$(BIN)/meshwright demo $(ARGS)
 
 check: $(READY)   ## the tests that start no process and take moments, two at a time: a minute
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not heavy" $(TWO) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not heavy" \
+	  --hypothesis-profile=quick $(TWO) $(ARGS)
 
 test: $(READY)    ## the tests that take seconds, two at a time: minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(TWO) $(ARGS)

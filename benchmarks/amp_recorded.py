@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.search.baselines import amp
+from meshwright.rivals import amp
 
 TOLERANCE = 0.01
 WORD_BITS = 32

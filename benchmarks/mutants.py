@@ -43,8 +43,8 @@ EQUIVALENT = HERE / "mutants_equivalent.toml"
 SELECTION = "not slow and not heavy"
 """The tests of `make check`."""
 ROOMS = (
-    "cluster", "plan", "layout", "model", "program", "cost", "simulate", "search", "techniques",
-    "export", "report",
+    "cluster", "plan", "layout", "model", "program", "cost", "simulate", "rivals", "search",
+    "techniques", "export", "report",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
 TEST_SECONDS, TIMES_LONGER = 10.0, 5.0

@@ -26,7 +26,7 @@ from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
-from meshwright.search.candidate import line_of
+from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.incumbent import Incumbent, Strategy, try_candidate
 from meshwright.search.local_search import LocalSearch, climb
@@ -96,7 +96,7 @@ def oracle(where: World, seed: int, known: Plan | None) -> float:
     chance = Random(seed)
     starts = [random_strategy(costs, chance) for _ in range(DRAWN)]
     if known and known.schedule in SCHEDULES:
-        starts.append((known.schedule, tuple(line_of(p) for p in known.pipelines)))
+        starts.append((known.schedule, tuple(candidate_of(p) for p in known.pipelines)))
     for start in starts:
         if start is not None:
             search.left = STEPS

@@ -14,8 +14,7 @@ from itertools import accumulate, chain, permutations, product
 
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
 
-from meshwright.search.candidate import Unit
-from meshwright.search.costs import Costs, distinct_units, unit_kind
+from meshwright.search.costs import Costs, TensorGroup, distinct_groups, group_kind
 from meshwright.search.layer_partition import Stages, apportion
 from meshwright.search.space import divisors, legal_widths, usable_devices
 
@@ -123,14 +122,14 @@ def _grouped(
     return tuple(stages)
 
 
-def _together(costs: Costs, unit: Unit) -> bool:
+def _together(costs: Costs, unit: TensorGroup) -> bool:
     found = {(costs.devices[name].node, costs.devices[name].type) for name in unit}
     return len(found) == 1
 
 
 def _metis_drafts(costs: Costs, stages: Stages) -> Iterator[Draft]:
     slopes = [ring_slope(costs, units) for units in stages]
-    kinds = [distinct_units(costs, units) for units in stages]
+    kinds = [distinct_groups(costs, units) for units in stages]
     widest = max(map(len, stages))
     for rows in (r for r in divisors(costs.job.global_batch) if r >= widest):
         blocks: dict[object, Block] = {}
@@ -138,7 +137,7 @@ def _metis_drafts(costs: Costs, stages: Stages) -> Iterator[Draft]:
             if len(own) == 1 and rows % len(units):
                 break
             share = rows // len(units) if len(own) == 1 else apportion(costs, units, rows)[0]
-            key = (unit_kind(costs, units[0]), share, slope)
+            key = (group_kind(costs, units[0]), share, slope)
             number = blocks[key].number + 1 if key in blocks else 1
             blocks[key] = Block(units[0], share, number, slope)
         else:

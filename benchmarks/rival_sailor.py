@@ -14,8 +14,7 @@ from math import prod
 
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
 
-from meshwright.search.candidate import Unit
-from meshwright.search.costs import Costs, distinct_units
+from meshwright.search.costs import Costs, TensorGroup, distinct_groups
 from meshwright.search.layer_partition import Stages, pace
 from meshwright.search.pool_pipelines import DEPTHS, pools
 from meshwright.search.space import divisors, legal_widths, usable_devices
@@ -40,17 +39,17 @@ def sailor(costs: Costs) -> Found | None:
     return search(costs, drafts)
 
 
-Zone = tuple[Unit, ...]
+Zone = tuple[TensorGroup, ...]
 """All units of one type at one site."""
 
 
 def zones_of(costs: Costs, tensor_of: dict[str, int]) -> list[Zone]:
-    found: dict[tuple[str, str], list[Unit]] = {}
+    found: dict[tuple[str, str], list[TensorGroup]] = {}
     for tensor in sorted(set(tensor_of.values())):
         for pool in pools(costs, tensor):
-            kind = costs.devices[pool.units[0][0]].type
+            kind = costs.devices[pool.groups[0][0]].type
             if tensor_of[kind] == tensor:
-                found.setdefault((kind, pool.site), []).extend(pool.units)
+                found.setdefault((kind, pool.site), []).extend(pool.groups)
     return [tuple(units) for _, units in sorted(found.items())]
 
 
@@ -90,7 +89,7 @@ def _run_drafts(costs: Costs, units: Zone, depth: int, data: int) -> Iterator[Dr
     """Stages of `data` consecutive units each, of whatever types and zones."""
     stages = tuple(units[s * data : (s + 1) * data] for s in range(depth))
     slopes = [ring_slope(costs, stage) for stage in stages]
-    slowest = [max(distinct_units(costs, s), key=partial(pace, costs)) for s in stages]
+    slowest = [max(distinct_groups(costs, s), key=partial(pace, costs)) for s in stages]
     for rows in divisors(costs.job.global_batch // data):
         blocks = [Block(u, rows, 1, slope) for u, slope in zip(slowest, slopes, strict=True)]
         yield drafted(costs, blocks, rows * data, lambda: stages, by_speed=False)

@@ -18,20 +18,20 @@ import numpy as np
 
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
     CandidatePipeline,
     StageDevices,
-    Unit,
     plan_of,
     tensor_widths_agree,
 )
 from meshwright.search.costs import (
     Array,
     Costs,
+    TensorGroup,
+    group_times,
     ring,
     seconds_per_byte,
-    unit_times,
 )
 from meshwright.search.incumbent import work_of
 from meshwright.search.layer_partition import Stages, apportion, recut
@@ -123,11 +123,11 @@ def _either_schedule(
     """The best of these 1f1b lines, and of the same devices and rows as gpipe."""
     best = lines[0][0], plan_of(costs, (lines[0][1],), "1f1b")
     for _, line in lines:
-        fitted = recut(costs, line.teams, line.micro_batches, "gpipe")
-        if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
-            seconds, _ = _played(costs, fitted.line, "gpipe")
+        fitted = recut(costs, line.stages, line.micro_batches, "gpipe")
+        if fitted is not None and tensor_widths_agree(costs, (fitted.pipeline,)):
+            seconds, _ = _played(costs, fitted.pipeline, "gpipe")
             if seconds < best[0]:
-                best = seconds, plan_of(costs, (fitted.line,), "gpipe")
+                best = seconds, plan_of(costs, (fitted.pipeline,), "gpipe")
     return best
 
 
@@ -139,9 +139,9 @@ def _cut(costs: Costs, drafts: Sequence[Draft]) -> Iterator[Cut]:
     for draft in drafts:
         teams = tuple(StageDevices(units, _shares(costs, draft, units)) for units in draft.stages())
         fitted = recut(costs, teams, draft.micro_batches, "1f1b")
-        if fitted is not None and tensor_widths_agree(costs, (fitted.line,)):
-            line = fitted.line
-            yield line_bound(costs, line, "1f1b") + after_lines(costs, (line,)), line
+        if fitted is not None and tensor_widths_agree(costs, (fitted.pipeline,)):
+            line = fitted.pipeline
+            yield pipeline_bound(costs, line, "1f1b") + after_pipelines(costs, (line,)), line
 
 
 def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
@@ -151,13 +151,13 @@ def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
     placed = []
     for cut in sorted(cuts, key=lambda cut: cut[0]):
         line = cut[1]
-        widths = tuple(dict.fromkeys((len(t.units), len(t.units[0])) for t in line.teams))
+        widths = tuple(dict.fromkeys((len(t.groups), len(t.groups[0])) for t in line.stages))
         placed.append((turns[widths, line.rows], cut))
         turns[widths, line.rows] += 1
     return [cut for _, cut in sorted(placed, key=lambda entry: (entry[0], entry[1][0]))]
 
 
-def _shares(costs: Costs, draft: Draft, units: tuple[Unit, ...]) -> tuple[int, ...]:
+def _shares(costs: Costs, draft: Draft, units: tuple[TensorGroup, ...]) -> tuple[int, ...]:
     if draft.by_speed:
         return apportion(costs, units, draft.rows)
     return (draft.rows // len(units),) * len(units)
@@ -167,7 +167,7 @@ def _shares(costs: Costs, draft: Draft, units: tuple[Unit, ...]) -> tuple[int, .
 class Block:
     """Equal stages: one unit of them, its rows of a micro-batch, and how many stages there are."""
 
-    unit: Unit
+    unit: TensorGroup
     rows: int
     number: int
     slope: float
@@ -216,11 +216,11 @@ def _by_build(drafts: Iterable[Draft]) -> Iterator[Draft]:
 
 
 def _layer_seconds(costs: Costs, block: Block) -> Array:
-    forward, backward = unit_times(costs, block.unit, block.rows)
+    forward, backward = group_times(costs, block.unit, block.rows)
     return forward + backward
 
 
-def ring_slope(costs: Costs, units: Sequence[Unit]) -> float:
+def ring_slope(costs: Costs, units: Sequence[TensorGroup]) -> float:
     if len(units) == 1:
         return 0.0
     return seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])[1]

@@ -30,7 +30,7 @@ from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.profiling.measure_profile import ProfileSettings
 from meshwright.records import dumps, fingerprint, load, parse, plain
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explain import as_plan

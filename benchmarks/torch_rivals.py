@@ -16,7 +16,7 @@ from itertools import pairwise, product
 from testbed_cases import Known, expected_seconds
 
 from meshwright.plan.spec import Plan, Stage
-from meshwright.search.baselines.manual import BASELINES, even_bounds
+from meshwright.search.baselines import BASELINES, even_bounds
 from meshwright.search.costs import Costs
 from meshwright.search.estimate import Candidate
 from meshwright.search.explain import as_plan

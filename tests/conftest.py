@@ -1,5 +1,6 @@
 """Settings that every test shares, and a check that tests which start processes are marked so."""
 
+import gc
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ HEALTH = [HealthCheck.too_slow]
 settings.register_profile(
     "meshwright", deadline=None, suppress_health_check=HEALTH, derandomize=True
 )
+settings.register_profile("quick", settings.get_profile("meshwright"), max_examples=30)
 settings.register_profile("hunt", deadline=None, suppress_health_check=HEALTH)
 settings.load_profile("meshwright")
-"""The same cases every time; new ones: make test ARGS="--hypothesis-profile=hunt"."""
+"""The same cases every time, of which `make check` tries three tenths; new ones:
+make test ARGS="--hypothesis-profile=hunt"."""
 
 HEAVY_ROOMS = ("launch", "runtime", "testbed")
 """Their tests train, or start and end processes, nearly all of them."""
@@ -25,6 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in HEAVY_ROOMS:
             item.add_marker(pytest.mark.heavy)
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what was imported: much of it is large, and all of it stays."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -33,8 +33,7 @@ from meshwright.files import (
 )
 from meshwright.os_errors import machine_error
 from meshwright.text import printable
-
-SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
+from sources import PACKAGE, files_below, tree_of
 
 
 def refused(path: Path) -> str:
@@ -363,9 +362,9 @@ def calls(tree: ast.AST) -> Iterator[str]:
 
 def test_there_is_no_other_door() -> None:
     found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        used = sorted(OPENERS.intersection(calls(ast.parse(path.read_text()))))
+    for path in files_below(PACKAGE):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        used = sorted(OPENERS.intersection(calls(tree_of(path))))
         if used and name != "files":
             found[name] = used
     strangers = {name: used for name, used in found.items() if name not in ELSEWHERE}

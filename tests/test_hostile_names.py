@@ -42,6 +42,7 @@ from meshwright.report.whatif import WhatIf, WhatIfOption, print_whatif, whatif_
 from meshwright.simulate.plan_figures import compare_plans, simulate_figures
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.text import forbidden_character
+from soaks import portion
 from worlds import plan_by_hand
 
 SENTINEL = "meshwright-was-here"
@@ -177,7 +178,7 @@ STUB = '#!/bin/sh\nprintf "%s\\n" "$MASTER_ADDR" "$CUDA_VISIBLE_DEVICES" > start
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("tool", ["torchtitan", "megatron", "deepspeed", "accelerate"])
-@settings(max_examples=25)
+@settings(max_examples=portion(25))
 @given(data=st.data())
 def test_exported_scripts_start_on_a_node_of_any_name(tmp_path_factory, tool, data) -> None:
     name = data.draw(NAMES.filter(lambda name: not forbidden_character(name)))
@@ -307,7 +308,7 @@ def compared(name: str, path: Path) -> str:
 
 
 @pytest.mark.heavy
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(NAMES)
 def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str) -> None:
     folder = tmp_path_factory.mktemp("pages")
@@ -326,7 +327,7 @@ def test_pages_and_drawings_take_no_name_for_markup(tmp_path_factory, name: str)
 
 
 @pytest.mark.heavy
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(NAMES)
 def test_terminals_are_not_steered_and_take_no_name_for_markup(name: str) -> None:
     w = world(name)

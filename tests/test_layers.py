@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
+from sources import PACKAGE, SOURCE, files_below, text_of, tree_of
+
 FLOORS = (
     "units",
     "text",
@@ -32,6 +33,7 @@ FLOORS = (
     "program",
     "cost",
     "simulate",
+    "rivals",
     "search",
     "export",
     "runtime",
@@ -101,8 +103,9 @@ ROOM_LINES = {
     "profiling": 900,
     "program": 1_900,
     "report": 1_900,
+    "rivals": 300,
     "runtime": 4_700,
-    "search": 7_900,
+    "search": 7_700,
     "simulate": 1_600,
     "testbed": 1_550,
     "workflows": 1_850,
@@ -117,8 +120,7 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-PATHS = {_name(path): path for path in sorted((SOURCE / "meshwright").rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+PATHS = {_name(path): path for path in files_below(PACKAGE)}
 FREE = tuple(
     name
     for name in PATHS
@@ -145,7 +147,7 @@ def _statements(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
 def _imports(module: str, *, at_import: bool) -> frozenset[str]:
     """Modules that a module imports, ours and others, by full name."""
     found: set[str] = set()
-    for node in _statements(TREES[module], at_import):
+    for node in _statements(tree_of(PATHS[module]), at_import):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -230,9 +232,9 @@ def test_planning_from_a_description_loads_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", PATHS)
 def test_files_and_functions_stay_short(module: str) -> None:
-    lines = len(PATHS[module].read_text().splitlines())
+    lines = len(text_of(PATHS[module]).splitlines())
     assert lines <= MAX_FILE_LINES, f"{module} has {lines} lines"
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(PATHS[module])):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
@@ -242,11 +244,11 @@ def test_files_and_functions_stay_short(module: str) -> None:
 def test_rooms_keep_to_their_lines() -> None:
     lines = Counter[str]()
     for path in PATHS.values():
-        room, *inside = path.relative_to(SOURCE / "meshwright").parts
+        room, *inside = path.relative_to(PACKAGE).parts
         if room == "techniques" and len(inside) > 1:
             room = f"techniques/{inside[0]}"
-        lines[room] += len(path.read_text().splitlines())
-    rooms = {path.name for path in (SOURCE / "meshwright").iterdir() if path.is_dir()}
+        lines[room] += len(text_of(path).splitlines())
+    rooms = {path.name for path in (PACKAGE).iterdir() if path.is_dir()}
     assert rooms - {"techniques", "__pycache__"} == {*ROOM_LINES}
     for room, count in lines.items():
         limit = TECHNIQUE_LINES if room.startswith("techniques/") else ROOM_LINES.get(room, count)
@@ -255,7 +257,7 @@ def test_rooms_keep_to_their_lines() -> None:
 
 @pytest.mark.parametrize("module", PATHS)
 def test_public_names_are_explained(module: str) -> None:
-    assert ast.get_docstring(TREES[module]), f"{module} has no docstring"
-    for node in TREES[module].body:
+    assert ast.get_docstring(tree_of(PATHS[module])), f"{module} has no docstring"
+    for node in tree_of(PATHS[module]).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"

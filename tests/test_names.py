@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
-EXCEPT = ("search/", "program/work.py")
-"""Beginnings of paths whose docstrings are not held to this."""
-TREES = {
-    path.relative_to(SOURCE): ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(SOURCE.rglob("*.py"))
-}
+from sources import PACKAGE, files_below, tree_of
+
+PATHS = [path.relative_to(PACKAGE) for path in files_below(PACKAGE)]
 IN_EVERY_ROOM = {"__init__.py", "__main__.py", "spec.py", "files.py", "validate.py"}
 """Files whose room says what they are about: its records, a user's files, and their checks."""
 OF_BOTH_MODELS = {"Attention", "Block"}
@@ -41,7 +37,7 @@ def _homes(found: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 def test_no_file_name_stands_for_two_things() -> None:
     files = (
         (path.name, str(path))
-        for path in TREES
+        for path in PATHS
         if path.name not in IN_EVERY_ROOM and path.parts[0] != "techniques"
     )
     assert not _homes(files)
@@ -50,8 +46,8 @@ def test_no_file_name_stands_for_two_things() -> None:
 def test_no_class_name_stands_for_two_things() -> None:
     classes = (
         (node.name.lstrip("_"), str(path))
-        for path, tree in TREES.items()
-        for node in tree.body
+        for path in PATHS
+        for node in tree_of(PACKAGE / path).body
         if isinstance(node, ast.ClassDef) and node.name not in OF_BOTH_MODELS
     )
     assert not _homes(classes)
@@ -76,12 +72,9 @@ def _pairs(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         yield from pairwise(body)
 
 
-HELD = [path for path in TREES if not path.as_posix().startswith(EXCEPT)]
-
-
-@pytest.mark.parametrize("path", HELD, ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=str)
 def test_docstrings_begin_as_sentences_do(path: Path) -> None:
-    for name, text in _docstrings(TREES[path]):
+    for name, text in _docstrings(tree_of(PACKAGE / path)):
         first = text.split(maxsplit=1)[0] if text.strip() else "Nothing"
         lower = first[0].islower() and not first.startswith("torch")
         assert not lower, f"{path}:{name} begins in the middle: {text[:60]!r}"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FILES = [
-    path
+from sources import ROOT, files_below, tree_of
+
+FILES = {
+    str(path.relative_to(ROOT)): path
     for folder in ("src", "benchmarks", "examples", "docs")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-]
-TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in FILES}
+    for path in files_below(ROOT / folder)
+}
 
 UNPICKLING_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal",
                       "shelve"}  # fmt: skip
@@ -27,12 +26,14 @@ LISTENING = {"create_server", "listen", "bind", "TCPStore"}
 MAY_LISTEN = {"src/meshwright/launch/store.py", "src/meshwright/runtime/rendezvous.py"}
 
 
-def called(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+@cache
+def called(tree: ast.AST) -> tuple[tuple[str, ast.Call], ...]:
     """The last name of everything that is called, and the call."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            name = node.func
-            yield (name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", "")), node
+    return tuple((_name(n.func), n) for n in ast.walk(tree) if isinstance(n, ast.Call))
 
 
 def keyword(call: ast.Call, name: str) -> object:
@@ -41,9 +42,9 @@ def keyword(call: ast.Call, name: str) -> object:
     return found[0].value if found and isinstance(found[0], ast.Constant) else None
 
 
-@pytest.mark.parametrize("file", TREES)
+@pytest.mark.parametrize("file", FILES)
 def test_nothing_is_unpickled(file: str) -> None:
-    tree = TREES[file]
+    tree = tree_of(FILES[file])
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = {alias.name.partition(".")[0] for alias in node.names}
@@ -60,18 +61,18 @@ def test_nothing_is_unpickled(file: str) -> None:
             assert keyword(call, "allow_pickle") is False, f"{file}:{call.lineno}"
 
 
-@pytest.mark.parametrize("file", TREES)
+@pytest.mark.parametrize("file", FILES)
 def test_no_text_is_run_as_code_or_by_a_shell(file: str) -> None:
-    for name, call in called(TREES[file]):
+    for name, call in called(tree_of(FILES[file])):
         target = ast.unparse(call.func)
         runs = name in RUNNING_CALLS and not target.startswith(("re.", "torch.", "self."))
         assert not runs, f"{file}:{call.lineno} {target}"
         assert keyword(call, "shell") is not True, f"{file}:{call.lineno}"
 
 
-@pytest.mark.parametrize("file", [file for file in TREES if file not in MAY_LISTEN])
+@pytest.mark.parametrize("file", [file for file in FILES if file not in MAY_LISTEN])
 def test_only_the_rendezvous_listens(file: str) -> None:
-    for name, call in called(TREES[file]):
+    for name, call in called(tree_of(FILES[file])):
         assert name not in LISTENING or "self." in ast.unparse(call.func), f"{file}:{call.lineno}"
 
 

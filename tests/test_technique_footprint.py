@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from meshwright.techniques import TECHNIQUES, rooms_with
+from sources import PACKAGE, files_below, text_of, tree_of
 
-SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
-ROOMS = SOURCE / "techniques"
+ROOMS = PACKAGE / "techniques"
 SHARED = {"plan/spec.py": "the field itself", "techniques/__init__.py": "the list of rooms"}
 FIELDS: dict[str, tuple[str, ...]] = {
     "activation_checkpointing": ("recompute",),
@@ -56,34 +56,35 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",
         "cost/pricing_context.py": "memory is kept by what it depends on",
         "cost/sharded.py": "the same field of another tool's run",
-        "plan/ranks.py": "the stage of a rank has it",
         "runtime/build_stages.py": "a built stage knows which of its layers run again",
-        "profiling/layer_times.py": "the profile measures layers that keep their activations",
         "search/": CHOSEN,
     },
 }
 """By technique: files and folders outside its room that have its words, with the reason."""
 
-FILES = {
-    path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8")
-    for path in sorted(SOURCE.rglob("*.py"))
-}
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in files_below(PACKAGE)}
 
 
-def _operations(room: str) -> list[str]:
+@cache
+def _operations(room: str) -> frozenset[str]:
     """The words that a room adds to programs."""
-    return [
+    return frozenset(
         str(op)
         for part in rooms_with("operations")
         if part.__name__.split(".")[-2] == room
         for op in part.OPERATIONS
-    ]
+    )
 
 
 @cache
-def _names(text: str) -> frozenset[str]:
+def _names(file: Path) -> frozenset[str]:
     """All names of `_fields`, once for a file."""
-    return frozenset(_fields(ast.parse(text)))
+    return frozenset(_fields(tree_of(file)))
+
+
+@cache
+def _words(file: Path) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text_of(file)))
 
 
 def _fields(tree: ast.AST) -> Iterator[str]:
@@ -98,19 +99,18 @@ def _fields(tree: ast.AST) -> Iterator[str]:
                 yield text.rpartition(".")[2]
 
 
-def _found(room: str, text: str) -> set[str]:
+def _found(room: str, file: Path) -> set[str]:
     """The words of a technique that a file has: its operations anywhere, its field in code."""
-    words = {word for word in _operations(room) if re.search(rf"\b{word}\b", text)}
-    words |= {room} & set(re.findall(r"\w+", text))
-    return words | ({*FIELDS.get(room, ())} & _names(text))
+    anywhere = {room, *_operations(room)} & _words(file)
+    return anywhere | ({*FIELDS.get(room, ())} & _names(file))
 
 
 def _outside(room: str) -> dict[str, set[str]]:
     """The words of a technique by file, in all files that are not its own."""
     own = f"techniques/{room}/"
     found = {
-        name: _found(room, text)
-        for name, text in FILES.items()
+        name: _found(room, file)
+        for name, file in FILES.items()
         if not name.startswith(own) and name not in SHARED
     }
     return {name: words for name, words in found.items() if words}
@@ -133,10 +133,10 @@ def test_no_exception_is_allowed_for_longer_than_it_lasts(room: str) -> None:
 @pytest.mark.parametrize("room", TECHNIQUES)
 def test_words_are_found_where_they_are(room: str) -> None:
     """The room itself has them, and so do the files that all techniques share."""
-    own = [text for name, text in FILES.items() if name.startswith(f"techniques/{room}/")]
+    own = [file for name, file in FILES.items() if name.startswith(f"techniques/{room}/")]
     wanted = {*_operations(room), *FIELDS.get(room, ())}
     shared = [FILES[name] for name in SHARED]
-    assert wanted | {room} <= set().union(*(_found(room, text) for text in (*own, *shared)))
+    assert wanted | {room} <= set().union(*(_found(room, file) for file in (*own, *shared)))
 
 
 def test_every_room_is_in_the_list() -> None:

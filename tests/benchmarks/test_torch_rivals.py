@@ -108,6 +108,7 @@ def known_at(setting: Setting, graph: LayerGraph) -> Known:
     return Known(setting=setting, graph=graph, cluster=bed.cluster, profile=None, job=job)
 
 
+@pytest.mark.heavy
 def test_every_system_comes_with_a_plan_that_holds(graph: LayerGraph) -> None:
     known = known_at(Setting(EIGHT, "virtual", "gpt"), graph)
     rivals = torch_rivals(known)
@@ -122,6 +123,7 @@ def test_every_system_comes_with_a_plan_that_holds(graph: LayerGraph) -> None:
     assert sum(r.job.get("hybrid", False) for r in torch_rivals(even)) == 2
 
 
+@pytest.mark.heavy
 def test_amp_is_told_of_nodes_of_one_size(graph: LayerGraph) -> None:
     known = known_at(Setting(EIGHT, "virtual", "gpt"), graph)
     told = of_equal_nodes(known.cluster)

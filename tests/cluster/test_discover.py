@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.amd import read_amd_smi, read_rocm_smi
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.discover import discover, discover_toml, hardware_cluster
+from meshwright.cluster.discover import (
+    discover,
+    discover_toml,
+    hardware_cluster,
+    number_equal_names,
+)
 from meshwright.cluster.files import cluster_from
 from meshwright.cluster.hardware import (
     Gpu,
@@ -285,6 +290,13 @@ def test_every_gpu_keeps_the_memory_and_speed_of_its_own_type(gpus):
     assert cluster_from(tomllib.loads(discover_toml(found)), source="here") == cluster
 
 
+def test_unlike_types_of_one_name_are_numbered():
+    kinds = [replace(catalog()["T4"].type, memory=gib * GIB) for gib in (14, 10, 14, 12)]
+    names = [kind.name for kind in number_equal_names(kinds)]
+    assert names == ["T4", "T4-2", "T4", "T4-3"]
+    assert [kind.name for kind in number_equal_names(kinds[:2])] == ["T4", "T4-2"]
+
+
 def test_a_type_is_called_the_same_whatever_stands_beside_it():
     cards = [Gpu(name="NVIDIA GeForce RTX 3080", memory=gib * GIB) for gib in (10, 12)]
     names = ["RTX-3080-10GiB", "RTX-3080-12GiB"]
@@ -292,6 +304,14 @@ def test_a_type_is_called_the_same_whatever_stands_beside_it():
     for order in (cards, cards[::-1]):
         nodes = hardware_cluster(MachineHardware(name="desk", gpus=tuple(order)))[0].nodes
         assert sorted(nodes[0].devices) == names
+
+
+def test_a_slice_is_never_faster_than_its_whole_gpu():
+    """Whatever a driver of the future calls it."""
+    kind, _ = device_type_of(Gpu(name="NVIDIA A100-SXM4-40GB MIG 9g.90gb", memory=40 * GIB))
+    whole = catalog()["A100-40"].type
+    assert kind.peak == whole.peak
+    assert kind.memory_bandwidth == whole.memory_bandwidth
 
 
 def test_slices_of_a_card_that_is_not_catalogued_have_their_share_too():

@@ -27,6 +27,7 @@ from meshwright.cost.fit_constants import (
     held_out_predictions,
     with_values,
 )
+from soaks import portion
 
 RANDOM = np.random.default_rng(7)
 WORK = RANDOM.uniform(0.1, 1.0, (24, 3))
@@ -98,7 +99,7 @@ def test_other_constants_of_the_start_are_kept() -> None:
     assert found.system.gradient_width == 0.5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=portion(15), deadline=None)
 @given(factor=st.floats(0.01, 100.0))
 def test_no_measurement_pushes_a_constant_out_of_its_range(factor: float) -> None:
     found = fit_constants(seconds, MEASURED * factor, KNOBS)

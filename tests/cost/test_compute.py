@@ -203,3 +203,4 @@ def test_the_optimizer_moves_its_bytes_unless_it_was_measured() -> None:
     measured = Profile(model="m", sequence=128, optimizers=(entry,))
     assert optimizer_seconds(GPU, "adamw", 10**9, measured) == pytest.approx(1.5)
     assert optimizer_seconds(GPU, "sgd", 10**9, measured) < 0.1
+    assert optimizer_seconds(GPU, "adamw", 0, measured) == 0.0, "who trains nothing takes no step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -35,13 +36,15 @@ from meshwright.search.planner import find_plan
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
+from soaks import portion
 from strategies import models_and_plans
 from worlds import DEVICE, chain, even_model, even_plan, freeze, one_node
 
 WIDTH, HIDDEN, RANK, LAYERS, VOCABULARY, LENGTH = 16, 24, 3, 4, 33, 8
 
 
-def adapted(precision: str = "fp32", **others: bool) -> LayerGraph:
+@cache
+def adapted(precision: str, **others: bool) -> LayerGraph:
     """Four blocks, the last two with adapters."""
     with torch.device("meta"):
         model = Tuned(vocabulary=VOCABULARY, layers=LAYERS, adapted=(2, 3), rank=RANK, **others)
@@ -49,7 +52,7 @@ def adapted(precision: str = "fp32", **others: bool) -> LayerGraph:
 
 
 def test_a_trace_shows_trained_and_frozen_numbers_apart() -> None:
-    graph = adapted()
+    graph = adapted("fp32")
     maps, norm = 2 * WIDTH * HIDDEN + WIDTH + HIDDEN, 2 * WIDTH
     low = 2 * RANK * (WIDTH + HIDDEN)
     table, head = VOCABULARY * WIDTH, VOCABULARY * WIDTH + norm
@@ -65,7 +68,7 @@ def test_a_trace_shows_trained_and_frozen_numbers_apart() -> None:
 
 
 def test_nothing_flows_back_to_where_nothing_is_trained() -> None:
-    graph = adapted()
+    graph = adapted("fp32")
     assert [x.has_backward for x in graph.layers] == [False, False, False, True, True, True]
     assert [t.gradient for t in graph.tensors] == [False, False, False, True, True]
     assert [x.backward_flops for x in graph.layers[:3]] == [0.0, 0.0, 0.0]
@@ -74,7 +77,7 @@ def test_nothing_flows_back_to_where_nothing_is_trained() -> None:
 
 def test_backward_flops_are_gradients_of_inputs_and_of_what_is_trained() -> None:
     """Of the second adapted block, to whose input a gradient comes, and of the frozen head."""
-    block, head = adapted().layers[4:]
+    block, head = adapted("fp32").layers[4:]
     base, low = 2 * LENGTH * 2 * WIDTH * HIDDEN, 2 * LENGTH * 2 * RANK * (WIDTH + HIDDEN)
     assert block.forward_flops == base + low
     assert block.backward_flops == base + 2 * low
@@ -82,7 +85,7 @@ def test_backward_flops_are_gradients_of_inputs_and_of_what_is_trained() -> None
 
 
 def test_the_first_adapted_block_sums_nothing_back_over_tensor_ranks_for_its_frozen_maps() -> None:
-    before, first, second, _ = (x.along("tensor") for x in adapted().layers[2:])
+    before, first, second, _ = (x.along("tensor") for x in adapted("fp32").layers[2:])
     stream = LENGTH * WIDTH * 4.0
     assert before.backward_all_reduce_bytes == ()
     assert len(before.forward_all_reduce_bytes) == 1
@@ -200,7 +203,7 @@ def test_frozen_layers_have_no_second_half_of_a_backward_and_idle_ones_no_backwa
 
 
 def test_of_an_adapted_layer_the_second_half_is_what_is_trained() -> None:
-    graph = adapted()
+    graph = adapted("fp32")
     shares = backward_shares(graph, DEVICE, 1, 1)
     block = graph.layers[4]
     low = 2 * LENGTH * 2 * RANK * (WIDTH + HIDDEN)
@@ -239,7 +242,7 @@ def test_no_plan_takes_more_memory_when_layers_are_frozen(
         assert less.parameters == more.parameters
 
 
-@settings(max_examples=60)
+@settings(max_examples=portion(60))
 @given(models_and_plans(), st.data())
 def test_prediction_with_frozen_layers_equals_the_simulated_high_water_mark(
     case: tuple[LayerGraph, Plan], data: st.DataObject

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,12 @@ def make(
         precision=precision,
         model=PlanInput(name=model, fingerprint="", source=model),
     )
-    return plan, load_model(model, 16, precision)
+    return plan, graph_of(model, precision)
+
+
+@cache
+def graph_of(model: str, precision: Precision) -> LayerGraph:
+    return load_model(model, 16, precision)
 
 
 def recomputing(plan: Plan, stages: slice = slice(None)) -> Plan:

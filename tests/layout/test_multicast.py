@@ -18,6 +18,7 @@ from meshwright.layout.multicast import (
     schedule_multicasts,
     timed,
 )
+from soaks import portion
 
 SOURCES, TARGETS = ("a", "b", "c"), ("x", "y", "z")
 
@@ -45,7 +46,7 @@ def best_of_all(found: list[Multicast]) -> float:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=portion(60), deadline=None)
 @given(tasks(4))
 def test_few_tasks_are_ordered_best(found: list[Multicast]) -> None:
     wanted = best_of_all(found)
@@ -53,7 +54,7 @@ def test_few_tasks_are_ordered_best(found: list[Multicast]) -> None:
     assert makespan(schedule_multicasts(found)) == pytest.approx(wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=portion(40), deadline=None)
 @given(tasks(30))
 def test_turns_share_no_port(found: list[Multicast]) -> None:
     turns = schedule_multicasts(found)
@@ -70,6 +71,17 @@ def test_turns_share_no_port(found: list[Multicast]) -> None:
     assert makespan(turns) >= lower_bound(found) - 1e-9
     assert makespan(turns) <= makespan(timed(found, by_size(found))) + 1e-9 or len(found) > 8
     assert schedule_multicasts(found) == turns
+
+
+def test_the_longest_are_dealt_first() -> None:
+    """A half, two quarters and so on of what each of eight hosts sends: the small fill up what the
+    large have left, without a gap."""
+    hosts = tuple("abcdefgh")
+    sizes = [2.0**k for k in range(8) for _ in range(128 // 2**k)]
+    found = [
+        Multicast(size=size, senders=hosts, receivers=(f"t{n}",)) for n, size in enumerate(sizes)
+    ]
+    assert makespan(schedule_multicasts(found)) == lower_bound(found) == sum(sizes) / 8
 
 
 @pytest.mark.parametrize("count", [8, 16, 64])

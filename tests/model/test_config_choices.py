@@ -51,3 +51,11 @@ def test_each_of_the_names_of_a_share_of_turned_features_is_read():
     ):
         model = from_config(plain | {"hidden_size": 64} | given, "c")
         assert model.architecture.rotary.features == turned
+
+
+@pytest.mark.parametrize(("name", "period"), [("gemma3_text", 6), ("olmo3", 4)])
+def test_a_file_that_says_nothing_of_windows_has_its_familys(name, period):
+    """Every sixth block of Gemma 3, and every fourth of Olmo 3, sees all that came before."""
+    config = TINY[f"{name}, bare"] | {"num_hidden_layers": 12, "sliding_window": 8}
+    windows = from_config(config, "c").architecture.windows
+    assert [n for n, window in enumerate(windows, 1) if not window] == [*range(period, 13, period)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from published import PUBLISHED
 
 from meshwright.errors import ModelError
@@ -17,7 +18,7 @@ from meshwright.model.spec import num_parameters
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.transformer.families import FAMILIES
 from meshwright.model.transformer.fields import IGNORED, REFUSED
-from meshwright.model.zoo.build import build_model, vocabulary_of
+from meshwright.model.zoo.build import build_model, from_language_model, vocabulary_of
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768,
         "n_layer": 12, "n_head": 12}  # fmt: skip
@@ -48,10 +49,16 @@ def test_known_models_have_their_published_number_of_parameters(name, parameters
     assert num_parameters(load_model(name, 1024, "bf16")) == parameters
 
 
-@pytest.mark.parametrize(("name", "billions"), [("u-transformer-1b", 1), ("u-transformer-2b", 2)])
-def test_our_own_models_are_as_large_as_their_names_say(name, billions):
-    found = num_parameters(load_model(name, 1024, "bf16"))
+@pytest.mark.parametrize(
+    ("name", "billions", "head"), [("u-transformer-1b", 1, 76), ("u-transformer-2b", 2, 108)]
+)
+def test_our_own_models_are_as_large_as_their_names_say(name, billions, head):
+    """Both have eight heads."""
+    with torch.device("meta"):
+        module = from_language_model(NAMED[name])
+    found = sum(each.numel() for each in module.parameters())
     assert found == pytest.approx(billions * 1e9, rel=0.05)
+    assert (NAMED[name].heads, NAMED[name].head) == (8, head)
 
 
 def test_a_config_is_the_model_of_that_name(tmp_path):
@@ -76,6 +83,13 @@ def test_fields_that_configs_may_leave_out():
     assert from_config(GPT2 | {"n_inner": 100}, "c").hidden == 100
     assert from_config(LLAMA | {"model_type": "mistral"}, "c").family == "mistral"
     assert from_config(MIXTRAL, "c").experts == 8
+
+
+def test_the_base_of_rotary_frequencies_may_be_any_number_above_0():
+    for base in (0.5, 1.0, 1e15):
+        assert from_config(LLAMA | {"rope_theta": base}, "c").rotary_base == base
+    with pytest.raises(ModelError, match="rope_theta: found 0"):
+        from_config(LLAMA | {"rope_theta": 0.0}, "c")
 
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "u-transformer-tiny"])

@@ -213,6 +213,7 @@ def test_a_backward_of_nothing_is_a_mistake(tmp_path):
         ('"12 GFLOP"', '"lots"', r"layer\[0\]\.forward.*found 'lots'"),
         ('"12 GFLOP"', "-3.0", r"layer\[0\]\.forward: found -3.0; wanted at least 0"),
         ("4_000_000", "-4", r"layer\[0\]\.parameters: found -4"),
+        ("4_000_000", "1_000_000_000_000_001", r"parameters.*wanted at most 1,000,000,000,000,000"),
         ("4_000_000", "4.5", r"layer\[0\]\.parameters: found 4.5; wanted a whole number"),
         ("count = 3", "count = 9_999", "layer: found 10,001 layers; wanted at most 10,000"),
         ("count = 3", "count = 0", r"layer\[0\]\.count: found 0"),

@@ -66,6 +66,16 @@ def test_every_family_of_decoders_is_compared():
     assert of_tiny == decoders == set(LAYOUTS)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
+    """As far as transformers has a field of that name; it has none of some that it only reads."""
+    family = FAMILIES[kind]
+    windows = {"use_sliding_window": True} if "use_sliding_window" in family.follows else {}
+    theirs = transformers.AutoConfig.for_model(kind, **windows)
+    for name, value in family.usual.items():
+        assert getattr(theirs, name, value) == value, name
+
+
 @pytest.mark.parametrize(
     "name", [each for each in (*TINY, *PUBLISHED) if not each.startswith(("t5", "flan-t5"))]
 )

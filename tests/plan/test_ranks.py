@@ -56,9 +56,9 @@ def test_every_device_has_its_seat():
     found = stage_placements(replace(plan(None), devices=devices, pipelines=(pipeline, whole)))
     ends = [(s.number, s.pipeline, s.is_first, s.is_last, s.position) for s in found]
     assert ends == [(0, 0, True, False, 0), (1, 0, False, True, 1), (2, 1, True, True, 0)]
-    assert [(s.boundary, s.recompute) for s in found[:2]] == [
-        ("direct", False),
-        ("broadcast", True),
+    assert [(s.boundary, s.plan_stage) for s in found[:2]] == [
+        ("direct", first),
+        ("broadcast", last),
     ]
     placements = [(q.rank, q.coordinates, q.widths, q.rows) for q in found[0].mesh.members]
     assert placements == [

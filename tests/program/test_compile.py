@@ -283,6 +283,23 @@ def test_without_clipping_every_bucket_is_updated_for_itself() -> None:
     assert "an OPTIMIZER_STEP of the same layers" in str(caught.value)
 
 
+def test_a_tied_gradient_is_summed_with_the_last_backward_that_adds_to_it() -> None:
+    """The first devices hold the first and the last of four stages, which share a weight. The sum
+    is posted ahead of the last backward, in which it begins."""
+    model = chain([1.0] * 4, tied=True)
+    outer, inner = (("n:0",), ("n:1",)), (("n:2",), ("n:3",))
+    stages = tuple(
+        Stage(layers=(s, s + 1), devices=devices)
+        for s, devices in enumerate((outer, inner, inner, outer))
+    )
+    plan = plan_by_hand(Pipeline(micro_batches=4, rows=2, stages=stages), schedule="zb-v")
+    own = compile_plan(plan, model).ranks[0]
+    (posted,) = [n for n, i in enumerate(own) if i.op is REDUCE_GRAD and i.tied == "shared"]
+    completing = Counter(i.stage for i in own[:posted] if i.op.completes_gradients)
+    assert completing == {0: 3, 3: 4}
+    assert [i.stage for i in own[posted:] if i.op.completes_gradients] == [0]
+
+
 def test_what_one_rank_alone_holds_is_updated_before_what_is_shared() -> None:
     model, cluster = chain([1.0, 1.0], tied=True), one_node(2)
     plan = even_plan(model, cluster, stages=2, micro_batches=2)

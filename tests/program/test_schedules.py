@@ -243,7 +243,7 @@ BAD = {
     "backward first": (("B0 F0", "F0 B0"), "its F0 before it"),
     "weight first": (("F0 W0 I0", "F0 B0"), "its I0 before it"),
     "both": (("F0 I0 B0 W0", "F0 B0"), "not both"),
-    "few texts": (("F0 B0",), "one for each group"),
+    "few texts": (("F0 B0",), "one for each pipeline rank"),
 }
 
 

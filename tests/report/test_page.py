@@ -175,6 +175,17 @@ def test_a_large_cluster_is_drawn_small() -> None:
     assert len(svg) < 100_000
 
 
+def test_long_names_of_devices_end_where_their_box_ends() -> None:
+    """Fourteen letters fit into a box of a node of five devices."""
+    name = "a-card-of-the-longest-name"
+    cluster = paper.cluster()
+    types = {**cluster.types, name: replace(cluster.types["slow"], name=name)}
+    nodes = (cluster.nodes[0], replace(cluster.nodes[1], devices=(name,) * 5))
+    svg = plan_svg(paper.plan(), replace(cluster, types=types, nodes=nodes), paper.model())
+    assert ">0  a-card-of-…<" in svg
+    assert len("0  a-card-of-…") == 14
+
+
 def test_shares_of_rows_and_layers_are_drawn() -> None:
     wide = Stage(layers=(0, 4), devices=(("a:0", "b:0"), ("b:1", "b:2")), rows=(3, 1))
     plan = replace(

@@ -80,6 +80,8 @@ def test_plan_table_shows_widths_uneven_rows_and_pipelines() -> None:
     plan = replace(paper.plan(), devices=devices, pipelines=(first, second))
     text = _text(plan_table(plan))
     assert "pipeline 1: 12 rows a step" in text
+    assert text.count("rows a step") == 2
+    assert "pipeline" not in _text(plan_table(paper.plan()))
     assert "2 x 2" in text
     assert "4 = 3 + 1" in text
     assert "b:0-3" in text

@@ -3,8 +3,8 @@
 import pytest
 
 from meshwright.cluster.spec import devices_of
-from meshwright.search.baselines.manual import amp_ranking, blocks, ddp, even, even_bounds
-from meshwright.search.costs import costs_of, unit_times
+from meshwright.search.baselines import amp_ranking, blocks, ddp, even, even_bounds
+from meshwright.search.costs import costs_of, group_times
 from meshwright.search.space import DeviceSet
 from worlds import cluster, job, model
 
@@ -61,8 +61,8 @@ def test_amp_ranks_the_whole_space_by_the_average_device():
     assert len(ranking) == 5 + 6
     piped = next(c for c in ranking if c.shape.grid.stages == 2 and c.shape.micro_batches > 1)
     assert piped.fixed == (0, 4, 8)
-    assert unit_times(costs, ("a:0",), 1)[0].sum() * 2 == pytest.approx(
-        unit_times(costs, ("b:0",), 1)[0].sum()
+    assert group_times(costs, ("a:0",), 1)[0].sum() * 2 == pytest.approx(
+        group_times(costs, ("b:0",), 1)[0].sum()
     )
 
 

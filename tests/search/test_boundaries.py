@@ -79,7 +79,7 @@ def test_what_is_no_faster_stays_direct():
     finish(incumbent, [OPTION], lambda *_: None)
     assert where.nodes[0].inside == NVLINK
     assert incumbent.best.plan == plan
-    assert incumbent.dropped["boundary-kinds: slower in the simulator"] == 2
+    assert incumbent.pruned["boundary-kinds: slower in the simulator"] == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

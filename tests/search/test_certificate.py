@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from meshwright.search.certificate import (
     LAST,
     certificate,
     certificate_in_haste,
+    fluid_seconds,
     least_ring_seconds,
     sentence,
 )
@@ -29,6 +31,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, stoppable
 from meshwright.techniques.backward_split.price import SPLIT_COST
+from soaks import portion
 from worlds import FAST, SLOW, cluster, job, model
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
@@ -61,7 +64,7 @@ def wired(draw) -> Cluster:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=portion(200))
 @given(wired(), st.data())
 def test_no_ring_of_so_many_devices_is_quicker_than_the_least(where, data):
     costs = costs_of(model([1.0]), where, job())
@@ -211,3 +214,11 @@ def test_a_certificate_that_is_left_off_gives_way_to_one_that_takes_no_time():
     quick = certificate_in_haste(costs)
     assert quick.reason == LAST
     assert 0 < quick.seconds < certificate(costs).seconds
+
+
+def test_a_layer_that_fits_nowhere_takes_for_ever() -> None:
+    """Two types share two seconds of work; of a layer that neither can hold there is no end."""
+    number, never = np.array([1.0, 1.0]), float("inf")
+    assert fluid_seconds(np.array([[1.0, 1.0], [1.0, 1.0]]), number) == pytest.approx(1.0)
+    assert fluid_seconds(np.array([[1.0, never], [never, never]]), number) == never
+    assert fluid_seconds(np.full((2, 2), never), number) == never

@@ -5,11 +5,11 @@ from random import Random
 
 from meshwright.search.chain_partition import chains, cut_chain
 from meshwright.search.costs import costs_of
-from meshwright.search.layer_partition import fit_line
+from meshwright.search.layer_partition import fit_pipeline
 from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
-UNITS = (("a:0",), ("a:1",), ("b:0",), ("b:1",))
+GROUPS = (("a:0",), ("a:1",), ("b:0",), ("b:1",))
 
 
 def costs():
@@ -23,26 +23,28 @@ def groupings(units):
 
 
 def test_every_number_of_stages_is_offered_once_and_no_unit_is_lost():
-    found = list(cut_chain(costs(), UNITS, 4, 6))
+    found = list(cut_chain(costs(), GROUPS, 4, 6))
     assert sorted(len(stages) for _, stages in found) == [1, 2, 3, 4]
     assert [seconds for seconds, _ in found] == sorted(seconds for seconds, _ in found)
     for _, stages in found:
-        assert tuple(unit for stage in stages for unit in stage) == UNITS
+        assert tuple(unit for stage in stages for unit in stage) == GROUPS
 
 
 def test_fewer_rows_than_replicas_forbid_a_stage():
-    assert all(len(stage) == 1 for _, stages in cut_chain(costs(), UNITS, 1, 6) for stage in stages)
+    assert all(
+        len(stage) == 1 for _, stages in cut_chain(costs(), GROUPS, 1, 6) for stage in stages
+    )
 
 
 def test_the_best_pipeline_of_a_row_is_not_far_from_what_is_offered():
     priced = costs()
 
     def seconds(stages):
-        fitted = fit_line(priced, stages, 4, 6, "1f1b")
+        fitted = fit_pipeline(priced, stages, 4, 6, "1f1b")
         return fitted.once + 5 * fitted.slowest
 
-    offered = min(seconds(stages) for _, stages in cut_chain(priced, UNITS, 4, 6))
-    assert offered <= 1.05 * min(seconds(stages) for stages in groupings(UNITS))
+    offered = min(seconds(stages) for _, stages in cut_chain(priced, GROUPS, 4, 6))
+    assert offered <= 1.05 * min(seconds(stages) for stages in groupings(GROUPS))
 
 
 def test_the_same_seed_draws_the_same_strategies_which_hold_all_rows():

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from meshwright.search.costs import costs_of
-from meshwright.search.layer_partition import fit_line
+from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.pool_pipelines import (
     PoolStages,
     blocks,
@@ -14,7 +14,7 @@ from meshwright.search.pool_pipelines import (
     orders,
     pool_table,
     pools,
-    single_lines,
+    single_pipelines,
     two_ways,
     written,
 )
@@ -31,15 +31,15 @@ def used(stages):
 
 def test_a_pool_is_what_is_interchangeable():
     table = pool_table(COSTS, (1, 2, 4))
-    assert [{t: len(p.units) for t, p in widths.items()} for widths in table] == [
+    assert [{t: len(p.groups) for t, p in widths.items()} for widths in table] == [
         {1: 8, 2: 4, 4: 2},
         {1: 2, 2: 1},
     ]
-    assert all(len({n.split(":")[0] for n in u}) == 1 for u in table[0][4].units)
+    assert all(len({n.split(":")[0] for n in u}) == 1 for u in table[0][4].groups)
     fastest = pools(COSTS, 1)
-    assert [len(pool.units) for pool in fastest] == [8, 2]
+    assert [len(pool.groups) for pool in fastest] == [8, 2]
     assert fastest[0].pace < fastest[1].pace
-    assert [len(pool.units) for pool in pools(COSTS, 4)] == [2]
+    assert [len(pool.groups) for pool in pools(COSTS, 4)] == [2]
 
 
 def test_drafts_are_sorted_have_enough_rows_and_every_tensor_width():
@@ -58,7 +58,7 @@ def test_a_guess_is_close_for_a_balanced_line():
     costs = costs_of(model([10.0] * 8), cluster(("fast",) * 4), job(24))
     for draft in drafts(costs, [widths], 24, (1, 2)):
         stages = written(draft.shape, across=False)
-        fitted = fit_line(costs, stages, draft.rows, 24 // draft.rows, "1f1b")
+        fitted = fit_pipeline(costs, stages, draft.rows, 24 // draft.rows, "1f1b")
         if draft.shape.depths == (4,):
             seconds = fitted.once + (24 // draft.rows - 1) * fitted.slowest
             assert draft.guess == pytest.approx(seconds, rel=0.05)
@@ -118,12 +118,12 @@ def test_legal_widths_divide_every_layer_and_fit_a_node():
 
 
 def test_lines_hold_the_whole_batch():
-    single = [lines for lines in single_lines(COSTS, lambda: float("inf")) if lines]
+    single = [lines for lines in single_pipelines(COSTS, lambda: float("inf")) if lines]
     assert single
     assert all(line.share == 24 for (line,) in single)
-    tensors = {tuple(len(t.units[0]) for t in line.teams) for (line,) in single}
+    tensors = {tuple(len(t.groups[0]) for t in line.stages) for (line,) in single}
     assert any(len(set(widths)) > 1 for widths in tensors)
 
 
 def test_nothing_is_composed_above_the_limit():
-    assert list(single_lines(COSTS, lambda: 0.0)) == []
+    assert list(single_pipelines(COSTS, lambda: 0.0)) == []

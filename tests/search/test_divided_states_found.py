@@ -24,6 +24,7 @@ from meshwright.simulate.simulator import simulate_plan
 from meshwright.techniques.state_division.options import divided
 from meshwright.techniques.state_division.plan import divides
 from meshwright.workflows.export_plan import regular_forms
+from soaks import portion
 from strategies import small_worlds
 from worlds import FAST, cluster, device, even_plan, job, model, one_node
 
@@ -92,7 +93,7 @@ def test_divided_states_fit_where_nothing_else_does():
     assert certificate(costs_of(graph, where, job(2))).seconds <= found.prediction.step_seconds
 
 
-@settings(max_examples=25)
+@settings(max_examples=portion(25))
 @given(small_worlds({1: (6, 6), 2: (5, 6), 3: (4, 6), 4: (4, 4)}), st.sampled_from([1e10, 1e15]))
 def test_no_plan_with_divided_states_is_below_the_certificate(world, bandwidth):
     graph, where, todo = world

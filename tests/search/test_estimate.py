@@ -28,6 +28,7 @@ from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
 from meshwright.simulate.simulator import simulate
+from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SPEED = {"fast": 2.0, "slow": 1.0}
@@ -56,7 +57,7 @@ def candidates(draw):
     return costs, Candidate(DeviceSet(devices=devices), place, shape)
 
 
-@settings(max_examples=60)
+@settings(max_examples=portion(60))
 @given(candidates())
 def test_no_candidate_beats_its_lower_bound(case):
     costs, candidate = case
@@ -65,7 +66,7 @@ def test_no_candidate_beats_its_lower_bound(case):
         assert optimistic_seconds(costs, candidate) <= found.seconds * (1 + 1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=portion(60))
 @given(candidates())
 def test_what_is_said_to_fit_fits_and_what_is_not_never_does(case):
     costs, candidate = case
@@ -86,7 +87,7 @@ def test_what_is_said_to_fit_fits_and_what_is_not_never_does(case):
         assert worst[0] <= 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=portion(60))
 @given(candidates())
 def test_the_closed_form_is_near_the_simulator(case):
     """Within a quarter: it leaves out how single transfers queue."""

@@ -9,7 +9,7 @@ from meshwright.search.certificate import EXHAUSTIVE, certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
-from soaks import tenth
+from soaks import portion, tenth
 from strategies import small_worlds
 
 SIZES = {1: (6, 8), 2: (6, 5), 3: (6, 3), 4: (6, 2)}
@@ -30,7 +30,7 @@ def check_exact(world):
     assert bound.seconds <= best * (1 + 1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(small_worlds({1: (6, 6), 2: (5, 3), 3: (3, 2)}))
 def test_the_plan_found_is_the_best_of_all(world):
     check_exact(world)

@@ -10,14 +10,14 @@ from test_properties import TINY, any_worlds, check_legal, seconds
 from meshwright.cost.memory import total_bytes
 from meshwright.errors import FitError
 from meshwright.search.planner import find_plan
-from soaks import tenth
+from soaks import portion, tenth
 from strategies import small_worlds
 from worlds import cluster, freeze, job, model
 
 TINIER = {1: (4, 3), 2: (3, 2), 3: (3, 1)}
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds(TINIER), st.data())
 def test_freezing_never_makes_the_best_plan_slower(world, data):
     graph, where, todo = world
@@ -27,7 +27,7 @@ def test_freezing_never_makes_the_best_plan_slower(world, data):
 
 
 @pytest.mark.heavy
-@settings(max_examples=12)
+@settings(max_examples=portion(12))
 @given(any_worlds(), st.data())
 def test_plans_for_frozen_models_are_legal_and_above_their_bounds(world, data):
     graph, where, todo = world

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from listings import best_named, random_work
 
 from meshwright.program.actions import parse_order
+from meshwright.program.operations import Op
 from meshwright.program.orders import check_orders
 from meshwright.program.work import Work, fits, play, seconds, to_codes, to_orders
+from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.listing import best_order
 from meshwright.search.list_scheduler.refine import refined
 from soaks import tenth
@@ -85,6 +87,31 @@ def test_pipelines_are_within_three_percent_of_the_optimum():
         took = seconds(work, codes)
         least, _ = least_seconds(work, took, 5.0)
         assert took <= 1.03 * least, seed
+
+
+def test_forwards_go_first_where_that_is_the_rule():
+    """Four stages on one device that has room for all: no backward before the last forward."""
+    ones = (1.0,) * 4
+    work = Work(
+        layout=((0, 1, 2, 3),),
+        micro_batches=3,
+        forward=ones,
+        whole=ones,
+        inputs=ones,
+        weights=ones,
+        onward=(0.0,) * 3,
+        back=(0.0,) * 3,
+        full=ones,
+        half=ones,
+        room=(100.0,),
+    )
+    for first in (True, False):
+        rule = Rule(ahead=(3,) * 4, lag=(3,) * 4, patience=0.0, forward_first=first, split=0)
+        found = listed(work, rule)
+        assert found is not None
+        (order,) = to_orders(found[1])
+        ops = [action.op for action in order]
+        assert (ops[:12] == [Op.FORWARD] * 12) == first
 
 
 def test_one_micro_batch_at_a_time_becomes_an_order_in_which_both_groups_work():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meshwright.cluster.spec import Link
-from meshwright.search.bounds import line_bound
+from meshwright.search.bounds import pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
 from worlds import FAST, cluster, job, model
@@ -22,7 +22,7 @@ def bound(schedule: str, latency: float, micro_batches: int) -> float:
         (StageDevices((("a:0",),), (1,)), StageDevices((("b:0",),), (1,))), (0, 1, 2), micro_batches
     )
     assert FAST.peak["fp32"] == 20e12
-    return line_bound(costs, line, schedule)
+    return pipeline_bound(costs, line, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

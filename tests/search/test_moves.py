@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from meshwright.search import neighbourhood
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
-from meshwright.search.layer_partition import fit_line
+from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.local_search import MOVES
-from meshwright.search.stage_simulation import preview_seconds
+from meshwright.search.stage_simulation import stage_level_seconds
+from soaks import portion
 from worlds import cluster, job, model
 
 INFINITE = float("inf")
@@ -23,7 +24,7 @@ def priced(batch=12):
 
 
 def line(costs, *stages, rows=4, count=3):
-    return fit_line(costs, tuple(stages), rows, count, "1f1b").line
+    return fit_pipeline(costs, tuple(stages), rows, count, "1f1b").pipeline
 
 
 def unit(name):
@@ -44,7 +45,7 @@ def strategies(draw):
     return costs, ("1f1b", tuple(line(costs, *part, rows=rows, count=1) for part in parts))
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(strategies(), st.sampled_from(MOVES))
 def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
     costs, strategy = drawn
@@ -53,8 +54,8 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
         used = Counter(
             name
             for each in lines
-            for tensor_group in each.teams
-            for unit in tensor_group.units
+            for stage in each.stages
+            for unit in stage.groups
             for name in unit
         )
         assert set(used.values()) == {1}
@@ -63,30 +64,26 @@ def test_nothing_is_lost_and_nothing_is_used_twice(drawn, move):
             assert each.bounds[-1] == len(costs.model.layers)
             assert all(a < b for a, b in zip(each.bounds, each.bounds[1:], strict=False))
             assert all(
-                min(tensor_group.rows) >= 1 and sum(tensor_group.rows) == each.rows
-                for tensor_group in each.teams
+                min(stage.rows) >= 1 and sum(stage.rows) == each.rows for stage in each.stages
             )
-            assert all(
-                len({len(u) for u in tensor_group.units}) == 1 for tensor_group in each.teams
-            )
+            assert all(len({len(u) for u in stage.groups}) == 1 for stage in each.stages)
         assert schedule in ("1f1b", "gpipe")
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(strategies(), st.sampled_from(MOVES))
 def test_a_limit_leaves_out_only_what_is_slower(drawn, move):
     costs, strategy = drawn
-    limit = preview_seconds(costs, strategy[1], "1f1b")
+    limit = stage_level_seconds(costs, strategy[1], "1f1b")
     kept = set(move(costs, strategy, limit))
     for schedule, lines in move(costs, strategy, INFINITE):
         if (schedule, lines) not in kept:
-            assert preview_seconds(costs, lines, schedule) >= limit * (1 - 1e-9)
+            assert stage_level_seconds(costs, lines, schedule) >= limit * (1 - 1e-9)
 
 
 def shapes(found):
     return {
-        tuple(tuple(tensor_group.units for tensor_group in each.teams) for each in lines)
-        for _, lines in found
+        tuple(tuple(stage.groups for stage in each.stages) for each in lines) for _, lines in found
     }
 
 
@@ -111,7 +108,7 @@ def test_rows_move_between_unlike_replicas_only():
     costs = priced()
     start = CandidatePipeline((StageDevices((A0, A1, B0), (5, 5, 2)),), (0, 7), 1)
     found = {
-        lines[0].teams[0].rows
+        lines[0].stages[0].rows
         for _, lines in neighbourhood.rows(costs, ("1f1b", (start,)), INFINITE)
     }
     assert {(4, 5, 3), (6, 5, 1)} <= found
@@ -210,7 +207,7 @@ def test_a_slow_device_gives_its_place_to_an_idle_fast_one():
     costs = priced()
     strategy = ("1f1b", (line(costs, (unit("a:0"), unit("b:0")), rows=12, count=1),))
     stages = {
-        lines[0].teams[0].units for _, lines in neighbourhood.exchanged(costs, strategy, INFINITE)
+        lines[0].stages[0].groups for _, lines in neighbourhood.exchanged(costs, strategy, INFINITE)
     }
     assert (unit("a:0"), unit("a:1")) in stages
     assert (unit("a:0"), unit("c:0")) in stages

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
+from soaks import portion
 
 
 def seconds_of(loads, cuts, micro_batches, bounds):
@@ -41,7 +42,7 @@ def problems(draw):
     return loads, cuts, draw(st.integers(1, 12))
 
 
-@settings(max_examples=300)
+@settings(max_examples=portion(300))
 @given(problems())
 def test_nothing_beats_the_assignment(problem):
     loads, cuts, micro_batches = problem
@@ -58,7 +59,7 @@ def test_nothing_beats_the_assignment(problem):
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=portion(100))
 @given(problems())
 def test_least_worst_is_the_smallest_largest_load(problem):
     loads, _, _ = problem

@@ -19,6 +19,7 @@ from meshwright.search.estimate import Estimate, evaluate
 from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -40,7 +41,7 @@ def worlds(draw):
 
 
 @pytest.mark.heavy
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(worlds())
 def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     graph, where, todo = world
@@ -56,7 +57,7 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
         assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
 
 
-@settings(max_examples=20)
+@settings(max_examples=portion(20))
 @given(worlds())
 def test_bounds_drop_nothing_that_would_have_been_best(world):
     graph, where, todo = world
@@ -82,6 +83,14 @@ def test_a_plan_says_what_it_is_for():
     assert plan.cluster.fingerprint == fingerprint(where)
     assert plan.job == todo
     assert plan.devices == ("a:0", "a:1")
+
+
+def test_at_most_six_runners_up_are_told_beside_those_made_by_hand():
+    plan = find_plan(model([10.0] * 6), cluster(("fast",), ("slow",)), job(8))
+    names = [other.name.partition(":")[0] for other in plan.prediction.runners_up]
+    assert len(names) == len(set(names))
+    assert {*names} >= {"ddp", "even", "amp"}
+    assert len(names) == 6 + 3
 
 
 def test_a_mixed_cluster_is_used_better_than_by_hand():
@@ -194,5 +203,5 @@ def test_unknown_and_impossible_baselines_say_so():
         baseline_plan("ddp", graph, cluster(("fast",) * 3), job(8))
     where = cluster(("fast",), types=(device("fast", memory_gib=1.01),))
     large = model([1.0] * 2, parameters=10**8)
-    with pytest.raises(FitError):
+    with pytest.raises(FitError, match="found 1 strategies, none of which fits"):
         baseline_plan("ddp", large, where, job())

@@ -17,7 +17,7 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
-from soaks import tenth
+from soaks import portion, tenth
 from strategies import small_worlds
 from worlds import cluster, device, job, model
 
@@ -61,7 +61,7 @@ def no_slower(graph, before, after, todo):
     assert seconds(graph, after, todo) <= seconds(graph, before, todo) * (1 + 2e-9)
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds(TINY), st.floats(1.01, 4), st.sampled_from(["fast", "slow"]))
 def test_a_faster_device_never_gives_a_slower_plan(world, by, name):
     graph, where, todo = world
@@ -70,7 +70,7 @@ def test_a_faster_device_never_gives_a_slower_plan(world, by, name):
     no_slower(graph, where, replace(where, types={**where.types, name: quicker}), todo)
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds(TINY), st.integers(1, 1 << 30), st.sampled_from(["fast", "slow"]))
 def test_more_memory_never_gives_a_slower_plan(world, more, name):
     graph, where, todo = world
@@ -79,7 +79,7 @@ def test_more_memory_never_gives_a_slower_plan(world, more, name):
     no_slower(graph, where, replace(where, types={**where.types, name: larger}), todo)
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds(TINY), st.floats(1.01, 100), st.floats(0, 1), st.booleans())
 def test_a_faster_link_never_gives_a_slower_plan(world, wider, latency, inside):
     graph, where, todo = world
@@ -92,7 +92,7 @@ def test_a_faster_link_never_gives_a_slower_plan(world, wider, latency, inside):
     no_slower(graph, where, replace(where, nodes=nodes), todo)
 
 
-@settings(max_examples=30)
+@settings(max_examples=portion(30))
 @given(small_worlds({1: (4, 4), 2: (4, 3)}), st.integers(0, 2), st.sampled_from(["fast", "slow"]))
 def test_one_more_device_never_gives_a_slower_plan(world, where_to, kind):
     graph, where, todo = world
@@ -115,7 +115,7 @@ def no_less_throughput(graph, where, todo, slack=2e-9):
     assert twice <= 2 * once * (1 + slack)
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds({1: (4, 4), 2: (4, 2), 3: (3, 1)}))
 def test_doubling_the_batch_never_lowers_throughput(world):
     no_less_throughput(*world)
@@ -128,7 +128,7 @@ def test_doubling_the_batch_hardly_lowers_throughput_where_the_space_is_not_sear
     no_less_throughput(*world, slack=0.03)
 
 
-@settings(max_examples=40)
+@settings(max_examples=portion(40))
 @given(small_worlds(TINY), st.randoms(use_true_random=False))
 def test_names_and_order_of_devices_and_nodes_mean_nothing(world, chance):
     graph, where, todo = world
@@ -157,7 +157,7 @@ def check_legal(world):
 
 
 @pytest.mark.heavy
-@settings(max_examples=10)
+@settings(max_examples=portion(10))
 @given(any_worlds())
 def test_every_plan_holds_every_layer_and_fits(world):
     check_legal(world)

@@ -28,6 +28,7 @@ from meshwright.search.options.other_schedules import in_listed_order, pipeline_
 from meshwright.search.planner import find_plan
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import simulate_by_symmetry
+from soaks import portion
 from worlds import chain, even_plan, one_node
 
 CLUSTER = one_node(6, bandwidth=1e12, latency=3e-3)
@@ -65,7 +66,7 @@ def compute_end(plan: Plan, model: LayerGraph) -> float:
     return max(i.end_seconds for i in timeline.intervals if i.op in kinds)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=portion(25))
 @given(
     schedule=st.sampled_from([n for n in NAMES if n != "zb-v" and "interleaved" not in n]),
     stages=st.integers(2, 4),
@@ -105,7 +106,7 @@ def test_virtual_stages_ask_for_a_schedule_that_plays_them(schedule):
         validate_plan(plan, uneven())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=portion(20))
 @given(stages=st.integers(2, 4), micro_batches=st.integers(1, 6))
 def test_a_listed_plan_runs_as_it_was_timed_and_is_never_behind(stages, micro_batches):
     model = uneven(stages)

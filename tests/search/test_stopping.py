@@ -31,7 +31,7 @@ from meshwright.search.options import other_schedules
 from meshwright.search.planner import INTERRUPTED, find_plan
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from meshwright.stopping import Stopped, raise_if_stopped, stoppable
-from soaks import tenth
+from soaks import portion, tenth
 from worlds import cluster, device, job, model
 
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
@@ -138,7 +138,7 @@ def check_stopped(name: str, n: int) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "nothing fits"])
-@settings(max_examples=15)
+@settings(max_examples=portion(15))
 @given(share=st.floats(0, 1))
 @example(share=0.0)
 @example(share=1.0)

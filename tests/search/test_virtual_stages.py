@@ -28,8 +28,9 @@ from meshwright.search.finishing import Pruned, finish
 from meshwright.search.incumbent import Incumbent, simulate_and_record
 from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
 from meshwright.search.planner import find_plan
-from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_in_chunks
+from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_virtual_stages
 from meshwright.simulate.simulator import simulate_plan
+from soaks import portion
 from worlds import cluster, device, job, model
 
 
@@ -53,7 +54,7 @@ def waiting_worlds(draw):
 
 
 @pytest.mark.heavy
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=portion(15), deadline=None)
 @given(world=waiting_worlds())
 def test_a_plan_with_stages_divided_is_legal_fits_and_is_never_slower(world):
     graph, where, todo = world
@@ -141,7 +142,7 @@ def test_what_cannot_be_divided_says_why():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=portion(30), deadline=None)
 @given(
     gflops=st.lists(st.sampled_from([5.0, 10.0, 40.0]), min_size=6, max_size=9),
     schedule=st.sampled_from(["interleaved-1f1b", "zb-v"]),
@@ -153,11 +154,21 @@ def test_cuts_are_near_the_best_of_all(gflops, schedule, micro_batches):
     teams = tuple(StageDevices(((name,),), (1,)) for name in costs.devices)
     line = CandidatePipeline(teams, (0, 3, len(gflops)), micro_batches)
     layout = ((0, 2), (1, 3)) if schedule != "zb-v" else ((0, 3), (1, 2))
-    bounds, seconds = cut_in_chunks(costs, line, layout, schedule, frozenset())
+    bounds, seconds = cut_virtual_stages(costs, line, layout, schedule, frozenset())
     every = np.array([(0, *c, len(gflops)) for c in combinations(range(1, len(gflops)), 3)])
     best = _seconds(_tables(costs, line, layout, schedule, frozenset()), every).min()
     assert list(bounds) == sorted(set(bounds))
     assert best * (1 - 1e-12) <= seconds <= best * 1.3
+
+
+def test_cuts_on_machines_twice_as_slow_take_twice_as_long():
+    costs = costs_of(model([10.0] * 6), cluster(("fast",), ("slow",)), job(4))
+    teams = tuple(StageDevices(((name,),), (1,)) for name in costs.devices)
+    line = CandidatePipeline(teams, (0, 3, 6), 4)
+    tables = _tables(costs, line, ((0, 2), (1, 3)), "interleaved-1f1b", frozenset())
+    bounds = np.array([(0, 1, 3, 4, 6), (0, 2, 3, 5, 6)])
+    slower = replace(tables, loads=2 * tables.loads, cuts=2 * tables.cuts)
+    assert _seconds(slower, bounds) == pytest.approx(2 * _seconds(tables, bounds))
 
 
 def test_the_time_that_is_up_leaves_the_best_plan_so_far():
@@ -170,7 +181,7 @@ def test_the_time_that_is_up_leaves_the_best_plan_so_far():
     told = []
     finish(incumbent, [OPTION], lambda *news: told.append(news))
     assert incumbent.best.plan == plan
-    assert incumbent.dropped["virtual-stages: beyond the budget"] == 1
+    assert incumbent.pruned["virtual-stages: beyond the budget"] == 1
     assert told[-1] == ("trying virtual stages", 1, 1)
     incumbent.deadline = None
     finish(incumbent, [OPTION], lambda *_: None)

@@ -15,6 +15,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.simulate.critical_path import step_breakdown
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all, simulate_by_symmetry
+from soaks import portion
 from worlds import DEVICE, cluster, divided, even_model, even_plan, plan_by_hand
 
 
@@ -34,7 +35,7 @@ def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluste
     return replace(made, nodes=tuple(placed), sites=ends)
 
 
-@settings(max_examples=60)
+@settings(max_examples=portion(60))
 @given(
     data=st.sampled_from([1, 2, 4]),
     tensor=st.sampled_from([1, 2]),
@@ -65,7 +66,9 @@ def test_regular_plans_take_as_long_folded(
 def check(plan, model, where):
     whole, folded = simulate_plan(plan, model, where), simulate_by_symmetry(plan, model, where)
     assert folded.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
-    assert step_breakdown(folded) == pytest.approx(step_breakdown(whole), rel=1e-6, abs=1e-9)
+    assert step_breakdown(folded.timeline()) == pytest.approx(
+        step_breakdown(whole), rel=1e-6, abs=1e-9
+    )
 
 
 def whole(*replicas: tuple[str, ...]) -> Stage:
@@ -167,7 +170,7 @@ def uneven_clusters(draw) -> Cluster:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=portion(200))
 @given(uneven_clusters(), st.data())
 def test_uneven_clusters_with_explicit_links_take_as_long_folded(where, data):
     """To the last digit; sums of equal bytes on a shared bus may round in its last place."""

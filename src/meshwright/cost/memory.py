@@ -128,7 +128,7 @@ def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
 
 def stage_table(tables: MemoryTables, stage: StagePlacement) -> MemoryTable:
     """Returns the table that applies to a stage."""
-    return tables.recomputed if stage.recompute else tables.plain
+    return tables.recomputed if stage.plan_stage.recompute else tables.plain
 
 
 def memory_table(model: LayerGraph, job: Job) -> MemoryTable:

@@ -34,7 +34,6 @@ from meshwright.plan.ranks import (
 )
 from meshwright.plan.spec import Plan
 from meshwright.program.instructions import Instruction, Program, completing_layer, micro_batches_of
-from meshwright.program.operations import Op
 from meshwright.records import record
 from meshwright.stopping import raise_if_stopped
 
@@ -139,11 +138,12 @@ def _prices(rank: RankContext) -> tuple[Price, ...]:
     for reduction, backward in inside.items():
         offset = _completion_seconds(rank, rank.instructions[reduction], backward)
         completes.setdefault(backward, []).append((reduction, offset))
-    known: dict[tuple[int, Op, int], Price] = {}
+    known: dict[tuple[object, ...], Price] = {}
     found = []
     for index, i in enumerate(rank.instructions):
-        if i.op.part == "compute":
-            key = (i.stage, i.op, len(micro_batches_of(i)))
+        if i.op.part in ("compute", "transfers"):  # alike for every micro-batch
+            batched = i.micro_batches and len(micro_batches_of(i))
+            key = (i.stage, i.op, batched, i.peer, i.bytes, i.ranks)
             if key not in known:
                 known[key] = pricings()[i.op](i, rank)
             priced = known[key]

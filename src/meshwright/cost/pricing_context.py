@@ -103,7 +103,7 @@ def one_micro_batch_memory(
 ) -> StageMemory:
     """Returns the memory of a stage with one micro-batch in flight."""
     tensor, rows = placement.width("tensor"), placement.rows[1] - placement.rows[0]
-    key = (stage.recompute, stage.layers, tensor, rows)
+    key = (stage.plan_stage.recompute, stage.layers, tensor, rows)
     if key not in context.stage_memories:
         context.stage_memories[key] = micro_batch_memory(context.tables, stage, tensor, rows)
     return context.stage_memories[key]

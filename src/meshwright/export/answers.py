@@ -213,7 +213,7 @@ def grid_answers(tool: str) -> dict[str, PropertyAnswer]:
         "plan.job": planned(PARTS_OF_IT),
         "plan.pipelines": planned(PARTS_OF_IT),
         "plan.devices": planned("launch.sh"),
-        "plan.schedule": planned("the order of work, else refused"),
+        "plan.schedule": planned("schedule, else refused"),
         "pipeline.micro_batches": planned("micro-batches"),
         "pipeline.rows": planned("rows of each replica"),
         "pipeline.stages": planned(PARTS_OF_IT),

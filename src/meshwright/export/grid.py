@@ -28,13 +28,12 @@ class RegularGrid:
 
     @property
     def stages(self) -> int:
-        """Number of groups of devices (pipeline ranks), each of which holds one stage or
-        several."""
+        """Number of pipeline ranks, each of which holds one stage or several virtual stages."""
         return len(self.meshes)
 
     @property
-    def chunks(self) -> int:
-        """Number of stages (virtual stages) of each group of devices."""
+    def virtual_stages(self) -> int:
+        """Number of stages of each pipeline rank."""
         return len(self.layers) // len(self.meshes)
 
 
@@ -120,12 +119,12 @@ def is_even(blocks: tuple[int, ...]) -> bool:
 
 def schedule_problems(plan: Plan, grid: RegularGrid, tool: str) -> Iterator[Problem]:
     """Yields a Problem if the schedule is not 1F1B and the plan depends on that."""
-    if grid.chunks > 1:
-        found = f"{grid.chunks} stages on each device, {plan.schedule}"
-        wanted = f"one stage on each device: {tool} has no such order"
+    if grid.virtual_stages > 1:
+        found = f"{grid.virtual_stages} stages on each device, {plan.schedule}"
+        wanted = f"one stage on each device: {tool} has no such schedule"
         yield Problem(plan.name, "schedule", found, wanted)
     elif plan.schedule != "1f1b" and grid.stages > 1 and grid.micro_batches > 1:
-        wanted = f"1f1b, the only order of {tool} for stages that do not interleave"
+        wanted = f"1f1b, the only schedule of {tool} for stages that do not interleave"
         mend = 'set "schedule": "1f1b" in the plan: it needs less memory'
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
 

@@ -254,7 +254,7 @@ def megatron_files(plan: Plan, model: LayerGraph, language: LanguageModel) -> di
 def _order_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
     """Yields Problems with the schedule; when Megatron interleaves, the number of micro-batches
     must be a multiple of the number of pipeline ranks."""
-    if plan.schedule != "interleaved-1f1b" or grid.chunks == 1 or grid.stages == 1:
+    if plan.schedule != "interleaved-1f1b" or grid.virtual_stages == 1 or grid.stages == 1:
         yield from schedule_problems(plan, grid, TOOL)
     elif grid.micro_batches % grid.stages:
         wanted = f"a multiple of {grid.stages}: {TOOL} interleaves so many at a time"
@@ -266,9 +266,11 @@ def _split(blocks: tuple[int, ...], grid: RegularGrid) -> list[str]:
     same number of blocks, a count for the first or last stage if only these differ, else the layout
     of every stage."""
     if grid.stages == 1 or is_even(blocks):
-        return [f"--num-virtual-stages-per-pipeline-rank {grid.chunks}"] * (grid.chunks > 1)
+        return [f"--num-virtual-stages-per-pipeline-rank {grid.virtual_stages}"] * (
+            grid.virtual_stages > 1
+        )
     first, *middle, last = blocks
-    ends_only = grid.chunks == 1 and first > 0 and last > 0 and len(set(middle)) == 1
+    ends_only = grid.virtual_stages == 1 and first > 0 and last > 0 and len(set(middle)) == 1
     if not ends_only:
         stages = ["t" * count for count in blocks]
         stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"

@@ -1,5 +1,5 @@
 """Exports a plan's program as the compute-only CSV of torch.distributed.pipelining, and imports it:
-one line for each group of devices.
+one line for each pipeline rank.
 
 Form: `_PipelineScheduleRuntime._load_csv` of torch 2.13: actions such as `0F3`, separated by
 commas. Every pipeline is a file of its own, with its stages numbered from 0; all replicas of a
@@ -91,7 +91,7 @@ def _actions(pipeline: Pipeline, text: str, source: str) -> tuple[str, ...]:
     layout = stage_layout(pipeline)
     rows = [row for row in text.splitlines() if row.strip()]
     if len(rows) != len(layout):
-        wanted = f"{len(layout)}, one for each group of devices of the pipeline"
+        wanted = f"{len(layout)}, one for each pipeline rank"
         raise PlanError(Problem(source, "lines", str(len(rows)), wanted))
     numbered = (tuple(range(len(pipeline.stages))),) * len(layout)
     found = []

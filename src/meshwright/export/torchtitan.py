@@ -208,8 +208,8 @@ def _problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
         yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
     names = _schedules(grid)
     if plan.schedule not in names and len(grid.layers) > 1:
-        wanted = f"{' or '.join(names)}, which torchtitan plays on these stages"
-        mend = "`--to pipelining-csv` writes any order for torch.distributed.pipelining itself"
+        wanted = f"{' or '.join(names)}, which torchtitan runs on these stages"
+        mend = "`--to pipelining-csv` writes any schedule for torch.distributed.pipelining itself"
         yield Problem(plan.name, "schedule", plan.schedule, wanted, mend)
     if plan.job.optimizer != "adamw":
         wanted = "adamw: torchtitan has Adam and AdamW"
@@ -217,7 +217,7 @@ def _problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
 
 
 def _schedules(grid: RegularGrid) -> dict[str, str]:
-    return SEVERAL if grid.chunks > 1 and grid.stages > 1 else SINGLE
+    return SEVERAL if grid.virtual_stages > 1 and grid.stages > 1 else SINGLE
 
 
 def _parallelism(plan: Plan, grid: RegularGrid) -> list[tuple[str, object]]:

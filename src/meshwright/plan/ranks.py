@@ -49,11 +49,10 @@ class StagePlacement:
     is_first: bool
     is_last: bool
     position: int
-    """Index of the group of devices in its pipeline, from 0. Stages of one position are held by the
+    """Index of its pipeline rank, from 0. Stages of one position are held by the
     same ranks, in the same mesh (virtual stages); without these it is the stage's index in its
     pipeline."""
     layers: tuple[int, int]
-    recompute: bool
     plan_stage: Stage
     """The stage as the plan describes it."""
     mesh: Mesh[RankPlacement]
@@ -106,7 +105,6 @@ def _stage_seats(
                     position=position_of[s],
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
-                    recompute=stage.recompute,
                     plan_stage=stage,
                     mesh=Mesh(
                         members=tuple(
@@ -181,7 +179,7 @@ def describe_plan(plan: Plan) -> str:
 
     The brackets give the number of layers of each stage, with r if it recomputes, and `8x4` is 8
     micro-batches of 4 rows. Unequal rows of replicas read `7+1`, unequal tensor widths `tp4+2`;
-    `pp2 vpp3` means three stages on each of two groups of devices.
+    `pp2 vpp3` means three stages on each of two pipeline ranks.
     """
     lines = []
     for pipeline in plan.pipelines:
@@ -206,7 +204,7 @@ def _options_text(stage: Stage) -> str:
 
 
 StageLayout = tuple[tuple[int, ...], ...]
-"""The stages that each group of devices holds; groups in the order of their first stages: ((0, 2),
+"""The stages that each pipeline rank holds, in the order of their first stages: ((0, 2),
 (1, 3))."""
 
 EXPLICIT_SCHEDULES: tuple[ScheduleName, ...] = ("list", "custom")
@@ -214,7 +212,7 @@ EXPLICIT_SCHEDULES: tuple[ScheduleName, ...] = ("list", "custom")
 
 
 def stage_layout(pipeline: Pipeline) -> StageLayout:
-    """Returns the stages that each group of devices holds."""
+    """Returns the stages that each pipeline rank holds."""
     held: dict[object, list[int]] = {}
     for s, stage in enumerate(pipeline.stages):
         held.setdefault(stage.devices, []).append(s)
@@ -231,7 +229,7 @@ def needed_layout(schedule: ScheduleName, layout: StageLayout) -> str:
         dealt = tuple(tuple(range(s, stages, groups)) for s in range(groups))
         if stages % groups == 0 and layout == dealt:
             return ""
-        return "as many stages on every group of devices, dealt out in turn"
+        return "as many stages on every pipeline rank, dealt out in turn"
     if schedule == "zb-v":
         folded = tuple((s, 2 * groups - 1 - s) for s in range(groups))
         return "" if layout == folded else "two stages on every group: down the line and back up"

@@ -84,7 +84,7 @@ class PlanInput:
 
 
 Actions = Annotated[str, Field(max_length=2**24)]
-"""Computations of one group of devices in one step, in order; see `Pipeline.actions`."""
+"""Computations of one pipeline rank in one step, in order; see `Pipeline.actions`."""
 
 
 StateLevel = Literal["none", "all"]
@@ -132,13 +132,13 @@ class Pipeline:
     """Stages in layer order. The same devices may hold several (virtual stages) if the schedule
     allows it, each time with the same `devices` and `rows`."""
     actions: tuple[Actions, ...] | None = None
-    """Computations of each group of devices in order, for schedule `list` or `custom`: one text per
-    group, in the order of their first stages.
+    """Computations of each pipeline rank in order, for schedule `list` or `custom`: one text per
+    pipeline rank, in the order of their first stages.
 
     Words are F (forward), B (backward), I (gradients of the inputs) or W (of the weights), followed
-    by a micro-batch: `F0 F1 I0 W0:2`. If the group holds several stages, the stage's index in the
-    pipeline comes first: `0F0 3F0 3B0`. `W0:2` computes the weight gradients of micro-batches 0 and
-    1 at once.
+    by a micro-batch: `F0 F1 I0 W0:2`. If the pipeline rank holds several stages, the stage's index
+    in the pipeline comes first: `0F0 3F0 3B0`. `W0:2` computes the weight gradients of
+    micro-batches 0 and 1 at once.
     """
 
 

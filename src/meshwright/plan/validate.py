@@ -184,7 +184,7 @@ def _schedule(
         yield Problem(source, f"{where}.stages", found, f"{wanted} ({schedule})")
     texts = 0 if pipeline.actions is None else len(pipeline.actions)
     if schedule in EXPLICIT_SCHEDULES and texts != len(layout):
-        need = f"{len(layout)} texts, one for each group of devices (schedule {schedule})"
+        need = f"{len(layout)} texts, one for each pipeline rank (schedule {schedule})"
         yield Problem(source, f"{where}.actions", str(texts), need)
     if schedule not in EXPLICIT_SCHEDULES and pipeline.actions is not None:
         need = f"none: {schedule} says what is done; or the schedule `custom`"

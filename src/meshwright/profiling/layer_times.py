@@ -225,7 +225,6 @@ def _seats(layer: int, rows: int, *, of: int) -> StagePlacement:
         is_last=layer == of - 1,
         position=0,
         layers=stage.layers,
-        recompute=False,
         plan_stage=stage,
         mesh=Mesh(members=(placement,), inner_widths=mesh.inner_widths),
     )

@@ -34,7 +34,7 @@ def _checked(
 ) -> tuple[Order, ...]:
     """Parses and checks the orders that a plan lists."""
     if len(actions) != len(layout):
-        found, wanted = f"{len(actions)} texts", f"{len(layout)}, one for each group of devices"
+        found, wanted = f"{len(actions)} texts", f"{len(layout)}, one for each pipeline rank"
         raise PlanError(Problem(source, f"{where}.actions", found, wanted))
     parsed = tuple(
         parse_order(text, held, source=source, field=f"{where}.actions[{g}]")

@@ -27,8 +27,8 @@ Codes = list[int]
 micro-batches in turn, so that they need not be named."""
 
 Waits = list[float | None]
-"""By stage, seconds of the message that its forward or backward waits for; None where nothing is
-sent: at the ends, and within a group."""
+"""Seconds of the message that the forward or backward of each stage waits for. None means that no
+message is sent: at the ends of the pipeline, and inside a group."""
 
 
 @record
@@ -40,19 +40,19 @@ class Work:
     forward: tuple[float, ...]
     """Seconds by stage; so are the next three."""
     whole: tuple[float, ...]
-    """A backward in one piece."""
+    """Seconds of a backward that is not split in two."""
     inputs: tuple[float, ...]
     weights: tuple[float, ...]
     onward: tuple[float, ...]
-    """Seconds of the transfer from a stage to the next; so many as there are cuts."""
+    """Seconds of the transfer of activations to the next stage, for each cut."""
     back: tuple[float, ...]
-    """And of the gradients, from the next stage."""
+    """Seconds of the transfer of gradients from the next stage, for each cut."""
     full: tuple[float, ...]
-    """Bytes by stage that a micro-batch keeps between forward and backward,"""
+    """Bytes that a micro-batch keeps on each stage between forward and backward."""
     half: tuple[float, ...]
-    """and between I and W."""
+    """Bytes that it keeps on each stage between I and W."""
     room: tuple[float, ...]
-    """Bytes by group of devices that activations may take."""
+    """Bytes that activations may take on each group of devices."""
 
     @property
     def group_of(self) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class Work:
 
     @property
     def waits(self) -> tuple[Waits, Waits]:
-        """Those of forwards, and of backwards."""
+        """Returns the waits of all forwards, then those of all backwards."""
         group = self.group_of
         cut = [one != other for one, other in pairwise(group)]
         onward = [wait if sent else None for wait, sent in zip(self.onward, cut, strict=True)]
@@ -71,7 +71,7 @@ class Work:
 
 
 def to_orders(codes: Sequence[Codes]) -> tuple[Order, ...]:
-    """Numbers to actions."""
+    """Turns orders written as numbers into orders of actions."""
     return tuple(_to_order(own) for own in codes)
 
 
@@ -96,7 +96,7 @@ def _to_order(own: Codes) -> Order:
 
 
 def to_codes(orders: Sequence[Order]) -> list[Codes]:
-    """Actions, each kind in turn, to numbers; a batched W as so many single ones."""
+    """Turns orders of actions into numbers; a batched W becomes several single ones."""
     return [
         [4 * a.stage + CODES[a.op] for a in order for _ in range(a.last - a.first)]
         for order in orders

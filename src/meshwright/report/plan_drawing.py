@@ -132,9 +132,9 @@ class _Cells:
         self.model = model
         self.colours = stage_colours(len(stages))
         self.stages = stages
-        self.seats: dict[str, list[RankPlacement]] = {}
+        self.placements: dict[str, list[RankPlacement]] = {}
         for placement in (placement for stage in stages for placement in stage.mesh.members):
-            self.seats.setdefault(placement.device, []).append(placement)
+            self.placements.setdefault(placement.device, []).append(placement)
         prediction = plan.prediction
         self.memory = {each.device: each for each in prediction.memory} if prediction else {}
         largest = max(len(node.devices) for node in cluster.nodes)
@@ -144,7 +144,7 @@ class _Cells:
     def cell(self, node: Node, index: int, x: float, y: float) -> DeviceCell:
         """Returns the cell of one device at a place."""
         name, kind = f"{node.name}:{index}", node.devices[index]
-        placements = self.seats.get(name, [])
+        placements = self.placements.get(name, [])
         if not placements:
             free = (self._fit(f"{index}  {kind}"), "not used") if self.size.letters else ("",)
             hint = f"{name}, {kind}: not used"
@@ -175,7 +175,7 @@ class _Cells:
 
     def used(self, node: Node) -> bool:
         """True if the plan uses any device of a node."""
-        return any(f"{node.name}:{index}" in self.seats for index in range(len(node.devices)))
+        return any(f"{node.name}:{index}" in self.placements for index in range(len(node.devices)))
 
     def _with_memory(self, cell: DeviceCell, device: str) -> DeviceCell:
         memory = self.memory.get(device)

@@ -46,7 +46,7 @@ def parts_sentence(parts: Mapping[str, float]) -> str:
     if not lost:
         return f"{computing}; nothing else takes time."
     worst = max(lost, key=lambda part: lost[part])
-    sentence = f"{computing}; the largest loss beside it is {_LIMITS[worst]} ({worst}): "
+    sentence = f"{computing}; the largest loss besides it is {_LIMITS[worst]} ({worst}): "
     sentence += f"{format_seconds(lost[worst])}, {lost[worst] / step:.0%}."
     if lost[worst] >= 0.05 * step:
         sentence += f" {_REMEDIES[worst].capitalize()}."

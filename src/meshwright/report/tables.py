@@ -207,7 +207,7 @@ def runners_up_table(runners_up: tuple[RunnerUp, ...], best_seconds: float) -> T
 def dropped_table(dropped: Mapping[str, int]) -> Table:
     """Returns a table of the numbers of pruned candidates by reason, largest first."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("dropped", justify="right")
+    table.add_column("pruned", justify="right")
     table.add_column("because")
     for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
         table.add_row(str(count), plain_text(reason))

@@ -168,7 +168,7 @@ def _built(
         outgoing=_crossings(layered, more, last),
         local_parameters=tuple(one for one in held if any(first <= n < last for n in one.layers)),
         recomputed=tuple(
-            stage.recompute and recomputed(layer, len(layered.layers))
+            stage.plan_stage.recompute and recomputed(layer, len(layered.layers))
             for layer in range(first, last)
         ),
     )

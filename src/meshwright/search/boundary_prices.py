@@ -14,7 +14,7 @@ TRANSFERS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Crossing:
+class BoundaryPrice:
     """One direction of a cut."""
 
     latency: float
@@ -29,21 +29,23 @@ class Crossing:
         return self.latency + self.slowest * size if size else 0.0
 
 
-def crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
+def boundary_prices(
+    costs: Costs, here: StageDevices, there: StageDevices
+) -> tuple[BoundaryPrice, BoundaryPrice]:
     """Returns the crossings of activations and of gradients.
 
     Of very many transfers the first ones are added up: nodes are alike. What all share, the sites'
     uplinks, is scaled to all of them.
     """
     even = len(set(here.rows)) == len(set(there.rows)) == 1
-    key = (here.units, there.units) if even else (here, there)
-    return remembered(costs, ("crossings", *key), lambda: _crossings(costs, here, there))
+    key = (here.groups, there.groups) if even else (here, there)
+    return remembered(costs, ("crossings", *key), lambda: _boundary_prices(costs, here, there))
 
 
 @dataclass(slots=True)
 class _Way:
     rows: dict[Resource, int] = field(default_factory=dict)
-    """By resource."""
+    """Rows that cross each resource."""
     latency: float = 0.0
 
     def add(self, costs: Costs, source: str, target: str, rows: int) -> None:
@@ -54,11 +56,13 @@ class _Way:
             self.rows[resource] = self.rows.get(resource, 0) + rows
 
 
-def _crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[Crossing, Crossing]:
+def _boundary_prices(
+    costs: Costs, here: StageDevices, there: StageDevices
+) -> tuple[BoundaryPrice, BoundaryPrice]:
     ahead, back = _Way(), _Way()
     counted, rows = 0, sum(here.rows)
     for i, j, moved in islice(moves(here, there), TRANSFERS):
-        source, target = here.units[i], there.units[j]
+        source, target = here.groups[i], there.groups[j]
         counted += moved
         for t, name in enumerate(target):
             ahead.add(costs, source[t % len(source)], name, moved)
@@ -70,11 +74,11 @@ def _crossings(costs: Costs, here: StageDevices, there: StageDevices) -> tuple[C
     )
 
 
-def _priced(costs: Costs, way: _Way, latency: float, rows: int, counted: int) -> Crossing:
+def _priced(costs: Costs, way: _Way, latency: float, rows: int, counted: int) -> BoundaryPrice:
     capacity = costs.links.capacities
     occupied = tuple(
         (resource, moved / rows / capacity[resource] * scale)
         for resource, moved in way.rows.items()
         for scale in (rows / counted if resource.kind == "uplink" else 1.0,)
     )
-    return Crossing(latency, max((each for _, each in occupied), default=0.0), occupied)
+    return BoundaryPrice(latency, max((each for _, each in occupied), default=0.0), occupied)

@@ -33,7 +33,7 @@ GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""
 
 EVERY_ROW_COUNT = 512
-"""Micro-batches of so many rows are priced one by one where times were measured."""
+"""Row counts up to this one are each priced where layer times were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +217,8 @@ def _wide_seconds(costs: Costs, work_LK: Array, number_K: Array) -> float:
 
 
 def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
-    """The least latency of a ring of a number of devices. It leaves a node, or a site, that does
-    not have as many; where one node has them it may still be on several, whose network may be
-    quicker."""
+    """Returns the least latency of a ring, as a function of its number of devices. Even a ring that
+    fits in one node may be on several nodes, whose network may be quicker."""
     nodes, sites = costs.cluster.nodes, costs.cluster.sites
     direct = [each.link.latency for each in costs.cluster.direct]
     network = min(node.network.latency for node in nodes)

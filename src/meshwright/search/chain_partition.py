@@ -1,8 +1,7 @@
 """Cuts a row of devices into stages: which neighbours are replicas, and which layers they take.
 
-Letters: N units, L layers, M micro-batches, K stages from a unit to the end of the row, units
-[i, j) and layers [a, b) of one stage.
-"""
+Letters: N tensor groups, L layers, M micro-batches, K stages from a tensor group to the end of the
+row, tensor groups [i, j) and layers [a, b) of one stage."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ from random import Random
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.boundary_prices import crossings
-from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
-from meshwright.search.costs import Array, Costs, reduced_width, ring, seconds_per_byte
+from meshwright.search.boundary_prices import boundary_prices
+from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.costs import Array, Costs, TensorGroup, reduced_width, ring, seconds_per_byte
 from meshwright.search.incumbent import Strategy
-from meshwright.search.layer_partition import Stages, apportion, fit_line, pace, team_loads
+from meshwright.search.layer_partition import Stages, apportion, fit_pipeline, pace, stage_loads
 from meshwright.search.space import divisors, legal_widths, usable_devices
 from meshwright.stopping import raise_if_stopped
 
@@ -36,46 +35,46 @@ DEEPEST = 24
 """Most stages that are looked at."""
 
 Table = list[Array]
-"""By unit i, seconds [J, L + 1, L + 1] of stages with units [i, i + 1), [i, i + 2) and so on."""
+"""Seconds [J, L + 1, L + 1], for each group i, of stages with groups [i, i + 1), [i, i + 2), ..."""
 
 
 def cut_chain(
-    costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int
+    costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int
 ) -> Iterator[tuple[float, Stages]]:
-    """The best way to cut a row of units into every number of stages, with the seconds of
+    """The best way to cut a row of tensor groups into every number of stages, with the seconds of
 
         (M - 1 + K) * the slowest stage's micro-batch and its part of the reduction
 
     and none for those that do not fit. The most promising come first, each written down when it is
     asked for.
     """
-    number, layers = len(units), len(costs.model.layers)
+    number, layers = len(groups), len(costs.model.layers)
     depth = min(number, layers, DEEPEST)
-    borders = _borders(costs, units, rows)
+    borders = _borders(costs, groups, rows)
     best = np.full((number + 1, layers + 1), np.inf)
     best[number, layers] = 0.0
     ways: list[Array] = [best]
     most = min(depth, micro_batches)
-    tables = {held: _table(costs, units, rows, micro_batches, held) for held in {1, most}}
+    tables = {held: _table(costs, groups, rows, micro_batches, held) for held in {1, most}}
     ample = all(map(np.array_equal, tables[1], tables[most]))
     found = []
     for k in range(1, depth + 1):
         raise_if_stopped()
         held = min(k, micro_batches)
         if held not in tables:
-            tables[held] = tables[1] if ample else _table(costs, units, rows, micro_batches, held)
+            tables[held] = tables[1] if ample else _table(costs, groups, rows, micro_batches, held)
         after = np.maximum(ways[-1], borders)
         ways.append(_one_stage_more(tables[held], after))
         if np.isfinite(ways[k][0, 0]):
             seconds = float(ways[k][0, 0]) * (micro_batches - 1 + k)
             found.append((seconds, k))
     for seconds, k in sorted(found):
-        yield seconds, _traced(units, ways, tables, borders, k, micro_batches)
+        yield seconds, _traced(groups, ways, tables, borders, k, micro_batches)
 
 
 def _one_stage_more(table: Table, after: Array) -> Array:
-    """The least of the worst [N + 1, L + 1] over all stages that begin at each unit and layer, if
-    `after` follows."""
+    """The least of the worst [N + 1, L + 1] over all stages that begin at each tensor group and
+    layer, if `after` follows."""
     best = np.full(after.shape, np.inf)
     for i, loads in enumerate(table):
         ends = after[i + 1 : i + 1 + len(loads), None, :]
@@ -84,7 +83,7 @@ def _one_stage_more(table: Table, after: Array) -> Array:
 
 
 def _traced(
-    units: Sequence[Unit],
+    groups: Sequence[TensorGroup],
     ways: Sequence[Array],
     tables: dict[int, Table],
     borders: Array,
@@ -98,22 +97,24 @@ def _traced(
         worst = np.maximum(loads, after[i + 1 : i + 1 + len(loads)])
         more, b = np.unravel_index(int(worst.argmin()), worst.shape)
         j = i + 1 + int(more)
-        stages.append(tuple(units[i:j]))
+        stages.append(tuple(groups[i:j]))
         i, a = j, int(b)
     return tuple(stages)
 
 
-def _table(costs: Costs, units: Sequence[Unit], rows: int, micro_batches: int, held: int) -> Table:
+def _table(
+    costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int, held: int
+) -> Table:
     """Seconds of a micro-batch, and of the part of the reduction that comes to it, on a stage that
     holds so many micro-batches; infinite where they do not fit."""
-    number, size = len(units), len(costs.model.layers) + 1
+    number, size = len(groups), len(costs.model.layers) + 1
     table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
-    gradients = _gradients(costs, len(units[0]))
+    gradients = _gradients(costs, len(groups[0]))
     for i in range(number):
         raise_if_stopped()
         for j in range(i + 1, min(number, i + rows) + 1):
-            own = tuple(units[i:j])
-            loads = team_loads(costs, StageDevices(own, apportion(costs, own, rows)), held)
+            own = tuple(groups[i:j])
+            loads = stage_loads(costs, StageDevices(own, apportion(costs, own, rows)), held)
             if j - i > 1:
                 loads = loads + gradients * _slope(costs, own) / micro_batches
             table[i][j - i - 1] = loads
@@ -128,27 +129,27 @@ def _gradients(costs: Costs, tensor: int) -> Array:
     return found
 
 
-def _slope(costs: Costs, units: tuple[Unit, ...]) -> float:
-    """Seconds in which units sum one gradient."""
-    _, slope = seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])
+def _slope(costs: Costs, groups: tuple[TensorGroup, ...]) -> float:
+    """Seconds in which tensor groups sum one gradient."""
+    _, slope = seconds_per_byte(costs, [ring(costs, tuple(group[0] for group in groups))])
     return reduced_width(costs) * slope
 
 
-def _borders(costs: Costs, units: Sequence[Unit], rows: int) -> Array:
-    """Seconds [N + 1, L + 1] of a micro-batch from one unit to the next, by the unit and the layer
-    that it is cut before."""
-    seconds = np.zeros((len(units) + 1, len(costs.table.cut)))
-    for j in range(1, len(units)):
-        here, there = StageDevices((units[j - 1],), (rows,)), StageDevices((units[j],), (rows,))
+def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
+    """Seconds [N + 1, L + 1] of a micro-batch from one tensor group to the next, by the tensor
+    group and the layer that it is cut before."""
+    seconds = np.zeros((len(groups) + 1, len(costs.table.cut)))
+    for j in range(1, len(groups)):
+        here, there = StageDevices((groups[j - 1],), (rows,)), StageDevices((groups[j],), (rows,))
         sizes = costs.table.cut, costs.table.cut_gradient
-        for way, size in zip(crossings(costs, here, there), sizes, strict=True):
+        for way, size in zip(boundary_prices(costs, here, there), sizes, strict=True):
             found = np.where(size > 0, way.latency + way.slowest * rows * size, 0.0)
             seconds[j] = np.maximum(seconds[j], found)
     return seconds
 
 
 def cost_of_cutting(costs: Costs, number: int) -> int:
-    """Steps (about a microsecond each) that `cut_chain` takes for so many units."""
+    """Steps (about a microsecond each) that `cut_chain` takes for a number of tensor groups."""
     elements = number**2 * (len(costs.model.layers) + 1) ** 2
     return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
 
@@ -161,29 +162,29 @@ def chains(costs: Costs, chance: Random) -> Chains:
     """Devices in rows, cut into stages, and the steps that it took: first type by type in every
     order, then, without end, in orders drawn at random and as one pipeline or two."""
     batch = costs.job.global_batch
-    for units in _sorted_rows(costs):
+    for groups in _sorted_rows(costs):
         sizes = divisors(batch)
         for rows in sizes[:: -(-len(sizes) // ROWS)]:
-            lines = _lines(costs, units, rows, batch)
-            yield cost_of_cutting(costs, len(units)), _scheduled([(line,) for line in lines])
+            found = _scheduled([(each,) for each in _pipelines(costs, groups, rows, batch)])
+            yield cost_of_cutting(costs, len(groups)), found
     while True:
         yield _drawn(costs, chance)
 
 
-def _sorted_rows(costs: Costs) -> Iterator[tuple[Unit, ...]]:
+def _sorted_rows(costs: Costs) -> Iterator[tuple[TensorGroup, ...]]:
     """The devices of every set of types, in every order of the types; the most devices first."""
     for tensor in legal_widths(costs):
-        by_type: dict[str, list[Unit]] = {}
+        by_type: dict[str, list[TensorGroup]] = {}
         for own in _by_node(costs, tensor):
             by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
         kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
         for number in range(len(kinds), 0, -1):
             for chosen in combinations(kinds, number):
                 for order in permutations(chosen):
-                    yield tuple(unit for kind in order for unit in by_type[kind])
+                    yield tuple(group for kind in order for group in by_type[kind])
 
 
-def _by_node(costs: Costs, tensor: int) -> list[list[Unit]]:
+def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
     names: dict[tuple[str, str], list[str]] = {}
     for device in usable_devices(costs.cluster, costs.job):
         names.setdefault((device.node, device.type), []).append(device.name)
@@ -194,39 +195,41 @@ def _by_node(costs: Costs, tensor: int) -> list[list[Unit]]:
     return [own for own in found if own]
 
 
-def _lines(costs: Costs, units: tuple[Unit, ...], rows: int, share: int) -> list[CandidatePipeline]:
-    """The most promising pipelines of a row of units for a share of the batch."""
+def _pipelines(
+    costs: Costs, groups: tuple[TensorGroup, ...], rows: int, share: int
+) -> list[CandidatePipeline]:
+    """The most promising pipelines of a row of tensor groups for a share of the batch."""
     schedule: ScheduleName = "1f1b"
     count = share // rows
-    cut = islice(cut_chain(costs, units, rows, count), DEPTHS)
-    found = (fit_line(costs, stages, rows, count, schedule) for _, stages in cut)
-    return [fitted.line for fitted in found if fitted]
+    cut = islice(cut_chain(costs, groups, rows, count), DEPTHS)
+    found = (fit_pipeline(costs, stages, rows, count, schedule) for _, stages in cut)
+    return [fitted.pipeline for fitted in found if fitted]
 
 
 def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
-    """Nodes or units in any order, often not all of them, as one pipeline or two."""
+    """Nodes or tensor groups in any order, often not all of them, as one pipeline or two."""
     tensor = chance.choice(legal_widths(costs)[:2])
     nodes = _by_node(costs, tensor)
     chance.shuffle(nodes)
-    units = [unit for own in nodes for unit in own]
+    groups = [group for own in nodes for group in own]
     if chance.random() < 0.4:
-        chance.shuffle(units)
+        chance.shuffle(groups)
     if chance.random() < 0.3:
-        del units[: chance.randint(1, max(1, len(units) // 2))]
-    if not units:
+        del groups[: chance.randint(1, max(1, len(groups) // 2))]
+    if not groups:
         return NOTHING, []
-    half = chance.randint(1, len(units) - 1) if len(units) > 1 and chance.random() < 0.3 else 0
-    groups = [tuple(own) for own in (units[:half], units[half:]) if own]
-    speeds = [sum(1 / pace(costs, unit) for unit in own) for own in groups]
+    half = chance.randint(1, len(groups) - 1) if len(groups) > 1 and chance.random() < 0.3 else 0
+    parts = [tuple(own) for own in (groups[:half], groups[half:]) if own]
+    speeds = [sum(1 / pace(costs, group) for group in own) for own in parts]
     batch = costs.job.global_batch
     shares = [max(1, round(batch * speed / sum(speeds))) for speed in speeds]
     shares[-1] = batch - sum(shares[:-1])
     if shares[-1] < 1:
         return NOTHING, []
     spent, every = 0, []
-    for own, share in zip(groups, shares, strict=True):
+    for own, share in zip(parts, shares, strict=True):
         sizes = divisors(share)
-        every.append(_lines(costs, own, chance.choice(sizes), share))
+        every.append(_pipelines(costs, own, chance.choice(sizes), share))
         spent += cost_of_cutting(costs, len(own))
     return spent, _scheduled(list(zip(*every, strict=False)))
 
@@ -234,7 +237,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
 def _scheduled(found: Sequence[tuple[CandidatePipeline, ...]]) -> list[Strategy]:
     """Yields the candidate with either schedule, where it makes a difference."""
     return [
-        (schedule, lines)
-        for lines in found
-        for schedule in SCHEDULES[: 1 + any(len(line.teams) > 1 for line in lines)]
+        (schedule, pipelines)
+        for pipelines in found
+        for schedule in SCHEDULES[: 1 + any(len(pipeline.stages) > 1 for pipeline in pipelines)]
     ]

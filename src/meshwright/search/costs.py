@@ -40,10 +40,15 @@ Array = NDArray[np.float64]
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
 
-Kind = tuple[tuple[str, ...], int]
-"""What the pace of a tensor-parallel group depends on: its device types and its node's link, by
-number."""
+TensorGroup = tuple[str, ...]
+"""Names of devices that share every layer by tensor parallelism."""
 
+GroupKind = tuple[tuple[str, ...], int]
+"""The device types of a tensor group and the number of its node's link, which set its pace."""
+
+
+Prefixes = tuple[list[float], list[float]]
+"""Cumulative seconds of the forward and of the backward, by number of layers."""
 
 T = TypeVar("T")
 
@@ -67,25 +72,23 @@ class Costs:
     """Fixed seconds of one step of a ring."""
     system: SystemConstants
     bucket_bytes: int
-    """Of the gradients that are summed at once."""
+    """Bytes of the gradients that are summed at once."""
     table: MemoryTable
-    again: MemoryTable | None
-    """Of stages that recompute; None: no stage may."""
+    recomputed: MemoryTable | None
+    """The table of stages that recompute; None if no stage may."""
     repeats: bool
     """Every stage recomputes, and `table` is that of such stages."""
     devices: dict[str, Device]
     _inside: dict[str, int]
     """Number of the link inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
-    _times: dict[tuple[Kind, int], tuple[Array, Array]] = field(default_factory=dict)
+    _times: dict[tuple[GroupKind, int], tuple[Array, Array]] = field(default_factory=dict)
     _memory: dict[tuple[int, int, bool], tuple[Array, Array]] = field(default_factory=dict)
     _rings: dict[tuple[str, ...], Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Traffic] = field(default_factory=dict)
-    _distinct: dict[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = field(
-        default_factory=dict
-    )
-    _kinds: dict[tuple[str, ...], Kind] = field(default_factory=dict)
-    _prefixes: dict[tuple[Kind, int], tuple[list[float], list[float]]] = field(default_factory=dict)
+    _distinct: dict[tuple[TensorGroup, ...], tuple[TensorGroup, ...]] = field(default_factory=dict)
+    _kinds: dict[tuple[str, ...], GroupKind] = field(default_factory=dict)
+    _prefixes: dict[tuple[GroupKind, int], Prefixes] = field(default_factory=dict)
     _remembered: dict[object, object] = field(default_factory=dict)
 
 
@@ -113,19 +116,19 @@ def costs_of(
         system=system_constants(profile.calibration if profile else None),
         bucket_bytes=usual_bucket_bytes(model, job),
         table=tables.plain,
-        again=tables.recomputed if recomputation else None,
+        recomputed=tables.recomputed if recomputation else None,
         repeats=False,
         devices={device.name: device for device in devices_of(cluster)},
         _inside={node.name: numbers[node.inside] for node in cluster.nodes},
     )
 
 
-def recomputing(costs: Costs, again: MemoryTable) -> Costs:
+def recomputing(costs: Costs, recomputed: MemoryTable) -> Costs:
     """The same where every stage recomputes."""
     return replace(
         costs,
-        table=again,
-        again=None,
+        table=recomputed,
+        recomputed=None,
         repeats=True,
         _times={},
         _memory={},
@@ -161,14 +164,14 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, Array]:
+def group_times(costs: Costs, group: TensorGroup, rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a micro-batch of `rows` rows on a tensor-parallel group,
     its all-reduces included."""
-    key = (unit_kind(costs, unit), rows)
+    key = (group_kind(costs, group), rows)
     if key not in costs._times:
-        computed = [layer_times(costs, kind, len(unit), rows) for kind in sorted(set(key[0][0]))]
+        computed = [layer_times(costs, kind, len(group), rows) for kind in sorted(set(key[0][0]))]
         whole = (0, len(costs.model.layers))
-        work = ReplicaWork(costs.model, whole, unit, rows, costs.links, costs.step_latency)
+        work = ReplicaWork(costs.model, whole, group, rows, costs.links, costs.step_latency)
         forward, backward = replica_seconds(work, computed)
         if costs.repeats:
             backward = backward + repeated_seconds(costs.model, whole, forward)
@@ -176,12 +179,12 @@ def unit_times(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[Array, A
     return costs._times[key]
 
 
-def unit_prefix(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[list[float], list[float]]:
-    """Cumulative forward and backward seconds [L + 1] of `unit_times`: entry l is the sum over the
+def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
+    """Cumulative forward and backward seconds [L + 1] of `group_times`: entry l is the sum over the
     layers before l."""
-    key = (unit_kind(costs, unit), rows)
+    key = (group_kind(costs, group), rows)
     if key not in costs._prefixes:
-        forward, backward = unit_times(costs, unit, rows)
+        forward, backward = group_times(costs, group, rows)
         costs._prefixes[key] = (
             [0.0, *np.cumsum(forward).tolist()],
             [0.0, *np.cumsum(backward).tolist()],
@@ -189,48 +192,48 @@ def unit_prefix(costs: Costs, unit: tuple[str, ...], rows: int) -> tuple[list[fl
     return costs._prefixes[key]
 
 
-def unit_kind(costs: Costs, unit: tuple[str, ...]) -> Kind:
+def group_kind(costs: Costs, group: TensorGroup) -> GroupKind:
     """What the pace of a group depends on."""
-    known = costs._kinds.get(unit)
+    known = costs._kinds.get(group)
     if known is None:
-        kinds = tuple(costs.devices[name].type for name in unit)
-        known = costs._kinds[unit] = kinds, costs._inside[costs.devices[unit[0]].node]
+        kinds = tuple(costs.devices[name].type for name in group)
+        known = costs._kinds[group] = kinds, costs._inside[costs.devices[group[0]].node]
     return known
 
 
-def distinct_units(costs: Costs, units: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """One unit of every kind."""
-    found = costs._distinct.get(units)
+def distinct_groups(costs: Costs, groups: tuple[TensorGroup, ...]) -> tuple[TensorGroup, ...]:
+    """One tensor group of every kind."""
+    found = costs._distinct.get(groups)
     if found is None:
-        first = {unit_kind(costs, unit): unit for unit in reversed(units)}
-        found = costs._distinct[units] = tuple(first.values())
+        first = {group_kind(costs, group): group for group in reversed(groups)}
+        found = costs._distinct[groups] = tuple(first.values())
     return found
 
 
 def distinct_replicas(
-    costs: Costs, units: tuple[tuple[str, ...], ...], rows: tuple[int, ...]
-) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """One unit of every kind with every number of rows that such a unit has."""
-    kinds = distinct_units(costs, units)
+    costs: Costs, groups: tuple[TensorGroup, ...], rows: tuple[int, ...]
+) -> tuple[tuple[TensorGroup, int], ...]:
+    """One tensor group of every kind with every number of rows that such a tensor group has."""
+    kinds = distinct_groups(costs, groups)
     if len(kinds) == 1:
         return tuple((kinds[0], number) for number in sorted(set(rows)))
-    pairs = zip(units, rows, strict=True)
-    return tuple({(unit_kind(costs, u), r): (u, r) for u, r in pairs}.values())
+    pairs = zip(groups, rows, strict=True)
+    return tuple({(group_kind(costs, u), r): (u, r) for u, r in pairs}.values())
 
 
-def unit_capacity(costs: Costs, unit: tuple[str, ...]) -> int:
+def group_capacity(costs: Costs, group: TensorGroup) -> int:
     """Bytes that tensors may take on the smallest device of a group, less one for each of the five
     parts that the final account rounds to whole bytes."""
-    return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in unit) - 5
+    return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in group) - 5
 
 
-def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> tuple[Array, Array]:
+def stage_times(costs: Costs, stage: tuple[TensorGroup, ...], rows: int) -> tuple[Array, Array]:
     """Forward and backward seconds [L] of a stage: its slowest replica's, layer by layer."""
-    seen: dict[Kind, tuple[Array, Array]] = {}
-    for unit in stage:
-        kind = unit_kind(costs, unit)
+    seen: dict[GroupKind, tuple[Array, Array]] = {}
+    for group in stage:
+        kind = group_kind(costs, group)
         if kind not in seen:
-            seen[kind] = unit_times(costs, unit, rows)
+            seen[kind] = group_times(costs, group, rows)
     if len(seen) == 1:
         return next(iter(seen.values()))
     forward, backward = zip(*seen.values(), strict=True)
@@ -238,16 +241,16 @@ def stage_times(costs: Costs, stage: tuple[tuple[str, ...], ...], rows: int) -> 
 
 
 def stage_bytes(
-    costs: Costs, tensor: int, rows: int, *, again: bool = False
+    costs: Costs, tensor: int, rows: int, *, recompute: bool = False
 ) -> tuple[Array, Array]:
     """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it always
     holds, and those of every micro-batch in flight. `again`: of a stage that recomputes."""
-    key = (tensor, rows, again)
+    key = (tensor, rows, recompute)
     if key not in costs._memory:
         table = costs.table
-        if again:
-            assert costs.again is not None, "no stage may recompute"
-            table = costs.again
+        if recompute:
+            assert costs.recomputed is not None, "no stage may recompute"
+            table = costs.recomputed
         size = len(costs.model.layers) + 1
         first, last = np.triu_indices(size, k=1)
         parts = stage_memory(table, (first, last), tensor, rows, 1)
@@ -278,8 +281,8 @@ def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
 
 
 def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[float, float]:
-    """Of these layers' gradients that are not tied, on each tensor rank: all, and those that are
-    sent last, a bucket of one layer at least."""
+    """Returns the bytes of these layers' gradients on each tensor rank, without tied ones: of all,
+    and of the last bucket, which has one layer at least."""
     width, first = reduced_width(costs), layers[0]
     everything = own_parameters(costs, layers, tensor) * width
     least = own_parameters(costs, (first, first + 1), tensor) * width

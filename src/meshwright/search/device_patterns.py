@@ -1,7 +1,6 @@
 """Enumerates device patterns: which classes of devices each replica has, before cuts and rows.
 
-A class is all devices of one type in one node; a unit is written as the classes of its devices.
-"""
+A node type is a node and a device type there; a group is written as its devices' node types."""
 
 from __future__ import annotations
 
@@ -9,29 +8,28 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations_with_replacement, permutations, product
 
-from meshwright.search.candidate import Unit
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.space import usable_devices
 
-Class = tuple[int, str]
+NodeType = tuple[int, str]
 """Index of the node, type of the device."""
-DevicePattern = tuple[tuple[tuple[Class, ...], ...], ...]
+DevicePattern = tuple[tuple[tuple[NodeType, ...], ...], ...]
 """A pipeline: stage, then replica, then the classes of its devices."""
 
 
-def classes(costs: Costs) -> dict[Class, tuple[str, ...]]:
+def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
     """Names of the usable devices of every class, in cluster order."""
     index = {node.name: i for i, node in enumerate(costs.cluster.nodes)}
-    found: dict[Class, tuple[str, ...]] = {}
+    found: dict[NodeType, tuple[str, ...]] = {}
     for device in usable_devices(costs.cluster, costs.job):
         key = (index[device.node], device.type)
         found[key] = (*found.get(key, ()), device.name)
     return found
 
 
-def skeletons(costs: Costs) -> Iterator[DevicePattern]:
+def device_patterns(costs: Costs) -> Iterator[DevicePattern]:
     """Every pipeline that the devices allow, each once, that is not longer than the model."""
-    counts = Counter({key: len(names) for key, names in classes(costs).items()})
+    counts = Counter({key: len(names) for key, names in node_types(costs).items()})
     widths = _widths(costs)
     yield from _pipelines(counts, widths, len(costs.model.layers), costs.job.global_batch)
 
@@ -39,58 +37,58 @@ def skeletons(costs: Costs) -> Iterator[DevicePattern]:
 def _widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that at least one layer allows."""
     most = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    units = {layer.along("tensor").units for layer in costs.model.layers}
-    return tuple(t for t in range(1, most + 1) if any(unit % t == 0 for unit in units))
+    groups = {layer.along("tensor").units for layer in costs.model.layers}
+    return tuple(t for t in range(1, most + 1) if any(group % t == 0 for group in groups))
 
 
 def _pipelines(
-    counts: Counter[Class], widths: tuple[int, ...], depth: int, data: int
+    counts: Counter[NodeType], widths: tuple[int, ...], depth: int, data: int
 ) -> Iterator[DevicePattern]:
     if depth == 0:
         return
-    for team in _teams(counts, widths, data):
-        left = counts - Counter(key for unit in team for key in unit)
-        yield (team,)
+    for stage in _stages(counts, widths, data):
+        left = counts - Counter(key for group in stage for key in group)
+        yield (stage,)
         for rest in _pipelines(left, widths, depth - 1, data):
-            yield (team, *rest)
+            yield (stage, *rest)
 
 
-def _teams(
-    counts: Counter[Class], widths: tuple[int, ...], data: int
-) -> Iterator[tuple[tuple[Class, ...], ...]]:
+def _stages(
+    counts: Counter[NodeType], widths: tuple[int, ...], data: int
+) -> Iterator[tuple[tuple[NodeType, ...], ...]]:
     for width in widths:
         yield from _replicas(counts, width, data)
 
 
 def _replicas(
-    counts: Counter[Class], width: int, data: int
-) -> Iterator[tuple[tuple[Class, ...], ...]]:
+    counts: Counter[NodeType], width: int, data: int
+) -> Iterator[tuple[tuple[NodeType, ...], ...]]:
     if data == 0:
         return
-    for unit in _units(counts, width):
-        left = counts - Counter(unit)
-        yield (unit,)
+    for group in _groups(counts, width):
+        left = counts - Counter(group)
+        yield (group,)
         for rest in _replicas(left, width, data - 1):
-            yield (unit, *rest)
+            yield (group, *rest)
 
 
-def _units(counts: Counter[Class], width: int) -> Iterator[tuple[Class, ...]]:
+def _groups(counts: Counter[NodeType], width: int) -> Iterator[tuple[NodeType, ...]]:
     for node in sorted({node for node, _ in counts}):
         own = sorted(key for key in counts if key[0] == node)
-        for unit in combinations_with_replacement(own, width):
-            if all(counts[key] >= number for key, number in Counter(unit).items()):
-                yield unit
+        for group in combinations_with_replacement(own, width):
+            if all(counts[key] >= number for key, number in Counter(group).items()):
+                yield group
 
 
 def strategies(costs: Costs) -> Iterator[tuple[DevicePattern, ...]]:
     """Every set of pipelines that can stand beside each other, nodes of one kind exchanged for one
     another only once."""
-    every = list(skeletons(costs))
-    used = [_use(skeleton) for skeleton in every]
-    counts = Counter({key: len(names) for key, names in classes(costs).items()})
+    every = list(device_patterns(costs))
+    used = [_use(pattern) for pattern in every]
+    counts = Counter({key: len(names) for key, names in node_types(costs).items()})
     swaps = _exchanges(costs)
 
-    def extend(start: int, left: Counter[Class], most: int) -> Iterator[tuple[int, ...]]:
+    def extend(start: int, left: Counter[NodeType], most: int) -> Iterator[tuple[int, ...]]:
         for i in range(start, len(every)):
             if all(left[key] >= number for key, number in used[i].items()):
                 yield (i,)
@@ -107,8 +105,8 @@ def strategies(costs: Costs) -> Iterator[tuple[DevicePattern, ...]]:
             yield strategy
 
 
-def _use(skeleton: DevicePattern) -> Counter[Class]:
-    return Counter(key for team in skeleton for unit in team for key in unit)
+def _use(pattern: DevicePattern) -> Counter[NodeType]:
+    return Counter(key for stage in pattern for group in stage for key in group)
 
 
 def _exchanges(costs: Costs) -> list[dict[int, int]]:
@@ -135,20 +133,22 @@ def _renamed(
     return tuple(
         sorted(
             tuple(
-                tuple(tuple(sorted((swap[n], kind) for n, kind in unit)) for unit in team)
-                for team in line
+                tuple(tuple(sorted((swap[n], kind) for n, kind in group)) for group in stage)
+                for stage in pipeline
             )
-            for line in strategy
+            for pipeline in strategy
         )
     )
 
 
 def concrete(
     costs: Costs, strategy: tuple[DevicePattern, ...]
-) -> tuple[tuple[tuple[Unit, ...], ...], ...]:
+) -> tuple[tuple[tuple[TensorGroup, ...], ...], ...]:
     """Devices for every place of a strategy, the first of each class first."""
-    free = {key: iter(names) for key, names in classes(costs).items()}
+    free = {key: iter(names) for key, names in node_types(costs).items()}
     return tuple(
-        tuple(tuple(tuple(next(free[key]) for key in unit) for unit in team) for team in line)
-        for line in strategy
+        tuple(
+            tuple(tuple(next(free[key]) for key in group) for group in stage) for stage in pipeline
+        )
+        for pipeline in strategy
     )

@@ -75,7 +75,7 @@ class Needs:
 
     always: Array
     each: Array
-    """And for every micro-batch in flight."""
+    """Bytes for every micro-batch in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class Memory:
     """What the stages of a candidate need of their devices' memory."""
 
     plain: Needs
-    """Of stages that keep what their layers make."""
-    again: Needs | None
-    """Of stages that recompute, if they may."""
+    """Needs of stages that keep the activations of their layers."""
+    recomputed: Needs | None
+    """Needs of stages that recompute; None if they may not."""
     held: Array
     """Micro-batches in flight [S]."""
     capacity: Array
@@ -145,7 +145,9 @@ def memory_of(costs: Costs, candidate: Candidate) -> Memory:
     tensor, rows = shape.grid.tensor, shape.rows
     return Memory(
         plain=Needs(*stage_bytes(costs, tensor, rows)),
-        again=Needs(*stage_bytes(costs, tensor, rows, again=True)) if costs.again else None,
+        recomputed=Needs(*stage_bytes(costs, tensor, rows, recompute=True))
+        if costs.recomputed
+        else None,
         held=np.array(
             [in_flight(shape.schedule, s, stages, shape.micro_batches) for s in range(stages)]
         ),
@@ -186,8 +188,8 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     loads, memory = chain_loads(facts.forward + facts.backward), facts.memory
     need = _bytes(memory.plain, memory)
     fitting = forbid_beyond(loads, need, memory.capacity)
-    if memory.again and not np.array_equal(fitting, loads):
-        need = _bytes(memory.again, memory)
+    if memory.recomputed and not np.array_equal(fitting, loads):
+        need = _bytes(memory.recomputed, memory)
         repeated = forbid_beyond(chain_loads(_repeated(costs, facts)), need, memory.capacity)
         fitting = np.where(np.isfinite(fitting), fitting, loads + repeated)
     cuts = facts.forward_cut + facts.backward_cut
@@ -198,8 +200,8 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
         assert least is not None, "grids have no more stages than layers"
         return Misfit(candidate, least[0], least[1])
     as_slow = found.slowest * (1 + 1e-9)  # sums of equal layers differ in their last bit
-    tails = np.where(fitting <= as_slow, _tails(costs, candidate), np.inf)
-    lightest = least_worst(tails)
+    parameter_seconds = np.where(fitting <= as_slow, _parameter_seconds(costs, candidate), np.inf)
+    lightest = least_worst(parameter_seconds)
     assert lightest is not None, "the cuts found are among them"
     return min(
         (
@@ -224,7 +226,7 @@ def _repeated(costs: Costs, facts: Chain) -> Array:
 
 def recomputed_stages(memory: Memory, bounds: Bounds) -> tuple[bool, ...]:
     """The stages that do not fit otherwise, if they may recompute."""
-    if memory.again is None:
+    if memory.recomputed is None:
         return (False,) * (len(bounds) - 1)
     return tuple(
         _excess(memory.plain, memory, s, layers) > 0 for s, layers in enumerate(pairwise(bounds))
@@ -237,7 +239,7 @@ def _excess(needs: Needs, memory: Memory, s: int, layers: tuple[int, int]) -> fl
     return float(need - memory.capacity[s])
 
 
-def _tails(costs: Costs, candidate: Candidate) -> Array:
+def _parameter_seconds(costs: Costs, candidate: Candidate) -> Array:
     """Seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline: their reduction
     alone on the links, and the optimizer. The assignment does not see them; of the cuts with its
     bottleneck, those with the smallest tail are the other ones worth a look."""
@@ -249,15 +251,15 @@ def _tails(costs: Costs, candidate: Candidate) -> Array:
     for s in range(len(candidate.placement.stages)):
         _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
         per_parameter.append(slope * reduced_width(costs) + _optimizer(costs, candidate, s, 1))
-    tails: Array = held * np.array(per_parameter)[:, None, None]
-    return tails
+    parameter_seconds: Array = held * np.array(per_parameter)[:, None, None]
+    return parameter_seconds
 
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
     memory = facts.memory
     excess = max(
-        _excess((memory.again if again else None) or memory.plain, memory, s, layers)
-        for s, (layers, again) in enumerate(
+        _excess((memory.recomputed if recompute else None) or memory.plain, memory, s, layers)
+        for s, (layers, recompute) in enumerate(
             zip(pairwise(bounds), recomputed_stages(memory, bounds), strict=True)
         )
     )
@@ -288,8 +290,8 @@ def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chai
     if any(recomputed):
         repeated = _repeated(costs, facts)
         backward += [
-            repeated[s, a:b].sum() if again else 0.0
-            for s, ((a, b), again) in enumerate(zip(ranges, recomputed, strict=True))
+            repeated[s, a:b].sum() if recompute else 0.0
+            for s, ((a, b), recompute) in enumerate(zip(ranges, recomputed, strict=True))
         ]
     ahead, back = np.zeros(len(ranges)), np.zeros(len(ranges))
     for s, cut in enumerate(bounds[1:-1]):
@@ -353,8 +355,7 @@ def _optimizer(costs: Costs, candidate: Candidate, s: int, parameters: float) ->
 
 
 def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int], ...]) -> Array:
-    """Seconds [S, 2] that every stage's gradients need, all stages at once: all of them, and those
-    alone that are sent last: a bucket, of a layer at least, and tied parameters."""
+    """Returns the seconds [S, 2] in which each stage's gradients are summed: all, and the last."""
     found = np.zeros((len(ranges), 2))
     sizes = np.zeros((len(ranges), 2))
     rings: list[tuple[set[int], Traffic]] = []
@@ -386,7 +387,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
 
 def _rings(costs: Costs, candidate: Candidate, stages: tuple[int, ...]) -> list[Traffic]:
     """One ring for each tensor index, over all replicas of these stages."""
-    units = [unit for s in stages for unit in candidate.placement.stages[s]]
-    if len(units) < 2:
+    groups = [group for s in stages for group in candidate.placement.stages[s]]
+    if len(groups) < 2:
         return []
-    return [ring(costs, tuple(members)) for members in zip(*units, strict=True)]
+    return [ring(costs, tuple(members)) for members in zip(*groups, strict=True)]

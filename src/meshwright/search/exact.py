@@ -1,10 +1,9 @@
 """Searches the whole space of a small input: every plan is simulated or ruled out by its bound.
 
-The space: any devices left out; the others in pipelines, stages and tensor-parallel units in every
-way that keeps a unit inside a node; any layer cuts; any share of the batch for each pipeline, in
-any number of equal micro-batches; any rows of a micro-batch for each replica; both schedules.
-Devices of one type in one node are interchangeable, and so are nodes of one kind.
-"""
+The space: any devices left out; the others in pipelines, stages and tensor groups in every way that
+keeps a tensor group inside a node; any layer cuts; any share of the batch for each pipeline, in any
+number of equal micro-batches; any rows of a micro-batch for each replica; both schedules. Devices
+of one type in one node are interchangeable, and so are nodes of one kind."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ from itertools import combinations, pairwise, product
 from math import comb, prod
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices, fits, tensor_widths_agree
 from meshwright.search.costs import Costs
-from meshwright.search.device_patterns import DevicePattern, concrete, skeletons, strategies
+from meshwright.search.device_patterns import DevicePattern, concrete, device_patterns, strategies
 from meshwright.search.incumbent import SAME
 from meshwright.search.space import divisors
 from meshwright.stopping import raise_if_stopped
@@ -32,7 +31,7 @@ LIMIT = 12_000
 class Option:
     """One pipeline with everything decided, and the least it can take."""
 
-    line: CandidatePipeline
+    pipeline: CandidatePipeline
     seconds: float
 
 
@@ -43,7 +42,7 @@ class Prospect:
     seconds: float
     """Lower bound."""
     schedule: ScheduleName
-    lines: tuple[CandidatePipeline, ...]
+    pipelines: tuple[CandidatePipeline, ...]
 
 
 @dataclass(slots=True)
@@ -51,7 +50,7 @@ class _SearchTables:
     costs: Costs
     limit: float
     """Seconds that a strategy must stay below."""
-    dropped: Counter[str]
+    pruned: Counter[str]
     options: dict[tuple[DevicePattern, ScheduleName], dict[int, list[Option]]] = field(
         default_factory=dict
     )
@@ -78,9 +77,9 @@ def space_size(costs: Costs) -> int:
             for rows in divisors(share)
         )
 
-    for skeleton in skeletons(costs):
-        widths = tuple(sorted(len(team) for team in skeleton))
-        total += comb(layers - 1, len(skeleton) - 1) * ways(widths)
+    for pattern in device_patterns(costs):
+        widths = tuple(sorted(len(stage) for stage in pattern))
+        total += comb(layers - 1, len(pattern) - 1) * ways(widths)
         if total > LIMIT:
             break
     return total
@@ -90,15 +89,15 @@ def prospects(
     costs: Costs,
     schedules: Sequence[ScheduleName],
     limit: float,
-    dropped: Counter[str],
-    over: Callable[[], bool] = lambda: False,
+    pruned: Counter[str],
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> list[Prospect] | None:
     """Every strategy of the space whose lower bound is below `limit` seconds, lowest first; None
     when it was over before all had been looked at."""
-    tables = _SearchTables(costs, limit, dropped)
+    tables = _SearchTables(costs, limit, pruned)
     found: list[Prospect] = []
     for strategy in strategies(costs):
-        if over():
+        if out_of_time():
             return None
         for schedule in schedules:
             found += _of_strategy(tables, strategy, schedule, schedule == schedules[0])
@@ -111,62 +110,63 @@ def _of_strategy(
 ) -> Iterator[Prospect]:
     placed = concrete(tables.costs, strategy)
     batch = tables.costs.job.global_batch
-    offers = [_options(tables, skeleton, schedule) for skeleton in strategy]
+    offers = [_options(tables, pattern, schedule) for pattern in strategy]
     if any(not offer for offer in offers):
         return
     for shares in compositions(batch, len(strategy)):
         raise_if_stopped()
         for chosen in product(*(offer.get(s, ()) for offer, s in zip(offers, shares, strict=True))):
-            lines = [
+            pipelines = [
                 CandidatePipeline(
                     tuple(
-                        StageDevices(u, t.rows) for u, t in zip(where, o.line.teams, strict=True)
+                        StageDevices(u, t.rows)
+                        for u, t in zip(where, o.pipeline.stages, strict=True)
                     ),
-                    o.line.bounds,
-                    o.line.micro_batches,
+                    o.pipeline.bounds,
+                    o.pipeline.micro_batches,
                 )
                 for o, where in zip(chosen, placed, strict=True)
             ]
-            alike = all(len(x.teams) == 1 or x.micro_batches == 1 for x in lines)
-            if (alike and not first) or not tensor_widths_agree(tables.costs, lines):
+            alike = all(len(x.stages) == 1 or x.micro_batches == 1 for x in pipelines)
+            if (alike and not first) or not tensor_widths_agree(tables.costs, pipelines):
                 continue
-            seconds = max(o.seconds for o in chosen) + after_lines(tables.costs, lines)
+            seconds = max(o.seconds for o in chosen) + after_pipelines(tables.costs, pipelines)
             if seconds < tables.limit * (1 - SAME):
-                yield Prospect(seconds, schedule, tuple(lines))
+                yield Prospect(seconds, schedule, tuple(pipelines))
             else:
-                tables.dropped["lower bound above the best"] += 1
+                tables.pruned["lower bound above the best"] += 1
 
 
 def _options(
-    tables: _SearchTables, skeleton: DevicePattern, schedule: ScheduleName
+    tables: _SearchTables, pattern: DevicePattern, schedule: ScheduleName
 ) -> dict[int, list[Option]]:
-    """By share: the ways to fill a skeleton that fit and may be fast enough."""
-    key = (skeleton, schedule)
+    """Returns the ways to fill a device pattern that fit and may be fast enough, by share."""
+    key = (pattern, schedule)
     if key not in tables.options:
         found: dict[int, list[Option]] = {}
-        for line in _filled(tables.costs, skeleton):
+        for pipeline in _filled(tables.costs, pattern):
             raise_if_stopped()
-            if not fits(tables.costs, line, schedule):
-                tables.dropped["does not fit in memory"] += 1
+            if not fits(tables.costs, pipeline, schedule):
+                tables.pruned["does not fit in memory"] += 1
                 continue
-            seconds = line_bound(tables.costs, line, schedule)
+            seconds = pipeline_bound(tables.costs, pipeline, schedule)
             if seconds < tables.limit * (1 - SAME):
-                found.setdefault(line.share, []).append(Option(line, seconds))
+                found.setdefault(pipeline.share, []).append(Option(pipeline, seconds))
             else:
-                tables.dropped["lower bound above the best"] += 1
+                tables.pruned["lower bound above the best"] += 1
         tables.options[key] = found
     return tables.options[key]
 
 
-def _filled(costs: Costs, skeleton: DevicePattern) -> Iterator[CandidatePipeline]:
-    """Every number of micro-batches, rows and cuts of a skeleton on its own devices."""
-    (placed,) = concrete(costs, (skeleton,))
+def _filled(costs: Costs, pattern: DevicePattern) -> Iterator[CandidatePipeline]:
+    """Every number of micro-batches, rows and cuts of a device pattern on its own devices."""
+    (placed,) = concrete(costs, (pattern,))
     batch, layers = costs.job.global_batch, len(costs.model.layers)
     for share in range(1, batch + 1):
         for rows in divisors(share):
-            for split in product(*(compositions(rows, len(units)) for units in placed)):
-                teams = tuple(StageDevices(u, r) for u, r in zip(placed, split, strict=True))
-                for sizes in combinations(range(1, layers), len(teams) - 1):
-                    line = CandidatePipeline(teams, (0, *sizes, layers), share // rows)
-                    if tensor_widths_agree(costs, (line,)):
-                        yield line
+            for split in product(*(compositions(rows, len(groups)) for groups in placed)):
+                stages = tuple(StageDevices(u, r) for u, r in zip(placed, split, strict=True))
+                for sizes in combinations(range(1, layers), len(stages) - 1):
+                    pipeline = CandidatePipeline(stages, (0, *sizes, layers), share // rows)
+                    if tensor_widths_agree(costs, (pipeline,)):
+                        yield pipeline

@@ -31,8 +31,8 @@ def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: s
     shape, grid = candidate.shape, candidate.shape.grid
     recomputed = recomputed_stages(memory_of(costs, candidate), bounds)
     stages = tuple(
-        Stage(layers=layers, devices=devices, recompute=again)
-        for layers, devices, again in zip(
+        Stage(layers=layers, devices=devices, recompute=recompute)
+        for layers, devices, recompute in zip(
             pairwise(bounds), candidate.placement.stages, recomputed, strict=True
         )
     )

@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 
 from meshwright.errors import ClusterError, Problem
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.search.costs import Costs, speeds
-from meshwright.search.estimate import (
-    Candidate,
-    Estimate,
-    Misfit,
-    evaluate,
-    optimistic_seconds,
-)
+from meshwright.search.estimate import Candidate, Estimate, Misfit, evaluate, optimistic_seconds
 from meshwright.search.placement import default_placement, placements
 from meshwright.search.space import (
     DeviceSet,
@@ -32,8 +26,7 @@ from meshwright.search.template_search import MOST_CELLS
 from meshwright.stopping import raise_if_stopped
 
 MANY_DEVICES = 64
-"""Above this number devices are counted by class: strategies over whole fleets of nodes contain the
-regular grids, and no grid is looked at device by device."""
+"""Above this number devices are counted by class, and no grid is looked at device by device."""
 
 MANY_CELLS = 1_500_000
 """Devices x layers x layers above which it is the same: layer cuts are tables of them."""
@@ -89,43 +82,43 @@ def whole(costs: Costs) -> DeviceSet:
     return DeviceSet(devices=devices)
 
 
-def usable(costs: Costs, dropped: Counter[str]) -> DeviceSet:
-    """As `whole`; devices that are not among them are counted in `dropped`."""
+def usable(costs: Costs, pruned: Counter[str]) -> DeviceSet:
+    """Returns the devices of `whole`, and counts all other devices in `pruned`."""
     used = whole(costs)
     if unable := len(costs.devices) - len(used.devices):
-        dropped[f"devices that do not offer {costs.job.precision}"] += unable
+        pruned[f"devices that do not offer {costs.job.precision}"] += unable
     return used
 
 
 def candidates_of(
-    costs: Costs, schedules: Sequence[ScheduleName], dropped: Counter[str]
+    costs: Costs, schedules: Sequence[ScheduleName], pruned: Counter[str]
 ) -> list[Candidate]:
     """The whole space; if nothing in it is possible, that of the most devices that allow something.
 
     Raises ClusterError when no device offers the job's precision.
     """
-    devices = usable(costs, dropped).devices
+    devices = usable(costs, pruned).devices
     speed = speeds(costs, sorted({device.type for device in devices}))
     found = [
         candidate
         for used in device_sets(devices, speed)
-        for candidate in _on(costs, used, speed, schedules, dropped)
+        for candidate in _on(costs, used, speed, schedules, pruned)
     ]
     if found:
         return found
     for used in fewer_devices(devices, speed):
-        found = list(_on(costs, used, speed, schedules, dropped))
+        found = list(_on(costs, used, speed, schedules, pruned))
         if found:
             break
     return found
 
 
-def sample_of(costs: Costs, dropped: Counter[str]) -> list[Candidate]:
+def sample_of(costs: Costs, pruned: Counter[str]) -> list[Candidate]:
     """A few regular grids of very many devices, or of the most that allow any, evenly spread over
     those there are: to say by how much nothing fits."""
     used = whole(costs)
     speed = speeds(costs, sorted({device.type for device in used.devices}))
-    every = _grid_shapes(costs, used, dropped)
+    every = _grid_shapes(costs, used, pruned)
     fewer = fewer_devices(used.devices, speed)
     while not every:
         used = next(fewer)
@@ -133,15 +126,15 @@ def sample_of(costs: Costs, dropped: Counter[str]) -> list[Candidate]:
     most = max(8, LAST_RESORT // len(used.devices))
     chosen = every[:: -(-len(every) // most)]
     if len(chosen) < len(every):
-        dropped["regular grids beyond a sample"] += len(every) - len(chosen)
+        pruned["regular grids beyond a sample"] += len(every) - len(chosen)
     places = {grid: default_placement(used.devices, grid) for grid, _ in chosen}
     return [Candidate(used, places[grid], shape) for grid, shape in chosen]
 
 
-def _grid_shapes(costs: Costs, used: DeviceSet, dropped: Counter[str]) -> list[tuple[Grid, Shape]]:
+def _grid_shapes(costs: Costs, used: DeviceSet, pruned: Counter[str]) -> list[tuple[Grid, Shape]]:
     return [
         (grid, shape)
-        for grid in grids(used.devices, costs.model, costs.job, dropped)
+        for grid in grids(used.devices, costs.model, costs.job, pruned)
         if grid.stages * len(costs.model.layers) ** 2 <= MOST_CELLS
         for shape in shapes(grid, costs.job, ("1f1b",))
     ]
@@ -152,9 +145,9 @@ def _on(
     used: DeviceSet,
     speed: dict[str, float],
     schedules: Sequence[ScheduleName],
-    dropped: Counter[str],
+    pruned: Counter[str],
 ) -> Iterator[Candidate]:
-    for grid in grids(used.devices, costs.model, costs.job, dropped):
+    for grid in grids(used.devices, costs.model, costs.job, pruned):
         places = placements(used.devices, grid, speed)
         for shape in shapes(grid, costs.job, schedules):
             for place in places:
@@ -165,9 +158,9 @@ def _on(
 def explore(
     costs: Costs,
     candidates: Iterable[Candidate],
-    dropped: Counter[str],
+    pruned: Counter[str],
     tell: Progress,
-    over: Callable[[], bool] = lambda: False,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Explored:
     """The best candidates in closed form.
 
@@ -181,22 +174,22 @@ def explore(
     misfits: list[Misfit] = []
     for done, (bound, _, candidate) in enumerate(queue):
         if len(finalists) == FINALISTS and bound >= finalists[-1].seconds:
-            dropped["lower bound above the finalists"] += len(queue) - done
+            pruned["lower bound above the finalists"] += len(queue) - done
             break
-        if over() and (finalists or done >= AT_LEAST):
-            dropped["beyond the budget"] += len(queue) - done
+        if out_of_time() and (finalists or done >= AT_LEAST):
+            pruned["beyond the budget"] += len(queue) - done
             break
         if done % 64 == 0:
             tell("searching", done, len(queue))
         raise_if_stopped()
         found = evaluate(costs, candidate)
         if isinstance(found, Misfit):
-            dropped["does not fit in memory"] += 1
+            pruned["does not fit in memory"] += 1
             misfits.append(found)
         else:
             finalists = _best([*finalists, found])
-            dropped["slower in closed form"] += 1
-    dropped["slower in closed form"] -= len(finalists)
+            pruned["slower in closed form"] += 1
+    pruned["slower in closed form"] -= len(finalists)
     tell("searching", len(queue), len(queue))
     return Explored(finalists=tuple(finalists), misfits=tuple(misfits), tried=len(queue))
 
@@ -226,7 +219,7 @@ def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit 
     """The best hand-made candidate that fits; else the nearest to it; None if there is none. AMP
     chooses by its own ranking and knows no recomputation, the others by ours."""
     if name == "amp":
-        costs = replace(costs, again=None)
+        costs = replace(costs, recomputed=None)
     every = BASELINES[name](costs, used)
     queue = [(0.0 if name == "amp" else _optimistic(costs, c), i, c) for i, c in enumerate(every)]
     best: tuple[float, int, Estimate] | None = None

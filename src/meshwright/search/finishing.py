@@ -77,12 +77,12 @@ def _try_option(incumbent: Incumbent, option: PlanOption) -> None:
     """Simulate what an option proposes until it ends or the search is out of time."""
 
     def prune(pruned: Pruned) -> None:
-        incumbent.dropped[f"{option.name}: {pruned.reason}"] += pruned.count
+        incumbent.pruned[f"{option.name}: {pruned.reason}"] += pruned.count
 
     proposals = option.propose(incumbent)
     answer: Evaluated | None = None
     while True:
-        if incumbent.late:
+        if incumbent.out_of_time:
             prune(Pruned("beyond the budget"))
             return
         try:
@@ -103,11 +103,11 @@ def _try_option(incumbent: Incumbent, option: PlanOption) -> None:
 def _simulated(incumbent: Incumbent, proposal: Proposal) -> Evaluated:
     """Simulate a proposal; a variant leaves no trace unless it is faster than the best plan."""
     before = incumbent.best
-    played = simulate_and_record(incumbent, proposal.plan, proposal.why)
-    if proposal.is_variant and before and played.seconds >= before.seconds * (1 - SAME):
+    evaluated = simulate_and_record(incumbent, proposal.plan, proposal.why)
+    if proposal.is_variant and before and evaluated.seconds >= before.seconds * (1 - SAME):
         incumbent.best = before
         incumbent.others.pop()
-    return played
+    return evaluated
 
 
 def fits_in_memory(costs: Costs, plan: Plan) -> bool:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshwright.search.candidate import lines_label, plan_of
+from meshwright.search.candidate import plan_of, strategy_label
 from meshwright.search.costs import Costs, speeds
 from meshwright.search.device_classes import (
-    Fleet,
+    DeviceClass,
     PipelineTemplate,
     StageRun,
-    fleets,
+    device_classes,
     nodes_for,
     written,
 )
 from meshwright.search.incumbent import Evaluated, Incumbent, Strategy, simulated, work_of
-from meshwright.search.layer_partition import fit_line
+from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.space import divisors, legal_widths
 from meshwright.simulate.symmetry import find_symmetry
 from meshwright.stopping import raise_if_stopped
@@ -37,45 +37,46 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
     strategy = next(_fitting(costs), None)
     if strategy is None:
         return None
-    schedule, lines = strategy
-    plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
+    schedule, pipelines = strategy
+    plan = plan_of(costs, pipelines, schedule, incumbent.cluster_print)
     if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_WORK:
         return None
     seconds = simulated(costs, plan).step_seconds
     missing = len(costs.devices) - len(plan.devices)
-    return Evaluated(lines_label(lines, schedule, missing), plan, seconds)
+    return Evaluated(strategy_label(pipelines, schedule, missing), plan, seconds)
 
 
 def _fitting(costs: Costs) -> Iterator[Strategy]:
     """Plain strategies that fit: on the kind of nodes that has the most speed together, in the
     narrowest tensor groups, of the fewest stages first."""
-    every = fleets(costs)
-    speed = speeds(costs, {fleet.kind for fleet in every})
+    every = device_classes(costs)
+    speed = speeds(costs, {device_class.kind for device_class in every})
     order = sorted(
-        range(len(every)),
-        key=lambda i: -speed[every[i].kind] * every[i].each * len(every[i].nodes),
+        range(len(every)), key=lambda i: -speed[every[i].kind] * every[i].each * len(every[i].nodes)
     )
     for number in order:
         for tensor in (t for t in legal_widths(costs) if every[number].each % t == 0):
             for depth in (d for d in DEPTHS if d <= len(costs.model.layers)):
                 raise_if_stopped()
-                segment = _widest(costs, every[number], number, tensor, depth)
-                if segment is None:
+                run = _widest(costs, every[number], number, tensor, depth)
+                if run is None:
                     break
-                template = PipelineTemplate(tensor, (segment,), segment.width, "1f1b")
+                template = PipelineTemplate(tensor, (run,), run.width, "1f1b")
                 stages = written(every, template, {})
-                count = costs.job.global_batch // segment.width
-                fitted = fit_line(costs, stages, segment.width, count, "1f1b")
+                count = costs.job.global_batch // run.width
+                fitted = fit_pipeline(costs, stages, run.width, count, "1f1b")
                 if fitted is not None:
-                    yield "1f1b", (fitted.line,)
+                    yield "1f1b", (fitted.pipeline,)
 
 
-def _widest(costs: Costs, fleet: Fleet, number: int, tensor: int, depth: int) -> StageRun | None:
+def _widest(
+    costs: Costs, device_class: DeviceClass, number: int, tensor: int, depth: int
+) -> StageRun | None:
     """Returns as many replicas of a number of stages as divide the batch and have nodes; None if
     not one has. A replica's neighbour is on the next node, or beside it where it fills the node."""
-    units = fleet.each // tensor
+    groups = device_class.each // tensor
     for width in reversed(divisors(costs.job.global_batch)):
-        blocks = [b for b in divisors(units) if width % b == 0]
-        if blocks and nodes_for(units, depth, width, blocks[-1]) <= len(fleet.nodes):
+        blocks = [b for b in divisors(groups) if width % b == 0]
+        if blocks and nodes_for(groups, depth, width, blocks[-1]) <= len(device_class.nodes):
             return StageRun(number, depth, width, blocks[-1])
     return None

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.program.timeline import Timeline
-from meshwright.search.bounds import after_lines, line_bound
+from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
     CandidatePipeline,
     fits,
-    lines_label,
     plan_of,
+    strategy_label,
     tensor_widths_agree,
 )
 from meshwright.search.costs import Costs
 from meshwright.simulate.critical_path import step_breakdown as parts_of
+from meshwright.simulate.played_step import PlayedStep
 from meshwright.simulate.symmetry import Symmetry, find_symmetry, simulate_by_symmetry
 from meshwright.stopping import never
 
@@ -34,7 +34,7 @@ WORK = 16_000
 regular grids: the normal end of a search, the same on every machine."""
 
 
-TIMELINES = 12
+STEPS_KEPT = 12
 """Simulated steps that are kept, to say where their seconds go."""
 
 MOMENT_SECONDS = 1.5
@@ -65,12 +65,12 @@ class Incumbent:
     costs: Costs
     cluster_print: str
     deadline: float | None = None
-    """Of time.monotonic; None: the work alone ends the search."""
+    """End of the search, in seconds of time.monotonic; None: the work alone ends it."""
     grace_seconds: float = 0.0
     """How long a search whose time is up looks for a plan that is better than a spare one."""
     work: int = WORK
     stop: Callable[[], bool] = never
-    """True if somebody wants the search to end."""
+    """Returns True if the user wants the search to end."""
     stopped_at: float | None = None
     """The time when `stop` first said yes, in seconds of time.monotonic."""
     found: Callable[[float], None] = ignore
@@ -80,12 +80,14 @@ class Incumbent:
     before it has found another one."""
     best: Evaluated | None = None
     others: list[Evaluated] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
+    pruned: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
-    timelines: list[tuple[Evaluated, Timeline]] = field(default_factory=list)
-    """Of the best that were played, best first."""
+    steps: list[tuple[Evaluated, PlayedStep]] = field(default_factory=list)
+    """The simulated steps of the best plans, fastest first."""
+    parts: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The answers of `parts_in`, by the identity of a plan in `others`."""
 
     @property
     def limit(self) -> float:
@@ -94,33 +96,33 @@ class Incumbent:
 
     @property
     def stopped(self) -> bool:
-        """True if somebody has told the search to end."""
+        """Returns True if the user has told the search to end."""
         if self.stopped_at is None and self.stop():
             self.stopped_at = time.monotonic()
         return self.stopped_at is not None
 
     @property
-    def late(self) -> bool:
-        """True if the search is to end: the time is up, or somebody wants it."""
+    def out_of_time(self) -> bool:
+        """Returns True if the search is to end: the time is up, or the user wants it."""
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def may_leave_off(self) -> bool:
         """True if what is under way may be left unfinished: the search is to end, and there is a
         plan, or none has been found in the time that is left for that."""
-        if not self.late or self.best is not None:
-            return self.late
+        if not self.out_of_time or self.best is not None:
+            return self.out_of_time
         now, spared = time.monotonic(), self.spare is not None
         if self.stopped_at is not None:
             return spared or now - self.stopped_at > MOMENT_SECONDS
         return spared and self.deadline is not None and now > self.deadline + self.grace_seconds
 
     @property
-    def over(self) -> bool:
+    def out_of_budget(self) -> bool:
         """True if the budget is spent: the time, or the work."""
-        return self.late or self.work <= 0
+        return self.out_of_time or self.work <= 0
 
 
-def simulated(costs: Costs, plan: Plan) -> Timeline:
+def simulated(costs: Costs, plan: Plan) -> PlayedStep:
     """Return the simulated step of a plan that fits."""
     return simulate_by_symmetry(
         plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
@@ -130,15 +132,15 @@ def simulated(costs: Costs, plan: Plan) -> Timeline:
 def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluated:
     """Simulate a plan that fits; of equals the first one stays the best."""
     costs = incumbent.costs
-    timeline = simulated(costs, plan)
-    played = Evaluated(name, plan, timeline.step_seconds)
-    insort(incumbent.timelines, (played, timeline), key=lambda pair: pair[0].seconds)
-    del incumbent.timelines[TIMELINES:]
-    if incumbent.best is None or played.seconds < incumbent.best.seconds:
-        incumbent.best = played
-        incumbent.found(played.seconds)
-    incumbent.others.append(played)
-    return played
+    step = simulated(costs, plan)
+    evaluated = Evaluated(name, plan, step.step_seconds)
+    insort(incumbent.steps, (evaluated, step), key=lambda pair: pair[0].seconds)
+    del incumbent.steps[STEPS_KEPT:]
+    if incumbent.best is None or evaluated.seconds < incumbent.best.seconds:
+        incumbent.best = evaluated
+        incumbent.found(evaluated.seconds)
+    incumbent.others.append(evaluated)
+    return evaluated
 
 
 def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
@@ -149,31 +151,31 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     incumbent.work -= max(1, len(incumbent.costs.devices) // DEVICES_LOOKED_AT)
     reason = _refused(incumbent, strategy)
     if reason:
-        incumbent.dropped[reason] += 1
+        incumbent.pruned[reason] += 1
         return False
-    schedule, lines = strategy
+    schedule, pipelines = strategy
     costs = incumbent.costs
-    plan = plan_of(costs, lines, schedule, incumbent.cluster_print)
+    plan = plan_of(costs, pipelines, schedule, incumbent.cluster_print)
     work = work_of(plan, find_symmetry(plan, costs.cluster))
     if incumbent.best and work > max(incumbent.work, 0) // 4:
-        incumbent.dropped["too much to simulate in what is left of the budget"] += 1
+        incumbent.pruned["too much to simulate in what is left of the budget"] += 1
         return False
     incumbent.work -= work
     missing = len(costs.devices) - len(plan.devices)
-    played = simulate_and_record(incumbent, plan, lines_label(lines, schedule, missing))
-    if incumbent.best is played:
+    evaluated = simulate_and_record(incumbent, plan, strategy_label(pipelines, schedule, missing))
+    if incumbent.best is evaluated:
         return True
-    incumbent.dropped["slower in the simulator"] += 1
+    incumbent.pruned["slower in the simulator"] += 1
     return False
 
 
 def work_of(plan: Plan, folded: Symmetry) -> int:
     """Micro-batches, and reductions of about a layer each, of all ranks that are played."""
-    played = {plan.devices[rank] for rank in folded.ranks}
+    evaluated = {plan.devices[rank] for rank in folded.ranks}
     work = 0
     for pipeline in plan.pipelines:
         for stage in pipeline.stages:
-            count = sum(device in played for unit in stage.devices for device in unit)
+            count = sum(device in evaluated for group in stage.devices for device in group)
             layers = stage.layers[1] - stage.layers[0]
             shared = len(stage.devices) > 1 or len(plan.pipelines) > 1
             work += count * (pipeline.micro_batches + layers * shared)
@@ -182,22 +184,22 @@ def work_of(plan: Plan, folded: Symmetry) -> int:
 
 def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     """Why a strategy need not be simulated; empty: it must."""
-    schedule, lines = strategy
+    schedule, pipelines = strategy
     costs = incumbent.costs
-    if not tensor_widths_agree(costs, lines):
+    if not tensor_widths_agree(costs, pipelines):
         return "holders of a layer differ in tensor width"
-    if not all(fits(costs, line, schedule) for line in lines):
+    if not all(fits(costs, pipeline, schedule) for pipeline in pipelines):
         return "does not fit in memory"
-    bound = max(line_bound(costs, line, schedule) for line in lines) + after_lines(costs, lines)
+    bound = max(pipeline_bound(costs, each, schedule) for each in pipelines)
+    bound += after_pipelines(costs, pipelines)
     return "lower bound above the best" if bound >= incumbent.limit else ""
 
 
 def simplest(incumbent: Incumbent) -> Evaluated:
-    """Return, of the plans that are as good as the best, one with the fewest pipelines and
-    stages."""
+    """Return the plan with the fewest pipelines and stages among those as good as the best."""
 
-    def parts(played: Evaluated) -> tuple[int, int]:
-        pipelines = played.plan.pipelines
+    def parts(evaluated: Evaluated) -> tuple[int, int]:
+        pipelines = evaluated.plan.pipelines
         return len(pipelines), sum(len(pipeline.stages) for pipeline in pipelines)
 
     assert incumbent.best is not None
@@ -205,14 +207,17 @@ def simplest(incumbent: Incumbent) -> Evaluated:
     return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
-def timeline_of(incumbent: Incumbent, played: Evaluated) -> Timeline | None:
+def step_of(incumbent: Incumbent, evaluated: Evaluated) -> PlayedStep | None:
     """The simulated step of a strategy, if it was kept."""
-    return next((timeline for each, timeline in incumbent.timelines if each is played), None)
+    return next((step for each, step in incumbent.steps if each is evaluated), None)
 
 
-def parts_in(incumbent: Incumbent, played: Evaluated) -> dict[str, float]:
+def parts_in(incumbent: Incumbent, evaluated: Evaluated) -> dict[str, float]:
     """Seconds of a plan's critical path by kind, without rounding noise."""
-    costs = incumbent.costs
-    timeline = timeline_of(incumbent, played) or simulated(costs, played.plan)
-    noise = 1e-12 * timeline.step_seconds
-    return {part: s if s > noise else 0.0 for part, s in parts_of(timeline).items()}
+    if id(evaluated) not in incumbent.parts:
+        step = step_of(incumbent, evaluated) or simulated(incumbent.costs, evaluated.plan)
+        noise = 1e-12 * step.step_seconds
+        incumbent.parts[id(evaluated)] = {
+            part: s if s > noise else 0.0 for part, s in parts_of(step.timeline()).items()
+        }
+    return incumbent.parts[id(evaluated)]

@@ -17,19 +17,20 @@ from numpy.typing import NDArray
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
-from meshwright.search.boundary_prices import crossings
-from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
+from meshwright.search.boundary_prices import boundary_prices
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import (
     Array,
     Costs,
+    TensorGroup,
+    distinct_groups,
     distinct_replicas,
-    distinct_units,
+    group_capacity,
+    group_kind,
+    group_prefix,
+    group_times,
     remembered,
     stage_bytes,
-    unit_capacity,
-    unit_kind,
-    unit_prefix,
-    unit_times,
 )
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
@@ -50,8 +51,7 @@ class Assignment:
 
 
 def chain_loads(times_SL: Array) -> Array:
-    """Loads [S, L + 1, L + 1] from the seconds of every layer on every stage; empty ranges are
-    forbidden."""
+    """Returns loads [S, L + 1, L + 1] from each layer's seconds; empty ranges are forbidden."""
     stages, layers = times_SL.shape
     prefix = np.zeros((stages, layers + 1))
     np.cumsum(times_SL, axis=1, out=prefix[:, 1:])
@@ -61,8 +61,7 @@ def chain_loads(times_SL: Array) -> Array:
 
 
 def forbid_beyond(loads: Array, need: Array, capacity: Array) -> Array:
-    """Loads in which every range whose need exceeds the stage's capacity (bytes, [S]) is
-    forbidden."""
+    """Returns loads that forbid every range that needs more than the stage's bytes [S]."""
     return np.where(need <= capacity[:, None, None], loads, np.inf)
 
 
@@ -145,36 +144,36 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
     return best
 
 
-Stages = tuple[tuple[Unit, ...], ...]
-"""The units of every stage of a line."""
+Stages = tuple[tuple[TensorGroup, ...], ...]
+"""The tensor groups of every stage of a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A line with its best cuts, and its seconds without reductions."""
+    """A pipeline with its best cuts, and its seconds without reductions."""
 
-    line: CandidatePipeline
+    pipeline: CandidatePipeline
     once: float
-    """Of the first micro-batch, there and back."""
+    """Seconds of the first micro-batch, forward and backward through all stages."""
     slowest: float
-    """Of every further one."""
+    """Seconds that every further micro-batch adds."""
 
 
-def pace(costs: Costs, unit: Unit, rows: int = 1) -> float:
-    """Seconds per row of the whole model on a unit, at so many rows a micro-batch."""
-    forward, backward = unit_prefix(costs, unit, rows)
+def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
+    """Returns a tensor group's seconds per row of the whole model, at this micro-batch size."""
+    forward, backward = group_prefix(costs, group, rows)
     return (forward[-1] + backward[-1]) / rows
 
 
-def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ...]:
-    """Whole rows for every unit, at least one each, such that the slowest is done soonest; times
-    are taken to be proportional to rows."""
-    each = max(1, rows // len(units))
-    known = {unit_kind(costs, u): pace(costs, u, each) for u in distinct_units(costs, units)}
+def apportion(costs: Costs, groups: tuple[TensorGroup, ...], rows: int) -> tuple[int, ...]:
+    """Whole rows for every tensor group, at least one each, such that the slowest is done soonest;
+    times are taken to be proportional to rows."""
+    each = max(1, rows // len(groups))
+    known = {group_kind(costs, u): pace(costs, u, each) for u in distinct_groups(costs, groups)}
     if len(set(known.values())) == 1:
-        share, left = divmod(rows, len(units))
-        return (share + 1,) * left + (share,) * (len(units) - left)
-    paces = [known[unit_kind(costs, unit)] for unit in units]
+        share, left = divmod(rows, len(groups))
+        return (share + 1,) * left + (share,) * (len(groups) - left)
+    paces = [known[group_kind(costs, group)] for group in groups]
     ideal = rows / sum(1 / p for p in paces)
     shares = [max(1, int(ideal / p)) for p in paces]
     while sum(shares) > rows:
@@ -191,7 +190,7 @@ def apportion(costs: Costs, units: tuple[Unit, ...], rows: int) -> tuple[int, ..
     return tuple(shares)
 
 
-def fit_line(
+def fit_pipeline(
     costs: Costs,
     stages: Stages,
     rows: int,
@@ -199,86 +198,88 @@ def fit_line(
     schedule: ScheduleName,
     limit: float = float("inf"),
 ) -> Fitted | None:
-    """The cuts that make the line fastest among those that fit; None if none does, if there are
+    """The cuts that make the pipeline fastest among those that fit; None if none does, if there are
     fewer rows than replicas or fewer layers than stages, or if not even layers that could be cut
     anywhere would take less than `limit` seconds."""
     layers = len(costs.model.layers)
-    if len(stages) > layers or rows < max(len(units) for units in stages):
+    if len(stages) > layers or rows < max(len(groups) for groups in stages):
         return None
-    teams = tuple(StageDevices(units, apportion(costs, units, rows)) for units in stages)
-    if limit < float("inf") and micro_batches / fluid_rate(costs, teams) >= limit:
+    devices = tuple(StageDevices(groups, apportion(costs, groups, rows)) for groups in stages)
+    if limit < float("inf") and micro_batches / fluid_rate(costs, devices) >= limit:
         return None
-    key = ("fitted", teams, micro_batches, schedule)
-    return remembered(costs, key, lambda: recut(costs, teams, micro_batches, schedule))
+    key = ("fitted", devices, micro_batches, schedule)
+    return remembered(costs, key, lambda: recut(costs, devices, micro_batches, schedule))
 
 
-def fluid_rate(costs: Costs, teams: tuple[StageDevices, ...]) -> float:
+def fluid_rate(costs: Costs, stages: tuple[StageDevices, ...]) -> float:
     """Micro-batches a second of stages that are never idle."""
     speed = 0.0
-    for team in teams:
+    for stage in stages:
         slowest = 0.0
-        for unit, rows in distinct_replicas(costs, team.units, team.rows):
-            forward, backward = unit_prefix(costs, unit, rows)
+        for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+            forward, backward = group_prefix(costs, group, rows)
             slowest = max(slowest, forward[-1] + backward[-1])
         speed += 1 / slowest
     return speed
 
 
 def recut(
-    costs: Costs, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+    costs: Costs, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> Fitted | None:
     """The same with the rows given as well."""
     loads = np.array(
         [
-            team_loads(costs, team, _held(s, teams, micro_batches, schedule))
-            for s, team in enumerate(teams)
+            stage_loads(costs, stage, _held(s, stages, micro_batches, schedule))
+            for s, stage in enumerate(stages)
         ]
     )
     size = loads.shape[1]
-    cuts = np.zeros((max(len(teams) - 1, 0), size))
-    for s, (here, there) in enumerate(pairwise(teams)):
+    cuts = np.zeros((max(len(stages) - 1, 0), size))
+    for s, (here, there) in enumerate(pairwise(stages)):
         cuts[s] = cut_seconds(costs, here, there)
     found = assign(loads, cuts, micro_batches)
     if found is None:
         return None
-    line = CandidatePipeline(teams, found.bounds, micro_batches)
-    return Fitted(line, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
+    pipeline = CandidatePipeline(stages, found.bounds, micro_batches)
+    return Fitted(pipeline, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
 
 
 def _held(
-    s: int, teams: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+    s: int, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> int:
-    return in_flight(schedule, s, len(teams), micro_batches)
+    return in_flight(schedule, s, len(stages), micro_batches)
 
 
-def team_loads(costs: Costs, team: StageDevices, held: int) -> Array:
+def stage_loads(costs: Costs, stage: StageDevices, held: int) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
     otherwise; infinite where one does not fit even then."""
-    plain = _slowest(costs, team, held, again=False)
+    plain = _slowest(costs, stage, held, recompute=False)
     size = len(plain)
-    if costs.again is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
+    if costs.recomputed is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
         return plain
-    return np.where(np.isfinite(plain), plain, _slowest(costs, team, held, again=True))
+    return np.where(np.isfinite(plain), plain, _slowest(costs, stage, held, recompute=True))
 
 
-def _slowest(costs: Costs, team: StageDevices, held: int, *, again: bool) -> Array:
+def _slowest(costs: Costs, stage: StageDevices, held: int, *, recompute: bool) -> Array:
     worst: Array | None = None
-    for unit, rows in distinct_replicas(costs, team.units, team.rows):
-        key = ("loads", unit_kind(costs, unit), rows, held, again)
-        make = partial(_replica_loads, costs, unit, rows, held, again=again)
+    for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+        key = ("loads", group_kind(costs, group), rows, held, recompute)
+        make = partial(_replica_loads, costs, group, rows, held, recompute=recompute)
         loads = remembered(costs, key, make)
         worst = loads if worst is None else np.maximum(worst, loads)
     assert worst is not None, "a stage has units"
     return worst
 
 
-def _replica_loads(costs: Costs, unit: Unit, rows: int, held: int, *, again: bool) -> Array:
-    forward, backward = unit_times(costs, unit, rows)
-    if again:
+def _replica_loads(
+    costs: Costs, group: TensorGroup, rows: int, held: int, *, recompute: bool
+) -> Array:
+    forward, backward = group_times(costs, group, rows)
+    if recompute:
         backward = backward + repeated_seconds(costs.model, (0, len(forward)), forward)
     loads: Array = chain_loads((forward + backward)[None])[0]
-    always, each = stage_bytes(costs, len(unit), rows, again=again)
-    loads[always + each * held > unit_capacity(costs, unit)] = np.inf
+    always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
+    loads[always + each * held > group_capacity(costs, group)] = np.inf
     return loads
 
 
@@ -287,6 +288,6 @@ def cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
     rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))
     sizes = costs.table.cut, costs.table.cut_gradient
-    for way, bytes_L in zip(crossings(costs, here, there), sizes, strict=True):
+    for way, bytes_L in zip(boundary_prices(costs, here, there), sizes, strict=True):
         seconds += np.where(bytes_L > 0, way.latency + way.slowest * rows * bytes_L, 0.0)
     return seconds

@@ -1,4 +1,4 @@
-"""From the best regular grid to the best plan: everything on small inputs, climbs on large ones.
+"""Improves on the best regular grid: exhaustively on small inputs, by hill climbs on large ones.
 
 A hill climb compares strategies by a simulation of their stages. The full simulator judges the
 local optima and the neighbours of the best of them.
@@ -13,40 +13,38 @@ from random import Random
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search import neighbourhood
-from meshwright.search.candidate import fits, line_of, tensor_widths_agree
+from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress, is_large
 from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
 from meshwright.search.neighbourhood import Move
-from meshwright.search.pool_pipelines import single_lines
-from meshwright.search.stage_simulation import followed, preview_seconds
-from meshwright.search.template_search import fleet_strategies
+from meshwright.search.pool_pipelines import single_pipelines
+from meshwright.search.stage_simulation import followed, stage_level_seconds
+from meshwright.search.template_search import template_strategies
 from meshwright.stopping import raise_if_stopped
 
 STEPS = (640_000, 20_000, 3_000_000)
-"""Steps of a search (about a microsecond each) whatever it is for, more for each device, and at
-most."""
+"""Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
-FLEETWIDE = 12
-"""Strategies over whole fleets of nodes that are played."""
+TEMPLATE_STRATEGIES = 12
+"""Strategies over whole classes of nodes that are played."""
 
 FEW = 16
-"""Devices up to which rows of them are cut into stages instead of whole fleets of nodes."""
+"""Devices up to which rows of them are cut into stages instead of whole classes of nodes."""
 
 SINGLE, CHAINS, CLIMBS, NEAR = 0.1, 0.2, 0.6, 0.05
-"""Shares of the steps: strategies of one line of whole pools, of devices in a row, their climbs,
-and what lies near the best in the end."""
+"""Shares of the steps: strategies of one pipeline of whole pools, of devices in a row, their
+climbs, and what lies near the best in the end."""
 
 HOPEFUL = 1.8
-"""Times the best preview beyond which a strategy is not climbed from."""
+"""Times the best stage-level simulation beyond which a strategy is not climbed from."""
 
 ROUND_SHARE, LAST = 0.4, 50
-"""Share of the remaining steps that a race of climbs gets; part of all steps with which they
-end."""
+"""Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""
 
 STAY = 2
-"""Of this many climbs, one goes on to the next round of successive halving."""
+"""Each round of successive halving keeps one climb out of this many."""
 
 DRAWN = 8
 """Starts of a race, at least."""
@@ -58,7 +56,7 @@ SURROUNDING = 16
 """Neighbours of a local optimum that are climbed from, at most."""
 
 FAILED = 400
-"""Steps that a composed line costs which does not fit."""
+"""Steps that a composed pipeline costs which does not fit."""
 
 SAME_BUILD = 1
 """Strategies of one build that are climbed from."""
@@ -67,8 +65,8 @@ PLAYED = 6
 """Local optima that the simulator judges."""
 
 SLACK = 0.02
-"""Relative excess of a preview over the best one's within which the simulator may see it
-differently."""
+"""Relative excess of a stage-level simulation over the best one's within which the simulator may
+see it differently."""
 
 
 def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
@@ -76,7 +74,7 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
     if space_size(incumbent.costs) <= LIMIT:
         return _exhaust(incumbent, schedules, tell)
     if is_large(incumbent.costs):
-        _fleetwide(incumbent, schedules, tell)
+        _try_templates(incumbent, schedules, tell)
         return False
     least, each, most = STEPS
     steps = min(most, least + each * len(incumbent.costs.devices))
@@ -90,16 +88,18 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
     return False
 
 
-def _fleetwide(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
-    """Play the best strategies made of templates on whole fleets."""
-    found = fleet_strategies(incumbent.costs, schedules, incumbent.dropped, lambda: incumbent.late)
+def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+    """Play the best strategies made of templates on whole device classes."""
+    found = template_strategies(
+        incumbent.costs, schedules, incumbent.pruned, lambda: incumbent.out_of_time
+    )
     for done, strategy in enumerate(found):
-        tell("composing", done, FLEETWIDE)
-        spent = incumbent.late or incumbent.work < WORK // 2
-        if done >= FLEETWIDE or (incumbent.best and spent):
+        tell("composing", done, TEMPLATE_STRATEGIES)
+        spent = incumbent.out_of_time or incumbent.work < WORK // 2
+        if done >= TEMPLATE_STRATEGIES or (incumbent.best and spent):
             break
         try_candidate(incumbent, strategy)
-    tell("composing", FLEETWIDE, FLEETWIDE)
+    tell("composing", TEMPLATE_STRATEGIES, TEMPLATE_STRATEGIES)
 
 
 def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
@@ -110,31 +110,31 @@ def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
 
 
 def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by preview: those played already, those made of
-    whole pools, and those cut from rows of devices."""
+    """The best strategies of different builds, by the stage-level simulation: those played already,
+    those made of whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
     costs, incumbent = search.incumbent.costs, search.incumbent
-    known = [_played(each.plan) for each in incumbent.others]
+    known = [_strategy_of(each.plan) for each in incumbent.others]
     if len(costs.devices) > FEW:
-        fleets = fleet_strategies(
-            costs, search.schedules, incumbent.dropped, lambda: incumbent.late
+        device_classes = template_strategies(
+            costs, search.schedules, incumbent.pruned, lambda: incumbent.out_of_time
         )
-        known += islice(fleets, FLEETWIDE)
+        known += islice(device_classes, TEMPLATE_STRATEGIES)
     found = {strategy: rate(search, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
     search.left = round(SINGLE * steps)
-    for lines in single_lines(costs, lambda: best[0]):
-        if lines:
-            strategy: Strategy = ("1f1b", lines)
+    for pipelines in single_pipelines(costs, lambda: best[0]):
+        if pipelines:
+            strategy: Strategy = ("1f1b", pipelines)
             found[strategy] = rate(search, strategy, HOPEFUL * best[0])
             best[0] = min(best[0], found[strategy])
         else:
             search.left -= FAILED
-        if search.over:
+        if search.out_of_budget:
             break
     tell("composing", 1, 2)
     search.left = round(CHAINS * steps)
-    while not search.over:
+    while not search.out_of_budget:
         for strategy in _next(search, drawn):
             found[strategy] = rate(search, strategy, HOPEFUL * best[0])
             best[0] = min(best[0], found[strategy])
@@ -156,13 +156,13 @@ def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
 def _build(strategy: Strategy) -> object:
     """Numbers of stages, and the tensor widths in the order in which they stand."""
     return tuple(
-        (len(line.teams), tuple(dict.fromkeys(len(team.units[0]) for team in line.teams)))
-        for line in strategy[1]
+        (len(each.stages), tuple(dict.fromkeys(len(stage.groups[0]) for stage in each.stages)))
+        for each in strategy[1]
     )
 
 
-def _played(plan: Plan) -> Strategy:
-    return plan.schedule, tuple(line_of(pipeline) for pipeline in plan.pipelines)
+def _strategy_of(plan: Plan) -> Strategy:
+    return plan.schedule, tuple(candidate_of(pipeline) for pipeline in plan.pipelines)
 
 
 def _local_optima(
@@ -177,7 +177,7 @@ def _local_optima(
     left = steps
     surrounded: set[Strategy] = set()
     waiting = list(starts)
-    while left > steps // LAST and not search.incumbent.late:
+    while left > steps // LAST and not search.incumbent.out_of_time:
         tell("improving", steps - left, steps)
         given = left if left < steps // 4 else round(left * ROUND_SHARE)
         search.left = given
@@ -185,7 +185,7 @@ def _local_optima(
         if not waiting and best is not None and best not in surrounded:
             surrounded.add(best)
             waiting = around(search, best, reached[best] * NEARBY)[:SURROUNDING]
-        while len(waiting) < DRAWN and not search.over:
+        while len(waiting) < DRAWN and not search.out_of_budget:
             waiting += _next(search, drawn)
         left -= given - search.left
         left -= max(FAILED, _successive_halving(search, waiting, reached))
@@ -204,7 +204,7 @@ def _successive_halving(
     rounds = 1
     while len(racing) > STAY**rounds:
         rounds += 1
-    while racing and left > 0 and not search.incumbent.late:
+    while racing and left > 0 and not search.incumbent.out_of_time:
         share, rounds = left / max(1, rounds), rounds - 1
         further: dict[Strategy, float] = {}
         for number, start in enumerate(racing):
@@ -227,29 +227,29 @@ def _polish(search: LocalSearch) -> None:
     """Play what lies next to the best plan for as long as that helps and the work lasts."""
     incumbent = search.incumbent
     better = incumbent.best is not None
-    while better and incumbent.best and not incumbent.over and not search.over:
-        best = _played(incumbent.best.plan)
+    while better and incumbent.best and not incumbent.out_of_budget and not search.out_of_budget:
+        best = _strategy_of(incumbent.best.plan)
         near = around(search, best, rate(search, best) * (1 + SLACK))
-        better = any(try_candidate(incumbent, strategy) for strategy in near if not incumbent.over)
+        better = any(try_candidate(incumbent, s) for s in near if not incumbent.out_of_budget)
 
 
 def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
     """Play every strategy of the space that is not bounded away, most promising first."""
     incumbent.work = 1 << 62  # the size of the space is the limit here
     found = prospects(
-        incumbent.costs, schedules, incumbent.limit, incumbent.dropped, lambda: incumbent.late
+        incumbent.costs, schedules, incumbent.limit, incumbent.pruned, lambda: incumbent.out_of_time
     )
     if found is None:
-        incumbent.dropped["beyond the budget"] += 1
+        incumbent.pruned["beyond the budget"] += 1
         return False
     for done, prospect in enumerate(found):
         tell("simulating", done, len(found))
         if prospect.seconds >= incumbent.limit:
-            incumbent.dropped["lower bound above the best"] += len(found) - done
+            incumbent.pruned["lower bound above the best"] += len(found) - done
             break
-        if incumbent.over:
+        if incumbent.out_of_budget:
             return False
-        try_candidate(incumbent, (prospect.schedule, prospect.lines))
+        try_candidate(incumbent, (prospect.schedule, prospect.pipelines))
     tell("simulating", len(found), len(found))
     return True
 
@@ -272,12 +272,12 @@ GAIN = 1e-6
 
 FITTING = 250
 FITTING_STAGE = 30
-"""Steps (about a microsecond each) that fitting a line costs, and each of its stages."""
+"""Steps (about a microsecond each) that fitting a pipeline costs, and each of its stages."""
 
 
 @dataclass(slots=True)
 class LocalSearch:
-    """What has been previewed, and how many steps may still be spent."""
+    """What has been simulated stage by stage, and how many steps may still be spent."""
 
     incumbent: Incumbent
     schedules: Sequence[ScheduleName]
@@ -286,14 +286,14 @@ class LocalSearch:
     """Seconds, and whether they are more than a bound."""
 
     @property
-    def over(self) -> bool:
+    def out_of_budget(self) -> bool:
         """True if the allowance or the budget is spent."""
-        return self.left <= 0 or self.incumbent.late
+        return self.left <= 0 or self.incumbent.out_of_time
 
 
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
-    """Seconds by preview, infinite where it does not fit; where they are not below the limit,
-    perhaps only a bound."""
+    """Seconds by the stage-level simulation, infinite where it does not fit; where they are not
+    below the limit, perhaps only a bound."""
     raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
@@ -305,34 +305,35 @@ def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -
 
 def _steps(strategy: Strategy) -> int:
     steps = 0
-    for line in strategy[1]:
-        depth = len(line.teams)
-        units = sum(len(team.units) for team in line.teams)
-        steps += FITTING + depth * (FITTING_STAGE + followed(depth, line.micro_batches)) + units
+    for pipeline in strategy[1]:
+        depth = len(pipeline.stages)
+        groups = sum(len(stage.groups) for stage in pipeline.stages)
+        steps += (
+            FITTING + depth * (FITTING_STAGE + followed(depth, pipeline.micro_batches)) + groups
+        )
     return steps
 
 
 def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
-    schedule, lines = strategy
-    costs, dropped = search.incumbent.costs, search.incumbent.dropped
+    schedule, pipelines = strategy
+    costs, pruned = search.incumbent.costs, search.incumbent.pruned
     if schedule not in search.schedules:
         return float("inf")
-    if not tensor_widths_agree(costs, lines):
-        dropped["holders of a layer differ in tensor width"] += 1
+    if not tensor_widths_agree(costs, pipelines):
+        pruned["holders of a layer differ in tensor width"] += 1
         return float("inf")
-    if not all(fits(costs, line, schedule) for line in lines):
-        dropped["does not fit in memory"] += 1
+    if not all(fits(costs, pipeline, schedule) for pipeline in pipelines):
+        pruned["does not fit in memory"] += 1
         return float("inf")
-    dropped["slower in preview"] += 1
-    return preview_seconds(costs, lines, schedule, limit)
+    pruned["slower in preview"] += 1
+    return stage_level_seconds(costs, pipelines, schedule, limit)
 
 
 def climb(search: LocalSearch, start: Strategy) -> Strategy:
-    """The start, or what becomes of it by changes that each make it faster; the kinds of changes
-    take turns."""
+    """Returns the start, or what becomes of it by changes that each make it faster."""
     best, seconds = start, rate(search, start)
     idle = turn = 0
-    while idle < len(MOVES) and not search.over:
+    while idle < len(MOVES) and not search.out_of_budget:
         limit = seconds * (1 - GAIN)
         better = next(_better(search, MOVES[turn], best, limit), None)
         if better is None:
@@ -348,7 +349,7 @@ def _better(
     for other in move(search.incumbent.costs, strategy, limit):
         if rate(search, other, limit) < limit:
             yield other
-        if search.over:
+        if search.out_of_budget:
             return
 
 

@@ -8,7 +8,7 @@ from meshwright.cluster.spec import Device
 from meshwright.records import record
 from meshwright.search.space import Grid
 
-Unit = tuple[Device, ...]
+DeviceGroup = tuple[Device, ...]
 """Devices that share every layer by tensor parallelism: one node."""
 
 
@@ -22,12 +22,14 @@ class Placement:
     """Device types of every stage, each once, sorted."""
 
 
-def units_of(devices: Sequence[Device], tensor: int, speed: dict[str, float]) -> tuple[Unit, ...]:
+def groups_of(
+    devices: Sequence[Device], tensor: int, speed: dict[str, float]
+) -> tuple[DeviceGroup, ...]:
     """Groups of `tensor` devices, node by node, like with like inside a node."""
     nodes: dict[str, list[Device]] = {}
     for device in devices:
         nodes.setdefault(device.node, []).append(device)
-    found: list[Unit] = []
+    found: list[DeviceGroup] = []
     for members in nodes.values():
         ordered = sorted(members, key=lambda d: -speed[d.type])
         found += [tuple(ordered[i : i + tensor]) for i in range(0, len(ordered), tensor)]
@@ -36,8 +38,8 @@ def units_of(devices: Sequence[Device], tensor: int, speed: dict[str, float]) ->
 
 def default_placement(devices: Sequence[Device], grid: Grid) -> Placement:
     """What launchers do: rank = tensor index + tp * (replica + dp * stage), devices in order."""
-    units = [tuple(devices[i : i + grid.tensor]) for i in range(0, len(devices), grid.tensor)]
-    return _placement("in order", _data_adjacent(units, grid))
+    groups = [tuple(devices[i : i + grid.tensor]) for i in range(0, len(devices), grid.tensor)]
+    return _placement("in order", _data_adjacent(groups, grid))
 
 
 def placements(
@@ -45,16 +47,15 @@ def placements(
 ) -> tuple[Placement, ...]:
     """Returns at most seven different placements, the default first.
 
-    Units come in cluster order, fastest first, or slowest first. For each order either the replicas
-    of a stage stand next to each other (data parallelism inside nodes, stages across them) or the
-    stages of a replica do (the reverse). Nodes stay together in all of them.
-    """
-    units = units_of(devices, grid.tensor, speed)
-    pace = {unit: min(speed[d.type] for d in unit) for unit in units}
+    Tensor groups come in cluster order, fastest first, or slowest first. For each order either the
+    replicas of a stage stand next to each other (data parallelism inside nodes, stages across them)
+    or the stages of a replica do (the reverse). Nodes stay together in all of them."""
+    groups = groups_of(devices, grid.tensor, speed)
+    pace = {group: min(speed[d.type] for d in group) for group in groups}
     orders = {
-        "in order": units,
-        "fastest first": tuple(sorted(units, key=lambda u: -pace[u])),
-        "fastest last": tuple(sorted(units, key=lambda u: pace[u])),
+        "in order": groups,
+        "fastest first": tuple(sorted(groups, key=lambda u: -pace[u])),
+        "fastest last": tuple(sorted(groups, key=lambda u: pace[u])),
     }
     found = [default_placement(devices, grid)]
     for name, order in orders.items():
@@ -66,23 +67,23 @@ def placements(
     return tuple(p for p in found if unique[p.stages] is p)
 
 
-def _data_adjacent(units: Sequence[Unit], grid: Grid) -> list[list[Unit]]:
-    return [list(units[s * grid.data : (s + 1) * grid.data]) for s in range(grid.stages)]
+def _data_adjacent(groups: Sequence[DeviceGroup], grid: Grid) -> list[list[DeviceGroup]]:
+    return [list(groups[s * grid.data : (s + 1) * grid.data]) for s in range(grid.stages)]
 
 
 def _stages_adjacent(
-    units: Sequence[Unit], grid: Grid, pace: dict[Unit, float]
-) -> list[list[Unit]]:
-    """Runs of equally fast units become runs of stages where their number allows it, so that no
-    stage mixes speeds; inside a run, one replica's stages are neighbours."""
-    runs: list[list[Unit]] = []
-    for unit in units:
-        if runs and pace[runs[-1][0]] == pace[unit]:
-            runs[-1].append(unit)
+    groups: Sequence[DeviceGroup], grid: Grid, pace: dict[DeviceGroup, float]
+) -> list[list[DeviceGroup]]:
+    """Runs of equally fast tensor groups become runs of stages where their number allows it, so
+    that no stage mixes speeds; inside a run, one replica's stages are neighbours."""
+    runs: list[list[DeviceGroup]] = []
+    for group in groups:
+        if runs and pace[runs[-1][0]] == pace[group]:
+            runs[-1].append(group)
         else:
-            runs.append([unit])
+            runs.append([group])
     if any(len(run) % grid.data for run in runs):
-        runs = [list(units)]
+        runs = [list(groups)]
     stages = []
     for run in runs:
         depth = len(run) // grid.data
@@ -90,9 +91,9 @@ def _stages_adjacent(
     return stages
 
 
-def _placement(name: str, stages: list[list[Unit]]) -> Placement:
+def _placement(name: str, stages: list[list[DeviceGroup]]) -> Placement:
     return Placement(
         name=name,
-        stages=tuple(tuple(tuple(d.name for d in unit) for unit in stage) for stage in stages),
-        types=tuple(tuple(sorted({d.type for unit in stage for d in unit})) for stage in stages),
+        stages=tuple(tuple(tuple(d.name for d in group) for group in stage) for stage in stages),
+        types=tuple(tuple(sorted({d.type for group in stage for d in group})) for stage in stages),
     )

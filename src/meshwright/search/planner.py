@@ -1,7 +1,7 @@
 """Finds the plan: candidates, layer cuts, ranking in closed form, and a play-off in the simulator.
 
 few devices: regular grids -> rank -> simulate, then everything else exhaustively or by improving
-many devices: fleets of nodes -> templates -> rank -> simulate
+many devices: classes of nodes -> templates -> rank -> simulate
 """
 
 from __future__ import annotations
@@ -18,13 +18,8 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.search.baselines.manual import BASELINES
-from meshwright.search.certificate import (
-    EXHAUSTIVE,
-    Certificate,
-    certificate,
-    certificate_in_haste,
-)
+from meshwright.search.baselines import BASELINES
+from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate, certificate_in_haste
 from meshwright.search.costs import Costs, costs_of
 from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.exact import LIMIT, space_size
@@ -58,7 +53,7 @@ from meshwright.search.incumbent import (
     parts_in,
     simplest,
     simulate_and_record,
-    timeline_of,
+    step_of,
     work_of,
 )
 from meshwright.search.inputs import check_inputs
@@ -80,7 +75,7 @@ HOPELESS, MOST_HOPELESS = 1.25, 8_000
 less work than this."""
 
 INTERRUPTED = "all that was left when the search was interrupted"
-"""Why a search that somebody has stopped did not look further."""
+"""The reason why a search that the user has stopped did not look further."""
 
 PROOF_SECONDS = 1.0
 """How long a certificate may take that an interrupted search has not worked out before."""
@@ -156,7 +151,7 @@ class _Seen:
     best_without_options: Evaluated | None = None
     """The best plan before further options were tried."""
     proof: Certificate | None = None
-    """Worked out while the search goes on, for whoever interrupts it does not wait for it."""
+    """The certificate, worked out during the search so that an interrupting user need not wait."""
 
 
 def _search(
@@ -183,13 +178,13 @@ def _search(
 
 
 def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
-    """The best plan of a incumbent, with all that is to be said of it."""
+    """Returns the best plan with its prediction, its runners-up and its certificate."""
     costs = incumbent.costs
     if incumbent.stopped:
-        incumbent.dropped[INTERRUPTED] += 1
+        incumbent.pruned[INTERRUPTED] += 1
     winner = simplest(incumbent)
-    played = {each.name for each in incumbent.others}
-    misfits = _misfits(costs, winner.seconds, played, seen.by_hand, seen.explored)
+    evaluated = {each.name for each in incumbent.others}
+    misfits = _misfits(costs, winner.seconds, evaluated, seen.by_hand, seen.explored)
     before = seen.best_without_options
     settled = seen.exhausted and before and winner.seconds >= before.seconds * (1 - SAME)
     proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(incumbent, seen)
@@ -208,13 +203,13 @@ def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
 
 
 def _explored(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
-    """The regular grids; of very many devices none, for fleets of nodes contain them."""
-    costs, dropped = incumbent.costs, incumbent.dropped
+    """The regular grids; of very many devices none, for classes of nodes contain them."""
+    costs, pruned = incumbent.costs, incumbent.pruned
     if is_large(costs):
-        usable(costs, dropped)
+        usable(costs, pruned)
         return Explored(finalists=(), misfits=(), tried=0)
-    candidates = candidates_of(costs, schedules, dropped)
-    return explore(costs, candidates, dropped, tell, lambda: incumbent.late)
+    candidates = candidates_of(costs, schedules, pruned)
+    return explore(costs, candidates, pruned, tell, lambda: incumbent.out_of_time)
 
 
 def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
@@ -227,10 +222,10 @@ def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
 def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
     """Why there is no plan: nothing fits, or the search had to end before anything was found."""
     with suppress(Stopped), stoppable(incumbent.may_leave_off):
-        if not incumbent.late:
+        if not incumbent.out_of_time:
             if not explored.tried:
-                candidates = sample_of(incumbent.costs, incumbent.dropped)
-                explored = explore(incumbent.costs, candidates, incumbent.dropped, tell)
+                candidates = sample_of(incumbent.costs, incumbent.pruned)
+                explored = explore(incumbent.costs, candidates, incumbent.pruned, tell)
             return nothing_fits(incumbent.costs, explored.misfits, explored.tried)
     if incumbent.stopped:
         where, found, mend = "interrupted", "no plan that fits so far", "let it search for longer"
@@ -245,8 +240,8 @@ def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: 
     """Play finalists of the regular grids, or hand-made plans, which have names."""
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
-        if incumbent.best and incumbent.late:
-            incumbent.dropped["beyond the budget"] += len(field) - index
+        if incumbent.best and incumbent.out_of_time:
+            incumbent.pruned["beyond the budget"] += len(field) - index
             break
         plan = as_plan(
             incumbent.costs, estimate.candidate, estimate.bounds, incumbent.cluster_print
@@ -255,7 +250,7 @@ def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: 
         hopeless = incumbent.best and estimate.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
         if incumbent.best and work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) > most:
-            incumbent.dropped["too much to simulate"] += 1
+            incumbent.pruned["too much to simulate"] += 1
         else:
             simulate_and_record(incumbent, plan, title)
     tell("simulating", len(field), len(field))
@@ -271,9 +266,9 @@ def _all_by_hand(incumbent: Incumbent) -> list[tuple[str, Estimate | Misfit]]:
     for name in BASELINES:
         many = len(incumbent.costs.devices) > MOST_BY_HAND
         if many or (name == "amp" and is_large(incumbent.costs)):
-            incumbent.dropped[f"{name}, which takes longer than the search here"] += 1
-        elif incumbent.late:
-            incumbent.dropped["hand-made plans beyond the budget"] += 1
+            incumbent.pruned[f"{name}, which takes longer than the search here"] += 1
+        elif incumbent.out_of_time:
+            incumbent.pruned["hand-made plans beyond the budget"] += 1
         else:
             found.append((name, best_by_hand(incumbent.costs, name, whole(incumbent.costs))))
     return [(name, best) for name, best in found if best is not None]
@@ -282,7 +277,7 @@ def _all_by_hand(incumbent: Incumbent) -> list[tuple[str, Estimate | Misfit]]:
 def _misfits(
     costs: Costs,
     seconds: float,
-    played: Container[str],
+    evaluated: Container[str],
     by_hand: Iterable[tuple[str, Estimate | Misfit]],
     explored: Explored,
 ) -> Iterable[RunnerUp]:
@@ -292,7 +287,7 @@ def _misfits(
         if isinstance(found, Misfit):
             title = f"{name}: {label(found.candidate, found.bounds)}"
             yield RunnerUp(name=title, reason=why_misfit(costs, found))
-        elif _title(name, found) not in played:
+        elif _title(name, found) not in evaluated:
             reason = "in closed form, too much to simulate"
             yield RunnerUp(name=_title(name, found), step_seconds=found.seconds, reason=reason)
     faster = (m for m in explored.misfits if optimistic_seconds(costs, m.candidate) < seconds)
@@ -300,11 +295,7 @@ def _misfits(
 
 
 def baseline_plan(
-    name: str,
-    model: LayerGraph,
-    cluster: Cluster,
-    job: Job,
-    profile: Profile | None = None,
+    name: str, model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
 ) -> Plan:
     """The plan that a person (`ddp`, `even`) or AMP (`amp`) would have made, with its prediction.
 
@@ -371,27 +362,27 @@ def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
     simulated step."""
     if other.plan == winner.plan:
         return "the same plan"
-    if incumbent.stopped and timeline_of(incumbent, other) is None:
+    if incumbent.stopped and step_of(incumbent, other) is None:
         return "slower in the simulator"
     return why_slower(parts_in(incumbent, winner), parts_in(incumbent, other))
 
 
 def _with_prediction(
-    incumbent: Incumbent, played: Evaluated, others: list[RunnerUp], proof: Certificate
+    incumbent: Incumbent, evaluated: Evaluated, others: list[RunnerUp], proof: Certificate
 ) -> Plan:
     costs = incumbent.costs
-    memory = device_memory(played.plan, costs.model, costs.cluster)
-    over = [m for m in memory if total_bytes(m) > m.capacity]
-    assert not over, "the closed form and the final check of memory disagree"
+    memory = device_memory(evaluated.plan, costs.model, costs.cluster)
+    overfull = [m for m in memory if total_bytes(m) > m.capacity]
+    assert not overfull, "the closed form and the final check of memory disagree"
     return replace(
-        played.plan,
+        evaluated.plan,
         prediction=Prediction(
-            step_seconds=played.seconds,
-            parts=parts_in(incumbent, played),
+            step_seconds=evaluated.seconds,
+            parts=parts_in(incumbent, evaluated),
             memory=memory,
             runners_up=tuple(others),
-            dropped={reason: count for reason, count in sorted(incumbent.dropped.items()) if count},
-            lower_bound_seconds=min(proof.seconds, played.seconds),
+            dropped={reason: count for reason, count in sorted(incumbent.pruned.items()) if count},
+            lower_bound_seconds=min(proof.seconds, evaluated.seconds),
             bound_reason=proof.reason,
         ),
     )

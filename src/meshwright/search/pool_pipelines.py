@@ -1,9 +1,8 @@
 """Builds pipelines from pools of interchangeable devices: which pools, in which order, how deep and
 how wide.
 
-A pool is all devices of one type on nodes of one kind at one site, cut into units: they are
-interchangeable. Letters: S stages, M micro-batches, P parameters of the model.
-"""
+A pool is all devices of one type on nodes of one kind at one site, cut into tensor groups: they are
+interchangeable. Letters: S stages, M micro-batches, P parameters of the model."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ import numpy as np
 
 from meshwright.model.spec import num_parameters
 from meshwright.plan.ranks import gradient_bytes
-from meshwright.search.candidate import CandidatePipeline, Unit
-from meshwright.search.costs import Costs, ring, seconds_per_byte
-from meshwright.search.layer_partition import Stages, fit_line, pace
+from meshwright.search.candidate import CandidatePipeline
+from meshwright.search.costs import Costs, TensorGroup, ring, seconds_per_byte
+from meshwright.search.layer_partition import Stages, fit_pipeline, pace
 from meshwright.search.space import divisors, legal_widths, usable_devices
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -33,14 +32,14 @@ PROMISING = 48
 """Ways to cut a block, for each size of micro-batch, that are kept."""
 
 FEW_POOLS = 4
-"""Pools up to which one line is made of every set of them."""
+"""Pools up to which one pipeline is made of every set of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Interchangeable units."""
+    """Interchangeable tensor groups."""
 
-    units: tuple[Unit, ...]
+    groups: tuple[TensorGroup, ...]
     """Node by node."""
     pace: float
     """Seconds per row of the whole model on one of them."""
@@ -49,12 +48,12 @@ class Pool:
     @property
     def speed(self) -> float:
         """Rows per second of all of them, without any loss."""
-        return len(self.units) / self.pace
+        return len(self.groups) / self.pace
 
     @property
     def tensor(self) -> int:
-        """Devices of a unit."""
-        return len(self.units[0])
+        """Devices of a tensor group."""
+        return len(self.groups[0])
 
 
 Widths = dict[int, Pool]
@@ -62,7 +61,7 @@ Widths = dict[int, Pool]
 
 
 def pools(costs: Costs, tensor: int) -> tuple[Pool, ...]:
-    """The units of `tensor` devices that the cluster offers; fastest first."""
+    """The tensor groups of `tensor` devices that the cluster offers; fastest first."""
     every = (widths[tensor] for widths in pool_table(costs, (tensor,)) if tensor in widths)
     return tuple(sorted(every, key=lambda pool: pool.pace))
 
@@ -79,17 +78,17 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
         key = (kind, node.site, node.inside, node.network, len(node.devices))
         found.setdefault(key, []).append(devices)
     table = []
-    for groups in found.values():
-        site = nodes[costs.devices[groups[0][0]].node].site
+    for by_node in found.values():
+        site = nodes[costs.devices[by_node[0][0]].node].site
         widths: Widths = {}
         for tensor in tensors:
-            units = tuple(
+            groups = tuple(
                 tuple(devices[i : i + tensor])
-                for devices in groups
+                for devices in by_node
                 for i in range(0, len(devices) - tensor + 1, tensor)
             )
-            if units:
-                widths[tensor] = Pool(units, pace(costs, units[0]), site)
+            if groups:
+                widths[tensor] = Pool(groups, pace(costs, groups[0]), site)
         if widths:
             table.append(widths)
     return tuple(table)
@@ -105,15 +104,15 @@ class PoolStages:
 
     @property
     def mixed(self) -> bool:
-        """True if every stage has units of every pool."""
+        """True if every stage has tensor groups of every pool."""
         return len(self.depths) < len(self.pools)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Units in a stage of each pool."""
+        """Tensor groups in a stage of each pool."""
         if self.mixed:
-            return (sum(len(pool.units) for pool in self.pools) // self.depths[0],)
-        return tuple(len(p.units) // d for p, d in zip(self.pools, self.depths, strict=True))
+            return (sum(len(pool.groups) for pool in self.pools) // self.depths[0],)
+        return tuple(len(p.groups) // d for p, d in zip(self.pools, self.depths, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ class Draft:
     """A shape with its micro-batches."""
 
     guess: float
-    """Seconds of a balanced line: no cut costs anything, layers can be divided."""
+    """Seconds of a balanced pipeline: no cut costs anything, layers can be divided."""
     shape: PoolStages
     rows: int
 
@@ -142,7 +141,7 @@ def drafts(
             found += _separate(costs, options, share, rows)
     for tensor in sorted(set.intersection(*map(set, block))) if len(block) > 1 else ():
         together = tuple(widths[tensor] for widths in block)
-        number = sum(len(pool.units) for pool in together)
+        number = sum(len(pool.groups) for pool in together)
         for depth in (d for d in DEPTHS if d <= min(layers, number)):
             shape = PoolStages(together, (depth,))
             found += (
@@ -160,7 +159,12 @@ Option = tuple[Pool, int]
 def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]]]:
     """For every pool of a block the options that are combined with all options of the others."""
     every = [
-        [(pool, d) for pool in widths.values() for d in DEPTHS if d <= min(len(pool.units), layers)]
+        [
+            (pool, d)
+            for pool in widths.values()
+            for d in DEPTHS
+            if d <= min(len(pool.groups), layers)
+        ]
         for widths in block
     ]
     if prod(map(len, every)) <= COMBINED:
@@ -171,9 +175,9 @@ def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]
             widths[max((t for t in widths if t <= tensor), default=min(widths))] for widths in block
         ]
         for width in sorted(
-            {len(pool.units) // d for pool in nearest for d in DEPTHS if d <= len(pool.units)}
+            {len(pool.groups) // d for pool in nearest for d in DEPTHS if d <= len(pool.groups)}
         ):
-            yield [[(pool, max(1, len(pool.units) // width))] for pool in nearest]
+            yield [[(pool, max(1, len(pool.groups) // width))] for pool in nearest]
 
 
 def _separate(
@@ -183,7 +187,7 @@ def _separate(
 
     (M - 1 + S) * rows / speed of all + the slowest pool's gradient reduction
     """
-    usable = [[o for o in own if len(o[0].units) // o[1] <= rows] for own in options]
+    usable = [[o for o in own if len(o[0].groups) // o[1] <= rows] for own in options]
     if not all(usable):
         return
     axes = len(usable)
@@ -209,18 +213,18 @@ def _separate(
 
 def _facts(costs: Costs, pool: Pool, depth: int, rows: int) -> tuple[float, float, float]:
     """Rows per second, stages, and seconds of reduction for each byte of the pool's share."""
-    width = len(pool.units) // depth
-    speed = depth * width / pace(costs, pool.units[0], -(-rows // width))
+    width = len(pool.groups) // depth
+    speed = depth * width / pace(costs, pool.groups[0], -(-rows // width))
     if width == 1:
         return speed, depth, 0.0
-    members = tuple(unit[0] for unit in pool.units[:width])
+    members = tuple(group[0] for group in pool.groups[:width])
     _, slope = seconds_per_byte(costs, [ring(costs, members)])
     return speed, depth, slope / depth / pool.tensor
 
 
 def _mixed_guess(costs: Costs, shape: PoolStages, rows: int, share: float) -> float:
     each = max(1, rows // shape.widths[0])
-    speed = sum(len(pool.units) / pace(costs, pool.units[0], each) for pool in shape.pools)
+    speed = sum(len(pool.groups) / pace(costs, pool.groups[0], each) for pool in shape.pools)
     return (share - rows + rows * shape.depths[0]) / speed
 
 
@@ -247,19 +251,19 @@ def orders(shape: PoolStages) -> Iterator[PoolStages]:
 
 
 def written(shape: PoolStages, *, across: bool) -> Stages:
-    """The units of every stage. `across`: neighbouring units stand in neighbouring stages, not
-    beside each other as replicas."""
+    """The tensor groups of every stage. `across`: neighbouring tensor groups stand in neighbouring
+    stages, not beside each other as replicas."""
     if shape.mixed:
-        units = tuple(unit for pool in shape.pools for unit in pool.units)
+        groups = tuple(group for pool in shape.pools for group in pool.groups)
         depth, width = shape.depths[0], shape.widths[0]
-        return tuple(units[s::depth][:width] for s in range(depth))
-    found: list[tuple[Unit, ...]] = []
+        return tuple(groups[s::depth][:width] for s in range(depth))
+    found: list[tuple[TensorGroup, ...]] = []
     for pool, depth, width in zip(shape.pools, shape.depths, shape.widths, strict=True):
         for s in range(depth):
             if across:
-                found.append(pool.units[s : s + width * depth : depth])
+                found.append(pool.groups[s : s + width * depth : depth])
             else:
-                found.append(pool.units[s * width : (s + 1) * width])
+                found.append(pool.groups[s * width : (s + 1) * width])
     return tuple(found)
 
 
@@ -270,17 +274,17 @@ def two_ways(shape: PoolStages) -> bool:
 
 
 def whole_batch(costs: Costs) -> tuple[int, ...]:
-    """Rows of a micro-batch that a single line may have."""
+    """Rows of a micro-batch that a single pipeline may have."""
     every = divisors(costs.job.global_batch)
     step = -(-len(every) // 12)
     return every[::step]
 
 
-def single_lines(
+def single_pipelines(
     costs: Costs, limit: Callable[[], float]
 ) -> Iterator[tuple[CandidatePipeline, ...]]:
-    """Lines of whole pools for all of the batch, the most promising first, over all tensor widths
-    of every pool; those whose guess is above the limit are left out."""
+    """Pipelines of whole pools for all of the batch, the most promising first, over all tensor
+    widths of every pool; those whose guess is above the limit are left out."""
     table = pool_table(costs, legal_widths(costs))
     row_counts = whole_batch(costs)
     found = []
@@ -293,15 +297,14 @@ def single_lines(
         for shape in orders(draft.shape):
             for across in (False, True) if two_ways(shape) else (False,):
                 stages = written(shape, across=across)
-                fitted = fit_line(
+                fitted = fit_pipeline(
                     costs, stages, draft.rows, costs.job.global_batch // draft.rows, "1f1b"
                 )
-                yield (fitted.line,) if fitted else ()
+                yield (fitted.pipeline,) if fitted else ()
 
 
 def blocks(table: Sequence[Widths]) -> Iterator[tuple[Widths, ...]]:
-    """Sets of pools that one line may use; of many pools all, those of a site, and all but the
-    slowest."""
+    """Yields the sets of pools that one pipeline may use; of many pools, only a few sets."""
     if len(table) <= FEW_POOLS:
         for number in range(len(table), 0, -1):
             yield from combinations(table, number)

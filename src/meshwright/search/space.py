@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from math import isqrt
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
@@ -38,13 +39,14 @@ class DeviceSet:
     """Devices that a strategy uses, and what it leaves out."""
 
     devices: tuple[Device, ...]
-    """In cluster order."""
+    """Devices in the order of the cluster."""
     without: str = ""
-    """For people; empty: nothing is left out."""
+    """What is left out, in words for people; empty if nothing is."""
 
 
+@lru_cache(maxsize=4096)
 def divisors(number: int) -> tuple[int, ...]:
-    """Ascending."""
+    """Returns all divisors of a number, smallest first."""
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     high = [number // d for d in reversed(low) if d * d != number]
     return (*low, *high)
@@ -109,25 +111,25 @@ def _node_list(nodes: Sequence[str]) -> str:
 
 
 def grids(
-    devices: Sequence[Device], model: LayerGraph, job: Job, dropped: Counter[str]
+    devices: Sequence[Device], model: LayerGraph, job: Job, pruned: Counter[str]
 ) -> tuple[Grid, ...]:
     """Every grid that uses all the devices; what is impossible is counted in `dropped`."""
     per_node = Counter(d.node for d in devices)
-    units = {layer.along("tensor").units for layer in model.layers}
+    groups = {layer.along("tensor").units for layer in model.layers}
     found = []
     for tensor in divisors(len(devices)):
         if any(count % tensor for count in per_node.values()):
-            dropped["tensor width does not divide a node's devices"] += 1
+            pruned["tensor width does not divide a node's devices"] += 1
             continue
-        if any(unit % tensor for unit in units):
-            dropped["tensor width does not divide the layers"] += 1
+        if any(group % tensor for group in groups):
+            pruned["tensor width does not divide the layers"] += 1
             continue
         for data in divisors(len(devices) // tensor):
             stages = len(devices) // tensor // data
             if job.global_batch % data:
-                dropped["data width does not divide the batch"] += 1
+                pruned["data width does not divide the batch"] += 1
             elif stages > len(model.layers):
-                dropped["more stages than layers"] += 1
+                pruned["more stages than layers"] += 1
             else:
                 found.append(Grid(data=data, tensor=tensor, stages=stages))
     return tuple(found)
@@ -145,5 +147,5 @@ def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[
 def legal_widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that every layer allows and some node has."""
     widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    units = {layer.along("tensor").units for layer in costs.model.layers}
-    return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))
+    groups = {layer.along("tensor").units for layer in costs.model.layers}
+    return tuple(t for t in range(1, widest + 1) if all(group % t == 0 for group in groups))

@@ -18,42 +18,43 @@ from meshwright.plan.spec import ScheduleName
 from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
-from meshwright.search.boundary_prices import crossings
-from meshwright.search.bounds import after_lines
-from meshwright.search.candidate import CandidatePipeline, StageDevices, Unit
+from meshwright.search.boundary_prices import boundary_prices
+from meshwright.search.bounds import after_pipelines
+from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import (
     PROBE_BYTES,
     Costs,
+    TensorGroup,
     distinct_replicas,
+    group_prefix,
     reduced_bytes,
     reduced_width,
     remembered,
     ring,
-    unit_prefix,
 )
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
 
 FOLLOWED = 24
-"""At least so many are followed."""
+"""Micro-batches that are followed at least."""
 
 
-def preview_seconds(
+def stage_level_seconds(
     costs: Costs,
-    lines: Sequence[CandidatePipeline],
+    pipelines: Sequence[CandidatePipeline],
     schedule: ScheduleName,
     limit: float = float("inf"),
 ) -> float:
     """Seconds of a step without contention between pipelines; where it must be `limit` or more,
     something in between."""
-    pipes = [_pipe(costs, line) for line in lines]
-    after = after_lines(costs, lines)
+    pipes = [_pipe(costs, pipeline) for pipeline in pipelines]
+    after = after_pipelines(costs, pipelines)
     least = max(_least(pipe, schedule) for pipe in pipes) + after
     if least >= limit:
         return least
     spans = [_last_backwards(pipe, schedule) for pipe in pipes]
-    return _reduced(costs, lines, spans) + after
+    return _reduced(costs, pipelines, spans) + after
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +67,33 @@ class _Pipe:
     ahead: list[float]
     back: list[float]
     returns: list[bool]
-    """By cut: whether a backward before it waits for gradients; nothing frozen does."""
+    """True for cuts over which gradients come back; none do if all before it is frozen."""
     busiest: float
-    """Of the link that all cuts together load most."""
+    """Seconds that a micro-batch occupies the busiest link, over all cuts."""
 
 
-def _pipe(costs: Costs, line: CandidatePipeline) -> _Pipe:
+def _pipe(costs: Costs, pipeline: CandidatePipeline) -> _Pipe:
     forward, backward = [], []
-    for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
-        replicas = distinct_replicas(costs, team.units, team.rows)
-        sums = [unit_prefix(costs, unit, rows) for unit, rows in replicas]
+    for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
+        replicas = distinct_replicas(costs, stage.groups, stage.rows)
+        sums = [group_prefix(costs, group, rows) for group, rows in replicas]
         forward.append(max(f[b] - f[a] for f, _ in sums))
         backward.append(max(g[b] - g[a] for _, g in sums))
     ahead: list[float] = []
     back: list[float] = []
     busy: dict[Resource, float] = {}
-    for (here, there), cut in zip(pairwise(line.teams), line.bounds[1:-1], strict=True):
-        ways = crossings(costs, here, there)
+    for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
+        ways = boundary_prices(costs, here, there)
         for found, way, table in zip(
             (ahead, back), ways, (costs.table.cut, costs.table.cut_gradient), strict=True
         ):
-            size = float(table[cut]) * line.rows
+            size = float(table[cut]) * pipeline.rows
             found.append(way.seconds(size))
             for name, each in way.occupied:
                 busy[name] = busy.get(name, 0.0) + each * size
-    returns = [bool(costs.table.cut_returns[cut]) for cut in line.bounds[1:-1]]
+    returns = [bool(costs.table.cut_returns[cut]) for cut in pipeline.bounds[1:-1]]
     busiest = max(busy.values(), default=0.0)
-    return _Pipe(line.micro_batches, forward, backward, ahead, back, returns, busiest)
+    return _Pipe(pipeline.micro_batches, forward, backward, ahead, back, returns, busiest)
 
 
 def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
@@ -124,8 +125,11 @@ def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
         return [(end - pipe.backward[0], end)]
     some = followed(depth, count)
     ends, pace = _follow(pipe, schedule, some)
-    late = max((count - some) * pace, count * pipe.busiest - max(ends))
-    return [(end + late - own, end + late) for end, own in zip(ends, pipe.backward, strict=True)]
+    out_of_time = max((count - some) * pace, count * pipe.busiest - max(ends))
+    return [
+        (end + out_of_time - own, end + out_of_time)
+        for end, own in zip(ends, pipe.backward, strict=True)
+    ]
 
 
 def followed(depth: int, count: int) -> int:
@@ -156,7 +160,7 @@ class _FollowedStage:
     sources: tuple[list[float] | None, list[float] | None]
     """The `ends` that they follow; None: nothing comes in."""
     ends: tuple[list[float], list[float]]
-    """Of its computations so far, by micro-batch."""
+    """End times of its computations so far, by micro-batch."""
     free: list[float]
     """The time when the last transfer was over."""
     at: int = 0
@@ -233,15 +237,15 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
 
 
 def _reduced(
-    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
 ) -> float:
     """Returns when all gradients are summed."""
     end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
-    for begin, complete, size, closing, units in sorted(
-        _sums(costs, lines, spans), key=lambda found: found[1]
+    for begin, complete, size, closing, groups in sorted(
+        _sums(costs, pipelines, spans), key=lambda found: found[1]
     ):
-        latency, used = _rings(costs, units)
+        latency, used = _rings(costs, groups)
         slowest = 0.0
         for name, each in used:
             done = max(free.get(name, 0.0), begin) + each * size
@@ -251,50 +255,50 @@ def _reduced(
     return end
 
 
-Sum = tuple[float, float, float, float, tuple[Unit, ...]]
+Sum = tuple[float, float, float, float, tuple[TensorGroup, ...]]
 """The time when the first gradients are there, when the last are, bytes on each rank, those that
-are sent last, and the units."""
+are sent last, and the tensor groups."""
 
 Holder = tuple[StageDevices, tuple[int, int], Span]
 """A stage with its layers and its last backward."""
 
 
 def _sums(
-    costs: Costs, lines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
 ) -> Iterator[Sum]:
     """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
     stages: list[Holder] = [
-        (team, layers, span)
-        for line, own in zip(lines, spans, strict=True)
-        for team, layers, span in zip(line.teams, pairwise(line.bounds), own, strict=True)
+        (stage, layers, span)
+        for pipeline, own in zip(pipelines, spans, strict=True)
+        for stage, layers, span in zip(pipeline.stages, pairwise(pipeline.bounds), own, strict=True)
     ]
-    for a, b in pairwise(sorted({cut for line in lines for cut in line.bounds})):
+    for a, b in pairwise(sorted({cut for pipeline in pipelines for cut in pipeline.bounds})):
         holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
-        units = tuple(unit for team, _, _ in holders for unit in team.units)
-        if len(units) < 2:
+        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
+        if len(groups) < 2:
             continue
-        size, last = reduced_bytes(costs, (a, b), len(units[0]))
+        size, last = reduced_bytes(costs, (a, b), len(groups[0]))
         if size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
             complete = max(_passed(costs, holder, a) for holder in holders)
-            yield begin, complete, size, last, units
+            yield begin, complete, size, last, groups
     for tied in costs.model.tied:
         holders = [
             stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
         ]
-        units = tuple(unit for team, _, _ in holders for unit in team.units)
-        if len(units) > 1:
+        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
+        if len(groups) > 1:
             ready = max(end for _, _, (_, end) in holders)
-            share = len(units[0]) if "tensor" in tied.divided else 1
+            share = len(groups[0]) if "tensor" in tied.divided else 1
             size = tied.parameters / share * reduced_width(costs)
-            yield ready, ready, size, size, units
+            yield ready, ready, size, size, groups
 
 
 def _passed(costs: Costs, holder: Holder, layer: int) -> float:
     """Returns when a stage's last backward, from its last layer to its first, has come to a layer
     and its gradients may be sent."""
-    team, (first, last), (begin, end) = holder
-    _, prefix = unit_prefix(costs, team.units[0], team.rows[0])
+    stage, (first, last), (begin, end) = holder
+    _, prefix = group_prefix(costs, stage.groups[0], stage.rows[0])
     whole = prefix[last] - prefix[first]
     done = (prefix[last] - prefix[layer]) / whole if whole else 1.0
     delay = costs.system.reduction_delay
@@ -305,16 +309,16 @@ Rings = tuple[float, tuple[tuple[Resource, float], ...]]
 """Latency, and seconds per byte on every resource."""
 
 
-def _rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
-    """Return what the rings of all tensor ranks of some units ask of the links."""
-    return remembered(costs, ("rings", units), lambda: _priced_rings(costs, units))
+def _rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
+    """Return what the rings of all tensor ranks of some tensor groups ask of the links."""
+    return remembered(costs, ("rings", groups), lambda: _priced_rings(costs, groups))
 
 
-def _priced_rings(costs: Costs, units: tuple[Unit, ...]) -> Rings:
+def _priced_rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
     latency = 0.0
     used: dict[Resource, float] = {}
-    for t in range(len(units[0])):
-        traffic = ring(costs, tuple(unit[t] for unit in units))
+    for t in range(len(groups[0])):
+        traffic = ring(costs, tuple(group[t] for group in groups))
         latency = max(latency, traffic.latency)
         for name, size in traffic.bytes_by_resource.items():
             each = size / PROBE_BYTES / costs.links.capacities[name]

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,8 @@ from meshwright.cluster.spec import Link
 from meshwright.cost.weights import stage_parameters
 from meshwright.program.schedules import in_flight
 from meshwright.search.bounds import optimizer_of
-from meshwright.search.costs import Costs, reduced_width, stage_bytes, unit_capacity, unit_prefix
-from meshwright.search.device_classes import Fleet, PipelineTemplate, StageRun
+from meshwright.search.costs import Costs, group_capacity, group_prefix, reduced_width, stage_bytes
+from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
 
 Ints = NDArray[np.int64]
 
@@ -80,16 +81,15 @@ def _steady(each: TemplateEstimate, micro_batches: float) -> float:
     return float((trips * np.maximum(micro_batches / number - 1, 0.0)).max())
 
 
-@dataclass(frozen=True, slots=True)
-class UnitFacts:
-    """The whole model on one unit, at some rows of a micro-batch."""
+class GroupFacts(NamedTuple):
+    """The whole model on one tensor group, at some rows of a micro-batch."""
 
     whole: float
     """Seconds of all layers."""
     longest: float
-    """Of the longest layer."""
+    """Seconds of the longest layer."""
     common: float
-    """Of one of the commonest layers."""
+    """Seconds of one layer of the commonest kind."""
     always: float
     """Bytes on each device, whatever is in flight."""
     each: float
@@ -100,10 +100,10 @@ class UnitFacts:
 
 @dataclass(slots=True)
 class EstimateContext:
-    """What sketches share."""
+    """What estimates share."""
 
     costs: Costs
-    fleets: tuple[Fleet, ...]
+    classes: tuple[DeviceClass, ...]
     widest_cut: float
     """Bytes that a row carries across a usual cut."""
     gradients: float
@@ -115,20 +115,20 @@ class EstimateContext:
         default_factory=dict
     )
     cuts: dict[tuple[object, ...], tuple[int, ...] | None] = field(default_factory=dict)
-    units: dict[tuple[int, int, int], UnitFacts] = field(default_factory=dict)
-    grids: dict[object, Ints] = field(default_factory=dict)
-    """Depths worth a look, by what they depend on."""
+    groups: dict[tuple[int, int, int], GroupFacts] = field(default_factory=dict)
+    grids: dict[tuple[int, ...], Ints] = field(default_factory=dict)
+    """Depths worth a look, by the number of them for every class."""
     paces: dict[TemplateEstimate, float] = field(default_factory=dict)
 
 
-def estimate_context(costs: Costs, every: tuple[Fleet, ...]) -> EstimateContext:
+def estimate_context(costs: Costs, every: tuple[DeviceClass, ...]) -> EstimateContext:
     """A fresh one."""
     inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
     return EstimateContext(
         costs=costs,
-        fleets=every,
+        classes=every,
         widest_cut=float(np.median(inner)) if len(inner) else 0.0,
         gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
         * reduced_width(costs),
@@ -136,46 +136,48 @@ def estimate_context(costs: Costs, every: tuple[Fleet, ...]) -> EstimateContext:
     )
 
 
-def unit_facts(context: EstimateContext, fleet: int, tensor: int, rows: int) -> UnitFacts:
-    """What balanced stages ask of a unit."""
-    key = (fleet, tensor, rows)
-    found = context.units.get(key)
+def group_facts(context: EstimateContext, device_class: int, tensor: int, rows: int) -> GroupFacts:
+    """What balanced stages ask of a tensor group."""
+    key = (device_class, tensor, rows)
+    found = context.groups.get(key)
     if found is None:
-        both = prefixes(context, fleet, tensor, rows)[2]
+        both = prefixes(context, device_class, tensor, rows)[2]
         always, each = stage_bytes(context.costs, tensor, rows)
         at = context.common[0]
-        found = context.units[key] = UnitFacts(
+        found = context.groups[key] = GroupFacts(
             whole=both[-1],
             longest=max(b - a for a, b in pairwise(both)),
             common=both[at + 1] - both[at],
             always=float(always[0, -1]),
             each=float(each[0, -1]),
-            room=unit_capacity(context.costs, context.fleets[fleet].nodes[0][:tensor]),
+            room=group_capacity(context.costs, context.classes[device_class].nodes[0][:tensor]),
         )
     return found
 
 
 def prefixes(
-    context: EstimateContext, fleet: int, tensor: int, rows: int
+    context: EstimateContext, device_class: int, tensor: int, rows: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Cumulative seconds [L + 1] of forward, backward and both on a unit of a fleet."""
-    key = (fleet, tensor, rows)
+    """Cumulative seconds [L + 1] of forward, backward and both on a group of a device class."""
+    key = (device_class, tensor, rows)
     found = context.totals.get(key)
     if found is None:
-        unit = context.fleets[fleet].nodes[0][:tensor]
-        forward, backward = unit_prefix(context.costs, unit, rows)
+        group = context.classes[device_class].nodes[0][:tensor]
+        forward, backward = group_prefix(context.costs, group, rows)
         both = [f + b for f, b in zip(forward, backward, strict=True)]
         found = context.totals[key] = (forward, backward, both)
     return found
 
 
-def _reach(context: EstimateContext, fleet: int, tensor: int, rows: int, held: int) -> list[int]:
-    """Returns for each first layer: one past the last that a unit has memory for."""
-    key = (fleet, tensor, rows, held)
+def _reach(
+    context: EstimateContext, device_class: int, tensor: int, rows: int, held: int
+) -> list[int]:
+    """Returns for each first layer: one past the last that a tensor group has memory for."""
+    key = (device_class, tensor, rows, held)
     found = context.reaches.get(key)
     if found is None:
         always, each = stage_bytes(context.costs, tensor, rows)
-        room = unit_capacity(context.costs, context.fleets[fleet].nodes[0][:tensor])
+        room = group_capacity(context.costs, context.classes[device_class].nodes[0][:tensor])
         size = len(always)
         beyond = always + each * held > room
         beyond &= ~np.tri(size, dtype=bool)
@@ -186,7 +188,7 @@ def _reach(context: EstimateContext, fleet: int, tensor: int, rows: int, held: i
 
 def _stages(template: PipelineTemplate) -> list[tuple[StageRun, int]]:
     """Segment and rows per replica of every stage."""
-    return [(s, template.rows // s.width) for s in template.segments for _ in range(s.depth)]
+    return [(s, template.rows // s.width) for s in template.runs for _ in range(s.depth)]
 
 
 def cuts(
@@ -198,7 +200,7 @@ def cuts(
         template.tensor,
         template.schedule,
         min(micro_batches, depth) if template.schedule == "1f1b" else micro_batches,
-        tuple((s.fleet, s.depth, template.rows // s.width) for s in template.segments),
+        tuple((s.device_class, s.depth, template.rows // s.width) for s in template.runs),
     )
     if key not in context.cuts:
         context.cuts[key] = _cuts(context, template, micro_batches)
@@ -212,11 +214,17 @@ def _cuts(
     depth, tensor = len(stages), template.tensor
     if depth > layers:
         return None
-    rooms, sums = [], []
-    for s, (segment, rows) in enumerate(stages):
+    rooms, at = [], 0
+    for s, (run, rows) in enumerate(stages):
         held = in_flight(template.schedule, s, depth, micro_batches)
-        rooms.append(_reach(context, segment.fleet, tensor, rows, held))
-        sums.append(prefixes(context, segment.fleet, tensor, rows)[2])
+        rooms.append(_reach(context, run.device_class, tensor, rows, held))
+        to = min(rooms[s][at], layers - (depth - 1 - s))
+        if to <= at:
+            return None
+        at = to
+    if at < layers:
+        return None
+    sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]
 
     def filled(limit: float) -> tuple[list[int], float] | None:
         """Every stage takes as many layers as it can within a time; and the longest taken."""
@@ -246,7 +254,7 @@ def _cuts(
     return tuple(best[0])
 
 
-def sketch(
+def estimate_template(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> TemplateEstimate | None:
     """The template with its best cuts and the seconds of its parts; None if it does not fit."""
@@ -255,16 +263,16 @@ def sketch(
         return None
     stages = _stages(template)
     forward, backward, alone, crowded, steps = [], [], [], [], []
-    for (segment, rows), layers in zip(stages, pairwise(bounds), strict=True):
+    for (run, rows), layers in zip(stages, pairwise(bounds), strict=True):
         a, b = layers
-        ahead, back, _ = prefixes(context, segment.fleet, template.tensor, rows)
+        ahead, back, _ = prefixes(context, run.device_class, template.tensor, rows)
         forward.append(ahead[b] - ahead[a])
         backward.append(back[b] - back[a])
-        kind = context.fleets[segment.fleet].kind
+        kind = context.classes[run.device_class].kind
         steps.append(optimizer_of(context.costs, kind, layers, template.tensor))
         held = float(stage_parameters(context.costs.table.weights, layers, template.tensor))
-        alone.append(reduction_seconds(context, segment, template.tensor, held, crowded=False))
-        crowded.append(reduction_seconds(context, segment, template.tensor, held, crowded=True))
+        alone.append(reduction_seconds(context, run, template.tensor, held, crowded=False))
+        crowded.append(reduction_seconds(context, run, template.tensor, held, crowded=True))
     return TemplateEstimate(
         template=template,
         bounds=bounds,
@@ -286,23 +294,23 @@ def hop_latency(costs: Costs, link: Link) -> float:
 
 
 def reduction_seconds(
-    context: EstimateContext, segment: StageRun, tensor: int, held: float, *, crowded: bool
+    context: EstimateContext, run: StageRun, tensor: int, held: float, *, crowded: bool
 ) -> float:
     """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
     node share its network interface. `crowded`: holders elsewhere as well."""
-    fleet, width = context.fleets[segment.fleet], segment.width
+    device_class, width = context.classes[run.device_class], run.width
     if width == 1 and not crowded:
         return 0.0
     size = held * reduced_width(context.costs)
     passed = 2.0 * size * (1.0 if crowded else (width - 1) / width)
-    run = fleet.each // tensor // segment.block
-    within = passed / fleet.inside.bandwidth
-    if fleet.inside.shared:
-        within *= fleet.each
-    if width == segment.block and not crowded:
-        return within + 2 * (width - 1) * hop_latency(context.costs, fleet.inside)
-    across = passed * tensor * run / fleet.network.bandwidth
-    return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, fleet.network)
+    per_node = device_class.each // tensor // run.block
+    within = passed / device_class.inside.bandwidth
+    if device_class.inside.shared:
+        within *= device_class.each
+    if width == run.block and not crowded:
+        return within + 2 * (width - 1) * hop_latency(context.costs, device_class.inside)
+    across = passed * tensor * per_node / device_class.network.bandwidth
+    return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, device_class.network)
 
 
 def transfer_seconds(
@@ -313,7 +321,7 @@ def transfer_seconds(
     there: StageRun,
 ) -> float:
     """A usual activation from a stage to the next one, all replicas at once."""
-    source, target = context.fleets[here.fleet], context.fleets[there.fleet]
+    source, target = (context.classes[here.device_class], context.classes[there.device_class])
     tensor, rows = template.tensor, template.rows
     fixed = context.costs.system.boundary
     each = rows / here.width * context.widest_cut
@@ -322,32 +330,36 @@ def transfer_seconds(
         return fixed + source.inside.latency + each * shared / source.inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        rows / s.width * s.block * tensor * context.widest_cut / fleet.network.bandwidth
-        for fleet, s in ends
+        rows / s.width * s.block * tensor * context.widest_cut / device_class.network.bandwidth
+        for device_class, s in ends
     )
-    latency = max(fleet.network.latency for fleet, _ in ends)
+    latency = max(device_class.network.latency for device_class, _ in ends)
     if source.site != target.site:
         for site in (source.site, target.site):
             uplink = context.costs.links.uplinks[site]
             if uplink:
                 carried = rows * tensor * context.widest_cut
                 seconds = max(seconds, carried / uplink.bandwidth)
-                latency = max(latency, fleet_latency(context, site) + uplink.latency)
+                latency = max(latency, site_latency(context, site) + uplink.latency)
     return fixed + latency + seconds
 
 
-def fleet_latency(context: EstimateContext, site: str) -> float:
+def site_latency(context: EstimateContext, site: str) -> float:
     """Returns the latency of the network at a site."""
-    return max(fleet.network.latency for fleet in context.fleets if fleet.site == site)
+    return max(
+        device_class.network.latency
+        for device_class in context.classes
+        if device_class.site == site
+    )
 
 
 def _same_node(
-    context: EstimateContext, template: PipelineTemplate, stage: int, segment: StageRun
+    context: EstimateContext, template: PipelineTemplate, stage: int, run: StageRun
 ) -> bool:
-    run = context.fleets[segment.fleet].each // template.tensor // segment.block
+    per_node = context.classes[run.device_class].each // template.tensor // run.block
     place = stage
-    for each in template.segments:
-        if each is segment:
+    for each in template.runs:
+        if each is run:
             break
         place -= each.depth
-    return place % run != run - 1
+    return place % per_node != per_node - 1

@@ -1,8 +1,9 @@
-"""Searches clusters too large to list by device: pipeline templates on whole fleets of nodes.
+"""Searches clusters too large to list by device: pipeline templates on whole classes of nodes.
 
 Every width that divides the batch, every depth and every tensor width is scored with balanced
 stages, whole arrays of depths at once; the best are cut exactly, and their shares of the batch
-settled. Letters: D depths that are scored at once.
+settled. Letters: F classes, B builds (widths, blocks and rows), P pipelines: builds with depths, N
+choices of widths and rows, K pipelines that are kept, C schedules, D depths of one build.
 """
 
 from __future__ import annotations
@@ -10,27 +11,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from heapq import merge
+from itertools import islice, product
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 
 from meshwright.plan.spec import ScheduleName
-from meshwright.search.balanced_estimate import Build, balanced
+from meshwright.search.balanced_estimate import Builds, balanced, facts_by_build
 from meshwright.search.candidate import CandidatePipeline
-from meshwright.search.costs import Costs, recomputing
+from meshwright.search.costs import Array, Costs, recomputing
 from meshwright.search.device_classes import (
     Grouping,
     PipelineTemplate,
-    RatedFleet,
+    RatedClass,
     StageRun,
     blocks_for,
-    fleets,
+    device_classes,
     groupings,
-    nodes_for,
     written,
 )
-from meshwright.search.layer_partition import fit_line
+from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.plan_estimate import pace, seconds_by_counts, whole_seconds
 from meshwright.search.space import divisors
 from meshwright.search.template_estimate import (
@@ -38,47 +40,52 @@ from meshwright.search.template_estimate import (
     Ints,
     TemplateEstimate,
     estimate_context,
-    sketch,
-    unit_facts,
+    estimate_template,
+    group_facts,
 )
 from meshwright.stopping import raise_if_stopped
 
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
-"""Stages on each fleet of a line over several; on one fleet all numbers up to MOST_DEPTHS are."""
+"""Stages on each device class of a pipeline over several; on one device class all numbers up to
+MOST_DEPTHS are."""
 
 MOST_DEPTHS = 128
 
 MOST_CELLS = 16_000_000
-"""Stages x layers x layers of a line: its cuts are found in tables of them."""
+"""Stages x layers x layers of a pipeline: its cuts are found in tables of them."""
 
 DEPTH_GRID = 2_000
-"""Depths of a line over several fleets that are scored at once; beyond it every other one is."""
+"""Depths of a pipeline over several device classes that are scored at once; beyond it every other
+one is."""
 
 RATIOS = (1, 2, 4)
-"""How much wider the stages of one fleet of a line may be than those of another."""
+"""How much wider the stages of one device class of a pipeline may be than those of another."""
 
 ROW_SIZES = 6
 """Rows per replica that are tried: the smallest divisors of its share."""
 
-KEPT = 12
-"""Of all arrays of one choice of widths and rows, depths that are followed up."""
+AT_ONCE = 20_000
+"""Pipelines that are scored at once: their arrays stay in the cache of a core."""
 
-SKETCHED = 1_200
-"""Lines of one block of fleets that are cut, most promising first."""
+KEPT = 12
+"""Depths that are kept for each choice of widths, rows, blocks and schedule."""
+
+ESTIMATED = 1_200
+"""Pipelines of one block of device classes that are cut, most promising first."""
 
 OFFERED = 6
-"""Lines of a block that are combined with those of other blocks."""
+"""Pipelines of a block that are combined with those of other blocks."""
 
 NEAR = 12
-"""Micro-batches more or fewer than a line's ideal number that are tried."""
+"""Micro-batches more or fewer than a pipeline's ideal number that are tried."""
 
 MOST_WIDTHS = 16
-"""Replicas of a stage that are tried: of so many divisors of the batch, evenly spread."""
+"""The most numbers of replicas of a stage that are tried: divisors of the batch."""
 
 SLACK = 1.1
-"""Times the best known strategy that a line may take as if perfectly balanced."""
+"""Times the best known strategy that a pipeline may take as if perfectly balanced."""
 
-Over = Callable[[], bool]
+OutOfTime = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,82 +94,84 @@ class Choice:
 
     seconds: float
     context: EstimateContext
-    sketches: tuple[TemplateEstimate, ...]
+    estimates: tuple[TemplateEstimate, ...]
     counts: tuple[int, ...]
 
 
-def fleet_strategies(
-    costs: Costs, schedules: Sequence[ScheduleName], dropped: Counter[str], over: Over
+def template_strategies(
+    costs: Costs, schedules: Sequence[ScheduleName], pruned: Counter[str], out_of_time: OutOfTime
 ) -> Iterator[tuple[ScheduleName, tuple[CandidatePipeline, ...]]]:
-    """Strategies over whole fleets, best first, written down one at a time."""
-    contexts = [estimate_context(costs, fleets(costs))]
-    if costs.again is not None:
-        contexts.append(estimate_context(recomputing(costs, costs.again), contexts[0].fleets))
+    """Strategies over whole device classes, best first, written down one at a time."""
+    contexts = [estimate_context(costs, device_classes(costs))]
+    if costs.recomputed is not None:
+        contexts.append(estimate_context(recomputing(costs, costs.recomputed), contexts[0].classes))
     every: list[Choice] = []
     for context, tensor in product(contexts, _tensor_widths(contexts[0])):
-        if every and over():
+        if every and out_of_time():
             break
         limit = min((choice.seconds for choice in every), default=float("inf"))
-        every += _at_width(context, tensor, schedules, over, limit)
+        every += _at_width(context, tensor, schedules, out_of_time, limit)
     every.sort(key=lambda choice: choice.seconds)
     for choice in _diverse(every):
-        lines = _lines(choice)
-        if lines is None:
-            dropped["does not fit in memory"] += 1
+        pipelines = _pipelines(choice)
+        if pipelines is None:
+            pruned["does not fit in memory"] += 1
         else:
-            yield choice.sketches[0].template.schedule, lines
+            yield choice.estimates[0].template.schedule, pipelines
 
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
-    """Divisors of a fleet's devices per node that divide every layer."""
-    units = {layer.along("tensor").units for layer in context.costs.model.layers}
-    widths = {w for fleet in context.fleets for w in divisors(fleet.each)}
-    return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
+    """Divisors of a device class's devices per node that divide every layer."""
+    groups = {layer.along("tensor").units for layer in context.costs.model.layers}
+    widths = {w for device_class in context.classes for w in divisors(device_class.each)}
+    return tuple(w for w in sorted(widths) if all(group % w == 0 for group in groups))
 
 
 def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:
     """Returns at most two of one build."""
     builds: Counter[object] = Counter()
     for choice in every:
-        build = tuple((s.template.tensor, s.template.segments) for s in choice.sketches)
+        build = tuple((s.template.tensor, s.template.runs) for s in choice.estimates)
         builds[build] += 1
         if builds[build] <= 2:
             yield choice
 
 
-def _lines(choice: Choice) -> tuple[CandidatePipeline, ...] | None:
+def _pipelines(choice: Choice) -> tuple[CandidatePipeline, ...] | None:
     context = choice.context
     taken: dict[int, int] = {}
-    lines = []
-    for each, count in zip(choice.sketches, choice.counts, strict=True):
+    pipelines = []
+    for each, count in zip(choice.estimates, choice.counts, strict=True):
         template = each.template
-        stages = written(context.fleets, template, taken)
-        fitted = fit_line(context.costs, stages, template.rows, count, template.schedule)
+        stages = written(context.classes, template, taken)
+        fitted = fit_pipeline(context.costs, stages, template.rows, count, template.schedule)
         if fitted is None:
             return None
-        lines.append(fitted.line)
-    return tuple(lines)
+        pipelines.append(fitted.pipeline)
+    return tuple(pipelines)
 
 
 def _at_width(
     context: EstimateContext,
     tensor: int,
     schedules: Sequence[ScheduleName],
-    over: Over,
+    out_of_time: OutOfTime,
     best: float,
 ) -> Iterator[Choice]:
     batch = context.costs.job.global_batch
     able = [
-        RatedFleet(
-            i, fleet.site, _units(context, i, tensor) / unit_facts(context, i, tensor, 1).whole
+        RatedClass(
+            i,
+            each.site,
+            _group_count(context, i, tensor) / group_facts(context, i, tensor, 1).whole,
         )
-        for i, fleet in enumerate(context.fleets)
-        if fleet.each % tensor == 0
+        for i, each in enumerate(context.classes)
+        if each.each % tensor == 0
     ]
     able.sort(key=lambda rated: -rated.speed)
     known: dict[tuple[tuple[int, ...], bool, float], list[TemplateEstimate]] = {}
     for number, grouping in enumerate(sorted(groupings(able), key=_simplest_first)):
-        if number and over():
+        if number and out_of_time():
             return
         speed = sum(rated.speed for block in grouping for rated in block)
         alone = len(grouping) == 1
@@ -186,7 +195,7 @@ def _at_width(
             continue
         for chosen in product(*(offer[:OFFERED] for offer in offers)):
             raise_if_stopped()
-            if best < float("inf") and over():
+            if best < float("inf") and out_of_time():
                 return
             if len({each.template.schedule for each in chosen}) == 1:
                 shared = _shared_out(context, chosen, batch)
@@ -196,17 +205,17 @@ def _at_width(
 
 
 def _simplest_first(grouping: Grouping) -> tuple[int, float]:
-    """Few lines, then much speed: what is found early bounds what comes later."""
+    """Few pipelines, then much speed: what is found early bounds what comes later."""
     return len(grouping), -sum(rated.speed for block in grouping for rated in block)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Lines to look for."""
+    """Pipelines to look for."""
 
     context: EstimateContext
     block: tuple[int, ...]
-    """Fleets."""
+    """Device classes."""
     tensor: int
     share: float
     """Rows of the batch."""
@@ -217,41 +226,35 @@ class Task:
     """Seconds of the best strategy so far."""
 
 
-def _units(context: EstimateContext, fleet: int, tensor: int) -> int:
-    return context.fleets[fleet].each // tensor * len(context.fleets[fleet].nodes)
+def _group_count(context: EstimateContext, device_class: int, tensor: int) -> int:
+    return context.classes[device_class].each // tensor * len(context.classes[device_class].nodes)
 
 
 def _offers(task: Task) -> list[TemplateEstimate]:
-    """The best lines of a block of fleets for about a share of the batch, best first."""
-    scored: list[tuple[float, int, PipelineTemplate]] = []
+    """The best pipelines of a block of classes for about a share of the batch, best first."""
     orders = dict.fromkeys((task.block, task.block[::-1]))
-    for order in orders:
-        for widths in _widths(task, order):
-            raise_if_stopped()
-            for each in _row_sizes(task, widths):
-                rows = each * max(widths)
-                if _ideal(task, order, widths, rows) < SLACK * task.limit:
-                    for seconds, template in _scored(task, order, widths, rows):
-                        scored.append((seconds, len(scored), template))
-    scored.sort(key=lambda entry: entry[:2])
+    scored = merge(*(_scored(task, order) for order in orders), key=itemgetter(0))
     found: list[tuple[float, int, TemplateEstimate]] = []
     best = task.limit
-    for seconds, number, template in scored[:SKETCHED]:
+    for number, (seconds, template) in enumerate(islice(scored, ESTIMATED)):
         raise_if_stopped()
         if seconds > SLACK * best:
             break
-        drawn = sketch(task.context, template, max(1, round(task.share / template.rows)))
-        if drawn is not None:
-            exact = whole_seconds(task.context, (drawn,), (task.share / template.rows,))
+        estimate = estimate_template(
+            task.context, template, max(1, round(task.share / template.rows))
+        )
+        if estimate is not None:
+            exact = whole_seconds(task.context, (estimate,), (task.share / template.rows,))
             best = min(best, exact)
-            found.append((exact, number, drawn))
-    found.sort(key=lambda entry: entry[:2])
-    return [drawn for _, _, drawn in found[: 4 * OFFERED if task.alone else 2 * OFFERED]]
+            found.append((exact, number, estimate))
+    found.sort(key=itemgetter(0, 1))
+    return [estimate for _, _, estimate in found[: 4 * OFFERED if task.alone else 2 * OFFERED]]
 
 
 def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Replicas of a stage on every fleet of a line: divisors of the batch, alike up to RATIOS."""
-    most = [_units(task.context, i, task.tensor) for i in order]
+    """Replicas of a stage on every device class of a pipeline: divisors of the batch, alike up to
+    RATIOS."""
+    most = [_group_count(task.context, i, task.tensor) for i in order]
     every = divisors(task.context.costs.job.global_batch)
     every = every[:: -(-len(every) // MOST_WIDTHS)]
     ratios = RATIOS if len(order) < 3 else RATIOS[:2]
@@ -271,48 +274,80 @@ def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
-def _ideal(task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int) -> float:
-    """Seconds of all micro-batches on all devices that these widths can use, without any loss."""
-    layers, rate = len(task.context.costs.model.layers), 0.0
-    for i, width in zip(order, widths, strict=True):
-        depth = min(_units(task.context, i, task.tensor) // width, layers)
-        rate += depth / unit_facts(task.context, i, task.tensor, rows // width).whole
-    return task.share / rows / rate
+def _builds(task: Task, order: tuple[int, ...]) -> Builds:
+    """Widths, blocks and rows with which the micro-batches, without any loss on all devices that
+    the widths can use, take less than the best strategy known."""
+    context, layers = task.context, len(task.context.costs.model.layers)
+    chosen = [(w, rows * max(w)) for w in _widths(task, order) for rows in _row_sizes(task, w)]
+    width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64).reshape(-1, len(order))
+    rows_N = np.array([rows for _, rows in chosen], dtype=np.int64)
+    rate_N = np.zeros(len(chosen))
+    for i, width_N in zip(order, width_NF.T, strict=True):
+        depth_N = np.minimum(_group_count(context, i, task.tensor) // width_N, layers)
+        rate_N += depth_N / facts_by_build(context, i, task.tensor, rows_N // width_N)[:, 0]
+    able_N = task.share / rows_N / rate_N < SLACK * task.limit
+    found = [
+        (*widths, *blocks, rows)
+        for (widths, rows), able in zip(chosen, able_N.tolist(), strict=True)
+        if able
+        for blocks in _block_choices(task, order, widths)
+    ]
+    number = len(order)
+    table = np.array(found, dtype=np.int64).reshape(-1, 2 * number + 1)
+    return Builds(order, task.tensor, table[:, :number], table[:, number:-1], table[:, -1])
 
 
-def _scored(
-    task: Task, order: tuple[int, ...], widths: tuple[int, ...], rows: int
-) -> Iterator[tuple[float, PipelineTemplate]]:
-    """Templates of these widths and rows, with their seconds as if stages were balanced."""
-    for blocks in _block_choices(task, order, widths):
+def _scored(task: Task, order: tuple[int, ...]) -> Iterator[tuple[float, PipelineTemplate]]:
+    """Templates on these classes with their seconds as if stages were balanced, fastest first."""
+    builds = _builds(task, order)
+    grids = _depth_grids(task, builds)
+    if not grids:
+        return
+    sizes = np.array([grid.shape[1] for grid in grids])
+    parts = []
+    for part in np.split(np.arange(len(grids)), _changes(np.cumsum(sizes) // AT_ONCE)):
         raise_if_stopped()
-        grid_DF = _depth_grid(task, order, widths, blocks)
-        if not len(grid_DF):
-            continue
-        for schedule in task.schedules:
-            seconds_D = balanced(
-                task.context,
-                Build(order, task.tensor, widths, blocks, rows, schedule),
-                task.share / rows,
-                grid_DF,
-            )
-            best = np.argsort(seconds_D, kind="stable")[:KEPT]
-            for i in best[seconds_D[best] < SLACK * task.limit]:
-                segments = tuple(
-                    StageRun(f, int(d), w, b)
-                    for f, d, w, b in zip(order, grid_DF[i], widths, blocks, strict=True)
-                )
-                yield float(seconds_D[i]), PipelineTemplate(task.tensor, segments, rows, schedule)
-            if task.share <= rows or grid_DF.sum(axis=1).max() == 1:
-                break
+        depths_FP = np.concatenate([grids[b] for b in part.tolist()], axis=1)
+        parts.append(_fastest(task, builds, np.repeat(part, sizes[part]), depths_FP))
+    seconds_K, group_K, depths_KF = (np.concatenate(each) for each in zip(*parts, strict=True))
+    for k in np.lexsort((group_K, seconds_K)).tolist():
+        b, c = divmod(int(group_K[k]), len(task.schedules))
+        numbers = (depths_KF[k], builds.widths[b], builds.blocks[b])
+        segments = map(StageRun, order, *(each.tolist() for each in numbers))
+        rows, schedule = int(builds.rows[b]), task.schedules[c]
+        yield float(seconds_K[k]), PipelineTemplate(task.tensor, tuple(segments), rows, schedule)
+
+
+def _changes(numbers: Ints) -> Ints:
+    """Returns the indices at which a number differs from the one before."""
+    return np.flatnonzero(np.diff(numbers)) + 1
+
+
+def _fastest(
+    task: Task, builds: Builds, build_P: Ints, depths_FP: Ints
+) -> tuple[Array, Ints, Ints]:
+    """The KEPT fastest depths of every build and schedule: their seconds, the number of the build
+    and the schedule, and the depths."""
+    seconds_CP = balanced(task.context, builds, task.schedules, task.share, build_P, depths_FP)
+    # With one stage or one micro-batch there is no order to choose.
+    deepest_B = np.zeros(len(builds.rows), dtype=np.int64)
+    np.maximum.at(deepest_B, build_P, depths_FP.sum(axis=0))
+    alike_B = (task.share <= builds.rows) | (deepest_B == 1)
+    seconds_CP[1:, alike_B[build_P]] = np.inf
+    c_K, p_K = np.nonzero(seconds_CP < SLACK * task.limit)
+    seconds_K, group_K = seconds_CP[c_K, p_K], build_P[p_K] * len(task.schedules) + c_K
+    sorted_K = np.lexsort((p_K, seconds_K, group_K))
+    groups = group_K[sorted_K]
+    kept = sorted_K[np.arange(len(groups)) - np.searchsorted(groups, groups) < KEPT]
+    return seconds_K[kept], group_K[kept], depths_FP[:, p_K[kept]].T
 
 
 def _block_choices(
     task: Task, order: tuple[int, ...], widths: tuple[int, ...]
 ) -> Iterator[tuple[int, ...]]:
-    """Replicas packed onto nodes, or spread over as many as can be; on one fleet all between."""
+    """Replicas packed onto nodes, or spread over as many as can be; on one class all between."""
     options = [
-        blocks_for(task.context.fleets[i].each // task.tensor, width)
+        blocks_for(task.context.classes[i].each // task.tensor, width)
         for i, width in zip(order, widths, strict=True)
     ]
     if len(order) == 1:
@@ -321,34 +356,38 @@ def _block_choices(
     yield from dict.fromkeys((tuple(o[-1] for o in options), tuple(o[0] for o in options)))
 
 
-def _depth_grid(
-    task: Task, order: tuple[int, ...], widths: tuple[int, ...], blocks: tuple[int, ...]
-) -> Ints:
-    """Depths [D, F] that the fleets have nodes for and the model layers."""
-    key = (order, task.tensor, widths, blocks)
-    known = task.context.grids.get(key)
-    if known is not None:
-        return known
+def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
+    """Depths [F, D] of every build that the classes have nodes for and the model layers."""
     layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
-    options = []
-    for i, width, block in zip(order, widths, blocks, strict=True):
-        fleet = task.context.fleets[i]
-        units = fleet.each // task.tensor
-        every = range(1, layers + 1) if len(order) == 1 else [d for d in DEPTHS if d <= layers]
-        options.append([d for d in every if nodes_for(units, d, width, block) <= len(fleet.nodes)])
+    every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
+    ends_BF = np.empty_like(builds.widths)
+    for f, i in enumerate(builds.order):
+        device_class, block_B = task.context.classes[i], builds.blocks[:, f]
+        nodes_B = len(device_class.nodes) // (builds.widths[:, f] // block_B)
+        deepest_B = nodes_B * (device_class.each // builds.tensor // block_B)
+        ends_BF[:, f] = np.searchsorted(every, deepest_B, side="right")
+    known = task.context.grids
+    for ends in map(tuple, np.unique(ends_BF, axis=0).tolist()):
+        if ends not in known:
+            known[ends] = _grid([every[:end] for end in ends], layers)
+    return [known[ends] for ends in map(tuple, ends_BF.tolist())]
+
+
+def _grid(options: list[Sequence[int]], layers: int) -> Ints:
+    """All depths [F, D] together no more than the layers; of very many, every other one."""
     while prod(map(len, options)) > DEPTH_GRID:
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
-    grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(order))
-    found: Ints = grid[grid.sum(axis=1) <= layers]
-    task.context.grids[key] = found
+    grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(options))
+    found: Ints = grid[grid.sum(axis=1) <= layers].T
     return found
 
 
 def _shared_out(
     context: EstimateContext, chosen: tuple[TemplateEstimate, ...], batch: int
 ) -> Choice | None:
-    """Numbers of micro-batches near the lines' speeds that add up to the batch and end soonest."""
+    """Numbers of micro-batches near the pipelines' speeds that add up to the batch and end
+    soonest."""
     paces = [pace(context, each) for each in chosen]
     ideals = [
         batch * pace / sum(paces) / each.template.rows

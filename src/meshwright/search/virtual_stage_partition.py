@@ -23,9 +23,9 @@ from meshwright.search.costs import (
     Array,
     Costs,
     distinct_replicas,
+    group_capacity,
+    group_times,
     stage_bytes,
-    unit_capacity,
-    unit_times,
 )
 from meshwright.search.layer_partition import cut_seconds
 from meshwright.stopping import raise_if_stopped
@@ -53,32 +53,31 @@ class _CutTables:
     loads: Array
     """Seconds of a micro-batch, there and back."""
     always: Array
-    """Share of the devices' memory that is always held,"""
+    """Share of the devices' memory that is always in use."""
     each: Array
-    """and that of every micro-batch in flight."""
+    """Share of it that each micro-batch in flight takes."""
     held: Array
     """[K, H] micro-batches of every stage in flight at moments of one group when most may be."""
     moments: NDArray[np.intp]
-    """Of every group, the first of its moments."""
+    """Index of the first moment of each group."""
     cuts: Array
     """Seconds [K - 1, L + 1] across the cut after each stage."""
     micro_batches: int
 
 
-def cut_in_chunks(
+def cut_virtual_stages(
     costs: Costs,
-    line: CandidatePipeline,
+    pipeline: CandidatePipeline,
     layout: StageLayout,
     schedule: ScheduleName,
-    again: frozenset[int],
+    recompute: frozenset[int],
 ) -> tuple[Bounds, float]:
-    """K + 1 layer indices for the stages of a layout on the teams of a line, and the seconds of its
-    micro-batches by `_seconds`; the groups in `again` recompute.
+    """K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the seconds
+    of its micro-batches by `_seconds`; the groups in `again` recompute.
 
     From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
-    or by a few where one does not help.
-    """
-    tables = _tables(costs, line, layout, schedule, again)
+    or by a few where one does not help."""
+    tables = _tables(costs, pipeline, layout, schedule, recompute)
     bounds = _proportional(tables)
     best = float(_seconds(tables, bounds[None])[0])
     shifts, reach = _shifts(len(bounds)), 1
@@ -97,24 +96,25 @@ def cut_in_chunks(
 
 def _tables(
     costs: Costs,
-    line: CandidatePipeline,
+    pipeline: CandidatePipeline,
     layout: StageLayout,
     schedule: ScheduleName,
-    again: frozenset[int],
+    recompute: frozenset[int],
 ) -> _CutTables:
-    places = chunks_of(layout)
+    places = group_by_stage(layout)
     stages, size = len(places), len(costs.model.layers) + 1
     loads, always, each = (np.zeros((stages, size, size)) for _ in range(3))
     for k, g in enumerate(places):
         raise_if_stopped()
-        loads[k] = _loads(costs, line.teams[g], again=g in again)
-        always[k], each[k] = _shares(costs, line.teams[g], again=g in again)
+        loads[k] = _loads(costs, pipeline.stages[g], recompute=g in recompute)
+        always[k], each[k] = _shares(costs, pipeline.stages[g], recompute=g in recompute)
     cuts = np.zeros((max(stages - 1, 0), size))
     for k, (one, other) in enumerate(pairwise(places)):
         if one != other:
-            cuts[k] = cut_seconds(costs, line.teams[one], line.teams[other])
+            cuts[k] = cut_seconds(costs, pipeline.stages[one], pipeline.stages[other])
     moments = [
-        _moments(order, stages) for order in schedule_orders(schedule, layout, line.micro_batches)
+        _moments(order, stages)
+        for order in schedule_orders(schedule, layout, pipeline.micro_batches)
     ]
     return _CutTables(
         member=np.equal.outer(places, np.arange(len(layout))).astype(np.float64),
@@ -124,7 +124,7 @@ def _tables(
         held=np.concatenate(moments).T.astype(np.float64),
         moments=np.cumsum([0, *map(len, moments[:-1])]),
         cuts=cuts,
-        micro_batches=line.micro_batches,
+        micro_batches=pipeline.micro_batches,
     )
 
 
@@ -145,13 +145,13 @@ def _moments(order: Order, stages: int) -> NDArray[np.intp]:
     return kept
 
 
-def _loads(costs: Costs, team: StageDevices, *, again: bool) -> Array:
+def _loads(costs: Costs, stage: StageDevices, *, recompute: bool) -> Array:
     """Seconds [L + 1, L + 1] of the slowest replica."""
     found: list[Array] = []
-    for unit, rows in distinct_replicas(costs, team.units, team.rows):
-        forward, backward = unit_times(costs, unit, rows)
+    for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+        forward, backward = group_times(costs, group, rows)
         both = forward + backward
-        if again:
+        if recompute:
             both = both + repeated_seconds(costs.model, (0, len(forward)), forward)
         sums = np.concatenate([[0.0], np.cumsum(both)])
         found.append(sums[None, :] - sums[:, None])
@@ -159,14 +159,14 @@ def _loads(costs: Costs, team: StageDevices, *, again: bool) -> Array:
     return worst
 
 
-def _shares(costs: Costs, team: StageDevices, *, again: bool) -> tuple[Array, Array]:
+def _shares(costs: Costs, stage: StageDevices, *, recompute: bool) -> tuple[Array, Array]:
     """Shares [L + 1, L + 1] of the fullest replica's memory: always, and each micro-batch."""
     always: list[Array] = []
     each: list[Array] = []
-    for unit, rows in distinct_replicas(costs, team.units, team.rows):
-        fixed, moving = stage_bytes(costs, len(unit), rows, again=again)
-        always.append(fixed / unit_capacity(costs, unit))
-        each.append(moving / unit_capacity(costs, unit))
+    for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+        fixed, moving = stage_bytes(costs, len(group), rows, recompute=recompute)
+        always.append(fixed / group_capacity(costs, group))
+        each.append(moving / group_capacity(costs, group))
     return np.max(always, axis=0), np.max(each, axis=0)
 
 
@@ -217,7 +217,7 @@ def _seconds(tables: _CutTables, bounds: NDArray[np.intp]) -> Array:
     return seconds
 
 
-def chunks_of(layout: StageLayout) -> Sequence[int]:
+def group_by_stage(layout: StageLayout) -> Sequence[int]:
     """The group of every stage."""
     places = {k: g for g, held in enumerate(layout) for k in held}
     return [places[k] for k in range(len(places))]

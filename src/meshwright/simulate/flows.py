@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from operator import itemgetter
 
 from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError, Problem
@@ -42,16 +43,23 @@ class Flow:
     """A number that grows with every change of `rate`, which invalidates earlier forecasts of its
     end."""
     weights: tuple[tuple[Resource, float], ...] = ()
-    """The number of its streams on every resource."""
+    """The number of its streams on every resource; empty: computed here."""
 
     def __post_init__(self) -> None:
         self.stream = self.stream or min(self.bytes_by_resource.values())
-        self.weights = tuple((r, size / self.stream) for r, size in self.bytes_by_resource.items())
+        self.weights = self.weights or stream_weights(self.bytes_by_resource, self.stream)
 
     @property
     def ends(self) -> float:
         """Returns the moment at which the flow ends if its rate stays the same."""
         return self.since + self.remaining / self.rate if self.rate else inf
+
+
+def stream_weights(
+    sizes: Mapping[Resource, float], stream: float
+) -> tuple[tuple[Resource, float], ...]:
+    """Returns the number of streams of a size that the bytes on every resource are."""
+    return tuple((resource, size / stream) for resource, size in sizes.items())
 
 
 @dataclass(slots=True, eq=False)
@@ -91,9 +99,24 @@ def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
 
     Returns every flow whose end has changed.
     """
-    affected = _sharing(network, network.touched)
-    network.touched.clear()
-    return _share(network, affected, now) if affected else []
+    touched, network.touched = network.touched, {}
+    if all(_is_alone(network, flow) for flow in touched):
+        rates = _rates_alone(network.bandwidth, touched)
+    else:
+        rates = fair_rates(network.bandwidth, _sharing(network, touched))
+    changed = []
+    for flow, rate in rates.items():
+        if rate != flow.rate:
+            flow.remaining = max(flow.remaining - flow.rate * (now - flow.since), 0.0)
+            flow.since, flow.rate = now, rate
+            flow.version += 1
+            changed.append(flow)
+    return changed
+
+
+def _is_alone(network: FlowNetwork, flow: Flow) -> bool:
+    """Returns True if no other flow passes any resource of this one."""
+    return all(len(network.flows[resource]) == 1 for resource in flow.bytes_by_resource)
 
 
 def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
@@ -111,18 +134,6 @@ def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
     return list(found)
 
 
-def _share(network: FlowNetwork, flows: list[Flow], now: float) -> list[Flow]:
-    """Gives these flows their fair rates; returns those whose rate has changed."""
-    changed = []
-    for flow, rate in fair_rates(network.bandwidth, flows).items():
-        if rate != flow.rate:
-            flow.remaining = max(flow.remaining - flow.rate * (now - flow.since), 0.0)
-            flow.since, flow.rate = now, rate
-            flow.version += 1
-            changed.append(flow)
-    return changed
-
-
 def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
     """Returns the rate of each flow, in shares of its bytes per second; streams share max-min
     fairly.
@@ -133,16 +144,8 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     """
     every = dict.fromkeys(flows)
     left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
-    empty = [resource for resource, speed in left.items() if speed <= 0]
-    ClusterError.check(
-        Problem(f"{kind} of {owner}", "bandwidth", "0", "above zero", each=("link", owner))
-        for owner, kind, _, _ in empty
-    )
-    if len(every) == 1:
-        (flow,) = every
-        return {
-            flow: min(left[resource] / weight for resource, weight in flow.weights) / flow.stream
-        }
+    if left:
+        _check_bandwidth(left)
     waiting = _not_first(every)
     rates = _filled(left, [flow for flow in every if flow not in waiting])
     for flow in waiting:
@@ -151,6 +154,30 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
         for resource, weight in flow.weights:
             left[resource] = max(left[resource] - speed * weight, 0.0)
     return rates
+
+
+def _rates_alone(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
+    """Returns the same as `fair_rates`, for flows that share no resource with another, in the same
+    order: the slowest first."""
+    found: list[tuple[float, Resource, Flow]] = []
+    for flow in flows:
+        speed, slowest = min((bandwidth[resource] / w, resource) for resource, w in flow.weights)
+        if speed <= 0:
+            _check_bandwidth({resource: bandwidth[resource] for resource in flow.bytes_by_resource})
+        found.append((speed, slowest, flow))
+    if len(found) > 1:
+        found.sort(key=itemgetter(0, 1))
+    return {flow: speed / flow.stream for speed, _, flow in found}
+
+
+def _check_bandwidth(bandwidth: Mapping[Resource, float]) -> None:
+    """Raises ClusterError for a resource without bandwidth."""
+    if min(bandwidth.values()) <= 0:
+        empty = [resource for resource, speed in bandwidth.items() if speed <= 0]
+        ClusterError.check(
+            Problem(f"{kind} of {owner}", "bandwidth", "0", "above zero", each=("link", owner))
+            for owner, kind, _, _ in empty
+        )
 
 
 def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:

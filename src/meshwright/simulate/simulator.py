@@ -13,6 +13,8 @@ from heapq import heappop, heappush
 from typing import Any
 
 from meshwright.cluster.spec import Cluster
+from meshwright.cluster.topology import Resource
+from meshwright.cost.collective import Traffic
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
 from meshwright.cost.profile import Profile
@@ -28,8 +30,16 @@ from meshwright.program.instructions import (
 )
 from meshwright.program.messages import Chain, chain_of, stage_before
 from meshwright.program.operations import MATCHING_RECEIVE, Op
-from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interval_label
-from meshwright.simulate.flows import Flow, FlowNetwork, add_flow, remove_flow, reshare_bandwidth
+from meshwright.program.timeline import Timeline
+from meshwright.simulate.flows import (
+    Flow,
+    FlowNetwork,
+    add_flow,
+    remove_flow,
+    reshare_bandwidth,
+    stream_weights,
+)
+from meshwright.simulate.played_step import PlayedStep
 from meshwright.stopping import raise_if_stopped
 
 EVENTS_BETWEEN_CHECKS = 1_000
@@ -80,6 +90,19 @@ class _Queue:
     busy: bool = False
 
 
+_Load = tuple[dict[Resource, float], float, tuple[tuple[Resource, float], ...]]
+"""The bytes on every resource, the bytes of one stream, and the streams on every resource."""
+
+
+def _load(traffic: Traffic) -> _Load | None:
+    """Returns what a communication puts on links; None if it moves no byte."""
+    sizes = {resource: size for resource, size in traffic.bytes_by_resource.items() if size > 0}
+    if not sizes:
+        return None
+    stream = traffic.stream or min(sizes.values())
+    return sizes, stream, stream_weights(sizes, stream)
+
+
 def _waits(state: _Rank, i: Instruction) -> bool:
     """Returns whether a compute instruction or a collective must wait."""
     if i.op.reads is not None and state.awaited[i.op.reads, i.stage, i.micro_batch]:
@@ -102,11 +125,11 @@ class _Simulation:
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
         self.chains: dict[Chain, _Queue] = {}
         self.collectives: dict[At, _Collective] = {}
-        self.intervals: list[Interval] = []
-        self.memory = [
-            MemoryPoint(rank=rank, seconds=0.0, bytes=size)
-            for rank, size in enumerate(prices.static_bytes)
-        ]
+        self.played: list[tuple[int, int, float, float]] = []
+        """Rank, index, begin and end of every instruction, in the order of their ends."""
+        self.memory: list[tuple[int, float, float]] = []
+        """Rank, moment and bytes of every change of the memory in use."""
+        self.loads: dict[int, _Load | None] = {}
         self._meet()
 
     def _meet(self) -> None:
@@ -148,7 +171,7 @@ class _Simulation:
             at, i = (rank, state.position), instructions[state.position]
             if i.op.kind in ("send", "receive"):
                 self.post(at, i)
-            elif _waits(state, i):
+            elif (i.op.reads is not None or i.op.awaits != "none") and _waits(state, i):
                 return
             elif i.op.kind == "compute":
                 self.compute(at, i)
@@ -180,8 +203,7 @@ class _Simulation:
 
     def hold(self, rank: int, size: float) -> None:
         self.ranks[rank].memory += size
-        point = MemoryPoint(rank=rank, seconds=self.now, bytes=round(self.ranks[rank].memory))
-        self.memory.append(point)
+        self.memory.append((rank, self.now, self.ranks[rank].memory))
 
     def post(self, at: At, i: Instruction) -> None:
         assert i.peer is not None
@@ -284,20 +306,21 @@ class _Simulation:
         """Sends an instruction's traffic: its latency, then its bytes."""
         traffic = self.prices.ranks[at[0]][at[1]].traffic
         arrival = self.now + traffic.latency
-        sizes = traffic.bytes_by_resource
-        if sizes and min(sizes.values()) <= 0:
-            sizes = {resource: size for resource, size in sizes.items() if size > 0}
-        if sizes:
-            stream = traffic.stream or 0.0
-            flow = Flow(
-                bytes_by_resource=sizes,
-                on_end=partial(then, *arguments),
-                stream=stream,
-                sender=traffic.sender,
-            )
-            self.at(arrival, self.enter, flow)
-        else:
+        if id(traffic) not in self.loads:
+            self.loads[id(traffic)] = _load(traffic)
+        load = self.loads[id(traffic)]
+        if load is None:
             self.at(arrival, then, *arguments)
+            return
+        sizes, stream, weights = load
+        flow = Flow(
+            bytes_by_resource=sizes,
+            on_end=partial(then, *arguments),
+            stream=stream,
+            sender=traffic.sender,
+            weights=weights,
+        )
+        self.at(arrival, self.enter, flow)
 
     def enter(self, flow: Flow) -> None:
         add_flow(self.network, flow, self.now)
@@ -309,27 +332,18 @@ class _Simulation:
             flow.on_end()
 
     def record(self, at: At, began: float) -> None:
-        i = self.program.ranks[at[0]][at[1]]
-        if len(self.intervals) % EVENTS_BETWEEN_CHECKS == 0:
+        if len(self.played) % EVENTS_BETWEEN_CHECKS == 0:
             raise_if_stopped()
-        self.intervals.append(
-            Interval(
-                rank=at[0],
-                stream=i.op.stream,
-                op=i.op,
-                stage=i.stage,
-                micro_batch=i.micro_batch,
-                label=interval_label(i),
-                start_seconds=began,
-                end_seconds=self.now,
-                peer=i.peer,
-                bytes=i.bytes,
-            )
-        )
+        self.played.append((*at, began, self.now))
 
 
 def simulate(program: Program, prices: Prices) -> Timeline:
-    """Simulates one step; raise ProgramError with one Problem for every rank that gets stuck."""
+    """Simulates one step; raises ProgramError with one Problem for every rank that gets stuck."""
+    return played_step(program, prices).timeline()
+
+
+def played_step(program: Program, prices: Prices) -> PlayedStep:
+    """Simulates one step, as `simulate` does."""
     step = _Simulation(program, prices)
     step.play()
     ProgramError.check(
@@ -337,14 +351,9 @@ def simulate(program: Program, prices: Prices) -> Timeline:
         for rank, index, found, wanted in _stuck(step)
     )
     # Not `step.now`: outdated forecasts of flows that have sped up stay queued after the end.
-    end = max((i.end_seconds for i in step.intervals), default=0.0)
-    return Timeline(
-        source="simulated",
-        devices=prices.devices,
-        step_seconds=end + prices.overhead_seconds,
-        intervals=tuple(sorted(step.intervals, key=lambda i: (i.start_seconds, i.rank))),
-        memory=tuple(step.memory),
-    )
+    end = max((ended for _, _, _, ended in step.played), default=0.0)
+    seconds = end + prices.overhead_seconds
+    return PlayedStep(program, prices, seconds, step.played, step.memory)
 
 
 def _stuck(step: _Simulation) -> Iterator[tuple[int, int, str, str]]:

@@ -29,8 +29,8 @@ from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
-from meshwright.program.timeline import Timeline
-from meshwright.simulate.simulator import simulate
+from meshwright.simulate.played_step import PlayedStep
+from meshwright.simulate.simulator import played_step
 from meshwright.stopping import raise_if_stopped
 
 ReplicaSlice = tuple[str, ...]
@@ -216,17 +216,17 @@ def simulate_by_symmetry(
     *,
     folded: Symmetry | None = None,
     links: Topology | None = None,
-) -> Timeline:
-    """Simulates one step of a valid plan; the timeline has only the ranks that were simulated.
+) -> PlayedStep:
+    """Simulates one step of a valid plan; only as many ranks as needed are simulated.
 
     `links` is the topology of the cluster with the links of the profile, if the caller has it.
     """
     folded = folded or find_symmetry(plan, cluster)
     priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, links=links)
     if len(folded.ranks) == len(plan.devices):
-        return simulate(priced.program, priced.prices)
+        return played_step(priced.program, priced.prices)
     shared = priced_for_all(priced.program, priced.prices, folded)
-    return simulate(_among_themselves(priced.program, folded), shared)
+    return played_step(_among_themselves(priced.program, folded), shared)
 
 
 def _among_themselves(program: Program, folded: Symmetry) -> Program:
@@ -266,11 +266,14 @@ def priced_for_all(program: Program, prices: Prices, folded: Symmetry) -> Prices
             return replace(price, traffic=rings[key])
         return price
 
-    ranks = tuple(
-        tuple(changed(rank, i.op, p) for i, p in zip(program.ranks[rank], own, strict=True))
-        for rank, own in enumerate(prices.ranks)
-    )
-    return replace(prices, ranks=ranks)
+    ranks = []
+    for rank, own in enumerate(prices.ranks):
+        known: dict[int, Price] = {}  # instructions that are alike share a price
+        for i, price in zip(program.ranks[rank], own, strict=True):
+            if id(price) not in known:
+                known[id(price)] = changed(rank, i.op, price)
+        ranks.append(tuple(known[id(price)] for price in own))
+    return replace(prices, ranks=tuple(ranks))
 
 
 def _many(traffic: Traffic, folded: Symmetry, pipeline: int) -> Traffic:

@@ -10,10 +10,11 @@ needs, and may have others, which its own files read. Each is loaded when its pa
 * `operations.py`: OPERATIONS, the words that the technique adds to programs;
 * `program.py`: `rewriting`, which returns what puts its instructions into the list of a rank;
 * `price.py`: PRICES, what each of its operations costs; `layer_seconds`, which adds to the forward
-  and backward of each layer what the technique does inside them;
+  and backward of each layer what the technique does inside them; `inner_traffic`, the bytes of a
+  step that it sends there;
 * `memory.py`: `adjustment`, which returns what changes the bytes that a rank holds;
 * `export.py`: `answers`, how another tool is told of its field, and `beside_the_schedule`, the
-  sentences for a file that holds only the order of work;
+  sentences for a file that holds only the schedule;
 * `options.py`: OPTION, what the search tries on its best plans;
 * `report.py`: `sentences`, what is said of a plan that uses the technique;
 * `runtime.py`: HANDLERS, what plays each of its operations on PyTorch; STARTS, how those that sum

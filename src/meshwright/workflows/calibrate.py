@@ -131,8 +131,10 @@ def profile_from_runs(folders: Sequence[Path], cluster: Path | None = None) -> P
 
     def seconds(constants: Calibration, runs: NDArray[np.int64]) -> Array:
         profile = replace(base, calibration=constants)
-        play = partial(simulate_plan, model=session.model, cluster=session.cluster, profile=profile)
-        steps = [play(plans[i], clipped=clipped[i]) for i in map(int, runs)]
+        simulated = partial(
+            simulate_plan, model=session.model, cluster=session.cluster, profile=profile
+        )
+        steps = [simulated(plans[i], clipped=clipped[i]) for i in map(int, runs)]
         return np.array([step.step_seconds for step in steps])
 
     parameters = fit_parameters_for(session.cluster, session.profile)

@@ -1,7 +1,7 @@
 """Runs the whole workflow on one machine: emulates a mixed cluster, profiles it, plans, trains,
 compares.
 
-Four processes play two fast and two slow devices: each computes for real, then sleeps until its
+Four processes emulate two fast and two slow devices: each computes for real, then sleeps until its
 instruction has lasted its CPU time divided by the device's share of a core. Messages are real too.
 """
 
@@ -98,15 +98,15 @@ def run_demo(folder: Path, steps: int, limits: SearchLimits) -> None:
     explain(found, console)
     console.rule("train")
     with Launcher(worker=EMULATED_WORKER) as launcher:
-        contenders = tuple(
+        trained = tuple(
             _train(session, title, plan, folder, steps, console, launcher)
             for title, plan in (("even plan", even), ("plan found", found))
         )
     console.rule("result")
-    _check_losses(contenders)
-    console.print(_table(contenders))
-    _verdict(contenders, console)
-    _report(session, contenders, folder)
+    _check_losses(trained)
+    console.print(_table(trained))
+    _verdict(trained, console)
+    _report(session, trained, folder)
     console.print(plain_text(f"report: {folder / 'report.html'}"))
 
 
@@ -115,7 +115,7 @@ def _prepare(folder: Path, console: Console) -> Session:
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
     files.write_text(cluster, CLUSTER)
     console.rule("profile")
-    console.print("4 processes on this machine play 2 fast and 2 slow devices (speeds 10 : 3)")
+    console.print("4 processes on this machine emulate 2 fast and 2 slow devices (speeds 10 : 3)")
     settings = ProfileSettings(
         model=MODEL,
         sequence=SEQUENCE,
@@ -170,10 +170,10 @@ def _train(
     return TimedPlan(title=title, plan=plan, outcome=outcome)
 
 
-def _check_losses(contenders: tuple[TimedPlan, ...]) -> None:
+def _check_losses(trained: tuple[TimedPlan, ...]) -> None:
     """Checks that both plans train the same model: their losses differ only by the order of float32
     sums."""
-    first, second = (contender.outcome.losses for contender in contenders)
+    first, second = (each.outcome.losses for each in trained)
     worst = max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
     if worst > 1e-3:
         raise TrainingError(
@@ -186,9 +186,9 @@ def _check_losses(contenders: tuple[TimedPlan, ...]) -> None:
         raise TrainingError(Problem("demo", "loss", found, "a loss that falls"))
 
 
-def _table(contenders: tuple[TimedPlan, ...]) -> Table:
+def _table(trained: tuple[TimedPlan, ...]) -> Table:
     table = Table("", "plan", "predicted", "measured", "error")
-    for each in contenders:
+    for each in trained:
         measured = each.outcome.step_seconds
         table.add_row(
             plain_text(each.title),
@@ -200,8 +200,8 @@ def _table(contenders: tuple[TimedPlan, ...]) -> Table:
     return table
 
 
-def _verdict(contenders: tuple[TimedPlan, ...], console: Console) -> None:
-    even, found = contenders
+def _verdict(trained: tuple[TimedPlan, ...], console: Console) -> None:
+    even, found = trained
     measured = even.outcome.step_seconds / found.outcome.step_seconds
     foretold = even.predicted_seconds / found.predicted_seconds
     losses = found.outcome.losses
@@ -213,8 +213,8 @@ def _verdict(contenders: tuple[TimedPlan, ...], console: Console) -> None:
     )
 
 
-def _report(session: Session, contenders: tuple[TimedPlan, ...], folder: Path) -> None:
-    found = contenders[-1]
+def _report(session: Session, trained: tuple[TimedPlan, ...], folder: Path) -> None:
+    found = trained[-1]
     write_report(
         folder / "report.html",
         found.plan,
@@ -222,13 +222,13 @@ def _report(session: Session, contenders: tuple[TimedPlan, ...], folder: Path) -
         session.model,
         predicted=simulate_priced(priced(session, found.plan)),
         measured=found.outcome.timeline,
-        losses={each.title: each.outcome.losses for each in contenders},
+        losses={each.title: each.outcome.losses for each in trained},
         rivals=tuple(
             Rival(
                 name=each.title,
                 predicted_seconds=each.predicted_seconds,
                 measured_seconds=each.outcome.step_seconds,
             )
-            for each in contenders
+            for each in trained
         ),
     )

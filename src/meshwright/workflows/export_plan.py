@@ -17,7 +17,7 @@ from meshwright.plan.ranks import describe_plan, stage_layout
 from meshwright.plan.spec import Plan, with_stages
 from meshwright.plan.validate import validate_plan
 from meshwright.records import record
-from meshwright.search.baselines.manual import BASELINES
+from meshwright.search.baselines import BASELINES
 from meshwright.techniques import provided
 from meshwright.units import format_seconds
 from meshwright.workflows.session import Session, manual_plan, priced, with_prediction

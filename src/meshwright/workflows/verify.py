@@ -144,16 +144,16 @@ def rivals_of(
 
 def verify(
     session: Session,
-    contenders: Sequence[tuple[str, Plan]],
+    strategies: Sequence[tuple[str, Plan]],
     train: Train,
     settings: RunSettings,
     folder: Path,
 ) -> tuple[Verified, ...]:
-    """Trains a few steps of every contender and compares each with its prediction. Each leaves a
+    """Trains a few steps of every strategy and compares each with its prediction. Each leaves a
     run folder with its plan and both timelines."""
     return tuple(
         _verified(session, name, plan, train, settings, folder / file_name(name))
-        for name, plan in contenders
+        for name, plan in strategies
     )
 
 

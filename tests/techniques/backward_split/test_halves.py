@@ -16,7 +16,7 @@ from meshwright.plan.spec import Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.backward_split.price import backward_shares
-from worlds import DEVICE, even_model, even_plan, one_node
+from worlds import DEVICE, even_model, even_plan, in_a_row, layer, one_node
 
 MODEL, CLUSTER = even_model(4), one_node(4)
 
@@ -99,3 +99,12 @@ def test_virtual_devices_live_by_the_same_parts(schedule: str) -> None:
             if op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
         }
         assert times.parts == expected
+
+
+def test_a_backward_that_has_one_half_only_is_not_walked_twice() -> None:
+    """The first layer needs no gradient of its input: its backward is as one product."""
+    first = layer("first", 1e9, backward_flops=1e9, parameters=10)
+    model = in_a_row([first, layer("last", 1e9, parameters=10)], cut_bytes=1.0)
+    shares = backward_shares(model, DEVICE, 1, 1)
+    assert shares[0].tolist() == [0.0, 1.0]
+    assert shares[1].tolist() == pytest.approx([1.11 / 2, 1.11 / 2])

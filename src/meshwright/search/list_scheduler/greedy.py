@@ -20,15 +20,15 @@ class Rule:
     """What is urgent."""
 
     ahead: tuple[int, ...]
-    """By stage: forwards that may be ahead of the backwards."""
+    """Number of forwards that may be ahead of the backwards, for each stage."""
     lag: tuple[int, ...]
-    """By stage: weight parts that may be behind the input parts before they come first."""
+    """Number of weight parts that may be left to do before they go first, for each stage."""
     patience: float
     """A weight part is begun if what comes next waits at most so much of its length for it."""
     forward_first: bool
-    """Of a forward and a backward that are both at hand, which goes first."""
+    """True if a forward goes before a backward when both could begin."""
     split: int
-    """The last so many backwards of each stage are in two parts, where there is memory for what
+    """This many last backwards of each stage are in two parts, where there is memory for what
     lies between them."""
 
 
@@ -81,7 +81,7 @@ class _Listing:
         """Urgency of a forward on stage 0; that of a backward is the number of stages."""
 
     def run(self) -> None:
-        """Let groups choose in the order of time until nobody has anything left."""
+        """Let groups choose in the order of time until no work is left."""
         while self.events:
             at, g = heappop(self.events)
             if at >= self.now[g]:
@@ -122,7 +122,7 @@ class _Listing:
 
     def backward(self, s: int) -> int:
         """Runs a backward in two parts, if that is the rule and there is room; whole on the first
-        stage once its group has no forward left, as nobody waits for it then."""
+        stage once its group has no forward left, as no other stage waits for it."""
         g = self.group[s]
         alone = s == 0 and len(self.forwards[max(self.layout[g])]) == self.count
         if alone or len(self.backwards[s]) < self.count - self.rule.split:
@@ -131,8 +131,7 @@ class _Listing:
         return I if self.held[g] + grows <= self.room[g] else B
 
     def ready(self, s: int, kind: int, m: int, g: int) -> float:
-        """Returns when what a micro-batch's work needs is there; infinite while nobody has begun to
-        make it."""
+        """Returns when the input of an action arrives; infinite until its source has begun."""
         made, wait, free = (self.for_f if kind == F else self.for_b)[s]
         if made is None:
             return 0.0

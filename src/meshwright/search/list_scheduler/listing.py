@@ -21,10 +21,10 @@ LOOKED_AT = 1_000_000
 every machine (a long pipeline has its first few orders looked at all the same)."""
 
 TRIES = 12_000
-"""Changes tried on the best of them, if the rest of the work allows so many;"""
+"""Changes that are tried on the best order, at most."""
 
 WORTH = 20
-"""none if it allows fewer."""
+"""If the budget allows fewer changes than this, none is tried."""
 
 NAMES: tuple[ScheduleName, ...] = tuple(
     name
@@ -34,7 +34,7 @@ NAMES: tuple[ScheduleName, ...] = tuple(
 """Schedules with a rule; a batched weight part is, for its timing, several."""
 
 _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
-"""Of these, the ones worth the time on any pipeline."""
+"""The schedules that are tried on long pipelines too."""
 
 
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:

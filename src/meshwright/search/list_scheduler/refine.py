@@ -14,8 +14,8 @@ REACH = 4
 """Places by which an action is moved at most."""
 
 WARMTH = 0.02
-"""Of the seconds of the best order so far: changes by so much are kept by a chance of 1 / e at
-first, and by none at the end."""
+"""A change that adds this share of the best order's seconds is kept with probability 1 / e at
+first. The probability falls to zero at the end."""
 
 LEVEL = 0.2
 """Weight of the mean of the groups' ends beside the last one: what is level in that may still lead

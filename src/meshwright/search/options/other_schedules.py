@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from operator import itemgetter
 
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
@@ -28,9 +29,9 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
-from meshwright.search.bounds import after_lines
-from meshwright.search.candidate import line_of
-from meshwright.search.costs import Costs, distinct_replicas, unit_prefix
+from meshwright.search.bounds import after_pipelines
+from meshwright.search.candidate import candidate_of
+from meshwright.search.costs import Costs, distinct_replicas, group_prefix
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, work_of
@@ -42,7 +43,8 @@ FINALISTS, FINALISTS_OF_MANY = 5, 3
 takes a second, fewer. With five instead of three, one of 45 example cases gains 13 %."""
 
 PLAYED = 2
-"""Named orders of each that are simulated, beside the listed one."""
+"""Named orders of each that are simulated, beside the listed one if that is faster by the quick
+clock; on large clusters, only the first of them that fits."""
 
 LISTED = 60_000
 """Actions that the list scheduler may look at for one pipeline."""
@@ -57,23 +59,31 @@ MOST_ACTIONS = 40_000
 def propose(incumbent: Incumbent) -> Proposals:
     """Give each finalist its fastest schedules with a rule, and one made for it."""
     costs = incumbent.costs
-    for plan in (played.plan for played in finalists(incumbent)):
+    for plan in (evaluated.plan for evaluated in finalists(incumbent)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
             continue
         works = pipeline_works(plan, costs)
-        after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
-        others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
-        for took, name in others[:PLAYED]:
-            if took + after < incumbent.limit * (1 + ROUGH):
-                changed = replace(plan, schedule=name, prediction=None)
-                yield Proposal(changed, describe_plan(changed))
-            else:
+        after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
+        known = {name: took for took, name in in_named_orders(works)}
+        least = known.pop(plan.schedule, inf)
+        for name, took in list(known.items())[:PLAYED]:
+            if took + after >= incumbent.limit * (1 + ROUGH):
                 yield Pruned("slower in the stage-level simulation")
+                continue
+            changed = replace(plan, schedule=name, prediction=None)
+            if (yield Proposal(changed, describe_plan(changed))):
+                least = min(least, took)
+                if is_large(costs):
+                    break
         listed = listed_orders(works, LISTED)
-        if listed is not None and listed[0] + after < incumbent.limit * (1 + ROUGH):
-            changed = in_listed_orders(plan, listed[1])
-            yield Proposal(changed, describe_plan(changed))
+        if listed is None:
+            continue
+        if listed[0] >= least or listed[0] + after >= incumbent.limit * (1 + ROUGH):
+            yield Pruned("slower in the stage-level simulation")
+            continue
+        changed = in_listed_orders(plan, listed[1])
+        yield Proposal(changed, describe_plan(changed))
 
 
 OPTION = PlanOption("schedules", propose)
@@ -82,9 +92,9 @@ OPTION = PlanOption("schedules", propose)
 def finalists(incumbent: Incumbent) -> list[Evaluated]:
     """The best plan of each build in which there is an order to choose and that could win by it."""
     builds: dict[str, Evaluated] = {}
-    for played in sorted(incumbent.others, key=lambda p: p.seconds):
-        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in played.plan.pipelines):
-            builds.setdefault(played.plan.name, played)
+    for evaluated in sorted(incumbent.others, key=lambda p: p.seconds):
+        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in evaluated.plan.pipelines):
+            builds.setdefault(evaluated.plan.name, evaluated)
     hopeful = [
         p for p in builds.values() if _least_seconds(incumbent.costs, p.plan) < incumbent.limit
     ]
@@ -92,16 +102,16 @@ def finalists(incumbent: Incumbent) -> list[Evaluated]:
 
 
 def _least_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest unit computes, in any order of work, and all that comes after."""
+    """Seconds that the busiest group computes, in any order of work, and all that comes after."""
     most = 0.0
-    lines = [line_of(pipeline) for pipeline in plan.pipelines]
-    for line in lines:
-        for team, (a, b) in zip(line.teams, pairwise(line.bounds), strict=True):
-            for unit, rows in distinct_replicas(costs, team.units, team.rows):
-                forward, backward = unit_prefix(costs, unit, rows)
+    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
+    for pipeline in pipelines:
+        for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
+            for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+                forward, backward = group_prefix(costs, group, rows)
                 each = forward[b] - forward[a] + backward[b] - backward[a]
-                most = max(most, line.micro_batches * each)
-    return most + after_lines(costs, lines)
+                most = max(most, pipeline.micro_batches * each)
+    return most + after_pipelines(costs, pipelines)
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
@@ -222,8 +232,7 @@ def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, 
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
-    """The most of any rank, by stage and kind of work or memory; transfers of all replicas, which
-    keep step."""
+    """Return the most of any rank, by stage and kind; transfers are those of all replicas."""
     found: dict[tuple[object, ...], float] = {}
     sent: defaultdict[tuple[object, ...], list[Traffic]] = defaultdict(list)
 

@@ -18,17 +18,11 @@ from meshwright.cost.memory import device_memory, total_bytes
 from meshwright.plan.ranks import StageLayout, describe_plan
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
 from meshwright.program.work import Work
-from meshwright.search.bounds import after_lines, tail_seconds
-from meshwright.search.candidate import line_of
+from meshwright.search.bounds import after_pipelines, exposed_seconds
+from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
-from meshwright.search.finishing import (
-    PlanOption,
-    Proposal,
-    Proposals,
-    Pruned,
-    fits_in_memory,
-)
-from meshwright.search.incumbent import Evaluated, Incumbent, work_of
+from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned, fits_in_memory
+from meshwright.search.incumbent import Evaluated, Incumbent, step_of, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
     LISTED,
@@ -39,7 +33,7 @@ from meshwright.search.options.other_schedules import (
     listed_orders,
     pipeline_works,
 )
-from meshwright.search.virtual_stage_partition import Bounds, chunks_of, cut_in_chunks
+from meshwright.search.virtual_stage_partition import Bounds, cut_virtual_stages, group_by_stage
 from meshwright.simulate.critical_path import step_breakdown as parts_of
 from meshwright.simulate.symmetry import find_symmetry
 
@@ -73,7 +67,7 @@ class _DividedPlan:
 
     seconds: float
     after: float
-    """Of these, seconds after the last backward."""
+    """Seconds after the last backward; `seconds` includes them."""
     plan: Plan
     works: list[Work]
 
@@ -82,15 +76,16 @@ def propose(incumbent: Incumbent) -> Proposals:
     """Divide the stages of each finalist in every layout, where that may be faster; the fastest
     few are proposed, and the best two of them with schedules made for them."""
     drafts: list[_DividedPlan] = []
-    for played in finalists(incumbent):
-        if not _hopeful(incumbent, played):
+    for evaluated in finalists(incumbent):
+        if not _hopeful(incumbent, evaluated):
             yield Pruned("lower bound above the best")
         elif (
-            work_of(played.plan, find_symmetry(played.plan, incumbent.costs.cluster)) > MOST_ACTIONS
+            work_of(evaluated.plan, find_symmetry(evaluated.plan, incumbent.costs.cluster))
+            > MOST_ACTIONS
         ):
             yield Pruned("too large to try")
         else:
-            for found in _drafts(incumbent, played.plan):
+            for found in _drafts(incumbent, evaluated.plan):
                 if isinstance(found, Pruned):
                     yield found
                 else:
@@ -119,26 +114,26 @@ def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
         yield Proposal(plan, describe_plan(plan))
 
 
-def _hopeful(incumbent: Incumbent, played: Evaluated) -> bool:
+def _hopeful(incumbent: Incumbent, evaluated: Evaluated) -> bool:
     """True if a plan would beat the best step by enough without its bubble and the reduction of
     what first and last layers share; and with devices that are never idle."""
     costs, limit = incumbent.costs, incumbent.limit * (1 - WORTH)
-    lines = [line_of(pipeline) for pipeline in played.plan.pipelines]
-    busy = max(line.micro_batches / fluid_rate(costs, line.teams) for line in lines)
-    if busy + after_lines(costs, lines) >= limit:
+    pipelines = [candidate_of(pipeline) for pipeline in evaluated.plan.pipelines]
+    busy = max(each.micro_batches / fluid_rate(costs, each.stages) for each in pipelines)
+    if busy + after_pipelines(costs, pipelines) >= limit:
         return False
-    for each, timeline in incumbent.timelines:
-        if each is played:
-            lost = parts_of(timeline)
-            spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
-            return played.seconds - spared < limit
-    return True
+    step = step_of(incumbent, evaluated)
+    if step is None:
+        return True
+    lost = parts_of(step.timeline())
+    spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
+    return evaluated.seconds - spared < limit
 
 
 def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
     """Divide the stages of a plan in every layout."""
     costs = incumbent.costs
-    after = after_lines(costs, [line_of(pipeline) for pipeline in plan.pipelines])
+    after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
     for schedule, chunks in LAYOUTS:
         limit = (incumbent.limit - after) * (1 + ROUGH)
         divided = divided_plan(costs, plan, schedule, chunks, limit)
@@ -146,38 +141,34 @@ def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]
             yield divided
             continue
         works = pipeline_works(divided, costs)
-        late = after + max(tail_seconds(costs, line_of(p)) for p in divided.pipelines)
+        later = after + max(exposed_seconds(costs, candidate_of(p)) for p in divided.pipelines)
         for seconds, name in in_named_orders(works):
             ordered = replace(divided, schedule=name)
             if fits_in_memory(costs, ordered):
-                yield _DividedPlan(seconds + late, late, ordered, works)
+                yield _DividedPlan(seconds + later, later, ordered, works)
                 break
 
 
 def divided_plan(
-    costs: Costs,
-    plan: Plan,
-    schedule: ScheduleName,
-    chunks: int,
-    limit: float = float("inf"),
+    costs: Costs, plan: Plan, schedule: ScheduleName, chunks: int, limit: float = float("inf")
 ) -> Plan | Pruned:
     """The plan with `chunks` stages on every group of devices, in the layout that the schedule
     plays; or why there is none: too few layers, not enough memory even where groups recompute, or
     pipelines that would take `limit` seconds in closed form."""
-    lines = [line_of(pipeline) for pipeline in plan.pipelines]
-    layouts = [_layout(schedule, len(line.teams), chunks) for line in lines]
+    candidates = [candidate_of(pipeline) for pipeline in plan.pipelines]
+    layouts = [_layout(schedule, len(candidate.stages), chunks) for candidate in candidates]
     if any(sum(map(len, layout)) > len(costs.model.layers) for layout in layouts):
         return Pruned("impossible for this plan")
-    again = [frozenset[int]()] * len(lines)
+    recompute = [frozenset[int]()] * len(candidates)
     while True:
         cuts = [
-            cut_in_chunks(costs, line, layout, schedule, groups)
-            for line, layout, groups in zip(lines, layouts, again, strict=True)
+            cut_virtual_stages(costs, candidate, layout, schedule, groups)
+            for candidate, layout, groups in zip(candidates, layouts, recompute, strict=True)
         ]
         if max(seconds for _, seconds in cuts) >= limit:
             return Pruned("slower in closed form")
         pipelines = tuple(
-            _divided(*each) for each in zip(plan.pipelines, layouts, cuts, again, strict=True)
+            _divided(*each) for each in zip(plan.pipelines, layouts, cuts, recompute, strict=True)
         )
         found = replace(
             plan,
@@ -187,20 +178,21 @@ def divided_plan(
             prediction=None,
         )
         memory = device_memory(found, costs.model, costs.cluster)
-        over = {each.device for each in memory if total_bytes(each) > each.capacity}
-        if not over:
+        overfull = {each.device for each in memory if total_bytes(each) > each.capacity}
+        if not overfull:
             return found
         more = [
-            groups | {g for g, team in enumerate(line.teams) if _any_of(team.units, over)}
-            for line, groups in zip(lines, again, strict=True)
+            groups
+            | {g for g, stage in enumerate(candidate.stages) if _any_of(stage.groups, overfull)}
+            for candidate, groups in zip(candidates, recompute, strict=True)
         ]
-        if costs.again is None or more == again:
+        if costs.recomputed is None or more == recompute:
             return Pruned("does not fit in memory")
-        again = more
+        recompute = more
 
 
-def _any_of(units: tuple[tuple[str, ...], ...], names: set[str]) -> bool:
-    return any(name in names for unit in units for name in unit)
+def _any_of(groups: tuple[tuple[str, ...], ...], names: set[str]) -> bool:
+    return any(name in names for group in groups for name in group)
 
 
 def _layout(schedule: ScheduleName, groups: int, chunks: int) -> StageLayout:
@@ -212,16 +204,16 @@ def _layout(schedule: ScheduleName, groups: int, chunks: int) -> StageLayout:
 
 
 def _divided(
-    pipeline: Pipeline, layout: StageLayout, cuts: tuple[Bounds, float], again: frozenset[int]
+    pipeline: Pipeline, layout: StageLayout, cuts: tuple[Bounds, float], recompute: frozenset[int]
 ) -> Pipeline:
-    places = chunks_of(layout)
+    places = group_by_stage(layout)
     stages = tuple(
         Stage(
             layers=layers,
             devices=pipeline.stages[g].devices,
             rows=pipeline.stages[g].rows,
             boundary=_boundary(pipeline, places[k - 1], g) if k else None,
-            recompute=g in again,
+            recompute=g in recompute,
         )
         for k, (layers, g) in enumerate(zip(pairwise(cuts[0]), places, strict=True))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from dataclasses import field
 
 from meshwright.model.spec import LayerGraph, tensors_across
 from meshwright.plan.ranks import RankPlacement, StagePlacement, same_ranks
@@ -21,6 +22,8 @@ class Boundary:
     """The operation of this stage's ranks: a send or a receive."""
     moves: tuple[Move, ...]
     row_bytes: float
+    own: dict[int, list[tuple[Move, int]]] = field(default_factory=dict)
+    """The moves of a rank, each with its bytes, once they have been asked for."""
 
 
 @record
@@ -85,27 +88,39 @@ def cut_bytes(model: LayerGraph, cut: int) -> tuple[float, float]:
 
 def boundary_transfers(
     placement: RankPlacement, micro_batch: int, boundary: Boundary | None
-) -> Iterator[Instruction]:
-    """Yields this rank's messages of one micro-batch across a boundary in one direction, if there
+) -> list[Instruction]:
+    """Returns this rank's messages of one micro-batch across a boundary in one direction, if there
     are any."""
     if boundary is None:
-        return
+        return []
     receiving = boundary.op.kind == "receive"
-    for move in boundary.moves:
-        if (move.target if receiving else move.source) == placement.rank:
-            size = boundary.row_bytes * (move.rows[1] - move.rows[0])
-            if move.part is not None:
-                size = size * (move.part.last - move.part.first) / move.part.of
-            yield Instruction(
-                op=boundary.op,
-                stage=placement.stage,
-                micro_batch=micro_batch,
-                peer=move.source if receiving else move.target,
-                rows=move.rows,
-                part=move.part,
-                ranks=move.chain,
-                bytes=round(size),
-            )
+    if placement.rank not in boundary.own:
+        boundary.own[placement.rank] = [
+            (move, _size(boundary, move))
+            for move in boundary.moves
+            if (move.target if receiving else move.source) == placement.rank
+        ]
+    return [
+        Instruction(
+            op=boundary.op,
+            stage=placement.stage,
+            micro_batch=micro_batch,
+            peer=move.source if receiving else move.target,
+            rows=move.rows,
+            part=move.part,
+            ranks=move.chain,
+            bytes=size,
+        )
+        for move, size in boundary.own[placement.rank]
+    ]
+
+
+def _size(boundary: Boundary, move: Move) -> int:
+    """Returns the bytes of a message."""
+    size = boundary.row_bytes * (move.rows[1] - move.rows[0])
+    if move.part is not None:
+        size = size * (move.part.last - move.part.first) / move.part.of
+    return round(size)
 
 
 def boundary_gathers(

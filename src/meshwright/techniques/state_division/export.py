@@ -25,7 +25,7 @@ def answers(tool: str) -> dict[str, PropertyAnswer]:
 
 
 def beside_the_schedule(plan: Plan) -> Iterator[str]:
-    """Yields the note for a tool that is told the order of work alone."""
+    """Yields the note for a tool that is told the schedule alone."""
     held = [divides_optimizer(stage.states) for stage in plan.stages]
     if any(held):
         which = "all stages" if all(held) else "the stages marked z"

@@ -10,7 +10,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan, StateDivision
 from meshwright.search.bounds import slowest_optimizer
-from meshwright.search.candidate import line_of
+from meshwright.search.candidate import candidate_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
 from meshwright.simulate.symmetry import find_symmetry
@@ -80,7 +80,7 @@ def _least_seconds(incumbent: Incumbent, played: Evaluated) -> float:
     The reduce-scatters and gathers that take the place of all-reduces carry as many bytes.
     """
     pipelines = played.plan.pipelines
-    seconds = slowest_optimizer(incumbent.costs, [line_of(pipeline) for pipeline in pipelines])
+    seconds = slowest_optimizer(incumbent.costs, [candidate_of(pipeline) for pipeline in pipelines])
     most = sum(max(mesh_of(stage).width("data") for stage in each.stages) for each in pipelines)
     return played.seconds - seconds * (1 - 1 / most)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Literal
 
 from meshwright.layout.shares import own_share
 from meshwright.layout.tiles import shape_of
@@ -17,7 +18,7 @@ from meshwright.model.shard import Split, divided_dim, tile_of
 from meshwright.model.spec import Division, Layer, with_division
 from meshwright.model.transformer.module_specs import ParameterSpec
 
-AXIS = "tensor"
+AXIS: Literal["tensor"] = "tensor"
 
 
 def smallest_width(units: int, table: Mapping[str, Split]) -> int:

@@ -3,8 +3,15 @@ layer."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+
+from meshwright.cluster.topology import Resource, Topology
 from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.times import Array, ReplicaWork
+from meshwright.model.spec import LayerGraph
+from meshwright.plan.ranks import stage_placements
+from meshwright.plan.spec import Plan
 from meshwright.techniques.tensor_parallel.model import AXIS
 
 
@@ -31,3 +38,21 @@ def layer_seconds(work: ReplicaWork, forward: Array, backward: Array) -> tuple[A
         forward + [seconds(each.forward_all_reduce_bytes) for each in held],
         backward + [seconds(each.backward_all_reduce_bytes) for each in held],
     )
+
+
+def inner_traffic(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Resource, float]:
+    """Returns the bytes by resource of these all-reduces in one step: micro-batches x rows x bytes
+    of a row."""
+    carried: dict[Resource, float] = defaultdict(float)
+    for stage in stage_placements(plan):
+        row_bytes = sum(
+            sum(each.forward_all_reduce_bytes) + sum(each.backward_all_reduce_bytes)
+            for each in (layer.along(AXIS) for layer in model.layers[slice(*stage.layers)])
+        )
+        for group in stage.mesh.groups(AXIS):
+            rows = group[0].rows[1] - group[0].rows[0]
+            size = plan.pipelines[stage.pipeline].micro_batches * rows * row_bytes
+            traffic = all_reduce(links, [placement.device for placement in group], size)
+            for resource, each in traffic.bytes_by_resource.items():
+                carried[resource] += each
+    return carried

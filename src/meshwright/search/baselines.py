@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from meshwright.search.baselines import amp
-from meshwright.search.costs import Costs, unit_times
+from meshwright.rivals import amp
+from meshwright.search.costs import Costs, group_times
 from meshwright.search.estimate import Bounds, Candidate
 from meshwright.search.placement import default_placement
 from meshwright.search.space import DeviceSet, Grid, Shape, divisors, grids, shapes
@@ -18,8 +18,7 @@ WORD_BYTES = 4
 
 
 def blocks(costs: Costs) -> tuple[int, int]:
-    """[first, last) of the repeated layers: those with the commonest signature, and what stands
-    between them."""
+    """Return [first, last) of the layers with the commonest signature and all between them."""
     names = [layer.signature for layer in costs.model.layers]
     common, count = Counter(names).most_common(1)[0]
     if count == 1:
@@ -95,8 +94,8 @@ def _amp_model(costs: Costs, used: DeviceSet, tensors: list[int]) -> amp.AmpMode
     first, last = blocks(costs)
     forward = {}
     for tensor in tensors:
-        units = [tuple(names[i : i + tensor]) for i in range(0, len(names), tensor)]
-        times = [unit_times(costs, unit, 1)[0] for unit in units]
+        groups = [tuple(names[i : i + tensor]) for i in range(0, len(names), tensor)]
+        times = [group_times(costs, group, 1)[0] for group in groups]
         forward[tensor] = tuple(float(t) for t in np.mean(times, axis=0))
     behind = tuple(float(size) / WORD_BYTES for size in costs.table.cut[1:])
     return amp.AmpModel(
@@ -114,10 +113,7 @@ def _transplanted(used: DeviceSet, prediction: amp.AmpPrediction) -> Candidate:
     chosen = prediction.strategy
     grid = Grid(data=chosen.data, tensor=chosen.tensor, stages=chosen.stages)
     shape = Shape(
-        grid=grid,
-        rows=chosen.micro_batch,
-        micro_batches=prediction.micro_batches,
-        schedule="1f1b",
+        grid=grid, rows=chosen.micro_batch, micro_batches=prediction.micro_batches, schedule="1f1b"
     )
     return Candidate(used, default_placement(used.devices, grid), shape, prediction.bounds)
 
@@ -127,4 +123,4 @@ BASELINES: dict[str, Callable[[Costs, DeviceSet], list[Candidate]]] = {
     "even": even,
     "amp": amp_ranking,
 }
-"""By the name that users say. Only AMP's order is AMP's own; the others are to be ranked."""
+"""Each kind of hand-made plan, under its name for users. AMP's candidates come ranked by AMP."""

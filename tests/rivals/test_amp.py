@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.search.baselines import amp
+from meshwright.rivals import amp
+from soaks import portion
 
 DATA = os.environ.get("MESHWRIGHT_AMP_DATA", "")
 
@@ -53,7 +54,7 @@ def chains(draw, most_layers=8):
     return np.array(times), np.array(cuts).reshape(shape), stages, draw(st.integers(2, 9))
 
 
-@settings(max_examples=200)
+@settings(max_examples=portion(200))
 @given(chains())
 def test_the_tables_give_what_the_recurrence_gives(chain):
     assert amp.assign_faithfully(*chain) == literal(*chain)

@@ -1,9 +1,10 @@
-"""AMP's planner, as published: strategies, cost model and layer assignment, on its own inputs.
+"""Implements AMP's planner as published: strategies, cost model and layer assignment, on its own
+inputs.
 
 Li et al., "AMP: Automatically Finding Model Parallel Strategies with Heterogeneity Awareness",
-NeurIPS 2022. Kept faithful, quirks included, so that its recorded predictions come out again: it is
-the baseline that Meshwright's own planner is held against. Speeds are in words (32-bit numbers)
-per second, as in the original.
+NeurIPS 2022. It is faithful, oddities included, so that it repeats AMP's recorded predictions.
+Meshwright's own planner is compared with it. Speeds are in words (32-bit numbers) per second, as in
+the original.
 """
 
 from __future__ import annotations
@@ -21,27 +22,28 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class AmpModel:
-    """What AMP knows of a model. Entries are the layers of the pipeline, no-ops included."""
+    """Describes a model as AMP knows it. Entries are the layers of the pipeline, with no-ops."""
 
     forward_seconds: Mapping[int, tuple[float, ...]]
-    """By tensor width: seconds of every entry for one row, communication inside it included."""
+    """Seconds of every entry for one row, with the communication inside it, keyed by tensor
+    width."""
     assigned: tuple[int, ...]
     """Entries that the layer assignment moves, ascending; those between go with the one before."""
     uniform: tuple[int, int, int]
-    """Assigned entries that even cutting gives to the first stage in advance, shares out, and gives
-    to the last stage on top."""
+    """Numbers of assigned entries: those that an even cut gives to the first stage in advance,
+    those that it divides among all stages, and those that it adds to the last stage."""
     boundary_words: Mapping[int, tuple[float, ...]]
-    """By tensor width: words per row that a cut behind every assigned entry carries."""
+    """Words per row that cross a cut behind each assigned entry, keyed by tensor width."""
     parameter_words: tuple[float, ...]
-    """Of every entry, embeddings left out."""
+    """Parameters of every entry, without embeddings."""
     embedding_words: float = 0.0
-    """Charged once to every stage that holds any of `embeddings`."""
+    """Parameters that count once for every stage that holds any of `embeddings`."""
     embeddings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AmpNode:
-    """Link speeds of one node, words per second."""
+    """Holds the link speeds of one node, in words per second."""
 
     network: float
     inside: float
@@ -49,7 +51,7 @@ class AmpNode:
 
 @dataclass(frozen=True, slots=True)
 class AmpCluster:
-    """Nodes of equally many devices; ranks are numbered node by node."""
+    """Describes nodes with equally many devices; ranks are numbered node by node."""
 
     devices_per_node: int
     nodes: tuple[AmpNode, ...]
@@ -57,7 +59,7 @@ class AmpCluster:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A point of AMP's space. Rank = tensor index + tp * (replica + dp * stage)."""
+    """Describes a point of AMP's space. Rank = tensor index + tp * (replica + dp * stage)."""
 
     tensor: int
     data: int
@@ -68,7 +70,7 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class AmpPrediction:
-    """AMP's answer for one strategy."""
+    """Holds AMP's answer for one strategy."""
 
     strategy: Strategy
     micro_batches: int
@@ -78,12 +80,12 @@ class AmpPrediction:
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Returns the divisors of a number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def strategies(cluster: AmpCluster, global_batch: int) -> tuple[Strategy, ...]:
-    """AMP's space in its own order: by micro-batch, then tensor width, then data width."""
+    """Returns AMP's space in its own order: by micro-batch, then tensor width, then data width."""
     devices = cluster.devices_per_node * len(cluster.nodes)
     found = [
         Strategy(tensor=t, data=d, stages=devices // t // d, micro_batch=m)
@@ -103,8 +105,8 @@ def _link(cluster: AmpCluster, one: int, other: int) -> float:
 
 
 def boundary_seconds(model: AmpModel, cluster: AmpCluster, strategy: Strategy) -> Array:
-    """Seconds [assigned entry - 1, stage - 1] of a cut behind an entry: the words over the slowest
-    link between corresponding tensor ranks, averaged over the replicas."""
+    """Returns the seconds [assigned entry - 1, stage - 1] of a cut behind an entry: its words over
+    the slowest link between corresponding tensor ranks, averaged over the replicas."""
     width = strategy.tensor * strategy.data
     words = strategy.micro_batch * np.array(model.boundary_words[strategy.tensor][:-1])
     inverse = np.zeros(strategy.stages - 1)
@@ -121,13 +123,13 @@ def boundary_seconds(model: AmpModel, cluster: AmpCluster, strategy: Strategy) -
 def assign_faithfully(
     times: Array, cuts: Array, stages: int, micro_batches: int
 ) -> tuple[int, ...]:
-    """AMP's own dynamic program: the number of layers of every stage.
+    """Returns the number of layers of every stage, by AMP's own dynamic program.
 
     f(i, j, m) = least of (B - 1) * max(0, slowest stage - m) + boundary seconds over the ways to
     cut layers 0..i into j + 1 stages when a later stage already takes m. Two oddities are part of
-    it: the winner is remembered without the boundary seconds of its own cut, so they decide only
-    among its rivals, and a later cut has to beat that lowered value; the first of equals wins.
-    The table is filled for all i and m at once.
+    it. The boundary seconds of a cut count when it is compared with the best cut so far, but are
+    left out of the value that is kept, which later cuts have to beat. The first of equals wins. The
+    table is filled for all i and m at once.
     """
     layers, weight = len(times), micro_batches - 1
     sums = np.full((layers, layers), np.inf)
@@ -176,7 +178,7 @@ def _uniform(model: AmpModel, stages: int) -> tuple[int, ...]:
 def pipeline_seconds(
     times: Array, cuts: Array, sizes: tuple[int, ...], micro_batches: int
 ) -> float:
-    """(B - 1) * slowest stage + all layers + boundary seconds at the cuts."""
+    """Computes (B - 1) * slowest stage + all layers + boundary seconds at the cuts."""
     ends = np.cumsum(sizes)
     slowest = max(
         float(times[end - size : end].sum()) for end, size in zip(ends, sizes, strict=True)
@@ -193,10 +195,12 @@ def _entry_bounds(model: AmpModel, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def data_seconds(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, bounds: tuple[int, ...]
 ) -> float:
-    """Gradient reduction, slowest of stages and tensor ranks: 2 (dp - 1) / dp * words / speed.
+    """Returns the seconds of the gradient reduction of the slowest stage and tensor rank.
 
-    The speed is that of the pair which closes the ring, not of its slowest pair: so in the
-    published code.
+    seconds = 2 (dp - 1) / dp * words / speed
+
+    As in the published code, the speed is that of the pair which closes the ring, not that of its
+    slowest pair.
     """
     tensor, data = strategy.tensor, strategy.data
     worst = 0.0
@@ -215,7 +219,8 @@ def data_seconds(
 def predict(
     model: AmpModel, cluster: AmpCluster, strategy: Strategy, global_batch: int
 ) -> AmpPrediction:
-    """AMP's assignment and step seconds for one strategy. A layer takes three times its forward."""
+    """Returns AMP's assignment and step seconds for one strategy. A layer takes three times its
+    forward."""
     raise_if_stopped()
     times = 3 * strategy.micro_batch * np.array(model.forward_seconds[strategy.tensor])
     times = times[list(model.assigned)]
@@ -236,8 +241,8 @@ def predict(
 
 
 def rank(model: AmpModel, cluster: AmpCluster, global_batch: int) -> tuple[AmpPrediction, ...]:
-    """Every strategy of AMP's space, best first; those with more stages than layers are left out,
-    as AMP's tables have no entry for them, and tensor widths without times."""
+    """Returns the strategies of AMP's space, best first, without those that have more stages than
+    layers, which AMP's tables do not cover, or a tensor width without times."""
     shared = model.uniform[1]
     found = [
         predict(model, cluster, strategy, global_batch)

@@ -1,0 +1,1 @@
+"""Other planners, as published, on their own inputs: the search compares its plans with theirs."""
