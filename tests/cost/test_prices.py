@@ -17,7 +17,7 @@ from meshwright.model.spec import Tied
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
-from worlds import divided, even_model, even_plan, one_node
+from worlds import chain, divided, even_model, even_plan, one_node
 
 
 def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
@@ -153,3 +153,22 @@ def test_a_device_without_the_precision_is_refused() -> None:
     plan = even_plan(model, cluster)
     with pytest.raises(ClusterError, match="bf16"):
         price_program(compile_plan(plan, model), plan, model, cluster)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_several_updates_of_a_rank_take_as_long_as_one_of_all(data: int) -> None:
+    """The shared weight of two stages is updated for itself, the rest of the rank at once."""
+    graph, cluster = chain([1.0] * 4, tied=True), one_node(4)
+    plan = even_plan(graph, cluster, data=data, stages=2, micro_batches=2)
+
+    def updates(*, clipped: bool) -> list[float]:
+        program = compile_plan(plan, graph, clipped=clipped)
+        priced = price_program(program, plan, graph, cluster).ranks[0]
+        steps = zip(program.ranks[0], priced, strict=True)
+        return [cost.seconds for i, cost in steps if i.op is Op.OPTIMIZER_STEP]
+
+    (all_at_once,) = updates(clipped=True)
+    apart = updates(clipped=False)
+    assert len(apart) == 2
+    assert sum(apart) == pytest.approx(all_at_once, abs=0.0)
+    assert min(apart) > 0

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import worlds
 from meshwright.cluster.topology import topology
 from meshwright.cost.compute import layer_seconds
 from meshwright.cost.constants import Calibration, SystemConstants
@@ -61,6 +62,13 @@ def test_a_step_hides_what_it_can() -> None:
 def test_alone_a_device_only_computes() -> None:
     model = even_model(3, parameters=10**6)
     assert sharded_step_seconds(model, one_node(1), STEP) == pytest.approx(2 * 9e-3, rel=1e-3)
+
+
+def test_each_device_computes_whole_layers() -> None:
+    """Layers that tensor ranks could divide take as long as others."""
+    whole, divisible = (worlds.model([10.0] * 3, units=units) for units in (0, 4))
+    seconds = [sharded_step_seconds(each, one_node(2), STEP) for each in (whole, divisible)]
+    assert seconds[0] == pytest.approx(seconds[1])
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))

@@ -244,6 +244,13 @@ def settings(text: str) -> dict[str, str]:
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tensor_ranks_of_megatron_in_accelerate_queue_their_work_in_one_order(tensor):
+    plan, model = make("5|5", tensor=tensor)
+    launch = export_files(plan, model, "accelerate")["launch.sh"]
+    assert ("export CUDA_DEVICE_MAX_CONNECTIONS=1" in launch) == (tensor > 1)
+
+
 def test_accelerate_takes_replicas_itself_and_stages_by_its_plugin():
     plan, model = make("10", data=4)
     files = export_files(plan, model, "accelerate")

@@ -149,7 +149,7 @@ def test_the_closed_form_is_near_the_simulator():
             break
 
 
-@settings(max_examples=25)
+@settings(max_examples=portion(25))
 @given(
     st.lists(st.sampled_from([1.0, 10.0, 70.0]), min_size=1, max_size=5),
     st.integers(1, 3),

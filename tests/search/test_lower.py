@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from meshwright.cluster.spec import Link
-from meshwright.search.bounds import pipeline_bound
+from meshwright.search.bounds import exposed_seconds, pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
 from worlds import FAST, cluster, job, model
@@ -43,3 +45,15 @@ def test_a_first_stage_that_may_hold_two_micro_batches_waits_for_round_trips() -
     assert bound("1f1b", 5e-3, 5) == pytest.approx(3 * trip, rel=1e-4)
     late = FORWARD + 4 * 3 * FORWARD + 2 * FORWARD + 2 * 5.1e-3
     assert bound("gpipe", 5e-3, 4) == pytest.approx(late, rel=1e-4)
+
+
+def test_who_holds_a_shared_table_whole_passes_all_of_it() -> None:
+    """First and last stage share 2 MB, of which each of the two devices of the last has a half:
+    around a ring of two go as many bytes as there are, at 1 GB/s."""
+    graph = model([10.0, 10.0], parameters=0, tied=True)
+    graph = replace(graph, tied=(replace(graph.tied[0], split=True),))
+    where = cluster(("fast",), ("fast", "fast"), network=Link(bandwidth=1e9, latency=0.0))
+    stages = (StageDevices((("a:0",),), (1,)), StageDevices((("b:0", "b:1"),), (1,)))
+    costs = costs_of(graph, where, job(1))
+    exposed = exposed_seconds(costs, CandidatePipeline(stages, (0, 1, 2), 1))
+    assert exposed == pytest.approx(2e-3, rel=0.05)

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.candidate import StageDevices
+from meshwright.search.costs import costs_of
+from meshwright.search.layer_partition import (
+    assign,
+    chain_loads,
+    forbid_beyond,
+    least_worst,
+    stage_loads,
+)
 from soaks import portion
+from worlds import cluster, device, job, model
 
 
 def seconds_of(loads, cuts, micro_batches, bounds):
@@ -99,3 +108,15 @@ def test_a_hundred_layers_on_sixteen_unlike_stages_are_assigned_in_a_blink():
     found = assign(loads, cuts, 32)
     assert time.process_time() - start < 1.0
     assert found is not None
+
+
+def test_layers_that_fit_only_if_recomputed_take_their_forward_twice():
+    """All but the last layer, whose backward follows its forward at once."""
+    gflops = [10.0, 20.0, 30.0, 40.0]
+    where = cluster(("fast",), types=(device("fast", memory_gib=1.1),))
+    costs = costs_of(model(gflops, parameters=1000, saved=5e7), where, job(8), recomputation=True)
+    stage = StageDevices(((next(iter(costs.devices)),),), (1,))
+    loads = stage_loads(costs, stage, held=1)
+    each = np.array([loads[n, n + 1] for n in range(4)])
+    assert loads[0, 2] == pytest.approx(each[:2].sum())
+    assert loads[0, 4] == pytest.approx(each.sum() + each[:3].sum() / 3)

@@ -143,6 +143,18 @@ def test_nothing_fits_says_how_much_is_missing_and_that_much_is_enough():
     assert find_plan(graph, enough, todo).prediction.memory
 
 
+@pytest.mark.parametrize(
+    ("parameters", "saved", "shorter"), [(1_000_000, 2e8, True), (100_000_000, 1e6, False)]
+)
+def test_a_shorter_sequence_is_advised_where_it_is_what_takes_the_memory(
+    parameters, saved, shorter
+):
+    where = cluster(("fast",), types=(device("fast", memory_gib=1.1),))
+    with pytest.raises(FitError) as failure:
+        find_plan(model([10.0] * 2, parameters=parameters, saved=saved), where, job(1))
+    assert ("a shorter sequence" in failure.value.problems[0].mend) == shorter
+
+
 def test_what_would_be_faster_but_does_not_fit_is_among_the_runners_up():
     where = cluster(("fast",) * 2, types=(device("fast", memory_gib=1.5),))
     plan = find_plan(model([10.0] * 4, parameters=10_000_000, units=1), where, job(8))

@@ -54,6 +54,10 @@ def test_all_reduces_inside_layers_are_counted():
     plan = even_plan(model, cluster, tensor=2, micro_batches=5)
     found = loads(plan, model, cluster)
     assert found["n:0 out"].bytes == pytest.approx(5 * 2 * 250 + REDUCE_NORM_BYTES)
+    (pipeline,) = plan.pipelines
+    threefold = replace(plan, pipelines=(replace(pipeline, rows=3),))
+    found = loads(threefold, model, cluster)
+    assert found["n:0 out"].bytes == pytest.approx(3 * 5 * 2 * 250 + REDUCE_NORM_BYTES)
 
 
 def measured(plan, model, cluster, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,14 @@ def test_one_measured_size_gives_its_shares_at_every_size() -> None:
 def test_where_the_line_is_below_zero_the_nearest_size_counts() -> None:
     steep = measured([(4, 1.0, 0.5, 0.25), (8, 9.0, 6.0, 3.0)])
     assert backward_shares(MODEL, DEVICE, 1, 1, steep)[0] == pytest.approx([0.5, 0.25])
+
+
+def test_the_nearest_measured_width_counts() -> None:
+    one, four = measured([(1, 8.0, 5.0, 4.0)]), measured([(1, 8.0, 6.0, 2.0)])
+    layers = (*one.layers, replace(four.layers[0], tensor=4))
+    both = replace(one, layers=layers)
+    shares = [backward_shares(MODEL, DEVICE, width, 1, both)[0, 0] for width in (1, 2, 3, 8)]
+    assert shares == pytest.approx([5 / 8, 5 / 8, 6 / 8, 6 / 8])
 
 
 def priced(plan: Plan, rank: int) -> dict[tuple[Op, int], float]:
