@@ -147,7 +147,7 @@ def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
 
 def _saved(layers: Sequence[Layer | None]) -> SavedTable:
     """Sums the saved bytes of layers; None stands for a layer that counts nothing."""
-    split = cumulative(layer.split_saved_bytes if layer else 0.0 for layer in layers)
+    split = cumulative(layer.along("tensor").saved_bytes if layer else 0.0 for layer in layers)
     return SavedTable(
         split=split,
         replicated=cumulative(layer.saved_bytes if layer else 0.0 for layer in layers) - split,

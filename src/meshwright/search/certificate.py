@@ -144,14 +144,15 @@ def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
     holders = len(usable_devices(costs))
     each = unit.weights + unit.gradients + unit.optimizer / holders + unit.casts
     for layer in costs.model.layers:
-        divided = 1 - 1 / tensor if layer.tensor_units else 0.0
-        held = (layer.parameters - layer.split_parameters * divided) * each
-        held += (layer.frozen_parameters - layer.split_frozen * divided) * unit.weights
-        saved = layer.saved_bytes - layer.split_saved_bytes * divided
+        own = layer.along("tensor")
+        divided = 1 - 1 / tensor if own.units else 0.0
+        held = (layer.parameters - own.parameters * divided) * each
+        held += (layer.frozen_parameters - own.frozen_parameters * divided) * unit.weights
+        saved = layer.saved_bytes - own.saved_bytes * divided
         rows = costs.job.global_batch if room >= held else 0
         if rows and saved > 0:
             rows = min(rows, int((room - held) / saved))
-        found.append(0 if layer.tensor_units % tensor else rows)
+        found.append(0 if own.units % tensor else rows)
     return np.array(found, dtype=np.float64)
 
 

@@ -368,7 +368,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
         holders = tuple(
             s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
         )
-        share = candidate.shape.grid.tensor if tied.split else 1
+        share = candidate.shape.grid.tensor if "tensor" in tied.divided else 1
         size = tied.parameters / share * reduced_width(costs)
         if between := _rings(costs, candidate, holders):
             sizes[list(holders)] += size
