@@ -15,11 +15,11 @@ help:             ## this list
 demo: $(READY)    ## emulate a mixed cluster here, plan for it, train, compare, write report.html
 	$(BIN)/meshwright demo $(ARGS)
 
-check: $(READY)   ## the tests that start no process and take moments, two at a time: a minute
+check: $(READY)   ## a minute: tests that start no process, with three tenths of their random cases
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not heavy" \
 	  --hypothesis-profile=quick $(TWO) $(ARGS)
 
-test: $(READY)    ## the tests that take seconds, two at a time: minutes
+test: $(READY)    ## minutes: all tests but the slow ones, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(TWO) $(ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches

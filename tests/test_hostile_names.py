@@ -43,6 +43,7 @@ from meshwright.simulate.plan_figures import compare_plans, simulate_figures
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.text import forbidden_character
 from soaks import portion
+from sources import PACKAGE, files_below, tree_of
 from worlds import plan_by_hand
 
 SENTINEL = "meshwright-was-here"
@@ -367,7 +368,6 @@ def test_a_trace_holds_any_name(name: str) -> None:
     assert named[0] == f"rank 0 on {name}0:0"
 
 
-SOURCE = Path(__file__).parents[1] / "src" / "meshwright"
 PRINTERS = {"print", "rule", "echo", "add_task"}
 
 
@@ -375,8 +375,8 @@ def test_whatever_is_printed_goes_through_one_function() -> None:
     """Text that is put together for a terminal is given to `words` or `say` first."""
     raw = [
         f"{path.name}:{node.lineno}"
-        for path in sorted(SOURCE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path in files_below(PACKAGE)
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in PRINTERS

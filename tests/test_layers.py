@@ -105,8 +105,8 @@ ROOM_LINES = {
     "report": 1_900,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 7_700,
-    "simulate": 1_600,
+    "search": 7_800,
+    "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_850,
 }

@@ -139,9 +139,7 @@ def device_type_of(gpu: Gpu) -> tuple[DeviceType, str]:
     """
     gpu = replace(gpu, name=printable(gpu.name))
     known = type_reported_as(gpu.name)
-    relative = known or next(
-        (name for least, name in _BY_CAPABILITY if least <= (gpu.capability or (0, 0))), "T4"
-    )
+    relative = known or _relative_of(gpu)
     base = catalog()[relative].type
     usable = max(gpu.memory - RESERVED_BYTES, gpu.memory // 2)
     profile = gpu.slice or mig_profile_in(gpu.name)
@@ -170,6 +168,12 @@ def device_type_of(gpu: Gpu) -> tuple[DeviceType, str]:
         return base, ""
     note = "; ".join(notes)
     return replace(base, name=name, memory=usable, source=f"{note}. Profile to know."), note
+
+
+def _relative_of(gpu: Gpu) -> str:
+    """Returns the catalogue's name for a GPU of the same generation."""
+    own = gpu.capability or (0, 0)
+    return next((name for least, name in _BY_CAPABILITY if least <= own), "T4")
 
 
 def _clean(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,20 +69,12 @@ def run_layer(
         return tensor
 
     sums: tuple[list[int], list[int]] = ([], [])
-    hooks = [
-        _count_sums(part.module.get_submodule(name), how, *sums) for name, how in table.items()
-    ]
-    divided = [part.module.get_submodule(n) for n, how in table.items() if
-               width > 1 and isinstance(how, shard.VocabularyLoss)]  # fmt: skip
-    for module in divided:
-        module.forward = _divided_loss
     hooking = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with fakes.mode, autocast(precision), FusedKernels(), meter, hooking:
+    with (
+        _divided_modules(part, table, width, sums),
+        fakes.mode, autocast(precision), FusedKernels(), meter, hooking,
+    ):  # fmt: skip
         made = functional_call(part.module, state, tuple(given))
-    for hook in hooks:
-        hook.remove()
-    for module in divided:
-        del module.forward
     forward = (meter.flops, meter.attention_flops, meter.traffic, list(meter.events))
     outputs = [tensor for tensor in made if tensor.requires_grad]
     with fakes.mode, meter:
@@ -102,6 +96,28 @@ def run_layer(
         forward_all_reduce=sums[0],
         backward_all_reduce=sums[1],
     )
+
+
+@contextmanager
+def _divided_modules(
+    part: LayerPart, table: dict[str, shard.Split], width: int, sums: tuple[list[int], list[int]]
+) -> Iterator[None]:
+    """Counts the sums that the divided modules of a layer ask for, and lets a loss over a divided
+    vocabulary compute what one of `width` ranks does."""
+    modules = {name: part.module.get_submodule(name) for name in table}
+    hooks = [_count_sums(modules[name], how, *sums) for name, how in table.items()]
+    losses = [
+        modules[name]
+        for name, how in table.items()
+        if width > 1 and isinstance(how, shard.VocabularyLoss)
+    ]
+    for module in losses:
+        module.forward = _divided_loss
+    yield
+    for hook in hooks:
+        hook.remove()
+    for module in losses:
+        del module.forward
 
 
 def _divided_loss(logits: Tensor, targets: Tensor) -> Any:

@@ -9,7 +9,7 @@ holds, show which part of the cost tensor parallelism divides.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -59,22 +59,19 @@ def trace(
     batches = [tuple(_resized(tensor, rows) for tensor in inputs) for rows in ROWS_OF_RUNS]
     few, many = (cut(model, batch, precision) for batch in batches)
     shapes = [_shapes(cut_, batch) for cut_, batch in zip((few, many), batches, strict=True)]
-    measured: dict[tuple[str, int], RowCosts] = {}
+    measured: dict[str, dict[int, RowCosts]] = {}
     layers: list[Layer] = []
     kept: set[tuple[str, int]] = set()
     for part, same in zip(few.layers, many.layers, strict=True):
         table = shard.splits(model, part.modules)
         table = {n: how for n, how in table.items() if _within(n, part.modules)}
         key = _structure(part, table, shapes[0])
-
         units = shard.tensor_units(model, part.modules)
         widths = measured_widths(units, table) if divided else (1,)
-        for width in widths:
-            if (key, width) not in measured:
-                pairs = zip((part, same), shapes, strict=True)
-                runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
-                measured[key, width] = costs_per_row(_alike(part, runs))
-        amounts = {width: measured[key, width] for width in widths}
+        known = measured.setdefault(key, {})
+        new = [width for width in widths if width not in known]
+        known |= _costs_by_width((part, same), shapes, precision, table, new)
+        amounts = {width: known[width] for width in widths}
         kept |= {(name, len(layers)) for name, keeps in
                  zip(part.reads, amounts[1].keeps, strict=True) if keeps}  # fmt: skip
         flows = any(shapes[0][name][2] for name in part.reads)
@@ -87,6 +84,23 @@ def trace(
         tensors=_tensors(few, many, kept),
         tied=tuple(_tied(few, model, name) for name in few.tied),
     )
+
+
+def _costs_by_width(
+    parts: tuple[LayerPart, LayerPart],
+    shapes: Sequence[dict[str, TensorSpec]],
+    precision: Precision,
+    table: dict[str, shard.Split],
+    widths: Iterable[int],
+) -> dict[int, RowCosts]:
+    """Returns what a row of a layer costs on one rank, by tensor width; `parts` and `shapes` are
+    those of a run with few rows and of one with many."""
+    found = {}
+    for width in widths:
+        pairs = zip(parts, shapes, strict=True)
+        runs = [_run(one, shape, precision, table, width) for one, shape in pairs]
+        found[width] = costs_per_row(_alike(parts[0], runs))
+    return found
 
 
 def _run(

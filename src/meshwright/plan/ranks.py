@@ -4,7 +4,7 @@ it works on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -81,11 +81,11 @@ def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
 
 def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
     """Returns every stage of every pipeline, numbered in order."""
-    return _stage_seats(plan.devices, plan.pipelines)
+    return _placements(plan.devices, plan.pipelines)
 
 
 @lru_cache(maxsize=4)  # a plan is compiled, priced and weighed one after the other
-def _stage_seats(
+def _placements(
     devices: tuple[str, ...], pipelines: tuple[Pipeline, ...]
 ) -> tuple[StagePlacement, ...]:
     rank_of = {device: rank for rank, device in enumerate(devices)}
@@ -93,9 +93,7 @@ def _stage_seats(
     for p, pipeline in enumerate(pipelines):
         position_of = {s: g for g, held in enumerate(stage_layout(pipeline)) for s in held}
         for s, stage in enumerate(pipeline.stages):
-            number, mesh = len(found), mesh_of(stage)
-            intervals = row_intervals(stage, pipeline.rows)
-            replicas = len(mesh.inner_widths)
+            number = len(found)
             found.append(
                 StagePlacement(
                     number=number,
@@ -106,26 +104,32 @@ def _stage_seats(
                     layers=stage.layers,
                     boundary=stage.boundary or "direct",
                     plan_stage=stage,
-                    mesh=Mesh(
-                        members=tuple(
-                            RankPlacement(
-                                rank=rank_of[device],
-                                device=device,
-                                pipeline=p,
-                                stage=number,
-                                coordinates=(replica, *inner),
-                                widths=(replicas, *mesh.inner_widths[replica]),
-                                rows=intervals[replica],
-                            )
-                            for device, (replica, *inner) in zip(
-                                mesh.members, mesh.coordinates, strict=True
-                            )
-                        ),
-                        inner_widths=mesh.inner_widths,
-                    ),
+                    mesh=_placed_mesh(stage, number, p, pipeline.rows, rank_of),
                 )
             )
     return tuple(found)
+
+
+def _placed_mesh(
+    stage: Stage, number: int, pipeline: int, rows: int, rank_of: Mapping[str, int]
+) -> Mesh[RankPlacement]:
+    """Returns the mesh of a stage with the placement of each rank; `rows` are those of a
+    micro-batch."""
+    mesh, intervals = mesh_of(stage), row_intervals(stage, rows)
+    replicas = len(mesh.inner_widths)
+    members = (
+        RankPlacement(
+            rank=rank_of[device],
+            device=device,
+            pipeline=pipeline,
+            stage=number,
+            coordinates=(replica, *inner),
+            widths=(replicas, *mesh.inner_widths[replica]),
+            rows=intervals[replica],
+        )
+        for device, (replica, *inner) in zip(mesh.members, mesh.coordinates, strict=True)
+    )
+    return Mesh(members=tuple(members), inner_widths=mesh.inner_widths)
 
 
 def holders_of(stages: Sequence[StagePlacement], layers: Sequence[int]) -> Mesh[int]:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import field, replace
 from datetime import timedelta
@@ -193,21 +193,27 @@ def measure_profile(
     cluster = _machines(settings, device)
     own = _own_times(settings, graph, _bench(settings, graph, cluster, device), folder)
     links = _links(settings, cluster, device)
-    everyone = all_gather_records(own, RankTimings)
-    profile = Profile(
-        model=graph.name,
-        sequence=graph.sequence,
-        versions=versions(),
-        source=mark,
-        layers=merged_layers([one for own in everyone for one in own.layers]),
-        optimizers=merged_optimizers([one for own in everyone for one in own.optimizers]),
-        links=links,
-    )
+    profile = _merged(graph, all_gather_records(own, RankTimings), links, mark)
     if first:
         save_profile(settings, profile)
     found = broadcast_record(0, profile, Profile)
     dist.destroy_process_group()
     return found, False
+
+
+def _merged(
+    graph: LayerGraph, ranks: Sequence[RankTimings], links: LinkTimes | None, mark: str
+) -> Profile:
+    """Returns one profile of what all ranks have measured."""
+    return Profile(
+        model=graph.name,
+        sequence=graph.sequence,
+        versions=versions(),
+        source=mark,
+        layers=merged_layers([one for own in ranks for one in own.layers]),
+        optimizers=merged_optimizers([one for own in ranks for one in own.optimizers]),
+        links=links,
+    )
 
 
 def _own_times(

@@ -121,7 +121,7 @@ def compile_plan(
 ) -> Program:
     """Compiles a valid plan; ranks outside `only` get no instructions.
 
-    A receive is posted `posting.AHEAD` compute instructions ahead of the one that reads it, in the
+    A receive is posted RECEIVES_AHEAD compute instructions ahead of the one that reads it, in the
     order in which the other side sends. A send directly follows the instruction that produces its
     tensors. A reduction is posted ahead of the last backward that it needs; reductions keep the
     order in which a backward over the whole model completes their gradients. Without clipping
@@ -138,26 +138,25 @@ def compile_plan(
     ranks: list[tuple[Instruction, ...]] = [()] * len(world)
     for group in _groups(plan, stages, model, only):
         raise_if_stopped()
-        first, *others = group.stages.values()
+        first = next(iter(group.stages.values()))
         for number, placement in enumerate(first.mesh.members):
-            if only is not None and placement.rank not in only:
-                continue
-            placed = _placed(emissions, group, placement)
-            norm = Instruction(
-                op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=REDUCE_NORM_BYTES
-            )
-            whole = Instruction(
-                op=Op.OPTIMIZER_STEP,
-                stage=first.number,
-                layers=None if others else first.layers,
-            )
-            ranks[placement.rank] = rewrite(
-                (
-                    *_group_program(group, number, placed),
-                    *((norm, whole) if clipped else (*_early_updates(group, placed, whole), norm)),
-                )
-            )
+            if only is None or placement.rank in only:
+                placed = _placed(emissions, group, placement)
+                computing = _group_program(group, number, placed)
+                ending = _end_of_step(group, placed, world, clipped=clipped)
+                ranks[placement.rank] = rewrite((*computing, *ending))
     return Program(ranks=tuple(ranks))
+
+
+def _end_of_step(
+    group: PipelineRank, placed: Placed, world: tuple[int, ...], *, clipped: bool
+) -> tuple[Instruction, ...]:
+    """Returns the norm and the updates of weights: the norm first if it scales the gradients."""
+    first, *others = group.stages.values()
+    norm = Instruction(op=Op.REDUCE_NORM, stage=first.number, ranks=world, bytes=REDUCE_NORM_BYTES)
+    layers = None if others else first.layers
+    whole = Instruction(op=Op.OPTIMIZER_STEP, stage=first.number, layers=layers)
+    return (norm, whole) if clipped else (*_early_updates(group, placed, whole), norm)
 
 
 def _placed(emissions: Sequence[Emission], group: PipelineRank, placement: RankPlacement) -> Placed:

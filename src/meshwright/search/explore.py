@@ -22,7 +22,7 @@ from meshwright.search.space import (
     shapes,
     usable_devices,
 )
-from meshwright.search.template_search import MOST_CELLS
+from meshwright.search.template_builds import MOST_CELLS
 from meshwright.stopping import raise_if_stopped
 
 MANY_DEVICES = 64

@@ -45,6 +45,7 @@ from meshwright.search.explore import (
 )
 from meshwright.search.finishing import finish
 from meshwright.search.first_plan import plain_plan
+from meshwright.search.garbage_collection import rare_collections
 from meshwright.search.incumbent import (
     SAME,
     Evaluated,
@@ -87,6 +88,7 @@ MISFITS_TRIED = 200
 RUNNERS_UP = 6
 
 
+@rare_collections()
 def find_plan(  # noqa: PLR0913 - options, each with a default
     model: LayerGraph,
     cluster: Cluster,

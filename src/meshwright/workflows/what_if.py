@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from meshwright.cluster.edit import edit_cluster
+from meshwright.cluster.edit import EditedCluster, edit_cluster
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.links import with_measured_links
@@ -64,31 +64,36 @@ def what_if(
         base.cluster, without=edits.without, added=edits.added, settings=edits.settings
     )
     other = replace(base, cluster=change.cluster)
-    known = cluster_warnings(base.cluster)
-    doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
-    best_before = search_plan(base, limits, progress=progress, stop=stop)
-    as_it_is = [("this plan", plan), ("best plan", best_before)]
+    before = search_plan(base, limits, progress=progress, stop=stop)
     now = [
-        what_if_option(
-            f"{name}, cluster as it is", each, simulate_priced(priced(base, each)).step_seconds
-        )
-        for name, each in as_it_is
+        _simulated("this plan, cluster as it is", base, plan),
+        _simulated("best plan, cluster as it is", base, before),
     ]
     after = search_plan(other, limits, progress=progress, stop=stop)
-    found = what_if_option(
-        "best plan, edited cluster", after, simulate_priced(priced(other, after)).step_seconds
-    )
+    found = _simulated("best plan, edited cluster", other, after)
     kept = _kept(other, plan)
     keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
     best = simulate_figures("best", priced(other, _free(plan) if keep else after))
     return WhatIf(
-        edits=(*change.notes, *(f"set {each}" for each in edits.settings), *doubts),
+        edits=_notes(base.cluster, edits, change),
         options=(*now, kept, found),
         seconds_before=min(each.step_seconds for each in now if each.step_seconds),
         seconds_after=best.figures.step_seconds,
         best=best.plan,
         busiest=next(iter(named_loads(best.figures.links)), None),
     ), change.cluster
+
+
+def _notes(before: Cluster, edits: ClusterEdits, change: EditedCluster) -> tuple[str, ...]:
+    """Returns what was edited and assumed, and the warnings of figures that come with it."""
+    known = cluster_warnings(before)
+    doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
+    return (*change.notes, *(f"set {each}" for each in edits.settings), *doubts)
+
+
+def _simulated(name: str, session: Session, plan: Plan) -> WhatIfOption:
+    """Returns the line of a plan on the cluster of a session."""
+    return what_if_option(name, plan, simulate_priced(priced(session, plan)).step_seconds)
 
 
 def _check(session: Session, edits: ClusterEdits) -> None:

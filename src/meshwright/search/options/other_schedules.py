@@ -43,47 +43,52 @@ FINALISTS, FINALISTS_OF_MANY = 5, 3
 takes a second, fewer. With five instead of three, one of 45 example cases gains 13 %."""
 
 PLAYED = 2
-"""Named orders of each that are simulated, beside the listed one if that is faster by the quick
-clock; on large clusters, only the first of them that fits."""
+"""Named orders of each that are simulated, beside the listed one."""
 
 LISTED = 60_000
 """Actions that the list scheduler may look at for one pipeline."""
 
-ROUGH = 0.02
+ROUGH = 0.01
 """Share by which program.work may be slower than the simulator."""
+
+SCATTER = 0.01
+"""Share by which a plan may be faster than what another finalist in its schedule lets expect."""
 
 MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Give each finalist its fastest schedules with a rule, and one made for it."""
+    """Give each finalist its fastest schedules with a rule, and one made for it.
+
+    How many times the quick clock's seconds the simulator makes of a schedule on one finalist is
+    expected of the same schedule on the others.
+    """
     costs = incumbent.costs
+    ratios: dict[ScheduleName, float] = {}
+
+    def attempt(plan: Plan, took: float) -> Proposals:
+        name = plan.schedule
+        expected = took * ratios.get(name, 1 - ROUGH)
+        if expected >= incumbent.limit * (1 + SCATTER):
+            yield Pruned("slower in the stage-level simulation")
+            return
+        simulated = yield Proposal(plan, describe_plan(plan))
+        if simulated:
+            ratios[name] = min(ratios.get(name, inf), simulated.seconds / took)
+
     for plan in (evaluated.plan for evaluated in finalists(incumbent)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
             continue
         works = pipeline_works(plan, costs)
         after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
-        known = {name: took for took, name in in_named_orders(works)}
-        least = known.pop(plan.schedule, inf)
-        for name, took in list(known.items())[:PLAYED]:
-            if took + after >= incumbent.limit * (1 + ROUGH):
-                yield Pruned("slower in the stage-level simulation")
-                continue
-            changed = replace(plan, schedule=name, prediction=None)
-            if (yield Proposal(changed, describe_plan(changed))):
-                least = min(least, took)
-                if is_large(costs):
-                    break
+        others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
+        for took, name in others[:PLAYED]:
+            yield from attempt(replace(plan, schedule=name, prediction=None), took + after)
         listed = listed_orders(works, LISTED)
-        if listed is None:
-            continue
-        if listed[0] >= least or listed[0] + after >= incumbent.limit * (1 + ROUGH):
-            yield Pruned("slower in the stage-level simulation")
-            continue
-        changed = in_listed_orders(plan, listed[1])
-        yield Proposal(changed, describe_plan(changed))
+        if listed is not None:
+            yield from attempt(in_listed_orders(plan, listed[1]), listed[0] + after)
 
 
 OPTION = PlanOption("schedules", propose)
