@@ -290,3 +290,11 @@ def test_a_spoiled_file_is_refused_in_words_or_still_makes_sense(data):
 
 def test_the_whole_file_that_is_spoiled_above_is_good():
     assert len(cluster_from(WHOLE, source="c.toml").direct) == 2
+
+
+def test_a_cluster_may_have_a_hundred_thousand_devices_and_no_more():
+    text = "format = 1\n" + LINKS + NODE
+    largest = read(text.replace("2 x", "100000 x"))
+    assert len(largest.nodes[0].devices) == 100_000
+    with pytest.raises(ClusterError, match="100,001 devices"):
+        read(text.replace("2 x", "100001 x"))

@@ -3,6 +3,7 @@ file, or an error says which could not be read."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -104,6 +105,8 @@ def test_every_gpu_is_in_the_file_or_named_in_the_error(name: str) -> None:
         assert cluster.types[kind].memory == units.parse_bytes(memory), kind
     for words in expected.get("notes", []):
         assert any(words in note for note in notes), (words, notes)
+    for shown, told in re.findall(r"shows (\d+) cards .* tells of (\d+)", "\n".join(notes)):
+        assert int(shown) > int(told), "a note only where the bus shows more"
     assert cluster_from(tomllib.loads(discover_toml(found)), source=name) == cluster
 
 

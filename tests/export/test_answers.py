@@ -24,6 +24,7 @@ from meshwright.export.answers import (
     export_notes,
     export_refusals,
     known_properties,
+    own_model_answers,
 )
 from meshwright.export.grid import grid_of
 from meshwright.export.tools import TOOLS, export_files
@@ -385,3 +386,11 @@ def test_the_plugin_of_accelerate_knows_families_by_their_own_names():
         plan, model, from_config(QWEN | {"model_type": "llama"}, "c")
     )
     assert "megatron_plugin.py" in files
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_auxiliary_loss_of_a_mixture_is_told_even_if_it_has_none(weight):
+    asked = SimpleNamespace(language=language_model("mixtral-8x7b", 64))
+    note = own_model_answers()["model.auxiliary_loss"].note
+    assert note(weight, asked) == f"auxiliary loss {weight:g}"
+    assert not note(weight, SimpleNamespace(language=language_model("llama-2-7b", 64)))

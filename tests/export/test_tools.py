@@ -244,6 +244,13 @@ def settings(text: str) -> dict[str, str]:
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
 
 
+@pytest.mark.parametrize("data", [1, 2])
+def test_megatron_hides_the_sums_of_gradients_where_there_are_any(data):
+    plan, model = make("10", data=data)
+    arguments = export_files(plan, model, "megatron")["arguments.txt"]
+    assert ("--overlap-grad-reduce" in arguments) == (data > 1)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_tensor_ranks_of_megatron_in_accelerate_queue_their_work_in_one_order(tensor):
     plan, model = make("5|5", tensor=tensor)

@@ -49,16 +49,21 @@ def test_known_models_have_their_published_number_of_parameters(name, parameters
     assert num_parameters(load_model(name, 1024, "bf16")) == parameters
 
 
-@pytest.mark.parametrize(
-    ("name", "billions", "head"), [("u-transformer-1b", 1, 76), ("u-transformer-2b", 2, 108)]
-)
-def test_our_own_models_are_as_large_as_their_names_say(name, billions, head):
-    """Both have eight heads."""
+@pytest.mark.parametrize(("name", "billions"), [("u-transformer-1b", 1), ("u-transformer-2b", 2)])
+def test_our_own_models_are_as_large_as_their_names_say(name, billions):
     with torch.device("meta"):
         module = from_language_model(NAMED[name])
     found = sum(each.numel() for each in module.parameters())
     assert found == pytest.approx(billions * 1e9, rel=0.05)
-    assert (NAMED[name].heads, NAMED[name].head) == (8, head)
+
+
+def test_our_own_models_have_eight_heads_and_the_tiny_one_four():
+    heads = {name: (NAMED[name].heads, NAMED[name].head) for name in NAMED if name[:2] == "u-"}
+    assert heads == {
+        "u-transformer-1b": (8, 76),
+        "u-transformer-2b": (8, 108),
+        "u-transformer-tiny": (4, 16),
+    }
 
 
 def test_a_config_is_the_model_of_that_name(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.errors import ModelError
+from meshwright.model.amounts import peak_bytes_of
 from meshwright.model.load import load_model
 from meshwright.model.shard import Column, Row
 from meshwright.model.spec import LayerGraph, num_parameters, tensors_across
@@ -234,3 +235,10 @@ def test_a_large_model_is_traced_in_seconds_without_its_weights():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
     assert num_parameters(graph) == num_parameters(load_model("gpt2-xl", 1024, "bf16"))
     assert len(graph.layers) == 50
+
+
+def test_the_peak_of_a_run_is_what_was_alive_at_once() -> None:
+    """Storages of 5, 1 and 3 bytes are numbered from 1, and freed by the negative number."""
+    events, sizes = [1, 2, -1, 3, -2, -3], [5.0, 1.0, 3.0]
+    assert peak_bytes_of(events, sizes, set()) == 6.0
+    assert peak_bytes_of(events, sizes, {0}) == 4.0

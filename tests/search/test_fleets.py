@@ -214,6 +214,24 @@ def test_what_is_scored_grows_by_the_kinds_of_nodes_not_by_the_devices(monkeypat
     assert 0 < scored[160] < 3 * scored[16]
 
 
+def test_slow_neighbours_set_the_pace_by_the_round_trips_that_they_hold():
+    """Three stages of a second each way, of which the last two are ten seconds apart: they hold two
+    micro-batches, and twelve take six round trips of 24 seconds, the first of them apart."""
+    template = PipelineTemplate(1, (StageRun(0, 3, 1, 1),), 1, "1f1b")
+    each = TemplateEstimate(
+        template=template,
+        bounds=(0, 1, 2, 3),
+        forward=(1.0, 1.0, 1.0),
+        backward=(1.0, 1.0, 1.0),
+        transfer=(0.0, 10.0),
+        reduction=(0.0, 0.0, 0.0),
+        crowded=(0.0, 0.0, 0.0),
+        optimizer=0.0,
+    )
+    assert each.once == 26.0
+    assert each.further(12) == pytest.approx(5 * 24.0)
+
+
 def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):
     """Thousands of combinations of numbers of micro-batches, of which each pipeline has few."""
     kinds = ("fast", "slow", "slower")

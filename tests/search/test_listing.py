@@ -112,6 +112,7 @@ def test_forwards_go_first_where_that_is_the_rule():
         (order,) = to_orders(found[1])
         ops = [action.op for action in order]
         assert (ops[:12] == [Op.FORWARD] * 12) == first
+        assert found[0] == 24.0, "the device is never idle, and begins at once"
 
 
 def test_one_micro_batch_at_a_time_becomes_an_order_in_which_both_groups_work():

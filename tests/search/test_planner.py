@@ -83,6 +83,8 @@ def test_a_plan_says_what_it_is_for():
     assert plan.cluster.fingerprint == fingerprint(where)
     assert plan.job == todo
     assert plan.devices == ("a:0", "a:1")
+    found = plan.prediction
+    assert sum(found.parts.values()) == pytest.approx(found.step_seconds)
 
 
 def test_at_most_six_runners_up_are_told_beside_those_made_by_hand():
