@@ -106,7 +106,7 @@ ROOM_LINES = {
     "rivals": 300,
     "runtime": 4_700,
     "search": 7_800,
-    "simulate": 1_600,
+    "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_850,
 }

@@ -15,7 +15,7 @@ from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
-from meshwright.search import template_search
+from meshwright.search import template_builds, template_search
 from meshwright.search.balanced_estimate import Builds, balanced
 from meshwright.search.candidate import plan_of
 from meshwright.search.certificate import certificate
@@ -203,7 +203,7 @@ def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth
 def test_what_is_scored_grows_by_the_kinds_of_nodes_not_by_the_devices(monkeypatch):
     """Ten times the nodes, and the batch with them: not ten times the pipelines to score."""
     scored = Counter()
-    monkeypatch.setattr(template_search, "balanced", lambda *given: count(*given))
+    monkeypatch.setattr(template_builds, "balanced", lambda *given: count(*given))
 
     def count(*given):
         scored[many] += given[-1].shape[1]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from meshwright.cluster.edit import edit_cluster
+from meshwright.cluster.edit import EditedCluster, edit_cluster
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.spec import Cluster
 from meshwright.cost.links import with_measured_links
@@ -75,11 +75,7 @@ def what_if(
     keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
     best = simulate_figures("best", priced(other, _free(plan) if keep else after))
     return WhatIf(
-        edits=(
-            *change.notes,
-            *(f"set {each}" for each in edits.settings),
-            *_new_warnings(base.cluster, change.cluster),
-        ),
+        edits=_notes(base.cluster, edits, change),
         options=(*now, kept, found),
         seconds_before=min(each.step_seconds for each in now if each.step_seconds),
         seconds_after=best.figures.step_seconds,
@@ -88,10 +84,11 @@ def what_if(
     ), change.cluster
 
 
-def _new_warnings(before: Cluster, after: Cluster) -> list[str]:
-    """Returns the warnings of figures that come with the edits."""
+def _notes(before: Cluster, edits: ClusterEdits, change: EditedCluster) -> tuple[str, ...]:
+    """Returns what was edited and assumed, and the warnings of figures that come with it."""
     known = cluster_warnings(before)
-    return [each for each in cluster_warnings(after) if each not in known]
+    doubts = [each for each in cluster_warnings(change.cluster) if each not in known]
+    return (*change.notes, *(f"set {each}" for each in edits.settings), *doubts)
 
 
 def _simulated(name: str, session: Session, plan: Plan) -> WhatIfOption:
