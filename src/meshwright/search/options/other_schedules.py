@@ -61,8 +61,8 @@ MOST_ACTIONS = 40_000
 def propose(incumbent: Incumbent) -> Proposals:
     """Give each finalist its fastest schedules with a rule, and one made for it.
 
-    How many times the quick clock's seconds the simulator makes of a schedule on one finalist is
-    expected of the same schedule on the others.
+    How many times the quick clock's seconds the simulator makes of a schedule with a rule on one
+    finalist is expected of the same schedule on the others. Each listed one is of its own kind.
     """
     costs = incumbent.costs
     ratios: dict[ScheduleName, float] = {}
@@ -74,7 +74,7 @@ def propose(incumbent: Incumbent) -> Proposals:
             yield Pruned("slower in the stage-level simulation")
             return
         simulated = yield Proposal(plan, describe_plan(plan))
-        if simulated:
+        if simulated and name != "list":
             ratios[name] = min(ratios.get(name, inf), simulated.seconds / took)
 
     for plan in (evaluated.plan for evaluated in finalists(incumbent)):
