@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from meshwright.model.config import LanguageModel
-from meshwright.model.spec import Layer, LayerGraph, Tensor
+from meshwright.model.spec import Division, Layer, LayerGraph, Tensor, with_division
 from meshwright.model.transformer.counted_graph import counted_graph
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
 
@@ -63,10 +63,20 @@ def gpt2() -> LayerGraph:
     embedding, *blocks, head = plain.layers
     logits = float(1024 * 52256)
     projection = replace(head, traffic_bytes=logits * HALF, saved_bytes=0.0, workspace_bytes=0.0)
-    projection = replace(projection, split_saved_bytes=0.0)
-    loss = replace(head, forward_flops=0.0, backward_flops=0.0, split_flops=0.0, parameters=0)
-    loss = replace(loss, forward_all_reduce_bytes=(), backward_all_reduce_bytes=())
-    loss = replace(loss, split_parameters=0, traffic_bytes=head.traffic_bytes - logits * HALF)
+    tensor = head.along("tensor")
+    projection = with_division(projection, replace(tensor, saved_bytes=0.0))
+    loss = replace(head, forward_flops=0.0, backward_flops=0.0, parameters=0)
+    loss = replace(loss, traffic_bytes=head.traffic_bytes - logits * HALF)
+    loss = with_division(
+        loss,
+        replace(
+            tensor,
+            flops=0.0,
+            parameters=0,
+            forward_all_reduce_bytes=(),
+            backward_all_reduce_bytes=(),
+        ),
+    )
     layers = [embedding, _nothing(), *blocks, _nothing(), _nothing(), projection, loss]
     stream = float(1024 * 1024 * HALF)
     return _chain("gpt2", 1024, layers, [stream] * 28 + [logits * HALF])
@@ -87,12 +97,17 @@ def _transformer(tokens: int, width: int, window: int, heads: int) -> Layer:
         parameters=12 * width**2,
         saved_bytes=(17 * stream + SAVED * scores) * HALF,
         workspace_bytes=2 * scores * HALF,
-        tensor_units=heads,
-        split_parameters=12 * width**2,
-        split_flops=products,
-        split_saved_bytes=12 * stream * HALF,
-        forward_all_reduce_bytes=(stream * HALF,) * 2,
-        backward_all_reduce_bytes=(stream * HALF,) * 2,
+        parallel=(
+            Division(
+                axis="tensor",
+                units=heads,
+                parameters=12 * width**2,
+                flops=products,
+                saved_bytes=12 * stream * HALF,
+                forward_all_reduce_bytes=(stream * HALF,) * 2,
+                backward_all_reduce_bytes=(stream * HALF,) * 2,
+            ),
+        ),
     )
 
 

@@ -140,11 +140,12 @@ def summing_seconds(
     ranks = [f"{node.name}:{index}" for index in range(min(tensor, len(node.devices)))]
     links, latency = topology(reached_links(cluster, profile)), ring_step_seconds(profile)
     cost: dict[float, float] = {}
-    for size in {size for layer in model.layers for size in layer.forward_all_reduce_bytes}:
+    sums = [layer.along("tensor").forward_all_reduce_bytes for layer in model.layers]
+    for size in {size for sizes in sums for size in sizes}:
         cost[size] = uncontended_seconds(
             links, all_reduce(links, ranks, size, step_latency=latency)
         )
-    return [sum(cost[size] for size in layer.forward_all_reduce_bytes) for layer in model.layers]
+    return [sum(cost[size] for size in sizes) for sizes in sums]
 
 
 def machines(path: Path) -> Cluster:

@@ -109,7 +109,7 @@ def random_strategy(costs: Costs, chance: Random) -> Strategy | None:
     """Devices in any order, cut anywhere into stages of one or two pipelines."""
     tensor = chance.choice(legal_widths(costs)[:2])
     by_node: dict[str, list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         by_node.setdefault(device.node, []).append(device.name)
     units = [
         tuple(names[i : i + tensor])

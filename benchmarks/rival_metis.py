@@ -32,7 +32,7 @@ the fewest stages across types."""
 def metis(costs: Costs) -> Found | None:
     """The best plan of Metis's space; None if nothing in it fits."""
     by_type: dict[str, list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         by_type.setdefault(device.type, []).append(device.name)
     widths = list(product(legal_widths(costs), repeat=len(by_type)))
     orders = list(permutations(by_type))

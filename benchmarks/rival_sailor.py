@@ -26,7 +26,7 @@ those of DEPTHS and the deepest."""
 
 def sailor(costs: Costs) -> Found | None:
     """The best plan of Sailor's space; None if nothing in it fits."""
-    kinds = sorted({device.type for device in usable_devices(costs.cluster, costs.job)})
+    kinds = sorted({device.type for device in usable_devices(costs)})
     drafts: list[Draft] = []
     seen: set[object] = set()
     for tensors in product(legal_widths(costs), repeat=len(kinds)):

@@ -24,7 +24,7 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.profile import LayerTime, LinkTimes, OptimizerTime, Profile
 from meshwright.emulation.virtual_times import TIMES_FILE, virtual_times
 from meshwright.errors import FitError, MeshwrightError, PlanError
-from meshwright.model.spec import LayerGraph, without_tensor_parallelism
+from meshwright.model.spec import LayerGraph, without_division
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
@@ -187,7 +187,7 @@ class Suite:
         """Measured links and layers; kept in the work folder."""
         from testbed_rank import graph_of
 
-        graph = without_tensor_parallelism(graph_of(setting.model, SEQUENCE))
+        graph = without_division(graph_of(setting.model, SEQUENCE), "tensor")
         links = self._links(setting)
         bed = self.launcher(setting).testbed.testbed
         layers = self._layers(setting) if setting.mode != "virtual" else None

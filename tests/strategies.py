@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Link
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
-from worlds import chain, cluster, device, job, model, plan_by_hand
+from worlds import chain, cluster, device, divided, job, model, plan_by_hand
 
 
 @st.composite
@@ -21,11 +21,12 @@ def models(draw: st.DrawFn, max_layers: int = 6) -> LayerGraph:
     model = chain(costs, tied=draw(st.booleans()), skip=draw(st.booleans()))
     return replace(
         model,
-        layers=tuple(replace(x, split_parameters=draw(SPLIT)) for x in model.layers),
-        tied=tuple(replace(x, split=draw(st.booleans())) for x in model.tied),
+        layers=tuple(divided(x, parameters=draw(SPLIT)) for x in model.layers),
+        tied=tuple(replace(x, divided=draw(AXES)) for x in model.tied),
     )
 
 
+AXES = st.sampled_from([(), ("tensor",)])
 SPLIT = st.sampled_from([0, 840, 999, 1000])
 """Of a layer's thousand parameters, those that tensor ranks divide."""
 

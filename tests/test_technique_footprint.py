@@ -25,6 +25,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """The field of each technique in a plan, with the names of its types."""
 CHOSEN = "the search chooses it stage by stage"
 MESSAGES = "a rank sends and receives, and waits for what it has posted"
+TRACED = "a layer is run as one of several tensor ranks, to find what they divide"
 DIVIDED = "a rank holds slices of its layers, and its team sums inside them"
 ALLOWED: dict[str, dict[str, str]] = {
     "pipeline_parallel": {
@@ -33,6 +34,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "runtime/agreement.py": MESSAGES,
     },
     "tensor_parallel": {
+        "model/layer_record.py": TRACED,
+        "model/trace.py": TRACED,
+        "model/transformer/counted_graph.py": TRACED,
         "export/deepspeed.py": "DeepSpeed's own name of a setting",
         "runtime/rank_model.py": DIVIDED,
         "runtime/build_stages.py": DIVIDED,

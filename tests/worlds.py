@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site, devices_of
-from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
+from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied, with_division
 from meshwright.plan.spec import Job, Pipeline, Plan, PlanInput, Stage
 
 GIB = 1 << 30
@@ -127,6 +127,11 @@ def chain(costs: list[float], *, tied: bool = False, skip: bool = False) -> Laye
     return replace(model, tensors=(*model.tensors, beside))
 
 
+def divided(layer: Layer, **changes: Any) -> Layer:
+    """The layer with changes of what it does when tensor ranks divide it."""
+    return with_division(layer, replace(layer.along("tensor"), **changes))
+
+
 def model(
     gflops: list[float],
     *,
@@ -137,21 +142,23 @@ def model(
 ) -> LayerGraph:
     """Layers in a row that compute so much for a row forward, wholly divided by tensor ranks; a row
     hands 100 kB from layer to layer."""
-    last, divided = len(gflops) - 1, units > 0
+    last, splits = len(gflops) - 1, units > 0
     layers = [
-        layer(
-            f"l{i}",
-            each * 1e9,
-            signature=f"{each}/{parameters}/{units}",
-            traffic_bytes=1.0,
-            parameters=parameters,
-            saved_bytes=saved,
-            tensor_units=units,
-            split_parameters=parameters * divided,
-            split_flops=each * 1e9 * divided,
-            split_saved_bytes=saved * divided,
-            forward_all_reduce_bytes=(1e5,) * divided,
-            backward_all_reduce_bytes=(1e5,) * divided,
+        divided(
+            layer(
+                f"l{i}",
+                each * 1e9,
+                signature=f"{each}/{parameters}/{units}",
+                traffic_bytes=1.0,
+                parameters=parameters,
+                saved_bytes=saved,
+            ),
+            units=units,
+            parameters=parameters * splits,
+            flops=each * 1e9 * splits,
+            saved_bytes=saved * splits,
+            forward_all_reduce_bytes=(1e5,) * splits,
+            backward_all_reduce_bytes=(1e5,) * splits,
         )
         for i, each in enumerate(gflops)
     ]
@@ -174,19 +181,20 @@ def freeze(model: LayerGraph, layers: Container[int], *, tied: bool = False) -> 
             has_backward=flows,
             backward_flops=own.backward_flops if flows else 0.0,
             saved_bytes=own.saved_bytes if flows else 0.0,
-            split_saved_bytes=own.split_saved_bytes if flows else 0.0,
         )
+        tensor = own.along("tensor")
+        if not flows:
+            changed = divided(changed, saved_bytes=0.0)
         if held:
             changed = replace(
                 changed,
                 parameters=0,
                 cast_parameters=0,
-                split_parameters=0,
                 frozen_parameters=own.parameters,
                 cast_frozen=own.cast_parameters,
-                split_frozen=own.split_parameters,
                 backward_flops=max(changed.backward_flops - own.forward_flops, 0.0),
             )
+            changed = divided(changed, parameters=0, frozen_parameters=tensor.parameters)
         found.append(changed)
     return replace(
         model,

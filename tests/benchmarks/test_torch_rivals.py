@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.emulation.dilation import Dilation, Dilator
 from meshwright.emulation.virtual_times import virtual_times
-from meshwright.model.spec import LayerGraph
+from meshwright.model.spec import LayerGraph, without_division
 from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Job
 from meshwright.plan.validate import validate_plan
@@ -100,8 +99,7 @@ def test_fsdp_with_streams_gives_the_gradients_of_one_process(
 
 @pytest.fixture(scope="module")
 def graph() -> LayerGraph:
-    graph = graph_of("gpt", SEQUENCE)
-    return replace(graph, layers=tuple(replace(layer, tensor_units=1) for layer in graph.layers))
+    return without_division(graph_of("gpt", SEQUENCE), "tensor")
 
 
 def known_at(setting: Setting, graph: LayerGraph) -> Known:

@@ -20,8 +20,8 @@ from meshwright.cost.compute import (
 from meshwright.cost.constants import Calibration, DeviceConstants
 from meshwright.cost.profile import LayerTime, OptimizerTime, Profile
 from meshwright.errors import ClusterError
-from meshwright.model.spec import Layer, LayerGraph
-from worlds import layer
+from meshwright.model.spec import Division, Layer, LayerGraph
+from worlds import divided, layer
 
 GPU = DeviceType(
     name="gpu",
@@ -41,11 +41,9 @@ BLOCK = Layer(
     traffic_bytes=1e8,
     parameters=10**7,
     saved_bytes=1e7,
-    tensor_units=8,
-    split_parameters=10**7,
-    split_flops=10e12,
+    parallel=(Division(axis="tensor", units=8, parameters=10**7, flops=10e12),),
 )
-DRY = replace(BLOCK, traffic_bytes=0.0, parameters=0, split_parameters=0)
+DRY = divided(replace(BLOCK, traffic_bytes=0.0, parameters=0), parameters=0)
 """Computes, and moves nothing."""
 
 
@@ -104,24 +102,24 @@ def test_a_layer_that_computes_nothing_costs_nothing() -> None:
     passing = replace(
         BLOCK, forward_flops=0.0, attention_flops=0.0, backward_flops=0.0, traffic_bytes=0.0
     )
-    passing = replace(passing, parameters=0, split_parameters=0)
+    passing = divided(replace(passing, parameters=0), parameters=0)
     assert roofline(passing, GPU, "bf16", 1, 8).tolist() == [0.0, 0.0]
 
 
 def test_tensor_ranks_divide_what_can_be_split() -> None:
-    half = replace(DRY, split_flops=5e12)
+    half = divided(DRY, flops=5e12)
     whole = roofline(DRY, GPU, "bf16", 1, 1)
     assert roofline(DRY, GPU, "bf16", 4, 1) == pytest.approx(whole / 4)
     assert roofline(half, GPU, "bf16", 2, 1) == pytest.approx(whole * 0.75)
-    assert roofline(replace(DRY, split_flops=0.0), GPU, "bf16", 2, 1) == pytest.approx(whole)
-    vocabulary = replace(DRY, tensor_units=0)
+    assert roofline(divided(DRY, flops=0.0), GPU, "bf16", 2, 1) == pytest.approx(whole)
+    vocabulary = divided(DRY, units=0)
     assert roofline(vocabulary, GPU, "bf16", 2, 1) == pytest.approx(whole / 2)
 
 
 def test_tensor_ranks_divide_the_traffic_of_what_they_keep_divided() -> None:
     """A quarter of what is kept is divided, so a quarter of the bytes moved is halved."""
     quiet = replace(BLOCK, forward_flops=1e-9, attention_flops=0.0, backward_flops=1e-9)
-    quiet = replace(quiet, parameters=0, split_flops=0.0, split_saved_bytes=2.5e6)
+    quiet = divided(replace(quiet, parameters=0), flops=0.0, saved_bytes=2.5e6)
     whole = roofline(quiet, GPU, "bf16", 1, 4)
     assert roofline(quiet, GPU, "bf16", 2, 4) == pytest.approx(whole * 0.875)
 

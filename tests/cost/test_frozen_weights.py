@@ -62,8 +62,8 @@ def test_a_trace_shows_trained_and_frozen_numbers_apart() -> None:
     assert [x.parameters for x in graph.layers] == [0, 0, 0, low, low, 0]
     assert [x.frozen_parameters for x in graph.layers] == [table, *(maps + norm,) * 4, head]
     assert [x.cast_frozen for x in graph.layers] == [0, *(maps,) * 4, table]
-    assert graph.layers[3].split_parameters == RANK * 2 * HIDDEN
-    assert graph.layers[3].split_frozen == 2 * WIDTH * HIDDEN + HIDDEN
+    assert graph.layers[3].along("tensor").parameters == RANK * 2 * HIDDEN
+    assert graph.layers[3].along("tensor").frozen_parameters == 2 * WIDTH * HIDDEN + HIDDEN
     assert (num_parameters(graph), num_frozen_parameters(graph)) == (
         2 * low,
         table + 4 * (maps + norm) + head,
@@ -88,7 +88,7 @@ def test_backward_flops_are_gradients_of_inputs_and_of_what_is_trained() -> None
 
 
 def test_the_first_adapted_block_sums_nothing_back_over_tensor_ranks_for_its_frozen_maps() -> None:
-    before, first, second, _ = adapted("fp32").layers[2:]
+    before, first, second, _ = (x.along("tensor") for x in adapted("fp32").layers[2:])
     stream = LENGTH * WIDTH * 4.0
     assert before.backward_all_reduce_bytes == ()
     assert len(before.forward_all_reduce_bytes) == 1
@@ -136,16 +136,17 @@ def test_tensor_ranks_divide_frozen_weights_as_trained_ones() -> None:
     graph = adapted("bf16")
     job = Job(global_batch=2, sequence=LENGTH, precision="bf16")
     layer = graph.layers[1]
-    own = layer.frozen_parameters - layer.split_frozen / 2
+    own = layer.frozen_parameters - layer.along("tensor").frozen_parameters / 2
     assert stage_memory(memory_table(graph, job), (1, 2), 2, 1, 1).parameters == 4 * own
-    cast = layer.cast_frozen - min(layer.cast_frozen, layer.split_frozen) / 2
+    cast = layer.cast_frozen - min(layer.cast_frozen, layer.along("tensor").frozen_parameters) / 2
     assert cast_bytes(weight_table(graph, job), (1, 2), 2) == 2 * cast
 
 
 def test_a_frozen_table_is_held_by_each_stage_that_reads_it_and_summed_by_none() -> None:
     graph = adapted("bf16", tied=True)
     (tied,) = graph.tied
-    assert (tied.parameters, tied.frozen_parameters, tied.split) == (0, VOCABULARY * WIDTH, True)
+    assert (tied.parameters, tied.frozen_parameters) == (0, VOCABULARY * WIDTH)
+    assert tied.divided == ("tensor",)
     table = weight_table(graph, Job(global_batch=2, sequence=LENGTH, precision="bf16"))
     last = len(graph.layers)
     assert cast_bytes(table, (0, 1), 1) == 0

@@ -22,11 +22,11 @@ from meshwright.cost.memory import (
 )
 from meshwright.cost.out_of_memory import memory_problems
 from meshwright.cost.weights import bytes_per_parameter, stage_parameters
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, Tied, tensors_across
+from meshwright.model.spec import Division, Layer, LayerGraph, Moment, Tensor, Tied, tensors_across
 from meshwright.plan.spec import Job, Pipeline, Plan, Stage
 from meshwright.simulate.simulator import simulate_plan
-from strategies import models_and_plans
-from worlds import DEVICE, chain, even_model, even_plan, one_node, plan_by_hand
+from strategies import AXES, models_and_plans
+from worlds import DEVICE, chain, divided, even_model, even_plan, one_node, plan_by_hand
 
 JOB = Job(global_batch=8, sequence=8, precision="bf16")
 
@@ -55,10 +55,15 @@ def graphs(draw: st.DrawFn) -> LayerGraph:
                 fixed_saved_bytes=draw(amount),
                 cast_parameters=draw(st.integers(0, parameters)),
                 moments=tuple(draw(st.lists(moment, max_size=2))),
-                tensor_moments=tuple(draw(st.lists(moment, max_size=2))),
-                tensor_units=draw(st.sampled_from([0, 4])),
-                split_parameters=draw(st.integers(0, parameters)),
-                split_saved_bytes=draw(st.integers(0, saved)),
+                parallel=(
+                    Division(
+                        axis="tensor",
+                        moments=tuple(draw(st.lists(moment, max_size=2))),
+                        units=draw(st.sampled_from([0, 4])),
+                        parameters=draw(st.integers(0, parameters)),
+                        saved_bytes=draw(st.integers(0, saved)),
+                    ),
+                ),
             )
         )
     tensors = tuple(
@@ -74,7 +79,7 @@ def graphs(draw: st.DrawFn) -> LayerGraph:
     )
     users = st.lists(st.integers(0, count - 1), min_size=1, max_size=3, unique=True).map(sorted)
     tied = tuple(
-        Tied(name=f"w{index}", layers=tuple(draw(users)), parameters=7, split=draw(st.booleans()))
+        Tied(name=f"w{index}", layers=tuple(draw(users)), parameters=7, divided=draw(AXES))
         for index in range(draw(st.integers(0, 2)))
     )
     return LayerGraph(
@@ -92,20 +97,23 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
     first, last = layers
     own = model.layers[first:last]
 
+    divisions = [x.along("tensor") for x in own]
+
     def share(whole: float, split: float) -> float:
         return whole - split * (1 - 1 / tensor)
 
     tied = [t for t in model.tied if any(first <= n < last for n in t.layers)]
-    parameters = sum(share(x.parameters, x.split_parameters) for x in own)
-    parameters += sum(t.parameters / (tensor if t.split else 1) for t in tied)
-    casts = sum(x.cast_parameters - min(x.cast_parameters, x.split_parameters) * (1 - 1 / tensor)
-                for x in own)  # fmt: skip
-    casts += sum(t.parameters / (tensor if t.split else 1) for t in tied)
-    kept = [share(x.saved_bytes, x.split_saved_bytes) * rows + x.fixed_saved_bytes for x in own]
+    parameters = sum(share(x.parameters, d.parameters) for x, d in zip(own, divisions, strict=True))
+    parameters += sum(t.parameters / (tensor if t.divided else 1) for t in tied)
+    casts = sum(x.cast_parameters - min(x.cast_parameters, d.parameters) * (1 - 1 / tensor)
+                for x, d in zip(own, divisions, strict=True))  # fmt: skip
+    casts += sum(t.parameters / (tensor if t.divided else 1) for t in tied)
+    kept = [share(x.saved_bytes, d.saved_bytes) * rows + x.fixed_saved_bytes
+            for x, d in zip(own, divisions, strict=True)]  # fmt: skip
     peaks = []
-    for n, layer in enumerate(own):
-        moments = layer.tensor_moments if tensor > 1 and layer.tensor_moments else layer.moments
-        split = layer.split_saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
+    for n, (layer, along) in enumerate(zip(own, divisions, strict=True)):
+        moments = along.moments if tensor > 1 and along.moments else layer.moments
+        split = along.saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
         row = layer.workspace_bytes * (1 - split), layer.workspace_bytes * split
         moments = moments or (Moment(row=row[0], split_row=row[1]),)
         bytes_ = [
@@ -116,7 +124,7 @@ def counted(model: LayerGraph, layers: tuple[int, int], tensor: int, rows: int, 
     worst = max(peaks)
     for t in tied:
         users = [n - first for n in t.layers if first <= n < last]
-        waiting = 4 * t.parameters / (tensor if t.split else 1)
+        waiting = 4 * t.parameters / (tensor if t.divided else 1)
         if len(users) > 1:
             end = min(last, t.layers[-1]) - first
             worst = max(worst, max(peaks[:end]) + waiting)
@@ -174,7 +182,7 @@ def test_prediction_equals_the_simulated_high_water_mark(case: tuple[LayerGraph,
 def test_narrow_replicas_copy_the_gradients_that_wide_ones_divide() -> None:
     """16 MB of gradients, all divided by the other replica, where next to nothing else is held."""
     model = chain([1e-6])
-    big = replace(model.layers[0], parameters=4_000_000, split_parameters=4_000_000)
+    big = divided(replace(model.layers[0], parameters=4_000_000), parameters=4_000_000)
     model = replace(model, layers=(big,))
 
     def buffers(devices: tuple[tuple[str, ...], ...]) -> list[int]:
@@ -245,7 +253,7 @@ def test_only_a_legal_tensor_width_is_advised() -> None:
     cluster = replace(one_node(1), types={"g": small})
     model = even_model(4)
     layers = tuple(
-        replace(x, saved_bytes=8e6, split_saved_bytes=8e6, tensor_units=12) for x in model.layers
+        divided(replace(x, saved_bytes=8e6), saved_bytes=8e6, units=12) for x in model.layers
     )
     model = replace(model, layers=layers)
     (problem,) = memory_problems(even_plan(model, cluster), model, cluster)

@@ -17,7 +17,7 @@ from meshwright.model.spec import Tied
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
-from worlds import chain, even_model, even_plan, one_node
+from worlds import chain, divided, even_model, even_plan, one_node
 
 
 def test_forward_and_backward_are_the_sum_of_their_layers() -> None:
@@ -63,10 +63,10 @@ def test_a_stage_that_recomputes_repeats_its_forward_in_the_backward() -> None:
 def test_tensor_parallel_all_reduces_are_inside_the_compute() -> None:
     """2 ranks, 1 MB at 1 GB/s a row: each of the 2 + 1 all-reduces takes 1 ms."""
     model, cluster = even_model(1, seconds=1e-3), one_node(2)
-    layer = replace(
+    layer = divided(
         model.layers[0],
-        tensor_units=2,
-        split_flops=1e9,
+        units=2,
+        flops=1e9,
         forward_all_reduce_bytes=(1e6, 1e6),
         backward_all_reduce_bytes=(1e6,),
     )

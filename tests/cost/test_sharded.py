@@ -24,7 +24,7 @@ from meshwright.cost.sharded import (
 from meshwright.model.spec import Tied
 from meshwright.model.unfused import MOVED, SAVED, with_unfused_attention
 from meshwright.techniques.activation_checkpointing.model import with_recomputation as recomputed
-from worlds import DEVICE, even_model, one_node
+from worlds import DEVICE, divided, even_model, one_node
 
 STEP = ShardedStep(rows=1, micro_batches=2, optimizer="sgd")
 
@@ -101,11 +101,11 @@ def test_recomputed_layers_keep_their_inputs_alone() -> None:
 
 def test_unfused_attention_keeps_and_moves_its_scores() -> None:
     model = even_model(2)
-    attends = replace(model.layers[0], attention_flops=1e6, split_saved_bytes=500.0)
+    attends = divided(replace(model.layers[0], attention_flops=1e6), saved_bytes=500.0)
     model = replace(model, sequence=8, layers=(attends, model.layers[1]))
     found = with_unfused_attention(model, heads=3)
     scores = 3 * 8**2 * 4
     assert found.layers[0].traffic_bytes == MOVED * scores
     assert found.layers[0].saved_bytes == attends.saved_bytes + SAVED * scores
-    assert found.layers[0].split_saved_bytes == 500.0 + SAVED * scores
+    assert found.layers[0].along("tensor").saved_bytes == 500.0 + SAVED * scores
     assert found.layers[1] == model.layers[1]

@@ -33,10 +33,14 @@ ZOO = (
 )
 EXACT = (
     "name", "cast_parameters", "forward_flops", "attention_flops", "backward_flops", "parameters",
-    "tensor_units", "split_parameters", "frozen_parameters", "forward_all_reduce_bytes",
+    "frozen_parameters",
+)  # fmt: skip
+NEAR = ("saved_bytes", "traffic_bytes")
+EXACT_ALONG = (
+    "units", "parameters", "frozen_parameters", "forward_all_reduce_bytes",
     "backward_all_reduce_bytes",
 )  # fmt: skip
-NEAR = ("split_flops", "saved_bytes", "split_saved_bytes", "traffic_bytes")
+NEAR_ALONG = ("flops", "saved_bytes")
 
 
 SHORT = {
@@ -107,14 +111,18 @@ def check(config, precision):
     assert (graph.name, graph.sequence, graph.precision) == (config.name, 24, precision)
     assert len(graph.layers) == len(traced.layers)
     for ours, truth in zip(graph.layers, traced.layers, strict=True):
-        for field in EXACT:
-            assert getattr(ours, field) == getattr(truth, field), (ours.name, field)
-        for field in NEAR:
-            there = getattr(truth, field)
-            assert getattr(ours, field) == pytest.approx(there, rel=0.01), (ours.name, field)
+        both = ours.along("tensor"), truth.along("tensor")
+        for (here, there), exact, near in (
+            ((ours, truth), EXACT, NEAR), (both, EXACT_ALONG, NEAR_ALONG)
+        ):  # fmt: skip
+            for field in exact:
+                assert getattr(here, field) == getattr(there, field), (ours.name, field)
+            for field in near:
+                wanted = pytest.approx(getattr(there, field), rel=0.01)
+                assert getattr(here, field) == wanted, (ours.name, field)
         assert ours.fixed_saved_bytes == pytest.approx(truth.fixed_saved_bytes, rel=0.01, abs=1)
         for tensor, rows in ((1, 1), (1, 64), (2, 1), (2, 64)):
-            if tensor == 1 or truth.tensor_moments:
+            if tensor == 1 or truth.along("tensor").moments:
                 most, really = (worst(layer, tensor, rows) for layer in (ours, truth))
                 slack = 0.02 * rows * truth.saved_bytes
                 assert most == pytest.approx(really, rel=0.08, abs=slack), (ours.name, tensor, rows)
@@ -143,7 +151,10 @@ def test_what_no_tensor_rank_divides_is_one_unit_and_what_they_divide_by_rows_ha
     """Patches of pictures, and embeddings narrower than the blocks, are computed whole."""
     pictures = from_config(PUBLISHED["vit-base"], "vit-base")
     narrow = replace(LLAMA, architecture=replace(LLAMA.architecture, embedding_width=24))
-    units = [counted_graph(c, 64, "fp32").layers[0].tensor_units for c in (pictures, narrow, LLAMA)]
+    units = [
+        counted_graph(c, 64, "fp32").layers[0].along("tensor").units
+        for c in (pictures, narrow, LLAMA)
+    ]
     assert units == [1, 1, 0]
 
 

@@ -1,15 +1,19 @@
 """Models written by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from meshwright.errors import ModelError
 from meshwright.model.load import load_model
 from meshwright.model.spec import (
+    Division,
     content_fingerprint,
     num_frozen_parameters,
     num_parameters,
     structure_fingerprint,
     tensors_across,
+    with_division,
 )
 
 GOOD = """
@@ -64,11 +68,17 @@ def test_a_hand_written_model_is_read_as_it_is_written(tmp_path):
     enc, mid = graph.layers[1], graph.layers[3]
     assert (enc.forward_flops, enc.backward_flops, enc.saved_bytes) == (12e9, 24e9, 9 * 2**20)
     assert enc.signature == graph.layers[0].signature != mid.signature
-    assert (enc.tensor_units, enc.split_flops) == (1, 0)
+    assert enc.along("tensor") == Division(axis="tensor", units=1)
     assert (mid.attention_flops, mid.backward_flops, mid.saved_bytes) == (5e9, 1.5e12, 100)
-    assert (mid.split_flops, mid.split_parameters) == (1.005e12, 1000)
-    assert mid.forward_all_reduce_bytes == (100,)
-    assert mid.backward_all_reduce_bytes == (2 * 2**20,)
+    assert mid.along("tensor") == Division(
+        axis="tensor",
+        units=8,
+        parameters=1000,
+        flops=1.005e12,
+        saved_bytes=100.0,
+        forward_all_reduce_bytes=(100.0,),
+        backward_all_reduce_bytes=(2.0 * 2**20,),
+    )
     assert [(t.name, t.producer, t.consumers) for t in graph.tensors] == [
         ("enc0", 0, (1, 4)), ("enc1", 1, (2,)), ("enc2", 2, (3,)), ("mid", 3, (4,)),
         ("enc1/dec", 1, (4,)),
@@ -132,7 +142,7 @@ def test_frozen_parameters_of_a_file_are_held_and_not_trained(tmp_path):
     assert [x.parameters for x in graph.layers] == [0, 0, 100, 100, 0, 0]
     assert [x.frozen_parameters for x in graph.layers] == [500, 300, 300, 300, 0, 400]
     assert [x.cast_frozen for x in graph.layers] == [0, 300, 300, 300, 0, 400]
-    assert [x.split_frozen for x in graph.layers] == [0, 0, 300, 300, 0, 0]
+    assert [x.along("tensor").frozen_parameters for x in graph.layers] == [0, 0, 300, 300, 0, 0]
     (words,) = graph.tied
     assert (words.parameters, words.frozen_parameters) == (0, 40)
     assert (num_parameters(graph), num_frozen_parameters(graph)) == (200, 1840)
@@ -148,7 +158,7 @@ def test_backwards_of_a_file_follow_from_what_is_trained(tmp_path):
         "table": False, "base": False, "block0": True, "block1": True, "norm": True,
         "base/norm": False,
     }  # fmt: skip
-    first, second = graph.layers[2:4]
+    first, second = (x.along("tensor") for x in graph.layers[2:4])
     assert first.backward_all_reduce_bytes == ()
     assert second.backward_all_reduce_bytes == (64,)
 
@@ -163,6 +173,27 @@ def test_a_file_that_freezes_nothing_is_read_as_ever(tmp_path):
         "087735a31cfd",
         "059623529a08",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("gpt2", "3c2f1d963656"), ("mixtral-8x7b", "e9697331fac0")]
+)
+def test_profiles_measured_before_layers_had_axes_are_found(name, mark):
+    """Profiles name a model by this fingerprint, in which `tensor` is the only axis."""
+    assert content_fingerprint(load_model(name, 64, "fp32" if name == "gpt2" else "bf16")) == mark
+
+
+def test_what_a_layer_does_along_any_axis_is_told_by_the_fingerprint(tmp_path):
+    graph = load(tmp_path, GOOD)
+    first, *others = graph.layers
+    marks = {content_fingerprint(graph)}
+    for axis in ("tensor", "another"):
+        changed = with_division(first, Division(axis=axis, units=3))
+        marks.add(content_fingerprint(replace(graph, layers=(changed, *others))))
+        (tied,) = graph.tied
+        changed = replace(tied, divided=(*tied.divided, axis))
+        marks.add(content_fingerprint(replace(graph, tied=(changed,))))
+    assert len(marks) == 5
 
 
 def test_a_backward_of_nothing_is_a_mistake(tmp_path):

@@ -21,6 +21,7 @@ from meshwright.model.zoo.llama import Llama
 from meshwright.model.zoo.mixtral import Mixtral
 from meshwright.model.zoo.u_transformer import UTransformer
 from meshwright.model.zoo.uneven import Uneven
+from worlds import divided
 
 pytestmark = pytest.mark.heavy
 
@@ -113,8 +114,8 @@ def test_what_tensor_ranks_divide_is_looked_at_only_where_it_is_asked_for():
     model = GPT(vocabulary=32, positions=8, width=16, heads=4, layers=2)
     batch = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long)
     full, plain = trace(model, batch), trace(model, batch, divided=False)
-    nothing = {"split_flops": 0.0, "split_saved_bytes": 0.0, "tensor_moments": ()}
-    wanted = tuple(replace(layer, **nothing) for layer in full.layers)
+    nothing = {"flops": 0.0, "saved_bytes": 0.0, "moments": ()}
+    wanted = tuple(divided(layer, **nothing) for layer in full.layers)
     assert plain == replace(full, layers=wanted)
     assert plain != full
 
@@ -151,14 +152,15 @@ def test_the_middle_of_a_u_transformer_is_thin_beside_what_skips_it():
     blocks = {layer.name: layer for layer in graph.layers}
     outer, inner = blocks["encoder.0"], blocks["middle.0"]
     assert outer.forward_flops == inner.forward_flops
-    assert (outer.tensor_units, inner.tensor_units) == (2, 8)
+    assert (outer.along("tensor").units, inner.along("tensor").units) == (2, 8)
 
 
 def test_an_uneven_vocabulary_is_divided_in_proportion():
     head = trace(MODELS["llama"](), batch()).layers[-1]
-    assert head.split_flops == pytest.approx(head.forward_flops)
-    assert head.split_saved_bytes == pytest.approx(16 * 61 * 4)
-    assert head.tensor_units == 0
+    tensor = head.along("tensor")
+    assert tensor.flops == pytest.approx(head.forward_flops)
+    assert tensor.saved_bytes == pytest.approx(16 * 61 * 4)
+    assert tensor.units == 0
 
 
 class Pair(nn.Module):
@@ -190,7 +192,7 @@ def test_integers_and_frozen_values_carry_no_gradient():
     flow = {t.name: t.gradient for t in graph.tensors}
     assert flow == {"a": False, "pair": True, "a/argsort": False}
     assert [layer.parameters for layer in graph.layers] == [0, 84, 42]
-    assert [layer.split_parameters for layer in graph.layers] == [0, 78, 0]
+    assert [layer.along("tensor").parameters for layer in graph.layers] == [0, 78, 0]
     assert graph.name == "mine"
 
 

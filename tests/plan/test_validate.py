@@ -12,7 +12,7 @@ from meshwright.plan.files import load_plan, save_plan
 from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from meshwright.plan.validate import validate_plan
 from meshwright.records import fingerprint, plain
-from worlds import chain, cluster, in_a_row, layer, plan_by_hand
+from worlds import chain, cluster, divided, in_a_row, layer, plan_by_hand
 
 CLUSTER = cluster(("fast",) * 4)
 MODEL = chain([1.0, 1.0, 1.0])
@@ -156,7 +156,7 @@ def test_all_mistakes_come_at_once(tmp_path):
 
 
 def test_tensor_width_must_divide_the_heads():
-    model = in_a_row((layer(tensor_units=3),), cut_bytes=0.0)
+    model = in_a_row((divided(layer(), units=3),), cut_bytes=0.0)
     data = good()
     data["model"]["fingerprint"] = ""
     data["pipelines"][0]["stages"] = [{"layers": [0, 1], "devices": [["a:0", "a:1"]]}]

@@ -93,9 +93,10 @@ def test_gradients_of_every_layer_meet_one_of_every_replica(case):
     """Every share of every layer is summed once, by the rank of each replica that holds it."""
     model, plan = case
     program = compile_plan(plan, model, bucket_bytes=5000)
-    parts = [((n,), n, x.parameters - x.split_parameters, x.split_parameters)
+    parts = [((n,), n, x.parameters - x.along("tensor").parameters,
+              x.along("tensor").parameters)
              for n, x in enumerate(model.layers)]  # fmt: skip
-    parts += [(t.layers, t.name, 0 if t.split else t.parameters, t.parameters if t.split else 0)
+    parts += [(t.layers, t.name, 0 if t.divided else t.parameters, t.parameters if t.divided else 0)
               for t in model.tied]  # fmt: skip
     for layers, name, undivided, divided in parts:
         replicas = {

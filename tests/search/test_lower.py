@@ -51,7 +51,7 @@ def test_who_holds_a_shared_table_whole_passes_all_of_it() -> None:
     """First and last stage share 2 MB, of which each of the two devices of the last has a half:
     around a ring of two go as many bytes as there are, at 1 GB/s."""
     graph = model([10.0, 10.0], parameters=0, tied=True)
-    graph = replace(graph, tied=(replace(graph.tied[0], split=True),))
+    graph = replace(graph, tied=(replace(graph.tied[0], divided=("tensor",)),))
     where = cluster(("fast",), ("fast", "fast"), network=Link(bandwidth=1e9, latency=0.0))
     stages = (StageDevices((("a:0",),), (1,)), StageDevices((("b:0", "b:1"),), (1,)))
     costs = costs_of(graph, where, job(1))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import devices_of
+from meshwright.search.costs import costs_of
 from meshwright.search.space import (
     Grid,
     device_sets,
@@ -97,5 +98,6 @@ def test_fewer_devices_gives_up_the_slowest_first():
 
 
 def test_devices_without_the_precision_are_not_usable():
-    assert usable_devices(cluster(("fast",)), job()) != ()
-    assert usable_devices(cluster(("fast",)), replace(job(), precision="bf16")) == ()
+    graph, where = model([10.0]), cluster(("fast",))
+    assert usable_devices(costs_of(graph, where, job())) != ()
+    assert usable_devices(costs_of(graph, where, replace(job(), precision="bf16"))) == ()

@@ -12,7 +12,7 @@ from meshwright.program.compile import REDUCE_NORM_BYTES
 from meshwright.report.resources import resource_name
 from meshwright.simulate.plan_figures import check_comparable, compare_plans, simulate_figures
 from meshwright.simulate.traffic import link_loads
-from worlds import even_model, even_plan, one_node
+from worlds import divided, even_model, even_plan, one_node
 
 
 def loads(plan, model, cluster):
@@ -42,9 +42,9 @@ def test_gradients_are_counted_once_for_all_members():
 def test_all_reduces_inside_layers_are_counted():
     cluster, model = one_node(2), even_model(2)
     layers = tuple(
-        replace(
+        divided(
             layer,
-            tensor_units=2,
+            units=2,
             forward_all_reduce_bytes=(100.0, 100.0),
             backward_all_reduce_bytes=(50.0,),
         )

@@ -26,7 +26,7 @@ from meshwright.simulate.simulator import simulate, simulate_plan
 from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.pipeline_parallel.operations import GATHERS
 from strategies import models_and_plans
-from worlds import chain, even_model, even_plan, one_node, plan_by_hand
+from worlds import chain, divided, even_model, even_plan, one_node, plan_by_hand
 
 SECOND = 1.0
 
@@ -269,7 +269,7 @@ def virtual_plans(draw: st.DrawFn) -> tuple[LayerGraph, Plan]:
         schedule=schedule,
         devices=tuple(d for mesh, _ in meshes for replica in mesh for d in replica),
     )
-    layers = tuple(replace(layer, tensor_units=6) for layer in model.layers)
+    layers = tuple(divided(layer, units=6) for layer in model.layers)
     return replace(model, layers=layers), plan
 
 
@@ -307,7 +307,7 @@ def test_broadcasts_of_several_cuts_and_both_directions_take_their_own_time() ->
     plan = plan_by_hand(
         Pipeline(micro_batches=1, rows=1, stages=stages), sequence=1, schedule="zb-v"
     )
-    wide = replace(model, layers=tuple(replace(layer, tensor_units=2) for layer in model.layers))
+    wide = replace(model, layers=tuple(divided(layer, units=2) for layer in model.layers))
     timeline = simulate_plan(plan, wide, one_node(3, bandwidth=1e9))
     chained = of_kind(timeline, Op.RECV_F)[:2] + of_kind(timeline, Op.RECV_B)[:2]
     assert [end - start for start, end in chained] == [pytest.approx(1e-3)] * 4

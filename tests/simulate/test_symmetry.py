@@ -16,7 +16,7 @@ from meshwright.simulate.critical_path import step_breakdown
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all, simulate_by_symmetry
 from soaks import portion
-from worlds import DEVICE, cluster, even_model, even_plan, plan_by_hand
+from worlds import DEVICE, cluster, divided, even_model, even_plan, plan_by_hand
 
 
 def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluster:
@@ -121,9 +121,7 @@ def unlike_widths(second: tuple[tuple[str, ...], ...]) -> Plan:
 def test_unlike_tensor_widths_take_as_long_folded(second, played, shared):
     """Only where all tensor widths are equal one tensor rank stands for the others."""
     model = even_model(4, cut_bytes=1e5, parameters=3_000_000)
-    model = replace(
-        model, layers=tuple(replace(x, split_parameters=2_900_000) for x in model.layers)
-    )
+    model = replace(model, layers=tuple(divided(x, parameters=2_900_000) for x in model.layers))
     plan, where = unlike_widths(second), sites(4, 2, shared=shared)
     check(plan, model, where)
     assert len(find_symmetry(plan, where).ranks) == played

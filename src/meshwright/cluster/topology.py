@@ -60,6 +60,9 @@ class Topology:
     """Explicit links by pair of nodes, in both orders."""
     paths: dict[tuple[str, str], Path] = field(default_factory=dict)
     """Paths computed so far: by pair of nodes, or by pair of devices of one node."""
+    rings: dict[tuple[str, ...], tuple[dict[Resource, int], Seconds]] = field(default_factory=dict)
+    """For rings computed so far, by their members: how many hops use each resource, and the latency
+    of the slowest hop."""
 
 
 DIRECTIONS: tuple[Direction, ...] = ("out", "in")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise, repeat
 
 from meshwright.cluster.topology import Resource, Topology, path
 from meshwright.records import Seconds, record
@@ -105,7 +105,7 @@ def broadcast(
 
     chain = sorted(devices, key=nearness)
     hops = [*pairwise(chain)]
-    return _hops(topology, hops, size, len(hops), step_latency)
+    return _hops(_uses(topology, hops), size, len(hops), step_latency)
 
 
 def _ring(
@@ -116,28 +116,38 @@ def _ring(
     count = len(devices)
     if count < 2:
         return Traffic(bytes_by_resource={})
-    ring = sorted(devices, key=topology.order.__getitem__)
-    hops = zip(ring, [*ring[1:], ring[0]], strict=True)
-    return _hops(topology, hops, steps * size / count, steps, step_latency)
+    members = tuple(devices)
+    if members not in topology.rings:
+        ring = sorted(members, key=topology.order.__getitem__)
+        topology.rings[members] = _uses(topology, zip(ring, [*ring[1:], ring[0]], strict=True))
+    return _hops(topology.rings[members], steps * size / count, steps, step_latency)
 
 
-def _hops(
-    topology: Topology,
-    hops: Iterable[tuple[str, str]],
-    size: float,
-    steps: int,
-    step_latency: Seconds,
-) -> Traffic:
-    """Returns the traffic of `size` bytes over each hop, in `steps` steps that each last as long as
-    the slowest hop."""
-    carried: dict[Resource, float] = {}
-    slowest = step_latency
+def _uses(
+    topology: Topology, hops: Iterable[tuple[str, str]]
+) -> tuple[dict[Resource, int], Seconds]:
+    """Returns how many of the hops use each resource, and the latency of the slowest one."""
+    uses: dict[Resource, int] = {}
+    slowest = 0.0
     for source, target in hops:
         way = path(topology, source, target)
         slowest = max(slowest, way.latency)
         for resource in way.resources:
-            carried[resource] = carried.get(resource, 0.0) + size
-    return Traffic(bytes_by_resource=carried, latency=steps * slowest)
+            uses[resource] = uses.get(resource, 0) + 1
+    return uses, slowest
+
+
+def _hops(
+    used: tuple[dict[Resource, int], Seconds], size: float, steps: int, step_latency: Seconds
+) -> Traffic:
+    """Returns the traffic of `size` bytes over each hop, in `steps` steps that each last as long as
+    the slowest hop."""
+    uses, slowest = used
+    sums = [0.0, *accumulate(repeat(size, max(uses.values(), default=0)))]
+    return Traffic(
+        bytes_by_resource={resource: sums[number] for resource, number in uses.items()},
+        latency=steps * max(step_latency, slowest),
+    )
 
 
 def concurrent(traffics: Iterable[Traffic]) -> Traffic:

@@ -124,7 +124,7 @@ def device_seconds(
     total = layer.forward_flops + layer.attention_flops
     attention = layer.attention_flops / total if total else 0.0
     flops = np.array([total, layer.backward_flops])
-    flops *= rows * split_share(layer.split_flops, total, tensor)
+    flops *= rows * split_share(layer.along("tensor").flops, total, tensor)
     seconds_per_flop = (1 - attention) / e_matmul + attention / e_attention
     moved = _moved_bytes(layer, precision, tensor, rows, constants.weight_traffic)
     result: ForwardBackward = flops * seconds_per_flop / peak + moved / (
@@ -137,15 +137,14 @@ def _moved_bytes(
     layer: Layer, precision: Precision, tensor: int, rows: float, weight_traffic: float
 ) -> ForwardBackward:
     """Returns the bytes of activations and weights that forward and backward read and write."""
-    parameters = layer.parameters * split_share(layer.split_parameters, layer.parameters, tensor)
+    divided = layer.along("tensor")
+    parameters = layer.parameters * split_share(divided.parameters, layer.parameters, tensor)
     parameters *= weight_traffic
-    activations = layer.traffic_bytes * split_share(
-        layer.split_saved_bytes, layer.saved_bytes, tensor
-    )
+    activations = layer.traffic_bytes * split_share(divided.saved_bytes, layer.saved_bytes, tensor)
     moved: ForwardBackward = rows * activations * ACTIVATION_PASSES
     moved += parameters * np.array(WEIGHT_BYTES[precision])
     frozen = layer.frozen_parameters * split_share(
-        layer.split_frozen, layer.frozen_parameters, tensor
+        divided.frozen_parameters, layer.frozen_parameters, tensor
     )
     moved += frozen * weight_traffic * np.array(FROZEN_BYTES[precision])
     return moved

@@ -34,5 +34,5 @@ def copied_gradient_bytes(
     copied = 0.0
     for layer in range(*stage.layers):
         if any(width % other for other in held[layer]):
-            copied += model.layers[layer].split_parameters / width
+            copied += model.layers[layer].along("tensor").parameters / width
     return copied * gradient_bytes(job)

@@ -6,13 +6,13 @@ candidate stages are weighed at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, replace
 from functools import lru_cache
 
 import numpy as np
 
-from meshwright.cluster.spec import Cluster, DeviceType, devices_of
+from meshwright.cluster.spec import Cluster, DeviceType
 from meshwright.cost.constants import FRAGMENTATION, FRAMEWORK_BYTES
 from meshwright.cost.gradient_copies import copied_gradient_bytes, tensor_widths
 from meshwright.cost.in_flight import ScheduledStages, peak_activation_bytes, scheduled_stages
@@ -32,11 +32,7 @@ from meshwright.cost.weights import (
     weight_table,
 )
 from meshwright.model.spec import Layer, LayerGraph, Tensor
-from meshwright.plan.ranks import (
-    RankView,
-    StagePlacement,
-    stage_placements,
-)
+from meshwright.plan.ranks import RankPlacement, RankView, StagePlacement, stage_placements
 from meshwright.plan.spec import DeviceMemory, Job, Plan
 from meshwright.records import record
 from meshwright.stopping import raise_if_stopped
@@ -151,7 +147,7 @@ def memory_table(model: LayerGraph, job: Job) -> MemoryTable:
 
 def _saved(layers: Sequence[Layer | None]) -> SavedTable:
     """Sums the saved bytes of layers; None stands for a layer that counts nothing."""
-    split = cumulative(layer.split_saved_bytes if layer else 0.0 for layer in layers)
+    split = cumulative(layer.along("tensor").saved_bytes if layer else 0.0 for layer in layers)
     return SavedTable(
         split=split,
         replicated=cumulative(layer.saved_bytes if layer else 0.0 for layer in layers) - split,
@@ -333,40 +329,58 @@ def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
 def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[DeviceMemory, ...]:
     """Predicts the peak bytes of every device of a plan, in rank order.
 
-    Activations are the most that the device holds at any point of its schedule. Raises PlanError
-    for a schedule in the plan that cannot be played.
+    Raises PlanError for a schedule in the plan that cannot be played.
+    """
+    found = {
+        placement.rank: replace(memory, device=placement.device)
+        for memory, placements in memory_by_class(plan, model, cluster)
+        for placement in placements
+    }
+    return tuple(found[rank] for rank in sorted(found))
+
+
+def memory_by_class(
+    plan: Plan, model: LayerGraph, cluster: Cluster
+) -> Iterator[tuple[DeviceMemory, list[RankPlacement]]]:
+    """Predicts the peak bytes of one device of every set that holds as much, with the set.
+
+    Activations are the most that a device holds at any point of its schedule.
     """
     tables = memory_tables(model, plan.job)
-    types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
-    found: dict[int, DeviceMemory] = {}
+    nodes = {node.name: node.devices for node in cluster.nodes}
     widths = tensor_widths(model, stage_placements(plan))
     changes = adjustments(plan, model)
     for scheduled in scheduled_stages(plan):
         raise_if_stopped()
-        known: dict[tuple[int, int], tuple[StageMemory, float, float]] = {}
-        first = scheduled.stages[0]
-        for placement in first.mesh.members:
-            key = placement.width("tensor"), placement.rows[1] - placement.rows[0]
-            if key not in known:
-                copied = sum(
-                    copied_gradient_bytes(model, plan.job, widths, stage, key[0])
-                    for stage in scheduled.stages
-                )
-                known[key] = (*_stage_memories(tables, scheduled, *key), copied)
-            parts, activations, copied = known[key]
+        stages = scheduled.stages
+        alike: dict[tuple[int, int, str, int], list[RankPlacement]] = {}
+        for each in stages[0].mesh.members:
+            node, _, index = each.device.rpartition(":")
+            rows, kind = each.rows[1] - each.rows[0], nodes[node][int(index)]
+            # What techniques change may differ from rank to rank.
+            key = (each.width("tensor"), rows, kind, each.rank if changes else 0)
+            alike.setdefault(key, []).append(each)
+        for (tensor, rows, kind, _), placements in alike.items():
+            copied = sum(copied_gradient_bytes(model, plan.job, widths, s, tensor) for s in stages)
+            parts, activations = _stage_memories(tables, scheduled, tensor, rows)
             for adjust in changes:
-                parts = adjust(parts, RankView(stages=scheduled.stages, placement=placement))
-            device = types[placement.device]
-            found[placement.rank] = DeviceMemory(
-                device=placement.device,
-                parameters=round(parts.parameters),
-                gradients=round(parts.gradients),
-                optimizer=round(parts.optimizer),
-                activations=round(activations),
-                buffers=round(max(parts.buffers, copied - activations)) + framework_bytes(device),
-                capacity=device.memory,
-            )
-    return tuple(found[rank] for rank in sorted(found))
+                parts = adjust(parts, RankView(stages=stages, placement=placements[0]))
+            buffers = max(parts.buffers, copied - activations)
+            parts = replace(parts, activations=activations, buffers=buffers)
+            yield _rounded(parts, placements[0].device, cluster.types[kind]), placements
+
+
+def _rounded(parts: StageMemory, device: str, kind: DeviceType) -> DeviceMemory:
+    """Returns the memory of a device in whole bytes, with those of the framework."""
+    return DeviceMemory(
+        device=device,
+        parameters=round(parts.parameters),
+        gradients=round(parts.gradients),
+        optimizer=round(parts.optimizer),
+        activations=round(parts.activations),
+        buffers=round(parts.buffers) + framework_bytes(kind),
+        capacity=kind.memory,
+    )
 
 
 def _stage_memories(

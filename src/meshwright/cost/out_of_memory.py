@@ -78,7 +78,7 @@ def _sizes(memory: DeviceMemory) -> str:
 
 def _wider(layers: Sequence[Layer], tensor: int) -> list[int]:
     """Returns the legal tensor widths above `tensor`, up to 8, the devices of a usual node."""
-    units = [layer.tensor_units for layer in layers if layer.tensor_units]
+    units = [each.units for each in (layer.along("tensor") for layer in layers) if each.units]
     return [w for w in range(tensor + 1, 9) if units and all(u % w == 0 for u in units)]
 
 

@@ -64,12 +64,13 @@ def _of(layer: Layer, *, divided: bool) -> tuple[Moment, ...]:
     A layer that states none has one, its workspace, of which tensor ranks divide the same share as
     of its saved bytes.
     """
-    if divided and layer.tensor_moments:
-        return layer.tensor_moments
+    tensor = layer.along("tensor")
+    if divided and tensor.moments:
+        return tensor.moments
     if layer.moments:
         return layer.moments
     split = layer.workspace_bytes * (
-        layer.split_saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
+        tensor.saved_bytes / layer.saved_bytes if layer.saved_bytes else 0.0
     )
     return (Moment(row=layer.workspace_bytes - split, split_row=split),)
 

@@ -105,15 +105,18 @@ def _numbers(whole: Iterable[float], split: Iterable[float]) -> ParameterCounts:
 def weight_table(model: LayerGraph, job: Job) -> WeightTable:
     """Builds the sums over the weights of a model trained by a job."""
     layers = model.layers
+    split = [layer.along("tensor") for layer in layers]
     return WeightTable(
         unit=bytes_per_parameter(job.precision, job.optimizer),
-        trained=_numbers((x.parameters for x in layers), (x.split_parameters for x in layers)),
-        frozen=_numbers((x.frozen_parameters for x in layers), (x.split_frozen for x in layers)),
+        trained=_numbers((x.parameters for x in layers), (x.parameters for x in split)),
+        frozen=_numbers(
+            (x.frozen_parameters for x in layers), (x.frozen_parameters for x in split)
+        ),
         cast=_numbers(
             (x.cast_parameters + x.cast_frozen for x in layers),
             (
-                min(x.cast_parameters, x.split_parameters) + min(x.cast_frozen, x.split_frozen)
-                for x in layers
+                min(x.cast_parameters, own.parameters) + min(x.cast_frozen, own.frozen_parameters)
+                for x, own in zip(layers, split, strict=True)
             ),
         ),
         constants=cumulative(x.constant_bytes for x in layers),
@@ -144,7 +147,7 @@ def _uses(model: LayerGraph, tied: Tied) -> TiedUses:
         last=tied.layers[-1],
         trained=tied.parameters,
         frozen=tied.frozen_parameters,
-        split=tied.split,
+        split="tensor" in tied.divided,
     )
 
 

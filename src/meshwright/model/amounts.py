@@ -3,10 +3,9 @@ peaks. Tracing (`model.trace`) and counting (`model.transformer.counted_graph`) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from meshwright.model.shard import Split
 from meshwright.model.spec import Moment
 from meshwright.records import record
 
@@ -148,22 +147,6 @@ def costs_per_row(runs: tuple[LayerRun, LayerRun]) -> RowCosts:
         forward_all_reduce_bytes=slopes("forward_all_reduce"),
         backward_all_reduce_bytes=slopes("backward_all_reduce"),
     )
-
-
-def smallest_width(units: int, table: Mapping[str, Split]) -> int:
-    """Gives the smallest legal tensor-parallel width above 1; 1 if there is none, or if the table
-    divides nothing."""
-    if not table or units == 1:
-        return 1
-    return next(width for width in range(2, units + 2) if units % width == 0) if units else 2
-
-
-def measured_widths(units: int, table: Mapping[str, Split]) -> tuple[int, ...]:
-    """Gives the tensor-parallel widths to run a layer at: 1 and up to two more, whose difference
-    separates what is divided from what is replicated."""
-    first = smallest_width(units, table)
-    second = 2 * first if units % (2 * first) == 0 else first
-    return tuple(sorted({1, first, second} if first > 1 else {1}))
 
 
 def peak_moments_of(amounts: dict[int, RowCosts]) -> tuple[Moment, ...]:

@@ -36,7 +36,7 @@ from pydantic import Field
 
 from meshwright.cluster.spec import Precision
 from meshwright.errors import ModelError, Problem
-from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
+from meshwright.model.spec import Division, Layer, LayerGraph, Tensor, Tied
 from meshwright.records import Bytes, Flops, Name, fingerprint, parse, read, record
 from meshwright.units import format_flops
 
@@ -151,7 +151,7 @@ def model_from_table(
                 layers=tuple(sorted(index[name] for name in entry.layers)),
                 parameters=0 if entry.frozen else entry.parameters,
                 frozen_parameters=entry.parameters if entry.frozen else 0,
-                split=entry.split,
+                divided=("tensor",) if entry.split else (),
             )
             for entry in file.tied
         ),
@@ -218,7 +218,6 @@ def _layer(entry: LayerEntry, name: str, signature: str, incoming: int, *, flows
     saved = (entry.output if flows else 0) if entry.saved is None else entry.saved
     forward = entry.forward + entry.attention
     frozen = entry.frozen_parameters or 0
-    divided = entry.tensor_units > 1
     return Layer(
         name=name,
         signature=signature,
@@ -233,13 +232,23 @@ def _layer(entry: LayerEntry, name: str, signature: str, incoming: int, *, flows
         cast_parameters=entry.parameters if forward else 0,
         frozen_parameters=frozen,
         cast_frozen=frozen if forward else 0,
-        split_frozen=frozen if divided else 0,
-        tensor_units=entry.tensor_units,
-        split_parameters=entry.parameters if divided else 0,
-        split_flops=forward if divided else 0.0,
-        split_saved_bytes=float(saved) if divided else 0.0,
-        forward_all_reduce_bytes=(float(entry.output),) if divided else (),
-        backward_all_reduce_bytes=(float(incoming),) if divided and incoming else (),
+        parallel=(_division(entry, saved, incoming),),
+    )
+
+
+def _division(entry: LayerEntry, saved: int, incoming: int) -> Division:
+    """Tells what tensor ranks divide of a layer: all of it, or nothing."""
+    if entry.tensor_units == 1:
+        return Division(axis="tensor", units=1)
+    return Division(
+        axis="tensor",
+        units=entry.tensor_units,
+        parameters=entry.parameters,
+        frozen_parameters=entry.frozen_parameters or 0,
+        flops=entry.forward + entry.attention,
+        saved_bytes=float(saved),
+        forward_all_reduce_bytes=(float(entry.output),),
+        backward_all_reduce_bytes=(float(incoming),) if incoming else (),
     )
 
 

@@ -7,6 +7,7 @@ that the graph was built for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from meshwright.cluster.spec import Precision
@@ -18,7 +19,7 @@ class Moment:
     """Bytes allocated at one moment of a layer's forward or backward, less its saved activations
     (the difference may be negative).
 
-    With r rows on each of t tensor-parallel ranks these are
+    With r rows on each of t ranks that divide the layer these are
 
         fixed + split_fixed / t + r (row + split_row / t)
     """
@@ -27,11 +28,39 @@ class Moment:
     """Bytes that do not depend on the number of rows, such as gradients of weights before they are
     accumulated."""
     split_fixed: float = 0.0
-    """The same, for bytes that are divided among tensor-parallel ranks."""
+    """The same, for bytes that the ranks divide."""
     row: float = 0.0
     """Bytes per row."""
     split_row: float = 0.0
-    """The same, for bytes that are divided among tensor-parallel ranks."""
+    """The same, for bytes that the ranks divide."""
+
+
+@record
+class Division:
+    """What a layer does when the ranks along one axis of a stage's mesh divide it; what they do not
+    divide, each of them holds and computes in full."""
+
+    axis: str
+    """Name of the axis, as in `AXES` of `plan/mesh.py`."""
+    units: int = 0
+    """Number that a legal width must divide, such as the common divisor of heads, key-value heads
+    and hidden width. Every width divides 0, which means that the layer can be divided unevenly (a
+    vocabulary), or that each rank computes all of it."""
+    parameters: int = 0
+    """The part of the layer's `parameters` that is divided."""
+    frozen_parameters: int = 0
+    """The part of its `frozen_parameters` that is divided."""
+    flops: float = 0.0
+    """The part of its forward_flops + attention_flops that is divided."""
+    saved_bytes: float = 0.0
+    """The part of its `saved_bytes` that is divided."""
+    moments: tuple[Moment, ...] = ()
+    """The moments at which the memory of one of several ranks may peak; if empty, those of the
+    undivided layer."""
+    forward_all_reduce_bytes: tuple[float, ...] = ()
+    """Size of each all-reduce along the axis in the forward."""
+    backward_all_reduce_bytes: tuple[float, ...] = ()
+    """Size of each all-reduce along the axis in the backward."""
 
 
 @record
@@ -67,8 +96,6 @@ class Layer:
     moments: tuple[Moment, ...] = ()
     """The moments at which memory may peak; which one does depends on the number of rows. If empty,
     `workspace_bytes` is the peak."""
-    tensor_moments: tuple[Moment, ...] = ()
-    """The same for a layer divided among two or more tensor-parallel ranks."""
     frozen_parameters: int = 0
     """The layer's own numbers that are held and read like `parameters` but never trained: they have
     no gradient and no optimizer state."""
@@ -79,24 +106,16 @@ class Layer:
     running statistics) and frozen integer weights (quantized ones)."""
     has_backward: bool = True
     """False if neither this layer nor one before it is trained, so that no gradient reaches it."""
+    parallel: tuple[Division, ...] = ()
+    """What the layer does when it is divided, one entry for each axis along which it can be."""
 
-    tensor_units: int = 0
-    """Number that a legal tensor-parallel width must divide: the common divisor of heads, key-value
-    heads and hidden width. Every width divides 0, which means that the layer can be divided
-    unevenly (a vocabulary), or that each tensor-parallel rank computes all of it."""
-    split_parameters: int = 0
-    """The part of `parameters` that is divided among tensor-parallel ranks; the rest is
-    replicated."""
-    split_frozen: int = 0
-    """The part of `frozen_parameters` that is divided among tensor-parallel ranks."""
-    split_flops: float = 0.0
-    """The part of forward_flops + attention_flops that is divided among tensor-parallel ranks."""
-    split_saved_bytes: float = 0.0
-    """The part of saved_bytes that is divided among tensor-parallel ranks."""
-    forward_all_reduce_bytes: tuple[float, ...] = ()
-    """Size of each tensor-parallel all-reduce in the forward."""
-    backward_all_reduce_bytes: tuple[float, ...] = ()
-    """Size of each tensor-parallel all-reduce in the backward."""
+    def along(self, axis: str) -> Division:
+        """Returns what the layer does when it is divided along an axis: nothing, if it has no entry
+        for it."""
+        for each in self.parallel:
+            if each.axis == axis:
+                return each
+        return Division(axis=axis)
 
 
 @record
@@ -128,8 +147,8 @@ class Tied:
     """Its number of elements if it is trained, else 0."""
     frozen_parameters: int = 0
     """Its number of elements if it is frozen, else 0."""
-    split: bool = False
-    """True if it is divided among tensor-parallel ranks."""
+    divided: tuple[str, ...] = ()
+    """The axes along which the ranks that hold it divide it."""
 
 
 @record
@@ -151,13 +170,27 @@ def tensors_across(model: LayerGraph, cut: int) -> tuple[Tensor, ...]:
     return tuple(t for t in model.tensors if t.producer < cut <= t.consumers[-1])
 
 
-def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer:
-    """Adds `row_bytes` bytes per row to every peak moment of a layer; `divided` of them are divided
-    among tensor-parallel ranks."""
+def with_division(layer: Layer, division: Division) -> Layer:
+    """Returns the layer with another division along the axis of `division`."""
+    others = (each for each in layer.parallel if each.axis != division.axis)
+    return replace(layer, parallel=(*others, division))
 
-    def later(moments: tuple[Moment, ...]) -> tuple[Moment, ...]:
+
+def without_division(model: LayerGraph, axis: str) -> LayerGraph:
+    """Returns the model with layers that cannot be divided along an axis."""
+    layers = (with_division(each, replace(each.along(axis), units=1)) for each in model.layers)
+    return replace(model, layers=tuple(layers))
+
+
+def with_temporaries(
+    layer: Layer, row_bytes: float, *, divided: Callable[[Division], float]
+) -> Layer:
+    """Adds `row_bytes` bytes per row to every peak moment of a layer; `divided` returns how many of
+    them the ranks along an axis divide."""
+
+    def later(moments: tuple[Moment, ...], split: float = 0.0) -> tuple[Moment, ...]:
         return tuple(
-            replace(m, row=m.row + row_bytes - divided, split_row=m.split_row + divided)
+            replace(m, row=m.row + row_bytes - split, split_row=m.split_row + split)
             for m in moments
         )
 
@@ -165,19 +198,10 @@ def with_temporaries(layer: Layer, row_bytes: float, *, divided: float) -> Layer
         layer,
         workspace_bytes=layer.workspace_bytes + row_bytes,
         moments=later(layer.moments),
-        tensor_moments=later(layer.tensor_moments),
+        parallel=tuple(
+            replace(each, moments=later(each.moments, divided(each))) for each in layer.parallel
+        ),
     )
-
-
-def without_tensor_parallelism(model: LayerGraph) -> LayerGraph:
-    """Returns the model with layers that tensor parallelism cannot divide.
-
-    On an emulated cluster, processes that share a core have to wait for each other at every
-    all-reduce inside a layer, which separate devices do not. Plans with tensor parallelism are
-    therefore left out there, for every planner that is compared.
-    """
-    layers = tuple(replace(layer, tensor_units=1) for layer in model.layers)
-    return replace(model, layers=layers)
 
 
 def num_parameters(model: LayerGraph) -> int:
@@ -192,14 +216,35 @@ def num_frozen_parameters(model: LayerGraph) -> int:
 
 
 _LATER = {"frozen_parameters": 0, "cast_frozen": 0, "split_frozen": 0, "constant_bytes": 0.0,
-          "has_backward": True}  # fmt: skip
+          "has_backward": True, "parallel": [], "divided": []}  # fmt: skip
 """Fields that older graphs lack, with the defaults that stand for their absence."""
+_FINGERPRINTED = {
+    "units": "tensor_units",
+    "parameters": "split_parameters",
+    "frozen_parameters": "split_frozen",
+    "flops": "split_flops",
+    "saved_bytes": "split_saved_bytes",
+    "moments": "tensor_moments",
+    "forward_all_reduce_bytes": "forward_all_reduce_bytes",
+    "backward_all_reduce_bytes": "backward_all_reduce_bytes",
+}
+"""Names in the fingerprint of a layer of what it does along `tensor`."""
 
 
 def content_fingerprint(model: LayerGraph) -> str:
-    """Fingerprint of everything in a graph. Fields of `_LATER` that have their default do not
-    enter, so that measurements made for older graphs are still found."""
+    """Fingerprint of everything in a graph.
+
+    It is that of graphs whose only axis was `tensor`, and without the fields of `_LATER` that have
+    their default, so that measurements made for older graphs are still found.
+    """
     found = plain(model)
+    for each, layer in zip(found["layers"], model.layers, strict=True):
+        tensor = plain(layer.along("tensor"))
+        each |= {name: tensor[field] for field, name in _FINGERPRINTED.items()}
+        each["parallel"] = [other for other in each["parallel"] if other["axis"] != "tensor"]
+    for each in found["tied"]:
+        each["split"] = "tensor" in each["divided"]
+        each["divided"] = [axis for axis in each["divided"] if axis != "tensor"]
     for each in (*found["layers"], *found["tied"]):
         for name, nothing in _LATER.items():
             if each.get(name) == nothing:

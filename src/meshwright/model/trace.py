@@ -26,15 +26,15 @@ from meshwright.model.amounts import (
     LayerRun,
     RowCosts,
     costs_per_row,
-    measured_widths,
 )
 from meshwright.model.graph import CrossingTensor, LayeredModel, LayerPart, cut
-from meshwright.model.layer_record import is_divided, layer_record, with_parameters
+from meshwright.model.layer_record import layer_record, with_parameters
 from meshwright.model.measure import TensorSpec, run_layer
 from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.model.spec import Tensor as Crossing
 from meshwright.model.symbolic import linear_parameters
 from meshwright.model.transformer.module_specs import ParameterSpec
+from meshwright.techniques.tensor_parallel.model import dividing_axes, measured_widths
 
 
 def trace(
@@ -285,5 +285,5 @@ def _tied(layered: LayeredModel, model: nn.Module, name: str) -> Tied:
         layers=layers,
         parameters=parameter.numel() if parameter.requires_grad else 0,
         frozen_parameters=0 if parameter.requires_grad else parameter.numel(),
-        split=is_divided(ParameterSpec(name, tuple(parameter.shape), split)),
+        divided=dividing_axes(ParameterSpec(name, tuple(parameter.shape), split)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.model.spec import Layer, LayerGraph, with_temporaries
+from meshwright.model.spec import Division, Layer, LayerGraph, with_temporaries
 from meshwright.model.transformer.counted_graph import SIZES
 
 SAVED = 2.5
@@ -27,16 +27,20 @@ def with_unfused_attention(model: LayerGraph, heads: int) -> LayerGraph:
     size = SIZES[model.precision][0]
     scores = float(heads * model.sequence**2 * size)
 
+    def saving(division: Division) -> Division:
+        saved = SAVED * scores if division.saved_bytes else 0.0
+        return replace(division, saved_bytes=division.saved_bytes + saved)
+
     def unfused(layer: Layer) -> Layer:
         if not layer.attention_flops:
             return layer
-        divided = SAVED * scores if layer.split_saved_bytes else 0.0
+        again = with_temporaries(layer, 2 * scores, divided=lambda _: 2 * scores)
         return replace(
-            with_temporaries(layer, 2 * scores, divided=2 * scores),
+            again,
             signature=f"{layer.signature}-unfused",
             traffic_bytes=layer.traffic_bytes + MOVED * scores,
             saved_bytes=layer.saved_bytes + SAVED * scores,
-            split_saved_bytes=layer.split_saved_bytes + divided,
+            parallel=tuple(map(saving, again.parallel)),
         )
 
     return replace(model, layers=tuple(unfused(layer) for layer in model.layers))

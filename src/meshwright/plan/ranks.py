@@ -5,6 +5,7 @@ it works on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -81,7 +82,9 @@ def row_intervals(stage: Stage, rows: int) -> tuple[tuple[int, int], ...]:
 
 def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
     """Returns every stage of every pipeline, numbered in order."""
-    return _placements(plan.devices, plan.pipelines)
+    # Plans that differ in their schedule and micro-batches alone share what they place.
+    pipelines = tuple(replace(each, micro_batches=1, actions=None) for each in plan.pipelines)
+    return _placements(plan.devices, pipelines)
 
 
 @lru_cache(maxsize=4)  # a plan is compiled, priced and weighed one after the other

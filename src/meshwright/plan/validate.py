@@ -248,13 +248,13 @@ def _tensor_widths(plan: Plan, model: LayerGraph, source: str) -> Iterator[Probl
             held = range(max(0, stage.layers[0]), min(stage.layers[1], len(model.layers)))
             for width in sorted({*mesh_of(stage).widths("tensor")} - {0}):
                 for layer in (model.layers[n] for n in held):
-                    if layer.tensor_units % width:
+                    units = layer.along("tensor").units
+                    if units % width:
                         yield Problem(
                             source,
                             f"pipelines[{p}].stages[{s}].devices",
                             f"tensor width {width} for layer {layer.name}",
-                            f"a width that divides {layer.tensor_units} (its heads and hidden "
-                            "units)",
+                            f"a width that divides {units} (its heads and hidden units)",
                         )
                         break
 

@@ -130,7 +130,7 @@ def layer_cases(
     """Yields every pair of width and rows, with those of the distinct layers that can be divided by
     that width."""
     for tensor, rows in product(settings.tensor, settings.rows):
-        legal = tuple(n for n in layers if graph.layers[n].tensor_units % tensor == 0)
+        legal = tuple(n for n in layers if graph.layers[n].along("tensor").units % tensor == 0)
         if legal:
             yield LayerCase(layers=legal, rows=rows, tensor=tensor)
 

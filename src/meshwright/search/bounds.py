@@ -229,7 +229,7 @@ def _exposed_reductions(costs: Costs, pipeline: CandidatePipeline, backward: Gri
         groups = tuple(dict.fromkeys(group for s in stages for group in pipeline.stages[s].groups))
         if len(groups) > 1:
             latency, slope = _ring(costs, groups)
-            size = tied.parameters * width / (len(groups[0]) if tied.split else 1) - 1
+            size = tied.parameters * width / (len(groups[0]) if "tensor" in tied.divided else 1) - 1
             first = pipeline.bounds[stages[0]] == tied.layers[0]
             for u, seconds in enumerate(backward[stages[0]]):
                 begun = 0.0 if first else seconds

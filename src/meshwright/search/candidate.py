@@ -194,6 +194,7 @@ def tensor_widths_agree(costs: Costs, pipelines: Sequence[CandidatePipeline]) ->
         for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
             tensor = len(stage.groups[0])
             for layer in range(a, b):
-                if layers[layer].tensor_units % tensor or width.setdefault(layer, tensor) != tensor:
+                units = layers[layer].along("tensor").units
+                if units % tensor or width.setdefault(layer, tensor) != tensor:
                     return False
     return all(len({width[layer] for layer in tied.layers}) <= 1 for tied in costs.model.tied)

@@ -60,7 +60,7 @@ def certificate(costs: Costs) -> Certificate:
     weights keep nobody waiting but at the first layer. Then the optimizer: some device holds at
     least an equal share of the parameters.
     """
-    devices = usable_devices(costs.cluster, costs.job)
+    devices = usable_devices(costs)
     counts = Counter(device.type for device in devices)
     kinds = sorted(counts)
     widths = range(1, max(len(node.devices) for node in costs.cluster.nodes) + 1)
@@ -84,7 +84,7 @@ def certificate(costs: Costs) -> Certificate:
 
 def certificate_in_haste(costs: Costs) -> Certificate:
     """A bound that holds and takes no time: what comes after the last pipeline."""
-    counts = Counter(device.type for device in usable_devices(costs.cluster, costs.job))
+    counts = Counter(device.type for device in usable_devices(costs))
     return Certificate(_after(costs, counts), LAST)
 
 
@@ -141,17 +141,18 @@ def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
     where not one row fits or the width does not divide the layer.
     """
     room, unit, found = usable_bytes(costs.cluster.types[kind]), costs.table.weights.unit, []
-    holders = len(usable_devices(costs.cluster, costs.job))
+    holders = len(usable_devices(costs))
     each = unit.weights + unit.gradients + unit.optimizer / holders + unit.casts
     for layer in costs.model.layers:
-        divided = 1 - 1 / tensor if layer.tensor_units else 0.0
-        held = (layer.parameters - layer.split_parameters * divided) * each
-        held += (layer.frozen_parameters - layer.split_frozen * divided) * unit.weights
-        saved = layer.saved_bytes - layer.split_saved_bytes * divided
+        own = layer.along("tensor")
+        divided = 1 - 1 / tensor if own.units else 0.0
+        held = (layer.parameters - own.parameters * divided) * each
+        held += (layer.frozen_parameters - own.frozen_parameters * divided) * unit.weights
+        saved = layer.saved_bytes - own.saved_bytes * divided
         rows = costs.job.global_batch if room >= held else 0
         if rows and saved > 0:
             rows = min(rows, int((room - held) / saved))
-        found.append(0 if layer.tensor_units % tensor else rows)
+        found.append(0 if own.units % tensor else rows)
     return np.array(found, dtype=np.float64)
 
 

@@ -186,7 +186,7 @@ def _sorted_rows(costs: Costs) -> Iterator[tuple[TensorGroup, ...]]:
 
 def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
     names: dict[tuple[str, str], list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         names.setdefault((device.node, device.type), []).append(device.name)
     found = [
         [tuple(own[i : i + tensor]) for i in range(0, len(own) - tensor + 1, tensor)]

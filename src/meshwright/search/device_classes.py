@@ -100,7 +100,7 @@ def device_classes(costs: Costs) -> tuple[DeviceClass, ...]:
 def _device_classes(costs: Costs, *, links: bool) -> tuple[DeviceClass, ...]:
     nodes = {node.name: node for node in costs.cluster.nodes}
     own: dict[tuple[str, str], list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         own.setdefault((device.node, device.type), []).append(device.name)
     found: dict[object, list[tuple[str, tuple[str, ...]]]] = {}
     for (name, kind), names in own.items():

@@ -21,7 +21,7 @@ def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
     """Names of the usable devices of every class, in cluster order."""
     index = {node.name: i for i, node in enumerate(costs.cluster.nodes)}
     found: dict[NodeType, tuple[str, ...]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         key = (index[device.node], device.type)
         found[key] = (*found.get(key, ()), device.name)
     return found
@@ -37,7 +37,7 @@ def device_patterns(costs: Costs) -> Iterator[DevicePattern]:
 def _widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that at least one layer allows."""
     most = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    groups = {layer.tensor_units for layer in costs.model.layers}
+    groups = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, most + 1) if any(group % t == 0 for group in groups))
 
 

@@ -182,9 +182,9 @@ def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffi
 
 def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     """The best cuts that fit, and the step's seconds in closed form; else by how much it misses."""
-    facts = chain(costs, candidate)
     if candidate.fixed is not None:
-        return _given(costs, candidate, candidate.fixed, facts)
+        return _given(costs, candidate, candidate.fixed)
+    facts = chain(costs, candidate)
     loads, memory = chain_loads(facts.forward + facts.backward), facts.memory
     need = _bytes(memory.plain, memory)
     fitting = forbid_beyond(loads, need, memory.capacity)
@@ -255,8 +255,8 @@ def _parameter_seconds(costs: Costs, candidate: Candidate) -> Array:
     return parameter_seconds
 
 
-def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> Estimate | Misfit:
-    memory = facts.memory
+def _given(costs: Costs, candidate: Candidate, bounds: Bounds) -> Estimate | Misfit:
+    memory = memory_of(costs, candidate)
     excess = max(
         _excess((memory.recomputed if recompute else None) or memory.plain, memory, s, layers)
         for s, (layers, recompute) in enumerate(
@@ -265,7 +265,7 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> 
     )
     if excess > 0:
         return Misfit(candidate, bounds, excess)
-    return Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
+    return Estimate(candidate, bounds, given_seconds(costs, candidate))
 
 
 def given_seconds(costs: Costs, candidate: Candidate) -> float:
@@ -368,7 +368,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
         holders = tuple(
             s for s, (a, b) in enumerate(ranges) if any(a <= layer < b for layer in tied.layers)
         )
-        share = candidate.shape.grid.tensor if tied.split else 1
+        share = candidate.shape.grid.tensor if "tensor" in tied.divided else 1
         size = tied.parameters / share * reduced_width(costs)
         if between := _rings(costs, candidate, holders):
             sizes[list(holders)] += size

@@ -122,7 +122,7 @@ def nothing_fits(costs: Costs, misfits: Iterable[Misfit], tried: int) -> FitErro
     if worst.optimizer:
         saved = format_bytes(worst.optimizer)
         advice.append(f"an optimizer without moments (sgd saves {saved} on this device)")
-    if not any(layer.split_parameters for layer in costs.model.layers):
+    if not any(layer.along("tensor").parameters for layer in costs.model.layers):
         advice.append("layers that tensor parallelism can split")
     found = next(
         problem.found

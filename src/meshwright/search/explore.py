@@ -67,7 +67,7 @@ def is_large(costs: Costs) -> bool:
 
 def whole(costs: Costs) -> DeviceSet:
     """Every device that offers the job's precision. Raises ClusterError when there is none."""
-    devices = usable_devices(costs.cluster, costs.job)
+    devices = usable_devices(costs)
     if not devices:
         offers = sorted({p for kind in costs.cluster.types.values() for p in kind.peak})
         raise ClusterError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.cost.memory import memory_by_class, total_bytes
 from meshwright.plan.spec import Plan
 from meshwright.search.costs import Costs
 from meshwright.search.explore import Progress
@@ -112,5 +112,5 @@ def _simulated(incumbent: Incumbent, proposal: Proposal) -> Evaluated:
 
 def fits_in_memory(costs: Costs, plan: Plan) -> bool:
     """Return True if every device holds what the plan asks of it."""
-    memory = device_memory(plan, costs.model, costs.cluster)
-    return all(total_bytes(each) <= each.capacity for each in memory)
+    found = memory_by_class(plan, costs.model, costs.cluster)
+    return all(total_bytes(memory) <= memory.capacity for memory, _ in found)

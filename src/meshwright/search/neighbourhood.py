@@ -322,7 +322,7 @@ def _idle(costs: Costs, pipelines: tuple[CandidatePipeline, ...]) -> list[Tensor
     used = {name for pipeline in pipelines for name in pipeline.devices}
     tensors = sorted({len(stage.groups[0]) for pipeline in pipelines for stage in pipeline.stages})
     free: dict[tuple[str, str], list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         if device.name not in used:
             free.setdefault((device.node, device.type), []).append(device.name)
     return [

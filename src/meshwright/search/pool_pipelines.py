@@ -70,7 +70,7 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
     """The pools of a cluster in the order of their devices, at these tensor widths."""
     nodes = {node.name: node for node in costs.cluster.nodes}
     by_class: dict[tuple[str, str], list[str]] = {}
-    for device in usable_devices(costs.cluster, costs.job):
+    for device in usable_devices(costs):
         by_class.setdefault((device.node, device.type), []).append(device.name)
     found: dict[object, list[list[str]]] = {}
     for (name, kind), devices in by_class.items():

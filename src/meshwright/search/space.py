@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import isqrt
 
-from meshwright.cluster.spec import Cluster, Device, devices_of
+from meshwright.cluster.spec import Device
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, ScheduleName
 from meshwright.records import record
@@ -52,9 +52,10 @@ def divisors(number: int) -> tuple[int, ...]:
     return (*low, *high)
 
 
-def usable_devices(cluster: Cluster, job: Job) -> tuple[Device, ...]:
+def usable_devices(costs: Costs) -> tuple[Device, ...]:
     """Devices whose type offers the job's precision, in cluster order."""
-    return tuple(d for d in devices_of(cluster) if job.precision in cluster.types[d.type].peak)
+    offers = {k for k, kind in costs.cluster.types.items() if costs.job.precision in kind.peak}
+    return tuple(device for device in costs.devices.values() if device.type in offers)
 
 
 def device_sets(
@@ -115,7 +116,7 @@ def grids(
 ) -> tuple[Grid, ...]:
     """Every grid that uses all the devices; what is impossible is counted in `dropped`."""
     per_node = Counter(d.node for d in devices)
-    groups = {layer.tensor_units for layer in model.layers}
+    groups = {layer.along("tensor").units for layer in model.layers}
     found = []
     for tensor in divisors(len(devices)):
         if any(count % tensor for count in per_node.values()):
@@ -147,5 +148,5 @@ def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[
 def legal_widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that every layer allows and some node has."""
     widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    groups = {layer.tensor_units for layer in costs.model.layers}
+    groups = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, widest + 1) if all(group % t == 0 for group in groups))

@@ -289,7 +289,7 @@ def _sums(
         groups = tuple(group for stage, _, _ in holders for group in stage.groups)
         if len(groups) > 1:
             ready = max(end for _, _, (_, end) in holders)
-            share = len(groups[0]) if tied.split else 1
+            share = len(groups[0]) if "tensor" in tied.divided else 1
             size = tied.parameters / share * reduced_width(costs)
             yield ready, ready, size, size, groups
 

@@ -144,8 +144,7 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     """
     every = dict.fromkeys(flows)
     left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
-    if left:
-        _check_bandwidth(left)
+    _check_bandwidth(left)
     waiting = _not_first(every)
     rates = _filled(left, [flow for flow in every if flow not in waiting])
     for flow in waiting:
@@ -161,18 +160,16 @@ def _rates_alone(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> 
     order: the slowest first."""
     found: list[tuple[float, Resource, Flow]] = []
     for flow in flows:
+        _check_bandwidth({resource: bandwidth[resource] for resource in flow.bytes_by_resource})
         speed, slowest = min((bandwidth[resource] / w, resource) for resource, w in flow.weights)
-        if speed <= 0:
-            _check_bandwidth({resource: bandwidth[resource] for resource in flow.bytes_by_resource})
         found.append((speed, slowest, flow))
-    if len(found) > 1:
-        found.sort(key=itemgetter(0, 1))
+    found.sort(key=itemgetter(0, 1))
     return {flow: speed / flow.stream for speed, _, flow in found}
 
 
 def _check_bandwidth(bandwidth: Mapping[Resource, float]) -> None:
     """Raises ClusterError for a resource without bandwidth."""
-    if min(bandwidth.values()) <= 0:
+    if min(bandwidth.values(), default=1.0) <= 0:
         empty = [resource for resource, speed in bandwidth.items() if speed <= 0]
         ClusterError.check(
             Problem(f"{kind} of {owner}", "bandwidth", "0", "above zero", each=("link", owner))

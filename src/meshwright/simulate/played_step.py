@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from meshwright.cost.pricing import Prices
-from meshwright.program.instructions import Instruction, Program
+from meshwright.program.instructions import Program
 from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interval_label
 
 
@@ -26,33 +26,32 @@ class PlayedStep:
     def timeline(self) -> Timeline:
         """Returns the intervals of all instructions, and the memory in use."""
         prices = self.prices
-        ordered = sorted(self.played, key=itemgetter(2, 0))
+        ordered = (
+            (rank, self.program.ranks[rank][index], began, ended)
+            for rank, index, began, ended in sorted(self.played, key=itemgetter(2, 0))
+        )
         at_first = ((rank, 0.0, size) for rank, size in enumerate(prices.static_bytes))
         return Timeline(
             source="simulated",
             devices=prices.devices,
             step_seconds=self.step_seconds,
             intervals=tuple(
-                _interval(self.program.ranks[rank][index], rank, began, ended)
-                for rank, index, began, ended in ordered
+                Interval(
+                    rank=rank,
+                    stream=i.op.stream,
+                    op=i.op,
+                    stage=i.stage,
+                    micro_batch=i.micro_batch,
+                    label=interval_label(i),
+                    start_seconds=began,
+                    end_seconds=ended,
+                    peer=i.peer,
+                    bytes=i.bytes,
+                )
+                for rank, i, began, ended in ordered
             ),
             memory=tuple(
                 MemoryPoint(rank=rank, seconds=seconds, bytes=round(size))
                 for rank, seconds, size in (*at_first, *self.memory)
             ),
         )
-
-
-def _interval(i: Instruction, rank: int, began: float, ended: float) -> Interval:
-    return Interval(
-        rank=rank,
-        stream=i.op.stream,
-        op=i.op,
-        stage=i.stage,
-        micro_batch=i.micro_batch,
-        label=interval_label(i),
-        start_seconds=began,
-        end_seconds=ended,
-        peer=i.peer,
-        bytes=i.bytes,
-    )

@@ -91,11 +91,11 @@ class _Queue:
 
 
 _Load = tuple[dict[Resource, float], float, tuple[tuple[Resource, float], ...]]
-"""The bytes on every resource, the bytes of one stream, and the streams on every resource."""
 
 
 def _load(traffic: Traffic) -> _Load | None:
-    """Returns what a communication puts on links; None if it moves no byte."""
+    """Returns the bytes on every resource, those of one stream, and the streams on every resource;
+    None if no byte moves."""
     sizes = {resource: size for resource, size in traffic.bytes_by_resource.items() if size > 0}
     if not sizes:
         return None
@@ -308,18 +308,11 @@ class _Simulation:
         arrival = self.now + traffic.latency
         if id(traffic) not in self.loads:
             self.loads[id(traffic)] = _load(traffic)
-        load = self.loads[id(traffic)]
-        if load is None:
+        if (load := self.loads[id(traffic)]) is None:
             self.at(arrival, then, *arguments)
             return
         sizes, stream, weights = load
-        flow = Flow(
-            bytes_by_resource=sizes,
-            on_end=partial(then, *arguments),
-            stream=stream,
-            sender=traffic.sender,
-            weights=weights,
-        )
+        flow = Flow(sizes, partial(then, *arguments), stream, traffic.sender, weights=weights)
         self.at(arrival, self.enter, flow)
 
     def enter(self, flow: Flow) -> None:
@@ -338,12 +331,12 @@ class _Simulation:
 
 
 def simulate(program: Program, prices: Prices) -> Timeline:
-    """Simulates one step; raises ProgramError with one Problem for every rank that gets stuck."""
+    """Simulates one step, as `played_step` does."""
     return played_step(program, prices).timeline()
 
 
 def played_step(program: Program, prices: Prices) -> PlayedStep:
-    """Simulates one step, as `simulate` does."""
+    """Simulates one step; raises ProgramError with one Problem for every rank that gets stuck."""
     step = _Simulation(program, prices)
     step.play()
     ProgramError.check(

@@ -112,7 +112,7 @@ def _check_memory(settings: ProfileSettings, graph: LayerGraph, processes: int) 
 
 def _measured_bytes(layer: Layer, rows: int, width: int) -> float:
     """Returns the least bytes that a layer takes with its gradients and this number of rows."""
-    saved = layer.saved_bytes - layer.split_saved_bytes * (1 - 1 / width)
+    saved = layer.saved_bytes - layer.along("tensor").saved_bytes * (1 - 1 / width)
     weights = 8 * layer.parameters + 4 * layer.frozen_parameters
     return (saved + layer.workspace_bytes / width) * rows + weights / width
 

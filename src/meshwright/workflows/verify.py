@@ -17,7 +17,7 @@ from meshwright import files
 from meshwright.cluster.spec import devices_of
 from meshwright.cost.profile import version_mismatches
 from meshwright.errors import FitError, PlanError, Problem, TrainingError
-from meshwright.model.spec import without_tensor_parallelism
+from meshwright.model.spec import without_division
 from meshwright.plan.files import save_plan
 from meshwright.plan.ranks import (
     describe_plan,
@@ -229,7 +229,7 @@ def verify_here(
         warnings += unmeasured(session, plan)
     if session.profile is None and not virtual:
         warnings.append("no profile: predictions come from datasheets, see `meshwright profile`")
-    model = without_tensor_parallelism(session.model) if launcher else session.model
+    model = without_division(session.model, "tensor") if launcher else session.model
     fair = replace(session, model=model)
     rivals, left_out = rivals_of(fair, names)
     if launcher and uses_tensor_parallelism(plan):

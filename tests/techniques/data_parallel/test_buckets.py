@@ -10,7 +10,7 @@ from meshwright.model.spec import Layer, LayerGraph, Tied
 from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Pipeline, Stage
 from meshwright.techniques.data_parallel.buckets import gradient_buckets, usual_bucket_bytes
-from worlds import even_model, even_plan, one_node
+from worlds import divided, even_model, even_plan, one_node
 
 MIB = 2**20
 FP32 = even_plan(even_model(1), one_node(1)).job
@@ -47,7 +47,7 @@ def parted(*layers: tuple[int, int]) -> LayerGraph:
     """Layers with so many parameters whole, and so many that tensor ranks divide."""
     model = even_model(len(layers))
     made: list[Layer] = [
-        replace(layer, parameters=whole + split, split_parameters=split, tensor_units=4)
+        divided(replace(layer, parameters=whole + split), parameters=split, units=4)
         for layer, (whole, split) in zip(model.layers, layers, strict=True)
     ]
     return replace(model, layers=tuple(made))
@@ -82,10 +82,10 @@ def test_unlike_widths_sum_each_common_part_and_the_undivided_over_all() -> None
     assert [ranks for ranks, _ in none_whole[1]] == [(0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize(("split", "size"), [(False, 28), (True, 14)])
-def test_a_tied_parameter_is_summed_with_its_first_layer(split: bool, size: int) -> None:
+@pytest.mark.parametrize(("axes", "size"), [((), 28), (("tensor",), 14)])
+def test_a_tied_parameter_is_summed_with_its_first_layer(axes: tuple[str, ...], size: int) -> None:
     model = parted((1, 0), (1, 0))
-    model = replace(model, tied=(Tied(name="table", layers=(0, 1), parameters=7, split=split),))
+    model = replace(model, tied=(Tied(name="table", layers=(0, 1), parameters=7, divided=axes),))
     first, last = (
         Stage(layers=(s, s + 1), devices=((f"n:{2 * s}", f"n:{2 * s + 1}"),)) for s in (0, 1)
     )

@@ -17,7 +17,7 @@ from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import format_program, parse_program
 from meshwright.program.operations import Op
 from meshwright.techniques.pipeline_parallel.rows import boundary_moves, gathered
-from worlds import in_a_row, layer, plan_by_hand
+from worlds import divided, in_a_row, layer, plan_by_hand
 
 KINDS: tuple[BoundaryKind, ...] = ("direct", "scatter_gather", "broadcast")
 ROWS = 6
@@ -46,7 +46,7 @@ def plans(draw: st.DrawFn, kind: BoundaryKind | None = None) -> Plan:
 
 
 def graph(layers: int) -> LayerGraph:
-    return in_a_row((layer(tensor_units=12),) * layers, cut_bytes=120.0)
+    return in_a_row((divided(layer(), units=12),) * layers, cut_bytes=120.0)
 
 
 def holders(stage: StagePlacement) -> dict[int, tuple[int, int]]:

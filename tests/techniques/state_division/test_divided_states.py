@@ -28,7 +28,7 @@ from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 from soaks import portion
 from strategies import models_and_plans
-from worlds import chain, even_model, even_plan, one_node
+from worlds import chain, divided, even_model, even_plan, one_node
 
 DIVIDED = StateDivision(optimizer="all")
 
@@ -119,7 +119,7 @@ def test_tensor_ranks_divide_what_each_of_them_holds() -> None:
     """2 replicas x 2 tensor ranks: 840 of 1,000 parameters are divided by tensor parallelism, so a
     rank holds 160 + 420 of them, and updates half of these."""
     model, cluster = even_model(1, parameters=1000), one_node(4)
-    layer = replace(model.layers[0], split_parameters=840, tensor_units=2)
+    layer = divided(model.layers[0], parameters=840, units=2)
     model = replace(model, layers=(layer,))
     plan = dividing(adam(even_plan(model, cluster, data=2, tensor=2)))
     assert {m.optimizer for m in device_memory(plan, model, cluster)} == {580 * 8 // 2}

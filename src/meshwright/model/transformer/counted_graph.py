@@ -15,10 +15,9 @@ from meshwright.model.amounts import (
     LayerRun,
     RowCosts,
     costs_per_row,
-    measured_widths,
 )
 from meshwright.model.config import LanguageModel
-from meshwright.model.layer_record import is_divided, layer_record, with_parameters
+from meshwright.model.layer_record import layer_record, with_parameters
 from meshwright.model.shard import Split
 from meshwright.model.spec import Layer, LayerGraph, Tensor, Tied
 from meshwright.model.transformer.counted import Counted
@@ -33,6 +32,7 @@ from meshwright.model.transformer.layer_list import (
 from meshwright.model.transformer.module_specs import INDEX_BYTES, ParameterSpec
 from meshwright.model.transformer.tape import Sized
 from meshwright.records import fingerprint
+from meshwright.techniques.tensor_parallel.model import dividing_axes, measured_widths
 
 SIZES: Mapping[Precision, tuple[int, int]] = {
     "fp64": (8, 8),
@@ -211,7 +211,7 @@ def _tied(
             name=name,
             layers=tuple(sorted(users[name])),
             parameters=prod(places[name][1].shape),
-            split=is_divided(places[name][1]),
+            divided=dividing_axes(places[name][1]),
         )
         for name in sorted(users, key=lambda name: places[name][0])
     )

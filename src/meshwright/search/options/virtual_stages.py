@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import inf
 from operator import attrgetter
 
-from meshwright.cost.memory import device_memory, total_bytes
+from meshwright.cost.memory import memory_by_class, total_bytes
 from meshwright.plan.ranks import StageLayout, describe_plan
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
 from meshwright.program.work import Work
@@ -177,8 +177,12 @@ def divided_plan(
             pipelines=pipelines,
             prediction=None,
         )
-        memory = device_memory(found, costs.model, costs.cluster)
-        overfull = {each.device for each in memory if total_bytes(each) > each.capacity}
+        overfull = {
+            placement.device
+            for memory, placements in memory_by_class(found, costs.model, costs.cluster)
+            if total_bytes(memory) > memory.capacity
+            for placement in placements
+        }
         if not overfull:
             return found
         more = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.model.spec import Layer, LayerGraph, Moment, Tensor, with_temporaries
+from meshwright.model.spec import Division, Layer, LayerGraph, Moment, Tensor, with_temporaries
 
 
 def recomputed(layer: int, layers: int) -> bool:
@@ -43,10 +43,16 @@ def _recomputed(model: LayerGraph, index: int) -> Layer:
         signature=f"{layer.signature}-recomputed",
         backward_flops=layer.backward_flops + layer.forward_flops + layer.attention_flops,
         traffic_bytes=layer.traffic_bytes * 4 / 3,
-        backward_all_reduce_bytes=layer.backward_all_reduce_bytes + layer.forward_all_reduce_bytes,
+        parallel=tuple(map(_repeating, layer.parallel)),
     )
     reads_layers = any(index in tensor.consumers for tensor in model.tensors)
     return _keeping_inputs(model, again, index) if reads_layers else again
+
+
+def _repeating(division: Division) -> Division:
+    """Lets the backward repeat the collectives of the forward."""
+    sizes = division.backward_all_reduce_bytes + division.forward_all_reduce_bytes
+    return replace(division, backward_all_reduce_bytes=sizes)
 
 
 def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
@@ -59,14 +65,19 @@ def _keeping_inputs(model: LayerGraph, layer: Layer, index: int) -> Layer:
     inputs = [t for t in model.tensors if t.consumers and t.consumers[0] == index]
     kept = sum(t.bytes for t in inputs)
     already = sum(t.bytes for t in inputs if t.kept or not layer.frozen_parameters)
-    again = with_temporaries(layer, layer.saved_bytes - already, divided=layer.split_saved_bytes)
+    again = with_temporaries(
+        layer, layer.saved_bytes - already, divided=lambda division: division.saved_bytes
+    )
+    fixed = layer.fixed_saved_bytes
     return replace(
         again,
         saved_bytes=kept,
-        split_saved_bytes=0.0,
         fixed_saved_bytes=0.0,
-        moments=_with_fixed(again.moments, layer.fixed_saved_bytes),
-        tensor_moments=_with_fixed(again.tensor_moments, layer.fixed_saved_bytes),
+        moments=_with_fixed(again.moments, fixed),
+        parallel=tuple(
+            replace(each, saved_bytes=0.0, moments=_with_fixed(each.moments, fixed))
+            for each in again.parallel
+        ),
     )
 
 

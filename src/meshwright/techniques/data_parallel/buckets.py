@@ -79,8 +79,9 @@ def gradient_buckets(
         end, undivided, divided = last, 0, 0
         for layer in reversed(range(first, last)):
             facts = model.layers[layer]
-            undivided += width * (facts.parameters - facts.split_parameters)
-            divided += width * facts.split_parameters
+            split = facts.along("tensor").parameters
+            undivided += width * (facts.parameters - split)
+            divided += width * split
             size = undivided + divided / holders.width("tensor")
             if size >= bucket_bytes or layer == first:
                 sums = _sums(holders, undivided, divided)
@@ -89,7 +90,7 @@ def gradient_buckets(
     for tied in model.tied:
         size = width * tied.parameters
         holders = holders_of(stages, tied.layers)
-        sums = _sums(holders, *((0, size) if tied.split else (size, 0)))
+        sums = _sums(holders, *((0, size) if "tensor" in tied.divided else (size, 0)))
         found.append((tied.layers[0], Bucket(layers=None, tied=tied.name, sums=sums)))
     found.sort(key=lambda each: -each[0])
     return tuple(bucket for _, bucket in found if bucket.sums)

@@ -12,6 +12,7 @@ from meshwright.cost.times import Array, ReplicaWork
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Plan
+from meshwright.techniques.tensor_parallel.model import AXIS
 
 
 def layer_seconds(work: ReplicaWork, forward: Array, backward: Array) -> tuple[Array, Array]:
@@ -32,10 +33,10 @@ def layer_seconds(work: ReplicaWork, forward: Array, backward: Array) -> tuple[A
                 known[size] = uncontended_seconds(work.links, traffic)
         return sum(known[size] for size in sizes)
 
-    held = work.model.layers[slice(*work.layers)]
+    held = [layer.along(AXIS) for layer in work.model.layers[slice(*work.layers)]]
     return (
-        forward + [seconds(layer.forward_all_reduce_bytes) for layer in held],
-        backward + [seconds(layer.backward_all_reduce_bytes) for layer in held],
+        forward + [seconds(each.forward_all_reduce_bytes) for each in held],
+        backward + [seconds(each.backward_all_reduce_bytes) for each in held],
     )
 
 
@@ -45,10 +46,10 @@ def inner_traffic(plan: Plan, model: LayerGraph, links: Topology) -> Mapping[Res
     carried: dict[Resource, float] = defaultdict(float)
     for stage in stage_placements(plan):
         row_bytes = sum(
-            sum(layer.forward_all_reduce_bytes) + sum(layer.backward_all_reduce_bytes)
-            for layer in model.layers[slice(*stage.layers)]
+            sum(each.forward_all_reduce_bytes) + sum(each.backward_all_reduce_bytes)
+            for each in (layer.along(AXIS) for layer in model.layers[slice(*stage.layers)])
         )
-        for group in stage.mesh.groups("tensor"):
+        for group in stage.mesh.groups(AXIS):
             rows = group[0].rows[1] - group[0].rows[0]
             size = plan.pipelines[stage.pipeline].micro_batches * rows * row_bytes
             traffic = all_reduce(links, [placement.device for placement in group], size)
