@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from adapters import Tuned, tokens
 from meshwright.cost.compute import FROZEN_BYTES, WEIGHT_BYTES, layer_seconds, optimizer_seconds
 from meshwright.cost.memory import (
+    deferred_bytes,
     device_memory,
     framework_bytes,
     memory_table,
+    memory_tables,
     stage_memory,
     total_bytes,
 )
@@ -28,6 +30,7 @@ from meshwright.model.spec import (
     structure_fingerprint,
 )
 from meshwright.model.trace import trace
+from meshwright.plan.ranks import stage_placements
 from meshwright.plan.spec import Job, Plan
 from meshwright.program.compile import compile_plan
 from meshwright.program.operations import Op
@@ -254,3 +257,17 @@ def test_prediction_with_frozen_layers_equals_the_simulated_high_water_mark(
     for rank, memory in enumerate(device_memory(plan, model, cluster)):
         peak = max(point.bytes for point in timeline.memory if point.rank == rank)
         assert total_bytes(memory) == pytest.approx(peak, abs=4)
+
+
+def test_what_waits_for_gradients_of_weights_grows_with_the_rows_and_is_of_trained_layers() -> None:
+    model, cluster = even_model(4, parameters=10), one_node(1)
+    plan = even_plan(model, cluster)
+    (stage,) = stage_placements(plan)
+    still = replace(model.layers[0], parameters=0, frozen_parameters=10)
+    trained, partly = (
+        [deferred_bytes(memory_tables(each, plan.job), stage, 1, rows) for rows in (1, 4)]
+        for each in (model, replace(model, layers=(still, *model.layers[1:])))
+    )
+    assert trained[1] == 4 * trained[0]
+    assert partly[1] == 4 * partly[0]
+    assert trained[0] - partly[0] == 1000.0, "what the frozen layer saves of a row"

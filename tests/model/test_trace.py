@@ -242,3 +242,8 @@ def test_the_peak_of_a_run_is_what_was_alive_at_once() -> None:
     events, sizes = [1, 2, -1, 3, -2, -3], [5.0, 1.0, 3.0]
     assert peak_bytes_of(events, sizes, set()) == 6.0
     assert peak_bytes_of(events, sizes, {0}) == 4.0
+
+
+def test_the_workspace_of_a_layer_is_what_its_fullest_moment_holds_beyond_what_is_saved() -> None:
+    for layer in load_model("gpt-tiny", 32, "fp32").layers:
+        assert layer.workspace_bytes == pytest.approx(max(each.row for each in layer.moments))

@@ -24,6 +24,7 @@ from meshwright.search.estimate import (
     step_seconds,
 )
 from meshwright.search.explain import as_plan
+from meshwright.search.explore import candidates_of
 from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
@@ -64,6 +65,18 @@ def test_no_candidate_beats_its_lower_bound(case):
     found = evaluate(costs, candidate)
     if isinstance(found, Estimate):
         assert optimistic_seconds(costs, candidate) <= found.seconds * (1 + 1e-12)
+
+
+def test_the_lower_bound_of_one_stage_is_all_that_it_computes():
+    """Five micro-batches of 30 GFLOP forward and twice that backward, at 20 TFLOP/s."""
+    costs = costs_of(model([10.0, 20.0]), cluster(("fast",)), job(5))
+    candidate = next(
+        each
+        for each in candidates_of(costs, ("1f1b",), Counter())
+        if (each.shape.rows, each.shape.micro_batches) == (1, 5)
+    )
+    least = optimistic_seconds(costs, candidate)
+    assert least == pytest.approx(5 * 3 * 30e9 / 20e12, rel=1e-3)
 
 
 @settings(max_examples=portion(60))
