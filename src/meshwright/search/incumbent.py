@@ -19,7 +19,7 @@ from meshwright.search.candidate import (
 )
 from meshwright.search.costs import Costs
 from meshwright.simulate.critical_path import step_breakdown as parts_of
-from meshwright.simulate.played_step import PlayedStep
+from meshwright.simulate.simulated_step import SimulatedStep
 from meshwright.simulate.symmetry import Symmetry, find_symmetry, simulate_by_symmetry
 from meshwright.stopping import never
 
@@ -41,7 +41,7 @@ MOMENT_SECONDS = 1.5
 """How long a search that was told to stop may go on until it has a first plan."""
 
 DEVICES_LOOKED_AT = 4
-"""Devices whose bounds and memory are looked at in the time that one rank takes to play one
+"""Devices whose bounds and memory are looked at in the time that one rank takes to simulate one
 micro-batch."""
 
 
@@ -84,7 +84,7 @@ class Incumbent:
     seen: set[Strategy] = field(default_factory=set)
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
-    steps: list[tuple[Evaluated, PlayedStep]] = field(default_factory=list)
+    steps: list[tuple[Evaluated, SimulatedStep]] = field(default_factory=list)
     """The simulated steps of the best plans, fastest first."""
     parts: dict[int, dict[str, float]] = field(default_factory=dict)
     """The answers of `parts_in`, by the identity of a plan in `others`."""
@@ -122,7 +122,7 @@ class Incumbent:
         return self.out_of_time or self.work <= 0
 
 
-def simulated(costs: Costs, plan: Plan) -> PlayedStep:
+def simulated(costs: Costs, plan: Plan) -> SimulatedStep:
     """Return the simulated step of a plan that fits."""
     return simulate_by_symmetry(
         plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
@@ -170,7 +170,7 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
 
 
 def work_of(plan: Plan, folded: Symmetry) -> int:
-    """Micro-batches, and reductions of about a layer each, of all ranks that are played."""
+    """Micro-batches, and reductions of about a layer each, of all ranks that are simulated."""
     evaluated = {plan.devices[rank] for rank in folded.ranks}
     work = 0
     for pipeline in plan.pipelines:
@@ -207,7 +207,7 @@ def simplest(incumbent: Incumbent) -> Evaluated:
     return min((p for p in incumbent.others if p.seconds <= limit), key=parts)
 
 
-def step_of(incumbent: Incumbent, evaluated: Evaluated) -> PlayedStep | None:
+def step_of(incumbent: Incumbent, evaluated: Evaluated) -> SimulatedStep | None:
     """The simulated step of a strategy, if it was kept."""
     return next((step for each, step in incumbent.steps if each is evaluated), None)
 

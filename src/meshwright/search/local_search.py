@@ -28,7 +28,7 @@ STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
 TEMPLATE_STRATEGIES = 12
-"""Strategies over whole classes of nodes that are played."""
+"""Strategies over whole classes of nodes that are simulated."""
 
 FEW = 16
 """Devices up to which rows of them are cut into stages instead of whole classes of nodes."""

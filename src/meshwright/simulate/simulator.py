@@ -39,7 +39,7 @@ from meshwright.simulate.flows import (
     reshare_bandwidth,
     stream_weights,
 )
-from meshwright.simulate.played_step import PlayedStep
+from meshwright.simulate.simulated_step import SimulatedStep
 from meshwright.stopping import raise_if_stopped
 
 EVENTS_BETWEEN_CHECKS = 1_000
@@ -125,7 +125,7 @@ class _Simulation:
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
         self.chains: dict[Chain, _Queue] = {}
         self.collectives: dict[At, _Collective] = {}
-        self.played: list[tuple[int, int, float, float]] = []
+        self.executed: list[tuple[int, int, float, float]] = []
         """Rank, index, begin and end of every instruction, in the order of their ends."""
         self.memory: list[tuple[int, float, float]] = []
         """Rank, moment and bytes of every change of the memory in use."""
@@ -147,7 +147,7 @@ class _Simulation:
                     if not i.op.blocks:
                         self.ranks[rank].posted.append(index)
 
-    def play(self) -> None:
+    def run(self) -> None:
         """Runs all events in the order of time; after those of one moment, flows share bandwidth
         again."""
         for rank in range(len(self.ranks)):
@@ -325,28 +325,28 @@ class _Simulation:
             flow.on_end()
 
     def record(self, at: At, began: float) -> None:
-        if len(self.played) % EVENTS_BETWEEN_CHECKS == 0:
+        if len(self.executed) % EVENTS_BETWEEN_CHECKS == 0:
             raise_if_stopped()
-        self.played.append((*at, began, self.now))
+        self.executed.append((*at, began, self.now))
 
 
 def simulate(program: Program, prices: Prices) -> Timeline:
-    """Simulates one step, as `played_step` does."""
-    return played_step(program, prices).timeline()
+    """Simulates one step, as `simulated_step` does."""
+    return simulated_step(program, prices).timeline()
 
 
-def played_step(program: Program, prices: Prices) -> PlayedStep:
+def simulated_step(program: Program, prices: Prices) -> SimulatedStep:
     """Simulates one step; raises ProgramError with one Problem for every rank that gets stuck."""
     step = _Simulation(program, prices)
-    step.play()
+    step.run()
     ProgramError.check(
         Problem("program", f"rank {rank}[{index}]", found, wanted, each=("rank", f"rank {rank}"))
         for rank, index, found, wanted in _stuck(step)
     )
     # Not `step.now`: outdated forecasts of flows that have sped up stay queued after the end.
-    end = max((ended for _, _, _, ended in step.played), default=0.0)
+    end = max((ended for _, _, _, ended in step.executed), default=0.0)
     seconds = end + prices.overhead_seconds
-    return PlayedStep(program, prices, seconds, step.played, step.memory)
+    return SimulatedStep(program, prices, seconds, step.executed, step.memory)
 
 
 def _stuck(step: _Simulation) -> Iterator[tuple[int, int, str, str]]:

@@ -29,8 +29,8 @@ from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
-from meshwright.simulate.played_step import PlayedStep
-from meshwright.simulate.simulator import played_step
+from meshwright.simulate.simulated_step import SimulatedStep
+from meshwright.simulate.simulator import simulated_step
 from meshwright.stopping import raise_if_stopped
 
 ReplicaSlice = tuple[str, ...]
@@ -216,7 +216,7 @@ def simulate_by_symmetry(
     *,
     folded: Symmetry | None = None,
     links: Topology | None = None,
-) -> PlayedStep:
+) -> SimulatedStep:
     """Simulates one step of a valid plan; only as many ranks as needed are simulated.
 
     `links` is the topology of the cluster with the links of the profile, if the caller has it.
@@ -224,9 +224,9 @@ def simulate_by_symmetry(
     folded = folded or find_symmetry(plan, cluster)
     priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, links=links)
     if len(folded.ranks) == len(plan.devices):
-        return played_step(priced.program, priced.prices)
+        return simulated_step(priced.program, priced.prices)
     shared = priced_for_all(priced.program, priced.prices, folded)
-    return played_step(_among_themselves(priced.program, folded), shared)
+    return simulated_step(_among_themselves(priced.program, folded), shared)
 
 
 def _among_themselves(program: Program, folded: Symmetry) -> Program:

@@ -2,7 +2,7 @@
 
 The search ranks plans in the orders 1F1B and GPipe, for which it has bounds. Then the best of them
 are tried in every order that there is, and in one made for them by the list scheduler: program.work
-times all, and the simulator plays the few fastest that fit.
+times all, and the simulator runs the few fastest that fit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCATTER = 0.01
 """Share by which a plan may be faster than what another finalist in its schedule lets expect."""
 
 MOST_ACTIONS = 40_000
-"""Forwards of all ranks beyond which a plan keeps its order: it would take too long to play."""
+"""Forwards of all ranks beyond which a plan keeps its order: it would take too long to simulate."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
@@ -120,7 +120,7 @@ def _least_seconds(costs: Costs, plan: Plan) -> float:
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
-    """The schedules with a rule that play these pipelines, after their seconds; fastest first.
+    """The schedules with a rule that these pipelines can have, after their seconds; fastest first.
     Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
     ranked = [
@@ -207,7 +207,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
 
 
 def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
-    """A single micro-batch of a plan, by its cheapest ranks to play."""
+    """A single micro-batch of a plan, by its cheapest ranks to simulate."""
     single = tuple(
         replace(p, micro_batches=1, actions=_there_and_back(p, backward)) for p in plan.pipelines
     )

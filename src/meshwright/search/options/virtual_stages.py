@@ -3,7 +3,7 @@
 A pipeline fills and drains in the time of its stages; cut in two, they take half of that, for twice
 as many transfers. The layers of every finalist are cut anew into several stages for each group of
 devices, dealt out in turn (interleaved) or down the line and back up (V); program.work times them,
-and the simulator plays the few that may win.
+and the simulator runs the few that may win.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interva
 
 
 @dataclass(frozen=True, slots=True)
-class PlayedStep:
+class SimulatedStep:
     """Holds when every instruction began and ended."""
 
     program: Program
     prices: Prices
     step_seconds: float
-    played: list[tuple[int, int, float, float]]
+    executed: list[tuple[int, int, float, float]]
     """The rank, index, begin and end of every instruction, in the order of their ends."""
     memory: list[tuple[int, float, float]]
     """The rank and the moment of every change of the memory in use, and the bytes from then on."""
@@ -28,7 +28,7 @@ class PlayedStep:
         prices = self.prices
         ordered = (
             (rank, self.program.ranks[rank][index], began, ended)
-            for rank, index, began, ended in sorted(self.played, key=itemgetter(2, 0))
+            for rank, index, began, ended in sorted(self.executed, key=itemgetter(2, 0))
         )
         at_first = ((rank, 0.0, size) for rank, size in enumerate(prices.static_bytes))
         return Timeline(
