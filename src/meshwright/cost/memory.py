@@ -280,8 +280,8 @@ def deferred_bytes(tables: MemoryTables, stage: StagePlacement, tensor: int, row
     It keeps the inputs and the output gradients of its matrix products. In a block of GPT-2 these
     are as large as what the forward saved (7 + 9 tensors of the model's width against 16). A
     recomputed layer keeps as much, since part I repeats its forward; a layer whose weights are
-    all frozen keeps nothing. The loss saves fp32 numbers whose gradient has the precision of the products, so
-    half of them count.
+    all frozen keeps nothing. The loss saves fp32 numbers whose gradient has the precision of the
+    products, so half of them count.
     """
     table, (first, last) = tables.plain, stage.layers
     kept = float(stage_memory(table, stage.layers, tensor, rows, 1).activations)
