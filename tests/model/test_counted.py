@@ -69,6 +69,7 @@ REST = [pytest.param(each, marks=pytest.mark.slow) for each in ("fp32", "fp64")]
 """Without casts; `make test` counts in bf16, which has them."""
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("precision", ["bf16", *REST])
 @pytest.mark.parametrize("config", ZOO, ids=lambda c: f"{c.family}-{c.name}")
 def test_a_module_written_by_hand_is_counted_as_it_is_traced(config, precision):

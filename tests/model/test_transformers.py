@@ -85,6 +85,7 @@ def test_a_file_that_transformers_wrote_is_the_model_that_it_read(name):
     assert from_config(written, name) == from_config(config, name)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("exactly")
 @pytest.mark.parametrize("name", TINY)
 def test_losses_and_all_gradients_are_those_of_transformers(name):

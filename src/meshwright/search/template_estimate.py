@@ -207,22 +207,32 @@ def cuts(
     return context.cuts[key]
 
 
+def _rooms(
+    context: EstimateContext, template: PipelineTemplate, micro_batches: int
+) -> list[list[int]] | None:
+    """Returns for every stage how far it can reach from each layer within its memory; None if all
+    stages together cannot hold the model."""
+    stages, layers = _stages(template), len(context.costs.model.layers)
+    depth, rooms, at = len(stages), [], 0
+    if depth > layers:
+        return None
+    for s, (run, rows) in enumerate(stages):
+        held = in_flight(template.schedule, s, depth, micro_batches)
+        rooms.append(_reach(context, run.device_class, template.tensor, rows, held))
+        to = min(rooms[s][at], layers - (depth - 1 - s))
+        if to <= at:
+            return None
+        at = to
+    return rooms if at == layers else None
+
+
 def _cuts(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> tuple[int, ...] | None:
     stages, layers = _stages(template), len(context.costs.model.layers)
     depth, tensor = len(stages), template.tensor
-    if depth > layers:
-        return None
-    rooms, at = [], 0
-    for s, (run, rows) in enumerate(stages):
-        held = in_flight(template.schedule, s, depth, micro_batches)
-        rooms.append(_reach(context, run.device_class, tensor, rows, held))
-        to = min(rooms[s][at], layers - (depth - 1 - s))
-        if to <= at:
-            return None
-        at = to
-    if at < layers:
+    rooms = _rooms(context, template, micro_batches)
+    if rooms is None:
         return None
     sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]
 

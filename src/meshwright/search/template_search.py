@@ -120,18 +120,10 @@ def _at_width(
     best: float,
 ) -> Iterator[Choice]:
     batch = context.costs.job.global_batch
-    able = [
-        RatedClass(
-            i,
-            each.site,
-            group_count(context, i, tensor) / group_facts(context, i, tensor, 1).whole,
-        )
-        for i, each in enumerate(context.classes)
-        if each.each % tensor == 0
-    ]
-    able.sort(key=lambda rated: -rated.speed)
     known: dict[tuple[tuple[int, ...], bool, float], list[TemplateEstimate]] = {}
-    for number, grouping in enumerate(sorted(groupings(able), key=_simplest_first)):
+    for number, grouping in enumerate(
+        sorted(groupings(_rated(context, tensor)), key=_simplest_first)
+    ):
         if number and out_of_time():
             return
         speed = sum(rated.speed for block in grouping for rated in block)
@@ -147,12 +139,10 @@ def _at_width(
             offers.append(known[key])
         if alone:
             for each in offers[0]:
-                count = batch // each.template.rows
-                found = Choice(
-                    whole_seconds(context, (each,), (count,)), context, (each,), (count,)
-                )
-                best = min(best, found.seconds)
-                yield found
+                counts = (batch // each.template.rows,)
+                seconds = whole_seconds(context, (each,), counts)
+                best = min(best, seconds)
+                yield Choice(seconds, context, (each,), counts)
             continue
         for chosen in product(*(offer[:OFFERED] for offer in offers)):
             raise_if_stopped()
@@ -163,6 +153,20 @@ def _at_width(
                 if shared is not None:
                     best = min(best, shared.seconds)
                     yield shared
+
+
+def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
+    """Returns the device classes whose nodes a tensor width divides, fastest first."""
+    able = [
+        RatedClass(
+            i,
+            each.site,
+            group_count(context, i, tensor) / group_facts(context, i, tensor, 1).whole,
+        )
+        for i, each in enumerate(context.classes)
+        if each.each % tensor == 0
+    ]
+    return sorted(able, key=lambda rated: -rated.speed)
 
 
 def _simplest_first(grouping: Grouping) -> tuple[int, float]:

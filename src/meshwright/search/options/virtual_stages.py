@@ -177,12 +177,7 @@ def divided_plan(
             pipelines=pipelines,
             prediction=None,
         )
-        overfull = {
-            placement.device
-            for memory, placements in memory_by_class(found, costs.model, costs.cluster)
-            if total_bytes(memory) > memory.capacity
-            for placement in placements
-        }
+        overfull = _overfull(costs, found)
         if not overfull:
             return found
         more = [
@@ -193,6 +188,16 @@ def divided_plan(
         if costs.recomputed is None or more == recompute:
             return Pruned("does not fit in memory")
         recompute = more
+
+
+def _overfull(costs: Costs, plan: Plan) -> set[str]:
+    """Returns the devices that have too little memory for their part of a plan."""
+    return {
+        placement.device
+        for memory, placements in memory_by_class(plan, costs.model, costs.cluster)
+        if total_bytes(memory) > memory.capacity
+        for placement in placements
+    }
 
 
 def _any_of(groups: tuple[tuple[str, ...], ...], names: set[str]) -> bool:

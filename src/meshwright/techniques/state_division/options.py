@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.mesh import mesh_of
-from meshwright.plan.spec import Pipeline, Plan, StateDivision
+from meshwright.plan.spec import Plan, StateDivision, with_stages
 from meshwright.search.bounds import slowest_optimizer
 from meshwright.search.candidate import candidate_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
@@ -92,6 +92,18 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
     replicas must hold it. Of stages with different tensor widths that share a weight, those that
     are unlike the first do not divide.
     """
+    able = _may_divide(plan, model)
+    if not any(able):
+        return None
+    chosen = iter(able)
+    changed = with_stages(
+        plan, lambda stage: replace(stage, states=DIVISION) if next(chosen) else stage
+    )
+    return replace(changed, name=f"{plan.name}-zero1", prediction=None)
+
+
+def _may_divide(plan: Plan, model: LayerGraph) -> list[bool]:
+    """Returns for every stage whether it may divide its states."""
     stages = plan.stages
     meshes = [mesh_of(stage) for stage in stages]
     width = [{*mesh.widths("tensor")} for mesh in meshes]
@@ -112,18 +124,4 @@ def divided(plan: Plan, model: LayerGraph) -> Plan | None:
                 for j in users:
                     still[j] = width[j] == width[users[0]]
         changed, able = still != able, still
-    if not any(able):
-        return None
-    chosen = iter(able)
-
-    def changed_pipeline(pipeline: Pipeline) -> Pipeline:
-        return replace(
-            pipeline,
-            stages=tuple(
-                replace(stage, states=DIVISION) if next(chosen) else stage
-                for stage in pipeline.stages
-            ),
-        )
-
-    pipelines = tuple(changed_pipeline(pipeline) for pipeline in plan.pipelines)
-    return replace(plan, name=f"{plan.name}-zero1", pipelines=pipelines, prediction=None)
+    return able
