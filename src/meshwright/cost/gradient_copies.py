@@ -16,8 +16,9 @@ def tensor_widths(model: LayerGraph, stages: Sequence[StagePlacement]) -> Tensor
     """Returns the tensor widths in which a plan's stages hold each layer."""
     found: list[set[int]] = [set() for _ in model.layers]
     for stage in stages:
+        widths = {*stage.mesh.widths("tensor")}
         for layer in range(*stage.layers):
-            found[layer].update(stage.mesh.widths("tensor"))
+            found[layer] |= widths
     return tuple(map(frozenset, found))
 
 

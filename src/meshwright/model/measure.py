@@ -113,11 +113,13 @@ def _divided_modules(
     ]
     for module in losses:
         module.forward = _divided_loss
-    yield
-    for hook in hooks:
-        hook.remove()
-    for module in losses:
-        del module.forward
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in losses:
+            del module.forward
 
 
 def _divided_loss(logits: Tensor, targets: Tensor) -> Any:

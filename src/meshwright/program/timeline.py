@@ -54,6 +54,22 @@ class Timeline:
     memory: tuple[MemoryPoint, ...] = ()
 
 
+def interval_of(rank: int, i: Instruction, start_seconds: float, end_seconds: float) -> Interval:
+    """Returns the interval in which a rank ran an instruction."""
+    return Interval(
+        rank=rank,
+        stream=i.op.stream,
+        op=i.op,
+        stage=i.stage,
+        micro_batch=i.micro_batch,
+        label=interval_label(i),
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+        peer=i.peer,
+        bytes=i.bytes,
+    )
+
+
 def interval_label(instruction: Instruction) -> str:
     """Returns the label of an instruction: `0F3`, `0W0:4`, `0OPTIMIZER_STEP 4:8` with its layers,
     `0OPTIMIZER_STEP wte` with its tied parameter; a tile follows as `1:2/4`."""

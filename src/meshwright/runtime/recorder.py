@@ -26,7 +26,7 @@ from meshwright.program.operations import (
     MATCHING_RECEIVE,
     Op,
 )
-from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interval_label
+from meshwright.program.timeline import MemoryPoint, Timeline, interval_of
 from meshwright.runtime.build_stages import LocalParameter
 from meshwright.runtime.exchange import gather_records
 from meshwright.runtime.flat_buckets import FlatBucket
@@ -254,7 +254,7 @@ def gather_timeline(
         devices=devices,
         step_seconds=max(one.ended - origin[one.host] for one in records),
         intervals=tuple(
-            _interval(r, i, min(max(start, ready[_meeting(r, i)]), end), end)
+            interval_of(r, i, min(max(start, ready[_meeting(r, i)]), end), end)
             for r, found in enumerate(spans)
             for i, start, end in found
         ),
@@ -289,18 +289,3 @@ def _ready(spans: list[list[tuple[Instruction, float, float]]]) -> dict[_Meeting
             key = _meeting(rank, i)
             ready[key] = max(start, ready.get(key, start))
     return ready
-
-
-def _interval(rank: int, i: Instruction, start: float, end: float) -> Interval:
-    return Interval(
-        rank=rank,
-        stream=i.op.stream,
-        op=i.op,
-        stage=i.stage,
-        micro_batch=i.micro_batch,
-        label=interval_label(i),
-        start_seconds=start,
-        end_seconds=end,
-        peer=i.peer,
-        bytes=i.bytes,
-    )

@@ -244,7 +244,7 @@ def stage_bytes(
     costs: Costs, tensor: int, rows: int, *, recompute: bool = False
 ) -> tuple[Array, Array]:
     """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it always
-    holds, and those of every micro-batch in flight. `again`: of a stage that recomputes."""
+    holds, and those of every micro-batch in flight. `recompute`: of a stage that recomputes."""
     key = (tensor, rows, recompute)
     if key not in costs._memory:
         table = costs.table

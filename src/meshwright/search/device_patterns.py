@@ -37,8 +37,8 @@ def device_patterns(costs: Costs) -> Iterator[DevicePattern]:
 def _widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that at least one layer allows."""
     most = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    groups = {layer.along("tensor").units for layer in costs.model.layers}
-    return tuple(t for t in range(1, most + 1) if any(group % t == 0 for group in groups))
+    units = {layer.along("tensor").units for layer in costs.model.layers}
+    return tuple(t for t in range(1, most + 1) if any(unit % t == 0 for unit in units))
 
 
 def _pipelines(

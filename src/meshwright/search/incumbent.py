@@ -171,11 +171,11 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
 
 def work_of(plan: Plan, folded: Symmetry) -> int:
     """Micro-batches, and reductions of about a layer each, of all ranks that are simulated."""
-    evaluated = {plan.devices[rank] for rank in folded.ranks}
+    running = {plan.devices[rank] for rank in folded.ranks}
     work = 0
     for pipeline in plan.pipelines:
         for stage in pipeline.stages:
-            count = sum(device in evaluated for group in stage.devices for device in group)
+            count = sum(device in running for group in stage.devices for device in group)
             layers = stage.layers[1] - stage.layers[0]
             shared = len(stage.devices) > 1 or len(plan.pipelines) > 1
             work += count * (pipeline.micro_batches + layers * shared)

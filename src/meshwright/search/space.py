@@ -116,13 +116,13 @@ def grids(
 ) -> tuple[Grid, ...]:
     """Every grid that uses all the devices; what is impossible is counted in `dropped`."""
     per_node = Counter(d.node for d in devices)
-    groups = {layer.along("tensor").units for layer in model.layers}
+    units = {layer.along("tensor").units for layer in model.layers}
     found = []
     for tensor in divisors(len(devices)):
         if any(count % tensor for count in per_node.values()):
             pruned["tensor width does not divide a node's devices"] += 1
             continue
-        if any(group % tensor for group in groups):
+        if any(unit % tensor for unit in units):
             pruned["tensor width does not divide the layers"] += 1
             continue
         for data in divisors(len(devices) // tensor):
@@ -148,5 +148,5 @@ def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[
 def legal_widths(costs: Costs) -> tuple[int, ...]:
     """Tensor widths that every layer allows and some node has."""
     widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
-    groups = {layer.along("tensor").units for layer in costs.model.layers}
-    return tuple(t for t in range(1, widest + 1) if all(group % t == 0 for group in groups))
+    units = {layer.along("tensor").units for layer in costs.model.layers}
+    return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))

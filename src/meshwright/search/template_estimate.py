@@ -187,7 +187,7 @@ def _reach(
 
 
 def _stages(template: PipelineTemplate) -> list[tuple[StageRun, int]]:
-    """Segment and rows per replica of every stage."""
+    """Returns the run of stages that each stage is of, and its rows per replica."""
     return [(s, template.rows // s.width) for s in template.runs for _ in range(s.depth)]
 
 
@@ -208,11 +208,14 @@ def cuts(
 
 
 def _rooms(
-    context: EstimateContext, template: PipelineTemplate, micro_batches: int
+    context: EstimateContext,
+    template: PipelineTemplate,
+    stages: list[tuple[StageRun, int]],
+    micro_batches: int,
 ) -> list[list[int]] | None:
     """Returns for every stage how far it can reach from each layer within its memory; None if all
     stages together cannot hold the model."""
-    stages, layers = _stages(template), len(context.costs.model.layers)
+    layers = len(context.costs.model.layers)
     depth, rooms, at = len(stages), [], 0
     if depth > layers:
         return None
@@ -231,7 +234,7 @@ def _cuts(
 ) -> tuple[int, ...] | None:
     stages, layers = _stages(template), len(context.costs.model.layers)
     depth, tensor = len(stages), template.tensor
-    rooms = _rooms(context, template, micro_batches)
+    rooms = _rooms(context, template, stages, micro_batches)
     if rooms is None:
         return None
     sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]

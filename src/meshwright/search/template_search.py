@@ -83,9 +83,9 @@ def template_strategies(
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
     """Divisors of a device class's devices per node that divide every layer."""
-    groups = {layer.along("tensor").units for layer in context.costs.model.layers}
+    units = {layer.along("tensor").units for layer in context.costs.model.layers}
     widths = {w for device_class in context.classes for w in divisors(device_class.each)}
-    return tuple(w for w in sorted(widths) if all(group % w == 0 for group in groups))
+    return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
 
 
 def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:

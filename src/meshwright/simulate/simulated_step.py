@@ -8,7 +8,7 @@ from operator import itemgetter
 
 from meshwright.cost.pricing import Prices
 from meshwright.program.instructions import Program
-from meshwright.program.timeline import Interval, MemoryPoint, Timeline, interval_label
+from meshwright.program.timeline import MemoryPoint, Timeline, interval_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +26,15 @@ class SimulatedStep:
     def timeline(self) -> Timeline:
         """Returns the intervals of all instructions, and the memory in use."""
         prices = self.prices
-        ordered = (
-            (rank, self.program.ranks[rank][index], began, ended)
-            for rank, index, began, ended in sorted(self.executed, key=itemgetter(2, 0))
-        )
+        ordered = sorted(self.executed, key=itemgetter(2, 0))
         at_first = ((rank, 0.0, size) for rank, size in enumerate(prices.static_bytes))
         return Timeline(
             source="simulated",
             devices=prices.devices,
             step_seconds=self.step_seconds,
             intervals=tuple(
-                Interval(
-                    rank=rank,
-                    stream=i.op.stream,
-                    op=i.op,
-                    stage=i.stage,
-                    micro_batch=i.micro_batch,
-                    label=interval_label(i),
-                    start_seconds=began,
-                    end_seconds=ended,
-                    peer=i.peer,
-                    bytes=i.bytes,
-                )
-                for rank, i, began, ended in ordered
+                interval_of(rank, self.program.ranks[rank][index], began, ended)
+                for rank, index, began, ended in ordered
             ),
             memory=tuple(
                 MemoryPoint(rank=rank, seconds=seconds, bytes=round(size))

@@ -22,7 +22,7 @@ from meshwright.search.bounds import after_pipelines, exposed_seconds
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned, fits_in_memory
-from meshwright.search.incumbent import Evaluated, Incumbent, step_of, work_of
+from meshwright.search.incumbent import Evaluated, Incumbent, parts_in, step_of, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
     LISTED,
@@ -34,7 +34,6 @@ from meshwright.search.options.other_schedules import (
     pipeline_works,
 )
 from meshwright.search.virtual_stage_partition import Bounds, cut_virtual_stages, group_by_stage
-from meshwright.simulate.critical_path import step_breakdown as parts_of
 from meshwright.simulate.symmetry import find_symmetry
 
 LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (
@@ -122,10 +121,9 @@ def _hopeful(incumbent: Incumbent, evaluated: Evaluated) -> bool:
     busy = max(each.micro_batches / fluid_rate(costs, each.stages) for each in pipelines)
     if busy + after_pipelines(costs, pipelines) >= limit:
         return False
-    step = step_of(incumbent, evaluated)
-    if step is None:
+    if step_of(incumbent, evaluated) is None:
         return True
-    lost = parts_of(step.timeline())
+    lost = parts_in(incumbent, evaluated)
     spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
     return evaluated.seconds - spared < limit
 
@@ -230,6 +228,6 @@ def _divided(
 
 
 def _boundary(pipeline: Pipeline, source: int, target: int) -> BoundaryKind | None:
-    """That of the cut between the same groups, if there was one."""
+    """Returns the kind of the cut between the same groups, if there was one."""
     neighbours = abs(source - target) == 1
     return pipeline.stages[max(source, target)].boundary if neighbours else None
