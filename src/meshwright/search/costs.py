@@ -33,6 +33,7 @@ from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
 from meshwright.plan.spec import Job
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
+from meshwright.techniques.backward_split.price import backward_shares
 from meshwright.techniques.data_parallel.buckets import usual_bucket_bytes
 
 Array = NDArray[np.float64]
@@ -190,6 +191,27 @@ def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
             [0.0, *np.cumsum(backward).tolist()],
         )
     return costs._prefixes[key]
+
+
+def split_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
+    """Cumulative seconds [L + 1] of the two parts of a backward on a tensor group: the gradients of
+    the inputs, with the group's all-reduces, and those of the weights."""
+    key = ("split", group_kind(costs, group), rows)
+    return remembered(costs, key, lambda: _split_prefix(costs, group, rows))
+
+
+def _split_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
+    computed, parts = [], []
+    for kind in sorted(set(group_kind(costs, group)[0])):
+        own = layer_times(costs, kind, len(group), rows).backward
+        device = costs.cluster.types[kind]
+        shares = backward_shares(costs.model, device, len(group), rows, costs.profile)
+        computed.append(own)
+        parts.append(own[:, None] * shares)
+    slowest = np.max(parts, axis=0)
+    added = group_times(costs, group, rows)[1] - np.max(computed, axis=0)
+    inputs, weights = slowest[:, 0] + added, slowest[:, 1]
+    return [0.0, *np.cumsum(inputs).tolist()], [0.0, *np.cumsum(weights).tolist()]
 
 
 def group_kind(costs: Costs, group: TensorGroup) -> GroupKind:

@@ -82,6 +82,10 @@ class Incumbent:
     others: list[Evaluated] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)
     seen: set[Strategy] = field(default_factory=set)
+    any_order: bool = False
+    """True if the order of work is chosen last: strategies are compared in the best one."""
+    promising: list[Strategy] = field(default_factory=list)
+    """The strategies that are fastest in the best order of work."""
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
     steps: list[tuple[Evaluated, SimulatedStep]] = field(default_factory=list)

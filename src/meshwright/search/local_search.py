@@ -13,6 +13,7 @@ from random import Random
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search import neighbourhood
+from meshwright.search.best_order_estimate import best_order_seconds
 from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, prospects, space_size
@@ -81,8 +82,10 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
     search = LocalSearch(incumbent, schedules)
     drawn = chains(incumbent.costs, Random(0))
     starts = _starts(search, drawn, steps, tell)
-    for optimum in _local_optima(search, starts, drawn, round(CLIMBS * steps), tell):
+    optima = _local_optima(search, starts, drawn, round(CLIMBS * steps), tell)
+    for optimum in optima:
         try_candidate(incumbent, optimum)
+    incumbent.promising += optima
     search.left = round(NEAR * steps)
     _polish(search)
     return False
@@ -317,7 +320,7 @@ def _steps(strategy: Strategy) -> int:
 def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
     schedule, pipelines = strategy
     costs, pruned = search.incumbent.costs, search.incumbent.pruned
-    if schedule not in search.schedules:
+    if schedule not in search.schedules or (search.incumbent.any_order and schedule != "1f1b"):
         return float("inf")
     if not tensor_widths_agree(costs, pipelines):
         pruned["holders of a layer differ in tensor width"] += 1
@@ -326,6 +329,8 @@ def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
         pruned["does not fit in memory"] += 1
         return float("inf")
     pruned["slower in preview"] += 1
+    if search.incumbent.any_order:
+        return best_order_seconds(costs, pipelines, limit)
     return stage_level_seconds(costs, pipelines, schedule, limit)
 
 

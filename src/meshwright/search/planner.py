@@ -125,6 +125,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
         grace_seconds=budget_seconds or 0.0,
         stop=stop,
         found=found,
+        any_order=any(option.name == "schedules" for option in options),
     )
     tell = progress or (lambda _what, _done, _all: None)
     seen = _Seen()

@@ -8,7 +8,7 @@ ranks decides. Letters: S stages, M micro-batches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -20,18 +20,9 @@ from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
 from meshwright.search.boundary_prices import boundary_prices
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import CandidatePipeline, StageDevices
-from meshwright.search.costs import (
-    PROBE_BYTES,
-    Costs,
-    TensorGroup,
-    distinct_replicas,
-    group_prefix,
-    reduced_bytes,
-    reduced_width,
-    remembered,
-    ring,
-)
+from meshwright.search.candidate import CandidatePipeline
+from meshwright.search.costs import Costs, distinct_replicas, group_prefix
+from meshwright.search.reduction_estimate import Span, reduced
 
 ROUNDS = 2.5
 """Micro-batches that are followed, for each stage; further ones come at the pace of the last."""
@@ -54,7 +45,7 @@ def stage_level_seconds(
     if least >= limit:
         return least
     spans = [_last_backwards(pipe, schedule) for pipe in pipes]
-    return _reduced(costs, pipelines, spans) + after
+    return reduced(costs, pipelines, spans) + after
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +103,6 @@ def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
         worst = max(worst, whole - trip + max(count * load, rounds * trip))
         trip -= load + (cuts[s] if s < depth - 1 else 0.0)
     return worst
-
-
-Span = tuple[float, float]
-"""Begin and end of a stage's last backward."""
 
 
 def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
@@ -234,93 +221,3 @@ def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, c
         return (last[-1] - last[-1 - some] + first[-1] - first[-1 - some]) / max(1, some)
     steady = count - depth - 1
     return (first[steady] - first[steady - depth]) / depth if steady >= depth else 0.0
-
-
-def _reduced(
-    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
-) -> float:
-    """Returns when all gradients are summed."""
-    end = max(last for span in spans for _, last in span)
-    free: dict[Resource, float] = {}
-    for begin, complete, size, closing, groups in sorted(
-        _sums(costs, pipelines, spans), key=lambda found: found[1]
-    ):
-        latency, used = _rings(costs, groups)
-        slowest = 0.0
-        for name, each in used:
-            done = max(free.get(name, 0.0), begin) + each * size
-            free[name] = done
-            slowest = max(slowest, done, complete + each * closing)
-        end = max(end, slowest + latency)
-    return end
-
-
-Sum = tuple[float, float, float, float, tuple[TensorGroup, ...]]
-"""The time when the first gradients are there, when the last are, bytes on each rank, those that
-are sent last, and the tensor groups."""
-
-Holder = tuple[StageDevices, tuple[int, int], Span]
-"""A stage with its layers and its last backward."""
-
-
-def _sums(
-    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
-) -> Iterator[Sum]:
-    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
-    stages: list[Holder] = [
-        (stage, layers, span)
-        for pipeline, own in zip(pipelines, spans, strict=True)
-        for stage, layers, span in zip(pipeline.stages, pairwise(pipeline.bounds), own, strict=True)
-    ]
-    for a, b in pairwise(sorted({cut for pipeline in pipelines for cut in pipeline.bounds})):
-        holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
-        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
-        if len(groups) < 2:
-            continue
-        size, last = reduced_bytes(costs, (a, b), len(groups[0]))
-        if size > 0:
-            begin = max(_passed(costs, holder, b) for holder in holders)
-            complete = max(_passed(costs, holder, a) for holder in holders)
-            yield begin, complete, size, last, groups
-    for tied in costs.model.tied:
-        holders = [
-            stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
-        ]
-        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
-        if len(groups) > 1:
-            ready = max(end for _, _, (_, end) in holders)
-            share = len(groups[0]) if "tensor" in tied.divided else 1
-            size = tied.parameters / share * reduced_width(costs)
-            yield ready, ready, size, size, groups
-
-
-def _passed(costs: Costs, holder: Holder, layer: int) -> float:
-    """Returns when a stage's last backward, from its last layer to its first, has come to a layer
-    and its gradients may be sent."""
-    stage, (first, last), (begin, end) = holder
-    _, prefix = group_prefix(costs, stage.groups[0], stage.rows[0])
-    whole = prefix[last] - prefix[first]
-    done = (prefix[last] - prefix[layer]) / whole if whole else 1.0
-    delay = costs.system.reduction_delay
-    return begin + (end - begin) * (delay + (1 - delay) * done)
-
-
-Rings = tuple[float, tuple[tuple[Resource, float], ...]]
-"""Latency, and seconds per byte on every resource."""
-
-
-def _rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
-    """Return what the rings of all tensor ranks of some tensor groups ask of the links."""
-    return remembered(costs, ("rings", groups), lambda: _priced_rings(costs, groups))
-
-
-def _priced_rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
-    latency = 0.0
-    used: dict[Resource, float] = {}
-    for t in range(len(groups[0])):
-        traffic = ring(costs, tuple(group[t] for group in groups))
-        latency = max(latency, traffic.latency)
-        for name, size in traffic.bytes_by_resource.items():
-            each = size / PROBE_BYTES / costs.links.capacities[name]
-            used[name] = used.get(name, 0.0) + each
-    return latency, tuple(used.items())

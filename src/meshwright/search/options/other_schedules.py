@@ -30,7 +30,8 @@ from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, seconds, to_codes, to_orders
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import candidate_of
+from meshwright.search.best_order_estimate import best_order_seconds
+from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.costs import Costs, distinct_replicas, group_prefix
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
@@ -77,7 +78,7 @@ def propose(incumbent: Incumbent) -> Proposals:
         if simulated and name != "list":
             ratios[name] = min(ratios.get(name, inf), simulated.seconds / took)
 
-    for plan in (evaluated.plan for evaluated in finalists(incumbent)):
+    for plan in finalists(incumbent):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
             continue
@@ -94,29 +95,24 @@ def propose(incumbent: Incumbent) -> Proposals:
 OPTION = PlanOption("schedules", propose)
 
 
-def finalists(incumbent: Incumbent) -> list[Evaluated]:
+def finalists(incumbent: Incumbent) -> list[Plan]:
     """The best plan of each build in which there is an order to choose and that could win by it."""
-    builds: dict[str, Evaluated] = {}
-    for evaluated in sorted(incumbent.others, key=lambda p: p.seconds):
-        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in evaluated.plan.pipelines):
-            builds.setdefault(evaluated.plan.name, evaluated)
-    hopeful = [
-        p for p in builds.values() if _least_seconds(incumbent.costs, p.plan) < incumbent.limit
+    costs = incumbent.costs
+    rated = []
+    plans = [each.plan for each in incumbent.others]
+    plans += [
+        plan_of(costs, pipelines, schedule, incumbent.cluster_print)
+        for schedule, pipelines in incumbent.promising
     ]
-    return hopeful[: FINALISTS_OF_MANY if is_large(incumbent.costs) else FINALISTS]
-
-
-def _least_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest group computes, in any order of work, and all that comes after."""
-    most = 0.0
-    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
-    for pipeline in pipelines:
-        for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
-            for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
-                forward, backward = group_prefix(costs, group, rows)
-                each = forward[b] - forward[a] + backward[b] - backward[a]
-                most = max(most, pipeline.micro_batches * each)
-    return most + after_pipelines(costs, pipelines)
+    for number, plan in enumerate(plans):
+        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in plan.pipelines):
+            pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
+            rated.append((best_order_seconds(costs, pipelines), number))
+    builds: dict[object, Plan] = {}
+    for seconds, number in sorted(rated):
+        if seconds < incumbent.limit * (1 + ROUGH):
+            builds.setdefault(plans[number].name, plans[number])
+    return list(builds.values())[: FINALISTS_OF_MANY if is_large(costs) else FINALISTS]
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:

@@ -75,16 +75,16 @@ def propose(incumbent: Incumbent) -> Proposals:
     """Divide the stages of each finalist in every layout, where that may be faster; the fastest
     few are proposed, and the best two of them with schedules made for them."""
     drafts: list[_DividedPlan] = []
-    for evaluated in finalists(incumbent):
-        if not _hopeful(incumbent, evaluated):
+    for plan in finalists(incumbent):
+        if not _hopeful(incumbent, plan):
             yield Pruned("lower bound above the best")
         elif (
-            work_of(evaluated.plan, find_symmetry(evaluated.plan, incumbent.costs.cluster))
+            work_of(plan, find_symmetry(plan, incumbent.costs.cluster))
             > MOST_ACTIONS
         ):
             yield Pruned("too large to try")
         else:
-            for found in _drafts(incumbent, evaluated.plan):
+            for found in _drafts(incumbent, plan):
                 if isinstance(found, Pruned):
                     yield found
                 else:
@@ -113,19 +113,12 @@ def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
         yield Proposal(plan, describe_plan(plan))
 
 
-def _hopeful(incumbent: Incumbent, evaluated: Evaluated) -> bool:
-    """True if a plan would beat the best step by enough without its bubble and the reduction of
-    what first and last layers share; and with devices that are never idle."""
+def _hopeful(incumbent: Incumbent, plan: Plan) -> bool:
+    """True if a plan would beat the best step by enough with devices that are never idle."""
     costs, limit = incumbent.costs, incumbent.limit * (1 - WORTH)
-    pipelines = [candidate_of(pipeline) for pipeline in evaluated.plan.pipelines]
+    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
     busy = max(each.micro_batches / fluid_rate(costs, each.stages) for each in pipelines)
-    if busy + after_pipelines(costs, pipelines) >= limit:
-        return False
-    if step_of(incumbent, evaluated) is None:
-        return True
-    lost = parts_in(incumbent, evaluated)
-    spared = lost["bubble"] + (lost["reductions"] if costs.model.tied else 0.0)
-    return evaluated.seconds - spared < limit
+    return busy + after_pipelines(costs, pipelines) < limit
 
 
 def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:

@@ -1,0 +1,112 @@
+"""Estimates when the gradients of all stages are summed, once their last backwards are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from meshwright.cluster.topology import Resource
+from meshwright.search.candidate import CandidatePipeline, StageDevices
+from meshwright.search.costs import (
+    PROBE_BYTES,
+    Costs,
+    TensorGroup,
+    group_prefix,
+    reduced_bytes,
+    reduced_width,
+    remembered,
+    ring,
+)
+
+Span = tuple[float, float]
+"""Begin and end of a stage's last backward."""
+
+
+def reduced(
+    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> float:
+    """Returns when all gradients are summed."""
+    end = max(last for span in spans for _, last in span)
+    free: dict[Resource, float] = {}
+    for begin, complete, size, closing, groups in sorted(
+        _sums(costs, pipelines, spans), key=lambda found: found[1]
+    ):
+        latency, used = _rings(costs, groups)
+        slowest = 0.0
+        for name, each in used:
+            done = max(free.get(name, 0.0), begin) + each * size
+            free[name] = done
+            slowest = max(slowest, done, complete + each * closing)
+        end = max(end, slowest + latency)
+    return end
+
+
+Sum = tuple[float, float, float, float, tuple[TensorGroup, ...]]
+"""The time when the first gradients are there, when the last are, bytes on each rank, those that
+are sent last, and the tensor groups."""
+
+Holder = tuple[StageDevices, tuple[int, int], Span]
+"""A stage with its layers and its last backward."""
+
+
+def _sums(
+    costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
+) -> Iterator[Sum]:
+    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
+    stages: list[Holder] = [
+        (stage, layers, span)
+        for pipeline, own in zip(pipelines, spans, strict=True)
+        for stage, layers, span in zip(pipeline.stages, pairwise(pipeline.bounds), own, strict=True)
+    ]
+    for a, b in pairwise(sorted({cut for pipeline in pipelines for cut in pipeline.bounds})):
+        holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
+        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
+        if len(groups) < 2:
+            continue
+        size, last = reduced_bytes(costs, (a, b), len(groups[0]))
+        if size > 0:
+            begin = max(_passed(costs, holder, b) for holder in holders)
+            complete = max(_passed(costs, holder, a) for holder in holders)
+            yield begin, complete, size, last, groups
+    for tied in costs.model.tied:
+        holders = [
+            stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
+        ]
+        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
+        if len(groups) > 1:
+            ready = max(end for _, _, (_, end) in holders)
+            share = len(groups[0]) if "tensor" in tied.divided else 1
+            size = tied.parameters / share * reduced_width(costs)
+            yield ready, ready, size, size, groups
+
+
+def _passed(costs: Costs, holder: Holder, layer: int) -> float:
+    """Returns when a stage's last backward, from its last layer to its first, has come to a layer
+    and its gradients may be sent."""
+    stage, (first, last), (begin, end) = holder
+    _, prefix = group_prefix(costs, stage.groups[0], stage.rows[0])
+    whole = prefix[last] - prefix[first]
+    done = (prefix[last] - prefix[layer]) / whole if whole else 1.0
+    delay = costs.system.reduction_delay
+    return begin + (end - begin) * (delay + (1 - delay) * done)
+
+
+Rings = tuple[float, tuple[tuple[Resource, float], ...]]
+"""Latency, and seconds per byte on every resource."""
+
+
+def _rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
+    """Return what the rings of all tensor ranks of some tensor groups ask of the links."""
+    return remembered(costs, ("rings", groups), lambda: _priced_rings(costs, groups))
+
+
+def _priced_rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
+    latency = 0.0
+    used: dict[Resource, float] = {}
+    for t in range(len(groups[0])):
+        traffic = ring(costs, tuple(group[t] for group in groups))
+        latency = max(latency, traffic.latency)
+        for name, size in traffic.bytes_by_resource.items():
+            each = size / PROBE_BYTES / costs.links.capacities[name]
+            used[name] = used.get(name, 0.0) + each
+    return latency, tuple(used.items())
