@@ -2,7 +2,7 @@
 
 The estimates are optimistic, for they take layers to be divisible: they tell which templates are
 worth cutting. Letters: B builds, F classes of a pipeline, P pipelines: builds with a depth for
-every class, C schedules.
+every class.
 """
 
 from __future__ import annotations
@@ -12,22 +12,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.plan.spec import ScheduleName
 from meshwright.search.costs import Array
-from meshwright.search.template_estimate import EstimateContext, Ints, group_facts, hop_latency
+from meshwright.search.pipeline_seconds import Order
+from meshwright.search.template_estimate import (
+    EstimateContext,
+    Ints,
+    group_facts,
+    hop_latency,
+    uplinks_between,
+)
 
 HIDDEN = 0.6
 """Share of a stage's seconds that its reductions overlap with: its last backward, about two thirds,
 less what has to be done before the first bucket is full."""
 
+DRAINED = 0.7
+"""Share of a micro-batch's seconds that it keeps other stages waiting in the best order: they need
+not wait for weight gradients."""
+
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """Templates without their depths and schedules, on the same classes."""
+    """Templates without their depths, on the same classes with the same tensor widths."""
 
     order: tuple[int, ...]
     """Device classes."""
-    tensor: int
+    tensors: tuple[int, ...]
+    """Devices of a replica on each of them."""
     widths: Ints
     """Replicas of a stage [B, F]."""
     blocks: Ints
@@ -37,47 +48,45 @@ class Builds:
 
 
 def balanced(
-    context: EstimateContext,
-    builds: Builds,
-    schedules: Sequence[ScheduleName],
-    share: float,
-    build_P: Ints,
-    depths_FP: Ints,
+    context: EstimateContext, builds: Builds, share: float, build_P: Ints, depths_FP: Ints
 ) -> Array:
-    """Seconds [C, P] of a step over `share` rows; infinite where not even all devices of a pipeline
+    """Seconds [P] of a step over `share` rows; infinite where not even all devices of a pipeline
     together have the memory."""
     facts_FBX = [
-        facts_by_build(context, i, builds.tensor, builds.rows // builds.widths[:, f])
-        for f, i in enumerate(builds.order)
+        facts_by_build(context, i, tensor, builds.rows // builds.widths[:, f])
+        for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True))
     ]
     longest_B, common_B = (np.min([each[:, x] for each in facts_FBX], axis=0) for x in (1, 2))
     each_B = np.max([each[:, 4] for each in facts_FBX], axis=0)
-    need_B = np.max([each[:, 3] + each[:, 4] for each in facts_FBX], axis=0)
-    count_B = share / builds.rows
+    always_B = np.max([each[:, 3] for each in facts_FBX], axis=0)
     depth_P = depths_FP.sum(axis=0)
     rate_P, room_P, devices_P = (np.zeros(len(build_P)) for _ in range(3))
     for f, each in enumerate(facts_FBX):
         rate_P += depths_FP[f] * (1 / each[:, 0])[build_P]
         room_P += depths_FP[f] * each[0, 5]
-        devices_P += depths_FP[f] * builds.widths[build_P, f]
+        devices_P += depths_FP[f] * (builds.widths[:, f] * builds.tensors[f])[build_P]
     crowd_P = -(-context.common[1] // depth_P) * common_B[build_P]
     slowest_P = np.maximum(1 / rate_P, np.maximum(crowd_P, longest_B[build_P]))
-    moved_P = _transfer(context, builds)[build_P]
-    trip_P = depth_P * (slowest_P + 2 * moved_P)
+    moved_P, (late, carried_B) = _transfer(context, builds)[build_P], _across_sites(context, builds)
+    drained = DRAINED if context.order == "best" else 1.0
+    trip_P = depth_P * (drained * slowest_P + 2 * moved_P) + 2 * (late + carried_B[build_P])
     exposed_P = _reduction(context, builds, build_P, depths_FP, depth_P) - HIDDEN * slowest_P
     hop = max(hop_latency(context.costs, context.classes[i].network) for i in builds.order)
-    rest_P = np.maximum(exposed_P, 0.0) + 2 * (devices_P * builds.tensor - 1) * hop
-    count_P = count_B[build_P]
-    steady_P = (count_P - 1) * np.maximum(slowest_P, moved_P)
-    found = np.empty((len(schedules), len(build_P)))
-    for c, schedule in enumerate(schedules):
-        if schedule == "1f1b":
-            waits_P = trip_P * (count_P / np.minimum(depth_P, count_P) - 1)
-            total_P, needed_B = trip_P + np.maximum(steady_P, waits_P) + rest_P, need_B
-        else:
-            total_P, needed_B = trip_P + steady_P + rest_P, need_B + (count_B - 1) * each_B
-        found[c] = np.where(needed_B[build_P] <= room_P, total_P, np.inf)
+    rest_P = np.maximum(exposed_P, 0.0) + 2 * (devices_P - 1) * hop
+    count_P = (share / builds.rows)[build_P]
+    pace_P = np.maximum(slowest_P, np.maximum(moved_P, carried_B[build_P]))
+    held_P = _held(context.order, count_P, depth_P, (room_P - always_B[build_P]) / each_B[build_P])
+    waits_P = trip_P * (count_P / np.clip(held_P, 1.0, count_P) - 1)
+    total_P = trip_P + np.maximum((count_P - 1) * pace_P, waits_P) + rest_P
+    found: Array = np.where(held_P >= 1.0, total_P, np.inf)
     return found
+
+
+def _held(order: Order, count_P: Array, depth_P: Ints, room_P: Array) -> Array:
+    """Micro-batches in flight [P], if there is room for a number; 0 where that is too little."""
+    if order == "gpipe":
+        return np.where(room_P >= count_P, count_P, 0.0)
+    return room_P if order == "best" else np.where(room_P >= 1.0, depth_P, 0.0)
 
 
 def facts_by_build(context: EstimateContext, device_class: int, tensor: int, rows_B: Ints) -> Array:
@@ -92,14 +101,26 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
     """Seconds [B] of a usual activation between neighbouring stages: of as many as stand on one
     node, the last one sends to another node."""
     moved_B: Array = np.zeros(len(builds.rows))
-    for i, width_B, block_B in zip(builds.order, builds.widths.T, builds.blocks.T, strict=True):
+    for i, tensor, width_B, block_B in _by_class(builds):
         inside, network = context.classes[i].inside, context.classes[i].network
         own_B = builds.rows / width_B * context.widest_cut
-        run_B = context.classes[i].each // builds.tensor // block_B
-        across_B = own_B * block_B * builds.tensor / network.bandwidth + network.latency
+        run_B = context.classes[i].each // tensor // block_B
+        across_B = own_B * block_B * tensor / network.bandwidth + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
         moved_B = np.maximum(moved_B, (across_B + (run_B - 1) * inside_B) / run_B)
     return moved_B
+
+
+def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Array]:
+    """Latency of all crossings from site to site, and seconds [B] of a usual activation on the
+    slowest uplink."""
+    late, slowest = 0.0, 0.0
+    for here, there in zip(builds.order, builds.order[1:], strict=False):
+        latency, bandwidth = uplinks_between(context, here, there)
+        late += latency
+        slowest = max(slowest, 1 / bandwidth)
+    size_B: Array = np.asarray(builds.rows * (context.widest_cut * max(builds.tensors)))
+    return late, size_B * slowest
 
 
 def _reduction(
@@ -107,14 +128,18 @@ def _reduction(
 ) -> Array:
     """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
-    for f, i in enumerate(builds.order):
+    for f, (i, tensor, width_B, block_B) in enumerate(_by_class(builds)):
         inside, network = context.classes[i].inside, context.classes[i].network
-        width_B, block_B = builds.widths[:, f], builds.blocks[:, f]
         across_B = width_B > block_B
         own_B = 2 * (1 - 1 / width_B) * context.gradients
-        own_B /= np.where(across_B, network.bandwidth, builds.tensor * inside.bandwidth)
+        own_B /= np.where(across_B, network.bandwidth, tensor * inside.bandwidth)
         ring_B = across_B * 2 * (width_B - 1) * hop_latency(context.costs, network)
-        run_B = np.where(across_B, context.classes[i].each // builds.tensor // block_B, 1)
+        run_B = np.where(across_B, context.classes[i].each // tensor // block_B, 1)
         run_P = np.minimum(run_B[build_P], depths_FP[f])
         worst_P = np.maximum(worst_P, own_B[build_P] / depth_P * run_P + ring_B[build_P])
     return worst_P
+
+
+def _by_class(builds: Builds) -> Sequence[tuple[int, int, Ints, Ints]]:
+    columns = builds.order, builds.tensors, builds.widths.T, builds.blocks.T
+    return list(zip(*columns, strict=True))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from meshwright.cluster.spec import Link
-from meshwright.plan.spec import ScheduleName
 from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.layer_partition import Stages
 from meshwright.search.space import divisors, usable_devices
@@ -63,6 +62,8 @@ class StageRun:
 
     device_class: int
     """Index of the device class in `device_classes`."""
+    tensor: int
+    """Devices of a replica."""
     depth: int
     """Number of stages."""
     width: int
@@ -74,11 +75,9 @@ class StageRun:
 class PipelineTemplate:
     """A pipeline with everything decided but its cuts and the number of its micro-batches."""
 
-    tensor: int
     runs: tuple[StageRun, ...]
     rows: int
     """Rows of a micro-batch, over all replicas."""
-    schedule: ScheduleName
 
     @property
     def depth(self) -> int:
@@ -88,7 +87,12 @@ class PipelineTemplate:
     @property
     def devices(self) -> int:
         """Returns the number of devices in use."""
-        return self.tensor * sum(s.depth * s.width for s in self.runs)
+        return sum(run.tensor * run.depth * run.width for run in self.runs)
+
+    @property
+    def stages(self) -> tuple[tuple[StageRun, int], ...]:
+        """Returns the run that each stage is of, and the rows of each of its replicas."""
+        return tuple((run, self.rows // run.width) for run in self.runs for _ in range(run.depth))
 
 
 def device_classes(costs: Costs) -> tuple[DeviceClass, ...]:
@@ -177,16 +181,16 @@ def written(
     found: list[tuple[TensorGroup, ...]] = []
     for run in template.runs:
         device_class = every[run.device_class]
-        groups = device_class.each // template.tensor
+        groups = device_class.each // run.tensor
         first = taken.get(run.device_class, 0)
         needed = nodes_for(groups, run.depth, run.width, run.block)
         taken[run.device_class] = first + needed
-        found += _stages(device_class.nodes[first : first + needed], run, groups, template.tensor)
+        found += _stages(device_class.nodes[first : first + needed], run, groups)
     return tuple(found)
 
 
 def _stages(
-    nodes: Sequence[tuple[str, ...]], run: StageRun, groups: int, tensor: int
+    nodes: Sequence[tuple[str, ...]], run: StageRun, groups: int
 ) -> list[tuple[TensorGroup, ...]]:
     per_node, wide = groups // run.block, run.width // run.block
     stages = []
@@ -194,7 +198,7 @@ def _stages(
         group, place = divmod(s, per_node)
         stages.append(
             tuple(
-                names[(place * run.block + q) * tensor :][:tensor]
+                names[(place * run.block + q) * run.tensor :][: run.tensor]
                 for names in nodes[group * wide : (group + 1) * wide]
                 for q in range(run.block)
             )

@@ -61,7 +61,7 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
                 run = _widest(costs, every[number], number, tensor, depth)
                 if run is None:
                     break
-                template = PipelineTemplate(tensor, (run,), run.width, "1f1b")
+                template = PipelineTemplate((run,), run.width)
                 stages = written(every, template, {})
                 count = costs.job.global_batch // run.width
                 fitted = fit_pipeline(costs, stages, run.width, count, "1f1b")
@@ -78,5 +78,5 @@ def _widest(
     for width in reversed(divisors(costs.job.global_batch)):
         blocks = [b for b in divisors(groups) if width % b == 0]
         if blocks and nodes_for(groups, depth, width, blocks[-1]) <= len(device_class.nodes):
-            return StageRun(number, depth, width, blocks[-1])
+            return StageRun(number, tensor, depth, width, blocks[-1])
     return None

@@ -10,33 +10,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
+from typing import cast
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search import neighbourhood
-from meshwright.search.best_order_estimate import best_order_seconds
 from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, prospects, space_size
 from meshwright.search.explore import Progress, is_large
 from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
 from meshwright.search.neighbourhood import Move
-from meshwright.search.pool_pipelines import single_pipelines
-from meshwright.search.stage_simulation import followed, stage_level_seconds
+from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_search import template_strategies
 from meshwright.stopping import raise_if_stopped
 
-STEPS = (640_000, 20_000, 3_000_000)
+STEPS = (1_280_000, 40_000, 6_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
 TEMPLATE_STRATEGIES = 12
 """Strategies over whole classes of nodes that are simulated."""
 
-FEW = 16
-"""Devices up to which rows of them are cut into stages instead of whole classes of nodes."""
-
-SINGLE, CHAINS, CLIMBS, NEAR = 0.1, 0.2, 0.6, 0.05
-"""Shares of the steps: strategies of one pipeline of whole pools, of devices in a row, their
-climbs, and what lies near the best in the end."""
+CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
+"""Shares of the steps: strategies cut from devices in a row, the climbs from all of them, and what
+lies near the best in the end."""
 
 HOPEFUL = 1.8
 """Times the best stage-level simulation beyond which a strategy is not climbed from."""
@@ -57,7 +54,7 @@ SURROUNDING = 16
 """Neighbours of a local optimum that are climbed from, at most."""
 
 FAILED = 400
-"""Steps that a composed pipeline costs which does not fit."""
+"""Steps that a race costs at least, so that races end."""
 
 SAME_BUILD = 1
 """Strategies of one build that are climbed from."""
@@ -94,7 +91,10 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
 def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
     """Play the best strategies made of templates on whole device classes."""
     found = template_strategies(
-        incumbent.costs, schedules, incumbent.pruned, lambda: incumbent.out_of_time
+        incumbent.costs,
+        _order_of(incumbent, schedules),
+        incumbent.pruned,
+        lambda: incumbent.out_of_time,
     )
     for done, strategy in enumerate(found):
         tell("composing", done, TEMPLATE_STRATEGIES)
@@ -103,6 +103,13 @@ def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell
             break
         try_candidate(incumbent, strategy)
     tell("composing", TEMPLATE_STRATEGIES, TEMPLATE_STRATEGIES)
+
+
+def _order_of(incumbent: Incumbent, schedules: Sequence[ScheduleName]) -> Order:
+    """The order of work in which strategies are compared."""
+    if incumbent.any_order:
+        return "best"
+    return "1f1b" if "1f1b" in schedules else "gpipe"
 
 
 def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
@@ -118,23 +125,15 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
     tell("composing", 0, 2)
     costs, incumbent = search.incumbent.costs, search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
-    if len(costs.devices) > FEW:
-        device_classes = template_strategies(
-            costs, search.schedules, incumbent.pruned, lambda: incumbent.out_of_time
-        )
-        known += islice(device_classes, TEMPLATE_STRATEGIES)
+    classes = template_strategies(
+        costs,
+        _order_of(incumbent, search.schedules),
+        incumbent.pruned,
+        lambda: incumbent.out_of_time,
+    )
+    known += islice(classes, TEMPLATE_STRATEGIES)
     found = {strategy: rate(search, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
-    search.left = round(SINGLE * steps)
-    for pipelines in single_pipelines(costs, lambda: best[0]):
-        if pipelines:
-            strategy: Strategy = ("1f1b", pipelines)
-            found[strategy] = rate(search, strategy, HOPEFUL * best[0])
-            best[0] = min(best[0], found[strategy])
-        else:
-            search.left -= FAILED
-        if search.out_of_budget:
-            break
     tell("composing", 1, 2)
     search.left = round(CHAINS * steps)
     while not search.out_of_budget:
@@ -311,9 +310,7 @@ def _steps(strategy: Strategy) -> int:
     for pipeline in strategy[1]:
         depth = len(pipeline.stages)
         groups = sum(len(stage.groups) for stage in pipeline.stages)
-        steps += (
-            FITTING + depth * (FITTING_STAGE + followed(depth, pipeline.micro_batches)) + groups
-        )
+        steps += FITTING + depth * FITTING_STAGE + groups
     return steps
 
 
@@ -329,9 +326,8 @@ def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
         pruned["does not fit in memory"] += 1
         return float("inf")
     pruned["slower in preview"] += 1
-    if search.incumbent.any_order:
-        return best_order_seconds(costs, pipelines, limit)
-    return stage_level_seconds(costs, pipelines, schedule, limit)
+    order: Order = "best" if search.incumbent.any_order else cast("Order", schedule)
+    return candidate_seconds(costs, pipelines, order, limit)
 
 
 def climb(search: LocalSearch, start: Strategy) -> Strategy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meshwright.cost.links import overhead_seconds
+from meshwright.search.pipeline_seconds import pipeline_seconds
 from meshwright.search.template_estimate import EstimateContext, TemplateEstimate, hop_latency
 
 
@@ -41,9 +42,11 @@ def between_sites(context: EstimateContext, estimates: Sequence[TemplateEstimate
 
 def pace(context: EstimateContext, each: TemplateEstimate) -> float:
     """Rows per second of a pipeline that is full."""
-    found = context.paces.get(each)
+    key = each.template, each.bounds
+    found = context.paces.get(key)
     if found is None:
-        found = context.paces[each] = each.template.rows / (each.further(33) / 32)
+        one, many = (pipeline_seconds(each.prices, count, context.order) for count in (1, 33))
+        found = context.paces[key] = each.template.rows / ((many - one) / 32)
     return found
 
 
@@ -67,7 +70,8 @@ def seconds_by_counts(
 
     def alone(k: int, count: float) -> float:
         if count not in known[k]:
-            known[k][count] = estimates[k].once + estimates[k].further(count) + exposed[k]
+            spent = pipeline_seconds(estimates[k].prices, max(1, round(count)), context.order)
+            known[k][count] = spent + exposed[k]
         return known[k][count]
 
     return lambda counts: later + max(alone(k, count) for k, count in enumerate(counts))

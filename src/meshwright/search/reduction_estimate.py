@@ -17,9 +17,7 @@ from meshwright.search.costs import (
     remembered,
     ring,
 )
-
-Span = tuple[float, float]
-"""Begin and end of a stage's last backward."""
+from meshwright.search.pipeline_seconds import Span
 
 
 def reduced(

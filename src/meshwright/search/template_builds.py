@@ -1,19 +1,18 @@
 """Lists pipeline templates on a block of device classes, scored as if their stages were balanced.
 
 Letters: F device classes, B builds (widths, blocks and rows), P pipelines: builds with depths, N
-choices of widths and rows, K pipelines that are kept, C schedules, D depths of one build.
+choices of widths and rows, K pipelines that are kept, D depths of one build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
 import numpy as np
 
-from meshwright.plan.spec import ScheduleName
 from meshwright.search.balanced_estimate import Builds, balanced, facts_by_build
 from meshwright.search.costs import Array
 from meshwright.search.device_classes import PipelineTemplate, StageRun, blocks_for
@@ -44,7 +43,7 @@ AT_ONCE = 20_000
 """Pipelines that are scored at once: their arrays stay in the cache of a core."""
 
 KEPT = 12
-"""Depths that are kept for each choice of widths, rows, blocks and schedule."""
+"""Depths that are kept for each choice of widths, rows and blocks."""
 
 MOST_WIDTHS = 16
 """The most numbers of replicas of a stage that are tried: divisors of the batch."""
@@ -60,10 +59,10 @@ class Task:
     context: EstimateContext
     block: tuple[int, ...]
     """Device classes."""
-    tensor: int
+    tensors: tuple[int, ...]
+    """Devices of a replica on each of them."""
     share: float
     """Rows of the batch."""
-    schedules: tuple[ScheduleName, ...]
     alone: bool
     """The share is the whole batch."""
     limit: float
@@ -75,12 +74,10 @@ def group_count(context: EstimateContext, device_class: int, tensor: int) -> int
     return context.classes[device_class].each // tensor * len(context.classes[device_class].nodes)
 
 
-def scored_templates(
-    task: Task, order: tuple[int, ...]
-) -> Iterator[tuple[float, PipelineTemplate]]:
-    """Yields templates on these classes with their seconds as if stages were balanced, the
+def scored_templates(task: Task) -> Iterator[tuple[float, PipelineTemplate]]:
+    """Yields templates on the classes of a task with their seconds as if stages were balanced, the
     fastest first."""
-    builds = _builds(task, order)
+    builds = _builds(task)
     grids = _depth_grids(task, builds)
     if not grids:
         return
@@ -90,22 +87,24 @@ def scored_templates(
         raise_if_stopped()
         depths_FP = np.concatenate([grids[b] for b in part.tolist()], axis=1)
         parts.append(_fastest(task, builds, np.repeat(part, sizes[part]), depths_FP))
-    seconds_K, group_K, depths_KF = (np.concatenate(each) for each in zip(*parts, strict=True))
-    for k in np.lexsort((group_K, seconds_K)).tolist():
-        b, c = divmod(int(group_K[k]), len(task.schedules))
+    seconds_K, build_K, depths_KF = (np.concatenate(each) for each in zip(*parts, strict=True))
+    for k in np.lexsort((build_K, seconds_K)).tolist():
+        b = int(build_K[k])
         numbers = (depths_KF[k], builds.widths[b], builds.blocks[b])
-        runs = map(StageRun, order, *(each.tolist() for each in numbers))
-        rows, schedule = int(builds.rows[b]), task.schedules[c]
-        yield float(seconds_K[k]), PipelineTemplate(task.tensor, tuple(runs), rows, schedule)
+        runs = map(StageRun, task.block, task.tensors, *(each.tolist() for each in numbers))
+        yield float(seconds_K[k]), PipelineTemplate(tuple(runs), int(builds.rows[b]))
 
 
-def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _widths(task: Task) -> Iterator[tuple[int, ...]]:
     """Replicas of a stage on every device class of a pipeline: divisors of the batch, alike up to
     RATIOS."""
-    most = [group_count(task.context, i, task.tensor) for i in order]
+    most = [
+        group_count(task.context, i, tensor)
+        for i, tensor in zip(task.block, task.tensors, strict=True)
+    ]
     every = divisors(task.context.costs.job.global_batch)
     every = every[:: -(-len(every) // MOST_WIDTHS)]
-    ratios = RATIOS if len(order) < 3 else RATIOS[:2]
+    ratios = RATIOS[: max(1, len(RATIOS) + 2 - len(task.block))]
     steps = {*ratios, *(1 / ratio for ratio in ratios)}
     for first in (w for w in every if w <= min(most[0], task.share)):
         options = [[w for w in every if w <= limit and w / first in steps] for limit in most[1:]]
@@ -122,27 +121,28 @@ def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
-def _builds(task: Task, order: tuple[int, ...]) -> Builds:
+def _builds(task: Task) -> Builds:
     """Widths, blocks and rows with which the micro-batches, without any loss on all devices that
     the widths can use, take less than the best strategy known."""
     context, layers = task.context, len(task.context.costs.model.layers)
-    chosen = [(w, rows * max(w)) for w in _widths(task, order) for rows in _row_sizes(task, w)]
-    width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64).reshape(-1, len(order))
+    chosen = [(w, rows * max(w)) for w in _widths(task) for rows in _row_sizes(task, w)]
+    width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64)
     rows_N = np.array([rows for _, rows in chosen], dtype=np.int64)
     rate_N = np.zeros(len(chosen))
-    for i, width_N in zip(order, width_NF.T, strict=True):
-        depth_N = np.minimum(group_count(context, i, task.tensor) // width_N, layers)
-        rate_N += depth_N / facts_by_build(context, i, task.tensor, rows_N // width_N)[:, 0]
+    columns = width_NF.reshape(-1, len(task.block)).T
+    for i, tensor, width_N in zip(task.block, task.tensors, columns, strict=True):
+        depth_N = np.minimum(group_count(context, i, tensor) // width_N, layers)
+        rate_N += depth_N / facts_by_build(context, i, tensor, rows_N // width_N)[:, 0]
     able_N = task.share / rows_N / rate_N < SLACK * task.limit
     found = [
         (*widths, *blocks, rows)
         for (widths, rows), able in zip(chosen, able_N.tolist(), strict=True)
         if able
-        for blocks in _block_choices(task, order, widths)
+        for blocks in _block_choices(task, widths)
     ]
-    number = len(order)
+    number = len(task.block)
     table = np.array(found, dtype=np.int64).reshape(-1, 2 * number + 1)
-    return Builds(order, task.tensor, table[:, :number], table[:, number:-1], table[:, -1])
+    return Builds(task.block, task.tensors, table[:, :number], table[:, number:-1], table[:, -1])
 
 
 def _changes(numbers: Ints) -> Ints:
@@ -153,31 +153,24 @@ def _changes(numbers: Ints) -> Ints:
 def _fastest(
     task: Task, builds: Builds, build_P: Ints, depths_FP: Ints
 ) -> tuple[Array, Ints, Ints]:
-    """The KEPT fastest depths of every build and schedule: their seconds, the number of the build
-    and the schedule, and the depths."""
-    seconds_CP = balanced(task.context, builds, task.schedules, task.share, build_P, depths_FP)
-    # With one stage or one micro-batch there is no order to choose.
-    deepest_B = np.zeros(len(builds.rows), dtype=np.int64)
-    np.maximum.at(deepest_B, build_P, depths_FP.sum(axis=0))
-    alike_B = (task.share <= builds.rows) | (deepest_B == 1)
-    seconds_CP[1:, alike_B[build_P]] = np.inf
-    c_K, p_K = np.nonzero(seconds_CP < SLACK * task.limit)
-    seconds_K, group_K = seconds_CP[c_K, p_K], build_P[p_K] * len(task.schedules) + c_K
-    sorted_K = np.lexsort((p_K, seconds_K, group_K))
-    groups = group_K[sorted_K]
-    kept = sorted_K[np.arange(len(groups)) - np.searchsorted(groups, groups) < KEPT]
-    return seconds_K[kept], group_K[kept], depths_FP[:, p_K[kept]].T
+    """The KEPT fastest depths of every build: their seconds, the number of the build, and the
+    depths."""
+    seconds_P = balanced(task.context, builds, task.share, build_P, depths_FP)
+    p_K = np.flatnonzero(seconds_P < SLACK * task.limit)
+    seconds_K, build_K = seconds_P[p_K], build_P[p_K]
+    sorted_K = np.lexsort((p_K, seconds_K, build_K))
+    numbers = build_K[sorted_K]
+    kept = sorted_K[np.arange(len(numbers)) - np.searchsorted(numbers, numbers) < KEPT]
+    return seconds_K[kept], build_K[kept], depths_FP[:, p_K[kept]].T
 
 
-def _block_choices(
-    task: Task, order: tuple[int, ...], widths: tuple[int, ...]
-) -> Iterator[tuple[int, ...]]:
+def _block_choices(task: Task, widths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Replicas packed onto nodes, or spread over as many as can be; on one class all between."""
     options = [
-        blocks_for(task.context.classes[i].each // task.tensor, width)
-        for i, width in zip(order, widths, strict=True)
+        blocks_for(task.context.classes[i].each // tensor, width)
+        for i, tensor, width in zip(task.block, task.tensors, widths, strict=True)
     ]
-    if len(order) == 1:
+    if len(task.block) == 1:
         yield from ((block,) for block in options[0])
         return
     yield from dict.fromkeys((tuple(o[-1] for o in options), tuple(o[0] for o in options)))
@@ -189,22 +182,28 @@ def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
     ends_BF = np.empty_like(builds.widths)
-    for f, i in enumerate(builds.order):
+    for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True)):
         device_class, block_B = task.context.classes[i], builds.blocks[:, f]
         nodes_B = len(device_class.nodes) // (builds.widths[:, f] // block_B)
-        deepest_B = nodes_B * (device_class.each // builds.tensor // block_B)
+        deepest_B = nodes_B * (device_class.each // tensor // block_B)
         ends_BF[:, f] = np.searchsorted(every, deepest_B, side="right")
     known = task.context.grids
     for ends in map(tuple, np.unique(ends_BF, axis=0).tolist()):
-        if ends not in known:
-            known[ends] = _grid([every[:end] for end in ends], layers)
-    return [known[ends] for ends in map(tuple, ends_BF.tolist())]
+        key = len(every), *ends
+        if key not in known:
+            known[key] = _grid([every[:end] for end in ends], layers)
+    return [known[len(every), *ends] for ends in map(tuple, ends_BF.tolist())]
 
 
 def _grid(options: list[Sequence[int]], layers: int) -> Ints:
-    """All depths [F, D] together no more than the layers; of very many, every other one."""
-    while prod(map(len, options)) > DEPTH_GRID:
+    """All depths [F, D] together no more than the layers; of very many, every other one, and of
+    very many classes equally many on each."""
+    while prod(map(len, options)) > DEPTH_GRID and max(map(len, options)) > 2:
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
-    grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(options))
+    together: Iterable[tuple[int, ...]] = product(*options)
+    if prod(map(len, options)) > DEPTH_GRID:
+        longest = max(options, key=len)
+        together = (tuple(min(d, option[-1]) for option in options) for d in longest)
+    grid = np.array(list(together), dtype=np.int64).reshape(-1, len(options))
     found: Ints = grid[grid.sum(axis=1) <= layers].T
     return found

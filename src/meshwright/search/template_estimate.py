@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,10 +17,19 @@ from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Link
 from meshwright.cost.weights import stage_parameters
+from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.bounds import optimizer_of
-from meshwright.search.costs import Costs, group_capacity, group_prefix, reduced_width, stage_bytes
+from meshwright.search.costs import (
+    Costs,
+    group_capacity,
+    group_prefix,
+    reduced_width,
+    split_prefix,
+    stage_bytes,
+)
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
+from meshwright.search.pipeline_seconds import UNLIMITED, Order, PipelinePrices
 
 Ints = NDArray[np.int64]
 
@@ -33,52 +43,20 @@ class TemplateEstimate:
 
     template: PipelineTemplate
     bounds: tuple[int, ...]
-    forward: tuple[float, ...]
-    backward: tuple[float, ...]
-    """Seconds of a micro-batch, by stage."""
-    transfer: tuple[float, ...]
-    """Seconds of a micro-batch across each cut, one way."""
+    prices: PipelinePrices
     reduction: tuple[float, ...]
     """Seconds of every stage's gradients, if this template is the whole plan."""
     crowded: tuple[float, ...]
     """The same if other pipelines hold the stage's layers too."""
     optimizer: float
 
-    @property
-    def once(self) -> float:
-        """Seconds of the first micro-batch, there and back."""
-        return sum(self.forward) + sum(self.backward) + 2 * sum(self.transfer)
-
-    def further(self, micro_batches: float) -> float:
-        """Seconds that the micro-batches after the first add: as `estimate` has it."""
-        moved = max(self.transfer, default=0.0)
-        if self.template.schedule == "gpipe":
-            slowest = max(*self.forward, moved) + max(*self.backward, moved)
-            return (micro_batches - 1) * slowest
-        return max(_steady(self, micro_batches), (micro_batches - 1) * moved)
-
     def exposed(self, delay: float, *, crowded: bool) -> float:
         """Seconds of the reductions that no backward hides."""
-        before, worst = 0.0, 0.0
+        before, worst, prices = 0.0, 0.0, self.prices
         for s, seconds in enumerate(self.crowded if crowded else self.reduction):
-            worst = max(worst, seconds - self.backward[s] * (1 - delay) - before)
-            before += self.backward[s] + (self.transfer[s] if s < len(self.transfer) else 0.0)
+            worst = max(worst, seconds - prices.backward[s] * (1 - delay) - before)
+            before += prices.backward[s] + (prices.ahead[s] if s < len(prices.ahead) else 0.0)
         return worst
-
-
-def _steady(each: TemplateEstimate, micro_batches: float) -> float:
-    """Seconds that 1F1B adds after the first micro-batch. Of any n neighbouring stages, the first
-    begins a forward when the backward n micro-batches before has come back from the last:
-
-        (M - n) / n x (their seconds + transfers between them, there and back)
-    """
-    loads = np.cumsum([0.0, *map(sum, zip(each.forward, each.backward, strict=True))])
-    moved = np.cumsum([0.0, *each.transfer])
-    depth = len(each.forward)
-    first, last = np.triu_indices(depth)
-    number = last - first + 1
-    trips = loads[last + 1] - loads[first] + 2 * (moved[last] - moved[first])
-    return float((trips * np.maximum(micro_batches / number - 1, 0.0)).max())
 
 
 class GroupFacts(NamedTuple):
@@ -103,6 +81,8 @@ class EstimateContext:
     """What estimates share."""
 
     costs: Costs
+    order: Order
+    """The order of work that pipelines are estimated in."""
     classes: tuple[DeviceClass, ...]
     widest_cut: float
     """Bytes that a row carries across a usual cut."""
@@ -118,16 +98,18 @@ class EstimateContext:
     groups: dict[tuple[int, int, int], GroupFacts] = field(default_factory=dict)
     grids: dict[tuple[int, ...], Ints] = field(default_factory=dict)
     """Depths worth a look, by the number of them for every class."""
-    paces: dict[TemplateEstimate, float] = field(default_factory=dict)
+    paces: dict[tuple[PipelineTemplate, tuple[int, ...]], float] = field(default_factory=dict)
+    """Rows per second of templates with cuts."""
 
 
-def estimate_context(costs: Costs, every: tuple[DeviceClass, ...]) -> EstimateContext:
+def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:
     """A fresh one."""
     inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
     return EstimateContext(
         costs=costs,
+        order=order,
         classes=every,
         widest_cut=float(np.median(inner)) if len(inner) else 0.0,
         gradients=float(stage_parameters(costs.table.weights, (0, len(names)), 1))
@@ -186,21 +168,14 @@ def _reach(
     return found
 
 
-def _stages(template: PipelineTemplate) -> list[tuple[StageRun, int]]:
-    """Returns the run of stages that each stage is of, and its rows per replica."""
-    return [(s, template.rows // s.width) for s in template.runs for _ in range(s.depth)]
-
-
 def cuts(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> tuple[int, ...] | None:
     """The cuts whose slowest stage is quickest, among those that fit; None if none does."""
     depth = template.depth
     key = (
-        template.tensor,
-        template.schedule,
-        min(micro_batches, depth) if template.schedule == "1f1b" else micro_batches,
-        tuple((s.device_class, s.depth, template.rows // s.width) for s in template.runs),
+        micro_batches if context.order == "gpipe" else min(micro_batches, depth),
+        tuple((s.device_class, s.tensor, s.depth, template.rows // s.width) for s in template.runs),
     )
     if key not in context.cuts:
         context.cuts[key] = _cuts(context, template, micro_batches)
@@ -208,20 +183,18 @@ def cuts(
 
 
 def _rooms(
-    context: EstimateContext,
-    template: PipelineTemplate,
-    stages: list[tuple[StageRun, int]],
-    micro_batches: int,
+    context: EstimateContext, stages: Sequence[tuple[StageRun, int]], micro_batches: int
 ) -> list[list[int]] | None:
     """Returns for every stage how far it can reach from each layer within its memory; None if all
     stages together cannot hold the model."""
     layers = len(context.costs.model.layers)
+    schedule: ScheduleName = "gpipe" if context.order == "gpipe" else "1f1b"
     depth, rooms, at = len(stages), [], 0
     if depth > layers:
         return None
     for s, (run, rows) in enumerate(stages):
-        held = in_flight(template.schedule, s, depth, micro_batches)
-        rooms.append(_reach(context, run.device_class, template.tensor, rows, held))
+        held = in_flight(schedule, s, depth, micro_batches)
+        rooms.append(_reach(context, run.device_class, run.tensor, rows, held))
         to = min(rooms[s][at], layers - (depth - 1 - s))
         if to <= at:
             return None
@@ -232,12 +205,12 @@ def _rooms(
 def _cuts(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> tuple[int, ...] | None:
-    stages, layers = _stages(template), len(context.costs.model.layers)
-    depth, tensor = len(stages), template.tensor
-    rooms = _rooms(context, template, stages, micro_batches)
+    stages, layers = template.stages, len(context.costs.model.layers)
+    depth = len(stages)
+    rooms = _rooms(context, stages, micro_batches)
     if rooms is None:
         return None
-    sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]
+    sums = [prefixes(context, run.device_class, run.tensor, rows)[2] for run, rows in stages]
 
     def filled(limit: float) -> tuple[list[int], float] | None:
         """Every stage takes as many layers as it can within a time; and the longest taken."""
@@ -272,33 +245,63 @@ def estimate_template(
 ) -> TemplateEstimate | None:
     """The template with its best cuts and the seconds of its parts; None if it does not fit."""
     bounds = cuts(context, template, micro_batches)
-    if bounds is None:
+    if bounds is None or not _tied_agree(context, template, bounds):
         return None
-    stages = _stages(template)
-    forward, backward, alone, crowded, steps = [], [], [], [], []
-    for (run, rows), layers in zip(stages, pairwise(bounds), strict=True):
-        a, b = layers
-        ahead, back, _ = prefixes(context, run.device_class, template.tensor, rows)
-        forward.append(ahead[b] - ahead[a])
-        backward.append(back[b] - back[a])
+    alone, crowded, steps = [], [], []
+    for (run, _), layers in zip(template.stages, pairwise(bounds), strict=True):
         kind = context.classes[run.device_class].kind
-        steps.append(optimizer_of(context.costs, kind, layers, template.tensor))
-        held = float(stage_parameters(context.costs.table.weights, layers, template.tensor))
-        alone.append(reduction_seconds(context, run, template.tensor, held, crowded=False))
-        crowded.append(reduction_seconds(context, run, template.tensor, held, crowded=True))
+        steps.append(optimizer_of(context.costs, kind, layers, run.tensor))
+        held = float(stage_parameters(context.costs.table.weights, layers, run.tensor))
+        alone.append(reduction_seconds(context, run, held, crowded=False))
+        crowded.append(reduction_seconds(context, run, held, crowded=True))
     return TemplateEstimate(
         template=template,
         bounds=bounds,
-        forward=tuple(forward),
-        backward=tuple(backward),
-        transfer=tuple(
-            transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
-            for s in range(len(stages) - 1)
-        ),
+        prices=_prices(context, template, bounds),
         reduction=tuple(alone),
         crowded=tuple(crowded),
         optimizer=max(steps),
     )
+
+
+def _tied_agree(
+    context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
+) -> bool:
+    """True if all holders of a tied parameter have one tensor width."""
+    if len({run.tensor for run in template.runs}) == 1:
+        return True
+    held = [
+        {
+            run.tensor
+            for (run, _), (a, b) in zip(template.stages, pairwise(bounds), strict=True)
+            if any(a <= layer < b for layer in tied.layers)
+        }
+        for tied in context.costs.model.tied
+    ]
+    return all(len(widths) <= 1 for widths in held)
+
+
+def _prices(
+    context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
+) -> PipelinePrices:
+    costs, stages = context.costs, template.stages
+    forward, backward, inputs, weights, held = [], [], [], [], []
+    for (run, rows), (a, b) in zip(stages, pairwise(bounds), strict=True):
+        ahead, back, _ = prefixes(context, run.device_class, run.tensor, rows)
+        group = context.classes[run.device_class].nodes[0][: run.tensor]
+        first, later = split_prefix(costs, group, rows)
+        forward.append(ahead[b] - ahead[a])
+        backward.append(back[b] - back[a])
+        inputs.append(first[b] - first[a])
+        weights.append(later[b] - later[a])
+        always, each = stage_bytes(costs, run.tensor, rows)
+        room, size = group_capacity(costs, group) - always[a, b], each[a, b]
+        held.append(max(1, int(room / size)) if size else UNLIMITED)
+    moved = [
+        transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
+        for s in range(len(stages) - 1)
+    ]
+    return PipelinePrices(forward, backward, inputs, weights, held, moved, moved, 0.0)
 
 
 def hop_latency(costs: Costs, link: Link) -> float:
@@ -307,11 +310,11 @@ def hop_latency(costs: Costs, link: Link) -> float:
 
 
 def reduction_seconds(
-    context: EstimateContext, run: StageRun, tensor: int, held: float, *, crowded: bool
+    context: EstimateContext, run: StageRun, held: float, *, crowded: bool
 ) -> float:
     """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
     node share its network interface. `crowded`: holders elsewhere as well."""
-    device_class, width = context.classes[run.device_class], run.width
+    device_class, width, tensor = context.classes[run.device_class], run.width, run.tensor
     if width == 1 and not crowded:
         return 0.0
     size = held * reduced_width(context.costs)
@@ -335,26 +338,34 @@ def transfer_seconds(
 ) -> float:
     """A usual activation from a stage to the next one, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
-    tensor, rows = template.tensor, template.rows
+    rows = template.rows
     fixed = context.costs.system.boundary
     each = rows / here.width * context.widest_cut
     if here == there and _same_node(context, template, stage, here):
-        shared = here.block * tensor if source.inside.shared else 1
+        shared = here.block * here.tensor if source.inside.shared else 1
         return fixed + source.inside.latency + each * shared / source.inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
-        rows / s.width * s.block * tensor * context.widest_cut / device_class.network.bandwidth
+        rows / s.width * s.block * s.tensor * context.widest_cut / device_class.network.bandwidth
         for device_class, s in ends
     )
     latency = max(device_class.network.latency for device_class, _ in ends)
     if source.site != target.site:
-        for site in (source.site, target.site):
-            uplink = context.costs.links.uplinks[site]
-            if uplink:
-                carried = rows * tensor * context.widest_cut
-                seconds = max(seconds, carried / uplink.bandwidth)
-                latency = max(latency, site_latency(context, site) + uplink.latency)
+        late, bandwidth = uplinks_between(context, here.device_class, there.device_class)
+        carried = rows * max(here.tensor, there.tensor) * context.widest_cut
+        seconds, latency = max(seconds, carried / bandwidth), max(latency, late)
     return fixed + latency + seconds
+
+
+def uplinks_between(context: EstimateContext, here: int, there: int) -> tuple[float, float]:
+    """Returns latency and bandwidth of the way between the sites of two device classes: none and
+    without limit where they stand at one site."""
+    sites = context.classes[here].site, context.classes[there].site
+    links = [link for site in sites if (link := context.costs.links.uplinks[site])]
+    if sites[0] == sites[1] or not links:
+        return 0.0, float("inf")
+    latency = max(site_latency(context, site) for site in sites) + sum(u.latency for u in links)
+    return latency, min(link.bandwidth for link in links)
 
 
 def site_latency(context: EstimateContext, site: str) -> float:
@@ -369,7 +380,7 @@ def site_latency(context: EstimateContext, site: str) -> float:
 def _same_node(
     context: EstimateContext, template: PipelineTemplate, stage: int, run: StageRun
 ) -> bool:
-    per_node = context.classes[run.device_class].each // template.tensor // run.block
+    per_node = context.classes[run.device_class].each // run.tensor // run.block
     place = stage
     for each in template.runs:
         if each is run:

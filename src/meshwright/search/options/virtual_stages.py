@@ -22,7 +22,7 @@ from meshwright.search.bounds import after_pipelines, exposed_seconds
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned, fits_in_memory
-from meshwright.search.incumbent import Evaluated, Incumbent, parts_in, step_of, work_of
+from meshwright.search.incumbent import Incumbent, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
     LISTED,
@@ -78,10 +78,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     for plan in finalists(incumbent):
         if not _hopeful(incumbent, plan):
             yield Pruned("lower bound above the best")
-        elif (
-            work_of(plan, find_symmetry(plan, incumbent.costs.cluster))
-            > MOST_ACTIONS
-        ):
+        elif work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
             for found in _drafts(incumbent, plan):
