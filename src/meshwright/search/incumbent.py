@@ -84,8 +84,8 @@ class Incumbent:
     seen: set[Strategy] = field(default_factory=set)
     any_order: bool = False
     """True if the order of work is chosen last: strategies are compared in the best one."""
-    promising: list[Strategy] = field(default_factory=list)
-    """The strategies that are fastest in the best order of work."""
+    promising: dict[Strategy, float] = field(default_factory=dict)
+    """Strategies that are fast in the best order of work, with their estimated seconds."""
     misfits: tuple[Plan, ...] = ()
     """Plans that lack memory, the most promising first, if nothing else was found."""
     steps: list[tuple[Evaluated, SimulatedStep]] = field(default_factory=list)

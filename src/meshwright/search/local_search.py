@@ -28,8 +28,9 @@ from meshwright.stopping import raise_if_stopped
 STEPS = (1_280_000, 40_000, 6_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
-TEMPLATE_STRATEGIES = 12
-"""Strategies over whole classes of nodes that are simulated."""
+TEMPLATE_STRATEGIES, TEMPLATES_PLAYED = 16, 3
+"""Strategies over whole classes of nodes that are written down, and that are simulated where there
+are too many devices to climb from them."""
 
 CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
 """Shares of the steps: strategies cut from devices in a row, the climbs from all of them, and what
@@ -62,6 +63,9 @@ SAME_BUILD = 1
 PLAYED = 6
 """Local optima that the simulator judges."""
 
+PROMISING = 400
+"""Strategies, the fastest in the best order of work, from which finalists are chosen."""
+
 SLACK = 0.02
 """Relative excess of a stage-level simulation over the best one's within which the simulator may
 see it differently."""
@@ -82,7 +86,7 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
     optima = _local_optima(search, starts, drawn, round(CLIMBS * steps), tell)
     for optimum in optima:
         try_candidate(incumbent, optimum)
-    incumbent.promising += optima
+    _promise(search)
     search.left = round(NEAR * steps)
     _polish(search)
     return False
@@ -90,19 +94,26 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
 
 def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
     """Play the best strategies made of templates on whole device classes."""
-    found = template_strategies(
-        incumbent.costs,
-        _order_of(incumbent, schedules),
-        incumbent.pruned,
-        lambda: incumbent.out_of_time,
+    tell("composing", 0, TEMPLATE_STRATEGIES)
+    search = LocalSearch(incumbent, schedules)
+    found = islice(_templates(search), TEMPLATE_STRATEGIES)
+    ordered = sorted(
+        (rate(search, strategy), number, strategy) for number, strategy in enumerate(found)
     )
-    for done, strategy in enumerate(found):
-        tell("composing", done, TEMPLATE_STRATEGIES)
-        spent = incumbent.out_of_time or incumbent.work < WORK // 2
-        if done >= TEMPLATE_STRATEGIES or (incumbent.best and spent):
+    _promise(search)
+    for done, (_, _, strategy) in enumerate(ordered[:TEMPLATES_PLAYED]):
+        tell("composing", done, TEMPLATES_PLAYED)
+        if incumbent.best and (incumbent.out_of_time or incumbent.work < WORK // 2):
             break
         try_candidate(incumbent, strategy)
-    tell("composing", TEMPLATE_STRATEGIES, TEMPLATE_STRATEGIES)
+    tell("composing", 1, 1)
+
+
+def _promise(search: LocalSearch) -> None:
+    """Tell the incumbent which strategies are fast in the best order of work."""
+    if search.incumbent.any_order:
+        final = {s: seconds for s, (seconds, sure) in search.known.items() if sure}
+        search.incumbent.promising |= {s: final[s] for s in _ordered(final)[:PROMISING]}
 
 
 def _order_of(incumbent: Incumbent, schedules: Sequence[ScheduleName]) -> Order:
@@ -110,6 +121,16 @@ def _order_of(incumbent: Incumbent, schedules: Sequence[ScheduleName]) -> Order:
     if incumbent.any_order:
         return "best"
     return "1f1b" if "1f1b" in schedules else "gpipe"
+
+
+def _templates(search: LocalSearch) -> Iterator[Strategy]:
+    incumbent = search.incumbent
+    return template_strategies(
+        incumbent.costs,
+        _order_of(incumbent, search.schedules),
+        incumbent.pruned,
+        lambda: incumbent.out_of_time,
+    )
 
 
 def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
@@ -123,15 +144,9 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
     """The best strategies of different builds, by the stage-level simulation: those played already,
     those made of whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
-    costs, incumbent = search.incumbent.costs, search.incumbent
+    incumbent = search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
-    classes = template_strategies(
-        costs,
-        _order_of(incumbent, search.schedules),
-        incumbent.pruned,
-        lambda: incumbent.out_of_time,
-    )
-    known += islice(classes, TEMPLATE_STRATEGIES)
+    known += islice(_templates(search), TEMPLATE_STRATEGIES)
     found = {strategy: rate(search, strategy) for strategy in known}
     best = [min(found.values(), default=float("inf"))]
     tell("composing", 1, 2)

@@ -95,14 +95,15 @@ def _seconds(
 
     It waits for the first gradient, if it cannot fill the time with the forwards that its memory
     holds, and again whenever it has had as many micro-batches as that, if they have not all come
-    back in the time that it works on them. The last weight gradients may be computed while
-    the last gradient is on its way.
+    back in the time that it works on them. Weight gradients that its memory can keep for the end
+    are computed while the last gradient is on its way.
     """
     depth = len(p.forward)
+    usual = back if parted == count else p.backward
     trips = [0.0] * depth
     trip = 0.0
     for s in range(depth - 1, -1, -1):
-        trip += p.forward[s] + back[s]
+        trip += p.forward[s] + usual[s]
         trips[s] = trip
         if s:
             trip += p.ahead[s - 1] + p.back[s - 1]
@@ -110,12 +111,12 @@ def _seconds(
     for s in range(depth):
         forward, number = p.forward[s], held[s]
         work = count * (forward + p.backward[s]) + parted * (back[s] + later[s] - p.backward[s])
-        wait = max(0.0, trips[s] - back[s] - number * forward)
+        wait = max(0.0, trips[s] - usual[s] - number * forward)
         kept = later[s] if parted == count else 0.0
         idle = trips[s] + kept - number * work / count
         if idle > 0.0:
             wait += (count - 1) // number * idle
-        seconds = start + wait + max(work, work - parted * later[s] + end)
+        seconds = start + wait + max(work, work - min(parted, number) * later[s] + end)
         total += seconds
         worst = max(worst, seconds)
         if s < depth - 1:

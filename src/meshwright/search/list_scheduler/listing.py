@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, product
+from math import inf
 from operator import itemgetter
 from typing import get_args
 
@@ -14,6 +15,7 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Codes, Work, fits, seconds, to_codes
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
+from meshwright.search.list_scheduler.steady import lengthened, shortened
 from meshwright.stopping import raise_if_stopped
 
 LOOKED_AT = 1_000_000
@@ -22,6 +24,9 @@ every machine (a long pipeline has its first few orders looked at all the same).
 
 TRIES = 12_000
 """Changes that are tried on the best order, at most."""
+
+FEWEST = 12
+"""If fewer orders than this could be looked at, one for fewer micro-batches is made."""
 
 WORTH = 20
 """If the budget allows fewer changes than this, none is tried."""
@@ -39,6 +44,23 @@ _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     """The fastest order found that fits; None if none does.
+
+    Of many micro-batches, an order for few is made, with more rounds of its steady state: how many
+    orders are looked at does not depend on the number of micro-batches.
+    """
+    short = shortened(work)
+    length = 3 * work.micro_batches * len(work.forward)
+    if short.micro_batches < work.micro_batches and length * FEWEST > looked_at:
+        codes = _best_order(short, looked_at)
+        long = lengthened(work, short, codes) if codes is not None else None
+        if long is not None:
+            named = min(_named(work, list(_SHORT)), key=itemgetter(0), default=(inf, long))
+            return long if seconds(work, long) <= named[0] else named[1]
+    return _best_order(work, looked_at)
+
+
+def _best_order(work: Work, looked_at: int) -> list[Codes] | None:
+    """The same, action by action.
 
     Candidates are every schedule with a rule and list schedules after many rules; the best of them
     is then annealed. Long pipelines have fewer candidates.

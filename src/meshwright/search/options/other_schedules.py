@@ -7,11 +7,12 @@ times all, and the simulator runs the few fastest that fit.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import inf
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.priced_plan import PricedPlan
@@ -27,26 +28,30 @@ from meshwright.program.actions import Order, format_order, single_action
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, seconds, to_codes, to_orders
+from meshwright.program.work import Work, fits, seconds, to_codes, to_orders
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.incumbent import Incumbent, work_of
+from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
+from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
-FINALISTS, FINALISTS_OF_MANY = 6, 5
-"""Plans of different builds that are tried in every order; on large clusters, where simulating each
-takes a second, fewer. With five instead of three, one of 45 example cases gains 13 %."""
+FINALISTS, FINALISTS_OF_MANY = 12, 6
+"""Plans that are timed in every order; on large clusters, where simulating each takes a second,
+fewer."""
 
-PLAYED = 2
-"""Named orders of each that are simulated, beside the listed one."""
+PLAYED = 6
+"""Plans with an order that are simulated."""
 
-LISTED = 60_000
-"""Actions that the list scheduler may look at for one pipeline."""
+NAMED = 2
+"""Orders with a rule of each plan that are considered, beside the listed one."""
+
+GLANCED, LISTED = 12_000, 60_000
+"""Actions that the list scheduler may look at for one pipeline of a finalist, and of the best."""
 
 ROUGH = 0.01
 """Share by which program.work may be slower than the simulator."""
@@ -58,75 +63,123 @@ MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to simulate."""
 
 
-def propose(incumbent: Incumbent) -> Proposals:
-    """Give each finalist its fastest schedules with a rule, and one made for it.
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """A plan in an order of work, timed by program.work."""
 
-    How many times the quick clock's seconds the simulator makes of a schedule with a rule on one
-    finalist is expected of the same schedule on the others. Each listed one is of its own kind.
+    seconds: float
+    plan: Plan
+    works: list[Work]
+    after: float
+    """Seconds after the last backward; `seconds` includes them."""
+
+
+def propose(incumbent: Incumbent) -> Proposals:
+    """Time each finalist in the schedules with a rule and in one made for it, and propose the
+    fastest few of all; then look longer for an order of the best one.
+
+    How many times the quick clock's seconds the simulator makes of one plan is expected of others
+    that are slower by that clock.
     """
     costs = incumbent.costs
-    ratios: dict[ScheduleName, float] = {}
-
-    def attempt(plan: Plan, took: float) -> Proposals:
-        name = plan.schedule
-        expected = took * ratios.get(name, 1 - ROUGH)
-        if expected >= incumbent.limit * (1 + SCATTER):
-            yield Pruned("slower in the stage-level simulation")
-            return
-        simulated = yield Proposal(plan, describe_plan(plan))
-        if simulated and name != "list":
-            ratios[name] = min(ratios.get(name, inf), simulated.seconds / took)
-
+    every: list[_Ordered] = []
     for plan in finalists(incumbent):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
-            continue
-        works = pipeline_works(plan, costs)
-        after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
-        others = [each for each in in_named_orders(works) if each[1] != plan.schedule]
-        for took, name in others[:PLAYED]:
-            yield from attempt(replace(plan, schedule=name, prediction=None), took + after)
-        listed = listed_orders(works, LISTED)
-        if listed is not None:
-            yield from attempt(in_listed_orders(plan, listed[1]), listed[0] + after)
+        else:
+            every += _ordered(costs, plan)
+    every.sort(key=attrgetter("seconds"))
+    ratio, best = 1 - ROUGH, None
+    for number, each in enumerate(every):
+        if number >= PLAYED or each.seconds * ratio >= incumbent.limit * (1 + SCATTER):
+            yield Pruned("slower in the stage-level simulation", len(every) - number)
+            break
+        simulated = yield Proposal(each.plan, describe_plan(each.plan))
+        if simulated and simulated is incumbent.best:
+            best = each
+    if best is not None:
+        listed = listed_orders(best.works, LISTED)
+        if listed is not None and listed[0] + best.after < best.seconds * (1 - SAME):
+            plan = in_listed_orders(best.plan, listed[1])
+            yield Proposal(plan, describe_plan(plan))
+
+
+def _ordered(costs: Costs, plan: Plan) -> list[_Ordered]:
+    """The plan in its fastest orders that fit: two with a rule, and one made for it."""
+    works = pipeline_works(plan, costs)
+    after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
+    named = [
+        _Ordered(took + after, replace(plan, schedule=name, prediction=None), works, after)
+        for took, name in in_named_orders(works, fitting=True)[:NAMED]
+    ]
+    listed = listed_orders(works, GLANCED)
+    if listed is not None:
+        ordered = in_listed_orders(plan, listed[1])
+        named.append(_Ordered(listed[0] + after, ordered, works, after))
+    return named
 
 
 OPTION = PlanOption("schedules", propose)
 
 
 def finalists(incumbent: Incumbent) -> list[Plan]:
-    """The best plan of each build in which there is an order to choose and that could win by it."""
+    """The plans that are fastest in the best order of work, if there is an order to choose and they
+    could win by it; one of those that differ in their cuts alone."""
     costs = incumbent.costs
-    rated = []
-    plans = [each.plan for each in incumbent.others]
-    plans += [
-        plan_of(costs, pipelines, schedule, incumbent.cluster_print)
-        for schedule, pipelines in incumbent.promising
-    ]
-    for number, plan in enumerate(plans):
-        if any(len(p.stages) > 1 and p.micro_batches > 1 for p in plan.pipelines):
-            pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
-            rated.append((candidate_seconds(costs, pipelines, "best"), number))
-    builds: dict[object, Plan] = {}
-    for least, number in sorted(rated):
-        if least < incumbent.limit * (1 + ROUGH):
-            plan = plans[number]
-            counts = tuple((p.micro_batches, p.rows) for p in plan.pipelines)
-            builds.setdefault((plan.name, counts), plan)
-    return list(builds.values())[: FINALISTS_OF_MANY if is_large(costs) else FINALISTS]
+    rated: dict[Strategy, float] = dict(incumbent.promising)
+    plans: dict[Strategy, Plan] = {}
+    for each in sorted(incumbent.others, key=attrgetter("seconds")):
+        pipelines = tuple(candidate_of(pipeline) for pipeline in each.plan.pipelines)
+        strategy: Strategy = ("1f1b", pipelines)
+        plans.setdefault(strategy, each.plan)
+        if strategy not in rated:
+            rated[strategy] = candidate_seconds(costs, pipelines, "best")
+    builds: dict[object, Strategy] = {}
+    for strategy in sorted(rated, key=rated.__getitem__):
+        if rated[strategy] >= incumbent.limit * (1 + ROUGH):
+            break
+        if any(len(each.stages) > 1 and each.micro_batches > 1 for each in strategy[1]):
+            builds.setdefault(_build(strategy), strategy)
+    most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
+    return [plans.get(each) or _plan(incumbent, each) for each in islice(builds.values(), most)]
 
 
-def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
+def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
+    """The plan of a strategy; its boundaries are of the kind that the best plan has."""
+    plan = plan_of(incumbent.costs, strategy[1], "1f1b", incumbent.cluster_print)
+    best = incumbent.best.plan.pipelines if incumbent.best else ()
+    kinds = Counter(s.boundary for p in best for s in p.stages if s.boundary)
+    if not kinds:
+        return plan
+    return with_boundaries(plan, wide_cuts(plan), kinds.most_common(1)[0][0])
+
+
+def _build(strategy: Strategy) -> object:
+    """What tells a strategy from those that differ in their cuts alone."""
+    return tuple(
+        (
+            each.micro_batches,
+            each.rows,
+            tuple((len(stage.groups), len(stage.groups[0])) for stage in each.stages),
+        )
+        for each in strategy[1]
+    )
+
+
+def in_named_orders(
+    works: Sequence[Work], *, fitting: bool = False
+) -> list[tuple[float, ScheduleName]]:
     """The schedules with a rule that these pipelines can have, after their seconds; fastest first.
-    Interleaving one stage of each device is eager 1F1B."""
+    Interleaving one stage of each device is eager 1F1B. `fitting`: those alone whose activations
+    fit."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
     ranked = [
-        (max(_named_seconds(name, work) for work in works), name)
+        (max(_named_seconds(name, work, fitting=fitting) for work in works), name)
         for name in NAMES
         if (divided or not name.startswith("interleaved"))
         and not any(needed_layout(name, work.layout) for work in works)
     ]
-    return sorted(ranked, key=itemgetter(0))
+    return sorted((each for each in ranked if each[0] < inf), key=itemgetter(0))
 
 
 def in_listed_order(plan: Plan, works: Sequence[Work], looked_at: int) -> Plan | None:
@@ -158,8 +211,9 @@ def in_listed_orders(plan: Plan, found: Sequence[tuple[Order, ...]]) -> Plan:
     return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
 
 
-def _named_seconds(name: ScheduleName, work: Work) -> float:
-    return seconds(work, to_codes(schedule_orders(name, work.layout, work.micro_batches)))
+def _named_seconds(name: ScheduleName, work: Work, *, fitting: bool) -> float:
+    codes = to_codes(schedule_orders(name, work.layout, work.micro_batches))
+    return inf if fitting and not fits(work, codes) else seconds(work, codes)
 
 
 def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
