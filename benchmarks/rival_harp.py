@@ -1,10 +1,10 @@
 """HARP's space: stages of one type, whose micro-batches launched ahead are chosen with the cut.
 
-"HARP", EuroSys 2026 (arXiv 2509.24859). A subcluster is all devices of one type at one site. Each
-subcluster in use holds one or several equal stages with a data and a tensor width of their own;
-subclusters stand in any order. A stage launches as many micro-batches ahead as hide the link behind
-it: the layers are cut for eager 1F1B, and the best cuts are then moved layer by layer in the
-simulator.
+"HARP: Orchestrating Automated Parallel Training on Heterogeneous GPU Clusters", EuroSys 2026 (arXiv
+2509.24859). A subcluster is all devices of one type at one site. Each subcluster in use holds one
+or several equal stages with a data and a tensor width of their own; subclusters stand in any order.
+A stage launches as many micro-batches ahead as hide the link behind it: the layers are cut for
+eager 1F1B, and the best cuts are then moved layer by layer in the simulator.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The clusters on which planning is timed, and the allowances that a longer search has more of."""
+"""The clusters on which planning is timed."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,21 +8,12 @@ import pytest
 from meshwright.cluster.spec import devices_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    """A script, with those that it imports."""
-    for each in (*NEEDED.get(name, ()), name):
-        spec = importlib.util.spec_from_file_location(each, BENCHMARKS / f"{each}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[each] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-NEEDED = {"planner": ("growth", "planner_clusters")}
-planner = load("planner")
-clusters = sys.modules["planner_clusters"]
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    import planner
+    import planner_clusters as clusters
+finally:
+    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize(
