@@ -1,12 +1,13 @@
 """What ten times the allowance would find.
 
-    python benchmarks/longer.py [--only h100-a100] [--anchors FOLDER] [--times 10] [--jobs 2]
-        [--most 0.01]
+    python benchmarks/longer.py [--only h100-a100] [--anchors FOLDER] [--times 10] [--which STEPS]
+        [--jobs 2] [--most 0.01]
 
 A search ends when its allowances are spent: counts of what may be estimated, climbed, simulated and
 scheduled. Each case of rivals.py (and of a folder that anchors.py reads) is planned as it is and
-with every allowance in ALLOWANCES so many times as large, in a process of its own. Exits with 1
-where the longer search gains more than `--most`.
+with every allowance in ALLOWANCES so many times as large, in a process of its own; `--which`: only
+with those whose names contain a text. Exits with 1 where the longer search gains more than
+`--most`.
 """
 
 from __future__ import annotations
@@ -59,13 +60,15 @@ default of a record, is changed where the record is made."""
 ROW = "{:<28} {:>10} {:>10} {:>8} {:>7} {:>7}  {}"
 
 
-def lengthen(times: float) -> None:
-    """Multiply every allowance of the search in this process."""
+def lengthen(times: float, which: str = "") -> None:
+    """Multiply the allowances of the search whose names contain a text, in this process."""
     for module, name, power in ALLOWANCES:
-        where = import_module(f"meshwright.search.{module}")
-        setattr(where, name, multiplied(getattr(where, name), times**power))
-    work = round(incumbent.WORK * times)
-    vars(planner)["Incumbent"] = partial(incumbent.Incumbent, work=work)
+        if which in f"{module}.{name}":
+            where = import_module(f"meshwright.search.{module}")
+            setattr(where, name, multiplied(getattr(where, name), times**power))
+    if which in "incumbent.WORK":
+        work = round(incumbent.WORK * times)
+        vars(planner)["Incumbent"] = partial(incumbent.Incumbent, work=work)
 
 
 def multiplied(value: int | tuple[int, ...], by: float) -> int | tuple[int, ...]:
@@ -75,10 +78,10 @@ def multiplied(value: int | tuple[int, ...], by: float) -> int | tuple[int, ...]
     return round(value * by)
 
 
-def one(case: Case, times: float) -> dict[str, object]:
+def one(case: Case, times: float, which: str) -> dict[str, object]:
     """Plan a case here."""
     if times != 1:
-        lengthen(times)
+        lengthen(times, which)
     model = load_model(case.model, case.sequence, case.precision)
     cluster = case.where or load_cluster(CLUSTERS / f"{case.cluster}.toml")
     job = Job(global_batch=case.batch, sequence=case.sequence, precision=case.precision)
@@ -92,10 +95,11 @@ def one(case: Case, times: float) -> dict[str, object]:
     }
 
 
-def apart(case: Case, times: float, anchors: Path | None) -> dict[str, object]:
+def apart(case: Case, times: float, options: argparse.Namespace) -> dict[str, object]:
     """The same in a process of its own."""
     command = [sys.executable, str(Path(__file__)), "--one", case.name, "--times", str(times)]
-    command += ["--anchors", str(anchors)] if anchors else []
+    command += ["--which", options.which]
+    command += ["--anchors", str(options.anchors)] if options.anchors else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -104,9 +108,9 @@ def apart(case: Case, times: float, anchors: Path | None) -> dict[str, object]:
     return found
 
 
-def both(case: Case, times: float, anchors: Path | None) -> tuple[dict[str, object], ...]:
+def both(case: Case, options: argparse.Namespace) -> tuple[dict[str, object], ...]:
     """A case as it is, and searched for longer."""
-    return apart(case, 1.0, anchors), apart(case, times, anchors)
+    return apart(case, 1.0, options), apart(case, options.times, options)
 
 
 def main() -> int:
@@ -115,6 +119,7 @@ def main() -> int:
     options.add_argument("--only", nargs="+", default=[], help="clusters or anchors")
     options.add_argument("--anchors", type=Path, help="folder of further cases")
     options.add_argument("--times", type=float, default=10.0)
+    options.add_argument("--which", default="", help="allowances whose names contain this")
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--most", type=float, default=0.01, help="largest gain allowed")
     options.add_argument("--one", help=argparse.SUPPRESS)
@@ -122,12 +127,12 @@ def main() -> int:
     cases = [*CASES, *(anchor_cases(chosen.anchors) if chosen.anchors else ())]
     if chosen.one:
         case = next(case for case in cases if case.name == chosen.one)
-        print(json.dumps(one(case, chosen.times)))
+        print(json.dumps(one(case, chosen.times, chosen.which)))
         return 0
     cases = [case for case in cases if not chosen.only or case.cluster in chosen.only]
     print(ROW.format("case", "step s", "longer s", "gain", "cpu s", "longer", "plans"))
     gained = 0
-    run = partial(both, times=chosen.times, anchors=chosen.anchors)
+    run = partial(both, options=chosen)
     with ThreadPoolExecutor(chosen.jobs) as pool:
         for case, (short, long) in zip(cases, pool.map(run, cases), strict=True):
             gain = 1 - float(str(long["step"])) / float(str(short["step"]))
