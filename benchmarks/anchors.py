@@ -66,7 +66,7 @@ class Outcome:
 
 def outcome(folder: Path, name: str, budget: float | None, keep: Path | None) -> Outcome:
     """Plan one case here, and price what is known for it."""
-    case = _jobs(folder)[name]
+    case = jobs_in(folder)[name]
     cluster = load_cluster(folder / case["cluster"])
     source = folder / case["model"]
     model = load_model(
@@ -99,7 +99,8 @@ def outcome(folder: Path, name: str, budget: float | None, keep: Path | None) ->
     )
 
 
-def _jobs(folder: Path) -> dict[str, dict[str, Any]]:
+def jobs_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a folder's cases, by their names."""
     return tomllib.loads((folder / "jobs.toml").read_text())
 
 
@@ -150,7 +151,7 @@ def main() -> None:
         found = outcome(options.folder, options.one, options.budget, options.keep)
         print(json.dumps(asdict(found)))
         return
-    then = _jobs(options.folder)
+    then = jobs_in(options.folder)
     names = [name for name in then if options.only in name]
     print(ROW.format("case", "step s", "known s", "ratio", "then s", "gap", "cpu s", "plan"))
     behind = 0

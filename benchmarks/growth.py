@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log10
 
 from meshwright.report.palette import KINDS
@@ -24,7 +24,7 @@ Points = Sequence[tuple[float, float]]
 """Devices, and CPU seconds."""
 
 
-def growth_svg(measured: dict[str, Points], allowed: Points) -> str:
+def growth_svg(measured: Mapping[str, Points], allowed: Points) -> str:
     """One line for each model, and a dashed one for what is allowed."""
     every = [point for points in (*measured.values(), allowed) for point in points]
     low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)

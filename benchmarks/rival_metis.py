@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, permutations, product
 
-from rival_searches import Block, Draft, Found, drafted, ring_slope, search
+from rival_searches import Draft, Found, drafts_by_speed, search
 
-from meshwright.search.costs import Costs, TensorGroup, distinct_groups, group_kind
-from meshwright.search.layer_partition import Stages, apportion
-from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.costs import Costs, TensorGroup
+from meshwright.search.layer_partition import Stages
+from meshwright.search.space import legal_widths, usable_devices
 
 SMALLEST_GROUP = 0.5
 """Of the average: Metis leaves out smaller groups. Its authors' default."""
@@ -48,7 +48,7 @@ def metis(costs: Costs) -> Found | None:
             stages = _grouped(costs, order, by_type, groups, dict(zip(order, tensors, strict=True)))
             if stages is not None and stages not in known:
                 known.add(stages)
-                drafts += _metis_drafts(costs, stages)
+                drafts += drafts_by_speed(costs, stages)
     return search(costs, drafts)
 
 
@@ -125,26 +125,3 @@ def _grouped(
 def _together(costs: Costs, unit: TensorGroup) -> bool:
     found = {(costs.devices[name].node, costs.devices[name].type) for name in unit}
     return len(found) == 1
-
-
-def _metis_drafts(costs: Costs, stages: Stages) -> Iterator[Draft]:
-    slopes = [ring_slope(costs, units) for units in stages]
-    kinds = [distinct_groups(costs, units) for units in stages]
-    widest = max(map(len, stages))
-    for rows in (r for r in divisors(costs.job.global_batch) if r >= widest):
-        blocks: dict[object, Block] = {}
-        for units, own, slope in zip(stages, kinds, slopes, strict=True):
-            if len(own) == 1 and rows % len(units):
-                break
-            share = rows // len(units) if len(own) == 1 else apportion(costs, units, rows)[0]
-            key = (group_kind(costs, units[0]), share, slope)
-            number = blocks[key].number + 1 if key in blocks else 1
-            blocks[key] = Block(units[0], share, number, slope)
-        else:
-            yield drafted(
-                costs, list(blocks.values()), rows, partial(_as_they_are, stages), by_speed=True
-            )
-
-
-def _as_they_are(stages: Stages) -> Stages:
-    return stages

@@ -1,6 +1,6 @@
-"""What rival_metis.py and rival_sailor.py share: a search among drafts of one pipeline.
+"""What the rivals' spaces share: a search among drafts of one pipeline.
 
-It tries every micro-batch size with 1f1b and with gpipe, and cuts the layers with Meshwright's
+It tries every micro-batch size in each schedule of the rival, and cuts the layers with Meshwright's
 exact assignment under its memory model, ranked by Meshwright's simulator. What is theirs is the
 space.
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 
 import numpy as np
 
@@ -29,12 +30,15 @@ from meshwright.search.costs import (
     Array,
     Costs,
     TensorGroup,
+    distinct_groups,
+    group_kind,
     group_times,
     ring,
     seconds_per_byte,
 )
 from meshwright.search.incumbent import work_of
 from meshwright.search.layer_partition import Stages, apportion, recut
+from meshwright.search.space import divisors
 from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 
 FITTED = 900
@@ -44,7 +48,7 @@ AT_ONCE = 300
 """Drafts that are cut before the best of them are simulated."""
 
 BOTH = 6
-"""Best lines that are tried with gpipe as well."""
+"""Best lines that are tried in the other schedules as well."""
 
 WORK = 48_000
 """Ranks x micro-batches that may be simulated for one search."""
@@ -82,52 +86,69 @@ class Found:
     """Whether no draft that could be faster was left over."""
 
 
-def search(costs: Costs, drafts: Sequence[Draft]) -> Found | None:
+BOTH_KINDS: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+
+
+def search(
+    costs: Costs,
+    drafts: Sequence[Draft],
+    schedules: Sequence[ScheduleName] = BOTH_KINDS,
+    *,
+    work: int = WORK,
+) -> Found | None:
     """The draft that is fastest in the simulator; None if none fits.
 
-    Lines are looked for as 1f1b; the best of them are tried as gpipe, too.
+    Lines are looked for in the first schedule; the best of them are tried in the others, too.
     """
     played: list[tuple[float, CandidatePipeline]] = []
     ordered = _by_build(drafts)
-    fitted, work, best, skipped = 0, WORK, float("inf"), False
+    fitted, best, skipped = 0, float("inf"), False
     while fitted < FITTED and work > 0:
         limit = best
         some = list(islice((d for d in ordered if d.bound < limit), AT_ONCE))
         if not some:
             break
         fitted += len(some)
-        for bound, line in _by_turns(_cut(costs, some)):
+        for bound, line in _by_turns(_cut(costs, some, schedules[0])):
             if bound < best and work > 0:
-                seconds, spent = _played(costs, line, "1f1b")
+                seconds, spent = play(costs, line, schedules[0])
                 work -= spent
                 best = min(best, seconds)
                 played.append((seconds, line))
             skipped = skipped or (bound < best and work <= 0)
     if not played:
         return None
-    found = _either_schedule(costs, sorted(played, key=lambda entry: entry[0])[:BOTH])
+    lines = sorted(played, key=lambda entry: entry[0])[:BOTH]
+    found = _in_any_schedule(costs, lines, schedules)
     left = skipped or any(draft.bound < found[0] for draft in ordered)
     return Found(found[1], found[0], len(drafts), fitted, not left)
 
 
-def _played(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> tuple[float, int]:
+def play(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> tuple[float, int]:
     """Seconds in the simulator, and its work."""
-    plan = plan_of(costs, (line,), schedule)
+    return play_plan(costs, plan_of(costs, (line,), schedule))
+
+
+def play_plan(costs: Costs, plan: Plan) -> tuple[float, int]:
+    """The same of a plan."""
     timeline = simulate_by_symmetry(plan, costs.model, costs.cluster, costs.profile)
     return timeline.step_seconds, work_of(plan, find_symmetry(plan, costs.cluster))
 
 
-def _either_schedule(
-    costs: Costs, lines: Sequence[tuple[float, CandidatePipeline]]
+def _in_any_schedule(
+    costs: Costs,
+    lines: Sequence[tuple[float, CandidatePipeline]],
+    schedules: Sequence[ScheduleName],
 ) -> tuple[float, Plan]:
-    """The best of these 1f1b lines, and of the same devices and rows as gpipe."""
-    best = lines[0][0], plan_of(costs, (lines[0][1],), "1f1b")
-    for _, line in lines:
-        fitted = recut(costs, line.stages, line.micro_batches, "gpipe")
+    """The best of these lines of the first schedule, and of the same devices and rows in the
+    others."""
+    best = lines[0][0], plan_of(costs, (lines[0][1],), schedules[0])
+    for (_, line), schedule in product(lines, schedules[1:]):
+        fitted = recut(costs, line.stages, line.micro_batches, schedule)
         if fitted is not None and tensor_widths_agree(costs, (fitted.pipeline,)):
-            seconds, _ = _played(costs, fitted.pipeline, "gpipe")
+            seconds, _ = play(costs, fitted.pipeline, schedule)
             if seconds < best[0]:
-                best = seconds, plan_of(costs, (fitted.pipeline,), "gpipe")
+                best = seconds, plan_of(costs, (fitted.pipeline,), schedule)
     return best
 
 
@@ -135,13 +156,13 @@ Cut = tuple[float, CandidatePipeline]
 """A line that fits, behind the seconds that it takes at least."""
 
 
-def _cut(costs: Costs, drafts: Sequence[Draft]) -> Iterator[Cut]:
+def _cut(costs: Costs, drafts: Sequence[Draft], schedule: ScheduleName = "1f1b") -> Iterator[Cut]:
     for draft in drafts:
         teams = tuple(StageDevices(units, _shares(costs, draft, units)) for units in draft.stages())
-        fitted = recut(costs, teams, draft.micro_batches, "1f1b")
+        fitted = recut(costs, teams, draft.micro_batches, schedule)
         if fitted is not None and tensor_widths_agree(costs, (fitted.pipeline,)):
             line = fitted.pipeline
-            yield pipeline_bound(costs, line, "1f1b") + after_pipelines(costs, (line,)), line
+            yield pipeline_bound(costs, line, schedule) + after_pipelines(costs, (line,)), line
 
 
 def _by_turns(cuts: Iterable[Cut]) -> list[Cut]:
@@ -224,3 +245,28 @@ def ring_slope(costs: Costs, units: Sequence[TensorGroup]) -> float:
     if len(units) == 1:
         return 0.0
     return seconds_per_byte(costs, [ring(costs, tuple(unit[0] for unit in units))])[1]
+
+
+def drafts_by_speed(costs: Costs, stages: Stages) -> Iterator[Draft]:
+    """Every micro-batch size on these stages; replicas of several types share out its rows by
+    speed."""
+    slopes = [ring_slope(costs, units) for units in stages]
+    kinds = [distinct_groups(costs, units) for units in stages]
+    widest = max(map(len, stages))
+    for rows in (r for r in divisors(costs.job.global_batch) if r >= widest):
+        blocks: dict[object, Block] = {}
+        for units, own, slope in zip(stages, kinds, slopes, strict=True):
+            if len(own) == 1 and rows % len(units):
+                break
+            share = rows // len(units) if len(own) == 1 else apportion(costs, units, rows)[0]
+            key = (group_kind(costs, units[0]), share, slope)
+            number = blocks[key].number + 1 if key in blocks else 1
+            blocks[key] = Block(units[0], share, number, slope)
+        else:
+            yield drafted(
+                costs, list(blocks.values()), rows, partial(_as_they_are, stages), by_speed=True
+            )
+
+
+def _as_they_are(stages: Stages) -> Stages:
+    return stages

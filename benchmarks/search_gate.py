@@ -24,8 +24,9 @@ from math import exp, log
 from pathlib import Path
 from statistics import median
 
-from planner import BATCH, mixed_cluster
+from planner import BATCH, TABLE
 from planner import MODELS as SEQUENCES
+from planner_clusters import mixed_cluster
 
 from meshwright.cluster.files import load_cluster
 from meshwright.cluster.spec import Cluster
@@ -46,12 +47,6 @@ MOST_SLOWER, MOST_MEAN = 1.005, 0.99
 
 OF_BASELINE = {"boundary-kinds", "schedules", "virtual-stages"}
 """The options that the search had when the baseline was measured; others are not tried."""
-
-PLANNED = {
-    "gpt2-xl": {16: 1.5, 128: 4.0, 1024: 6.0, 10240: 10.0},
-    "llama-2-70b": {16: 1.6, 128: 5.0, 1024: 8.0, 10240: 12.0},
-}
-"""Allowed CPU seconds, by model and devices."""
 
 
 def cases(only: str) -> Iterator[str]:
@@ -138,7 +133,7 @@ def time_planning(only: str, other: Path | None, repeat: int) -> None:
     print(
         f"{'devices.model':<20} {'cpu s':>6} {'allowed':>8} {'to other':>9} {'step to other':>14}"
     )
-    for model, allowed in PLANNED.items():
+    for model, allowed in TABLE.items():
         for devices, limit in allowed.items():
             name = f"{devices}.{model}"
             if only not in name:

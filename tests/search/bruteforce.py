@@ -5,27 +5,38 @@ Nothing is bounded, and nothing is shared with the search but the plan format an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, permutations, product
+from typing import get_args
 
 from meshwright.cluster.spec import devices_of, node_of
 from meshwright.cost.out_of_memory import memory_problems
 from meshwright.errors import PlanError
-from meshwright.plan.spec import Pipeline, Stage
+from meshwright.plan.ranks import EXPLICIT_SCHEDULES, stage_layout
+from meshwright.plan.spec import Pipeline, ScheduleName, Stage
 from meshwright.plan.validate import validate_plan
+from meshwright.program.orders import orders_of
 from meshwright.simulate.simulator import simulate_plan
 from worlds import plan_by_hand
 
 SAME_UNIT, NEW_REPLICA, NEW_STAGE, NEW_PIPELINE = range(4)
 
+ONCE = ("once",)
+"""Every device in one stage."""
+LAYOUTS = ("once", "in turn", "there and back")
+"""Ways in which the devices of a pipeline hold one stage or two each."""
+NAMED = tuple(name for name in get_args(ScheduleName) if name not in EXPLICIT_SCHEDULES)
+"""Every schedule with a rule."""
 
-def every_plan(model, cluster, job):
+
+def every_plan(model, cluster, job, schedules=("1f1b", "gpipe"), layouts=ONCE):
     """All legal plans that fit and whose tensor-parallel groups stay inside a node."""
     order = [device.name for device in devices_of(cluster)]
-    for shape in _shapes(cluster):
-        for pipelines in _filled(shape, job.global_batch, len(model.layers)):
+    for shape, layout in product(_shapes(cluster), layouts):
+        for pipelines in _filled(shape, job.global_batch, len(model.layers), layout):
             used = {d for p in pipelines for s in p.stages for unit in s.devices for d in unit}
-            for schedule in ("1f1b", "gpipe"):
+            for schedule in schedules:
                 plan = plan_by_hand(
                     *pipelines,
                     job=job,
@@ -36,12 +47,52 @@ def every_plan(model, cluster, job):
                     yield from _fitting(plan, model, cluster)
 
 
-def least_seconds(model, cluster, job):
+def least_seconds(model, cluster, job, schedules=("1f1b", "gpipe"), layouts=ONCE):
     """Of every plan the least simulated seconds; None if none fits; and how many there are."""
     seconds = [
-        simulate_plan(p, model, cluster).step_seconds for p in every_plan(model, cluster, job)
+        simulate_plan(p, model, cluster).step_seconds
+        for p in every_plan(model, cluster, job, schedules, layouts)
     ]
     return min(seconds, default=None), len(seconds)
+
+
+def every_order(plan, model, cluster):
+    """The plan of one pipeline with every order of its computations that can run and fits.
+    Micro-batches are alike and come in order; all backwards of a device are whole, or all are in
+    two parts."""
+    pipeline = plan.pipelines[0]
+    sequences = list(_sequences(pipeline.micro_batches, "FB"))
+    sequences += _sequences(pipeline.micro_batches, "FIW")
+    for chosen in product(sequences, repeat=len(stage_layout(pipeline))):
+        ordered = replace(
+            plan, schedule="custom", pipelines=(replace(pipeline, actions=tuple(chosen)),)
+        )
+        possible = _ends(ordered) and _legal(ordered, model, cluster)
+        if possible and not memory_problems(ordered, model, cluster):
+            yield ordered
+
+
+def _sequences(count: int, parts: str) -> Iterator[str]:
+    """Every order of `count` micro-batches' parts in which each waits for the one before."""
+
+    def further(done: tuple[int, ...], words: list[str]) -> Iterator[str]:
+        if min(done) == count:
+            yield " ".join(words)
+        for at, number in enumerate(done):
+            if number < (done[at - 1] if at else count):
+                more = (*done[:at], number + 1, *done[at + 1 :])
+                yield from further(more, [*words, f"{parts[at]}{number}"])
+
+    return further((0,) * len(parts), [])
+
+
+def _ends(plan):
+    """Whether the devices do not wait for each other for ever."""
+    try:
+        orders_of(plan, 0)
+    except PlanError:
+        return False
+    return True
 
 
 def _legal(plan, model, cluster):
@@ -127,23 +178,30 @@ def _sums(total, parts):
         yield tuple(b - a for a, b in zip((0, *cuts), (*cuts, total), strict=True))
 
 
-def _filled(shape, batch, layers):
+def _filled(shape, batch, layers, layout):
     for shares in _sums(batch, len(shape)):
         yield from product(
-            *(list(_pipelines(line, s, layers)) for line, s in zip(shape, shares, strict=True))
+            *(
+                list(_pipelines(line, share, layers, layout))
+                for line, share in zip(shape, shares, strict=True)
+            )
         )
 
 
-def _pipelines(line, share, layers):
+def _pipelines(line, share, layers, layout):
+    again = {"once": (), "in turn": line, "there and back": line[::-1]}[layout]
     for rows in (r for r in range(1, share + 1) if share % r == 0):
-        for sizes in _sums(layers, len(line)):
-            for split in product(*(list(_sums(rows, len(stage))) for stage in line)):
+        for sizes in _sums(layers, len(line) + len(again)):
+            for once in product(*(list(_sums(rows, len(stage))) for stage in line)):
+                split = once + (once[::-1] if layout == "there and back" else once[: len(again)])
                 ends = [sum(sizes[: s + 1]) for s in range(len(sizes))]
                 yield Pipeline(
                     micro_batches=share // rows,
                     rows=rows,
                     stages=tuple(
                         Stage(layers=(end - size, end), devices=stage, rows=row)
-                        for end, size, stage, row in zip(ends, sizes, line, split, strict=True)
+                        for end, size, stage, row in zip(
+                            ends, sizes, line + again, split, strict=True
+                        )
                     ),
                 )

@@ -32,10 +32,16 @@ def load(name: str) -> ModuleType:
 
 searches = load("rival_searches")
 by_metis, by_sailor = load("rival_metis"), load("rival_sailor")
-RIVALS = {"metis": by_metis.metis, "sailor": by_sailor.sailor}
+by_harp, by_zorse = load("rival_harp"), load("rival_zorse")
+RIVALS = {
+    "metis": by_metis.metis,
+    "sailor": by_sailor.sailor,
+    "harp": by_harp.harp,
+    "zorse": by_zorse.zorse,
+}
 
 
-@pytest.mark.parametrize("name", ["metis", "sailor"])
+@pytest.mark.parametrize("name", RIVALS)
 def test_plans_are_legal_whole_and_never_faster_than_the_exhaustive_search(name):
     job = worlds.job(8)
     found = RIVALS[name](costs_of(MODEL, CLUSTER, job))
@@ -82,3 +88,23 @@ def test_nothing_is_found_where_nothing_fits():
     costs = costs_of(heavy, CLUSTER, worlds.job(8))
     assert by_metis.metis(costs) is None
     assert by_sailor.sailor(costs) is None
+    assert by_harp.harp(costs) is None
+    assert by_zorse.zorse(costs) is None
+
+
+def test_groups_of_well_joined_devices_keep_nodes_together():
+    costs = costs_of(MODEL, CLUSTER, worlds.job(8))
+    groups = list(by_zorse.bandwidth_groups(costs))
+    assert [len(each) for each in groups] == [4, 3, 2, 1]
+    assert {frozenset(group) for group in groups[2]} == {
+        frozenset({"a:0", "a:1"}),
+        frozenset({"b:0", "b:1"}),
+    }
+
+
+def test_more_micro_batches_ahead_win_behind_a_slow_link():
+    """Where transfers take about as long as a stage, eager 1F1B hides them and 1F1B does not."""
+    slow = worlds.Link(bandwidth=2e7, latency=1e-4)
+    where = worlds.cluster(("fast",), ("slow",), network=slow)
+    costs = costs_of(MODEL, where, worlds.job(8))
+    assert by_harp.harp(costs).plan.schedule == "eager-1f1b"
