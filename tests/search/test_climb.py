@@ -2,11 +2,11 @@
 
 import pytest
 
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
 from meshwright.search.incumbent import Incumbent
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.local_search import LocalSearch, around, climb, rate
-from meshwright.search.stage_simulation import stage_level_seconds
 from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
@@ -42,7 +42,7 @@ def test_schedules_that_are_not_wanted_are_never_taken():
 def test_a_rating_below_its_limit_is_final_and_a_bound_is_not():
     search, start = scouted(10_000_000)
     costs = search.incumbent.costs
-    seconds = stage_level_seconds(costs, start[1], "1f1b")
+    seconds = candidate_seconds(costs, start[1], "1f1b")
     bound = rate(search, start, 0.1 * seconds)
     assert bound <= seconds
     assert rate(search, start) == pytest.approx(seconds, rel=1e-12)
