@@ -12,14 +12,16 @@ from worlds import cluster, job, model
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 
 
-def scouted(left, schedules=("1f1b", "gpipe")):
+def scouted(left, schedules=("1f1b", "gpipe"), *, any_order=False):
     costs = costs_of(model([10.0, 5.0, 40.0, 10.0, 10.0, 20.0]), WHERE, job(24))
     line = fit_pipeline(costs, ((("a:0",),), (("b:0",),)), 12, 2, "1f1b").pipeline
-    return LocalSearch(Incumbent(costs, ""), schedules, left), ("1f1b", (line,))
+    incumbent = Incumbent(costs, "", any_order=any_order)
+    return LocalSearch(incumbent, schedules, left), ("1f1b", (line,))
 
 
-def test_a_climb_ends_where_no_change_helps():
-    search, start = scouted(10_000_000)
+@pytest.mark.parametrize("any_order", [False, True])
+def test_a_climb_ends_where_no_change_helps(any_order):
+    search, start = scouted(10_000_000, any_order=any_order)
     optimum = climb(search, start)
     assert rate(search, optimum) < 0.7 * rate(search, start)
     assert around(search, optimum, rate(search, optimum) * (1 - 1e-6)) == []
@@ -36,6 +38,15 @@ def test_an_allowance_ends_it_earlier_with_the_best_so_far():
 def test_schedules_that_are_not_wanted_are_never_taken():
     search, start = scouted(10_000_000, ("1f1b",))
     assert climb(search, start)[0] == "1f1b"
+    assert rate(search, ("gpipe", start[1])) == float("inf")
+
+
+def test_where_orders_may_be_made_all_strategies_are_rated_in_the_best_one():
+    """The schedule says nothing then: a second strategy with another one would be the same."""
+    search, start = scouted(10_000_000, any_order=True)
+    seconds = candidate_seconds(search.incumbent.costs, start[1], "best")
+    assert rate(search, start) == seconds
+    assert seconds <= candidate_seconds(search.incumbent.costs, start[1], "1f1b")
     assert rate(search, ("gpipe", start[1])) == float("inf")
 
 
