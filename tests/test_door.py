@@ -191,7 +191,7 @@ def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
     assert "circle" in unwritable(loop)
     assert "as if it were a folder" in unwritable(file / "inside")
     assert "too long" in unwritable(tmp_path / ("n" * 300))
-    assert "a pipe that nobody reads" in unwritable(pipe)
+    assert "a pipe that no process reads" in unwritable(pipe)
     assert "half of a character" in unwritable(tmp_path / "t", "\ud800")
     for path in (tmp_path, Path("/dev/zero"), loop, file / "inside", tmp_path / ("n" * 300)):
         with pytest.raises(OutputError):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "discovering", "emulating", "main", "planning", "running"]
 
 UNREAD, MISTAKE = 1, 2
-"""Exit statuses: output that nobody reads (a closed pipe), and an error with a message."""
+"""Exit statuses: output to a closed pipe, and an error with a message."""
 
 
 def main() -> None:
