@@ -23,7 +23,7 @@ less what has to be done before the first bucket is full."""
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """Templates without their depths and schedules, on the same classes."""
+    """Describes templates on the same classes, without their depths and schedules."""
 
     order: tuple[int, ...]
     """Device classes."""
@@ -44,8 +44,8 @@ def balanced(
     build_P: Ints,
     depths_FP: Ints,
 ) -> Array:
-    """Seconds [C, P] of a step over `share` rows; infinite where not even all devices of a pipeline
-    together have the memory."""
+    """Returns the seconds [C, P] of a step over `share` rows; infinite where not even all devices
+    of a pipeline together have the memory."""
     facts_FBX = [
         facts_by_build(context, i, builds.tensor, builds.rows // builds.widths[:, f])
         for f, i in enumerate(builds.order)
@@ -89,8 +89,8 @@ def facts_by_build(context: EstimateContext, device_class: int, tensor: int, row
 
 
 def _transfer(context: EstimateContext, builds: Builds) -> Array:
-    """Seconds [B] of a usual activation between neighbouring stages: of as many as stand on one
-    node, the last one sends to another node."""
+    """Returns the seconds [B] of a usual activation between neighbouring stages: of as many as
+    stand on one node, the last one sends to another node."""
     moved_B: Array = np.zeros(len(builds.rows))
     for i, width_B, block_B in zip(builds.order, builds.widths.T, builds.blocks.T, strict=True):
         inside, network = context.classes[i].inside, context.classes[i].network
@@ -105,7 +105,8 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
 def _reduction(
     context: EstimateContext, builds: Builds, build_P: Ints, depths_FP: Ints, depth_P: Ints
 ) -> Array:
-    """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
+    """Returns the seconds [P] of a stage's gradients; those of all stages of a node share its
+    network."""
     worst_P: Array = np.zeros(len(build_P))
     for f, i in enumerate(builds.order):
         inside, network = context.classes[i].inside, context.classes[i].network

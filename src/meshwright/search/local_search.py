@@ -65,12 +65,12 @@ PLAYED = 6
 """Local optima that the simulator judges."""
 
 SLACK = 0.02
-"""Relative excess of a stage-level simulation over the best one's within which the simulator may
-see it differently."""
+"""Relative excess of a stage-level simulation over that of the best strategy within which the
+simulator may see it differently."""
 
 
 def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Look for better plans than the incumbent; return True if all of the space was covered."""
+    """Looks for better plans than the incumbent; returns True if all of the space was covered."""
     if space_size(incumbent.costs) <= LIMIT:
         return _exhaust(incumbent, schedules, tell)
     if is_large(incumbent.costs):
@@ -89,7 +89,7 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
 
 
 def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
-    """Play the best strategies made of templates on whole device classes."""
+    """Simulates the best strategies made of templates on whole device classes."""
     found = template_strategies(
         incumbent.costs, schedules, incumbent.pruned, lambda: incumbent.out_of_time
     )
@@ -103,15 +103,16 @@ def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell
 
 
 def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
-    """More strategies of the schedules asked for from rows of devices, against the allowance."""
+    """Returns more strategies, of the schedules asked for, cut from rows of devices; their cost
+    counts against the allowance."""
     spent, strategies = next(drawn)
     search.left -= spent
     return [strategy for strategy in strategies if strategy[0] in search.schedules]
 
 
 def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by the stage-level simulation: those played already,
-    those made of whole pools, and those cut from rows of devices."""
+    """Returns the best strategies of different builds, by the stage-level simulation: those played
+    already, those made of whole pools, and those cut from rows of devices."""
     tell("composing", 0, 2)
     costs, incumbent = search.incumbent.costs, search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
@@ -144,7 +145,7 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
 
 
 def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
-    """The first of every build, then the second of each."""
+    """Orders strategies by turns: the first of every build, then the second of each."""
     turns: dict[object, list[Strategy]] = {}
     for strategy in ordered:
         own = turns.setdefault(_build(strategy), [])
@@ -154,7 +155,8 @@ def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
 
 
 def _build(strategy: Strategy) -> object:
-    """Numbers of stages, and the tensor widths in the order in which they stand."""
+    """Returns what tells builds apart: the numbers of stages, and the tensor widths in their
+    order."""
     return tuple(
         (len(each.stages), tuple(dict.fromkeys(len(stage.groups[0]) for stage in each.stages)))
         for each in strategy[1]
@@ -168,7 +170,7 @@ def _strategy_of(plan: Plan) -> Strategy:
 def _local_optima(
     search: LocalSearch, starts: Sequence[Strategy], drawn: Chains, steps: int, tell: Progress
 ) -> list[Strategy]:
-    """Return local optima, best first.
+    """Returns local optima, best first.
 
     Hill climbs start from the given strategies, then from the neighbours of the best local optimum
     or, once those have been tried, from rows of devices drawn at random, as long as steps are left.
@@ -197,8 +199,8 @@ def _local_optima(
 def _successive_halving(
     search: LocalSearch, starts: Sequence[Strategy], reached: dict[Strategy, float]
 ) -> int:
-    """Climb from all starts a few steps, then from the better half of the strategies reached, and
-    so on; return the number of steps taken of those allowed."""
+    """Climbs from all starts a few steps, then from the better half of the strategies reached, and
+    so on. Returns the number of steps taken of those allowed."""
     allowed = left = max(search.left, 0)
     racing = list(dict.fromkeys(starts))
     rounds = 1
@@ -224,7 +226,7 @@ def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:
 
 
 def _polish(search: LocalSearch) -> None:
-    """Play what lies next to the best plan for as long as that helps and the work lasts."""
+    """Simulates the neighbours of the best plan as long as that helps and work is left."""
     incumbent = search.incumbent
     better = incumbent.best is not None
     while better and incumbent.best and not incumbent.out_of_budget and not search.out_of_budget:
@@ -234,7 +236,8 @@ def _polish(search: LocalSearch) -> None:
 
 
 def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Play every strategy of the space that is not bounded away, most promising first."""
+    """Simulates every strategy of the space whose lower bound does not rule it out, most promising
+    first."""
     incumbent.work = 1 << 62  # the size of the space is the limit here
     found = prospects(
         incumbent.costs, schedules, incumbent.limit, incumbent.pruned, lambda: incumbent.out_of_time
@@ -277,7 +280,7 @@ FITTING_STAGE = 30
 
 @dataclass(slots=True)
 class LocalSearch:
-    """What has been simulated stage by stage, and how many steps may still be spent."""
+    """Keeps what has been simulated stage by stage, and how many steps may still be spent."""
 
     incumbent: Incumbent
     schedules: Sequence[ScheduleName]
@@ -292,8 +295,8 @@ class LocalSearch:
 
 
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
-    """Seconds by the stage-level simulation, infinite where it does not fit; where they are not
-    below the limit, perhaps only a bound."""
+    """Returns the seconds by the stage-level simulation, infinite where it does not fit; where they
+    are not below the limit, perhaps only a bound."""
     raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
@@ -354,7 +357,8 @@ def _better(
 
 
 def around(search: LocalSearch, strategy: Strategy, limit: float) -> list[Strategy]:
-    """All that one change makes of a strategy and that is not slower than the limit; best first."""
+    """Returns the strategies that one change makes of this one and that take no longer than the
+    limit; fastest first."""
     found: list[tuple[float, int, Strategy]] = []
     for move in MOVES:
         found += (

@@ -9,8 +9,8 @@ from meshwright.search.template_estimate import EstimateContext, TemplateEstimat
 
 
 def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds after the last pipeline: norm over all devices, slowest optimizer, overhead; and the
-    uplinks, where pipelines at several sites hold the same layers."""
+    """Returns the seconds after the last pipeline: norm over all devices, slowest optimizer,
+    overhead; and the uplinks, where pipelines at several sites hold the same layers."""
     used = {s.device_class for each in estimates for s in each.template.runs}
     count = sum(each.template.devices for each in estimates)
     sites = {context.classes[number].site for number in used}
@@ -24,7 +24,7 @@ def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> fl
 
 
 def between_sites(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds in which the gradients of pipelines at several sites pass the uplinks."""
+    """Returns the seconds in which the gradients of pipelines at several sites pass the uplinks."""
     homes = [
         {context.classes[s.device_class].site for s in each.template.runs} for each in estimates
     ]
@@ -40,7 +40,7 @@ def between_sites(context: EstimateContext, estimates: Sequence[TemplateEstimate
 
 
 def pace(context: EstimateContext, each: TemplateEstimate) -> float:
-    """Rows per second of a pipeline that is full."""
+    """Returns the rows per second of a pipeline that is full."""
     found = context.paces.get(each)
     if found is None:
         found = context.paces[each] = each.template.rows / (each.further(33) / 32)
@@ -50,15 +50,16 @@ def pace(context: EstimateContext, each: TemplateEstimate) -> float:
 def whole_seconds(
     context: EstimateContext, estimates: Sequence[TemplateEstimate], counts: Sequence[float]
 ) -> float:
-    """Seconds of a step of these pipelines with these numbers of micro-batches."""
+    """Returns the seconds of a step of these pipelines with these numbers of micro-batches."""
     return seconds_by_counts(context, estimates)(counts)
 
 
 def seconds_by_counts(
     context: EstimateContext, estimates: Sequence[TemplateEstimate]
 ) -> Callable[[Sequence[float]], float]:
-    """Seconds of a step of these pipelines as a function of their numbers of micro-batches. What a
-    pipeline takes with a number is worked out once: thousands of combinations have few numbers."""
+    """Returns the seconds of a step of these pipelines as a function of their numbers of
+    micro-batches. What a pipeline takes with a number is worked out once: thousands of combinations
+    have few numbers."""
     delay = context.costs.system.reduction_delay
     crowded = len(estimates) > 1
     rendezvous, later = between_sites(context, estimates), after(context, estimates)

@@ -46,8 +46,8 @@ def stage_level_seconds(
     schedule: ScheduleName,
     limit: float = float("inf"),
 ) -> float:
-    """Seconds of a step without contention between pipelines; where it must be `limit` or more,
-    something in between."""
+    """Returns the seconds of a step without contention between pipelines. Once they must be `limit`
+    or more, returns a number between `limit` and them."""
     pipes = [_pipe(costs, pipeline) for pipeline in pipelines]
     after = after_pipelines(costs, pipelines)
     least = max(_least(pipe, schedule) for pipe in pipes) + after
@@ -59,7 +59,7 @@ def stage_level_seconds(
 
 @dataclass(frozen=True, slots=True)
 class _Pipe:
-    """A pipeline in seconds of one micro-batch, by stage and by cut."""
+    """Holds the seconds that one micro-batch takes on every stage and over every cut."""
 
     count: int
     forward: list[float]
@@ -97,14 +97,14 @@ def _pipe(costs: Costs, pipeline: CandidatePipeline) -> _Pipe:
 
 
 def _least(pipe: _Pipe, schedule: ScheduleName) -> float:
-    """Seconds of all micro-batches on one stage, with 1F1B in rounds of as many as it may hold, and
-    of the first one on its way there and back."""
+    """Returns the least seconds of all micro-batches on one stage, with 1F1B in rounds of as many
+    as it may hold, and of the first one on its way there and back."""
     depth, count = len(pipe.forward), pipe.count
     loads = [f + b for f, b in zip(pipe.forward, pipe.backward, strict=True)]
     cuts = [a + b for a, b in zip(pipe.ahead, pipe.back, strict=True)]
     trip = whole = sum(loads) + sum(cuts)
     worst = pipe.count * pipe.busiest
-    # Before a cut that nothing comes back over nobody waits for the end.
+    # Nothing comes back over this cut, so that no stage before it waits for the end.
     waits = max((s + 1 for s, returns in enumerate(pipe.returns) if not returns), default=0)
     for s, load in enumerate(loads):
         held = min(depth - s, count)
@@ -133,7 +133,7 @@ def _last_backwards(pipe: _Pipe, schedule: ScheduleName) -> list[Span]:
 
 
 def followed(depth: int, count: int) -> int:
-    """Micro-batches that are followed one by one."""
+    """Returns the micro-batches that are followed one by one."""
     return min(count, max(FOLLOWED, int(ROUNDS * depth) + 2)) if depth > 1 else 0
 
 
@@ -151,7 +151,7 @@ def _orders(
 
 @dataclass(slots=True)
 class _FollowedStage:
-    """A stage that is being followed; of every pair, the first is for forwards."""
+    """Keeps how far a stage has been followed; of every pair, the first is for forwards."""
 
     order: tuple[tuple[int, int], ...]
     seconds: tuple[float, float]
@@ -172,7 +172,8 @@ class _FollowedStage:
 
 
 def _advance(stage: _FollowedStage) -> bool:
-    """Follow a stage up to the first transfer that has not begun; whether it got any further.
+    """Follows a stage up to the first transfer that has not begun. Returns True if it got any
+    further.
 
     A transfer begins when its tensor is there, the one before it in its channel is over and its
     receiver has posted it: when all but AHEAD computations before the one that reads it are done.
@@ -227,7 +228,7 @@ def _follow(pipe: _Pipe, schedule: ScheduleName, count: int) -> tuple[list[float
 
 
 def _pace(ends: list[tuple[list[float], list[float]]], schedule: ScheduleName, count: int) -> float:
-    """Seconds between micro-batches where the pipeline runs evenly."""
+    """Returns the seconds between micro-batches where the pipeline runs evenly."""
     depth, first, last = len(ends), ends[0][1], ends[-1][0]
     if schedule == "gpipe":
         some = count - 1 - count // 2
@@ -266,7 +267,8 @@ Holder = tuple[StageDevices, tuple[int, int], Span]
 def _sums(
     costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
 ) -> Iterator[Sum]:
-    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
+    """Returns every sum of gradients: those of layers with the same holders, and of tied
+    parameters."""
     stages: list[Holder] = [
         (stage, layers, span)
         for pipeline, own in zip(pipelines, spans, strict=True)
@@ -310,7 +312,7 @@ Rings = tuple[float, tuple[tuple[Resource, float], ...]]
 
 
 def _rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
-    """Return what the rings of all tensor ranks of some tensor groups ask of the links."""
+    """Returns what the rings of all tensor ranks of some tensor groups ask of the links."""
     return remembered(costs, ("rings", groups), lambda: _priced_rings(costs, groups))
 
 

@@ -55,7 +55,7 @@ SLACK = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Pipelines to look for."""
+    """Describes the pipelines to look for."""
 
     context: EstimateContext
     block: tuple[int, ...]
@@ -100,8 +100,8 @@ def scored_templates(
 
 
 def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Replicas of a stage on every device class of a pipeline: divisors of the batch, alike up to
-    RATIOS."""
+    """Yields the replicas of a stage on every device class of a pipeline: divisors of the batch,
+    alike up to RATIOS."""
     most = [group_count(task.context, i, task.tensor) for i in order]
     every = divisors(task.context.costs.job.global_batch)
     every = every[:: -(-len(every) // MOST_WIDTHS)]
@@ -116,15 +116,16 @@ def _widths(task: Task, order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
-    """Rows of a micro-batch on a replica of the widest stage: divisors of the batch's part."""
+    """Returns the rows of a micro-batch on a replica of the widest stage: divisors of the batch's
+    part."""
     batch, widest = task.context.costs.job.global_batch, max(widths)
     sizes = [r for r in divisors(batch // widest) if r * widest <= task.share]
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
 def _builds(task: Task, order: tuple[int, ...]) -> Builds:
-    """Widths, blocks and rows with which the micro-batches, without any loss on all devices that
-    the widths can use, take less than the best strategy known."""
+    """Returns the widths, blocks and rows with which the micro-batches, without any loss on all
+    devices that the widths can use, take less than the best strategy known."""
     context, layers = task.context, len(task.context.costs.model.layers)
     chosen = [(w, rows * max(w)) for w in _widths(task, order) for rows in _row_sizes(task, w)]
     width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64).reshape(-1, len(order))
@@ -153,8 +154,8 @@ def _changes(numbers: Ints) -> Ints:
 def _fastest(
     task: Task, builds: Builds, build_P: Ints, depths_FP: Ints
 ) -> tuple[Array, Ints, Ints]:
-    """The KEPT fastest depths of every build and schedule: their seconds, the number of the build
-    and the schedule, and the depths."""
+    """Returns the KEPT fastest depths of every build and schedule: their seconds, the number of the
+    build and the schedule, and the depths."""
     seconds_CP = balanced(task.context, builds, task.schedules, task.share, build_P, depths_FP)
     # With one stage or one micro-batch there is no order to choose.
     deepest_B = np.zeros(len(builds.rows), dtype=np.int64)
@@ -172,7 +173,8 @@ def _fastest(
 def _block_choices(
     task: Task, order: tuple[int, ...], widths: tuple[int, ...]
 ) -> Iterator[tuple[int, ...]]:
-    """Replicas packed onto nodes, or spread over as many as can be; on one class all between."""
+    """Yields for each device class of a pipeline the number of replicas on one of its nodes: the
+    most that fit, then the fewest; with a single class every number."""
     options = [
         blocks_for(task.context.classes[i].each // task.tensor, width)
         for i, width in zip(order, widths, strict=True)
@@ -184,7 +186,8 @@ def _block_choices(
 
 
 def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
-    """Depths [F, D] of every build that the classes have nodes for and the model layers."""
+    """Returns the depths [F, D] of every build that the classes have nodes for and the model
+    layers."""
     layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
@@ -202,7 +205,8 @@ def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
 
 
 def _grid(options: list[Sequence[int]], layers: int) -> Ints:
-    """All depths [F, D] together no more than the layers; of very many, every other one."""
+    """Returns all depths [F, D] whose sum is at most the number of layers; if very many, every
+    other one."""
     while prod(map(len, options)) > DEPTH_GRID:
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
     grid = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(options))

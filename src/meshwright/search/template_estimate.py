@@ -29,7 +29,7 @@ HALVINGS = 14
 
 @dataclass(frozen=True, slots=True)
 class TemplateEstimate:
-    """A template with cuts, and its seconds by part."""
+    """Describes a template with cuts, and its seconds by part."""
 
     template: PipelineTemplate
     bounds: tuple[int, ...]
@@ -46,11 +46,11 @@ class TemplateEstimate:
 
     @property
     def once(self) -> float:
-        """Seconds of the first micro-batch, there and back."""
+        """Returns the seconds of the first micro-batch, there and back."""
         return sum(self.forward) + sum(self.backward) + 2 * sum(self.transfer)
 
     def further(self, micro_batches: float) -> float:
-        """Seconds that the micro-batches after the first add: as `estimate` has it."""
+        """Returns the seconds that the micro-batches after the first add: as `estimate` has it."""
         moved = max(self.transfer, default=0.0)
         if self.template.schedule == "gpipe":
             slowest = max(*self.forward, moved) + max(*self.backward, moved)
@@ -58,7 +58,7 @@ class TemplateEstimate:
         return max(_steady(self, micro_batches), (micro_batches - 1) * moved)
 
     def exposed(self, delay: float, *, crowded: bool) -> float:
-        """Seconds of the reductions that no backward hides."""
+        """Returns the seconds of the reductions that no backward hides."""
         before, worst = 0.0, 0.0
         for s, seconds in enumerate(self.crowded if crowded else self.reduction):
             worst = max(worst, seconds - self.backward[s] * (1 - delay) - before)
@@ -67,8 +67,8 @@ class TemplateEstimate:
 
 
 def _steady(each: TemplateEstimate, micro_batches: float) -> float:
-    """Seconds that 1F1B adds after the first micro-batch. Of any n neighbouring stages, the first
-    begins a forward when the backward n micro-batches before has come back from the last:
+    """Returns the seconds that 1F1B adds after the first micro-batch. Of any n neighbouring stages,
+    the first begins a forward when the backward n micro-batches before has come back from the last:
 
         (M - n) / n x (their seconds + transfers between them, there and back)
     """
@@ -82,7 +82,7 @@ def _steady(each: TemplateEstimate, micro_batches: float) -> float:
 
 
 class GroupFacts(NamedTuple):
-    """The whole model on one tensor group, at some rows of a micro-batch."""
+    """Holds what the whole model takes on one tensor group, with a given number of rows."""
 
     whole: float
     """Seconds of all layers."""
@@ -100,7 +100,7 @@ class GroupFacts(NamedTuple):
 
 @dataclass(slots=True)
 class EstimateContext:
-    """What estimates share."""
+    """Keeps what many estimates share, so that it is worked out once."""
 
     costs: Costs
     classes: tuple[DeviceClass, ...]
@@ -122,7 +122,7 @@ class EstimateContext:
 
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...]) -> EstimateContext:
-    """A fresh one."""
+    """Returns a context in which nothing is estimated yet."""
     inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
@@ -137,7 +137,7 @@ def estimate_context(costs: Costs, every: tuple[DeviceClass, ...]) -> EstimateCo
 
 
 def group_facts(context: EstimateContext, device_class: int, tensor: int, rows: int) -> GroupFacts:
-    """What balanced stages ask of a tensor group."""
+    """Returns the seconds and bytes of a tensor group that an estimate of balanced stages reads."""
     key = (device_class, tensor, rows)
     found = context.groups.get(key)
     if found is None:
@@ -158,7 +158,8 @@ def group_facts(context: EstimateContext, device_class: int, tensor: int, rows: 
 def prefixes(
     context: EstimateContext, device_class: int, tensor: int, rows: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Cumulative seconds [L + 1] of forward, backward and both on a group of a device class."""
+    """Returns the cumulative seconds [L + 1] of forward, backward and both on a group of a device
+    class."""
     key = (device_class, tensor, rows)
     found = context.totals.get(key)
     if found is None:
@@ -194,7 +195,7 @@ def _stages(template: PipelineTemplate) -> list[tuple[StageRun, int]]:
 def cuts(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> tuple[int, ...] | None:
-    """The cuts whose slowest stage is quickest, among those that fit; None if none does."""
+    """Returns the cuts whose slowest stage is quickest, among those that fit; None if none does."""
     depth = template.depth
     key = (
         template.tensor,
@@ -240,7 +241,8 @@ def _cuts(
     sums = [prefixes(context, run.device_class, tensor, rows)[2] for run, rows in stages]
 
     def filled(limit: float) -> tuple[list[int], float] | None:
-        """Every stage takes as many layers as it can within a time; and the longest taken."""
+        """Gives every stage as many layers as it can do within a time; returns the cuts and the
+        longest time taken."""
         bounds, at, longest = [0], 0, 0.0
         for s, both in enumerate(sums):
             to = bisect_right(both, both[at] + limit) - 1
@@ -270,7 +272,8 @@ def _cuts(
 def estimate_template(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> TemplateEstimate | None:
-    """The template with its best cuts and the seconds of its parts; None if it does not fit."""
+    """Returns the template with its best cuts and the seconds of its parts; None if it does not
+    fit."""
     bounds = cuts(context, template, micro_batches)
     if bounds is None:
         return None
@@ -309,8 +312,8 @@ def hop_latency(costs: Costs, link: Link) -> float:
 def reduction_seconds(
     context: EstimateContext, run: StageRun, tensor: int, held: float, *, crowded: bool
 ) -> float:
-    """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
-    node share its network interface. `crowded`: holders elsewhere as well."""
+    """Returns the seconds of a ring over the replicas of a stage whose ranks hold `held` parameters
+    each; all stages of a node share its network interface. `crowded`: holders elsewhere as well."""
     device_class, width = context.classes[run.device_class], run.width
     if width == 1 and not crowded:
         return 0.0
@@ -333,7 +336,8 @@ def transfer_seconds(
     here: StageRun,
     there: StageRun,
 ) -> float:
-    """A usual activation from a stage to the next one, all replicas at once."""
+    """Returns the seconds of a usual activation from a stage to the next one, all replicas at
+    once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
     tensor, rows = template.tensor, template.rows
     fixed = context.costs.system.boundary

@@ -51,7 +51,8 @@ OutOfTime = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A strategy: templates with their numbers of micro-batches, and its seconds in closed form."""
+    """Describes a strategy: templates with their numbers of micro-batches, and its seconds in
+    closed form."""
 
     seconds: float
     context: EstimateContext
@@ -62,7 +63,7 @@ class Choice:
 def template_strategies(
     costs: Costs, schedules: Sequence[ScheduleName], pruned: Counter[str], out_of_time: OutOfTime
 ) -> Iterator[tuple[ScheduleName, tuple[CandidatePipeline, ...]]]:
-    """Strategies over whole device classes, best first, written down one at a time."""
+    """Yields strategies over whole device classes, best first, written down one at a time."""
     contexts = [estimate_context(costs, device_classes(costs))]
     if costs.recomputed is not None:
         contexts.append(estimate_context(recomputing(costs, costs.recomputed), contexts[0].classes))
@@ -82,7 +83,7 @@ def template_strategies(
 
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
-    """Divisors of a device class's devices per node that divide every layer."""
+    """Returns the divisors of a device class's devices per node that divide every layer."""
     units = {layer.along("tensor").units for layer in context.costs.model.layers}
     widths = {w for device_class in context.classes for w in divisors(device_class.each)}
     return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
@@ -170,12 +171,14 @@ def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
 
 
 def _simplest_first(grouping: Grouping) -> tuple[int, float]:
-    """Few pipelines, then much speed: what is found early bounds what comes later."""
+    """Returns a key that sorts groupings by number of pipelines, then by speed, fastest first: what
+    is found early bounds what comes later."""
     return len(grouping), -sum(rated.speed for block in grouping for rated in block)
 
 
 def _offers(task: Task) -> list[TemplateEstimate]:
-    """The best pipelines of a block of classes for about a share of the batch, best first."""
+    """Returns the best pipelines of a block of classes for about a share of the batch, best
+    first."""
     orders = dict.fromkeys((task.block, task.block[::-1]))
     scored = merge(*(scored_templates(task, order) for order in orders), key=itemgetter(0))
     found: list[tuple[float, int, TemplateEstimate]] = []
@@ -198,7 +201,7 @@ def _offers(task: Task) -> list[TemplateEstimate]:
 def _shared_out(
     context: EstimateContext, chosen: tuple[TemplateEstimate, ...], batch: int
 ) -> Choice | None:
-    """Numbers of micro-batches near the pipelines' speeds that add up to the batch and end
+    """Returns numbers of micro-batches near the pipelines' speeds that add up to the batch and end
     soonest."""
     paces = [pace(context, each) for each in chosen]
     ideals = [

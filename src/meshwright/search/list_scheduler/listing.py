@@ -1,5 +1,5 @@
-"""The list scheduler: an order for a pipeline's own times and memory, at least as good as any
-schedule with a rule."""
+"""Finds an order for a pipeline's own times and memory, at least as good as any schedule with a
+rule."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 
 
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
-    """The fastest order found that fits; None if none does.
+    """Returns the fastest order found that fits; None if none does.
 
     Candidates are every schedule with a rule and list schedules after many rules; the best of them
     is then annealed. Long pipelines have fewer candidates.
@@ -73,7 +73,7 @@ def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[
 
 
 def _rules(work: Work) -> Iterator[Rule]:
-    """All combinations of a few settings, those that most often win first."""
+    """Yields all combinations of a few settings, those that most often win first."""
     stages, count = len(work.forward), work.micro_batches
     every = (count,) * stages
     just = tuple(stages - s for s in range(stages))

@@ -1,4 +1,4 @@
-"""The last choice: in which order the stages of the best plans work.
+"""Chooses the order in which the stages of the best plans work.
 
 The search ranks plans in the orders 1F1B and GPipe, for which it has bounds. Then the best of them
 are tried in every order that there is, and in one made for them by the list scheduler: program.work
@@ -59,10 +59,10 @@ MOST_ACTIONS = 40_000
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Give each finalist its fastest schedules with a rule, and one made for it.
+    """Gives each finalist its fastest schedules with a rule, and one made for it.
 
-    How many times the quick clock's seconds the simulator makes of a schedule with a rule on one
-    finalist is expected of the same schedule on the others. Each listed one is of its own kind.
+    The least ratio of simulated to estimated seconds that a schedule with a rule has shown on one
+    finalist is expected of it on the others too. An order made for one plan says nothing of others.
     """
     costs = incumbent.costs
     ratios: dict[ScheduleName, float] = {}
@@ -95,7 +95,8 @@ OPTION = PlanOption("schedules", propose)
 
 
 def finalists(incumbent: Incumbent) -> list[Evaluated]:
-    """The best plan of each build in which there is an order to choose and that could win by it."""
+    """Returns the best plan of each build in which there is an order to choose and that could win
+    by it."""
     builds: dict[str, Evaluated] = {}
     for evaluated in sorted(incumbent.others, key=lambda p: p.seconds):
         if any(len(p.stages) > 1 and p.micro_batches > 1 for p in evaluated.plan.pipelines):
@@ -107,7 +108,8 @@ def finalists(incumbent: Incumbent) -> list[Evaluated]:
 
 
 def _least_seconds(costs: Costs, plan: Plan) -> float:
-    """Seconds that the busiest group computes, in any order of work, and all that comes after."""
+    """Returns the seconds that the busiest group computes, in any order of work, and all that comes
+    after."""
     most = 0.0
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
     for pipeline in pipelines:
@@ -120,8 +122,8 @@ def _least_seconds(costs: Costs, plan: Plan) -> float:
 
 
 def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
-    """The schedules with a rule that these pipelines can have, after their seconds; fastest first.
-    Interleaving one stage of each device is eager 1F1B."""
+    """Returns the schedules with a rule that these pipelines can have, each after its seconds;
+    fastest first. Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
     ranked = [
         (max(_named_seconds(name, work) for work in works), name)
@@ -133,7 +135,7 @@ def in_named_orders(works: Sequence[Work]) -> list[tuple[float, ScheduleName]]:
 
 
 def in_listed_order(plan: Plan, works: Sequence[Work], looked_at: int) -> Plan | None:
-    """The plan in an order of its own, by its pipelines' work; None if nothing fits."""
+    """Returns the plan with an order made for its pipelines' work; None if nothing fits."""
     made = listed_orders(works, looked_at)
     return in_listed_orders(plan, made[1]) if made else None
 
@@ -153,7 +155,7 @@ def listed_orders(
 
 
 def in_listed_orders(plan: Plan, found: Sequence[tuple[Order, ...]]) -> Plan:
-    """The plan with an order for each of its pipelines."""
+    """Returns the plan with an order for each of its pipelines."""
     pipelines = tuple(
         replace(pipeline, actions=as_actions(pipeline, order))
         for pipeline, order in zip(plan.pipelines, found, strict=True)
@@ -172,8 +174,8 @@ def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
 
 
 def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
-    """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
-    as its slowest rank; transfers share links with those of the same cut alone."""
+    """Returns what the stages of every pipeline of a plan do, in seconds and bytes. A stage takes
+    as long as its slowest rank; transfers share links with those of the same cut alone."""
     whole = _priced(plan, costs, Op.BACKWARD)
     split = _priced(plan, costs, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
     stages = stage_placements(plan)
@@ -207,7 +209,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
 
 
 def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
-    """A single micro-batch of a plan, by its cheapest ranks to simulate."""
+    """Returns a single micro-batch of a plan, by its cheapest ranks to simulate."""
     single = tuple(
         replace(p, micro_batches=1, actions=_there_and_back(p, backward)) for p in plan.pipelines
     )
@@ -225,7 +227,8 @@ def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
 
 
 def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:
-    """One micro-batch through all stages of any layout, with backwards in these parts."""
+    """Returns the actions that take one micro-batch through all stages of any layout and back, with
+    backwards in these parts."""
     found = tuple(
         (
             *(single_action(Op.FORWARD, s, 0) for s in held),
@@ -237,7 +240,7 @@ def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, 
 
 
 def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
-    """Return the most of any rank, by stage and kind; transfers are those of all replicas."""
+    """Returns the most of any rank, by stage and kind; transfers are those of all replicas."""
     found: dict[tuple[object, ...], float] = {}
     sent: defaultdict[tuple[object, ...], list[Traffic]] = defaultdict(list)
 
@@ -262,7 +265,7 @@ def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[obje
 
 
 def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
-    """Bytes left for activations on the fullest rank of each stage."""
+    """Returns the bytes left for activations on the fullest rank of each stage."""
     rooms: dict[int, float] = {}
     for stage in stage_placements(plan):
         for placement in stage.mesh.members:
