@@ -91,7 +91,7 @@ WITH_TORCH = (
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
-    "cli": 1_300,
+    "cli": 1_350,
     "cluster": 3_300,
     "cost": 3_450,
     "emulation": 750,
