@@ -157,7 +157,7 @@ def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():
 
 
 def test_the_gradients_of_weights_are_no_link_of_the_chain():
-    """Six devices for two rows: nobody waits for the weights' parts of layers after the first."""
+    """Six devices for two rows: only the first layer's part for weights is waited for."""
     quick = Link(bandwidth=1e12, latency=0.0)
     where = cluster(*[("fast",)] * 6, network=quick, types=(FAST, SLOW))
     graph, todo = model([10.0] * 6, parameters=1000, units=0), job(2)

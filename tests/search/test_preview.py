@@ -54,7 +54,7 @@ def test_it_is_exact_where_every_link_has_one_user(kinds, layers, count, schedul
     st.data(),
 )
 def test_it_is_exact_where_nobody_waits_for_a_gradient(layers, count, schedule, bandwidth, data):
-    """The first so many layers are frozen, or some in between."""
+    """The first layer is frozen, and perhaps others."""
     network = Link(bandwidth=bandwidth, latency=1e-5)
     frozen = data.draw(st.sets(st.integers(0, len(layers) - 1))) | {0}
     graph = freeze(model(layers), frozen)

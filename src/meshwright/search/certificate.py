@@ -38,14 +38,14 @@ EVERY_ROW_COUNT = 512
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Seconds that no plan can beat, and why."""
+    """Says how many seconds no plan can beat, and why."""
 
     seconds: float
     reason: str
 
 
 def certificate(costs: Costs) -> Certificate:
-    """The best of three bounds, each with what must follow it.
+    """Returns the best of three bounds, each with what must follow it.
 
     Fluid: with e(l, k) the least device-seconds per row of layer l on type k, over all tensor
     widths and rows per micro-batch that memory allows, n(k) devices of each type, and any prices
@@ -57,8 +57,8 @@ def certificate(costs: Costs) -> Certificate:
     the w only decide how tight it is). Wide: the same for every number of devices in use, to which
     the latency of the norm's ring is added, as `_wide_seconds` has it. Chain: one row passes every
     layer forward, then every layer backward; of a backward in two parts, the gradients of the
-    weights keep nobody waiting but at the first layer. Then the optimizer: some device holds at
-    least an equal share of the parameters.
+    weights delay the end only at the first layer. Then the optimizer: some device holds at least an
+    equal share of the parameters.
     """
     devices = usable_devices(costs)
     counts = Counter(device.type for device in devices)
@@ -83,7 +83,8 @@ def certificate(costs: Costs) -> Certificate:
 
 
 def certificate_in_haste(costs: Costs) -> Certificate:
-    """A bound that holds and takes no time: what comes after the last pipeline."""
+    """Returns a bound that holds and takes no time to work out: the seconds after the last
+    pipeline."""
     counts = Counter(device.type for device in usable_devices(costs))
     return Certificate(_after(costs, counts), LAST)
 
@@ -110,8 +111,8 @@ def _layer_bounds(costs: Costs, kind: str, tensor: int) -> tuple[Array, Array]:
 
 
 def _least_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
-    """Least seconds of a micro-batch on every layer, its backward whole or in two parts: of all its
-    work, and of what the layer before it waits for."""
+    """Returns the least seconds of a micro-batch on every layer, its backward whole or in two
+    parts: of all its work, and of what the layer before it waits for."""
     times = layer_times(costs, kind, tensor, rows)
     device = costs.cluster.types[kind]
     shares = backward_shares(costs.model, device, tensor, rows, costs.profile)
@@ -122,8 +123,8 @@ def _least_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Arr
 
 
 def _row_counts(costs: Costs, most: int) -> list[int]:
-    """Rows per micro-batch to price. The roofline's seconds per row never rise with the rows, so
-    that the first and the last count are enough; measured times may do anything."""
+    """Returns the rows per micro-batch to price. The roofline's seconds per row never rise with the
+    rows, so that the first and the last count are enough; measured times may do anything."""
     if most < 1:
         return []
     if costs.profile is None:
@@ -134,7 +135,7 @@ def _row_counts(costs: Costs, most: int) -> list[int]:
 
 
 def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
-    """Return how many rows of each layer's saved tensors a device can hold.
+    """Returns how many rows of each layer's saved tensors a device can hold.
 
     Beside them it holds the layer's own parameters. Of their optimizer states it has at least an
     equal share of what all devices together must have: a plan may divide them. The number is 0
@@ -157,7 +158,8 @@ def _most_rows(costs: Costs, kind: str, tensor: int) -> Array:
 
 
 def fluid_seconds(work_LK: Array, number_K: Array, *, rounds: int = 200) -> float:
-    """The best lower bound found on the seconds per row of all layers spread over all devices.
+    """Returns the best lower bound found on the seconds per row of all layers spread over all
+    devices.
 
     Prices start where every type is worth its speed; subgradient steps then raise those of the
     types that the layers crowd on.
@@ -184,7 +186,8 @@ def fluid_seconds(work_LK: Array, number_K: Array, *, rounds: int = 200) -> floa
 
 
 def _wide_seconds(costs: Costs, work_LK: Array, number_K: Array) -> float:
-    """Least seconds, over all numbers of devices, of their work and of the norm among them.
+    """Returns the least seconds, over all numbers of devices, of their work and of the norm among
+    them.
 
     n devices, at most N(k) of a type, sell no more than T at prices w(k) = max(s(k), s) / D with
     D = sum N(k) max(s(k) - s, 0) + n s: each of the n pays s, those of faster types the rest. So
@@ -242,7 +245,7 @@ def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
 
 
 def _after(costs: Costs, counts: Counter[str]) -> float:
-    """Least seconds of the optimizer, and the overhead of a step."""
+    """Returns the least seconds of the optimizer, and the overhead of a step."""
     share = num_parameters(costs.model) / sum(counts.values())
     step = min(
         optimizer_seconds(
@@ -258,7 +261,8 @@ def _after(costs: Costs, counts: Counter[str]) -> float:
 
 
 def sentence(prediction: Prediction) -> str:
-    """`at most 3.1 % above the best possible (1.2 s: all work ...)`; empty without a bound."""
+    """Says how good a plan is: `at most 3.1 % above the best possible (1.2 s: all work ...)`; empty
+    without a bound."""
     bound = prediction.lower_bound_seconds
     if not bound:
         return ""

@@ -37,7 +37,7 @@ FEW_POOLS = 4
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Interchangeable tensor groups."""
+    """Describes interchangeable tensor groups."""
 
     groups: tuple[TensorGroup, ...]
     """Node by node."""
@@ -47,12 +47,12 @@ class Pool:
 
     @property
     def speed(self) -> float:
-        """Rows per second of all of them, without any loss."""
+        """Returns the rows per second of all pools together, if no device is ever idle."""
         return len(self.groups) / self.pace
 
     @property
     def tensor(self) -> int:
-        """Devices of a tensor group."""
+        """Returns the devices of a tensor group."""
         return len(self.groups[0])
 
 
@@ -61,13 +61,13 @@ Widths = dict[int, Pool]
 
 
 def pools(costs: Costs, tensor: int) -> tuple[Pool, ...]:
-    """The tensor groups of `tensor` devices that the cluster offers; fastest first."""
+    """Returns the tensor groups of `tensor` devices that the cluster offers; fastest first."""
     every = (widths[tensor] for widths in pool_table(costs, (tensor,)) if tensor in widths)
     return tuple(sorted(every, key=lambda pool: pool.pace))
 
 
 def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
-    """The pools of a cluster in the order of their devices, at these tensor widths."""
+    """Returns the pools of a cluster in the order of their devices, at these tensor widths."""
     nodes = {node.name: node for node in costs.cluster.nodes}
     by_class: dict[tuple[str, str], list[str]] = {}
     for device in usable_devices(costs):
@@ -96,7 +96,8 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
 
 @dataclass(frozen=True, slots=True)
 class PoolStages:
-    """A block of pools as stages, before they are written down device by device."""
+    """Describes how a block of pools is made into stages, before these are listed device by
+    device."""
 
     pools: tuple[Pool, ...]
     depths: tuple[int, ...]
@@ -109,7 +110,7 @@ class PoolStages:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Tensor groups in a stage of each pool."""
+        """Returns the tensor groups in a stage of each pool."""
         if self.mixed:
             return (sum(len(pool.groups) for pool in self.pools) // self.depths[0],)
         return tuple(len(p.groups) // d for p, d in zip(self.pools, self.depths, strict=True))
@@ -117,7 +118,7 @@ class PoolStages:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A shape with its micro-batches."""
+    """Describes stages of pools with their micro-batches, and a guess at their seconds."""
 
     guess: float
     """Seconds of a balanced pipeline: no cut costs anything, layers can be divided."""
@@ -126,14 +127,14 @@ class Draft:
 
     @property
     def build(self) -> tuple[Pool, ...]:
-        """What tells it from drafts that differ in depth alone."""
+        """Returns what two drafts share if they differ in depth alone."""
         return self.shape.pools
 
 
 def drafts(
     costs: Costs, block: Sequence[Widths], share: float, row_counts: Sequence[int]
 ) -> list[Draft]:
-    """The most promising ways to cut a block for a share of the batch; best guess first."""
+    """Returns the most promising ways to cut a block for a share of the batch; best guess first."""
     found: list[Draft] = []
     layers = len(costs.model.layers)
     for options in _choices(block, layers):
@@ -157,7 +158,8 @@ Option = tuple[Pool, int]
 
 
 def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]]]:
-    """For every pool of a block the options that are combined with all options of the others."""
+    """Returns for every pool of a block the options that are combined with all options of the
+    others."""
     every = [
         [
             (pool, d)
@@ -183,7 +185,7 @@ def _choices(block: Sequence[Widths], layers: int) -> Iterator[list[list[Option]
 def _separate(
     costs: Costs, options: Sequence[list[Option]], share: float, rows: int
 ) -> Iterator[Draft]:
-    """Every pool in stages of its own:
+    """Yields drafts with every pool in stages of its own. Their seconds are guessed to be
 
     (M - 1 + S) * rows / speed of all + the slowest pool's gradient reduction
     """
@@ -212,7 +214,8 @@ def _separate(
 
 
 def _facts(costs: Costs, pool: Pool, depth: int, rows: int) -> tuple[float, float, float]:
-    """Rows per second, stages, and seconds of reduction for each byte of the pool's share."""
+    """Returns the rows per second, stages, and seconds of reduction for each byte of the pool's
+    share."""
     width = len(pool.groups) // depth
     speed = depth * width / pace(costs, pool.groups[0], -(-rows // width))
     if width == 1:
@@ -229,8 +232,8 @@ def _mixed_guess(costs: Costs, shape: PoolStages, rows: int, share: float) -> fl
 
 
 def by_build(found: Sequence[Draft]) -> list[Draft]:
-    """The best of every build, then the second of each: what the links between pools cost is not
-    in the guess."""
+    """Returns the best of every build, then the second of each: what the links between pools cost
+    is not in the guess."""
     turns: Counter[object] = Counter()
     placed = []
     for number, draft in enumerate(found):
@@ -240,7 +243,7 @@ def by_build(found: Sequence[Draft]) -> list[Draft]:
 
 
 def orders(shape: PoolStages) -> Iterator[PoolStages]:
-    """Its pools in every order; of many, as they are and the other way round."""
+    """Yields a block's pools in every order; if they are many, only as they are and reversed."""
     count = len(shape.pools)
     if shape.mixed or count == 1:
         yield shape
@@ -251,8 +254,8 @@ def orders(shape: PoolStages) -> Iterator[PoolStages]:
 
 
 def written(shape: PoolStages, *, across: bool) -> Stages:
-    """The tensor groups of every stage. `across`: neighbouring tensor groups stand in neighbouring
-    stages, not beside each other as replicas."""
+    """Returns the tensor groups of every stage. `across`: neighbouring tensor groups stand in
+    neighbouring stages, not beside each other as replicas."""
     if shape.mixed:
         groups = tuple(group for pool in shape.pools for group in pool.groups)
         depth, width = shape.depths[0], shape.widths[0]
@@ -274,7 +277,7 @@ def two_ways(shape: PoolStages) -> bool:
 
 
 def whole_batch(costs: Costs) -> tuple[int, ...]:
-    """Rows of a micro-batch that a single pipeline may have."""
+    """Returns the rows of a micro-batch that a single pipeline may have."""
     every = divisors(costs.job.global_batch)
     step = -(-len(every) // 12)
     return every[::step]
@@ -283,8 +286,8 @@ def whole_batch(costs: Costs) -> tuple[int, ...]:
 def single_pipelines(
     costs: Costs, limit: Callable[[], float]
 ) -> Iterator[tuple[CandidatePipeline, ...]]:
-    """Pipelines of whole pools for all of the batch, the most promising first, over all tensor
-    widths of every pool; those whose guess is above the limit are left out."""
+    """Yields the pipelines of whole pools for all of the batch, the most promising first, over all
+    tensor widths of every pool; those whose guess is above the limit are left out."""
     table = pool_table(costs, legal_widths(costs))
     row_counts = whole_batch(costs)
     found = []
