@@ -25,6 +25,9 @@ test: $(READY)    ## minutes: all tests but the slow ones, two at a time
 test-slow: $(READY) ## the tests that take minutes, two at a time: eight processes, exhaustive searches
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(TWO) $(ARGS)
 
+test-all: $(READY) ## both in one run, as CI does it
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO) $(ARGS)
+
 soak: $(READY)    ## the whole of the long tests, of which test-slow tries a tenth: hours
 	WHOLE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 0 $(TWO) $(ARGS)
 
@@ -70,4 +73,4 @@ $(DOCS): $(READY)
 	@touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-slow soak lint docs picture bench accuracy testbed lock clean
+.PHONY: help demo check test test-slow test-all soak lint docs picture bench accuracy testbed lock clean

@@ -149,7 +149,7 @@ def checked_by_megatron(case: Case, words: Sequence[str], defaults: dict[str, ob
     parsed.world_size, parsed.rank = case.data * case.tensor * case.stages, 0
     for name, value in defaults.items():
         setattr(parsed, name, value)
-    parsed.apply_rope_fusion = False  # of Transformer Engine, which nobody needs to read them
+    parsed.apply_rope_fusion = False  # of Transformer Engine, which is not needed to read them
     with patch.object(arguments, "get_device_arch_version", lambda: 9):
         arguments.validate_args(parsed)
     config = arguments.core_transformer_config_from_args(parsed)
@@ -228,7 +228,7 @@ def check_torchtitan(case: Case, files: dict[str, str]) -> None:
 
 
 def _own_configuration(case: Case) -> Any:
-    """What somebody would write for a model that torchtitan has no configuration of."""
+    """What a user would write for a model that torchtitan has no configuration of."""
     c = language_model(case.model)
     llama = importlib.import_module("torchtitan.models.llama3")
     config = importlib.import_module("torchtitan.models.llama3.config_registry").llama3_8b()

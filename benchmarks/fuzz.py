@@ -41,7 +41,7 @@ BYTES = 2**30
 END_SECONDS = 5.0
 """In which processes that were killed must be gone."""
 CRASHED = 70
-"""Exit status of a verb that raised what nobody foresaw."""
+"""Exit status of a verb that raised what was not foreseen."""
 MARK = "MESHWRIGHT_FUZZ_CASE"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 NONSENSE = re.compile(r"(?<![A-Za-z./_-])(nan|inf)(?![A-Za-z./_-])")
@@ -231,7 +231,7 @@ def _left(index: int) -> bool:
 
 
 def _strays(home: Path) -> list[str]:
-    """What lies outside the folder of a case, and drafts that nobody took away."""
+    """What lies outside the folder of a case, and drafts that were not taken away."""
     expected = {home, home.parent / "tmp", home.parent / "out.txt", home.parent / "err.txt"}
     outside = [p for p in (*home.parent.iterdir(), *home.parents[1].iterdir()) if p not in expected]
     drafts = [] if home.is_symlink() else list(home.rglob(".*.draft"))

@@ -182,7 +182,7 @@ def payload(data: Any, chance: Random) -> Change:
 
 
 def unknown(data: Any, chance: Random) -> Change:
-    """A field that nobody knows."""
+    """An unknown field."""
     inside = [place for place in ((), *places(data)) if _is_table(at(data, place))]
     place = chance.choice(inside)
     more = put(data, (*place, "colour"), "red")

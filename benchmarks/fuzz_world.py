@@ -165,7 +165,7 @@ class Kind:
     form: str = "json"
     """json, toml, lines (of JSON), text or bytes."""
     strict: bool = True
-    """Fields that nobody knows are refused."""
+    """Unknown fields are refused."""
 
 
 EXPORTS = tuple(

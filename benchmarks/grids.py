@@ -35,7 +35,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One strategy that somebody ran."""
+    """One strategy that was run."""
 
     world: int
     """Index of its World."""

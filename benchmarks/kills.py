@@ -278,7 +278,7 @@ def _await(
 
 
 def soak(count: int, seed: int, tell: Callable[[str], None] = lambda _: None) -> list[Trial]:
-    """So many trials, spread evenly over victims and moments, in an order that the seed gives."""
+    """Runs `count` trials, spread evenly over victims and moments, in the order of the seed."""
     draw = random.Random(seed)
     cells = [*product(VICTIMS, MOMENTS)]
     rounds = -(-count // len(cells))

@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -215,21 +216,34 @@ def predicted(case: Case, graph: LayerGraph, plan: Plan) -> dict[str, float]:
     return {**parts, "buffers": parts["buffers"] - framework_bytes(DEVICE)}
 
 
+def made(name: str) -> nn.Module:
+    """The module of a model, without storage."""
+    with torch.device("meta"):
+        return from_language_model(MODELS[name])
+
+
+def tokens_of(sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets that have only a shape."""
+    tokens = torch.empty(2, sequence, dtype=torch.long, device="meta")
+    return tokens, tokens
+
+
+@cache
+def graphs_of(name: str, precision: Precision, sequence: int) -> tuple[LayerGraph, LayerGraph]:
+    """What the module's trace and the model's numbers say, once for all cases that share them."""
+    traced = trace(made(name), tokens_of(sequence), precision, sequence, name)
+    return traced, counted_graph(MODELS[name], sequence, precision)
+
+
 def compare(case: Case, *, real: bool = False) -> Result:
     """Predict and measure, on fake tensors or on real ones."""
-
-    def make() -> nn.Module:
-        with torch.device("meta"):
-            return from_language_model(MODELS[case.model])
-
-    tokens = torch.empty(2, case.sequence, dtype=torch.long, device="meta")
-    graph = trace(make(), (tokens, tokens), case.precision, case.sequence, case.model)
+    graph, formulas = graphs_of(case.model, case.precision, case.sequence)
     plan = plan_of(case, len(graph.layers))
     parts = predicted(case, graph, plan)
-    formulas = counted_graph(MODELS[case.model], case.sequence, case.precision)
+    make, inputs = partial(made, case.model), tokens_of(case.sequence)
     return Result(
         case=case,
-        measured=measured_peak(make, (tokens, tokens), plan, graph, rank_of(case), real=real),
+        measured=measured_peak(make, inputs, plan, graph, rank_of(case), real=real),
         trace=sum(parts.values()),
         formulas=sum(predicted(case, formulas, plan).values()),
         parts=parts,

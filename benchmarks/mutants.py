@@ -1,6 +1,6 @@
 """Plants small faults in the torch-free rooms, one at a time, and counts those that tests notice.
 
-    python benchmarks/mutants.py                    200 faults, and those that nobody noticed
+    python benchmarks/mutants.py                    200 faults, and those that no test noticed
     python benchmarks/mutants.py --rooms cost plan --count 50 --seed 7
     python benchmarks/mutants.py --survivors FILE   the survivors of earlier results once more
     python benchmarks/mutants.py --file-list        the files, and how many faults each can have
@@ -48,7 +48,7 @@ ROOMS = (
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
 TEST_SECONDS, TIMES_LONGER = 10.0, 5.0
-"""CPU time that a test may take with a mutant: so many times its own, and some seconds."""
+"""CPU time that a test may take with a mutant: this multiple of its own, and some seconds."""
 IMPORT_SECONDS = 60
 WALL_SECONDS = 1200.0
 """For tests that wait instead of working."""
@@ -138,7 +138,7 @@ def those_of(path: Path, texts: dict[str, str]) -> list[tuple[Mutation, int]]:
 
 
 def tests_for(mutation: Mutation, reach: Reach, texts: dict[str, str], most: float) -> list[str]:
-    """Returns the tests that can notice a mutation, the likeliest first, of so many CPU seconds.
+    """Returns the tests that can notice a mutation, the likeliest first, within `most` CPU seconds.
 
     What is run at import has no mark: the tests of its room can notice it, and those that run a
     statement which mentions what it binds.

@@ -139,7 +139,7 @@ def run_tests(
     base = tree.root.parent / f"basetemp-{os.getpid()}"
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", str(base)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", tree.selection]
-    # Nobody reads how a test fails, and to describe large values can take longer than the test.
+    # How a test fails is not read, and to describe large values can take longer than the test.
     options += ["--tb=no", "--assert=plain", *more]
     try:
         return pytest.main([*options, *paths], plugins=[plugin, _NoShrinking()])
@@ -148,7 +148,7 @@ def run_tests(
 
 
 class _NoShrinking:
-    """A plugin of pytest: hypothesis makes no failing example smaller, as nobody reads it."""
+    """A plugin of pytest: hypothesis makes no failing example smaller, as it is not read."""
 
     def pytest_collection(self) -> None:
         """Changes the profile that the tests have chosen, before they are imported."""

@@ -80,7 +80,7 @@ class _NoModules:
     and their gradients alive."""
 
     def register_user_hooks(self, *_: object) -> None:
-        """Nobody will call them."""
+        """They will never be called."""
 
     clear_user_hooks = register_user_hooks
 

@@ -34,7 +34,14 @@ from meshwright.layout.boxes import elements
 from meshwright.layout.multicast import lower_bound
 from meshwright.layout.reshard import Transfer, multicasts, reshard
 from meshwright.layout.tiles import unit_tasks
-from meshwright.simulate.flows import Flow, FlowNetwork, add_flow, remove_flow, reshare_bandwidth
+from meshwright.simulate.flows import (
+    Flow,
+    FlowNetwork,
+    add_flow,
+    remove_flow,
+    reshare_bandwidth,
+    streams_of,
+)
 
 NETWORK = 10e9 / 8
 INSIDE = 20e9
@@ -92,7 +99,7 @@ class Play:
         self, carried: dict[Resource, float], latency: float, then: Callable[[], None]
     ) -> None:
         """Bytes on resources at one pace, after a latency."""
-        flow = Flow(bytes_by_resource=carried, on_end=then)
+        flow = Flow(streams_of(carried), on_end=then)
         self.at(self.now + latency, lambda: add_flow(self.network, flow, self.now))
 
     def leave(self, flow: Flow, version: int) -> None:

@@ -94,7 +94,7 @@ BOUNDS = {"dilation": (0.04, 0.10), "virtual": (0.02, 0.05)}
 LOOSE = {"dilation": (0.15, 0.35), "virtual": (0.08, 0.20)}
 """For machines that are busy with other things: a cost model that drifts is off by more."""
 LONGEST = 5.0
-"""Predicted seconds of a step that would hold up the suite; nobody would choose it either."""
+"""Predicted seconds of a step that would hold up the suite; no user would choose it either."""
 CORRELATION, REGRET = 0.97, (0.01, 0.05)
 
 

@@ -45,7 +45,7 @@ from meshwright.testbed.spec import Mode, Testbed, TestbedFile, make_testbed
 
 HERE = Path(__file__).parent
 SEQUENCE = 64
-STEPS = {"dilation": 6, "virtual": 4}
+STEPS = {"dilation": 6, "virtual": 3}
 """Arithmetic takes longer in one step than in the next; sleeping does not."""
 WARM_UP = 1
 ROWS = (1, 2, 4, 8, 16)

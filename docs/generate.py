@@ -81,7 +81,7 @@ WORDS = {
 
 
 BEYOND = 1e15
-"""A limit above this is in nobody's way, and is not told."""
+"""A limit above this hinders no user, and is not listed."""
 
 
 def limits(kind: object) -> str:

@@ -81,7 +81,7 @@ PARTS = {each.__name__: each for each in (exits, fails, killed, says, waits, sto
 
 
 def marked(folder: Path, count: int, seconds: float = 60.0) -> list[int]:
-    """The ids of so many processes, once they have left them."""
+    """The ids of `count` processes, once they have left them."""
     deadline = time.monotonic() + seconds
     while len(found := [int(path.stem) for path in folder.glob("*.pid")]) < count:
         assert time.monotonic() < deadline, f"{len(found)} of {count} processes after {seconds} s"

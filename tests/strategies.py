@@ -46,8 +46,8 @@ def cuts(draw: st.DrawFn, layers: int, stages: int) -> list[tuple[int, int]]:
 def meshes(
     draw: st.DrawFn, names: Iterator[str], widths: tuple[int, ...], most: tuple[int, int]
 ) -> tuple[tuple[str, ...], ...]:
-    """Replicas of a stage, of any of the tensor widths, or of width 1 where no other fits; at most
-    so many replicas, of at most so many devices together."""
+    """Replicas of a stage, of any of the tensor widths, or of width 1 where no other fits.
+    `most`: of replicas, and of their devices together."""
     replicas, room = most
     mesh = []
     count = draw(st.integers(1, min(replicas, room)))

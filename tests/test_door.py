@@ -172,7 +172,7 @@ def test_what_a_killed_process_left_of_a_file_is_taken_away(tmp_path: Path) -> N
     for name in (path, other):
         with files.replacing(name) as draft:
             draft.write_text("half")
-            os.link(draft, f"{draft}.draft")  # keeps it, as if nobody had come to clean up
+            os.link(draft, f"{draft}.draft")  # keeps it, as if no run had come to clean up
     path.write_text("whole")
     assert len([*tmp_path.glob(".weights*")]) == 2
     files.remove_drafts(path)
@@ -191,7 +191,7 @@ def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
     assert "circle" in unwritable(loop)
     assert "as if it were a folder" in unwritable(file / "inside")
     assert "too long" in unwritable(tmp_path / ("n" * 300))
-    assert "a pipe that nobody reads" in unwritable(pipe)
+    assert "a pipe that no process reads" in unwritable(pipe)
     assert "half of a character" in unwritable(tmp_path / "t", "\ud800")
     for path in (tmp_path, Path("/dev/zero"), loop, file / "inside", tmp_path / ("n" * 300)):
         with pytest.raises(OutputError):
@@ -369,4 +369,4 @@ def test_there_is_no_other_door() -> None:
             found[name] = used
     strangers = {name: used for name, used in found.items() if name not in ELSEWHERE}
     assert strangers == {}
-    assert set(ELSEWHERE) <= set(found), "an exception that nobody needs any more"
+    assert set(ELSEWHERE) <= set(found), "an exception that is needed no more"

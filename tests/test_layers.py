@@ -91,7 +91,7 @@ WITH_TORCH = (
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
-    "cli": 1_300,
+    "cli": 1_350,
     "cluster": 3_300,
     "cost": 3_450,
     "emulation": 750,
@@ -105,7 +105,7 @@ ROOM_LINES = {
     "report": 1_900,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 7_850,
+    "search": 8_350,
     "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_850,
@@ -177,16 +177,17 @@ def _floor(module: str) -> str:
     return room
 
 
-@pytest.mark.parametrize("module", [name for name in PATHS if "." in name])
-def test_imports_point_downwards(module: str) -> None:
-    here = _floor(module)
-    assert here in FLOORS, f"{here} has no place in the architecture: give it one in FLOORS"
-    for target in _imports(module, at_import=False):
-        if not target.startswith("meshwright."):
-            continue
-        there = _floor(target)
-        assert here == there or FLOORS.index(there) < FLOORS.index(here), f"{module} -> {target}"
-        assert (here, there) not in APART, f"{module} -> {target}"
+def test_imports_point_downwards() -> None:
+    for module in (name for name in PATHS if "." in name):
+        here = _floor(module)
+        assert here in FLOORS, f"{here} has no place in the architecture: give it one in FLOORS"
+        for target in _imports(module, at_import=False):
+            if not target.startswith("meshwright."):
+                continue
+            there = _floor(target)
+            lower = here == there or FLOORS.index(there) < FLOORS.index(here)
+            assert lower, f"{module} -> {target}"
+            assert (here, there) not in APART, f"{module} -> {target}"
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
@@ -230,15 +231,15 @@ def test_planning_from_a_description_loads_no_torch(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").stat().st_size > 0
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_files_and_functions_stay_short(module: str) -> None:
-    lines = len(text_of(PATHS[module]).splitlines())
-    assert lines <= MAX_FILE_LINES, f"{module} has {lines} lines"
-    for node in ast.walk(tree_of(PATHS[module])):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+def test_files_and_functions_stay_short() -> None:
+    for module, path in PATHS.items():
+        lines = len(text_of(path).splitlines())
+        assert lines <= MAX_FILE_LINES, f"{module} has {lines} lines"
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
 
 
 def test_rooms_keep_to_their_lines() -> None:
@@ -255,9 +256,9 @@ def test_rooms_keep_to_their_lines() -> None:
         assert count <= limit, f"{room} has {count} lines, and its limit is {limit}"
 
 
-@pytest.mark.parametrize("module", PATHS)
-def test_public_names_are_explained(module: str) -> None:
-    assert ast.get_docstring(tree_of(PATHS[module])), f"{module} has no docstring"
-    for node in tree_of(PATHS[module]).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+def test_public_names_are_explained() -> None:
+    for module, path in PATHS.items():
+        assert ast.get_docstring(tree_of(path)), f"{module} has no docstring"
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"

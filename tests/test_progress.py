@@ -1,4 +1,4 @@
-"""A search that somebody watches: lines on stderr if it takes long, and Ctrl-C for what it has."""
+"""A search that a user watches: lines on stderr if it takes long, and Ctrl-C for what it has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that says which processes are ended: nobody else's will do."""
+"""The folder that says which processes are ended: that of no other user will do."""
 
 from __future__ import annotations
 

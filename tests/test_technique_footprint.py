@@ -50,7 +50,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "backward_split": {
         "cost/times.py": "it keeps the seconds of both parts of a layer",
         "runtime/stage.py": "a stage runs the two parts of its backwards",
-        "search/certificate.py": "it bounds the seconds of both parts",
+        "search/bound_choices.py": "it bounds the seconds of both parts",
     },
     "activation_checkpointing": {
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",

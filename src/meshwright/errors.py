@@ -194,7 +194,7 @@ def _as_one(same: Sequence[Problem]) -> Problem:
 
 def _fields(fields: Sequence[str]) -> str:
     """Shortens fields that differ in their indices: `pipelines[0-63].stages[0]`. If they are not
-    every combination of these indices, give a range of the first index for each of the others."""
+    every combination of these indices, gives a range of the first index for each of the others."""
     indices = {field: _INDEX.findall(field) for field in fields}
     combinations = prod(len(set(column)) for column in zip(*indices.values(), strict=True))
     groups: dict[object, list[list[str]]] = {}

@@ -18,7 +18,7 @@ _SAID = {
     errno.ENOTDIR: "a path through a file, as if it were a folder",
     errno.ELOOP: "symbolic links that lead in a circle",
     errno.EMFILE: "too many open files",
-    errno.ENXIO: "a pipe that nobody reads",
+    errno.ENXIO: "a pipe that no process reads",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _MENDS = {

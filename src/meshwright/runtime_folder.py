@@ -36,7 +36,7 @@ def runtime_folder(places: Iterable[Path] | None = None) -> Path:
             "runtime folder",
             "",
             "; ".join(wrong),
-            "one that this user owns and nobody else can write to",
+            "one that this user owns and no other user can write to",
             "set XDG_RUNTIME_DIR to such a folder",
         )
     )

@@ -129,7 +129,7 @@ def test_empty_bill():
 @pytest.mark.slow
 def test_what_becomes_of_faults_is_counted_by_room_and_survivors_are_named(tmp_path: Path) -> None:
     """One fault is noticed by another room alone, one makes a loop endless, a function is not run,
-    and the fault at the boundary of a comparison is seen by nobody."""
+    and the fault at the boundary of a comparison is seen by no test."""
     for name, text in PROJECT.items():
         (tmp_path / "shop" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "shop" / name).write_text(text)

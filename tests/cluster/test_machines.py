@@ -134,7 +134,7 @@ def test_the_cores_are_to_be_had_on_every_host(name: str) -> None:
 
 
 def test_hosts_that_say_nothing_of_gpus_are_the_only_ones_without() -> None:
-    """No tool that fails, and no card that nobody reads, is taken for processors."""
+    """No tool that fails, and no card that no tool reads, is taken for processors."""
     for name in FOLDERS:
         devices = table(MACHINES / name, "expected.toml").get("devices", [])
         assert name.startswith("cpu-") == any(each.endswith("x cpu") for each in devices), name

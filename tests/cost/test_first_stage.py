@@ -1,5 +1,5 @@
-"""A backward in two parts on the first stage: nobody waits for the first part, and yet it is worth
-doing early."""
+"""A backward in two parts on the first stage: no stage waits for the first part, and yet it is
+worth doing early."""
 
 from __future__ import annotations
 

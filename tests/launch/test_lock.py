@@ -52,7 +52,7 @@ def test_a_second_run_is_refused_and_told_who_is_there_since_when(tmp_path: Path
         assert "--output" in str(caught.value)
     finally:
         end(process)
-    with lock_folder(folder):  # what a killed process leaves behind keeps nobody out
+    with lock_folder(folder):  # what a killed process leaves behind keeps no run out
         pass
 
 

@@ -26,7 +26,7 @@ def further(schedule: ScheduleName, crossing: float, stages: int) -> float:
 def test_two_stages_wait_for_nothing_but_the_round_trips_of_what_they_hold(
     schedule, held, crossing
 ):
-    """A micro-batch takes 6 s of computing and two transfers; the first stage holds so many."""
+    """A micro-batch takes 6 s of computing and two transfers; the first stage holds `held`."""
     trips = (6 + 2 * crossing) / held
     assert further(schedule, crossing, 2) == pytest.approx(max(3.0, trips), rel=0.02)
 

@@ -198,6 +198,10 @@ def one_block() -> nn.Module:
 
 
 def compiled(_: int, compile_it: bool) -> float:
+    from torch._inductor import config as inductor
+
+    # Not by a pool of processes, each of which would import PyTorch first.
+    inductor.compile_threads = 1
     case = Case(model=one_block, pipelines=(pipeline(2, 4, (3, "a")),))
     with engine_of(case, compile=compile_it) as engine:
         engine.step(rows)

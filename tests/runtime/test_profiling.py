@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.cluster.spec import Device
-from meshwright.cost.profile import LayerTime, OptimizerTime, check_profile, load_profile
+from meshwright.cost.profile import LayerTime, OptimizerTime, Profile, check_profile, load_profile
 from meshwright.emulation import core_speed
 from meshwright.errors import LaunchError
 from meshwright.model.load import load_model
@@ -30,6 +31,8 @@ from meshwright.profiling.measure_profile import (
     merged_layers,
     merged_optimizers,
 )
+from meshwright.records import dumps
+from meshwright.workflows import profile_model
 from meshwright.workflows.profile_model import profile_here
 
 
@@ -144,7 +147,18 @@ def test_more_than_the_memory_holds_is_refused_before_it_is_measured(tmp_path, m
         profile_here(settings(tmp_path), 7)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def made_up(monkeypatch):
+    """In place of measurements: what is tested is whether they are made, not what they say."""
+
+    def instead(asked, *_):
+        profile = Profile(model=asked.model, sequence=asked.sequence)
+        Path(asked.output).write_text(dumps(profile))
+
+    monkeypatch.setattr(profile_model, "_measure_in_processes", instead)
+
+
+@pytest.mark.usefixtures("made_up")
 def test_what_was_measured_otherwise_is_measured_again(tmp_path):
     one, _ = profile_here(settings(tmp_path), processes=1)
     assert profile_here(settings(tmp_path), processes=1) == (one, True)
@@ -155,7 +169,7 @@ def test_what_was_measured_otherwise_is_measured_again(tmp_path):
     assert profile_here(settings(tmp_path, repeats=4), processes=1)[1] is False
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("made_up")
 def test_emulated_devices_are_measured_again_where_their_speed_refers_to_another(
     tmp_path, monkeypatch
 ):

@@ -4,6 +4,7 @@ cut in two."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -14,25 +15,34 @@ from hypothesis import strategies as st
 from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
 from meshwright.cost.collective import all_reduce
 from meshwright.cost.memory import usable_bytes
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Prediction
+from meshwright.plan.spec import Pipeline, Prediction, Stage
+from meshwright.search.bound_choices import Choices
+from meshwright.search.bound_paths import (
+    best_mixture,
+    chain_seconds,
+    layer_kinds,
+    least_path,
+    memory_mixture_seconds,
+)
 from meshwright.search.certificate import (
     CHAIN,
     EXHAUSTIVE,
     LAST,
     certificate,
     certificate_in_haste,
-    fluid_seconds,
     least_ring_seconds,
     sentence,
 )
 from meshwright.search.costs import costs_of
 from meshwright.search.planner import find_plan
+from meshwright.simulate.simulator import simulate_plan
 from meshwright.stopping import Stopped, stoppable
 from meshwright.techniques.backward_split.price import SPLIT_COST
 from soaks import portion
-from worlds import FAST, SLOW, cluster, job, model
+from worlds import FAST, SLOW, cluster, job, model, plan_by_hand
 
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 
@@ -133,8 +143,19 @@ def test_a_layer_that_no_device_holds_alone_is_bounded_by_those_that_hold_it_tog
     graph, todo = model([10.0] * 2, parameters=parameters), job(8)
     bound = certificate(costs_of(graph, cluster(("fast",) * 4, types=(FAST,)), todo))
     assert bound.seconds == pytest.approx(8 * 2 * 30e9 / (4 * 20e12), rel=0.05)
-    alone = certificate(costs_of(graph, cluster(*[("fast",)] * 4, types=(FAST,)), todo))
-    assert alone.seconds == float("inf")
+    single = certificate(costs_of(graph, cluster(("fast",), types=(FAST,)), todo))
+    assert single.seconds == float("inf")
+
+
+def test_a_tensor_group_may_be_spread_over_nodes():
+    """Four devices in nodes of their own hold together what none of them holds alone."""
+    graph = model([10.0], parameters=int(2.5 * usable_bytes(FAST) / 16))
+    where, todo = cluster(*[("fast",)] * 4, types=(FAST,)), job(8)
+    group = Stage(layers=(0, 1), devices=(tuple(device.name for device in devices_of(where)),))
+    plan = plan_by_hand(Pipeline(micro_batches=8, rows=1, stages=(group,)), sequence=16)
+    assert not [*memory_problems(plan, graph, where)]
+    bound = certificate(costs_of(graph, where, todo)).seconds
+    assert bound <= simulate_plan(plan, graph, where).step_seconds
 
 
 def test_what_is_said_is_how_far_the_step_may_be_from_the_best():
@@ -157,7 +178,7 @@ def test_a_network_that_is_quicker_than_a_bus_is_what_the_norm_may_take():
 
 
 def test_the_gradients_of_weights_are_no_link_of_the_chain():
-    """Six devices for two rows: nobody waits for the weights' parts of layers after the first."""
+    """Six devices for two rows: only the first layer's part for weights is waited for."""
     quick = Link(bandwidth=1e12, latency=0.0)
     where = cluster(*[("fast",)] * 6, network=quick, types=(FAST, SLOW))
     graph, todo = model([10.0] * 6, parameters=1000, units=0), job(2)
@@ -216,9 +237,57 @@ def test_a_certificate_that_is_left_off_gives_way_to_one_that_takes_no_time():
     assert 0 < quick.seconds < certificate(costs).seconds
 
 
-def test_a_layer_that_fits_nowhere_takes_for_ever() -> None:
-    """Two types share two seconds of work; of a layer that neither can hold there is no end."""
-    number, never = np.array([1.0, 1.0]), float("inf")
-    assert fluid_seconds(np.array([[1.0, 1.0], [1.0, 1.0]]), number) == pytest.approx(1.0)
-    assert fluid_seconds(np.array([[1.0, never], [never, never]]), number) == never
-    assert fluid_seconds(np.full((2, 2), never), number) == never
+def choices(*layers: list[tuple[float, float, float]]) -> Choices:
+    """Chain seconds, device-seconds and bytes of the choices of each layer, on one device type."""
+    chain, work, kept = np.array(layers).transpose(2, 0, 1)
+    return Choices(chain, work, kept, np.zeros(chain.shape[1], dtype=np.int64))
+
+
+def test_many_rows_make_the_chain_long_and_few_make_the_work_slow():
+    """Of two layers, one row alone takes 1 s and 2 device-seconds, four together 4 s and 1
+    device-second a row. Eight rows on four devices take 4 or 2 s a layer for their work; with
+    weight 0.4 for the chain, both choices cost 2.8 s."""
+    kinds = layer_kinds(choices(*[[(1.0, 2.0, 0.0), (4.0, 1.0, 0.0)]] * 2))
+    best = best_mixture(kinds, np.array([4.0]), 8)
+    assert best.seconds == pytest.approx(5.6)
+    assert chain_seconds(kinds) == 2.0
+
+
+def test_memory_that_holds_few_rows_on_their_way_makes_the_step_longer():
+    """A row takes 1 s through each of two layers, which keep 1 byte. The first holds its byte for
+    2 s, the second for 1 s: 3 byte-seconds for each of eight rows."""
+    kinds = layer_kinds(choices(*[[(1.0, 1.0, 1.0)]] * 2))
+    best = best_mixture(kinds, np.array([8.0]), 8)
+    assert best.seconds == pytest.approx(2.0)
+    rate = [(each[0], 0.0 * each[1], 8 / 2 * each[2]) for each in one_by_one(kinds)]
+    assert least_path(kinds.of_layer, rate, 4.0) == pytest.approx(8 * 3 / 2)
+    assert memory_mixture_seconds(kinds, best, 8, 1e9) == best.seconds
+    assert memory_mixture_seconds(kinds, best, 8, 2.0) == pytest.approx(0.4 * 12 + 0.6 * 2)
+    assert memory_mixture_seconds(kinds, best, 8, 0.0) == best.seconds
+
+
+def one_by_one(kinds):
+    return zip(kinds.choices.chain, kinds.choices.work, kinds.choices.kept, strict=True)
+
+
+@settings(max_examples=portion(100))
+@given(st.data())
+def test_the_least_path_is_no_longer_than_the_best_of_all_paths(data):
+    """Every path through up to five layers is tried, with the rest of its chain for each layer."""
+    some = st.floats(0.0, 10.0)
+    depth, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    costs = [
+        np.array(data.draw(st.lists(st.tuples(some, some, some), min_size=width, max_size=width))).T
+        for _ in range(depth)
+    ]
+    paths = []
+    for path in product(range(width), repeat=depth):
+        chain, own, rate = np.array([each[:, c] for each, c in zip(costs, path, strict=True)]).T
+        rest = np.cumsum(chain[::-1])[::-1]
+        paths.append(float(own.sum() + rate @ rest))
+    triples = [(each[0], each[1], each[2]) for each in costs]
+    longest = data.draw(st.sampled_from([1.0, 20.0, 100.0]))
+    found = least_path(np.arange(depth), triples, longest)
+    assert found <= min(paths) * (1 + 1e-9) + 1e-9
+    if longest == 100.0 and width == 1:
+        assert found == pytest.approx(min(paths))

@@ -39,7 +39,7 @@ def test_the_plan_found_is_the_best_of_all(world):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @seed(1)
-@settings(max_examples=tenth(500), database=None)
+@settings(max_examples=tenth(400), database=None)
 @given(small_worlds(SIZES))
 def test_the_plan_found_is_the_best_of_all_in_many_cases(world):
     check_exact(world)

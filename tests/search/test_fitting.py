@@ -1,4 +1,4 @@
-"""Rows are shared out such that nobody could be done sooner."""
+"""Rows are shared out such that the slowest group could not be done sooner."""
 
 from __future__ import annotations
 

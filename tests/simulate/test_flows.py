@@ -18,11 +18,12 @@ from meshwright.simulate.flows import (
     fair_rates,
     remove_flow,
     reshare_bandwidth,
+    streams_of,
 )
 
 
 def flow(**sizes: float) -> Flow:
-    return Flow(bytes_by_resource=sizes, on_end=lambda: None)
+    return Flow(streams=streams_of(sizes), on_end=lambda: None)
 
 
 def play(network: FlowNetwork, arrivals: list[tuple[float, Flow]]) -> dict[Flow, float]:
@@ -86,7 +87,7 @@ senders = count()
 def queued(sender: str = "", **sizes: float) -> Flow:
     """From a sender of its own, unless that is given."""
     name = sender or f"sender {next(senders)}"
-    return Flow(bytes_by_resource=sizes, on_end=lambda: None, sender=name)
+    return Flow(streams=streams_of(sizes), on_end=lambda: None, sender=name)
 
 
 def test_messages_of_one_sender_do_not_wait_for_each_other() -> None:
@@ -117,7 +118,7 @@ def test_the_first_in_the_queue_shares_with_a_collective() -> None:
 def test_a_dead_link_is_named() -> None:
     wire = Resource("here", "link", "out", "there")
     with pytest.raises(ClusterError, match="link of here"):
-        fair_rates({wire: 0.0}, [Flow(bytes_by_resource={wire: 1.0}, on_end=lambda: None)])
+        fair_rates({wire: 0.0}, [Flow(streams=streams_of({wire: 1.0}), on_end=lambda: None)])
 
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.floats(0.1, 10.0), min_size=1)
@@ -133,19 +134,20 @@ def test_no_resource_is_overfull_and_every_flow_has_a_full_one(
     flows = [flow(**demand) for demand in demands]
     rates = fair_rates(bandwidth, flows)
     used = {
-        name: sum(rates[f] * f.bytes_by_resource.get(name, 0.0) for f in flows) for name in "abcd"
+        name: sum(rates[f] * f.streams.bytes_by_resource.get(name, 0.0) for f in flows)
+        for name in "abcd"
     }
     assert all(used[name] <= bandwidth[name] * (1 + 1e-9) for name in used)
     for f in flows:
-        own = rates[f] * f.stream
+        own = rates[f] * f.streams.bytes_each
         assert any(
             used[name] >= bandwidth[name] * (1 - 1e-9)
             and all(
-                own >= rates[g] * g.stream * (1 - 1e-9)
+                own >= rates[g] * g.streams.bytes_each * (1 - 1e-9)
                 for g in flows
-                if name in g.bytes_by_resource
+                if name in g.streams.bytes_by_resource
             )
-            for name in f.bytes_by_resource
+            for name in f.streams.bytes_by_resource
         )
 
 
@@ -156,11 +158,12 @@ def test_queues_leave_no_link_idle_that_somebody_could_use(
     flows = [queued(**demand) if waits else flow(**demand) for demand, waits in demands]
     rates = fair_rates(bandwidth, flows)
     used = {
-        name: sum(rates[f] * f.bytes_by_resource.get(name, 0.0) for f in flows) for name in "abcd"
+        name: sum(rates[f] * f.streams.bytes_by_resource.get(name, 0.0) for f in flows)
+        for name in "abcd"
     }
     assert all(used[name] <= bandwidth[name] * (1 + 1e-9) for name in used)
     full = {name for name in used if used[name] >= bandwidth[name] * (1 - 1e-9)}
-    assert all(full & set(f.bytes_by_resource) for f in flows)
+    assert all(full & set(f.streams.bytes_by_resource) for f in flows)
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 5.0), sizes), min_size=1, max_size=6), speeds)

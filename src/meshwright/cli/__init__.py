@@ -7,16 +7,16 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meshwright.cli import discovering, emulating, planning, running
+from meshwright.cli import discovering, emulating, planning, profiling, running
 from meshwright.cli.options import INTERRUPTED_STATUS, app
 
 if TYPE_CHECKING:
     from meshwright.errors import MeshwrightError
 
-__all__ = ["app", "discovering", "emulating", "main", "planning", "running"]
+__all__ = ["app", "discovering", "emulating", "main", "planning", "profiling", "running"]
 
 UNREAD, MISTAKE = 1, 2
-"""Exit statuses: output that nobody reads (a closed pipe), and an error with a message."""
+"""Exit statuses: output to a closed pipe, and an error with a message."""
 
 
 def main() -> None:

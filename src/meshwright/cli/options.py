@@ -53,9 +53,18 @@ ForbidOption = Annotated[
         "tried on the best plans. May be repeated."
     ),
 ]
+SequenceOption = Annotated[int, typer.Option(help="Tokens per row.")]
+PrecisionOption = Annotated[
+    PrecisionChoice | None,
+    typer.Option(help="Default: the fastest that every device supports."),
+]
+MeasuredTimes = Annotated[Path | None, typer.Option("--profile", help="Measured times.")]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
 ]
+NewPlanFile = Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+PageOption = Annotated[Path | None, typer.Option(help="Write an HTML page.")]
 ModelOption = Annotated[
     str, typer.Option("--model", help="A name (gpt2-xl), a config.json, or a model.toml.")
 ]

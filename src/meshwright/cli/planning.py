@@ -7,7 +7,7 @@ Heavy imports are inside the functions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,16 +15,26 @@ from meshwright.cli.options import (
     BudgetOption,
     ClusterOption,
     ForbidOption,
+    JsonOption,
+    MeasuredTimes,
     ModelOption,
+    NewPlanFile,
     OptimizerChoice,
+    PageOption,
     PlanFile,
-    PrecisionChoice,
+    PrecisionOption,
     ProfileOption,
+    SequenceOption,
     app,
     check_outputs,
     say,
     search_limits,
 )
+
+if TYPE_CHECKING:
+    from meshwright.cluster.spec import Cluster
+    from meshwright.plan.spec import Plan
+    from meshwright.report.whatif import WhatIf
 
 
 @app.command()
@@ -32,16 +42,11 @@ def plan(
     model: ModelOption,
     cluster: Annotated[Path, typer.Option(help="Cluster file.")],
     global_batch: Annotated[int, typer.Option(help="Rows per optimizer step.")],
-    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    precision: Annotated[
-        PrecisionChoice | None,
-        typer.Option(help="Default: the fastest that every device supports."),
-    ] = None,
+    sequence: SequenceOption = 1024,
+    precision: PrecisionOption = None,
     optimizer: OptimizerChoice = OptimizerChoice.ADAMW,
-    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
-        "plan.json"
-    ),
+    profile: MeasuredTimes = None,
+    output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
 ) -> None:
@@ -50,9 +55,6 @@ def plan(
     from meshwright.cli.progress import search_progress
 
     with search_progress() as watch:
-        from meshwright.plan.files import save_plan
-        from meshwright.report.tables import explain as print_explanation
-        from meshwright.search.certificate import sentence
         from meshwright.workflows.session import error_text, open_session, search_plan
 
         limits = search_limits(budget, forbid)
@@ -69,19 +71,10 @@ def plan(
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
         found = search_plan(
-            session,
-            limits,
-            progress=watch.tell,
-            stop=watch.stop,
-            found=watch.found,
+            session, limits, progress=watch.tell, stop=watch.stop, found=watch.found
         )
-    save_plan(found, output)
-    print_explanation(found)
-    if found.prediction:
-        texts = sentence(found.prediction), error_text(session, found.prediction.step_seconds)
-        for text in filter(None, texts):
-            say(text)
-    say(f"wrote {output}")
+    error = error_text(session, found.prediction.step_seconds) if found.prediction else ""
+    _write_plan(found, output, _certificate_text(found), error)
     if watch.interrupted:
         say(f"interrupted: {output} holds the best plan found so far", to_errors=True)
 
@@ -90,14 +83,33 @@ def plan(
 def explain(plan_file: PlanFile) -> None:
     """Explain a plan: its stages, what limits the step, and why other strategies lost."""
     from meshwright.report.tables import explain as print_explanation
-    from meshwright.search.certificate import sentence
     from meshwright.workflows.session import reopen_plan, with_prediction
 
     _, opened = reopen_plan(plan_file)
     found = opened.plan if opened.plan.prediction else with_prediction(opened)
     print_explanation(found)
-    if found.prediction and (text := sentence(found.prediction)):
+    if text := _certificate_text(found):
         say(text)
+
+
+def _certificate_text(found: Plan) -> str:
+    """Says how far a plan may be from the best possible; empty if that is not known."""
+    from meshwright.search.certificate import sentence
+
+    return sentence(found.prediction) if found.prediction else ""
+
+
+def _write_plan(found: Plan, output: Path, *texts: str) -> None:
+    """Writes a plan, explains it, and prints those of the texts that are not empty."""
+    from meshwright.plan.files import save_plan
+
+    save_plan(found, output)
+    from meshwright.report.tables import explain as print_explanation
+
+    print_explanation(found)
+    for text in filter(None, texts):
+        say(text)
+    say(f"wrote {output}")
 
 
 @app.command()
@@ -109,7 +121,7 @@ def simulate(
         Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
     ] = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    report: PageOption = None,
 ) -> None:
     """Simulate one step of a plan with the cost model."""
     from meshwright import files
@@ -143,8 +155,8 @@ def simulate(
 def compare(
     first: PlanFile,
     second: PlanFile,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    report: PageOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Compare two plans for one model: time, memory, links, and why one wins."""
     from meshwright.report.comparison import (
@@ -189,7 +201,7 @@ def whatif(
     ] = None,
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json: JsonOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
     ] = None,
@@ -199,30 +211,35 @@ def whatif(
     from meshwright.cli.progress import search_progress
 
     with search_progress() as watch:
-        from meshwright import files
-        from meshwright.cluster.files import dump_cluster
-        from meshwright.report.whatif import print_whatif, whatif_json
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.what_if import ClusterEdits, what_if
 
         limits = search_limits(budget, forbid)
         check_outputs(output)
-        edits = ClusterEdits(
-            without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
-        )
+        told = {"without": without, "added": add, "settings": set_}
+        edits = ClusterEdits(**{name: tuple(each or ()) for name, each in told.items()})
         session, opened = reopen_plan(plan_file)
-        found, cluster = what_if(
+        found, edited = what_if(
             session, opened.plan, edits, limits, progress=watch.tell, stop=watch.stop
         )
+    _show_whatif(found, edited, output, json=json)
+    if watch.interrupted:
+        say("interrupted: compared are the best plans found so far", to_errors=True)
+
+
+def _show_whatif(found: WhatIf, edited: Cluster, output: Path | None, *, json: bool) -> None:
+    """Prints what the edited cluster would gain, and writes its file if asked to."""
+    from meshwright import files
+    from meshwright.cluster.files import dump_cluster
+    from meshwright.report.whatif import print_whatif, whatif_json
+
     if json:
         typer.echo(whatif_json(found), nl=False)
     else:
         print_whatif(found)
     if output:
-        files.write_text(output, dump_cluster(cluster))
+        files.write_text(output, dump_cluster(edited))
         say(f"wrote {output}", to_errors=json)
-    if watch.interrupted:
-        say("interrupted: compared are the best plans found so far", to_errors=True)
 
 
 @app.command()
@@ -275,14 +292,10 @@ def reorder(
             help="Import a torch.distributed.pipelining CSV; once, or for every pipeline.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
-        "plan.json"
-    ),
+    output: NewPlanFile = Path("plan.json"),
 ) -> None:
     """Give a plan another schedule: a standard one, one made for the plan, or one imported from
     CSV."""
-    from meshwright.plan.files import save_plan
-    from meshwright.report.tables import explain as print_explanation
     from meshwright.workflows.reorder import with_imported_schedule, with_schedule_named
     from meshwright.workflows.session import reopen_plan
 
@@ -294,6 +307,4 @@ def reorder(
         if csv
         else with_schedule_named(session, plan, order)
     )
-    save_plan(found, output)
-    print_explanation(found)
-    say(f"wrote {output}")
+    _write_plan(found, output)

@@ -51,7 +51,7 @@ class SearchProgress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Returns the seconds since the start."""
         return self._clock() - self._began
 
     def tell(self, what: str, done: int, of: int) -> None:
@@ -70,7 +70,7 @@ class SearchProgress:
         return self.interrupted
 
     def interrupt(self) -> None:
-        """Record Ctrl-C. Raises KeyboardInterrupt the second time."""
+        """Records Ctrl-C. Raises KeyboardInterrupt the second time."""
         self.interrupts += 1
         if self.interrupts > 1:
             raise KeyboardInterrupt

@@ -1,32 +1,25 @@
-"""Defines the verbs that use this machine: profile, train, launch, calibrate, demo.
+"""Defines the verbs that train on this machine: train, launch, demo.
 
 Heavy imports are inside the functions.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwright.cli.emulating import (
-    BedOption,
     current_launcher,
-    launcher_for,
-    profile_testbed,
     train_with_launcher,
 )
 from meshwright.cli.options import (
     BudgetOption,
     ForbidOption,
-    ModelOption,
+    PageOption,
     PlanFile,
-    PrecisionChoice,
     app,
     check_outputs,
     say,
@@ -35,74 +28,9 @@ from meshwright.cli.options import (
 
 if TYPE_CHECKING:
     from meshwright.cost.priced_plan import PricedPlan
+    from meshwright.plan.spec import Plan
+    from meshwright.runtime.run_folder import RunSettings
     from meshwright.workflows.train import RunOutcome
-
-
-@app.command()
-def profile(
-    model: ModelOption,
-    sequence: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    rows: Annotated[str, typer.Option(help="Micro-batch sizes to measure.")] = "1,2,4",
-    tensor: Annotated[str, typer.Option(help="Tensor widths to measure.")] = "1",
-    precision: PrecisionChoice = PrecisionChoice.FP32,
-    cluster: Annotated[
-        Path | None,
-        typer.Option(
-            help="Which device each rank is, under `meshwright launch`; else: this device."
-        ),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(help="Measure with this many processes here, links between them too.")
-    ] = 1,
-    bed_file: BedOption = None,
-    again: Annotated[
-        bool, typer.Option(help="Measure even if nothing has changed since the last time.")
-    ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File; with --testbed, folder.")
-    ] = Path("profile.json"),
-) -> None:
-    """Measure layer times on this device, and links between ranks; `plan` reads the result.
-
-    On a testbed every class of links is measured. The output is then a folder with profile.json,
-    links.json and a cluster.toml that has the measured links.
-    """
-    from meshwright import files
-    from meshwright.profiling.measure_profile import ProfileSettings
-    from meshwright.records import checked, checked_value
-    from meshwright.workflows.profile_model import Processes, profile_here
-
-    checked_value(Processes, processes, "--processes")
-    settings = checked(
-        ProfileSettings,
-        {name: f"--{name}" for name in ("model", "sequence", "rows", "tensor", "output")},
-        model=model,
-        sequence=sequence,
-        rows=_numbers(rows, "--rows"),
-        tensor=_numbers(tensor, "--tensor"),
-        precision=precision.value,
-        cluster=str(cluster) if cluster else None,
-        output=str(output),
-    )
-    if bed_file is None:
-        files.check_output(output, kept=True)
-    with launcher_for(bed_file) as launcher:
-        if launcher is not None:
-            profile_testbed(launcher, settings, output, again=again)
-            return
-    _, known = profile_here(settings, processes, again=again)
-    if os.environ.get("RANK", "0") == "0":
-        done = f"{output} holds these measurements already; --again measures anew"
-        say(done if known else f"wrote {output}")
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    from meshwright.errors import OptionError, Problem
-
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,18}", part) for part in parts):
-        raise OptionError(Problem(option, "", repr(text), "numbers such as 1,2,4"))
-    return tuple(map(int, parts))
 
 
 SETTINGS = {
@@ -121,13 +49,20 @@ SETTINGS = {
 default."""
 
 
+DataOption = Annotated[
+    str | None,
+    typer.Option(help="Text or token file (.bin, .npy); default: Python's standard library."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option(help="Prepare the folder, and print each node's command.")
+]
+MEETING = "the port where the nodes meet."
+
+
 @app.command()
 def train(
     plan_file: PlanFile,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text or token file (.bin, .npy); default: Python's standard library."),
-    ] = None,
+    data: DataOption = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 3e-4,
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 10,
@@ -135,16 +70,12 @@ def train(
     seed: int = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/run"),
     save_weights: Annotated[bool, typer.Option(help="Write model.safetensors.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    report: PageOption = None,
     debug: Annotated[bool, typer.Option(help="Check messages, trace NaN to its layer.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a silent rank is lost.")] = 300.0,
     compile: Annotated[bool, typer.Option(help="Run layers through torch.compile.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option(help="Prepare the folder, and print each node's command.")
-    ] = False,
-    port: Annotated[
-        int, typer.Option(min=1, max=65535, help="With --dry-run: the port where the nodes meet.")
-    ] = 29500,
+    dry_run: DryRunOption = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help=f"With --dry-run: {MEETING}")] = 29500,
 ) -> None:
     """Train by a plan on this machine, with one process for each device of the plan.
 
@@ -152,23 +83,13 @@ def train(
     """
     with current_launcher(warm=not dry_run) as launcher:
         from meshwright import files
-        from meshwright.records import checked
-        from meshwright.runtime.run_folder import RunSettings
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.train import prepared_commands
 
         session, found = reopen_plan(plan_file)
         told = {"steps": steps, "clip_norm": clip_norm, "seed": seed, "save_weights": save_weights}
         told |= {"debug": debug, "timeout_seconds": timeout, "compile": compile}
-        settings = checked(
-            RunSettings,
-            SETTINGS,
-            model=found.plan.model.source,
-            data=data,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            options=told,
-        )
+        settings = _run_settings(found.plan, told, data, learning_rate, warmup_steps)
         files.check_folder(output)
         check_outputs(report)
         if dry_run:
@@ -179,6 +100,24 @@ def train(
     say(f"loss {outcome.losses[-1]:.4f}, {outcome.step_seconds:.4g} s a step; see {output}")
     clipped = settings.options.waits_for_norm(found.plan.job.precision)
     _show(replace(found, clipped=clipped), outcome, report)
+
+
+def _run_settings(
+    plan: Plan, told: dict[str, Any], data: str | None, learning_rate: float, warmup_steps: int
+) -> RunSettings:
+    """Checks what the options of `train` have set; `told` are those of RunOptions."""
+    from meshwright.records import checked
+    from meshwright.runtime.run_folder import RunSettings
+
+    return checked(
+        RunSettings,
+        SETTINGS,
+        model=plan.model.source,
+        data=data,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        options=told,
+    )
 
 
 def _show(found: PricedPlan, outcome: RunOutcome, report: Path | None) -> None:
@@ -219,9 +158,7 @@ def launch(
     cluster: Annotated[
         Path | None, typer.Option(help="Run a command on all devices of this cluster.")
     ] = None,
-    port: Annotated[
-        int, typer.Option(min=1, max=65535, help="For a command: the port where the nodes meet.")
-    ] = 29500,
+    port: Annotated[int, typer.Option(min=1, max=65535, help=f"For a command: {MEETING}")] = 29500,
 ) -> None:
     """Start one node's processes of a run over several machines; run this on every node.
 
@@ -259,80 +196,6 @@ def _launch_command(
     machines = load_cluster(cluster)
     devices = [device.name for device in devices_of(machines)]
     return launch_command(devices, machines, node, command, port)
-
-
-@app.command()
-def calibrate(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders, as `meshwright train` writes them.")
-    ] = None,
-    propose: Annotated[
-        int, typer.Option(help="Write this number of plans that are worth a short run, and stop.")
-    ] = 0,
-    model: Annotated[str, typer.Option("--model", help="To propose: as for `plan`.")] = "",
-    cluster: Annotated[Path | None, typer.Option(help="Cluster file.")] = None,
-    global_batch: Annotated[int, typer.Option(help="To propose: rows per step.")] = 8,
-    sequence: Annotated[int, typer.Option(help="To propose: tokens per row.")] = 1024,
-    precision: Annotated[PrecisionChoice | None, typer.Option(help="As for `plan`.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Measured times.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Profile to write (default: calibrated.json), or folder of plans (calibration).",
-        ),
-    ] = None,
-) -> None:
-    """Fit the cost model to runs on this cluster; `plan --profile` then uses the fitted
-    constants."""
-    from meshwright import files
-    from meshwright.errors import OptionError, Problem
-    from meshwright.plan.files import save_plan
-    from meshwright.records import checked_value
-    from meshwright.text import file_name
-    from meshwright.workflows.calibrate import Proposals, propose_plans
-    from meshwright.workflows.session import open_session, with_sources
-
-    checked_value(Proposals, propose, "--propose")
-    if not propose:
-        _calibrate(runs or [], cluster, output or Path("calibrated.json"))
-        return
-    if not model or cluster is None:
-        wanted = "--model and --cluster as well, to know what to propose for"
-        raise OptionError(Problem("--propose", "", "nothing else", wanted))
-    folder = output or Path("calibration")
-    files.check_folder(folder)
-    session = open_session(
-        model=model,
-        cluster=cluster,
-        profile=profile,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision.value if precision else None,
-        optimizer="adamw",
-    )
-    for index, proposed in enumerate(propose_plans(session, propose)):
-        path = folder / f"{index}-{file_name(proposed.name)}.json"
-        save_plan(with_sources(session, proposed), path)
-        run = folder / f"run-{index}"
-        say(shlex.join(["meshwright", "train", str(path), "--steps", "12", "-o", str(run)]))
-    say(f"then: meshwright calibrate {shlex.quote(str(folder))}/run-* -o calibrated.json")
-
-
-def _calibrate(runs: list[Path], cluster: Path | None, output: Path) -> None:
-    from meshwright import files
-    from meshwright.records import dumps
-    from meshwright.workflows.calibrate import profile_from_runs
-
-    check_outputs(output)
-    found = profile_from_runs(runs, cluster)
-    files.write_text(output, dumps(found), durable=True)
-    fitted = found.calibration
-    if fitted and fitted.error:
-        low, high = fitted.error.low, fitted.error.high
-        say(f"left out, four of five runs took {low:.2f} to {high:.2f} of the predicted")
-    say(f"wrote {output}")
 
 
 @app.command()

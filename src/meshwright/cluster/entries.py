@@ -249,7 +249,8 @@ def nearest_types(name: str, known: Mapping[str, object]) -> str:
 
 
 def type_problems(devices: Mapping[str, DeviceEntry], source: str) -> Iterator[Problem]:
-    """Yields mistakes in how types refer to each other, and the figures that a new type lacks."""
+    """Yields a Problem for each wrong reference from one device type to another, and for each
+    figure that a new type lacks."""
     for name, entry in devices.items():
         where = f"device.{name}"
         if entry.like is not None and entry.like not in devices and entry.like not in catalog():

@@ -28,7 +28,7 @@ _MENDS = (
     ("version mismatch", "the driver was changed while the old one runs: reboot"),
     ("communicate with the NVIDIA driver", "load the driver (modprobe nvidia), or install it"),
     ("libnvidia-ml", "install the driver's libraries; in a container, start it with the GPUs"),
-    ("Insufficient Permissions", "run it as somebody who may open /dev/nvidia*"),
+    ("Insufficient Permissions", "run it as a user who may open /dev/nvidia*"),
     ("GPU is lost", "reset it (nvidia-smi --gpu-reset) or reboot; dmesg says why"),
     ("determine the device handle", "reset it (nvidia-smi --gpu-reset) or reboot; dmesg says why"),
     ("no answer from", "the driver may hang: dmesg says why; reset it or reboot"),

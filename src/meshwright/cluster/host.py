@@ -55,7 +55,8 @@ class ToolOutput:
 
     @property
     def summary(self) -> str:
-        """Summary on one line: how it ended, and the first words of its output."""
+        """Sums the answer up on one line: how the command ended, and the first words of its
+        output."""
         said = " ".join(f"{self.text}\n{self.errors}".split()) or "nothing"
         said = printable(said if len(said) <= _FIRST_WORDS else f"{said[:_FIRST_WORDS]} ...")
         if self.timed_out:

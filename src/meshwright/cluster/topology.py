@@ -37,7 +37,7 @@ class Resource(NamedTuple):
 
 @record
 class Path:
-    """The resources that a transfer between two devices occupies."""
+    """Describes the resources that a transfer between two devices occupies."""
 
     resources: tuple[Resource, ...]
     latency: Seconds

@@ -133,7 +133,7 @@ def fit_constants(
 
 
 def _descend(errors: Callable[[Array], Array], origin: Array) -> Array:
-    """Minimise the robust error plus the pull towards the starting values; start at `origin`.
+    """Minimises the robust error plus the pull towards the starting values, from `origin` on.
 
     The result is the position of every parameter in its range."""
     places, damping = origin.copy(), 1e-2

@@ -110,7 +110,7 @@ def load_links(path: Path, cluster: Cluster) -> LinkReport:
 
 
 def fit_line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Fits seconds = latency + size / bandwidth by least relative squares; return (latency,
+    """Fits seconds = latency + size / bandwidth by least relative squares; returns (latency,
     bandwidth)."""
     weights = 1 / np.asarray(seconds)
     columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, dtype=float)], axis=1)

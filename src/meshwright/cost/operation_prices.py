@@ -25,7 +25,7 @@ from meshwright.techniques import provided
 
 @cache
 def pricings() -> dict[Op, PriceFunction]:
-    """The price of every operation, those of the techniques included."""
+    """Returns the pricing function of every operation, those of the techniques included."""
     own: dict[Op, PriceFunction] = {
         Op.FORWARD: compute_price,
         Op.BACKWARD: compute_price,

@@ -38,18 +38,18 @@ class PricedPlan:
 
     @cached_property
     def program(self) -> Program:
-        """The instructions of every rank."""
+        """Returns the instructions of every rank."""
         return compile_plan(self.plan, self.model, only=self.ranks, clipped=self.clipped)
 
     @cached_property
     def prices(self) -> Prices:
-        """The price of every instruction. Raises ClusterError if a device does not offer the
-        model's precision."""
+        """Returns the price of every instruction. Raises ClusterError if a device does not offer
+        the model's precision."""
         return price_program(
             self.program, self.plan, self.model, self.cluster, self.profile, links=self.links
         )
 
     @cached_property
     def memory(self) -> tuple[DeviceMemory, ...]:
-        """The peak memory of every device."""
+        """Returns the peak bytes of every device, by part."""
         return device_memory(self.plan, self.model, self.cluster)

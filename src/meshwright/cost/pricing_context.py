@@ -90,7 +90,7 @@ class RankContext:
     pricing: PricingContext
 
     def stage_of(self, i: Instruction) -> PricedStage:
-        """The placement in which the rank carries out an instruction."""
+        """Returns the placement of the stage for which the rank carries out an instruction."""
         return self.stages[i.stage]
 
 

@@ -102,7 +102,7 @@ class CoreSpeed:
 
     @property
     def slowness(self) -> float:
-        """CPU seconds that work takes at present if it usually takes one second."""
+        """Returns the CPU seconds that work takes at present if it usually takes one second."""
         return median(self._recent) / self._usual if self._recent else 1.0
 
 

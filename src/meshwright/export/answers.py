@@ -124,6 +124,52 @@ def listed_in_notes(sentence: str, *, unless: object = MISSING) -> PropertyAnswe
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StageSwitch:
+    """Describes a property that every stage of a plan has or lacks, while tools that know it have
+    one switch for all stages."""
+
+    field: str
+    """The field of `Stage`."""
+    is_on: Callable[[Any], bool] = bool
+    """Returns whether a value of the field stands for having the property."""
+    mend: str = ""
+    """How to get a plan without the property; it ends every refusal."""
+
+
+def switch_of_none(of: StageSwitch, lacks: str) -> PropertyAnswer:
+    """Refuses a property of stages; `lacks` says what the tool does not have."""
+    return PropertyAnswer(
+        "refused",
+        wanted=lambda value, _: f"none: {lacks}{of.mend}" if of.is_on(value) else "",
+    )
+
+
+def switch_of_all(
+    of: StageSwitch,
+    told: str,
+    tool: str,
+    write: Callable[[bool, ExportedTraining], Iterable[str]],
+    lacks: Callable[[ExportedTraining], str] = lambda _: "",
+) -> PropertyAnswer:
+    """Writes the lines of a tool's one switch for a property of stages, on or off; `lacks` says why
+    the tool cannot turn it on, if so."""
+
+    def wanted(value: Any, asked: ExportedTraining) -> str:
+        if not of.is_on(value):
+            return ""
+        if not all(of.is_on(getattr(stage, of.field)) for stage in asked.plan.stages):
+            return f"all stages or none: {tool} has one switch for all{of.mend}"
+        missing = lacks(asked)
+        return f"none: {missing}{of.mend}" if missing else ""
+
+    return PropertyAnswer(
+        f"{told}, all stages or none",
+        write=lambda value, asked: write(of.is_on(value), asked),
+        wanted=wanted,
+    )
+
+
 def irrelevant(why: str) -> PropertyAnswer:
     """Ignores a property that does not affect training, for the reason `why`."""
     return PropertyAnswer(why)

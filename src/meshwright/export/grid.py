@@ -28,12 +28,13 @@ class RegularGrid:
 
     @property
     def stages(self) -> int:
-        """Number of pipeline ranks, each of which holds one stage or several virtual stages."""
+        """Returns the number of pipeline ranks, each of which holds one stage or several virtual
+        stages."""
         return len(self.meshes)
 
     @property
     def virtual_stages(self) -> int:
-        """Number of stages of each pipeline rank."""
+        """Returns the number of stages of each pipeline rank."""
         return len(self.layers) // len(self.meshes)
 
 

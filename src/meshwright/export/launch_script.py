@@ -32,7 +32,7 @@ def replica_major(grid: RegularGrid) -> tuple[str, ...]:
 
 
 def by_node(order: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Groups consecutive ranks on one node: (node, devices)."""
+    """Groups the consecutive ranks on one node, as (node, devices)."""
     return [(node, tuple(devices)) for node, devices in groupby(order, key=node_of)]
 
 

@@ -257,7 +257,7 @@ def _order_problems(plan: Plan, grid: RegularGrid) -> Iterator[Problem]:
     if plan.schedule != "interleaved-1f1b" or grid.virtual_stages == 1 or grid.stages == 1:
         yield from schedule_problems(plan, grid, TOOL)
     elif grid.micro_batches % grid.stages:
-        wanted = f"a multiple of {grid.stages}: {TOOL} interleaves so many at a time"
+        wanted = f"a multiple of {grid.stages}: {TOOL} interleaves {grid.stages} at a time"
         yield Problem(plan.name, "pipelines[0].micro_batches", str(grid.micro_batches), wanted)
 
 

@@ -206,7 +206,7 @@ class _Server:
             line = line[os.write(self.events, line) :]
 
     def ask_to_end(self) -> None:
-        """Sends SIGTERM to every process, and return when all of them have ended."""
+        """Sends SIGTERM to every process, and returns when all of them have ended."""
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)
         while self.children:

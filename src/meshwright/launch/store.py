@@ -34,7 +34,7 @@ class Rendezvous:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables that tell a rank how to reach the store."""
+        """Returns the environment variables that tell a rank how to reach the store."""
         return {MASTER_ADDR: self.address, MASTER_PORT: str(self.port), TOKEN: self.token}
 
 

@@ -71,7 +71,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """Process id of the server, which is also that of the session of all ranks."""
+        """Returns the process id of the server, which is also that of the session of all ranks."""
         assert self._process is not None, "closed"
         return self._process.pid
 

@@ -149,7 +149,7 @@ def _answers(tasks: Sequence[Multicast], seed: int) -> Iterator[tuple[ScheduledM
 
 
 def _dense(tasks: Sequence[Multicast], luck: Sequence[float]) -> tuple[ScheduledMulticast, ...]:
-    """Repeatedly take the task that can start first; among equals the one whose busiest port has
+    """Repeatedly takes the task that can start first; among equals the one whose busiest port has
     most left to do, then the one with the least `luck` plus time at which its sender is free."""
     free: dict[Port, float] = defaultdict(float)
     left: dict[Port, float] = defaultdict(float)

@@ -152,8 +152,8 @@ def costs_per_row(runs: tuple[LayerRun, LayerRun]) -> RowCosts:
 def peak_moments_of(amounts: dict[int, RowCosts]) -> tuple[Moment, ...]:
     """Gives the moments at which memory may peak, from the runs at each tensor-parallel width.
 
-    The runs at the largest width, and at the one before it, determine which moments these are. With
-    two widths their difference tells what is divided; with one, everything counts as divided.
+    Which moments these are is found from the runs at the two largest widths. What differs between
+    the two is divided; with a single width, everything counts as divided.
     """
     *fewer, most = amounts
     worst = moments_of(amounts[most].runs)

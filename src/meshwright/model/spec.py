@@ -232,7 +232,7 @@ _FINGERPRINTED = {
 
 
 def content_fingerprint(model: LayerGraph) -> str:
-    """Fingerprint of everything in a graph.
+    """Returns a fingerprint of everything in a graph.
 
     It is that of graphs whose only axis was `tensor`, and without the fields of `_LATER` that have
     their default, so that measurements made for older graphs are still found.
@@ -253,9 +253,9 @@ def content_fingerprint(model: LayerGraph) -> str:
 
 
 def structure_fingerprint(model: LayerGraph) -> str:
-    """Fingerprint of what a plan refers to: names and parameter counts of the layers, the tied
-    parameters, and frozen counts if there are any. A graph counted from a config and one traced
-    from the module have the same structure."""
+    """Returns a fingerprint of what a plan refers to: names and parameter counts of the layers, the
+    tied parameters, and frozen counts if there are any. A graph counted from a config and one
+    traced from the module have the same structure."""
     layers = [[layer.name, layer.parameters, *_frozen(layer)] for layer in model.layers]
     tied = [[t.name, *t.layers, t.parameters, *_frozen(t)] for t in model.tied]
     return fingerprint([model.sequence, layers, tied])

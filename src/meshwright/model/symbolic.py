@@ -117,7 +117,7 @@ class ValueProxy(Proxy):
 
     @property
     def value(self) -> Any:
-        """The result of the node when it was executed on fake tensors."""
+        """Returns the result of the node when it was executed on fake tensors."""
         return self.node.meta["value"]
 
     def __getattr__(self, name: str) -> Any:

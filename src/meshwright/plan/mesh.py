@@ -39,12 +39,12 @@ class Mesh(Generic[Member]):
 
     @property
     def coordinates(self) -> tuple[Coordinates, ...]:
-        """The coordinates of every member."""
+        """Returns the coordinates of every member."""
         return _coordinates(self.inner_widths)
 
     @property
     def replicas(self) -> tuple[tuple[Member, ...], ...]:
-        """The members of every replica."""
+        """Returns the members of every replica."""
         ends = accumulate(map(prod, self.inner_widths), initial=0)
         return tuple(self.members[first:end] for first, end in pairwise(ends))
 

@@ -205,7 +205,7 @@ class Plan:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of all pipelines, pipeline by pipeline."""
+        """Returns the stages of all pipelines, pipeline by pipeline."""
         return tuple(stage for pipeline in self.pipelines for stage in pipeline.stages)
 
 

@@ -39,11 +39,11 @@ class Stopwatch(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device that computes."""
+        """Returns the device that computes."""
 
     @property
     def micro_batches(self) -> int:
-        """Number of micro-batches to be measured at a time."""
+        """Returns the number of micro-batches to be measured at a time."""
 
     def seconds(self, act: Callable[[], object]) -> float:
         """Returns the seconds that `act` takes."""
@@ -108,9 +108,9 @@ def layer_times(
 def _time_of(
     turns: _StageTimer, bench: LayerBenchmark, *, layer: int, rows: int, tensor: int
 ) -> LayerTime:
-    """Measures one layer. After every second repeat comes one with a split backward. What its
-    forward takes longer than an ordinary one is added to the first part of the backward: one never
-    comes without the other."""
+    """Measures one layer. Every second repeat is followed by one with a split backward. Its forward
+    takes longer than an ordinary one: the difference is added to the first part of the backward,
+    since the two always come together."""
     wholes, parts = [], []
     for turn in range(bench.repeats + WARM_UP):
         wholes.append(turns.whole())
@@ -145,7 +145,7 @@ class _StageTimer:
 
     @property
     def micro_batches(self) -> range:
-        """The micro-batches of one measurement."""
+        """Returns the micro-batches of one measurement."""
         return range(self.stopwatch.micro_batches)
 
     def whole(self) -> tuple[float, float]:

@@ -294,7 +294,7 @@ class _Progress:
 
 
 def _reads(i: Instruction) -> Op | None:
-    """The receives that a compute instruction waits for."""
+    """Returns the receives that a compute instruction waits for."""
     return i.op.reads if i.op.kind == "compute" else None
 
 

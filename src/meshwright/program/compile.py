@@ -226,8 +226,8 @@ def _groups(
 
 
 def _group_program(group: PipelineRank, number: int, placed: Placed) -> Iterator[Instruction]:
-    """Yields all instructions of one rank, given its number in the mesh, before the end of the
-    step."""
+    """Yields the instructions of one rank that come before the end of the step (norm and update),
+    given its number in the mesh."""
     placements = {s: stage.mesh.members[number] for s, stage in group.stages.items()}
     for index, action in enumerate(group.order):
         for later in group.arriving.get(index, ()):

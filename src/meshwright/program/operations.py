@@ -157,13 +157,13 @@ _KERNEL = (
 
 @cache
 def operations() -> dict[str, Op]:
-    """All operations by their word, those of the techniques last."""
+    """Returns all operations by their word, those of the techniques last."""
     added = (op for own in provided("operations", "OPERATIONS") for op in own)
     return {str(op): op for op in (*_KERNEL, *added)}
 
 
 def operation(word: str) -> Op:
-    """The operation that a word stands for. Raises ValueError if there is none."""
+    """Returns the operation that a word stands for. Raises ValueError if there is none."""
     if word not in operations():
         raise ValueError(f"one of {', '.join(operations())}")
     return operations()[word]
@@ -171,7 +171,7 @@ def operation(word: str) -> Op:
 
 @cache
 def completing(receive: Op) -> tuple[Op, ...]:
-    """The collectives that put together what receives of a kind have brought in parts."""
+    """Returns the collectives that put together the parts brought by receives of a kind."""
     found = operations().values()
     return tuple(op for op in found if op.stream == "receive" and op.reads == receive)
 

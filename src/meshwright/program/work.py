@@ -109,7 +109,7 @@ def fits(work: Work, codes: Sequence[Codes]) -> bool:
 
 
 def most_held(work: Work, own: Codes) -> float:
-    """Most bytes of activations that an order holds at once."""
+    """Returns the most bytes of activations that an order holds at once."""
     change = [0.0] * (4 * len(work.full))
     for s, (full, half) in enumerate(zip(work.full, work.half, strict=True)):
         change[4 * s : 4 * s + 4] = (full, -full, half - full, -half)
@@ -147,7 +147,7 @@ def seconds(work: Work, codes: Sequence[Codes]) -> float:
 
 @lru_cache(maxsize=1)
 def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
-    """Seconds by code, and what stages wait for: the same for thousands of orders."""
+    """Returns the seconds by code, and what stages wait for: the same for thousands of orders."""
     each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
     return list(chain.from_iterable(each)), work.waits
 

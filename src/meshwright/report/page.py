@@ -52,7 +52,7 @@ class Rival:
 
     @property
     def seconds(self) -> float:
-        """Measured seconds of a step, or predicted ones if it was not measured."""
+        """Returns the measured seconds of a step, or predicted ones if it was not measured."""
         return self.measured_seconds or self.predicted_seconds
 
 

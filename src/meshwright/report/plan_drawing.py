@@ -74,7 +74,8 @@ class NodeBox:
 
 @record
 class SitePanel:
-    """A site at its place: rows of nodes, each row above a line that stands for the network."""
+    """Holds where a site is drawn: rows of nodes, each row above a line that stands for the
+    network."""
 
     y: float
     height: float

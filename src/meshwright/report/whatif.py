@@ -52,7 +52,7 @@ class WhatIf:
 
     @property
     def speed_up(self) -> float:
-        """Ratio of the step times: before / after."""
+        """Returns the ratio of the step times, before / after."""
         return self.seconds_before / self.seconds_after
 
 

@@ -51,7 +51,7 @@ class LocalParameter:
 
     @property
     def name(self) -> str:
-        """Name in the model, such as `blocks.0.attention.output.weight`."""
+        """Returns the name in the model, such as `blocks.0.attention.output.weight`."""
         return self.of.name
 
 

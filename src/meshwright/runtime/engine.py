@@ -191,8 +191,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """The last step's learning rate, of the first parameter group; 0 if this rank updates
-        nothing."""
+        """Returns the last step's learning rate, of the first parameter group; 0 if this rank
+        updates nothing."""
         return next((float(each.param_groups[0]["lr"]) for each in self._end.optimizers), 0.0)
 
     def memory_bytes(self) -> int:

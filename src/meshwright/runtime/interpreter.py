@@ -322,7 +322,7 @@ class Interpreter:
 
 @cache
 def _handlers() -> dict[Op, Callable[[Interpreter, Instruction], BoundInstruction]]:
-    """What binds each operation that the techniques have added."""
+    """Returns the binder of each operation that the techniques have added."""
     return {op: bind for own in provided("runtime", "HANDLERS") for op, bind in own.items()}
 
 

@@ -79,7 +79,7 @@ class RankModel:
 
     @property
     def buckets(self) -> Sequence[FlatBucket]:
-        """All gradient buckets of this rank."""
+        """Returns all gradient buckets of this rank."""
         return list(self.reducer.buckets.values())
 
 

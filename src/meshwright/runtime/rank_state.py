@@ -55,7 +55,7 @@ class RankState:
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
-        """All parameters of the model, also those that other ranks hold."""
+        """Returns all parameters of the model, also those that other ranks hold."""
         return self.own.parameters
 
     @cached_property
@@ -64,7 +64,7 @@ class RankState:
 
     @cached_property
     def _trained(self) -> dict[str, list[tuple[TrainedPart, Optimizer]]]:
-        """What this rank updates of each parameter, and by which optimizer."""
+        """Returns what this rank updates of each parameter, and by which optimizer."""
         found: dict[str, list[tuple[TrainedPart, Optimizer]]] = {}
         for update in self.updates:
             for part in (part for bucket in update.buckets for part in bucket.trained):

@@ -76,8 +76,8 @@ class TrainingOptions:
 
     @property
     def recorded_step(self) -> int:
-        """The step that is measured instruction by instruction: the last but one, when caches are
-        warm."""
+        """Returns the step that is measured instruction by instruction: the last but one, when
+        caches are warm."""
         return max(0, self.steps - 2)
 
 

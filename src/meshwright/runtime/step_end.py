@@ -67,7 +67,7 @@ class StepEnd:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All optimizers of this rank."""
+        """Returns all optimizers of this rank."""
         return [each.optimizer for each in self.updates.values() if each.optimizer is not None]
 
     def bind(self, i: Instruction) -> BoundInstruction:

@@ -1,4 +1,4 @@
-"""The plans people write by hand, and AMP's, as candidates with given layer cuts."""
+"""Proposes the plans that people write by hand, and AMP's, as candidates with given layer cuts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORD_BYTES = 4
 
 
 def blocks(costs: Costs) -> tuple[int, int]:
-    """Return [first, last) of the layers with the commonest signature and all between them."""
+    """Returns [first, last) of the layers with the commonest signature and all between them."""
     names = [layer.signature for layer in costs.model.layers]
     common, count = Counter(names).most_common(1)[0]
     if count == 1:
@@ -27,8 +27,8 @@ def blocks(costs: Costs) -> tuple[int, int]:
 
 
 def even_bounds(costs: Costs, stages: int) -> Bounds | None:
-    """Equally many blocks for every stage, the remainder to the first ones; what stands before and
-    after the blocks goes with the first and last stage. None with more stages than blocks."""
+    """Gives every stage equally many blocks, the remainder to the first ones; what stands before
+    and after the blocks goes with the first and last stage. None with more stages than blocks."""
     first, last = blocks(costs)
     share, left = divmod(last - first, stages)
     if share == 0:
@@ -48,7 +48,7 @@ def _by_hand(costs: Costs, used: DeviceSet, grid: Grid) -> list[Candidate]:
 
 
 def ddp(costs: Costs, used: DeviceSet) -> list[Candidate]:
-    """Every device a replica of the whole model."""
+    """Proposes data parallelism: every device holds a replica of the whole model."""
     every = grids(used.devices, costs.model, costs.job, Counter())
     return [
         candidate
@@ -59,14 +59,15 @@ def ddp(costs: Costs, used: DeviceSet) -> list[Candidate]:
 
 
 def even(costs: Costs, used: DeviceSet) -> list[Candidate]:
-    """Every grid of Megatron's kind: all stages equally many layers, ranks in the default order."""
+    """Proposes every grid of Megatron's kind: all stages have equally many layers, ranks are in the
+    default order."""
     every = grids(used.devices, costs.model, costs.job, Counter())
     return [candidate for grid in every for candidate in _by_hand(costs, used, grid)]
 
 
 def amp_ranking(costs: Costs, used: DeviceSet) -> list[Candidate]:
-    """AMP's ranking on our layer times, averaged over the devices as AMP does; best first. Empty
-    where nodes differ in their number of devices, which AMP cannot express."""
+    """Ranks grids as AMP does on our layer times, averaged over the devices as AMP does; best
+    first. Empty where nodes differ in their number of devices, which AMP cannot express."""
     per_node = Counter(device.node for device in used.devices)
     if len(set(per_node.values())) > 1:
         return []

@@ -15,7 +15,7 @@ TRANSFERS = 64
 
 @dataclass(frozen=True, slots=True)
 class BoundaryPrice:
-    """One direction of a cut."""
+    """Describes what it costs to pass a cut in one direction."""
 
     latency: float
     """Seconds before the first byte arrives."""

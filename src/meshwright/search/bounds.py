@@ -54,7 +54,7 @@ class _PipelineTables:
 
 
 def pipeline_bound(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleName) -> float:
-    """Seconds before which no pipeline of these stages and cuts has reduced its gradients.
+    """Returns seconds before which no pipeline of these stages and cuts has reduced its gradients.
 
         first micro-batch arrives + all micro-batches on one tensor group + last one gets back
 
@@ -74,7 +74,8 @@ def pipeline_bound(costs: Costs, pipeline: CandidatePipeline, schedule: Schedule
 
 
 def after_pipelines(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
-    """Seconds of a step after the last pipeline is done: norm, slowest optimizer, overhead."""
+    """Returns the seconds of a step after the last pipeline is done: norm, slowest optimizer,
+    overhead."""
     used = [name for pipeline in pipelines for name in pipeline.devices]
     norm = 0.0
     if len(used) <= NORM_RANKS:
@@ -85,7 +86,7 @@ def after_pipelines(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> flo
 
 
 def slowest_optimizer(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
-    """Return the seconds of the longest optimizer step of any device."""
+    """Returns the seconds of the longest optimizer step of any device."""
     return max(_optimizers(costs, pipelines))
 
 
@@ -99,7 +100,7 @@ def _optimizers(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> Iterato
 
 
 def optimizer_of(costs: Costs, kind: str, layers: tuple[int, int], tensor: int) -> float:
-    """Seconds of the optimizer on one device of a stage."""
+    """Returns the seconds of the optimizer on one device of a stage."""
     return remembered(
         costs,
         ("optimizer", kind, layers, tensor),
@@ -147,7 +148,8 @@ def _transfers(
 
 
 def _transfer(costs: Costs, source: TensorGroup, target: TensorGroup, size: float) -> float:
-    """The quickest of the transfers to a group's tensor ranks; all of them are waited for."""
+    """Returns the quickest of the transfers to a group's tensor ranks; all of them are waited
+    for."""
     if not size:
         return 0.0
     latency, slope = seconds_per_byte(costs, [pair(costs, source[0], target[0])])
@@ -165,7 +167,8 @@ def _starts(facts: _PipelineTables) -> Grid:
 
 
 def _ends(facts: _PipelineTables) -> Grid:
-    """Seconds from the end of each group's last backward to the end of all that follows from it."""
+    """Returns the seconds from the end of each group's last backward to the end of all that follows
+    from it."""
     ends = [list(stage) for stage in facts.exposed]
     for s, transfers in enumerate(facts.ahead):
         for i, j, _, back in transfers if facts.returns[s] else ():
@@ -174,7 +177,7 @@ def _ends(facts: _PipelineTables) -> Grid:
 
 
 def _trips(facts: _PipelineTables) -> Grid:
-    """Seconds from the begin of a forward to the end of its backward."""
+    """Returns the seconds from the begin of a forward to the end of its backward."""
     trips = [
         [f + b for f, b in zip(*both, strict=True)]
         for both in zip(facts.forward, facts.backward, strict=True)
@@ -187,8 +190,8 @@ def _trips(facts: _PipelineTables) -> Grid:
 
 
 def exposed_seconds(costs: Costs, pipeline: CandidatePipeline) -> float:
-    """Least seconds from the end of the first stage's last backward to that of its reductions;
-    stages may hold several stages."""
+    """Returns the least seconds from the end of the first stage's last backward to that of its
+    reductions; stages may hold several stages."""
     (stage, *_), last = pipeline.stages, pipeline.bounds[1]
     some = zip(stage.groups[:MOST_GROUPS], stage.rows[:MOST_GROUPS], strict=True)
     backward = [group_prefix(costs, group, rows)[1][last] for group, rows in some]
@@ -197,7 +200,8 @@ def exposed_seconds(costs: Costs, pipeline: CandidatePipeline) -> float:
 
 
 def _exposed_reductions(costs: Costs, pipeline: CandidatePipeline, backward: Grid) -> Grid:
-    """Reductions between the tensor groups of each stage, and of tied parameters between stages.
+    """Returns the seconds of the reductions between the tensor groups of each stage, and of tied
+    parameters between stages.
 
     The last bucket holds at least the stage's first layer, and begins when that layer is done; all
     of them together begin inside the last backward at the earliest."""
@@ -239,5 +243,6 @@ def _exposed_reductions(costs: Costs, pipeline: CandidatePipeline, backward: Gri
 
 
 def _ring(costs: Costs, groups: tuple[TensorGroup, ...]) -> tuple[float, float]:
-    """Latency and seconds per byte of the rings of these tensor groups' first tensor ranks."""
+    """Returns the latency and seconds per byte of the rings of these tensor groups' first tensor
+    ranks."""
     return seconds_per_byte(costs, [ring(costs, tuple(group[0] for group in groups))])

@@ -24,7 +24,7 @@ from meshwright.search.costs import (
 
 @dataclass(frozen=True, slots=True)
 class StageDevices:
-    """The devices of one stage."""
+    """Describes the devices of one stage."""
 
     groups: tuple[TensorGroup, ...]
     rows: tuple[int, ...]
@@ -33,7 +33,7 @@ class StageDevices:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePipeline:
-    """One pipeline."""
+    """Describes one pipeline of a strategy."""
 
     stages: tuple[StageDevices, ...]
     bounds: tuple[int, ...]
@@ -52,7 +52,7 @@ class CandidatePipeline:
 
     @property
     def share(self) -> int:
-        """Rows of the global batch."""
+        """Returns the rows of the global batch."""
         return self.rows * self.micro_batches
 
 
@@ -74,7 +74,7 @@ def as_pipeline(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleNam
 
 
 def candidate_of(pipeline: Pipeline) -> CandidatePipeline:
-    """The inverse of `as_pipeline`."""
+    """Returns the candidate of a pipeline: the inverse of `as_pipeline`."""
     stages = tuple(
         StageDevices(s.devices, s.rows or (pipeline.rows // len(s.devices),) * len(s.devices))
         for s in pipeline.stages
@@ -89,7 +89,7 @@ def plan_of(
     schedule: ScheduleName,
     cluster_print: str = "",
 ) -> Plan:
-    """The plan of these pipelines, without a prediction."""
+    """Returns the plan of these pipelines, without a prediction."""
     used = {name for pipeline in pipelines for name in pipeline.devices}
     return Plan(
         name=_name(pipelines),
@@ -107,14 +107,16 @@ def _name(pipelines: Sequence[CandidatePipeline]) -> str:
 
 
 def _pipeline_name(pipeline: CandidatePipeline) -> str:
-    """`dp2-tp1-pp3`; widths that change from stage to stage are listed: `dp2.1-tp1-pp2`."""
+    """Returns a name such as `dp2-tp1-pp3`; widths that change from stage to stage are listed:
+    `dp2.1-tp1-pp2`."""
     data = ".".join(dict.fromkeys(str(len(stage.groups)) for stage in pipeline.stages))
     tensor = ".".join(dict.fromkeys(str(len(stage.groups[0])) for stage in pipeline.stages))
     return f"dp{data}-tp{tensor}-pp{len(pipeline.stages)}"
 
 
 def pipeline_label(pipeline: CandidatePipeline) -> str:
-    """`dp2-tp1-pp2 [7|3] 4x8 rows 3,1`: layers, micro-batches, rows where they are not equal."""
+    """Returns a label such as `dp2-tp1-pp2 [7|3] 4x8 rows 3,1`: layers, micro-batches, rows where
+    they are not equal."""
     words = [_pipeline_name(pipeline)]
     if len(pipeline.stages) > 1:
         words.append("[" + "|".join(str(b - a) for a, b in pairwise(pipeline.bounds)) + "]")
@@ -127,7 +129,7 @@ def pipeline_label(pipeline: CandidatePipeline) -> str:
 def strategy_label(
     pipelines: Sequence[CandidatePipeline], schedule: ScheduleName, missing: int = 0
 ) -> str:
-    """One line that tells a strategy from its neighbours."""
+    """Returns one line that tells a strategy from its neighbours."""
     text = " + ".join(pipeline_label(pipeline) for pipeline in pipelines)
     if any(len(pipeline.stages) > 1 for pipeline in pipelines):
         text += f" {schedule}"
@@ -171,7 +173,7 @@ def must_recompute(
 
 
 def moves(source: StageDevices, target: StageDevices) -> Iterator[tuple[int, int, int]]:
-    """(source group, target group, rows) of one micro-batch across a cut, in order; lazily."""
+    """Yields (source group, target group, rows) of one micro-batch across a cut, in order."""
     ends, goals = accumulate(source.rows), accumulate(target.rows)
     end, goal = next(ends, None), next(goals, None)
     i = j = at = 0

@@ -41,7 +41,8 @@ Table = list[Array]
 def cut_chain(
     costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int
 ) -> Iterator[tuple[float, Stages]]:
-    """The best way to cut a row of tensor groups into every number of stages, with the seconds of
+    """Yields the best way to cut a row of tensor groups into every number of stages, with the
+    seconds of
 
         (M - 1 + K) * the slowest stage's micro-batch and its part of the reduction
 
@@ -73,8 +74,8 @@ def cut_chain(
 
 
 def _one_stage_more(table: Table, after: Array) -> Array:
-    """The least of the worst [N + 1, L + 1] over all stages that begin at each tensor group and
-    layer, if `after` follows."""
+    """Returns the least of the worst [N + 1, L + 1] over all stages that begin at each tensor group
+    and layer, if `after` follows."""
     best = np.full(after.shape, np.inf)
     for i, loads in enumerate(table):
         ends = after[i + 1 : i + 1 + len(loads), None, :]
@@ -105,8 +106,8 @@ def _traced(
 def _table(
     costs: Costs, groups: Sequence[TensorGroup], rows: int, micro_batches: int, held: int
 ) -> Table:
-    """Seconds of a micro-batch, and of the part of the reduction that comes to it, on a stage that
-    holds so many micro-batches; infinite where they do not fit."""
+    """Returns the seconds of a micro-batch, and of the part of the reduction that comes to it, on a
+    stage that holds `in_flight` micro-batches; infinite where they do not fit."""
     number, size = len(groups), len(costs.model.layers) + 1
     table = [np.empty((min(rows, number - i), size, size)) for i in range(number)]
     gradients = _gradients(costs, len(groups[0]))
@@ -122,7 +123,7 @@ def _table(
 
 
 def _gradients(costs: Costs, tensor: int) -> Array:
-    """Gradients [L + 1, L + 1] of layers [a, b) on one tensor rank."""
+    """Returns the gradients [L + 1, L + 1] of layers [a, b) on one tensor rank."""
     trained = costs.table.weights.trained
     held = trained.replicated + trained.split / tensor
     found: Array = np.maximum(held[None, :] - held[:, None], 0.0)
@@ -130,14 +131,14 @@ def _gradients(costs: Costs, tensor: int) -> Array:
 
 
 def _slope(costs: Costs, groups: tuple[TensorGroup, ...]) -> float:
-    """Seconds in which tensor groups sum one gradient."""
+    """Returns the seconds in which tensor groups sum one gradient."""
     _, slope = seconds_per_byte(costs, [ring(costs, tuple(group[0] for group in groups))])
     return reduced_width(costs) * slope
 
 
 def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
-    """Seconds [N + 1, L + 1] of a micro-batch from one tensor group to the next, by the tensor
-    group and the layer that it is cut before."""
+    """Returns the seconds [N + 1, L + 1] of a micro-batch from one tensor group to the next, by the
+    tensor group and the layer that it is cut before."""
     seconds = np.zeros((len(groups) + 1, len(costs.table.cut)))
     for j in range(1, len(groups)):
         here, there = StageDevices((groups[j - 1],), (rows,)), StageDevices((groups[j],), (rows,))
@@ -149,7 +150,8 @@ def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
 
 
 def cost_of_cutting(costs: Costs, number: int) -> int:
-    """Steps (about a microsecond each) that `cut_chain` takes for a number of tensor groups."""
+    """Returns the number of steps, of about a microsecond each, that `cut_chain` takes for a number
+    of tensor groups."""
     elements = number**2 * (len(costs.model.layers) + 1) ** 2
     return int(min(number, DEEPEST) * (elements / 200 + 1.5 * number**2) + 200)
 
@@ -159,8 +161,8 @@ Chains = Iterator[tuple[int, list[Strategy]]]
 
 
 def chains(costs: Costs, chance: Random) -> Chains:
-    """Devices in rows, cut into stages, and the steps that it took: first type by type in every
-    order, then, without end, in orders drawn at random and as one pipeline or two."""
+    """Yields pipelines cut from rows of devices, and the steps that it took: first type by type in
+    every order, then, without end, in orders drawn at random and as one pipeline or two."""
     batch = costs.job.global_batch
     for groups in _sorted_rows(costs):
         sizes = divisors(batch)
@@ -172,7 +174,8 @@ def chains(costs: Costs, chance: Random) -> Chains:
 
 
 def _sorted_rows(costs: Costs) -> Iterator[tuple[TensorGroup, ...]]:
-    """The devices of every set of types, in every order of the types; the most devices first."""
+    """Yields the devices of every set of types, in every order of the types; the most devices
+    first."""
     for tensor in legal_widths(costs):
         by_type: dict[str, list[TensorGroup]] = {}
         for own in _by_node(costs, tensor):
@@ -198,7 +201,7 @@ def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
 def _pipelines(
     costs: Costs, groups: tuple[TensorGroup, ...], rows: int, share: int
 ) -> list[CandidatePipeline]:
-    """The most promising pipelines of a row of tensor groups for a share of the batch."""
+    """Returns the most promising pipelines of a row of tensor groups for a share of the batch."""
     schedule: ScheduleName = "1f1b"
     count = share // rows
     cut = islice(cut_chain(costs, groups, rows, count), DEPTHS)
@@ -207,7 +210,7 @@ def _pipelines(
 
 
 def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
-    """Nodes or tensor groups in any order, often not all of them, as one pipeline or two."""
+    """Draws nodes or tensor groups in any order, often not all of them, as one pipeline or two."""
     tensor = chance.choice(legal_widths(costs)[:2])
     nodes = _by_node(costs, tensor)
     chance.shuffle(nodes)

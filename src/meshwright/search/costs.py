@@ -58,7 +58,7 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The prices of one model and job on one cluster."""
+    """Holds the prices of one model and job on one cluster."""
 
     model: LayerGraph
     cluster: Cluster
@@ -101,8 +101,9 @@ def costs_of(
     *,
     recomputation: bool = False,
 ) -> Costs:
-    """Nothing is priced before it is asked for. Measured links replace those of the cluster.
-    `recomputation`: stages that do not fit otherwise may recompute."""
+    """Makes the prices of a model on a cluster, of which none is worked out before it is asked for.
+    Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
+    may recompute."""
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables = memory_tables(model, job)
     numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
@@ -125,7 +126,7 @@ def costs_of(
 
 
 def recomputing(costs: Costs, recomputed: MemoryTable) -> Costs:
-    """The same where every stage recomputes."""
+    """Returns the same prices where every stage recomputes."""
     return replace(
         costs,
         table=recomputed,
@@ -139,7 +140,7 @@ def recomputing(costs: Costs, recomputed: MemoryTable) -> Costs:
 
 
 def remembered(costs: Costs, key: tuple[object, ...], make: Callable[[], T]) -> T:
-    """Return what `make` returns; it is called once for each key, which begins with the name of
+    """Returns what `make` returns; it is called once for each key, which begins with the name of
     what is made."""
     found = costs._remembered.get(key, _MISSING)
     if found is _MISSING:
@@ -148,7 +149,7 @@ def remembered(costs: Costs, key: tuple[object, ...], make: Callable[[], T]) -> 
 
 
 def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds:
-    """Seconds of every layer on one tensor rank of a type, communication apart."""
+    """Returns the seconds of every layer on one tensor rank of a type, communication apart."""
     key = (kind, tensor, rows)
     if key not in costs._computed:
         device = costs.cluster.types[kind]
@@ -157,7 +158,8 @@ def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds
 
 
 def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
-    """Rows per second at which a device of each type alone would work through the whole model."""
+    """Returns the rows per second at which a device of each type alone would work through the whole
+    model."""
     found = {}
     for kind in kinds:
         seconds = layer_times(costs, kind, 1, 1)
@@ -166,8 +168,8 @@ def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
 
 
 def group_times(costs: Costs, group: TensorGroup, rows: int) -> tuple[Array, Array]:
-    """Forward and backward seconds [L] of a micro-batch of `rows` rows on a tensor-parallel group,
-    its all-reduces included."""
+    """Returns the forward and backward seconds [L] of a micro-batch of `rows` rows on a
+    tensor-parallel group, its all-reduces included."""
     key = (group_kind(costs, group), rows)
     if key not in costs._times:
         computed = [layer_times(costs, kind, len(group), rows) for kind in sorted(set(key[0][0]))]
@@ -181,8 +183,8 @@ def group_times(costs: Costs, group: TensorGroup, rows: int) -> tuple[Array, Arr
 
 
 def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
-    """Cumulative forward and backward seconds [L + 1] of `group_times`: entry l is the sum over the
-    layers before l."""
+    """Returns the cumulative forward and backward seconds [L + 1] of `group_times`: entry l is the
+    sum over the layers before l."""
     key = (group_kind(costs, group), rows)
     if key not in costs._prefixes:
         forward, backward = group_times(costs, group, rows)
@@ -215,7 +217,7 @@ def _split_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
 
 
 def group_kind(costs: Costs, group: TensorGroup) -> GroupKind:
-    """What the pace of a group depends on."""
+    """Returns what the pace of a group depends on."""
     known = costs._kinds.get(group)
     if known is None:
         kinds = tuple(costs.devices[name].type for name in group)
@@ -224,7 +226,7 @@ def group_kind(costs: Costs, group: TensorGroup) -> GroupKind:
 
 
 def distinct_groups(costs: Costs, groups: tuple[TensorGroup, ...]) -> tuple[TensorGroup, ...]:
-    """One tensor group of every kind."""
+    """Returns one tensor group of every kind."""
     found = costs._distinct.get(groups)
     if found is None:
         first = {group_kind(costs, group): group for group in reversed(groups)}
@@ -235,7 +237,8 @@ def distinct_groups(costs: Costs, groups: tuple[TensorGroup, ...]) -> tuple[Tens
 def distinct_replicas(
     costs: Costs, groups: tuple[TensorGroup, ...], rows: tuple[int, ...]
 ) -> tuple[tuple[TensorGroup, int], ...]:
-    """One tensor group of every kind with every number of rows that such a tensor group has."""
+    """Returns one tensor group of every kind with every number of rows that such a tensor group
+    has."""
     kinds = distinct_groups(costs, groups)
     if len(kinds) == 1:
         return tuple((kinds[0], number) for number in sorted(set(rows)))
@@ -244,13 +247,14 @@ def distinct_replicas(
 
 
 def group_capacity(costs: Costs, group: TensorGroup) -> int:
-    """Bytes that tensors may take on the smallest device of a group, less one for each of the five
-    parts that the final account rounds to whole bytes."""
+    """Returns the bytes that tensors may take on the smallest device of a group, less one for each
+    of the five parts that the final account rounds to whole bytes."""
     return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in group) - 5
 
 
 def stage_times(costs: Costs, stage: tuple[TensorGroup, ...], rows: int) -> tuple[Array, Array]:
-    """Forward and backward seconds [L] of a stage: its slowest replica's, layer by layer."""
+    """Returns the forward and backward seconds [L] of a stage: its slowest replica's, layer by
+    layer."""
     seen: dict[GroupKind, tuple[Array, Array]] = {}
     for group in stage:
         kind = group_kind(costs, group)
@@ -265,8 +269,9 @@ def stage_times(costs: Costs, stage: tuple[TensorGroup, ...], rows: int) -> tupl
 def stage_bytes(
     costs: Costs, tensor: int, rows: int, *, recompute: bool = False
 ) -> tuple[Array, Array]:
-    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it always
-    holds, and those of every micro-batch in flight. `recompute`: of a stage that recomputes."""
+    """Returns the bytes [L + 1, L + 1] on each device of a stage with layers [a, b): those that it
+    always holds, and those of every micro-batch in flight. `recompute`: of a stage that
+    recomputes."""
     key = (tensor, rows, recompute)
     if key not in costs._memory:
         table = costs.table
@@ -284,8 +289,8 @@ def stage_bytes(
 
 
 def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
-    """Bytes [S] that tensors may take on the smallest device of every stage, less one for each of
-    the five parts that the final account rounds to whole bytes."""
+    """Returns the bytes [S] that tensors may take on the smallest device of every stage, less one
+    for each of the five parts that the final account rounds to whole bytes."""
     return np.array(
         [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) - 5 for stage in types],
         dtype=np.float64,
@@ -293,12 +298,12 @@ def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
 
 
 def reduced_width(costs: Costs) -> float:
-    """Bytes on the links for the gradient of one parameter."""
+    """Returns the bytes on the links for the gradient of one parameter."""
     return gradient_bytes(costs.job) * costs.system.gradient_width
 
 
 def own_parameters(costs: Costs, layers: tuple[int, int], tensor: int) -> float:
-    """Trained numbers on each tensor rank of a stage that are not tied."""
+    """Returns the trained numbers on each tensor rank of a stage that are not tied."""
     return float(untied_parameters(costs.table.weights.trained, layers, tensor))
 
 
@@ -312,7 +317,7 @@ def reduced_bytes(costs: Costs, layers: tuple[int, int], tensor: int) -> tuple[f
 
 
 def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
-    """An all-reduce of PROBE_BYTES among devices."""
+    """Returns the traffic of an all-reduce of PROBE_BYTES among devices."""
     if members not in costs._rings:
         costs._rings[members] = all_reduce(
             costs.links, members, PROBE_BYTES, step_latency=costs.step_latency
@@ -321,7 +326,7 @@ def ring(costs: Costs, members: tuple[str, ...]) -> Traffic:
 
 
 def pair(costs: Costs, source: str, target: str) -> Traffic:
-    """A transfer of PROBE_BYTES between two devices."""
+    """Returns the traffic of a transfer of PROBE_BYTES between two devices."""
     if (source, target) not in costs._pairs:
         costs._pairs[source, target] = boundary_transfer(
             costs.links, source, target, PROBE_BYTES, costs.system.boundary
@@ -330,7 +335,7 @@ def pair(costs: Costs, source: str, target: str) -> Traffic:
 
 
 def scaled(traffic: Traffic, size: float) -> Traffic:
-    """Traffic of PROBE_BYTES, at another size."""
+    """Scales traffic of PROBE_BYTES to another size."""
     return Traffic(
         bytes_by_resource={
             name: carried * size / PROBE_BYTES
@@ -341,7 +346,8 @@ def scaled(traffic: Traffic, size: float) -> Traffic:
 
 
 def seconds_per_byte(costs: Costs, probes: Iterable[Traffic]) -> tuple[float, float]:
-    """Latency, and seconds for each byte, of communications that carry equal payloads at once."""
+    """Returns the latency, and seconds for each byte, of communications that carry equal payloads
+    at once."""
     traffic = concurrent(probes)
     return traffic.latency, (
         uncontended_seconds(costs.links, traffic) - traffic.latency

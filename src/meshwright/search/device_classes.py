@@ -27,7 +27,7 @@ their links alone count as one."""
 
 @dataclass(frozen=True, slots=True)
 class DeviceClass:
-    """Interchangeable nodes, each with equally many devices of a type."""
+    """Describes interchangeable nodes, each with equally many devices of a type."""
 
     kind: str
     site: str
@@ -44,7 +44,7 @@ class DeviceClass:
 
 @dataclass(frozen=True, slots=True)
 class RatedClass:
-    """A device class by its number, with its speed."""
+    """Names a device class by its number, and its speed."""
 
     number: int
     site: str
@@ -57,8 +57,8 @@ Grouping = tuple[tuple[RatedClass, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """Equal stages on one device class. On each of its nodes stand `block` replicas of one stage
-    beside each other, then as many of the next stage, until the node is full."""
+    """Describes equal stages on one device class. On each of its nodes stand `block` replicas of
+    one stage beside each other, then as many of the next stage, until the node is full."""
 
     device_class: int
     """Index of the device class in `device_classes`."""
@@ -73,7 +73,8 @@ class StageRun:
 
 @dataclass(frozen=True, slots=True)
 class PipelineTemplate:
-    """A pipeline with everything decided but its cuts and the number of its micro-batches."""
+    """Describes a pipeline of which everything is decided but its cuts and the number of its
+    micro-batches."""
 
     runs: tuple[StageRun, ...]
     rows: int
@@ -81,7 +82,7 @@ class PipelineTemplate:
 
     @property
     def depth(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return sum(run.depth for run in self.runs)
 
     @property
@@ -96,7 +97,7 @@ class PipelineTemplate:
 
 
 def device_classes(costs: Costs) -> tuple[DeviceClass, ...]:
-    """The usable devices of the cluster, by type, site and kind of node."""
+    """Returns the usable devices of the cluster, by type, site and kind of node."""
     exact = _device_classes(costs, links=True)
     return exact if len(exact) <= MOST_CLASSES else _device_classes(costs, links=False)
 
@@ -130,7 +131,7 @@ def _device_classes(costs: Costs, *, links: bool) -> tuple[DeviceClass, ...]:
 
 
 def groupings(chosen: Sequence[RatedClass]) -> Iterator[Grouping]:
-    """Yield sets of blocks of device classes; the device classes in no block are left out.
+    """Yields sets of blocks of device classes; the device classes in no block are left out.
 
     Up to FEW_CLASSES classes, these are the partitions of every set of them. Of more, only all in
     one block, a block for each site, the blocks of single sites, and the fastest device classes
@@ -164,20 +165,21 @@ def _partitions(chosen: tuple[RatedClass, ...]) -> Iterator[Grouping]:
 
 
 def blocks_for(groups: int, width: int) -> tuple[int, ...]:
-    """Replicas of one stage that may stand beside each other on a node with so many tensor
-    groups."""
+    """Returns the numbers of replicas of one stage that may stand beside each other on a node with
+    `groups` tensor groups."""
     return tuple(block for block in divisors(groups) if width % block == 0)
 
 
 def nodes_for(groups: int, depth: int, width: int, block: int) -> int:
-    """Nodes that a stage run occupies."""
+    """Returns the number of nodes that a run of stages occupies."""
     return -(-depth // (groups // block)) * (width // block)
 
 
 def written(
     every: Sequence[DeviceClass], template: PipelineTemplate, taken: dict[int, int]
 ) -> Stages:
-    """The groups of every stage. `taken`: nodes of each device class that are in use; grows."""
+    """Returns the groups of every stage. `taken` counts the nodes of each device class that are in
+    use, and grows."""
     found: list[tuple[TensorGroup, ...]] = []
     for run in template.runs:
         device_class = every[run.device_class]

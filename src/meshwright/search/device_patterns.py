@@ -28,14 +28,15 @@ def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
 
 
 def device_patterns(costs: Costs) -> Iterator[DevicePattern]:
-    """Every pipeline that the devices allow, each once, that is not longer than the model."""
+    """Yields every pipeline that the devices allow, each once, that is not longer than the
+    model."""
     counts = Counter({key: len(names) for key, names in node_types(costs).items()})
     widths = _widths(costs)
     yield from _pipelines(counts, widths, len(costs.model.layers), costs.job.global_batch)
 
 
 def _widths(costs: Costs) -> tuple[int, ...]:
-    """Tensor widths that at least one layer allows."""
+    """Returns the tensor widths that at least one layer allows."""
     most = max((len(node.devices) for node in costs.cluster.nodes), default=1)
     units = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, most + 1) if any(unit % t == 0 for unit in units))
@@ -81,8 +82,8 @@ def _groups(counts: Counter[NodeType], width: int) -> Iterator[tuple[NodeType, .
 
 
 def strategies(costs: Costs) -> Iterator[tuple[DevicePattern, ...]]:
-    """Every set of pipelines that can stand beside each other, nodes of one kind exchanged for one
-    another only once."""
+    """Yields every set of pipelines that can stand beside each other; of sets that differ only by
+    an exchange of like nodes, only one."""
     every = list(device_patterns(costs))
     used = [_use(pattern) for pattern in every]
     counts = Counter({key: len(names) for key, names in node_types(costs).items()})
@@ -110,7 +111,7 @@ def _use(pattern: DevicePattern) -> Counter[NodeType]:
 
 
 def _exchanges(costs: Costs) -> list[dict[int, int]]:
-    """Every renumbering of the nodes that the cluster would not notice."""
+    """Returns every renumbering of the nodes that leaves the cluster as it is."""
     nodes = costs.cluster.nodes
     kinds: dict[object, list[int]] = {}
     for i, node in enumerate(nodes):
@@ -144,7 +145,7 @@ def _renamed(
 def concrete(
     costs: Costs, strategy: tuple[DevicePattern, ...]
 ) -> tuple[tuple[tuple[TensorGroup, ...], ...], ...]:
-    """Devices for every place of a strategy, the first of each class first."""
+    """Returns the devices for every place of a strategy, the first of each class first."""
     free = {key: iter(names) for key, names in node_types(costs).items()}
     return tuple(
         tuple(

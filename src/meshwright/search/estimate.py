@@ -41,7 +41,7 @@ Bounds = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A strategy that lacks nothing but its layer cuts."""
+    """Describes a strategy of which everything is decided but its layer cuts."""
 
     used: DeviceSet
     placement: Placement
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds of one step in closed form, by part."""
+    """Estimates one step in closed form, part by part, in seconds."""
 
     candidate: Candidate
     bounds: Bounds
@@ -61,7 +61,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """The least that a candidate exceeds memory by, over all its layer cuts."""
+    """Says by how much a candidate exceeds memory with the cuts that exceed it least."""
 
     candidate: Candidate
     bounds: Bounds
@@ -71,7 +71,7 @@ class Misfit:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes [L + 1, L + 1] on each device of a stage with layers [a, b)."""
+    """Holds the bytes [L + 1, L + 1] that each device of a stage with layers [a, b) must have."""
 
     always: Array
     each: Array
@@ -80,7 +80,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the stages of a candidate need of their devices' memory."""
+    """Holds the bytes that the stages of a candidate need, and those that their devices have."""
 
     plain: Needs
     """Needs of stages that keep the activations of their layers."""
@@ -94,7 +94,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The stages of a candidate as numbers."""
+    """Holds the stages of a candidate as arrays of seconds and bytes, from which layers are
+    assigned."""
 
     forward: Array
     backward: Array
@@ -105,8 +106,8 @@ class Chain:
 
 
 def optimistic_seconds(costs: Costs, candidate: Candidate) -> float:
-    """No cut can be faster: M - 1 perfectly balanced rounds, and every layer once where it is
-    fastest.
+    """Returns seconds that no cut can beat: M - 1 perfectly balanced rounds, and every layer once
+    where it is fastest.
 
         slowest stage >= 1 / sum over stages of 1 / (whole model on that stage)
     """
@@ -127,7 +128,7 @@ def _times(costs: Costs, candidate: Candidate) -> list[Array]:
 
 
 def chain(costs: Costs, candidate: Candidate) -> Chain:
-    """All that the assignment of layers needs to know."""
+    """Collects the seconds and bytes from which the assignment of layers is found."""
     shape, stages = candidate.shape, candidate.placement.stages
     times = [stage_times(costs, stage, shape.rows) for stage in stages]
     return Chain(
@@ -140,7 +141,8 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
 
 
 def memory_of(costs: Costs, candidate: Candidate) -> Memory:
-    """What decides which layers fit where."""
+    """Returns the bytes of layers on every stage and the capacities, which decide what fits
+    where."""
     shape, stages = candidate.shape, len(candidate.placement.stages)
     tensor, rows = shape.grid.tensor, shape.rows
     return Memory(
@@ -171,7 +173,7 @@ def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool
 
 
 def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffic]:
-    """Yield the transfers between pairs of devices, those between the same nodes as one."""
+    """Yields the transfers between pairs of devices, those between the same nodes as one."""
     alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for a, b in ends:
         here, there = costs.devices[a].node, costs.devices[b].node
@@ -181,7 +183,8 @@ def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffi
 
 
 def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
-    """The best cuts that fit, and the step's seconds in closed form; else by how much it misses."""
+    """Finds the best cuts that fit, and the step's seconds in closed form; else by how much memory
+    the candidate misses."""
     if candidate.fixed is not None:
         return _given(costs, candidate, candidate.fixed)
     facts = chain(costs, candidate)
@@ -213,19 +216,19 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
 
 
 def _bytes(needs: Needs, memory: Memory) -> Array:
-    """Bytes [S, L + 1, L + 1] of every stage."""
+    """Returns the bytes [S, L + 1, L + 1] of every stage."""
     found: Array = needs.always + needs.each * memory.held[:, None, None]
     return found
 
 
 def _repeated(costs: Costs, facts: Chain) -> Array:
-    """Seconds [S, L] that recomputation adds to each layer's backward."""
+    """Returns the seconds [S, L] that recomputation adds to each layer's backward."""
     whole = (0, facts.forward.shape[1])
     return np.array([repeated_seconds(costs.model, whole, each) for each in facts.forward])
 
 
 def recomputed_stages(memory: Memory, bounds: Bounds) -> tuple[bool, ...]:
-    """The stages that do not fit otherwise, if they may recompute."""
+    """Returns the stages that do not fit otherwise, if they may recompute."""
     if memory.recomputed is None:
         return (False,) * (len(bounds) - 1)
     return tuple(
@@ -240,9 +243,9 @@ def _excess(needs: Needs, memory: Memory, s: int, layers: tuple[int, int]) -> fl
 
 
 def _parameter_seconds(costs: Costs, candidate: Candidate) -> Array:
-    """Seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline: their reduction
-    alone on the links, and the optimizer. The assignment does not see them; of the cuts with its
-    bottleneck, those with the smallest tail are the other ones worth a look."""
+    """Returns the seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline:
+    their reduction alone on the links, and the optimizer. The assignment does not see them; of the
+    cuts with its bottleneck, those with the smallest tail are the other ones worth a look."""
     tensor, size = candidate.shape.grid.tensor, len(costs.model.layers) + 1
     first, last = np.triu_indices(size, k=1)
     held = np.zeros((size, size))
@@ -269,13 +272,14 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds) -> Estimate | Mis
 
 
 def given_seconds(costs: Costs, candidate: Candidate) -> float:
-    """Seconds of one step of a candidate whose cuts are given, whether it fits or not."""
+    """Returns the seconds of one step of a candidate whose cuts are given, whether it fits or
+    not."""
     assert candidate.fixed is not None
     return step_seconds(costs, candidate, candidate.fixed, chain(costs, candidate))
 
 
 def step_seconds(costs: Costs, candidate: Candidate, bounds: Bounds, facts: Chain) -> float:
-    """Seconds of one step.
+    """Returns the seconds of one step.
 
         stages and boundaries once + further micro-batches
             + exposed reduction + optimizer + overhead
@@ -323,7 +327,7 @@ def _further(
     back: Array,
     returns: NDArray[np.bool_],
 ) -> float:
-    """Seconds that the micro-batches after the first one add.
+    """Returns the seconds that the micro-batches after the first one add.
 
     GPipe: M - 1 times the slowest forward or transfer, and the slowest backward or transfer. 1F1B:
     M - 1 times the slowest stage or transfer; or, at a stage that may hold d < M micro-batches, its
@@ -386,7 +390,7 @@ def _reductions(costs: Costs, candidate: Candidate, ranges: tuple[tuple[int, int
 
 
 def _rings(costs: Costs, candidate: Candidate, stages: tuple[int, ...]) -> list[Traffic]:
-    """One ring for each tensor index, over all replicas of these stages."""
+    """Returns one ring for each tensor index, over all replicas of these stages."""
     groups = [group for s in stages for group in candidate.placement.stages[s]]
     if len(groups) < 2:
         return []

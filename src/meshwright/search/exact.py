@@ -29,7 +29,8 @@ LIMIT = 12_000
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One pipeline with everything decided, and the least it can take."""
+    """Describes a pipeline of which everything is decided, and the least seconds that it can
+    take."""
 
     pipeline: CandidatePipeline
     seconds: float
@@ -37,7 +38,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """A whole strategy that may be the best one."""
+    """Describes a whole strategy that may be the best one."""
 
     seconds: float
     """Lower bound."""
@@ -57,14 +58,15 @@ class _SearchTables:
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write a number as an ordered sum of positive ones."""
+    """Yields every way to write a number as an ordered sum of positive ones."""
     for cuts in combinations(range(1, total), parts - 1):
         ends = (0, *cuts, total)
         yield tuple(b - a for a, b in pairwise(ends))
 
 
 def space_size(costs: Costs) -> int:
-    """Pipelines that `prospects` would look at; counted no further than a little over LIMIT."""
+    """Returns the number of pipelines that `prospects` would look at; counted no further than a
+    little over LIMIT."""
     if len(costs.devices) > 6 or costs.job.global_batch > LIMIT:
         return LIMIT + 1
     layers, batch, total = len(costs.model.layers), costs.job.global_batch, 0
@@ -92,8 +94,8 @@ def prospects(
     pruned: Counter[str],
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> list[Prospect] | None:
-    """Every strategy of the space whose lower bound is below `limit` seconds, lowest first; None
-    when it was over before all had been looked at."""
+    """Returns every strategy of the space whose lower bound is below `limit` seconds, lowest first;
+    None if the time was up before all had been looked at."""
     tables = _SearchTables(costs, limit, pruned)
     found: list[Prospect] = []
     for strategy in strategies(costs):
@@ -159,7 +161,8 @@ def _options(
 
 
 def _filled(costs: Costs, pattern: DevicePattern) -> Iterator[CandidatePipeline]:
-    """Every number of micro-batches, rows and cuts of a device pattern on its own devices."""
+    """Fills a device pattern with every number of micro-batches, rows and cuts, on its own
+    devices."""
     (placed,) = concrete(costs, (pattern,))
     batch, layers = costs.job.global_batch, len(costs.model.layers)
     for share in range(1, batch + 1):

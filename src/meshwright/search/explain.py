@@ -27,7 +27,7 @@ NAMES = {
 
 
 def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: str) -> Plan:
-    """The plan that a candidate with these layer cuts stands for, without a prediction."""
+    """Returns the plan that a candidate with these layer cuts stands for, without a prediction."""
     shape, grid = candidate.shape, candidate.shape.grid
     recomputed = recomputed_stages(memory_of(costs, candidate), bounds)
     stages = tuple(
@@ -50,7 +50,8 @@ def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: s
 
 
 def label(candidate: Candidate, bounds: Bounds) -> str:
-    """One line that tells a candidate from its neighbours: grid, layers, micro-batches, order."""
+    """Returns one line that tells a candidate from its neighbours: grid, layers, micro-batches,
+    order."""
     shape, grid = candidate.shape, candidate.shape.grid
     words = [f"dp{grid.data}-tp{grid.tensor}-pp{grid.stages}"]
     if grid.stages > 1:
@@ -66,8 +67,8 @@ def label(candidate: Candidate, bounds: Bounds) -> str:
 
 
 def why_slower(winner: Mapping[str, float], other: Mapping[str, float]) -> str:
-    """The parts of a step that make the difference, largest first, until what is left is less than
-    a tenth of it: `bubble +31 ms, reductions -8 ms`."""
+    """Returns the parts of a step that make the difference, largest first, until what is left is
+    less than a tenth of it: `bubble +31 ms, reductions -8 ms`."""
     change = {part: other.get(part, 0.0) - winner.get(part, 0.0) for part in NAMES}
     left = difference = sum(change.values())
     words: list[str] = []
@@ -81,7 +82,8 @@ def why_slower(winner: Mapping[str, float], other: Mapping[str, float]) -> str:
 
 
 def why_misfit(costs: Costs, misfit: Misfit) -> str:
-    """`does not fit: T4 needs 21 GiB of 15 GiB`: the worst device under the best cuts."""
+    """Says by how much a candidate misses: `does not fit: T4 needs 21 GiB of 15 GiB`: the worst
+    device under the best cuts."""
     plan = as_plan(costs, misfit.candidate, misfit.bounds, "")
     worst = max(
         device_memory(plan, costs.model, costs.cluster), key=lambda m: total_bytes(m) - m.capacity
@@ -93,7 +95,8 @@ def why_misfit(costs: Costs, misfit: Misfit) -> str:
 def misfits_as_runners_up(
     costs: Costs, misfits: Iterable[Misfit], most: int
 ) -> tuple[RunnerUp, ...]:
-    """The first of each grid, at most `most`: what would have been worth a look, had it fitted."""
+    """Returns as runners-up the candidates that do not fit and promised most: the first of each
+    grid, at most `most` of them."""
     first: dict[object, Misfit] = {}
     for misfit in misfits:
         first.setdefault(misfit.candidate.shape.grid, misfit)

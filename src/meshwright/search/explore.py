@@ -50,7 +50,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Explored:
-    """What the closed form says of a space."""
+    """Holds the best candidates of a space by the closed form, and those that do not fit."""
 
     finalists: tuple[Estimate, ...]
     """Best first."""
@@ -66,7 +66,8 @@ def is_large(costs: Costs) -> bool:
 
 
 def whole(costs: Costs) -> DeviceSet:
-    """Every device that offers the job's precision. Raises ClusterError when there is none."""
+    """Returns every device that offers the job's precision. Raises ClusterError when there is
+    none."""
     devices = usable_devices(costs)
     if not devices:
         offers = sorted({p for kind in costs.cluster.types.values() for p in kind.peak})
@@ -93,7 +94,8 @@ def usable(costs: Costs, pruned: Counter[str]) -> DeviceSet:
 def candidates_of(
     costs: Costs, schedules: Sequence[ScheduleName], pruned: Counter[str]
 ) -> list[Candidate]:
-    """The whole space; if nothing in it is possible, that of the most devices that allow something.
+    """Returns the whole space; if nothing in it is possible, that of the most devices that allow
+    something.
 
     Raises ClusterError when no device offers the job's precision.
     """
@@ -114,8 +116,8 @@ def candidates_of(
 
 
 def sample_of(costs: Costs, pruned: Counter[str]) -> list[Candidate]:
-    """A few regular grids of very many devices, or of the most that allow any, evenly spread over
-    those there are: to say by how much nothing fits."""
+    """Returns a few of the regular grids of very many devices, evenly spread; if these devices
+    allow none, of the most that allow some. They show by how much nothing fits."""
     used = whole(costs)
     speed = speeds(costs, sorted({device.type for device in used.devices}))
     every = _grid_shapes(costs, used, pruned)
@@ -162,7 +164,7 @@ def explore(
     tell: Progress,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Explored:
-    """The best candidates in closed form.
+    """Returns the best candidates in closed form.
 
     The most promising by their lower bound come first, so that the rest need not be looked at once
     no bound is below the last finalist. Once it is `over`, the search ends as soon as something
@@ -200,7 +202,8 @@ def _optimistic(costs: Costs, candidate: Candidate) -> float:
 
 
 def _best(estimates: list[Estimate]) -> list[Estimate]:
-    """The finalists among these: best first, few of one grid, none that only looks different."""
+    """Returns the finalists among these: best first, few of one grid, no two that differ in their
+    placement alone."""
     chosen: list[Estimate] = []
     alike: Counter[object] = Counter()
     seen = set()
@@ -216,8 +219,9 @@ def _best(estimates: list[Estimate]) -> list[Estimate]:
 
 
 def best_by_hand(costs: Costs, name: str, used: DeviceSet) -> Estimate | Misfit | None:
-    """The best hand-made candidate that fits; else the nearest to it; None if there is none. AMP
-    chooses by its own ranking and knows no recomputation, the others by ours."""
+    """Returns the best hand-made candidate that fits; else the one that misses by least; None if
+    there is none. Candidates of AMP are ranked as AMP does and never recompute, the others by our
+    own estimate."""
     if name == "amp":
         costs = replace(costs, recomputed=None)
     every = BASELINES[name](costs, used)

@@ -31,7 +31,7 @@ PruneReason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A plan that may be faster than the best one so far."""
+    """Describes a plan that may be faster than the best one so far."""
 
     plan: Plan
     why: str
@@ -56,7 +56,7 @@ does not fit in memory."""
 
 @dataclass(frozen=True, slots=True)
 class PlanOption:
-    """A way to change whole plans, such as giving them another schedule."""
+    """Describes a way to change whole plans, such as giving them another schedule."""
 
     name: str
     """A plural, of lower-case words joined by hyphens: `virtual-stages`."""
@@ -65,7 +65,7 @@ class PlanOption:
 
 
 def finish(incumbent: Incumbent, options: Iterable[PlanOption], tell: Progress) -> None:
-    """Try options one after another; the incumbent is the fastest plan."""
+    """Tries options one after another; the incumbent is the fastest plan."""
     for option in options:
         step = f"trying {option.name.replace('-', ' ')}"
         tell(step, 0, 1)
@@ -74,7 +74,7 @@ def finish(incumbent: Incumbent, options: Iterable[PlanOption], tell: Progress) 
 
 
 def _try_option(incumbent: Incumbent, option: PlanOption) -> None:
-    """Simulate what an option proposes until it ends or the search is out of time."""
+    """Simulates what an option proposes until it ends or the search is out of time."""
 
     def prune(pruned: Pruned) -> None:
         incumbent.pruned[f"{option.name}: {pruned.reason}"] += pruned.count
@@ -101,7 +101,7 @@ def _try_option(incumbent: Incumbent, option: PlanOption) -> None:
 
 
 def _simulated(incumbent: Incumbent, proposal: Proposal) -> Evaluated:
-    """Simulate a proposal; a variant leaves no trace unless it is faster than the best plan."""
+    """Simulates a proposal; a variant leaves no trace unless it is faster than the best plan."""
     before = incumbent.best
     evaluated = simulate_and_record(incumbent, proposal.plan, proposal.why)
     if proposal.is_variant and before and evaluated.seconds >= before.seconds * (1 - SAME):
@@ -111,6 +111,6 @@ def _simulated(incumbent: Incumbent, proposal: Proposal) -> Evaluated:
 
 
 def fits_in_memory(costs: Costs, plan: Plan) -> bool:
-    """Return True if every device holds what the plan asks of it."""
+    """Returns True if every device holds what the plan asks of it."""
     found = memory_by_class(plan, costs.model, costs.cluster)
     return all(total_bytes(memory) <= memory.capacity for memory, _ in found)

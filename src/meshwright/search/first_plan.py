@@ -32,7 +32,8 @@ MOST_WORK = 40_000
 
 
 def plain_plan(incumbent: Incumbent) -> Evaluated | None:
-    """The strategy as the simulator sees it; None if nothing plain fits, or it takes too long."""
+    """Returns the first plain strategy that fits, simulated; None if none fits, or it would take
+    too long to simulate."""
     costs = incumbent.costs
     strategy = next(_fitting(costs), None)
     if strategy is None:
@@ -47,8 +48,8 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
 
 
 def _fitting(costs: Costs) -> Iterator[Strategy]:
-    """Plain strategies that fit: on the kind of nodes that has the most speed together, in the
-    narrowest tensor groups, of the fewest stages first."""
+    """Yields plain strategies that fit: on the kind of nodes that has the most speed together, in
+    the narrowest tensor groups, of the fewest stages first."""
     every = device_classes(costs)
     speed = speeds(costs, {device_class.kind for device_class in every})
     order = sorted(

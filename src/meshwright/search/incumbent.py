@@ -47,7 +47,7 @@ micro-batch."""
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A strategy that fits, as the simulator sees it."""
+    """Describes a strategy that fits, and the seconds of its step in the simulator."""
 
     name: str
     plan: Plan
@@ -55,12 +55,12 @@ class Evaluated:
 
 
 def ignore(_seconds: float) -> None:
-    """Do nothing: no caller waits for plans."""
+    """Does nothing: no caller waits for plans."""
 
 
 @dataclass(slots=True)
 class Incumbent:
-    """The best plan so far, all others that were simulated, and the budget that is left."""
+    """Holds the best plan so far, all others that were simulated, and the budget that is left."""
 
     costs: Costs
     cluster_print: str
@@ -95,7 +95,7 @@ class Incumbent:
 
     @property
     def limit(self) -> float:
-        """Seconds that a newcomer has to beat."""
+        """Returns the seconds that a newcomer has to beat."""
         return self.best.seconds * (1 - SAME) if self.best else float("inf")
 
     @property
@@ -127,14 +127,14 @@ class Incumbent:
 
 
 def simulated(costs: Costs, plan: Plan) -> SimulatedStep:
-    """Return the simulated step of a plan that fits."""
+    """Returns the simulated step of a plan that fits."""
     return simulate_by_symmetry(
         plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
     )
 
 
 def simulate_and_record(incumbent: Incumbent, plan: Plan, name: str) -> Evaluated:
-    """Simulate a plan that fits; of equals the first one stays the best."""
+    """Simulates a plan that fits; of equally fast ones the first stays the best."""
     costs = incumbent.costs
     step = simulated(costs, plan)
     evaluated = Evaluated(name, plan, step.step_seconds)
@@ -174,7 +174,8 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
 
 
 def work_of(plan: Plan, folded: Symmetry) -> int:
-    """Micro-batches, and reductions of about a layer each, of all ranks that are simulated."""
+    """Counts the micro-batches, and the reductions of about a layer each, of all ranks that are
+    simulated."""
     running = {plan.devices[rank] for rank in folded.ranks}
     work = 0
     for pipeline in plan.pipelines:
@@ -187,7 +188,7 @@ def work_of(plan: Plan, folded: Symmetry) -> int:
 
 
 def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
-    """Why a strategy need not be simulated; empty: it must."""
+    """Says why a strategy need not be simulated; empty if it must be."""
     schedule, pipelines = strategy
     costs = incumbent.costs
     if not tensor_widths_agree(costs, pipelines):
@@ -200,7 +201,7 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
 
 
 def simplest(incumbent: Incumbent) -> Evaluated:
-    """Return the plan with the fewest pipelines and stages among those as good as the best."""
+    """Returns the plan with the fewest pipelines and stages among those as good as the best."""
 
     def parts(evaluated: Evaluated) -> tuple[int, int]:
         pipelines = evaluated.plan.pipelines
@@ -212,12 +213,12 @@ def simplest(incumbent: Incumbent) -> Evaluated:
 
 
 def step_of(incumbent: Incumbent, evaluated: Evaluated) -> SimulatedStep | None:
-    """The simulated step of a strategy, if it was kept."""
+    """Returns the simulated step of a strategy, if it was kept."""
     return next((step for each, step in incumbent.steps if each is evaluated), None)
 
 
 def parts_in(incumbent: Incumbent, evaluated: Evaluated) -> dict[str, float]:
-    """Seconds of a plan's critical path by kind, without rounding noise."""
+    """Returns the seconds of a plan's critical path by kind, without rounding noise."""
     if id(evaluated) not in incumbent.parts:
         step = step_of(incumbent, evaluated) or simulated(incumbent.costs, evaluated.plan)
         noise = 1e-12 * step.step_seconds

@@ -17,7 +17,8 @@ of the former, simulated steps with the latter."""
 
 
 def check_inputs(model: LayerGraph, cluster: Cluster, job: Job) -> None:
-    """Raise for what no search could deal with. Files are checked for more when they are read."""
+    """Raises an error for what no search could deal with. Files are checked for more when they are
+    read."""
     ClusterError.check(_link_problems(cluster))
     PlanError.check(_job_problems(model, job))
 

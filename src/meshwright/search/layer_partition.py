@@ -40,7 +40,7 @@ ROUNDING = 1e-13
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A way to cut the chain."""
+    """Describes a way to cut the chain of layers into stages."""
 
     bounds: tuple[int, ...]
     """S + 1 layer indices: stage s holds [bounds[s], bounds[s + 1])."""
@@ -66,8 +66,8 @@ def forbid_beyond(loads: Array, need: Array, capacity: Array) -> Array:
 
 
 def least_worst(values: Array) -> tuple[tuple[int, ...], float] | None:
-    """The cuts whose largest value over the stages is smallest, and that value; None if every way
-    to cut meets a forbidden range."""
+    """Returns the cuts whose largest value over the stages is smallest, and that value; None if
+    every way to cut meets a forbidden range."""
     stages, size, _ = values.shape
     best = np.full(size, np.inf)
     best[0] = -np.inf
@@ -107,7 +107,7 @@ def _shortest(loads: Array, cuts: Array, bottleneck: float) -> tuple[tuple[int, 
 
 
 def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
-    """The cuts that minimise
+    """Returns the cuts that minimise
 
         (M - 1) * slowest stage + sum of the stages + boundary seconds at the cuts
 
@@ -150,7 +150,7 @@ Stages = tuple[tuple[TensorGroup, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A pipeline with its best cuts, and its seconds without reductions."""
+    """Describes a pipeline with its best cuts, and its seconds without reductions."""
 
     pipeline: CandidatePipeline
     once: float
@@ -166,8 +166,8 @@ def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
 
 
 def apportion(costs: Costs, groups: tuple[TensorGroup, ...], rows: int) -> tuple[int, ...]:
-    """Whole rows for every tensor group, at least one each, such that the slowest is done soonest;
-    times are taken to be proportional to rows."""
+    """Gives whole rows to every tensor group, at least one each, such that the slowest is done
+    soonest; times are taken to be proportional to rows."""
     each = max(1, rows // len(groups))
     known = {group_kind(costs, u): pace(costs, u, each) for u in distinct_groups(costs, groups)}
     if len(set(known.values())) == 1:
@@ -198,9 +198,9 @@ def fit_pipeline(
     schedule: ScheduleName,
     limit: float = float("inf"),
 ) -> Fitted | None:
-    """The cuts that make the pipeline fastest among those that fit; None if none does, if there are
-    fewer rows than replicas or fewer layers than stages, or if not even layers that could be cut
-    anywhere would take less than `limit` seconds."""
+    """Returns the cuts that make the pipeline fastest among those that fit; None if none does, if
+    there are fewer rows than replicas or fewer layers than stages, or if not even layers that could
+    be cut anywhere would take less than `limit` seconds."""
     layers = len(costs.model.layers)
     if len(stages) > layers or rows < max(len(groups) for groups in stages):
         return None
@@ -212,7 +212,7 @@ def fit_pipeline(
 
 
 def fluid_rate(costs: Costs, stages: tuple[StageDevices, ...]) -> float:
-    """Micro-batches a second of stages that are never idle."""
+    """Returns the micro-batches a second of stages that are never idle."""
     speed = 0.0
     for stage in stages:
         slowest = 0.0
@@ -226,7 +226,7 @@ def fluid_rate(costs: Costs, stages: tuple[StageDevices, ...]) -> float:
 def recut(
     costs: Costs, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> Fitted | None:
-    """The same with the rows given as well."""
+    """Does what `fit_pipeline` does, with the rows given as well."""
     loads = np.array(
         [
             stage_loads(costs, stage, _held(s, stages, micro_batches, schedule))
@@ -251,8 +251,8 @@ def _held(
 
 
 def stage_loads(costs: Costs, stage: StageDevices, held: int) -> Array:
-    """Seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does not fit
-    otherwise; infinite where one does not fit even then."""
+    """Returns the seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does
+    not fit otherwise; infinite where one does not fit even then."""
     plain = _slowest(costs, stage, held, recompute=False)
     size = len(plain)
     if costs.recomputed is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
@@ -284,7 +284,7 @@ def _replica_loads(
 
 
 def cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
-    """Seconds [L + 1] of activations and gradients across a cut before each layer."""
+    """Returns the seconds [L + 1] of activations and gradients across a cut before each layer."""
     rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))
     sizes = costs.table.cut, costs.table.cut_gradient

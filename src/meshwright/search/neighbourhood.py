@@ -1,7 +1,7 @@
 """Changes strategies a little: layers, rows, shares of the batch, stages and devices move.
 
-Every move yields whole strategies that hold every layer and every row; whether they fit and whether
-they are faster is for the search to say.
+Every move yields whole strategies that hold every layer and every row; the search finds out whether
+they fit and whether they are faster.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Move = Callable[[Costs, Strategy, float], Iterator[Strategy]]
 
 
 def stages_of(pipeline: CandidatePipeline) -> Stages:
-    """Its tensor groups alone."""
+    """Returns the tensor groups of a pipeline's stages alone."""
     return tuple(stage.groups for stage in pipeline.stages)
 
 
 def schedules(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
-    """The other schedule, where it makes a difference."""
+    """Yields the strategy with the other schedule, where it makes a difference."""
     schedule, pipelines = strategy
     if any(len(pipeline.stages) > 1 and pipeline.micro_batches > 1 for pipeline in pipelines):
         yield "gpipe" if schedule == "1f1b" else "1f1b", pipelines
 
 
 def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
-    """A layer or a few across one cut; or one from each of a run of stages to the next."""
+    """Moves a layer or a few across one cut; or one from each of a run of stages to the next."""
     for i, pipeline in enumerate(strategy[1]):
         inner = range(1, len(pipeline.stages))
         for step in STEPS:
@@ -65,8 +65,8 @@ def _with(strategy: Strategy, i: int, pipeline: CandidatePipeline) -> Strategy:
 
 
 def rows(costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strategy]:
-    """A few rows of every micro-batch from one kind of replica to another; equal replicas are not
-    told apart."""
+    """Moves a few rows of every micro-batch from one kind of replica to another; equal replicas are
+    not told apart."""
     for i, pipeline in enumerate(strategy[1]):
         for s, stage in enumerate(pipeline.stages):
             for changed in _shifted(costs, stage):
@@ -89,7 +89,7 @@ def _shifted(costs: Costs, stage: StageDevices) -> Iterator[StageDevices]:
 
 
 def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """The next larger and smaller micro-batches that share a pipeline's rows out."""
+    """Yields the next larger and smaller micro-batches that share a pipeline's rows out."""
     schedule, pipelines = strategy
     for i, pipeline in enumerate(pipelines):
         sizes = divisors(pipeline.share)
@@ -103,8 +103,7 @@ def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[St
 
 
 def order(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """Two stages change places; a run of like stages goes elsewhere; the pipeline is turned
-    round."""
+    """Exchanges two stages, moves a run of like stages elsewhere, or reverses the pipeline."""
     schedule, pipelines = strategy
     for i, pipeline in enumerate(pipelines):
         stages = stages_of(pipeline)
@@ -131,7 +130,7 @@ def _orders(costs: Costs, stages: Stages) -> Iterator[Stages]:
 
 
 def runs_of(costs: Costs, stages: Stages) -> list[Stages]:
-    """Neighbouring stages of the same types of devices."""
+    """Returns the runs of neighbouring stages of the same types of devices."""
     runs: list[list[tuple[TensorGroup, ...]]] = []
     before: object = None
     for stage in stages:
@@ -144,7 +143,8 @@ def runs_of(costs: Costs, stages: Stages) -> list[Stages]:
 
 
 def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """Some of the batch from one pipeline to another: a micro-batch of either, or a row or two."""
+    """Moves some of the batch from one pipeline to another: a micro-batch of either, or a row or
+    two."""
     schedule, pipelines = strategy
 
     def resized(pipeline: CandidatePipeline, share: int) -> Iterator[CandidatePipeline]:
@@ -167,7 +167,7 @@ def shares(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
 def with_share(
     costs: Costs, stages: Stages, rows: int, share: int, schedule: ScheduleName, limit: float
 ) -> Iterator[CandidatePipeline]:
-    """Yield the stages with a share of the batch, in the two sizes of micro-batches that are
+    """Yields the stages with a share of the batch, in the two sizes of micro-batches that are
     nearest to a number of rows."""
     widest = max((len(groups) for groups in stages), default=share + 1)
     sizes = [size for size in divisors(share) if size >= widest]
@@ -178,7 +178,7 @@ def with_share(
 
 
 def recast(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """A run of like stages, or all of a pipeline, with another depth, width or tensor width."""
+    """Gives a run of like stages, or all of a pipeline, another depth, width or tensor width."""
     widths = legal_widths(costs)
     for i, pipeline in enumerate(strategy[1]):
         runs = runs_of(costs, stages_of(pipeline))
@@ -219,7 +219,7 @@ def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Sta
 
 
 def stages(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """Two neighbouring stages become one, one becomes two; groups of two stages are exchanged."""
+    """Joins two neighbouring stages, divides one into two, or exchanges groups of two stages."""
     for i, pipeline in enumerate(strategy[1]):
         own = stages_of(pipeline)
         for s, groups in enumerate(own):
@@ -242,7 +242,8 @@ def stages(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]
 
 
 def devices(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """One group to another stage, to a stage of its own, or out of use; an idle one into use."""
+    """Moves a group to another stage, to a stage of its own, or out of use; or an idle one into
+    use."""
     every = [stages_of(pipeline) for pipeline in strategy[1]]
     places = [(i, s) for i, own in enumerate(every) for s in range(len(own))]
     for group in _idle(costs, strategy[1]):
@@ -260,7 +261,7 @@ def devices(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy
 
 
 def exchanged(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """A tensor group out of use, an idle one of another kind in its place."""
+    """Takes a tensor group out of use and puts an idle one of another kind in its place."""
     every = [stages_of(pipeline) for pipeline in strategy[1]]
     for idle in _idle(costs, strategy[1]):
         for i, own in enumerate(every):
@@ -282,7 +283,7 @@ def _moved(
     group: TensorGroup,
     limit: float,
 ) -> Iterator[Strategy]:
-    """The tensor group in the target's stage, or in a new one before it."""
+    """Moves the tensor group to the target's stage, or to a new one before it."""
     (i, s), (j, goal) = source, target
     if len(group) != len(every[j][goal][0]):
         return
@@ -297,7 +298,7 @@ def _moved(
 
 
 def _distinct(costs: Costs, groups: tuple[TensorGroup, ...]) -> list[TensorGroup]:
-    """One tensor group of every kind in every node."""
+    """Returns one tensor group of every kind on every node: the others are as good."""
     found: dict[object, TensorGroup] = {}
     for group in groups:
         found.setdefault((group_kind(costs, group), costs.devices[group[0]].node), group)
@@ -318,7 +319,7 @@ def _inserted(own: Stages, s: int, group: TensorGroup) -> Stages:
 
 
 def _idle(costs: Costs, pipelines: tuple[CandidatePipeline, ...]) -> list[TensorGroup]:
-    """Unused devices of every class, as tensor groups of every width in use."""
+    """Returns the unused devices of every class, as tensor groups of every width in use."""
     used = {name for pipeline in pipelines for name in pipeline.devices}
     tensors = sorted({len(stage.groups[0]) for pipeline in pipelines for stage in pipeline.stages})
     free: dict[tuple[str, str], list[str]] = {}
@@ -336,8 +337,8 @@ def _idle(costs: Costs, pipelines: tuple[CandidatePipeline, ...]) -> list[Tensor
 def rebuilt(
     costs: Costs, strategy: Strategy, limit: float, changed: dict[int, Stages]
 ) -> Iterator[Strategy]:
-    """The strategy with other stages for some of its pipelines; a pipeline that has none left
-    leaves its share to the first of the others."""
+    """Yields the strategy with other stages for some of its pipelines; a pipeline that has none
+    left leaves its share to the first of the others."""
     schedule, pipelines = strategy
     left = [i for i in range(len(pipelines)) if changed.get(i, True)]
     orphaned = sum(pipeline.share for i, pipeline in enumerate(pipelines) if i not in left)

@@ -14,7 +14,7 @@ DeviceGroup = tuple[Device, ...]
 
 @record
 class Placement:
-    """Devices of every stage: stage, then replica, then tensor index."""
+    """Lists the devices of every stage: by stage, then replica, then tensor index."""
 
     name: str
     stages: tuple[tuple[tuple[str, ...], ...], ...]
@@ -25,7 +25,7 @@ class Placement:
 def groups_of(
     devices: Sequence[Device], tensor: int, speed: dict[str, float]
 ) -> tuple[DeviceGroup, ...]:
-    """Groups of `tensor` devices, node by node, like with like inside a node."""
+    """Returns groups of `tensor` devices, node by node, like with like inside a node."""
     nodes: dict[str, list[Device]] = {}
     for device in devices:
         nodes.setdefault(device.node, []).append(device)
@@ -37,7 +37,8 @@ def groups_of(
 
 
 def default_placement(devices: Sequence[Device], grid: Grid) -> Placement:
-    """What launchers do: rank = tensor index + tp * (replica + dp * stage), devices in order."""
+    """Places ranks as launchers do: rank = tensor index + tp * (replica + dp * stage), devices in
+    order."""
     groups = [tuple(devices[i : i + grid.tensor]) for i in range(0, len(devices), grid.tensor)]
     return _placement("in order", _data_adjacent(groups, grid))
 

@@ -102,7 +102,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
     stop: Callable[[], bool] = never,
     found: Callable[[float], None] = ignore,
 ) -> Plan:
-    """The fastest plan found by Meshwright's own costs, with its prediction and certificate.
+    """Finds the fastest plan by Meshwright's own costs, with its prediction and certificate.
 
     `schedules` are those that every candidate is tried in; the best are then tried with every
     option of `search.options` whose name is not `forbidden`. Without `budget_seconds`
@@ -145,7 +145,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
 
 @dataclass(slots=True)
 class _Seen:
-    """What a search has looked at beside what it has played, as far as it got."""
+    """Keeps what a search has looked at without simulating it."""
 
     explored: Explored = Explored(finalists=(), misfits=(), tried=0)
     by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
@@ -160,7 +160,8 @@ class _Seen:
 def _search(
     incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
-    """Search all but the options of `search.options`; `incumbent` and `seen` keep what is found."""
+    """Searches all but the options of `search.options`; `incumbent` and `seen` keep what is
+    found."""
     if is_large(incumbent.costs):
         tell("looking for a first plan", 0, 1)
         incumbent.spare = plain_plan(incumbent)
@@ -195,8 +196,8 @@ def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
 
 
 def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
-    """The certificate; where somebody has interrupted the search before it was worked out and
-    waits for it, one that takes no time."""
+    """Returns the certificate; if the user has interrupted the search before it was worked out, one
+    that takes no time."""
     if seen.proof is not None:
         return seen.proof
     limit = time.monotonic() + PROOF_SECONDS
@@ -206,7 +207,7 @@ def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
 
 
 def _explored(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
-    """The regular grids; of very many devices none, for classes of nodes contain them."""
+    """Returns the regular grids; of very many devices none, for classes of nodes contain them."""
     costs, pruned = incumbent.costs, incumbent.pruned
     if is_large(costs):
         usable(costs, pruned)
@@ -223,7 +224,8 @@ def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
 
 
 def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
-    """Why there is no plan: nothing fits, or the search had to end before anything was found."""
+    """Says why there is no plan: nothing fits, or the search had to end before anything was
+    found."""
     with suppress(Stopped), stoppable(incumbent.may_leave_off):
         if not incumbent.out_of_time:
             if not explored.tried:
@@ -240,7 +242,7 @@ def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> Meshwr
 
 
 def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
-    """Play finalists of the regular grids, or hand-made plans, which have names."""
+    """Plays finalists of the regular grids, or hand-made plans, which have names."""
     for index, (name, estimate) in enumerate(field):
         tell("simulating", index, len(field))
         if incumbent.best and incumbent.out_of_time:
@@ -284,8 +286,8 @@ def _misfits(
     by_hand: Iterable[tuple[str, Estimate | Misfit]],
     explored: Explored,
 ) -> Iterable[RunnerUp]:
-    """Hand-made plans that do not fit or were too much to simulate, and strategies that could be
-    faster if they did fit."""
+    """Returns the hand-made plans that do not fit or were too much to simulate, and strategies that
+    could be faster if they did fit."""
     for name, found in by_hand:
         if isinstance(found, Misfit):
             title = f"{name}: {label(found.candidate, found.bounds)}"
@@ -300,7 +302,8 @@ def _misfits(
 def baseline_plan(
     name: str, model: LayerGraph, cluster: Cluster, job: Job, profile: Profile | None = None
 ) -> Plan:
-    """The plan that a person (`ddp`, `even`) or AMP (`amp`) would have made, with its prediction.
+    """Returns the plan that a person (`ddp`, `even`) or AMP (`amp`) would have made, with its
+    prediction.
 
     Raises FitError when it does not fit, PlanError when the name or the job allows no such plan.
     """
@@ -342,7 +345,7 @@ def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
 
 
 def _runners_up(incumbent: Incumbent, winner: Evaluated) -> list[RunnerUp]:
-    """The best of those that lost, few of one build; hand-made plans always."""
+    """Returns the best of those that lost, few of one build; hand-made plans always."""
     chosen: list[Evaluated] = []
     names, builds = {winner.name}, Counter[str]()
     for other in sorted(incumbent.others, key=lambda p: p.seconds):
@@ -361,8 +364,8 @@ def _runners_up(incumbent: Incumbent, winner: Evaluated) -> list[RunnerUp]:
 
 
 def _why_lost(incumbent: Incumbent, winner: Evaluated, other: Evaluated) -> str:
-    """What a strategy spends more on. Whoever has stopped the search does not wait for another
-    simulated step."""
+    """Says what a strategy spends more time on. Once the search is stopped, no further step is
+    simulated for this."""
     if other.plan == winner.plan:
         return "the same plan"
     if incumbent.stopped and step_of(incumbent, other) is None:

@@ -16,7 +16,7 @@ from meshwright.search.costs import Costs
 
 @record
 class Grid:
-    """Data width x tensor width x stages."""
+    """Describes a regular grid: data width x tensor width x stages."""
 
     data: int
     tensor: int
@@ -25,7 +25,7 @@ class Grid:
 
 @record
 class Shape:
-    """A strategy without its placement and its layer cuts."""
+    """Describes a strategy without its placement and its layer cuts."""
 
     grid: Grid
     rows: int
@@ -36,7 +36,7 @@ class Shape:
 
 @record
 class DeviceSet:
-    """Devices that a strategy uses, and what it leaves out."""
+    """Lists the devices that a strategy uses, and names what it leaves out."""
 
     devices: tuple[Device, ...]
     """Devices in the order of the cluster."""
@@ -53,7 +53,7 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def usable_devices(costs: Costs) -> tuple[Device, ...]:
-    """Devices whose type offers the job's precision, in cluster order."""
+    """Returns the devices whose type offers the job's precision, in cluster order."""
     offers = {k for k, kind in costs.cluster.types.items() if costs.job.precision in kind.peak}
     return tuple(device for device in costs.devices.values() if device.type in offers)
 
@@ -61,7 +61,7 @@ def usable_devices(costs: Costs) -> tuple[Device, ...]:
 def device_sets(
     devices: Sequence[Device], speed: dict[str, float], *, most_counts: int = 8
 ) -> tuple[DeviceSet, ...]:
-    """All devices; all but whole types, slowest first; all but the slowest nodes.
+    """Yields sets of devices: all; all but whole types, slowest first; all but the slowest nodes.
 
     `speed` orders the types (rows per second of the whole model, or any other rate). Of the numbers
     of nodes that may be left out, at most `most_counts` are tried, evenly spread.
@@ -88,7 +88,8 @@ def device_sets(
 
 
 def fewer_devices(devices: Sequence[Device], speed: dict[str, float]) -> Iterator[DeviceSet]:
-    """The fastest n - 1 devices, n - 2 and so on: for jobs too small to occupy whole nodes."""
+    """Yields the fastest n - 1 devices, n - 2 and so on: for jobs too small to occupy whole
+    nodes."""
     order = sorted(range(len(devices)), key=lambda i: (-speed[devices[i].type], i))
     for number in range(len(devices) - 1, 0, -1):
         kept = sorted(order[:number])
@@ -114,7 +115,7 @@ def _node_list(nodes: Sequence[str]) -> str:
 def grids(
     devices: Sequence[Device], model: LayerGraph, job: Job, pruned: Counter[str]
 ) -> tuple[Grid, ...]:
-    """Every grid that uses all the devices; what is impossible is counted in `dropped`."""
+    """Returns every grid that uses all the devices; what is impossible is counted in `dropped`."""
     per_node = Counter(d.node for d in devices)
     units = {layer.along("tensor").units for layer in model.layers}
     found = []
@@ -137,8 +138,9 @@ def grids(
 
 
 def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[Shape]:
-    """Every micro-batch size and schedule of a grid. With one stage (gradient accumulation alone:
-    1F1B never holds more than one micro-batch) or one micro-batch there is nothing to choose."""
+    """Yields every micro-batch size and schedule of a grid. With one stage (gradient accumulation
+    alone: 1F1B never holds more than one micro-batch) or one micro-batch there is nothing to
+    choose."""
     share = job.global_batch // grid.data
     for rows in divisors(share):
         for schedule in schedules if grid.stages > 1 and rows < share else schedules[:1]:
@@ -146,7 +148,7 @@ def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[
 
 
 def legal_widths(costs: Costs) -> tuple[int, ...]:
-    """Tensor widths that every layer allows and some node has."""
+    """Returns the tensor widths that every layer allows and some node has."""
     widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
     units = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))

@@ -46,7 +46,7 @@ Bounds = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _CutTables:
-    """What a choice of cuts comes to: entry [k, a, b] is of stage k with layers [a, b)."""
+    """Holds what a choice of cuts comes to: entry [k, a, b] is of stage k with layers [a, b)."""
 
     member: Array
     """[K, G], 1 where a group holds a stage."""
@@ -72,8 +72,8 @@ def cut_virtual_stages(
     schedule: ScheduleName,
     recompute: frozenset[int],
 ) -> tuple[Bounds, float]:
-    """K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the seconds
-    of its micro-batches by `_seconds`; the groups in `again` recompute.
+    """Returns K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the
+    seconds of its micro-batches by `_seconds`; the groups in `again` recompute.
 
     From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
     or by a few where one does not help."""
@@ -129,8 +129,8 @@ def _tables(
 
 
 def _moments(order: Order, stages: int) -> NDArray[np.intp]:
-    """[H, K]: micro-batches of each stage in flight when a backward is due, less what is no more
-    than at another time."""
+    """Returns [H, K]: the micro-batches of each stage in flight at the moments when a backward is
+    due. A moment is left out if every stage holds at least as many at another one."""
     now = [0] * stages
     found: dict[tuple[int, ...], None] = {}
     for op, stage, first, last in order:
@@ -146,7 +146,7 @@ def _moments(order: Order, stages: int) -> NDArray[np.intp]:
 
 
 def _loads(costs: Costs, stage: StageDevices, *, recompute: bool) -> Array:
-    """Seconds [L + 1, L + 1] of the slowest replica."""
+    """Returns the seconds [L + 1, L + 1] of the slowest replica."""
     found: list[Array] = []
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
         forward, backward = group_times(costs, group, rows)
@@ -171,7 +171,7 @@ def _shares(costs: Costs, stage: StageDevices, *, recompute: bool) -> tuple[Arra
 
 
 def _proportional(tables: _CutTables) -> NDArray[np.intp]:
-    """Equal stages of every group, in proportion to its speed; at least one layer each."""
+    """Returns equal stages for every group, in proportion to its speed; at least one layer each."""
     stages, size = tables.loads.shape[0], tables.loads.shape[1]
     whole = tables.loads[:, 0, -1]
     done = (tables.loads[:, 0, :] / whole[:, None]).mean(axis=0)
@@ -184,8 +184,8 @@ def _proportional(tables: _CutTables) -> NDArray[np.intp]:
 
 
 def _shifts(size: int) -> NDArray[np.intp]:
-    """Every run of inner cuts, one layer to the left or to the right: what is between two of them
-    moves along, so that any two stages can exchange a layer."""
+    """Returns every run of inner cuts, one layer to the left or to the right: what is between two
+    of them moves along, so that any two stages can exchange a layer."""
     rows = []
     for first in range(1, size - 1):
         for last in range(first, size - 1):
@@ -218,6 +218,6 @@ def _seconds(tables: _CutTables, bounds: NDArray[np.intp]) -> Array:
 
 
 def group_by_stage(layout: StageLayout) -> Sequence[int]:
-    """The group of every stage."""
+    """Returns the group of every stage."""
     places = {k: g for g, held in enumerate(layout) for k in held}
     return [places[k] for k in range(len(places))]

@@ -15,19 +15,36 @@ from operator import itemgetter
 from meshwright.cluster.topology import Resource
 from meshwright.errors import ClusterError, Problem
 
+Weights = tuple[tuple[Resource, float], ...]
+"""The number of streams on every resource."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Describes the equal streams that a flow is made of; bandwidth is shared fairly among them."""
+
+    bytes_by_resource: Mapping[Resource, float]
+    """The bytes of all streams together on every resource, all positive."""
+    bytes_each: float
+    """The bytes of one stream."""
+    weights: Weights
+
+
+def streams_of(sizes: Mapping[Resource, float], bytes_each: float | None = None) -> Streams:
+    """Divides the bytes on every resource, all positive, into streams of `bytes_each`: by default
+    the least of them."""
+    each = bytes_each or min(sizes.values())
+    return Streams(sizes, each, tuple((resource, size / each) for resource, size in sizes.items()))
+
 
 @dataclass(slots=True, eq=False)
 class Flow:
     """Describes a transfer or collective on its way, which uses all its resources at one common
     rate."""
 
-    bytes_by_resource: Mapping[Resource, float]
-    """The bytes on every resource, all positive."""
+    streams: Streams
     on_end: Callable[[], None]
     """The reaction to its end."""
-    stream: float = 0.0
-    """The bytes of one of the equal streams that the flow is made of; fairness is between streams.
-    0 stands for the least of its bytes."""
     sender: str | None = None
     """The sending device, if its messages queue: the flow waits for flows of other senders that
     came before it on any of its resources."""
@@ -42,24 +59,11 @@ class Flow:
     version: int = 0
     """A number that grows with every change of `rate`, which invalidates earlier forecasts of its
     end."""
-    weights: tuple[tuple[Resource, float], ...] = ()
-    """The number of its streams on every resource; empty: computed here."""
-
-    def __post_init__(self) -> None:
-        self.stream = self.stream or min(self.bytes_by_resource.values())
-        self.weights = self.weights or stream_weights(self.bytes_by_resource, self.stream)
 
     @property
     def ends(self) -> float:
         """Returns the moment at which the flow ends if its rate stays the same."""
         return self.since + self.remaining / self.rate if self.rate else inf
-
-
-def stream_weights(
-    sizes: Mapping[Resource, float], stream: float
-) -> tuple[tuple[Resource, float], ...]:
-    """Returns the number of streams of a size that the bytes on every resource are."""
-    return tuple((resource, size / stream) for resource, size in sizes.items())
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +82,7 @@ class FlowNetwork:
 
 def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
     """Adds a flow to the network; `reshare_bandwidth` gives it its rate."""
-    for resource in flow.bytes_by_resource:
+    for resource in flow.streams.bytes_by_resource:
         network.flows.setdefault(resource, {})[flow] = None
     network.arrived += 1
     flow.since, flow.number = now, network.arrived
@@ -88,14 +92,14 @@ def add_flow(network: FlowNetwork, flow: Flow, now: float) -> None:
 def remove_flow(network: FlowNetwork, flow: Flow) -> None:
     """Removes a flow from the network; `reshare_bandwidth` gives its share to the others."""
     network.touched.pop(flow, None)
-    for resource in flow.bytes_by_resource:
+    for resource in flow.streams.bytes_by_resource:
         others = network.flows[resource]
         del others[flow]
         network.touched.update(others)
 
 
 def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
-    """Share bandwidth again after all arrivals and departures of one moment.
+    """Shares bandwidth again after all arrivals and departures of one moment.
 
     Returns every flow whose end has changed.
     """
@@ -116,7 +120,7 @@ def reshare_bandwidth(network: FlowNetwork, now: float) -> list[Flow]:
 
 def _is_alone(network: FlowNetwork, flow: Flow) -> bool:
     """Returns True if no other flow passes any resource of this one."""
-    return all(len(network.flows[resource]) == 1 for resource in flow.bytes_by_resource)
+    return all(len(network.flows[resource]) == 1 for resource in flow.streams.bytes_by_resource)
 
 
 def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
@@ -125,7 +129,7 @@ def _sharing(network: FlowNetwork, flows: Iterable[Flow]) -> list[Flow]:
     found = dict.fromkeys(flows)
     queue, seen = list(found), set[Resource]()
     while queue:
-        for resource in queue.pop().bytes_by_resource:
+        for resource in queue.pop().streams.bytes_by_resource:
             if resource not in seen:
                 seen.add(resource)
                 new = [flow for flow in network.flows[resource] if flow not in found]
@@ -143,14 +147,14 @@ def fair_rates(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> di
     resource without bandwidth.
     """
     every = dict.fromkeys(flows)
-    left = {resource: bandwidth[resource] for flow in every for resource in flow.bytes_by_resource}
+    left = {resource: bandwidth[resource] for flow in every for resource, _ in flow.streams.weights}
     _check_bandwidth(left)
     waiting = _not_first(every)
     rates = _filled(left, [flow for flow in every if flow not in waiting])
     for flow in waiting:
-        speed = min(left[resource] / weight for resource, weight in flow.weights)
-        rates[flow] = speed / flow.stream
-        for resource, weight in flow.weights:
+        speed = min(left[resource] / weight for resource, weight in flow.streams.weights)
+        rates[flow] = speed / flow.streams.bytes_each
+        for resource, weight in flow.streams.weights:
             left[resource] = max(left[resource] - speed * weight, 0.0)
     return rates
 
@@ -160,11 +164,12 @@ def _rates_alone(bandwidth: Mapping[Resource, float], flows: Iterable[Flow]) -> 
     order: the slowest first."""
     found: list[tuple[float, Resource, Flow]] = []
     for flow in flows:
-        _check_bandwidth({resource: bandwidth[resource] for resource in flow.bytes_by_resource})
-        speed, slowest = min((bandwidth[resource] / w, resource) for resource, w in flow.weights)
+        weights = flow.streams.weights
+        _check_bandwidth({resource: bandwidth[resource] for resource, _ in weights})
+        speed, slowest = min((bandwidth[resource] / w, resource) for resource, w in weights)
         found.append((speed, slowest, flow))
     found.sort(key=itemgetter(0, 1))
-    return {flow: speed / flow.stream for speed, _, flow in found}
+    return {flow: speed / flow.streams.bytes_each for speed, _, flow in found}
 
 
 def _check_bandwidth(bandwidth: Mapping[Resource, float]) -> None:
@@ -184,22 +189,22 @@ def _not_first(flows: Iterable[Flow]) -> dict[Flow, None]:
     first: dict[Resource, str] = {}
     for flow in sorted((flow for flow in flows if flow.sender), key=lambda flow: flow.number):
         assert flow.sender is not None
-        served = [first.setdefault(name, flow.sender) for name in flow.bytes_by_resource]
+        served = [first.setdefault(name, flow.sender) for name in flow.streams.bytes_by_resource]
         if any(sender != flow.sender for sender in served):
             waiting[flow] = None
     return waiting
 
 
 def _filled(left: dict[Resource, float], flows: Iterable[Flow]) -> dict[Flow, float]:
-    """Share bandwidth by progressive filling, and subtract the shares from `remaining`.
+    """Shares bandwidth by progressive filling, and subtracts the shares from `left`.
 
     All streams speed up together; those through the first resource to fill keep that speed, the
     others go on (Bertsekas and Gallager, Data Networks, section 6.5.2). Flows with equal streams on
     the same resources, such as the buckets of one ring, are treated as one.
     """
-    alike: dict[tuple[tuple[Resource, float], ...], list[Flow]] = {}
+    alike: dict[Weights, list[Flow]] = {}
     for flow in flows:
-        alike.setdefault(flow.weights, []).append(flow)
+        alike.setdefault(flow.streams.weights, []).append(flow)
     rates: dict[Flow, float] = {}
     while alike:
         load: dict[Resource, float] = defaultdict(float)
@@ -207,10 +212,10 @@ def _filled(left: dict[Resource, float], flows: Iterable[Flow]) -> dict[Flow, fl
             for resource, weight in weights:
                 load[resource] += weight * len(members)
         speed, fullest = min((left[r] / load[r], r) for r in load)
-        passing = [w for w, (one, *_) in alike.items() if fullest in one.bytes_by_resource]
+        passing = [w for w, (one, *_) in alike.items() if fullest in one.streams.bytes_by_resource]
         for weights in passing:
             members = alike.pop(weights)
-            rates.update((flow, speed / flow.stream) for flow in members)
+            rates.update((flow, speed / flow.streams.bytes_each) for flow in members)
             for resource, weight in weights:
                 left[resource] = max(left[resource] - speed * weight * len(members), 0.0)
     return rates

@@ -13,7 +13,6 @@ from heapq import heappop, heappush
 from typing import Any
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Resource
 from meshwright.cost.collective import Traffic
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
@@ -34,10 +33,11 @@ from meshwright.program.timeline import Timeline
 from meshwright.simulate.flows import (
     Flow,
     FlowNetwork,
+    Streams,
     add_flow,
     remove_flow,
     reshare_bandwidth,
-    stream_weights,
+    streams_of,
 )
 from meshwright.simulate.simulated_step import SimulatedStep
 from meshwright.stopping import raise_if_stopped
@@ -90,17 +90,10 @@ class _Queue:
     busy: bool = False
 
 
-_Load = tuple[dict[Resource, float], float, tuple[tuple[Resource, float], ...]]
-
-
-def _load(traffic: Traffic) -> _Load | None:
-    """Returns the bytes on every resource, those of one stream, and the streams on every resource;
-    None if no byte moves."""
+def _streams(traffic: Traffic) -> Streams | None:
+    """Returns the streams of a message or collective; None if no byte moves."""
     sizes = {resource: size for resource, size in traffic.bytes_by_resource.items() if size > 0}
-    if not sizes:
-        return None
-    stream = traffic.stream or min(sizes.values())
-    return sizes, stream, stream_weights(sizes, stream)
+    return streams_of(sizes, traffic.stream) if sizes else None
 
 
 def _waits(state: _Rank, i: Instruction) -> bool:
@@ -129,7 +122,8 @@ class _Simulation:
         """Rank, index, begin and end of every instruction, in the order of their ends."""
         self.memory: list[tuple[int, float, float]] = []
         """Rank, moment and bytes of every change of the memory in use."""
-        self.loads: dict[int, _Load | None] = {}
+        self.streams: dict[int, Streams | None] = {}
+        """The streams of every traffic, by its identity."""
         self._meet()
 
     def _meet(self) -> None:
@@ -306,13 +300,12 @@ class _Simulation:
         """Sends an instruction's traffic: its latency, then its bytes."""
         traffic = self.prices.ranks[at[0]][at[1]].traffic
         arrival = self.now + traffic.latency
-        if id(traffic) not in self.loads:
-            self.loads[id(traffic)] = _load(traffic)
-        if (load := self.loads[id(traffic)]) is None:
+        if id(traffic) not in self.streams:
+            self.streams[id(traffic)] = _streams(traffic)
+        if (streams := self.streams[id(traffic)]) is None:
             self.at(arrival, then, *arguments)
             return
-        sizes, stream, weights = load
-        flow = Flow(sizes, partial(then, *arguments), stream, traffic.sender, weights=weights)
+        flow = Flow(streams, partial(then, *arguments), traffic.sender)
         self.at(arrival, self.enter, flow)
 
     def enter(self, flow: Flow) -> None:
@@ -378,7 +371,7 @@ def simulate_plan(
     *,
     clipped: bool = True,
 ) -> Timeline:
-    """Compiles, price and simulate one step of a valid plan, with gradients `clipped` or not.
+    """Compiles, prices and simulates one step of a valid plan, with gradients `clipped` or not.
 
     Raises ClusterError if a device does not offer the model's precision.
     """

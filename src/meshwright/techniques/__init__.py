@@ -42,11 +42,11 @@ TECHNIQUES: tuple[str, ...] = (
 
 @cache
 def rooms_with(part: str) -> tuple[ModuleType, ...]:
-    """The file of one name in every room that has one, in the order of TECHNIQUES."""
+    """Returns the file of one name in every room that has one, in the order of TECHNIQUES."""
     names = (f"{__name__}.{room}.{part}" for room in TECHNIQUES)
     return tuple(import_module(name) for name in names if find_spec(name) is not None)
 
 
 def provided(part: str, name: str) -> tuple[Any, ...]:
-    """What the rooms provide under a name in their file for a part of the kernel."""
+    """Returns what the rooms provide under a name in their file for a part of the kernel."""
     return tuple(getattr(room, name) for room in rooms_with(part) if hasattr(room, name))

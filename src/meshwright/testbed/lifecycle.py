@@ -69,7 +69,7 @@ class RunningTestbed:
 
 @record
 class TestbedDesign:
-    """Everything that bringing a testbed up will do."""
+    """Holds all that bringing a testbed up will do to this machine."""
 
     running: RunningTestbed
     up: tuple[Command, ...]

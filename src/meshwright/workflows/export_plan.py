@@ -35,7 +35,7 @@ class ExportedPlan:
 
     @property
     def not_expressed(self) -> tuple[str, ...]:
-        """Sentences on what the tool's files do not express, read from their notes."""
+        """Returns sentences on what the tool's files do not express, read from their notes."""
         lines = self.files.get(NOTES, "").splitlines()
         return tuple(line.removeprefix("- ") for line in lines if line.startswith("- "))
 

@@ -44,7 +44,7 @@ def bytes_by_ranks(model: LayerGraph, *stages: Stage, least: int) -> list[tuple]
 
 
 def parted(*layers: tuple[int, int]) -> LayerGraph:
-    """Layers with so many parameters whole, and so many that tensor ranks divide."""
+    """Layers with these numbers of whole parameters, and of those that tensor ranks divide."""
     model = even_model(len(layers))
     made: list[Layer] = [
         divided(replace(layer, parameters=whole + split), parameters=split, units=4)

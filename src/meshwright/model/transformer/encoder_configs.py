@@ -118,7 +118,7 @@ class T5Config:
 
 @record
 class WhisperConfig:
-    """Whisper."""
+    """Whisper, trained to turn speech into text."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""

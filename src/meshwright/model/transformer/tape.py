@@ -41,7 +41,7 @@ class Sized:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor in bytes, even if it is a view of another storage."""
+        """Returns the size of the tensor in bytes, even if it is a view of another storage."""
         return prod(self.shape) * self.size
 
 

@@ -1,4 +1,5 @@
-"""List scheduling: whenever a group of devices is free, it takes the most urgent work at hand."""
+"""Schedules work by lists: whenever a group of devices is free, it takes the most urgent work at
+hand."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ message, None if it is of the same group; and by stage, when the link is free ag
 
 @record
 class Rule:
-    """What is urgent."""
+    """Says which of the actions at hand is the most urgent."""
 
     ahead: tuple[int, ...]
     """Number of forwards that may be ahead of the backwards, for each stage."""
@@ -33,7 +34,8 @@ class Rule:
 
 
 def listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
-    """The order that a rule leads to, after its seconds; None if memory stops it."""
+    """Returns the seconds of the order that a rule leads to, and the order; None if memory stops
+    it."""
     state = _Listing(work, rule)
     state.run()
     total = sum(len(codes) for codes in state.codes)
@@ -81,14 +83,14 @@ class _Listing:
         """Urgency of a forward on stage 0; that of a backward is the number of stages."""
 
     def run(self) -> None:
-        """Let groups choose in the order of time until no work is left."""
+        """Lets groups choose in the order of time until no work is left."""
         while self.events:
             at, g = heappop(self.events)
             if at >= self.now[g]:
                 self.choose(g, at)
 
     def choose(self, g: int, at: float) -> None:
-        """The next action of a group that is free, or when to look again."""
+        """Returns the next action of a group that is free, or the moment at which to look again."""
         best, urgency, coming = -1, inf, inf
         behind, late = 0, -1
         for s in self.layout[g]:
@@ -145,7 +147,7 @@ class _Listing:
         return (free[s] if free[s] > begins else begins) + wait
 
     def take(self, g: int, code: int, at: float) -> None:
-        """Do an action, and tell the groups that wait for what it makes."""
+        """Does an action, and tells the groups that wait for what it makes."""
         kind, s = code & 3, code >> 2
         self.held[g] += self.keeps[code]
         self.halves[s] += kind == I

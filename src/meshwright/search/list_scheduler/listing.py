@@ -1,5 +1,5 @@
-"""The list scheduler: an order for a pipeline's own times and memory, at least as good as any
-schedule with a rule."""
+"""Finds an order for a pipeline's own times and memory, at least as good as any schedule with a
+rule."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 
 
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
-    """The fastest order found that fits; None if none does.
+    """Returns the fastest order found that fits; None if none does.
 
     Of many micro-batches, an order for few is made, with more rounds of its steady state: how many
     orders are looked at does not depend on the number of micro-batches.
@@ -95,7 +95,7 @@ def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[
 
 
 def _rules(work: Work) -> Iterator[Rule]:
-    """All combinations of a few settings, those that most often win first."""
+    """Yields all combinations of a few settings, those that most often win first."""
     stages, count = len(work.forward), work.micro_batches
     every = (count,) * stages
     just = tuple(stages - s for s in range(stages))

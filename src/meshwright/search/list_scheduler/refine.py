@@ -1,5 +1,5 @@
-"""Simulated annealing (Kirkpatrick et al. 1983): small random changes to an order; what makes it
-slower is kept, too, by chance, less and less of it."""
+"""Improves an order by simulated annealing (Kirkpatrick et al. 1983): small random changes, of
+which those that make it slower are kept now and then, ever more rarely."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Score = tuple[float, float]
 
 
 def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list[Codes]]:
-    """The best order met on the way from one that fits, by as many random changes, after its
-    seconds; the same every time."""
+    """Changes an order that fits `steps` times at random. Returns the seconds of the best order met
+    on the way, and that order: the same every time."""
     random = Random(0)
     now = [list(own) for own in codes]
     best, score = now, _score(work, now)
@@ -49,7 +49,7 @@ def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list
 
 
 def _worse(one: Score, other: Score) -> float:
-    """Seconds by which the other is worse than the one."""
+    """Returns the seconds by which the second order is worse than the first."""
     return max(other[0] - one[0] + LEVEL * (other[1] - one[1]), 0.0)
 
 
@@ -62,7 +62,7 @@ def _score(work: Work, codes: Sequence[Codes]) -> Score:
 
 
 def _changed(own: Codes, random: Random) -> Codes | None:
-    """An action moved, a backward cut in two, or two parts joined."""
+    """Moves an action, cuts a backward in two, or joins two parts of one."""
     k = random.randrange(len(own))
     code, kind = own[k], own[k] & 3
     if kind == B and random.random() < 0.5:
@@ -77,7 +77,8 @@ def _changed(own: Codes, random: Random) -> Codes | None:
 
 
 def _joined(own: Codes, k: int) -> Codes | None:
-    """I at `k` with the weight part of its micro-batch as one B, where the I stands."""
+    """Joins the input part of a backward at `k` with the weight part of its micro-batch: one B, at
+    `k`."""
     i, w = own[k], own[k] - I + W
     turn = own[:k].count(i)
     at, seen = k, -1

@@ -20,7 +20,7 @@ OPTION_NAMES = tuple(option.name for option in OPTIONS)
 
 
 def options_without(forbidden: Collection[str]) -> list[PlanOption]:
-    """Return the options but for those with forbidden names.
+    """Returns the options but for those with forbidden names.
 
     Raises PlanError for a name that no option has.
     """

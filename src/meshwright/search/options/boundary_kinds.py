@@ -20,7 +20,7 @@ Cut = tuple[int, int]
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Change the boundaries of the best plan: all of them to one kind, then one by one.
+    """Changes the boundaries of the best plan: all of them to one kind, then one by one.
 
     Where neither side shares layers by tensor parallelism, all kinds are the same.
     """
@@ -47,7 +47,7 @@ OPTION = PlanOption("boundary-kinds", propose)
 
 
 def wide_cuts(plan: Plan) -> Iterator[Cut]:
-    """Yield the cuts with several tensor ranks in a replica on either side."""
+    """Yields the cuts with several tensor ranks in a replica on either side."""
     for p, pipeline in enumerate(plan.pipelines):
         for s in range(1, len(pipeline.stages)):
             sides = pipeline.stages[s - 1 : s + 1]
@@ -56,7 +56,7 @@ def wide_cuts(plan: Plan) -> Iterator[Cut]:
 
 
 def with_boundaries(plan: Plan, cuts: Iterable[Cut], kind: BoundaryKind) -> Plan:
-    """Return the plan with another kind of boundary at these cuts."""
+    """Returns the plan with another kind of boundary at these cuts."""
     chosen = set(cuts)
 
     def changed(p: int, pipeline: Pipeline) -> Pipeline:

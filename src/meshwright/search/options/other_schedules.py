@@ -40,9 +40,12 @@ from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
-FINALISTS, FINALISTS_OF_MANY = 12, 6
+FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
 fewer."""
+
+SIMULATED = 4
+"""Plans beside them that are fast in 1F1B or GPipe, as the simulator has found."""
 
 PLAYED = 6
 """Plans with an order that are simulated."""
@@ -138,10 +141,19 @@ def finalists(incumbent: Incumbent) -> list[Plan]:
     for strategy in sorted(rated, key=rated.__getitem__):
         if rated[strategy] >= incumbent.limit * (1 + ROUGH):
             break
-        if any(len(each.stages) > 1 and each.micro_batches > 1 for each in strategy[1]):
+        if _has_order(strategy):
             builds.setdefault(_build(strategy), strategy)
     most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
-    return [plans.get(each) or _plan(incumbent, each) for each in islice(builds.values(), most)]
+    chosen = [plans.get(each) or _plan(incumbent, each) for each in islice(builds.values(), most)]
+    hopeful = (plan for each, plan in plans.items() if _has_order(each) and plan not in chosen)
+    by_name = {plan.name: plan for plan in reversed(list(hopeful))}
+    simulated = [plan for plan in plans.values() if by_name.get(plan.name) is plan]
+    return [*chosen, *simulated[:SIMULATED]]
+
+
+def _has_order(strategy: Strategy) -> bool:
+    """True if there is an order to choose."""
+    return any(len(each.stages) > 1 and each.micro_batches > 1 for each in strategy[1])
 
 
 def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:

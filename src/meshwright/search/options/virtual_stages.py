@@ -1,4 +1,4 @@
-"""Beside the choice of an order: several stages on each device, for plans whose devices wait.
+"""Proposes several stages on each device, for plans whose devices wait.
 
 A pipeline fills and drains in the time of its stages; cut in two, they take half of that, for twice
 as many transfers. The layers of every finalist are cut anew into several stages for each group of
@@ -62,7 +62,7 @@ PLAYED = 3
 
 @dataclass(frozen=True, slots=True)
 class _DividedPlan:
-    """A divided plan that fits, in the order in which the quick clock likes it best."""
+    """Describes a divided plan that fits, in the order that makes it fastest by `program.work`."""
 
     seconds: float
     after: float
@@ -72,7 +72,7 @@ class _DividedPlan:
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Divide the stages of each finalist in every layout, where that may be faster; the fastest
+    """Divides the stages of each finalist in every layout, where that may be faster; the fastest
     few are proposed, and the best two of them with schedules made for them."""
     drafts: list[_DividedPlan] = []
     for plan in finalists(incumbent):
@@ -103,7 +103,7 @@ OPTION = PlanOption("virtual-stages", propose)
 
 
 def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
-    """Propose a divided plan with a schedule made for it."""
+    """Proposes a divided plan with a schedule made for it."""
     made = listed_orders(draft.works, LISTED)
     if made is not None and made[0] + draft.after < incumbent.limit:
         plan = in_listed_orders(draft.plan, made[1])
@@ -119,7 +119,7 @@ def _hopeful(incumbent: Incumbent, plan: Plan) -> bool:
 
 
 def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
-    """Divide the stages of a plan in every layout."""
+    """Divides the stages of a plan in every layout."""
     costs = incumbent.costs
     after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
     for schedule, chunks in LAYOUTS:
@@ -140,9 +140,9 @@ def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]
 def divided_plan(
     costs: Costs, plan: Plan, schedule: ScheduleName, chunks: int, limit: float = float("inf")
 ) -> Plan | Pruned:
-    """The plan with `chunks` stages on every group of devices, in the layout that the schedule
-    plays; or why there is none: too few layers, not enough memory even where groups recompute, or
-    pipelines that would take `limit` seconds in closed form."""
+    """Returns the plan with `chunks` stages on every group of devices, in the layout that the
+    schedule plays; or why there is none: too few layers, not enough memory even where groups
+    recompute, or pipelines that would take `limit` seconds in closed form."""
     candidates = [candidate_of(pipeline) for pipeline in plan.pipelines]
     layouts = [_layout(schedule, len(candidate.stages), chunks) for candidate in candidates]
     if any(sum(map(len, layout)) > len(costs.model.layers) for layout in layouts):
@@ -193,7 +193,7 @@ def _any_of(groups: tuple[tuple[str, ...], ...], names: set[str]) -> bool:
 
 
 def _layout(schedule: ScheduleName, groups: int, chunks: int) -> StageLayout:
-    """The stages of every group."""
+    """Returns the stages of every group."""
     if schedule == "zb-v":
         return tuple((g, 2 * groups - 1 - g) for g in range(groups))
     each = chunks if groups > 1 else 1

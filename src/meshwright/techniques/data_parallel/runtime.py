@@ -154,7 +154,8 @@ second."""
 
 @cache
 def reduction_starts() -> dict[Op, StartReduction]:
-    """How each operation that sums gradients is started, those of the techniques included."""
+    """Returns how each operation that sums gradients is started, those of the techniques
+    included."""
     return {op: start for starts in provided("runtime", "STARTS") for op, start in starts.items()}
 
 

@@ -6,22 +6,30 @@ megatron/core/optimizer/distrib_optimizer.py of Megatron-LM 0.20, which accelera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
-from meshwright.export.answers import ExportedTraining, PropertyAnswer
-from meshwright.plan.spec import Plan, StateDivision
+from meshwright.export.answers import (
+    ExportedTraining,
+    PropertyAnswer,
+    StageSwitch,
+    switch_of_all,
+    switch_of_none,
+)
+from meshwright.plan.spec import Plan
 from meshwright.techniques.state_division.plan import divides_optimizer
 
 PROPERTY = "stage.states"
-MEND = "`meshwright plan --forbid divided-states` makes a plan without them"
-
-Value = StateDivision | None
-Lines = Callable[[bool, ExportedTraining], Iterable[str]]
+_DIVIDED = StageSwitch(
+    "states",
+    divides_optimizer,
+    mend="; `meshwright plan --forbid divided-states` makes a plan without them",
+)
 
 
 def answers(tool: str) -> dict[str, PropertyAnswer]:
     """Returns the answer of a tool for `Stage.states`; one that is not known here refuses it."""
-    return {PROPERTY: _OF_TOOLS.get(tool, _none(f"{tool} divides no optimizer states"))}
+    unknown = switch_of_none(_DIVIDED, f"{tool} divides no optimizer states")
+    return {PROPERTY: _OF_TOOLS.get(tool, unknown)}
 
 
 def beside_the_schedule(plan: Plan) -> Iterator[str]:
@@ -32,30 +40,10 @@ def beside_the_schedule(plan: Plan) -> Iterator[str]:
         yield f"the optimizer states of {which}, which the replicas are to divide (ZeRO-1)"
 
 
-def _none(lacks: str) -> PropertyAnswer:
-    """Refuses divided states; `lacks` says what the tool has not."""
-    return PropertyAnswer(
-        "refused",
-        wanted=lambda value, _: f"none: {lacks}; {MEND}" if divides_optimizer(value) else "",
-    )
-
-
-def _switch(told: str, tool: str, write: Lines, *, only_adamw: bool = False) -> PropertyAnswer:
-    """Writes the lines of a tool that has one switch for all stages."""
-
-    def wanted(value: Value, asked: ExportedTraining) -> str:
-        if not divides_optimizer(value):
-            return ""
-        if not all(divides_optimizer(stage.states) for stage in asked.plan.stages):
-            return f"the same in all stages: {tool} has one switch for all; {MEND}"
-        if only_adamw and asked.plan.job.optimizer != "adamw":
-            own = f"{tool} divides only the states of Adam"
-            return f"none with {asked.plan.job.optimizer}: {own}; {MEND}"
-        return ""
-
-    return PropertyAnswer(
-        told, write=lambda value, asked: write(divides_optimizer(value), asked), wanted=wanted
-    )
+def _only_adamw(asked: ExportedTraining) -> str:
+    optimizer = asked.plan.job.optimizer
+    own = f"Megatron-LM divides only the states of Adam, not of {optimizer}"
+    return "" if optimizer == "adamw" else own
 
 
 def _megatron(divided: bool, _: ExportedTraining) -> list[str]:
@@ -80,23 +68,26 @@ def _deepspeed(divided: bool, asked: ExportedTraining) -> list[str]:
 
 
 _OF_TOOLS = {
-    "DeepSpeed": _switch(
-        "`zero_optimization.stage` 1, all stages or none", "DeepSpeed", _deepspeed
-    ),
-    "Megatron-LM": _switch(
-        "`--use-distributed-optimizer`, all stages or none",
+    "DeepSpeed": switch_of_all(_DIVIDED, "`zero_optimization.stage` 1", "DeepSpeed", _deepspeed),
+    "Megatron-LM": switch_of_all(
+        _DIVIDED,
+        "`--use-distributed-optimizer`",
         "Megatron-LM",
         _megatron,
-        only_adamw=True,
+        _only_adamw,
     ),
-    "accelerate's Megatron-LM plugin": _switch(
-        "`megatron_lm_use_distributed_optimizer`, all stages or none",
+    "accelerate's Megatron-LM plugin": switch_of_all(
+        _DIVIDED,
+        "`megatron_lm_use_distributed_optimizer`",
         "Megatron-LM",
         _plugin,
-        only_adamw=True,
+        _only_adamw,
     ),
-    "accelerate": _none(
-        "without its Megatron-LM plugin accelerate replicates them, or divides weights as well"
+    "accelerate": switch_of_none(
+        _DIVIDED,
+        "without its Megatron-LM plugin accelerate replicates them, or divides weights as well",
     ),
-    "torchtitan": _none("torchtitan's FSDP divides weights and gradients as well"),
+    "torchtitan": switch_of_none(
+        _DIVIDED, "torchtitan's FSDP divides weights and gradients as well"
+    ),
 }

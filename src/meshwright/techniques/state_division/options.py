@@ -75,7 +75,8 @@ def _best_of_builds(incumbent: Incumbent) -> list[Evaluated]:
 
 
 def _least_seconds(incumbent: Incumbent, played: Evaluated) -> float:
-    """Estimate the step if each rank updates its share alone, and nothing else takes longer.
+    """Estimates the seconds of the step if each rank updates its share alone, and nothing else
+    takes longer.
 
     The reduce-scatters and gathers that take the place of all-reduces carry as many bytes.
     """

@@ -52,13 +52,13 @@ def prepare(bucket: FlatBucket, i: Instruction) -> None:
 
 
 def _members(bucket: FlatBucket) -> tuple[int, int]:
-    """The number of ranks that divide a bucket, and this rank's place among them."""
+    """Returns the number of ranks that divide a bucket, and this rank's place among them."""
     group = bucket.members[None].group
     return group.size(), group.rank()
 
 
 def _share(bucket: FlatBucket, flat: Tensor) -> Tensor:
-    """This rank's slice of a flat tensor of a bucket."""
+    """Returns this rank's slice of a flat tensor of a bucket."""
     count, rank = _members(bucket)
     return flat.chunk(count)[rank]
 

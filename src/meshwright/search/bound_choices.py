@@ -1,0 +1,250 @@
+"""Lists what may become of a row at every layer in any plan: where it is computed, among how many
+devices and rows, and whether its activations are kept. Lower bounds are minima over these.
+
+Letters: L layers, C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.cost.memory import memory_tables, usable_bytes
+from meshwright.cost.weights import cast_bytes, stage_parameters, weight_bytes
+from meshwright.search.costs import Array, Costs, layer_times
+from meshwright.search.space import usable_devices
+from meshwright.stopping import raise_if_stopped
+from meshwright.techniques.activation_checkpointing.price import repeated_seconds
+from meshwright.techniques.backward_split.price import backward_shares
+
+SINGLE_ROWS = 8
+"""Row counts up to this one are priced one by one; above, in ranges."""
+
+MEASURED_SINGLE_ROWS = 128
+"""The same where layer times were measured."""
+
+
+LEAST_SAVED = 1e-6
+"""Bytes of a row that stand for none."""
+
+ROUNDED = 5
+"""Bytes by which the account of a device may fall short: each of its five parts is rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What may become of a row at each layer; what a layer cannot have takes infinite work."""
+
+    chain: Array
+    """Least seconds [L, C] for which the row itself is on its way through the layer: its forward,
+    and the part of its backward that the layer before waits for."""
+    work: Array
+    """Least device-seconds [L, C] of the row: its share of all that its micro-batch computes."""
+    kept: Array
+    """Least bytes [L, C] of the row that all devices together hold while it is on its way through
+    this layer and those after it."""
+    kind: NDArray[np.int64]
+    """Index [C] of the device type."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """Seconds [L, N] on one tensor rank, for N numbers of rows."""
+
+    rows: Array
+    forward: Array
+    backward: Array
+    inputs: Array
+    """Seconds of the first part of a backward in two."""
+    weights: Array
+    """Seconds of its second part."""
+    again: Array
+    """Seconds of a repeated forward."""
+
+
+def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
+    """Every choice of a device type, a tensor width, rows per micro-batch, and recomputation.
+
+    Rows are counted on one replica. Between two numbers of rows that are priced one after the
+    other, seconds and seconds per row are monotonic, so that all numbers between are bounded by
+    the better end of each: at the lower end a micro-batch takes no longer, at the upper end a row
+    takes no longer.
+    """
+    layers = len(costs.model.layers)
+    found = [(np.zeros((layers, 0)),) * 3]
+    numbers: list[int] = []
+    kept = _kept_bytes(costs)
+    for k, kind in enumerate(kinds):
+        for tensor in tensor_widths(costs):
+            raise_if_stopped()
+            for each in _choices(costs, kind, tensor, kept):
+                found.append(each)
+                numbers += [k] * each[0].shape[1]
+    chain, work, held = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    return Choices(chain, work, held, np.array(numbers, dtype=np.int64))
+
+
+def tensor_widths(costs: Costs) -> list[int]:
+    """Tensor widths that can pay for some layer: those that divide it, and those that were
+    measured. On any other width every device computes and holds as much as on the next narrower
+    one. A tensor group may be spread over nodes."""
+    most = len(usable_devices(costs))
+    units = {layer.along("tensor").units for layer in costs.model.layers} - {0}
+    widest = min(most, max(units, default=1))
+    widths = {t for t in range(1, widest + 1) if any(unit % t == 0 for unit in units)}
+    widths |= {entry.tensor for entry in costs.profile.layers} if costs.profile else set()
+    return sorted(width for width in {1, *widths} if width <= most)
+
+
+def row_counts(costs: Costs) -> list[int]:
+    """Rows per micro-batch to price. The roofline's seconds rise with the rows and its seconds per
+    row fall; measured times may do anything between two measurements but bend."""
+    most = costs.job.global_batch
+    single = SINGLE_ROWS if costs.profile is None else MEASURED_SINGLE_ROWS
+    counts = {*range(1, min(most, single) + 1), most}
+    counts |= {n << i for i in range(most.bit_length()) for n in (2, 3) if n << i <= most}
+    counts |= {entry.rows for entry in costs.profile.layers} if costs.profile else set()
+    return sorted(n for n in counts if n <= most)
+
+
+def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
+    """Return how many rows of each layer's saved tensors a device can hold; 0 where not one fits or
+    the width does not divide the layer.
+
+    Beside them it holds the weights of the layer, their gradients and casts, and of their optimizer
+    states at least an equal share of what all devices together must have, since a plan may divide
+    them. A stage that recomputes holds what a layer saves during the layer's backward.
+    """
+    tables, layers = memory_tables(costs.model, costs.job), costs.model.layers
+    weights, unit = tables.plain.weights, tables.plain.weights.unit
+    first = np.arange(len(layers))
+    alone = (first, first + 1)
+    states = unit.gradients + unit.optimizer / len(usable_devices(costs))
+    held = weight_bytes(weights, alone, tensor) + cast_bytes(weights, alone, tensor)
+    held = held + stage_parameters(weights, alone, tensor) * states
+    split, whole = np.diff(tables.plain.saved_split), np.diff(tables.plain.saved_replicated)
+    room = usable_bytes(costs.cluster.types[kind]) + ROUNDED - held
+    saved = whole + split / tensor
+    batch = float(costs.job.global_batch)
+    rows = np.floor(room / np.maximum(saved, LEAST_SAVED))
+    rows = np.where(room >= 0, np.minimum(rows, batch), 0.0)
+    divides = np.array([layer.along("tensor").units % tensor == 0 for layer in layers])
+    found: Array = np.where(divides, rows, 0.0)
+    return found
+
+
+def _choices(
+    costs: Costs, kind: str, tensor: int, kept: tuple[Array, Array]
+) -> list[tuple[Array, Array, Array]]:
+    """Chain, work and kept bytes [L, C] on `tensor` devices of a type, with activations that are
+    kept and with those that are computed again."""
+    most = most_rows(costs, kind, tensor)[:, None]
+    if most.max() < 1:
+        return []
+    priced = _priced(costs, kind, tensor, row_counts(costs))
+    chain, work = _micro_batch(costs, priced, most)
+    found = []
+    for repeats, held in zip((0.0 * priced.again, priced.again), kept, strict=True):
+        whole_chain, whole_work = chain + repeats, tensor * (work + repeats) / priced.rows
+        gaps = np.flatnonzero(np.diff(priced.rows) > 1)
+        there = np.concatenate([priced.rows <= most, priced.rows[gaps] < most], axis=1)
+        whole_chain, whole_work = (
+            np.concatenate([each, np.minimum(each[:, gaps], each[:, gaps + 1])], axis=1)
+            for each in (whole_chain, whole_work)
+        )
+        work_or_never = np.where(there, whole_work, np.inf)
+        found.append((whole_chain, work_or_never, np.broadcast_to(held[:, None], there.shape)))
+    return found
+
+
+def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Array]:
+    """Least seconds [L, N] of a micro-batch: those that the layer before waits for, and all.
+
+    A backward is whole or in two parts. The second part may take several micro-batches at once, as
+    far as a device can hold what waits for it: as much as the forward saved (`deferred_bytes`), but
+    half of it in the last layer in 16-bit precision, and nothing where no weights are trained.
+    """
+    limit = most.copy()
+    if memory_tables(costs.model, costs.job).plain.weights.unit.casts:
+        limit[-1] = 2 * (most[-1] + 1)
+    limit[_untrained(costs)] = costs.job.global_batch
+    # The last number that counts is the first that memory does not hold: it bounds those below it.
+    below = np.concatenate([[0.0], priced.rows[:-1]]) < limit
+    of_row = np.where(below, priced.weights / priced.rows, np.inf)
+    least_of_row = np.minimum.accumulate(of_row[:, ::-1], axis=1)[:, ::-1]
+    parts = priced.inputs + priced.rows * least_of_row
+    work = priced.forward + np.minimum(priced.backward, parts)
+    chain = priced.forward + np.minimum(priced.backward, priced.inputs)
+    chain[0] = work[0]
+    return chain, work
+
+
+def _untrained(costs: Costs) -> list[int]:
+    """The layers without weights that are trained."""
+    trained = {n for tied in costs.model.tied if tied.parameters for n in tied.layers}
+    layers = enumerate(costs.model.layers)
+    return [n for n, layer in layers if not (layer.parameters or n in trained)]
+
+
+def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Priced:
+    """Seconds on one tensor rank of a type, with the least that tensor ranks take to meet."""
+    device, model = costs.cluster.types[kind], costs.model
+    columns = []
+    for rows in counts:
+        times = layer_times(costs, kind, tensor, rows)
+        shares = backward_shares(model, device, tensor, rows, costs.profile)
+        ahead, back = _meeting_seconds(costs, kind, tensor, rows)
+        again = repeated_seconds(model, (0, len(model.layers)), times.forward)
+        columns.append(
+            (
+                times.forward + ahead,
+                times.backward + back,
+                times.backward * shares[:, 0] + back,
+                times.backward * shares[:, 1],
+                again,
+            )
+        )
+    return _Priced(np.array(counts, dtype=np.float64), *np.array(columns).transpose(1, 2, 0))
+
+
+def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
+    """Least seconds [L] of the all-reduces that end each layer's forward and backward: over the
+    best link that a device of this type has."""
+    layers = costs.model.layers
+    if tensor == 1:
+        return np.zeros(len(layers)), np.zeros(len(layers))
+    latency, slope = _best_link(costs, kind)
+    steps = 2 * (tensor - 1)
+
+    def seconds(sizes: Sequence[float]) -> float:
+        return sum(steps * (latency + size * rows / tensor * slope) for size in sizes)
+
+    held = [layer.along("tensor") for layer in layers]
+    return (
+        np.array([seconds(each.forward_all_reduce_bytes) for each in held]),
+        np.array([seconds(each.backward_all_reduce_bytes) for each in held]),
+    )
+
+
+def _best_link(costs: Costs, kind: str) -> tuple[float, float]:
+    """Least latency and least seconds per byte of all links that end at a device of a type."""
+    nodes = [node for node in costs.cluster.nodes if kind in node.devices]
+    names = {node.name for node in nodes}
+    links = [link for node in nodes for link in (node.inside, node.network)]
+    links += [each.link for each in costs.cluster.direct if names.intersection(each.between)]
+    latency = max(min(link.latency for link in links), costs.step_latency)
+    return latency, 1 / max(link.bandwidth for link in links)
+
+
+def _kept_bytes(costs: Costs) -> tuple[Array, Array]:
+    """Bytes [L] of a row that a layer keeps for its backward on all devices of a replica together:
+    as it is, and where it computes its activations again."""
+    tables = memory_tables(costs.model, costs.job)
+    plain, again = (
+        np.diff(each.saved_replicated + each.saved_split)
+        for each in (tables.plain, tables.recomputed)
+    )
+    return plain, again
