@@ -6,6 +6,7 @@ local optima and the neighbours of the best of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from meshwright.search import neighbourhood
 from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
-from meshwright.search.exact import LIMIT, prospects, space_size
+from meshwright.search.exact import LIMIT, in_best_order, prospects, space_size
 from meshwright.search.explore import Progress, is_large
 from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
 from meshwright.search.neighbourhood import Move
@@ -268,7 +269,18 @@ def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Prog
             return False
         try_candidate(incumbent, (prospect.schedule, prospect.pipelines))
     tell("simulating", len(found), len(found))
+    _promise_all(incumbent)
     return True
+
+
+def _promise_all(incumbent: Incumbent) -> None:
+    """Tell the incumbent which strategies of a small space may win in the best order of work."""
+    if incumbent.any_order:
+        costs, limit = incumbent.costs, incumbent.limit
+        found = prospects(costs, ("1f1b",), limit, Counter(), seconds_of=in_best_order) or []
+        for each in found[:PROMISING]:
+            seconds = candidate_seconds(costs, each.pipelines, "best")
+            incumbent.promising["1f1b", each.pipelines] = seconds
 
 
 MOVES: tuple[Move, ...] = (

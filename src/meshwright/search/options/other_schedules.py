@@ -83,7 +83,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     """
     costs = incumbent.costs
     every: list[_Ordered] = []
-    for plan in finalists(incumbent):
+    for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
@@ -122,9 +122,9 @@ def _ordered(costs: Costs, plan: Plan) -> list[_Ordered]:
 OPTION = PlanOption("schedules", propose)
 
 
-def finalists(incumbent: Incumbent) -> list[Plan]:
-    """The plans that are fastest in the best order of work, if there is an order to choose and they
-    could win by it; one of those that differ in their cuts alone."""
+def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
+    """The plans that are fastest in the best order of work, in less than `limit` seconds, if there
+    is an order to choose; one of those that differ in their cuts alone."""
     costs = incumbent.costs
     rated: dict[Strategy, float] = dict(incumbent.promising)
     plans: dict[Strategy, Plan] = {}
@@ -136,9 +136,9 @@ def finalists(incumbent: Incumbent) -> list[Plan]:
             rated[strategy] = candidate_seconds(costs, pipelines, "best")
     builds: dict[object, Strategy] = {}
     for strategy in sorted(rated, key=rated.__getitem__):
-        if rated[strategy] >= incumbent.limit * (1 + ROUGH):
+        if rated[strategy] >= limit:
             break
-        if any(len(each.stages) > 1 and each.micro_batches > 1 for each in strategy[1]):
+        if any(len(each.stages) > 1 for each in strategy[1]):
             builds.setdefault(_build(strategy), strategy)
     most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
     return [plans.get(each) or _plan(incumbent, each) for each in islice(builds.values(), most)]
