@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from meshwright.cost.links import overhead_seconds
 from meshwright.search.pipeline_seconds import pipeline_seconds
@@ -40,38 +40,36 @@ def between_sites(context: EstimateContext, estimates: Sequence[TemplateEstimate
     )
 
 
-def pace(context: EstimateContext, each: TemplateEstimate) -> float:
-    """Rows per second of a pipeline that is full."""
+def pace(context: EstimateContext, each: TemplateEstimate) -> tuple[float, float]:
+    """Returns the seconds until a pipeline is full and after that it drains, and its rows per
+    second while it is full."""
     key = each.template, each.bounds
     found = context.paces.get(key)
     if found is None:
-        one, many = (pipeline_seconds(each.prices, count, context.order) for count in (1, 33))
-        found = context.paces[key] = each.template.rows / ((many - one) / 32)
+        some, many = (pipeline_seconds(each.prices, count, context.order) for count in (17, 49))
+        slope = (many - some) / 32
+        found = context.paces[key] = max(0.0, many - 49 * slope), each.template.rows / slope
     return found
+
+
+def least_seconds(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
+    """Seconds of a step if all pipelines end at the same time and hide their reductions."""
+    paces = [pace(context, each) for each in estimates]
+    speed = sum(each for _, each in paces)
+    filled = sum(fill * each for fill, each in paces)
+    return (context.costs.job.global_batch + filled) / speed + after(context, estimates)
 
 
 def whole_seconds(
     context: EstimateContext, estimates: Sequence[TemplateEstimate], counts: Sequence[float]
 ) -> float:
     """Seconds of a step of these pipelines with these numbers of micro-batches."""
-    return seconds_by_counts(context, estimates)(counts)
-
-
-def seconds_by_counts(
-    context: EstimateContext, estimates: Sequence[TemplateEstimate]
-) -> Callable[[Sequence[float]], float]:
-    """Seconds of a step of these pipelines as a function of their numbers of micro-batches. What a
-    pipeline takes with a number is worked out once: thousands of combinations have few numbers."""
     delay = context.costs.system.reduction_delay
     crowded = len(estimates) > 1
-    rendezvous, later = between_sites(context, estimates), after(context, estimates)
-    exposed = [max(each.exposed(delay, crowded=crowded), rendezvous) for each in estimates]
-    known: list[dict[float, float]] = [{} for _ in estimates]
-
-    def alone(k: int, count: float) -> float:
-        if count not in known[k]:
-            spent = pipeline_seconds(estimates[k].prices, max(1, round(count)), context.order)
-            known[k][count] = spent + exposed[k]
-        return known[k][count]
-
-    return lambda counts: later + max(alone(k, count) for k, count in enumerate(counts))
+    rendezvous = between_sites(context, estimates)
+    ends = [
+        pipeline_seconds(each.prices, max(1, round(count)), context.order)
+        + max(each.exposed(delay, crowded=crowded), rendezvous)
+        for each, count in zip(estimates, counts, strict=True)
+    ]
+    return max(ends) + after(context, estimates)

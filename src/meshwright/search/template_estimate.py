@@ -98,8 +98,10 @@ class EstimateContext:
     groups: dict[tuple[int, int, int], GroupFacts] = field(default_factory=dict)
     grids: dict[tuple[int, ...], Ints] = field(default_factory=dict)
     """Depths worth a look, by the number of them for every class."""
-    paces: dict[tuple[PipelineTemplate, tuple[int, ...]], float] = field(default_factory=dict)
-    """Rows per second of templates with cuts."""
+    paces: dict[tuple[PipelineTemplate, tuple[int, ...]], tuple[float, float]] = field(
+        default_factory=dict
+    )
+    """Seconds to fill and drain, and rows per second, of templates with cuts."""
 
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, permutations, product
-from operator import itemgetter
 
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.candidate import CandidatePipeline
@@ -26,7 +25,7 @@ from meshwright.search.device_classes import (
 )
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.pipeline_seconds import Order
-from meshwright.search.plan_estimate import pace, seconds_by_counts, whole_seconds
+from meshwright.search.plan_estimate import least_seconds, pace, whole_seconds
 from meshwright.search.share_out import counts_near
 from meshwright.search.space import divisors
 from meshwright.search.template_builds import SLACK, Task, group_count, scored_templates
@@ -39,8 +38,9 @@ from meshwright.search.template_estimate import (
 )
 from meshwright.stopping import raise_if_stopped
 
-ESTIMATED = 400
-"""Templates of one block of device classes that are cut, most promising first."""
+ESTIMATED, PATIENCE = 400, 40
+"""Templates of one block of device classes that are cut, most promising first: at most, and after
+the last one that was faster than all before."""
 
 OFFERED = 6
 """Pipelines of a block that are combined with those of other blocks."""
@@ -50,6 +50,9 @@ COMBINED = 1_300
 
 ALIKE = 2
 """Strategies of one build that are offered."""
+
+PACED = 6
+"""Sizes of micro-batches at which the speed of a device class is looked at."""
 
 TURNED = 3
 """Device classes of a pipeline up to which they are tried in every order."""
@@ -115,11 +118,15 @@ def _pipelines(choice: Choice, schedule: ScheduleName) -> tuple[CandidatePipelin
 def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> Iterator[Choice]:
     """Strategies of one tensor width, then pipelines with a width for every device class."""
     widths = _tensor_widths(context)
+    batch = context.costs.job.global_batch
     for tensor in widths:
+        known: Offers = {}
         for grouping in sorted(groupings(_rated(context, tensor)), key=_simplest_first):
             if best < float("inf") and out_of_time():
                 return
-            for choice in _grouped(context, tensor, grouping, best):
+            if batch / _speed(grouping) > best:
+                continue
+            for choice in _grouped(context, tensor, grouping, best, known):
                 best = min(best, choice.seconds)
                 yield choice
     single = [g[0] for g in groupings(_rated(context, 1)) if len(g) == 1 and len(g[0]) > 1]
@@ -128,7 +135,7 @@ def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> I
         for tensors in _unlike(context, numbers, widths):
             if out_of_time():
                 return
-            task = Task(context, numbers, tensors, context.costs.job.global_batch, True, best)
+            task = Task(context, numbers, tensors, batch, True, best)
             for choice in _alone(context, _offers(task)):
                 best = min(best, choice.seconds)
                 yield choice
@@ -154,28 +161,36 @@ def _unlike(
                 yield chosen
 
 
+Offers = dict[tuple[tuple[int, ...], float], list[TemplateEstimate]]
+"""Pipelines of blocks of device classes for a share of the batch."""
+
+
 def _grouped(
-    context: EstimateContext, tensor: int, grouping: Grouping, best: float
+    context: EstimateContext, tensor: int, grouping: Grouping, best: float, known: Offers
 ) -> Iterator[Choice]:
     """Strategies with a pipeline on each block of device classes."""
     batch = context.costs.job.global_batch
-    speed = sum(rated.speed for block in grouping for rated in block)
+    speed = _speed(grouping)
     alone = len(grouping) == 1
     offers = []
     for block in grouping:
         numbers = tuple(rated.number for rated in block)
         share = batch * sum(rated.speed for rated in block) / speed
-        task = Task(context, numbers, (tensor,) * len(numbers), share, alone, best)
-        offers.append(_offers(task))
+        if (numbers, share) not in known:
+            task = Task(context, numbers, (tensor,) * len(numbers), share, alone, best)
+            known[numbers, share] = _offers(task)
+        offers.append(known[numbers, share])
     if alone:
         yield from _alone(context, offers[0])
         return
     each = max(1, min(OFFERED, int(COMBINED ** (1 / len(offers)))))
     for chosen in product(*(offer[:each] for offer in offers)):
         raise_if_stopped()
-        shared = _shared_out(context, chosen, batch)
-        if shared is not None:
-            yield shared
+        if least_seconds(context, chosen) < best:
+            shared = _shared_out(context, chosen, batch)
+            if shared is not None:
+                best = min(best, shared.seconds)
+                yield shared
 
 
 def _alone(context: EstimateContext, offers: Sequence[TemplateEstimate]) -> Iterator[Choice]:
@@ -188,11 +203,7 @@ def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
     """Returns the device classes whose nodes a tensor width divides: site by site, the fastest site
     and at each the fastest class first, so that pipelines cross from site to site once."""
     able = [
-        RatedClass(
-            i,
-            each.site,
-            group_count(context, i, tensor) / group_facts(context, i, tensor, 1).whole,
-        )
+        RatedClass(i, each.site, _class_speed(context, i, tensor))
         for i, each in enumerate(context.classes)
         if each.each % tensor == 0
     ]
@@ -202,41 +213,67 @@ def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
     return sorted(able, key=lambda rated: (-sites[rated.site], rated.site, -rated.speed))
 
 
+def _class_speed(context: EstimateContext, device_class: int, tensor: int) -> float:
+    """Rows per second of all devices of a class that are never idle, at the best of a few sizes of
+    micro-batches."""
+    sizes = divisors(context.costs.job.global_batch)[:PACED]
+    pace = min(group_facts(context, device_class, tensor, rows).whole / rows for rows in sizes)
+    return group_count(context, device_class, tensor) / pace
+
+
+def _speed(grouping: Grouping) -> float:
+    return sum(rated.speed for block in grouping for rated in block)
+
+
 def _simplest_first(grouping: Grouping) -> tuple[int, float]:
     """Few pipelines, then much speed: what is found early bounds what comes later."""
-    return len(grouping), -sum(rated.speed for block in grouping for rated in block)
+    return len(grouping), -_speed(grouping)
 
 
 def _offers(task: Task) -> list[TemplateEstimate]:
     """The best pipelines of a block of classes for about a share of the batch, best first."""
     orders = _orders(task)
-    found: list[tuple[float, int, TemplateEstimate]] = []
-    best = task.limit
+    found: list[_Found] = []
+    best, last = task.limit, 0
     for number, (seconds, template) in enumerate(islice(scored_templates(task), ESTIMATED)):
         raise_if_stopped()
-        if seconds > SLACK * best:
+        if seconds > SLACK * best or number - last > PATIENCE:
             break
-        for turned in orders:
-            runs = tuple(template.runs[i] for i in turned)
-            estimate = estimate_template(
-                task.context,
-                PipelineTemplate(runs, template.rows),
-                max(1, round(task.share / template.rows)),
-            )
-            if estimate is not None:
-                exact = whole_seconds(task.context, (estimate,), (task.share / template.rows,))
-                best = min(best, exact)
-                found.append((exact, len(orders) * number, estimate))
-    found.sort(key=itemgetter(0, 1))
-    return [estimate for _, _, estimate in found[: 4 * OFFERED if task.alone else 2 * OFFERED]]
+        for turned in orders[:2]:
+            found += _in_order(task, template, turned, len(found))
+        least = min((each[0] for each in found), default=best)
+        if least < best:
+            best, last = least, number
+    for _, _, template, _ in sorted(found)[:OFFERED]:
+        for turned in orders[2:]:
+            found += _in_order(task, template, turned, len(found))
+    most = (4 if task.alone else 2) * OFFERED
+    return [estimate for _, _, _, estimate in sorted(found)[:most]]
+
+
+_Found = tuple[float, int, PipelineTemplate, TemplateEstimate]
+"""Seconds, a number that tells it from all others, a template before and after it was turned."""
+
+
+def _in_order(
+    task: Task, template: PipelineTemplate, order: Sequence[int], number: int
+) -> Iterator[_Found]:
+    """Yields a template with its classes in another order, if it fits."""
+    turned = PipelineTemplate(tuple(template.runs[i] for i in order), template.rows)
+    count = max(1, round(task.share / template.rows))
+    estimate = estimate_template(task.context, turned, count)
+    if estimate is not None:
+        exact = whole_seconds(task.context, (estimate,), (task.share / template.rows,))
+        yield exact, number, template, estimate
 
 
 def _orders(task: Task) -> list[tuple[int, ...]]:
-    """Orders of the classes of a block that stay at a site until they leave it for good."""
+    """Orders of the classes of a block that stay at a site until they leave it for good; first as
+    they are and the other way round."""
     number = len(task.block)
     sites = [task.context.classes[i].site for i in task.block]
     if number <= TURNED:
-        every = list(permutations(range(number)))
+        every = [tuple(range(number)), tuple(range(number))[::-1], *permutations(range(number))]
     else:
         halves = [[i for i in range(number) if sites[i] == site] for site in dict.fromkeys(sites)]
         every = []
@@ -257,9 +294,14 @@ def _shared_out(
     soonest."""
     paces = [pace(context, each) for each in chosen]
     rows = [each.template.rows for each in chosen]
-    seconds_of = seconds_by_counts(context, chosen)
-    best = min(
-        ((seconds_of(counts), counts) for counts in counts_near(paces, rows, batch)),
+    counts = min(
+        counts_near([speed for _, speed in paces], rows, batch),
+        key=lambda counts: max(
+            fill + count * each / speed
+            for (fill, speed), count, each in zip(paces, counts, rows, strict=True)
+        ),
         default=None,
     )
-    return Choice(best[0], context, chosen, best[1]) if best else None
+    if counts is None:
+        return None
+    return Choice(whole_seconds(context, chosen, counts), context, chosen, counts)
