@@ -1,7 +1,7 @@
 """Improves on the best regular grid: exhaustively on small inputs, by hill climbs on large ones.
 
-A hill climb compares strategies by a simulation of their stages. The full simulator judges the
-local optima and the neighbours of the best of them.
+A hill climb compares strategies in closed form, in the best order of work that memory allows. The
+simulator judges the local optima and the neighbours of the best of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
 lies near the best in the end."""
 
 HOPEFUL = 1.8
-"""Times the best stage-level simulation beyond which a strategy is not climbed from."""
+"""Times the seconds of the best strategy, in closed form, beyond which one is not climbed from."""
 
 ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""
@@ -68,8 +68,8 @@ PROMISING = 400
 """Strategies, the fastest in the best order of work, from which finalists are chosen."""
 
 SLACK = 0.02
-"""Relative excess of a stage-level simulation over the best one's within which the simulator may
-see it differently."""
+"""Relative excess over the best strategy, in closed form, within which the simulator may see it
+differently."""
 
 
 def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
@@ -142,8 +142,8 @@ def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
 
 
 def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by the stage-level simulation: those played already,
-    those made of whole pools, and those cut from rows of devices."""
+    """The best strategies of different builds, in closed form: those played already, those made of
+    templates, and those cut from rows of devices."""
     tell("composing", 0, 2)
     incumbent = search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
@@ -306,7 +306,7 @@ FITTING_STAGE = 30
 
 @dataclass(slots=True)
 class LocalSearch:
-    """What has been simulated stage by stage, and how many steps may still be spent."""
+    """What has been estimated, and how many steps may still be spent."""
 
     incumbent: Incumbent
     schedules: Sequence[ScheduleName]
@@ -321,8 +321,8 @@ class LocalSearch:
 
 
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
-    """Seconds by the stage-level simulation, infinite where it does not fit; where they are not
-    below the limit, perhaps only a bound."""
+    """Seconds in closed form, infinite where it does not fit; where they are not below the limit,
+    perhaps only a bound."""
     raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:

@@ -1,7 +1,7 @@
 """The last choice: in which order the stages of the best plans work.
 
-The search ranks plans in the orders 1F1B and GPipe, for which it has bounds. Then the best of them
-are tried in every order that there is, and in one made for them by the list scheduler: program.work
+The search ranks strategies in the best order of work that memory allows. Then the best of them are
+tried in every order that there is, and in one made for them by the list scheduler: program.work
 times all, and the simulator runs the few fastest that fit.
 """
 
