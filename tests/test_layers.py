@@ -105,7 +105,7 @@ ROOM_LINES = {
     "report": 1_900,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 8_350,
+    "search": 8_400,
     "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_850,

@@ -16,7 +16,7 @@ from meshwright.errors import FitError, PlanError
 from meshwright.plan.validate import validate_plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
-from meshwright.search import plan_estimate, template_builds, template_search
+from meshwright.search import template_builds, template_search
 from meshwright.search.balanced_estimate import Builds, balanced
 from meshwright.search.candidate import plan_of
 from meshwright.search.candidate_estimate import pipeline_prices
@@ -32,14 +32,13 @@ from meshwright.search.device_classes import (
     written,
 )
 from meshwright.search.layer_partition import fit_pipeline
-from meshwright.search.pipeline_seconds import Order, pipeline_seconds
+from meshwright.search.pipeline_seconds import Order
 from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.share_out import NEAR, TRIED, counts_near
 from meshwright.search.template_estimate import cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import portion, tenth
-from worlds import NVLINK, cluster, device, job, model
+from worlds import NVLINK, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
@@ -121,6 +120,24 @@ def test_stage_runs_are_written_on_devices_of_their_own(units, depth, width, ten
         assert all(len({name.split(":")[0] for name in u}) == 1 for s in stages for u in s)
         assert len(set(names)) == len(names) == depth * width * tensor
         assert len({name.split(":")[0] for name in names}) <= needed
+
+
+@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from([1, 2]))
+def test_a_class_at_both_ends_of_a_pipeline_takes_no_more_nodes_than_at_one(outer, inner, width):
+    runs = StageRun(0, 1, outer, width, width), StageRun(1, 1, inner, width, width)
+    costs = costs_of(model([1.0]), machines(5, 2, 4), job())
+    every = device_classes(costs)
+    found = list(template_search._around(PipelineTemplate(runs, width)))
+    assert found
+    for template in found:
+        taken = {}
+        stages = written(every, template, taken)
+        names = [name for stage in stages for group in stage for name in group]
+        assert len(stages) == template.depth == outer + inner
+        assert len(set(names)) == len(names) == (outer + inner) * width
+        assert taken == {r.device_class: nodes_for(4, r.depth, width, width) for r in runs}
+        kinds = [every[run.device_class].kind for run, _ in template.stages]
+        assert [costs.devices[stage[0][0]].type for stage in stages] == kinds
 
 
 def test_groupings_of_few_fleets_are_the_partitions_of_every_set():
@@ -248,80 +265,6 @@ def test_holders_of_tied_parameters_must_have_one_tensor_width():
         runs = StageRun(0, 1, 1, 1, 1), StageRun(1, tensor, 1, 1, 1)
         found = estimate_template(context, PipelineTemplate(runs, 1), 16)
         assert (found is not None) == able
-
-
-def three_pipelines(batch):
-    """One pipeline on each of three kinds of devices of unequal speeds."""
-    kinds = ("fast", "slow", "slower")
-    types = tuple(device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds))
-    where = cluster(*((kind,) for kind in kinds), network=NETWORK, types=types, names=kinds)
-    costs = costs_of(model([10.0] * 2), where, job(batch))
-    context = template_search.estimate_context(costs, device_classes(costs), "best")
-    templates = [PipelineTemplate((StageRun(i, 1, 1, 1, 1),), 1) for i in range(3)]
-    return context, tuple(estimate_template(context, each, batch // 3) for each in templates)
-
-
-def test_shares_of_several_pipelines_are_timed_by_pace_not_by_combination(monkeypatch):
-    """More than a hundred combinations of numbers of micro-batches: each pipeline is timed with two
-    numbers, which tell its pace, and with the one that it gets."""
-    context, chosen = three_pipelines(120)
-    asked = []
-
-    def timed(prices, count, order):
-        asked.append(count)
-        return pipeline_seconds(prices, count, order)
-
-    monkeypatch.setattr(plan_estimate, "pipeline_seconds", timed)
-    best = template_search._shared_out(context, chosen, 120)
-    assert sum(best.counts) == 120
-    assert best.counts[0] > best.counts[1] > best.counts[2]
-    tried = len(asked)
-    assert best.seconds == whole_seconds(context, chosen, best.counts)
-    combinations_tried = len(list(counts_near((3.0, 2.0, 1.0), (1, 1, 1), 120)))
-    assert combinations_tried > 100
-    assert tried == 9
-
-
-@given(
-    st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5),
-    st.lists(st.integers(1, 6), min_size=5, max_size=5),
-    st.integers(1, 400),
-)
-def test_numbers_of_micro_batches_add_up_to_the_batch_and_are_near_the_speeds(speeds, rows, batch):
-    rows = rows[: len(speeds)]
-    found = list(counts_near(speeds, rows, batch))
-    assert len(found) == len(set(found)) <= max(2 * TRIED, 2 * NEAR + 1)
-    for counts in found:
-        assert min(counts) >= 1
-        assert sum(c * each for c, each in zip(counts, rows, strict=True)) == batch
-        for count, speed, each in list(zip(counts, speeds, rows, strict=True))[:-1]:
-            ideal = batch * speed / sum(speeds) / each
-            assert abs(count - max(1.0, ideal)) <= NEAR + 0.5
-
-
-def test_a_pace_tells_what_many_micro_batches_take():
-    context, chosen = three_pipelines(120)
-    for each in chosen:
-        fill, speed = plan_estimate.pace(context, each)
-        for count in (17, 49, 1000):
-            assert fill + count / speed == pytest.approx(
-                pipeline_seconds(each.prices, count, "best"), rel=1e-6
-            )
-
-
-def test_pipelines_that_end_together_take_the_least_that_any_share_takes():
-    context, chosen = three_pipelines(120)
-    least = plan_estimate.least_seconds(context, chosen)
-    best = template_search._shared_out(context, chosen, 120)
-    assert least <= best.seconds < 1.1 * least
-    for counts in counts_near((3.0, 2.0, 1.0), (1, 1, 1), 120):
-        assert least <= whole_seconds(context, chosen, counts)
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(4, 50))
-def test_equal_pipelines_may_get_equal_numbers(number, rows, each):
-    found = set(counts_near((1.0,) * number, (rows,) * number, number * rows * each))
-    assert (each,) * number in found
 
 
 @pytest.mark.heavy
