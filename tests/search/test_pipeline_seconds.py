@@ -175,6 +175,22 @@ def test_slow_neighbours_set_the_pace_by_the_round_trips_that_they_hold():
     assert pipeline_seconds(prices, 12, "1f1b") == pytest.approx(6 * 24.0 + 2.0, rel=LEVEL)
 
 
+def test_a_stage_before_all_that_is_trained_waits_for_no_gradient():
+    """A second on each of two stages, the first of which is frozen: a forward and 0.9 s on the way
+    before the other one works for twelve seconds."""
+    prices = PipelinePrices(
+        forward=(1.0, 0.4),
+        backward=(0.0, 0.6),
+        inputs=(0.0, 0.3),
+        weights=(0.0, 0.3),
+        held=(2, 1),
+        ahead=(0.9,),
+        back=(0.0,),
+        busiest=0.0,
+    )
+    assert pipeline_seconds(prices, 12, "1f1b") == pytest.approx(13.9, rel=LEVEL)
+
+
 @given(pipelines(), st.sampled_from(["1f1b", "gpipe", "best"]))
 def test_last_backwards_follow_each_other_from_the_last_stage_to_the_first(drawn, order):
     prices, work = drawn

@@ -127,7 +127,9 @@ def _seconds(
         wait = max(0.0, trips[s] - usual[s] - number * forward)
         kept = later[s] if parted == count else 0.0
         idle = trips[s] + kept - number * work / count
-        if idle > 0.0:
+        if not usual[s]:
+            wait = 0.0  # nothing before this stage is trained: no gradient comes back to it
+        elif idle > 0.0:
             wait += (count - 1) // number * idle
         seconds = start + wait + max(work, work - min(parted, number) * later[s] + end)
         total += seconds
