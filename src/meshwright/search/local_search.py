@@ -15,27 +15,32 @@ from typing import cast
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search import neighbourhood
-from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
+from meshwright.search.candidate import candidate_of, fits, plan_of, tensor_widths_agree
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, in_best_order, prospects, space_size
 from meshwright.search.explore import Progress, is_large
-from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
+from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate, work_of
 from meshwright.search.neighbourhood import Move
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_search import template_strategies
+from meshwright.simulate.symmetry import find_symmetry
 from meshwright.stopping import raise_if_stopped
 
 STEPS = (1_280_000, 40_000, 6_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
-TEMPLATE_STRATEGIES, TEMPLATES_PLAYED = 16, 3
+TEMPLATE_STRATEGIES, TEMPLATES_PLAYED = 16, 2
 """Strategies over whole classes of nodes that are written down, and that are simulated where there
 are too many devices to climb from them."""
 
 CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
 """Shares of the steps: strategies cut from devices in a row, the climbs from all of them, and what
 lies near the best in the end."""
+
+MOST_WORK = 12_000
+"""Micro-batches of simulated ranks of a strategy on a large cluster beyond which others are
+simulated instead: plans whose replicas are unlike have many ranks that differ."""
 
 HOPEFUL = 1.8
 """Times the seconds of the best strategy, in closed form, beyond which one is not climbed from."""
@@ -102,12 +107,25 @@ def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell
         (rate(search, strategy), number, strategy) for number, strategy in enumerate(found)
     )
     _promise(search)
-    for done, (_, _, strategy) in enumerate(ordered[:TEMPLATES_PLAYED]):
+    quick = _quick_to_simulate(incumbent, [strategy for _, _, strategy in ordered])
+    for done, strategy in enumerate(quick):
         tell("composing", done, TEMPLATES_PLAYED)
         if incumbent.best and (incumbent.out_of_time or incumbent.work < WORK // 2):
             break
         try_candidate(incumbent, strategy)
     tell("composing", 1, 1)
+
+
+def _quick_to_simulate(incumbent: Incumbent, ordered: Sequence[Strategy]) -> list[Strategy]:
+    """Returns the first few strategies that are not much work to simulate; if all are, the one that
+    is the least."""
+    works = []
+    for number, (schedule, pipelines) in enumerate(ordered):
+        plan = plan_of(incumbent.costs, pipelines, schedule)
+        works.append((work_of(plan, find_symmetry(plan, incumbent.costs.cluster)), number))
+    quick = [ordered[number] for work, number in works if work <= MOST_WORK]
+    least = [ordered[number] for _, number in sorted(works)[:1]]
+    return quick[:TEMPLATES_PLAYED] or least
 
 
 def _promise(search: LocalSearch) -> None:

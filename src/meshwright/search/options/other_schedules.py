@@ -46,8 +46,8 @@ fewer."""
 SIMULATED = 4
 """Plans beside them that are fast in 1F1B or GPipe, as the simulator has found."""
 
-PLAYED = 6
-"""Plans with an order that are simulated."""
+PLAYED, PLAYED_WORK = 6, 24_000
+"""Plans with an order that are simulated, and forwards of their ranks, about, if that is less."""
 
 NAMED = 2
 """Orders with a rule of each plan that are considered, beside the listed one."""
@@ -61,8 +61,8 @@ ROUGH = 0.01
 ALIKE = 2
 """Finalists that differ in their cuts or in the order of their stages alone."""
 
-MOST_ACTIONS = 40_000
-"""Forwards of all ranks beyond which a plan keeps its order: it would take too long to simulate."""
+MOST_ACTIONS = 20_000
+"""Forwards of simulated ranks beyond which a plan keeps its order: it would take too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,8 @@ class _Ordered:
     """Seconds after the last backward; `seconds` includes them."""
     exposed: float
     """Seconds of reductions after the last backward, by the closed form; `seconds` is without."""
+    work: int
+    """Forwards of the ranks that are simulated."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
@@ -87,17 +89,17 @@ def propose(incumbent: Incumbent) -> Proposals:
     costs = incumbent.costs
     every: list[_Ordered] = []
     for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
-        if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
+        if (work := work_of(plan, find_symmetry(plan, costs.cluster))) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
-            every += _ordered(costs, plan)
+            every += _ordered(costs, plan, work)
     every.sort(key=lambda each: each.seconds + each.exposed)
-    played, best = 0, None
+    played, work, best = 0, 0, None
     for each in every:
-        if played >= PLAYED or each.seconds * (1 - ROUGH) >= incumbent.limit:
+        if played >= PLAYED or work > PLAYED_WORK or each.seconds * (1 - ROUGH) >= incumbent.limit:
             yield Pruned("slower in the stage-level simulation")
             continue
-        played += 1
+        played, work = played + 1, work + each.work
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
@@ -108,19 +110,21 @@ def propose(incumbent: Incumbent) -> Proposals:
             yield Proposal(plan, describe_plan(plan))
 
 
-def _ordered(costs: Costs, plan: Plan) -> list[_Ordered]:
+def _ordered(costs: Costs, plan: Plan, work: int) -> list[_Ordered]:
     """The plan in its fastest orders that fit: two with a rule, and one made for it."""
     works = pipeline_works(plan, costs)
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
     after, exposed = after_pipelines(costs, pipelines), exposed_seconds(costs, pipelines)
     named = [
-        _Ordered(took + after, replace(plan, schedule=name, prediction=None), works, after, exposed)
+        _Ordered(
+            took + after, replace(plan, schedule=name, prediction=None), works, after, exposed, work
+        )
         for took, name in in_named_orders(works, fitting=True)[:NAMED]
     ]
     listed = listed_orders(works, GLANCED)
     if listed is not None:
         ordered = in_listed_orders(plan, listed[1])
-        named.append(_Ordered(listed[0] + after, ordered, works, after, exposed))
+        named.append(_Ordered(listed[0] + after, ordered, works, after, exposed, work))
     return named
 
 
