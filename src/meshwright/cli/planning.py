@@ -15,16 +15,21 @@ from meshwright.cli.options import (
     BudgetOption,
     ClusterOption,
     ForbidOption,
+    LimitOption,
     ModelOption,
+    ObjectiveChoice,
+    ObjectiveOption,
     OptimizerChoice,
     PlanFile,
     PrecisionChoice,
+    PricesOption,
     ProfileOption,
     app,
     check_outputs,
     say,
     search_limits,
 )
+from meshwright.cli.renting import expense_text, planned, tell_plan
 
 
 @app.command()
@@ -44,19 +49,25 @@ def plan(
     ),
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    prices: PricesOption = None,
+    objective: ObjectiveOption = ObjectiveChoice.TIME,
+    limit: LimitOption = None,
+    front: Annotated[
+        Path | None,
+        typer.Option(help="Draw the front of speed and cost as SVG; plans for all of it."),
+    ] = None,
 ) -> None:
-    """Find the fastest plan for a model on a cluster. Ctrl-C ends the search with the best plan so
-    far."""
+    """Find the fastest plan for a model on a cluster, or by hourly prices the devices to rent for
+    it. Ctrl-C ends the search with the best plan so far."""
     from meshwright.cli.progress import search_progress
 
     with search_progress() as watch:
-        from meshwright.plan.files import save_plan
-        from meshwright.report.tables import explain as print_explanation
-        from meshwright.search.certificate import sentence
-        from meshwright.workflows.session import error_text, open_session, search_plan
+        from meshwright.workflows.rent import open_terms
+        from meshwright.workflows.session import open_session
 
         limits = search_limits(budget, forbid)
-        check_outputs(output)
+        check_outputs(output, front)
+        terms = open_terms(prices, objective.value, limit or (), front=front is not None)
         session = open_session(
             model=model,
             cluster=cluster,
@@ -68,36 +79,28 @@ def plan(
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
-        found = search_plan(
-            session,
-            limits,
-            progress=watch.tell,
-            stop=watch.stop,
-            found=watch.found,
-        )
-    save_plan(found, output)
-    print_explanation(found)
-    if found.prediction:
-        texts = sentence(found.prediction), error_text(session, found.prediction.step_seconds)
-        for text in filter(None, texts):
-            say(text)
-    say(f"wrote {output}")
+        found = planned(session, limits, terms, front, watch)
+    tell_plan(found, output, session, terms)
     if watch.interrupted:
         say(f"interrupted: {output} holds the best plan found so far", to_errors=True)
 
 
 @app.command()
-def explain(plan_file: PlanFile) -> None:
-    """Explain a plan: its stages, what limits the step, and why other strategies lost."""
+def explain(plan_file: PlanFile, prices: PricesOption = None) -> None:
+    """Explain a plan: its stages, what limits the step, why others lost, and what it costs."""
     from meshwright.report.tables import explain as print_explanation
     from meshwright.search.certificate import sentence
+    from meshwright.workflows.rent import open_terms
     from meshwright.workflows.session import reopen_plan, with_prediction
 
-    _, opened = reopen_plan(plan_file)
+    terms = open_terms(prices, "time", ())
+    session, opened = reopen_plan(plan_file)
     found = opened.plan if opened.plan.prediction else with_prediction(opened)
     print_explanation(found)
-    if found.prediction and (text := sentence(found.prediction)):
-        say(text)
+    if found.prediction:
+        expense = expense_text(found, session, terms, found.prediction.step_seconds)
+        for text in filter(None, (sentence(found.prediction), expense)):
+            say(text)
 
 
 @app.command()
@@ -110,18 +113,24 @@ def simulate(
     ] = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
+    prices: PricesOption = None,
 ) -> None:
     """Simulate one step of a plan with the cost model."""
     from meshwright import files
     from meshwright.report.tables import timeline_summary
+    from meshwright.workflows.rent import open_terms
     from meshwright.workflows.session import error_text, reopen_plan, simulate_priced
 
     check_outputs(trace, program, report)
+    terms = open_terms(prices, "time", ())
     session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
     timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)
     if text := error_text(session, timeline.step_seconds):
         say(text)
+    expense = expense_text(found.plan, session, terms, timeline.step_seconds)
+    if expense:
+        say(expense)
     if program:
         from meshwright.program.instructions import format_program
 
@@ -135,7 +144,10 @@ def simulate(
     if report:
         from meshwright.report.page import write_report
 
-        write_report(report, found.plan, found.cluster, found.model, predicted=timeline)
+        notes = (expense,) if expense else ()
+        write_report(
+            report, found.plan, found.cluster, found.model, predicted=timeline, notes=notes
+        )
         say(f"wrote {report}")
 
 
@@ -189,6 +201,9 @@ def whatif(
     ] = None,
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    prices: PricesOption = None,
+    objective: ObjectiveOption = ObjectiveChoice.TIME,
+    limit: LimitOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
@@ -202,17 +217,19 @@ def whatif(
         from meshwright import files
         from meshwright.cluster.files import dump_cluster
         from meshwright.report.whatif import print_whatif, whatif_json
+        from meshwright.workflows.rent import open_terms
         from meshwright.workflows.session import reopen_plan
         from meshwright.workflows.what_if import ClusterEdits, what_if
 
         limits = search_limits(budget, forbid)
         check_outputs(output)
+        terms = open_terms(prices, objective.value, limit or ())
         edits = ClusterEdits(
             without=tuple(without or ()), added=tuple(add or ()), settings=tuple(set_ or ())
         )
         session, opened = reopen_plan(plan_file)
         found, cluster = what_if(
-            session, opened.plan, edits, limits, progress=watch.tell, stop=watch.stop
+            session, opened.plan, edits, limits, terms, progress=watch.tell, stop=watch.stop
         )
     if json:
         typer.echo(whatif_json(found), nl=False)
