@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from planner import mixed_cluster
 
 from meshwright.errors import FitError
 from meshwright.money.choose import RentalChoice, RentedPlan
@@ -73,33 +77,45 @@ def compare_with_all(session: Session, terms: MoneyTerms, choice: RentalChoice) 
         sys.stdout.write("  nothing is faster or cheaper than the front\n")
 
 
+def sessions(devices: int | None) -> Iterator[tuple[str, Session]]:
+    """The cases, each with its title; of so many devices the mixed cluster of `planner.py`."""
+    for name, model, rows in CASES if devices is None else ((str(devices), "gpt2-xl", 1024),):
+        session = open_session(
+            model=model,
+            cluster=EXAMPLES / "clusters" / f"{'v100-t4' if devices else name}.toml",
+            profile=None,
+            global_batch=rows,
+            sequence=1024,
+            precision="fp16",
+            optimizer="adamw",
+        )
+        if devices:
+            session = replace(session, cluster=mixed_cluster(devices))
+        yield f"{model}, {rows} rows of 1024, on {session.cluster.name}", session
+
+
 def main() -> None:
     """Print the front of every case, and the fastest plan beside the cheapest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prices", type=Path, default=EXAMPLES / "prices.toml")
+    parser.add_argument("--devices", type=int, help="instead: so many, the cheapest plan alone")
     parser.add_argument("--all", action="store_true", help="also plan for every choice: minutes")
     options = parser.parse_args()
-    for cluster, model, rows in CASES:
-        session = open_session(
-            model=model,
-            cluster=EXAMPLES / "clusters" / f"{cluster}.toml",
-            profile=None,
-            global_batch=rows,
-            sequence=1024,
-            precision=None,
-            optimizer="adamw",
-        )
-        terms = open_terms(options.prices, "cost", ())
-        assert terms is not None
+    terms = open_terms(options.prices, "cost", ())
+    assert terms is not None
+    for title, session in sessions(options.devices):
+        sys.stdout.write(f"== {title}\n")
         here = cluster_prices(terms.prices, session.cluster)
-        sys.stdout.write(f"== {model}, {rows} rows of 1024, on {cluster}\n")
-        choice, seconds = timed(lambda: rent(session, terms, here, whole_front=True))  # noqa: B023
+        ask = partial(rent, session, terms, here)
+        choice, seconds = timed(ask)
+        least = f"the cheapest alone: {seconds:.1f} CPU s\n"
+        if not options.devices:
+            choice, seconds = timed(partial(ask, whole_front=True))
         print_choice(choice, session.cluster, terms)
         sys.stdout.write(f"fastest: {told(choice.found[0], session)}\n")
-        sys.stdout.write(f"cheapest: {told(choice.best, session)}\n")
-        sys.stdout.write(f"the whole front: {seconds:.1f} CPU s\n")
-        _, seconds = timed(lambda: rent(session, terms, here))  # noqa: B023
-        sys.stdout.write(f"the cheapest alone: {seconds:.1f} CPU s\n")
+        sys.stdout.write(f"cheapest: {told(choice.best, session)}\n{least}")
+        if not options.devices:
+            sys.stdout.write(f"the whole front: {seconds:.1f} CPU s\n")
         if options.all:
             compare_with_all(session, terms, choice)
         sys.stdout.flush()

@@ -22,6 +22,7 @@ from meshwright.money.outcomes import (
     hourly_price,
     idle_devices,
     merit,
+    misses,
     outcome,
 )
 from meshwright.money.spec import Limit, MoneyTerms, Outcome
@@ -231,6 +232,12 @@ def test_the_nearest_plan_is_named_with_what_it_misses():
     assert "the nearest, for 2 x fast" in one.found
     assert "64 tokens/s, 50.0% too few" in other.found
     check_limits(of(18.0, 1.0), terms, "")
+    assert misses(of(18.0, 1.0), terms) == ()
+    assert len(misses(of(36.0, 2.0), terms)) == 2
+
+
+def test_without_limits_nothing_is_missed():
+    assert merit(of(36.0, 2.0), MoneyTerms(prices=priced()))[:2] == (0.0, 2.0)
 
 
 outcomes = st.builds(of, st.floats(0.1, 10), st.floats(0.1, 10))

@@ -111,12 +111,27 @@ def test_many_nodes_and_many_kinds_stay_few_rentals(nodes, kinds):
     found = classes_of(where)
     assert len(found) == kinds
     every = rentals(found, cluster_prices(PRICES, where))
-    assert len(every) <= MOST_RENTALS + kinds + 1
+    assert len(every) <= 2 * MOST_RENTALS + 6 * kinds
     assert every[0] == tuple(each.each * len(each.nodes) for each in found)
     assert len(set(every)) == len(every)
     assert all(any(counts) for counts in every)
     for index in range(kinds):
         assert any(sum(map(bool, counts)) == 1 and counts[index] for counts in every)
+
+
+def test_of_many_nodes_powers_of_two_are_combined_and_few_are_rented_alone():
+    where = cluster(("slow",))
+    node = where.nodes[0]
+    many = tuple(
+        replace(node, name=f"{kind}-{index}", network=Link(bandwidth=1e9 + kind))
+        for kind in range(3)
+        for index in range(600)
+    )
+    where = replace(where, nodes=many)
+    every = rentals(classes_of(where), cluster_prices(PRICES, where))
+    numbers = sorted({counts[0] for counts in every})
+    assert numbers == [0, 1, 4, 16, 32, 64, 256, 600]
+    assert {counts[0] for counts in every if counts[1]} == {0, 1, 32, 600}
 
 
 clusters = st.lists(

@@ -222,17 +222,27 @@ def _search_all(
 ) -> None:
     """Searches a plan for each rental that could matter when its turn comes."""
     number = len(ahead)
-    for index, rental in enumerate(ahead):
+    while ahead:
         if question.over and (seen.plans or question.stop()):
-            seen.skipped[NO_TIME] += number - index
+            seen.skipped[NO_TIME] += len(ahead)
             return
+        rental = ahead.pop(_next(question, ahead, seen))
         if why := _needless(question, rental, seen):
             seen.skipped[why] += 1
             continue
-        to_come = [each for each in ahead[index:] if not _needless(question, each, seen)]
-        done = replace(question, tell=_numbered(question.tell, number - len(to_come) + 1, number))
+        to_come = 1 + sum(not _needless(question, each, seen) for each in ahead)
+        done = replace(question, tell=_numbered(question.tell, number - len(ahead), number))
         with suppress(FitError):
-            _search(done, classes, rental.counts, rental.cluster, seen, len(to_come))
+            _search(done, classes, rental.counts, rental.cluster, seen, to_come)
+
+
+def _next(question: _Question, ahead: list[_Rental], seen: _Searched) -> int:
+    """Returns the index of the next rental: the first in order; but up to the first plan that with
+    the best bound, for what serves best is measured by what was found. For the front, always the
+    first."""
+    if seen.plans or question.whole_front:
+        return 0
+    return min(range(len(ahead)), key=lambda index: merit(ahead[index].bound, question.terms))
 
 
 def _numbered(tell: Progress, number: int, of: int) -> Progress:

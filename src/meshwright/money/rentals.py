@@ -16,10 +16,10 @@ from meshwright.cluster.spec import Cluster, Link, Node, Precision
 from meshwright.money.outcomes import ClusterPrices, hourly_price
 
 MOST_RENTALS = 64
-"""Rentals up to which every number of nodes of a class is tried; of more, geometric numbers."""
+"""Combinations up to which every number of nodes of a class is tried; of more, powers of two."""
 
-GROWTHS = (2, 4, 8, 16)
-"""Factors between two numbers of nodes of a class, the smallest that leaves few rentals first."""
+ALONE_GROWTH = 4
+"""Factor between two numbers of nodes of a class that is rented alone."""
 
 MOST_CLASSES_IN_ORDER = 32
 """Classes up to which every number of them, in order of speed or of price, is tried."""
@@ -101,32 +101,47 @@ def every_choice(classes: Sequence[NodeClass]) -> int:
 def rentals(classes: Sequence[NodeClass], prices: ClusterPrices) -> tuple[Counts, ...]:
     """Returns the rentals that are considered, the whole cluster first.
 
-    Every number of nodes of each class, if these are at most MOST_RENTALS combinations; else
-    geometric numbers, and always all nodes of a class. With more classes than even all or none of
-    each allow: every class alone, all but one, and the first few in order of price for speed and of
-    speed. Besides, parts of a single node (1, 2, 4 ... devices), if its devices are priced alone.
+    Every number of nodes of each class, if these are at most MOST_RENTALS combinations; else as
+    many powers of two, evenly chosen, as leave so many, and always one node and all; and besides
+    1, 4, 16 ... nodes of each class alone. With more classes than even all or none of each allow:
+    every class alone, all but one, and the first few in order of speed, and of price for speed. At
+    last parts of a single node (1, 2, 4 ... devices), if its devices are priced one by one.
     """
     whole = tuple(each.each * len(each.nodes) for each in classes)
     counts = _counts(classes)
     chosen = _combinations(classes, counts) if counts else _of_many(classes, prices)
+    alone = (
+        _alone(classes, index, each.each * nodes)
+        for index, each in enumerate(classes)
+        for nodes in _geometric(len(each.nodes), ALONE_GROWTH)
+    )
     parts = (
         _alone(classes, index, count)
         for index, each in enumerate(classes)
         if each.divisible
         for count in _geometric(each.each, 2)[:-1]
     )
-    return tuple(dict.fromkeys((whole, *chosen, *parts)))
+    return tuple(dict.fromkeys((whole, *chosen, *alone, *parts)))
 
 
 def _counts(classes: Sequence[NodeClass]) -> list[list[int]] | None:
-    """Returns the numbers of nodes of each class that are tried; None if there are too many
+    """Returns the numbers of nodes of each class that are combined; None if there are too many
     classes."""
     every = [list(range(len(each.nodes) + 1)) for each in classes]
-    coarser = ([[0, *_geometric(len(c.nodes), factor)] for c in classes] for factor in GROWTHS)
-    for counts in (every, *coarser, [[0, len(each.nodes)] for each in classes]):
+    powers = [_geometric(len(each.nodes), 2) for each in classes]
+    fewer = ([[0, *_thinned(each, most)] for each in powers] for most in range(MOST_RENTALS, 0, -1))
+    for counts in (every, *fewer):
         if prod(map(len, counts)) <= MOST_RENTALS:
             return counts
     return None
+
+
+def _thinned(numbers: list[int], most: int) -> list[int]:
+    """Returns at most so many of the numbers, evenly chosen, the last one among them."""
+    if len(numbers) <= most:
+        return numbers
+    last = len(numbers) - 1
+    return [numbers[last * index // max(most - 1, 1)] for index in range(most - 1)] + numbers[-1:]
 
 
 def _geometric(most: int, factor: int) -> list[int]:
@@ -177,8 +192,8 @@ def rented_devices(classes: Sequence[NodeClass], counts: Counts) -> tuple[str, .
     first node."""
     found: list[str] = []
     for each, count in zip(classes, counts, strict=True):
-        for node, start in zip(each.nodes, range(0, count, each.each), strict=False):
-            found += _names(node, min(each.each, count - start))
+        for node in each.nodes[: -(-count // each.each)]:
+            found += _names(node, min(each.each, count))
     return tuple(found)
 
 
