@@ -339,3 +339,17 @@ def test_progress_counts_up_to_the_number_of_choices():
     order = [int(each[1]) for each in numbers]
     assert order == sorted(order)
     assert order[-1] <= found.considered
+
+
+def test_an_interruption_ends_it_where_nothing_has_fitted_yet(monkeypatch):
+    """Nothing more is searched but the whole cluster, which says why nothing fits."""
+    asked = []
+
+    def misfit(*_, **__):
+        asked.append(1)
+        raise FitError(Problem("model", "memory", "too much", "less"))
+
+    monkeypatch.setattr(choose, "find_plan", misfit)
+    with pytest.raises(FitError):
+        chosen(SMALL, terms_of(DEAR, "cost"), stop=lambda: bool(asked))
+    assert len(asked) == 2
