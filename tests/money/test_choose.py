@@ -313,6 +313,15 @@ def test_what_cannot_serve_better_is_not_searched(monkeypatch):
     assert found.skipped == {choose.WORSE: found.considered - 1}
 
 
+def test_the_front_leaves_out_what_is_beaten_in_both(monkeypatch):
+    """Two slow devices are no faster than the fast one and, with their messages, no cheaper."""
+    asked = watched(monkeypatch)
+    found = chosen(SMALL, terms_of(priced(fast=2.0, slow=1.0), "cost"), whole_front=True)
+    searched = [devices for devices, _ in asked]
+    assert searched == [("a:0", "b:0", "c:0"), ("a:0", "b:0"), ("a:0",), ("b:0",)]
+    assert found.skipped == {choose.DOMINATED: 1}
+
+
 @pytest.mark.parametrize(("bytes_each", "skipped"), [(15.9, True), (24.0, False)])
 def test_weights_gradients_and_states_must_have_room(monkeypatch, bytes_each, skipped):
     """AdamW in fp32: 4 bytes of each, and 8 of states."""

@@ -79,6 +79,7 @@ def test_a_price_at_fault_is_refused_with_its_field(tmp_path, name):
         (HEAD.replace('"USD"', '"dollars"'), ("currency", "three letters")),
         (HEAD.replace('currency = "USD"\n', ""), ("currency", "required")),
         (HEAD.replace("2026-11-28", "28.11.2026"), ("date", "2026-11-28")),
+        (HEAD.replace("2026-11-28", ""), ("date", "2026-11-28")),
         (HEAD.replace("2026-11-28", "20261128"), ("date", "2026-11-28")),
         (HEAD.replace("2026-11-28", "2026-02-30"), ("date", "2026-11-28")),
         (HEAD.replace('"2026-11-28"', "2026-11-28"), ("date", "text in quotes")),

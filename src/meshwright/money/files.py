@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -36,13 +37,10 @@ def _currency(text: str) -> str:
 
 
 def _day(text: str) -> str:
-    try:
-        day = date.fromisoformat(text).isoformat()
-    except ValueError:
-        day = ""
-    if day != text:
-        raise ValueError("a day like '2026-11-28'")
-    return text
+    with suppress(ValueError):
+        if date.fromisoformat(text).isoformat() == text:
+            return text
+    raise ValueError("a day like '2026-11-28'")
 
 
 def _named(text: str) -> str:
