@@ -38,7 +38,7 @@ ALLOWANCES: tuple[tuple[str, str, float], ...] = (
     ("local_search", "WORK", 1.0),
     ("template_search", "ESTIMATED", 1.0),
     ("template_search", "OFFERED", 0.5),
-    ("pool_pipelines", "COMBINED", 1.0),
+    ("template_search", "COMBINED", 1.0),
     ("explore", "FINALISTS", 1.0),
     ("planner", "SIMULATED_WORK", 1.0),
     ("planner", "MOST_HOPELESS", 1.0),

@@ -16,6 +16,7 @@ from itertools import islice, permutations, product
 from math import prod
 
 from rival_searches import Block, Draft, Found, drafted, play, ring_slope, search
+from rival_zones import zones
 
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.candidate import (
@@ -27,7 +28,6 @@ from meshwright.search.candidate import (
 )
 from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.layer_partition import Stages
-from meshwright.search.pool_pipelines import pools
 from meshwright.search.space import divisors, legal_widths
 
 ORDERS: tuple[ScheduleName, ...] = ("eager-1f1b", "1f1b")
@@ -46,11 +46,11 @@ Meshes = tuple[tuple[TensorGroup, ...], int]
 
 def harp(costs: Costs) -> Found | None:
     """The best plan of HARP's space; None if nothing in it fits."""
-    zones = subclusters(costs)
+    own = subclusters(costs)
     drafts: list[Draft] = []
-    for number in range(1, len(zones) + 1):
-        for order in permutations(zones, number):
-            for shape in _shapes(costs, [zones[zone] for zone in order]):
+    for number in range(1, len(own) + 1):
+        for order in permutations(own, number):
+            for shape in _shapes(costs, [own[zone] for zone in order]):
                 drafts += _drafts(costs, shape)
     found = search(costs, drafts, ORDERS)
     return found and _moved(costs, found)
@@ -60,12 +60,8 @@ def subclusters(costs: Costs) -> dict[tuple[str, str], list[tuple[TensorGroup, .
     """By type and site the tensor groups of each tensor width."""
     found: dict[tuple[str, str], list[tuple[TensorGroup, ...]]] = {}
     for tensor in legal_widths(costs):
-        own: dict[tuple[str, str], list[TensorGroup]] = {}
-        for pool in pools(costs, tensor):
-            kind = costs.devices[pool.groups[0][0]].type
-            own.setdefault((kind, pool.site), []).extend(pool.groups)
-        for zone, units in sorted(own.items()):
-            found.setdefault(zone, []).append(tuple(units))
+        for zone, units in sorted(zones(costs, tensor).items()):
+            found.setdefault(zone, []).append(units)
     return found
 
 

@@ -13,11 +13,14 @@ from itertools import chain, permutations, product
 from math import prod
 
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
+from rival_zones import zones
 
 from meshwright.search.costs import Costs, TensorGroup, distinct_groups
 from meshwright.search.layer_partition import Stages, pace
-from meshwright.search.pool_pipelines import DEPTHS, pools
 from meshwright.search.space import divisors, legal_widths, usable_devices
+
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Stages of a zone that are tried where there are too many ways to try all."""
 
 DEPTH_VECTORS = 400
 """Up to so many ways to give every zone of Sailor its number of stages, all are tried; else only
@@ -30,9 +33,9 @@ def sailor(costs: Costs) -> Found | None:
     drafts: list[Draft] = []
     seen: set[object] = set()
     for tensors in product(legal_widths(costs), repeat=len(kinds)):
-        zones = zones_of(costs, dict(zip(kinds, tensors, strict=True)))
-        for number in range(1, len(zones) + 1):
-            for order in permutations(zones, number):
+        own = zones_of(costs, dict(zip(kinds, tensors, strict=True)))
+        for number in range(1, len(own) + 1):
+            for order in permutations(own, number):
                 if order not in seen:
                     seen.add(order)
                     drafts += sailor_drafts(costs, order)
@@ -44,13 +47,13 @@ Zone = tuple[TensorGroup, ...]
 
 
 def zones_of(costs: Costs, tensor_of: dict[str, int]) -> list[Zone]:
-    found: dict[tuple[str, str], list[TensorGroup]] = {}
-    for tensor in sorted(set(tensor_of.values())):
-        for pool in pools(costs, tensor):
-            kind = costs.devices[pool.groups[0][0]].type
-            if tensor_of[kind] == tensor:
-                found.setdefault((kind, pool.site), []).extend(pool.groups)
-    return [tuple(units) for _, units in sorted(found.items())]
+    found = {
+        zone: units
+        for tensor in set(tensor_of.values())
+        for zone, units in zones(costs, tensor).items()
+        if tensor_of[zone[0]] == tensor
+    }
+    return [units for _, units in sorted(found.items())]
 
 
 def sailor_drafts(costs: Costs, order: tuple[Zone, ...]) -> Iterator[Draft]:

@@ -2,24 +2,26 @@
 
 import pytest
 
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
 from meshwright.search.incumbent import Incumbent
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.local_search import LocalSearch, around, climb, rate
-from meshwright.search.stage_simulation import stage_level_seconds
 from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)
 
 
-def scouted(left, schedules=("1f1b", "gpipe")):
+def scouted(left, schedules=("1f1b", "gpipe"), *, any_order=False):
     costs = costs_of(model([10.0, 5.0, 40.0, 10.0, 10.0, 20.0]), WHERE, job(24))
     line = fit_pipeline(costs, ((("a:0",),), (("b:0",),)), 12, 2, "1f1b").pipeline
-    return LocalSearch(Incumbent(costs, ""), schedules, left), ("1f1b", (line,))
+    incumbent = Incumbent(costs, "", any_order=any_order)
+    return LocalSearch(incumbent, schedules, left), ("1f1b", (line,))
 
 
-def test_a_climb_ends_where_no_change_helps():
-    search, start = scouted(10_000_000)
+@pytest.mark.parametrize("any_order", [False, True])
+def test_a_climb_ends_where_no_change_helps(any_order):
+    search, start = scouted(10_000_000, any_order=any_order)
     optimum = climb(search, start)
     assert rate(search, optimum) < 0.7 * rate(search, start)
     assert around(search, optimum, rate(search, optimum) * (1 - 1e-6)) == []
@@ -39,10 +41,19 @@ def test_schedules_that_are_not_wanted_are_never_taken():
     assert rate(search, ("gpipe", start[1])) == float("inf")
 
 
+def test_where_orders_may_be_made_all_strategies_are_rated_in_the_best_one():
+    """The schedule says nothing then: a second strategy with another one would be the same."""
+    search, start = scouted(10_000_000, any_order=True)
+    seconds = candidate_seconds(search.incumbent.costs, start[1], "best")
+    assert rate(search, start) == seconds
+    assert seconds <= candidate_seconds(search.incumbent.costs, start[1], "1f1b")
+    assert rate(search, ("gpipe", start[1])) == float("inf")
+
+
 def test_a_rating_below_its_limit_is_final_and_a_bound_is_not():
     search, start = scouted(10_000_000)
     costs = search.incumbent.costs
-    seconds = stage_level_seconds(costs, start[1], "1f1b")
+    seconds = candidate_seconds(costs, start[1], "1f1b")
     bound = rate(search, start, 0.1 * seconds)
     assert bound <= seconds
     assert rate(search, start) == pytest.approx(seconds, rel=1e-12)

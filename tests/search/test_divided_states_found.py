@@ -46,7 +46,8 @@ def test_the_search_divides_states_where_that_is_faster():
     assert all(division(found))
     assert not any(division(plain))
     assert found.prediction.step_seconds < 0.9 * plain.prediction.step_seconds
-    assert found.prediction.parts["optimizer"] < 0.3 * plain.prediction.parts["optimizer"]
+    # A device updates a quarter of the weights instead of half: undivided, two stages are faster.
+    assert found.prediction.parts["optimizer"] < 0.6 * plain.prediction.parts["optimizer"]
     whole = simulate_plan(found, graph, where).step_seconds
     assert whole == pytest.approx(found.prediction.step_seconds, rel=1e-9)
     assert found == find_plan(graph, where, job(8))

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from meshwright.records import dumps
 from meshwright.search import template_builds, template_search
 from meshwright.search.balanced_estimate import Builds, balanced
 from meshwright.search.candidate import plan_of
+from meshwright.search.candidate_estimate import pipeline_prices
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
 from meshwright.search.device_classes import (
@@ -29,12 +31,14 @@ from meshwright.search.device_classes import (
     nodes_for,
     written,
 )
+from meshwright.search.layer_partition import fit_pipeline
+from meshwright.search.pipeline_seconds import Order
 from meshwright.search.plan_estimate import whole_seconds
 from meshwright.search.planner import baseline_plan, find_plan
-from meshwright.search.template_estimate import TemplateEstimate, cuts, estimate_template
+from meshwright.search.template_estimate import cuts, estimate_template
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import portion, tenth
-from worlds import NVLINK, cluster, device, job, model
+from worlds import NVLINK, device, job, model
 
 FAST, SLOW = device("fast", 30.0), device("slow", 10.0)
 NETWORK = Link(bandwidth=1e10, latency=1e-5)
@@ -61,9 +65,10 @@ def machines(fast, slow, each=8, *, memory=16.0, apart=False, network=NETWORK):
 
 def strategies_of(graph, where, todo, most):
     costs = costs_of(graph, where, todo)
-    found = template_search.template_strategies(costs, ("1f1b", "gpipe"), Counter(), lambda: False)
-    for schedule, lines in islice(found, most):
-        yield plan_of(costs, lines, schedule)
+    for order in get_args(Order):
+        found = template_search.template_strategies(costs, order, Counter(), lambda: False)
+        for schedule, lines in islice(found, most):
+            yield plan_of(costs, lines, schedule)
 
 
 @st.composite
@@ -102,12 +107,12 @@ def test_no_strategy_is_faster_than_the_certificate(world):
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 4]))
-def test_segments_are_written_on_devices_of_their_own(units, depth, width, tensor):
+def test_stage_runs_are_written_on_devices_of_their_own(units, depth, width, tensor):
     for block in (b for b in range(1, units + 1) if units % b == 0 and width % b == 0):
         needed = nodes_for(units, depth, width, block)
         where = machines(needed, 0, units * tensor)
         costs = costs_of(model([1.0]), where, job())
-        template = PipelineTemplate(tensor, (StageRun(0, depth, width, block),), width, "1f1b")
+        template = PipelineTemplate((StageRun(0, tensor, depth, width, block),), width)
         stages = written(device_classes(costs), template, {})
         names = [name for stage in stages for unit in stage for name in unit]
         assert len(stages) == depth
@@ -115,6 +120,24 @@ def test_segments_are_written_on_devices_of_their_own(units, depth, width, tenso
         assert all(len({name.split(":")[0] for name in u}) == 1 for s in stages for u in s)
         assert len(set(names)) == len(names) == depth * width * tensor
         assert len({name.split(":")[0] for name in names}) <= needed
+
+
+@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from([1, 2]))
+def test_a_class_at_both_ends_of_a_pipeline_takes_no_more_nodes_than_at_one(outer, inner, width):
+    runs = StageRun(0, 1, outer, width, width), StageRun(1, 1, inner, width, width)
+    costs = costs_of(model([1.0]), machines(5, 2, 4), job())
+    every = device_classes(costs)
+    found = list(template_search._around(PipelineTemplate(runs, width)))
+    assert found
+    for template in found:
+        taken = {}
+        stages = written(every, template, taken)
+        names = [name for stage in stages for group in stage for name in group]
+        assert len(stages) == template.depth == outer + inner
+        assert len(set(names)) == len(names) == (outer + inner) * width
+        assert taken == {r.device_class: nodes_for(4, r.depth, width, width) for r in runs}
+        kinds = [every[run.device_class].kind for run, _ in template.stages]
+        assert [costs.devices[stage[0][0]].type for stage in stages] == kinds
 
 
 def test_groupings_of_few_fleets_are_the_partitions_of_every_set():
@@ -135,18 +158,16 @@ def test_groupings_of_many_fleets_have_all_together_and_each_site_apart():
 GRAPH = model([10.0] + [20.0] * 22 + [30.0], parameters=2_000_000)
 
 
-def test_the_closed_form_is_near_the_simulator():
+@pytest.mark.parametrize("order", get_args(Order))
+def test_the_closed_form_is_near_the_simulator(order):
     costs = costs_of(GRAPH, machines(8, 8), job(256))
-    context = template_search.estimate_context(costs, device_classes(costs))
-    for choice in template_search._at_width(
-        context, 1, ("1f1b", "gpipe"), lambda: False, float("inf")
-    ):
-        lines = template_search._pipelines(choice)
-        if lines is not None:
-            plan = plan_of(costs, lines, choice.estimates[0].template.schedule)
-            played = simulate_by_symmetry(plan, GRAPH, costs.cluster).step_seconds
-            assert 0.75 < choice.seconds / played < 1.2
-            break
+    context = template_search.estimate_context(costs, device_classes(costs), order)
+    schedule = "gpipe" if order == "gpipe" else "1f1b"
+    found = template_search._choices(context, float("inf"), lambda: False)
+    choice = min(islice(found, 200), key=lambda each: each.seconds)
+    plan = plan_of(costs, template_search._pipelines(choice, schedule), schedule)
+    played = simulate_by_symmetry(plan, GRAPH, costs.cluster).step_seconds
+    assert 0.75 < choice.seconds / played < 1.1
 
 
 @settings(max_examples=portion(25))
@@ -160,8 +181,8 @@ def test_the_closed_form_is_near_the_simulator():
 def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, schedule, memory):
     graph = model(layers, parameters=2_000_000, saved=5e6)
     costs = costs_of(graph, machines(1, 0, 4, memory=memory), job(count))
-    context = template_search.estimate_context(costs, device_classes(costs))
-    template = PipelineTemplate(1, (StageRun(0, depth, 1, 1),), 1, schedule)
+    context = template_search.estimate_context(costs, device_classes(costs), schedule)
+    template = PipelineTemplate((StageRun(0, 1, depth, 1, 1),), 1)
     group = (next(iter(costs.devices)),)
     forward, backward = group_prefix(costs, group, 1)
     always, each = stage_bytes(costs, 1, 1)
@@ -187,17 +208,19 @@ def test_cuts_of_a_template_are_the_best_of_all_that_fit(layers, depth, count, s
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth):
-    """Gradients take most of the step: a ring passes 2 (w - 1) / w of them."""
+@pytest.mark.parametrize("order", get_args(Order))
+def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth, order):
+    """Gradients take most of the step: a ring passes 2 (w - 1) / w of them. With GPipe, which waits
+    for no memory, it is seen that every stage of a round trip counts as the slowest: that of seven
+    layers on two stages has eight."""
     graph = model([10.0] * 7, parameters=10_000_000)
     costs = costs_of(graph, machines(depth * width, 0, 1), job(8 * width))
-    context = template_search.estimate_context(costs, device_classes(costs))
-    builds = Builds((0,), 1, np.array([[width]]), np.array([[1]]), np.array([width]))
-    at = np.array([0]), np.array([[depth]])
-    ((least,),) = balanced(context, builds, ("1f1b",), 8 * width, *at)
-    template = PipelineTemplate(1, (StageRun(0, depth, width, 1),), width, "1f1b")
+    context = template_search.estimate_context(costs, device_classes(costs), order)
+    builds = Builds((0,), (1,), np.array([[width]]), np.array([[1]]), np.array([width]))
+    (least,) = balanced(context, builds, 8 * width, np.array([0]), np.array([[depth]]))
+    template = PipelineTemplate((StageRun(0, 1, depth, width, 1),), width)
     exact = whole_seconds(context, (estimate_template(context, template, 8),), (8,))
-    assert 0.6 * exact < least < 1.02 * exact
+    assert 0.6 * exact < least < (1.06 if order == "gpipe" else 1.02) * exact
 
 
 def test_what_is_scored_grows_by_the_kinds_of_nodes_not_by_the_devices(monkeypatch):
@@ -214,47 +237,34 @@ def test_what_is_scored_grows_by_the_kinds_of_nodes_not_by_the_devices(monkeypat
     assert 0 < scored[160] < 3 * scored[16]
 
 
-def test_slow_neighbours_set_the_pace_by_the_round_trips_that_they_hold():
-    """Three stages of a second each way, of which the last two are ten seconds apart: they hold two
-    micro-batches, and twelve take six round trips of 24 seconds, the first of them apart."""
-    template = PipelineTemplate(1, (StageRun(0, 3, 1, 1),), 1, "1f1b")
-    each = TemplateEstimate(
-        template=template,
-        bounds=(0, 1, 2, 3),
-        forward=(1.0, 1.0, 1.0),
-        backward=(1.0, 1.0, 1.0),
-        transfer=(0.0, 10.0),
-        reduction=(0.0, 0.0, 0.0),
-        crowded=(0.0, 0.0, 0.0),
-        optimizer=0.0,
-    )
-    assert each.once == 26.0
-    assert each.further(12) == pytest.approx(5 * 24.0)
+def test_every_class_of_a_pipeline_has_a_tensor_width_of_its_own():
+    """Slow devices with little memory share every layer; fast ones need not."""
+    where = machines(1, 1, 4)
+    graph = model([10.0] * 6, parameters=10_000_000)
+    costs = costs_of(graph, where, job(16))
+    context = template_search.estimate_context(costs, device_classes(costs), "best")
+    runs = StageRun(0, 1, 2, 2, 2), StageRun(1, 2, 1, 2, 2)
+    template = PipelineTemplate(runs, 4)
+    assert template.depth == 3
+    assert template.devices == 2 * 2 + 2 * 2
+    estimate = estimate_template(context, template, 4)
+    stages = written(context.classes, template, {})
+    fitted = fit_pipeline(costs, stages, 4, 4, "1f1b")
+    assert [len(group) for stage in stages for group in stage] == [1, 1, 1, 1, 2, 2]
+    exact = pipeline_prices(costs, replace(fitted.pipeline, bounds=estimate.bounds))
+    for name in ("forward", "backward", "inputs", "weights"):
+        assert getattr(estimate.prices, name) == pytest.approx(getattr(exact, name)), name
+    assert tuple(estimate.prices.held) == tuple(exact.held)
 
 
-def test_shares_of_several_pipelines_are_timed_by_number_not_by_combination(monkeypatch):
-    """Thousands of combinations of numbers of micro-batches, of which each pipeline has few."""
-    kinds = ("fast", "slow", "slower")
-    types = tuple(device(kind, 30.0 / (i + 1)) for i, kind in enumerate(kinds))
-    where = cluster(*((kind,) for kind in kinds), network=NETWORK, types=types, names=kinds)
-    costs = costs_of(model([10.0] * 2), where, job(120))
-    context = template_search.estimate_context(costs, device_classes(costs))
-    chosen = tuple(
-        template_search.estimate_template(
-            context, PipelineTemplate(1, (StageRun(i, 1, 1, 1),), 1, "1f1b"), 40
-        )
-        for i in range(3)
-    )
-    asked = []
-    further = TemplateEstimate.further
-    monkeypatch.setattr(
-        TemplateEstimate, "further", lambda self, count: asked.append(count) or further(self, count)
-    )
-    best = template_search._shared_out(context, chosen, 120)
-    assert sum(best.counts) == 120
-    assert best.counts[0] > best.counts[1] > best.counts[2]
-    assert best.seconds == whole_seconds(context, chosen, best.counts)
-    assert len(asked) < 60, "13 + 13 + 25 numbers make up the 169 combinations"
+def test_holders_of_tied_parameters_must_have_one_tensor_width():
+    graph = model([10.0] * 3, tied=True)
+    costs = costs_of(graph, machines(1, 1, 4), job(16))
+    context = template_search.estimate_context(costs, device_classes(costs), "best")
+    for tensor, able in ((1, True), (2, False)):
+        runs = StageRun(0, 1, 1, 1, 1), StageRun(1, tensor, 1, 1, 1)
+        found = estimate_template(context, PipelineTemplate(runs, 1), 16)
+        assert (found is not None) == able
 
 
 @pytest.mark.heavy

@@ -14,12 +14,13 @@ from meshwright.simulate.simulator import simulate_plan
 from soaks import portion, tenth
 from strategies import small_worlds
 
-NAMED_SLACK = 0.30
-"""Share by which the plan found may be slower than the best one in a schedule with a rule. Shapes
-are chosen by their 1F1B and GPipe today, and a single micro-batch keeps a whole backward."""
+NAMED_SLACK = 0.05
+"""Share by which the plan found may be slower than the best one in a schedule with a rule: only the
+dozen that are fastest in the best order of work, in closed form, are tried in every schedule. The
+worst of 80 cases is slower by 2 %."""
 
-LISTED_SLACK = 0.30
-"""The same where every order is tried."""
+LISTED_SLACK = 0.02
+"""The same where every order of two stages is tried; none of 16 cases is slower."""
 
 
 def check_named(world):

@@ -30,6 +30,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("rival_zones")
 searches = load("rival_searches")
 by_metis, by_sailor = load("rival_metis"), load("rival_sailor")
 by_harp, by_zorse = load("rival_harp"), load("rival_zorse")

@@ -57,7 +57,7 @@ def balanced(
         for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True))
     ]
     longest_B, common_B = (np.min([each[:, x] for each in facts_FBX], axis=0) for x in (1, 2))
-    each_B = np.max([each[:, 4] for each in facts_FBX], axis=0)
+    each_B = np.maximum(1.0, np.max([each[:, 4] for each in facts_FBX], axis=0))
     always_B = np.max([each[:, 3] for each in facts_FBX], axis=0)
     depth_P = depths_FP.sum(axis=0)
     rate_P, room_P, devices_P = (np.zeros(len(build_P)) for _ in range(3))

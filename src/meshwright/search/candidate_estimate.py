@@ -44,6 +44,16 @@ def candidate_seconds(
     return reduced(costs, pipelines, spans) + after
 
 
+def exposed_seconds(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
+    """Seconds from the last backward, in the best order, to the end of all reductions."""
+    spans = [
+        last_backwards(pipeline_prices(costs, each), each.micro_batches, "best")
+        for each in pipelines
+    ]
+    end = max(last for span in spans for _, last in span)
+    return reduced(costs, pipelines, spans) - end
+
+
 def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
     """What a micro-batch takes on every stage and across every cut."""
     forward, backward, inputs, weights, held = [], [], [], [], []

@@ -9,7 +9,7 @@ stages, L layers, M micro-batches."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from meshwright.cluster.spec import Link
@@ -179,15 +179,24 @@ def written(
     every: Sequence[DeviceClass], template: PipelineTemplate, taken: dict[int, int]
 ) -> Stages:
     """Returns the groups of every stage. `taken` counts the nodes of each device class that are in
-    use, and grows."""
+    use, and grows. Runs that differ in depth alone share nodes."""
+    waiting: dict[StageRun, list[tuple[TensorGroup, ...]]] = {}
     found: list[tuple[TensorGroup, ...]] = []
     for run in template.runs:
-        device_class = every[run.device_class]
-        groups = device_class.each // run.tensor
-        first = taken.get(run.device_class, 0)
-        needed = nodes_for(groups, run.depth, run.width, run.block)
-        taken[run.device_class] = first + needed
-        found += _stages(device_class.nodes[first : first + needed], run, groups)
+        like = replace(run, depth=0)
+        if like not in waiting:
+            alike = (each for each in template.runs if replace(each, depth=0) == like)
+            whole = replace(run, depth=sum(each.depth for each in alike))
+            device_class, groups = (
+                every[run.device_class],
+                every[run.device_class].each // run.tensor,
+            )
+            first = taken.get(run.device_class, 0)
+            needed = nodes_for(groups, whole.depth, run.width, run.block)
+            taken[run.device_class] = first + needed
+            waiting[like] = _stages(device_class.nodes[first : first + needed], whole, groups)
+        found += waiting[like][: run.depth]
+        del waiting[like][: run.depth]
     return tuple(found)
 
 

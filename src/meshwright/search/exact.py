@@ -17,9 +17,11 @@ from math import comb, prod
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices, fits, tensor_widths_agree
+from meshwright.search.candidate_estimate import pipeline_prices
 from meshwright.search.costs import Costs
 from meshwright.search.device_patterns import DevicePattern, concrete, device_patterns, strategies
 from meshwright.search.incumbent import SAME
+from meshwright.search.pipeline_seconds import pipeline_seconds
 from meshwright.search.space import divisors
 from meshwright.stopping import raise_if_stopped
 
@@ -46,12 +48,17 @@ class Prospect:
     pipelines: tuple[CandidatePipeline, ...]
 
 
+SecondsOf = Callable[[Costs, CandidatePipeline, ScheduleName], float]
+"""What a pipeline takes at least in a schedule."""
+
+
 @dataclass(slots=True)
 class _SearchTables:
     costs: Costs
     limit: float
     """Seconds that a strategy must stay below."""
     pruned: Counter[str]
+    seconds_of: SecondsOf
     options: dict[tuple[DevicePattern, ScheduleName], dict[int, list[Option]]] = field(
         default_factory=dict
     )
@@ -93,10 +100,11 @@ def prospects(
     limit: float,
     pruned: Counter[str],
     out_of_time: Callable[[], bool] = lambda: False,
+    seconds_of: SecondsOf = pipeline_bound,
 ) -> list[Prospect] | None:
     """Returns every strategy of the space whose lower bound is below `limit` seconds, lowest first;
     None if the time was up before all had been looked at."""
-    tables = _SearchTables(costs, limit, pruned)
+    tables = _SearchTables(costs, limit, pruned, seconds_of)
     found: list[Prospect] = []
     for strategy in strategies(costs):
         if out_of_time():
@@ -105,6 +113,11 @@ def prospects(
             found += _of_strategy(tables, strategy, schedule, schedule == schedules[0])
     found.sort(key=lambda p: p.seconds)
     return found
+
+
+def in_best_order(costs: Costs, pipeline: CandidatePipeline, _schedule: ScheduleName) -> float:
+    """Seconds of a pipeline in the best order of work, in closed form."""
+    return pipeline_seconds(pipeline_prices(costs, pipeline), pipeline.micro_batches, "best")
 
 
 def _of_strategy(
@@ -151,7 +164,7 @@ def _options(
             if not fits(tables.costs, pipeline, schedule):
                 tables.pruned["does not fit in memory"] += 1
                 continue
-            seconds = pipeline_bound(tables.costs, pipeline, schedule)
+            seconds = tables.seconds_of(tables.costs, pipeline, schedule)
             if seconds < tables.limit * (1 - SAME):
                 found.setdefault(pipeline.share, []).append(Option(pipeline, seconds))
             else:

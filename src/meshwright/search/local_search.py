@@ -1,11 +1,12 @@
 """Improves on the best regular grid: exhaustively on small inputs, by hill climbs on large ones.
 
-A hill climb compares strategies by a simulation of their stages. The full simulator judges the
-local optima and the neighbours of the best of them.
+A hill climb compares strategies in closed form, in the best order of work that memory allows. The
+simulator judges the local optima and the neighbours of the best of them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from meshwright.search import neighbourhood
 from meshwright.search.candidate import candidate_of, fits, tensor_widths_agree
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
-from meshwright.search.exact import LIMIT, prospects, space_size
+from meshwright.search.exact import LIMIT, in_best_order, prospects, space_size
 from meshwright.search.explore import Progress, is_large
 from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate
 from meshwright.search.neighbourhood import Move
@@ -37,7 +38,7 @@ CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
 lies near the best in the end."""
 
 HOPEFUL = 1.8
-"""Times the best stage-level simulation beyond which a strategy is not climbed from."""
+"""Times the seconds of the best strategy, in closed form, beyond which one is not climbed from."""
 
 ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""
@@ -67,8 +68,8 @@ PROMISING = 400
 """Strategies, the fastest in the best order of work, from which finalists are chosen."""
 
 SLACK = 0.02
-"""Relative excess of a stage-level simulation over the best one's within which the simulator may
-see it differently."""
+"""Relative excess over the best strategy, in closed form, within which the simulator may see it
+differently."""
 
 
 def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
@@ -141,8 +142,8 @@ def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
 
 
 def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, by the stage-level simulation: those played already,
-    those made of whole pools, and those cut from rows of devices."""
+    """The best strategies of different builds, in closed form: those played already, those made of
+    templates, and those cut from rows of devices."""
     tell("composing", 0, 2)
     incumbent = search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
@@ -268,7 +269,18 @@ def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Prog
             return False
         try_candidate(incumbent, (prospect.schedule, prospect.pipelines))
     tell("simulating", len(found), len(found))
+    _promise_all(incumbent)
     return True
+
+
+def _promise_all(incumbent: Incumbent) -> None:
+    """Tell the incumbent which strategies of a small space may win in the best order of work."""
+    if incumbent.any_order:
+        costs, limit = incumbent.costs, incumbent.limit
+        found = prospects(costs, ("1f1b",), limit, Counter(), seconds_of=in_best_order) or []
+        for each in found[:PROMISING]:
+            seconds = candidate_seconds(costs, each.pipelines, "best")
+            incumbent.promising["1f1b", each.pipelines] = seconds
 
 
 MOVES: tuple[Move, ...] = (
@@ -294,7 +306,7 @@ FITTING_STAGE = 30
 
 @dataclass(slots=True)
 class LocalSearch:
-    """What has been simulated stage by stage, and how many steps may still be spent."""
+    """What has been estimated, and how many steps may still be spent."""
 
     incumbent: Incumbent
     schedules: Sequence[ScheduleName]
@@ -309,8 +321,8 @@ class LocalSearch:
 
 
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
-    """Seconds by the stage-level simulation, infinite where it does not fit; where they are not
-    below the limit, perhaps only a bound."""
+    """Seconds in closed form, infinite where it does not fit; where they are not below the limit,
+    perhaps only a bound."""
     raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:

@@ -70,7 +70,10 @@ def _fastest(
     none = [0.0] * depth
     if order != "best":
         held = [in_flight(order, s, depth, micro_batches) for s in range(depth)]
-        return _seconds(prices, micro_batches, held, prices.backward, none, 0), prices.backward
+        end = _seconds(prices, micro_batches, held, prices.backward, none, 0)
+        if order == "gpipe":
+            end = max(end, _in_phases(prices, micro_batches))
+        return end, prices.backward
     held = [min(each, micro_batches) for each in prices.held]
     whole = _seconds(prices, micro_batches, held, prices.backward, none, 0)
     parted = min(
@@ -78,6 +81,16 @@ def _fastest(
         for number in {1, micro_batches}
     )
     return (whole, prices.backward) if whole <= parted else (parted, prices.inputs)
+
+
+def _in_phases(p: PipelinePrices, count: int) -> float:
+    """Seconds of GPipe, where the slowest forward sets the pace until the last stage has done them
+    all, and then the slowest backward does:
+
+    all stages and cuts, both ways + (M - 1) x (slowest forward or cut + slowest backward or cut)
+    """
+    onward, returned = (*p.forward, *p.ahead), (*p.backward, *p.back)
+    return sum(onward) + sum(returned) + (count - 1) * (max(onward) + max(returned))
 
 
 def _seconds(
@@ -114,7 +127,9 @@ def _seconds(
         wait = max(0.0, trips[s] - usual[s] - number * forward)
         kept = later[s] if parted == count else 0.0
         idle = trips[s] + kept - number * work / count
-        if idle > 0.0:
+        if not usual[s]:
+            wait = 0.0  # nothing before this stage is trained: no gradient comes back to it
+        elif idle > 0.0:
             wait += (count - 1) // number * idle
         seconds = start + wait + max(work, work - min(parted, number) * later[s] + end)
         total += seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise, permutations, product
 
 from meshwright.plan.spec import ScheduleName
@@ -247,8 +247,21 @@ def _offers(task: Task) -> list[TemplateEstimate]:
     for _, _, template, _ in sorted(found)[:OFFERED]:
         for turned in orders[2:]:
             found += _in_order(task, template, turned, len(found))
+        for around in _around(template):
+            found += _in_order(task, around, range(len(around.runs)), len(found))
     most = (4 if task.alone else 2) * OFFERED
     return [estimate for _, _, _, estimate in sorted(found)[:most]]
+
+
+def _around(template: PipelineTemplate) -> Iterator[PipelineTemplate]:
+    """Yields a pipeline of two classes with some stages of one before and the rest after those of
+    the other: the first and the last stage have more to compute than layers show."""
+    if len(template.runs) != 2:
+        return
+    for outer, inner in (template.runs, template.runs[::-1]):
+        for before in sorted({1, outer.depth // 2, outer.depth - 1} & set(range(1, outer.depth))):
+            parts = replace(outer, depth=before), replace(outer, depth=outer.depth - before)
+            yield PipelineTemplate((parts[0], inner, parts[1]), template.rows)
 
 
 _Found = tuple[float, int, PipelineTemplate, TemplateEstimate]

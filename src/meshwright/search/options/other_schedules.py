@@ -1,7 +1,7 @@
 """The last choice: in which order the stages of the best plans work.
 
-The search ranks plans in the orders 1F1B and GPipe, for which it has bounds. Then the best of them
-are tried in every order that there is, and in one made for them by the list scheduler: program.work
+The search ranks strategies in the best order of work that memory allows. Then the best of them are
+tried in every order that there is, and in one made for them by the list scheduler: program.work
 times all, and the simulator runs the few fastest that fit.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import inf
 from operator import attrgetter, itemgetter
 
@@ -31,7 +30,7 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, fits, seconds, to_codes, to_orders
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of, plan_of
-from meshwright.search.candidate_estimate import candidate_seconds
+from meshwright.search.candidate_estimate import candidate_seconds, exposed_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
@@ -59,8 +58,8 @@ GLANCED, LISTED = 12_000, 60_000
 ROUGH = 0.01
 """Share by which program.work may be slower than the simulator."""
 
-SCATTER = 0.01
-"""Share by which a plan may be faster than what another finalist in its schedule lets expect."""
+ALIKE = 2
+"""Finalists that differ in their cuts or in the order of their stages alone."""
 
 MOST_ACTIONS = 40_000
 """Forwards of all ranks beyond which a plan keeps its order: it would take too long to simulate."""
@@ -75,28 +74,30 @@ class _Ordered:
     works: list[Work]
     after: float
     """Seconds after the last backward; `seconds` includes them."""
+    exposed: float
+    """Seconds of reductions after the last backward, by the closed form; `seconds` is without."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
     """Time each finalist in the schedules with a rule and in one made for it, and propose the
     fastest few of all; then look longer for an order of the best one.
 
-    How many times the quick clock's seconds the simulator makes of one plan is expected of others
-    that are slower by that clock.
+    A plan that could not win even if it hid all its reductions is not simulated.
     """
     costs = incumbent.costs
     every: list[_Ordered] = []
-    for plan in finalists(incumbent):
+    for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
         if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
             every += _ordered(costs, plan)
-    every.sort(key=attrgetter("seconds"))
-    ratio, best = 1 - ROUGH, None
-    for number, each in enumerate(every):
-        if number >= PLAYED or each.seconds * ratio >= incumbent.limit * (1 + SCATTER):
-            yield Pruned("slower in the stage-level simulation", len(every) - number)
-            break
+    every.sort(key=lambda each: each.seconds + each.exposed)
+    played, best = 0, None
+    for each in every:
+        if played >= PLAYED or each.seconds * (1 - ROUGH) >= incumbent.limit:
+            yield Pruned("slower in the stage-level simulation")
+            continue
+        played += 1
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
@@ -110,24 +111,25 @@ def propose(incumbent: Incumbent) -> Proposals:
 def _ordered(costs: Costs, plan: Plan) -> list[_Ordered]:
     """The plan in its fastest orders that fit: two with a rule, and one made for it."""
     works = pipeline_works(plan, costs)
-    after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
+    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
+    after, exposed = after_pipelines(costs, pipelines), exposed_seconds(costs, pipelines)
     named = [
-        _Ordered(took + after, replace(plan, schedule=name, prediction=None), works, after)
+        _Ordered(took + after, replace(plan, schedule=name, prediction=None), works, after, exposed)
         for took, name in in_named_orders(works, fitting=True)[:NAMED]
     ]
     listed = listed_orders(works, GLANCED)
     if listed is not None:
         ordered = in_listed_orders(plan, listed[1])
-        named.append(_Ordered(listed[0] + after, ordered, works, after))
+        named.append(_Ordered(listed[0] + after, ordered, works, after, exposed))
     return named
 
 
 OPTION = PlanOption("schedules", propose)
 
 
-def finalists(incumbent: Incumbent) -> list[Plan]:
-    """The plans that are fastest in the best order of work, if there is an order to choose and they
-    could win by it; one of those that differ in their cuts alone."""
+def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
+    """The plans that are fastest in the best order of work, in less than `limit` seconds, if there
+    is an order to choose; few of those that are much alike."""
     costs = incumbent.costs
     rated: dict[Strategy, float] = dict(incumbent.promising)
     plans: dict[Strategy, Plan] = {}
@@ -137,14 +139,17 @@ def finalists(incumbent: Incumbent) -> list[Plan]:
         plans.setdefault(strategy, each.plan)
         if strategy not in rated:
             rated[strategy] = candidate_seconds(costs, pipelines, "best")
-    builds: dict[object, Strategy] = {}
+    builds: Counter[object] = Counter()
+    fastest: list[Strategy] = []
     for strategy in sorted(rated, key=rated.__getitem__):
-        if rated[strategy] >= incumbent.limit * (1 + ROUGH):
+        if rated[strategy] >= limit:
             break
-        if _has_order(strategy):
-            builds.setdefault(_build(strategy), strategy)
+        build = _build(strategy)
+        if _has_order(strategy) and builds[build] < ALIKE:
+            builds[build] += 1
+            fastest.append(strategy)
     most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
-    chosen = [plans.get(each) or _plan(incumbent, each) for each in islice(builds.values(), most)]
+    chosen = [plans.get(each) or _plan(incumbent, each) for each in fastest[:most]]
     hopeful = (plan for each, plan in plans.items() if _has_order(each) and plan not in chosen)
     by_name = {plan.name: plan for plan in reversed(list(hopeful))}
     simulated = [plan for plan in plans.values() if by_name.get(plan.name) is plan]
@@ -153,7 +158,7 @@ def finalists(incumbent: Incumbent) -> list[Plan]:
 
 def _has_order(strategy: Strategy) -> bool:
     """True if there is an order to choose."""
-    return any(len(each.stages) > 1 and each.micro_batches > 1 for each in strategy[1])
+    return any(len(each.stages) > 1 for each in strategy[1])
 
 
 def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
@@ -167,12 +172,12 @@ def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
 
 
 def _build(strategy: Strategy) -> object:
-    """What tells a strategy from those that differ in their cuts alone."""
+    """What tells a strategy from those that differ in cuts or in the order of their stages."""
     return tuple(
         (
             each.micro_batches,
             each.rows,
-            tuple((len(stage.groups), len(stage.groups[0])) for stage in each.stages),
+            tuple(sorted((len(stage.groups), len(stage.groups[0])) for stage in each.stages)),
         )
         for each in strategy[1]
     )
