@@ -44,7 +44,7 @@ SELECTION = "not slow and not heavy"
 """The tests of `make check`."""
 ROOMS = (
     "cluster", "plan", "layout", "model", "program", "cost", "simulate", "rivals", "search",
-    "techniques", "export", "report",
+    "techniques", "export", "report", "money",
 )  # fmt: skip
 OUTCOMES = ("killed", "timed out", "survived", "equivalent")
 TEST_SECONDS, TIMES_LONGER = 10.0, 5.0

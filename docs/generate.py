@@ -74,6 +74,7 @@ WORDS = {
     "RateText": '`"25 Gbit/s"`',
     "FlopsText": '`"312 TFLOP/s"`',
     "TimeText": '`"50 us"`',
+    "PriceText": '`"3.20 USD/h"`',
     "ClusterSource": "path, or a table as in a cluster file",
     "ScheduleName": "name of a [schedule](schedules.md)",
     **{name: _one_of(get_args(kind)) for name, kind in CHOICES.items()},

@@ -129,7 +129,103 @@ def test_dry_run_only_prints_the_commands(planned):
     assert not (planned / "dry/metrics.jsonl").exists()
 
 
+PRICES = """\
+format = 1
+currency = "USD"
+date = "2026-11-28"
+source = "our own meter"
+[device]
+cpu = "0.10 USD/h"
+"""
+
+
+@pytest.fixture(scope="module")
+def with_prices(planned) -> Path:
+    """The folder, with hourly prices."""
+    (planned / "prices.toml").write_text(PRICES)
+    return planned
+
+
+def _plan(folder: Path, *more: str):
+    done = meshwright(
+        *("plan", "--model", "gpt-tiny", "--cluster", "cluster.toml"),
+        *("--global-batch", "4", "--sequence", "16", "--precision", "fp32", *more),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_prices_say_what_a_plan_costs_and_change_no_byte_of_it(with_prices):
+    told = _plan(with_prices, "--prices", "prices.toml", "-o", "told.json")
+    plain = _plan(with_prices, "-o", "plain.json")
+    assert (with_prices / "told.json").read_bytes() == (with_prices / "plan.json").read_bytes()
+    assert (with_prices / "plain.json").read_bytes() == (with_prices / "plan.json").read_bytes()
+    assert "USD" not in plain
+    assert "our own meter, 2026-11-28" in told
+    assert " USD an hour, " in told
+
+
+def test_a_plan_is_chosen_by_cost_and_the_front_is_drawn(with_prices):
+    told = _plan(
+        with_prices,
+        *("--prices", "prices.toml", "--objective", "cost", "-o", "cheap.json"),
+        *("--front", "front.svg"),
+    )
+    assert "<- best" in told
+    assert "<svg" in (with_prices / "front.svg").read_text()
+    for verb in ("explain cheap.json", "simulate cheap.json --report page.html"):
+        done = meshwright(*verb.split(), "--prices", "prices.toml", cwd=with_prices)
+        assert done.returncode == 0, done.stderr
+        assert "USD per million tokens" in done.stdout.replace("\n", " ")
+    assert "our own meter" in (with_prices / "page.html").read_text()
+
+
+def test_whatif_answers_in_money(with_prices):
+    done = meshwright(
+        *("whatif", "plan.json", "--without", "here:1", "--prices", "prices.toml"),
+        *("--objective", "cost", "--json"),
+        cwd=with_prices,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["expense_after"]["currency"] == "USD"
+    assert found["options"][3]["expense"]["per_hour"] == 0.1
+
+
 PLAN = "plan --model gpt-tiny --cluster cluster.toml --sequence 16"
+PRICED = f"{PLAN} --global-batch 4 --precision fp32 -o no.json --prices"
+MONEY = {
+    "no prices": (f"{PLAN} --global-batch 4 --objective cost", "--objective", "--prices"),
+    "a limit without prices": (f"{PLAN} --global-batch 4 --limit 2s", "--limit", "--prices"),
+    "a front without prices": (f"{PLAN} --global-batch 4 --front f.svg", "--front", "--prices"),
+    "no such prices": (f"{PRICED} none.toml", "none.toml", "no such file"),
+    "no price": (f"{PRICED} other.toml", "other.toml", "device.cpu", "no price"),
+    "an unknown type": (f"{PRICED} wrong.toml", "wrong.toml", "'cpus'", "Did you mean 'cpu'"),
+    "negative": (f"{PRICED} negative.toml", "negative.toml", "device.cpu", "at least 0"),
+    "another currency": (f"{PRICED} prices.toml --limit 3EUR/h", "--limit", "USD"),
+    "no limit at all": (f"{PRICED} prices.toml --limit 0USD/h", "--limit", "above 0"),
+    "no time at all": (f"{PRICED} prices.toml --objective cost --budget 0s", "--budget", "0"),
+    "a limit that nothing keeps": (
+        f"{PRICED} prices.toml --limit 0.01USD/h",
+        *("--limit", "the nearest, for 1 x cpu, has 0.1 USD/h", "at most 0.01USD/h"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MONEY)
+def test_mistakes_of_money_end_with_their_message(with_prices, name):
+    for file, old, new in (
+        ("other", "cpu =", "T4 ="),
+        ("wrong", "cpu =", "cpus ="),
+        ("negative", '"0.10', '"-0.10'),
+    ):
+        (with_prices / f"{file}.toml").write_text(PRICES.replace(old, new))
+    line, *words = MONEY[name]
+    refused(line, words, cwd=with_prices)
+    assert not (with_prices / "no.json").exists()
+
+
 MISTAKES = {
     "no such plan": ("explain none.json", "none.json", "no such file"),
     "no such cluster": (

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RENT = ROOT / "examples" / "rent.py"
+TRAINING = sorted({*(ROOT / "examples").glob("*.py")} - {RENT})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_trains(path: Path, tmp_path: Path) -> None:
+def _run(path: Path, folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(path)],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -28,9 +27,25 @@ def test_an_example_trains(path: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_an_example_trains(path: Path, tmp_path: Path) -> None:
+    losses = [float(found) for found in re.findall(r"loss (\d+\.\d+)", _run(path, tmp_path))]
     assert len(losses) == 50
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_example_of_renting_keeps_its_limits(tmp_path: Path) -> None:
+    cheapest, bounded, quick = _run(RENT, tmp_path).split("== ")[1:]
+    assert all(answer.count("<- best") == 1 for answer in (cheapest, bounded, quick))
+    rented = [re.search(r"([\d,]+) +([\d.]+) +[\d.]+ +<- best", each) for each in (bounded, quick)]
+    assert all(rented)
+    assert float(rented[0][2]) <= 8  # type: ignore[index]
+    assert int(rented[1][1].replace(",", "")) >= 50_000  # type: ignore[index]
 
 
 def test_an_example_of_adapters_says_what_is_trained() -> None:

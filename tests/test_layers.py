@@ -35,6 +35,7 @@ FLOORS = (
     "simulate",
     "rivals",
     "search",
+    "money",
     "export",
     "runtime",
     "launch",
@@ -91,7 +92,7 @@ WITH_TORCH = (
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
-    "cli": 1_350,
+    "cli": 1_500,
     "cluster": 3_300,
     "cost": 3_450,
     "emulation": 750,
@@ -99,16 +100,17 @@ ROOM_LINES = {
     "launch": 1_450,
     "layout": 700,
     "model": 7_900,
+    "money": 1_050,
     "plan": 950,
     "profiling": 900,
     "program": 1_900,
-    "report": 1_900,
+    "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
     "search": 8_400,
     "simulate": 1_650,
     "testbed": 1_550,
-    "workflows": 1_850,
+    "workflows": 1_920,
 }
 """The most lines of each room. More is allowed in the commit that needs it, which says why."""
 TECHNIQUE_LINES = 900

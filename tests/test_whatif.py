@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Cluster, Link
 from meshwright.cost.profile import LayerTime, LinkTimes, Profile
-from meshwright.errors import ClusterError, PlanError
+from meshwright.errors import ClusterError, MoneyError, PlanError
+from meshwright.money.files import parse_limit
+from meshwright.money.spec import HourlyPrices, MoneyTerms
 from meshwright.plan.spec import Job
+from meshwright.records import dumps
+from meshwright.report.whatif import cost_sentence, print_whatif
 from meshwright.workflows.export_plan import even_stage_cuts
 from meshwright.workflows.session import SearchLimits, Session, search_plan
 from meshwright.workflows.what_if import ClusterEdits, what_if
@@ -151,3 +155,76 @@ def test_both_searches_end_when_somebody_wants_it():
         assert found.seconds_after <= min(
             each.step_seconds for each in found.options[2:] if each.step_seconds
         )
+
+
+def terms_of(objective="time", *limits: str, **node: float) -> MoneyTerms:
+    """A price of 3 USD an hour for each device, and one for whole nodes."""
+    prices = HourlyPrices(
+        currency="USD",
+        date="2026-11-28",
+        source="a test",
+        file="prices.toml",
+        device={"g": 3.0},
+        node=node,
+    )
+    wanted = tuple(parse_limit(text, "USD") for text in limits)
+    return MoneyTerms(prices=prices, objective=objective, limits=wanted)
+
+
+def test_prices_add_what_each_plan_costs_and_change_no_answer():
+    here = session(two_nodes())
+    plan, edits = search_plan(here), ClusterEdits(added=("1 x a",))
+    plain = what_if(here, plan, edits)[0]
+    told = what_if(here, plan, edits, terms=terms_of())[0]
+    bare = tuple(replace(each, expense=None, misses=None) for each in told.options)
+    assert bare == plain.options
+    assert told.best == plain.best
+    assert "expense" not in dumps(plain)
+    for each in told.options:
+        devices = round(each.expense.per_hour / 3.0)
+        assert each.expense.per_hour == 3.0 * devices
+        assert each.expense.per_step == pytest.approx(3.0 * devices * each.step_seconds / 3600)
+    assert cost_sentence(plain) == ""
+    assert "per million tokens before" in cost_sentence(told)
+
+
+def test_the_least_cost_is_kept_where_it_is_the_objective():
+    """Two devices are less than twice as fast as one: whoever pays for tokens takes one."""
+    here = session(two_nodes())
+    edits = ClusterEdits(added=("1 x a",))
+    cheap = what_if(here, search_plan(here), edits, terms=terms_of("cost"))[0]
+    assert [each.expense.per_hour for each in cheap.options] == [6.0, 3.0, 6.0, 3.0]
+    assert len(cheap.best.devices) == 1
+    assert cheap.expense_after == cheap.options[3].expense
+    assert cheap.seconds_before == cheap.options[1].step_seconds
+    assert "the same" in cost_sentence(cheap)
+
+
+def test_a_limit_that_no_plan_keeps_yet_is_what_the_edit_is_asked_for():
+    here = session(two_nodes())
+    plan = search_plan(here)
+    wanted = f"{0.75 * plan.prediction.step_seconds} s"
+    edits = ClusterEdits(added=("2 x a",))
+    found = what_if(here, plan, edits, terms=terms_of("cost", wanted))[0]
+    assert [bool(each.misses) for each in found.options] == [True, True, True, False]
+    assert "too much" in found.options[0].misses[0]
+
+
+def test_added_nodes_and_removed_ones_may_have_prices(capsys):
+    here = session(two_nodes())
+    plan = search_plan(here)
+    terms = terms_of("time", a=1.0, **{"new-0": 2.0})
+    found = what_if(here, plan, ClusterEdits(added=("1 x a",), without=("b",)), terms=terms)[0]
+    assert found.options[0].expense.per_hour == 4.0
+    assert found.options[3].expense.per_hour == 3.0
+    print_whatif(found)
+    printed = capsys.readouterr().out
+    assert "USD/Mtoken" in printed
+    assert "a test, 2026-11-28" in printed
+
+
+def test_a_price_that_only_the_edited_cluster_needs_is_missed_before_any_search():
+    here = session(two_nodes())
+    plan = search_plan(here)
+    with pytest.raises(MoneyError, match=r"prices\.toml: device\.T4: found no price"):
+        what_if(here, plan, ClusterEdits(added=("4 x T4",)), terms=terms_of())

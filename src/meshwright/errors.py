@@ -8,6 +8,8 @@ MeshwrightError            the base class: catch this one
 ├── ProfileError           measured times are missing, nonsense, or from elsewhere
 ├── DataError              training data cannot be read or are too short
 ├── FitError               no plan fits into the memory of the devices
+├── MoneyError             hourly prices are missing, nonsense, or in another currency
+├── LimitError             no plan meets the limits on cost or time
 ├── LaunchError            processes cannot be started or cannot find each other
 ├── TrainingError          a run had to stop: NaN loss, a lost rank
 ├── OptionError            an option of the command line has an invalid value
@@ -114,6 +116,14 @@ class DataError(MeshwrightError):
 
 class FitError(MeshwrightError):
     """No plan fits into the memory of the devices."""
+
+
+class MoneyError(MeshwrightError):
+    """Hourly prices are missing, nonsense, or in another currency."""
+
+
+class LimitError(MeshwrightError):
+    """No plan meets the limits on cost or time."""
 
 
 class LaunchError(MeshwrightError):

@@ -25,7 +25,9 @@ _RATE = re.compile(f"({_PREFIXES})(B|bit|b)(?:/s|ps)")
 _FLOPS = re.compile(f"({_PREFIXES})(?:FLOP/s|FLOPS|flops|FLOP)")
 
 
-def _split(text: str, example: str) -> tuple[float, str]:
+def parse_quantity(text: str, example: str) -> tuple[float, str]:
+    """Parses a number and its unit: `"25 Gbit/s"` to 25.0 and "Gbit/s". Raises ValueError, with a
+    quantity as it should be, `example`."""
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError(f"a quantity like {example!r}, not {text!r}")
@@ -39,7 +41,7 @@ def _finite(value: float, text: str) -> float:
 
 
 def _scaled(text: str, pattern: re.Pattern[str], example: str) -> float:
-    number, unit = _split(text, example)
+    number, unit = parse_quantity(text, example)
     match = pattern.fullmatch(unit)
     if match is None:
         raise ValueError(f"a quantity like {example!r}: {unit!r} in {text!r} is no such unit")
@@ -64,7 +66,7 @@ def parse_flops(text: str) -> float:
 
 def parse_seconds(text: str) -> float:
     """Parses `"50 us"`, `"2 ms"` or `"1.5 s"` to seconds. Raises ValueError."""
-    number, unit = _split(text, "50 us")
+    number, unit = parse_quantity(text, "50 us")
     if unit in _PER_SECOND:  # dividing keeps "10 us" the float 1e-05
         return _finite(number / _PER_SECOND[unit], text)
     if unit in _SECONDS_IN:

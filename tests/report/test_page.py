@@ -20,6 +20,7 @@ from meshwright.report.charts import loss_svg, ticks
 from meshwright.report.page import Rival, report_html, write_report
 from meshwright.report.palette import KINDS, ink_on, stage_colours
 from meshwright.report.plan_drawing import layers_text, plan_svg
+from meshwright.simulate.compare_timelines import compare_timelines
 
 _RIVALS = (
     Rival(name="even plan", predicted_seconds=0.015, measured_seconds=0.016),
@@ -38,6 +39,22 @@ def _page(*, full: bool = True) -> str:
         losses={"even plan": (3.0, 2.0, 1.5), "plan found": (3.0, 2.0, 1.5)} if full else {},
         rivals=_RIVALS if full else (),
     )
+
+
+def test_a_comparison_names_every_operation() -> None:
+    compared = compare_timelines(paper.timeline(), paper.measured())
+    page = report_html(
+        paper.plan(),
+        paper.cluster(),
+        paper.model(),
+        predicted=paper.timeline(),
+        measured=paper.measured(),
+        losses={},
+        rivals=(),
+        comparison=compared,
+    )
+    assert compared.kinds
+    assert all(f"<code>{each.op}</code>" in page for each in compared.kinds)
 
 
 class _Balance(HTMLParser):

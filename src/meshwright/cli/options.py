@@ -38,6 +38,13 @@ class OptimizerChoice(StrEnum):
     SGD = "sgd"
 
 
+class ObjectiveChoice(StrEnum):
+    """What a plan is chosen for."""
+
+    TIME = "time"
+    COST = "cost"
+
+
 PlanFile = Annotated[Path, typer.Argument(help="A plan, as `meshwright plan` writes it.")]
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file; default: the plan's own.")
@@ -59,6 +66,27 @@ PrecisionOption = Annotated[
     typer.Option(help="Default: the fastest that every device supports."),
 ]
 MeasuredTimes = Annotated[Path | None, typer.Option("--profile", help="Measured times.")]
+PricesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prices", help="File of hourly prices, to say what a plan costs. Default: none."
+    ),
+]
+ObjectiveOption = Annotated[
+    ObjectiveChoice,
+    typer.Option(help="What shall be least: time of a step, or cost of a token (with --prices)."),
+]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Keep within '30 USD/h', '0.05 USD/step', '0.40 USD/Mtoken', '2 s' a step or "
+        "'5000 tokens/s'; with --prices. May be repeated."
+    ),
+]
+FrontOption = Annotated[
+    Path | None,
+    typer.Option(help="Draw the front of speed and cost as SVG; plans for all of it."),
+]
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="Measured times; default: the plan's own.")
 ]

@@ -15,14 +15,19 @@ from meshwright.cli.options import (
     BudgetOption,
     ClusterOption,
     ForbidOption,
+    FrontOption,
     JsonOption,
+    LimitOption,
     MeasuredTimes,
     ModelOption,
     NewPlanFile,
+    ObjectiveChoice,
+    ObjectiveOption,
     OptimizerChoice,
     PageOption,
     PlanFile,
     PrecisionOption,
+    PricesOption,
     ProfileOption,
     SequenceOption,
     app,
@@ -30,11 +35,15 @@ from meshwright.cli.options import (
     say,
     search_limits,
 )
+from meshwright.cli.renting import expense_text, money_terms, planned
 
 if TYPE_CHECKING:
+    from meshwright.cli.progress import SearchProgress
     from meshwright.cluster.spec import Cluster
+    from meshwright.money.spec import MoneyTerms
     from meshwright.plan.spec import Plan
     from meshwright.report.whatif import WhatIf
+    from meshwright.workflows.session import Session
 
 
 @app.command()
@@ -49,16 +58,21 @@ def plan(
     output: NewPlanFile = Path("plan.json"),
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    prices: PricesOption = None,
+    objective: ObjectiveOption = ObjectiveChoice.TIME,
+    limit: LimitOption = None,
+    front: FrontOption = None,
 ) -> None:
-    """Find the fastest plan for a model on a cluster. Ctrl-C ends the search with the best plan so
-    far."""
+    """Find the fastest plan for a model on a cluster, or by hourly prices the devices to rent for
+    it. Ctrl-C ends the search with the best plan so far."""
     from meshwright.cli.progress import search_progress
 
     with search_progress() as watch:
-        from meshwright.workflows.session import error_text, open_session, search_plan
+        from meshwright.workflows.session import open_session
 
         limits = search_limits(budget, forbid)
-        check_outputs(output)
+        check_outputs(output, front)
+        terms = money_terms(prices, objective, limit, front)
         session = open_session(
             model=model,
             cluster=cluster,
@@ -70,26 +84,42 @@ def plan(
         )
         for warning in session.warnings:
             say(f"warning: {warning}", to_errors=True)
-        found = search_plan(
-            session, limits, progress=watch.tell, stop=watch.stop, found=watch.found
-        )
-    error = error_text(session, found.prediction.step_seconds) if found.prediction else ""
-    _write_plan(found, output, _certificate_text(found), error)
+        found = planned(session, limits, terms, front, watch)
+    _write_plan(found, output, *_plan_texts(found, session, terms))
+    _tell_interruption(watch, f"{output} holds the best plan found so far")
+
+
+def _tell_interruption(watch: SearchProgress, result: str) -> None:
+    """Says on stderr what came of a search if Ctrl-C ended it."""
     if watch.interrupted:
-        say(f"interrupted: {output} holds the best plan found so far", to_errors=True)
+        say(f"interrupted: {result}", to_errors=True)
 
 
 @app.command()
-def explain(plan_file: PlanFile) -> None:
-    """Explain a plan: its stages, what limits the step, and why other strategies lost."""
+def explain(plan_file: PlanFile, prices: PricesOption = None) -> None:
+    """Explain a plan: its stages, what limits the step, why others lost, and what it costs."""
     from meshwright.report.tables import explain as print_explanation
     from meshwright.workflows.session import reopen_plan, with_prediction
 
-    _, opened = reopen_plan(plan_file)
+    terms = money_terms(prices)
+    session, opened = reopen_plan(plan_file)
     found = opened.plan if opened.plan.prediction else with_prediction(opened)
     print_explanation(found)
-    if text := _certificate_text(found):
-        say(text)
+    if found.prediction:
+        expense = expense_text(found, session, terms, found.prediction.step_seconds)
+        for text in filter(None, (_certificate_text(found), expense)):
+            say(text)
+
+
+def _plan_texts(found: Plan, session: Session, terms: MoneyTerms | None) -> tuple[str, ...]:
+    """Says how good a plan is, how certain its step is, and what it costs; empty if unknown."""
+    from meshwright.workflows.session import error_text
+
+    if found.prediction is None:
+        return ()
+    seconds = found.prediction.step_seconds
+    expense = expense_text(found, session, terms, seconds)
+    return _certificate_text(found), error_text(session, seconds), expense
 
 
 def _certificate_text(found: Plan) -> str:
@@ -112,16 +142,20 @@ def _write_plan(found: Plan, output: Path, *texts: str) -> None:
     say(f"wrote {output}")
 
 
+TraceOption = Annotated[
+    Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
+]
+
+
 @app.command()
 def simulate(
     plan_file: PlanFile,
     cluster: ClusterOption = None,
     profile: ProfileOption = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write a Chrome trace; it opens in Perfetto.")
-    ] = None,
+    trace: TraceOption = None,
     program: Annotated[Path | None, typer.Option(help="Write the program as text.")] = None,
     report: PageOption = None,
+    prices: PricesOption = None,
 ) -> None:
     """Simulate one step of a plan with the cost model."""
     from meshwright import files
@@ -129,10 +163,12 @@ def simulate(
     from meshwright.workflows.session import error_text, reopen_plan, simulate_priced
 
     check_outputs(trace, program, report)
+    terms = money_terms(prices)
     session, found = reopen_plan(plan_file, cluster=cluster, profile=profile)
     timeline = simulate_priced(found)
     timeline_summary(found.plan, timeline)
-    if text := error_text(session, timeline.step_seconds):
+    expense = expense_text(found.plan, session, terms, timeline.step_seconds)
+    for text in filter(None, (error_text(session, timeline.step_seconds), expense)):
         say(text)
     if program:
         from meshwright.program.instructions import format_program
@@ -147,7 +183,10 @@ def simulate(
     if report:
         from meshwright.report.page import write_report
 
-        write_report(report, found.plan, found.cluster, found.model, predicted=timeline)
+        notes = (expense,) if expense else ()
+        write_report(
+            report, found.plan, found.cluster, found.model, predicted=timeline, notes=notes
+        )
         say(f"wrote {report}")
 
 
@@ -184,23 +223,31 @@ def compare(
         say(f"wrote {report}", to_errors=json)
 
 
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Remove a node, a device (node:0), a device type or a site."),
+]
+AddOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Add a node of '4 x A100-40', or '2 x NODE' like an existing one."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
+]
+
+
 @app.command()
 def whatif(
     plan_file: PlanFile,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(help="Remove a node, a device (node:0), a device type or a site."),
-    ] = None,
-    add: Annotated[
-        list[str] | None,
-        typer.Option(help="Add a node of '4 x A100-40', or '2 x NODE' like an existing one."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a figure: link.network=100Gbit/s, device.T4.memory=..."),
-    ] = None,
+    without: WithoutOption = None,
+    add: AddOption = None,
+    set_: SetOption = None,
     budget: BudgetOption = None,
     forbid: ForbidOption = None,
+    prices: PricesOption = None,
+    objective: ObjectiveOption = ObjectiveChoice.TIME,
+    limit: LimitOption = None,
     json: JsonOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the edited cluster file.")
@@ -216,15 +263,15 @@ def whatif(
 
         limits = search_limits(budget, forbid)
         check_outputs(output)
+        terms = money_terms(prices, objective, limit)
         told = {"without": without, "added": add, "settings": set_}
         edits = ClusterEdits(**{name: tuple(each or ()) for name, each in told.items()})
         session, opened = reopen_plan(plan_file)
         found, edited = what_if(
-            session, opened.plan, edits, limits, progress=watch.tell, stop=watch.stop
+            session, opened.plan, edits, limits, terms, progress=watch.tell, stop=watch.stop
         )
     _show_whatif(found, edited, output, json=json)
-    if watch.interrupted:
-        say("interrupted: compared are the best plans found so far", to_errors=True)
+    _tell_interruption(watch, "compared are the best plans found so far")
 
 
 def _show_whatif(found: WhatIf, edited: Cluster, output: Path | None, *, json: bool) -> None:

@@ -8,7 +8,7 @@ changes a figure; `edit_cluster` does all of them in this order and reports ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -93,6 +93,16 @@ def with_removed(
         else:
             problems.append(_no_such(cluster, name, [what for what, _ in called], option))
     ClusterError.check(problems)
+    left = without_devices(cluster, gone)
+    if not left.nodes:
+        found, wanted = ", ".join(names), "at least one device that is left"
+        raise ClusterError(Problem(option, "", found, wanted))
+    return EditedCluster(cluster=left, notes=tuple(notes))
+
+
+def without_devices(cluster: Cluster, gone: Collection[str]) -> Cluster:
+    """Returns the cluster without the devices of these names, without nodes that have none left,
+    and without the explicit links of those nodes. Later devices of a node get lower indices."""
     nodes = tuple(
         replace(
             node,
@@ -105,12 +115,9 @@ def with_removed(
         for node in cluster.nodes
     )
     kept = tuple(node for node in nodes if node.devices)
-    left = {node.name for node in kept}
-    direct = tuple(each for each in cluster.direct if left.issuperset(each.between))
-    if not kept:
-        found, wanted = ", ".join(names), "at least one device that is left"
-        raise ClusterError(Problem(option, "", found, wanted))
-    return EditedCluster(cluster=replace(cluster, nodes=kept, direct=direct), notes=tuple(notes))
+    names = {node.name for node in kept}
+    direct = tuple(each for each in cluster.direct if names.issuperset(each.between))
+    return replace(cluster, nodes=kept, direct=direct)
 
 
 def _called(cluster: Cluster, name: str) -> dict[str, set[str]]:

@@ -103,12 +103,13 @@ def write_report(  # noqa: PLR0913 - a page shows what there is
     losses: Mapping[str, Sequence[float]] | None = None,
     rivals: Sequence[Rival] = (),
     comparison: TimelineComparison | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes the page.
 
     `losses` are per run; `rivals` are in the order of their rows, the plan itself last. Its
     measured step there, a median of many, takes precedence over the single step that `measured`
-    shows.
+    shows. `notes` are further sentences on the plan, such as what it costs.
     """
     text = report_html(
         plan,
@@ -119,11 +120,12 @@ def write_report(  # noqa: PLR0913 - a page shows what there is
         losses=losses or {},
         rivals=rivals,
         comparison=comparison,
+        notes=notes,
     )
     files.write_text(path, text)
 
 
-def report_html(
+def report_html(  # noqa: PLR0913 - a page shows what there is
     plan: Plan,
     cluster: Cluster,
     model: LayerGraph,
@@ -133,6 +135,7 @@ def report_html(
     losses: Mapping[str, Sequence[float]],
     rivals: Sequence[Rival],
     comparison: TimelineComparison | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Returns the page as HTML text."""
     prediction = plan.prediction
@@ -157,7 +160,7 @@ def report_html(
         part_colours=PARTS,
         memory=_memory_bars(prediction.memory if prediction else ()),
         memory_colours=MEMORY,
-        sentences=_sentences(plan, predicted, cluster),
+        sentences=(*_sentences(plan, predicted, cluster), *notes),
         rivals=_rival_bars(rivals),
         losses=loss_svg(losses) if any(losses.values()) else "",
         comparison=comparison,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from meshwright.money.outcomes import format_amount
+from meshwright.money.spec import Expense
 from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Plan
 from meshwright.records import dumps, record
@@ -30,6 +32,10 @@ class WhatIfOption:
     tokens_per_second: float | None = None
     reason: str = ""
     """Reason why the plan cannot run there."""
+    expense: Expense | None = None
+    """What the plan costs; None without prices."""
+    misses: tuple[str, ...] | None = None
+    """Sentences on the limits that the plan misses; None without prices."""
 
 
 @record
@@ -49,6 +55,12 @@ class WhatIf:
     """The fastest plan for the edited cluster, with its prediction."""
     busiest: NamedLoad | None
     """The link of the edited cluster that is busy longest under that plan."""
+    prices: str | None = None
+    """The source of the hourly prices; None without prices."""
+    expense_before: Expense | None = None
+    """What the best plan for the cluster as it is costs."""
+    expense_after: Expense | None = None
+    """What the best plan for the edited cluster costs."""
 
     @property
     def speed_up(self) -> float:
@@ -80,6 +92,21 @@ def gain_sentence(found: WhatIf) -> str:
     return f"It would be {found.speed_up:.3g} times as fast: {change}."
 
 
+def cost_sentence(found: WhatIf) -> str:
+    """Says in a sentence what the edits would change in the cost of a token; empty without
+    prices."""
+    before, after = found.expense_before, found.expense_after
+    if before is None or after is None:
+        return ""
+    first, last = (1e6 * each.per_token for each in (before, after))
+    change = f"{format_amount(first)} {before.currency} per million tokens before, "
+    change += f"{format_amount(last)} after"
+    if first == last or abs(last / first - 1 if first else 1) < 0.0005:
+        return f"A token would cost the same: {change}."
+    times = f"{last / first:.3g} times as much" if first else "more"
+    return f"A token would cost {times}: {change} ({found.prices})."
+
+
 def print_whatif(found: WhatIf, console: Console | None = None) -> None:
     """Prints the assumptions, the gain, the best plan for the edited cluster, and what would limit
     it."""
@@ -90,6 +117,8 @@ def print_whatif(found: WhatIf, console: Console | None = None) -> None:
     console.print(_options_table(found))
     console.print()
     console.print(plain_text(f"• {gain_sentence(found)}"))
+    if cost := cost_sentence(found):
+        console.print(plain_text(f"• {cost}"))
     console.print()
     console.print(plain_text(f"the best plan for it: {describe_plan(found.best)}", style="bold"))
     console.print(plan_table(found.best))
@@ -107,18 +136,39 @@ def _busiest(found: WhatIf) -> tuple[str, ...]:
 
 def _options_table(found: WhatIf) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("", "step", "tokens/s"):
+    money = _money_columns(found)
+    for name in ("", "step", "tokens/s", *money):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("plan", overflow="fold")
     told: dict[str, str] = {}
     for each in found.options:
         if each.step_seconds is None or each.tokens_per_second is None:
-            table.add_row(plain_text(each.name), "-", "-", plain_text(each.reason))
+            dashes = ("-",) * (2 + len(money))
+            table.add_row(plain_text(each.name), *dashes, plain_text(each.reason))
             continue
         rate = f"{each.tokens_per_second:,.0f}"
         plan = told.get(each.plan, each.plan)
         told.setdefault(each.plan, "the same")
         table.add_row(
-            plain_text(each.name), format_seconds(each.step_seconds), rate, plain_text(plan)
+            plain_text(each.name),
+            format_seconds(each.step_seconds),
+            rate,
+            *_amounts(each, money),
+            plain_text("; ".join((plan, *(each.misses or ())))),
         )
     return table
+
+
+def _money_columns(found: WhatIf) -> tuple[str, ...]:
+    """Returns the titles of the columns for what plans cost; none without prices."""
+    expense = found.expense_after
+    return (f"{expense.currency}/h", f"{expense.currency}/Mtoken") if expense else ()
+
+
+def _amounts(option: WhatIfOption, columns: tuple[str, ...]) -> tuple[str, ...]:
+    if option.expense is None:
+        return ("-",) * len(columns)
+    return (
+        format_amount(option.expense.per_hour),
+        format_amount(1e6 * option.expense.per_token),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from meshwright.cluster.edit import EditedCluster, edit_cluster
 from meshwright.cluster.figures import cluster_warnings
@@ -13,14 +13,24 @@ from meshwright.cost.links import with_measured_links
 from meshwright.cost.out_of_memory import memory_problems
 from meshwright.cost.profile import LinkTimes, Profile
 from meshwright.errors import FitError, MeshwrightError, PlanError, Problem
+from meshwright.money.outcomes import (
+    ClusterPrices,
+    cluster_prices,
+    merit,
+    misses,
+    plan_outcome,
+)
+from meshwright.money.spec import MoneyTerms, Outcome
 from meshwright.plan.spec import Plan, PlanInput
 from meshwright.plan.validate import validate_plan
 from meshwright.records import record
+from meshwright.report.expenses import prices_text
 from meshwright.report.resources import named_loads
 from meshwright.report.whatif import WhatIf, WhatIfOption, what_if_option
 from meshwright.search.explore import Progress
 from meshwright.simulate.plan_figures import simulate_figures
 from meshwright.stopping import never
+from meshwright.workflows.rent import rent
 from meshwright.workflows.session import (
     NO_LIMITS,
     SearchLimits,
@@ -47,16 +57,18 @@ def what_if(
     plan: Plan,
     edits: ClusterEdits,
     limits: SearchLimits = NO_LIMITS,
+    terms: MoneyTerms | None = None,
     *,
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
 ) -> tuple[WhatIf, Cluster]:
     """Returns what the edits gain, and the edited cluster.
 
-    A plan is searched for each of the two clusters, within the same `limits`; `progress` is told of
-    both searches, and `stop` ends both. Raises ClusterError for edits at fault, PlanError if there
-    are none, if measured times override one, or if a search ended before it had found a plan, and
-    FitError if no plan fits the edited cluster.
+    A plan is searched for each of the two clusters, within the same `limits`, and by the same
+    `terms` if there are any; `progress` is told of both searches, and `stop` ends both. Raises
+    ClusterError for edits at fault, PlanError if there are none, if measured times override one, or
+    if a search ended before it had found a plan, FitError if no plan fits the edited cluster, and
+    MoneyError for prices at fault.
     """
     _check(session, edits)
     base = _with_own_links(session)
@@ -64,24 +76,69 @@ def what_if(
         base.cluster, without=edits.without, added=edits.added, settings=edits.settings
     )
     other = replace(base, cluster=change.cluster)
-    before = search_plan(base, limits, progress=progress, stop=stop)
+    here, there = _judge(base, other, terms), _judge(other, base, terms)
+    before = _best_plan(base, here, limits, progress, stop)
     now = [
-        _simulated("this plan, cluster as it is", base, plan),
-        _simulated("best plan, cluster as it is", base, before),
+        _simulated("this plan, cluster as it is", base, plan, here),
+        _simulated("best plan, cluster as it is", base, before, here),
     ]
-    after = search_plan(other, limits, progress=progress, stop=stop)
-    found = _simulated("best plan, edited cluster", other, after)
-    kept = _kept(other, plan)
-    keep = (kept.step_seconds or math.inf) < (found.step_seconds or math.inf)
+    after = _best_plan(other, there, limits, progress, stop)
+    found = _simulated("best plan, edited cluster", other, after, there)
+    kept = _kept(other, plan, there)
+    keep = kept.step_seconds is not None and _merit(kept, there) < _merit(found, there)
     best = simulate_figures("best", priced(other, _free(plan) if keep else after))
+    ahead = min(now, key=lambda each: _merit(each, here))
     return WhatIf(
         edits=_notes(base.cluster, edits, change),
         options=(*now, kept, found),
-        seconds_before=min(each.step_seconds for each in now if each.step_seconds),
+        seconds_before=ahead.step_seconds or 0.0,
         seconds_after=best.figures.step_seconds,
         best=best.plan,
         busiest=next(iter(named_loads(best.figures.links)), None),
+        prices=prices_text(terms.prices) if terms else None,
+        expense_before=ahead.expense,
+        expense_after=(kept if keep else found).expense,
     ), change.cluster
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What plans for one of the two clusters are judged by: seconds alone, or a user's terms."""
+
+    terms: MoneyTerms | None = None
+    prices: ClusterPrices | None = None
+
+
+def _judge(session: Session, other: Session, terms: MoneyTerms | None) -> _Judge:
+    if terms is None:
+        return _Judge()
+    return _Judge(terms, cluster_prices(terms.prices, session.cluster, other.cluster))
+
+
+def _best_plan(
+    session: Session,
+    judge: _Judge,
+    limits: SearchLimits,
+    progress: Progress | None,
+    stop: Callable[[], bool],
+) -> Plan:
+    """Returns the plan that a search finds for a cluster, by the terms if there are any."""
+    terms, prices = judge.terms, judge.prices
+    if terms is None or prices is None or not terms.choose:
+        return search_plan(session, limits, progress=progress, stop=stop)
+    return rent(session, terms, prices, limits, progress=progress, stop=stop).best.plan
+
+
+def _merit(option: WhatIfOption, judge: _Judge) -> tuple[float, ...]:
+    """Returns what the best option has least of."""
+    if judge.terms is None or option.expense is None or option.tokens_per_second is None:
+        return (option.step_seconds or math.inf,)
+    outcome = Outcome(
+        step_seconds=option.step_seconds or math.inf,
+        tokens_per_second=option.tokens_per_second,
+        expense=option.expense,
+    )
+    return merit(outcome, judge.terms)
 
 
 def _notes(before: Cluster, edits: ClusterEdits, change: EditedCluster) -> tuple[str, ...]:
@@ -91,9 +148,14 @@ def _notes(before: Cluster, edits: ClusterEdits, change: EditedCluster) -> tuple
     return (*change.notes, *(f"set {each}" for each in edits.settings), *doubts)
 
 
-def _simulated(name: str, session: Session, plan: Plan) -> WhatIfOption:
+def _simulated(name: str, session: Session, plan: Plan, judge: _Judge) -> WhatIfOption:
     """Returns the line of a plan on the cluster of a session."""
-    return what_if_option(name, plan, simulate_priced(priced(session, plan)).step_seconds)
+    seconds = simulate_priced(priced(session, plan)).step_seconds
+    option = what_if_option(name, plan, seconds)
+    if judge.terms is None or judge.prices is None:
+        return option
+    outcome = plan_outcome(judge.prices, plan, seconds)
+    return replace(option, expense=outcome.expense, misses=misses(outcome, judge.terms))
 
 
 def _check(session: Session, edits: ClusterEdits) -> None:
@@ -128,7 +190,7 @@ def _with_own_links(session: Session) -> Session:
     return replace(session, cluster=cluster, profile=kept)
 
 
-def _kept(session: Session, plan: Plan) -> WhatIfOption:
+def _kept(session: Session, plan: Plan, judge: _Judge) -> WhatIfOption:
     """Returns the line of the unchanged plan on the edited cluster, or the reason why it cannot run
     there."""
     name = "this plan, edited cluster"
@@ -140,7 +202,7 @@ def _kept(session: Session, plan: Plan) -> WhatIfOption:
         problem = failure.problems[0]
         field = f"{problem.field}: " if problem.field else ""
         return WhatIfOption(name=name, reason=f"cannot: {field}{problem.found}")
-    return what_if_option(name, plan, simulate_priced(priced(session, free)).step_seconds)
+    return _simulated(name, session, free, judge)
 
 
 def _free(plan: Plan) -> Plan:
