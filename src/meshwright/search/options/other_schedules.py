@@ -39,7 +39,7 @@ from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
-FINALISTS, FINALISTS_OF_MANY = 12, 8
+FINALISTS, FINALISTS_OF_MANY = 12, 5
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
 fewer."""
 
@@ -61,7 +61,7 @@ ROUGH = 0.01
 ALIKE = 2
 """Finalists that differ in their cuts or in the order of their stages alone."""
 
-MOST_ACTIONS = 20_000
+MOST_ACTIONS = 30_000
 """Forwards of simulated ranks beyond which a plan keeps its order: it would take too long."""
 
 
@@ -121,7 +121,7 @@ def _ordered(costs: Costs, plan: Plan, work: int) -> list[_Ordered]:
         )
         for took, name in in_named_orders(works, fitting=True)[:NAMED]
     ]
-    listed = listed_orders(works, GLANCED)
+    listed = listed_orders(works, LISTED if is_large(costs) else GLANCED)
     if listed is not None:
         ordered = in_listed_orders(plan, listed[1])
         named.append(_Ordered(listed[0] + after, ordered, works, after, exposed, work))
