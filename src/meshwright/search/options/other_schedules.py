@@ -96,7 +96,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     every.sort(key=lambda each: each.seconds + each.exposed)
     played, work, best = 0, 0, None
     for before, each in zip([None, *every], every, strict=False):
-        if before and _as_fast(before, each):
+        if before and _as_fast(before, each) and not is_large(costs):
             continue
         if played >= PLAYED or work > PLAYED_WORK or each.seconds * (1 - ROUGH) >= incumbent.limit:
             yield Pruned("slower in the stage-level simulation")
