@@ -84,7 +84,7 @@ def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
     if not all(fits(costs, pipeline, schedule) for pipeline in pipelines):
         pruned["does not fit in memory"] += 1
         return float("inf")
-    pruned["slower in preview"] += 1
+    pruned["slower in the best order of work"] += 1
     order: Order = "best" if search.incumbent.any_order else cast("Order", schedule)
     return candidate_seconds(costs, pipelines, order, limit)
 

@@ -99,7 +99,7 @@ def propose(incumbent: Incumbent) -> Proposals:
         if before and _as_fast(before, each) and not is_large(costs):
             continue
         if played >= PLAYED or work > PLAYED_WORK or each.seconds * (1 - ROUGH) >= incumbent.limit:
-            yield Pruned("slower in the stage-level simulation")
+            yield Pruned("slower by the quick clock")
             continue
         played, work = played + 1, work + each.work
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
