@@ -23,7 +23,7 @@ from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_search import template_strategies
 from meshwright.simulate.symmetry import find_symmetry
 
-STEPS = (1_280_000, 40_000, 6_000_000)
+STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
 
 TEMPLATE_STRATEGIES, TEMPLATES_PLAYED = 16, 2
