@@ -92,7 +92,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
     "cli": 1_300,
-    "cluster": 3_300,
+    "cluster": 3_500,
     "cost": 3_450,
     "emulation": 750,
     "export": 1_950,
@@ -105,7 +105,7 @@ ROOM_LINES = {
     "report": 1_900,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 7_850,
+    "search": 7_950,
     "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_850,

@@ -94,12 +94,23 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
     moved_B: Array = np.zeros(len(builds.rows))
     for i, width_B, block_B in zip(builds.order, builds.widths.T, builds.blocks.T, strict=True):
         inside, network = context.classes[i].inside, context.classes[i].network
+        joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // builds.tensor // block_B
         across_B = own_B * block_B * builds.tensor / network.bandwidth + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
-        moved_B = np.maximum(moved_B, (across_B + (run_B - 1) * inside_B) / run_B)
+        joined_B = own_B / joined.bandwidth + joined.latency
+        between_B = -(-run_B // _per_island(context, i, builds, block_B)) - 1
+        within_B = run_B - 1 - between_B
+        sum_B = across_B + between_B * inside_B + within_B * joined_B
+        moved_B = np.maximum(moved_B, sum_B / run_B)
     return moved_B
+
+
+def _per_island(context: EstimateContext, device_class: int, builds: Builds, block_B: Ints) -> Ints:
+    """Returns the number of stages [B] that stand on one island; 1 if one needs several."""
+    found: Ints = np.maximum(context.classes[device_class].island // builds.tensor // block_B, 1)
+    return found
 
 
 def _reduction(
@@ -108,11 +119,13 @@ def _reduction(
     """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
     for f, i in enumerate(builds.order):
-        inside, network = context.classes[i].inside, context.classes[i].network
+        network = context.classes[i].network
         width_B, block_B = builds.widths[:, f], builds.blocks[:, f]
         across_B = width_B > block_B
         own_B = 2 * (1 - 1 / width_B) * context.gradients
-        own_B /= np.where(across_B, network.bandwidth, builds.tensor * inside.bandwidth)
+        inside_B = np.array([context.classes[i].link_among(b * builds.tensor).bandwidth
+                             for b in block_B.tolist()])  # fmt: skip
+        own_B /= np.where(across_B, network.bandwidth, builds.tensor * inside_B)
         ring_B = across_B * 2 * (width_B - 1) * hop_latency(context.costs, network)
         run_B = np.where(across_B, context.classes[i].each // builds.tensor // block_B, 1)
         run_P = np.minimum(run_B[build_P], depths_FP[f])

@@ -19,7 +19,7 @@ from meshwright.plan.ranks import gradient_bytes
 from meshwright.search.candidate import CandidatePipeline
 from meshwright.search.costs import Costs, TensorGroup, ring, seconds_per_byte
 from meshwright.search.layer_partition import Stages, fit_pipeline, pace
-from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of stages that a pool may be cut into."""
@@ -75,7 +75,7 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
     found: dict[object, list[list[str]]] = {}
     for (name, kind), devices in by_class.items():
         node = nodes[name]
-        key = (kind, node.site, node.inside, node.network, len(node.devices))
+        key = (kind, node.site, node.inside, node.islands, node.network, len(node.devices))
         found.setdefault(key, []).append(devices)
     table = []
     for by_node in found.values():
@@ -83,9 +83,7 @@ def pool_table(costs: Costs, tensors: Sequence[int]) -> tuple[Widths, ...]:
         widths: Widths = {}
         for tensor in tensors:
             groups = tuple(
-                tuple(devices[i : i + tensor])
-                for devices in by_node
-                for i in range(0, len(devices) - tensor + 1, tensor)
+                group for devices in by_node for group in tensor_groups(costs, devices, tensor)
             )
             if groups:
                 widths[tensor] = Pool(groups, pace(costs, groups[0]), site)
