@@ -93,7 +93,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
     "cli": 1_500,
-    "cluster": 3_300,
+    "cluster": 3_500,
     "cost": 3_450,
     "emulation": 750,
     "export": 1_950,

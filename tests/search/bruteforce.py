@@ -136,9 +136,10 @@ def _recomputing(plan, choice):
 
 def _shapes(cluster):
     """Devices in every order, cut into units, replicas, stages and pipelines in every way. Devices
-    of one type in one node are used in order, or nothing would be left of the day."""
+    of one type in one node, or in one island of it, are used in order, or nothing would be left of
+    the day."""
     rank = {device.name: i for i, device in enumerate(devices_of(cluster))}
-    classes = {device.name: (device.node, device.type) for device in devices_of(cluster)}
+    classes = {d.name: (d.node, d.type, d.island) for d in devices_of(cluster)}
     seen = set()
     for number in range(1, len(classes) + 1):
         for order in permutations(classes, number):
