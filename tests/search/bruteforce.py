@@ -96,7 +96,8 @@ def _ends(plan):
 
 
 def _legal(plan, model, cluster):
-    """Also by the search's rule that all holders of a layer have one tensor width."""
+    """Also by the search's rules: replicas of a stage have one tensor width, and of those of all
+    holders of a layer each divides the widest."""
     try:
         validate_plan(plan, model, cluster)
     except PlanError:
@@ -105,8 +106,11 @@ def _legal(plan, model, cluster):
     for stage in (stage for pipeline in plan.pipelines for stage in pipeline.stages):
         for layer in range(*stage.layers):
             width.setdefault(layer, set()).update(len(unit) for unit in stage.devices)
+        if len({len(unit) for unit in stage.devices}) > 1:
+            return False
     tied = (set().union(*(width[layer] for layer in each.layers)) for each in model.tied)
-    return all(len(widths) == 1 for widths in (*width.values(), *tied))
+    every = (*width.values(), *tied)
+    return all(max(widths) % each == 0 for widths in every for each in widths)
 
 
 def _fitting(plan, model, cluster):

@@ -20,6 +20,7 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.bounds import optimizer_of
+from meshwright.search.candidate import divide_the_widest
 from meshwright.search.costs import (
     Costs,
     group_capacity,
@@ -269,7 +270,7 @@ def estimate_template(
 def _tied_agree(
     context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
 ) -> bool:
-    """True if all holders of a tied parameter have one tensor width."""
+    """True if the tensor widths of all holders of a tied parameter divide the widest."""
     if len({run.tensor for run in template.runs}) == 1:
         return True
     held = [
@@ -280,7 +281,7 @@ def _tied_agree(
         }
         for tied in context.costs.model.tied
     ]
-    return all(len(widths) <= 1 for widths in held)
+    return all(map(divide_the_widest, held))
 
 
 def _prices(
