@@ -28,8 +28,8 @@ from meshwright.plan.ranks import describe_plan
 from meshwright.plan.spec import Job, Plan
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs, costs_of
+from meshwright.search.hill_climb import LocalSearch, climb
 from meshwright.search.incumbent import Incumbent, Strategy, try_candidate
-from meshwright.search.local_search import LocalSearch, climb
 from meshwright.search.neighbourhood import stages_of, with_share
 from meshwright.search.planner import find_plan
 from meshwright.search.space import divisors, legal_widths, usable_devices

@@ -26,7 +26,7 @@ from meshwright.errors import MeshwrightError
 from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan
-from meshwright.search import candidate, incumbent, local_search, template_estimate
+from meshwright.search import candidate, hill_climb, incumbent, template_estimate
 from meshwright.search.costs import Costs
 from meshwright.search.planner import find_plan
 
@@ -79,7 +79,7 @@ def main() -> None:
         try:
             found = find_plan(graph, _cluster(name), job)
             with (
-                mock.patch.object(local_search, "tensor_widths_agree", one_width),
+                mock.patch.object(hill_climb, "tensor_widths_agree", one_width),
                 mock.patch.object(incumbent, "tensor_widths_agree", one_width),
                 mock.patch.object(template_estimate, "divide_the_widest", is_one_width),
             ):

@@ -51,6 +51,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cost/times.py": "it keeps the seconds of both parts of a layer",
         "runtime/stage.py": "a stage runs the two parts of its backwards",
         "search/bound_choices.py": "it bounds the seconds of both parts",
+        "search/costs.py": "strategies are compared in orders that split backwards",
     },
     "activation_checkpointing": {
         "cost/memory.py": "one table of bytes for stages that recompute, one for the others",

@@ -4,9 +4,9 @@ import pytest
 
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
+from meshwright.search.hill_climb import LocalSearch, around, climb, rate
 from meshwright.search.incumbent import Incumbent
 from meshwright.search.layer_partition import fit_pipeline
-from meshwright.search.local_search import LocalSearch, around, climb, rate
 from worlds import cluster, job, model
 
 WHERE = cluster(("fast",) * 2, ("slow",) * 2)

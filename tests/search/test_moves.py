@@ -10,8 +10,8 @@ from meshwright.search import neighbourhood
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import costs_of
+from meshwright.search.hill_climb import MOVES
 from meshwright.search.layer_partition import fit_pipeline
-from meshwright.search.local_search import MOVES
 from soaks import portion
 from worlds import cluster, job, model
 

@@ -133,7 +133,7 @@ def test_an_embedding_is_held_at_unlike_widths_where_that_is_faster():
     first, *_, last = plan.pipelines[0].stages
     assert len(first.devices[0]) != len(last.devices[0])
     with pytest.MonkeyPatch.context() as patch:
-        for room in ("local_search", "incumbent"):
+        for room in ("hill_climb", "incumbent"):
             patch.setattr(f"meshwright.search.{room}.tensor_widths_agree", _one_width)
         one = "meshwright.search.template_estimate.divide_the_widest"
         patch.setattr(one, lambda widths: len(widths) < 2)

@@ -21,7 +21,7 @@ PruneReason = Literal[
     "does not fit in memory",
     "lower bound above the best",
     "slower in closed form",
-    "slower in the stage-level simulation",
+    "slower by the quick clock",
     "slower in the simulator",
     "too large to try",
     "beyond the budget",

@@ -46,7 +46,7 @@ fewer."""
 SIMULATED = 4
 """Plans beside them that are fast in 1F1B or GPipe, as the simulator has found."""
 
-PLAYED, PLAYED_WORK = 6, 24_000
+PLAYED, PLAYED_WORK = 8, 24_000
 """Plans with an order that are simulated, and forwards of their ranks, about, if that is less."""
 
 NAMED = 2
@@ -95,9 +95,11 @@ def propose(incumbent: Incumbent) -> Proposals:
             every += _ordered(costs, plan, work)
     every.sort(key=lambda each: each.seconds + each.exposed)
     played, work, best = 0, 0, None
-    for each in every:
+    for before, each in zip([None, *every], every, strict=False):
+        if before and _as_fast(before, each) and not is_large(costs):
+            continue
         if played >= PLAYED or work > PLAYED_WORK or each.seconds * (1 - ROUGH) >= incumbent.limit:
-            yield Pruned("slower in the stage-level simulation")
+            yield Pruned("slower by the quick clock")
             continue
         played, work = played + 1, work + each.work
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
@@ -108,6 +110,11 @@ def propose(incumbent: Incumbent) -> Proposals:
         if listed is not None and listed[0] + best.after < best.seconds * (1 - SAME):
             plan = in_listed_orders(best.plan, listed[1])
             yield Proposal(plan, describe_plan(plan))
+
+
+def _as_fast(one: _Ordered, other: _Ordered) -> bool:
+    """True if two plans with an order differ in nothing that the quick clock can see."""
+    return abs(one.seconds - other.seconds) + abs(one.exposed - other.exposed) < SAME * one.seconds
 
 
 def _ordered(costs: Costs, plan: Plan, work: int) -> list[_Ordered]:
@@ -145,12 +152,16 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
             rated[strategy] = candidate_seconds(costs, pipelines, "best")
     builds: Counter[object] = Counter()
     fastest: list[Strategy] = []
+    seen: set[object] = set()
     for strategy in sorted(rated, key=rated.__getitem__):
         if rated[strategy] >= limit:
             break
         build = _build(strategy)
-        if _has_order(strategy) and builds[build] < ALIKE:
+        # The same on other devices of the same kinds takes about the same time.
+        same = strategy if is_large(costs) else (build, f"{rated[strategy]:.9g}")
+        if _has_order(strategy) and builds[build] < ALIKE and same not in seen:
             builds[build] += 1
+            seen.add(same)
             fastest.append(strategy)
     most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
     chosen = [plans.get(each) or _plan(incumbent, each) for each in fastest[:most]]

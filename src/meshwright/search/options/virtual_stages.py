@@ -90,7 +90,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     known = [draft.seconds for draft in drafts]
     for k, draft in enumerate(drafts):
         if k >= PLAYED or draft.seconds >= incumbent.limit:
-            yield Pruned("slower in the stage-level simulation", len(drafts) - k)
+            yield Pruned("slower by the quick clock", len(drafts) - k)
             break
         simulated = yield Proposal(draft.plan, describe_plan(draft.plan))
         known[k] = simulated.seconds if simulated else inf
