@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.layer_partition import pace
-from meshwright.search.space import usable_devices
+from meshwright.search.space import tensor_groups, usable_devices
 
 Zones = dict[tuple[str, str], tuple[TensorGroup, ...]]
 """Tensor groups of one width, by type and site."""
@@ -20,9 +20,8 @@ def zones(costs: Costs, tensor: int) -> Zones:
     alike: dict[tuple[tuple[str, str], object], list[TensorGroup]] = {}
     for (name, kind), names in by_node.items():
         node = nodes[name]
-        key = (kind, node.site), (node.inside, node.network, len(node.devices))
-        cuts = range(0, len(names) - tensor + 1, tensor)
-        alike.setdefault(key, []).extend(tuple(names[i : i + tensor]) for i in cuts)
+        key = (kind, node.site), (node.inside, node.islands, node.network, len(node.devices))
+        alike.setdefault(key, []).extend(tensor_groups(costs, names, tensor))
     able = [(zone, groups) for (zone, _), groups in alike.items() if groups]
     found: Zones = {}
     for zone, groups in sorted(able, key=lambda each: pace(costs, each[1][0])):

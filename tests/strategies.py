@@ -8,7 +8,7 @@ from itertools import count, islice, pairwise
 
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Link
+from meshwright.cluster.spec import Islands, Link
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Pipeline, Plan, PlanInput, Stage
 from worlds import chain, cluster, device, divided, job, model, plan_by_hand
@@ -134,3 +134,21 @@ def small_worlds(draw, sizes):
     )
     where = cluster(*nodes, network=network, types=types)
     return graph, where, job(draw(st.integers(1, most_rows)))
+
+
+@st.composite
+def worlds_with_islands(draw, sizes):
+    """Small worlds with a slow link inside nodes, and a fast one between some of their devices."""
+    graph, where, todo = draw(small_worlds(sizes))
+    inside = Link(bandwidth=draw(st.sampled_from([1e7, 1e9])), shared=draw(st.booleans()))
+    joined = Link(bandwidth=1e11, latency=1e-6)
+    nodes = []
+    for node in where.nodes:
+        order = draw(st.permutations(range(len(node.devices))))
+        size = draw(st.integers(2, 3))
+        groups = tuple(
+            tuple(order[i : i + size]) for i in range(0, len(order), size) if i + 1 < len(order)
+        )
+        islands = Islands(groups=groups, link=joined) if groups else None
+        nodes.append(replace(node, inside=inside, islands=islands))
+    return graph, replace(where, nodes=tuple(nodes)), todo

@@ -93,7 +93,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 ROOM_LINES = {
     "cli": 1_500,
-    "cluster": 3_300,
+    "cluster": 3_500,
     "cost": 3_450,
     "emulation": 750,
     "export": 1_950,
@@ -107,7 +107,7 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 8_430,
+    "search": 8_600,
     "simulate": 1_650,
     "testbed": 1_550,
     "workflows": 1_920,

@@ -30,9 +30,46 @@ def pair(between: str, bandwidth: str = "1 Gbit/s") -> str:
     return f'[[link]]\nbetween = {between}\nbandwidth = "{bandwidth}"\nlatency = "5 us"\n'
 
 
+def island(devices: str, more: str = "") -> str:
+    link = 'bandwidth = "50 GB/s", latency = "5 us"'
+    return f"islands = {{ devices = {devices}, {link}{more} }}\n"
+
+
 BAD = {
     "format missing": (LINKS + NODE, "format", "nothing"),
     "format of another version": ("format = 2\n" + NODE, "format", "format 1"),
+    "islands of nobody": (GOOD + island("[]"), "node[1].islands.devices", "at least one group"),
+    "an island of one": (GOOD + island("[[0]]"), "node[1].islands.devices[0]", "two devices"),
+    "an island of strangers": (
+        GOOD + island("[[0, 2]]"),
+        "node[1].islands.devices[0]",
+        "2 devices, from 0",
+    ),
+    "a device before the first": (
+        GOOD + island("[[-1, 0]]"),
+        "node[1].islands.devices[0][0]",
+        "0",
+    ),
+    "islands that overlap": (
+        GOOD + island("[[0, 1], [1, 0]]"),
+        "node[1].islands.devices",
+        "each device in one group at most",
+    ),
+    "an island on a bus": (
+        GOOD + island("[[0, 1]]", ", shared = true"),
+        "node[1].islands.shared",
+        "one of: devices, bandwidth, latency",
+    ),
+    "an island that is slower": (
+        GOOD + 'inside = { bandwidth = "99 GB/s", latency = "1 us" }\n' + island("[[0, 1]]"),
+        "node[1].islands.bandwidth",
+        "at least that of `inside`, 792 Gbit/s",
+    ),
+    "an island beyond the possible": (
+        GOOD + island("[[0, 1]]").replace("50 GB", "500 TB"),
+        "node[1].islands.bandwidth",
+        "to 800 Tbit/s",
+    ),
     "no nodes": ("format = 1\n", "node", "at least one"),
     "node is no list": ("format = 1\nnode = 3", "node", "[[node]]"),
     "unknown top field": (GOOD + "[nodes]\n", "nodes", "Did you mean 'node'"),

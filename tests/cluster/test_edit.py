@@ -120,7 +120,7 @@ def test_edits_combine_and_the_result_is_a_cluster_file():
 
 
 MISTAKES = {
-    "link.ib=1Gbit/s": ("link.ib", "inside, network, uplink"),
+    "link.ib=1Gbit/s": ("link.ib", "inside, islands, network, uplink"),
     "link.network.width=1": ("'width'", "bandwidth, latency"),
     "link.network=100": ("link.network", "'25 Gbit/s'"),
     "link.network=0 bit/s": ("link.network", "8 kbit/s"),

@@ -1,6 +1,7 @@
 """Cluster files: what they mean, and the way back to text."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.figures import cluster_warnings
 from meshwright.cluster.files import cluster_from, dump_cluster, load_cluster
-from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Link, Node, Site, devices_of
+from meshwright.cluster.spec import (
+    Cluster,
+    DeviceType,
+    DirectLink,
+    Islands,
+    Link,
+    Node,
+    Site,
+    devices_of,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "clusters"
 
@@ -114,6 +124,15 @@ kinds = st.builds(
 
 
 @st.composite
+def islands(draw: st.DrawFn, node: Node) -> Islands | None:
+    """None, or one or two islands whose link is at least as fast as that inside the node."""
+    order = draw(st.permutations(range(len(node.devices))))
+    groups = tuple(tuple(order[i : i + 2]) for i in range(0, len(order) - 1, 2))
+    link = Link(bandwidth=draw(st.floats(node.inside.bandwidth, 1e14)), latency=1e-6)
+    return draw(st.none() | st.just(Islands(groups=groups, link=link))) if groups else None
+
+
+@st.composite
 def clusters(draw: st.DrawFn) -> Cluster:
     types = {kind.name: kind for kind in draw(st.lists(kinds, max_size=2))}
     types["A100-40"] = catalog()["A100-40"].type
@@ -137,6 +156,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
         )
         for name in draw(st.lists(node_names, min_size=1, max_size=5, unique=True))
     ]
+    nodes = [replace(node, islands=draw(islands(node))) for node in nodes]
     direct = (
         (DirectLink(between=(nodes[0].name, nodes[-1].name), link=draw(links)),)
         if len(nodes) > 1 and draw(st.booleans())

@@ -1,11 +1,12 @@
 """Paths through a cluster and the resources they share."""
 
+from dataclasses import replace
 from itertools import product
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site
+from meshwright.cluster.spec import Cluster, DirectLink, Islands, Link, Node, Site
 from meshwright.cluster.topology import Path, Resource, path, topology
 from meshwright.report.resources import resource_name
 
@@ -104,6 +105,12 @@ def clusters(draw) -> Cluster:
         )
         for i in range(draw(st.integers(1, 4)))
     )
+    nodes = tuple(
+        replace(n, islands=Islands(groups=((0, 1),), link=draw(link)))
+        if len(n.devices) > 1 and draw(st.booleans())
+        else n
+        for n in nodes
+    )
     pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name != b.name]
     chosen = st.lists(st.sampled_from(pairs), unique_by=frozenset, max_size=4)
     return Cluster(
@@ -122,6 +129,7 @@ def test_every_resource_of_every_transfer_has_an_owner_of_its_kind(where: Cluste
     built = topology(where)
     owners = {
         "port": set(built.devices),
+        "island": set(built.devices),
         "bus": set(built.nodes),
         "network": set(built.nodes),
         "uplink": set(built.uplinks),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.files import cluster_from
-from meshwright.cluster.spec import Cluster, Link, devices_of
+from meshwright.cluster.spec import Cluster, Islands, Link, devices_of
 from meshwright.cluster.topology import path, topology
 from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.links import (
@@ -22,7 +22,9 @@ from meshwright.cost.links import (
     load_links,
     pair_classes,
     pair_times,
+    with_measured_links,
 )
+from meshwright.cost.profile import LinkTimes
 from meshwright.errors import ProfileError
 from meshwright.records import dumps
 
@@ -73,6 +75,36 @@ def test_a_cluster_is_found_again_from_its_messages() -> None:
         assert node.network.bandwidth == pytest.approx(wanted.network.bandwidth)
         assert node.network.latency == pytest.approx(wanted.network.latency)
         assert node.inside.bandwidth == pytest.approx(wanted.inside.bandwidth)
+
+
+def test_the_links_of_islands_are_found_again_from_their_messages() -> None:
+    """Guessed as fast as the rest of the node, they are measured apart from it."""
+    where = _cluster({"a": "10 Gbit/s", "b": "10 Gbit/s"})
+    joined = Islands(groups=((0, 1),), link=Link(bandwidth=5e10, latency=5e-6))
+    four = replace(where.nodes[0], devices=("T4",) * 4, islands=joined)
+    where = replace(where, nodes=(four, where.nodes[1]))
+    assert {kind[0] for kind in pair_classes(where, devices_of(where))} == {
+        "islands",
+        "inside",
+        "network",
+    }
+    guess = replace(joined, link=four.inside)
+    guessed = replace(where, nodes=(replace(four, islands=guess), where.nodes[1]))
+    fitted = fitted_cluster(guessed, _measured(where))
+    assert fitted.nodes[0].islands is not None
+    assert fitted.nodes[0].islands.link.bandwidth == pytest.approx(5e10)
+    assert fitted.nodes[0].inside.bandwidth == pytest.approx(1e10)
+
+
+def test_a_profile_s_links_replace_those_of_islands_too() -> None:
+    where = _cluster({"a": "10 Gbit/s"})
+    joined = Islands(groups=((0, 1),), link=Link(bandwidth=5e10, latency=5e-6))
+    where = replace(where, nodes=(replace(where.nodes[0], islands=joined),))
+    slow, quick = Link(bandwidth=1e9), Link(bandwidth=4e10)
+    (node,) = with_measured_links(where, LinkTimes(inside=slow)).nodes
+    assert (node.inside, node.islands) == (slow, joined)
+    (node,) = with_measured_links(where, LinkTimes(islands=quick)).nodes
+    assert node.islands == replace(joined, link=quick)
 
 
 def test_a_bottleneck_between_sites_belongs_to_the_uplink() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,9 @@ def test_one_pair_stands_for_each_level():
     pairs = representative_pairs(devices)
     assert pairs == {"inside": (0, 1), "network": (0, 2), "site": (0, 3)}
     assert list(representative_pairs(devices[:1])) == []
+    joined = [replace(device, island="a:0") for device in devices[:2]]
+    third = Device(name="a:2", type="cpu", node="a", site="x")
+    assert representative_pairs([*joined, third]) == {"islands": (0, 1), "inside": (0, 2)}
 
 
 def time_of(forward: float, **changes: object) -> LayerTime:

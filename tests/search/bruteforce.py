@@ -96,7 +96,8 @@ def _ends(plan):
 
 
 def _legal(plan, model, cluster):
-    """Also by the search's rule that all holders of a layer have one tensor width."""
+    """Also by the search's rules: replicas of a stage have one tensor width, and of those of all
+    holders of a layer each divides the widest."""
     try:
         validate_plan(plan, model, cluster)
     except PlanError:
@@ -105,8 +106,11 @@ def _legal(plan, model, cluster):
     for stage in (stage for pipeline in plan.pipelines for stage in pipeline.stages):
         for layer in range(*stage.layers):
             width.setdefault(layer, set()).update(len(unit) for unit in stage.devices)
+        if len({len(unit) for unit in stage.devices}) > 1:
+            return False
     tied = (set().union(*(width[layer] for layer in each.layers)) for each in model.tied)
-    return all(len(widths) == 1 for widths in (*width.values(), *tied))
+    every = (*width.values(), *tied)
+    return all(max(widths) % each == 0 for widths in every for each in widths)
 
 
 def _fitting(plan, model, cluster):
@@ -136,9 +140,10 @@ def _recomputing(plan, choice):
 
 def _shapes(cluster):
     """Devices in every order, cut into units, replicas, stages and pipelines in every way. Devices
-    of one type in one node are used in order, or nothing would be left of the day."""
+    of one type in one node, or in one island of it, are used in order, or nothing would be left of
+    the day."""
     rank = {device.name: i for i, device in enumerate(devices_of(cluster))}
-    classes = {device.name: (device.node, device.type) for device in devices_of(cluster)}
+    classes = {d.name: (d.node, d.type, d.island) for d in devices_of(cluster)}
     seen = set()
     for number in range(1, len(classes) + 1):
         for order in permutations(classes, number):

@@ -10,7 +10,7 @@ from meshwright.search.costs import costs_of
 from meshwright.search.options import OPTION_NAMES
 from meshwright.search.planner import find_plan
 from soaks import portion, tenth
-from strategies import small_worlds
+from strategies import small_worlds, worlds_with_islands
 
 SIZES = {1: (6, 8), 2: (6, 5), 3: (6, 3), 4: (6, 2)}
 """Devices: most layers, most rows that brute force can get through in about a second."""
@@ -36,10 +36,25 @@ def test_the_plan_found_is_the_best_of_all(world):
     check_exact(world)
 
 
+@settings(max_examples=portion(20))
+@given(worlds_with_islands({2: (5, 3), 3: (3, 2)}))
+def test_the_plan_found_is_the_best_of_all_where_devices_are_in_islands(world):
+    check_exact(world)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @seed(1)
 @settings(max_examples=tenth(400), database=None)
 @given(small_worlds(SIZES))
 def test_the_plan_found_is_the_best_of_all_in_many_cases(world):
+    check_exact(world)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@seed(2)
+@settings(max_examples=tenth(200), database=None)
+@given(worlds_with_islands({3: (6, 3), 4: (6, 2)}))
+def test_the_plan_found_is_the_best_of_all_in_many_cases_with_islands(world):
     check_exact(world)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
+from meshwright.cluster.spec import Cluster, DirectLink, Islands, Link, Node, Site, devices_of
 from meshwright.cluster.topology import Resource
 from meshwright.cost.pricing import price_program
 from meshwright.plan.spec import Pipeline, Plan, Stage
@@ -35,6 +35,17 @@ def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluste
     return replace(made, nodes=tuple(placed), sites=ends)
 
 
+def in_pairs(where: Cluster) -> Cluster:
+    """The cluster with every two neighbours in a node joined by a better link."""
+    bridge = Link(bandwidth=8e9, latency=5e-7)
+
+    def paired(node: Node) -> Node:
+        groups = tuple((i, i + 1) for i in range(0, len(node.devices) - 1, 2))
+        return replace(node, islands=Islands(groups=groups, link=bridge))
+
+    return replace(where, nodes=tuple(map(paired, where.nodes)))
+
+
 @settings(max_examples=portion(60))
 @given(
     data=st.sampled_from([1, 2, 4]),
@@ -43,14 +54,16 @@ def sites(nodes: int, each: int, *, shared: bool, uplink: float = 1e8) -> Cluste
     micro_batches=st.integers(1, 5),
     each=st.sampled_from([1, 2, 4]),
     shared=st.booleans(),
+    paired=st.booleans(),
     schedule=st.sampled_from(["1f1b", "gpipe"]),
     parameters=st.sampled_from([0, 100_000, 10_000_000]),
 )
-def test_regular_plans_take_as_long_folded(
-    data, tensor, stages, micro_batches, each, shared, schedule, parameters
+def test_regular_plans_take_as_long_folded(  # noqa: PLR0913 - a case has as many facts
+    data, tensor, stages, micro_batches, each, shared, paired, schedule, parameters
 ):
     model = even_model(stages * 2, cut_bytes=1e4, parameters=parameters)
     where = sites(-(-data * tensor * stages // each), each, shared=shared)
+    where = in_pairs(where) if paired and each > 1 else where
     plan = even_plan(
         model,
         where,
@@ -135,6 +148,29 @@ def test_one_of_all_replicas_is_played():
     assert len(find_symmetry(two_lines(True), where).ranks) == 1 + 3
 
 
+@pytest.mark.parametrize(
+    ("data", "tensor", "stages", "played"),
+    [(8, 2, 1, 1), (16, 1, 1, 2), (4, 2, 2, 2), (2, 4, 2, 2)],
+)
+def test_islands_are_played_whole_or_by_tensor_rank(data, tensor, stages, played):
+    model, where = even_model(2, parameters=100_000), in_pairs(sites(4, 4, shared=False))
+    where = replace(where, nodes=tuple(replace(node, site="home") for node in where.nodes))
+    plan = even_plan(model, where, data=data, tensor=tensor, stages=stages, micro_batches=2)
+    check(plan, model, where)
+    assert len(find_symmetry(plan, where).ranks) == played
+
+
+@st.composite
+def islands(draw, devices: int) -> Islands | None:
+    """Islands of two or three neighbours, or of every other device."""
+    size = draw(st.integers(2, 3))
+    step = draw(st.sampled_from([1, devices // size])) if devices >= size else 1
+    order = [i for first in range(step) for i in range(first, devices, step)]
+    groups = [tuple(order[i : i + size]) for i in range(0, devices - size + 1, size)]
+    link = Link(bandwidth=draw(st.sampled_from([5e9, 4.4e9])), latency=5e-7)
+    return Islands(groups=tuple(groups), link=link) if groups else None
+
+
 @st.composite
 def uneven_clusters(draw) -> Cluster:
     """Nodes of one to four devices of two types, alike or not, at one site or two, often with an
@@ -157,6 +193,8 @@ def uneven_clusters(draw) -> Cluster:
         )
         for i, width in enumerate(widths)
     )
+    if draw(st.booleans()):
+        nodes = tuple(replace(node, islands=draw(islands(len(node.devices)))) for node in nodes)
     pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name < b.name]
     wire = Link(bandwidth=7.7e7, latency=1e-6, shared=draw(st.booleans()))
     chosen = draw(st.lists(st.sampled_from(pairs), max_size=2, unique=True)) if pairs else []

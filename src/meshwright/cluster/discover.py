@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
 from meshwright.cluster.files import dump_cluster
-from meshwright.cluster.gpus import detect_gpus
+from meshwright.cluster.gpus import HIDING, detect_gpus
 from meshwright.cluster.hardware import (
     MachineHardware,
     device_type_of,
+    islands_in,
     links_inside,
     read_default_interface,
+    read_islands,
     read_speed,
     read_wiring,
 )
@@ -47,10 +49,13 @@ def hardware_cluster(found: MachineHardware) -> tuple[Cluster, tuple[str, ...]]:
     figures come from."""
     types, notes = _types(found)
     names = tuple(kind.name for kind in types)
+    islands = None
     if found.gpus:
         known = (type_reported_as(gpu.name) for gpu in found.gpus)
-        inside, origin = links_inside(found, tuple(name for name in known if name))
-        notes += [origin] if len(types) > 1 else []
+        type_names = tuple(name for name in known if name)
+        inside, origin = links_inside(found, type_names)
+        islands, origins = islands_in(found, type_names)
+        notes += [origin, *origins] if len(types) > 1 else []
     else:
         inside = catalog()["cpu"].inside
         notes.append(
@@ -63,7 +68,14 @@ def hardware_cluster(found: MachineHardware) -> tuple[Cluster, tuple[str, ...]]:
         network = replace(network, bandwidth=found.network)
     else:
         notes.append("network: this machine does not tell its speed; 10 Gbit/s is ASSUMED.")
-    node = Node(name=found.name, site="main", devices=names, inside=inside, network=network)
+    node = Node(
+        name=found.name,
+        site="main",
+        devices=names,
+        inside=inside,
+        network=network,
+        islands=islands,
+    )
     cluster = Cluster(
         name=found.name,
         types={kind.name: kind for kind in sorted(types, key=lambda kind: kind.name)},
@@ -115,10 +127,16 @@ def read_hardware(
     if cpus:
         return found
     looked = detect_gpus(asked, partial=partial)
-    wiring = None
-    if len(looked.gpus) > 1:
-        wiring = read_wiring(asked.run(("nvidia-smi", "topo", "-m")).text)
-    return replace(found, gpus=looked.gpus, notes=looked.notes, wiring=wiring)
+    found = replace(found, gpus=looked.gpus, notes=looked.notes)
+    if len(looked.gpus) < 2:
+        return found
+    text = asked.run(("nvidia-smi", "topo", "-m")).text
+    islands, island_wiring = read_islands(text, len(looked.gpus))
+    if islands and any(name in asked.environment for name in HIDING):
+        note = "islands: NOT TOLD, since the environment may order the GPUs otherwise"
+        islands, island_wiring = (), None
+        found = replace(found, notes=(*found.notes, note))
+    return replace(found, wiring=read_wiring(text), islands=islands, island_wiring=island_wiring)
 
 
 def _network_speed(host: Host) -> BytesPerSecond | None:

@@ -15,7 +15,7 @@ from functools import partial
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.entries import nearest_types
 from meshwright.cluster.settings import nodes_named, with_setting
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, devices_of
+from meshwright.cluster.spec import Cluster, DeviceType, Islands, Link, Node, devices_of
 from meshwright.cluster.validate import MOST_DEVICES, parse_devices
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import record
@@ -103,21 +103,29 @@ def with_removed(
 def without_devices(cluster: Cluster, gone: Collection[str]) -> Cluster:
     """Returns the cluster without the devices of these names, without nodes that have none left,
     and without the explicit links of those nodes. Later devices of a node get lower indices."""
-    nodes = tuple(
-        replace(
-            node,
-            devices=tuple(
-                kind
-                for index, kind in enumerate(node.devices)
-                if f"{node.name}:{index}" not in gone
-            ),
-        )
-        for node in cluster.nodes
-    )
+    nodes = tuple(_without(node, gone) for node in cluster.nodes)
     kept = tuple(node for node in nodes if node.devices)
     names = {node.name for node in kept}
     direct = tuple(each for each in cluster.direct if names.issuperset(each.between))
     return replace(cluster, nodes=kept, direct=direct)
+
+
+def _without(node: Node, gone: Collection[str]) -> Node:
+    """Returns a node without some devices. An island of which one device is left is none."""
+    left = [i for i in range(len(node.devices)) if f"{node.name}:{i}" not in gone]
+    groups = [
+        tuple(left.index(index) for index in group if index in left)
+        for group in (node.islands.groups if node.islands else ())
+    ]
+    return replace(
+        node,
+        devices=tuple(node.devices[i] for i in left),
+        islands=_with_groups(node.islands, [group for group in groups if len(group) > 1]),
+    )
+
+
+def _with_groups(islands: Islands | None, groups: Sequence[tuple[int, ...]]) -> Islands | None:
+    return replace(islands, groups=tuple(groups)) if islands and groups else None
 
 
 def _called(cluster: Cluster, name: str) -> dict[str, set[str]]:
@@ -151,8 +159,9 @@ def with_added(
     two nodes like p3-0. A name that is both a type and a node means the node; `templates` is the
     cluster in which such nodes are looked up. Raises ClusterError.
 
-    A node of a type that the cluster has is wired like the first node with that type. Any other is
-    wired inside as the catalogue says, and outside like most nodes of the cluster."""
+    A node of a type that the cluster has is wired like the first node with that type, its devices
+    in islands of the size of that node's first one. Any other is wired inside as the catalogue
+    says, and outside like most nodes of the cluster."""
     known = templates or cluster
     read = parse_devices(text)
     if read is None or read[0] < 1:
@@ -193,7 +202,11 @@ def _new_node(cluster: Cluster, known: Cluster, count: int, name: str, option: s
     with_type = [node for node in known.nodes if name in node.devices]
     free = _free_names(cluster, 1)[0]
     if with_type:
-        return replace(with_type[0], name=free, devices=(name,) * count)
+        like = with_type[0]
+        size = len(like.islands.groups[0]) if like.islands else count
+        groups = [tuple(range(i, i + size)) for i in range(0, count - size + 1, size)]
+        islands = _with_groups(like.islands, groups)
+        return replace(like, name=free, devices=(name,) * count, islands=islands)
     if name not in known.types and name not in catalog():
         nodes = ", ".join(sorted(nodes_named(known)))
         mend = f"{nearest_types(name, known.types).partition('; or define')[0]}. Nodes: {nodes}."
@@ -220,4 +233,9 @@ def _wired(node: Node) -> str:
         f"{format_bandwidth(link.bandwidth)} and {format_seconds(link.latency)}"
         for link in (node.inside, node.network)
     )
-    return f"assumed to have {inside} inside, {network} to the network, at site {node.site}"
+    if node.islands:
+        size = len(node.islands.groups[0])
+        inside += f" inside ({format_bandwidth(node.islands.link.bandwidth)} in islands of {size})"
+    else:
+        inside += " inside"
+    return f"assumed to have {inside}, {network} to the network, at site {node.site}"

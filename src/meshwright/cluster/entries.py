@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.spec import DeviceType, Link, Precision
+from meshwright.cluster.spec import DeviceType, Islands, Link, Precision
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import Count, Line, Name, PositiveShare, check_format, parse, record
 from meshwright.text import did_you_mean, nearest
@@ -59,6 +59,17 @@ class LinksEntry:
 
 
 @record
+class IslandsEntry:
+    """Groups of devices of a node with a better link to each other, written
+    `{ devices = [[0, 1], [2, 3]], bandwidth = "56.25 GB/s", latency = "5 us" }`."""
+
+    devices: tuple[tuple[Count, ...], ...]
+    """Local indices of the devices of each group, from 0."""
+    bandwidth: RateText
+    latency: TimeText
+
+
+@record
 class NodeEntry:
     """`[[node]]`: one host, or `count` identical hosts."""
 
@@ -66,6 +77,8 @@ class NodeEntry:
     devices: tuple[Name, ...]
     count: Count | None = None
     inside: LinkEntry | None = None
+    islands: IslandsEntry | None = None
+    """Groups of devices that reach each other over a better link than `inside`."""
     network: LinkEntry | None = None
     site: Name = "main"
     address: Name | tuple[Name, ...] | None = None
@@ -153,6 +166,12 @@ _KNOWN = ("format", "name", "links", "node", "site", "device", "link", "matrix")
 def entry_link(entry: LinkEntry | PairEntry) -> Link:
     """Returns the link that an entry describes."""
     return Link(bandwidth=entry.bandwidth, latency=entry.latency, shared=entry.shared)
+
+
+def islands_of(entry: IslandsEntry) -> Islands:
+    """Returns the islands that an entry describes."""
+    link = Link(bandwidth=entry.bandwidth, latency=entry.latency)
+    return Islands(groups=entry.devices, link=link)
 
 
 def read_entries(data: dict[str, Any], source: str) -> tuple[Entries, list[Problem]]:

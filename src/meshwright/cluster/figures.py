@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from meshwright import units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.entries import Entries, LinkEntry, PairEntry
+from meshwright.cluster.entries import Entries, IslandsEntry, LinkEntry, PairEntry
 from meshwright.cluster.spec import Cluster, DeviceType
 from meshwright.errors import Problem
 from meshwright.records import record
@@ -59,14 +59,15 @@ def _figures(entries: Entries) -> Iterator[tuple[str, float, AllowedRange]]:
                 yield f"device.{name}.peak.{precision}", peak, PEAK
 
 
-def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | PairEntry]]:
-    optional: list[tuple[str, LinkEntry | None]] = [
+def _links(entries: Entries) -> Iterator[tuple[str, LinkEntry | IslandsEntry | PairEntry]]:
+    optional: list[tuple[str, LinkEntry | IslandsEntry | None]] = [
         ("links.inside", entries.links.inside),
         ("links.network", entries.links.network),
         ("links.uplink", entries.links.uplink),
     ]
     for where, node in entries.nodes.items():
         optional += [(f"{where}.inside", node.inside), (f"{where}.network", node.network)]
+        optional.append((f"{where}.islands", node.islands))
     optional += [(f"{where}.uplink", site.uplink) for where, site in entries.sites.items()]
     optional += [(f"device.{name}.inside", each.inside) for name, each in entries.devices.items()]
     yield from ((field, link) for field, link in optional if link is not None)

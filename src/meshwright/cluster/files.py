@@ -11,7 +11,14 @@ from typing import Any
 
 from meshwright import records, units
 from meshwright.cluster.catalog import catalog
-from meshwright.cluster.entries import Entries, NodeEntry, entry_link, read_entries, resolve_type
+from meshwright.cluster.entries import (
+    Entries,
+    NodeEntry,
+    entry_link,
+    islands_of,
+    read_entries,
+    resolve_type,
+)
 from meshwright.cluster.matrix import matrix_links
 from meshwright.cluster.spec import Cluster, DeviceType, DirectLink, Endpoint, Link, Node, Site
 from meshwright.cluster.validate import DEFAULT_SITE, node_names, parse_devices, table_problems
@@ -92,8 +99,16 @@ def _expand_node(entry: NodeEntry, entries: Entries) -> Iterator[Node]:
     interface = entry_link(network) if network else _UNUSED_NETWORK
     given = entry.inside or entries.links.inside
     inside = entry_link(given) if given else _default_inside(devices, entries, interface)
+    islands = islands_of(entry.islands) if entry.islands else None
     for name in node_names(entry):
-        yield Node(name=name, site=entry.site, devices=devices, inside=inside, network=interface)
+        yield Node(
+            name=name,
+            site=entry.site,
+            devices=devices,
+            inside=inside,
+            network=interface,
+            islands=islands,
+        )
 
 
 def _default_inside(devices: tuple[str, ...], entries: Entries, network: Link) -> Link:
@@ -177,6 +192,10 @@ def _node_lines(base: str | None, nodes: list[Node], shared: Link | None) -> lis
     runs = [(kind, len([*run])) for kind, run in groupby(node.devices)]
     lines += [f"devices = [{', '.join(quoted(f'{count} x {kind}') for kind, count in runs)}]"]
     lines += [f"inside = {_link(node.inside)}"]
+    if node.islands:
+        groups = [list(group) for group in node.islands.groups]
+        fields = ", ".join((f"devices = {groups}", *_link_fields(node.islands.link)))
+        lines += [f"islands = {{ {fields} }}"]
     lines += [] if shared else [f"network = {_link(node.network)}"]
     return [*lines, f"site = {quoted(node.site)}"]
 

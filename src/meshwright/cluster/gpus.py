@@ -14,7 +14,8 @@ from meshwright.cluster.pci import Maker, PciCard, cards_on, with_names
 from meshwright.errors import MachineError, Problem
 from meshwright.records import Bytes, record
 
-_HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Environment variables that hide GPUs from PyTorch, or change their order."""
 _INTEGRATED_BYTES = 2**31
 """A GPU with less memory (bytes) is the graphics unit of a processor; cards that train have
 more."""
@@ -255,7 +256,7 @@ def _as_torch_sees(
 ) -> tuple[Sequence[GpuReading], str]:
     """Returns the GPUs to use if PyTorch sees fewer than the source reports, and a note that says
     why."""
-    hiding = [f"{name}={host.environment[name]}" for name in _HIDING if name in host.environment]
+    hiding = [f"{name}={host.environment[name]}" for name in HIDING if name in host.environment]
     said = f" ({' and '.join(hiding)})" if hiding else ""
     most = len(best.gpus)
     if torch is None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from meshwright.cluster.catalog import catalog, type_reported_as
-from meshwright.cluster.spec import DeviceType, Link
+from meshwright.cluster.spec import DeviceType, Islands, Link
 from meshwright.records import Bytes, BytesPerSecond, record
 from meshwright.text import printable
 
@@ -72,6 +72,10 @@ class MachineHardware:
     wiring: str | None = None
     """The weakest connection between two GPUs, in the terms of `nvidia-smi topo`: NV12, PIX,
     SYS."""
+    islands: tuple[tuple[int, ...], ...] = ()
+    """Indices of the GPUs of each group that is connected better than by `wiring`."""
+    island_wiring: str | None = None
+    """The weakest connection inside these groups."""
     network: BytesPerSecond | None = None
     """Bandwidth of the interface that the default route uses; None if it is not reported."""
     notes: tuple[str, ...] = ()
@@ -85,14 +89,45 @@ _WEAKEST_FIRST = ("SYS", "NODE", "PHB", "PXB", "PIX")
 
 def read_wiring(text: str) -> str | None:
     """Returns the weakest connection between two GPUs in the output of `nvidia-smi topo -m`."""
+    return _weakest({cell for row in _wiring_rows(text) for cell in row} - {"X"})
+
+
+def _wiring_rows(text: str) -> list[list[str]]:
+    """Returns the connections of each GPU with every GPU; `X` with itself."""
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
     gpus = [row for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
-    cells = {cell for row in gpus for cell in row[1 : len(gpus) + 1]} - {"X"}
+    return [row[1 : len(gpus) + 1] for row in gpus]
+
+
+def _weakest(cells: set[str]) -> str | None:
     for weak in _WEAKEST_FIRST:
         if weak in cells:
             return weak
     lanes = [int(match[1]) for cell in cells if (match := re.fullmatch(r"NV(\d+)", cell))]
     return f"NV{min(lanes)}" if lanes else None
+
+
+def read_islands(text: str, number: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
+    """Returns the groups of GPUs, by index, that NVLink or else PCIe switches connect while others
+    are connected through the host, with the weakest connection inside them; no groups if GPUs of
+    one would reach each other over a third only, or if the text is not about `number` GPUs.
+
+    The text is the output of `nvidia-smi topo -m`.
+    """
+    rows = _wiring_rows(text)
+    if len(rows) != number:
+        return (), None
+    for good in (r"NV\d+", r"NV\d+|PIX|PXB"):
+        near = [
+            tuple(j for j, cell in enumerate(row) if cell == "X" or re.fullmatch(good, cell))
+            for row in rows
+        ]
+        groups = tuple(dict.fromkeys(each for each in near if len(each) > 1))
+        apart = all(near[index] == group for group in groups for index in group)
+        if groups and apart and len(groups[0]) < len(rows):
+            inside = {rows[i][j] for group in groups for i in group for j in group if i != j}
+            return groups, _weakest(inside)
+    return (), None
 
 
 def read_default_interface(routes: str) -> str | None:
@@ -209,17 +244,38 @@ def links_inside(found: MachineHardware, type_names: tuple[str, ...]) -> tuple[L
     if any(gpu.slice or mig_profile_in(gpu.name) for gpu in found.gpus):
         link = Link(bandwidth=catalog()["T4"].inside.bandwidth, latency=10e-6, shared=True)
         return link, "inside: slices (MIG) reach each other through the host alone, over PCIe"
-    known = [catalog()[name].inside for name in type_names if name in catalog()]
-    slowest = min(known, key=lambda link: link.bandwidth, default=catalog()["T4"].inside)
     if found.wiring is None:
-        return slowest, "inside: as the catalogue has it for this type, not asked of the machine"
-    if found.wiring.startswith("NV"):
+        link = _slowest_inside(type_names)
+        return link, "inside: as the catalogue has it for this type, not asked of the machine"
+    link, way = _link_of(found, found.wiring, type_names)
+    return link, f"inside: {way}"
+
+
+def islands_in(
+    found: MachineHardware, type_names: tuple[str, ...]
+) -> tuple[Islands | None, tuple[str, ...]]:
+    """Returns the groups of GPUs of a machine that are connected better than the rest, and notes on
+    where they come from."""
+    sliced = any(gpu.slice or mig_profile_in(gpu.name) for gpu in found.gpus)
+    if found.island_wiring is None or sliced:
+        return None, ()
+    link, way = _link_of(found, found.island_wiring, type_names)
+    groups = " and ".join(str(list(group)) for group in found.islands)
+    return Islands(groups=found.islands, link=link), (f"islands: {groups}, {way}",)
+
+
+def _slowest_inside(type_names: tuple[str, ...]) -> Link:
+    known = [catalog()[name].inside for name in type_names if name in catalog()]
+    return min(known, key=lambda link: link.bandwidth, default=catalog()["T4"].inside)
+
+
+def _link_of(found: MachineHardware, wiring: str, type_names: tuple[str, ...]) -> tuple[Link, str]:
+    """Returns the link that a connection stands for, and its description."""
+    if wiring.startswith("NV"):
         blackwell = any((gpu.capability or (0, 0)) >= (10, 0) for gpu in found.gpus)
         lane = _NVLINK5_LANE if blackwell else _NVLINK_LANE
-        bandwidth = int(found.wiring[2:]) * lane
-        return Link(bandwidth=bandwidth, latency=8e-6), f"inside: NVLink, {found.wiring}"
-    pcie = min(slowest.bandwidth, catalog()["A10G"].inside.bandwidth)
-    shared = found.wiring not in ("PIX", "PXB")
+        return Link(bandwidth=int(wiring[2:]) * lane, latency=8e-6), f"NVLink, {wiring}"
+    pcie = min(_slowest_inside(type_names).bandwidth, catalog()["A10G"].inside.bandwidth)
+    shared = wiring not in ("PIX", "PXB")
     way = "through the host, shared" if shared else "through a switch"
-    link = Link(bandwidth=pcie, latency=10e-6, shared=shared)
-    return link, f"inside: PCIe {way} ({found.wiring})"
+    return Link(bandwidth=pcie, latency=10e-6, shared=shared), f"PCIe {way} ({wiring})"

@@ -17,12 +17,20 @@ from meshwright.cluster.figures import (
     AllowedRange,
     out_of_range,
 )
-from meshwright.cluster.spec import Cluster, DeviceType, Link, Node, Precision, Site
+from meshwright.cluster.spec import (
+    Cluster,
+    DeviceType,
+    Link,
+    Node,
+    Precision,
+    Site,
+    with_island_link,
+)
 from meshwright.errors import ClusterError, Problem
 from meshwright.records import record
 from meshwright.text import did_you_mean
 
-LEVELS = ("inside", "network", "uplink")
+LEVELS = ("inside", "islands", "network", "uplink")
 _TOPICS = ("link", "node", "site", "device")
 
 
@@ -58,7 +66,7 @@ _DEVICE = {
 def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cluster:
     """Returns the cluster with one figure changed; `setting` is `FIELD=VALUE`, with the fields
 
-        link.LEVEL[.FIGURE]         of all nodes (inside, network) or sites (uplink)
+        link.LEVEL[.FIGURE]         of all nodes (inside, islands, network) or sites (uplink)
         node.NAME.LEVEL[.FIGURE]    of one node, or of all nodes of a `count` with base NAME
         site.NAME.uplink[.FIGURE]
         device.TYPE.FIGURE          memory, memory_bandwidth, peak.PRECISION, ..._efficiency
@@ -133,7 +141,7 @@ def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _Optio
         rest = rest[len(name) :].removeprefix(".")
         nodes = {node.name for node in groups[name]} if topic == "node" else set()
         sites = {name} if topic == "site" else set()
-        levels = ("inside", "network") if topic == "node" else ("uplink",)
+        levels = ("inside", "islands", "network") if topic == "node" else ("uplink",)
     level, _, figure = rest.partition(".")
     if level not in levels:
         raise _unknown(place, level, levels)
@@ -143,6 +151,9 @@ def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _Optio
     change = {figure: _value(place, _LINK[figure], value)}
     if level == "uplink":
         return _with_uplinks(cluster, sites, change, place)
+    if level == "islands" and not any(n.islands for n in cluster.nodes if n.name in nodes):
+        wanted = "nodes whose file gives some devices a better link to each other"
+        raise ClusterError(Problem(place.option, place.field, "no islands", wanted))
     changed = tuple(_with_link(node, level, change, node.name in nodes) for node in cluster.nodes)
     return replace(cluster, nodes=changed)
 
@@ -150,6 +161,8 @@ def _set_link(cluster: Cluster, topic: str, rest: str, value: str, place: _Optio
 def _with_link(node: Node, level: str, change: dict[str, Any], chosen: bool) -> Node:
     if not chosen:
         return node
+    if level == "islands":
+        return replace(node, islands=with_island_link(node, lambda link: replace(link, **change)))
     link: Link = replace(getattr(node, level), **change)
     return replace(node, inside=link) if level == "inside" else replace(node, network=link)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from meshwright.records import (
     Bytes,
     BytesPerSecond,
+    Count,
     Flops,
     Line,
     Name,
@@ -60,6 +62,18 @@ class DeviceType:
 
 
 @record
+class Islands:
+    """Groups of devices of a node that are joined better with each other than with the rest of it:
+    by an NVLink bridge, or by a PCIe switch of their own."""
+
+    groups: tuple[tuple[Count, ...], ...]
+    """Local indices of the devices of each group; a device is in one group at most."""
+    link: Link
+    """Link between two devices of a group: each device has a port of this bandwidth for it, beside
+    its port to the rest of the node."""
+
+
+@record
 class Node:
     """Devices that share a host."""
 
@@ -71,6 +85,8 @@ class Node:
     """Link between devices of this node."""
     network: Link
     """This node's network interface."""
+    islands: Islands | None = None
+    """Groups of devices that have a better link than `inside` to each other."""
 
 
 @record
@@ -110,6 +126,8 @@ class Device:
     type: Name
     node: Name
     site: Name
+    island: Name | None = None
+    """Name of its island: that of the island's first device. None if it is in none."""
 
 
 @record
@@ -131,6 +149,12 @@ def cluster_fingerprint(cluster: Cluster) -> str:
     return fingerprint(replace(cluster, endpoints=None))
 
 
+def with_island_link(node: Node, change: Callable[[Link], Link]) -> Islands | None:
+    """Returns a node's islands with another link; None if it has none."""
+    own = node.islands
+    return replace(own, link=change(own.link)) if own else None
+
+
 def node_of(device: str) -> str:
     """Returns the node of a device: `"p3-0"` for `"p3-0:1"`."""
     return device.rpartition(":")[0]
@@ -138,8 +162,20 @@ def node_of(device: str) -> str:
 
 def devices_of(cluster: Cluster) -> tuple[Device, ...]:
     """Returns all devices, node by node: the order in which ranks are numbered."""
-    return tuple(
-        Device(name=f"{node.name}:{index}", type=kind, node=node.name, site=node.site)
-        for node in cluster.nodes
-        for index, kind in enumerate(node.devices)
-    )
+    return tuple(device for node in cluster.nodes for device in _devices_of_node(node))
+
+
+def _devices_of_node(node: Node) -> Iterator[Device]:
+    first = {
+        index: f"{node.name}:{min(group)}"
+        for group in (node.islands.groups if node.islands else ())
+        for index in group
+    }
+    for index, kind in enumerate(node.devices):
+        yield Device(
+            name=f"{node.name}:{index}",
+            type=kind,
+            node=node.name,
+            site=node.site,
+            island=first.get(index),
+        )

@@ -1,14 +1,16 @@
 """Models which transfers share bandwidth: the directed capacities of a cluster, and the path from
 device to device.
 
-A resource is one direction of one thing that bytes pass through: a device's port, the bus of a
-node, a node's network interface, a site's uplink, an explicit link. A shared link has one capacity
-for both directions. Transfers that have a resource in common share its bandwidth.
+A resource is one direction of one thing that bytes pass through: a device's port, its port to the
+others of its island, the bus of a node, a node's network interface, a site's uplink, an explicit
+link. A shared link has one capacity for both directions. Transfers that have a resource in common
+share its bandwidth.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from meshwright.cluster.spec import Cluster, Device, Link, Node, devices_of
@@ -26,9 +28,10 @@ class Resource(NamedTuple):
 
     owner: str
     """Device, node or site that it belongs to; for an explicit link, the node that sends."""
-    kind: Literal["port", "bus", "network", "uplink", "link"]
-    """Kind of the thing: a port belongs to one device, a bus to all devices of a node, a network
-    interface to a node, an uplink to a site, and a link joins two nodes explicitly."""
+    kind: Literal["port", "island", "bus", "network", "uplink", "link"]
+    """Kind of the thing: a port belongs to one device, and so does the one to its island; a bus
+    belongs to all devices of a node, a network interface to a node, an uplink to a site, and a link
+    joins two nodes explicitly."""
     direction: Direction
     """Direction seen from the owner; `both` if they share one capacity."""
     peer: str = ""
@@ -52,7 +55,8 @@ class Topology:
     """Bytes per second of each resource."""
     devices: dict[str, Device]
     order: dict[str, int]
-    """Index of each device in the order of sites, nodes and devices: neighbours in it are close."""
+    """Index of each device in the order of sites, nodes, islands and devices: neighbours in it are
+    close."""
     nodes: dict[str, Node]
     uplinks: dict[str, Link | None]
     """Uplink of each site."""
@@ -78,7 +82,8 @@ def topology(cluster: Cluster) -> Topology:
         direct[each.between] = direct[each.between[::-1]] = each.link
     sites = {site.name: index for index, site in enumerate(cluster.sites)}
     devices = devices_of(cluster)
-    ordered = sorted(devices, key=lambda device: sites[device.site])
+    place = {device.name: index for index, device in enumerate(devices)}
+    ordered = sorted(devices, key=lambda d: (sites[d.site], place[d.island or d.name]))
     return Topology(
         capacities=_capacities(cluster, direct),
         devices={device.name: device for device in devices},
@@ -98,6 +103,10 @@ def _capacities(
             capacities[_network(node, way)] = node.network.bandwidth
             for index in range(len(node.devices)):
                 capacities[_inside(node, f"{node.name}:{index}", way)] = node.inside.bandwidth
+            if node.islands:
+                for index in chain(*node.islands.groups):
+                    port = Resource(f"{node.name}:{index}", "island", way)
+                    capacities[port] = node.islands.link.bandwidth
     for site in cluster.sites:
         if site.uplink:
             for way in DIRECTIONS:
@@ -147,6 +156,10 @@ def path(topology: Topology, source: str, target: str) -> Path:
 
 def _path_inside(topology: Topology, source: str, target: str) -> Path:
     node = topology.nodes[topology.devices[source].node]
+    island = topology.devices[source].island
+    if node.islands and island and island == topology.devices[target].island:
+        ports = (Resource(source, "island", "out"), Resource(target, "island", "in"))
+        return Path(resources=ports, latency=node.islands.link.latency)
     resources = (_inside(node, source, "out"), _inside(node, target, "in"))
     return Path(resources=_distinct(resources), latency=node.inside.latency)
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 
 from meshwright.cluster.catalog import catalog
 from meshwright.cluster.entries import (
@@ -20,6 +20,7 @@ from meshwright.cluster.entries import (
 from meshwright.cluster.figures import figure_problems
 from meshwright.cluster.matrix import matrix_problems
 from meshwright.errors import Problem
+from meshwright.units import format_bandwidth
 
 MOST_DEVICES = 100_000
 DEFAULT_SITE = "main"
@@ -120,6 +121,36 @@ def _node_problems(where: str, node: NodeEntry, entries: Entries, source: str) -
         wanted = f"one of: {', '.join(sorted({*sites, DEFAULT_SITE}))}"
         yield Problem(source, f"{where}.site", repr(node.site), wanted, "Add it as [[site]].")
     yield from _missing_links(where, node, entries, source)
+    yield from _island_problems(where, node, entries, source)
+
+
+def _island_problems(
+    where: str, node: NodeEntry, entries: Entries, source: str
+) -> Iterator[Problem]:
+    """Yields the mistakes in a node's islands: their devices, and a link that is no better."""
+    if node.islands is None:
+        return
+    field = f"{where}.islands.devices"
+    number = sum(read[0] for text in node.devices if (read := parse_devices(text)))
+    if not node.islands.devices:
+        yield Problem(source, field, "an empty list", "at least one group, like [[0, 1], [2, 3]]")
+    for place, group in enumerate(node.islands.devices):
+        if len(group) < 2:
+            wanted = "two devices or more, which reach each other"
+            yield Problem(source, f"{field}[{place}]", f"{len(group)} devices", wanted)
+        for index in group:
+            if index >= number:
+                wanted = f"the index of one of the node's {number} devices, from 0"
+                yield Problem(source, f"{field}[{place}]", f"device {index}", wanted)
+    for index, times in Counter(chain(*node.islands.devices)).items():
+        if times > 1:
+            found = f"device {index} {times} times"
+            yield Problem(source, field, found, "each device in one group at most")
+    inside = node.inside or entries.links.inside
+    if inside and node.islands.bandwidth < inside.bandwidth:
+        wanted = f"at least that of `inside`, {format_bandwidth(inside.bandwidth)}"
+        found = format_bandwidth(node.islands.bandwidth)
+        yield Problem(source, f"{where}.islands.bandwidth", found, wanted)
 
 
 def _missing_links(where: str, node: NodeEntry, entries: Entries, source: str) -> Iterator[Problem]:

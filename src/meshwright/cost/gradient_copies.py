@@ -29,11 +29,16 @@ def copied_gradient_bytes(
     backward.
 
     The rank belongs to a replica `width` ranks wide. It copies its tile of the gradients of every
-    layer where the cuts of another replica fall inside that tile. At that moment only the
-    activations of the last micro-batch are left.
+    layer, and of what layers share, where the cuts of another replica fall inside that tile. At
+    that moment only the activations of the last micro-batch are left.
     """
     copied = 0.0
     for layer in range(*stage.layers):
         if any(width % other for other in held[layer]):
             copied += model.layers[layer].along("tensor").parameters / width
+    for tied in model.tied:
+        widths = frozenset[int]().union(*(held[layer] for layer in tied.layers))
+        mine = any(layer in range(*stage.layers) for layer in tied.layers)
+        if mine and "tensor" in tied.divided and any(width % other for other in widths):
+            copied += tied.parameters / width
     return copied * gradient_bytes(job)

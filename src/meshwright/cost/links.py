@@ -14,7 +14,16 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from meshwright.cluster.spec import Cluster, Device, DirectLink, Link, Node, Site, devices_of
+from meshwright.cluster.spec import (
+    Cluster,
+    Device,
+    DirectLink,
+    Link,
+    Node,
+    Site,
+    devices_of,
+    with_island_link,
+)
 from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
@@ -153,6 +162,8 @@ def pair_class(cluster: Cluster, one: Device, other: Device) -> PairClass:
     """Returns the class of a pair: equal for pairs that the cluster file does not tell apart."""
     nodes = {node.name: node for node in cluster.nodes}
     here, there = nodes[one.node], nodes[other.node]
+    if here.islands and one.island and one.island == other.island:
+        return "islands", here.islands.link
     if here is there:
         return "inside", here.inside
     direct = [d.link for d in cluster.direct if set(d.between) == {one.node, other.node}]
@@ -220,6 +231,8 @@ def _fitted_node(cluster: Cluster, node: Node, measured: dict[PairClass, PairTim
     fitted = node
     if inside:
         fitted = replace(fitted, inside=_as_link(inside, shared=node.inside.shared))
+    if node.islands and (joined := measured.get(("islands", node.islands.link))):
+        fitted = replace(fitted, islands=replace(node.islands, link=_as_link(joined)))
     if pairs:
         bandwidth = max(pair.bandwidth for pair in pairs)
         latency = min(pair.latency for pair in pairs)
@@ -288,7 +301,10 @@ def with_measured_links(cluster: Cluster, times: LinkTimes) -> Cluster:
 
     def node(each: Node) -> Node:
         return replace(
-            each, inside=times.inside or each.inside, network=times.network or each.network
+            each,
+            inside=times.inside or each.inside,
+            islands=with_island_link(each, lambda link: times.islands or link),
+            network=times.network or each.network,
         )
 
     nodes = tuple(node(each) for each in cluster.nodes)
@@ -336,7 +352,12 @@ def _scaled(cluster: Cluster, constants: SystemConstants) -> Cluster:
     return replace(
         cluster,
         nodes=tuple(
-            replace(node, inside=slower(node.inside, inside), network=slower(node.network, network))
+            replace(
+                node,
+                inside=slower(node.inside, inside),
+                islands=with_island_link(node, lambda link: slower(link, inside)),
+                network=slower(node.network, network),
+            )
             for node in cluster.nodes
         ),
         sites=tuple(

@@ -76,6 +76,7 @@ class LinkTimes:
     """Holds measured links by level; they replace the figures of the cluster file."""
 
     inside: Link | None = None
+    islands: Link | None = None
     network: Link | None = None
     site: Link | None = None
     all_reduce_latency: Seconds | None = None

@@ -29,8 +29,9 @@ from meshwright.runtime.exchange import broadcast_record
 SIZES = (2**12, 2**16, 2**20, 2**22)
 """Message sizes in bytes: small ones show the latency, large ones the bandwidth."""
 
-LEVELS = ("inside", "network", "site")
-"""Levels of the cluster's hierarchy: inside a node, between nodes of a site, between sites."""
+LEVELS = ("islands", "inside", "network", "site")
+"""Levels of the cluster's hierarchy: inside an island of a node, inside a node, between nodes of a
+site, between sites."""
 
 
 def measure_links(cluster: Cluster, device: torch.device, *, repeats: int) -> LinkTimes | None:
@@ -61,9 +62,9 @@ def representative_pairs(devices: Sequence[Device]) -> dict[str, tuple[int, int]
     for a, one in enumerate(devices):
         for b in range(a + 1, len(devices)):
             other = devices[b]
-            far = one.site != other.site
-            level = LEVELS[2 if far else 1 if one.node != other.node else 0]
-            pairs.setdefault(level, (a, b))
+            parted = (one.island is None or one.island != other.island, one.node != other.node,
+                      one.site != other.site)  # fmt: skip
+            pairs.setdefault(LEVELS[sum(parted)], (a, b))
     return dict(sorted(pairs.items(), key=lambda item: LEVELS.index(item[0])))
 
 

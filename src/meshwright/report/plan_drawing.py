@@ -254,7 +254,7 @@ def _box(node: Node, cells: _Cells) -> NodeBox:
         width=max(2 * _PAD + columns * (size.width + _GAP) - _GAP, 150.0),
         height=_HEADER + rows * (size.height + _GAP) - _GAP + _PAD,
         name=node.name,
-        note=format_bandwidth(node.inside.bandwidth) + (" bus" if node.inside.shared else ""),
+        note=_inside_note(node),
         network=format_bandwidth(node.network.bandwidth),
         cells=tuple(
             cells.cell(
@@ -266,3 +266,12 @@ def _box(node: Node, cells: _Cells) -> NodeBox:
             for index in range(len(node.devices))
         ),
     )
+
+
+def _inside_note(node: Node) -> str:
+    """Formats the bandwidth inside a node, and inside its islands."""
+    note = format_bandwidth(node.inside.bandwidth) + (" bus" if node.inside.shared else "")
+    if node.islands is None:
+        return note
+    sizes = "/".join(dict.fromkeys(str(len(group)) for group in node.islands.groups))
+    return f"{note}, {format_bandwidth(node.islands.link.bandwidth)} in islands of {sizes}"

@@ -20,7 +20,8 @@ class NamedLoad:
 
 
 def resource_name(resource: Resource) -> str:
-    """Names a resource for people: `a:0 out`, `b bus`, `c network in`, `home uplink out`, `a > b`.
+    """Names a resource for people: `a:0 out`, `a:0 island out`, `b bus`, `c network in`, `home
+    uplink out`, `a > b`.
 
     A resource with one capacity for both directions has no direction in its name; if it is an
     explicit link, it reads `a - b`.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.search.costs import Array
+from meshwright.search.device_classes import DeviceClass
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_estimate import (
     EstimateContext,
@@ -103,12 +104,23 @@ def _transfer(context: EstimateContext, builds: Builds) -> Array:
     moved_B: Array = np.zeros(len(builds.rows))
     for i, tensor, width_B, block_B in _by_class(builds):
         inside, network = context.classes[i].inside, context.classes[i].network
+        joined = context.classes[i].joined
         own_B = builds.rows / width_B * context.widest_cut
         run_B = context.classes[i].each // tensor // block_B
         across_B = own_B * block_B * tensor / network.bandwidth + network.latency
         inside_B = own_B / inside.bandwidth + inside.latency
-        moved_B = np.maximum(moved_B, (across_B + (run_B - 1) * inside_B) / run_B)
+        joined_B = own_B / joined.bandwidth + joined.latency
+        between_B = -(-run_B // _per_island(context.classes[i], tensor, block_B)) - 1
+        within_B = run_B - 1 - between_B
+        sum_B = across_B + between_B * inside_B + within_B * joined_B
+        moved_B = np.maximum(moved_B, sum_B / run_B)
     return moved_B
+
+
+def _per_island(device_class: DeviceClass, tensor: int, block_B: Ints) -> Ints:
+    """Returns the number of stages [B] that stand on one island; 1 if one needs several."""
+    found: Ints = np.maximum(device_class.island // tensor // block_B, 1)
+    return found
 
 
 def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Array]:
@@ -129,10 +141,12 @@ def _reduction(
     """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
     for f, (i, tensor, width_B, block_B) in enumerate(_by_class(builds)):
-        inside, network = context.classes[i].inside, context.classes[i].network
+        device_class, network = context.classes[i], context.classes[i].network
         across_B = width_B > block_B
         own_B = 2 * (1 - 1 / width_B) * context.gradients
-        own_B /= np.where(across_B, network.bandwidth, tensor * inside.bandwidth)
+        among = [device_class.link_among(block * tensor) for block in block_B.tolist()]
+        inside_B = np.array([link.bandwidth for link in among])
+        own_B /= np.where(across_B, network.bandwidth, tensor * inside_B)
         ring_B = across_B * 2 * (width_B - 1) * hop_latency(context.costs, network)
         run_B = np.where(across_B, context.classes[i].each // tensor // block_B, 1)
         run_P = np.minimum(run_B[build_P], depths_FP[f])

@@ -234,6 +234,7 @@ def _best_link(costs: Costs, kind: str) -> tuple[float, float]:
     nodes = [node for node in costs.cluster.nodes if kind in node.devices]
     names = {node.name for node in nodes}
     links = [link for node in nodes for link in (node.inside, node.network)]
+    links += [node.islands.link for node in nodes if node.islands]
     links += [each.link for each in costs.cluster.direct if names.intersection(each.between)]
     latency = max(min(link.latency for link in links), costs.step_latency)
     return latency, 1 / max(link.bandwidth for link in links)

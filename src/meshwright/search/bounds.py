@@ -233,7 +233,10 @@ def _exposed_reductions(costs: Costs, pipeline: CandidatePipeline, backward: Gri
         groups = tuple(dict.fromkeys(group for s in stages for group in pipeline.stages[s].groups))
         if len(groups) > 1:
             latency, slope = _ring(costs, groups)
-            size = tied.parameters * width / (len(groups[0]) if "tensor" in tied.divided else 1) - 1
+            # Interfaces carry the shares of all ranks of a node, ports those of one.
+            apart = len({costs.devices[group[0]].node for group in groups}) == len(groups)
+            least = len(groups[0]) if apart else max(map(len, groups))
+            size = tied.parameters * width / (least if "tensor" in tied.divided else 1) - 1
             first = pipeline.bounds[stages[0]] == tied.layers[0]
             for u, seconds in enumerate(backward[stages[0]]):
                 begun = 0.0 if first else seconds

@@ -6,7 +6,7 @@ micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -187,16 +187,26 @@ def moves(source: StageDevices, target: StageDevices) -> Iterator[tuple[int, int
             j, goal = j + 1, next(goals, None)
 
 
-def tensor_widths_agree(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> bool:
-    """True if all holders of a layer, and of what it shares, have one tensor width that divides
-    it."""
-    width: dict[int, int] = {}
-    layers = costs.model.layers
+def tensor_widths(pipelines: Sequence[CandidatePipeline]) -> dict[int, set[int]]:
+    """Returns the tensor widths of the holders of each layer."""
+    held: dict[int, set[int]] = {}
     for pipeline in pipelines:
         for stage, (a, b) in zip(pipeline.stages, pairwise(pipeline.bounds), strict=True):
-            tensor = len(stage.groups[0])
             for layer in range(a, b):
-                units = layers[layer].along("tensor").units
-                if units % tensor or width.setdefault(layer, tensor) != tensor:
-                    return False
-    return all(len({width[layer] for layer in tied.layers}) <= 1 for tied in costs.model.tied)
+                held.setdefault(layer, set()).add(len(stage.groups[0]))
+    return held
+
+
+def tensor_widths_agree(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> bool:
+    """True if the tensor widths of all holders of a layer, and of what it shares, divide the widest
+    of them, and that one the layer: a narrow replica holds whole shares of the wide ones."""
+    held, layers = tensor_widths(pipelines), costs.model.layers
+    if any(layers[layer].along("tensor").units % max(own) for layer, own in held.items()):
+        return False
+    tied = [set[int]().union(*(held[layer] for layer in each.layers)) for each in costs.model.tied]
+    return all(divide_the_widest(own) for own in (*held.values(), *tied))
+
+
+def divide_the_widest(widths: Collection[int]) -> bool:
+    """Returns True if the widest of some tensor widths is a multiple of each."""
+    return len(widths) < 2 or all(max(widths) % width == 0 for width in widths)

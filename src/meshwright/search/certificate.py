@@ -94,7 +94,8 @@ def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
     direct = [each.link.latency for each in costs.cluster.direct]
     network = min(node.network.latency for node in nodes)
     between = min([network, *direct])
-    anywhere = min(between, *(node.inside.latency for node in nodes))
+    islands = [node.islands.link.latency for node in nodes if node.islands]
+    anywhere = min(between, *(node.inside.latency for node in nodes), *islands)
     widest = max(len(node.devices) for node in nodes)
     held = Counter(d.site for d in costs.devices.values())
     largest, across = max(held.values()), 0.0

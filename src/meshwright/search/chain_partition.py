@@ -17,7 +17,7 @@ from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import Array, Costs, TensorGroup, reduced_width, ring, seconds_per_byte
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, apportion, fit_pipeline, pace, stage_loads
-from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
 from meshwright.stopping import raise_if_stopped
 
 ROWS = 6
@@ -191,10 +191,7 @@ def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
     names: dict[tuple[str, str], list[str]] = {}
     for device in usable_devices(costs):
         names.setdefault((device.node, device.type), []).append(device.name)
-    found = [
-        [tuple(own[i : i + tensor]) for i in range(0, len(own) - tensor + 1, tensor)]
-        for own in names.values()
-    ]
+    found = [tensor_groups(costs, own, tensor) for own in names.values()]
     return [own for own in found if own]
 
 

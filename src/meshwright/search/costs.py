@@ -44,8 +44,9 @@ PROBE_BYTES = 1 << 24
 TensorGroup = tuple[str, ...]
 """Names of devices that share every layer by tensor parallelism."""
 
-GroupKind = tuple[tuple[str, ...], int]
-"""The device types of a tensor group and the number of its node's link, which set its pace."""
+GroupKind = tuple[tuple[str, ...], int, tuple[int, ...]]
+"""The device types of a tensor group, the number of its node's links, and which of its devices are
+in one island, which set its pace."""
 
 
 Prefixes = tuple[list[float], list[float]]
@@ -81,7 +82,7 @@ class Costs:
     """Every stage recomputes, and `table` is that of such stages."""
     devices: dict[str, Device]
     _inside: dict[str, int]
-    """Number of the link inside each node."""
+    """Number of the links inside each node."""
     _computed: dict[tuple[str, int, int], LayerSeconds] = field(default_factory=dict)
     _times: dict[tuple[GroupKind, int], tuple[Array, Array]] = field(default_factory=dict)
     _memory: dict[tuple[int, int, bool], tuple[Array, Array]] = field(default_factory=dict)
@@ -106,7 +107,8 @@ def costs_of(
     may recompute."""
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
     tables = memory_tables(model, job)
-    numbers = {link: i for i, link in enumerate(dict.fromkeys(n.inside for n in cluster.nodes))}
+    links = {n.name: (n.inside, n.islands and n.islands.link) for n in cluster.nodes}
+    numbers = {own: i for i, own in enumerate(dict.fromkeys(links.values()))}
     return Costs(
         model=model,
         cluster=cluster,
@@ -121,7 +123,7 @@ def costs_of(
         recomputed=tables.recomputed if recomputation else None,
         repeats=False,
         devices={device.name: device for device in devices_of(cluster)},
-        _inside={node.name: numbers[node.inside] for node in cluster.nodes},
+        _inside={name: numbers[own] for name, own in links.items()},
     )
 
 
@@ -220,8 +222,11 @@ def group_kind(costs: Costs, group: TensorGroup) -> GroupKind:
     """Returns what the pace of a group depends on."""
     known = costs._kinds.get(group)
     if known is None:
-        kinds = tuple(costs.devices[name].type for name in group)
-        known = costs._kinds[group] = kinds, costs._inside[costs.devices[group[0]].node]
+        devices = [costs.devices[name] for name in group]
+        islands = [device.island for device in devices]
+        alike = tuple(map(islands.index, islands)) if len(group) > 1 and any(islands) else ()
+        kinds = tuple(device.type for device in devices)
+        known = costs._kinds[group] = kinds, costs._inside[devices[0].node], alike
     return known
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, groupby
 
 from meshwright.cluster.spec import Link
 from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.layer_partition import Stages
-from meshwright.search.space import divisors, usable_devices
+from meshwright.search.space import by_island, divisors, usable_devices
 
 FEW_CLASSES = 4
 """Device classes up to which every way to group them is tried."""
@@ -32,14 +32,22 @@ class DeviceClass:
     kind: str
     site: str
     nodes: tuple[tuple[str, ...], ...]
-    """Names of the devices of this type, by node."""
+    """Names of the devices of this type, by node; those of an island are neighbours."""
     inside: Link
     network: Link
+    island: int
+    """Devices in each island of a node; 1 if there are none, or some are larger."""
+    joined: Link
+    """Link between devices of an island; `inside` if there are none."""
 
     @property
     def each(self) -> int:
         """Returns the number of such devices in each node."""
         return len(self.nodes[0])
+
+    def link_among(self, devices: int) -> Link:
+        """Returns the link that a block of so many neighbouring devices shares."""
+        return self.joined if self.island % devices == 0 else self.inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +119,32 @@ def _device_classes(costs: Costs, *, links: bool) -> tuple[DeviceClass, ...]:
     for (name, kind), names in own.items():
         node = nodes[name]
         key = (kind, node.site, len(names))
-        exact = (*key, node.inside, node.network, len(node.devices))
-        found.setdefault(exact if links else key, []).append((name, tuple(names)))
+        exact = (*key, node.inside, node.islands, node.network, len(node.devices))
+        ordered = by_island([costs.devices[each] for each in names])
+        own_names = tuple(device.name for device in ordered)
+        found.setdefault(exact if links else key, []).append((name, own_names))
     every = []
     for members in found.values():
         name, first = members[0]
         device = costs.devices[first[0]]
         slowest = [nodes[each] for each, _ in members]
+        inside = min((n.inside for n in slowest), key=lambda link: link.bandwidth)
+        sizes = {
+            len([*own])
+            for _, names in members
+            for _, own in groupby(names, key=lambda each: costs.devices[each].island or each)
+        }
+        island = sizes.pop() if len(sizes) == 1 else 1
+        joined = [n.islands.link for n in slowest if n.islands and island > 1] or [inside]
         every.append(
             DeviceClass(
                 kind=device.type,
                 site=device.site,
                 nodes=tuple(names for _, names in members),
-                inside=min((n.inside for n in slowest), key=lambda link: link.bandwidth),
+                inside=inside,
                 network=min((n.network for n in slowest), key=lambda link: link.bandwidth),
+                island=island,
+                joined=min(joined, key=lambda link: link.bandwidth),
             )
         )
     return tuple(every)

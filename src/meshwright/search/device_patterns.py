@@ -1,6 +1,7 @@
 """Enumerates device patterns: which classes of devices each replica has, before cuts and rows.
 
-A node type is a node and a device type there; a group is written as its devices' node types."""
+A node type is a node, an island and a device type there; a group is written as its devices' node
+types."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations_with_replacement, permutations, product
 
+from meshwright.cluster.spec import Node
 from meshwright.search.costs import Costs, TensorGroup
 from meshwright.search.space import usable_devices
 
-NodeType = tuple[int, str]
-"""Index of the node, type of the device."""
+NodeType = tuple[int, str, str]
+"""Index of the node, name of the island (empty for devices in none), type of the device."""
 DevicePattern = tuple[tuple[tuple[NodeType, ...], ...], ...]
 """A pipeline: stage, then replica, then the classes of its devices."""
 
@@ -22,7 +24,7 @@ def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
     index = {node.name: i for i, node in enumerate(costs.cluster.nodes)}
     found: dict[NodeType, tuple[str, ...]] = {}
     for device in usable_devices(costs):
-        key = (index[device.node], device.type)
+        key = (index[device.node], device.island or "", device.type)
         found[key] = (*found.get(key, ()), device.name)
     return found
 
@@ -74,7 +76,7 @@ def _replicas(
 
 
 def _groups(counts: Counter[NodeType], width: int) -> Iterator[tuple[NodeType, ...]]:
-    for node in sorted({node for node, _ in counts}):
+    for node in sorted({node for node, _, _ in counts}):
         own = sorted(key for key in counts if key[0] == node)
         for group in combinations_with_replacement(own, width):
             if all(counts[key] >= number for key, number in Counter(group).items()):
@@ -110,31 +112,54 @@ def _use(pattern: DevicePattern) -> Counter[NodeType]:
     return Counter(key for stage in pattern for group in stage for key in group)
 
 
-def _exchanges(costs: Costs) -> list[dict[int, int]]:
-    """Returns every renumbering of the nodes that leaves the cluster as it is."""
+Exchange = dict[tuple[int, str], tuple[int, str]]
+"""Another node and island, with the same devices and links, for each node and island."""
+
+
+def _exchanges(costs: Costs) -> list[Exchange]:
+    """Returns every renumbering of the nodes, and of the islands inside each, that leaves the
+    cluster as it is."""
     nodes = costs.cluster.nodes
     kinds: dict[object, list[int]] = {}
     for i, node in enumerate(nodes):
-        kind = (node.devices, node.inside, node.network, node.site)
+        kind = (node.devices, node.inside, node.islands, node.network, node.site)
         kinds.setdefault(i if costs.cluster.direct else kind, []).append(i)
     orders = [list(permutations(group)) for group in kinds.values()]
+    inside = [list(_orders_inside(node)) for node in nodes]
     return [
         {
-            old: new
+            (old, island): (new, f"{nodes[new].name}:{place}" if island else "")
             for group, order in zip(kinds.values(), chosen, strict=True)
             for old, new in zip(group, order, strict=True)
+            for island, place in within[old].items()
         }
         for chosen in product(*orders)
+        for within in product(*inside)
     ]
 
 
-def _renamed(
-    strategy: tuple[DevicePattern, ...], swap: dict[int, int]
-) -> tuple[DevicePattern, ...]:
+def _orders_inside(node: Node) -> Iterator[dict[str, int]]:
+    """Yields for each island of a node, by name, the first device of the one in its place; islands
+    with like devices change places. Devices in none stay."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for group in node.islands.groups if node.islands else ():
+        types = tuple(sorted(node.devices[index] for index in group))
+        alike.setdefault(types, []).append(min(group))
+    every = [own for same in alike.values() for own in same]
+    for chosen in product(*(permutations(same) for same in alike.values())):
+        places = [place for order in chosen for place in order]
+        pairs = zip(every, places, strict=True)
+        yield {"": 0} | {f"{node.name}:{own}": place for own, place in pairs}
+
+
+def _renamed(strategy: tuple[DevicePattern, ...], swap: Exchange) -> tuple[DevicePattern, ...]:
     return tuple(
         sorted(
             tuple(
-                tuple(tuple(sorted((swap[n], kind) for n, kind in group)) for group in stage)
+                tuple(
+                    tuple(sorted((*swap[node, island], kind) for node, island, kind in group))
+                    for group in stage
+                )
                 for stage in pipeline
             )
             for pipeline in strategy

@@ -79,7 +79,7 @@ def _rated(search: LocalSearch, strategy: Strategy, limit: float) -> float:
     if schedule not in search.schedules or (search.incumbent.any_order and schedule != "1f1b"):
         return float("inf")
     if not tensor_widths_agree(costs, pipelines):
-        pruned["holders of a layer differ in tensor width"] += 1
+        pruned["tensor widths of a layer's holders do not divide each other"] += 1
         return float("inf")
     if not all(fits(costs, pipeline, schedule) for pipeline in pipelines):
         pruned["does not fit in memory"] += 1

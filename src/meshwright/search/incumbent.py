@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from meshwright.cost.out_of_memory import memory_problems
 from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.bounds import after_pipelines, pipeline_bound
 from meshwright.search.candidate import (
@@ -160,6 +161,9 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     schedule, pipelines = strategy
     costs = incumbent.costs
     plan = plan_of(costs, pipelines, schedule, incumbent.cluster_print)
+    if _copies_overfill(costs, plan):
+        incumbent.pruned["does not fit in memory"] += 1
+        return False
     work = work_of(plan, find_symmetry(plan, costs.cluster))
     if incumbent.best and work > max(incumbent.work, 0) // 4:
         incumbent.pruned["too much to simulate in what is left of the budget"] += 1
@@ -171,6 +175,13 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
         return True
     incumbent.pruned["slower in the simulator"] += 1
     return False
+
+
+def _copies_overfill(costs: Costs, plan: Plan) -> bool:
+    """True if replicas of unlike tensor widths have no memory for the gradients that they copy to
+    be summed: all else that a plan holds was weighed before."""
+    widths = {len(group) for p in plan.pipelines for stage in p.stages for group in stage.devices}
+    return len(widths) > 1 and bool(memory_problems(plan, costs.model, costs.cluster))
 
 
 def work_of(plan: Plan, folded: Symmetry) -> int:
@@ -192,7 +203,7 @@ def _refused(incumbent: Incumbent, strategy: Strategy) -> str:
     schedule, pipelines = strategy
     costs = incumbent.costs
     if not tensor_widths_agree(costs, pipelines):
-        return "holders of a layer differ in tensor width"
+        return "tensor widths of a layer's holders do not divide each other"
     if not all(fits(costs, pipeline, schedule) for pipeline in pipelines):
         return "does not fit in memory"
     bound = max(pipeline_bound(costs, each, schedule) for each in pipelines)

@@ -46,6 +46,7 @@ def _link_problems(cluster: Cluster) -> Iterator[Problem]:
         for node in cluster.nodes
         for name, link in (("inside", node.inside), ("network", node.network))
     ]
+    links += [(f"node {n.name}", "islands", n.islands.link) for n in cluster.nodes if n.islands]
     links += [(f"site {site.name}", "uplink", site.uplink) for site in cluster.sites if site.uplink]
     links += [(f"nodes {' and '.join(each.between)}", "link", each.link) for each in cluster.direct]
     for where, name, link in links:

@@ -15,7 +15,7 @@ from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import Costs, TensorGroup, group_kind
 from meshwright.search.incumbent import Strategy
 from meshwright.search.layer_partition import Stages, fit_pipeline
-from meshwright.search.space import divisors, legal_widths, usable_devices
+from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
 
 STEPS = (1, 2, 4)
 """Rows or layers moved at once."""
@@ -205,11 +205,7 @@ def _recasts(costs: Costs, run: Stages, widths: tuple[int, ...]) -> Iterator[Sta
         for name in sorted(names, key=place.__getitem__):
             device = costs.devices[name]
             by_node.setdefault((device.node, device.type), []).append(name)
-        groups = [
-            tuple(own[i : i + other])
-            for own in by_node.values()
-            for i in range(0, len(own) - other + 1, other)
-        ]
+        groups = [group for own in by_node.values() for group in tensor_groups(costs, own, other)]
         around = {depth * tensor // other, depth, depth - 1, depth + 1, depth * 2, depth // 2}
         for number in sorted(d for d in around if 0 < d <= len(groups)):
             width = len(groups) // number
@@ -298,10 +294,11 @@ def _moved(
 
 
 def _distinct(costs: Costs, groups: tuple[TensorGroup, ...]) -> list[TensorGroup]:
-    """Returns one tensor group of every kind on every node: the others are as good."""
+    """Returns one tensor group of every kind on every node and island: the others are as good."""
     found: dict[object, TensorGroup] = {}
     for group in groups:
-        found.setdefault((group_kind(costs, group), costs.devices[group[0]].node), group)
+        first = costs.devices[group[0]]
+        found.setdefault((group_kind(costs, group), first.node, first.island), group)
     return list(found.values())
 
 
@@ -327,7 +324,7 @@ def _idle(costs: Costs, pipelines: tuple[CandidatePipeline, ...]) -> list[Tensor
         if device.name not in used:
             free.setdefault((device.node, device.type), []).append(device.name)
     return [
-        tuple(names[:tensor])
+        tensor_groups(costs, names, tensor)[0]
         for names in free.values()
         for tensor in tensors
         if len(names) >= tensor

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from meshwright.cluster.spec import Device
 from meshwright.records import record
-from meshwright.search.space import Grid
+from meshwright.search.space import Grid, by_island
 
 DeviceGroup = tuple[Device, ...]
 """Devices that share every layer by tensor parallelism: one node."""
@@ -25,13 +25,14 @@ class Placement:
 def groups_of(
     devices: Sequence[Device], tensor: int, speed: dict[str, float]
 ) -> tuple[DeviceGroup, ...]:
-    """Returns groups of `tensor` devices, node by node, like with like inside a node."""
+    """Returns groups of `tensor` devices, node by node, like with like inside a node, and inside
+    islands as far as can be."""
     nodes: dict[str, list[Device]] = {}
     for device in devices:
         nodes.setdefault(device.node, []).append(device)
     found: list[DeviceGroup] = []
     for members in nodes.values():
-        ordered = sorted(members, key=lambda d: -speed[d.type])
+        ordered = by_island(sorted(members, key=lambda d: -speed[d.type]), tensor)
         found += [tuple(ordered[i : i + tensor]) for i in range(0, len(ordered), tensor)]
     return tuple(found)
 

@@ -61,7 +61,7 @@ def _sums(
         groups = tuple(group for stage, _, _ in holders for group in stage.groups)
         if len(groups) < 2:
             continue
-        size, last = reduced_bytes(costs, (a, b), len(groups[0]))
+        size, last = reduced_bytes(costs, (a, b), max(map(len, groups)))
         if size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
             complete = max(_passed(costs, holder, a) for holder in holders)
@@ -73,7 +73,7 @@ def _sums(
         groups = tuple(group for stage, _, _ in holders for group in stage.groups)
         if len(groups) > 1:
             ready = max(end for _, _, (_, end) in holders)
-            share = len(groups[0]) if "tensor" in tied.divided else 1
+            share = max(map(len, groups)) if "tensor" in tied.divided else 1
             size = tied.parameters / share * reduced_width(costs)
             yield ready, ready, size, size, groups
 
@@ -94,15 +94,17 @@ Rings = tuple[float, tuple[tuple[Resource, float], ...]]
 
 
 def _rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
-    """Return what the rings of all tensor ranks of some tensor groups ask of the links."""
+    """Returns what the rings of all tensor ranks of some tensor groups ask of the links. Where
+    groups differ in width, a rank of a narrow one is in the rings of all shares that it holds."""
     return remembered(costs, ("rings", groups), lambda: _priced_rings(costs, groups))
 
 
 def _priced_rings(costs: Costs, groups: tuple[TensorGroup, ...]) -> Rings:
     latency = 0.0
     used: dict[Resource, float] = {}
-    for t in range(len(groups[0])):
-        traffic = ring(costs, tuple(group[t] for group in groups))
+    widest = max(map(len, groups))
+    for t in range(widest):
+        traffic = ring(costs, tuple(group[t * len(group) // widest] for group in groups))
         latency = max(latency, traffic.latency)
         for name, size in traffic.bytes_by_resource.items():
             each = size / PROBE_BYTES / costs.links.capacities[name]

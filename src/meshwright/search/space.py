@@ -11,7 +11,7 @@ from meshwright.cluster.spec import Device
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, ScheduleName
 from meshwright.records import record
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Costs, TensorGroup
 
 
 @record
@@ -56,6 +56,24 @@ def usable_devices(costs: Costs) -> tuple[Device, ...]:
     """Returns the devices whose type offers the job's precision, in cluster order."""
     offers = {k for k, kind in costs.cluster.types.items() if costs.job.precision in kind.peak}
     return tuple(device for device in costs.devices.values() if device.type in offers)
+
+
+def by_island(devices: Sequence[Device], width: int = 1) -> list[Device]:
+    """Returns devices of a node such that as many neighbours as can be, `width` at a time, are of
+    one island; those that are left over come last."""
+    islands: dict[str, list[Device]] = {}
+    for device in devices:
+        islands.setdefault(device.island or device.name, []).append(device)
+    ends = [len(own) - len(own) % width for own in islands.values()]
+    whole = [d for own, end in zip(islands.values(), ends, strict=True) for d in own[:end]]
+    return whole + [d for own, end in zip(islands.values(), ends, strict=True) for d in own[end:]]
+
+
+def tensor_groups(costs: Costs, names: Sequence[str], width: int) -> list[TensorGroup]:
+    """Cuts devices of a node into tensor groups, inside islands as far as can be; what fills none
+    is left out."""
+    ordered = [d.name for d in by_island([costs.devices[name] for name in names], width)]
+    return [tuple(ordered[i : i + width]) for i in range(0, len(ordered) - width + 1, width)]
 
 
 def device_sets(

@@ -20,6 +20,7 @@ from meshwright.cost.weights import stage_parameters
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import in_flight
 from meshwright.search.bounds import optimizer_of
+from meshwright.search.candidate import divide_the_widest
 from meshwright.search.costs import (
     Costs,
     group_capacity,
@@ -269,7 +270,7 @@ def estimate_template(
 def _tied_agree(
     context: EstimateContext, template: PipelineTemplate, bounds: tuple[int, ...]
 ) -> bool:
-    """True if all holders of a tied parameter have one tensor width."""
+    """True if the tensor widths of all holders of a tied parameter divide the widest."""
     if len({run.tensor for run in template.runs}) == 1:
         return True
     held = [
@@ -280,7 +281,7 @@ def _tied_agree(
         }
         for tied in context.costs.model.tied
     ]
-    return all(len(widths) <= 1 for widths in held)
+    return all(map(divide_the_widest, held))
 
 
 def _prices(
@@ -322,11 +323,13 @@ def reduction_seconds(
     size = held * reduced_width(context.costs)
     passed = 2.0 * size * (1.0 if crowded else (width - 1) / width)
     per_node = device_class.each // tensor // run.block
-    within = passed / device_class.inside.bandwidth
-    if device_class.inside.shared:
-        within *= device_class.each
+    inside = device_class.link_among(run.block * tensor)
+    within = passed / inside.bandwidth
+    if inside.shared:
+        # Of the replicas in an island, one alone sends to the next island.
+        within *= device_class.each // max(1, device_class.island // tensor)
     if width == run.block and not crowded:
-        return within + 2 * (width - 1) * hop_latency(context.costs, device_class.inside)
+        return within + 2 * (width - 1) * hop_latency(context.costs, inside)
     across = passed * tensor * per_node / device_class.network.bandwidth
     return max(within, across) + 2 * (width - 1) * hop_latency(context.costs, device_class.network)
 
@@ -343,9 +346,10 @@ def transfer_seconds(
     rows = template.rows
     fixed = context.costs.system.boundary
     each = rows / here.width * context.widest_cut
-    if here == there and _same_node(context, template, stage, here):
-        shared = here.block * here.tensor if source.inside.shared else 1
-        return fixed + source.inside.latency + each * shared / source.inside.bandwidth
+    inside = _link_inside(context, template, stage, here) if here == there else None
+    if inside:
+        shared = here.block * here.tensor if inside.shared else 1
+        return fixed + inside.latency + each * shared / inside.bandwidth
     ends = [(source, here), (target, there)]
     seconds = max(
         rows / s.width * s.block * s.tensor * context.widest_cut / device_class.network.bandwidth
@@ -379,13 +383,18 @@ def site_latency(context: EstimateContext, site: str) -> float:
     )
 
 
-def _same_node(
+def _link_inside(
     context: EstimateContext, template: PipelineTemplate, stage: int, run: StageRun
-) -> bool:
-    per_node = context.classes[run.device_class].each // run.tensor // run.block
+) -> Link | None:
+    """Returns the link to the next stage of a run, inside an island or a node; None if that is on
+    another node."""
+    device_class, width = context.classes[run.device_class], run.block * run.tensor
     place = stage
     for each in template.runs:
         if each is run:
             break
         place -= each.depth
-    return place % per_node != per_node - 1
+    if (place + 1) % (device_class.each // width) == 0:
+        return None
+    beside = device_class.island % width == 0 and (place + 1) % (device_class.island // width)
+    return device_class.joined if beside else device_class.inside

@@ -162,7 +162,8 @@ def _divisions(
             copies = [tuple(unit[t] for unit in part) for part in parts for t in range(min(tensor))]
         else:
             copies = [tuple(device for unit in part for device in unit) for part in parts]
-        if _behave_alike(copies, nodes):
+        ranks = min(tensor) if across else 1
+        if _behave_alike(copies, nodes) and _keep_islands(copies, nodes, ranks):
             yield copies
 
 
@@ -201,11 +202,41 @@ def _behave_alike(copies: list[ReplicaSlice], nodes: dict[str, Node]) -> bool:
     )
 
 
+def _keep_islands(copies: list[ReplicaSlice], nodes: dict[str, Node], tensor: int) -> bool:
+    """Returns True if all slices have their devices in islands alike, and nothing that slices
+    exchange stays inside an island.
+
+    Rings that go from slice to slice then have like hops for every slice. Slices that are tensor
+    ranks of one replica (`tensor` of them) share no ring, and may share an island.
+    """
+    if not any(node.islands for node in nodes.values()):
+        return True
+    held = [[_island(device, nodes) for device in copy] for copy in copies]
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for number, own in enumerate(held):
+        for island in set(own):
+            if number % tensor in ranks[island]:
+                return False
+            ranks[island].add(number % tensor)
+    return len({tuple(map(own.index, own)) for own in held}) == 1
+
+
+def _island(device: str, nodes: dict[str, Node]) -> str:
+    """Returns a name for a device's island; the device itself if it is in none."""
+    name, _, index = device.rpartition(":")
+    islands = nodes[name].islands
+    for group in islands.groups if islands else ():
+        if int(index) in group:
+            return f"{name}:{min(group)}"
+    return device
+
+
 def _kind(device: str, nodes: dict[str, Node]) -> tuple[object, ...]:
     """Returns what makes two devices alike: type, links and site of the node."""
     name, _, index = device.rpartition(":")
     node = nodes[name]
-    return node.devices[int(index)], node.inside, node.network, node.site
+    joined = node.islands and node.islands.link
+    return node.devices[int(index)], node.inside, joined, node.network, node.site
 
 
 def simulate_by_symmetry(
@@ -300,7 +331,7 @@ def _copies(resource: Resource, folded: Symmetry, pipeline: int) -> int:
             return folded.slices_by_node.get(resource.owner, 1)
         case "uplink":
             return folded.slices_by_uplink.get((resource.owner, pipeline), 1)
-        case "port" | "link":
+        case "port" | "island" | "link":
             return 1
 
 
@@ -312,7 +343,7 @@ def _ring(traffic: Traffic, folded: Symmetry, devices: set[str], number: int) ->
     sizes = traffic.bytes_by_resource
     return Traffic(
         bytes_by_resource={
-            resource: size * (1 if resource.kind == "port" else number)
+            resource: size * (1 if resource.kind in ("port", "island") else number)
             for resource, size in sizes.items()
             if _is_played(resource, folded, devices)
         },
@@ -325,7 +356,7 @@ def _is_played(resource: Resource, folded: Symmetry, devices: set[str]) -> bool:
     """Returns True if a resource belongs to a simulated device or node, or is an uplink, which all
     share."""
     match resource.kind:
-        case "port":
+        case "port" | "island":
             return resource.owner in devices
         case "bus" | "network":
             return resource.owner in folded.slices_by_node

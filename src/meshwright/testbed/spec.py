@@ -113,6 +113,10 @@ def _used(cluster: Cluster) -> list[str]:
 def _mistakes(entry: TestbedFile, cluster: Cluster, source: str) -> Iterator[Problem]:
     yield from problems_in(entry, source=source)
     yield from _mistaken_shares(entry, _used(cluster), source)
+    for node in cluster.nodes:
+        if node.islands:
+            wanted = "no islands: all messages inside an emulated node pass one loopback"
+            yield Problem(source, f"node {node.name}", "islands", wanted, each=("node", node.name))
 
 
 def _mistaken_shares(entry: TestbedFile, used: list[str], source: str) -> Iterator[Problem]:
