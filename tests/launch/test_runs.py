@@ -309,6 +309,8 @@ if sys.argv[1] == "fails" and dist.get_rank() == 1:
     sys.exit(7)
 if sys.argv[1] == "dies" and dist.get_rank() == 1:
     os.kill(os.getpid(), 9)
+if sys.argv[1] == "ends":
+    dist.destroy_process_group()  # its threads may abort a process that ends with them
 """
 
 

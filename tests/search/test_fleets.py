@@ -257,12 +257,12 @@ def test_every_class_of_a_pipeline_has_a_tensor_width_of_its_own():
     assert tuple(estimate.prices.held) == tuple(exact.held)
 
 
-def test_holders_of_tied_parameters_must_have_one_tensor_width():
+def test_tensor_widths_of_the_holders_of_tied_parameters_divide_the_widest():
     graph = model([10.0] * 3, tied=True)
-    costs = costs_of(graph, machines(1, 1, 4), job(16))
+    costs = costs_of(graph, machines(1, 1, 6), job(16))
     context = template_search.estimate_context(costs, device_classes(costs), "best")
-    for tensor, able in ((1, True), (2, False)):
-        runs = StageRun(0, 1, 1, 1, 1), StageRun(1, tensor, 1, 1, 1)
+    for one, other, able in ((1, 1, True), (1, 2, True), (3, 1, True), (2, 3, False)):
+        runs = StageRun(0, one, 1, 1, 1), StageRun(1, other, 1, 1, 1)
         found = estimate_template(context, PipelineTemplate(runs, 1), 16)
         assert (found is not None) == able
 
