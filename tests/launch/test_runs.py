@@ -305,12 +305,12 @@ total = torch.ones(1)
 dist.all_reduce(total)
 tell(f"sum {{int(total)}} {{sys.argv[1:]}}")
 dist.barrier()
-if sys.argv[1] == "fails" and dist.get_rank() == 1:
-    sys.exit(7)
-if sys.argv[1] == "dies" and dist.get_rank() == 1:
-    os.kill(os.getpid(), 9)
-if sys.argv[1] == "ends":
+if sys.argv[1] != "dies":
     dist.destroy_process_group()  # its threads may abort a process that ends with them
+if sys.argv[1] == "fails" and os.environ["RANK"] == "1":
+    sys.exit(7)
+if sys.argv[1] == "dies" and os.environ["RANK"] == "1":
+    os.kill(os.getpid(), 9)
 """
 
 
