@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, fits, seconds, to_codes
+from meshwright.search.costs import UNLIMITED
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.pipeline_seconds import (
     LEVEL,
-    UNLIMITED,
     PipelinePrices,
     last_backwards,
     pipeline_seconds,

@@ -13,17 +13,11 @@ from meshwright.search.candidate import CandidatePipeline, must_recompute
 from meshwright.search.costs import (
     Costs,
     distinct_replicas,
-    group_capacity,
     group_prefix,
+    micro_batches_held,
     split_prefix,
-    stage_bytes,
 )
-from meshwright.search.pipeline_seconds import (
-    UNLIMITED,
-    Order,
-    PipelinePrices,
-    last_backwards,
-)
+from meshwright.search.pipeline_seconds import Order, PipelinePrices, last_backwards
 from meshwright.search.reduction_estimate import reduced
 
 
@@ -44,7 +38,7 @@ def candidate_seconds(
     return reduced(costs, pipelines, spans) + after
 
 
-def exposed_seconds(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
+def exposed_reductions(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
     """Seconds from the last backward, in the best order, to the end of all reductions."""
     spans = [
         last_backwards(pipeline_prices(costs, each), each.micro_batches, "best")
@@ -70,12 +64,12 @@ def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices
         backward.append(max(g[b] - g[a] for _, g in whole) + again)
         inputs.append(max(i[b] - i[a] for i, _ in parts) + again)
         weights.append(max(w[b] - w[a] for _, w in parts))
-        most = UNLIMITED
-        for group, rows in replicas:
-            always, each = stage_bytes(costs, len(group), rows, recompute=repeats)
-            room, size = group_capacity(costs, group) - always[a, b], each[a, b]
-            most = min(most, max(1, int(room / size))) if size else most
-        held.append(most)
+        held.append(
+            min(
+                micro_batches_held(costs, group, rows, (a, b), recompute=repeats)
+                for group, rows in replicas
+            )
+        )
     onward, returned, busiest = _cut_prices(costs, pipeline)
     return PipelinePrices(forward, backward, inputs, weights, held, onward, returned, busiest)
 

@@ -41,6 +41,9 @@ Array = NDArray[np.float64]
 PROBE_BYTES = 1 << 24
 """Size at which communications are priced once; their bytes per resource are proportional."""
 
+UNLIMITED = 1 << 30
+"""Micro-batches that fit where they take no memory."""
+
 TensorGroup = tuple[str, ...]
 """Names of devices that share every layer by tensor parallelism."""
 
@@ -291,6 +294,21 @@ def stage_bytes(
         each[first, last] = parts.activations
         costs._memory[key] = (always, each)
     return costs._memory[key]
+
+
+def micro_batches_held(
+    costs: Costs,
+    group: TensorGroup,
+    rows: int,
+    layers: tuple[int, int],
+    *,
+    recompute: bool = False,
+) -> int:
+    """Micro-batches in flight that a tensor group with these layers has memory for: at least one,
+    and UNLIMITED where they take none."""
+    always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
+    room, size = group_capacity(costs, group) - always[layers], each[layers]
+    return max(1, int(room / size)) if size else UNLIMITED
 
 
 def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:

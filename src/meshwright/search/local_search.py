@@ -115,13 +115,16 @@ def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell
 def _quick_to_simulate(incumbent: Incumbent, ordered: Sequence[Strategy]) -> list[Strategy]:
     """Returns the first few strategies that are not much work to simulate; if all are, the one that
     is the least."""
+    quick: list[Strategy] = []
     works = []
     for number, (schedule, pipelines) in enumerate(ordered):
         plan = plan_of(incumbent.costs, pipelines, schedule)
         works.append((work_of(plan, find_symmetry(plan, incumbent.costs.cluster)), number))
-    quick = [ordered[number] for work, number in works if work <= MOST_WORK]
-    least = [ordered[number] for _, number in sorted(works)[:1]]
-    return quick[:TEMPLATES_PLAYED] or least
+        if works[-1][0] <= MOST_WORK:
+            quick.append(ordered[number])
+        if len(quick) == TEMPLATES_PLAYED:
+            break
+    return quick or [ordered[number] for _, number in sorted(works)[:1]]
 
 
 def _promise(search: LocalSearch) -> None:
@@ -163,15 +166,15 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
     known = [_strategy_of(each.plan) for each in incumbent.others]
     known += islice(_templates(search), TEMPLATE_STRATEGIES)
     found = {strategy: rate(search, strategy) for strategy in known}
-    best = [min(found.values(), default=float("inf"))]
+    best = min(found.values(), default=float("inf"))
     tell("composing", 1, 2)
     search.left = round(CHAINS * steps)
     while not search.out_of_budget:
         for strategy in _next(search, drawn):
-            found[strategy] = rate(search, strategy, HOPEFUL * best[0])
-            best[0] = min(best[0], found[strategy])
+            found[strategy] = rate(search, strategy, HOPEFUL * best)
+            best = min(best, found[strategy])
     tell("composing", 2, 2)
-    hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best[0]]
+    hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best]
     return _by_turns(hopeful)
 
 

@@ -21,9 +21,6 @@ LEVEL = 0.02
 """Weight of the mean over the stages beside the slowest one: of two strategies with the same
 slowest stage, the one whose other stages have more time to spare is nearer to a faster one."""
 
-UNLIMITED = 1 << 30
-"""Micro-batches that fit where they take no memory."""
-
 Span = tuple[float, float]
 """Begin and end of a stage's last backward."""
 

@@ -25,12 +25,13 @@ from meshwright.search.costs import (
     Costs,
     group_capacity,
     group_prefix,
+    micro_batches_held,
     reduced_width,
     split_prefix,
     stage_bytes,
 )
 from meshwright.search.device_classes import DeviceClass, PipelineTemplate, StageRun
-from meshwright.search.pipeline_seconds import UNLIMITED, Order, PipelinePrices
+from meshwright.search.pipeline_seconds import Order, PipelinePrices
 
 Ints = NDArray[np.int64]
 
@@ -297,9 +298,7 @@ def _prices(
         backward.append(back[b] - back[a])
         inputs.append(first[b] - first[a])
         weights.append(later[b] - later[a])
-        always, each = stage_bytes(costs, run.tensor, rows)
-        room, size = group_capacity(costs, group) - always[a, b], each[a, b]
-        held.append(max(1, int(room / size)) if size else UNLIMITED)
+        held.append(micro_batches_held(costs, group, rows, (a, b)))
     moved = [
         transfer_seconds(context, template, s, stages[s][0], stages[s + 1][0])
         for s in range(len(stages) - 1)

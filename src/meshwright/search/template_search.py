@@ -239,9 +239,10 @@ def _offers(task: Task) -> list[TemplateEstimate]:
         raise_if_stopped()
         if seconds > SLACK * best or number - last > PATIENCE:
             break
+        known = len(found)
         for turned in orders[:2]:
             found += _in_order(task, template, turned, len(found))
-        least = min((each[0] for each in found), default=best)
+        least = min((each[0] for each in found[known:]), default=best)
         if least < best:
             best, last = least, number
     for _, _, template, _ in sorted(found)[:OFFERED]:

@@ -30,7 +30,7 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Work, fits, seconds, to_codes, to_orders
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of, plan_of
-from meshwright.search.candidate_estimate import candidate_seconds, exposed_seconds
+from meshwright.search.candidate_estimate import candidate_seconds, exposed_reductions
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
@@ -121,7 +121,7 @@ def _ordered(costs: Costs, plan: Plan, work: int) -> list[_Ordered]:
     """The plan in its fastest orders that fit: two with a rule, and one made for it."""
     works = pipeline_works(plan, costs)
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
-    after, exposed = after_pipelines(costs, pipelines), exposed_seconds(costs, pipelines)
+    after, exposed = after_pipelines(costs, pipelines), exposed_reductions(costs, pipelines)
     named = [
         _Ordered(
             took + after, replace(plan, schedule=name, prediction=None), works, after, exposed, work
