@@ -8,13 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from beds import bed
 
-from meshwright.testbed.capabilities import Capabilities, probe_capabilities
+from meshwright.testbed.capabilities import Capabilities
 from meshwright.testbed.cleanup import (
     CleanupRecord,
     clean_up_orphans,
@@ -30,22 +29,6 @@ from meshwright.testbed.lifecycle import running_testbed
 
 HERE = Path(__file__).parent
 LIMIT = 60.0
-
-
-@pytest.fixture(scope="module")
-def able() -> Capabilities:
-    return probe_capabilities(f"mw-probe{os.getpid()}")
-
-
-@pytest.fixture
-def namespaces(able: Capabilities) -> Iterator[None]:
-    """Only where there can be any; the machine has the same ones afterwards."""
-    if not able.namespaces:
-        pytest.skip(able.missing["namespaces and link rates"])
-    before = existing_namespaces()
-    yield
-    left = {name for name in existing_namespaces() - before if name.startswith("mw-")}
-    assert not left, "left behind"
 
 
 def test_abilities_have_a_reason_for_everything_they_lack(able: Capabilities) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from actors import gone
 from commands import meshwright
 from listening import listening
 from meshwright.runtime.run_folder import METRICS
-from meshwright.testbed.capabilities import probe_capabilities
 from meshwright.testbed.lifecycle import running_testbed
 
 CLUSTER = """\
@@ -38,10 +36,8 @@ LIMIT = 120.0
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("namespaces")
 def test_only_the_named_interfaces_listen(tmp_path: Path) -> None:
-    able = probe_capabilities(f"mw-probe{os.getpid()}")
-    if not able.namespaces:
-        pytest.skip(able.missing["namespaces and link rates"])
     with running_testbed(bed(), folder=tmp_path / "traces") as up:
         (tmp_path / "cluster.toml").write_text(CLUSTER.format(**up.addresses))
         job = ("--global-batch", "4", "--sequence", "16", "--precision", "fp32")
