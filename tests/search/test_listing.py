@@ -136,3 +136,14 @@ def test_one_micro_batch_at_a_time_becomes_an_order_in_which_both_groups_work():
     assert seconds(work, alone) == 24.0
     took, better = refined(work, alone, 2000)
     assert took == seconds(work, better) <= 15.0
+
+
+@given(st.integers(0, 10**6), st.floats(0.5, 1.5))
+def test_an_order_is_left_off_only_where_it_takes_longer_than_the_limit(seed, share):
+    work = random_work(Random(seed))
+    every = (work.micro_batches,) * len(work.forward)
+    rule = Rule(ahead=every, lag=every, patience=0.5, forward_first=False, split=work.micro_batches)
+    whole = listed(work, rule)
+    if whole is not None:
+        limit = share * whole[0]
+        assert listed(work, rule, limit) in ([whole] if share >= 1 else [whole, None])

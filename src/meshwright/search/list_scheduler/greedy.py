@@ -11,6 +11,9 @@ from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.work import B, Codes, F, I, W, Work
 from meshwright.records import record
 
+ROUNDING = 1e-9
+"""Relative excess over a limit that may be due to the order in which seconds are added up."""
+
 Need = tuple[list[float] | None, float | None, list[float]]
 """The time when the source has made what is waited for, None if there is no source; seconds of the
 message, None if it is of the same group; and by stage, when the link is free again."""
@@ -33,19 +36,20 @@ class Rule:
     lies between them."""
 
 
-def listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
+def listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:
     """Returns the seconds of the order that a rule leads to, and the order; None if memory stops
-    it."""
-    state = _Listing(work, rule)
+    it, or as soon as it is bound to take more than `limit` seconds."""
+    state = _Listing(work, rule, limit)
     state.run()
     total = sum(len(codes) for codes in state.codes)
-    wanted = len(work.forward) * work.micro_batches * 2 + sum(state.weights)
+    wanted = len(work.forward) * work.micro_batches * 2 + sum(state.halves)
     return (max(state.now), state.codes) if total == wanted else None
 
 
 class _Listing:
-    def __init__(self, work: Work, rule: Rule) -> None:
+    def __init__(self, work: Work, rule: Rule, limit: float = inf) -> None:
         self.work, self.rule = work, rule
+        self.limit = limit * (1 + ROUNDING)
         self.stages, self.count = len(work.forward), work.micro_batches
         self.group, self.layout = work.group_of, work.layout
         self.full, self.room, self.ahead = work.full, work.room, rule.ahead
@@ -76,6 +80,7 @@ class _Listing:
             for made, wait in zip([*self.backwards[1:], None], wait_b, strict=True)
         ]
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
+        self.least, self.left = _least_seconds(work)
 
         self.back = I if rule.split else B
         self.hurry = 1 - rule.patience
@@ -168,4 +173,18 @@ class _Listing:
         self.codes[g].append(code)
         self.before[g].append(self.now[g])
         self.now[g] = end
-        heappush(self.events, (end, g))
+        self.left[g] -= self.least[code]
+        if end + self.left[g] > self.limit:
+            self.events.clear()
+        else:
+            heappush(self.events, (end, g))
+
+
+def _least_seconds(work: Work) -> tuple[list[float], list[float]]:
+    """Returns by how many seconds each code brings its group nearer to its end, and what every
+    group has to do at least."""
+    back = [min(b, i + w) for b, i, w in zip(work.whole, work.inputs, work.weights, strict=True)]
+    by_stage = zip(work.forward, back, work.weights, strict=True)
+    least = [each for f, b, w in by_stage for each in (f, b, b - w, w)]
+    count = work.micro_batches
+    return least, [count * sum(work.forward[s] + back[s] for s in held) for held in work.layout]

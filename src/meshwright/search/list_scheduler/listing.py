@@ -72,17 +72,16 @@ def _best_order(work: Work, looked_at: int) -> list[Codes] | None:
         few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
         kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
         names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
-    listings = filter(None, (_listed(work, rule) for rule in rules))
-    best = min(chain(_named(work, names), listings), key=itemgetter(0), default=None)
+    best = min(_named(work, names), key=itemgetter(0), default=None)
+    for rule in rules:
+        raise_if_stopped()
+        found = listed(work, rule, best[0] if best else inf)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
     if best is None:
         return None
     tries = min(TRIES, looked_at // length)
     return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
-
-
-def _listed(work: Work, rule: Rule) -> tuple[float, list[Codes]] | None:
-    raise_if_stopped()
-    return listed(work, rule)
 
 
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
