@@ -7,7 +7,7 @@ candidate stages are weighed at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -206,8 +206,7 @@ def stage_memory(
     """
     if not isinstance(rows, (int, np.integer)):
         return _of_many_rows(table, layers, tensor, rows, in_flight)
-    first, last = layers
-    weights = table.weights
+    weights, (first, last) = table.weights, layers
     trained = stage_parameters(weights, layers, tensor)
     saved = table.saved_replicated + table.saved_split / tensor
     kept = saved * rows + table.saved_fixed
@@ -233,12 +232,11 @@ def _of_many_rows(
         stage_memory(table, (a, b), tensor, int(r), h)
         for a, b, r, h in zip(first.flat, last.flat, each.flat, held.flat, strict=True)
     ]
-    return StageMemory(
-        **{
-            kind: np.array([getattr(one, kind) for one in found]).reshape(each.shape)
-            for kind in ("parameters", "gradients", "optimizer", "activations", "buffers")
-        }
-    )
+    columns = {
+        kind.name: np.reshape([getattr(one, kind.name) for one in found], each.shape)
+        for kind in fields(StageMemory)
+    }
+    return StageMemory(**columns)
 
 
 def stage_memory_bytes(
@@ -342,10 +340,8 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
 def memory_by_class(
     plan: Plan, model: LayerGraph, cluster: Cluster
 ) -> Iterator[tuple[DeviceMemory, list[RankPlacement]]]:
-    """Predicts the peak bytes of one device of every set that holds as much, with the set.
-
-    Activations are the most that a device holds at any point of its schedule.
-    """
+    """Predicts the peak bytes of one device of every set that holds as much, with the set;
+    activations are the most that it holds at any point of its schedule."""
     tables = memory_tables(model, plan.job)
     nodes = {node.name: node.devices for node in cluster.nodes}
     widths = tensor_widths(model, stage_placements(plan))
@@ -353,21 +349,24 @@ def memory_by_class(
     for scheduled in scheduled_stages(plan):
         raise_if_stopped()
         stages = scheduled.stages
-        alike: dict[tuple[int, int, str, int], list[RankPlacement]] = {}
+        alike: dict[tuple[int, int, str], list[RankPlacement]] = {}
         for each in stages[0].mesh.members:
             node, _, index = each.device.rpartition(":")
-            rows, kind = each.rows[1] - each.rows[0], nodes[node][int(index)]
-            # What techniques change may differ from rank to rank.
-            key = (each.width("tensor"), rows, kind, each.rank if changes else 0)
+            key = (each.width("tensor"), each.rows[1] - each.rows[0], nodes[node][int(index)])
             alike.setdefault(key, []).append(each)
-        for (tensor, rows, kind, _), placements in alike.items():
+        for (tensor, rows, kind), placements in alike.items():
             copied = sum(copied_gradient_bytes(model, plan.job, widths, s, tensor) for s in stages)
             parts, activations = _stage_memories(tables, scheduled, tensor, rows)
-            for adjust in changes:
-                parts = adjust(parts, RankView(stages=stages, placement=placements[0]))
-            buffers = max(parts.buffers, copied - activations)
-            parts = replace(parts, activations=activations, buffers=buffers)
-            yield _rounded(parts, placements[0].device, cluster.types[kind]), placements
+            changed: dict[StageMemory, list[RankPlacement]] = {}
+            for each in placements if changes else ():  # may differ from rank to rank
+                own, view = parts, RankView(stages=stages, placement=each)
+                for adjust in changes:
+                    own = adjust(own, view)
+                changed.setdefault(own, []).append(each)
+            for own, those in (changed or {parts: placements}).items():
+                buffers = max(own.buffers, copied - activations)
+                whole = replace(own, activations=activations, buffers=buffers)
+                yield _rounded(whole, those[0].device, cluster.types[kind]), those
 
 
 def _rounded(parts: StageMemory, device: str, kind: DeviceType) -> DeviceMemory:

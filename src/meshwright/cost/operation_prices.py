@@ -76,7 +76,7 @@ def optimizer_price(i: Instruction, rank: RankContext) -> Price:
     context = rank.pricing
     return Price(
         seconds=optimizer_seconds(
-            context.cluster.types[context.types[rank.stage_of(i).placement.device]],
+            context.type_of(rank.stage_of(i).placement.device),
             context.plan.job.optimizer,
             max(_updated_parameters(i, rank), 0.0),
             context.profile,

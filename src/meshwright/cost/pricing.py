@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -73,14 +74,16 @@ def price_program(
     held = _placed_stages(program, context)
     return Prices(
         ranks=tuple(
-            _prices(RankContext(program.ranks[rank], own, context)) if own else ()
-            for rank, own in held.items()
+            _prices(RankContext(own, held[rank], context)) if own else ()
+            for rank, own in enumerate(program.ranks)
         ),
         bandwidth=context.links.capacities,
         devices=plan.devices,
         static_bytes=tuple(
-            _static_bytes([(s.stage, s.placement) for s in own.values()], context) if own else 0
-            for own in held.values()
+            _static_bytes([(s.stage, s.placement) for s in held[rank].values()], context)
+            if own
+            else 0
+            for rank, own in enumerate(program.ranks)
         ),
         overhead_seconds=overhead_seconds(profile),
     )
@@ -100,26 +103,25 @@ def _context(
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
         adjustments=adjustments(plan, model),
-        types={name: device.type for name, device in links.devices.items()},
     )
 
 
 def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[int, PricedStage]]:
-    """Returns the stages of every rank, by number; a rank without instructions has none."""
+    """Returns the stages of every rank that has instructions, by number."""
     plan, links = context.plan, context.links
     times = LayerTimeCache(
         context.model, context.cluster, context.profile, links, context.step_latency
     )
-    held: dict[int, dict[int, PricedStage]] = {rank: {} for rank in range(len(plan.devices))}
+    held: dict[int, dict[int, PricedStage]] = defaultdict(dict)
     for stage in stage_placements(plan):
         raise_if_stopped()
-        for group in stage.mesh.groups("tensor"):
-            if not any(program.ranks[placement.rank] for placement in group):
-                continue
+        members = stage.mesh.members
+        working = {number for number, own in enumerate(members) if program.ranks[own.rank]}
+        for group in stage.mesh.groups("tensor", working):
             computes = ReplicaSeconds(
                 times,
                 stage.layers,
-                [context.types[placement.device] for placement in group],
+                [links.devices[placement.device].type for placement in group],
                 [placement.device for placement in group],
                 group[0].rows[1] - group[0].rows[0],
                 stage.plan_stage,
@@ -194,6 +196,6 @@ def _static_bytes(
     )
     for adjust in context.adjustments:
         parts = adjust(parts, RankView(stages=stages, placement=own[0][1]))
-    device = context.cluster.types[context.types[own[0][1].device]]
+    device = context.type_of(own[0][1].device)
     states = parts.parameters + parts.gradients + parts.optimizer
     return framework_bytes(device) + round(float(states + parts.buffers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from meshwright.cluster.spec import Cluster
+from meshwright.cluster.spec import Cluster, DeviceType
 from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import Traffic
 from meshwright.cost.constants import SystemConstants
@@ -59,8 +59,6 @@ class PricingContext:
     tables: MemoryTables
     adjustments: tuple[Adjustment, ...]
     """What the techniques of the plan change in the memory of ranks."""
-    types: dict[str, str]
-    """The device type of every device, by name."""
     collectives: dict[tuple[Collective, tuple[int, ...], float], Traffic] = field(
         default_factory=dict
     )
@@ -69,6 +67,10 @@ class PricingContext:
         default_factory=dict
     )
     """The memory of stages weighed so far, by recomputation, layers, tensor width and rows."""
+
+    def type_of(self, device: str) -> DeviceType:
+        """Returns the type of a device."""
+        return self.cluster.types[self.links.devices[device].type]
 
 
 @dataclass(frozen=True, slots=True)

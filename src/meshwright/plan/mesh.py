@@ -6,7 +6,7 @@ Along the other axes, a replica divides its work. Replicas may differ in their w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import lru_cache
 from itertools import accumulate, chain, pairwise, product
 from math import prod
@@ -60,10 +60,15 @@ class Mesh(Generic[Member]):
         """Returns the largest width along an axis."""
         return max(self.widths(axis))
 
-    def groups(self, axis: Axis) -> tuple[tuple[Member, ...], ...]:
-        """Returns the groups of members whose coordinates differ along one axis alone."""
+    def groups(self, axis: Axis, among: Set[int] | None = None) -> tuple[tuple[Member, ...], ...]:
+        """Returns the groups of members whose coordinates differ along one axis alone; with
+        `among`, those with a member of these numbers."""
         groups = _groups(self.inner_widths, axis)
-        return tuple(tuple(self.members[at] for at in group) for group in groups)
+        return tuple(
+            tuple(self.members[at] for at in group)
+            for group in groups
+            if among is None or not among.isdisjoint(group)
+        )
 
     def at(self, axis: Axis, index: int) -> tuple[Member, ...]:
         """Returns the members with one index along an axis."""

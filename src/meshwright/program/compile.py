@@ -20,6 +20,7 @@ from meshwright.techniques.pipeline_parallel.boundaries import (
     boundaries_of,
     boundary_gathers,
     boundary_transfers,
+    moves_once,
 )
 
 RECEIVES_AHEAD = 2
@@ -204,6 +205,7 @@ def _groups(
     plan: Plan, stages: Sequence[StagePlacement], model: LayerGraph, only: Container[int] | None
 ) -> Iterator[PipelineRank]:
     """Yields the pipeline ranks of all pipelines."""
+    moves = moves_once(only)
     for p in range(len(plan.pipelines)):
         own = [stage for stage in stages if stage.pipeline == p]
         orders = orders_of(plan, p)
@@ -214,7 +216,7 @@ def _groups(
                 stages=held,
                 order=order,
                 boundaries={
-                    s: boundaries_of(stage, stages, model, only) for s, stage in held.items()
+                    s: boundaries_of(stage, stages, model, moves) for s, stage in held.items()
                 },
                 arriving=arriving[position],
                 last_backward={

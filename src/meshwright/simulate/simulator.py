@@ -114,7 +114,12 @@ class _Simulation:
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.sequence = 0
         self.network = FlowNetwork(bandwidth=prices.bandwidth)
-        self.ranks = [_Rank(memory=size) for size in prices.static_bytes]
+        self.ranks = {
+            rank: _Rank(memory=prices.static_bytes[rank])
+            for rank, instructions in enumerate(program.ranks)
+            if instructions
+        }
+        """The ranks that have anything to do."""
         self.channels: dict[tuple[int, int, Op], _Channel] = defaultdict(_Channel)
         self.chains: dict[Chain, _Queue] = {}
         self.collectives: dict[At, _Collective] = {}
@@ -129,9 +134,9 @@ class _Simulation:
     def _meet(self) -> None:
         """Finds the members of every collective: equal members, content and repetition."""
         groups: dict[Any, _Collective] = defaultdict(_Collective)
-        for rank, instructions in enumerate(self.program.ranks):
+        for rank in self.ranks:
             turn: dict[Any, int] = defaultdict(int)
-            for index, i in enumerate(instructions):
+            for index, i in enumerate(self.program.ranks[rank]):
                 if i.op.kind == "collective":
                     key = collective_key(i)
                     turn[key] += 1
@@ -144,7 +149,7 @@ class _Simulation:
     def run(self) -> None:
         """Runs all events in the order of time; after those of one moment, flows share bandwidth
         again."""
-        for rank in range(len(self.ranks)):
+        for rank in self.ranks:
             self.advance(rank)
         while self.events:
             self.now, _, react, arguments = heappop(self.events)
@@ -344,7 +349,7 @@ def simulated_step(program: Program, prices: Prices) -> SimulatedStep:
 
 def _stuck(step: _Simulation) -> Iterator[tuple[int, int, str, str]]:
     """Yields rank and index of every instruction that waits for ever, and what it lacks."""
-    for rank, state in enumerate(step.ranks):
+    for rank, state in step.ranks.items():
         instructions = step.program.ranks[rank]
         done = state.position == len(instructions)
         if not done or state.busy:

@@ -297,13 +297,13 @@ def priced_for_all(program: Program, prices: Prices, folded: Symmetry) -> Prices
             return replace(price, traffic=rings[key])
         return price
 
-    ranks = []
-    for rank, own in enumerate(prices.ranks):
+    ranks = list(prices.ranks)
+    for rank in folded.ranks:
         known: dict[int, Price] = {}  # instructions that are alike share a price
-        for i, price in zip(program.ranks[rank], own, strict=True):
+        for i, price in zip(program.ranks[rank], prices.ranks[rank], strict=True):
             if id(price) not in known:
                 known[id(price)] = changed(rank, i.op, price)
-        ranks.append(tuple(known[id(price)] for price in own))
+        ranks[rank] = tuple(known[id(price)] for price in prices.ranks[rank])
     return replace(prices, ranks=tuple(ranks))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
 from meshwright.layout.shares import UNDIVIDED, Share
 from meshwright.model.spec import LayerGraph, num_parameters
-from meshwright.plan.mesh import Mesh, copies
+from meshwright.plan.mesh import copies
 from meshwright.plan.ranks import StagePlacement, gradient_bytes, holders_of
 from meshwright.plan.spec import Job
 from meshwright.records import record
@@ -75,37 +76,52 @@ def gradient_buckets(
     found: list[tuple[int, Bucket]] = []
     cuts = sorted({cut for stage in stages for cut in stage.layers})
     for first, last in pairwise(cuts):
-        holders = holders_of(stages, range(first, last))
+        holders = _holders(stages, range(first, last))
         end, undivided, divided = last, 0, 0
         for layer in reversed(range(first, last)):
             facts = model.layers[layer]
             split = facts.along("tensor").parameters
             undivided += width * (facts.parameters - split)
             divided += width * split
-            size = undivided + divided / holders.width("tensor")
+            size = undivided + divided / holders.tensor
             if size >= bucket_bytes or layer == first:
                 sums = _sums(holders, undivided, divided)
                 found.append((layer, Bucket(layers=(layer, end), tied=None, sums=sums)))
                 end, undivided, divided = layer, 0, 0
     for tied in model.tied:
         size = width * tied.parameters
-        holders = holders_of(stages, tied.layers)
+        holders = _holders(stages, tied.layers)
         sums = _sums(holders, *((0, size) if "tensor" in tied.divided else (size, 0)))
         found.append((tied.layers[0], Bucket(layers=None, tied=tied.name, sums=sums)))
     found.sort(key=lambda each: -each[0])
     return tuple(bucket for _, bucket in found if bucket.sums)
 
 
-def _sums(holders: Mesh[int], undivided: int, divided: int) -> tuple[GradientSum, ...]:
+@dataclass(frozen=True, slots=True)
+class _Holders:
+    """The ranks that hold the same layers."""
+
+    tensor: int
+    """The width of the widest replica."""
+    copies: tuple[tuple[tuple[int, ...], Share | None], ...]
+    """The groups of ranks that hold the same, and which share of what is divided."""
+
+
+def _holders(stages: Sequence[StagePlacement], layers: Sequence[int]) -> _Holders:
+    mesh = holders_of(stages, layers)
+    return _Holders(mesh.width("tensor"), tuple(copies(mesh)))
+
+
+def _sums(holders: _Holders, undivided: int, divided: int) -> tuple[GradientSum, ...]:
     """Returns the all-reduces of a bucket.
 
     Every tensor rank holds `undivided` bytes whole; the tensor ranks of a replica divide `divided`
     bytes among them.
     """
     sums = []
-    for ranks, share in copies(holders):
+    for ranks, share in holders.copies:
         if share is None:
-            size = round(undivided + divided / holders.width("tensor"))
+            size = round(undivided + divided / holders.tensor)
         elif share == UNDIVIDED:
             size = undivided
         else:

@@ -35,7 +35,7 @@ def _copy_seconds(i: Instruction, context: PricingContext) -> Seconds:
 
     4 * bytes / (memory bandwidth * its efficiency)
     """
-    kinds = {context.types[context.plan.devices[each]] for each in i.ranks}
+    kinds = {context.links.devices[context.plan.devices[each]].type for each in i.ranks}
     types = (context.cluster.types[kind] for kind in kinds)
     slowest = min(kind.memory_bandwidth * kind.memory_efficiency for kind in types)
     return MOVED * i.bytes / slowest

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import field
 
 from meshwright.model.spec import LayerGraph, tensors_across
 from meshwright.plan.ranks import RankPlacement, StagePlacement, same_ranks
+from meshwright.plan.spec import BoundaryKind
 from meshwright.program.instructions import Instruction
 from meshwright.program.operations import Op
 from meshwright.records import record
@@ -36,32 +37,51 @@ class Boundaries:
     """What it sends, by the compute instruction that produces it."""
 
 
+MovesBetween = Callable[[StagePlacement, StagePlacement, BoundaryKind], tuple[Move, ...]]
+"""The moves from one stage to another over a boundary of a kind."""
+
+
+def moves_once(only: Container[int] | None = None) -> MovesBetween:
+    """Returns `boundary_moves` for the stages of one plan, which are computed once: both ends of a
+    boundary ask for them."""
+    known: dict[tuple[int, int], tuple[Move, ...]] = {}
+
+    def moves(
+        source: StagePlacement, target: StagePlacement, kind: BoundaryKind
+    ) -> tuple[Move, ...]:
+        key = source.number, target.number
+        if key not in known:
+            known[key] = boundary_moves(source, target, kind, only=only)
+        return known[key]
+
+    return moves
+
+
 def boundaries_of(
     stage: StagePlacement,
     stages: Sequence[StagePlacement],
     model: LayerGraph,
-    only: Container[int] | None = None,
+    moves: MovesBetween,
 ) -> Boundaries:
     """Finds what a stage receives from other ranks and sends to them in each direction, with bytes
     per row.
 
-    Nothing moves between stages on the same ranks. With `only`, moves between two ranks outside it
-    may be missing.
+    Nothing moves between stages on the same ranks.
     """
     before = None if stage.is_first else stages[stage.number - 1]
     after = None if stage.is_last else stages[stage.number + 1]
     incoming, outgoing = {}, {}
     if before is not None and not same_ranks(stage, before):
-        arriving = boundary_moves(before, stage, stage.boundary, only=only)
-        leaving = boundary_moves(stage, before, stage.boundary, only=only)
+        arriving = moves(before, stage, stage.boundary)
+        leaving = moves(stage, before, stage.boundary)
         forward, backward = _crossing(model, stage.layers[0])
         if forward is not None:
             incoming[Op.FORWARD] = Boundary(op=Op.RECV_F, moves=arriving, row_bytes=forward)
         if backward is not None:
             outgoing[Op.BACKWARD] = Boundary(op=Op.SEND_B, moves=leaving, row_bytes=backward)
     if after is not None and not same_ranks(stage, after):
-        arriving = boundary_moves(after, stage, after.boundary, only=only)
-        leaving = boundary_moves(stage, after, after.boundary, only=only)
+        arriving = moves(after, stage, after.boundary)
+        leaving = moves(stage, after, after.boundary)
         forward, backward = _crossing(model, stage.layers[1])
         if backward is not None:
             incoming[Op.BACKWARD] = Boundary(op=Op.RECV_B, moves=arriving, row_bytes=backward)

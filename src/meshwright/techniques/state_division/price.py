@@ -24,8 +24,10 @@ def parameter_gather_price(i: Instruction, rank: RankContext) -> Price:
 
 def _over_gloo(i: Instruction, rank: RankContext) -> bool:
     context = rank.pricing
-    types = (context.types[context.plan.devices[each]] for each in i.ranks)
-    return any(context.cluster.types[each].processor == "cpu" for each in types)
+    if all(kind.processor != "cpu" for kind in context.cluster.types.values()):
+        return False
+    members = (context.plan.devices[each] for each in i.ranks)
+    return any(context.type_of(member).processor == "cpu" for member in members)
 
 
 PRICES = {REDUCE_SCATTER: gradient_scatter_price, GATHER_PARAMETERS: parameter_gather_price}
