@@ -17,7 +17,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.schedules import in_flight
 from meshwright.records import dumps
 from meshwright.search import template_builds, template_search
-from meshwright.search.balanced_estimate import Builds, balanced
+from meshwright.search.balanced_estimate import Builds, balanced, build_prices
 from meshwright.search.candidate import plan_of
 from meshwright.search.candidate_estimate import pipeline_prices
 from meshwright.search.certificate import certificate
@@ -217,7 +217,8 @@ def test_balanced_stages_are_rated_hardly_slower_than_the_best_cuts(width, depth
     costs = costs_of(graph, machines(depth * width, 0, 1), job(8 * width))
     context = template_search.estimate_context(costs, device_classes(costs), order)
     builds = Builds((0,), (1,), np.array([[width]]), np.array([[1]]), np.array([width]))
-    (least,) = balanced(context, builds, 8 * width, np.array([0]), np.array([[depth]]))
+    prices = build_prices(context, builds)
+    (least,) = balanced(context, prices, 8 * width, np.array([0]), np.array([[depth]]))
     template = PipelineTemplate((StageRun(0, 1, depth, width, 1),), width)
     exact = whole_seconds(context, (estimate_template(context, template, 8),), (8,))
     assert 0.6 * exact < least < (1.06 if order == "gpipe" else 1.02) * exact
@@ -335,3 +336,61 @@ def test_every_strategy_holds_every_layer_once_and_fits_in_many_cases(world):
     for plan in strategies_of(*world, most=12):
         validate_plan(plan, world[0], world[1])
         assert not memory_problems(plan, world[0], world[1])
+
+
+def task_of(where, limit, batch=256):
+    """Pipelines over all classes of a cluster, of replicas of one device."""
+    costs = costs_of(model([10.0] * 24), where, job(batch))
+    context = template_search.estimate_context(costs, device_classes(costs), "best")
+    numbers = tuple(range(len(context.classes)))
+    return template_builds.Task(context, numbers, (1,) * len(numbers), batch, True, limit)
+
+
+def test_pipelines_whose_work_alone_takes_too_long_are_not_scored(monkeypatch):
+    """The same templates are listed as if all were scored, from a fraction of the pipelines."""
+    scored = Counter()
+
+    def count(*given):
+        scored[limit] += given[-1].shape[1]
+        return balanced(*given)
+
+    monkeypatch.setattr(template_builds, "balanced", count)
+    limit = np.inf
+    every = list(template_builds.scored_templates(task_of(machines(4, 4), limit)))
+    limit = every[0][0]
+    within = [each for each in every if each[0] < template_builds.SLACK * limit]
+    assert list(template_builds.scored_templates(task_of(machines(4, 4), limit))) == within
+    assert len(within) < scored[limit] < scored[np.inf] / 4
+
+
+def at_sites_of_their_own(where):
+    """The cluster with every node at another site."""
+    nodes = tuple(replace(node, site=node.name) for node in where.nodes)
+    sites = tuple(Site(name=node.name, uplink=where.sites[0].uplink) for node in nodes)
+    return replace(where, nodes=nodes, sites=sites)
+
+
+@pytest.mark.parametrize("sites", [2, 4])
+def test_pipelines_of_like_sites_are_combined_once(sites):
+    """Offers a, b on two sites that are alike give aa, ab and bb, not ba as well."""
+    where = at_sites_of_their_own(machines(sites, 0))
+    context = task_of(where, np.inf).context
+    grouping = tuple((RatedClass(i, node.site, 1.0),) for i, node in enumerate(where.nodes))
+    offers = [[f"a{i}", f"b{i}"] for i in range(sites)]
+    found = list(template_search._combinations(context, grouping, offers))
+    assert len(found) == len({tuple(sorted(each[0] for each in one)) for one in found}) == sites + 1
+
+
+def test_pipelines_on_classes_that_are_alike_are_looked_for_once(monkeypatch):
+    asked = Counter()
+    offers = template_search._offers
+
+    def count(task):
+        if len(task.block) == 1:
+            asked[task.context.order, task.tensors, task.share] += 1
+        return offers(task)
+
+    monkeypatch.setattr(template_search, "_offers", count)
+    list(strategies_of(model([10.0] * 8), at_sites_of_their_own(machines(4, 0)), job(32), 1))
+    assert asked
+    assert max(asked.values()) == 1

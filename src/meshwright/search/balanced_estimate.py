@@ -32,6 +32,10 @@ DRAINED = 0.7
 not wait for weight gradients."""
 
 
+ROUNDING = 1 + 1e-9
+"""Times as large as a bound may be by the order in which its parts are added up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Builds:
     """Templates without their depths, on the same classes with the same tensor widths."""
@@ -48,35 +52,103 @@ class Builds:
     """Rows [B] of a micro-batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class BuildPrices:
+    """What balanced stages take, whatever their depths."""
+
+    builds: Builds
+    rates: Array
+    """Micro-batches per second [F, B] of a stage on a class that had the whole model."""
+    longest: Array
+    """Seconds [B] of the longest layer."""
+    common: Array
+    """Seconds [B] of one layer of the commonest kind."""
+    always: Array
+    """Bytes [B] on each device, whatever is in flight."""
+    each: Array
+    """Bytes [B] for every micro-batch in flight."""
+    rooms: Array
+    """Bytes [F] that a device has."""
+    moved: Array
+    """Seconds [B] of a usual activation between neighbouring stages."""
+    late: float
+    """Latency of all crossings from site to site."""
+    carried: Array
+    """Seconds [B] of a usual activation on the slowest uplink."""
+    sums: tuple[tuple[Array, Array, Ints], ...]
+    """For each class: the seconds [B] of the whole model's gradients on what they pass, those [B]
+    of the ring's hops, and the stages [B] that share the network of a node."""
+
+
+def build_prices(context: EstimateContext, builds: Builds) -> BuildPrices:
+    """Returns the prices of builds."""
+    facts_FBX = np.array(
+        [
+            facts_by_build(context, i, tensor, builds.rows // builds.widths[:, f])
+            for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True))
+        ]
+    )
+    late, carried_B = _across_sites(context, builds)
+    return BuildPrices(
+        builds=builds,
+        rates=1 / facts_FBX[:, :, 0],
+        longest=facts_FBX[:, :, 1].min(axis=0),
+        common=facts_FBX[:, :, 2].min(axis=0),
+        always=facts_FBX[:, :, 3].max(axis=0),
+        each=np.maximum(1.0, facts_FBX[:, :, 4].max(axis=0)),
+        rooms=facts_FBX[:, 0, 5],
+        moved=_transfer(context, builds),
+        late=late,
+        carried=carried_B,
+        sums=tuple(_reduction(context, *each) for each in _by_class(builds)),
+    )
+
+
+def least_seconds(
+    context: EstimateContext, prices: BuildPrices, share: float, of_B: Ints, depths_FD: Ints
+) -> Array:
+    """Seconds [B, D] below which `balanced` is for no depths of some builds: of the work alone, and
+    infinite where not one micro-batch has the memory."""
+    depth_D = depths_FD.sum(axis=0)
+    slowest_BD = 1 / (prices.rates[:, of_B].T @ depths_FD)
+    crowd_D = -(-context.common[1] // depth_D)
+    np.maximum(slowest_BD, prices.common[of_B, None] * crowd_D, out=slowest_BD)
+    np.maximum(slowest_BD, prices.longest[of_B, None], out=slowest_BD)
+    count_B = share / prices.builds.rows[of_B]
+    slowest_BD *= _drained(context.order) * depth_D + (count_B[:, None] - 1)
+    needed_B = (prices.always + prices.each)[of_B]
+    too_small_BD = prices.rooms @ depths_FD * ROUNDING < needed_B[:, None]
+    least: Array = np.where(too_small_BD, np.inf, slowest_BD)
+    return least
+
+
+def _drained(order: Order) -> float:
+    return DRAINED if order == "best" else 1.0
+
+
 def balanced(
-    context: EstimateContext, builds: Builds, share: float, build_P: Ints, depths_FP: Ints
+    context: EstimateContext, prices: BuildPrices, share: float, build_P: Ints, depths_FP: Ints
 ) -> Array:
     """Seconds [P] of a step over `share` rows; infinite where not even all devices of a pipeline
     together have the memory."""
-    facts_FBX = [
-        facts_by_build(context, i, tensor, builds.rows // builds.widths[:, f])
-        for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True))
-    ]
-    longest_B, common_B = (np.min([each[:, x] for each in facts_FBX], axis=0) for x in (1, 2))
-    each_B = np.maximum(1.0, np.max([each[:, 4] for each in facts_FBX], axis=0))
-    always_B = np.max([each[:, 3] for each in facts_FBX], axis=0)
-    depth_P = depths_FP.sum(axis=0)
+    builds, depth_P = prices.builds, depths_FP.sum(axis=0)
     rate_P, room_P, devices_P = (np.zeros(len(build_P)) for _ in range(3))
-    for f, each in enumerate(facts_FBX):
-        rate_P += depths_FP[f] * (1 / each[:, 0])[build_P]
-        room_P += depths_FP[f] * each[0, 5]
-        devices_P += depths_FP[f] * (builds.widths[:, f] * builds.tensors[f])[build_P]
-    crowd_P = -(-context.common[1] // depth_P) * common_B[build_P]
-    slowest_P = np.maximum(1 / rate_P, np.maximum(crowd_P, longest_B[build_P]))
-    moved_P, (late, carried_B) = _transfer(context, builds)[build_P], _across_sites(context, builds)
-    drained = DRAINED if context.order == "best" else 1.0
-    trip_P = depth_P * (drained * slowest_P + 2 * moved_P) + 2 * (late + carried_B[build_P])
-    exposed_P = _reduction(context, builds, build_P, depths_FP, depth_P) - HIDDEN * slowest_P
+    for f, depths_P in enumerate(depths_FP):
+        rate_P += depths_P * prices.rates[f][build_P]
+        room_P += depths_P * prices.rooms[f]
+        devices_P += depths_P * (builds.widths[:, f] * builds.tensors[f])[build_P]
+    crowd_P = -(-context.common[1] // depth_P) * prices.common[build_P]
+    slowest_P = np.maximum(1 / rate_P, np.maximum(crowd_P, prices.longest[build_P]))
+    moved_P, carried_P = prices.moved[build_P], prices.carried[build_P]
+    trip_P = depth_P * (_drained(context.order) * slowest_P + 2 * moved_P)
+    trip_P += 2 * (prices.late + carried_P)
+    exposed_P = _summed(prices, build_P, depths_FP, depth_P) - HIDDEN * slowest_P
     hop = max(hop_latency(context.costs, context.classes[i].network) for i in builds.order)
     rest_P = np.maximum(exposed_P, 0.0) + 2 * (devices_P - 1) * hop
     count_P = (share / builds.rows)[build_P]
-    pace_P = np.maximum(slowest_P, np.maximum(moved_P, carried_B[build_P]))
-    held_P = _held(context.order, count_P, depth_P, (room_P - always_B[build_P]) / each_B[build_P])
+    pace_P = np.maximum(slowest_P, np.maximum(moved_P, carried_P))
+    room_P = (room_P - prices.always[build_P]) / prices.each[build_P]
+    held_P = _held(context.order, count_P, depth_P, room_P)
     waits_P = trip_P * (count_P / np.clip(held_P, 1.0, count_P) - 1)
     total_P = trip_P + np.maximum((count_P - 1) * pace_P, waits_P) + rest_P
     found: Array = np.where(held_P >= 1.0, total_P, np.inf)
@@ -136,21 +208,31 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
 
 
 def _reduction(
-    context: EstimateContext, builds: Builds, build_P: Ints, depths_FP: Ints, depth_P: Ints
-) -> Array:
+    context: EstimateContext, number: int, tensor: int, width_B: Ints, block_B: Ints
+) -> tuple[Array, Array, Ints]:
+    """Seconds [B] of the whole model's gradients on what they pass, those [B] of the ring's hops,
+    and the stages [B] of a node that share its network."""
+    device_class = context.classes[number]
+    network, across_B = device_class.network, width_B > block_B
+    inside_B = np.where(
+        device_class.island % (block_B * tensor) == 0,
+        device_class.joined.bandwidth,
+        device_class.inside.bandwidth,
+    )
+    own_B: Array = 2 * (1 - 1 / width_B) * context.gradients
+    own_B /= np.where(across_B, network.bandwidth, tensor * inside_B)
+    hops_B = np.where(across_B, 2 * (width_B - 1), 0)
+    ring_B: Array = hops_B * np.float64(hop_latency(context.costs, network))
+    run_B: Ints = np.where(across_B, device_class.each // tensor // block_B, 1)
+    return own_B, ring_B, run_B
+
+
+def _summed(prices: BuildPrices, build_P: Ints, depths_FP: Ints, depth_P: Ints) -> Array:
     """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
-    for f, (i, tensor, width_B, block_B) in enumerate(_by_class(builds)):
-        device_class, network = context.classes[i], context.classes[i].network
-        across_B = width_B > block_B
-        own_B = 2 * (1 - 1 / width_B) * context.gradients
-        among = [device_class.link_among(block * tensor) for block in block_B.tolist()]
-        inside_B = np.array([link.bandwidth for link in among])
-        own_B /= np.where(across_B, network.bandwidth, tensor * inside_B)
-        ring_B = across_B * 2 * (width_B - 1) * hop_latency(context.costs, network)
-        run_B = np.where(across_B, context.classes[i].each // tensor // block_B, 1)
-        run_P = np.minimum(run_B[build_P], depths_FP[f])
-        worst_P = np.maximum(worst_P, own_B[build_P] / depth_P * run_P + ring_B[build_P])
+    for depths_P, (own_B, ring_B, run_B) in zip(depths_FP, prices.sums, strict=True):
+        run_P = np.minimum(run_B[build_P], depths_P)
+        np.maximum(worst_P, own_B[build_P] / depth_P * run_P + ring_B[build_P], out=worst_P)
     return worst_P
 
 

@@ -53,11 +53,13 @@ def pace(context: EstimateContext, each: TemplateEstimate) -> tuple[float, float
 
 
 def least_seconds(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds of a step if all pipelines end at the same time and hide their reductions."""
+    """Seconds of a step if all pipelines end at the same time and hide their reductions, but for
+    those between sites."""
     paces = [pace(context, each) for each in estimates]
     speed = sum(each for _, each in paces)
     filled = sum(fill * each for fill, each in paces)
-    return (context.costs.job.global_batch + filled) / speed + after(context, estimates)
+    least = (context.costs.job.global_batch + filled) / speed
+    return least + between_sites(context, estimates) + after(context, estimates)
 
 
 def whole_seconds(

@@ -13,7 +13,15 @@ from math import prod
 
 import numpy as np
 
-from meshwright.search.balanced_estimate import Builds, balanced, facts_by_build
+from meshwright.search.balanced_estimate import (
+    ROUNDING,
+    BuildPrices,
+    Builds,
+    balanced,
+    build_prices,
+    facts_by_build,
+    least_seconds,
+)
 from meshwright.search.costs import Array
 from meshwright.search.device_classes import PipelineTemplate, StageRun, blocks_for
 from meshwright.search.space import divisors
@@ -78,21 +86,47 @@ def scored_templates(task: Task) -> Iterator[tuple[float, PipelineTemplate]]:
     """Yields templates on the classes of a task with their seconds as if stages were balanced, the
     fastest first."""
     builds = _builds(task)
-    grids = _depth_grids(task, builds)
-    if not grids:
+    if not builds.rows.size:
         return
-    sizes = np.array([grid.shape[1] for grid in grids])
-    parts = []
-    for part in np.split(np.arange(len(grids)), _changes(np.cumsum(sizes) // AT_ONCE)):
-        raise_if_stopped()
-        depths_FP = np.concatenate([grids[b] for b in part.tolist()], axis=1)
-        parts.append(_fastest(task, builds, np.repeat(part, sizes[part]), depths_FP))
+    prices = build_prices(task.context, builds)
+    parts = [
+        _fastest(task, prices, build_P, depths_FP)
+        for build_P, depths_FP in _promising(task, prices, _depth_grids(task, builds))
+    ]
+    if not parts:
+        return
     seconds_K, build_K, depths_KF = (np.concatenate(each) for each in zip(*parts, strict=True))
     for k in np.lexsort((build_K, seconds_K)).tolist():
         b = int(build_K[k])
         numbers = (depths_KF[k], builds.widths[b], builds.blocks[b])
         runs = map(StageRun, task.block, task.tensors, *(each.tolist() for each in numbers))
         yield float(seconds_K[k]), PipelineTemplate(tuple(runs), int(builds.rows[b]))
+
+
+def _promising(
+    task: Task, prices: BuildPrices, grids: Sequence[tuple[Ints, Ints]]
+) -> Iterator[tuple[Ints, Ints]]:
+    """Yields builds [P] with depths [F, P] whose work alone takes less than the best strategy
+    known, about AT_ONCE together."""
+    found: list[tuple[Ints, Ints]] = []
+    waiting = 0
+    for of_B, depths_FD in grids:
+        for some_B in np.array_split(of_B, -(-len(of_B) * depths_FD.shape[1] // AT_ONCE)):
+            raise_if_stopped()
+            least_BD = least_seconds(task.context, prices, task.share, some_B, depths_FD)
+            at_P, depth_P = np.nonzero(least_BD < SLACK * ROUNDING * task.limit)
+            found.append((some_B[at_P], depths_FD[:, depth_P]))
+            waiting += len(at_P)
+            if waiting >= AT_ONCE:
+                yield _joined(found)
+                found, waiting = [], 0
+    if waiting:
+        yield _joined(found)
+
+
+def _joined(found: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    builds, depths = zip(*found, strict=True)
+    return np.concatenate(builds), np.concatenate(depths, axis=1)
 
 
 def _widths(task: Task) -> Iterator[tuple[int, ...]]:
@@ -134,28 +168,24 @@ def _builds(task: Task) -> Builds:
         depth_N = np.minimum(group_count(context, i, tensor) // width_N, layers)
         rate_N += depth_N / facts_by_build(context, i, tensor, rows_N // width_N)[:, 0]
     able_N = task.share / rows_N / rate_N < SLACK * task.limit
+    every_block = {widths: [*_block_choices(task, widths)] for widths in dict(chosen)}
     found = [
         (*widths, *blocks, rows)
         for (widths, rows), able in zip(chosen, able_N.tolist(), strict=True)
         if able
-        for blocks in _block_choices(task, widths)
+        for blocks in every_block[widths]
     ]
     number = len(task.block)
     table = np.array(found, dtype=np.int64).reshape(-1, 2 * number + 1)
     return Builds(task.block, task.tensors, table[:, :number], table[:, number:-1], table[:, -1])
 
 
-def _changes(numbers: Ints) -> Ints:
-    """Returns the indices at which a number differs from the one before."""
-    return np.flatnonzero(np.diff(numbers)) + 1
-
-
 def _fastest(
-    task: Task, builds: Builds, build_P: Ints, depths_FP: Ints
+    task: Task, prices: BuildPrices, build_P: Ints, depths_FP: Ints
 ) -> tuple[Array, Ints, Ints]:
     """The KEPT fastest depths of every build: their seconds, the number of the build, and the
     depths."""
-    seconds_P = balanced(task.context, builds, task.share, build_P, depths_FP)
+    seconds_P = balanced(task.context, prices, task.share, build_P, depths_FP)
     p_K = np.flatnonzero(seconds_P < SLACK * task.limit)
     seconds_K, build_K = seconds_P[p_K], build_P[p_K]
     sorted_K = np.lexsort((p_K, seconds_K, build_K))
@@ -176,8 +206,9 @@ def _block_choices(task: Task, widths: tuple[int, ...]) -> Iterator[tuple[int, .
     yield from dict.fromkeys((tuple(o[-1] for o in options), tuple(o[0] for o in options)))
 
 
-def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
-    """Depths [F, D] of every build that the classes have nodes for and the model layers."""
+def _depth_grids(task: Task, builds: Builds) -> list[tuple[Ints, Ints]]:
+    """Depths [F, D] that the classes have nodes for and the model layers, each after the builds [B]
+    that may have them."""
     layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
@@ -188,11 +219,15 @@ def _depth_grids(task: Task, builds: Builds) -> list[Ints]:
         deepest_B = nodes_B * (device_class.each // tensor // block_B)
         ends_BF[:, f] = np.searchsorted(every, deepest_B, side="right")
     known = task.context.grids
-    for ends in map(tuple, np.unique(ends_BF, axis=0).tolist()):
+    found = []
+    different, of_B = np.unique(ends_BF, axis=0, return_inverse=True)
+    for number, ends in enumerate(map(tuple, different.tolist())):
         key = len(every), *ends
         if key not in known:
             known[key] = _grid([every[:end] for end in ends], layers)
-    return [known[len(every), *ends] for ends in map(tuple, ends_BF.tolist())]
+        if known[key].size:
+            found.append((np.flatnonzero(of_B.ravel() == number), known[key]))
+    return found
 
 
 def _grid(options: list[Sequence[int]], layers: int) -> Ints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise, permutations, product
 
 from meshwright.plan.spec import ScheduleName
@@ -25,7 +26,7 @@ from meshwright.search.device_classes import (
 )
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.pipeline_seconds import Order
-from meshwright.search.plan_estimate import least_seconds, pace, whole_seconds
+from meshwright.search.plan_estimate import after, least_seconds, pace, whole_seconds
 from meshwright.search.share_out import counts_near
 from meshwright.search.space import divisors
 from meshwright.search.template_builds import SLACK, Task, group_count, scored_templates
@@ -135,6 +136,9 @@ def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> I
         for tensors in _unlike(context, numbers, widths):
             if out_of_time():
                 return
+            speed = sum(map(partial(_class_speed, context), numbers, tensors))
+            if batch / speed > best:
+                continue
             task = Task(context, numbers, tensors, batch, True, best)
             for choice in _alone(context, _offers(task)):
                 best = min(best, choice.seconds)
@@ -161,8 +165,9 @@ def _unlike(
                 yield chosen
 
 
-Offers = dict[tuple[tuple[int, ...], float], list[TemplateEstimate]]
-"""Pipelines of blocks of device classes for a share of the batch."""
+Offers = dict[tuple[tuple[object, ...], float], tuple[tuple[int, ...], list[TemplateEstimate]]]
+"""Pipelines of a block of device classes for a share of the batch, after the classes: those of one
+block are those of all that are alike."""
 
 
 def _grouped(
@@ -176,21 +181,61 @@ def _grouped(
     for block in grouping:
         numbers = tuple(rated.number for rated in block)
         share = batch * sum(rated.speed for rated in block) / speed
-        if (numbers, share) not in known:
+        key = tuple(_traits(context, number) for number in numbers), share
+        if key not in known:
             task = Task(context, numbers, (tensor,) * len(numbers), share, alone, best)
-            known[numbers, share] = _offers(task)
-        offers.append(known[numbers, share])
+            known[key] = numbers, _offers(task)
+        offers.append(_on_others(*known[key], numbers))
+        if not offers[-1]:
+            return
     if alone:
         yield from _alone(context, offers[0])
         return
-    each = max(1, min(OFFERED, int(COMBINED ** (1 / len(offers)))))
-    for chosen in product(*(offer[:each] for offer in offers)):
+    for chosen in _combinations(context, grouping, offers):
         raise_if_stopped()
         if least_seconds(context, chosen) < best:
-            shared = _shared_out(context, chosen, batch)
+            shared = _shared_out(context, chosen, batch, best)
             if shared is not None:
                 best = min(best, shared.seconds)
                 yield shared
+
+
+def _traits(context: EstimateContext, number: int) -> tuple[object, ...]:
+    """Returns what tells a device class from others, its name and that of its site aside."""
+    own = context.classes[number]
+    alike = [each.site == own.site for each in context.classes]
+    uplink = context.costs.links.uplinks[own.site]
+    links = own.inside, own.network, own.joined, uplink
+    return own.kind, own.each, len(own.nodes), own.island, *links, sum(alike)
+
+
+def _on_others(
+    before: tuple[int, ...], offers: list[TemplateEstimate], after: tuple[int, ...]
+) -> list[TemplateEstimate]:
+    """The same pipelines on other device classes, which are alike."""
+    if before == after:
+        return offers
+    number = dict(zip(before, after, strict=True))
+
+    def moved(template: PipelineTemplate) -> PipelineTemplate:
+        runs = (replace(run, device_class=number[run.device_class]) for run in template.runs)
+        return replace(template, runs=tuple(runs))
+
+    return [replace(each, template=moved(each.template)) for each in offers]
+
+
+def _combinations(
+    context: EstimateContext, grouping: Grouping, offers: Sequence[list[TemplateEstimate]]
+) -> Iterator[tuple[TemplateEstimate, ...]]:
+    """Pipelines for every block; of those that differ by an exchange of like blocks, one."""
+    each = max(1, min(OFFERED, int(COMBINED ** (1 / len(offers)))))
+    kinds = [tuple(_traits(context, rated.number) for rated in block) for block in grouping]
+    before = [
+        max((j for j in range(i) if kinds[j] == kinds[i]), default=i) for i in range(len(kinds))
+    ]
+    for places in product(*(range(min(each, len(offer))) for offer in offers)):
+        if all(places[j] <= place for j, place in zip(before, places, strict=True)):
+            yield tuple(offer[place] for offer, place in zip(offers, places, strict=True))
 
 
 def _alone(context: EstimateContext, offers: Sequence[TemplateEstimate]) -> Iterator[Choice]:
@@ -302,20 +347,23 @@ def _crossings(sites: Sequence[str], order: Sequence[int]) -> int:
 
 
 def _shared_out(
-    context: EstimateContext, chosen: tuple[TemplateEstimate, ...], batch: int
+    context: EstimateContext,
+    chosen: tuple[TemplateEstimate, ...],
+    batch: int,
+    best: float = float("inf"),
 ) -> Choice | None:
     """Numbers of micro-batches near the pipelines' speeds that add up to the batch and end
-    soonest."""
+    soonest; None if there are none, or they take longer than the best strategy known."""
     paces = [pace(context, each) for each in chosen]
     rows = [each.template.rows for each in chosen]
-    counts = min(
-        counts_near([speed for _, speed in paces], rows, batch),
-        key=lambda counts: max(
+
+    def end(counts: tuple[int, ...]) -> float:
+        return max(
             fill + count * each / speed
             for (fill, speed), count, each in zip(paces, counts, rows, strict=True)
-        ),
-        default=None,
-    )
-    if counts is None:
+        )
+
+    counts = min(counts_near([speed for _, speed in paces], rows, batch), key=end, default=None)
+    if counts is None or end(counts) + after(context, chosen) >= best:
         return None
     return Choice(whole_seconds(context, chosen, counts), context, chosen, counts)
