@@ -15,12 +15,13 @@ from meshwright.search.boundary_prices import (
     mean_period,
 )
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import CandidatePipeline, must_recompute
+from meshwright.search.candidate import CandidatePipeline, StageDevices, must_recompute
 from meshwright.search.costs import (
     Costs,
     distinct_replicas,
     group_prefix,
     micro_batches_held,
+    remembered,
     split_prefix,
 )
 from meshwright.search.pipeline_seconds import Order, PipelinePrices, last_backwards
@@ -73,27 +74,44 @@ def all_pipeline_prices(
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
     """What a micro-batch takes on every stage; what it takes between them is left open."""
-    forward, backward, inputs, weights, held = [], [], [], [], []
-    for s, (stage, (a, b)) in enumerate(
-        zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
-    ):
-        repeats = must_recompute(costs, pipeline, s, "1f1b")
-        replicas = distinct_replicas(costs, stage.groups, stage.rows)
-        whole = [group_prefix(costs, group, rows) for group, rows in replicas]
-        parts = [split_prefix(costs, group, rows) for group, rows in replicas]
-        ahead = max(f[b] - f[a] for f, _ in whole)
-        again = ahead if repeats else 0.0
-        forward.append(ahead)
-        backward.append(max(g[b] - g[a] for _, g in whole) + again)
-        inputs.append(max(i[b] - i[a] for i, _ in parts) + again)
-        weights.append(max(w[b] - w[a] for _, w in parts))
-        held.append(
-            min(
-                micro_batches_held(costs, group, rows, (a, b), recompute=repeats)
-                for group, rows in replicas
-            )
+    found = [
+        _stage_price(costs, stage, layers, repeats=must_recompute(costs, pipeline, s, "1f1b"))
+        for s, (stage, layers) in enumerate(
+            zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
         )
+    ]
+    forward, backward, inputs, weights, held = zip(*found, strict=True)
     return PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
+
+
+def _stage_price(
+    costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
+) -> tuple[float, float, float, float, int]:
+    """Seconds of a forward, of a backward and of its two parts, and the micro-batches held."""
+    key = ("stage price", stage, layers, repeats)
+    return remembered(costs, key, lambda: _priced_stage(costs, stage, layers, repeats=repeats))
+
+
+def _priced_stage(
+    costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
+) -> tuple[float, float, float, float, int]:
+    a, b = layers
+    replicas = distinct_replicas(costs, stage.groups, stage.rows)
+    whole = [group_prefix(costs, group, rows) for group, rows in replicas]
+    parts = [split_prefix(costs, group, rows) for group, rows in replicas]
+    ahead = max(f[b] - f[a] for f, _ in whole)
+    again = ahead if repeats else 0.0
+    held = [
+        micro_batches_held(costs, group, rows, layers, recompute=repeats)
+        for group, rows in replicas
+    ]
+    return (
+        ahead,
+        max(g[b] - g[a] for _, g in whole) + again,
+        max(i[b] - i[a] for i, _ in parts) + again,
+        max(w[b] - w[a] for _, w in parts),
+        min(held),
+    )
 
 
 def _messages(
