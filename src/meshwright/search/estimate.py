@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -16,27 +17,35 @@ from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
 from meshwright.cost.weights import stage_parameters
-from meshwright.program.schedules import in_flight
 from meshwright.search.costs import (
     PROBE_BYTES,
     Array,
     Costs,
-    capacities,
+    TensorGroup,
     pair,
     reduced_bytes,
     reduced_width,
+    remembered,
     ring,
     scaled,
     seconds_per_byte,
-    stage_bytes,
     stage_times,
 )
-from meshwright.search.layer_partition import assign, chain_loads, forbid_beyond, least_worst
+from meshwright.search.grid_memory import (
+    Memory,
+    fitting_loads,
+    least_excess,
+    memory_of,
+    recomputed_stages,
+    stage_excess,
+)
+from meshwright.search.layer_partition import assign, can_hold, least_worst
 from meshwright.search.placement import Placement
 from meshwright.search.space import DeviceSet, Shape
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 Bounds = tuple[int, ...]
+Stage = tuple[TensorGroup, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +76,6 @@ class Misfit:
     bounds: Bounds
     excess_bytes: float
     """On each device of the worst stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Holds the bytes [L + 1, L + 1] that each device of a stage with layers [a, b) must have."""
-
-    always: Array
-    each: Array
-    """Bytes for every micro-batch in flight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Holds the bytes that the stages of a candidate need, and those that their devices have."""
-
-    plain: Needs
-    """Needs of stages that keep the activations of their layers."""
-    recomputed: Needs | None
-    """Needs of stages that recompute; None if they may not."""
-    held: Array
-    """Micro-batches in flight [S]."""
-    capacity: Array
-    """Bytes [S]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,24 +122,7 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
         backward=np.array([backward for _, backward in times]),
         forward_cut=_cuts(costs, candidate, costs.table.cut, forward=True),
         backward_cut=_cuts(costs, candidate, costs.table.cut_gradient, forward=False),
-        memory=memory_of(costs, candidate),
-    )
-
-
-def memory_of(costs: Costs, candidate: Candidate) -> Memory:
-    """Returns the bytes of layers on every stage and the capacities, which decide what fits
-    where."""
-    shape, stages = candidate.shape, len(candidate.placement.stages)
-    tensor, rows = shape.grid.tensor, shape.rows
-    return Memory(
-        plain=Needs(*stage_bytes(costs, tensor, rows)),
-        recomputed=Needs(*stage_bytes(costs, tensor, rows, recompute=True))
-        if costs.recomputed
-        else None,
-        held=np.array(
-            [in_flight(shape.schedule, s, stages, shape.micro_batches) for s in range(stages)]
-        ),
-        capacity=capacities(costs, candidate.placement.types),
+        memory=memory_of(costs, candidate.placement, shape),
     )
 
 
@@ -161,15 +130,19 @@ def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool
     stages = candidate.placement.stages
     found = np.zeros((len(stages) - 1, len(row_bytes)))
     for s, (here, there) in enumerate(pairwise(stages)):
-        ends = [
-            (a, b) if forward else (b, a)
-            for one, other in zip(here, there, strict=True)
-            for a, b in zip(one, other, strict=True)
-        ]
-        latency, slope = seconds_per_byte(costs, _transfers(costs, ends))
+        ways = (here, there) if forward else (there, here)
+        price = partial(_transfer_price, costs, *ways)
+        latency, slope = remembered(costs, ("transfers", *ways), price)
         sizes = row_bytes * candidate.shape.rows
         found[s] = np.where(sizes > 0, latency + slope * sizes, 0.0)
     return found
+
+
+def _transfer_price(costs: Costs, source: Stage, target: Stage) -> tuple[float, float]:
+    """Returns the latency, and seconds for each byte of a replica, of all transfers of a stage."""
+    pairs = zip(source, target, strict=True)
+    ends = [each for one, other in pairs for each in zip(one, other, strict=True)]
+    return seconds_per_byte(costs, _transfers(costs, ends))
 
 
 def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffic]:
@@ -187,38 +160,28 @@ def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:
     the candidate misses."""
     if candidate.fixed is not None:
         return _given(costs, candidate, candidate.fixed)
+    shape, placement = candidate.shape, candidate.placement
+    memory = memory_of(costs, placement, shape)
+    loads = fitting_loads(costs, placement, shape, memory)
+    if not can_hold(loads):
+        return Misfit(candidate, *least_excess(costs, shape, memory))
     facts = chain(costs, candidate)
-    loads, memory = chain_loads(facts.forward + facts.backward), facts.memory
-    need = _bytes(memory.plain, memory)
-    fitting = forbid_beyond(loads, need, memory.capacity)
-    if memory.recomputed and not np.array_equal(fitting, loads):
-        need = _bytes(memory.recomputed, memory)
-        repeated = forbid_beyond(chain_loads(_repeated(costs, facts)), need, memory.capacity)
-        fitting = np.where(np.isfinite(fitting), fitting, loads + repeated)
-    cuts = facts.forward_cut + facts.backward_cut
-    found = assign(fitting, cuts, candidate.shape.micro_batches)
-    if found is None:
-        excess = np.where(np.isfinite(loads), need - memory.capacity[:, None, None], np.inf)
-        least = least_worst(excess)
-        assert least is not None, "grids have no more stages than layers"
-        return Misfit(candidate, least[0], least[1])
+    found = assign(loads, facts.forward_cut + facts.backward_cut, shape.micro_batches)
+    assert found is not None, "some layers fit on every stage"
     as_slow = found.slowest * (1 + 1e-9)  # sums of equal layers differ in their last bit
-    parameter_seconds = np.where(fitting <= as_slow, _parameter_seconds(costs, candidate), np.inf)
+    parameter_seconds = [
+        np.where(own <= as_slow, seconds, np.inf)
+        for own, seconds in zip(loads, _parameter_seconds(costs, candidate), strict=True)
+    ]
     lightest = least_worst(parameter_seconds)
     assert lightest is not None, "the cuts found are among them"
     return min(
         (
             Estimate(candidate, bounds, step_seconds(costs, candidate, bounds, facts))
-            for bounds in (found.bounds, lightest[0])
+            for bounds in dict.fromkeys((found.bounds, lightest[0]))
         ),
         key=lambda estimate: estimate.seconds,
     )
-
-
-def _bytes(needs: Needs, memory: Memory) -> Array:
-    """Returns the bytes [S, L + 1, L + 1] of every stage."""
-    found: Array = needs.always + needs.each * memory.held[:, None, None]
-    return found
 
 
 def _repeated(costs: Costs, facts: Chain) -> Array:
@@ -227,41 +190,36 @@ def _repeated(costs: Costs, facts: Chain) -> Array:
     return np.array([repeated_seconds(costs.model, whole, each) for each in facts.forward])
 
 
-def recomputed_stages(memory: Memory, bounds: Bounds) -> tuple[bool, ...]:
-    """Returns the stages that do not fit otherwise, if they may recompute."""
-    if memory.recomputed is None:
-        return (False,) * (len(bounds) - 1)
-    return tuple(
-        _excess(memory.plain, memory, s, layers) > 0 for s, layers in enumerate(pairwise(bounds))
-    )
-
-
-def _excess(needs: Needs, memory: Memory, s: int, layers: tuple[int, int]) -> float:
-    a, b = layers
-    need = needs.always[a, b] + needs.each[a, b] * memory.held[s]
-    return float(need - memory.capacity[s])
-
-
-def _parameter_seconds(costs: Costs, candidate: Candidate) -> Array:
-    """Returns the seconds [S, L + 1, L + 1] that a stage's parameters cost after the pipeline:
+def _parameter_seconds(costs: Costs, candidate: Candidate) -> Iterator[Array]:
+    """Yields for each stage the seconds [L + 1, L + 1] that its parameters cost after the pipeline:
     their reduction alone on the links, and the optimizer. The assignment does not see them; of the
     cuts with its bottleneck, those with the smallest tail are the other ones worth a look."""
-    tensor, size = candidate.shape.grid.tensor, len(costs.model.layers) + 1
+    tensor = candidate.shape.grid.tensor
+    held = remembered(costs, ("parameters held", tensor), lambda: _parameters_held(costs, tensor))
+    for s, stage in enumerate(candidate.placement.stages):
+        price = partial(_ring_price, costs, candidate, s)
+        slope = remembered(costs, ("reduced", stage), price)
+        yield held * (slope * reduced_width(costs) + _optimizer(costs, candidate, s, 1))
+
+
+def _ring_price(costs: Costs, candidate: Candidate, s: int) -> float:
+    """Returns the seconds for each byte of a stage's gradients."""
+    return seconds_per_byte(costs, _rings(costs, candidate, (s,)))[1]
+
+
+def _parameters_held(costs: Costs, tensor: int) -> Array:
+    """Returns the parameters [L + 1, L + 1] on each tensor rank of a stage."""
+    size = len(costs.model.layers) + 1
     first, last = np.triu_indices(size, k=1)
     held = np.zeros((size, size))
     held[first, last] = stage_parameters(costs.table.weights, (first, last), tensor)
-    per_parameter = []
-    for s in range(len(candidate.placement.stages)):
-        _, slope = seconds_per_byte(costs, _rings(costs, candidate, (s,)))
-        per_parameter.append(slope * reduced_width(costs) + _optimizer(costs, candidate, s, 1))
-    parameter_seconds: Array = held * np.array(per_parameter)[:, None, None]
-    return parameter_seconds
+    return held
 
 
 def _given(costs: Costs, candidate: Candidate, bounds: Bounds) -> Estimate | Misfit:
-    memory = memory_of(costs, candidate)
+    memory = memory_of(costs, candidate.placement, candidate.shape)
     excess = max(
-        _excess((memory.recomputed if recompute else None) or memory.plain, memory, s, layers)
+        stage_excess((memory.recomputed if recompute else None) or memory.plain, memory, s, layers)
         for s, (layers, recompute) in enumerate(
             zip(pairwise(bounds), recomputed_stages(memory, bounds), strict=True)
         )

@@ -12,7 +12,8 @@ from meshwright.errors import FitError, Problem
 from meshwright.model.spec import structure_fingerprint
 from meshwright.plan.spec import Pipeline, Plan, PlanInput, RunnerUp, Stage
 from meshwright.search.costs import Costs
-from meshwright.search.estimate import Bounds, Candidate, Misfit, memory_of, recomputed_stages
+from meshwright.search.estimate import Bounds, Candidate, Misfit
+from meshwright.search.grid_memory import memory_of, recomputed_stages
 from meshwright.units import format_bytes, format_seconds
 
 NAMES = {
@@ -29,7 +30,7 @@ NAMES = {
 def as_plan(costs: Costs, candidate: Candidate, bounds: Bounds, cluster_print: str) -> Plan:
     """Returns the plan that a candidate with these layer cuts stands for, without a prediction."""
     shape, grid = candidate.shape, candidate.shape.grid
-    recomputed = recomputed_stages(memory_of(costs, candidate), bounds)
+    recomputed = recomputed_stages(memory_of(costs, candidate.placement, shape), bounds)
     stages = tuple(
         Stage(layers=layers, devices=devices, recompute=recompute)
         for layers, devices, recompute in zip(

@@ -1,12 +1,13 @@
 """Divides layers among given stages, exactly, and rows among the replicas of a stage.
 
-Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last. A `loads`
-array of shape [S, L + 1, L + 1] holds the seconds that stage s needs per micro-batch for layers
+Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last. `loads`
+hold, for each stage an array [L + 1, L + 1], the seconds that it needs per micro-batch for layers
 [a, b); infinity forbids the range (empty, or too large for the stage's memory).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heapify, heapreplace
@@ -34,6 +35,9 @@ from meshwright.search.costs import (
 )
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
+Loads = Sequence[Array]
+"""Seconds [L + 1, L + 1] of every stage; stages that are alike may share one array."""
+
 ROUNDING = 1e-13
 """Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
 
@@ -60,25 +64,28 @@ def chain_loads(times_SL: Array) -> Array:
     return loads
 
 
-def forbid_beyond(loads: Array, need: Array, capacity: Array) -> Array:
-    """Returns loads that forbid every range that needs more than the stage's bytes [S]."""
-    return np.where(need <= capacity[:, None, None], loads, np.inf)
-
-
-def least_worst(values: Array) -> tuple[tuple[int, ...], float] | None:
+def least_worst(values: Loads) -> tuple[tuple[int, ...], float] | None:
     """Returns the cuts whose largest value over the stages is smallest, and that value; None if
     every way to cut meets a forbidden range."""
-    stages, size, _ = values.shape
+    size = len(values[0])
     best = np.full(size, np.inf)
     best[0] = -np.inf
-    choice = np.zeros((stages, size), dtype=np.intp)
-    for s in range(stages):
-        worst = np.maximum(best[:, None], values[s])
+    choice = np.zeros((len(values), size), dtype=np.intp)
+    for s, own in enumerate(values):
+        worst = np.maximum(best[:, None], own)
         choice[s] = worst.argmin(axis=0)
         best = worst.min(axis=0)
     if not np.isfinite(best[-1]):
         return None
     return _trace(choice), float(best[-1])
+
+
+def can_hold(loads: Loads) -> bool:
+    """True if some way to cut meets no forbidden range."""
+    reached: NDArray[np.bool_] = np.arange(len(loads[0])) == 0
+    for own in loads:
+        reached = np.asarray(np.isfinite(own[reached]).any(axis=0))
+    return bool(reached[-1])
 
 
 def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
@@ -88,25 +95,30 @@ def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
     return tuple(reversed(bounds))
 
 
-def _shortest(loads: Array, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
+def _shortest(loads: Loads, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
     """Cuts with the least sum of loads and boundary seconds among those where no stage takes
     longer than `bottleneck`; that sum; and the slowest stage's seconds."""
-    stages, size, _ = loads.shape
-    allowed = np.where(loads <= bottleneck, loads, np.inf)
+    size = len(loads[0])
+    allowed = {id(own): np.where(own <= bottleneck, own, np.inf) for own in distinct(loads)}
     cost = np.full(size, np.inf)
     cost[0] = 0.0
-    choice = np.zeros((stages, size), dtype=np.intp)
-    for s in range(stages):
+    choice = np.zeros((len(loads), size), dtype=np.intp)
+    for s, own in enumerate(loads):
         start = cost + cuts[s - 1] if s else cost
-        total = start[:, None] + allowed[s]
+        total = start[:, None] + allowed[id(own)]
         choice[s] = total.argmin(axis=0)
         cost = total[choice[s], np.arange(size)]
     bounds = _trace(choice)
-    slowest = max(float(loads[s, bounds[s], bounds[s + 1]]) for s in range(stages))
+    slowest = max(float(own[a, b]) for own, (a, b) in zip(loads, pairwise(bounds), strict=True))
     return bounds, float(cost[-1]), slowest
 
 
-def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
+def distinct(loads: Loads) -> list[Array]:
+    """Returns every array once that stages share."""
+    return list({id(own): own for own in loads}.values())
+
+
+def assign(loads: Loads, cuts: Array, micro_batches: int) -> Assignment | None:
     """Returns the cuts that minimise
 
         (M - 1) * slowest stage + sum of the stages + boundary seconds at the cuts
@@ -128,8 +140,8 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
     if weight * slowest + free < best.seconds * (1 - ROUNDING):
         best = Assignment(bounds=bounds, seconds=weight * slowest + free, slowest=slowest)
     ceiling = min(slowest, (best.seconds - free) / weight) if weight else 0.0
-    between = loads[(loads > tightest[1]) & (loads < ceiling)]
-    betas = np.unique(between)
+    between = [own[(own > tightest[1]) & (own < ceiling)] for own in distinct(loads)]
+    betas = np.unique(np.concatenate(between))
     intervals = [(0, len(betas), free)]
     while intervals:
         low, high, floor = intervals.pop()
@@ -146,6 +158,8 @@ def assign(loads: Array, cuts: Array, micro_batches: int) -> Assignment | None:
 
 Stages = tuple[tuple[TensorGroup, ...], ...]
 """The tensor groups of every stage of a pipeline."""
+Replicas = Sequence[tuple[TensorGroup, int]]
+"""Tensor groups with the rows that each has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +241,11 @@ def recut(
     costs: Costs, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> Fitted | None:
     """Does what `fit_pipeline` does, with the rows given as well."""
-    loads = np.array(
-        [
-            stage_loads(costs, stage, _held(s, stages, micro_batches, schedule))
-            for s, stage in enumerate(stages)
-        ]
-    )
-    size = loads.shape[1]
-    cuts = np.zeros((max(len(stages) - 1, 0), size))
+    loads = [
+        stage_loads(costs, stage, _held(s, stages, micro_batches, schedule))
+        for s, stage in enumerate(stages)
+    ]
+    cuts = np.zeros((max(len(stages) - 1, 0), len(loads[0])))
     for s, (here, there) in enumerate(pairwise(stages)):
         cuts[s] = cut_seconds(costs, here, there)
     found = assign(loads, cuts, micro_batches)
@@ -252,23 +263,30 @@ def _held(
 
 def stage_loads(costs: Costs, stage: StageDevices, held: int) -> Array:
     """Returns the seconds [L + 1, L + 1] of the slowest replica, recomputing where one of them does
-    not fit otherwise; infinite where one does not fit even then."""
-    plain = _slowest(costs, stage, held, recompute=False)
+    not fit otherwise; infinite where one does not fit even then. Stages that are alike share the
+    array."""
+    replicas = distinct_replicas(costs, stage.groups, stage.rows)
+    kinds = frozenset((group_kind(costs, group), rows) for group, rows in replicas)
+    key = ("stage loads", kinds, held)
+    return remembered(costs, key, lambda: _stage_loads(costs, replicas, held))
+
+
+def _stage_loads(costs: Costs, replicas: Replicas, held: int) -> Array:
+    plain = _slowest(costs, replicas, held, recompute=False)
     size = len(plain)
     if costs.recomputed is None or np.isfinite(plain).sum() == size * (size - 1) // 2:
         return plain
-    return np.where(np.isfinite(plain), plain, _slowest(costs, stage, held, recompute=True))
+    return np.where(np.isfinite(plain), plain, _slowest(costs, replicas, held, recompute=True))
 
 
-def _slowest(costs: Costs, stage: StageDevices, held: int, *, recompute: bool) -> Array:
-    worst: Array | None = None
-    for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+def _slowest(costs: Costs, replicas: Replicas, held: int, *, recompute: bool) -> Array:
+    every = []
+    for group, rows in replicas:
         key = ("loads", group_kind(costs, group), rows, held, recompute)
         make = partial(_replica_loads, costs, group, rows, held, recompute=recompute)
-        loads = remembered(costs, key, make)
-        worst = loads if worst is None else np.maximum(worst, loads)
-    assert worst is not None, "a stage has units"
-    return worst
+        every.append(remembered(costs, key, make))
+    found: Array = np.max(every, axis=0)
+    return found
 
 
 def _replica_loads(
