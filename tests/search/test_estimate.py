@@ -25,6 +25,7 @@ from meshwright.search.estimate import (
 )
 from meshwright.search.explain import as_plan
 from meshwright.search.explore import candidates_of
+from meshwright.search.grid_memory import fitting_loads, memory_of
 from meshwright.search.layer_partition import assign, chain_loads
 from meshwright.search.placement import placements
 from meshwright.search.space import DeviceSet, Grid, Shape, grids, shapes
@@ -183,7 +184,21 @@ def test_of_equally_balanced_cuts_one_with_lighter_ends_is_taken():
     candidate = Candidate(DeviceSet(devices=devices), place, shape)
     facts = chain(costs, candidate)
     loads = chain_loads(facts.forward + facts.backward)
-    balanced = assign(loads, facts.forward_cut + facts.backward_cut, 16)
+    balanced = assign(list(loads), facts.forward_cut + facts.backward_cut, 16)
     found = evaluate(costs, candidate)
     assert found.bounds[1] < balanced.bounds[1]
     assert found.seconds < 0.95 * step_seconds(costs, candidate, balanced.bounds, facts)
+
+
+def test_stages_that_are_alike_share_the_table_of_their_layers():
+    """Eight stages of two kinds that hold as many micro-batches have two tables: their number grows
+    with the kinds of devices, not with the stages."""
+    where = cluster(("fast",) * 4, ("slow",) * 4)
+    costs = costs_of(model([100.0] * 16), where, job(32))
+    devices, grid = devices_of(where), Grid(data=1, tensor=1, stages=8)
+    shape = Shape(grid=grid, rows=1, micro_batches=32, schedule="gpipe")
+    place = placements(devices, grid, SPEED)[0]
+    memory = memory_of(costs, place, shape)
+    loads = fitting_loads(costs, place, shape, memory)
+    assert [id(own) for own in loads] == [id(loads[0])] * 4 + [id(loads[4])] * 4
+    assert loads[0] is not loads[4]
