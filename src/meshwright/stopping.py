@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 
 class Stopped(Exception):  # noqa: N818 - named for what happened
-    """The work was asked to stop, and has no result."""
+    """Is raised in work that was asked to stop, and has no result."""
 
 
 def never() -> bool:

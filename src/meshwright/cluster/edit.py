@@ -28,7 +28,7 @@ EDITED_SUFFIX = ", edited"
 
 @record
 class EditedCluster:
-    """A cluster after edits, with notes on them."""
+    """Holds a cluster after some edits, with a note on each of them."""
 
     cluster: Cluster
     notes: tuple[str, ...]
@@ -42,8 +42,8 @@ def edit_cluster(
     added: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> EditedCluster:
-    """Removes, then add, then set. Raises ClusterError with one Problem for every edit at fault,
-    and if no device is left."""
+    """Removes nodes, then adds some, then sets figures. Raises ClusterError with one Problem for
+    every edit at fault, and if no device is left."""
     problems: list[Problem] = []
     notes: list[str] = []
 

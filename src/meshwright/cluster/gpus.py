@@ -42,7 +42,7 @@ _MENDS = (
 
 @record
 class DetectedGpus:
-    """The GPUs that were found, and what could not be read."""
+    """Holds the GPUs that were found on a machine, and what could not be read."""
 
     gpus: tuple[Gpu, ...] = ()
     notes: tuple[str, ...] = ()

@@ -13,7 +13,8 @@ from meshwright.records import record
 
 @record
 class ScheduledStages:
-    """Groups the ranks that hold the same stages: one pipeline rank."""
+    """Holds the stages of one pipeline rank (a group of ranks that hold the same stages), and their
+    schedule."""
 
     stages: tuple[StagePlacement, ...]
     order: Order

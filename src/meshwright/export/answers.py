@@ -41,7 +41,7 @@ PARTS_OF_IT = "field by field"
 
 @dataclass(frozen=True, slots=True)
 class ExportedTraining:
-    """The training that a tool shall express."""
+    """Holds the training that a tool shall express."""
 
     plan: Plan
     grid: RegularGrid
@@ -58,7 +58,8 @@ def _no_words(value: Any, asked: ExportedTraining) -> str:  # noqa: ARG001
 
 @dataclass(frozen=True, slots=True)
 class PropertyAnswer:
-    """How a tool expresses one property; the functions take its value and the whole training."""
+    """Says how a tool expresses one property; the functions take its value and the whole
+    training."""
 
     told: str
     """What the table in the docs says."""

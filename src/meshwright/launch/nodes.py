@@ -33,7 +33,8 @@ PORT = 29500
 
 @record
 class RunNodes:
-    """The machines of a run, and where they meet: nodes.json in the run folder."""
+    """Lists the machines of a run, and says where its ranks meet; nodes.json in the run folder
+    holds it."""
 
     nodes: dict[str, Endpoint]
     """Endpoints by node name, in the order of their first ranks."""

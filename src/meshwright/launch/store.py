@@ -26,7 +26,7 @@ START_SECONDS = 60.0
 
 @record
 class Rendezvous:
-    """Address, port and secret by which the ranks of a run meet."""
+    """Says where the ranks of a run meet, and holds the secret by which they know each other."""
 
     address: str
     port: int

@@ -34,7 +34,7 @@ KILL_SECONDS = 3.0
 
 
 class ForkServer:
-    """The fork server as its launcher sees it; a context manager.
+    """Controls the fork server from the launcher's process. It is a context manager.
 
     It starts to import `modules` at once, while the launcher goes on.
     """

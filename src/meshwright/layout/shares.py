@@ -12,7 +12,7 @@ from meshwright.records import record
 
 @record
 class Share:
-    """The shares with indices [first, last) when something is divided into `of` equal shares.
+    """Describes a share of something that is cut into `of` equal parts: the parts [first, last).
 
     Rank 1 of 4 has the share first = 1, last = 2, of = 4.
     """

@@ -19,7 +19,8 @@ Layout = Mapping[int, Tile]
 
 @record
 class UnitTask:
-    """A box to be moved that lies within one box of the source and one of the target."""
+    """Describes a box that must be moved as one piece: it lies within one box of the source layout
+    and one of the target layout."""
 
     box: Box
     holders: tuple[int, ...]
@@ -124,7 +125,8 @@ def _by_box(layout: Layout) -> dict[Box, tuple[int, ...]]:
 
 
 class _Sorted:
-    """Sorted boxes, searched by their first dimension."""
+    """Keeps boxes sorted by their first dimension, so that those that may intersect another box are
+    found quickly."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         self.boxes = boxes

@@ -56,7 +56,7 @@ LEAST_SECONDS = 0.01
 
 @record
 class RentedPlan:
-    """A plan with what it achieves and costs."""
+    """Holds a plan with what it achieves and costs."""
 
     plan: Plan
     outcome: Outcome
@@ -64,7 +64,7 @@ class RentedPlan:
 
 @record
 class RentalChoice:
-    """The plans that were found for the rentals of a cluster, and the best of them."""
+    """Holds the plans that were found for the rentals of a cluster, and the best of them."""
 
     best: RentedPlan
     found: tuple[RentedPlan, ...]
@@ -83,7 +83,7 @@ class RentalChoice:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """All that the search of a plan depends on but the devices."""
+    """Holds all that the search of a plan depends on, except the devices."""
 
     model: LayerGraph
     cluster: Cluster
@@ -106,7 +106,7 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Rental:
-    """A rental that may be searched."""
+    """Describes a rental that may be searched."""
 
     counts: Counts
     cluster: Cluster
@@ -116,7 +116,7 @@ class _Rental:
 
 @dataclass(slots=True)
 class _Searched:
-    """What has been found so far."""
+    """Collects what has been found so far."""
 
     plans: dict[Counts, RentedPlan] = field(default_factory=dict)
     """The best plan found by the devices that it uses, up to the names of equal nodes."""

@@ -25,7 +25,7 @@ shall be least, and what decides between two that are equal in both."""
 
 @dataclass(frozen=True, slots=True)
 class ClusterPrices:
-    """The hourly prices of the devices of one cluster."""
+    """Gives the hourly prices of the devices of one cluster."""
 
     prices: HourlyPrices
     types: dict[str, str]

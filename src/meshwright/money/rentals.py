@@ -30,7 +30,7 @@ Counts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class NodeClass:
-    """Interchangeable nodes."""
+    """Groups interchangeable nodes, which a rental only counts."""
 
     nodes: tuple[Node, ...]
     """The nodes, in the order of the cluster, which is the order in which they are rented."""
@@ -41,7 +41,7 @@ class NodeClass:
 
     @property
     def each(self) -> int:
-        """Number of devices of each node."""
+        """Returns the number of devices of each node."""
         return len(self.nodes[0].devices)
 
 

@@ -31,7 +31,7 @@ Member = TypeVar("Member", covariant=True)
 
 @record
 class Mesh(Generic[Member]):
-    """Ranks, or devices, on the axes of a stage."""
+    """Arranges ranks, or devices, along the axes of a stage."""
 
     members: tuple[Member, ...]
     """All of them, in the order of their coordinates."""

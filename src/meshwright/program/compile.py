@@ -88,7 +88,7 @@ _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
 
 @record
 class PipelineRank:
-    """Describes a group of devices: the ranks that hold the same stages, and their schedule."""
+    """Describes a group of ranks that hold the same stages, and their schedule."""
 
     stages: dict[int, StagePlacement]
     """The stages, by position in the pipeline."""

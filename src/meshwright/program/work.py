@@ -1,5 +1,5 @@
-"""A pipeline's work in seconds and bytes, and how long any order of it takes: quick enough to try
-thousands of orders.
+"""Describes a pipeline's work in seconds and bytes, and computes how long any order of it takes:
+quickly enough to try thousands of orders.
 
 Timing follows the rules of program/instructions.py on links that nothing else uses, so that the
 simulator comes to the same seconds there.
@@ -33,12 +33,13 @@ message is sent: at the ends of the pipeline, and inside a group."""
 
 @record
 class Work:
-    """What the stages of one pipeline have to do for every micro-batch."""
+    """Says what the stages of one pipeline have to do for every micro-batch, in seconds and
+    bytes."""
 
     layout: StageLayout
     micro_batches: int
     forward: tuple[float, ...]
-    """Seconds by stage; so are the next three."""
+    """Seconds of a forward, by stage; the next three are by stage, too."""
     whole: tuple[float, ...]
     """Seconds of a backward that is not split in two."""
     inputs: tuple[float, ...]
@@ -153,6 +154,8 @@ def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
 
 
 class _Play:
+    """Plays the orders of all groups of a pipeline, and keeps when each of their actions ends."""
+
     def __init__(self, work: Work, codes: Sequence[Codes]) -> None:
         stages = len(work.forward)
         self.codes = codes

@@ -31,7 +31,7 @@ MOST_LINKS = 12
 
 @record
 class ComparedPlans:
-    """The comparison of two plans as `--json` prints it."""
+    """Holds the comparison of two plans as `--json` prints it."""
 
     plans: tuple[dict[str, Any], dict[str, Any]]
     """Facts of the two plans, with names for the links."""

@@ -19,7 +19,7 @@ from meshwright.records import record
 
 @record
 class Parameter:
-    """A whole parameter of the model."""
+    """Describes a whole parameter of the model."""
 
     name: str
     """Name in the model, such as `blocks.0.attention.output.weight`; the first, if it is tied."""

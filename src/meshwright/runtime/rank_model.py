@@ -50,7 +50,7 @@ from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup
 
 @dataclass(slots=True)
 class LocalStage:
-    """One of the stages that a rank holds, and its connections to the stages before and after."""
+    """Holds a stage of this rank, and its connections to the stages before and after it."""
 
     placement: RankPlacement
     stage: StageModule
@@ -66,7 +66,7 @@ class LocalStage:
 
 @dataclass(slots=True)
 class RankModel:
-    """One rank's stages, parameters and gradient buckets, ready for the first step."""
+    """Holds one rank's stages, parameters and gradient buckets, ready for the first step."""
 
     stages: dict[int, LocalStage]
     """This rank's stages, keyed by stage number."""

@@ -1,4 +1,4 @@
-"""The weights and optimizer states of one rank, which other rooms read and write box by box."""
+"""Lets other rooms read and write the weights and optimizer states of one rank, box by box."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ states, such as "exp_avg"."""
 
 @dataclass
 class RankState:
-    """What training changes on one rank, by the name of a parameter, a kind and a box.
+    """Reads and writes what training changes on one rank: weights and optimizer states, each by the
+    name of its parameter, a kind and a box.
 
     Boxes are those of the whole parameter; a state that is one number for a whole parameter, such
     as a count of steps, has the box (). Raises TrainingError for a box that is not all on this

@@ -32,7 +32,7 @@ FREE_CORES = 0.1
 
 @record
 class TestbedFile:
-    """The content of `testbed.toml`."""
+    """Holds the content of `testbed.toml`."""
 
     format: Format = 1
     name: Name
@@ -63,7 +63,7 @@ class TestbedFile:
 
 @record
 class Testbed:
-    """A testbed that can be brought up."""
+    """Describes a testbed that can be brought up."""
 
     name: Name
     source: Line

@@ -22,7 +22,7 @@ from meshwright.workflows.train import Launch, RunOutcome, train_here
 
 @record
 class TestbedRun:
-    """One training run on a testbed."""
+    """Describes one training run on a testbed, and how much other programs disturbed it."""
 
     outcome: RunOutcome
     foreign_share: float

@@ -74,7 +74,7 @@ network = { bandwidth = "8 Gbit/s", latency = "100 us" }
 
 @record
 class TimedPlan:
-    """One plan of the comparison, with its predicted and measured times."""
+    """Holds one plan of the comparison, with its predicted and measured times."""
 
     title: str
     plan: Plan

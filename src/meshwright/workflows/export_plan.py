@@ -27,7 +27,7 @@ Cuts = tuple[tuple[int, int], ...]
 
 @record
 class ExportedPlan:
-    """A plan and the files for another tool."""
+    """Holds a plan, and the files that another tool needs to train by it."""
 
     plan: Plan
     files: dict[str, str]

@@ -1,4 +1,4 @@
-"""Counted: all operations of transformers as counts of FLOPs, bytes moved and bytes saved, without
+"""Counts the FLOPs, the bytes moved and the bytes saved of all operations of transformers, without
 torch.
 
 Each operation counts what the module of `model.zoo.described` does, kernel by kernel, as

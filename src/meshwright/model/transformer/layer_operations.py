@@ -1,4 +1,4 @@
-"""The abstract operations in which `forward` describes the layers of transformers.
+"""Declares the abstract operations in which `forward` describes the layers of transformers.
 
 There are two implementations: `counted.Counted` counts the cost of each operation, without torch,
 and `model.zoo.described.Computed` computes it. Values have the shape (rows, tokens, features)
@@ -21,7 +21,7 @@ Value = Any
 
 
 class Operations(Protocol):
-    """The operations that a layer's forward may call."""
+    """Declares the operations that the forward of a layer may call."""
 
     def linear(
         self,

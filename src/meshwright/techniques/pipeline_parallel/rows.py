@@ -19,7 +19,7 @@ from meshwright.records import record
 
 @record
 class Move:
-    """Rows that one rank sends to another."""
+    """Says which rows one rank sends to another."""
 
     source: int
     target: int
