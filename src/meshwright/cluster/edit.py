@@ -111,7 +111,8 @@ def without_devices(cluster: Cluster, gone: Collection[str]) -> Cluster:
 
 
 def _without(node: Node, gone: Collection[str]) -> Node:
-    """Returns a node without some devices. An island of which one device is left is none."""
+    """Returns a node without some devices. An island is dropped if only one of its devices is
+    left."""
     left = [i for i in range(len(node.devices)) if f"{node.name}:{i}" not in gone]
     groups = [
         tuple(left.index(index) for index in group if index in left)

@@ -116,7 +116,7 @@ class MemoryTables:
 
 @lru_cache(maxsize=8)
 def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
-    """Builds both tables for a model trained by a job."""
+    """Builds the memory tables of a model trained by a job, with and without recomputation."""
     return MemoryTables(
         plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
     )
@@ -156,8 +156,8 @@ def _saved(layers: Sequence[Layer | None]) -> SavedTable:
 
 
 def _untrained(model: LayerGraph) -> list[Layer | None]:
-    """Returns the layers that hold frozen weights and no trained ones; None in place of each other
-    one."""
+    """Returns the layers that hold frozen weights and no trained ones; None stands for every other
+    layer."""
     trained = {n for tied in model.tied if tied.parameters for n in tied.layers}
     frozen = {n for tied in model.tied if tied.frozen_parameters for n in tied.layers}
     return [
@@ -342,7 +342,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
 def memory_by_class(
     plan: Plan, model: LayerGraph, cluster: Cluster
 ) -> Iterator[tuple[DeviceMemory, list[RankPlacement]]]:
-    """Predicts the peak bytes of one device of every set that holds as much, with the set.
+    """Groups devices with equal needs, and predicts the peak bytes of one device of each group.
 
     Activations are the most that a device holds at any point of its schedule.
     """

@@ -91,7 +91,7 @@ class RankContext:
     pricing: PricingContext
 
     def stage_of(self, i: Instruction) -> PricedStage:
-        """Returns the placement of the stage for which the rank carries out an instruction."""
+        """Returns the rank's placement in the stage of an instruction."""
         return self.stages[i.stage]
 
 

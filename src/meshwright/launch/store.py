@@ -51,7 +51,7 @@ def open_store(
     token: str | None = None,
     namespace: str | None = None,
 ) -> Rendezvous:
-    """Starts a store that listens on this address alone, on a free port if none is given.
+    """Starts a store that listens on `address` alone, on a free port if none is given.
 
     Raises LaunchError if the address is not one of this machine or the port is taken.
     """

@@ -59,9 +59,9 @@ def holder(share: Share, width: int) -> int:
 
 
 def flat_share(sizes: Sequence[int], width: int, index: int) -> list[Range]:
-    """Returns the elements of each of some tensors that rank `index` of `width` has, where the
-    tensors are laid end to end, filled up to a multiple of `width` and cut into equal shares; the
-    range of a tensor of which it has nothing ends no later than it begins."""
+    """Lays tensors of these sizes end to end, cuts them into `width` equal shares (the last may be
+    shorter), and returns which elements of each tensor rank `index` has. If it has none of a
+    tensor, the range ends where it begins, or before."""
     length = -(-sum(sizes) // width)
     first, last = index * length, (index + 1) * length
     starts = (0, *accumulate(sizes))

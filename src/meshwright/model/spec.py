@@ -234,11 +234,9 @@ _FINGERPRINTED = {
 
 
 def content_fingerprint(model: LayerGraph) -> str:
-    """Returns a fingerprint of everything in a graph.
-
-    It is that of graphs whose only axis was `tensor`, and without the fields of `_LATER` that have
-    their default, so that measurements made for older graphs are still found.
-    """
+    """Returns a fingerprint of everything in a graph. What is divided along `tensor` enters it in
+    the form that it had when that was the only axis, and fields of `_LATER` are left out where they
+    have their default, so that measurements made for older graphs are still found."""
     found = plain(model)
     for each, layer in zip(found["layers"], model.layers, strict=True):
         tensor = plain(layer.along("tensor"))

@@ -64,7 +64,7 @@ class StagePlacement:
 
 @record
 class RankView:
-    """Shows one rank of a plan as techniques see it."""
+    """Gives techniques what they may know of one rank of a plan."""
 
     stages: tuple[StagePlacement, ...]
     """The stages that the rank holds, in layer order."""

@@ -129,8 +129,8 @@ class LayerCase:
 def layer_cases(
     settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]
 ) -> Iterator[LayerCase]:
-    """Yields every pair of width and rows, with those of the distinct layers that can be divided by
-    that width."""
+    """Yields every pair of tensor width and rows, with those of the distinct layers that the width
+    can divide."""
     for tensor, rows in product(settings.tensor, settings.rows):
         legal = tuple(n for n in layers if graph.layers[n].along("tensor").units % tensor == 0)
         if legal:

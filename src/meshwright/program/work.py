@@ -148,7 +148,8 @@ def seconds(work: Work, codes: Sequence[Codes]) -> float:
 
 @lru_cache(maxsize=1)
 def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
-    """Returns the seconds by code, and what stages wait for: the same for thousands of orders."""
+    """Returns the seconds of every action, by its code, and what each stage waits for; they are the
+    same for thousands of orders."""
     each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
     return list(chain.from_iterable(each)), work.waits
 
@@ -167,7 +168,7 @@ class _Play:
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
 
     def advance(self, group: int) -> bool:
-        """Plays a group until it has to wait for another; whether it moved."""
+        """Plays a group until it has to wait for another; returns True if it advanced."""
         own, ends = self.codes[group], self.ends[group]
         began = k = len(ends)
         now = ends[-1] if ends else 0.0

@@ -32,7 +32,8 @@ class Parameter:
     """How tensor parallelism divides it; None if every rank holds all of it."""
 
     def tile(self, share: Share) -> Tile:
-        """Returns the part of it that a share covers: all of it if it is not divided."""
+        """Returns the part of this parameter that a share covers: all of it if it is not
+        divided."""
         return tile_of(self.split, self.name.rpartition(".")[2], self.shape, share)
 
 

@@ -44,11 +44,9 @@ def train_on(
     title: str = "training",
     console: Console | None = None,
 ) -> TestbedRun:
-    """Trains by a plan on the testbed, and tries again if others disturb the run.
-
-    Raises what `training.train_here` raises, and LaunchError for a plan that virtual devices cannot
-    follow.
-    """
+    """Trains by a plan on the testbed, and tries again if others disturb the run. Raises what
+    `workflows.train.train_here` raises, and LaunchError for a plan that virtual devices cannot
+    follow."""
     testbed = launcher.testbed.testbed
     runs: list[TestbedRun] = []
     for attempt in range(1, testbed.attempts + 1):

@@ -111,7 +111,7 @@ def run_demo(folder: Path, steps: int, limits: SearchLimits) -> None:
 
 
 def _prepare(folder: Path, console: Console) -> Session:
-    """Writes the cluster file, profile the cluster, and opens a session."""
+    """Writes the cluster file, profiles the cluster, and opens a session."""
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
     files.write_text(cluster, CLUSTER)
     console.rule("profile")

@@ -131,7 +131,7 @@ def _best_plan(
 
 
 def _merit(option: WhatIfOption, judge: _Judge) -> tuple[float, ...]:
-    """Returns what the best option has least of."""
+    """Returns the key by which options are compared; the best option has the least."""
     if judge.terms is None or option.expense is None or option.tokens_per_second is None:
         return (option.step_seconds or math.inf,)
     outcome = Outcome(

@@ -209,7 +209,8 @@ class TokenParameter(nn.Module):
 
 
 class TorchOperations:
-    """Carries out `transformer.operations.Operations` with torch, with one layer's parameters."""
+    """Implements `transformer.layer_operations.Operations` with torch and the parameters of one
+    layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
