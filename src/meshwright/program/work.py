@@ -146,6 +146,20 @@ def seconds(work: Work, codes: Sequence[Codes]) -> float:
     return max(own[-1] for own in ends) if ends is not None else float("inf")
 
 
+def last_backwards(
+    work: Work, codes: Sequence[Codes], ends: Sequence[Sequence[float]]
+) -> list[tuple[float, float]]:
+    """Returns when the last backward of every stage begins and ends, or the part of it that
+    computes the gradients of the weights, if it is in two parts."""
+    durations, _ = _durations(work)
+    spans = [(0.0, 0.0)] * len(work.forward)
+    for own, ended in zip(codes, ends, strict=True):
+        for code, end in zip(own, ended, strict=True):
+            if code & 3 in (B, W):
+                spans[code >> 2] = end - durations[code], end
+    return spans
+
+
 @lru_cache(maxsize=1)
 def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
     """Returns the seconds of every action, by its code, and what each stage waits for; they are the
