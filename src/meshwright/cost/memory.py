@@ -107,8 +107,7 @@ def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
 
 @record
 class MemoryTables:
-    """Holds one table for stages that keep their activations, and one for those that recompute
-    them."""
+    """Holds one table for stages that keep their activations, one for those that recompute them."""
 
     plain: MemoryTable
     recomputed: MemoryTable
@@ -321,7 +320,8 @@ Adjustment = Callable[[StageMemory, RankView], StageMemory]
 
 
 def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
-    """Returns what the techniques of a plan change in the memory of its ranks, in their order."""
+    """Returns the functions by which the techniques of a plan change the memory of its ranks, in
+    their order."""
     found = (adjustment(plan, model) for adjustment in provided("memory", "adjustment"))
     return tuple(each for each in found if each is not None)
 

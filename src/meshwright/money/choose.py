@@ -119,7 +119,7 @@ class _Searched:
     """Collects what has been found so far."""
 
     plans: dict[Counts, RentedPlan] = field(default_factory=dict)
-    """The best plan found by the devices that it uses, up to the names of equal nodes."""
+    """The best plan found for each combination of devices in use, which are counted by class."""
     misfits: list[Counts] = field(default_factory=list)
     answered: list[tuple[Counts, Counts]] = field(default_factory=list)
     """For each rental that was searched: what its plan uses, and the rental."""

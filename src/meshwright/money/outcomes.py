@@ -19,8 +19,8 @@ HOUR = 3600.0
 """Seconds for which an hourly price is paid."""
 
 Merit = tuple[float, float, float]
-"""How well an outcome serves a user's terms, the least the best: how far it misses the limits, what
-shall be least, and what decides between two that are equal in both."""
+"""How well an outcome serves a user's terms; the least is best. It holds how far the outcome misses
+the limits, then what shall be least, then what decides if both are equal."""
 
 
 @dataclass(frozen=True, slots=True)

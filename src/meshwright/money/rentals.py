@@ -16,7 +16,7 @@ from meshwright.cluster.spec import Cluster, Link, Node, Precision
 from meshwright.money.outcomes import ClusterPrices, hourly_price
 
 MOST_RENTALS = 64
-"""Combinations up to which every number of nodes of a class is tried; of more, powers of two."""
+"""Largest number of combinations that are tried; of more, some numbers of nodes are left out."""
 
 ALONE_GROWTH = 4
 """Factor between two numbers of nodes of a class that is rented alone."""
@@ -30,7 +30,7 @@ Counts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class NodeClass:
-    """Groups interchangeable nodes, which a rental only counts."""
+    """Groups interchangeable nodes; a rental only says how many of them it has."""
 
     nodes: tuple[Node, ...]
     """The nodes, in the order of the cluster, which is the order in which they are rented."""

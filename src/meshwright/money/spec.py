@@ -20,7 +20,7 @@ Objective = Literal["time", "cost"]
 
 Measure = Literal["hour", "step", "token", "seconds", "rate"]
 """What a limit limits: the cost of an hour, of a step or of a token, the seconds of a step, or the
-tokens per second, of which it wants at least so many."""
+tokens per second, which must be at least the bound."""
 
 
 @record

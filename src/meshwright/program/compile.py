@@ -83,7 +83,7 @@ REDUCE_NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
-"""The whole operation for the part of it that exchanges the same tensors across a boundary."""
+"""The whole backward for the part of it that sends and receives what the whole one does."""
 
 
 @record
