@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -30,6 +32,10 @@ BEFORE_A_CLAUSE = {"Checks", "Connects", "Describes", "Notes", "Returns", "Says"
 """Verbs that one of these words may follow: `Checks that ...`."""
 UNREAD = {"search"}
 """Rooms whose classes and functions are still explained by nouns."""
+CLASS = re.compile(r"`(?:[a-z_]+\.)*([A-Z]\w*[a-z]\w*)(?:\.\w+)*`")
+FILE = re.compile(r"`(?:\w+/)*([a-z_]+\.py)`")
+WRITES_FILES = "export"
+"""The room whose docstrings name files that it writes for other tools."""
 IMPERATIVE = {"cli"}
 """Rooms whose functions are verbs of the command line, explained to users in its help."""
 
@@ -108,3 +114,17 @@ def test_classes_and_functions_are_explained_by_sentences_with_a_verb() -> None:
             told = path.parts[0] in IMPERATIVE and not is_class
             if text and not told and not text.startswith("True if "):
                 assert _begins_with_a_verb(text), f"{path}:{node.name} has no verb: {text[:60]!r}"
+
+
+def test_docstrings_name_classes_and_files_that_exist() -> None:
+    trees = {path: tree_of(PACKAGE / path) for path in PATHS}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)} | {*dir(builtins)}
+    files = {path.name for path in PATHS}
+    for path, tree in trees.items():
+        own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for name, text in _docstrings(tree):
+            unknown = {*CLASS.findall(text)} - classes - own
+            if path.parts[0] != WRITES_FILES:
+                unknown |= {*FILE.findall(text)} - files
+            assert not unknown, f"{path}:{name} names what does not exist: {sorted(unknown)}"
