@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from meshwright.cost.memory import (
 )
 from meshwright.errors import Problem
 from meshwright.model.spec import Layer, LayerGraph
-from meshwright.plan.ranks import RankPlacement, StagePlacement
+from meshwright.plan.ranks import StagePlacement
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.units import format_bytes
 
@@ -39,32 +40,31 @@ def memory_problems(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Pr
     help."""
     tables = memory_tables(model, plan.job)
     by_device = {memory.device: memory for memory in device_memory(plan, model, cluster)}
+    types = {device.name: cluster.types[device.type] for device in devices_of(cluster)}
     problems = []
     for scheduled in scheduled_stages(plan):
         stage, count = scheduled.stages[0], len(scheduled.stages)
         held = peak_activation_bytes(scheduled, (1.0,) * count, (1.0,) * count)
+        advice = cache(partial(_what_helps, model, tables, stage, held=held))
         for placement in stage.mesh.members:
             memory = by_device[placement.device]
             excess = total_bytes(memory) - memory.capacity
             if excess > 0:
-                room = memory.capacity - framework_bytes(_type_of(cluster, placement.device))
+                room = memory.capacity - framework_bytes(types[placement.device])
+                rows = placement.rows[1] - placement.rows[0]
                 problems.append(
                     Problem(
                         f"plan {plan.name}",
                         scheduled.path,
                         f"{_sizes(memory)} on {placement.device}, {format_bytes(excess)} too much",
                         f"at most {format_bytes(memory.capacity)}",
-                        _what_helps(model, tables, stage, placement, held, room)
+                        advice(placement.width("tensor"), rows, room)
                         if count == 1
                         else SMALLER_SHARE_ADVICE,
                         each=("device", placement.device),
                     )
                 )
     return tuple(problems)
-
-
-def _type_of(cluster: Cluster, device: str) -> DeviceType:
-    return next(cluster.types[d.type] for d in devices_of(cluster) if d.name == device)
 
 
 def _sizes(memory: DeviceMemory) -> str:
@@ -86,17 +86,18 @@ def _what_helps(
     model: LayerGraph,
     tables: MemoryTables,
     stage: StagePlacement,
-    placement: RankPlacement,
-    held: float,
+    tensor: int,
+    rows: int,
     room: float,
+    *,
+    held: float,
 ) -> str:
     """Returns which single changes make the stage fit.
 
     They are recomputation, the longest prefix of its layers, the most rows, and the least wider
     tensor width.
     """
-    (first, last), rows = stage.layers, placement.rows[1] - placement.rows[0]
-    tensor, table = placement.width("tensor"), stage_table(tables, stage)
+    (first, last), table = stage.layers, stage_table(tables, stage)
     ends, sizes = np.arange(first + 1, last + 1), np.arange(1, rows)
     by_layers = stage_memory_bytes(table, (np.full_like(ends, first), ends), tensor, rows, held)
     by_rows = stage_memory_bytes(table, stage.layers, tensor, sizes, held)
