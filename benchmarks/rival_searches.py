@@ -39,7 +39,7 @@ from meshwright.search.costs import (
 from meshwright.search.incumbent import work_of
 from meshwright.search.layer_partition import Stages, apportion, recut
 from meshwright.search.space import divisors
-from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
+from meshwright.simulate.symmetry import simulate_by_symmetry
 
 FITTED = 900
 """Drafts whose layers are cut, at most; the most promising first."""
@@ -132,7 +132,7 @@ def play(costs: Costs, line: CandidatePipeline, schedule: ScheduleName) -> tuple
 def play_plan(costs: Costs, plan: Plan) -> tuple[float, int]:
     """The same of a plan."""
     timeline = simulate_by_symmetry(plan, costs.model, costs.cluster, costs.profile)
-    return timeline.step_seconds, work_of(plan, find_symmetry(plan, costs.cluster))
+    return timeline.step_seconds, work_of(costs, plan)
 
 
 def _in_any_schedule(

@@ -108,7 +108,7 @@ ROOM_LINES = {
     "rivals": 300,
     "runtime": 4_700,
     "search": 8_600,
-    "simulate": 1_650,
+    "simulate": 1_900,
     "testbed": 1_550,
     "workflows": 1_920,
 }

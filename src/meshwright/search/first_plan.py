@@ -21,7 +21,6 @@ from meshwright.search.device_classes import (
 from meshwright.search.incumbent import Evaluated, Incumbent, Strategy, simulated, work_of
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.space import divisors, legal_widths
-from meshwright.simulate.symmetry import find_symmetry
 from meshwright.stopping import raise_if_stopped
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -40,7 +39,7 @@ def plain_plan(incumbent: Incumbent) -> Evaluated | None:
         return None
     schedule, pipelines = strategy
     plan = plan_of(costs, pipelines, schedule, incumbent.cluster_print)
-    if work_of(plan, find_symmetry(plan, costs.cluster)) > MOST_WORK:
+    if work_of(costs, plan) > MOST_WORK:
         return None
     seconds = simulated(costs, plan).step_seconds
     missing = len(costs.devices) - len(plan.devices)

@@ -21,7 +21,7 @@ from meshwright.search.candidate import (
 from meshwright.search.costs import Costs
 from meshwright.simulate.critical_path import step_breakdown as parts_of
 from meshwright.simulate.simulated_step import SimulatedStep
-from meshwright.simulate.symmetry import Symmetry, find_symmetry, simulate_by_symmetry
+from meshwright.simulate.symmetry import find_symmetry, simulate_by_symmetry
 from meshwright.stopping import never
 
 Strategy = tuple[ScheduleName, tuple[CandidatePipeline, ...]]
@@ -164,7 +164,7 @@ def try_candidate(incumbent: Incumbent, strategy: Strategy) -> bool:
     if _copies_overfill(costs, plan):
         incumbent.pruned["does not fit in memory"] += 1
         return False
-    work = work_of(plan, find_symmetry(plan, costs.cluster))
+    work = work_of(costs, plan)
     if incumbent.best and work > max(incumbent.work, 0) // 4:
         incumbent.pruned["too much to simulate in what is left of the budget"] += 1
         return False
@@ -184,9 +184,10 @@ def _copies_overfill(costs: Costs, plan: Plan) -> bool:
     return len(widths) > 1 and bool(memory_problems(plan, costs.model, costs.cluster))
 
 
-def work_of(plan: Plan, folded: Symmetry) -> int:
+def work_of(costs: Costs, plan: Plan) -> int:
     """Counts the micro-batches, and the reductions of about a layer each, of all ranks that are
     simulated."""
+    folded = find_symmetry(plan, costs.cluster, costs.model)
     running = {plan.devices[rank] for rank in folded.ranks}
     work = 0
     for pipeline in plan.pipelines:

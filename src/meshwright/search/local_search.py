@@ -21,7 +21,6 @@ from meshwright.search.hill_climb import LocalSearch, around, climb, rate
 from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate, work_of
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.template_search import template_strategies
-from meshwright.simulate.symmetry import find_symmetry
 
 STEPS = (640_000, 20_000, 3_000_000)
 """Steps of a search (about a microsecond each): at least, for each device, and at most."""
@@ -119,7 +118,7 @@ def _quick_to_simulate(incumbent: Incumbent, ordered: Sequence[Strategy]) -> lis
     works = []
     for number, (schedule, pipelines) in enumerate(ordered):
         plan = plan_of(incumbent.costs, pipelines, schedule)
-        works.append((work_of(plan, find_symmetry(plan, incumbent.costs.cluster)), number))
+        works.append((work_of(incumbent.costs, plan), number))
         if works[-1][0] <= MOST_WORK:
             quick.append(ordered[number])
         if len(quick) == TEMPLATES_PLAYED:

@@ -60,7 +60,6 @@ from meshwright.search.incumbent import (
 from meshwright.search.inputs import check_inputs
 from meshwright.search.local_search import improve
 from meshwright.search.options import options_without
-from meshwright.simulate.symmetry import find_symmetry
 from meshwright.stopping import Stopped, never, stoppable
 
 SIMULATED_WORK = 80_000
@@ -254,7 +253,7 @@ def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: 
         title = _title(name, estimate)
         hopeless = incumbent.best and estimate.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
-        if incumbent.best and work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) > most:
+        if incumbent.best and work_of(incumbent.costs, plan) > most:
             incumbent.pruned["too much to simulate"] += 1
         else:
             simulate_and_record(incumbent, plan, title)

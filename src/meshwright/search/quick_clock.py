@@ -94,7 +94,7 @@ def _priced(plan: Plan, costs: Costs) -> tuple[Program, Prices]:
     cheapest ranks to simulate."""
     pair = tuple(replace(p, micro_batches=2, actions=_there_and_back(p)) for p in plan.pipelines)
     probe = replace(plan, schedule="custom", pipelines=pair)
-    folded = find_symmetry(plan, costs.cluster)
+    folded = find_symmetry(plan, costs.cluster, costs.model)
     priced = PricedPlan(
         probe,
         costs.model,

@@ -206,7 +206,7 @@ def test_one_of_equal_replicas_stands_for_all(
     cluster = one_node(16, latency=1e-5, shared=shared)
     grid = even_plan(model, cluster, data=data, tensor=tensor, stages=stages, micro_batches=2)
     plan = dividing(grid, *only)
-    assert len(find_symmetry(plan, cluster).ranks) == stages
+    assert len(find_symmetry(plan, cluster, model).ranks) == stages
     whole, folded = simulate_plan(plan, model, cluster), simulate_by_symmetry(plan, model, cluster)
     assert folded.step_seconds == pytest.approx(whole.step_seconds, rel=1e-9)
     assert step_breakdown(folded.timeline()) == pytest.approx(

@@ -8,7 +8,6 @@ from dataclasses import replace
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
-from meshwright.simulate.symmetry import find_symmetry
 
 KINDS: tuple[BoundaryKind, ...] = ("scatter_gather", "broadcast")
 
@@ -33,7 +32,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     for done, (changed, kind) in enumerate(tries):
         best = incumbent.best
         plan = with_boundaries(best.plan, changed, kind)
-        work = work_of(plan, find_symmetry(plan, incumbent.costs.cluster))
+        work = work_of(incumbent.costs, plan)
         if work > left:
             yield Pruned("too large to try", len(tries) - done)
             break

@@ -26,7 +26,6 @@ from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.quick_clock import as_actions, clocked_seconds, pipeline_works
-from meshwright.simulate.symmetry import find_symmetry
 
 FINALISTS, FINALISTS_OF_MANY = 12, 5
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
@@ -72,7 +71,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     """Proposes the finalists in their fastest orders."""
     chosen: list[tuple[Plan, int]] = []
     for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
-        if (work := work_of(plan, find_symmetry(plan, incumbent.costs.cluster))) > MOST_ACTIONS:
+        if (work := work_of(incumbent.costs, plan)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
             chosen.append((plan, work))

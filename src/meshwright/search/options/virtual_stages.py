@@ -28,7 +28,6 @@ from meshwright.search.options.other_schedules import (
     in_fastest_orders,
 )
 from meshwright.search.virtual_stage_partition import Bounds, cut_virtual_stages, group_by_stage
-from meshwright.simulate.symmetry import find_symmetry
 
 LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (
     ("interleaved-1f1b", 2),
@@ -68,7 +67,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     for plan in finalists(incumbent)[: OF_MANY if is_large(incumbent.costs) else None]:
         if not _hopeful(incumbent, plan):
             yield Pruned("lower bound above the best")
-        elif (work := work_of(plan, find_symmetry(plan, incumbent.costs.cluster))) > MOST_ACTIONS:
+        elif (work := work_of(incumbent.costs, plan)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
             for found in _divided_plans(incumbent, plan):

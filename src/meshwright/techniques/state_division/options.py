@@ -13,7 +13,6 @@ from meshwright.search.bounds import slowest_optimizer
 from meshwright.search.candidate import candidate_of
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import Evaluated, Incumbent, simplest, work_of
-from meshwright.simulate.symmetry import find_symmetry
 from meshwright.techniques.state_division.plan import holds, overlap
 
 DIVISION = StateDivision(optimizer="all")
@@ -37,7 +36,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     left, proposed = WORK, 0
     for played in _best_of_builds(incumbent):
         plan = divided(played.plan, incumbent.costs.model)
-        work = work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) if plan else 0
+        work = work_of(incumbent.costs, plan) if plan else 0
         if plan is None:
             yield Pruned("impossible for this plan")
         elif _least_seconds(incumbent, played) >= incumbent.limit:
