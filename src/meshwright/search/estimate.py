@@ -5,7 +5,8 @@ Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.cluster.topology import Resource, path
 from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
 from meshwright.cost.compute import optimizer_seconds
 from meshwright.cost.links import overhead_seconds
@@ -22,7 +24,6 @@ from meshwright.search.costs import (
     Array,
     Costs,
     TensorGroup,
-    pair,
     reduced_bytes,
     reduced_width,
     remembered,
@@ -140,19 +141,15 @@ def _cuts(costs: Costs, candidate: Candidate, row_bytes: Array, *, forward: bool
 
 def _transfer_price(costs: Costs, source: Stage, target: Stage) -> tuple[float, float]:
     """Returns the latency, and seconds for each byte of a replica, of all transfers of a stage."""
-    pairs = zip(source, target, strict=True)
-    ends = [each for one, other in pairs for each in zip(one, other, strict=True)]
-    return seconds_per_byte(costs, _transfers(costs, ends))
-
-
-def _transfers(costs: Costs, ends: Iterable[tuple[str, str]]) -> Iterator[Traffic]:
-    """Yields the transfers between pairs of devices, those between the same nodes as one."""
-    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for a, b in ends:
-        here, there = costs.devices[a].node, costs.devices[b].node
-        alike.setdefault((a, b) if here == there else (here, there), []).append((a, b))
-    for pairs in alike.values():
-        yield scaled(pair(costs, *pairs[0]), len(pairs) * PROBE_BYTES)
+    uses: Counter[Resource] = Counter()
+    latency = 0.0
+    for one, other in zip(source, target, strict=True):
+        for a, b in zip(one, other, strict=True):
+            way = path(costs.links, a, b)
+            uses.update(way.resources)
+            latency = max(latency, way.latency + costs.system.boundary if a != b else 0.0)
+    sizes = {resource: float(number * PROBE_BYTES) for resource, number in uses.items()}
+    return seconds_per_byte(costs, [Traffic(bytes_by_resource=sizes, latency=latency)])
 
 
 def evaluate(costs: Costs, candidate: Candidate) -> Estimate | Misfit:

@@ -8,7 +8,7 @@ are alike and all slices on a node have the same of their devices there.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
@@ -24,67 +24,52 @@ ReplicaSlice = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbourhood:
-    """The nodes of a cluster as the devices of a plan see them."""
+class Homes:
+    """The nodes of a cluster as slices see them."""
 
     nodes: dict[str, Node]
     node_of: dict[str, str]
     """The node of every device."""
     kind_of: dict[str, int]
     """A number for what makes two devices alike: type, links and site of the node."""
-    users: dict[str, set[int]]
-    """The pipelines that use each node."""
 
 
-def neighbourhood(
-    devices: Sequence[str], pipelines: Sequence[Pipeline], nodes: dict[str, Node]
-) -> Neighbourhood:
-    """Looks up the nodes of devices."""
+def homes_of(nodes: Iterable[Node]) -> Homes:
+    """Looks up the devices of nodes."""
     numbers: dict[object, int] = {}
-    homes, kinds = {}, {}
-    for device in devices:
-        name, _, index = device.rpartition(":")
-        homes[device], kind = name, _kind(nodes[name], int(index))
-        kinds[device] = numbers.setdefault(kind, len(numbers))
-    users: dict[str, set[int]] = defaultdict(set)
-    for p, pipeline in enumerate(pipelines):
-        for node in {homes[device] for device in devices_of_pipeline(pipeline)}:
-            users[node].add(p)
-    return Neighbourhood(nodes, homes, kinds, users)
+    homes = Homes({node.name: node for node in nodes}, {}, {})
+    for node in homes.nodes.values():
+        joined = node.islands and node.islands.link
+        shared = numbers.setdefault((node.inside, joined, node.network, node.site), len(numbers))
+        for index, kind in enumerate(node.devices):
+            device = f"{node.name}:{index}"
+            homes.node_of[device] = node.name
+            homes.kind_of[device] = numbers.setdefault((kind, shared), len(numbers))
+    return homes
 
 
-def _kind(node: Node, index: int) -> tuple[object, ...]:
-    joined = node.islands and node.islands.link
-    return node.devices[index], node.inside, joined, node.network, node.site
-
-
-def devices_of_pipeline(pipeline: Pipeline) -> Iterator[str]:
+def devices_of(pipeline: Pipeline) -> Iterator[str]:
     """Yields the devices of all stages of a pipeline."""
     return (device for stage in pipeline.stages for device in mesh_of(stage).members)
 
 
 def whole(pipeline: Pipeline) -> list[ReplicaSlice]:
     """Returns the whole pipeline as a single slice."""
-    return [tuple(devices_of_pipeline(pipeline))]
+    return [tuple(devices_of(pipeline))]
 
 
 def largest_orbit(
-    pipeline: Pipeline, around: Neighbourhood, links: ExplicitLinks | None, *, across: bool
+    pipeline: Pipeline, homes: Homes, links: ExplicitLinks | None, *, across: bool
 ) -> list[ReplicaSlice]:
-    """Returns the largest set of identical slices of a pipeline; empty if it has none.
-
-    A pipeline that shares a node with another one has none.
-    """
-    mine = {around.node_of[device] for device in devices_of_pipeline(pipeline)}
+    """Returns the largest set of identical slices of a pipeline; empty if it has none."""
     # A broadcast or a gather joins ranks of several slices.
-    met = any(stage.boundary not in (None, "direct") for stage in pipeline.stages)
-    if met or any(len(around.users[node]) > 1 for node in mine):
+    if any(stage.boundary not in (None, "direct") for stage in pipeline.stages):
         return []
-    return next(_divisions(pipeline, around, links, across=across), [])
+    return next(_divisions(pipeline, homes, links, across=across), [])
 
 
 def _divisions(
-    pipeline: Pipeline, around: Neighbourhood, links: ExplicitLinks | None, *, across: bool
+    pipeline: Pipeline, homes: Homes, links: ExplicitLinks | None, *, across: bool
 ) -> Iterator[list[ReplicaSlice]]:
     """Yields the ways to divide a pipeline into identical slices, most slices first.
 
@@ -98,12 +83,14 @@ def _divisions(
         return
     ranks = min(tensor) if across else 1
     units = [mesh.groups("tensor") for mesh in meshes]
-    homes = around.node_of
-    if ranks > 1 and any(homes[unit[0]] != homes[d] for own in units for unit in own for d in unit):
+    node_of = homes.node_of
+    if ranks > 1 and any(
+        node_of[unit[0]] != node_of[device] for own in units for unit in own for device in unit
+    ):
         return
     width = gcd(*(mesh.width("data") for mesh in meshes))
     # Explicit links may join nodes in pairs: then a slice has one place on either of them.
-    steps = {1} if links is None else {1, *(_neighbours(own, homes) for own in units)}
+    steps = {1} if links is None else {1, *(_neighbours(own, node_of) for own in units)}
     for number in (n for n in range(width, 0, -1) if width % n == 0):
         for step in sorted(step for step in steps if number % step == 0):
             raise_if_stopped()
@@ -112,14 +99,14 @@ def _divisions(
                 copies = [tuple(unit[t] for unit in part) for part in parts for t in range(ranks)]
             else:
                 copies = [tuple(device for unit in part for device in unit) for part in parts]
-            alike = _behave_alike(copies, around) and _keep_islands(copies, around.nodes, ranks)
-            if alike and (links is None or links.are_alike(copies, homes)):
+            alike = _behave_alike(copies, homes) and _keep_islands(copies, homes.nodes, ranks)
+            if alike and (links is None or links.are_alike(copies, node_of)):
                 yield copies
 
 
-def _neighbours(units: Sequence[tuple[str, ...]], homes: dict[str, str]) -> int:
+def _neighbours(units: Sequence[tuple[str, ...]], node_of: dict[str, str]) -> int:
     """Returns the number of replicas next to each other on the first node of a stage."""
-    return len(list(next(groupby(homes[unit[0]] for unit in units))[1]))
+    return len(list(next(groupby(node_of[unit[0]] for unit in units))[1]))
 
 
 def _part(
@@ -137,13 +124,13 @@ def _part(
     return found
 
 
-def _behave_alike(copies: list[ReplicaSlice], around: Neighbourhood) -> bool:
+def _behave_alike(copies: list[ReplicaSlice], homes: Homes) -> bool:
     """Returns True if all slices behave identically.
 
     Devices at the same position of two slices must be alike, in like nodes; all slices on a node
     must have the same positions there, and all nodes with a position as many slices.
     """
-    kind_of, homes = around.kind_of, around.node_of
+    kind_of, node_of = homes.kind_of, homes.node_of
     kinds = [kind_of[device] for device in copies[0]]
     places: dict[str, frozenset[int]] = {}
     passing: Counter[str] = Counter()
@@ -152,12 +139,12 @@ def _behave_alike(copies: list[ReplicaSlice], around: Neighbourhood) -> bool:
             return False
         standing: dict[str, set[int]] = defaultdict(set)
         for place, device in enumerate(copy):
-            standing[homes[device]].add(place)
+            standing[node_of[device]].add(place)
         for node, here in standing.items():
             if places.setdefault(node, frozenset(here)) != here:
                 return False
             passing[node] += 1
-    own = {place: homes[device] for place, device in enumerate(copies[0])}
+    own = {place: node_of[device] for place, device in enumerate(copies[0])}
     return all(
         here == places[own[place]] and passing[node] == passing[own[place]]
         for node, here in places.items()

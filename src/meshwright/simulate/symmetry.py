@@ -30,10 +30,11 @@ from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.simulate.explicit_links import ExplicitLinks, explicit_links, slices_by_link
 from meshwright.simulate.replica_slices import (
-    Neighbourhood,
+    Homes,
     ReplicaSlice,
+    devices_of,
+    homes_of,
     largest_orbit,
-    neighbourhood,
     whole,
 )
 from meshwright.simulate.simulated_step import SimulatedStep
@@ -88,12 +89,11 @@ def _fold(
     of_cluster: _Same[Cluster],
     of_model: _Same[LayerGraph],
 ) -> Symmetry:
-    cluster, model = of_cluster.record, of_model.record
-    nodes = {node.name: node for node in cluster.nodes}
-    around = neighbourhood(devices, pipelines, nodes)
-    tied = [each.layers for each in model.tied]
+    cluster, homes = of_cluster.record, _homes(of_cluster)
+    tied = [each.layers for each in of_model.record.tied]
     links = explicit_links(cluster, pipelines, tied) if cluster.direct else None
-    found, across = _orbits(pipelines, around, links, queued=messages_are_serialised(cluster))
+    queued = messages_are_serialised(cluster)
+    found, across = _orbits(pipelines, homes, links, queued=queued)
     rank_of = {device: rank for rank, device in enumerate(devices)}
     pipeline_of: dict[int, int] = {}
     sharing: dict[str, int] = {}
@@ -101,40 +101,47 @@ def _fold(
     joining: dict[tuple[str, str], int] = {}
     for p, copies in enumerate(found):
         pipeline_of.update((rank_of[device], p) for device in copies[0])
-        homes = [{around.node_of[device] for device in copy} for copy in copies]
-        passing = Counter(chain.from_iterable(homes))
-        sharing.update({node: passing[node] for node in homes[0]})
-        for site in {nodes[node].site for node in homes[0]}:
+        used = [{homes.node_of[device] for device in copy} for copy in copies]
+        passing = Counter(chain.from_iterable(used))
+        sharing.update({node: passing[node] for node in used[0]})
+        for site in {homes.nodes[node].site for node in used[0]}:
             crossing[site, p] = len(copies)
         if links is not None:
-            joining |= slices_by_link(homes, links.links)
+            joining |= slices_by_link(used, links.links)
     rings = {p: _tensor_width(pipeline) if across else 1 for p, pipeline in enumerate(pipelines)}
     return Symmetry(frozenset(pipeline_of), sharing, crossing, joining, pipeline_of, rings)
 
 
+@lru_cache(maxsize=4)
+def _homes(of_cluster: _Same[Cluster]) -> Homes:
+    return homes_of(of_cluster.record.nodes)
+
+
 def _orbits(
-    pipelines: Sequence[Pipeline],
-    around: Neighbourhood,
-    links: ExplicitLinks | None,
-    *,
-    queued: bool,
+    pipelines: Sequence[Pipeline], homes: Homes, links: ExplicitLinks | None, *, queued: bool
 ) -> tuple[list[list[ReplicaSlice]], bool]:
     """Returns the identical slices of every pipeline, and whether its tensor ranks are slices
     too."""
+    # A pipeline that shares a node with another one has no two slices alike.
+    users = Counter(
+        node for each in pipelines for node in {homes.node_of[d] for d in devices_of(each)}
+    )
     # Queued messages delay slices unequally.
-    alone = [queued and len(each.stages) > 1 for each in pipelines]
-    widths = {
-        width for pipe in pipelines for s in pipe.stages for width in mesh_of(s).widths("tensor")
-    }
+    alone = [
+        (queued and len(each.stages) > 1)
+        or any(users[homes.node_of[device]] > 1 for device in devices_of(each))
+        for each in pipelines
+    ]
+    widths = {w for each in pipelines for s in each.stages for w in mesh_of(s).widths("tensor")}
     # With unlike tensor widths, ranks reduce different tiles: one cannot stand for the others.
     if len(widths) == 1 and not any(alone):
-        found = [largest_orbit(each, around, links, across=True) for each in pipelines]
+        found = [largest_orbit(each, homes, links, across=True) for each in pipelines]
         if all(found):
             return found, True
     if links is not None and len(widths) > 1:
         return list(map(whole, pipelines)), False
     return [
-        (not single and largest_orbit(each, around, links, across=False)) or whole(each)
+        (not single and largest_orbit(each, homes, links, across=False)) or whole(each)
         for each, single in zip(pipelines, alone, strict=True)
     ], False
 
