@@ -169,7 +169,8 @@ class _Listing:
             target = s + 1 if kind == F else s - 1
             if 0 <= target < self.stages and self.group[target] != g:
                 other = self.group[target]
-                heappush(self.events, (max(end, self.now[other]), other))
+                if self.now[other] <= end:  # else it looks again when it is done, which is later
+                    heappush(self.events, (end, other))
         self.codes[g].append(code)
         self.before[g].append(self.now[g])
         self.now[g] = end
