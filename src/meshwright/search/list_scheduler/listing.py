@@ -4,6 +4,7 @@ rule."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 from operator import itemgetter
 from typing import get_args
@@ -14,7 +15,6 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import Codes, Work, fits, seconds, to_codes
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
-from meshwright.search.list_scheduler.steady import lengthened, shortened
 from meshwright.stopping import raise_if_stopped
 
 LOOKED_AT = 1_000_000
@@ -24,8 +24,12 @@ every machine (a long pipeline has its first few orders looked at all the same).
 TRIES = 12_000
 """Changes that are tried on the best order, at most."""
 
-FEWEST = 12
-"""If fewer orders than this could be looked at, one for fewer micro-batches is made."""
+ROUNDS, LEAST = 3, 24
+"""Micro-batches in which a pipeline comes to run evenly: so many times its stages, and at least so
+many."""
+
+KEPT = 2
+"""Schedules with a rule, and rules, that are fast on few micro-batches and are tried on all."""
 
 FEWEST_RULES = 6
 """Rules that are tried on long pipelines too: among them those that leave backwards whole."""
@@ -40,47 +44,47 @@ NAMES: tuple[ScheduleName, ...] = tuple(
 )
 """Schedules with a rule; a batched weight part is, for its timing, several."""
 
-_SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
-"""The schedules that are tried on long pipelines too."""
-
 
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     """Returns the fastest order found that fits; None if none does.
 
-    Of many micro-batches, an order for few is made, with more rounds of its steady state: how many
-    orders are looked at does not depend on the number of micro-batches.
-    """
-    short = shortened(work)
-    length = 3 * work.micro_batches * len(work.forward)
-    if short.micro_batches < work.micro_batches and length * FEWEST > looked_at:
-        codes = _best_order(short, looked_at)
-        long = lengthened(work, short, codes) if codes is not None else None
-        if long is not None:
-            named = min(_named(work, list(_SHORT)), key=itemgetter(0), default=(inf, long))
-            return long if seconds(work, long) <= named[0] else named[1]
-    return _best_order(work, looked_at)
-
-
-def _best_order(work: Work, looked_at: int) -> list[Codes] | None:
-    """The same, action by action.
-
     Candidates are every schedule with a rule and list schedules after many rules; the best of them
-    is then annealed. Long pipelines have fewer candidates.
+    is then annealed. Long pipelines have fewer candidates, and rules are compared on few of many
+    micro-batches.
     """
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
-        names, rules = list(_SHORT), rules[: max(looked_at // length - len(_SHORT), FEWEST_RULES)]
+        names, rules = _fastest(work, looked_at)
     best = min(_named(work, names), key=itemgetter(0), default=None)
     for rule in rules:
-        raise_if_stopped()
-        found = listed(work, rule, best[0] if best else inf)
+        found = _listed(work, rule, best[0] if best else inf)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     if best is None:
         return None
     tries = min(TRIES, looked_at // length)
     return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
+
+
+def _fastest(work: Work, looked_at: int) -> tuple[list[ScheduleName], list[Rule]]:
+    """Returns the few schedules with a rule, and rules of list schedules, that are fastest for as
+    many micro-batches as a pipeline needs to run evenly."""
+    few = min(work.micro_batches, max(LEAST, ROUNDS * len(work.forward)))
+    short = replace(work, micro_batches=few)
+    number = max(looked_at // (3 * few * len(work.forward)) - len(NAMES), FEWEST_RULES)
+    rules = [*zip(_rules(work), _rules(short), strict=True)][:number]
+    named = [(took, name) for name in NAMES for took, _ in _named(short, [name])]
+    listed = [(found[0], k) for k, (_, rule) in enumerate(rules) if (found := _listed(short, rule))]
+    return (
+        [name for _, name in sorted(named, key=itemgetter(0))[:KEPT]],
+        [rules[k][0] for _, k in sorted(listed)[:KEPT]],
+    )
+
+
+def _listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:
+    raise_if_stopped()
+    return listed(work, rule, limit)
 
 
 def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
