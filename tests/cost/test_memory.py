@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.cluster.spec import DeviceType
+from meshwright.cost import out_of_memory
 from meshwright.cost.constants import FRAGMENTATION, FRAMEWORK_BYTES
 from meshwright.cost.gradient_copies import copied_gradient_bytes
 from meshwright.cost.memory import (
@@ -267,3 +270,20 @@ def test_tied_parameters_are_held_by_each_stage_that_uses_them() -> None:
     held = [float(stage_parameters(table.weights, (s, s + 1), 1)) for s in range(4)]
     assert held == [110.0, 10.0, 10.0, 110.0]
     assert stage_memory(table, (0, 4), 1, 1, 1).parameters == 140 * 4
+
+
+def test_many_overfull_devices_are_reported_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are listed once, and what helps is asked once for each stage, not for each device."""
+    asked: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., object]:
+        made = getattr(out_of_memory, name)
+        return lambda *given, **named: asked.update([name]) or made(*given, **named)
+
+    for name in ("devices_of", "_what_helps"):
+        monkeypatch.setattr(out_of_memory, name, counted(name))
+    where = replace(one_node(8), types={"g": with_room(10**6)})
+    model = even_model(2, parameters=1_000_000)
+    problems = memory_problems(even_plan(model, where, data=4, stages=2), model, where)
+    assert len(problems) == 8
+    assert asked == {"devices_of": 1, "_what_helps": 2}

@@ -70,7 +70,7 @@ def test_no_calls_grow_faster_than_a_cluster_of_single_devices():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["one-type", "mixed"])
+@pytest.mark.parametrize("kind", ["one-type", "mixed", "cabled-pairs"])
 def test_no_calls_grow_faster_than_clusters_of_nodes(kind):
     check_growth(kind)
 

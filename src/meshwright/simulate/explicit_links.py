@@ -22,12 +22,12 @@ Joined = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ExplicitLinks:
-    """The explicit links of a cluster, and the rings of a plan that pass them."""
+    """Holds the explicit links of a cluster, and the rings of a plan that pass them."""
 
     links: dict[str, dict[str, Link]]
-    """By node, the links to other nodes."""
+    """Links to other nodes, for each node."""
     rings: tuple[dict[str, tuple[str, str]], ...]
-    """For each ring, the nodes before and after each of its nodes."""
+    """Nodes before and after each node of a ring, for every ring."""
 
     def are_alike(self, copies: Sequence[Sequence[str]], homes: dict[str, str]) -> bool:
         """Returns True if explicit links do not tell slices apart; `homes` are the nodes of

@@ -1,4 +1,4 @@
-"""Divides pipelines into slices that behave identically, of which one is simulated for all.
+"""Divides pipelines into slices that behave identically; one of them is simulated for all.
 
 A slice is a part of a pipeline that exchanges only gradients with the rest: an equal share of the
 replicas of every stage, on one tensor rank. Slices behave identically if their devices and nodes
@@ -25,7 +25,7 @@ ReplicaSlice = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Homes:
-    """The nodes of a cluster as slices see them."""
+    """Holds the nodes of a cluster as slices see them."""
 
     nodes: dict[str, Node]
     node_of: dict[str, str]
