@@ -70,7 +70,7 @@ def find_symmetry(plan: Plan, cluster: Cluster, model: LayerGraph) -> Symmetry:
 
 
 class _Same(Generic[T]):
-    """A large record as the key of a cache: equal to itself alone."""
+    """Makes a large record the key of a cache: it is equal to itself alone."""
 
     def __init__(self, record: T) -> None:
         self.record = record
