@@ -119,18 +119,18 @@ def _placed_mesh(
     """Returns the mesh of a stage with the placement of each rank; `rows` are those of a
     micro-batch."""
     mesh, intervals = mesh_of(stage), row_intervals(stage, rows)
-    replicas = len(mesh.inner_widths)
+    widths = [(len(mesh.inner_widths), *own) for own in mesh.inner_widths]
     members = (
         RankPlacement(
             rank=rank_of[device],
             device=device,
             pipeline=pipeline,
             stage=number,
-            coordinates=(replica, *inner),
-            widths=(replicas, *mesh.inner_widths[replica]),
-            rows=intervals[replica],
+            coordinates=at,
+            widths=widths[at[0]],
+            rows=intervals[at[0]],
         )
-        for device, (replica, *inner) in zip(mesh.members, mesh.coordinates, strict=True)
+        for device, at in zip(mesh.members, mesh.coordinates, strict=True)
     )
     return Mesh(members=tuple(members), inner_widths=mesh.inner_widths)
 

@@ -156,10 +156,13 @@ def _unlike(
     context: EstimateContext, block: tuple[int, ...], widths: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
     """Tensor widths of the classes of a block that are not all the same: all there are for two
-    classes; for more, one width for the fastest of them and another for the rest."""
+    classes; for more, one width for the fastest of them and another for the rest. Classes that are
+    alike have one width."""
     each = [context.classes[i].each for i in block]
+    traits = [_traits(context, i) for i in block]
+    splits = [fast for fast in range(1, len(block)) if traits[fast - 1] != traits[fast]]
     for one, other in permutations(widths, 2):
-        for fast in range(1, len(block)):
+        for fast in splits:
             chosen = (one,) * fast + (other,) * (len(block) - fast)
             if all(devices % tensor == 0 for devices, tensor in zip(each, chosen, strict=True)):
                 yield chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heappop, heappush
+from itertools import chain
 from math import inf
 
 from meshwright.program.compile import RECEIVES_AHEAD
@@ -54,7 +55,9 @@ class _Listing:
         self.group, self.layout = work.group_of, work.layout
         self.full, self.room, self.ahead = work.full, work.room, rule.ahead
         groups = len(work.layout)
-        self.seconds = (work.forward, work.whole, work.inputs, work.weights)
+        by_stage = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
+        self.took = tuple(chain.from_iterable(by_stage))
+        """Seconds of an action, by code."""
         self.keeps = tuple(
             each
             for full, half in zip(work.full, work.half, strict=True)
@@ -95,8 +98,8 @@ class _Listing:
                 self.choose(g, at)
 
     def choose(self, g: int, at: float) -> None:
-        """Returns the next action of a group that is free, or the moment at which to look again."""
-        best, urgency, coming = -1, inf, inf
+        """Does the next action of a group that is free, or notes the moment to look again."""
+        best, urgency, coming, arrived = -1, inf, inf, 0.0
         behind, late = 0, -1
         for s in self.layout[g]:
             lag = self.halves[s] - self.weights[s]
@@ -104,21 +107,21 @@ class _Listing:
                 behind, late = lag, s
             done, back = len(self.forwards[s]), len(self.backwards[s])
             if done > back:
-                ready = self.ready(s, self.back, back, g)
+                ready = self.ready(self.for_b[s], s, back, g)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.stages - s < urgency:
-                    best, urgency = 4 * s + self.backward(s), self.stages - s
+                    best, urgency, arrived = 4 * s + self.backward(s), self.stages - s, ready
             if done < self.count and done - back < self.ahead[s]:
-                ready = self.ready(s, F, done, g)
+                ready = self.ready(self.for_f[s], s, done, g)
                 if ready > at:
                     coming = ready if ready < coming else coming
                 elif self.first - s < urgency and self.held[g] + self.full[s] <= self.room[g]:
-                    best, urgency = 4 * s + F, self.first - s
+                    best, urgency, arrived = 4 * s + F, self.first - s, ready
         if late >= 0 and self.is_time(late, behind, at, coming if best < 0 else at):
             best = 4 * late + W
         if best >= 0:
-            self.take(g, best, at)
+            self.take(g, best, at, arrived)
         elif coming < inf:
             heappush(self.events, (coming, g))
 
@@ -137,36 +140,41 @@ class _Listing:
         grows = self.work.half[s] - self.full[s]
         return I if self.held[g] + grows <= self.room[g] else B
 
-    def ready(self, s: int, kind: int, m: int, g: int) -> float:
+    def ready(self, need: Need, s: int, m: int, g: int) -> float:
         """Returns when the input of an action arrives; infinite until its source has begun."""
-        made, wait, free = (self.for_f if kind == F else self.for_b)[s]
+        made, wait, free = need
         if made is None:
             return 0.0
         if m >= len(made):
             return inf
+        begins = made[m]
         if wait is None:
-            return made[m]
-        begins, posted = made[m], self.before[g][0]
+            return begins
+        posted, passed = self.before[g][0], free[s]
         if posted > begins:
             begins = posted
-        return (free[s] if free[s] > begins else begins) + wait
+        return (passed if passed > begins else begins) + wait
 
-    def take(self, g: int, code: int, at: float) -> None:
-        """Does an action, and tells the groups that wait for what it makes."""
+    def take(self, g: int, code: int, at: float, arrived: float) -> None:
+        """Does an action whose input has arrived, and tells the groups that wait for what it
+        makes."""
         kind, s = code & 3, code >> 2
         self.held[g] += self.keeps[code]
-        self.halves[s] += kind == I
-        took = self.seconds[kind][s]
-        end = at + took
+        end = at + self.took[code]
         if kind == W:
             self.weights[s] += 1
         else:
-            done = (self.forwards if kind == F else self.backwards)[s]
-            _, wait, free = (self.for_f if kind == F else self.for_b)[s]
+            if kind == F:
+                target = s + 1
+                self.forwards[s].append(end)
+                _, wait, free = self.for_f[s]
+            else:
+                target = s - 1
+                self.halves[s] += kind == I
+                self.backwards[s].append(end)
+                _, wait, free = self.for_b[s]
             if wait is not None:
-                free[s] = self.ready(s, kind, len(done), g)
-            done.append(end)
-            target = s + 1 if kind == F else s - 1
+                free[s] = arrived
             if 0 <= target < self.stages and self.group[target] != g:
                 other = self.group[target]
                 if self.now[other] <= end:  # else it looks again when it is done, which is later

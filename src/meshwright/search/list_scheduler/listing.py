@@ -75,10 +75,14 @@ def _fastest(work: Work, looked_at: int) -> tuple[list[ScheduleName], list[Rule]
     number = max(looked_at // (3 * few * len(work.forward)) - len(NAMES), FEWEST_RULES)
     rules = [*zip(_rules(work), _rules(short), strict=True)][:number]
     named = [(took, name) for name in NAMES for took, _ in _named(short, [name])]
-    listed = [(found[0], k) for k, (_, rule) in enumerate(rules) if (found := _listed(short, rule))]
+    fastest: list[tuple[float, int]] = []
+    for k, (_, rule) in enumerate(rules):
+        found = _listed(short, rule, fastest[-1][0] if len(fastest) == KEPT else inf)
+        if found is not None:
+            fastest = sorted([*fastest, (found[0], k)])[:KEPT]
     return (
         [name for _, name in sorted(named, key=itemgetter(0))[:KEPT]],
-        [rules[k][0] for _, k in sorted(listed)[:KEPT]],
+        [rules[k][0] for _, k in fastest],
     )
 
 
