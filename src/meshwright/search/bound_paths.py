@@ -31,8 +31,7 @@ work slow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +69,8 @@ MOMENTS = 40
 """Lengths of the rest of a path for which the cost of its beginning is tabled."""
 PRICE_ROUNDS = 60
 """Subgradient steps that improve the prices for a weight."""
+COSTS = ("chain", "work", "kept", "early")
+"""What the paths of a row differ in."""
 GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""
 
@@ -100,31 +101,27 @@ class WeightedBound:
 def layer_kinds(choices: Choices) -> LayerKinds:
     """Gathers layers whose choices are the same, and leaves out choices that another one of the
     same device type beats at every layer."""
-    every = np.concatenate([choices.chain, choices.work, choices.kept], axis=1)
+    every = [getattr(choices, name) for name in COSTS]
     _, first, of_layer, number = np.unique(
-        every, axis=0, return_index=True, return_inverse=True, return_counts=True
+        np.concatenate(every, axis=1),
+        axis=0,
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
     )
-    some = Choices(
-        chain=choices.chain[first],
-        work=choices.work[first],
-        kept=choices.kept[first],
-        kind=choices.kind,
-    )
-    useful = np.zeros(len(some.kind), dtype=bool)
-    for k in np.unique(some.kind):
-        own = np.flatnonzero(some.kind == k)
-        for each in zip(some.chain[:, own], some.work[:, own], some.kept[:, own], strict=True):
-            useful[own[_unbeaten(*each)]] = True
-    return LayerKinds(number.astype(np.float64), of_layer.reshape(-1), _picked(some, useful))
+    useful = np.zeros(len(choices.kind), dtype=bool)
+    for k in np.unique(choices.kind):
+        own = np.flatnonzero(choices.kind == k)
+        for layer in first:
+            useful[own[_unbeaten(*(each[layer, own] for each in every))]] = True
+    some = {name: each[np.ix_(first, useful)] for name, each in zip(COSTS, every, strict=True)}
+    picked = replace(choices, kind=choices.kind[useful], **some)
+    return LayerKinds(number.astype(np.float64), of_layer.reshape(-1), picked)
 
 
-def _picked(choices: Choices, which: Any) -> Choices:
-    return Choices(
-        chain=choices.chain[:, which],
-        work=choices.work[:, which],
-        kept=choices.kept[:, which],
-        kind=choices.kind[which],
-    )
+def early_kinds(kinds: LayerKinds) -> LayerKinds:
+    """Returns the same layers without the gradients of their weights, which may come later."""
+    return replace(kinds, choices=replace(kinds.choices, work=kinds.choices.early))
 
 
 def _unbeaten(*costs: Array) -> NDArray[np.int64]:

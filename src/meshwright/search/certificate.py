@@ -12,9 +12,11 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
 from meshwright.search.bound_choices import choices_of
+from meshwright.search.bound_gradients import gradient_seconds
 from meshwright.search.bound_paths import (
     best_mixture,
     chain_seconds,
+    early_kinds,
     free_bytes,
     layer_kinds,
     memory_mixture_seconds,
@@ -33,6 +35,10 @@ MEMORY = (
 WIDE = (
     "the work of all rows on the best number of devices, the way of each row through the layers, "
     "and the norm of the gradients over those devices"
+)
+SUMS = (
+    "the work on one layer by the nodes that hold it, the way of a row to it and back, and the sum "
+    "of its gradients between these nodes"
 )
 LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
 EXHAUSTIVE = (
@@ -71,11 +77,17 @@ def certificate(costs: Costs) -> Certificate:
         return Certificate(float("inf"), CHAIN)  # a layer fits nowhere
     kinds = layer_kinds(choices)
     mixture = best_mixture(kinds, number_K, batch)
+    ring = least_ring_seconds(costs)
+    early = early_kinds(kinds)
+    least = max(
+        best_mixture(early, number_K, batch).seconds, wide_seconds(early, number_K, batch, ring)
+    )
     bounds = {
         CHAIN: chain_seconds(kinds),
         FLUID: mixture.seconds,
         MEMORY: memory_mixture_seconds(kinds, mixture, batch, free_bytes(costs)),
-        WIDE: wide_seconds(kinds, number_K, batch, least_ring_seconds(costs)),
+        WIDE: wide_seconds(kinds, number_K, batch, ring),
+        SUMS: gradient_seconds(costs, names, choices, least),
     }
     reason = max(bounds, key=bounds.__getitem__)
     return Certificate(bounds[reason] + _after(costs, counts), reason)
