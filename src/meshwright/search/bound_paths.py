@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from meshwright.cost.memory import memory_tables, usable_bytes
 from meshwright.cost.weights import cast_bytes, stage_parameters, weight_bytes
 from meshwright.search.bound_choices import ROUNDED, Choices
+from meshwright.search.bound_gradients import LateSeconds
 from meshwright.search.costs import Array, Costs
 from meshwright.search.space import usable_devices
 from meshwright.stopping import raise_if_stopped
@@ -195,7 +196,11 @@ def _with_better_prices(
 
 
 def wide_seconds(
-    kinds: LayerKinds, number_K: Array, batch: int, ring_seconds: Callable[[int], float]
+    kinds: LayerKinds,
+    number_K: Array,
+    batch: int,
+    ring_seconds: Callable[[int], float],
+    late: LateSeconds | None = None,
 ) -> float:
     """Least seconds, over all numbers of devices, of chain and work on so many of them and of the
     norm's ring among them.
@@ -205,6 +210,8 @@ def wide_seconds(
 
         T(n) >= max over a, s of sum over l of min over choices of a c(l) + (1 - a) B w(k) e(l)
                 + ring(n)
+
+    `late` seconds in which few of them work add (1 - a) times what the others could have sold then.
     """
     speed_K = starting_prices(kinds, number_K)
     counts = _device_counts(int(number_K.sum()))
@@ -216,11 +223,12 @@ def wide_seconds(
         price_K = np.maximum(speed_K, margin)
         sold = float(number_K @ (price_K - margin)) + upper * margin
         work = batch * choices.work * price_K[choices.kind]
+        idle = np.array([late.idle(price_K, each) if late else 0.0 for each in sold])
         for weight in CHAIN_WEIGHTS:
-            found = np.zeros(len(counts))
+            found = (1 - weight) * idle
             for number, chain, own in zip(kinds.number, choices.chain, work, strict=True):
                 each = weight * chain + (1 - weight) * own / sold[:, None]
-                found += number * each.min(axis=1, initial=np.inf)
+                found = found + number * each.min(axis=1, initial=np.inf)
             least = np.maximum(least, found)
     rings = [ring_seconds(first) for first, _ in counts]
     return float((least + rings).min())

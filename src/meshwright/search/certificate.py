@@ -12,7 +12,7 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
 from meshwright.search.bound_choices import choices_of
-from meshwright.search.bound_gradients import gradient_seconds
+from meshwright.search.bound_gradients import gradient_seconds, late_seconds, node_tables
 from meshwright.search.bound_paths import (
     best_mixture,
     chain_seconds,
@@ -41,6 +41,8 @@ SUMS = (
     "of its gradients between these nodes"
 )
 LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
+CLOSE = 1.005
+"""Factor to which a bound that depends on itself is worked out."""
 EXHAUSTIVE = (
     "every plan of the space was looked at, in the orders 1F1B and GPipe, with states undivided"
 )
@@ -82,15 +84,38 @@ def certificate(costs: Costs) -> Certificate:
     least = max(
         best_mixture(early, number_K, batch).seconds, wide_seconds(early, number_K, batch, ring)
     )
+
+    tables = node_tables(costs, names, choices)
+
+    def wide(within: float) -> float:
+        return wide_seconds(kinds, number_K, batch, ring, late_seconds(tables, within))
+
     bounds = {
         CHAIN: chain_seconds(kinds),
         FLUID: mixture.seconds,
         MEMORY: memory_mixture_seconds(kinds, mixture, batch, free_bytes(costs)),
-        WIDE: wide_seconds(kinds, number_K, batch, ring),
-        SUMS: gradient_seconds(costs, names, choices, least),
+        WIDE: _least_step(wide, wide_seconds(kinds, number_K, batch, ring)),
+        SUMS: gradient_seconds(tables, least),
     }
     reason = max(bounds, key=bounds.__getitem__)
     return Certificate(bounds[reason] + _after(costs, counts), reason)
+
+
+def _least_step(bound: Callable[[float], float], least: float) -> float:
+    """Returns the largest number of seconds found of which the step cannot be shorter.
+
+    `bound(x)` bounds steps that take less than x, so every step takes min(x, bound(x)). A larger x
+    makes it no larger. `least` bounds every step.
+    """
+    low, high = least, min(2 * least, bound(least))
+    while high > low * CLOSE:
+        x = (low + high) / 2
+        found = bound(x)
+        if found >= x:
+            low = x
+        else:
+            low, high = max(low, found), x
+    return low
 
 
 def certificate_in_haste(costs: Costs) -> Certificate:
