@@ -82,17 +82,19 @@ def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
     takes no longer.
     """
     layers = len(costs.model.layers)
-    found = [(np.zeros((layers, 0)),) * 6]
+    found: list[tuple[Array, ...]] = [(np.zeros((layers, 0)),) * 6]
     numbers: list[int] = []
-    kept = _kept_bytes(costs)
     for k, kind in enumerate(kinds):
         for tensor in tensor_widths(costs, kind):
             raise_if_stopped()
-            for each in _choices(costs, kind, tensor, kept):
+            for each in _choices(costs, kind, tensor):
                 found.append(each)
                 numbers += [k] * each[0].shape[1]
-    every = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
-    return Choices(*every, kind=np.array(numbers, dtype=np.int64))
+    chain, work, kept, early, forward, back = (
+        np.concatenate(each, axis=1) for each in zip(*found, strict=True)
+    )
+    kind_C = np.array(numbers, dtype=np.int64)
+    return Choices(chain, work, kept, early, forward, back, kind_C)
 
 
 def tensor_widths(costs: Costs, kind: str) -> list[int]:
@@ -145,9 +147,7 @@ def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
     return found
 
 
-def _choices(
-    costs: Costs, kind: str, tensor: int, kept: tuple[Array, Array]
-) -> list[tuple[Array, ...]]:
+def _choices(costs: Costs, kind: str, tensor: int) -> list[tuple[Array, ...]]:
     """What `Choices` holds [L, C] on `tensor` devices of a type, with activations that are kept and
     with those that are computed again."""
     most = most_rows(costs, kind, tensor)[:, None]
@@ -155,7 +155,8 @@ def _choices(
         return []
     priced = _priced(costs, kind, tensor, row_counts(costs))
     back, both = _micro_batch(costs, priced, most)
-    found = []
+    kept = _kept_bytes(costs, tensor)
+    found: list[tuple[Array, ...]] = []
     for repeats, held in zip((0.0 * priced.again, priced.again), kept, strict=True):
         waited = priced.forward + back + repeats
         whole = priced.forward + both + repeats
@@ -260,12 +261,12 @@ def _links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, flo
     return [(max(latency, costs.step_latency), slope) for latency, slope in found]
 
 
-def _kept_bytes(costs: Costs) -> tuple[Array, Array]:
-    """Bytes [L] of a row that a layer keeps for its backward on all devices of a replica together:
-    as it is, and where it computes its activations again."""
+def _kept_bytes(costs: Costs, tensor: int) -> tuple[Array, Array]:
+    """Bytes [L] of a row that a layer keeps for its backward on all tensor ranks of a replica
+    together: as it is, and where it computes its activations again."""
     tables = memory_tables(costs.model, costs.job)
     plain, again = (
-        np.diff(each.saved_replicated + each.saved_split)
+        np.diff(tensor * each.saved_replicated + each.saved_split)
         for each in (tables.plain, tables.recomputed)
     )
     return plain, again

@@ -34,7 +34,7 @@ from meshwright.search.space import usable_devices
 
 
 @dataclass(frozen=True, slots=True)
-class GradientSum:
+class LayerSum:
     """A sum of gradients that all holders of some layers take part in."""
 
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class GradientSum:
 class NodeTables:
     """What nodes can do for single layers."""
 
-    sums: tuple[GradientSum, ...]
+    sums: tuple[LayerSum, ...]
     before: Array
     """Least seconds [L + 1] of a row's forward through the layers before one."""
     behind: Array
@@ -177,14 +177,14 @@ def _sum_seconds(size: Array | float, number: Array, rate: Array) -> Array:
     return seconds
 
 
-def _sums(costs: Costs) -> Iterator[GradientSum]:
+def _sums(costs: Costs) -> Iterator[LayerSum]:
     """Yields the sums of the gradients of each layer, and of parameters that layers share."""
     width = gradient_bytes(costs.job) * min(1.0, costs.system.gradient_width)
     rounded = max(len(node.devices) for node in costs.cluster.nodes)  # each share, to a byte
     for number, layer in enumerate(costs.model.layers):
-        yield GradientSum((number,), max(0.0, width * layer.parameters - rounded))
+        yield LayerSum((number,), max(0.0, width * layer.parameters - rounded))
     for tied in costs.model.tied:
-        yield GradientSum(tied.layers, max(0.0, width * tied.parameters - rounded))
+        yield LayerSum(tied.layers, max(0.0, width * tied.parameters - rounded))
 
 
 def _rates(costs: Costs, names: Sequence[str]) -> list[float]:

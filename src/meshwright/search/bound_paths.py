@@ -120,11 +120,6 @@ def layer_kinds(choices: Choices) -> LayerKinds:
     return LayerKinds(number.astype(np.float64), of_layer.reshape(-1), picked)
 
 
-def early_kinds(kinds: LayerKinds) -> LayerKinds:
-    """Returns the same layers without the gradients of their weights, which may come later."""
-    return replace(kinds, choices=replace(kinds.choices, work=kinds.choices.early))
-
-
 def _unbeaten(*costs: Array) -> NDArray[np.int64]:
     """Indices of the finite choices that no other one equals or beats in every cost."""
     left = np.flatnonzero(np.isfinite(np.sum(costs, axis=0)))
