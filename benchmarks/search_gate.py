@@ -4,7 +4,8 @@
         [--baseline CHECKOUT] [--repeat 3] [--write]
 
 Two tables. The first has the simulated step of the plan found for every example cluster and three
-models, over that in `baselines/search_gate.json`. The second has the CPU seconds of planning on
+models, over that in `baselines/search_gate.json`; cases that it does not have are shown alone.
+The second has the CPU seconds of planning on
 clusters of 16 to 10,240 devices, beside what is allowed; with `--baseline`, also over those of
 another checkout, measured in turns with it. `--write` stores the steps found as the new baseline.
 Exits with 1 where a step is above its limit, or the geometric mean is.
@@ -105,9 +106,10 @@ def compare_steps(names: Sequence[str], jobs: int, write: bool) -> bool:
                 stored[name] = found
             step, old = found["step"], before.get("step")
             ratio = step / old if step and old else 1.0 if step == old else float("nan")
-            ratios.append(ratio)
             was = before.get("cpu", float("nan"))
-            spent[0], spent[1] = spent[0] + float(found["cpu"]), spent[1] + was  # type: ignore[arg-type]
+            if before:
+                ratios.append(ratio)
+                spent[0], spent[1] = spent[0] + float(found["cpu"]), spent[1] + was  # type: ignore[arg-type]
             mark = " <" if ratio > MOST_SLOWER else ""
             print(
                 f"{name:<32} {step or float('nan'):9.5f} {ratio:7.4f} {found['cpu']:6.1f} "

@@ -211,7 +211,7 @@ def config_fields() -> str:
         kinds.setdefault(family.config, []).append(name)
     parts = []
     for config, names in kinds.items():
-        title = (config.__doc__ or "").strip().splitlines()[0].removesuffix(".")
+        title = (config.__doc__ or "").partition("config.json of ")[2].removesuffix(".")
         parts += [f"#### {title}", "", f"`model_type`: {', '.join(f'`{n}`' for n in names)}", ""]
         lines = fields(f"{config.__module__}.{config.__name__}").splitlines()
         followers = {

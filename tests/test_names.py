@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -22,6 +24,20 @@ NO_SENTENCE = {"And", "As", "At", "By", "From", "In", "Of"} | {
     "With",
 }
 """First words after which a reader must guess the rest of the sentence from the code."""
+NO_VERB = {"Its", "This", "These", "Various"}
+"""First words that end as verbs do, and are none."""
+AFTER_A_NOUN = {"of", "per", "that", "which", "whose", "with", "without", "behind", "between"}
+"""Words that follow a noun, and few verbs: `Stages that ...`, `Seconds per ...`."""
+BEFORE_A_CLAUSE = {"Checks", "Connects", "Describes", "Notes", "Returns", "Says"}
+"""Verbs that one of these words may follow: `Checks that ...`."""
+UNREAD = {"search"}
+"""Rooms whose classes and functions are still explained by nouns."""
+CLASS = re.compile(r"`(?:[a-z_]+\.)*([A-Z]\w*[a-z]\w*)(?:\.\w+)*`")
+FILE = re.compile(r"`(?:\w+/)*([a-z_]+\.py)`")
+WRITES_FILES = "export"
+"""The room whose docstrings name files that it writes for other tools."""
+IMPERATIVE = {"cli"}
+"""Rooms whose functions are verbs of the command line, explained to users in its help."""
 
 
 def _homes(found: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
@@ -76,3 +92,39 @@ def test_docstrings_begin_as_sentences_do() -> None:
         lower = first[0].islower() and not first.startswith("torch")
         assert not lower, f"{path}:{name} begins in the middle: {text[:60]!r}"
         assert first.rstrip(",:") not in NO_SENTENCE, f"{path}:{name} is no sentence: {text[:60]!r}"
+
+
+def _begins_with_a_verb(text: str) -> bool:
+    """Tells whether a text begins as `Holds the layers of ...` does; a noun phrase does not."""
+    first, second = (word.rstrip(",") for word in text.split(maxsplit=2)[:2])
+    is_noun = second in AFTER_A_NOUN and first not in BEFORE_A_CLAUSE
+    return first.endswith("s") and first not in NO_VERB and not is_noun
+
+
+def test_classes_and_functions_are_explained_by_sentences_with_a_verb() -> None:
+    for path in PATHS:
+        if path.parts[0] in UNREAD:
+            continue
+        for node in ast.walk(tree_of(PACKAGE / path)):
+            is_class = isinstance(node, ast.ClassDef)
+            if not is_class and not isinstance(node, ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            assert text or not is_class, f"{path}:{node.name} has no docstring"
+            told = path.parts[0] in IMPERATIVE and not is_class
+            if text and not told and not text.startswith("True if "):
+                assert _begins_with_a_verb(text), f"{path}:{node.name} has no verb: {text[:60]!r}"
+
+
+def test_docstrings_name_classes_and_files_that_exist() -> None:
+    trees = {path: tree_of(PACKAGE / path) for path in PATHS}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)} | {*dir(builtins)}
+    files = {path.name for path in PATHS}
+    for path, tree in trees.items():
+        own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for name, text in _docstrings(tree):
+            unknown = {*CLASS.findall(text)} - classes - own
+            if path.parts[0] != WRITES_FILES:
+                unknown |= {*FILE.findall(text)} - files
+            assert not unknown, f"{path}:{name} names what does not exist: {sorted(unknown)}"

@@ -42,7 +42,7 @@ _SHOWN = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: where it is, what was found, what was wanted, and how to mend it."""
+    """Describes one mistake: where it is, what was found, what was wanted, and how to mend it."""
 
     source: str
     """File or object that contains the mistake."""
@@ -70,7 +70,8 @@ class Problem:
 
 
 class MeshwrightError(Exception):
-    """One or more problems that the user can mend; all that a user sees is this text."""
+    """Tells the user of one or more problems that they can mend; they see only this text, no
+    traceback."""
 
     def __init__(self, *problems: Problem) -> None:
         problems = merge_problems(problems)
@@ -91,59 +92,60 @@ class MeshwrightError(Exception):
 
 
 class ClusterError(MeshwrightError):
-    """A cluster file, or what it describes, is contradictory."""
+    """Is raised when a cluster file, or what it describes, contradicts itself."""
 
 
 class ModelError(MeshwrightError):
-    """A model cannot be read, traced or split."""
+    """Is raised when a model cannot be read, traced or split."""
 
 
 class PlanError(MeshwrightError):
-    """A plan is malformed, contradicts itself, or is for another model or cluster."""
+    """Is raised when a plan is malformed, contradicts itself, or is for another model or
+    cluster."""
 
 
 class ProgramError(MeshwrightError):
-    """A program would deadlock, lose a message or repeat an action."""
+    """Is raised when a program would deadlock, lose a message or repeat an action."""
 
 
 class ProfileError(MeshwrightError):
-    """Measured times are missing, nonsense, or from another machine."""
+    """Is raised when measured times are missing, nonsense, or from another machine."""
 
 
 class DataError(MeshwrightError):
-    """Training data cannot be read or are too short."""
+    """Is raised when training data cannot be read or are too short."""
 
 
 class FitError(MeshwrightError):
-    """No plan fits into the memory of the devices."""
+    """Is raised when no plan fits into the memory of the devices."""
 
 
 class MoneyError(MeshwrightError):
-    """Hourly prices are missing, nonsense, or in another currency."""
+    """Is raised when hourly prices are missing, nonsense, or in another currency."""
 
 
 class LimitError(MeshwrightError):
-    """No plan meets the limits on cost or time."""
+    """Is raised when no plan meets the user's limits on cost or time."""
 
 
 class LaunchError(MeshwrightError):
-    """Processes cannot be started or cannot find each other."""
+    """Is raised when processes cannot be started or cannot find each other."""
 
 
 class TrainingError(MeshwrightError):
-    """A run had to stop: a loss that is not a number, a lost rank."""
+    """Is raised when a run must stop: its loss is not a finite number, or a rank is lost."""
 
 
 class OptionError(MeshwrightError):
-    """An option of the command line has an invalid value."""
+    """Is raised when an option of the command line has an invalid value."""
 
 
 class OutputError(MeshwrightError):
-    """A file or folder cannot be written."""
+    """Is raised when a file or folder cannot be written."""
 
 
 class MachineError(MeshwrightError):
-    """The operating system refused an operation that no other error covers."""
+    """Is raised when the operating system refuses an operation that no other error covers."""
 
 
 _INDEX = re.compile(r"\[(\d+)\]")

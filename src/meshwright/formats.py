@@ -42,7 +42,7 @@ KeyPath = tuple[int | str, ...]
 
 
 class _Doubled(dict[str, Any]):
-    """A table in which a key occurs twice."""
+    """Marks a table in which a key occurs twice."""
 
     key: str
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 
 class Stopped(Exception):  # noqa: N818 - named for what happened
-    """The work was asked to stop, and has no result."""
+    """Is raised in work that was asked to stop, and has no result."""
 
 
 def never() -> bool:
@@ -25,7 +25,7 @@ _told: ContextVar[Callable[[], bool]] = ContextVar("told", default=never)
 
 @contextmanager
 def stoppable(told: Callable[[], bool]) -> Iterator[None]:
-    """Makes every `raise_if_stopped` in the block ask `told`, and raise Stopped as soon as it
+    """Makes every `raise_if_stopped` in the block ask `told`, and raises Stopped as soon as it
     returns True."""
     before = _told.set(told)
     try:

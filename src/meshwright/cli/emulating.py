@@ -123,7 +123,7 @@ def launcher_for(bed_file: Path | None) -> Iterator[TestbedLauncher | None]:
 def profile_testbed(
     launcher: TestbedLauncher, settings: ProfileSettings, folder: Path, *, again: bool
 ) -> None:
-    """Runs `profile` on a testbed: measure into a folder, and prints the links with their
+    """Runs `profile` on a testbed: measures into a folder, and prints the links with their
     residuals."""
     from rich.console import Console
 

@@ -23,7 +23,7 @@ INTERRUPTED_STATUS = 130
 
 
 class PrecisionChoice(StrEnum):
-    """Precision of forward and backward arithmetic."""
+    """Lists the number formats in which forward and backward can compute."""
 
     FP64 = "fp64"
     FP32 = "fp32"
@@ -32,14 +32,14 @@ class PrecisionChoice(StrEnum):
 
 
 class OptimizerChoice(StrEnum):
-    """Optimizer, the rule that updates weights."""
+    """Lists the optimizers, the rules that update weights."""
 
     ADAMW = "adamw"
     SGD = "sgd"
 
 
 class ObjectiveChoice(StrEnum):
-    """What a plan is chosen for."""
+    """Lists what a plan can be chosen for: the shortest step, or the lowest cost of a token."""
 
     TIME = "time"
     COST = "cost"

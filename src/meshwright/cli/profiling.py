@@ -79,7 +79,8 @@ def _profile_settings(
     cluster: Path | None,
     output: Path,
 ) -> ProfileSettings:
-    """Checks what the options of `profile` have set; `sizes` are those that may be several."""
+    """Checks what the options of `profile` have set; `sizes` holds those that can be given several
+    times."""
     from meshwright.profiling.measure_profile import ProfileSettings
     from meshwright.records import checked
 

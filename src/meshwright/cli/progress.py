@@ -29,7 +29,7 @@ LINE_SECONDS = 5.0
 
 
 class SearchProgress:
-    """The progress display of a search, which also records Ctrl-C."""
+    """Shows the progress of a search on stderr, and records whether Ctrl-C was pressed."""
 
     def __init__(
         self, console: Console | None = None, clock: Callable[[], float] = time.monotonic

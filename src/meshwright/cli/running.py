@@ -105,7 +105,7 @@ def train(
 def _run_settings(
     plan: Plan, told: dict[str, Any], data: str | None, learning_rate: float, warmup_steps: int
 ) -> RunSettings:
-    """Checks what the options of `train` have set; `told` are those of RunOptions."""
+    """Checks what the options of `train` have set; `told` holds those of TrainingOptions."""
     from meshwright.records import checked
     from meshwright.runtime.run_folder import RunSettings
 

@@ -15,7 +15,7 @@ from meshwright.records import parse, record
 
 @record
 class CatalogEntry:
-    """A known device type, and how servers that hold it are usually built."""
+    """Describes a known device type, and how servers that hold it are usually built."""
 
     type: DeviceType
     inside: Link

@@ -97,7 +97,7 @@ def _types(found: MachineHardware) -> tuple[list[DeviceType], list[str]]:
 
 
 def number_equal_names(kinds: Sequence[DeviceType]) -> list[DeviceType]:
-    """Number the types that have one name but unlike figures: the second becomes
+    """Numbers the types that have one name but unlike figures: the second becomes
     `RTX-3080-10GiB-2`."""
     own: dict[tuple[str, str], str] = {}
     apart = []

@@ -28,7 +28,7 @@ EDITED_SUFFIX = ", edited"
 
 @record
 class EditedCluster:
-    """A cluster after edits, with notes on them."""
+    """Holds a cluster after some edits, with a note on each of them."""
 
     cluster: Cluster
     notes: tuple[str, ...]
@@ -42,8 +42,8 @@ def edit_cluster(
     added: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> EditedCluster:
-    """Removes, then add, then set. Raises ClusterError with one Problem for every edit at fault,
-    and if no device is left."""
+    """Removes nodes, then adds some, then sets figures. Raises ClusterError with one Problem for
+    every edit at fault, and if no device is left."""
     problems: list[Problem] = []
     notes: list[str] = []
 
@@ -111,7 +111,8 @@ def without_devices(cluster: Cluster, gone: Collection[str]) -> Cluster:
 
 
 def _without(node: Node, gone: Collection[str]) -> Node:
-    """Returns a node without some devices. An island of which one device is left is none."""
+    """Returns a node without some devices. An island is dropped if only one of its devices is
+    left."""
     left = [i for i in range(len(node.devices)) if f"{node.name}:{i}" not in gone]
     groups = [
         tuple(left.index(index) for index in group if index in left)

@@ -42,7 +42,7 @@ TimeText = Annotated[float, _written(units.parse_seconds, "50 us")]
 
 @record
 class LinkEntry:
-    """A link, written `{ bandwidth = "10 Gbit/s", latency = "50 us" }`."""
+    """Holds a link, written as `{ bandwidth = "10 Gbit/s", latency = "50 us" }`."""
 
     bandwidth: RateText
     latency: TimeText
@@ -51,7 +51,7 @@ class LinkEntry:
 
 @record
 class LinksEntry:
-    """`[links]`: the links of every node and site that does not name its own."""
+    """Holds the table `[links]`: the links of every node and site that does not name its own."""
 
     inside: LinkEntry | None = None
     network: LinkEntry | None = None
@@ -60,7 +60,7 @@ class LinksEntry:
 
 @record
 class IslandsEntry:
-    """Groups of devices of a node with a better link to each other, written
+    """Lists groups of devices of a node with a better link to each other, written as
     `{ devices = [[0, 1], [2, 3]], bandwidth = "56.25 GB/s", latency = "5 us" }`."""
 
     devices: tuple[tuple[Count, ...], ...]
@@ -71,7 +71,7 @@ class IslandsEntry:
 
 @record
 class NodeEntry:
-    """`[[node]]`: one host, or `count` identical hosts."""
+    """Holds one table `[[node]]`, which describes one host, or `count` identical hosts."""
 
     name: Name
     devices: tuple[Name, ...]
@@ -91,7 +91,7 @@ class NodeEntry:
 
 @record
 class SiteEntry:
-    """`[[site]]`: a place whose nodes share one uplink."""
+    """Holds one table `[[site]]`, which describes a place whose nodes share one uplink."""
 
     name: Name
     uplink: LinkEntry | None = None
@@ -99,8 +99,8 @@ class SiteEntry:
 
 @record
 class DeviceEntry:
-    """`[device.NAME]`: a new device type, or figures that differ from those of the catalogue or of
-    the type `like`."""
+    """Holds one table `[device.NAME]`, which defines a new device type, or changes figures of the
+    type `like` or of the type with this name in the catalogue."""
 
     like: Name | None = None
     memory: SizeText | None = None
@@ -117,7 +117,7 @@ class DeviceEntry:
 
 @record
 class PairEntry:
-    """`[[link]]`: an explicit link between one pair of nodes."""
+    """Holds one table `[[link]]`, which gives the link between two nodes."""
 
     between: tuple[Name, Name]
     bandwidth: RateText
@@ -135,8 +135,8 @@ def _as_rows(value: object) -> object:
 
 @record
 class MatrixEntry:
-    """`[matrix]`: the links between every pair of some nodes; `"-"` marks a pair that has no direct
-    link."""
+    """Holds the table `[matrix]`, which gives the links between every pair of some nodes; `"-"`
+    marks a pair that has no direct link."""
 
     nodes: Annotated[tuple[Name, ...], Field(max_length=MOST_IN_MATRIX)]
     bandwidth: tuple[tuple[Name, ...], ...]
@@ -146,7 +146,7 @@ class MatrixEntry:
 
 @record
 class Entries:
-    """Every table of a cluster file that could be read, by its path in the file."""
+    """Holds every table of a cluster file that could be read, by its path in the file."""
 
     name: str
     links: LinksEntry
@@ -194,6 +194,8 @@ def read_entries(data: dict[str, Any], source: str) -> tuple[Entries, list[Probl
 
 @record
 class _Reading:
+    """Collects the problems that are found while a cluster file is read."""
+
     source: str
     problems: list[Problem]
     unread: list[str]

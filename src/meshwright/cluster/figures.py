@@ -15,7 +15,7 @@ from meshwright.records import record
 
 @record
 class AllowedRange:
-    """The allowed range of a figure, and the function that formats it."""
+    """Gives the least and the greatest value of a figure, and the function that formats it."""
 
     least: float
     most: float

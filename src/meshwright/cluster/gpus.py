@@ -42,7 +42,7 @@ _MENDS = (
 
 @record
 class DetectedGpus:
-    """The GPUs that were found, and what could not be read."""
+    """Holds the GPUs that were found on a machine, and what could not be read."""
 
     gpus: tuple[Gpu, ...] = ()
     notes: tuple[str, ...] = ()
@@ -134,8 +134,8 @@ def _settled(
     torch: GpuSource | None,
     cards: Sequence[PciCard],
 ) -> DetectedGpus:
-    """Returns the GPUs from the first source that reports all needed figures of every GPU any
-    source reports. If there is none, return what can be read and what cannot."""
+    """Returns the GPUs from the first source that reports all needed figures of every GPU that any
+    source reports. If there is no such source, returns what can be read and what cannot."""
     is_told = any(_is_whole(way, host) for way in ways)
     known = cards if is_told else with_names(host, cards)
     on_bus = [card for card in known if card.maker == maker and not card.is_integrated]

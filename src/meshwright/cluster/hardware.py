@@ -43,7 +43,7 @@ _BY_CAPABILITY = (
 
 @record
 class Gpu:
-    """One GPU as its driver reports it, or a slice of one."""
+    """Describes one GPU as its driver reports it, or one slice of a GPU."""
 
     name: str
     memory: Bytes
@@ -62,7 +62,7 @@ class Gpu:
 
 @record
 class MachineHardware:
-    """The hardware of one machine as it was found."""
+    """Describes the hardware of one machine as it was found."""
 
     name: str
     gpus: tuple[Gpu, ...] = ()

@@ -40,7 +40,7 @@ _ELSEWHERE = {
 
 @record
 class ToolOutput:
-    """The output of one run of a command line tool."""
+    """Holds what one run of a command line tool printed, and how it ended."""
 
     tool: str
     text: str = ""
@@ -68,7 +68,7 @@ class ToolOutput:
 
 @record
 class GpuReading:
-    """One GPU (or a slice of one) as one source reports it; None marks what it does not report."""
+    """Holds what one source reports of one GPU or slice of one; None marks what it leaves out."""
 
     name: str | None = None
     memory: Bytes | None = None
@@ -89,7 +89,7 @@ class GpuReading:
 
 @record
 class GpuSource:
-    """The result of one source of information about GPUs, for example nvidia-smi."""
+    """Holds what one source of information about GPUs, for example nvidia-smi, reports."""
 
     name: str
     gpus: tuple[GpuReading, ...] = ()
@@ -100,7 +100,7 @@ class GpuSource:
 
 @record
 class Host:
-    """A machine as functions that ask it; tests replace them."""
+    """Holds the functions that ask a machine about its hardware; tests replace them."""
 
     run: Callable[[tuple[str, ...]], ToolOutput]
     """Runs a tool and returns its output."""

@@ -50,7 +50,7 @@ def _comments(path: Path) -> Iterator[str]:
 
 
 def merged(parts: Sequence[Part]) -> tuple[Cluster, tuple[str, ...]]:
-    """Merges several clusters into one; also return a sentence for each type that was renamed.
+    """Merges several clusters into one; also returns a sentence for each type that was renamed.
 
     Types with one name and the same figures are one type; others are renamed. Raises ClusterError
     if two nodes have one name, or if two sites with one name differ.

@@ -41,7 +41,7 @@ _FINE = (0, 14)
 
 @record
 class ListedGpu:
-    """One GPU in `nvidia-smi -L`."""
+    """Holds what `nvidia-smi -L` prints of one GPU."""
 
     name: str | None = None
     uuid: str | None = None

@@ -34,7 +34,7 @@ _LSPCI = re.compile(
 
 @record
 class PciCard:
-    """A graphics card or an accelerator on the PCI bus."""
+    """Describes a graphics card or an accelerator on the PCI bus."""
 
     address: str
     """PCI address, like `0000:3b:00.0`."""

@@ -36,7 +36,7 @@ _TOPICS = ("link", "node", "site", "device")
 
 @record
 class _Figure:
-    """How a figure is parsed, and its allowed range."""
+    """Says how the text of a figure is parsed, and which values are allowed."""
 
     read: Callable[[str], Any]
     allowed: AllowedRange
@@ -89,7 +89,7 @@ def with_setting(cluster: Cluster, setting: str, *, option: str = "--set") -> Cl
 
 @record
 class _OptionField:
-    """The place of a mistake: the option, and the field in it."""
+    """Says where a mistake is: in which option of the command line, and in which field of it."""
 
     option: str
     field: str

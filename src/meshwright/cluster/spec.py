@@ -28,8 +28,8 @@ fp64)."""
 
 @record
 class Link:
-    """One hop. A switch or NVLink gives every device a port of this bandwidth in each direction;
-    a `shared` link is one bus for all devices behind it (PCIe through the host)."""
+    """Describes one hop. It gives every device a port of this bandwidth in each direction, as a
+    switch or NVLink does; a `shared` one is one bus for all devices (PCIe through the host)."""
 
     bandwidth: BytesPerSecond
     """Bytes per second in one direction."""
@@ -40,8 +40,8 @@ class Link:
 
 @record
 class DeviceType:
-    """One kind of accelerator (or CPU process): the figures of its datasheet, and the share of them
-    that programs reach."""
+    """Describes one kind of accelerator (or CPU process) by the figures of its datasheet and the
+    share of them that programs reach."""
 
     name: Name
     memory: Annotated[Bytes, Field(gt=0)]
@@ -63,8 +63,8 @@ class DeviceType:
 
 @record
 class Islands:
-    """Groups of devices of a node that are joined better with each other than with the rest of it:
-    by an NVLink bridge, or by a PCIe switch of their own."""
+    """Groups devices of a node that are joined better with each other than with the rest of it: by
+    an NVLink bridge, or by a PCIe switch of their own."""
 
     groups: tuple[tuple[Count, ...], ...]
     """Local indices of the devices of each group; a device is in one group at most."""
@@ -75,7 +75,7 @@ class Islands:
 
 @record
 class Node:
-    """Devices that share a host."""
+    """Describes one host, with the devices that it holds."""
 
     name: Name
     site: Name
@@ -91,7 +91,7 @@ class Node:
 
 @record
 class Site:
-    """Nodes behind one uplink."""
+    """Describes a place whose nodes reach other sites through one uplink."""
 
     name: Name
     uplink: Link | None = None
@@ -101,7 +101,7 @@ class Site:
 
 @record
 class DirectLink:
-    """An explicit link between two nodes that replaces the hierarchy for that pair."""
+    """Joins two nodes by a link of their own, in place of network interfaces and uplinks."""
 
     between: tuple[Name, Name]
     link: Link
@@ -109,7 +109,7 @@ class DirectLink:
 
 @record
 class Endpoint:
-    """Address of a node in the network that training uses."""
+    """Says where other nodes reach a node in the network that training uses."""
 
     address: Name | None = None
     """Host name or IP address; None if the node's name is its host name."""
@@ -119,7 +119,7 @@ class Endpoint:
 
 @record
 class Device:
-    """One accelerator of a cluster."""
+    """Identifies one accelerator of a cluster, and says what type it has and where it stands."""
 
     name: Name
     """Name of the device: `node:index`."""
@@ -127,12 +127,12 @@ class Device:
     node: Name
     site: Name
     island: Name | None = None
-    """Name of its island: that of the island's first device. None if it is in none."""
+    """Name of its island, which is that of the island's first device; None if it is in none."""
 
 
 @record
 class Cluster:
-    """A whole cluster, expanded: one Node for each host."""
+    """Describes a whole cluster, with one Node for each host."""
 
     name: Name
     types: dict[Name, DeviceType]

@@ -20,7 +20,8 @@ Direction = Literal["in", "out", "both"]
 
 
 class Resource(NamedTuple):
-    """One direction of one thing that bytes pass through.
+    """Identifies something that bytes pass through in one direction, such as a device's port or a
+    site's uplink; transfers that pass through the same resource share its bandwidth.
 
     A tuple, because searches look resources up millions of times. The order of resources, by owner
     first, decides which of two equally loaded ones a simulation fills first.
@@ -49,7 +50,7 @@ class Path:
 
 @record
 class Topology:
-    """A cluster as tables that are looked up by device, node and site."""
+    """Holds a cluster as tables that are looked up by device, node and site."""
 
     capacities: dict[Resource, BytesPerSecond]
     """Bytes per second of each resource."""

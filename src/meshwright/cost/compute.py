@@ -188,10 +188,8 @@ def launch_seconds(constants: DeviceConstants) -> ForwardBackward:
 def host_seconds(
     measured: ForwardBackward, work: ForwardBackward, launch: ForwardBackward
 ) -> ForwardBackward:
-    """Returns the part of a measured time for which the device waited for the host.
-
-    It is what exceeds the device's work, and at most one launch.
-    """
+    """Returns the part of a measured time for which the device waited for the host: what exceeds
+    the device's own work, but at most the time of one launch."""
     result: ForwardBackward = np.clip(measured - work, 0.0, launch)
     return result
 

@@ -216,11 +216,9 @@ def held_out_predictions(
 
 
 def cross_validation_folds(count: int, most: int = 5) -> list[int]:
-    """Assigns each run to a cross-validation fold.
-
-    Up to 2 * `most` runs each form a fold of their own; more are dealt out to `most` folds in turn:
-    folds(12) is 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1.
-    """
+    """Assigns each run to a cross-validation fold. Up to 2 * `most` runs each form a fold of their
+    own; more are dealt out to `most` folds in turn: 12 runs and `most` 5 give 0, 1, 2, 3, 4, 0, 1,
+    2, 3, 4, 0, 1."""
     return list(range(count)) if count <= 2 * most else [index % most for index in range(count)]
 
 

@@ -13,7 +13,8 @@ from meshwright.records import record
 
 @record
 class ScheduledStages:
-    """Groups the ranks that hold the same stages: one pipeline rank."""
+    """Holds the stages of one pipeline rank (a group of ranks that hold the same stages), and their
+    schedule."""
 
     stages: tuple[StagePlacement, ...]
     order: Order
@@ -44,10 +45,11 @@ def scheduled_stages(plan: Plan) -> Iterator[ScheduledStages]:
 def peak_activation_bytes(
     scheduled: ScheduledStages, full: Sequence[float], half: Sequence[float]
 ) -> float:
-    """Returns the most bytes of activations held at once.
+    """Returns the most bytes of activations that a pipeline rank holds at once.
 
     `full` has for each stage, in the order of `scheduled.stages`, the bytes that a micro-batch
     holds between its forward and its backward, and `half` those between the two parts I and W of
-    the backward."""
+    the backward.
+    """
     place = {stage.number - scheduled.first_stage: k for k, stage in enumerate(scheduled.stages)}
     return peak_held(scheduled.order, lambda s: full[place[s]], lambda s: half[place[s]])

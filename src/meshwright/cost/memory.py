@@ -107,8 +107,7 @@ def _cut_sums(model: LayerGraph, amount: Callable[[Tensor], float]) -> Array:
 
 @record
 class MemoryTables:
-    """Holds one table for stages that keep their activations, and one for those that recompute
-    them."""
+    """Holds one table for stages that keep their activations, one for those that recompute them."""
 
     plain: MemoryTable
     recomputed: MemoryTable
@@ -116,7 +115,7 @@ class MemoryTables:
 
 @lru_cache(maxsize=8)
 def memory_tables(model: LayerGraph, job: Job) -> MemoryTables:
-    """Builds both tables for a model trained by a job."""
+    """Builds the memory tables of a model trained by a job, with and without recomputation."""
     return MemoryTables(
         plain=memory_table(model, job), recomputed=memory_table(with_recomputation(model), job)
     )
@@ -156,8 +155,8 @@ def _saved(layers: Sequence[Layer | None]) -> SavedTable:
 
 
 def _untrained(model: LayerGraph) -> list[Layer | None]:
-    """Returns the layers that hold frozen weights and no trained ones; None in place of each other
-    one."""
+    """Returns the layers that hold frozen weights and no trained ones; None stands for every other
+    layer."""
     trained = {n for tied in model.tied if tied.parameters for n in tied.layers}
     frozen = {n for tied in model.tied if tied.frozen_parameters for n in tied.layers}
     return [
@@ -321,7 +320,8 @@ Adjustment = Callable[[StageMemory, RankView], StageMemory]
 
 
 def adjustments(plan: Plan, model: LayerGraph) -> tuple[Adjustment, ...]:
-    """Returns what the techniques of a plan change in the memory of its ranks, in their order."""
+    """Returns the functions by which the techniques of a plan change the memory of its ranks, in
+    their order."""
     found = (adjustment(plan, model) for adjustment in provided("memory", "adjustment"))
     return tuple(each for each in found if each is not None)
 
@@ -342,7 +342,7 @@ def device_memory(plan: Plan, model: LayerGraph, cluster: Cluster) -> tuple[Devi
 def memory_by_class(
     plan: Plan, model: LayerGraph, cluster: Cluster
 ) -> Iterator[tuple[DeviceMemory, list[RankPlacement]]]:
-    """Predicts the peak bytes of one device of every set that holds as much, with the set.
+    """Groups devices with equal needs, and predicts the peak bytes of one device of each group.
 
     Activations are the most that a device holds at any point of its schedule.
     """

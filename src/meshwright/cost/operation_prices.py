@@ -1,4 +1,4 @@
-"""What each operation of a program costs on its rank: seconds, activations, traffic."""
+"""Says what each operation of a program costs on its rank: seconds, activations, traffic."""
 
 from __future__ import annotations
 

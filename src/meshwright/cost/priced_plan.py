@@ -1,4 +1,5 @@
-"""A plan with all that its step depends on, and the program and the prices that follow from it."""
+"""Joins a plan with all that its step depends on, and computes the program and the prices that
+follow."""
 
 from __future__ import annotations
 

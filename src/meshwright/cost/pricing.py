@@ -1,4 +1,4 @@
-"""What every instruction of a program costs: seconds of compute, traffic on the links."""
+"""Prices every instruction of a program: seconds of compute, traffic on the links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the price of an operation is made from: the inputs of a plan and what was priced before."""
+"""Holds what the price of an operation is made from: the inputs of a plan, and what was priced
+before."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Price:
 
 @record
 class PricingContext:
-    """Holds the inputs and the caches of the pricing of one plan."""
+    """Holds the inputs from which one plan is priced, and what has been computed for it so far."""
 
     model: LayerGraph
     plan: Plan
@@ -73,7 +74,7 @@ class PricingContext:
 
 @dataclass(frozen=True, slots=True)
 class PricedStage:
-    """Describes a rank's placement in one of its stages."""
+    """Describes a rank's placement in one of its stages, with the compute times of its replica."""
 
     stage: StagePlacement
     placement: RankPlacement
@@ -82,7 +83,7 @@ class PricedStage:
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """One rank whose instructions are priced."""
+    """Holds what is needed to price the instructions of one rank."""
 
     instructions: Sequence[Instruction]
     stages: dict[int, PricedStage]
@@ -90,7 +91,7 @@ class RankContext:
     pricing: PricingContext
 
     def stage_of(self, i: Instruction) -> PricedStage:
-        """Returns the placement of the stage for which the rank carries out an instruction."""
+        """Returns the rank's placement in the stage of an instruction."""
         return self.stages[i.stage]
 
 

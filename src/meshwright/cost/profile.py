@@ -73,7 +73,8 @@ class OptimizerTime:
 
 @record
 class LinkTimes:
-    """Holds measured links by level; they replace the figures of the cluster file."""
+    """Holds one measured link for each level of the cluster; these replace the figures of the
+    cluster file."""
 
     inside: Link | None = None
     islands: Link | None = None

@@ -76,8 +76,8 @@ def shard_seconds(
     """Returns the seconds of each layer to gather its parameters, and to reduce and scatter its
     gradients.
 
-    Parameters travel in 16 bits (or fp32), gradients of trained parameters in `width` times four
-    bytes. A tied parameter travels with its first layer.
+    Parameters travel in 16 bits (or fp32); a gradient takes 4 * `width` bytes of each trained
+    parameter. A tied parameter travels with its first layer.
     """
     trained = np.array([float(layer.parameters) for layer in model.layers])
     frozen = np.array([float(layer.frozen_parameters) for layer in model.layers])

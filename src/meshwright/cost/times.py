@@ -24,7 +24,8 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """The layers that the devices of one replica compute of a micro-batch."""
+    """Describes the work of one replica on one micro-batch: its devices, and the layers that they
+    compute."""
 
     model: LayerGraph
     layers: tuple[int, int]
@@ -95,7 +96,7 @@ class LayerTimeCache:
 
 
 class ReplicaSeconds:
-    """Gives the compute seconds of one tensor-parallel replica; its slowest rank decides."""
+    """Computes the seconds that one tensor-parallel replica takes; its slowest rank decides."""
 
     def __init__(
         self,

@@ -61,7 +61,8 @@ class ParameterCounts:
 
 @record
 class WeightTable:
-    """Holds sums over layers, so that the weights of any stage are counted in constant time."""
+    """Holds sums over layers, so that the bytes of any stage's weights are computed in constant
+    time."""
 
     unit: ParameterBytes
     trained: ParameterCounts
@@ -75,7 +76,7 @@ class WeightTable:
 
 @record
 class TiedUses:
-    """Describes the users of a tied parameter: the layers that share it."""
+    """Describes which layers use a tied parameter, a parameter that several layers share."""
 
     users: NDArray[np.int64]
     """The number of users before each layer."""

@@ -30,8 +30,8 @@ def turns_folder() -> Path:
 
 
 class ComputeLock:
-    """This process's right to compute: a file lock, which the system releases when the process
-    ends.
+    """Gives this process the right to compute: a file lock, which the system releases when the
+    process ends.
 
     `folder` and `at_once` must be the same for all processes that take turns, by default all of a
     user's.

@@ -33,10 +33,10 @@ machine's speed changed."""
 RECENT_SAMPLES = 9
 """Number of latest samples, whose median is the present speed."""
 REFERENCE_SECONDS = 5.2e-3
-"""CPU seconds of a sample on the reference core, of which devices have shares. A machine on which
-samples usually take longer uses its own time instead. (Its fastest time would not do: a machine
-that runs faster for some minutes becomes slower again, and its emulated devices could not keep up.)
-"""
+"""CPU seconds of a sample on the reference core; the share of an emulated device is a share of this
+core. A machine on which samples usually take longer uses its own usual time instead. (Its fastest
+time would not do: a machine that runs faster for some minutes becomes slower again, and its
+emulated devices could not keep up.)"""
 USUAL_SECONDS_FILE = f"usual-{__version__}"
 """Name of the file with this machine's usual seconds."""
 FIRST_CALLS = 3

@@ -36,26 +36,27 @@ finds cold caches when it wakes: that has to be measured too."""
 
 @record
 class Dilation:
-    """The speed of an emulated device."""
+    """Says how fast an emulated device is."""
 
     share: float
-    """Share of a core at its usual speed (see pace.py): computing takes CPU time / share. Infinite:
-    computing takes no time, only `Dilator.spend` does."""
+    """The device's share of a core at its usual speed (see `core_speed.py`): computing takes CPU
+    time / share. If it is infinite, computing takes no time; only `Dilator.spend` adds some."""
 
 
 class Dilator:
     """Stretches one rank's compute instructions to the time that the emulated device needs.
 
     Only CPU time of the computing thread is stretched, not the wait for a core; devices take turns
-    at computing (see turns.py). Anything inside an instruction that other ranks can observe must
-    happen when the slow device would get there: call `catch_up` ahead of it (a bucket's
-    all-reduce), or `end` before and `resume` after it (an all-reduce among tensor-parallel ranks).
+    at computing (see `compute_lock.py`). Anything inside an instruction that other ranks can
+    observe must happen when the slow device would get there: call `catch_up` ahead of it (a
+    bucket's all-reduce), or `end` before and `resume` after it (an all-reduce among tensor-parallel
+    ranks).
 
     A process that wakes up finds cold caches, because other devices have used its core; real
     devices do not share one. Half a millisecond of cache misses, stretched by 1 / share, would be
     as long as a layer. So a short calibration kernel runs after each wake-up; its time is not
-    stretched, and only tells the core's speed (see pace.py): the emulated device keeps its speed
-    while other programs slow this machine down.
+    stretched, and only tells the core's speed (see `core_speed.py`): the emulated device keeps its
+    speed while other programs slow this machine down.
     """
 
     def __init__(self, dilation: Dilation) -> None:

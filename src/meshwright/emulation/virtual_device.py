@@ -62,14 +62,16 @@ Made = tuple[torch.Size, torch.dtype, bool]
 
 @dataclass
 class BackwardState:
-    """State of the backward that is running."""
+    """Tells the layers how the time of the running backward is spent: layer by layer, or as a
+    whole."""
 
     by_layer: bool = True
     """False in a part of a split backward, whose time is spent as a whole."""
 
 
 class VirtualLayer:
-    """Replaces one layer's forward."""
+    """Replaces one layer's forward: it returns zeros, and takes the time that the layer would
+    take."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class VirtualLayer:
 
 
 class VirtualOptimizer(torch.optim.Optimizer):
-    """Takes an optimizer's time, and leaves the weights alone."""
+    """Takes as long as a real optimizer, and leaves the weights alone."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], seconds: float, spend: Spend) -> None:
         super().__init__(parameters, {"lr": 0.0})
@@ -114,7 +116,7 @@ class VirtualOptimizer(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class VirtualDevice:
-    """What an Engine needs whose compute instructions take their times from a table."""
+    """Holds what an Engine needs so that its compute instructions take their times from a table."""
 
     observer: Observer
     optimizer: OptimizerFactory

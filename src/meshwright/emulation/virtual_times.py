@@ -22,7 +22,7 @@ gives the seconds per parameter."""
 
 @record
 class RankTimes:
-    """Seconds of one rank's instructions, for its rows of a micro-batch."""
+    """Holds the seconds of one rank's compute instructions, for its rows of a micro-batch."""
 
     forward: tuple[Seconds, ...]
     """Seconds of each of the model's layers."""
@@ -39,7 +39,7 @@ class RankTimes:
 
 @record
 class VirtualTimes:
-    """The times of all ranks of a plan."""
+    """Holds the times of all ranks of a plan."""
 
     ranks: tuple[RankTimes, ...]
 

@@ -41,7 +41,7 @@ PARTS_OF_IT = "field by field"
 
 @dataclass(frozen=True, slots=True)
 class ExportedTraining:
-    """The training that a tool shall express."""
+    """Holds the training that a tool shall express."""
 
     plan: Plan
     grid: RegularGrid
@@ -58,7 +58,8 @@ def _no_words(value: Any, asked: ExportedTraining) -> str:  # noqa: ARG001
 
 @dataclass(frozen=True, slots=True)
 class PropertyAnswer:
-    """How a tool expresses one property; the functions take its value and the whole training."""
+    """Says how a tool expresses one property; the functions take its value and the whole
+    training."""
 
     told: str
     """What the table in the docs says."""
@@ -204,9 +205,9 @@ def block_answers(
     always: Callable[[ExportedTraining], Iterable[str]],
     expressed: Mapping[str, Callable[[Any, ExportedTraining], Iterable[str] | None]],
 ) -> PropertyAnswer:
-    """Writes the lines in `always`, and for each property of the blocks that differs from the usual
-    those of its function in `expressed`. A function returns None for a value that the tool cannot
-    express, which is then refused."""
+    """Writes the lines in `always`; for each property of the blocks that differs from the default,
+    also the lines that its function in `expressed` returns. The function returns None for a value
+    that the tool cannot express; the plan is then refused."""
 
     def said(name: str, value: Any, asked: ExportedTraining) -> Iterable[str] | None:
         return expressed[name](value, asked) if name in expressed else None

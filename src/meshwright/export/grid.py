@@ -14,7 +14,8 @@ from meshwright.records import record
 
 @record
 class RegularGrid:
-    """A plan in which every stage has the same widths and every replica the same work."""
+    """Describes a plan in which all stages have the same widths and all replicas do the same
+    work."""
 
     data: int
     tensor: int

@@ -45,7 +45,7 @@ EventKind = Literal["refused", "said", "stopped", "continued", "exited"]
 
 @record
 class SpawnRequest:
-    """A process to be started."""
+    """Asks the fork server to start a process."""
 
     rank: int
     """Its rank; negative for a process that is no rank, such as the store."""
@@ -64,7 +64,7 @@ class SpawnRequest:
 
 @record
 class ProcessEvent:
-    """Something that happened to a rank."""
+    """Reports something that happened to a process, such as its end."""
 
     rank: int
     seconds: float
@@ -97,7 +97,7 @@ def enter_namespace(namespace: str) -> None:
 
 @dataclass(slots=True)
 class _Child:
-    """A forked process and its report pipe."""
+    """Describes a forked process, and the pipe through which it reports."""
 
     rank: int
     pipe: int | None
@@ -106,10 +106,10 @@ class _Child:
 
 @dataclass(slots=True)
 class _Server:
-    """The state of the fork server, with its processes by process id."""
+    """Runs the fork server, and keeps the processes that it has started, by process id."""
 
     events: int
-    """File descriptor to which Events are written."""
+    """File descriptor to which ProcessEvents are written."""
     output: int
     """File descriptor for the output of processes without a log."""
     wake: int

@@ -58,7 +58,7 @@ def on_this_machine(_device: str) -> ProcessPlacement:
 
 
 class Launcher:
-    """Starts runs on this machine, one after the other; a context manager.
+    """Starts runs on this machine, one after the other. It is a context manager.
 
     `place` gives the place of the rank of a device; testbeds use it for network namespaces.
     `worker` is the module that ranks run.
@@ -250,7 +250,7 @@ def clear_run_files(folder: Path, ranks: Sequence[int] | None) -> None:
 
 
 class LineFollower:
-    """Forwards the lines of a growing file, each once."""
+    """Forwards each line of a growing file once."""
 
     def __init__(self, path: Path, tell: OnMetrics) -> None:
         self.path, self.tell, self.position = path, tell, 0

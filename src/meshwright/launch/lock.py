@@ -25,7 +25,7 @@ LOCK = "lock"
 
 @record
 class LockHolder:
-    """The process that holds a folder."""
+    """Describes the process that holds the lock of a folder."""
 
     process: int
     host: str

@@ -33,7 +33,8 @@ PORT = 29500
 
 @record
 class RunNodes:
-    """The machines of a run, and where they meet: nodes.json in the run folder."""
+    """Lists the machines of a run, and says where its ranks meet; nodes.json in the run folder
+    holds it."""
 
     nodes: dict[str, Endpoint]
     """Endpoints by node name, in the order of their first ranks."""
@@ -85,7 +86,7 @@ def launch_command(
     devices: Sequence[str], cluster: Cluster | None, node: str, command: Sequence[str], port: int
 ) -> int:
     """Runs a command once for each of a node's devices, as the ranks of one run over all nodes.
-    Return an exit status as a shell does. Raises LaunchError as `launch_node` does."""
+    Returns an exit status as a shell does. Raises LaunchError as `launch_node` does."""
     known = (cluster.endpoints if cluster else None) or {}
     names = dict.fromkeys(map(node_of, devices))
     nodes = {name: known.get(name, Endpoint()) for name in names}

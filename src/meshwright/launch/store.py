@@ -26,7 +26,7 @@ START_SECONDS = 60.0
 
 @record
 class Rendezvous:
-    """Address, port and secret by which the ranks of a run meet."""
+    """Says where the ranks of a run meet, and holds the secret by which they know each other."""
 
     address: str
     port: int
@@ -51,7 +51,7 @@ def open_store(
     token: str | None = None,
     namespace: str | None = None,
 ) -> Rendezvous:
-    """Starts a store that listens on this address alone, on a free port if none is given.
+    """Starts a store that listens on `address` alone, on a free port if none is given.
 
     Raises LaunchError if the address is not one of this machine or the port is taken.
     """

@@ -34,7 +34,7 @@ KILL_SECONDS = 3.0
 
 
 class ForkServer:
-    """The fork server as its launcher sees it; a context manager.
+    """Controls the fork server from the launcher's process. It is a context manager.
 
     It starts to import `modules` at once, while the launcher goes on.
     """
@@ -169,8 +169,8 @@ def describe_exit(status: int) -> str:
 def exit_status(events: Iterable[ProcessEvent]) -> int:
     """Returns the exit status for all processes as a shell does: 0, or that of the first failure.
 
-    A process that aborted counts only if none failed otherwise: so do torch's threads end a process
-    that has lost its peer, and it may be seen before the peer.
+    A process that aborted (SIGABRT) counts only if no other one failed: torch's threads abort a
+    process that has lost its peer, and its end may be seen before the peer's.
     """
     failed = tuple(filter(has_failed, events))
     if not failed:
@@ -199,7 +199,7 @@ def run_to_end(
     look: Callable[[], None] = lambda: None,
     timeout_seconds: float = float("inf"),
 ) -> tuple[ProcessEvent, ...]:
-    """Starts processes, wait until all have ended, and returns what happened.
+    """Starts processes, waits until all have ended, and returns what happened.
 
     `look` is called about every POLL_SECONDS. When one process fails, the others have GRACE_SECONDS
     to report; when one is stopped for `timeout_seconds`, waiting ends. The caller ends the

@@ -35,7 +35,7 @@ EXACT = 1 + 1e-9
 
 @record
 class Multicast:
-    """A message for several hosts."""
+    """Describes a message that several hosts must receive."""
 
     size: float
     """Bytes, or any other measure of the time that the message takes to cross an interface."""
@@ -47,7 +47,7 @@ class Multicast:
 
 @record
 class ScheduledMulticast:
-    """One scheduled multicast: its sender, start and end."""
+    """Says which host sends a multicast, and when it starts and ends."""
 
     task: int
     sender: str
@@ -149,8 +149,9 @@ def _answers(tasks: Sequence[Multicast], seed: int) -> Iterator[tuple[ScheduledM
 
 
 def _dense(tasks: Sequence[Multicast], luck: Sequence[float]) -> tuple[ScheduledMulticast, ...]:
-    """Repeatedly takes the task that can start first; among equals the one whose busiest port has
-    most left to do, then the one with the least `luck` plus time at which its sender is free."""
+    """Builds a schedule greedily: takes the task that can start first; among equals the one whose
+    busiest port has most left to do, then the one with the least sum of `luck` and the time at
+    which its sender is free."""
     free: dict[Port, float] = defaultdict(float)
     left: dict[Port, float] = defaultdict(float)
     for task in tasks:
@@ -186,6 +187,9 @@ def _dense(tasks: Sequence[Multicast], luck: Sequence[float]) -> tuple[Scheduled
 
 @dataclass(slots=True)
 class _Search:
+    """Keeps the state of a depth-first search: its path, the best schedule so far, and the nodes it
+    may still visit."""
+
     tasks: Sequence[Multicast]
     best: tuple[ScheduledMulticast, ...]
     nodes: int = NODES

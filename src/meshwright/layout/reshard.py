@@ -14,7 +14,7 @@ from meshwright.records import record
 
 @record
 class Transfer:
-    """One unit task with its sender."""
+    """Says which rank sends one box of a tensor, and which ranks receive it."""
 
     box: Box
     source: int

@@ -12,7 +12,7 @@ from meshwright.records import record
 
 @record
 class Share:
-    """The shares with indices [first, last) when something is divided into `of` equal shares.
+    """Describes a share of something that is cut into `of` equal parts: the parts [first, last).
 
     Rank 1 of 4 has the share first = 1, last = 2, of = 4.
     """
@@ -59,9 +59,9 @@ def holder(share: Share, width: int) -> int:
 
 
 def flat_share(sizes: Sequence[int], width: int, index: int) -> list[Range]:
-    """Returns the elements of each of some tensors that rank `index` of `width` has, where the
-    tensors are laid end to end, filled up to a multiple of `width` and cut into equal shares; the
-    range of a tensor of which it has nothing ends no later than it begins."""
+    """Lays tensors of these sizes end to end, cuts them into `width` equal shares (the last may be
+    shorter), and returns which elements of each tensor rank `index` has. If it has none of a
+    tensor, the range ends where it begins, or before."""
     length = -(-sum(sizes) // width)
     first, last = index * length, (index + 1) * length
     starts = (0, *accumulate(sizes))

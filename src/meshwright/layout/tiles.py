@@ -19,7 +19,8 @@ Layout = Mapping[int, Tile]
 
 @record
 class UnitTask:
-    """A box to be moved that lies within one box of the source and one of the target."""
+    """Describes a box that must be moved as one piece: it lies within one box of the source layout
+    and one of the target layout."""
 
     box: Box
     holders: tuple[int, ...]
@@ -29,13 +30,13 @@ class UnitTask:
 
 
 def joint(tile: Tile) -> int:
-    """Returns the dimension along which the boxes of a tile are joined."""
+    """Returns the dimension along which a rank joins the boxes of its tile into one tensor."""
     first = tile[0]
     return next((dim for box in tile for dim, at in enumerate(box) if at != first[dim]), 0)
 
 
 def joined(tile: Tile) -> Tile:
-    """Returns where each box of a tile lies in the tensor that a rank keeps."""
+    """Returns where each box of a tile lies in the one tensor in which a rank stores the tile."""
     dim, found, end = joint(tile), [], 0
     for box in tile:
         place = inside(box, box)
@@ -45,20 +46,21 @@ def joined(tile: Tile) -> Tile:
 
 
 def shape_of(tile: Tile) -> tuple[int, ...]:
-    """Returns the shape of the tensor that a rank keeps of a tile."""
+    """Returns the shape of the one tensor in which a rank stores its tile."""
     last = joined(tile)[-1]
     return tuple(end for _, end in last)
 
 
 def within(own: Tile, part: Tile) -> Tile:
-    """Returns where a tile lies in the tensor that a rank keeps of a larger one, box by box."""
+    """Returns where `part`, a part of a rank's tile, lies in the tensor in which the rank stores
+    the tile, box by box."""
     places = zip(part, own, joined(own), strict=True)
     return tuple(moved(box, mine, place) for box, mine, place in places)
 
 
 def placed(tile: Tile, local: Box) -> Iterator[tuple[Box, Box]]:
-    """Yields what a box of the tensor that a rank keeps holds of the whole one: boxes of the whole
-    tensor, each with its place in the rank's."""
+    """Yields the boxes of the whole tensor that `local`, a box of the tensor in which a rank stores
+    its tile, covers, each with its place in the stored tensor."""
     for box, place in zip(tile, joined(tile), strict=True):
         both = common(place, local)
         if not is_empty(both):
@@ -124,7 +126,8 @@ def _by_box(layout: Layout) -> dict[Box, tuple[int, ...]]:
 
 
 class _Sorted:
-    """Sorted boxes, searched by their first dimension."""
+    """Keeps boxes sorted by their first dimension, so that those that may intersect another box are
+    found quickly."""
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         self.boxes = boxes

@@ -15,8 +15,8 @@ ROWS_OF_RUNS = (2, 4)
 
 @record
 class LayerRun:
-    """What one forward and backward of a layer did, at one number of rows. Storages are numbered in
-    the order of their allocation."""
+    """Holds what one forward and backward of a layer did at one number of rows. Storages (memory
+    blocks) are numbered in the order of their allocation."""
 
     flops: float
     attention_flops: float
@@ -45,7 +45,7 @@ class LayerRun:
 
 @record
 class RowCosts:
-    """The cost of a layer per row; its fields are named as those of `model.spec.Layer`."""
+    """Holds the cost of a layer per row; its fields are named as those of `model.spec.Layer`."""
 
     forward_flops: float
     attention_flops: float
@@ -176,7 +176,8 @@ def peak_moments_of(amounts: dict[int, RowCosts]) -> tuple[Moment, ...]:
 
 
 class TensorParallelParts(NamedTuple):
-    """An amount as two summands: replicated on each tensor-parallel rank, and divided among all."""
+    """Divides an amount into two summands: `whole` is on every tensor-parallel rank, `split` is
+    divided among them."""
 
     whole: float
     split: float

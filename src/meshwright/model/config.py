@@ -25,7 +25,7 @@ RotaryBase = Annotated[float, Field(gt=0, le=1e15)]
 
 @record
 class LanguageModel:
-    """The sizes that define a model of one of the families."""
+    """Holds the sizes that define a model of one of the known families."""
 
     name: Name
     family: Name

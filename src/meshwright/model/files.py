@@ -52,7 +52,7 @@ MOST_LAYERS = 10_000
 
 @record
 class LayerEntry:
-    """One [[layer]] entry; amounts are per row."""
+    """Holds one table [[layer]] of a model file; amounts are per row."""
 
     name: LayerName
     count: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
@@ -84,7 +84,7 @@ class LayerEntry:
 
 @record
 class SkipEntry:
-    """One [[skip]] entry: layer `to` reads the output of layer `from`."""
+    """Holds one table [[skip]] of a model file: layer `to` reads the output of layer `from`."""
 
     from_: Annotated[Name, Field(alias="from")]
     to: Name
@@ -95,7 +95,8 @@ class SkipEntry:
 
 @record
 class TiedEntry:
-    """One [[tied]] entry: a parameter that several layers share, in addition to their own."""
+    """Holds one table [[tied]] of a model file: a parameter that several layers share, in addition
+    to their own."""
 
     name: LayerName
     layers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MOST_LAYERS)]
@@ -108,7 +109,7 @@ class TiedEntry:
 
 @record
 class ModelFile:
-    """The content of a hand-written model file."""
+    """Holds the content of a hand-written model file."""
 
     name: Name
     layer: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MOST_LAYERS)]

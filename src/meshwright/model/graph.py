@@ -32,7 +32,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @record
 class LayerPart:
-    """One layer of a model, as a module that can be executed on its own."""
+    """Holds one layer of a model as a module that can be executed on its own."""
 
     name: str
     """Qualified name of its module with parameters, such as `blocks.3`."""
@@ -51,7 +51,8 @@ class LayerPart:
 
 @record
 class CrossingTensor:
-    """A tensor that one layer hands to later ones, with its shape for the example batch."""
+    """Describes a tensor that one layer hands to later ones, with its shape for the example
+    batch."""
 
     name: str
     producer: int
@@ -63,7 +64,7 @@ class CrossingTensor:
 
 @record
 class LayeredModel:
-    """A model as a sequence of layers and the tensors that flow between them."""
+    """Holds a model as a sequence of layers and the tensors that flow between them."""
 
     inputs: tuple[str, ...]
     """Names of the tensors of a batch, in the order of the model's arguments."""

@@ -1,4 +1,5 @@
-"""How tensor parallelism divides the parameters of a layer: a table that tracing and runtime read.
+"""Says how tensor parallelism divides the parameters of a layer, in a table that tracing and
+runtime read.
 
 A model, or the module class of a layer, may carry
 
@@ -24,7 +25,7 @@ from meshwright.records import record
 
 @record
 class Column:
-    """A linear map (weight: ..., out, in) divided along its outputs.
+    """Divides a linear map (weight: ..., out, in) along its outputs.
 
     Each rank reads the whole input and computes its share of the output; the gradient of the input
     is all-reduced over the ranks. The bias is divided like the outputs.
@@ -37,26 +38,27 @@ class Column:
 
 @record
 class Row:
-    """A linear map divided along its inputs: each rank computes a partial sum of the whole output,
-    and an all-reduce adds them up. Every rank holds the whole bias, which is added after that."""
+    """Divides a linear map along its inputs: each rank computes a partial sum of the whole output,
+    and an all-reduce adds the partial sums up. Every rank holds the whole bias, which is added
+    after that."""
 
 
 @record
 class Vocabulary:
-    """An embedding table divided along the vocabulary: each rank looks up the tokens whose rows it
-    holds, gives zeros for all others, and an all-reduce adds up the results."""
+    """Divides an embedding table along the vocabulary: each rank looks up the tokens whose rows it
+    holds and gives zeros for all others, and an all-reduce adds the results up."""
 
 
 @record
 class VocabularyHead:
-    """The output projection divided along the vocabulary, like a Column; its logits stay divided
+    """Divides the output projection along the vocabulary, as Column does; its logits stay divided
     and go to a VocabularyLoss. The vocabulary need not be a multiple of the width."""
 
 
 @record
 class VocabularyLoss:
-    """Cross entropy of logits that are divided along the vocabulary: the maximum, the sum of
-    exponentials and the target's logit of each token are all-reduced over the ranks."""
+    """Computes cross entropy from logits that are divided along the vocabulary: for each token, the
+    maximum, the sum of exponentials and the target's logit are all-reduced over the ranks."""
 
 
 Split = Column | Row | Vocabulary | VocabularyHead | VocabularyLoss

@@ -1,4 +1,4 @@
-"""The LayerGraph: a model as layers in topological order and the tensors between them.
+"""Describes a model for the planner: layers in topological order and the tensors between them.
 
 The planner, the cost model and the simulator see a model only as this graph. Every amount is per
 row (one sample of the batch) unless its name says otherwise, at the sequence length and precision
@@ -16,8 +16,8 @@ from meshwright.records import fingerprint, plain, record
 
 @record
 class Moment:
-    """Bytes allocated at one moment of a layer's forward or backward, less its saved activations
-    (the difference may be negative).
+    """Counts the bytes that are allocated at one moment of a layer's forward or backward, less its
+    saved activations (the difference may be negative).
 
     With r rows on each of t ranks that divide the layer these are
 
@@ -37,8 +37,8 @@ class Moment:
 
 @record
 class Division:
-    """What a layer does when the ranks along one axis of a stage's mesh divide it; what they do not
-    divide, each of them holds and computes in full."""
+    """Says what a layer does when the ranks along one axis of a stage's mesh divide it; each of
+    them holds and computes in full what they do not divide."""
 
     axis: str
     """Name of the axis, as in `AXES` of `plan/mesh.py`."""
@@ -65,7 +65,8 @@ class Division:
 
 @record
 class Layer:
-    """The smallest part of a model that a plan assigns to a stage; it is never cut."""
+    """Describes the smallest part of a model that a plan assigns to a stage; a layer is never
+    cut."""
 
     name: str
     signature: str
@@ -120,8 +121,8 @@ class Layer:
 
 @record
 class Tensor:
-    """A tensor that one layer hands to later ones. Inputs of the model are not listed: every stage
-    that needs them reads the batch itself."""
+    """Describes a tensor that one layer hands to later ones. Inputs of the model are not listed:
+    every stage that needs them reads the batch itself."""
 
     name: str
     bytes: float
@@ -137,8 +138,8 @@ class Tensor:
 
 @record
 class Tied:
-    """One parameter that several layers share: each stage with one of these layers holds a copy,
-    and the gradient is summed over the copies."""
+    """Describes a parameter that several layers share: each stage with one of these layers holds a
+    copy, and the gradient is summed over the copies."""
 
     name: str
     layers: tuple[int, ...]
@@ -153,7 +154,8 @@ class Tied:
 
 @record
 class LayerGraph:
-    """A model as the planner sees it: layers, the tensors between them, and tied parameters."""
+    """Describes a model as the planner sees it: its layers, the tensors between them, and tied
+    parameters."""
 
     name: str
     sequence: int
@@ -232,11 +234,9 @@ _FINGERPRINTED = {
 
 
 def content_fingerprint(model: LayerGraph) -> str:
-    """Returns a fingerprint of everything in a graph.
-
-    It is that of graphs whose only axis was `tensor`, and without the fields of `_LATER` that have
-    their default, so that measurements made for older graphs are still found.
-    """
+    """Returns a fingerprint of everything in a graph. What is divided along `tensor` enters it in
+    the form that it had when that was the only axis, and fields of `_LATER` are left out where they
+    have their default, so that measurements made for older graphs are still found."""
     found = plain(model)
     for each, layer in zip(found["layers"], model.layers, strict=True):
         tensor = plain(layer.along("tensor"))

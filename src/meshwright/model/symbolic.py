@@ -113,7 +113,8 @@ def layer_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 class ValueProxy(Proxy):
-    """A torch.fx proxy that knows the shape, length and elements of its value."""
+    """Stands for a value while torch.fx traces, and knows the value's shape, length and
+    elements."""
 
     @property
     def value(self) -> Any:
@@ -169,7 +170,7 @@ class _Factories(TorchFunctionMode):
 
 
 class LayerTracer(Tracer):
-    """A torch.fx tracer with layers as leaf modules and a fake value on every node
+    """Traces a model with torch.fx: layers are leaf modules, and every node has a fake value
     (`meta["value"]`)."""
 
     proxy_buffer_attributes = True

@@ -56,7 +56,7 @@ LEAST_SECONDS = 0.01
 
 @record
 class RentedPlan:
-    """A plan with what it achieves and costs."""
+    """Holds a plan with what it achieves and costs."""
 
     plan: Plan
     outcome: Outcome
@@ -64,7 +64,7 @@ class RentedPlan:
 
 @record
 class RentalChoice:
-    """The plans that were found for the rentals of a cluster, and the best of them."""
+    """Holds the plans that were found for the rentals of a cluster, and the best of them."""
 
     best: RentedPlan
     found: tuple[RentedPlan, ...]
@@ -83,7 +83,7 @@ class RentalChoice:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """All that the search of a plan depends on but the devices."""
+    """Holds all that the search of a plan depends on, except the devices."""
 
     model: LayerGraph
     cluster: Cluster
@@ -106,7 +106,7 @@ class _Question:
 
 @dataclass(frozen=True, slots=True)
 class _Rental:
-    """A rental that may be searched."""
+    """Describes a rental that may be searched."""
 
     counts: Counts
     cluster: Cluster
@@ -116,10 +116,10 @@ class _Rental:
 
 @dataclass(slots=True)
 class _Searched:
-    """What has been found so far."""
+    """Collects what has been found so far."""
 
     plans: dict[Counts, RentedPlan] = field(default_factory=dict)
-    """The best plan found by the devices that it uses, up to the names of equal nodes."""
+    """The best plan found for each combination of devices in use, which are counted by class."""
     misfits: list[Counts] = field(default_factory=list)
     answered: list[tuple[Counts, Counts]] = field(default_factory=list)
     """For each rental that was searched: what its plan uses, and the rental."""
@@ -178,10 +178,11 @@ def _bounded(
 ) -> list[_Rental]:
     """Returns the rentals into which the model may fit, in the order in which they are searched.
 
-    The one with the least bound of seconds comes first: whatever beats a rental in speed has been
-    searched before it, and a plan for many devices that uses few of them answers for those between.
-    For the best plan alone, those that must miss a limit come last, nearest first. However short
-    the time is, there is one to search.
+    They are sorted by the lower bound of their step, so that every rental that could be faster than
+    another is searched before it. Larger rentals mostly come first; if the plan of one leaves
+    devices idle, it answers for the rentals without these (`_answered`). Unless the whole front is
+    wanted, rentals that must miss a limit come last, those that come nearest to it first. At least
+    one rental is returned, however little time is left.
     """
     found: list[_Rental] = []
     with suppress(Stopped), stoppable(lambda: bool(found) and question.over):
@@ -237,9 +238,9 @@ def _search_all(
 
 
 def _next(question: _Question, ahead: list[_Rental], seen: _Searched) -> int:
-    """Returns the index of the next rental: the first in order; but up to the first plan that with
-    the best bound, for what serves best is measured by what was found. For the front, always the
-    first."""
+    """Returns the index of the rental to search next: the first in order. Until a plan has been
+    found, it is instead the one whose bound serves the terms best, as later ones are measured by
+    its plan; for the whole front always the first."""
     if seen.plans or question.whole_front:
         return 0
     return min(range(len(ahead)), key=lambda index: merit(ahead[index].bound, question.terms))
@@ -265,8 +266,9 @@ def _needless(question: _Question, rental: _Rental, seen: _Searched) -> str:
 
 
 def _answered(counts: Counts, seen: _Searched) -> bool:
-    """True if the plan for more devices uses only some of the rental's: no other plan for these is
-    faster. The devices that it uses are searched themselves, since a search of fewer finds more."""
+    """True if the plan that was found for a larger rental uses only devices of this one, and not
+    all of them: then it is the best plan here too. A rental of exactly the devices that it uses is
+    still searched, since a search among fewer devices may find more."""
     return any(
         counts != used and within(used, counts) and within(counts, of) for used, of in seen.answered
     )

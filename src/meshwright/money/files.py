@@ -69,7 +69,7 @@ PriceText = Annotated[tuple[float, str], BeforeValidator(_price)]
 
 @record
 class PriceEntries:
-    """A file of hourly prices, as it is written."""
+    """Holds a file of hourly prices as it is written."""
 
     format: Format
     currency: Annotated[Name, AfterValidator(_currency)]

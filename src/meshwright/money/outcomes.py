@@ -19,13 +19,13 @@ HOUR = 3600.0
 """Seconds for which an hourly price is paid."""
 
 Merit = tuple[float, float, float]
-"""How well an outcome serves a user's terms, the least the best: how far it misses the limits, what
-shall be least, and what decides between two that are equal in both."""
+"""How well an outcome serves a user's terms; the least is best. It holds how far the outcome misses
+the limits, then what shall be least, then what decides if both are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterPrices:
-    """The hourly prices of the devices of one cluster."""
+    """Gives the hourly prices of the devices of one cluster."""
 
     prices: HourlyPrices
     types: dict[str, str]
@@ -105,7 +105,8 @@ def idle_devices(here: ClusterPrices, devices: Collection[str]) -> tuple[int, in
 
 
 def outcome(here: ClusterPrices, job: Job, per_hour: float, step_seconds: float) -> Outcome:
-    """Returns what steps of so many seconds achieve on devices at so much an hour."""
+    """Returns what a plan achieves and costs whose steps take `step_seconds`, on devices that cost
+    `per_hour`."""
     per_step = per_hour * step_seconds / HOUR
     tokens = job.global_batch * job.sequence
     return Outcome(
@@ -143,8 +144,8 @@ def _measured(found: Outcome, limit: Limit) -> float:
 
 
 def merit(found: Outcome, terms: MoneyTerms) -> Merit:
-    """Returns how well an outcome serves the terms. A bound of an outcome gives one of its
-    merit."""
+    """Returns how well an outcome serves the terms; the least is best. A lower bound of an outcome
+    gives a lower bound of its merit."""
     missed = max((excess(found, limit) for limit in terms.limits), default=0.0)
     both = (found.step_seconds, found.expense.per_token)
     return (max(0.0, missed), *(both if terms.objective == "time" else both[::-1]))
@@ -171,7 +172,8 @@ def front(outcomes: Sequence[Outcome]) -> tuple[int, ...]:
 
 
 def check_limits(found: Outcome, terms: MoneyTerms, what: str) -> None:
-    """Raises LimitError if the plan that comes closest to the limits, `what`, misses one."""
+    """Raises LimitError if the plan that comes closest to the limits still misses one; `what`
+    describes it."""
     LimitError.check(
         Problem(
             "--limit",

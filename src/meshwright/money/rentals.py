@@ -16,7 +16,7 @@ from meshwright.cluster.spec import Cluster, Link, Node, Precision
 from meshwright.money.outcomes import ClusterPrices, hourly_price
 
 MOST_RENTALS = 64
-"""Combinations up to which every number of nodes of a class is tried; of more, powers of two."""
+"""Largest number of combinations that are tried; of more, some numbers of nodes are left out."""
 
 ALONE_GROWTH = 4
 """Factor between two numbers of nodes of a class that is rented alone."""
@@ -30,7 +30,7 @@ Counts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class NodeClass:
-    """Interchangeable nodes."""
+    """Groups interchangeable nodes; a rental only says how many of them it has."""
 
     nodes: tuple[Node, ...]
     """The nodes, in the order of the cluster, which is the order in which they are rented."""
@@ -41,7 +41,7 @@ class NodeClass:
 
     @property
     def each(self) -> int:
-        """Number of devices of each node."""
+        """Returns the number of devices of each node."""
         return len(self.nodes[0].devices)
 
 
@@ -101,11 +101,12 @@ def every_choice(classes: Sequence[NodeClass]) -> int:
 def rentals(classes: Sequence[NodeClass], prices: ClusterPrices) -> tuple[Counts, ...]:
     """Returns the rentals that are considered, the whole cluster first.
 
-    Every number of nodes of each class, if these are at most MOST_RENTALS combinations; else as
-    many powers of two, evenly chosen, as leave so many, and always one node and all; and besides
-    1, 4, 16 ... nodes of each class alone. With more classes than even all or none of each allow:
-    every class alone, all but one, and the first few in order of speed, and of price for speed. At
-    last parts of a single node (1, 2, 4 ... devices), if its devices are priced one by one.
+    * All combinations of numbers of nodes of each class, if they are at most MOST_RENTALS. If they
+      are more, the numbers are thinned out to powers of two, then to fewer, but always 0 and all.
+      If there are too many classes even for all or none of each: every class alone, all classes but
+      one, and the first few in order of speed, and of price for speed.
+    * 1, 4, 16 ... nodes of each class alone.
+    * 1, 2, 4 ... devices of a single node, if its devices are priced one by one.
     """
     whole = tuple(each.each * len(each.nodes) for each in classes)
     counts = _counts(classes)
@@ -137,7 +138,7 @@ def _counts(classes: Sequence[NodeClass]) -> list[list[int]] | None:
 
 
 def _thinned(numbers: list[int], most: int) -> list[int]:
-    """Returns at most so many of the numbers, evenly chosen, the last one among them."""
+    """Returns at most `most` of the numbers, evenly chosen; the last one is among them."""
     if len(numbers) <= most:
         return numbers
     last = len(numbers) - 1
@@ -163,7 +164,8 @@ def _alone(classes: Sequence[NodeClass], index: int, count: int) -> Counts:
 
 
 def _of_many(classes: Sequence[NodeClass], prices: ClusterPrices) -> Iterator[Counts]:
-    """Yields rentals of whole classes, of which there are too many for every combination."""
+    """Yields rentals that take whole classes or nothing of them, if there are too many classes to
+    combine."""
     number = len(classes)
     for index in range(number):
         yield _of(classes, {index})

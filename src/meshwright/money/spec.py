@@ -20,12 +20,12 @@ Objective = Literal["time", "cost"]
 
 Measure = Literal["hour", "step", "token", "seconds", "rate"]
 """What a limit limits: the cost of an hour, of a step or of a token, the seconds of a step, or the
-tokens per second, of which it wants at least so many."""
+tokens per second, which must be at least the bound."""
 
 
 @record
 class HourlyPrices:
-    """What an hour of each device type, or of a whole node, costs."""
+    """Says what an hour of each device type, or of a whole node, costs."""
 
     currency: Name
     date: Name
@@ -41,7 +41,7 @@ class HourlyPrices:
 
 @record
 class Expense:
-    """What a plan costs, for the devices that it uses."""
+    """Says what a plan costs, in `currency`, for the devices that it uses."""
 
     currency: Name
     per_hour: Amount
@@ -51,7 +51,7 @@ class Expense:
 
 @record
 class Outcome:
-    """What a plan achieves, and what it costs."""
+    """Says what a plan achieves, and what it costs."""
 
     step_seconds: PositiveSeconds
     tokens_per_second: Ratio
@@ -60,7 +60,7 @@ class Outcome:
 
 @record
 class Limit:
-    """A bound that an outcome must keep."""
+    """States a bound that an outcome must keep."""
 
     text: Line
     """The limit as the user wrote it."""
@@ -71,7 +71,8 @@ class Limit:
 
 @record
 class MoneyTerms:
-    """What a user wants: the hourly prices, what shall be least, and the limits."""
+    """Says what a user wants: which hourly prices hold, what shall be least, and which limits must
+    be kept."""
 
     prices: HourlyPrices
     objective: Objective = "time"

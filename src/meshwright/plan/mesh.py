@@ -31,7 +31,7 @@ Member = TypeVar("Member", covariant=True)
 
 @record
 class Mesh(Generic[Member]):
-    """Ranks, or devices, on the axes of a stage."""
+    """Arranges ranks, or devices, along the axes of a stage."""
 
     members: tuple[Member, ...]
     """All of them, in the order of their coordinates."""
@@ -49,8 +49,8 @@ class Mesh(Generic[Member]):
         return tuple(self.members[first:end] for first, end in pairwise(ends))
 
     def widths(self, axis: Axis) -> tuple[int, ...]:
-        """Returns the width of every replica along an inner axis; along `data` the number of
-        replicas alone."""
+        """Returns the width of every replica along an inner axis; along `data` there is one width,
+        the number of replicas."""
         if axis == AXES[0]:
             return (len(self.inner_widths),)
         at = INNER_AXES.index(axis)
@@ -108,10 +108,12 @@ def stacked(meshes: Iterable[Mesh[Member]]) -> Mesh[Member]:
 
 
 def copies(mesh: Mesh[int]) -> Iterator[tuple[tuple[int, ...], Share | None]]:
-    """Yields the groups of ranks that hold the same elements, and which share of what is divided.
+    """Yields the groups of ranks that hold the same elements of layers, each with the share of the
+    layers' divided elements that the group holds.
 
-    If all replicas have the same tensor width, the groups along `data` hold the same, and the share
-    is None. Otherwise all ranks hold what is UNDIVIDED, and each common share has its own.
+    If all replicas have the same tensor width, these are the groups along `data`, and the share is
+    None: all that a rank holds. Otherwise one group of all ranks holds what is UNDIVIDED, and each
+    common share has a group of its own.
     """
     widths = mesh.widths("tensor")
     if len(set(widths)) == 1:

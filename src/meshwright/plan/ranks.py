@@ -17,7 +17,7 @@ from meshwright.techniques import provided
 
 @record
 class RankPlacement:
-    """The place of one rank in one stage. A rank has a placement in every stage that it holds."""
+    """Places one rank in one stage. A rank has a placement in every stage that it holds."""
 
     rank: int
     device: str
@@ -42,8 +42,8 @@ class RankPlacement:
 
 @record
 class StagePlacement:
-    """One stage with the placement of each of its ranks, and what instructions need to know of
-    it."""
+    """Holds one stage with the placement of each of its ranks, and what instructions need to know
+    of it."""
 
     number: int
     pipeline: int
@@ -64,7 +64,7 @@ class StagePlacement:
 
 @record
 class RankView:
-    """One rank of a plan, as techniques see it."""
+    """Gives techniques what they may know of one rank of a plan."""
 
     stages: tuple[StagePlacement, ...]
     """The stages that the rank holds, in layer order."""

@@ -62,7 +62,7 @@ PartName = Annotated[
 
 @record
 class Job:
-    """The training job: what one optimizer step must do, whatever the plan."""
+    """Says what one optimizer step must do, whatever the plan."""
 
     global_batch: Rows
     """Rows per optimizer step, summed over the whole cluster."""
@@ -73,7 +73,7 @@ class Job:
 
 @record
 class PlanInput:
-    """The model, cluster or profile that a plan was made for."""
+    """Names the model, cluster or profile that a plan was made for."""
 
     name: Name
     fingerprint: Name
@@ -94,7 +94,8 @@ StateLevel = Literal["none", "all"]
 
 @record
 class StateDivision:
-    """How the ranks that hold the same layers divide what each of them would otherwise hold."""
+    """Says how the ranks that hold the same layers divide what each of them would otherwise hold
+    whole."""
 
     optimizer: StateLevel = "none"
     """Optimizer states, with the update itself: each rank updates its share of the weights, which
@@ -103,7 +104,7 @@ class StateDivision:
 
 @record
 class Stage:
-    """Consecutive layers on a mesh of devices, data width x tensor width."""
+    """Assigns consecutive layers to a mesh of devices, data width x tensor width."""
 
     layers: tuple[LayerIndex, LayerIndex]
     """First layer, and the one after the last: [first, last)."""
@@ -123,7 +124,7 @@ class Stage:
 
 @record
 class Pipeline:
-    """Stages that together hold the whole model and work through a share of the batch."""
+    """Chains stages that together hold the whole model; they work through a share of the batch."""
 
     micro_batches: MicroBatches
     rows: Rows
@@ -144,7 +145,7 @@ class Pipeline:
 
 @record
 class DeviceMemory:
-    """Predicted memory of one device at its peak, in bytes."""
+    """Predicts the memory of one device at its peak, in bytes."""
 
     device: Name
     parameters: Bytes
@@ -158,7 +159,7 @@ class DeviceMemory:
 
 @record
 class RunnerUp:
-    """Another strategy that the search considered, and why it was not chosen."""
+    """Names another strategy that the search considered, and says why it was not chosen."""
 
     name: Line
     step_seconds: PositiveSeconds | None = None
@@ -168,7 +169,7 @@ class RunnerUp:
 
 @record
 class Prediction:
-    """The search's prediction for the plan that it chose."""
+    """Holds what the search predicts for the plan that it chose."""
 
     step_seconds: PositiveSeconds
     parts: dict[PartName, Seconds]
@@ -184,7 +185,7 @@ class Prediction:
 
 @record
 class Plan:
-    """A training strategy for one model on one cluster.
+    """Describes a training strategy for one model on one cluster.
 
     Classic dp x tp x pp is one pipeline of `pp` stages, each on a dp x tp mesh; unlike replicas are
     several pipelines with shares of the batch.

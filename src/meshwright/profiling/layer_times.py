@@ -74,7 +74,7 @@ class DeviceStopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBenchmark:
-    """The model to measure, the device, and the number of repeats."""
+    """Holds the model to measure, the stopwatch of the device, and the number of repeats."""
 
     make_model: Model
     graph: LayerGraph

@@ -132,7 +132,7 @@ WARM_UP = 1
 
 @record
 class RankLinkTimes:
-    """The times of one pair's messages, or of all-reduces, as one rank has measured them."""
+    """Holds the times of one pair's messages, or of all-reduces, as one rank has measured them."""
 
     points: tuple[MessageTime, ...]
     crowded: MessageTime | None = None

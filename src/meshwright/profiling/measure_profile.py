@@ -1,4 +1,5 @@
-"""`meshwright profile`: measures layers, optimizer and links on every rank, and merges the results.
+"""Carries out `meshwright profile`: measures layers, optimizer and links on every rank, and merges
+the results.
 
 python -m meshwright.profiling.measure_profile FOLDER      one rank, under a launcher
 """
@@ -61,7 +62,7 @@ TIMEOUT_SECONDS = 1800.0
 
 @record
 class ProfileSettings:
-    """Settings of `meshwright profile`: what to measure, and where to write it."""
+    """Says what `meshwright profile` shall measure, and where it shall write the profile."""
 
     model: Line
     sequence: Tokens
@@ -86,7 +87,8 @@ class ProfileSettings:
 
 @record
 class ProfileInputs:
-    """Everything that a profile depends on; its fingerprint tells if a profile is up to date."""
+    """Holds everything that a profile depends on; its fingerprint tells if a profile is up to
+    date."""
 
     settings: ProfileSettings
     """The settings without the names of files."""
@@ -100,14 +102,14 @@ class ProfileInputs:
 
 @record
 class CachedProfile:
-    """The profile in the first rank's output file, if it is up to date."""
+    """Holds the profile in the first rank's output file, if it is up to date."""
 
     profile: Profile | None = None
 
 
 @record
 class RankTimings:
-    """The times that one rank has measured."""
+    """Holds the times that one rank has measured."""
 
     layers: tuple[LayerTime, ...]
     optimizers: tuple[OptimizerTime, ...]
@@ -115,7 +117,7 @@ class RankTimings:
 
 @record
 class LayerCase:
-    """Some layers to be measured with one number of rows and one tensor-parallel width."""
+    """Names some layers to be measured with one number of rows and one tensor-parallel width."""
 
     layers: tuple[int, ...]
     """Numbers of the layers."""
@@ -127,8 +129,8 @@ class LayerCase:
 def layer_cases(
     settings: ProfileSettings, graph: LayerGraph, layers: Iterable[int]
 ) -> Iterator[LayerCase]:
-    """Yields every pair of width and rows, with those of the distinct layers that can be divided by
-    that width."""
+    """Yields every pair of tensor width and rows, with those of the distinct layers that the width
+    can divide."""
     for tensor, rows in product(settings.tensor, settings.rows):
         legal = tuple(n for n in layers if graph.layers[n].along("tensor").units % tensor == 0)
         if legal:
@@ -137,7 +139,7 @@ def layer_cases(
 
 def reference_core_seconds(settings: ProfileSettings) -> float | None:
     """Returns the CPU seconds that define the speed of emulated devices on this machine (see
-    pace.py); None if real devices are measured."""
+    `emulation/core_speed.py`); None if real devices are measured."""
     if not settings.shares:
         return None
     from meshwright.emulation.core_speed import usual_seconds

@@ -58,7 +58,7 @@ _WORD = re.compile(r"([0-9]{0,9})([FBIW])([0-9]{1,9})(?::([0-9]{1,9}))?")
 
 def parse_order(text: str, held: Sequence[int], *, source: str, field: str) -> Order:
     """Parses the text of an order of a pipeline rank that holds the stages `held`; the inverse of
-    `words`.
+    `format_order`.
 
     Raises PlanError that names every word that is not an action.
     """
@@ -93,7 +93,7 @@ def _action(each: str, held: Sequence[int]) -> Action | None:
 def peak_held(
     order: Iterable[Action], full: Callable[[int], float], half: Callable[[int], float]
 ) -> float:
-    """Returns the most that a pipeline rank holds at once.
+    """Returns the most that a pipeline rank holds at once, in the unit of `full` and `half`.
 
     For each micro-batch, a stage holds full(stage) between its forward and its B or I, and
     half(stage) between I and W.

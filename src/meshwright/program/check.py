@@ -251,7 +251,7 @@ def deadlocks(program: Program, source: str) -> Iterator[Problem]:
 
 
 class _Progress:
-    """Keeps what has been sent and computed so far."""
+    """Plays the ranks of a program, and keeps what has been sent and computed so far."""
 
     def __init__(self, program: Program) -> None:
         self.ranks = program.ranks

@@ -72,7 +72,7 @@ def _posts(
 
 
 def suffix_minima(places: Sequence[int]) -> list[int]:
-    """Lowers each place to the least of those after it: [3, 1, 2] becomes [1, 1, 2]."""
+    """Lowers each number to the least of those after it: [3, 1, 2] becomes [1, 1, 2]."""
     found = list(places)
     for k in range(len(found) - 2, -1, -1):
         found[k] = min(found[k], found[k + 1])
@@ -83,12 +83,12 @@ REDUCE_NORM_BYTES = 16
 """The bytes of the loss and of the squared gradient norm, eight each."""
 
 _WHOLE = {Op.BACKWARD_INPUT: Op.BACKWARD}
-"""The whole operation for the part of it that exchanges the same tensors across a boundary."""
+"""The whole backward for the part of it that sends and receives what the whole one does."""
 
 
 @record
 class PipelineRank:
-    """Describes a group of devices: the ranks that hold the same stages, and their schedule."""
+    """Describes a group of ranks that hold the same stages, and their schedule."""
 
     stages: dict[int, StagePlacement]
     """The stages, by position in the pipeline."""
@@ -160,7 +160,8 @@ def _end_of_step(
 
 
 def _placed(emissions: Sequence[Emission], group: PipelineRank, placement: RankPlacement) -> Placed:
-    """Returns what all techniques place among the actions of a rank, in their order."""
+    """Returns the instructions that techniques place ahead of the actions of a rank, in the order
+    of techniques."""
     found: Placed = {}
     for emission in emissions:
         for index, instructions in emission(group, placement).items():
@@ -169,8 +170,7 @@ def _placed(emissions: Sequence[Emission], group: PipelineRank, placement: RankP
 
 
 def _rewriting(plan: Plan, model: LayerGraph) -> Rewriting:
-    """Returns what lets every technique, in their order, put its instructions into a rank's
-    list."""
+    """Returns a function by which every technique in turn changes the instructions of a rank."""
     found = [rewriting(plan, model) for rewriting in provided("program", "rewriting")]
     own = [each for each in found if each is not None]
 

@@ -1,5 +1,5 @@
-"""The operations of a program: one table of what schedules, prices, simulator, runtime and reports
-must know about each.
+"""Lists the operations of a program in one table, with what schedules, prices, simulator, runtime
+and reports must know about each.
 
 The words are torch.distributed.pipelining's where it has one. Techniques add rows of their own in
 their rooms; everything that can be decided from the fields of a row is decided from them, so that a
@@ -28,7 +28,7 @@ Reductions = Literal["none", "own", "all"]
 
 
 class Op(str):
-    """An operation: the word that stands for it in a program, with its properties.
+    """Names an operation by the word that stands for it in a program, and holds its properties.
 
     >>> Op.FORWARD, Op.FORWARD.kind, Op.FORWARD.reads
     ('F', 'compute', 'RECV_F')
@@ -41,12 +41,12 @@ class Op(str):
     blocks: bool
     """True if the rank issues nothing else until the other members of the collective have come."""
     reads: Op | None
-    """The receives that it waits for: those of the same stage and micro-batch."""
+    """The operation of the receives that it waits for, those of its stage and micro-batch."""
     awaits: Reductions
     """The posted collectives of this rank that it waits for: those of the same layers or tied
     parameter, or all."""
     completes_gradients: bool
-    """True for what adds to gradients: a stage's last one completes them."""
+    """True if it adds to gradients; the last such action of a stage completes them."""
     of_gradients: bool
     """True for a posted collective that starts, inside a backward, once its gradients are complete;
     others start when they are posted."""

@@ -44,7 +44,8 @@ def _rounds(groups: int, micro_batches: int) -> list[range]:
 
 
 def _alternating(forwards: list[Action], backwards: list[Action], warm_up: int) -> Order:
-    """Runs `warm_up` forwards, then alternate backwards and forwards."""
+    """Returns an order with `warm_up` forwards, then backwards and forwards in turn, then the
+    remaining backwards."""
     order = forwards[:warm_up]
     for k, backward in enumerate(backwards):
         order.append(backward)
@@ -120,14 +121,15 @@ def _v_order(group: int, groups: int, micro_batches: int) -> Order:
 
 
 def gpipe(stage: int, micro_batches: int) -> Order:
-    """Runs all forwards, then all backwards, oldest first (Huang et al. 2019)."""
+    """Returns GPipe's order: all forwards, then all backwards, oldest first (Huang et al. 2019)."""
     forwards = (single_action(Op.FORWARD, stage, m) for m in range(micro_batches))
     backwards = (single_action(Op.BACKWARD, stage, m) for m in range(micro_batches))
     return (*forwards, *backwards)
 
 
 def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
-    """Runs `warm_up` forwards, then backwards and forwards in turn, then the remaining backwards.
+    """Returns the order of 1F1B: `warm_up` forwards, then backwards and forwards in turn, then the
+    remaining backwards.
 
     PipeDream-flush (Narayanan et al. 2021). At most `warm_up` micro-batches are held. With
     `warm_up` 2 and 3 micro-batches: F0 F1 B0 F2 B1 B2.
@@ -141,7 +143,8 @@ def one_f_one_b(stage: int, micro_batches: int, warm_up: int) -> Order:
 
 
 def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order:
-    """Runs 1F1B with a split backward whose weight part follows `lag` micro-batches behind.
+    """Returns the order of 1F1B with split backwards: the weight part of a micro-batch comes `lag`
+    micro-batches after its input part.
 
     At most `warm_up + lag` micro-batches are held (Qi et al. 2023, arXiv 2401.10241). Without a
     lag, on the first stage, a whole backward does the same in fewer passes.
@@ -163,7 +166,8 @@ def zero_bubble(stage: int, micro_batches: int, warm_up: int, lag: int) -> Order
 
 
 def two_bp(order: Order, *, filled: bool, batched: bool) -> Order:
-    """Splits the backwards of an order and delay their weight parts: 2BP (arXiv 2405.18047).
+    """Splits the backwards of an order in two parts, and delays their weight parts: 2BP (arXiv
+    2405.18047).
 
     A backward hands on its input gradients first. If the base schedule alternates (`filled`), each
     of its backwards after the last forward leaves room for one delayed weight part. The remaining

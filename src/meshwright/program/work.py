@@ -1,5 +1,5 @@
-"""A pipeline's work in seconds and bytes, and how long any order of it takes: quick enough to try
-thousands of orders.
+"""Describes a pipeline's work in seconds and bytes, and computes how long any order of it takes:
+quickly enough to try thousands of orders.
 
 Timing follows the rules of program/instructions.py on links that nothing else uses, so that the
 simulator comes to the same seconds there.
@@ -33,12 +33,13 @@ message is sent: at the ends of the pipeline, and inside a group."""
 
 @record
 class Work:
-    """What the stages of one pipeline have to do for every micro-batch."""
+    """Says what the stages of one pipeline have to do for every micro-batch, in seconds and
+    bytes."""
 
     layout: StageLayout
     micro_batches: int
     forward: tuple[float, ...]
-    """Seconds by stage; so are the next three."""
+    """Seconds of a forward, by stage; the next three are by stage, too."""
     whole: tuple[float, ...]
     """Seconds of a backward that is not split in two."""
     inputs: tuple[float, ...]
@@ -145,14 +146,31 @@ def seconds(work: Work, codes: Sequence[Codes]) -> float:
     return max(own[-1] for own in ends) if ends is not None else float("inf")
 
 
+def last_backwards(
+    work: Work, codes: Sequence[Codes], ends: Sequence[Sequence[float]]
+) -> list[tuple[float, float]]:
+    """Returns when the last backward of every stage begins and ends, or the part of it that
+    computes the gradients of the weights, if it is in two parts."""
+    durations, _ = _durations(work)
+    spans = [(0.0, 0.0)] * len(work.forward)
+    for own, ended in zip(codes, ends, strict=True):
+        for code, end in zip(own, ended, strict=True):
+            if code & 3 in (B, W):
+                spans[code >> 2] = end - durations[code], end
+    return spans
+
+
 @lru_cache(maxsize=1)
 def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
-    """Returns the seconds by code, and what stages wait for: the same for thousands of orders."""
+    """Returns the seconds of every action, by its code, and what each stage waits for; they are the
+    same for thousands of orders."""
     each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
     return list(chain.from_iterable(each)), work.waits
 
 
 class _Play:
+    """Plays the orders of all groups of a pipeline, and keeps when each of their actions ends."""
+
     def __init__(self, work: Work, codes: Sequence[Codes]) -> None:
         stages = len(work.forward)
         self.codes = codes
@@ -164,7 +182,7 @@ class _Play:
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
 
     def advance(self, group: int) -> bool:
-        """Plays a group until it has to wait for another; whether it moved."""
+        """Plays a group until it has to wait for another; returns True if it advanced."""
         own, ends = self.codes[group], self.ends[group]
         began = k = len(ends)
         now = ends[-1] if ends else 0.0

@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 14.0, 34.0
 
 @record
 class Curve:
-    """One loss curve, ready to be drawn."""
+    """Holds one loss curve, ready to be drawn."""
 
     name: str
     colour: str
@@ -30,7 +30,7 @@ class Curve:
 
 @record
 class Tick:
-    """A labelled value of an axis, with its position in pixels."""
+    """Places a labelled value on an axis, at a position in pixels."""
 
     place: float
     text: str

@@ -31,7 +31,7 @@ MOST_LINKS = 12
 
 @record
 class ComparedPlans:
-    """The comparison of two plans as `--json` prints it."""
+    """Holds the comparison of two plans as `--json` prints it."""
 
     plans: tuple[dict[str, Any], dict[str, Any]]
     """Facts of the two plans, with names for the links."""
@@ -97,7 +97,7 @@ ComparisonRow = tuple[str, str, str, str]
 
 
 def comparison_rows(first: PlanFigures, second: PlanFigures) -> list[ComparisonRow]:
-    """Returns every line of the comparison."""
+    """Returns the lines of the table that compares two plans."""
     parts = [part for part in PARTS if first.parts.get(part) or second.parts.get(part)]
     return [
         ("step", *_seconds(first.step_seconds, second.step_seconds)),

@@ -129,7 +129,7 @@ def _mark(each: RentedPlan, choice: RentalChoice, terms: MoneyTerms) -> str:
 
 @record
 class FrontPoint:
-    """A plan at its place in the picture."""
+    """Places one plan, in pixels, in the picture of costs and speeds."""
 
     x: float
     y: float

@@ -43,8 +43,8 @@ PROGRAM_LINES = 20_000
 
 @record
 class Rival:
-    """The times of one strategy: of a plan that was tried for comparison, or of the plan on the
-    page."""
+    """Holds the times of one strategy: of a plan that was tried for comparison, or of the plan on
+    the page."""
 
     name: str
     predicted_seconds: float
@@ -58,7 +58,7 @@ class Rival:
 
 @record
 class StageRow:
-    """A line of the table of stages."""
+    """Holds one line of the table of stages."""
 
     number: int
     pipeline: int
@@ -72,7 +72,7 @@ class StageRow:
 
 @record
 class Piece:
-    """A coloured part of a bar."""
+    """Describes one coloured piece of a bar."""
 
     name: str
     colour: str
@@ -83,7 +83,8 @@ class Piece:
 
 @record
 class Bar:
-    """A bar of coloured pieces; `mark` is the position of `limit` as a share of the scale."""
+    """Describes a bar of coloured pieces; `mark` is the position of `limit` as a share of the
+    scale."""
 
     name: str
     pieces: tuple[Piece, ...]

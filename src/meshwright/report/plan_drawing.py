@@ -26,7 +26,7 @@ _MARGIN, _ASIDE, _GAP, _PAD, _HEADER, _DROP = 14.0, 18.0, 6.0, 12.0, 26.0, 34.0
 
 @record
 class Size:
-    """The size of a device in the drawing, in pixels, and the amount of text in it."""
+    """Gives the size of a device in the drawing, in pixels, and how much text it holds."""
 
     width: float
     height: float
@@ -42,7 +42,7 @@ _SMALL = Size(width=28, height=24, columns=8, letters=0)
 
 @record
 class DeviceCell:
-    """A device at its place in the drawing."""
+    """Holds how a device is drawn: its place, in pixels, its colours and its text."""
 
     x: float
     y: float
@@ -59,7 +59,7 @@ class DeviceCell:
 
 @record
 class NodeBox:
-    """A node at its place in the drawing."""
+    """Holds how a node is drawn: its place, in pixels, its text, and the cells of its devices."""
 
     x: float
     y: float

@@ -11,7 +11,7 @@ from meshwright.simulate.traffic import LinkLoad
 
 @record
 class NamedLoad:
-    """The bytes that one resource carries in a step, as `--json` prints them."""
+    """Says how many bytes one resource carries in a step, as `--json` prints it."""
 
     name: str
     bytes: float

@@ -22,7 +22,7 @@ BUSY = 0.5
 
 @record
 class WhatIfOption:
-    """A plan on a cluster: one line of the answer."""
+    """Says how fast a plan is on a cluster, and what it costs: one line of the answer."""
 
     name: str
     plan: str = ""
@@ -40,7 +40,7 @@ class WhatIfOption:
 
 @record
 class WhatIf:
-    """The answer to a what-if question: what edits of a cluster would gain."""
+    """Answers a what-if question: what would edits of a cluster gain?"""
 
     edits: tuple[str, ...]
     """Sentences on what was changed, and what was assumed for it."""

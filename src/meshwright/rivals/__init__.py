@@ -1,1 +1,2 @@
-"""Other planners, as published, on their own inputs: the search compares its plans with theirs."""
+"""Implements other planners, as published, on their own inputs: the search compares its plans with
+theirs."""

@@ -22,7 +22,8 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class AmpModel:
-    """Describes a model as AMP knows it. Entries are the layers of the pipeline, with no-ops."""
+    """Describes a model as AMP sees it: as a list of entries, the layers of its pipeline and the
+    no-ops among them."""
 
     forward_seconds: Mapping[int, tuple[float, ...]]
     """Seconds of every entry for one row, with the communication inside it, keyed by tensor
@@ -59,7 +60,7 @@ class AmpCluster:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """Describes a point of AMP's space. Rank = tensor index + tp * (replica + dp * stage)."""
+    """Describes one strategy of AMP's space. Rank = tensor index + tp * (replica + dp * stage)."""
 
     tensor: int
     data: int

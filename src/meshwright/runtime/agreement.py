@@ -71,7 +71,7 @@ def _disagreement(rank: int, op: Op, source: int, end: BoundaryMessages) -> Prob
 
 
 def receiving_stage(op: Op, stage: int) -> int:
-    """Returns the stage to which a stage sends."""
+    """Returns the stage that receives what a stage sends."""
     return stage + 1 if op is Op.SEND_F else stage - 1
 
 

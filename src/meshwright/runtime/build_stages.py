@@ -26,7 +26,7 @@ from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup, d
 
 @record
 class BoundaryTensor:
-    """A tensor that crosses a stage boundary, as one rank sees it."""
+    """Describes a tensor that crosses a stage boundary, as one rank sees it."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class BoundaryTensor:
 
 @dataclass(slots=True)
 class LocalParameter:
-    """One parameter, or the tile of it that this rank holds."""
+    """Holds one parameter, or the tile of it that belongs to this rank."""
 
     of: Parameter
     """The whole parameter."""
@@ -57,7 +57,7 @@ class LocalParameter:
 
 @dataclass(slots=True)
 class BuiltStage:
-    """The layers of one stage on one rank, ready to run."""
+    """Holds the layers of one stage on one rank, ready to run."""
 
     inputs: tuple[str, ...]
     """Names of the batch's tensors."""
@@ -71,7 +71,7 @@ class BuiltStage:
 
 @dataclass(slots=True)
 class _ParameterUse:
-    """One module's reference to a parameter."""
+    """Says where a module uses a parameter."""
 
     owner: nn.Module
     attribute: str
@@ -284,7 +284,7 @@ def _check_real(unreal: list[_ParameterUse]) -> None:
 
 @dataclass(slots=True)
 class _ParameterDivision:
-    """The parameters of one rank that have been held and sliced so far."""
+    """Keeps the parameters of one rank that have been divided so far."""
 
     parameters: Mapping[str, Parameter]
     team: TensorParallelGroup | None

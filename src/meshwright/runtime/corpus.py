@@ -26,7 +26,7 @@ STANDARD_LIBRARY = "python-standard-library"
 
 
 class TokenSequence(Protocol):
-    """A sequence of token ids that is read in slices."""
+    """Declares a sequence of token ids that is read in slices."""
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
@@ -37,14 +37,14 @@ class TokenSequence(Protocol):
 
 @record
 class Corpus:
-    """A named stream of tokens to train on."""
+    """Names the tokens on which a model is trained."""
 
     name: str
     tokens: TokenSequence
 
 
 class TokenFile:
-    """Tokens in a file, read from disk at each access.
+    """Reads tokens from a file on disk, at each access.
 
     The file is not mapped into memory: if it were cut short during a run, reading it would kill the
     process with SIGBUS and no error message.

@@ -1,5 +1,5 @@
-"""Debug mode: sends a header before every message, and checks every layer for non-finite values
-(NaN or Inf).
+"""Sends a header before every message, and checks every layer for non-finite values (NaN or Inf):
+the debug mode.
 
 Both help to find a mistake, and cost time: the host waits for each value that it checks.
 """
@@ -98,7 +98,8 @@ class MessageHeaders:
 
 
 class _Checked(Work):
-    """A receive that completes once its header has been compared and its tensor has arrived."""
+    """Receives a tensor; it has completed when the header has been compared and the tensor has
+    arrived."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ from meshwright.runtime.world import World
 
 @record
 class StepResult:
-    """The outcome of one optimizer step; loss and norm are the same on every rank."""
+    """Holds the results of one optimizer step; loss and norm are the same on every rank."""
 
     loss: float
     """Mean loss over the rows of the global batch."""
@@ -53,7 +53,7 @@ def _after_norm(action: tuple[BoundInstruction, Instruction]) -> bool:
 
 
 class Engine:
-    """One process of a training run: holds a rank's layers and runs its instructions.
+    """Trains on one rank: it holds the rank's layers and runs its instructions.
 
     `model` takes the batch's tensors and returns the mean loss over their rows; it may be on the
     meta device. `inputs` is an example batch with any number of rows. `learning_rate` gives the

@@ -25,7 +25,7 @@ UNSHARED: GradientKey = (None, None)
 
 @dataclass(slots=True)
 class SumGroup:
-    """The ranks that sum a tensor together."""
+    """Holds the process group of the ranks that sum a tensor together."""
 
     group: ProcessGroup
     size: int
@@ -33,7 +33,7 @@ class SumGroup:
 
 @dataclass(slots=True)
 class TrainedPart:
-    """What the optimizer of this rank updates of one parameter."""
+    """Says which part of a parameter the optimizer of this rank updates."""
 
     of: LocalParameter
     parameter: nn.Parameter
@@ -44,7 +44,7 @@ class TrainedPart:
 
 @dataclass(slots=True, eq=False)
 class FlatBucket:
-    """Gradients that are summed together: every `parameter.grad` is a view of `buffer`."""
+    """Holds gradients that are summed together: every `parameter.grad` is a view of `buffer`."""
 
     local_parameters: list[LocalParameter]
     buffer: Tensor
@@ -81,7 +81,8 @@ class FlatBucket:
 
     @property
     def copies(self) -> tuple[int, int]:
-        """(Number of ranks that hold each undivided element, number that hold each divided one)."""
+        """Returns how many ranks hold each undivided element, and how many hold each divided
+        one."""
         if not self.members or None in self.members:
             replicas = self.members[None].size if self.members else 1
             return replicas * self.own.of, replicas

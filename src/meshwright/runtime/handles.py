@@ -9,7 +9,8 @@ from torch.distributed import Work
 
 
 class Handle(Protocol):
-    """An operation in flight that can be polled and waited for, as torch.distributed.Work can."""
+    """Declares how an operation in flight can be polled and waited for, as torch.distributed.Work
+    can."""
 
     def is_completed(self) -> bool:
         """Returns True if the operation has completed."""
@@ -19,7 +20,7 @@ class Handle(Protocol):
 
 
 class JointHandle:
-    """The messages of one instruction, as one handle."""
+    """Joins the messages of one instruction in one handle."""
 
     __slots__ = ("works",)
 

@@ -1,4 +1,4 @@
-"""Heartbeat: finds out which rank has gone when communication fails.
+"""Finds out which rank has gone when communication fails, by the heartbeats of all ranks.
 
 A rank that waits for a message cannot tell if its neighbour has gone or is waiting itself. So every
 rank increments a counter in the rendezvous store once a second, from a thread of its own. When a

@@ -32,7 +32,7 @@ _NOTHING = nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What differs from one step to the next."""
+    """Holds what differs from one step to the next."""
 
     number: int
     rows: RowReader

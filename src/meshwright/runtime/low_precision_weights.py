@@ -1,5 +1,4 @@
-"""Low-precision weight cache: casts weights to 16 bits once a step instead of once a micro-batch,
-and frozen weights once.
+"""Casts weights to 16 bits once a step instead of once a micro-batch, and frozen weights once.
 
 Autocast makes a copy in every forward and keeps it for the backward: 2 bytes per parameter for each
 micro-batch in flight. (Its own cache would share the copies. But autograd runs the oldest
@@ -34,7 +33,7 @@ class CastWeight(Function):
 
 
 class LowPrecisionWeights:
-    """Low-precision copies of the weights and biases of every nn.Linear in some modules.
+    """Keeps low-precision copies of the weights and biases of every nn.Linear in some modules.
 
     A copy takes the place of its parameter only while the module's forward runs: a backward then
     casts the gradient of a copy as soon as it has been computed.

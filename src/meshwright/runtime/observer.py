@@ -27,7 +27,8 @@ def _wait(wait: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observer:
-    """The functions to call; by default each does nothing else than its arguments ask for."""
+    """Holds functions that are called while a rank works; by default each does no more than its
+    arguments ask for."""
 
     attach: Callable[[LayerGraph, RankModel], None] = _nothing
     """Called once, when the rank's layers have been built."""

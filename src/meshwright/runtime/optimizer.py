@@ -26,7 +26,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(slots=True)
 class Update:
-    """The gradients and the optimizer of one OPTIMIZER_STEP."""
+    """Holds the gradients and the optimizer of one OPTIMIZER_STEP."""
 
     buckets: list[FlatBucket]
     optimizer: torch.optim.Optimizer | None
@@ -130,9 +130,9 @@ def clip_factor_on_device(norm: Tensor, clip_norm: float) -> Tensor:
 
 
 class LossScale:
-    """Dynamic loss scale, which keeps small float16 gradients from vanishing: the loss is
-    multiplied by a power of two that halves when gradients overflow, and doubles after 2000 steps
-    without overflow (Micikevicius et al. 2018). Other precisions use the constant 1."""
+    """Keeps small float16 gradients from vanishing: the loss is multiplied by a power of two that
+    halves when gradients overflow, and doubles after 2000 steps without overflow (Micikevicius et
+    al. 2018). Other precisions use the constant 1."""
 
     GROWTH_STEPS = 2000
 

@@ -19,7 +19,7 @@ from meshwright.records import record
 
 @record
 class Parameter:
-    """A whole parameter of the model."""
+    """Describes a whole parameter of the model."""
 
     name: str
     """Name in the model, such as `blocks.0.attention.output.weight`; the first, if it is tied."""
@@ -32,7 +32,8 @@ class Parameter:
     """How tensor parallelism divides it; None if every rank holds all of it."""
 
     def tile(self, share: Share) -> Tile:
-        """Returns the part of it that a share covers: all of it if it is not divided."""
+        """Returns the part of this parameter that a share covers: all of it if it is not
+        divided."""
         return tile_of(self.split, self.name.rpartition(".")[2], self.shape, share)
 
 

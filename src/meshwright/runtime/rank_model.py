@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import Work
 
+from meshwright.cluster.spec import Precision
 from meshwright.layout.shares import Share, own_share
 from meshwright.model.graph import LayeredModel
 from meshwright.plan.ranks import (
@@ -50,7 +51,7 @@ from meshwright.techniques.tensor_parallel.runtime import TensorParallelGroup
 
 @dataclass(slots=True)
 class LocalStage:
-    """One of the stages that a rank holds, and its connections to the stages before and after."""
+    """Holds a stage of this rank, and its connections to the stages before and after it."""
 
     placement: RankPlacement
     stage: StageModule
@@ -66,7 +67,7 @@ class LocalStage:
 
 @dataclass(slots=True)
 class RankModel:
-    """One rank's stages, parameters and gradient buckets, ready for the first step."""
+    """Holds one rank's stages, parameters and gradient buckets, ready for the first step."""
 
     stages: dict[int, LocalStage]
     """This rank's stages, keyed by stage number."""
@@ -182,17 +183,9 @@ def _place(
             debug=options.debug,
         )
 
-    precision = plan.job.precision
-    stage = StageModule(built, precision, world.device, options.seed, compile=options.compile)
-    if options.debug:
-        stage.tracer = NonFiniteCheck(
-            place.number, built.local_parameters, backward=precision != "fp16"
-        )
-    if observer is not UNOBSERVED:
-        stage.between_layers = observer.between_layers
     return LocalStage(
         placement=placement,
-        stage=stage,
+        stage=_stage_module(built, place.number, plan.job.precision, world, options, observer),
         messages={
             Op.SEND_F: messages(built.outgoing, backward=False, incoming=False),
             Op.RECV_F: messages(built.incoming, backward=False, incoming=True),
@@ -202,6 +195,23 @@ def _place(
         previous_here=not place.is_first and same_ranks(stages[place.number - 1], place),
         next_here=not place.is_last and same_ranks(place, stages[place.number + 1]),
     )
+
+
+def _stage_module(
+    built: BuiltStage,
+    number: int,
+    precision: Precision,
+    world: World,
+    options: TrainingOptions,
+    observer: Observer,
+) -> StageModule:
+    stage = StageModule(built, precision, world.device, options.seed, compile=options.compile)
+    if options.debug:
+        backward = precision != "fp16"
+        stage.tracer = NonFiniteCheck(number, built.local_parameters, backward=backward)
+    if observer is not UNOBSERVED:
+        stage.between_layers = observer.between_layers
+    return stage
 
 
 def _own_seats(

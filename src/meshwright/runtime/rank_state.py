@@ -1,4 +1,4 @@
-"""The weights and optimizer states of one rank, which other rooms read and write box by box."""
+"""Lets other rooms read and write the weights and optimizer states of one rank, box by box."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ states, such as "exp_avg"."""
 
 @dataclass
 class RankState:
-    """What training changes on one rank, by the name of a parameter, a kind and a box.
+    """Reads and writes what training changes on one rank: weights and optimizer states, each by the
+    name of its parameter, a kind and a box.
 
     Boxes are those of the whole parameter; a state that is one number for a whole parameter, such
     as a count of steps, has the box (). Raises TrainingError for a box that is not all on this
@@ -64,7 +65,7 @@ class RankState:
 
     @cached_property
     def _trained(self) -> dict[str, list[tuple[TrainedPart, Optimizer]]]:
-        """Returns what this rank updates of each parameter, and by which optimizer."""
+        """Returns which parts of each parameter this rank updates, and by which optimizer."""
         found: dict[str, list[tuple[TrainedPart, Optimizer]]] = {}
         for update in self.updates:
             for part in (part for bucket in update.buckets for part in bucket.trained):
@@ -74,8 +75,7 @@ class RankState:
 
     def layout(self, name: str, kind: str = WEIGHT) -> Layout:
         """Returns the boxes of a parameter, or of its optimizer states, that each rank holds. Of
-        several holders of a box, `scheduled_stages` puts the one first that it is to be read from.
-        """
+        several ranks that hold a box, the first is the one to read it from."""
         parameter, stages = self.parameters[name], self._stages
         if kind == WEIGHT:
             return layout_of(parameter, stages)
@@ -137,7 +137,8 @@ class RankState:
             view.copy_(values[box_index(place)])
 
     def _views(self, name: str, box: Box, kind: str) -> list[tuple[Box, Tensor]]:
-        """Returns the parts of a box: where each lies in it, and a view of its elements."""
+        """Returns what this rank holds of a box: the place of each part inside the box, and a view
+        of its elements."""
         found = []
         for piece, view in self.pieces(name, kind):
             both = common(piece, box)

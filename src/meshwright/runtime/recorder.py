@@ -38,7 +38,7 @@ device has got there."""
 
 
 class _TimedHandle:
-    """Messages with a thread that waits for them, to note when they arrive."""
+    """Waits for messages in a thread of its own, to note when they arrive."""
 
     def __init__(self, works: Sequence[Work], span: _Span) -> None:
         self._failure: BaseException | None = None
@@ -63,6 +63,8 @@ class _TimedHandle:
 
 @dataclass(slots=True)
 class _Span:
+    """Says when one instruction began and ended."""
+
     index: int
     start: TimeReader
     end: TimeReader
@@ -70,7 +72,7 @@ class _Span:
 
 @dataclass(slots=True)
 class RankRecord:
-    """Measurements of one rank in one step, in seconds on its host's clock."""
+    """Holds what was measured on one rank in one step, in seconds on its host's clock."""
 
     host: str
     started: float
@@ -182,7 +184,7 @@ class Recorder:
 
 
 class Recording:
-    """Tells everything that takes part in a step if the step is measured."""
+    """Tells all parts of a rank whether the step is being measured."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None

@@ -40,7 +40,7 @@ TORCHRUN = (
 
 
 class PeerLost(TrainingError):  # noqa: N818 - named for what happened
-    """Another rank has gone; this one is well."""
+    """Is raised on a rank that works well when it finds that another one has gone."""
 
 
 def join_run(

@@ -50,7 +50,7 @@ TIMEOUT_SECONDS = 300.0
 
 @record
 class TrainingOptions:
-    """How a model is trained by a plan, whatever the model, the data and the optimizer are."""
+    """Says how a model is trained by a plan, whatever the model, the data and the optimizer are."""
 
     steps: Steps = 100
     """Number of optimizer steps."""
@@ -83,7 +83,7 @@ class TrainingOptions:
 
 @record
 class RunSettings:
-    """Settings of a training run, beyond those in the plan."""
+    """Holds the settings of a training run that are not in the plan."""
 
     model: Line
     """A name, `config.json` or folder, as `model.zoo.build` understands it."""
@@ -104,7 +104,7 @@ class RunSettings:
 
 @record
 class Metrics:
-    """One line of metrics.jsonl, about one step."""
+    """Holds what metrics.jsonl says of one step, in one line."""
 
     step: Count
     loss: Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -122,7 +122,7 @@ class Metrics:
 
 @record
 class Failure:
-    """The reason why a rank stopped."""
+    """Says why a rank stopped."""
 
     rank: Rank
     seconds: Ratio

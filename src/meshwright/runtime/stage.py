@@ -30,7 +30,7 @@ batch."""
 
 @dataclass(slots=True, kw_only=True)
 class _MicroBatchState:
-    """One micro-batch between its forward and its backward."""
+    """Keeps what one micro-batch needs between its forward and its backward."""
 
     leaves: list[Tensor]
     """The tensors received from the previous stage."""
@@ -45,7 +45,7 @@ class _MicroBatchState:
 
 @dataclass(slots=True, kw_only=True)
 class _StageLayer:
-    """One layer, as a forward runs it."""
+    """Holds one layer as a forward runs it."""
 
     name: str
     seed: int
@@ -60,7 +60,8 @@ class _StageLayer:
 
 
 class StageModule:
-    """The layers of one stage, and what the backwards of its micro-batches still need."""
+    """Runs the layers of one stage, and keeps what the backwards of its micro-batches still
+    need."""
 
     def __init__(
         self,

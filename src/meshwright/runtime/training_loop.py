@@ -1,5 +1,4 @@
-"""The training loop: trains the user's own model, on their data and with their optimizer, by a
-plan."""
+"""Trains the user's own model, on their data and with their optimizer, by a plan."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """The results of a run."""
+    """Holds the results of a run."""
 
     losses: tuple[float, ...]
     """Mean loss of each step, the same on every rank."""
@@ -100,7 +99,7 @@ def _position(number: int, length: int, seed: int) -> int:
 
 
 class _EpochOrder:
-    """The order of the current epoch, kept since every row looks it up."""
+    """Keeps the order of the current epoch, which every row looks up."""
 
     _kept: tuple[tuple[int, int, int], list[int]] = ((0, 0, -1), [])
 

@@ -1,4 +1,4 @@
-"""Entry point of each process of a run: trains as one of the ranks, as the run folder says."""
+"""Runs each process of a run: trains as one of the ranks, as the run folder says."""
 
 from __future__ import annotations
 

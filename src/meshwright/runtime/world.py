@@ -31,7 +31,7 @@ from meshwright.runtime.rendezvous import PeerLost, join_run
 
 @dataclass(slots=True)
 class World:
-    """This process among the others of a run, and its process groups."""
+    """Says which rank this process is, and holds the process groups in which it communicates."""
 
     rank: int
     size: int

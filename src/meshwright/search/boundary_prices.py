@@ -1,7 +1,9 @@
-"""Prices a cut between two stages: what all its transfers together ask of the links."""
+"""Prices a cut between two stages: what all its transfers together ask of the links, and how much
+longer they take where other cuts use the same ones."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -27,6 +29,56 @@ class BoundaryPrice:
     def seconds(self, size: float) -> float:
         """Returns the seconds that a micro-batch of a number of bytes takes."""
         return self.latency + self.slowest * size if size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Describes what passes a cut in one direction, once for every micro-batch."""
+
+    latency: float
+    """Seconds in which no byte moves."""
+    occupied: Sequence[tuple[Resource, float]]
+    """Seconds on every resource, if nothing else uses it."""
+    period: float
+    """Seconds from one such message to the next (`mean_period`)."""
+
+
+def mean_period(slowest: float, depth: int, micro_batches: int) -> float:
+    """Returns the seconds between the messages that may meet, over all of a pipeline's work, if its
+    slowest stage takes `slowest` seconds and the others as long; a micro-batch that is alone meets
+    none."""
+    others = micro_batches - 1
+    return slowest * (others + depth) / others if others else float("inf")
+
+
+def crowded_seconds(messages: Sequence[Message]) -> list[float]:
+    """Returns how long each message takes on links that others use too.
+
+    One that finds a link in use shares it with the other, so that it takes longer by the share of
+    the time in which others use it:
+
+        latency + max over resources of seconds x (1 + share of the others)
+
+    That is no reason for micro-batches to follow each other more slowly than before.
+    """
+    shares: dict[Resource, float] = {}
+    for each in messages:
+        for resource, seconds in each.occupied:
+            shares[resource] = shares.get(resource, 0.0) + seconds / each.period
+    most = max(1.0, max(shares.values(), default=0.0))
+
+    def crowded(each: Message) -> float:
+        alone = stretched = 0.0
+        for resource, seconds in each.occupied:
+            others = max(shares[resource] - seconds / each.period, 0.0)
+            alone = max(alone, seconds)
+            stretched = max(
+                stretched,
+                seconds * (1.0 + others / most),
+            )
+        return each.latency + min(stretched, max(alone, each.period - each.latency))
+
+    return [crowded(each) for each in messages]
 
 
 def boundary_prices(

@@ -18,6 +18,7 @@ from meshwright.search.costs import (
     TensorGroup,
     distinct_replicas,
     group_capacity,
+    remembered,
     stage_bytes,
 )
 
@@ -154,12 +155,19 @@ def stage_fits(
     *,
     recompute: bool = False,
 ) -> bool:
-    """True if every device of a stage holds what it must; `again`: if it recomputes."""
-    stage, a, b = pipeline.stages[s], pipeline.bounds[s], pipeline.bounds[s + 1]
+    """True if every device of a stage holds what it must; `recompute`: if it recomputes."""
+    stage, layers = pipeline.stages[s], (pipeline.bounds[s], pipeline.bounds[s + 1])
     held = in_flight(schedule, s, len(pipeline.stages), pipeline.micro_batches)
+    key = ("fits", stage, layers, held, recompute)
+    return remembered(costs, key, lambda: _fits(costs, stage, layers, held, recompute=recompute))
+
+
+def _fits(
+    costs: Costs, stage: StageDevices, layers: tuple[int, int], held: int, *, recompute: bool
+) -> bool:
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
         always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
-        if always[a, b] + each[a, b] * held > group_capacity(costs, group):
+        if always[layers] + each[layers] * held > group_capacity(costs, group):
             return False
     return True
 

@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from meshwright.cluster.topology import Resource
-from meshwright.search.boundary_prices import boundary_prices
+from meshwright.search.boundary_prices import (
+    BoundaryPrice,
+    Message,
+    boundary_prices,
+    crowded_seconds,
+    mean_period,
+)
 from meshwright.search.bounds import after_pipelines
-from meshwright.search.candidate import CandidatePipeline, must_recompute
+from meshwright.search.candidate import CandidatePipeline, StageDevices, must_recompute
 from meshwright.search.costs import (
     Costs,
     distinct_replicas,
     group_prefix,
     micro_batches_held,
+    remembered,
     split_prefix,
 )
 from meshwright.search.pipeline_seconds import Order, PipelinePrices, last_backwards
@@ -30,64 +37,102 @@ def candidate_seconds(
     """Seconds of a step; where they must be `limit` or more, something in between."""
     after = after_pipelines(costs, pipelines)
     spans = []
-    for pipeline in pipelines:
-        prices = pipeline_prices(costs, pipeline)
+    for pipeline, prices in zip(pipelines, all_pipeline_prices(costs, pipelines), strict=True):
         spans.append(last_backwards(prices, pipeline.micro_batches, order))
         if spans[-1][0][1] + after >= limit:
             return spans[-1][0][1] + after
     return reduced(costs, pipelines, spans) + after
 
 
-def exposed_reductions(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
-    """Seconds from the last backward, in the best order, to the end of all reductions."""
-    spans = [
-        last_backwards(pipeline_prices(costs, each), each.micro_batches, "best")
-        for each in pipelines
-    ]
-    end = max(last for span in spans for _, last in span)
-    return reduced(costs, pipelines, spans) - end
-
-
 def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
-    """What a micro-batch takes on every stage and across every cut."""
-    forward, backward, inputs, weights, held = [], [], [], [], []
-    for s, (stage, (a, b)) in enumerate(
-        zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
-    ):
-        repeats = must_recompute(costs, pipeline, s, "1f1b")
-        replicas = distinct_replicas(costs, stage.groups, stage.rows)
-        whole = [group_prefix(costs, group, rows) for group, rows in replicas]
-        parts = [split_prefix(costs, group, rows) for group, rows in replicas]
-        ahead = max(f[b] - f[a] for f, _ in whole)
-        again = ahead if repeats else 0.0
-        forward.append(ahead)
-        backward.append(max(g[b] - g[a] for _, g in whole) + again)
-        inputs.append(max(i[b] - i[a] for i, _ in parts) + again)
-        weights.append(max(w[b] - w[a] for _, w in parts))
-        held.append(
-            min(
-                micro_batches_held(costs, group, rows, (a, b), recompute=repeats)
-                for group, rows in replicas
+    """What a micro-batch takes on every stage and across every cut of a pipeline that is alone."""
+    return all_pipeline_prices(costs, (pipeline,))[0]
+
+
+def all_pipeline_prices(
+    costs: Costs, pipelines: Sequence[CandidatePipeline]
+) -> list[PipelinePrices]:
+    """What a micro-batch takes on every stage and across every cut of pipelines that share the
+    links."""
+    every = [_stage_prices(costs, pipeline) for pipeline in pipelines]
+    messages = [
+        _messages(costs, pipeline, prices)
+        for pipeline, prices in zip(pipelines, every, strict=True)
+    ]
+    seconds = iter(crowded_seconds([each for own in messages for pair in own for each in pair]))
+    for prices, own in zip(every, messages, strict=True):
+        busy: dict[Resource, float] = {}
+        for pair in own:
+            prices.ahead.append(next(seconds))
+            prices.back.append(next(seconds))
+            for message in pair:
+                for resource, each in message.occupied:
+                    busy[resource] = busy.get(resource, 0.0) + each
+        prices.busiest = max(busy.values(), default=0.0)
+    return every
+
+
+def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
+    """What a micro-batch takes on every stage; what it takes between them is left open."""
+    found = [
+        _stage_price(costs, stage, layers, repeats=must_recompute(costs, pipeline, s, "1f1b"))
+        for s, (stage, layers) in enumerate(
+            zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
+        )
+    ]
+    forward, backward, inputs, weights, held = zip(*found, strict=True)
+    return PipelinePrices(forward, backward, inputs, weights, held, [], [], 0.0)
+
+
+def _stage_price(
+    costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
+) -> tuple[float, float, float, float, int]:
+    """Seconds of a forward, of a backward and of its two parts, and the micro-batches held."""
+    key = ("stage price", stage, layers, repeats)
+    return remembered(costs, key, lambda: _priced_stage(costs, stage, layers, repeats=repeats))
+
+
+def _priced_stage(
+    costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
+) -> tuple[float, float, float, float, int]:
+    a, b = layers
+    replicas = distinct_replicas(costs, stage.groups, stage.rows)
+    whole = [group_prefix(costs, group, rows) for group, rows in replicas]
+    parts = [split_prefix(costs, group, rows) for group, rows in replicas]
+    ahead = max(f[b] - f[a] for f, _ in whole)
+    again = ahead if repeats else 0.0
+    held = [
+        micro_batches_held(costs, group, rows, layers, recompute=repeats)
+        for group, rows in replicas
+    ]
+    return (
+        ahead,
+        max(g[b] - g[a] for _, g in whole) + again,
+        max(i[b] - i[a] for i, _ in parts) + again,
+        max(w[b] - w[a] for _, w in parts),
+        min(held),
+    )
+
+
+def _messages(
+    costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
+) -> list[tuple[Message, Message]]:
+    """The messages across every cut, onward and back."""
+    slowest = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
+    period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
+    found = []
+    for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
+        ahead, back = boundary_prices(costs, here, there)
+        found.append(
+            (
+                _message(ahead, float(costs.table.cut[cut]) * pipeline.rows, period),
+                _message(back, float(costs.table.cut_gradient[cut]) * pipeline.rows, period),
             )
         )
-    onward, returned, busiest = _cut_prices(costs, pipeline)
-    return PipelinePrices(forward, backward, inputs, weights, held, onward, returned, busiest)
+    return found
 
 
-def _cut_prices(
-    costs: Costs, pipeline: CandidatePipeline
-) -> tuple[list[float], list[float], float]:
-    """Seconds across every cut, onward and back, and on the link that is busiest with all cuts."""
-    onward: list[float] = []
-    returned: list[float] = []
-    busy: dict[Resource, float] = {}
-    for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
-        ways = boundary_prices(costs, here, there)
-        for seconds, way, table in zip(
-            (onward, returned), ways, (costs.table.cut, costs.table.cut_gradient), strict=True
-        ):
-            size = float(table[cut]) * pipeline.rows
-            seconds.append(way.seconds(size))
-            for name, each in way.occupied:
-                busy[name] = busy.get(name, 0.0) + each * size
-    return onward, returned, max(busy.values(), default=0.0)
+def _message(way: BoundaryPrice, size: float, period: float) -> Message:
+    if not size:
+        return Message(0.0, (), period)
+    return Message(way.latency, [(name, each * size) for name, each in way.occupied], period)

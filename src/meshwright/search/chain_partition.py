@@ -16,7 +16,7 @@ from meshwright.search.boundary_prices import boundary_prices
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import Array, Costs, TensorGroup, reduced_width, ring, seconds_per_byte
 from meshwright.search.incumbent import Strategy
-from meshwright.search.layer_partition import Stages, apportion, fit_pipeline, pace, stage_loads
+from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline, pace, stage_loads
 from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
 from meshwright.stopping import raise_if_stopped
 
@@ -115,7 +115,7 @@ def _table(
         raise_if_stopped()
         for j in range(i + 1, min(number, i + rows) + 1):
             own = tuple(groups[i:j])
-            loads = stage_loads(costs, StageDevices(own, apportion(costs, own, rows)), held)
+            loads = stage_loads(costs, apportioned(costs, own, rows), held)
             if j - i > 1:
                 loads = loads + gradients * _slope(costs, own) / micro_batches
             table[i][j - i - 1] = loads

@@ -7,6 +7,8 @@ array of shape [S, L + 1, L + 1] holds the seconds that stage s needs per micro-
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heapify, heapreplace
@@ -33,6 +35,14 @@ from meshwright.search.costs import (
     stage_bytes,
 )
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
+
+PRECISE = 1e-3
+"""Relative excess of a bottleneck over the least possible that is not worth a closer look."""
+
+ROOMY = 1.1
+"""Times the least bottleneck within which cuts are looked at."""
+
+_MOST = 1e300
 
 ROUNDING = 1e-13
 """Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
@@ -165,6 +175,12 @@ def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
     return (forward[-1] + backward[-1]) / rows
 
 
+def apportioned(costs: Costs, groups: tuple[TensorGroup, ...], rows: int) -> StageDevices:
+    """Returns a stage of these tensor groups with `rows` rows, as `apportion` gives them out."""
+    key = ("apportioned", groups, rows)
+    return remembered(costs, key, lambda: StageDevices(groups, apportion(costs, groups, rows)))
+
+
 def apportion(costs: Costs, groups: tuple[TensorGroup, ...], rows: int) -> tuple[int, ...]:
     """Gives whole rows to every tensor group, at least one each, such that the slowest is done
     soonest; times are taken to be proportional to rows."""
@@ -204,7 +220,7 @@ def fit_pipeline(
     layers = len(costs.model.layers)
     if len(stages) > layers or rows < max(len(groups) for groups in stages):
         return None
-    devices = tuple(StageDevices(groups, apportion(costs, groups, rows)) for groups in stages)
+    devices = tuple(apportioned(costs, groups, rows) for groups in stages)
     if limit < float("inf") and micro_batches / fluid_rate(costs, devices) >= limit:
         return None
     key = ("fitted", devices, micro_batches, schedule)
@@ -213,35 +229,74 @@ def fit_pipeline(
 
 def fluid_rate(costs: Costs, stages: tuple[StageDevices, ...]) -> float:
     """Returns the micro-batches a second of stages that are never idle."""
-    speed = 0.0
-    for stage in stages:
-        slowest = 0.0
-        for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
-            forward, backward = group_prefix(costs, group, rows)
-            slowest = max(slowest, forward[-1] + backward[-1])
-        speed += 1 / slowest
-    return speed
+    return sum(remembered(costs, ("rate", s), partial(_rate, costs, s)) for s in stages)
+
+
+def _rate(costs: Costs, stage: StageDevices) -> float:
+    slowest = 0.0
+    for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
+        forward, backward = group_prefix(costs, group, rows)
+        slowest = max(slowest, forward[-1] + backward[-1])
+    return 1 / slowest
 
 
 def recut(
     costs: Costs, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
 ) -> Fitted | None:
-    """Does what `fit_pipeline` does, with the rows given as well."""
+    """Does what `fit_pipeline` does, with the rows given as well.
+
+    Of many micro-batches the slowest stage decides: nothing is looked at but cuts that make it as
+    fast as it can be, and `ROOMY` times that.
+    """
     loads = np.array(
         [
             stage_loads(costs, stage, _held(s, stages, micro_batches, schedule))
             for s, stage in enumerate(stages)
         ]
     )
-    size = loads.shape[1]
-    cuts = np.zeros((max(len(stages) - 1, 0), size))
+    least = least_bottleneck(loads)
+    if least is None:
+        return None
+    cuts = np.zeros((max(len(stages) - 1, 0), loads.shape[1]))
     for s, (here, there) in enumerate(pairwise(stages)):
         cuts[s] = cut_seconds(costs, here, there)
-    found = assign(loads, cuts, micro_batches)
-    if found is None:
+    weight = micro_batches - 1
+    found = [_shortest(loads, cuts, most) for most in (least, least * ROOMY)]
+    bounds, total, slowest = min(found, key=lambda each: weight * each[2] + each[1])
+    return Fitted(CandidatePipeline(stages, bounds, micro_batches), total, slowest)
+
+
+def least_bottleneck(loads: Array) -> float | None:
+    """Returns the seconds of the slowest stage, `PRECISE` of the least possible, of loads
+    [S, L + 1, L + 1] that grow with every layer; None if no cuts avoid forbidden ranges."""
+    rows = [list(table) for table in loads]
+    high = _bottleneck_within(rows, _MOST)
+    if high is None:
         return None
-    pipeline = CandidatePipeline(stages, found.bounds, micro_batches)
-    return Fitted(pipeline, found.seconds - (micro_batches - 1) * found.slowest, found.slowest)
+    low = float(np.diagonal(loads, 1, 1, 2).min(axis=1).max())
+    while high > low * (1 + PRECISE):
+        middle = 0.5 * (low + high)
+        found = _bottleneck_within(rows, middle)
+        if found is None:
+            low = middle
+        else:
+            high = found
+    return high
+
+
+def _bottleneck_within(rows: Sequence[Sequence[Array]], most: float) -> float | None:
+    """Returns the slowest stage where each, from the first on, takes as many layers as it can in
+    `most` seconds; None if some are left over."""
+    last = len(rows[0]) - 1
+    at, slowest = 0, 0.0
+    for s, table in enumerate(rows):
+        row = table[at]
+        end = bisect_right(row, most, at + 1, last + 2 - len(rows) + s) - 1
+        if end <= at:
+            return None
+        slowest = max(slowest, float(row[end]))
+        at = end
+    return slowest if at == last else None
 
 
 def _held(
@@ -285,6 +340,11 @@ def _replica_loads(
 
 def cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
     """Returns the seconds [L + 1] of activations and gradients across a cut before each layer."""
+    key = ("cut seconds", here, there)
+    return remembered(costs, key, lambda: _cut_seconds(costs, here, there))
+
+
+def _cut_seconds(costs: Costs, here: StageDevices, there: StageDevices) -> Array:
     rows = sum(here.rows)
     seconds = np.zeros(len(costs.table.cut))
     sizes = costs.table.cut, costs.table.cut_gradient

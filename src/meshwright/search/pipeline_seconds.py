@@ -37,8 +37,8 @@ class PipelinePrices:
     """The part that computes those of the weights."""
     held: Sequence[int]
     """Micro-batches that each stage has memory for."""
-    ahead: Sequence[float]
-    back: Sequence[float]
+    ahead: list[float]
+    back: list[float]
     busiest: float
     """Seconds that a micro-batch occupies the busiest link, over all cuts."""
 

@@ -104,8 +104,8 @@ class _CriticalPath:
         return self.compute[rank].latest(before, self.tolerance)
 
     def gates(self, i: Interval) -> list[Interval]:
-        """Returns the intervals that may have kept one from beginning earlier; of those with equal
-        ends, the more likely first."""
+        """Returns the intervals that may have kept this one from beginning earlier; of those with
+        equal ends, the likelier comes first."""
         before = i.start_seconds
         own = self.computed(i.rank, before)
         if i.op.awaits == "all":
@@ -138,7 +138,7 @@ class _CriticalPath:
         ]
 
     def everyones(self, before: float) -> list[Interval]:
-        """Returns the compute intervals of any rank that ended last before a moment."""
+        """Returns the compute intervals that ended last before a moment, on whichever ranks."""
         last = [c for rank in sorted(self.compute) for c in self.computed(rank, before)]
         return self.latest(last, before)
 
@@ -192,7 +192,8 @@ def _from(interval: Interval, start: float) -> Interval:
 
 
 def _likeliest(gates: Sequence[Interval], tolerance: float) -> Interval:
-    """Returns the first of the gates that end last."""
+    """Returns the interval that ends last, and the first of several; before it, its successor could
+    not begin."""
     end = max(g.end_seconds for g in gates)
     return next(g for g in gates if g.end_seconds >= end - tolerance)
 

@@ -1,4 +1,4 @@
-"""A simulated step, of which a timeline is written only when one is asked for: a search simulates
+"""Holds a simulated step, and writes its timeline only when one is asked for: a search simulates
 many."""
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ At = tuple[int, int]
 
 @dataclass(slots=True)
 class _Rank:
+    """Keeps how far a rank has come, and what it waits for."""
+
     position: int = 0
     """The index of the next instruction."""
     busy: bool = False
@@ -76,6 +78,8 @@ class _Channel:
 
 @dataclass(slots=True, eq=False)
 class _Collective:
+    """Holds the instructions that take part in one collective, and those that are ready for it."""
+
     members: list[At] = field(default_factory=list)
     ready: set[At] = field(default_factory=set)
 

@@ -39,7 +39,7 @@ ReplicaSlice = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Symmetry:
-    """Holds which ranks are simulated, and how many slices each of them stands for."""
+    """Says which ranks are simulated, and how many slices each of them stands for."""
 
     ranks: frozenset[int]
     slices_by_node: dict[str, int]

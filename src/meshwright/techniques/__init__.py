@@ -1,5 +1,5 @@
-"""Ways of training on several devices; each has a room with what it adds to programs, prices and
-ranks.
+"""Adds ways of training on several devices; each has a room with what it adds to programs, prices
+and ranks.
 
 The files of a room are named after the part of the kernel that reads them. A room has those that it
 needs, and may have others, which its own files read. Each is loaded when its part needs it, so only

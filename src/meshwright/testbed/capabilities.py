@@ -17,7 +17,7 @@ COMMAND_SECONDS = 20.0
 
 @record
 class Quotas:
-    """The control group in which CPU quotas can be set."""
+    """Names the control group in which CPU quotas can be set."""
 
     version: int
     """Version of the control group file system: 1 or 2."""
@@ -27,8 +27,8 @@ class Quotas:
 
 @record
 class Capabilities:
-    """Features that can be emulated on this machine; `missing` gives the reason for every other
-    one."""
+    """Says what can be emulated on this machine; `missing` gives the reason why anything else
+    cannot."""
 
     namespaces: bool = False
     """True if there can be network namespaces with links between them."""

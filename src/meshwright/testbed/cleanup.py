@@ -27,7 +27,8 @@ WAIT_SECONDS = 5.0
 
 @record
 class CleanupRecord:
-    """Cleanup record: the namespaces and control groups of one testbed."""
+    """Lists the namespaces and control groups of one testbed, so that they can be removed if its
+    owner is killed."""
 
     identity: str
     """Prefix of all its names."""

@@ -11,8 +11,8 @@ import psutil
 
 
 class CpuLoadMeter:
-    """Measures the CPU time of other programs since it was made. Not counted as others: this
-    process, its descendants that have been waited for, and the seconds that `more` returns."""
+    """Measures the CPU time of other programs since it was made. It does not count this process,
+    its descendants that have been waited for, and the seconds that `more` returns."""
 
     def __init__(self, more: Callable[[], float] = lambda: 0.0) -> None:
         self._more = more

@@ -1,4 +1,4 @@
-"""Entry point of each emulated device: trains as one rank in the time of a slower device.
+"""Runs each emulated device: trains as one rank in the time of a slower device.
 
 python -m meshwright.testbed.emulated_worker RUN_FOLDER      one rank, under a launcher
 """

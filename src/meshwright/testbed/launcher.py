@@ -31,8 +31,8 @@ EMULATED_WORKER = "meshwright.testbed.emulated_worker"
 
 @dataclass(frozen=True)
 class TestbedLauncher:
-    """Starts ranks on a testbed that is up, each in the namespace and control group of its device;
-    a context manager."""
+    """Starts ranks on a testbed that is up, each in the namespace and control group of its device.
+    It is a context manager."""
 
     testbed: RunningTestbed
     launcher: Launcher

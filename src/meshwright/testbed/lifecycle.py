@@ -45,7 +45,7 @@ quota slows it evenly."""
 
 @record
 class RunningTestbed:
-    """A testbed that is up: the namespaces, addresses and control groups of its devices'
+    """Describes a testbed that is up: the namespaces, addresses and control groups of its devices'
     processes."""
 
     testbed: Testbed
@@ -58,18 +58,18 @@ class RunningTestbed:
     groups: dict[str, str]
     """Control group of each device, by name, if CPU quotas make the speed."""
     absent: tuple[str, ...]
-    """Ways in which the testbed is not as the cluster says, with the reasons; they belong beside
-    every result."""
+    """Ways in which the testbed is not as the cluster says, with the reasons; every result
+    must be shown with them."""
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of a core of each dilated device, by name."""
+        """Returns the share of a core of each dilated device, by name."""
         return device_shares(self.testbed) if self.testbed.mode == "dilation" else {}
 
 
 @record
 class TestbedDesign:
-    """Holds all that bringing a testbed up will do to this machine."""
+    """Lists all that bringing a testbed up will do to this machine."""
 
     running: RunningTestbed
     up: tuple[Command, ...]

@@ -30,7 +30,7 @@ AS_ASKED = "cluster-as-asked.toml"
 
 @record
 class MeasurementInputs:
-    """Everything that the measurements depend on."""
+    """Holds everything that the measurements depend on."""
 
     bed: Testbed
     settings: ProfileSettings
@@ -41,7 +41,7 @@ class MeasurementInputs:
 
 @record
 class ProfiledTestbed:
-    """A measured testbed."""
+    """Holds what was measured on a testbed."""
 
     profile: Profile
     cluster: Cluster

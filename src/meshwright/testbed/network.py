@@ -35,7 +35,7 @@ SMALL_SHARE = 0.05
 
 @record
 class Wiring:
-    """One network: its namespaces and addresses, and the commands that make it."""
+    """Describes one network: its namespaces and addresses, and the commands that make it."""
 
     namespaces: tuple[str, ...]
     by_node: dict[str, str]

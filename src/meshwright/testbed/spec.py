@@ -18,7 +18,7 @@ from meshwright.launch.local import PROCESS_BYTES
 from meshwright.records import Format, Line, Name, PositiveShare, load, problems_in, record
 
 Mode = Literal["dilation", "virtual", "quota"]
-"""The way in which devices are made slow, see `TestbedPath.mode`."""
+"""The way in which devices are made slow, see `TestbedFile.mode`."""
 ClusterSource = Line | dict[Name, Any]
 """Path of a cluster file, or the content of one."""
 Scale = Annotated[float, Field(gt=0, le=1e6)]
@@ -32,7 +32,7 @@ FREE_CORES = 0.1
 
 @record
 class TestbedFile:
-    """The content of `testbed.toml`."""
+    """Holds the content of `testbed.toml`."""
 
     format: Format = 1
     name: Name
@@ -63,7 +63,7 @@ class TestbedFile:
 
 @record
 class Testbed:
-    """A testbed that can be brought up."""
+    """Describes a testbed that can be brought up."""
 
     name: Name
     source: Line

@@ -22,7 +22,7 @@ from meshwright.workflows.train import Launch, RunOutcome, train_here
 
 @record
 class TestbedRun:
-    """One training run on a testbed."""
+    """Describes one training run on a testbed, and how much other programs disturbed it."""
 
     outcome: RunOutcome
     foreign_share: float
@@ -44,11 +44,9 @@ def train_on(
     title: str = "training",
     console: Console | None = None,
 ) -> TestbedRun:
-    """Trains by a plan on the testbed, and tries again if others disturb the run.
-
-    Raises what `training.train_here` raises, and LaunchError for a plan that virtual devices cannot
-    follow.
-    """
+    """Trains by a plan on the testbed, and tries again if others disturb the run. Raises what
+    `workflows.train.train_here` raises, and LaunchError for a plan that virtual devices cannot
+    follow."""
     testbed = launcher.testbed.testbed
     runs: list[TestbedRun] = []
     for attempt in range(1, testbed.attempts + 1):

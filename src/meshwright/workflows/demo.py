@@ -74,7 +74,7 @@ network = { bandwidth = "8 Gbit/s", latency = "100 us" }
 
 @record
 class TimedPlan:
-    """One plan of the comparison, with its predicted and measured times."""
+    """Holds one plan of the comparison, with its predicted and measured times."""
 
     title: str
     plan: Plan
@@ -111,7 +111,7 @@ def run_demo(folder: Path, steps: int, limits: SearchLimits) -> None:
 
 
 def _prepare(folder: Path, console: Console) -> Session:
-    """Writes the cluster file, profile the cluster, and opens a session."""
+    """Writes the cluster file, profiles the cluster, and opens a session."""
     cluster, profile = folder / "cluster.toml", folder / "profile.json"
     files.write_text(cluster, CLUSTER)
     console.rule("profile")

@@ -27,7 +27,7 @@ Cuts = tuple[tuple[int, int], ...]
 
 @record
 class ExportedPlan:
-    """A plan and the files for another tool."""
+    """Holds a plan, and the files that another tool needs to train by it."""
 
     plan: Plan
     files: dict[str, str]
@@ -91,8 +91,9 @@ def _candidates(session: Session, plan: Plan) -> Iterator[Plan]:
 
 
 def regular_forms(plan: Plan, model: LayerGraph) -> Iterator[Plan]:
-    """Yields the plan on the same devices with one stage on each, even cuts, and schedule 1F1B;
-    each with every part of what techniques add to its stages, all of it first."""
+    """Yields the plan on the same devices in regular forms: one stage on each device, even cuts,
+    and schedule 1F1B; first with all that techniques add to its stages, then without each part of
+    it, and each combination of parts."""
     layouts = [stage_layout(pipeline) for pipeline in plan.pipelines]
     groups = len(layouts[0])
     if any(len(layout) != groups for layout in layouts):

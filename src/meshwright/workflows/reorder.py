@@ -17,7 +17,8 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import LOOKED_AT
-from meshwright.search.options.other_schedules import in_listed_order, pipeline_works
+from meshwright.search.options.other_schedules import in_listed_order
+from meshwright.search.quick_clock import pipeline_works
 from meshwright.workflows.session import Session, priced, with_prediction
 
 MOST_ORDER_BYTES = 16 * files.MEBI
@@ -40,12 +41,12 @@ def with_schedule_named(session: Session, plan: Plan, name: str) -> Plan:
         found = replace(plan, schedule=schedule, pipelines=pipelines, prediction=None)
         return _checked(session, found)
     costs = costs_of(session.model, session.cluster, session.job, session.profile)
-    listed = in_listed_order(plan, pipeline_works(plan, costs), LOOKED_AT)
+    listed = in_listed_order(costs, plan, pipeline_works(plan, costs), LOOKED_AT)
     if listed is None:
         FitError.check(memory_problems(plan, session.model, session.cluster))
         wanted = "room for one micro-batch on every device"
         raise FitError(Problem(plan.name, "pipelines", "none", wanted))
-    return _checked(session, listed)
+    return _checked(session, listed.plan)
 
 
 def with_imported_schedule(session: Session, plan: Plan, orders: Sequence[Path]) -> Plan:

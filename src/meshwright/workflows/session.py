@@ -37,7 +37,7 @@ _SHORTEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32", "fp64")
 
 @record
 class Session:
-    """The inputs of planning and simulation, with the files they came from."""
+    """Holds the inputs of planning and simulation, with the files they came from."""
 
     model: LayerGraph
     cluster: Cluster
@@ -51,7 +51,7 @@ class Session:
 
 @record
 class SearchLimits:
-    """What a search leaves out, and the time after which it ends."""
+    """Says which options a search leaves out, and after which time it ends."""
 
     forbidden: tuple[str, ...] = ()
     """Names of options (`OPTION_NAMES` in `search/options`) that it does not try."""

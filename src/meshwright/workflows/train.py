@@ -51,7 +51,7 @@ metrics line by line."""
 
 @record
 class RunOutcome:
-    """The measurements of a finished run."""
+    """Holds what was measured in a finished run."""
 
     metrics: tuple[Metrics, ...]
     timeline: Timeline | None

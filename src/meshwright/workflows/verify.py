@@ -58,7 +58,7 @@ TENSOR_ON_A_TESTBED = (
 
 @record
 class Verified:
-    """One strategy with its predicted and measured times."""
+    """Holds the predicted and measured times of one strategy."""
 
     name: str
     plan: str
@@ -77,13 +77,13 @@ class Verified:
 
     @property
     def error(self) -> float:
-        """(predicted - measured) / measured."""
+        """Returns the relative error of the prediction, (predicted - measured) / measured."""
         return self.predicted_seconds / self.measured_seconds - 1
 
 
 @record
 class Verification:
-    """The comparison of a plan with its rivals."""
+    """Compares a plan with its rivals."""
 
     strategies: tuple[Verified, ...]
     """Strategies, the plan itself first."""
@@ -95,7 +95,8 @@ class Verification:
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's rank correlation over all strategies; None for fewer than three."""
+        """Returns Spearman's rank correlation of predicted and measured seconds over all
+        strategies; None for fewer than three."""
         return spearman(
             [each.predicted_seconds for each in self.strategies],
             [each.measured_seconds for each in self.strategies],
@@ -103,7 +104,8 @@ class Verification:
 
     @property
     def regret(self) -> float:
-        """Regret: measured seconds of the plan / those of the fastest strategy - 1."""
+        """Returns how much slower the plan is than the fastest strategy: the ratio of their
+        measured seconds, less 1."""
         best = min(each.measured_seconds for each in self.strategies)
         return self.strategies[0].measured_seconds / best - 1
 

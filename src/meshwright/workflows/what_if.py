@@ -45,7 +45,7 @@ _TIMED = ("peak", "memory_bandwidth", "matmul_", "attention_", "memory_efficienc
 
 @record
 class ClusterEdits:
-    """Edits of a cluster, as the command line writes them."""
+    """Lists edits of a cluster as the command line writes them."""
 
     without: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
@@ -103,7 +103,8 @@ def what_if(
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """What plans for one of the two clusters are judged by: seconds alone, or a user's terms."""
+    """Says what plans for one of the two clusters are judged by: by seconds alone, or by a user's
+    terms."""
 
     terms: MoneyTerms | None = None
     prices: ClusterPrices | None = None
@@ -130,7 +131,7 @@ def _best_plan(
 
 
 def _merit(option: WhatIfOption, judge: _Judge) -> tuple[float, ...]:
-    """Returns what the best option has least of."""
+    """Returns the key by which options are compared; the best option has the least."""
     if judge.terms is None or option.expense is None or option.tokens_per_second is None:
         return (option.step_seconds or math.inf,)
     outcome = Outcome(

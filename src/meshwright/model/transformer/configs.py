@@ -31,7 +31,7 @@ Rope = dict[Name, Any]
 
 @record
 class DecoderConfig:
-    """Llama, and families whose configs use its field names."""
+    """Holds the config.json of Llama or a family that uses its field names."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -149,7 +149,7 @@ class DecoderConfig:
 
 @record
 class Gpt2Config:
-    """GPT-2."""
+    """Holds the config.json of GPT-2."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -175,7 +175,7 @@ class Gpt2Config:
 
 @record
 class NeoxConfig:
-    """GPT-NeoX and Pythia."""
+    """Holds the config.json of GPT-NeoX and Pythia."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -217,7 +217,7 @@ class NeoxConfig:
 
 @record
 class FalconConfig:
-    """Falcon 7B, 40B and 180B (newer Falcons are Llamas)."""
+    """Holds the config.json of Falcon 7B, 40B and 180B (newer Falcons are Llamas)."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -261,7 +261,7 @@ class FalconConfig:
 
 @record
 class BloomConfig:
-    """BLOOM."""
+    """Holds the config.json of BLOOM."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -287,7 +287,7 @@ class BloomConfig:
 
 @record
 class OptConfig:
-    """OPT."""
+    """Holds the config.json of OPT."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""

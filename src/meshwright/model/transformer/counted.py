@@ -1,4 +1,4 @@
-"""Counted: all operations of transformers as counts of FLOPs, bytes moved and bytes saved, without
+"""Counts the FLOPs, the bytes moved and the bytes saved of all operations of transformers, without
 torch.
 
 Each operation counts what the module of `model.zoo.described` does, kernel by kernel, as
@@ -26,8 +26,8 @@ from meshwright.model.transformer.tape import Backward, Sized
 
 @dataclass(slots=True)
 class Counted(Counts):
-    """Implements `operations.Operations` by counting what rank 0 of `width` tensor-parallel ranks
-    does."""
+    """Implements `layer_operations.Operations`: it counts what rank 0 of `width` tensor-parallel
+    ranks does."""
 
     def embedding(
         self, name: str, index: Sized, entries: int, width: int, *, split: Split | None = None

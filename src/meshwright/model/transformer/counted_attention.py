@@ -82,8 +82,8 @@ def capped(
     o: Counts, q: Sized, k: Sized, v: Sized, mask: Sized | None, cap: float | None, *,
     in_order: bool = False,
 ) -> Sized:  # fmt: skip
-    """Counts attention with explicit scores, which are capped and saved. Keys and values that are
-    not contiguous (`with_schedule_named`) are copied."""
+    """Counts attention with explicit scores, which are capped and saved. Keys and values are
+    copied, unless their elements are `in_order` in memory."""
     rows, heads, tokens, head = q.shape
     reads, value = k.shape[2], v.shape[3]
     if k.shape[1] < heads:

@@ -45,7 +45,7 @@ SIZES: Mapping[Precision, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class CountedJob:
-    """A model, and the sequence length and precision that it is counted for."""
+    """Holds a model, and the sequence length and precision for which its costs are counted."""
 
     model: LanguageModel
     sequence: int
@@ -54,7 +54,7 @@ class CountedJob:
 
 @dataclass(frozen=True, slots=True)
 class CountedLayer:
-    """The counted cost of a layer."""
+    """Holds the cost of a layer as it was counted."""
 
     layer: Layer
     keeps: tuple[bool, ...]

@@ -1,4 +1,4 @@
-"""Counts: the cost of a layer as it is counted, and the basic operations that add to it.
+"""Counts the cost of a layer, and defines the basic operations that add to it.
 
 `counted.Counted` extends it to all operations that a layer's description may call.
 """
@@ -19,7 +19,7 @@ from meshwright.model.transformer.tape import NOWHERE, Sized, Tape
 
 @dataclass(slots=True)
 class Counts:
-    """The cost of a layer on rank 0 of `width` tensor-parallel ranks."""
+    """Adds up the cost of a layer on rank 0 of `width` tensor-parallel ranks."""
 
     a: int
     """Number of bytes of an activation."""

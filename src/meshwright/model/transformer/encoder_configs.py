@@ -21,7 +21,7 @@ from meshwright.records import Line, Name, record
 
 @record
 class BertConfig:
-    """BERT, trained to predict masked tokens."""
+    """Holds the config.json of BERT, trained to predict masked tokens."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -49,7 +49,7 @@ class BertConfig:
 
 @record
 class VitConfig:
-    """ViT, trained to classify pictures."""
+    """Holds the config.json of ViT, trained to classify pictures."""
 
     hidden_size: Width
     """Number of features of the residual stream."""
@@ -81,7 +81,7 @@ class VitConfig:
 
 @record
 class T5Config:
-    """T5, in its original form and version 1.1."""
+    """Holds the config.json of T5, in its original form and version 1.1."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""
@@ -118,7 +118,7 @@ class T5Config:
 
 @record
 class WhisperConfig:
-    """Whisper, trained to turn speech into text."""
+    """Holds the config.json of Whisper, trained to turn speech into text."""
 
     vocab_size: Vocabulary
     """Number of tokens in the vocabulary."""

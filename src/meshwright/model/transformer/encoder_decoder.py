@@ -52,7 +52,7 @@ def decoder_embedding(o: Operations, c: LanguageModel, tokens: Value) -> Value:
 
 
 def decoder_block(o: Operations, c: LanguageModel, x: Value, read: Value) -> Value:
-    """Applies causal self-attention, cross-attention to the encoder's output (`embed_text`), and a
+    """Applies causal self-attention, cross-attention to the encoder's output (`read`), and a
     feed-forward module."""
     norm = architecture_of(c).norm
     x = o.added(x, attention(o, c, "attention", o.norm("norm1", x, c.width, norm), None, c.heads,
@@ -65,7 +65,7 @@ def decoder_block(o: Operations, c: LanguageModel, x: Value, read: Value) -> Val
 def attention(
     o: Operations, c: LanguageModel, name: str, x: Value, read: Value, heads: int, *, causal: bool
 ) -> Value:
-    """Applies self-attention to x, or cross-attention to `embed_text` if that is given."""
+    """Applies self-attention to x, or cross-attention to `read` if that is given."""
     a = architecture_of(c)
     inner = heads * c.head
     keys = a.query_bias if a.key_bias is None else a.key_bias

@@ -1,5 +1,5 @@
-"""Table of model families by the `model_type` of their config.json: which fields are read, with
-which defaults, and by which function."""
+"""Lists model families by the `model_type` of their config.json: which fields are read, with which
+defaults, and by which function."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _NAMES = {
 
 @record
 class Family:
-    """How a config.json of one `model_type` is read."""
+    """Says how the config.json of one `model_type` is read."""
 
     heads: tuple[str, ...]
     """Class names in `architectures` that mean this model with its training loss."""

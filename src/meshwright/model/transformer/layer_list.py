@@ -14,7 +14,7 @@ from meshwright.records import record
 
 @record
 class LayerDescription:
-    """One layer of a transformer."""
+    """Describes one layer of a transformer: its name, its inputs and its forward."""
 
     name: str
     """Name of the layer and of its module, such as `blocks.3`."""
@@ -30,7 +30,7 @@ class LayerDescription:
 
 @record
 class Input:
-    """One tensor of a batch."""
+    """Describes one tensor of a batch."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""The abstract operations in which `forward` describes the layers of transformers.
+"""Declares the abstract operations in which `forward` describes the layers of transformers.
 
 There are two implementations: `counted.Counted` counts the cost of each operation, without torch,
-and `model.zoo.described.Computed` computes it. Values have the shape (rows, tokens, features)
-unless a docstring says otherwise. A `name` is that of the submodule with the operation's
+and `model.zoo.described.TorchOperations` computes it. Values have the shape (rows, tokens,
+features) unless a docstring says otherwise. A `name` is that of the submodule with the operation's
 parameters, such as `attention.out`. Sizes that are passed are those of the undivided model; under
 tensor parallelism, the shapes of values show what a rank holds.
 """
@@ -21,7 +21,7 @@ Value = Any
 
 
 class Operations(Protocol):
-    """The operations that a layer's forward may call."""
+    """Declares the operations that the forward of a layer may call."""
 
     def linear(
         self,

@@ -18,7 +18,8 @@ INDEX_BYTES = 8
 
 @dataclass(slots=True)
 class ParameterSpec:
-    """Name, shape and division of one parameter of a layer."""
+    """Gives the name and shape of one parameter of a layer, and how tensor parallelism divides
+    it."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +31,7 @@ class ParameterSpec:
 
 @dataclass(slots=True)
 class ModuleSpec:
-    """Kind, sizes and division of one module of a layer."""
+    """Gives the kind and sizes of one module of a layer, and how tensor parallelism divides it."""
 
     kind: Literal["linear", "table", "sines", "row", "norm", "experts", "convolution", "loss"]
     sizes: tuple[int, ...] = ()

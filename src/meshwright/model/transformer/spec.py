@@ -1,4 +1,5 @@
-"""The Architecture of a transformer: what its layers compute. Sizes are in `model.config`."""
+"""Describes the architecture of a transformer: what its layers compute. Sizes are in
+`model.config`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ Task = Literal["next token", "masked tokens", "image class", "text to text", "sp
 
 @record
 class Norm:
-    """A normalisation of features: RMS or layer normalisation."""
+    """Describes how features are normalised: by RMS or by layer normalisation."""
 
     kind: NormKind
     epsilon: Epsilon = 1e-5
@@ -38,7 +39,8 @@ class Norm:
 
 @record
 class Scaling:
-    """A scaling of rotary frequencies, for sequences longer than those of the original training."""
+    """Says how rotary frequencies are scaled for sequences longer than those of the original
+    training."""
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: Factor = 1.0
@@ -60,7 +62,7 @@ class Scaling:
 
 @record
 class Rotary:
-    """Rotary position embedding (Su et al. 2021)."""
+    """Describes a rotary position embedding (Su et al. 2021)."""
 
     base: Factor = 10000.0
     features: Width
@@ -72,7 +74,7 @@ class Rotary:
 
 @record
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+    """Gives the sizes of multi-head latent attention (DeepSeek-V2, section 2.1)."""
 
     query_rank: Annotated[int, Field(ge=0, le=10**6)] = 0
     """Rank of the compressed queries; 0 if they are not compressed."""
@@ -89,8 +91,8 @@ class Latent:
 
 @record
 class Mixture:
-    """A mixture of experts. LanguageModel has the number of `experts`, and the number `chosen` of
-    those that each token is routed to."""
+    """Describes a mixture of experts. LanguageModel has the number of `experts`, and the number
+    `chosen` of those that each token is routed to."""
 
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Function that turns router logits into scores."""
@@ -118,7 +120,7 @@ class Mixture:
 
 @record
 class Encoder:
-    """The encoder of an encoder-decoder model (T5, Whisper)."""
+    """Gives the sizes of the encoder of an encoder-decoder model (T5, Whisper)."""
 
     layers: Annotated[int, Field(ge=1, le=10_000)]
     heads: Heads
@@ -130,7 +132,7 @@ class Encoder:
 
 @record
 class Picture:
-    """Pictures that are cut into patches, and the number of classes that they are assigned to."""
+    """Says how pictures are cut into patches, and how many classes they are assigned to."""
 
     size: tuple[Width, Width]
     patch: tuple[Width, Width]
@@ -140,7 +142,7 @@ class Picture:
 
 @record
 class Architecture:
-    """What the blocks of a transformer compute, and the layers before and after them.
+    """Describes what the blocks of a transformer compute, and the layers before and after them.
 
     The order of operations in a block depends on `place`:
 

@@ -1,4 +1,5 @@
-"""An autodiff tape of sizes only: which bytes a forward and its backward allocate, save and free.
+"""Counts what an autodiff tape does: which bytes a forward and its backward allocate, save and
+free.
 
 Lifetimes are those of Python objects: a storage is freed when nothing refers to it, like that of a
 torch tensor. Storages are numbered, and events recorded, as in `model.meter`.
@@ -12,7 +13,8 @@ from math import prod
 
 
 class Storage:
-    """The memory of one or more abstract tensors, allocated as long as something refers to it."""
+    """Stands for the memory of one or more abstract tensors; it is allocated as long as something
+    refers to it."""
 
     __slots__ = ("__weakref__", "number")
 
@@ -27,7 +29,8 @@ NOWHERE = Storage(-1)
 
 
 class Sized:
-    """An abstract tensor: its shape, the number of bytes of an element, and its storage."""
+    """Stands for a tensor of which only the shape, the number of bytes of an element, and the
+    storage are known."""
 
     __slots__ = ("shape", "size", "source", "storage")
 
@@ -64,7 +67,7 @@ def seen_as(shape: Sequence[int]) -> Backward:
 
 
 class TapeEntry:
-    """One recorded operation with everything that its backward needs."""
+    """Holds one recorded operation with everything that its backward needs."""
 
     __slots__ = ("back", "cast_at_once", "gradients", "inputs", "saved")
 
@@ -84,7 +87,7 @@ class TapeEntry:
 
 
 class Tape:
-    """Records storages in the order of their allocation, their releases, and the operations."""
+    """Records the operations, and in which order storages are allocated and released."""
 
     def __init__(self) -> None:
         self.births: list[int] = []

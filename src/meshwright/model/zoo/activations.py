@@ -1,4 +1,4 @@
-"""Activation functions by the names that `Architecture.activation` gives them."""
+"""Defines activation functions by the names that `Architecture.activation` gives them."""
 
 from __future__ import annotations
 

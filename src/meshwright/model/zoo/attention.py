@@ -1,5 +1,5 @@
-"""Attention with everything that transformers vary in it: sliding windows, capped scores, ALiBi
-slopes and relative-position biases."""
+"""Computes attention with everything that transformers vary in it: sliding windows, capped scores,
+ALiBi slopes and relative-position biases."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ def build_model(source: str | Path, sequence: int) -> nn.Module:
     """Builds a model that takes (tokens, targets), both (rows, sequence), and gives the mean loss.
 
     Its weights are freshly initialised, and it has no dropout, as is usual in pre-training. Under
-    `with torch.device("meta")` it takes no memory. Raises ModelError. Example: build("gpt2", 1024).
+    `with torch.device("meta")` it takes no memory. Raises ModelError.
+
+    Example: build_model("gpt2", 1024).
     """
     return from_language_model(_trainable(source, sequence))
 

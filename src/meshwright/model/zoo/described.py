@@ -1,4 +1,4 @@
-"""Torch modules for every transformer that `model.transformer.forward` describes.
+"""Builds torch modules for every transformer that `model.transformer.forward` describes.
 
 Network is the whole model, DescribedLayer one of its layers. Computed carries out the operations
 that a layer's description calls, with the parameters of that layer.
@@ -43,7 +43,8 @@ from meshwright.model.zoo.modules import (
 
 
 class DescribedTransformer(nn.Module):
-    """A transformer whose forward takes the tensors of a batch and gives the mean loss."""
+    """Runs a transformer as its description says: it takes the tensors of a batch and gives the
+    mean loss."""
 
     def __init__(self, c: LanguageModel) -> None:
         super().__init__()
@@ -71,7 +72,8 @@ class DescribedTransformer(nn.Module):
 
 
 class DescribedLayer(nn.Module):
-    """One layer, with the submodules that its description needs (found by counting it once)."""
+    """Runs one layer; it has the submodules that the layer's description needs (found by counting
+    it once)."""
 
     def __init__(self, layer: LayerDescription, c: LanguageModel) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ def _norm(width: int, norm: Norm) -> nn.Module:
 
 
 class UnitOffsetRMSNorm(nn.Module):
-    """Root-mean-square normalisation with a gain of 1 + weight (Gemma)."""
+    """Normalises by the root mean square, with a gain of 1 + weight (Gemma)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -157,7 +159,8 @@ class UnitOffsetRMSNorm(nn.Module):
 
 
 class ConfiguredLayerNorm(nn.LayerNorm):
-    """Layer normalisation with optional weight and bias, which keeps the dtype of its input."""
+    """Applies layer normalisation with optional weight and bias, and keeps the dtype of its
+    input."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__(width, norm.epsilon, elementwise_affine=norm.weight, bias=norm.bias)
@@ -170,15 +173,15 @@ class ConfiguredLayerNorm(nn.LayerNorm):
 
 
 class Convolution(nn.Conv1d):
-    """Convolution over three neighbouring tokens: (rows, inputs, tokens) to (rows, outputs,
-    tokens / stride)."""
+    """Convolves three neighbouring tokens: (rows, inputs, tokens) to (rows, outputs, tokens /
+    stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
 class SinusoidalPositions(Embedding):
-    """A position table of sines and cosines that is not trained (Vaswani et al. 2017)."""
+    """Holds a position table of sines and cosines, which is not trained (Vaswani et al. 2017)."""
 
     def __init__(self, entries: int, width: int) -> None:
         super().__init__(entries, width)
@@ -194,7 +197,7 @@ class SinusoidalPositions(Embedding):
 
 
 class TokenParameter(nn.Module):
-    """A parameter that holds the features of one token, such as ViT's class token."""
+    """Holds the features of one token as a parameter, such as ViT's class token."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -206,7 +209,8 @@ class TokenParameter(nn.Module):
 
 
 class TorchOperations:
-    """Carries out `transformer.operations.Operations` with torch, with one layer's parameters."""
+    """Implements `transformer.layer_operations.Operations` with torch and the parameters of one
+    layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer

@@ -15,7 +15,7 @@ from meshwright.model.zoo.modules import Linear
 
 
 class ConfiguredExperts(nn.Module):
-    """A router and gated experts, of which each token is sent to `chosen` ones."""
+    """Routes each token to `chosen` of the gated experts, as the model's Mixture says."""
 
     def __init__(self, c: LanguageModel) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""GPT-2 (Radford et al. 2019): learned positions, pre-normalisation, GELU, and biases in all linear
-maps but the output projection."""
+"""Defines GPT-2 (Radford et al. 2019): learned positions, pre-normalisation, GELU, and biases in
+all linear maps but the output projection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from meshwright.model.zoo.modules import (
 
 
 class TokensAndPositions(nn.Module):
-    """The first layer, which adds token and position embeddings."""
+    """Adds token and position embeddings; it is the first layer."""
 
     def __init__(self, vocabulary: int, positions: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TokensAndPositions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, over the heads that this tensor-parallel rank holds."""
+    """Computes causal self-attention, over the heads that this tensor-parallel rank holds."""
 
     def __init__(self, width: int, heads: int, dropout: float, residual_std: float) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A feed-forward module of two linear maps with a GELU between them."""
+    """Applies two linear maps with a GELU between them."""
 
     def __init__(self, width: int, hidden: int, residual_std: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward module, each added to the residual stream."""
+    """Adds attention, then a feed-forward module, to the residual stream."""
 
     def __init__(
         self, width: int, heads: int, hidden: int, dropout: float, residual_std: float
@@ -91,7 +91,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """Computes the mean loss of a GPT-2: forward(tokens, targets), both (rows, sequence)
+    indices."""
 
     def __init__(
         self,

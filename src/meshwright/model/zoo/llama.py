@@ -1,4 +1,5 @@
-"""Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention and SwiGLU."""
+"""Defines Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention and
+SwiGLU."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from meshwright.model.zoo.modules import (
 
 
 class TokenEmbedding(nn.Module):
-    """The first layer, which looks up token embeddings: (rows, sequence) to (rows, sequence,
-    width)."""
+    """Looks up token embeddings, (rows, sequence) to (rows, sequence, width); it is the first
+    layer."""
 
     tensor_split: ClassVar[dict[str, Split]] = {"tokens": Vocabulary()}
 
@@ -57,7 +58,8 @@ def apply_rotary(x: Tensor, head: int, base: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: each key-value head serves a group of query heads."""
+    """Computes causal grouped-query attention: each key-value head serves a group of query
+    heads."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head: int, base: float) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated feed-forward module, down(silu(gate(x)) * up(x)), with gate and up in one product."""
+    """Computes down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -95,8 +97,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward module of inner width `hidden`, each added to the residual
-    stream. Each tensor-parallel rank holds whole groups of heads and a share of `hidden`."""
+    """Adds attention, then a feed-forward module of inner width `hidden`, to the residual stream.
+    Each tensor-parallel rank holds whole groups of heads and a share of `hidden`."""
 
     def __init__(self, width: int, hidden: int, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
@@ -118,7 +120,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """Computes the mean loss of a Llama: forward(tokens, targets), both (rows, sequence)
+    indices."""
 
     def __init__(  # noqa: PLR0913
         self,

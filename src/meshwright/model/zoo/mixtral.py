@@ -1,4 +1,5 @@
-"""Mixtral (Jiang et al. 2024): a Llama whose feed-forward module is a mixture of SwiGLU experts.
+"""Defines Mixtral (Jiang et al. 2024): a Llama whose feed-forward module is a mixture of SwiGLU
+experts.
 
 A router sends each token to its best `chosen` experts, and only these are computed. Tensor
 parallelism divides the inner width of every expert; each rank holds the whole router.
@@ -83,7 +84,8 @@ def _(x_shape: Any, grad_shape: Any, *_: Any, **__: Any) -> int:
 
 
 class GroupedLinear(nn.Module):
-    """A linear map without bias for each expert; tokens are sorted by expert."""
+    """Applies a linear map of its own for each expert, without bias; tokens are sorted by
+    expert."""
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class GroupedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of SwiGLU experts with a top-k softmax router."""
+    """Routes each token to the best SwiGLU experts by the softmax of a router (top-k)."""
 
     def __init__(self, width: int, hidden: int, experts: int, chosen: int) -> None:
         super().__init__()
@@ -122,7 +124,8 @@ class Experts(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """A Mixtral; forward(tokens, targets), both (rows, sequence) indices, gives the mean loss."""
+    """Computes the mean loss of a Mixtral: forward(tokens, targets), both (rows, sequence)
+    indices."""
 
     def __init__(  # noqa: PLR0913
         self,

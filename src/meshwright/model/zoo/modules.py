@@ -1,4 +1,5 @@
-"""Basic modules that the models of the zoo share: linear maps, embeddings, norms and the loss.
+"""Defines the modules that the models of the zoo share: linear maps, embeddings, norms and the
+loss.
 
 Every module with parameters sets them in `reset_parameters`, so that a layer built on the meta
 device can be allocated and initialised on the device where it will run. Activations have one dtype
@@ -37,7 +38,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 class Linear(nn.Linear):
-    """A linear map whose initial weights are drawn from N(0, std) and whose initial bias is 0."""
+    """Applies a linear map whose initial weights are drawn from N(0, std) and whose initial bias is
+    0."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float = INIT_STD) -> None:
         self.std = std
@@ -50,7 +52,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """An embedding table, initially drawn from N(0, INIT_STD); its output has the activation
+    """Looks up rows of a table, initially drawn from N(0, INIT_STD); its output has the activation
     dtype."""
 
     def reset_parameters(self) -> None:
@@ -62,7 +64,8 @@ class Embedding(nn.Embedding):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation that keeps the dtype of its input (autocast would return float32)."""
+    """Applies layer normalisation and keeps the dtype of its input (autocast would return
+    float32)."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -71,7 +74,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation that keeps the dtype of its input."""
+    """Applies root-mean-square normalisation and keeps the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -80,15 +83,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy of logits (rows, sequence, vocabulary) and targets (rows, sequence)."""
+    """Computes the mean cross entropy of logits (rows, sequence, vocabulary) and targets (rows,
+    sequence)."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 class LossHead(nn.Module):
-    """The last layer of a language model: normalisation, projection to the vocabulary, and mean
-    loss."""
+    """Normalises, projects to the vocabulary and computes the mean loss; it is the last layer of a
+    language model."""
 
     tensor_split: ClassVar[dict[str, Split]] = {
         "linear": VocabularyHead(),

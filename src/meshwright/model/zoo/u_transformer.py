@@ -1,5 +1,6 @@
-"""A transformer shaped like a U-Net, with few wide tokens in the middle, many narrow tokens at both
-ends, and long skip connections (Ronneberger et al. 2015; with attention, Petit et al. 2021).
+"""Defines a transformer shaped like a U-Net, with few wide tokens in the middle, many narrow tokens
+at both ends, and long skip connections (Ronneberger et al. 2015; with attention, Petit et al.
+2021).
 
 At each level the encoder joins `FACTOR` neighbouring tokens (2 x 2 pixels of a picture read as
 text) into one token of twice the width. The decoder expands them again, and joins the result with
@@ -55,8 +56,8 @@ class Lengthen(nn.Module):
 
 
 class UTransformer(nn.Module):
-    """The U-Transformer; forward(tokens, targets), both (rows, sequence) indices, gives the mean
-    loss.
+    """Computes the mean loss of a U-Transformer: forward(tokens, targets), both (rows, sequence)
+    indices.
 
     The encoder shortens the sequence and doubles the width `levels` times. `width` and `heads` are
     the numbers of features and heads at both ends. There are `layers` transformer blocks on each

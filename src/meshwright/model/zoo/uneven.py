@@ -1,4 +1,4 @@
-"""A U-shaped language model, with layers of very uneven cost and long skip connections.
+"""Defines a U-shaped language model, with layers of very uneven cost and long skip connections.
 
 Encoder layers reduce the number of features; decoder layers increase it again, and also read the
 output of the encoder layer of the same width. A layer sees earlier tokens through a causal shift
@@ -19,8 +19,8 @@ from meshwright.model.zoo.modules import LayerNorm, Linear, LossHead
 
 
 class Mix(nn.Module):
-    """Two linear maps over a token and the token `shift` places before it: `inputs` features to
-    `outputs`, with inner width `hidden`."""
+    """Applies two linear maps to each token and the token `shift` places before it: `inputs`
+    features to `outputs`, with inner width `hidden`."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, shift: int) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Mix(nn.Module):
 
 
 class Uneven(nn.Module):
-    """The U-shaped model; forward(tokens, targets), both (rows, sequence) indices, gives the mean
-    loss.
+    """Computes the mean loss of the U-shaped model: forward(tokens, targets), both (rows, sequence)
+    indices.
 
     `widths` are the numbers of features from the embedding to the middle of the U. `hidden` are the
     inner widths of the encoder layers, then of the decoder layers: 2 * (len(widths) - 1) in all.

@@ -7,37 +7,26 @@ times all, and the simulator runs the few fastest that fit.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 
-from meshwright.cost.collective import Traffic, concurrent, uncontended_seconds
-from meshwright.cost.priced_plan import PricedPlan
-from meshwright.cost.pricing import Prices
-from meshwright.plan.ranks import (
-    describe_plan,
-    needed_layout,
-    stage_layout,
-    stage_placements,
-)
-from meshwright.plan.spec import Pipeline, Plan, ScheduleName
-from meshwright.program.actions import Order, format_order, single_action
-from meshwright.program.instructions import Program
-from meshwright.program.operations import Op
+from meshwright.plan.ranks import describe_plan, needed_layout
+from meshwright.plan.spec import Plan
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, fits, seconds, to_codes, to_orders
-from meshwright.search.bounds import after_pipelines
+from meshwright.program.work import Work, fits, to_codes, to_orders
 from meshwright.search.candidate import candidate_of, plan_of
-from meshwright.search.candidate_estimate import candidate_seconds, exposed_reductions
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
-from meshwright.simulate.symmetry import find_symmetry, priced_for_all
+from meshwright.search.quick_clock import as_actions, clocked_seconds, pipeline_works
+from meshwright.simulate.symmetry import find_symmetry
 
 FINALISTS, FINALISTS_OF_MANY = 12, 5
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
@@ -52,11 +41,14 @@ PLAYED, PLAYED_WORK = 8, 24_000
 NAMED = 2
 """Orders with a rule of each plan that are considered, beside the listed one."""
 
+LISTED_PLANS = 6
+"""Plans for which an order is made."""
+
 GLANCED, LISTED = 12_000, 60_000
 """Actions that the list scheduler may look at for one pipeline of a finalist, and of the best."""
 
 ROUGH = 0.01
-"""Share by which program.work may be slower than the simulator."""
+"""Share by which the quick clock may be slower than the simulator."""
 
 ALIKE = 2
 """Finalists that differ in their cuts or in the order of their stages alone."""
@@ -66,73 +58,71 @@ MOST_ACTIONS = 30_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Ordered:
-    """A plan in an order of work, timed by program.work."""
+class OrderedPlan:
+    """Describes a plan in an order of work, by the quick clock."""
 
     seconds: float
+    exposed: float
+    """The part of the seconds in which gradients are still summed though all backwards are done."""
     plan: Plan
     works: list[Work]
-    after: float
-    """Seconds after the last backward; `seconds` includes them."""
-    exposed: float
-    """Seconds of reductions after the last backward, by the closed form; `seconds` is without."""
-    work: int
-    """Forwards of the ranks that are simulated."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Time each finalist in the schedules with a rule and in one made for it, and propose the
-    fastest few of all; then look longer for an order of the best one.
-
-    A plan that could not win even if it hid all its reductions is not simulated.
-    """
-    costs = incumbent.costs
-    every: list[_Ordered] = []
+    """Proposes the finalists in their fastest orders."""
+    chosen: list[tuple[Plan, int]] = []
     for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
-        if (work := work_of(plan, find_symmetry(plan, costs.cluster))) > MOST_ACTIONS:
+        if (work := work_of(plan, find_symmetry(plan, incumbent.costs.cluster))) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
-            every += _ordered(costs, plan, work)
-    every.sort(key=lambda each: each.seconds + each.exposed)
-    played, work, best = 0, 0, None
-    for before, each in zip([None, *every], every, strict=False):
-        if before and _as_fast(before, each) and not is_large(costs):
+            chosen.append((plan, work))
+    yield from in_fastest_orders(incumbent, chosen, PLAYED)
+
+
+def in_fastest_orders(
+    incumbent: Incumbent, plans: Sequence[tuple[Plan, int]], most: int
+) -> Proposals:
+    """Times plans in the schedules with a rule, and the best of them in an order made for each;
+    proposes the `most` fastest of all, and looks longer for an order of the best one. With each
+    plan come the forwards of the ranks that are simulated."""
+    costs = incumbent.costs
+    named = [
+        (ordered, work)
+        for plan, work in plans
+        if (ordered := in_named_orders(costs, plan, pipeline_works(plan, costs))[:NAMED])
+    ]
+    named.sort(key=lambda pair: pair[0][0].seconds)
+    every = [(each, work) for ordered, work in named for each in ordered]
+    for (first, *_), work in named[:LISTED_PLANS]:
+        if (listed := _listed(costs, first, LISTED if is_large(costs) else GLANCED)) is not None:
+            every.append((listed, work))
+    every.sort(key=lambda pair: pair[0].seconds)
+    played, spent = 0, 0
+    best: OrderedPlan | None = None
+    before: OrderedPlan | None = None
+    for each, work in every:
+        alike = before and _as_fast(before, each) and not is_large(costs)
+        before = each
+        if alike:
             continue
-        if played >= PLAYED or work > PLAYED_WORK or each.seconds * (1 - ROUGH) >= incumbent.limit:
+        least = (each.seconds - each.exposed) * (1 - ROUGH)
+        if played >= most or spent > PLAYED_WORK or least >= incumbent.limit:
             yield Pruned("slower by the quick clock")
             continue
-        played, work = played + 1, work + each.work
+        played, spent = played + 1, spent + work
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
     if best is not None:
-        listed = listed_orders(best.works, LISTED)
-        if listed is not None and listed[0] + best.after < best.seconds * (1 - SAME):
-            plan = in_listed_orders(best.plan, listed[1])
-            yield Proposal(plan, describe_plan(plan))
+        listed = _listed(costs, best, LISTED)
+        if listed is not None and listed.seconds < best.seconds * (1 - SAME):
+            yield Proposal(listed.plan, describe_plan(listed.plan))
 
 
-def _as_fast(one: _Ordered, other: _Ordered) -> bool:
-    """True if two plans with an order differ in nothing that the quick clock can see."""
-    return abs(one.seconds - other.seconds) + abs(one.exposed - other.exposed) < SAME * one.seconds
-
-
-def _ordered(costs: Costs, plan: Plan, work: int) -> list[_Ordered]:
-    """The plan in its fastest orders that fit: two with a rule, and one made for it."""
-    works = pipeline_works(plan, costs)
-    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
-    after, exposed = after_pipelines(costs, pipelines), exposed_reductions(costs, pipelines)
-    named = [
-        _Ordered(
-            took + after, replace(plan, schedule=name, prediction=None), works, after, exposed, work
-        )
-        for took, name in in_named_orders(works, fitting=True)[:NAMED]
-    ]
-    listed = listed_orders(works, LISTED if is_large(costs) else GLANCED)
-    if listed is not None:
-        ordered = in_listed_orders(plan, listed[1])
-        named.append(_Ordered(listed[0] + after, ordered, works, after, exposed, work))
-    return named
+def _as_fast(one: OrderedPlan, other: OrderedPlan) -> bool:
+    """True if two plans differ in nothing that the quick clock can see."""
+    differ = abs(one.seconds - other.seconds) + abs(one.exposed - other.exposed)
+    return differ < SAME * one.seconds
 
 
 OPTION = PlanOption("schedules", propose)
@@ -198,159 +188,45 @@ def _build(strategy: Strategy) -> object:
     )
 
 
-def in_named_orders(
-    works: Sequence[Work], *, fitting: bool = False
-) -> list[tuple[float, ScheduleName]]:
-    """The schedules with a rule that these pipelines can have, after their seconds; fastest first.
-    Interleaving one stage of each device is eager 1F1B. `fitting`: those alone whose activations
-    fit."""
+def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[OrderedPlan]:
+    """The plan in the schedules with a rule that its pipelines can have and whose activations fit,
+    fastest first. Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
-    ranked = [
-        (max(_named_seconds(name, work, fitting=fitting) for work in works), name)
-        for name in NAMES
-        if (divided or not name.startswith("interleaved"))
-        and not any(needed_layout(name, work.layout) for work in works)
-    ]
-    return sorted((each for each in ranked if each[0] < inf), key=itemgetter(0))
+    found = []
+    for name in NAMES:
+        if name.startswith("interleaved") and not divided:
+            continue
+        if any(needed_layout(name, work.layout) for work in works):
+            continue
+        orders = [
+            to_codes(schedule_orders(name, work.layout, work.micro_batches)) for work in works
+        ]
+        if not all(map(fits, works, orders)):
+            continue
+        seconds, exposed = clocked_seconds(costs, plan, works, orders)
+        named = replace(plan, schedule=name, prediction=None)
+        found.append(OrderedPlan(seconds, exposed, named, works))
+    return sorted(found, key=attrgetter("seconds"))
 
 
-def in_listed_order(plan: Plan, works: Sequence[Work], looked_at: int) -> Plan | None:
-    """The plan in an order of its own, by its pipelines' work; None if nothing fits."""
-    made = listed_orders(works, looked_at)
-    return in_listed_orders(plan, made[1]) if made else None
+def _listed(costs: Costs, ordered: OrderedPlan, looked_at: int) -> OrderedPlan | None:
+    return in_listed_order(costs, ordered.plan, ordered.works, looked_at)
 
 
-def listed_orders(
-    works: Sequence[Work], looked_at: int
-) -> tuple[float, list[tuple[Order, ...]]] | None:
-    """Orders made for pipelines' work, after the seconds of the slowest; None if nothing fits."""
-    slowest, found = 0.0, []
+def in_listed_order(
+    costs: Costs, plan: Plan, works: list[Work], looked_at: int
+) -> OrderedPlan | None:
+    """The plan with an order made for the work of each of its pipelines; None if nothing fits."""
+    orders = []
     for work in works:
         codes = best_order(work, looked_at)
         if codes is None:
             return None
-        slowest = max(slowest, seconds(work, codes))
-        found.append(to_orders(codes))
-    return slowest, found
-
-
-def in_listed_orders(plan: Plan, found: Sequence[tuple[Order, ...]]) -> Plan:
-    """The plan with an order for each of its pipelines."""
+        orders.append(codes)
     pipelines = tuple(
-        replace(pipeline, actions=as_actions(pipeline, order))
-        for pipeline, order in zip(plan.pipelines, found, strict=True)
+        replace(pipeline, actions=as_actions(pipeline, to_orders(codes)))
+        for pipeline, codes in zip(plan.pipelines, orders, strict=True)
     )
-    return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
-
-
-def _named_seconds(name: ScheduleName, work: Work, *, fitting: bool) -> float:
-    codes = to_codes(schedule_orders(name, work.layout, work.micro_batches))
-    return inf if fitting and not fits(work, codes) else seconds(work, codes)
-
-
-def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
-    """Orders as a plan writes them."""
-    pairs = zip(found, stage_layout(pipeline), strict=True)
-    return tuple(format_order(order, alone=len(held) == 1) for order, held in pairs)
-
-
-def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
-    """What the stages of every pipeline of a plan do, in seconds and bytes. A stage takes as long
-    as its slowest rank; transfers share links with those of the same cut alone."""
-    whole = _priced(plan, costs, Op.BACKWARD)
-    split = _priced(plan, costs, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
-    stages = stage_placements(plan)
-    by_stage = _by_stage(*split, costs)
-    backward = _by_stage(*whole, costs)
-    room = _rooms(plan, costs, split[1])
-    works = []
-    for p, pipeline in enumerate(plan.pipelines):
-        own = [stage.number for stage in stages if stage.pipeline == p]
-        cuts = own[:-1]
-
-        def column(numbers: list[int], *key: object) -> tuple[float, ...]:
-            return tuple(by_stage.get((n, *key), 0.0) for n in numbers)
-
-        works.append(
-            Work(
-                layout=stage_layout(pipeline),
-                micro_batches=pipeline.micro_batches,
-                forward=column(own, Op.FORWARD),
-                whole=tuple(backward[n, Op.BACKWARD] for n in own),
-                inputs=column(own, Op.BACKWARD_INPUT),
-                weights=column(own, Op.BACKWARD_WEIGHT),
-                onward=column(cuts, Op.SEND_F),
-                back=column(own[1:], Op.SEND_B),
-                full=column(own, "full"),
-                half=column(own, "half"),
-                room=tuple(room[own[held[0]]] for held in stage_layout(pipeline)),
-            )
-        )
-    return works
-
-
-def _priced(plan: Plan, costs: Costs, *backward: Op) -> tuple[Program, Prices]:
-    """A single micro-batch of a plan, by its cheapest ranks to simulate."""
-    single = tuple(
-        replace(p, micro_batches=1, actions=_there_and_back(p, backward)) for p in plan.pipelines
-    )
-    probe = replace(plan, schedule="custom", pipelines=single)
-    folded = find_symmetry(plan, costs.cluster)
-    priced = PricedPlan(
-        probe,
-        costs.model,
-        costs.stated_cluster,
-        costs.profile,
-        ranks=folded.ranks,
-        links=costs.links,
-    )
-    return priced.program, priced_for_all(priced.program, priced.prices, folded)
-
-
-def _there_and_back(pipeline: Pipeline, backward: tuple[Op, ...]) -> tuple[str, ...]:
-    """One micro-batch through all stages of any layout, with backwards in these parts."""
-    found = tuple(
-        (
-            *(single_action(Op.FORWARD, s, 0) for s in held),
-            *(single_action(op, s, 0) for s in reversed(held) for op in backward),
-        )
-        for held in stage_layout(pipeline)
-    )
-    return as_actions(pipeline, found)
-
-
-def _by_stage(program: Program, prices: Prices, costs: Costs) -> dict[tuple[object, ...], float]:
-    """Return the most of any rank, by stage and kind; transfers are those of all replicas."""
-    found: dict[tuple[object, ...], float] = {}
-    sent: defaultdict[tuple[object, ...], list[Traffic]] = defaultdict(list)
-
-    def most(key: tuple[object, ...], value: float) -> None:
-        found[key] = max(found.get(key, 0.0), value)
-
-    for instructions, own in zip(program.ranks, prices.ranks, strict=True):
-        full: dict[int, float] = {}
-        for i, cost in zip(instructions, own, strict=True):
-            if i.op.kind == "send":
-                sent[i.stage, i.op].append(cost.traffic)
-            elif i.op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT):
-                most((i.stage, i.op), cost.seconds)
-                if i.op is Op.FORWARD:
-                    full[i.stage] = cost.held_bytes
-                    most((i.stage, "full"), cost.held_bytes)
-                elif i.op is Op.BACKWARD_INPUT:
-                    most((i.stage, "half"), full[i.stage] + cost.held_bytes)
-    for key, traffics in sent.items():
-        found[key] = uncontended_seconds(costs.links, concurrent(traffics))
-    return found
-
-
-def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
-    """Bytes left for activations on the fullest rank of each stage."""
-    rooms: dict[int, float] = {}
-    for stage in stage_placements(plan):
-        for placement in stage.mesh.members:
-            if prices.ranks[placement.rank]:
-                capacity = costs.cluster.types[costs.devices[placement.device].type].memory
-                left = capacity - prices.static_bytes[placement.rank]
-                rooms[stage.number] = min(rooms.get(stage.number, float("inf")), left)
-    return rooms
+    listed = replace(plan, schedule="list", pipelines=pipelines, prediction=None)
+    seconds, exposed = clocked_seconds(costs, plan, works, orders)
+    return OrderedPlan(seconds, exposed, listed, works)

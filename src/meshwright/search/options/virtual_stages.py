@@ -11,27 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import inf
-from operator import attrgetter
 
 from meshwright.cost.memory import memory_by_class, total_bytes
-from meshwright.plan.ranks import StageLayout, describe_plan
+from meshwright.plan.ranks import StageLayout
 from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Stage
-from meshwright.program.work import Work
-from meshwright.search.bounds import after_pipelines, exposed_seconds
+from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
-from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned, fits_in_memory
+from meshwright.search.finishing import PlanOption, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
 from meshwright.search.layer_partition import fluid_rate
 from meshwright.search.options.other_schedules import (
-    LISTED,
     MOST_ACTIONS,
     finalists,
-    in_listed_orders,
-    in_named_orders,
-    listed_orders,
-    pipeline_works,
+    in_fastest_orders,
 )
 from meshwright.search.virtual_stage_partition import Bounds, cut_virtual_stages, group_by_stage
 from meshwright.simulate.symmetry import find_symmetry
@@ -49,65 +42,43 @@ WORTH = 0.02
 ROUGH = 0.03
 """Share by which the closed form may be too slow."""
 
-UNFIT = 0.08
-"""Share that an order made for a plan may gain on those with a rule: ZB-V divides every backward,
-which costs about that."""
-
-GIVEN_SCHEDULES = 2
-"""Divided plans that are simulated with a schedule made for them."""
-
-PLAYED = 3
-"""Divided plans that are simulated in a schedule with a rule."""
+TIMED, PLAYED = 8, 5
+"""Divided plans, the fastest in closed form, that are timed in every order, and that are simulated
+in an order."""
 
 
 @dataclass(frozen=True, slots=True)
-class _DividedPlan:
-    """Describes a divided plan that fits, in the order that makes it fastest by `program.work`."""
+class DividedPlan:
+    """Describes a plan with several stages on each group of devices."""
 
     seconds: float
-    after: float
-    """Seconds after the last backward; `seconds` includes them."""
+    """Seconds of its slowest pipeline in closed form."""
     plan: Plan
-    works: list[Work]
 
 
 def propose(incumbent: Incumbent) -> Proposals:
-    """Divides the stages of each finalist in every layout, where that may be faster; the fastest
-    few are proposed, and the best two of them with schedules made for them."""
-    drafts: list[_DividedPlan] = []
+    """Divides the stages of each finalist in every layout, where that may be faster, and proposes
+    the fastest few in their best orders."""
+    divided: list[tuple[DividedPlan, int]] = []
     for plan in finalists(incumbent):
         if not _hopeful(incumbent, plan):
             yield Pruned("lower bound above the best")
-        elif work_of(plan, find_symmetry(plan, incumbent.costs.cluster)) > MOST_ACTIONS:
+        elif (work := work_of(plan, find_symmetry(plan, incumbent.costs.cluster))) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
-            for found in _drafts(incumbent, plan):
+            for found in _divided_plans(incumbent, plan):
                 if isinstance(found, Pruned):
                     yield found
                 else:
-                    drafts.append(found)
-    drafts.sort(key=attrgetter("seconds"))
-    known = [draft.seconds for draft in drafts]
-    for k, draft in enumerate(drafts):
-        if k >= PLAYED or draft.seconds >= incumbent.limit:
-            yield Pruned("slower by the quick clock", len(drafts) - k)
-            break
-        simulated = yield Proposal(draft.plan, describe_plan(draft.plan))
-        known[k] = simulated.seconds if simulated else inf
-    for seconds, k in sorted((seconds, k) for k, seconds in enumerate(known))[:GIVEN_SCHEDULES]:
-        if seconds < incumbent.limit * (1 + UNFIT):
-            yield from _listed(incumbent, drafts[k])
+                    divided.append((found, work))
+    divided.sort(key=lambda pair: pair[0].seconds)
+    if len(divided) > TIMED:
+        yield Pruned("slower in closed form", len(divided) - TIMED)
+    fastest = [(found.plan, work) for found, work in divided[:TIMED]]
+    yield from in_fastest_orders(incumbent, fastest, PLAYED)
 
 
 OPTION = PlanOption("virtual-stages", propose)
-
-
-def _listed(incumbent: Incumbent, draft: _DividedPlan) -> Proposals:
-    """Proposes a divided plan with a schedule made for it."""
-    made = listed_orders(draft.works, LISTED)
-    if made is not None and made[0] + draft.after < incumbent.limit:
-        plan = in_listed_orders(draft.plan, made[1])
-        yield Proposal(plan, describe_plan(plan))
 
 
 def _hopeful(incumbent: Incumbent, plan: Plan) -> bool:
@@ -118,28 +89,17 @@ def _hopeful(incumbent: Incumbent, plan: Plan) -> bool:
     return busy + after_pipelines(costs, pipelines) < limit
 
 
-def _drafts(incumbent: Incumbent, plan: Plan) -> Iterator[_DividedPlan | Pruned]:
+def _divided_plans(incumbent: Incumbent, plan: Plan) -> Iterator[DividedPlan | Pruned]:
     """Divides the stages of a plan in every layout."""
-    costs = incumbent.costs
-    after = after_pipelines(costs, [candidate_of(pipeline) for pipeline in plan.pipelines])
+    after = after_pipelines(incumbent.costs, [candidate_of(each) for each in plan.pipelines])
+    limit = (incumbent.limit - after) * (1 + ROUGH)
     for schedule, chunks in LAYOUTS:
-        limit = (incumbent.limit - after) * (1 + ROUGH)
-        divided = divided_plan(costs, plan, schedule, chunks, limit)
-        if isinstance(divided, Pruned):
-            yield divided
-            continue
-        works = pipeline_works(divided, costs)
-        later = after + max(exposed_seconds(costs, candidate_of(p)) for p in divided.pipelines)
-        for seconds, name in in_named_orders(works):
-            ordered = replace(divided, schedule=name)
-            if fits_in_memory(costs, ordered):
-                yield _DividedPlan(seconds + later, later, ordered, works)
-                break
+        yield divided_plan(incumbent.costs, plan, schedule, chunks, limit)
 
 
 def divided_plan(
     costs: Costs, plan: Plan, schedule: ScheduleName, chunks: int, limit: float = float("inf")
-) -> Plan | Pruned:
+) -> DividedPlan | Pruned:
     """Returns the plan with `chunks` stages on every group of devices, in the layout that the
     schedule plays; or why there is none: too few layers, not enough memory even where groups
     recompute, or pipelines that would take `limit` seconds in closed form."""
@@ -153,7 +113,8 @@ def divided_plan(
             cut_virtual_stages(costs, candidate, layout, schedule, groups)
             for candidate, layout, groups in zip(candidates, layouts, recompute, strict=True)
         ]
-        if max(seconds for _, seconds in cuts) >= limit:
+        slowest = max(seconds for _, seconds in cuts)
+        if slowest >= limit:
             return Pruned("slower in closed form")
         pipelines = tuple(
             _divided(*each) for each in zip(plan.pipelines, layouts, cuts, recompute, strict=True)
@@ -167,7 +128,7 @@ def divided_plan(
         )
         overfull = _overfull(costs, found)
         if not overfull:
-            return found
+            return DividedPlan(slowest, found)
         more = [
             groups
             | {g for g, stage in enumerate(candidate.stages) if _any_of(stage.groups, overfull)}

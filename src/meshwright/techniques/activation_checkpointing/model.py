@@ -1,5 +1,5 @@
-"""Activation recomputation: layers save only their inputs and repeat their forward in the
-backward. This file derives the LayerGraph of a model that does so."""
+"""Derives the LayerGraph of a model whose layers save only their inputs and repeat their forward in
+the backward (activation recomputation)."""
 
 from __future__ import annotations
 

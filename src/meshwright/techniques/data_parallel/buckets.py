@@ -115,7 +115,8 @@ def _sums(holders: Mesh[int], undivided: int, divided: int) -> tuple[GradientSum
 
 
 def sums_of(rank: int, buckets: Sequence[Bucket]) -> Iterator[tuple[Bucket, GradientSum]]:
-    """Yields the all-reduces that one rank belongs to, with their buckets, in the common order."""
+    """Yields the all-reduces that one rank belongs to, with their buckets, in the order in which
+    all ranks start them."""
     for bucket in buckets:
         for each in bucket.sums:
             at = bisect_left(each.ranks, rank)

@@ -1,4 +1,4 @@
-"""The operation that data parallelism adds to programs."""
+"""Defines the operation that data parallelism adds to programs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 def emission(
     stages: Sequence[StagePlacement], job: Job, model: LayerGraph, bucket_bytes: int | None
 ) -> Emission:
-    """Returns what places the reductions of a rank ahead of the backwards that complete them."""
+    """Returns a function that places the reductions of a rank ahead of the backwards that complete
+    them."""
     size = bucket_bytes or usual_bucket_bytes(model, job)
     buckets = gradient_buckets(model, job, stages, size)
 

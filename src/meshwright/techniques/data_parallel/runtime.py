@@ -23,7 +23,7 @@ from meshwright.techniques.data_parallel.operations import REDUCE_GRAD
 
 @dataclass(slots=True)
 class _PendingReduction:
-    """An all-reduce in flight."""
+    """Holds an all-reduce in flight."""
 
     bucket: FlatBucket
     handle: Handle

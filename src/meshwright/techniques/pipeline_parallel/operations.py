@@ -1,4 +1,5 @@
-"""The operations by which the ranks of a replica put together what each has received a part of."""
+"""Defines the operations by which the ranks of a replica put together a tensor of which each has
+received a part."""
 
 from __future__ import annotations
 

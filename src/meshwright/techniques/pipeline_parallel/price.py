@@ -27,7 +27,7 @@ def send_price(i: Instruction, rank: RankContext) -> Price:
 
 
 def receive_price(i: Instruction, rank: RankContext) -> Price:  # noqa: ARG001 - a Pricing
-    """A receive costs nothing: it moves with its send."""
+    """Gives a receive no price: it moves with its send."""
     return Price()
 
 

@@ -19,7 +19,7 @@ from meshwright.records import record
 
 @record
 class Move:
-    """Rows that one rank sends to another."""
+    """Says which rows one rank sends to another."""
 
     source: int
     target: int
@@ -71,7 +71,7 @@ def gathered(moves: Sequence[Move]) -> tuple[tuple[Range, tuple[int, ...]], ...]
 def _tasks(
     source: StagePlacement, target: StagePlacement, only: Container[int] | None
 ) -> Iterator[UnitTask]:
-    """Yields the unit tasks between two stages that no rank holds both of."""
+    """Yields the unit tasks between two stages that have no rank in common."""
     ranks = [placement.rank for stage in (source, target) for placement in stage.mesh.members]
     tasks, touching = _numbered_tasks(_rows(source), _rows(target))
     if only is not None:

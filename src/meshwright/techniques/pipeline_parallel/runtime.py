@@ -30,7 +30,7 @@ Post = Callable[[Sequence[Tensor]], list[Work]]
 
 @dataclass(slots=True)
 class _Arrival:
-    """Receive buffers of one micro-batch, and the receives in flight."""
+    """Holds the receive buffers of one micro-batch, and the receives in flight."""
 
     tensors: list[Tensor]
     """The buffers, one for each tensor of the boundary."""
@@ -44,7 +44,8 @@ class _Arrival:
 
 
 class BoundaryMessages:
-    """The tensors that this rank exchanges across one stage boundary, in one direction.
+    """Sends or receives the tensors that this rank exchanges across one stage boundary, in one
+    direction.
 
     Each tensor is a message of its own, in the order of `tensors`. Tensors with rows travel as
     slices of rows, others (such as a mask) whole. The producers of a whole tensor sum the gradients

@@ -55,8 +55,8 @@ def _plugin(divided: bool, _: ExportedTraining) -> list[str]:
 
 
 def _deepspeed(divided: bool, asked: ExportedTraining) -> list[str]:
-    """Returns ZeRO stage 1. Only with it DeepSpeed adds up the gradients of micro-batches in fp32,
-    and it must be told that SGD is meant."""
+    """Returns the setting for ZeRO stage 1. Only with it does DeepSpeed add up the gradients of
+    micro-batches in fp32; it must then be told that SGD is meant."""
     if not divided:
         return []
     job = asked.plan.job

@@ -18,7 +18,8 @@ from meshwright.techniques.state_division.plan import divided_layers, divides
 
 
 def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
-    """Returns what leaves of the optimizer states of divided layers the share of each rank."""
+    """Returns a function that leaves to each rank its share of the optimizer states of divided
+    layers; None if no stage divides its states."""
     if not any(map(divides, plan.stages)):
         return None
     table = memory_tables(model, plan.job).plain.weights
@@ -35,7 +36,8 @@ def adjustment(plan: Plan, model: LayerGraph) -> Adjustment | None:
 
     @cache
     def elsewhere(tensor: int) -> Array:
-        """Returns the parameters of layers that others update, cumulative, by tensor width."""
+        """Returns, cumulative over layers, the number of a rank's parameters that other ranks
+        update, by tensor width."""
         layers = np.arange(len(model.layers))
         return cumulative(untied_parameters(table.trained, (layers, layers + 1), tensor) * away)
 

@@ -1,4 +1,4 @@
-"""The operations that divided optimizer states add to programs."""
+"""Defines the operations that divided optimizer states add to programs."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def _mended(incumbent: Incumbent) -> Proposals:
 
 
 def _best_of_builds(incumbent: Incumbent) -> list[Evaluated]:
-    """Returns the best plan, the simplest of several, and the fastest of each other build."""
+    """Returns the simplest of the plans that are about as fast as the best one, then the fastest
+    plan of every other name; a name gives widths and depths."""
     builds: dict[str, Evaluated] = {}
     for played in (simplest(incumbent), *sorted(incumbent.others, key=attrgetter("seconds"))):
         builds.setdefault(played.plan.name, played)

@@ -16,8 +16,8 @@ from meshwright.techniques.state_division.plan import divided_layers, divides
 
 
 def rewriting(plan: Plan, model: LayerGraph) -> Rewriting | None:
-    """Returns what replaces the all-reduces of divided layers in the list of a rank, and gathers
-    their weights after the update.
+    """Returns a function that replaces a rank's all-reduces of divided layers by reduce-scatters,
+    and gathers the weights of these layers after the update; None if no stage divides its states.
 
     A gather follows the optimizer step of its own bucket, or the rank's only one.
     """

@@ -18,9 +18,9 @@ from meshwright.runtime.flat_buckets import FlatBucket, TrainedPart
 from meshwright.runtime.interpreter import BoundInstruction, Interpreter, Step
 from meshwright.techniques.state_division.operations import GATHER_PARAMETERS, REDUCE_SCATTER
 
+# The names in newer versions of PyTorch, else those in older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""Their names in newer versions of PyTorch, else those in older ones."""
 
 
 def prepare(bucket: FlatBucket, i: Instruction) -> None:

@@ -1,5 +1,5 @@
-"""Tensor parallelism on plain tensors: slices a layer's parameters, and adds the all-reduces by
-which the slices together compute what the whole layer does.
+"""Carries out tensor parallelism on plain tensors: slices a layer's parameters, and adds the
+all-reduces by which the slices together compute what the whole layer does.
 
 The method is that of Megatron-LM (Shoeybi et al. 2019). Parameters stay ordinary tensors, so that
 gradient buckets, fused optimizers and clipping need not know.
@@ -25,7 +25,7 @@ from meshwright.runtime.observer import Waiting
 
 
 class TensorParallelGroup:
-    """The tensor-parallel group of this rank: the ranks that share its layers."""
+    """Joins the ranks of a tensor-parallel group, which divide the same layers, for all-reduces."""
 
     def __init__(self, group: ProcessGroup, index: int, width: int) -> None:
         self.group = group
@@ -74,7 +74,7 @@ class _ReduceFromGroup(Function):
 
 
 class _VocabularyCrossEntropy(Function):
-    """Mean cross entropy of logits whose vocabulary is divided over the group.
+    """Computes the mean cross entropy of logits whose vocabulary is divided over the group.
 
     It is log(sum_v exp(l_v)) - l_target, averaged over the targets that are not `ignore`. Suffixes
     of names: N targets, V this rank's share of the vocabulary.

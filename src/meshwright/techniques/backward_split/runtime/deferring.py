@@ -54,8 +54,8 @@ _ALIASES = frozenset(
 
 
 class DeferredGradients:
-    """The weight gradients of one micro-batch that `DeferWeightGradients` has put off in its
-    forward."""
+    """Holds the weight gradients of one micro-batch that its forward, under `DeferWeightGradients`,
+    has put off."""
 
     def __init__(self) -> None:
         self.products: list[tuple[Tensor | None, Product]] = []
@@ -76,7 +76,7 @@ class DeferredGradients:
 
 
 class DeferWeightGradients(TorchFunctionMode):
-    """Context in which a forward defers the gradients of the weights in its products."""
+    """Lets the forwards in its context defer the gradients of the weights in their products."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 
 class LinearProduct:
-    """The product x W^T + b, whose gradients are computed by hand: the weight gradients of several
-    micro-batches can then be one matrix product."""
+    """Stands for the product x W^T + b. Its gradients are computed by hand, so that the weight
+    gradients of several micro-batches can be one matrix product."""
 
     __slots__ = ("parameters", "parts", "weights")
 
@@ -83,7 +83,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
 
 
 class OtherProduct:
-    """Any other product, differentiated by autograd in a graph of its own."""
+    """Stands for any other product; autograd differentiates it in a graph of its own."""
 
     __slots__ = ("edge", "gradient", "inner", "weights")
 
@@ -116,7 +116,8 @@ Product = LinearProduct | OtherProduct
 
 
 class WeightGradientNode(Function):
-    """Autograd node that stands for a product's weights: its backward computes their gradients."""
+    """Stands for a product's weights in the autograd graph: its backward computes their
+    gradients."""
 
     @staticmethod
     def forward(ctx: Any, product: Product, *weights: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class WeightGradientNode(Function):
 
 
 class InputGradientLinear(Function):
-    """A linear product whose backward computes the gradient of its input alone."""
+    """Computes a linear product; its backward computes the gradient of its input alone."""
 
     @staticmethod
     def forward(
@@ -154,7 +155,7 @@ class InputGradientLinear(Function):
 
 
 class InputGradientProduct(Function):
-    """Any other product; its backward computes the gradients of its activations."""
+    """Computes any other product; its backward computes the gradients of its activations."""
 
     @staticmethod
     def forward(

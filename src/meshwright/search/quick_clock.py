@@ -1,0 +1,183 @@
+"""Times a plan in any order of work without simulating it: its pipelines one by one, then the sums
+of gradients that follow each stage's last backward.
+
+Links that several cuts use are priced by the share of the time in which others use them; which
+messages really meet is for the simulator to say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from meshwright.cost.collective import Traffic, concurrent
+from meshwright.cost.priced_plan import PricedPlan
+from meshwright.cost.pricing import Prices
+from meshwright.plan.ranks import stage_layout, stage_placements
+from meshwright.plan.spec import Pipeline, Plan
+from meshwright.program.actions import Order, format_order, single_action
+from meshwright.program.instructions import Program
+from meshwright.program.operations import Op
+from meshwright.program.work import Codes, Work, last_backwards, play
+from meshwright.search.boundary_prices import Message, crowded_seconds, mean_period
+from meshwright.search.bounds import after_pipelines
+from meshwright.search.candidate import candidate_of
+from meshwright.search.costs import Costs
+from meshwright.search.reduction_estimate import reduced
+from meshwright.simulate.symmetry import find_symmetry, priced_for_all
+
+BACKWARDS = ((Op.BACKWARD,), (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
+"""The two ways to do a backward: whole, and in two parts."""
+
+THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
+WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
+
+
+def clocked_seconds(
+    costs: Costs, plan: Plan, works: Sequence[Work], orders: Iterable[Sequence[Codes]]
+) -> tuple[float, float]:
+    """Returns the seconds of the plan's step with an order for each of its pipelines, and the part
+    of them in which gradients are still summed though all backwards are done."""
+    pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
+    spans = []
+    for work, codes in zip(works, orders, strict=True):
+        ends = play(work, codes)
+        assert ends is not None, "the order comes to its end"
+        spans.append(last_backwards(work, codes, ends))
+    end = max(last for span in spans for _, last in span)
+    summed = reduced(costs, pipelines, spans)
+    return summed + after_pipelines(costs, pipelines), summed - end
+
+
+def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
+    """Returns what the stages of every pipeline of a plan do, in seconds and bytes. A stage takes
+    as long as its slowest rank."""
+    program, prices = _priced(plan, costs)
+    by_stage = _by_stage(program, prices)
+    room = _rooms(plan, costs, prices)
+    stages = stage_placements(plan)
+    numbers = [[s.number for s in stages if s.pipeline == p] for p in range(len(plan.pipelines))]
+    seconds = _transfers(plan, costs, program, prices, numbers, by_stage)
+    works = []
+    for pipeline, own in zip(plan.pipelines, numbers, strict=True):
+
+        def column(*key: object, numbers: list[int] = own) -> tuple[float, ...]:
+            return tuple(by_stage.get((n, *key), 0.0) for n in numbers)
+
+        works.append(
+            Work(
+                layout=stage_layout(pipeline),
+                micro_batches=pipeline.micro_batches,
+                forward=column(Op.FORWARD),
+                whole=column(Op.BACKWARD),
+                inputs=column(Op.BACKWARD_INPUT),
+                weights=column(Op.BACKWARD_WEIGHT),
+                onward=tuple(seconds.get((n, Op.SEND_F), 0.0) for n in own[:-1]),
+                back=tuple(seconds.get((n, Op.SEND_B), 0.0) for n in own[1:]),
+                full=column("full"),
+                half=column("half"),
+                room=tuple(room[own[held[0]]] for held in stage_layout(pipeline)),
+            )
+        )
+    return works
+
+
+def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
+    """Returns orders as a plan writes them."""
+    pairs = zip(found, stage_layout(pipeline), strict=True)
+    return tuple(format_order(order, alone=len(held) == 1) for order, held in pairs)
+
+
+def _priced(plan: Plan, costs: Costs) -> tuple[Program, Prices]:
+    """Prices two micro-batches of a plan, the second one with its backwards in two parts, on its
+    cheapest ranks to simulate."""
+    pair = tuple(replace(p, micro_batches=2, actions=_there_and_back(p)) for p in plan.pipelines)
+    probe = replace(plan, schedule="custom", pipelines=pair)
+    folded = find_symmetry(plan, costs.cluster)
+    priced = PricedPlan(
+        probe,
+        costs.model,
+        costs.stated_cluster,
+        costs.profile,
+        ranks=folded.ranks,
+        links=costs.links,
+    )
+    return priced.program, priced_for_all(priced.program, priced.prices, folded)
+
+
+def _there_and_back(pipeline: Pipeline) -> tuple[str, ...]:
+    """Returns two micro-batches through all stages of any layout, one after the other."""
+    found = tuple(
+        tuple(
+            action
+            for m, backward in enumerate(BACKWARDS)
+            for action in (
+                *(single_action(Op.FORWARD, s, m) for s in held),
+                *(single_action(op, s, m) for s in reversed(held) for op in backward),
+            )
+        )
+        for held in stage_layout(pipeline)
+    )
+    return as_actions(pipeline, found)
+
+
+def _by_stage(program: Program, prices: Prices) -> dict[tuple[object, ...], float]:
+    """Returns the most of any rank, by stage and kind of work."""
+    found: dict[tuple[object, ...], float] = {}
+
+    def most(key: tuple[object, ...], value: float) -> None:
+        found[key] = max(found.get(key, 0.0), value)
+
+    for instructions, own in zip(program.ranks, prices.ranks, strict=True):
+        full: dict[int, float] = {}
+        for i, cost in zip(instructions, own, strict=True):
+            if i.op in WORKS:
+                most((i.stage, i.op), cost.seconds)
+                if i.op is Op.FORWARD:
+                    full[i.stage] = cost.held_bytes
+                    most((i.stage, "full"), cost.held_bytes)
+                elif i.op is Op.BACKWARD_INPUT:
+                    most((i.stage, "half"), full[i.stage] + cost.held_bytes)
+    return found
+
+
+def _transfers(
+    plan: Plan,
+    costs: Costs,
+    program: Program,
+    prices: Prices,
+    numbers: Sequence[Sequence[int]],
+    by_stage: dict[tuple[object, ...], float],
+) -> dict[tuple[int, Op], float]:
+    """Returns the seconds of what each stage sends, onward and back, with all its replicas."""
+    sent: defaultdict[tuple[int, Op], list[Traffic]] = defaultdict(list)
+    for instructions, own in zip(program.ranks, prices.ranks, strict=True):
+        for i, cost in zip(instructions, own, strict=True):
+            if i.op.kind == "send" and i.micro_batch == 0:
+                sent[i.stage, i.op].append(cost.traffic)
+    periods: dict[int, float] = {}
+    for pipeline, stages in zip(plan.pipelines, numbers, strict=True):
+        held = [[stages[s] for s in own] for own in stage_layout(pipeline)]
+        slowest = max(sum(by_stage[s, op] for s in own for op in THERE_AND_BACK) for own in held)
+        period = mean_period(slowest, len(held), pipeline.micro_batches)
+        periods |= dict.fromkeys(stages, period)
+    capacity = costs.links.capacities
+    messages = []
+    for (stage, _), traffics in sent.items():
+        all_of_them = concurrent(traffics)
+        occupied = [(r, size / capacity[r]) for r, size in all_of_them.bytes_by_resource.items()]
+        messages.append(Message(all_of_them.latency, occupied, periods[stage]))
+    return dict(zip(sent, crowded_seconds(messages), strict=True))
+
+
+def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
+    """Bytes left for activations on the fullest rank of each stage."""
+    rooms: dict[int, float] = {}
+    for stage in stage_placements(plan):
+        for placement in stage.mesh.members:
+            if prices.ranks[placement.rank]:
+                capacity = costs.cluster.types[costs.devices[placement.device].type].memory
+                left = capacity - prices.static_bytes[placement.rank]
+                rooms[stage.number] = min(rooms.get(stage.number, float("inf")), left)
+    return rooms
