@@ -94,7 +94,7 @@ def in_fastest_orders(
     named.sort(key=lambda pair: pair[0][0].seconds)
     every = [(each, work) for ordered, work in named for each in ordered]
     for (first, *_), work in named[:LISTED_PLANS]:
-        if (listed := _listed(costs, first, LISTED if is_large(costs) else GLANCED)) is not None:
+        if (listed := _listed(costs, first, GLANCED)) is not None:
             every.append((listed, work))
     every.sort(key=lambda pair: pair[0].seconds)
     played, spent = 0, 0
@@ -146,7 +146,7 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
     for strategy in sorted(rated, key=rated.__getitem__):
         if rated[strategy] >= limit:
             break
-        build = _build(strategy)
+        build = _grain(strategy) if is_large(costs) else _build(strategy)
         # The same on other devices of the same kinds takes about the same time.
         same = strategy if is_large(costs) else (build, f"{rated[strategy]:.9g}")
         if _has_order(strategy) and builds[build] < ALIKE and same not in seen:
@@ -174,6 +174,12 @@ def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
     if not kinds:
         return plan
     return with_boundaries(plan, wide_cuts(plan), kinds.most_common(1)[0][0])
+
+
+def _grain(strategy: Strategy) -> object:
+    """Returns the sizes of micro-batches: what most tells apart the few finalists of a large
+    cluster."""
+    return tuple((each.micro_batches, each.rows) for each in strategy[1])
 
 
 def _build(strategy: Strategy) -> object:

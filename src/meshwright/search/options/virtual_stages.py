@@ -18,6 +18,7 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Sta
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
+from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
 from meshwright.search.layer_partition import fluid_rate
@@ -47,6 +48,10 @@ TIMED, PLAYED = 8, 5
 in an order."""
 
 
+OF_MANY = 2
+"""Finalists whose stages are divided on large clusters, where that takes long."""
+
+
 @dataclass(frozen=True, slots=True)
 class DividedPlan:
     """Describes a plan with several stages on each group of devices."""
@@ -60,7 +65,7 @@ def propose(incumbent: Incumbent) -> Proposals:
     """Divides the stages of each finalist in every layout, where that may be faster, and proposes
     the fastest few in their best orders."""
     divided: list[tuple[DividedPlan, int]] = []
-    for plan in finalists(incumbent):
+    for plan in finalists(incumbent)[: OF_MANY if is_large(incumbent.costs) else None]:
         if not _hopeful(incumbent, plan):
             yield Pruned("lower bound above the best")
         elif (work := work_of(plan, find_symmetry(plan, incumbent.costs.cluster))) > MOST_ACTIONS:
