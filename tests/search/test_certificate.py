@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.cluster.spec import Cluster, DirectLink, Link, Node, Site, devices_of
-from meshwright.cost.collective import all_reduce
+from meshwright.cluster.spec import Cluster, DirectLink, Islands, Link, Node, Site, devices_of
+from meshwright.cost.collective import all_reduce, uncontended_seconds
 from meshwright.cost.memory import usable_bytes
 from meshwright.cost.profile import LayerTime, Profile
 from meshwright.errors import FitError
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Prediction
-from meshwright.search.bound_choices import Choices
-from meshwright.search.bound_gradients import LateSeconds
+from meshwright.search.bound_choices import Choices, choices_of, links_inside
+from meshwright.search.bound_gradients import LateSeconds, node_tables, sum_seconds
 from meshwright.search.bound_paths import (
     best_mixture,
     chain_seconds,
@@ -50,30 +50,40 @@ from worlds import FAST, SLOW, cluster, job, model
 latencies = st.sampled_from([0.0, 1e-6, 2e-5, 3e-4, 2e-3])
 
 
+links = st.builds(
+    Link, bandwidth=st.sampled_from([1e9, 3e9, 1e10]), latency=latencies, shared=st.booleans()
+)
+
+
 @st.composite
 def wired(draw) -> Cluster:
     """Nodes whose networks may be quicker than what is inside them, at one site or two, perhaps
-    with explicit links."""
+    with islands and explicit links."""
     nodes = tuple(
         Node(
             name=f"n{i}",
             site=draw(st.sampled_from(["here", "there"])),
-            devices=("fast",) * draw(st.integers(1, 3)),
-            inside=Link(bandwidth=1e10, latency=draw(latencies)),
-            network=Link(bandwidth=1e9, latency=draw(latencies)),
+            devices=("fast",) * draw(st.integers(1, 4)),
+            inside=draw(links),
+            network=draw(links),
         )
         for i in range(draw(st.integers(1, 4)))
     )
-    uplinks = st.none() | st.builds(Link, bandwidth=st.just(1e9), latency=latencies)
+    bridge = Link(bandwidth=draw(st.sampled_from([3e9, 3e10])), latency=draw(latencies))
+    bridged = Islands(groups=((0, 1), (2, 3)), link=bridge)
+    nodes = tuple(
+        replace(node, islands=bridged) if len(node.devices) == 4 and draw(st.booleans()) else node
+        for node in nodes
+    )
+    uplinks = st.none() | links
     pairs = [(a.name, b.name) for a in nodes for b in nodes if a.name < b.name]
     chosen = draw(st.lists(st.sampled_from(pairs), max_size=2, unique=True)) if pairs else []
-    wire = Link(bandwidth=1e9, latency=draw(latencies))
     return Cluster(
         name="wired",
         types={"fast": FAST},
         nodes=nodes,
         sites=tuple(Site(name=name, uplink=draw(uplinks)) for name in ("here", "there")),
-        direct=tuple(DirectLink(between=pair, link=wire) for pair in chosen),
+        direct=tuple(DirectLink(between=pair, link=draw(links)) for pair in chosen),
     )
 
 
@@ -85,6 +95,34 @@ def test_no_ring_of_so_many_devices_is_quicker_than_the_least(where, data):
     members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     ring = all_reduce(costs.links, members, 0.0).latency
     assert least_ring_seconds(costs)(len(members)) <= ring
+
+
+@settings(max_examples=portion(200))
+@given(wired(), st.data())
+def test_no_sum_between_so_many_nodes_is_quicker_than_the_least(where, data):
+    costs = costs_of(model([1.0]), where, job())
+    names = [device.name for device in devices_of(where)]
+    members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    number = len({costs.devices[name].node for name in members})
+    tables = node_tables(costs, ["fast"], choices_of(costs, ["fast"]))
+    least = sum_seconds(1e6, np.array(number), tables.rate[number - 1])
+    found = uncontended_seconds(costs.links, all_reduce(costs.links, members, 1e6))
+    assert least <= found * (1 + 1e-9)
+
+
+@settings(max_examples=portion(200))
+@given(wired(), st.data())
+def test_no_tensor_group_in_a_node_meets_quicker_than_the_least(where, data):
+    costs = costs_of(model([1.0]), where, job())
+    node = data.draw(st.sampled_from(where.nodes))
+    names = [f"{node.name}:{i}" for i in range(len(node.devices))]
+    members = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    size = data.draw(st.sampled_from([0.0, 1e3, 1e7]))
+    steps = 2 * (len(members) - 1)
+    ways = links_inside(costs, "fast", len(members)) if steps else [(0.0, 0.0)]
+    least = min(steps * (wait + size / len(members) * slope) for wait, slope in ways)
+    found = uncontended_seconds(costs.links, all_reduce(costs.links, members, size))
+    assert least <= found * (1 + 1e-9)
 
 
 def test_a_ring_over_sites_waits_for_the_slower_of_the_two_quickest_uplinks():

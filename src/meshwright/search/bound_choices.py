@@ -228,7 +228,7 @@ def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[A
     layers = costs.model.layers
     if tensor == 1:
         return np.zeros(len(layers)), np.zeros(len(layers))
-    links, steps = _links_inside(costs, kind, tensor), 2 * (tensor - 1)
+    links, steps = links_inside(costs, kind, tensor), 2 * (tensor - 1)
 
     def seconds(sizes: Sequence[float]) -> float:
         of_row = rows / tensor
@@ -243,7 +243,7 @@ def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[A
     )
 
 
-def _links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, float]]:
+def links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, float]]:
     """Latency and seconds per byte of a step of the rings that `tensor` devices may form inside a
     node: in an island, or on what joins all its devices. A bus carries every hop between islands;
     such hops are two at least, and as many as the islands."""

@@ -133,7 +133,7 @@ def gradient_seconds(tables: NodeTables, early: float) -> float:
     most = 0.0
     for each in tables.sums:
         first = each.layers[0]
-        summed_M = _sum_seconds(each.bytes, number_M, tables.rate)
+        summed_M = sum_seconds(each.bytes, number_M, tables.rate)
         least_M = np.where((number_M > 1) & (first == 0), early + summed_M, 0.0)
         for layer in each.layers:
             work_M, early_M = (x[tables.of_layer[layer]] for x in (tables.work, tables.early))
@@ -161,7 +161,7 @@ def late_seconds(tables: NodeTables, within: float) -> LateSeconds:
     work_LM = tables.work[tables.of_layer]
     number_L = np.maximum(2, 1 + (work_LM > left_L[:, None]).sum(axis=1))
     rate_L = tables.rate[np.minimum(number_L, most) - 1]
-    sums_L = np.where(number_L > most, np.inf, _sum_seconds(bytes_L, number_L, rate_L))
+    sums_L = np.where(number_L > most, np.inf, sum_seconds(bytes_L, number_L, rate_L))
     able_T = (tables.alone[tables.of_layer] <= left_L[:, None]).sum(axis=0)
     return LateSeconds(
         seconds=min(within, float(sums_L.min())),
@@ -171,7 +171,7 @@ def late_seconds(tables: NodeTables, within: float) -> LateSeconds:
     )
 
 
-def _sum_seconds(size: Array | float, number: Array, rate: Array) -> Array:
+def sum_seconds(size: Array | float, number: Array, rate: Array) -> Array:
     """Least seconds of the sum of so many bytes between numbers of nodes that send at some rate."""
     seconds: Array = 2 * (1 - 1 / number) * size / rate
     return seconds
