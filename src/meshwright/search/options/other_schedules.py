@@ -28,7 +28,7 @@ from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.quick_clock import as_actions, clocked_seconds, pipeline_works
 from meshwright.simulate.symmetry import find_symmetry
 
-FINALISTS, FINALISTS_OF_MANY = 12, 5
+FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
 fewer."""
 
@@ -50,8 +50,9 @@ GLANCED, LISTED = 12_000, 60_000
 ROUGH = 0.01
 """Share by which the quick clock may be slower than the simulator."""
 
-ALIKE = 2
-"""Finalists that differ in their cuts or in the order of their stages alone."""
+ALIKE, ALIKE_OF_MANY = 2, 4
+"""Finalists that differ in their cuts or in the order of their stages alone; on large clusters,
+those with micro-batches of the same size."""
 
 MOST_ACTIONS = 30_000
 """Forwards of simulated ranks beyond which a plan keeps its order: it would take too long."""
@@ -149,7 +150,8 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
         build = _grain(strategy) if is_large(costs) else _build(strategy)
         # The same on other devices of the same kinds takes about the same time.
         same = strategy if is_large(costs) else (build, f"{rated[strategy]:.9g}")
-        if _has_order(strategy) and builds[build] < ALIKE and same not in seen:
+        alike = ALIKE_OF_MANY if is_large(costs) else ALIKE
+        if _has_order(strategy) and builds[build] < alike and same not in seen:
             builds[build] += 1
             seen.add(same)
             fastest.append(strategy)
