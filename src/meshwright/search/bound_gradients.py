@@ -158,8 +158,11 @@ def late_seconds(tables: NodeTables, within: float) -> LateSeconds:
     for each in tables.sums:
         bytes_L[list(each.layers)] = np.maximum(bytes_L[list(each.layers)], each.bytes)
     left_L = within - tables.before[:-1]
-    work_LM = tables.work[tables.of_layer]
-    number_L = np.maximum(2, 1 + (work_LM > left_L[:, None]).sum(axis=1))
+    too_few = [
+        np.searchsorted(-tables.work[kind], -left)
+        for kind, left in zip(tables.of_layer, left_L, strict=True)
+    ]
+    number_L = np.maximum(2, 1 + np.array(too_few))
     rate_L = tables.rate[np.minimum(number_L, most) - 1]
     sums_L = np.where(number_L > most, np.inf, sum_seconds(bytes_L, number_L, rate_L))
     able_T = (tables.alone[tables.of_layer] <= left_L[:, None]).sum(axis=0)
