@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from statistics import median
 
-from planner import BATCH, mixed_cluster
+from planner import BATCH
 from planner import MODELS as SEQUENCES
+from planner_clusters import mixed_cluster
 from search_gate import CLUSTERS, ROWS, SEQUENCE, STORED, cases
 
 from meshwright.cluster.files import load_cluster

@@ -140,11 +140,25 @@ def worlds(draw) -> tuple[LayerGraph, Cluster, Plan, Profile | None]:
 
 
 def _placed(plan: Plan, where: Cluster, chance: Random) -> Plan:
-    """The plan on devices of a cluster in any order: tensor groups may be spread over nodes."""
-    names = [f"{node.name}:{i}" for node in where.nodes for i in range(len(node.devices))]
-    chosen = set(chance.sample(names, len(plan.devices)))
-    ranks = tuple(name for name in names if name in chosen)
-    target = dict(zip(plan.devices, chance.sample(ranks, len(ranks)), strict=True))
+    """The plan on devices of a cluster in any order, each tensor group inside a node."""
+    free = {}
+    for node in where.nodes:
+        names = [f"{node.name}:{i}" for i in range(len(node.devices))]
+        free[node.name] = chance.sample(names, len(names))
+    groups = [group for pipeline in plan.pipelines for s in pipeline.stages for group in s.devices]
+    target: dict[str, str] = {}
+    for group in sorted(chance.sample(groups, len(groups)), key=len, reverse=True):
+        able = [names for names in free.values() if len(names) >= len(group)]
+        assume(able)
+        names = chance.choice(able)
+        target |= {device: names.pop() for device in group}
+    chosen = set(target.values())
+    ranks = tuple(
+        f"{node.name}:{i}"
+        for node in where.nodes
+        for i in range(len(node.devices))
+        if f"{node.name}:{i}" in chosen
+    )
 
     def moved(stage: Stage) -> Stage:
         return replace(

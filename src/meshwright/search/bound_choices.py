@@ -6,6 +6,7 @@ Letters: L layers, C choices.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,13 @@ class Choices:
     kept: Array
     """Least bytes [L, C] of the row that all devices together hold while it is on its way through
     this layer and those after it."""
+    early: Array
+    """Least device-seconds [L, C] of the row without the gradients of weights, which may come
+    later."""
+    forward: Array
+    """Least seconds [L, C] of the forward of its micro-batch."""
+    back: Array
+    """Least seconds [L, C] of that part of its backward that the layer before waits for."""
     kind: NDArray[np.int64]
     """Index [C] of the device type."""
 
@@ -74,24 +82,27 @@ def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
     takes no longer.
     """
     layers = len(costs.model.layers)
-    found = [(np.zeros((layers, 0)),) * 3]
+    found: list[tuple[Array, ...]] = [(np.zeros((layers, 0)),) * 6]
     numbers: list[int] = []
-    kept = _kept_bytes(costs)
     for k, kind in enumerate(kinds):
-        for tensor in tensor_widths(costs):
+        for tensor in tensor_widths(costs, kind):
             raise_if_stopped()
-            for each in _choices(costs, kind, tensor, kept):
+            for each in _choices(costs, kind, tensor):
                 found.append(each)
                 numbers += [k] * each[0].shape[1]
-    chain, work, held = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
-    return Choices(chain, work, held, np.array(numbers, dtype=np.int64))
+    chain, work, kept, early, forward, back = (
+        np.concatenate(each, axis=1) for each in zip(*found, strict=True)
+    )
+    kind_C = np.array(numbers, dtype=np.int64)
+    return Choices(chain, work, kept, early, forward, back, kind_C)
 
 
-def tensor_widths(costs: Costs) -> list[int]:
-    """Tensor widths that can pay for some layer: those that divide it, and those that were
-    measured. On any other width every device computes and holds as much as on the next narrower
-    one. A tensor group may be spread over nodes."""
-    most = len(usable_devices(costs))
+def tensor_widths(costs: Costs, kind: str) -> list[int]:
+    """Tensor widths that can pay for some layer on a device type: those that divide it, and those
+    that were measured. On any other width every device computes and holds as much as on the next
+    narrower one. A tensor group stays inside a node."""
+    nodes = Counter(device.node for device in usable_devices(costs))
+    most = max(nodes[node.name] for node in costs.cluster.nodes if kind in node.devices)
     units = {layer.along("tensor").units for layer in costs.model.layers} - {0}
     widest = min(most, max(units, default=1))
     widths = {t for t in range(1, widest + 1) if any(unit % t == 0 for unit in units)}
@@ -136,32 +147,36 @@ def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
     return found
 
 
-def _choices(
-    costs: Costs, kind: str, tensor: int, kept: tuple[Array, Array]
-) -> list[tuple[Array, Array, Array]]:
-    """Chain, work and kept bytes [L, C] on `tensor` devices of a type, with activations that are
-    kept and with those that are computed again."""
+def _choices(costs: Costs, kind: str, tensor: int) -> list[tuple[Array, ...]]:
+    """What `Choices` holds [L, C] on `tensor` devices of a type, with activations that are kept and
+    with those that are computed again."""
     most = most_rows(costs, kind, tensor)[:, None]
     if most.max() < 1:
         return []
     priced = _priced(costs, kind, tensor, row_counts(costs))
-    chain, work = _micro_batch(costs, priced, most)
-    found = []
+    back, both = _micro_batch(costs, priced, most)
+    kept = _kept_bytes(costs, tensor)
+    found: list[tuple[Array, ...]] = []
     for repeats, held in zip((0.0 * priced.again, priced.again), kept, strict=True):
-        whole_chain, whole_work = chain + repeats, tensor * (work + repeats) / priced.rows
+        waited = priced.forward + back + repeats
+        whole = priced.forward + both + repeats
+        chain = np.concatenate([whole[:1], waited[1:]])
+        share = tensor / priced.rows
         gaps = np.flatnonzero(np.diff(priced.rows) > 1)
         there = np.concatenate([priced.rows <= most, priced.rows[gaps] < most], axis=1)
-        whole_chain, whole_work = (
+        chain, work, early, forward, last = (
             np.concatenate([each, np.minimum(each[:, gaps], each[:, gaps + 1])], axis=1)
-            for each in (whole_chain, whole_work)
+            for each in (chain, share * whole, share * waited, priced.forward, back + repeats)
         )
-        work_or_never = np.where(there, whole_work, np.inf)
-        found.append((whole_chain, work_or_never, np.broadcast_to(held[:, None], there.shape)))
+        work_or_never = np.where(there, work, np.inf)
+        kept_bytes = np.broadcast_to(held[:, None], there.shape)
+        found.append((chain, work_or_never, kept_bytes, early, forward, last))
     return found
 
 
 def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Array]:
-    """Least seconds [L, N] of a micro-batch: those that the layer before waits for, and all.
+    """Least seconds [L, N] of the backward of a micro-batch: those that the layer before waits for,
+    and all.
 
     A backward is whole or in two parts. The second part may take several micro-batches at once, as
     far as a device can hold what waits for it: as much as the forward saved (`deferred_bytes`), but
@@ -176,10 +191,7 @@ def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Arr
     of_row = np.where(below, priced.weights / priced.rows, np.inf)
     least_of_row = np.minimum.accumulate(of_row[:, ::-1], axis=1)[:, ::-1]
     parts = priced.inputs + priced.rows * least_of_row
-    work = priced.forward + np.minimum(priced.backward, parts)
-    chain = priced.forward + np.minimum(priced.backward, priced.inputs)
-    chain[0] = work[0]
-    return chain, work
+    return np.minimum(priced.backward, priced.inputs), np.minimum(priced.backward, parts)
 
 
 def _untrained(costs: Costs) -> list[int]:
@@ -211,16 +223,18 @@ def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Pri
 
 
 def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
-    """Least seconds [L] of the all-reduces that end each layer's forward and backward: over the
-    best link that a device of this type has."""
+    """Least seconds [L] of the all-reduces that end each layer's forward and backward: in the best
+    node that has so many devices, this type among them."""
     layers = costs.model.layers
     if tensor == 1:
         return np.zeros(len(layers)), np.zeros(len(layers))
-    latency, slope = _best_link(costs, kind)
-    steps = 2 * (tensor - 1)
+    links, steps = links_inside(costs, kind, tensor), 2 * (tensor - 1)
 
     def seconds(sizes: Sequence[float]) -> float:
-        return sum(steps * (latency + size * rows / tensor * slope) for size in sizes)
+        of_row = rows / tensor
+        return sum(
+            min(steps * (wait + of_row * size * slope) for wait, slope in links) for size in sizes
+        )
 
     held = [layer.along("tensor") for layer in layers]
     return (
@@ -229,23 +243,30 @@ def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[A
     )
 
 
-def _best_link(costs: Costs, kind: str) -> tuple[float, float]:
-    """Least latency and least seconds per byte of all links that end at a device of a type."""
-    nodes = [node for node in costs.cluster.nodes if kind in node.devices]
-    names = {node.name for node in nodes}
-    links = [link for node in nodes for link in (node.inside, node.network)]
-    links += [node.islands.link for node in nodes if node.islands]
-    links += [each.link for each in costs.cluster.direct if names.intersection(each.between)]
-    latency = max(min(link.latency for link in links), costs.step_latency)
-    return latency, 1 / max(link.bandwidth for link in links)
+def links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, float]]:
+    """Latency and seconds per byte of a step of the rings that `tensor` devices may form inside a
+    node: in an island, or on what joins all its devices. A bus carries every hop between islands;
+    such hops are two at least, and as many as the islands."""
+    found = set()
+    for node in {
+        (n.inside, n.islands): n
+        for n in costs.cluster.nodes
+        if kind in n.devices and len(n.devices) >= tensor
+    }.values():
+        widest = max(map(len, node.islands.groups)) if node.islands else 1
+        if node.islands and widest >= tensor:
+            found.add((node.islands.link.latency, 1 / node.islands.link.bandwidth))
+        hops = max(2, -(-tensor // widest)) if node.inside.shared else 1
+        found.add((node.inside.latency, hops / node.inside.bandwidth))
+    return [(max(latency, costs.step_latency), slope) for latency, slope in found]
 
 
-def _kept_bytes(costs: Costs) -> tuple[Array, Array]:
-    """Bytes [L] of a row that a layer keeps for its backward on all devices of a replica together:
-    as it is, and where it computes its activations again."""
+def _kept_bytes(costs: Costs, tensor: int) -> tuple[Array, Array]:
+    """Bytes [L] of a row that a layer keeps for its backward on all tensor ranks of a replica
+    together: as it is, and where it computes its activations again."""
     tables = memory_tables(costs.model, costs.job)
     plain, again = (
-        np.diff(each.saved_replicated + each.saved_split)
+        np.diff(tensor * each.saved_replicated + each.saved_split)
         for each in (tables.plain, tables.recomputed)
     )
     return plain, again

@@ -31,8 +31,7 @@ work slow.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 from meshwright.cost.memory import memory_tables, usable_bytes
 from meshwright.cost.weights import cast_bytes, stage_parameters, weight_bytes
 from meshwright.search.bound_choices import ROUNDED, Choices
+from meshwright.search.bound_gradients import LateSeconds
 from meshwright.search.costs import Array, Costs
 from meshwright.search.space import usable_devices
 from meshwright.stopping import raise_if_stopped
@@ -70,6 +70,8 @@ MOMENTS = 40
 """Lengths of the rest of a path for which the cost of its beginning is tabled."""
 PRICE_ROUNDS = 60
 """Subgradient steps that improve the prices for a weight."""
+COSTS = ("chain", "work", "kept", "early")
+"""What the paths of a row differ in."""
 GROWTH = 1.02
 """Numbers of devices that are bounded together differ by this factor."""
 
@@ -100,31 +102,22 @@ class WeightedBound:
 def layer_kinds(choices: Choices) -> LayerKinds:
     """Gathers layers whose choices are the same, and leaves out choices that another one of the
     same device type beats at every layer."""
-    every = np.concatenate([choices.chain, choices.work, choices.kept], axis=1)
+    every = [getattr(choices, name) for name in COSTS]
     _, first, of_layer, number = np.unique(
-        every, axis=0, return_index=True, return_inverse=True, return_counts=True
+        np.concatenate(every, axis=1),
+        axis=0,
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
     )
-    some = Choices(
-        chain=choices.chain[first],
-        work=choices.work[first],
-        kept=choices.kept[first],
-        kind=choices.kind,
-    )
-    useful = np.zeros(len(some.kind), dtype=bool)
-    for k in np.unique(some.kind):
-        own = np.flatnonzero(some.kind == k)
-        for each in zip(some.chain[:, own], some.work[:, own], some.kept[:, own], strict=True):
-            useful[own[_unbeaten(*each)]] = True
-    return LayerKinds(number.astype(np.float64), of_layer.reshape(-1), _picked(some, useful))
-
-
-def _picked(choices: Choices, which: Any) -> Choices:
-    return Choices(
-        chain=choices.chain[:, which],
-        work=choices.work[:, which],
-        kept=choices.kept[:, which],
-        kind=choices.kind[which],
-    )
+    useful = np.zeros(len(choices.kind), dtype=bool)
+    for k in np.unique(choices.kind):
+        own = np.flatnonzero(choices.kind == k)
+        for layer in first:
+            useful[own[_unbeaten(*(each[layer, own] for each in every))]] = True
+    some = {name: each[np.ix_(first, useful)] for name, each in zip(COSTS, every, strict=True)}
+    picked = replace(choices, kind=choices.kind[useful], **some)
+    return LayerKinds(number.astype(np.float64), of_layer.reshape(-1), picked)
 
 
 def _unbeaten(*costs: Array) -> NDArray[np.int64]:
@@ -198,7 +191,11 @@ def _with_better_prices(
 
 
 def wide_seconds(
-    kinds: LayerKinds, number_K: Array, batch: int, ring_seconds: Callable[[int], float]
+    kinds: LayerKinds,
+    number_K: Array,
+    batch: int,
+    ring_seconds: Callable[[int], float],
+    late: LateSeconds | None = None,
 ) -> float:
     """Least seconds, over all numbers of devices, of chain and work on so many of them and of the
     norm's ring among them.
@@ -208,6 +205,8 @@ def wide_seconds(
 
         T(n) >= max over a, s of sum over l of min over choices of a c(l) + (1 - a) B w(k) e(l)
                 + ring(n)
+
+    `late` seconds in which few of them work add (1 - a) times what the others could have sold then.
     """
     speed_K = starting_prices(kinds, number_K)
     counts = _device_counts(int(number_K.sum()))
@@ -219,11 +218,12 @@ def wide_seconds(
         price_K = np.maximum(speed_K, margin)
         sold = float(number_K @ (price_K - margin)) + upper * margin
         work = batch * choices.work * price_K[choices.kind]
+        idle = np.array([late.idle(price_K, each) if late else 0.0 for each in sold])
         for weight in CHAIN_WEIGHTS:
-            found = np.zeros(len(counts))
+            found = (1 - weight) * idle
             for number, chain, own in zip(kinds.number, choices.chain, work, strict=True):
                 each = weight * chain + (1 - weight) * own / sold[:, None]
-                found += number * each.min(axis=1, initial=np.inf)
+                found = found + number * each.min(axis=1, initial=np.inf)
             least = np.maximum(least, found)
     rings = [ring_seconds(first) for first, _ in counts]
     return float((least + rings).min())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from meshwright.cost.compute import optimizer_seconds
 from meshwright.model.spec import num_parameters
 from meshwright.plan.spec import Prediction
 from meshwright.search.bound_choices import choices_of
+from meshwright.search.bound_gradients import gradient_seconds, late_seconds, node_tables
 from meshwright.search.bound_paths import (
+    LayerKinds,
     best_mixture,
     chain_seconds,
     free_bytes,
@@ -20,7 +22,7 @@ from meshwright.search.bound_paths import (
     memory_mixture_seconds,
     wide_seconds,
 )
-from meshwright.search.costs import Costs
+from meshwright.search.costs import Array, Costs
 from meshwright.search.space import usable_devices
 from meshwright.units import format_seconds
 
@@ -34,7 +36,18 @@ WIDE = (
     "the work of all rows on the best number of devices, the way of each row through the layers, "
     "and the norm of the gradients over those devices"
 )
+SUMS = (
+    "the work on one layer by the nodes that hold it, the way of a row to it and back, and the sum "
+    "of its gradients between these nodes"
+)
+LATE = (
+    "the work of all rows on the best number of devices, most of which wait at the end for the sum "
+    "of a layer's gradients, the way of each row through the layers, and the norm of the gradients "
+    "over those devices"
+)
 LAST = "the optimizer's step, which comes after all else; there was no time for a better bound"
+CLOSE = 1.005
+"""Factor to which a bound that depends on itself is worked out."""
 EXHAUSTIVE = (
     "every plan of the space was looked at, in the orders 1F1B and GPipe, with states undivided"
 )
@@ -49,18 +62,20 @@ class Certificate:
 
 
 def certificate(costs: Costs) -> Certificate:
-    """The best of four bounds, each with what must follow it.
+    """The best of six bounds, each with what must follow it.
 
     Every row of the batch takes a path through the layers: at each layer there is a device type, a
     tensor width, a number of rows that are computed together, and activations that are kept or
-    computed again (`bound_choices`). The bounds are least costs of a path (`bound_paths`): of its
-    length alone, of its length and its work, of these and the memory that it takes, and of the
-    first two on the best number of devices, with the norm's ring among these. Then the optimizer:
-    some device holds at least an equal share of the parameters.
+    computed again (`bound_choices`). The first bounds are least costs of a path (`bound_paths`): of
+    its length alone, of its length and its work, of these and the memory that it takes, and of the
+    first two on the best number of devices, with the norm's ring among these. Two more look at the
+    nodes that hold a layer, and at the sums of gradients between them (`bound_gradients`). Then the
+    optimizer: some device holds at least an equal share of the parameters.
 
-    They hold for every plan that can be written down and fits in memory: any pipelines, cuts, rows,
-    orders, kinds of backward, divided states and devices that are left out. They contain neither
-    transfers between stages nor sums of gradients, which other work may hide.
+    They hold for every plan whose tensor groups each stay inside a node, as all do that the search
+    makes, and that fits in memory: any pipelines, cuts, rows, orders, kinds of backward, divided
+    states and devices that are left out. They contain no transfers between stages, which other work
+    may hide.
     """
     counts = Counter(device.type for device in usable_devices(costs))
     names = sorted(counts)
@@ -69,16 +84,50 @@ def certificate(costs: Costs) -> Certificate:
     choices = choices_of(costs, names)
     if not np.isfinite(choices.work).any(axis=1).all():
         return Certificate(float("inf"), CHAIN)  # a layer fits nowhere
-    kinds = layer_kinds(choices)
-    mixture = best_mixture(kinds, number_K, batch)
+    kinds, tables = layer_kinds(choices), node_tables(costs, names, choices)
+    mixture, ring = best_mixture(kinds, number_K, batch), least_ring_seconds(costs)
+    whole = wide_seconds(kinds, number_K, batch, ring)
+
+    def late(within: float) -> float:
+        return wide_seconds(kinds, number_K, batch, ring, late_seconds(tables, within))
+
     bounds = {
         CHAIN: chain_seconds(kinds),
         FLUID: mixture.seconds,
         MEMORY: memory_mixture_seconds(kinds, mixture, batch, free_bytes(costs)),
-        WIDE: wide_seconds(kinds, number_K, batch, least_ring_seconds(costs)),
+        WIDE: whole,
+        LATE: least_step(late, whole),
+        SUMS: gradient_seconds(tables, _early_seconds(kinds, number_K, batch, ring)),
     }
     reason = max(bounds, key=bounds.__getitem__)
     return Certificate(bounds[reason] + _after(costs, counts), reason)
+
+
+def _early_seconds(
+    kinds: LayerKinds, number_K: Array, batch: int, ring: Callable[[int], float]
+) -> float:
+    """The bounds of work on all devices and on their best number, without gradients of weights."""
+    early = replace(kinds, choices=replace(kinds.choices, work=kinds.choices.early))
+    return max(
+        best_mixture(early, number_K, batch).seconds, wide_seconds(early, number_K, batch, ring)
+    )
+
+
+def least_step(bound: Callable[[float], float], least: float) -> float:
+    """Returns the largest number of seconds found of which the step cannot be shorter.
+
+    `bound(x)` bounds steps that take less than x, so every step takes min(x, bound(x)). A larger x
+    makes it no larger. `least` bounds every step.
+    """
+    low, high = least, min(2 * least, bound(least))
+    while high > low * CLOSE:
+        x = (low + high) / 2
+        found = bound(x)
+        if found >= x:
+            low = x
+        else:
+            low, high = max(low, found), x
+    return low
 
 
 def certificate_in_haste(costs: Costs) -> Certificate:

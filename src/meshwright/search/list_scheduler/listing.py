@@ -3,16 +3,16 @@ rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 from operator import itemgetter
-from typing import get_args
+from typing import Literal, get_args
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Codes, Work, fits, seconds, to_codes
+from meshwright.program.work import B, Codes, I, Work, fits, play, seconds, to_codes
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
 from meshwright.stopping import raise_if_stopped
@@ -45,6 +45,50 @@ NAMES: tuple[ScheduleName, ...] = tuple(
 """Schedules with a rule; a batched weight part is, for its timing, several."""
 
 
+Settings = tuple[
+    Literal["just", "eager", "every"],
+    Literal["soon", "late"],
+    float,
+    bool,
+    Literal["all", "last", "none"],
+]
+"""Forwards ahead, weight parts left to do, patience, whether forwards go first, and the backwards
+in two parts of a rule. Two parts cost more than one: the `last` ones fill gaps while the pipeline
+drains."""
+
+UNDIVIDED: tuple[Settings, ...] = (
+    ("every", "late", 1.0, False, "all"),
+    ("eager", "late", 1.0, True, "all"),
+    ("eager", "late", 1.0, True, "last"),
+    ("eager", "late", 0.5, True, "all"),
+    ("every", "late", 0.5, False, "all"),
+    ("eager", "late", 0.0, False, "none"),
+    ("eager", "soon", 0.5, True, "all"),
+    ("every", "soon", 0.5, False, "all"),
+    ("eager", "late", 1.0, False, "all"),
+    ("eager", "late", 0.0, True, "none"),
+    ("eager", "late", 0.0, True, "last"),
+    ("eager", "soon", 0.5, False, "all"),
+    ("eager", "soon", 1.0, True, "all"),
+    ("every", "late", 0.0, False, "all"),
+    ("eager", "soon", 0.0, True, "all"),
+    ("eager", "late", 0.5, False, "all"),
+)
+DIVIDED: tuple[Settings, ...] = (
+    ("eager", "late", 1.0, False, "all"),
+    ("just", "late", 1.0, True, "last"),
+    ("just", "late", 0.0, True, "none"),
+    ("eager", "late", 1.0, True, "last"),
+    ("every", "late", 1.0, False, "all"),
+    ("just", "late", 1.0, False, "all"),
+    ("eager", "late", 0.0, True, "none"),
+    ("every", "late", 0.0, True, "none"),
+    ("just", "late", 1.0, True, "all"),
+    ("eager", "late", 0.5, True, "all"),
+)
+"""Settings that have won on pipelines with one stage on each group of devices, and with several."""
+
+
 def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     """Returns the fastest order found that fits; None if none does.
 
@@ -74,16 +118,39 @@ def _fastest(work: Work, looked_at: int) -> tuple[list[ScheduleName], list[Rule]
     short = replace(work, micro_batches=few)
     number = max(looked_at // (3 * few * len(work.forward)) - len(NAMES), FEWEST_RULES)
     rules = [*zip(_rules(work), _rules(short), strict=True)][:number]
-    named = [(took, name) for name in NAMES for took, _ in _named(short, [name])]
-    fastest: list[tuple[float, int]] = []
-    for k, (_, rule) in enumerate(rules):
-        found = _listed(short, rule, fastest[-1][0] if len(fastest) == KEPT else inf)
-        if found is not None:
-            fastest = sorted([*fastest, (found[0], k)])[:KEPT]
+    named = [
+        (_extrapolated(work, short, codes), name)
+        for name in NAMES
+        for _, codes in _named(short, [name])
+    ]
+    listed = [
+        (_extrapolated(work, short, found[1]), k)
+        for k, (_, rule) in enumerate(rules)
+        if (found := _listed(short, rule))
+    ]
     return (
         [name for _, name in sorted(named, key=itemgetter(0))[:KEPT]],
-        [rules[k][0] for _, k in fastest],
+        [rules[k][0] for _, k in sorted(listed)[:KEPT]],
     )
+
+
+def _extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
+    """Returns the seconds of an order for few micro-batches if it went on for all of them at the
+    pace of its middle."""
+    ends = play(short, codes)
+    assert ends is not None, "the order comes to its end"
+    first, last = short.micro_batches // 3, 2 * short.micro_batches // 3
+    pace = 0.0
+    for own, ended in zip(codes, ends, strict=True):
+        stage = min(code >> 2 for code in own)
+        back = [
+            end
+            for code, end in zip(own, ended, strict=True)
+            if code in (4 * stage + B, 4 * stage + I)
+        ]
+        pace = max(pace, (back[last] - back[first]) / (last - first))
+    more = work.micro_batches - short.micro_batches
+    return max(own[-1] for own in ends) + more * pace
 
 
 def _listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:
@@ -103,28 +170,19 @@ def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[
 def _rules(work: Work) -> Iterator[Rule]:
     """Yields the combinations of settings that have won, those that most often did first."""
     stages, count = len(work.forward), work.micro_batches
-    every = (count,) * stages
-    eager = tuple(2 * (stages - s) - 1 for s in range(stages))
-    soon = tuple(range(stages))
-    for ahead, lag, patience, forward_first, split in (
-        (every, every, 1.0, False, count),
-        (eager, every, 1.0, True, count),
-        # Two parts cost more than one: while the pipeline drains, the later one fills gaps.
-        (eager, every, 1.0, True, stages),
-        (eager, every, 0.5, True, count),
-        (every, every, 0.5, False, count),
-        (eager, every, 0.0, False, 0),
-        (eager, soon, 0.5, True, count),
-        (every, soon, 0.5, False, count),
-        (eager, every, 1.0, False, count),
-        (eager, every, 0.0, True, 0),
-        (eager, every, 0.0, True, stages),
-        (eager, soon, 0.5, False, count),
-        (eager, soon, 1.0, True, count),
-        (every, every, 0.0, False, count),
-        (eager, soon, 0.0, True, count),
-        (eager, every, 0.5, False, count),
-    ):
+    aheads = {
+        "just": tuple(stages - s for s in range(stages)),
+        "eager": tuple(2 * (stages - s) - 1 for s in range(stages)),
+        "every": (count,) * stages,
+    }
+    lags = {"soon": tuple(range(stages)), "late": (count,) * stages}
+    splits = {"all": count, "last": stages, "none": 0}
+    divided = any(len(held) > 1 for held in work.layout)
+    for ahead, lag, patience, forward_first, split in DIVIDED if divided else UNDIVIDED:
         yield Rule(
-            ahead=ahead, lag=lag, patience=patience, forward_first=forward_first, split=split
+            ahead=aheads[ahead],
+            lag=lags[lag],
+            patience=patience,
+            forward_first=forward_first,
+            split=splits[split],
         )
