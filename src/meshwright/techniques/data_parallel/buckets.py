@@ -99,7 +99,7 @@ def gradient_buckets(
 
 @dataclass(frozen=True, slots=True)
 class _Holders:
-    """The ranks that hold the same layers."""
+    """Lists the ranks that hold the same layers."""
 
     tensor: int
     """The width of the widest replica."""
