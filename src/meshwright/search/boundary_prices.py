@@ -32,7 +32,7 @@ class BoundaryPrice:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Crossing:
     """Describes what passes a cut in one direction, once for every micro-batch."""
 
     latency: float
@@ -51,7 +51,7 @@ def mean_period(slowest: float, depth: int, micro_batches: int) -> float:
     return slowest * (others + depth) / others if others else float("inf")
 
 
-def crowded_seconds(messages: Sequence[Message]) -> list[float]:
+def crowded_seconds(messages: Sequence[Crossing]) -> list[float]:
     """Returns how long each message takes on links that others use too.
 
     One that finds a link in use shares it with the other, so that it takes longer by the share of
@@ -67,7 +67,7 @@ def crowded_seconds(messages: Sequence[Message]) -> list[float]:
             shares[resource] = shares.get(resource, 0.0) + seconds / each.period
     most = max(1.0, max(shares.values(), default=0.0))
 
-    def crowded(each: Message) -> float:
+    def crowded(each: Crossing) -> float:
         alone = stretched = 0.0
         for resource, seconds in each.occupied:
             others = max(shares[resource] - seconds / each.period, 0.0)

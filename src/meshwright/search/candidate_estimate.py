@@ -9,7 +9,7 @@ from itertools import pairwise
 from meshwright.cluster.topology import Resource
 from meshwright.search.boundary_prices import (
     BoundaryPrice,
-    Message,
+    Crossing,
     boundary_prices,
     crowded_seconds,
     mean_period,
@@ -116,7 +116,7 @@ def _priced_stage(
 
 def _messages(
     costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
-) -> list[tuple[Message, Message]]:
+) -> list[tuple[Crossing, Crossing]]:
     """The messages across every cut, onward and back."""
     slowest = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
     period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
@@ -132,7 +132,7 @@ def _messages(
     return found
 
 
-def _message(way: BoundaryPrice, size: float, period: float) -> Message:
+def _message(way: BoundaryPrice, size: float, period: float) -> Crossing:
     if not size:
-        return Message(0.0, (), period)
-    return Message(way.latency, [(name, each * size) for name, each in way.occupied], period)
+        return Crossing(0.0, (), period)
+    return Crossing(way.latency, [(name, each * size) for name, each in way.occupied], period)

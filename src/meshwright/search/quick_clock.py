@@ -20,7 +20,7 @@ from meshwright.program.actions import Order, format_order, single_action
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.work import Codes, Work, last_backwards, play
-from meshwright.search.boundary_prices import Message, crowded_seconds, mean_period
+from meshwright.search.boundary_prices import Crossing, crowded_seconds, mean_period
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
@@ -167,7 +167,7 @@ def _transfers(
     for (stage, _), traffics in sent.items():
         all_of_them = concurrent(traffics)
         occupied = [(r, size / capacity[r]) for r, size in all_of_them.bytes_by_resource.items()]
-        messages.append(Message(all_of_them.latency, occupied, periods[stage]))
+        messages.append(Crossing(all_of_them.latency, occupied, periods[stage]))
     return dict(zip(sent, crowded_seconds(messages), strict=True))
 
 

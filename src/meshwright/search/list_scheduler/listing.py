@@ -139,6 +139,10 @@ def _extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
     pace of its middle."""
     ends = play(short, codes)
     assert ends is not None, "the order comes to its end"
+    whole = max(own[-1] for own in ends)
+    more = work.micro_batches - short.micro_batches
+    if not more:
+        return whole
     first, last = short.micro_batches // 3, 2 * short.micro_batches // 3
     pace = 0.0
     for own, ended in zip(codes, ends, strict=True):
@@ -149,8 +153,7 @@ def _extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
             if code in (4 * stage + B, 4 * stage + I)
         ]
         pace = max(pace, (back[last] - back[first]) / (last - first))
-    more = work.micro_batches - short.micro_batches
-    return max(own[-1] for own in ends) + more * pace
+    return whole + more * pace
 
 
 def _listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Codes]] | None:
