@@ -48,9 +48,10 @@ ALLOWANCES: tuple[tuple[str, str, float], ...] = (
     ("options.other_schedules", "PLAYED", 0.5),
     ("options.other_schedules", "LISTED", 0.5),
     ("options.other_schedules", "MOST_ACTIONS", 1.0),
-    ("options.virtual_stages", "LISTED", 0.5),
-    ("options.virtual_stages", "GIVEN_SCHEDULES", 0.5),
-    ("options.virtual_stages", "PLAYED", 1.0),
+    ("options.other_schedules", "GLANCED", 0.5),
+    ("options.other_schedules", "LISTED_PLANS", 0.5),
+    ("options.virtual_stages", "TIMED", 0.5),
+    ("options.virtual_stages", "PLAYED", 0.5),
     ("options.virtual_stages", "MOST_ACTIONS", 1.0),
 )
 """Modules of the search, names of allowances in them, and the power of the factor that each is

@@ -81,10 +81,11 @@ def test_it_is_near_where_nobody_waits_for_a_gradient(layers, count, schedule, b
 @settings(max_examples=portion(30))
 @given(st.integers(3, 5), COUNTS, SCHEDULES)
 def test_long_lines_are_near_where_links_are_fast(depth, count, schedule):
+    """Messages of several cuts share links: what that costs on average is hardly anything here."""
     where = cluster(("fast", "slow", "fast", "slow", "fast")[:depth])
     costs = costs_of(model([5.0, 10.0, 40.0, 5.0, 5.0, 10.0]), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, schedule)
-    assert LEAST[schedule] <= share_of_simulated(costs, (pipeline,), schedule) <= MOST
+    assert LEAST[schedule] <= share_of_simulated(costs, (pipeline,), schedule) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("schedule", sorted(LEAST))

@@ -68,7 +68,7 @@ def test_few_orders_of_all_micro_batches_are_made(layout, monkeypatch):
     made = []
     listed = listing.listed
     monkeypatch.setattr(
-        listing, "listed", lambda work, rule: made.append(work) or listed(work, rule)
+        listing, "listed", lambda work, *rest: made.append(work) or listed(work, *rest)
     )
     for count in (200, 1000):
         made.clear()

@@ -13,9 +13,11 @@ from functools import lru_cache
 from itertools import chain, pairwise
 
 from meshwright.plan.ranks import StageLayout
+from meshwright.plan.spec import ScheduleName
 from meshwright.program.actions import Order, single_action
 from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.operations import Op
+from meshwright.program.schedules import schedule_orders
 from meshwright.records import record
 
 F, B, I, W = range(4)  # noqa: E741 - the words of schedules
@@ -102,6 +104,13 @@ def to_codes(orders: Sequence[Order]) -> list[Codes]:
         [4 * a.stage + CODES[a.op] for a in order for _ in range(a.last - a.first)]
         for order in orders
     ]
+
+
+@lru_cache(maxsize=64)
+def schedule_codes(name: ScheduleName, layout: StageLayout, micro_batches: int) -> list[Codes]:
+    """Returns the order of a schedule with a rule as numbers: the same list each time, which is not
+    to be changed."""
+    return to_codes(schedule_orders(name, layout, micro_batches))
 
 
 def fits(work: Work, codes: Sequence[Codes]) -> bool:

@@ -11,8 +11,7 @@ from typing import Literal, get_args
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import B, Codes, I, Work, fits, play, seconds, to_codes
+from meshwright.program.work import B, Codes, I, Work, fits, play, schedule_codes, seconds
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
 from meshwright.stopping import raise_if_stopped
@@ -165,7 +164,7 @@ def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[
     for name in names:
         raise_if_stopped()
         if not needed_layout(name, work.layout):
-            codes = to_codes(schedule_orders(name, work.layout, work.micro_batches))
+            codes = schedule_codes(name, work.layout, work.micro_batches)
             if fits(work, codes):
                 yield seconds(work, codes), codes
 

@@ -15,8 +15,7 @@ from operator import attrgetter
 
 from meshwright.plan.ranks import describe_plan, needed_layout
 from meshwright.plan.spec import Plan
-from meshwright.program.schedules import schedule_orders
-from meshwright.program.work import Work, fits, to_codes, to_orders
+from meshwright.program.work import Work, fits, schedule_codes, to_orders
 from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
@@ -205,9 +204,7 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
             continue
         if any(needed_layout(name, work.layout) for work in works):
             continue
-        orders = [
-            to_codes(schedule_orders(name, work.layout, work.micro_batches)) for work in works
-        ]
+        orders = [schedule_codes(name, work.layout, work.micro_batches) for work in works]
         if not all(map(fits, works, orders)):
             continue
         seconds, exposed = clocked_seconds(costs, plan, works, orders)
