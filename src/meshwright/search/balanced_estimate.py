@@ -34,7 +34,7 @@ not wait for weight gradients."""
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """Templates without their depths, on the same classes with the same tensor widths."""
+    """Holds templates without their depths, on the same classes with the same tensor widths."""
 
     order: tuple[int, ...]
     """Device classes."""
@@ -51,8 +51,8 @@ class Builds:
 def balanced(
     context: EstimateContext, builds: Builds, share: float, build_P: Ints, depths_FP: Ints
 ) -> Array:
-    """Seconds [P] of a step over `share` rows; infinite where not even all devices of a pipeline
-    together have the memory."""
+    """Returns the seconds [P] of a step over `share` rows; infinite where not even all devices of a
+    pipeline together have the memory."""
     facts_FBX = [
         facts_by_build(context, i, tensor, builds.rows // builds.widths[:, f])
         for f, (i, tensor) in enumerate(zip(builds.order, builds.tensors, strict=True))
@@ -84,7 +84,7 @@ def balanced(
 
 
 def _held(order: Order, count_P: Array, depth_P: Ints, room_P: Array) -> Array:
-    """Micro-batches in flight [P], if there is room for a number; 0 where that is too little."""
+    """Returns the micro-batches in flight [P] for which there is room; 0 where that is too few."""
     if order == "gpipe":
         return np.where(room_P >= count_P, count_P, 0.0)
     return room_P if order == "best" else np.where(room_P >= 1.0, depth_P, 0.0)
@@ -99,8 +99,8 @@ def facts_by_build(context: EstimateContext, device_class: int, tensor: int, row
 
 
 def _transfer(context: EstimateContext, builds: Builds) -> Array:
-    """Seconds [B] of a usual activation between neighbouring stages: of as many as stand on one
-    node, the last one sends to another node."""
+    """Returns the seconds [B] of a usual activation between neighbouring stages: of as many as
+    stand on one node, the last one sends to another node."""
     moved_B: Array = np.zeros(len(builds.rows))
     for i, tensor, width_B, block_B in _by_class(builds):
         inside, network = context.classes[i].inside, context.classes[i].network
@@ -124,8 +124,8 @@ def _per_island(device_class: DeviceClass, tensor: int, block_B: Ints) -> Ints:
 
 
 def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Array]:
-    """Latency of all crossings from site to site, and seconds [B] of a usual activation on the
-    slowest uplink."""
+    """Returns the latency of all crossings from site to site, and the seconds [B] of a usual
+    activation on the slowest uplink."""
     late, slowest = 0.0, 0.0
     for here, there in zip(builds.order, builds.order[1:], strict=False):
         latency, bandwidth = uplinks_between(context, here, there)
@@ -138,7 +138,7 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
 def _reduction(
     context: EstimateContext, builds: Builds, build_P: Ints, depths_FP: Ints, depth_P: Ints
 ) -> Array:
-    """Seconds [P] of a stage's gradients; those of all stages of a node share its network."""
+    """Returns the seconds [P] of a stage's gradients; the stages of a node share its network."""
     worst_P: Array = np.zeros(len(build_P))
     for f, (i, tensor, width_B, block_B) in enumerate(_by_class(builds)):
         device_class, network = context.classes[i], context.classes[i].network

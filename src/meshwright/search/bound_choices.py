@@ -36,7 +36,7 @@ ROUNDED = 5
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What may become of a row at each layer; what a layer cannot have takes infinite work."""
+    """Says what may become of a row at each layer; what a layer cannot have takes infinite work."""
 
     chain: Array
     """Least seconds [L, C] for which the row itself is on its way through the layer: its forward,
@@ -52,7 +52,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """Seconds [L, N] on one tensor rank, for N numbers of rows."""
+    """Holds the seconds [L, N] of layers on one tensor rank, for N numbers of rows."""
 
     rows: Array
     forward: Array
@@ -66,7 +66,7 @@ class _Priced:
 
 
 def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
-    """Every choice of a device type, a tensor width, rows per micro-batch, and recomputation.
+    """Returns all choices of a device type, a tensor width, rows per micro-batch, recomputation.
 
     Rows are counted on one replica. Between two numbers of rows that are priced one after the
     other, seconds and seconds per row are monotonic, so that all numbers between are bounded by
@@ -88,9 +88,8 @@ def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
 
 
 def tensor_widths(costs: Costs) -> list[int]:
-    """Tensor widths that can pay for some layer: those that divide it, and those that were
-    measured. On any other width every device computes and holds as much as on the next narrower
-    one. A tensor group may be spread over nodes."""
+    """Returns the tensor widths that can pay for some layer: those that divide it, and those that
+    were measured."""
     most = len(usable_devices(costs))
     units = {layer.along("tensor").units for layer in costs.model.layers} - {0}
     widest = min(most, max(units, default=1))
@@ -100,8 +99,7 @@ def tensor_widths(costs: Costs) -> list[int]:
 
 
 def row_counts(costs: Costs) -> list[int]:
-    """Rows per micro-batch to price. The roofline's seconds rise with the rows and its seconds per
-    row fall; measured times may do anything between two measurements but bend."""
+    """Returns the rows per micro-batch to price."""
     most = costs.job.global_batch
     single = SINGLE_ROWS if costs.profile is None else MEASURED_SINGLE_ROWS
     counts = {*range(1, min(most, single) + 1), most}
@@ -111,8 +109,8 @@ def row_counts(costs: Costs) -> list[int]:
 
 
 def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
-    """Return how many rows of each layer's saved tensors a device can hold; 0 where not one fits or
-    the width does not divide the layer.
+    """Returns how many rows of each layer's saved tensors a device can hold; 0 where not one fits
+    or the width does not divide the layer.
 
     Beside them it holds the weights of the layer, their gradients and casts, and of their optimizer
     states at least an equal share of what all devices together must have, since a plan may divide
@@ -139,8 +137,8 @@ def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
 def _choices(
     costs: Costs, kind: str, tensor: int, kept: tuple[Array, Array]
 ) -> list[tuple[Array, Array, Array]]:
-    """Chain, work and kept bytes [L, C] on `tensor` devices of a type, with activations that are
-    kept and with those that are computed again."""
+    """Returns chain, work and kept bytes [L, C] on `tensor` devices of a type, with activations
+    that are kept and with those that are computed again."""
     most = most_rows(costs, kind, tensor)[:, None]
     if most.max() < 1:
         return []
@@ -161,7 +159,7 @@ def _choices(
 
 
 def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Array]:
-    """Least seconds [L, N] of a micro-batch: those that the layer before waits for, and all.
+    """Returns the least seconds [L, N] of a micro-batch: what the layer before waits for, and all.
 
     A backward is whole or in two parts. The second part may take several micro-batches at once, as
     far as a device can hold what waits for it: as much as the forward saved (`deferred_bytes`), but
@@ -183,14 +181,14 @@ def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Arr
 
 
 def _untrained(costs: Costs) -> list[int]:
-    """The layers without weights that are trained."""
+    """Returns the layers without weights that are trained."""
     trained = {n for tied in costs.model.tied if tied.parameters for n in tied.layers}
     layers = enumerate(costs.model.layers)
     return [n for n, layer in layers if not (layer.parameters or n in trained)]
 
 
 def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Priced:
-    """Seconds on one tensor rank of a type, with the least that tensor ranks take to meet."""
+    """Returns the seconds on one tensor rank of a type, with the least that ranks take to meet."""
     device, model = costs.cluster.types[kind], costs.model
     columns = []
     for rows in counts:
@@ -211,8 +209,8 @@ def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Pri
 
 
 def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
-    """Least seconds [L] of the all-reduces that end each layer's forward and backward: over the
-    best link that a device of this type has."""
+    """Returns the least seconds [L] of the all-reduces that end each layer's forward and backward,
+    over the best link that a device of this type has."""
     layers = costs.model.layers
     if tensor == 1:
         return np.zeros(len(layers)), np.zeros(len(layers))
@@ -230,7 +228,7 @@ def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[A
 
 
 def _best_link(costs: Costs, kind: str) -> tuple[float, float]:
-    """Least latency and least seconds per byte of all links that end at a device of a type."""
+    """Returns the least latency and least seconds per byte of any link of a type's devices."""
     nodes = [node for node in costs.cluster.nodes if kind in node.devices]
     names = {node.name for node in nodes}
     links = [link for node in nodes for link in (node.inside, node.network)]
@@ -241,8 +239,8 @@ def _best_link(costs: Costs, kind: str) -> tuple[float, float]:
 
 
 def _kept_bytes(costs: Costs) -> tuple[Array, Array]:
-    """Bytes [L] of a row that a layer keeps for its backward on all devices of a replica together:
-    as it is, and where it computes its activations again."""
+    """Returns the bytes [L] of a row that a layer keeps for its backward on all devices of a
+    replica together: as it is, and where it computes its activations again."""
     tables = memory_tables(costs.model, costs.job)
     plain, again = (
         np.diff(each.saved_replicated + each.saved_split)

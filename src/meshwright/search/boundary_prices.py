@@ -88,6 +88,8 @@ def boundary_prices(
 
 @dataclass(slots=True)
 class _Way:
+    """Counts the rows that cross each resource in one direction of a cut."""
+
     rows: dict[Resource, int] = field(default_factory=dict)
     """Rows that cross each resource."""
     latency: float = 0.0

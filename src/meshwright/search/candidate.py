@@ -154,7 +154,7 @@ def stage_fits(
     *,
     recompute: bool = False,
 ) -> bool:
-    """True if every device of a stage holds what it must; `again`: if it recomputes."""
+    """True if every device of a stage holds what it must; `recompute`: if the stage recomputes."""
     stage, a, b = pipeline.stages[s], pipeline.bounds[s], pipeline.bounds[s + 1]
     held = in_flight(schedule, s, len(pipeline.stages), pipeline.micro_batches)
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):

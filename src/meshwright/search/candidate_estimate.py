@@ -32,7 +32,7 @@ def candidate_seconds(
     order: Order,
     limit: float = float("inf"),
 ) -> float:
-    """Seconds of a step; where they must be `limit` or more, something in between."""
+    """Returns the seconds of a step; once they must be `limit` or more, a lower bound that is."""
     after = after_pipelines(costs, pipelines)
     spans = []
     for pipeline, prices in zip(pipelines, all_pipeline_prices(costs, pipelines), strict=True):
@@ -43,15 +43,14 @@ def candidate_seconds(
 
 
 def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
-    """What a micro-batch takes on every stage and across every cut of a pipeline that is alone."""
+    """Prices a micro-batch on every stage and across every cut of a pipeline that is alone."""
     return all_pipeline_prices(costs, (pipeline,))[0]
 
 
 def all_pipeline_prices(
     costs: Costs, pipelines: Sequence[CandidatePipeline]
 ) -> list[PipelinePrices]:
-    """What a micro-batch takes on every stage and across every cut of pipelines that share the
-    links."""
+    """Prices a micro-batch on every stage and across every cut of pipelines that share links."""
     every = [_stage_prices(costs, pipeline) for pipeline in pipelines]
     messages = [
         _messages(costs, pipeline, prices)
@@ -71,7 +70,7 @@ def all_pipeline_prices(
 
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
-    """What a micro-batch takes on every stage; what it takes between them is left open."""
+    """Prices a micro-batch on every stage; what it takes between them is left open."""
     forward, backward, inputs, weights, held = [], [], [], [], []
     for s, (stage, (a, b)) in enumerate(
         zip(pipeline.stages, pairwise(pipeline.bounds), strict=True)
@@ -98,7 +97,7 @@ def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
 def _messages(
     costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
 ) -> list[tuple[Message, Message]]:
-    """The messages across every cut, onward and back."""
+    """Returns the messages across every cut, onward and back."""
     period = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
     found = []
     for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):

@@ -42,14 +42,14 @@ EXHAUSTIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Seconds that no plan can beat, and why."""
+    """Holds seconds that no plan can beat, and the reason why."""
 
     seconds: float
     reason: str
 
 
 def certificate(costs: Costs) -> Certificate:
-    """The best of four bounds, each with what must follow it.
+    """Returns the best of four bounds, each with what must follow it.
 
     Every row of the batch takes a path through the layers: at each layer there is a device type, a
     tensor width, a number of rows that are computed together, and activations that are kept or
@@ -82,7 +82,7 @@ def certificate(costs: Costs) -> Certificate:
 
 
 def certificate_in_haste(costs: Costs) -> Certificate:
-    """A bound that holds and takes no time: what comes after the last pipeline."""
+    """Returns a bound that holds and takes no time: what comes after the last pipeline."""
     counts = Counter(device.type for device in usable_devices(costs))
     return Certificate(_after(costs, counts), LAST)
 
@@ -114,7 +114,7 @@ def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
 
 
 def _after(costs: Costs, counts: Counter[str]) -> float:
-    """Least seconds of the optimizer, and the overhead of a step."""
+    """Returns the least seconds of the optimizer, and the overhead of a step."""
     share = num_parameters(costs.model) / sum(counts.values())
     step = min(
         optimizer_seconds(
@@ -130,7 +130,7 @@ def _after(costs: Costs, counts: Counter[str]) -> float:
 
 
 def sentence(prediction: Prediction) -> str:
-    """`at most 3.1 % above the best possible (1.2 s: all work ...)`; empty without a bound."""
+    """Formats the bound: `at most 3.1 % above the best possible (1.2 s: ...)`, or nothing."""
     bound = prediction.lower_bound_seconds
     if not bound:
         return ""

@@ -141,8 +141,7 @@ def chain(costs: Costs, candidate: Candidate) -> Chain:
 
 
 def memory_of(costs: Costs, candidate: Candidate) -> Memory:
-    """Returns the bytes of layers on every stage and the capacities, which decide what fits
-    where."""
+    """Returns what decides what fits where: the bytes of layers on every stage, and capacities."""
     shape, stages = candidate.shape, len(candidate.placement.stages)
     tensor, rows = shape.grid.tensor, shape.rows
     return Memory(
@@ -272,8 +271,7 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds) -> Estimate | Mis
 
 
 def given_seconds(costs: Costs, candidate: Candidate) -> float:
-    """Returns the seconds of one step of a candidate whose cuts are given, whether it fits or
-    not."""
+    """Returns the step seconds of a candidate whose cuts are given, whether it fits or not."""
     assert candidate.fixed is not None
     return step_seconds(costs, candidate, candidate.fixed, chain(costs, candidate))
 

@@ -89,8 +89,8 @@ def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
 
 
 def _shortest(loads: Array, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
-    """Cuts with the least sum of loads and boundary seconds among those where no stage takes
-    longer than `bottleneck`; that sum; and the slowest stage's seconds."""
+    """Returns the cuts with the least sum of loads and boundary seconds among those where no stage
+    takes longer than `bottleneck`; that sum; and the slowest stage's seconds."""
     stages, size, _ = loads.shape
     allowed = np.where(loads <= bottleneck, loads, np.inf)
     cost = np.full(size, np.inf)

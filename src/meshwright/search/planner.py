@@ -145,7 +145,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
 
 @dataclass(slots=True)
 class _Seen:
-    """Keeps what a search has looked at without simulating it."""
+    """Keeps what a search has found out without simulating it."""
 
     explored: Explored = Explored(finalists=(), misfits=(), tried=0)
     by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
@@ -160,8 +160,7 @@ class _Seen:
 def _search(
     incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
-    """Searches all but the options of `search.options`; `incumbent` and `seen` keep what is
-    found."""
+    """Searches all but the options; `incumbent` and `seen` keep what is found."""
     if is_large(incumbent.costs):
         tell("looking for a first plan", 0, 1)
         incumbent.spare = plain_plan(incumbent)

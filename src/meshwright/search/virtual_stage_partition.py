@@ -73,10 +73,11 @@ def cut_virtual_stages(
     recompute: frozenset[int],
 ) -> tuple[Bounds, float]:
     """Returns K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the
-    seconds of its micro-batches by `_seconds`; the groups in `again` recompute.
+    seconds of its micro-batches by `_seconds`; the groups in `recompute` recompute.
 
     From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
-    or by a few where one does not help."""
+    or by a few where one does not help.
+    """
     tables = _tables(costs, pipeline, layout, schedule, recompute)
     bounds = _proportional(tables)
     best = float(_seconds(tables, bounds[None])[0])
@@ -160,7 +161,7 @@ def _loads(costs: Costs, stage: StageDevices, *, recompute: bool) -> Array:
 
 
 def _shares(costs: Costs, stage: StageDevices, *, recompute: bool) -> tuple[Array, Array]:
-    """Shares [L + 1, L + 1] of the fullest replica's memory: always, and each micro-batch."""
+    """Returns the shares [L + 1, L + 1] of the fullest replica's memory: fixed, per micro-batch."""
     always: list[Array] = []
     each: list[Array] = []
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):

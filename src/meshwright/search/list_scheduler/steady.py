@@ -16,15 +16,15 @@ LEAST = 24
 
 
 def shortened(work: Work) -> Work:
-    """The same work with no more micro-batches than a pipeline needs to run evenly."""
+    """Returns the same work with no more micro-batches than a pipeline needs to run evenly."""
     few = max(LEAST, ROUNDS * len(work.forward))
     return replace(work, micro_batches=min(few, work.micro_batches))
 
 
 def lengthened(work: Work, short: Work, codes: Sequence[Codes]) -> list[Codes] | None:
-    """The order for all micro-batches of `work` that repeats what every group of devices does in
-    the middle of an order for `short`; None if no group does everything once in that time, or
-    memory does not allow it."""
+    """Returns the order for all micro-batches of `work` that repeats what every group of devices
+    does in the middle of an order for `short`; None if no group does everything once in that time,
+    or memory does not allow it."""
     more = work.micro_batches - short.micro_batches
     if not more:
         return [list(own) for own in codes]
@@ -37,8 +37,8 @@ def lengthened(work: Work, short: Work, codes: Sequence[Codes]) -> list[Codes] |
 
 
 def _repeated(own: Codes, middle: int, more: int) -> Codes | None:
-    """An order with `more` rounds between two forwards of its first stage, the one of micro-batch
-    `middle` and the next; None if it does not do everything once between them."""
+    """Returns an order with `more` rounds between two forwards of its first stage, the one of
+    micro-batch `middle` and the next; None if it does not do everything once between them."""
     first = 4 * min(code >> 2 for code in own) + F
     places = [k for k, code in enumerate(own) if code == first]
     start, end = places[middle], places[middle + 1]
