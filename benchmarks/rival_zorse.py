@@ -20,7 +20,7 @@ from meshwright.search.costs import Costs, pair, seconds_per_byte
 from meshwright.search.finishing import fits_in_memory
 from meshwright.search.layer_partition import Stages
 from meshwright.search.layer_partition import pace as seconds_per_row
-from meshwright.search.options.virtual_stages import divided_plan
+from meshwright.search.options.virtual_stages import DividedPlan, divided_plan
 from meshwright.search.space import usable_devices
 
 PERMUTED = 4
@@ -109,5 +109,5 @@ def _in_ministages(costs: Costs, found: Found) -> Found:
 
 def _divided(costs: Costs, plan: Plan, each: int) -> Iterator[Plan]:
     found = divided_plan(costs, plan, "interleaved-1f1b", each)
-    if isinstance(found, Plan) and fits_in_memory(costs, found):
-        yield found
+    if isinstance(found, DividedPlan) and fits_in_memory(costs, found.plan):
+        yield found.plan

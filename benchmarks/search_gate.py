@@ -4,7 +4,8 @@
         [--baseline CHECKOUT] [--repeat 3] [--write]
 
 Two tables. The first has the simulated step of the plan found for every example cluster and three
-models, over that in `baselines/search_gate.json`; cases that it does not have are shown alone. The second has the CPU seconds of planning on
+models, over that in `baselines/search_gate.json`; cases that it does not have are shown alone.
+The second has the CPU seconds of planning on
 clusters of 16 to 10,240 devices, beside what is allowed; with `--baseline`, also over those of
 another checkout, measured in turns with it. `--write` stores the steps found as the new baseline.
 Exits with 1 where a step is above its limit, or the geometric mean is.

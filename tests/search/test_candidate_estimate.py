@@ -12,8 +12,9 @@ from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds, pipeline_prices
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_pipeline
-from meshwright.search.options.other_schedules import in_listed_order, pipeline_works
+from meshwright.search.options.other_schedules import in_listed_order
 from meshwright.search.pipeline_seconds import last_backwards
+from meshwright.search.quick_clock import pipeline_works
 from meshwright.search.reduction_estimate import reduced
 from meshwright.simulate.simulator import simulate_plan
 from soaks import portion
@@ -105,7 +106,7 @@ def test_the_best_order_is_near_one_that_is_made_for_the_pipeline(layers, count,
     costs = costs_of(model(layers), where, job(2 * count))
     pipeline = chain_of(costs, 2, count, "1f1b")
     plan = plan_of(costs, (pipeline,), "1f1b")
-    made = in_listed_order(plan, pipeline_works(plan, costs), 10_000)
+    made = in_listed_order(costs, plan, pipeline_works(plan, costs), 10_000).plan
     played = simulate_plan(made, costs.model, costs.cluster).step_seconds
     assert 0.8 <= candidate_seconds(costs, (pipeline,), "best") / played <= 1.11
 

@@ -24,8 +24,9 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import seconds, to_codes
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import NAMES
-from meshwright.search.options.other_schedules import in_listed_order, pipeline_works
+from meshwright.search.options.other_schedules import in_listed_order
 from meshwright.search.planner import find_plan
+from meshwright.search.quick_clock import pipeline_works
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import portion
@@ -111,9 +112,10 @@ def test_virtual_stages_ask_for_a_schedule_that_plays_them(schedule):
 def test_a_listed_plan_runs_as_it_was_timed_and_is_never_behind(stages, micro_batches):
     model = uneven(stages)
     plan = pipeline(model, stages, micro_batches)
-    works = pipeline_works(plan, costs_of(model, CLUSTER, plan.job, None))
-    listed = in_listed_order(plan, works, 20_000)
-    assert listed is not None
+    costs = costs_of(model, CLUSTER, plan.job, None)
+    made = in_listed_order(costs, plan, pipeline_works(plan, costs), 20_000)
+    assert made is not None
+    listed = made.plan
     validate_plan(listed, model)
     check_program(compile_plan(listed, model))
     took = compute_end(listed, model)

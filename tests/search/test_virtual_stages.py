@@ -26,7 +26,7 @@ from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of
 from meshwright.search.finishing import Pruned, finish
 from meshwright.search.incumbent import Incumbent, simulate_and_record
-from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, divided_plan
+from meshwright.search.options.virtual_stages import LAYOUTS, OPTION, DividedPlan, divided_plan
 from meshwright.search.planner import find_plan
 from meshwright.search.virtual_stage_partition import _seconds, _tables, cut_virtual_stages
 from meshwright.simulate.simulator import simulate_plan
@@ -113,8 +113,9 @@ def test_every_layout_is_dealt_out_by_speed_and_memory(schedule, chunks, memory)
     where = cluster(("fast", "fast"), ("slow",), types=types)
     costs = costs_of(graph, where, job(8))
     plan = pipeline_plan(costs, "ffs", 24, 8)
-    divided = divided_plan(costs, plan, schedule, chunks)
-    assert isinstance(divided, Plan)
+    found = divided_plan(costs, plan, schedule, chunks)
+    assert isinstance(found, DividedPlan)
+    divided = found.plan
     validate_plan(divided, graph, where)
     check_program(compile_plan(divided, graph))
     assert all(total_bytes(m) <= m.capacity for m in device_memory(divided, graph, where))

@@ -40,7 +40,15 @@ class Message:
     occupied: Sequence[tuple[Resource, float]]
     """Seconds on every resource, if nothing else uses it."""
     period: float
-    """Seconds from one micro-batch to the next, if the slowest stage never waits."""
+    """Seconds from one such message to the next (`mean_period`)."""
+
+
+def mean_period(slowest: float, depth: int, micro_batches: int) -> float:
+    """Returns the seconds between the messages that may meet, over all of a pipeline's work, if its
+    slowest stage takes `slowest` seconds and the others as long; a micro-batch that is alone meets
+    none."""
+    others = micro_batches - 1
+    return slowest * (others + depth) / others if others else float("inf")
 
 
 def crowded_seconds(messages: Sequence[Message]) -> list[float]:
@@ -66,7 +74,7 @@ def crowded_seconds(messages: Sequence[Message]) -> list[float]:
             alone = max(alone, seconds)
             stretched = max(
                 stretched,
-                seconds * (1.0 + float(__import__("os").environ.get("CROWD", "1")) * others / most),
+                seconds * (1.0 + others / most),
             )
         return each.latency + min(stretched, max(alone, each.period - each.latency))
 

@@ -12,6 +12,7 @@ from meshwright.search.boundary_prices import (
     Message,
     boundary_prices,
     crowded_seconds,
+    mean_period,
 )
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import CandidatePipeline, must_recompute
@@ -98,7 +99,8 @@ def _messages(
     costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
 ) -> list[tuple[Message, Message]]:
     """Returns the messages across every cut, onward and back."""
-    period = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
+    slowest = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
+    period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
     found = []
     for (here, there), cut in zip(pairwise(pipeline.stages), pipeline.bounds[1:-1], strict=True):
         ahead, back = boundary_prices(costs, here, there)

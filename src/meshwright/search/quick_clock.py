@@ -20,7 +20,7 @@ from meshwright.program.actions import Order, format_order, single_action
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.work import Codes, Work, last_backwards, play
-from meshwright.search.boundary_prices import Message, crowded_seconds
+from meshwright.search.boundary_prices import Message, crowded_seconds, mean_period
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
@@ -30,6 +30,7 @@ from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 BACKWARDS = ((Op.BACKWARD,), (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
 """The two ways to do a backward: whole, and in two parts."""
 
+THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
@@ -158,9 +159,8 @@ def _transfers(
     periods: dict[int, float] = {}
     for pipeline, stages in zip(plan.pipelines, numbers, strict=True):
         held = [[stages[s] for s in own] for own in stage_layout(pipeline)]
-        period = max(
-            sum(by_stage[s, op] for s in own for op in (Op.FORWARD, Op.BACKWARD)) for own in held
-        )
+        slowest = max(sum(by_stage[s, op] for s in own for op in THERE_AND_BACK) for own in held)
+        period = mean_period(slowest, len(held), pipeline.micro_batches)
         periods |= dict.fromkeys(stages, period)
     capacity = costs.links.capacities
     messages = []

@@ -4,7 +4,7 @@ rule."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import chain
 from math import inf
 from operator import itemgetter
 from typing import get_args
@@ -27,6 +27,9 @@ TRIES = 12_000
 
 FEWEST = 12
 """If fewer orders than this could be looked at, one for fewer micro-batches is made."""
+
+FEWEST_RULES = 6
+"""Rules that are tried on long pipelines too: among them those that leave backwards whole."""
 
 WORTH = 20
 """If the budget allows fewer changes than this, none is tried."""
@@ -68,10 +71,7 @@ def _best_order(work: Work, looked_at: int) -> list[Codes] | None:
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
-        # Gradients in two parts cost more in all: whether that pays is not for the rule to say.
-        few = max((looked_at // length - 2 * len(_SHORT)) // 3, 1)
-        kinds = {rule.split: [r for r in rules if r.split == rule.split][:few] for rule in rules}
-        names, rules = list(_SHORT), list(chain.from_iterable(kinds.values()))
+        names, rules = list(_SHORT), rules[: max(looked_at // length - len(_SHORT), FEWEST_RULES)]
     listings = filter(None, (_listed(work, rule) for rule in rules))
     best = min(chain(_named(work, names), listings), key=itemgetter(0), default=None)
     if best is None:
@@ -95,22 +95,30 @@ def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[
 
 
 def _rules(work: Work) -> Iterator[Rule]:
-    """Yields all combinations of a few settings, those that most often win first."""
+    """Yields the combinations of settings that have won, those that most often did first."""
     stages, count = len(work.forward), work.micro_batches
     every = (count,) * stages
-    just = tuple(stages - s for s in range(stages))
     eager = tuple(2 * (stages - s) - 1 for s in range(stages))
-    for split, ahead, lag, patience, forward_first in product(
-        (count, 0),
-        (eager, every, just),
-        (every, tuple(range(stages)), (0,) * stages),
-        (0.0, 0.5, 1.0),
-        (False, True),
+    soon = tuple(range(stages))
+    for ahead, lag, patience, forward_first, split in (
+        (every, every, 1.0, False, count),
+        (eager, every, 1.0, True, count),
+        # Two parts cost more than one: while the pipeline drains, the later one fills gaps.
+        (eager, every, 1.0, True, stages),
+        (eager, every, 0.5, True, count),
+        (every, every, 0.5, False, count),
+        (eager, every, 0.0, False, 0),
+        (eager, soon, 0.5, True, count),
+        (every, soon, 0.5, False, count),
+        (eager, every, 1.0, False, count),
+        (eager, every, 0.0, True, 0),
+        (eager, every, 0.0, True, stages),
+        (eager, soon, 0.5, False, count),
+        (eager, soon, 1.0, True, count),
+        (every, every, 0.0, False, count),
+        (eager, soon, 0.0, True, count),
+        (eager, every, 0.5, False, count),
     ):
-        if split or (lag is every and patience == 0.0):
-            yield Rule(
-                ahead=ahead, lag=lag, patience=patience, forward_first=forward_first, split=split
-            )
-    # Two parts cost more than one: while the pipeline drains, the later one fills gaps.
-    for patience, ahead in product((0.0, 1.0), (eager, just)):
-        yield Rule(ahead=ahead, lag=every, patience=patience, forward_first=True, split=stages)
+        yield Rule(
+            ahead=ahead, lag=lag, patience=patience, forward_first=forward_first, split=split
+        )

@@ -97,10 +97,12 @@ def in_fastest_orders(
         if (listed := _listed(costs, first, LISTED if is_large(costs) else GLANCED)) is not None:
             every.append((listed, work))
     every.sort(key=lambda pair: pair[0].seconds)
-    played, spent, best, before = 0, 0, None, inf
+    played, spent = 0, 0
+    best: OrderedPlan | None = None
+    before: OrderedPlan | None = None
     for each, work in every:
-        alike = abs(each.seconds - before) < SAME * each.seconds and not is_large(costs)
-        before = each.seconds
+        alike = before and _as_fast(before, each) and not is_large(costs)
+        before = each
         if alike:
             continue
         least = (each.seconds - each.exposed) * (1 - ROUGH)
@@ -115,6 +117,12 @@ def in_fastest_orders(
         listed = _listed(costs, best, LISTED)
         if listed is not None and listed.seconds < best.seconds * (1 - SAME):
             yield Proposal(listed.plan, describe_plan(listed.plan))
+
+
+def _as_fast(one: OrderedPlan, other: OrderedPlan) -> bool:
+    """True if two plans differ in nothing that the quick clock can see."""
+    differ = abs(one.seconds - other.seconds) + abs(one.exposed - other.exposed)
+    return differ < SAME * one.seconds
 
 
 OPTION = PlanOption("schedules", propose)
