@@ -72,7 +72,7 @@ def cut_virtual_stages(
     schedule: ScheduleName,
     recompute: frozenset[int],
 ) -> tuple[Bounds, float]:
-    """Returns K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the
+    """Returns the cuts [K + 1] of a pipeline's layers into the K stages of a layout, and the
     seconds of its micro-batches by `_seconds`; the groups in `recompute` recompute.
 
     From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
@@ -130,8 +130,8 @@ def _tables(
 
 
 def _moments(order: Order, stages: int) -> NDArray[np.intp]:
-    """Returns [H, K]: the micro-batches of each stage in flight at the moments when a backward is
-    due. A moment is left out if every stage holds at least as many at another one."""
+    """Returns [H, K]: how many micro-batches of each stage are in flight when a backward is due. A
+    moment is left out if every stage holds at least as many at another one."""
     now = [0] * stages
     found: dict[tuple[int, ...], None] = {}
     for op, stage, first, last in order:

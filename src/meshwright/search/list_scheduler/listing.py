@@ -63,7 +63,7 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
 
 
 def _best_order(work: Work, looked_at: int) -> list[Codes] | None:
-    """Returns the fastest order found that fits, looking at every action of it; None if none does.
+    """Returns the fastest order found that fits, without repeated rounds; None if none does.
 
     Candidates are every schedule with a rule and list schedules after many rules; the best of them
     is then annealed. Long pipelines have fewer candidates.
