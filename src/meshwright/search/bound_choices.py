@@ -28,7 +28,7 @@ MEASURED_SINGLE_ROWS = 128
 
 
 LEAST_SAVED = 1e-6
-"""Bytes of a row that stand for none."""
+"""Bytes per row that are put in place of 0, since memory is divided by them."""
 
 ROUNDED = 5
 """Bytes by which the account of a device may fall short: each of its five parts is rounded."""

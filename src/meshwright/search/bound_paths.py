@@ -65,13 +65,13 @@ CHAIN_WEIGHTS = (
 MEMORY_WEIGHTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
 """Weights m that are tried, until larger ones are worse."""
 WORSE = 2
-"""So many worse weights in a row end the trials."""
+"""Number of worse weights in a row that ends the trials."""
 MOMENTS = 40
 """Lengths of the rest of a path for which the cost of its beginning is tabled."""
 PRICE_ROUNDS = 60
 """Subgradient steps that improve the prices for a weight."""
 GROWTH = 1.02
-"""Numbers of devices that are bounded together differ by this factor."""
+"""Largest factor between numbers of devices that are bounded together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from meshwright.search.candidate import StageDevices, moves
 from meshwright.search.costs import Costs, remembered
 
 TRANSFERS = 64
-"""Transfers of one cut that are looked at one by one."""
+"""Largest number of transfers of one cut that are looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ DEPTHS = 3
 """Numbers of stages, the most promising ones, that a row of devices is cut into."""
 
 NOTHING = 100
-"""Steps of a draw that leads to nothing."""
+"""Steps that a draw is counted as if it leads to nothing."""
 
 SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 

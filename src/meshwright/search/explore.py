@@ -29,7 +29,7 @@ MANY_DEVICES = 64
 """Above this number devices are counted by class, and no grid is looked at device by device."""
 
 MANY_CELLS = 1_500_000
-"""Devices x layers x layers above which it is the same: layer cuts are tables of them."""
+"""Devices x layers x layers above which the same holds: layer cuts are found in tables so large."""
 
 LAST_RESORT = 200_000
 """Devices x candidates of the regular grids that are looked at when nothing else has fitted."""

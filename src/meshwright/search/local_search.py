@@ -39,7 +39,8 @@ MOST_WORK = 12_000
 simulated instead: plans whose replicas are unlike have many ranks that differ."""
 
 HOPEFUL = 1.8
-"""Times the seconds of the best strategy, in closed form, beyond which one is not climbed from."""
+"""Climbs start from strategies that take at most this many times the seconds of the best one, in
+closed form."""
 
 ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""

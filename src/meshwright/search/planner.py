@@ -72,8 +72,8 @@ MOST_BY_HAND = 20_000
 search. AMP's own algorithm does where devices are counted by class."""
 
 HOPELESS, MOST_HOPELESS = 1.25, 8_000
-"""Times the best plan's seconds beyond which, in closed form, a plan is only simulated if that is
-less work than this."""
+"""A plan that takes more than HOPELESS times the best plan's seconds, in closed form, is only
+simulated if that is less work than MOST_HOPELESS."""
 
 INTERRUPTED = "all that was left when the search was interrupted"
 """The reason why a search that the user has stopped did not look further."""

@@ -49,7 +49,8 @@ MOST_WIDTHS = 16
 """The most numbers of replicas of a stage that are tried: divisors of the batch."""
 
 SLACK = 1.1
-"""Times the best known strategy that a pipeline may take as if perfectly balanced."""
+"""A pipeline is followed up if, perfectly balanced, it takes less than this many times the
+limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from meshwright.stopping import raise_if_stopped
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 OVERFULL = 1e3
-"""Steps of the whole model on the busiest group that it costs to overfill one by all of its
-memory."""
+"""Penalty for needing twice a group's memory, in passes of the whole model through the busiest
+group."""
 
 EVENNESS = 1e-3
 """Weight of the groups' quadratic mean beside the busiest one."""

@@ -39,7 +39,7 @@ NAMES: tuple[ScheduleName, ...] = tuple(
     for name in get_args(ScheduleName)
     if name not in EXPLICIT_SCHEDULES and not name.endswith("-batched")
 )
-"""Schedules with a rule; a batched weight part is, for its timing, several."""
+"""Schedules with a rule; a batched weight part takes as long as several single ones."""
 
 _SHORT: tuple[ScheduleName, ...] = ("eager-1f1b", "zb-h1")
 """The schedules that are tried on long pipelines too."""

@@ -9,10 +9,10 @@ from dataclasses import replace
 from meshwright.program.work import Codes, F, Work, fits, play
 
 ROUNDS = 3
-"""Times the number of stages: micro-batches of an order that is made instead of a longer one."""
+"""Micro-batches, for each stage, of the short order that is made instead of a longer one."""
 
 LEAST = 24
-"""Micro-batches of it at least."""
+"""Least number of its micro-batches."""
 
 
 def shortened(work: Work) -> Work:
