@@ -38,7 +38,7 @@ ROUNDING = 1 + 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """Templates without their depths, on the same classes with the same tensor widths."""
+    """Holds templates without their depths, on the same classes with the same tensor widths."""
 
     order: tuple[int, ...]
     """Device classes."""
@@ -54,7 +54,7 @@ class Builds:
 
 @dataclass(frozen=True, slots=True)
 class BuildPrices:
-    """What balanced stages take, whatever their depths."""
+    """Holds what balanced stages take, whatever their depths."""
 
     builds: Builds
     rates: Array
@@ -129,8 +129,8 @@ def _drained(order: Order) -> float:
 def balanced(
     context: EstimateContext, prices: BuildPrices, share: float, build_P: Ints, depths_FP: Ints
 ) -> Array:
-    """Seconds [P] of a step over `share` rows; infinite where not even all devices of a pipeline
-    together have the memory."""
+    """Returns the seconds [P] of a step over `share` rows; infinite where not even all devices of a
+    pipeline together have the memory."""
     builds, depth_P = prices.builds, depths_FP.sum(axis=0)
     rate_P, room_P, devices_P = (np.zeros(len(build_P)) for _ in range(3))
     for f, depths_P in enumerate(depths_FP):
@@ -156,7 +156,7 @@ def balanced(
 
 
 def _held(order: Order, count_P: Array, depth_P: Ints, room_P: Array) -> Array:
-    """Micro-batches in flight [P], if there is room for a number; 0 where that is too little."""
+    """Returns the micro-batches in flight [P] for which there is room; 0 where that is too few."""
     if order == "gpipe":
         return np.where(room_P >= count_P, count_P, 0.0)
     return room_P if order == "best" else np.where(room_P >= 1.0, depth_P, 0.0)
@@ -171,8 +171,8 @@ def facts_by_build(context: EstimateContext, device_class: int, tensor: int, row
 
 
 def _transfer(context: EstimateContext, builds: Builds) -> Array:
-    """Seconds [B] of a usual activation between neighbouring stages: of as many as stand on one
-    node, the last one sends to another node."""
+    """Returns the seconds [B] of a usual activation between neighbouring stages: of as many as
+    stand on one node, the last one sends to another node."""
     moved_B: Array = np.zeros(len(builds.rows))
     for i, tensor, width_B, block_B in _by_class(builds):
         inside, network = context.classes[i].inside, context.classes[i].network
@@ -196,8 +196,8 @@ def _per_island(device_class: DeviceClass, tensor: int, block_B: Ints) -> Ints:
 
 
 def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Array]:
-    """Latency of all crossings from site to site, and seconds [B] of a usual activation on the
-    slowest uplink."""
+    """Returns the latency of all crossings from site to site, and the seconds [B] of a usual
+    activation on the slowest uplink."""
     late, slowest = 0.0, 0.0
     for here, there in zip(builds.order, builds.order[1:], strict=False):
         latency, bandwidth = uplinks_between(context, here, there)
@@ -210,8 +210,7 @@ def _across_sites(context: EstimateContext, builds: Builds) -> tuple[float, Arra
 def _reduction(
     context: EstimateContext, number: int, tensor: int, width_B: Ints, block_B: Ints
 ) -> tuple[Array, Array, Ints]:
-    """Seconds [B] of the whole model's gradients on what they pass, those [B] of the ring's hops,
-    and the stages [B] of a node that share its network."""
+    """Returns the seconds [P] of a stage's gradients; the stages of a node share its network."""
     device_class = context.classes[number]
     network, across_B = device_class.network, width_B > block_B
     inside_B = np.where(

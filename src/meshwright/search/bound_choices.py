@@ -29,7 +29,7 @@ MEASURED_SINGLE_ROWS = 128
 
 
 LEAST_SAVED = 1e-6
-"""Bytes of a row that stand for none."""
+"""Bytes per row that are put in place of 0, since memory is divided by them."""
 
 ROUNDED = 5
 """Bytes by which the account of a device may fall short: each of its five parts is rounded."""
@@ -37,7 +37,7 @@ ROUNDED = 5
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What may become of a row at each layer; what a layer cannot have takes infinite work."""
+    """Says what may become of a row at each layer; what a layer cannot have takes infinite work."""
 
     chain: Array
     """Least seconds [L, C] for which the row itself is on its way through the layer: its forward,
@@ -60,7 +60,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """Seconds [L, N] on one tensor rank, for N numbers of rows."""
+    """Holds the seconds [L, N] of layers on one tensor rank, for N numbers of rows."""
 
     rows: Array
     forward: Array
@@ -74,7 +74,7 @@ class _Priced:
 
 
 def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
-    """Every choice of a device type, a tensor width, rows per micro-batch, and recomputation.
+    """Returns all choices of a device type, a tensor width, rows per micro-batch, recomputation.
 
     Rows are counted on one replica. Between two numbers of rows that are priced one after the
     other, seconds and seconds per row are monotonic, so that all numbers between are bounded by
@@ -98,9 +98,8 @@ def choices_of(costs: Costs, kinds: Sequence[str]) -> Choices:
 
 
 def tensor_widths(costs: Costs, kind: str) -> list[int]:
-    """Tensor widths that can pay for some layer on a device type: those that divide it, and those
-    that were measured. On any other width every device computes and holds as much as on the next
-    narrower one. A tensor group stays inside a node."""
+    """Returns the tensor widths that can pay for some layer: those that divide it, and those that
+    were measured."""
     nodes = Counter(device.node for device in usable_devices(costs))
     most = max(nodes[node.name] for node in costs.cluster.nodes if kind in node.devices)
     units = {layer.along("tensor").units for layer in costs.model.layers} - {0}
@@ -111,8 +110,7 @@ def tensor_widths(costs: Costs, kind: str) -> list[int]:
 
 
 def row_counts(costs: Costs) -> list[int]:
-    """Rows per micro-batch to price. The roofline's seconds rise with the rows and its seconds per
-    row fall; measured times may do anything between two measurements but bend."""
+    """Returns the rows per micro-batch to price."""
     most = costs.job.global_batch
     single = SINGLE_ROWS if costs.profile is None else MEASURED_SINGLE_ROWS
     counts = {*range(1, min(most, single) + 1), most}
@@ -122,8 +120,8 @@ def row_counts(costs: Costs) -> list[int]:
 
 
 def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
-    """Return how many rows of each layer's saved tensors a device can hold; 0 where not one fits or
-    the width does not divide the layer.
+    """Returns how many rows of each layer's saved tensors a device can hold; 0 where not one fits
+    or the width does not divide the layer.
 
     Beside them it holds the weights of the layer, their gradients and casts, and of their optimizer
     states at least an equal share of what all devices together must have, since a plan may divide
@@ -148,8 +146,8 @@ def most_rows(costs: Costs, kind: str, tensor: int) -> Array:
 
 
 def _choices(costs: Costs, kind: str, tensor: int) -> list[tuple[Array, ...]]:
-    """What `Choices` holds [L, C] on `tensor` devices of a type, with activations that are kept and
-    with those that are computed again."""
+    """Returns chain, work and kept bytes [L, C] on `tensor` devices of a type, with activations
+    that are kept and with those that are computed again."""
     most = most_rows(costs, kind, tensor)[:, None]
     if most.max() < 1:
         return []
@@ -175,8 +173,7 @@ def _choices(costs: Costs, kind: str, tensor: int) -> list[tuple[Array, ...]]:
 
 
 def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Array]:
-    """Least seconds [L, N] of the backward of a micro-batch: those that the layer before waits for,
-    and all.
+    """Returns the least seconds [L, N] of a micro-batch: what the layer before waits for, and all.
 
     A backward is whole or in two parts. The second part may take several micro-batches at once, as
     far as a device can hold what waits for it: as much as the forward saved (`deferred_bytes`), but
@@ -195,14 +192,14 @@ def _micro_batch(costs: Costs, priced: _Priced, most: Array) -> tuple[Array, Arr
 
 
 def _untrained(costs: Costs) -> list[int]:
-    """The layers without weights that are trained."""
+    """Returns the layers without weights that are trained."""
     trained = {n for tied in costs.model.tied if tied.parameters for n in tied.layers}
     layers = enumerate(costs.model.layers)
     return [n for n, layer in layers if not (layer.parameters or n in trained)]
 
 
 def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Priced:
-    """Seconds on one tensor rank of a type, with the least that tensor ranks take to meet."""
+    """Returns the seconds on one tensor rank of a type, with the least that ranks take to meet."""
     device, model = costs.cluster.types[kind], costs.model
     columns = []
     for rows in counts:
@@ -223,8 +220,8 @@ def _priced(costs: Costs, kind: str, tensor: int, counts: Sequence[int]) -> _Pri
 
 
 def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[Array, Array]:
-    """Least seconds [L] of the all-reduces that end each layer's forward and backward: in the best
-    node that has so many devices, this type among them."""
+    """Returns the least seconds [L] of the all-reduces that end each layer's forward and backward,
+    over the best link that a device of this type has."""
     layers = costs.model.layers
     if tensor == 1:
         return np.zeros(len(layers)), np.zeros(len(layers))
@@ -244,9 +241,9 @@ def _meeting_seconds(costs: Costs, kind: str, tensor: int, rows: int) -> tuple[A
 
 
 def links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, float]]:
-    """Latency and seconds per byte of a step of the rings that `tensor` devices may form inside a
-    node: in an island, or on what joins all its devices. A bus carries every hop between islands;
-    such hops are two at least, and as many as the islands."""
+    """Returns latency and seconds per byte of a step of the rings that `tensor` devices may form
+    inside a node: in an island, or on what joins all its devices. A bus carries every hop between
+    islands; such hops are two at least, and as many as the islands."""
     found = set()
     for node in {
         (n.inside, n.islands): n
@@ -262,8 +259,8 @@ def links_inside(costs: Costs, kind: str, tensor: int) -> list[tuple[float, floa
 
 
 def _kept_bytes(costs: Costs, tensor: int) -> tuple[Array, Array]:
-    """Bytes [L] of a row that a layer keeps for its backward on all tensor ranks of a replica
-    together: as it is, and where it computes its activations again."""
+    """Returns the bytes [L] of a row that a layer keeps for its backward on all devices of a
+    replica together: as it is, and where it computes its activations again."""
     tables = memory_tables(costs.model, costs.job)
     plain, again = (
         np.diff(tensor * each.saved_replicated + each.saved_split)

@@ -35,7 +35,7 @@ from meshwright.search.space import usable_devices
 
 @dataclass(frozen=True, slots=True)
 class LayerSum:
-    """A sum of gradients that all holders of some layers take part in."""
+    """Describes a sum of gradients that all holders of some layers take part in."""
 
     layers: tuple[int, ...]
     bytes: float
@@ -43,7 +43,7 @@ class LayerSum:
 
 @dataclass(frozen=True, slots=True)
 class NodeTables:
-    """What nodes can do for single layers."""
+    """Holds what nodes can do for single layers."""
 
     sums: tuple[LayerSum, ...]
     before: Array
@@ -68,8 +68,8 @@ class NodeTables:
 
 @dataclass(frozen=True, slots=True)
 class LateSeconds:
-    """The last seconds before the norm, in which only nodes compute that hold a layer alone: one
-    for each layer at most."""
+    """Describes the last seconds before the norm, in which only nodes compute that hold a layer
+    alone: one for each layer at most."""
 
     seconds: float
     layers: int
@@ -79,8 +79,8 @@ class LateSeconds:
     """How many nodes [T] of each kind may hold a layer alone."""
 
     def idle(self, price_K: Array, sold: float) -> float:
-        """Least seconds that devices worth `sold` wait together, over their worth, at these
-        prices of devices."""
+        """Returns the least seconds that devices worth `sold` wait together, over their worth, at
+        these prices of devices."""
         price_T, left, alone = self.devices @ price_K, self.layers, 0.0
         for t in np.argsort(-price_T):
             number = min(left, int(self.alone[t]))
@@ -124,8 +124,8 @@ LEAST_SPEED = 1e-300
 
 
 def gradient_seconds(tables: NodeTables, early: float) -> float:
-    """Least seconds until gradients are summed, over all numbers of nodes that may hold a layer; of
-    the layer for which that takes longest.
+    """Returns the least seconds until gradients are summed, over all numbers of nodes that may hold
+    a layer; of the layer for which that takes longest.
 
     `early` is a bound on steps in which no gradients of weights are computed.
     """
@@ -149,7 +149,7 @@ def gradient_seconds(tables: NodeTables, early: float) -> float:
 
 
 def late_seconds(tables: NodeTables, within: float) -> LateSeconds:
-    """The time of the shortest sum of gradients, in steps that take less than `within`.
+    """Returns the time of the shortest sum of gradients, in steps that take less than `within`.
 
     After the last work on a layer that several nodes hold, its gradients are summed. In such a step
     a layer needs so many nodes, and only a node that is quick enough can hold it alone.
@@ -175,7 +175,8 @@ def late_seconds(tables: NodeTables, within: float) -> LateSeconds:
 
 
 def sum_seconds(size: Array | float, number: Array, rate: Array) -> Array:
-    """Least seconds of the sum of so many bytes between numbers of nodes that send at some rate."""
+    """Returns the least seconds of the sum of so many bytes between numbers of nodes that send at
+    some rate."""
     seconds: Array = 2 * (1 - 1 / number) * size / rate
     return seconds
 
@@ -191,7 +192,7 @@ def _sums(costs: Costs) -> Iterator[LayerSum]:
 
 
 def _rates(costs: Costs, names: Sequence[str]) -> list[float]:
-    """Bytes per second that each node can send while it receives as many."""
+    """Returns the bytes per second that each node can send while it receives as many."""
     links: dict[str, list[Link]] = defaultdict(list)
     for each in costs.cluster.direct:
         for name in each.between:
@@ -205,7 +206,7 @@ def _rates(costs: Costs, names: Sequence[str]) -> list[float]:
 
 
 def _speeds(types: int, choices: Choices, work: Array) -> Array:
-    """Rows per second [L, K] that a device of each type works through."""
+    """Returns the rows per second [L, K] that a device of each type works through."""
     speed = np.zeros((len(work), types))
     for k in range(types):
         own = np.where(np.isfinite(choices.work), work, np.inf)[:, choices.kind == k]
@@ -214,6 +215,6 @@ def _speeds(types: int, choices: Choices, work: Array) -> Array:
 
 
 def _fastest(speed: Array, every: Array) -> Array:
-    """Rows per second [., M] that the m fastest of all nodes work through together."""
+    """Returns the rows per second [., M] that the m fastest of all nodes work through together."""
     together: Array = np.cumsum(np.sort(speed @ every.T, axis=1)[:, ::-1], axis=1)
     return np.maximum(together, LEAST_SPEED)

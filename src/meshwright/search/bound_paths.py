@@ -65,7 +65,7 @@ CHAIN_WEIGHTS = (
 MEMORY_WEIGHTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4)
 """Weights m that are tried, until larger ones are worse."""
 WORSE = 2
-"""So many worse weights in a row end the trials."""
+"""Number of worse weights in a row that ends the trials."""
 MOMENTS = 40
 """Lengths of the rest of a path for which the cost of its beginning is tabled."""
 PRICE_ROUNDS = 60
@@ -73,12 +73,12 @@ PRICE_ROUNDS = 60
 COSTS = ("chain", "work", "kept", "early")
 """What the paths of a row differ in."""
 GROWTH = 1.02
-"""Numbers of devices that are bounded together differ by this factor."""
+"""Largest factor between numbers of devices that are bounded together."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKinds:
-    """The distinct layers of a model, as choices see them: U of them."""
+    """Holds the distinct layers of a model, U of them, as choices see them."""
 
     number: Array
     """How many layers [U] of each kind there are."""
@@ -90,7 +90,7 @@ class LayerKinds:
 
 @dataclass(frozen=True, slots=True)
 class WeightedBound:
-    """A weighted mean of bounds, and its value."""
+    """Holds a weighted mean of bounds, and its value."""
 
     seconds: float
     chain: float
@@ -121,7 +121,7 @@ def layer_kinds(choices: Choices) -> LayerKinds:
 
 
 def _unbeaten(*costs: Array) -> NDArray[np.int64]:
-    """Indices of the finite choices that no other one equals or beats in every cost."""
+    """Returns the indices of the finite choices that no other one equals or beats in every cost."""
     left = np.flatnonzero(np.isfinite(np.sum(costs, axis=0)))
     left = left[np.lexsort([each[left] for each in reversed(costs)])]
     found: list[int] = []
@@ -134,15 +134,15 @@ def _unbeaten(*costs: Array) -> NDArray[np.int64]:
 
 
 def chain_seconds(kinds: LayerKinds) -> float:
-    """The chain alone: the layers one after another, each where it is quickest."""
+    """Returns the seconds of the layers one after another, each where it is quickest."""
     choices = kinds.choices
     least = np.where(np.isfinite(choices.work), choices.chain, np.inf).min(axis=1, initial=np.inf)
     return float(kinds.number @ least)
 
 
 def starting_prices(kinds: LayerKinds, number_K: Array) -> Array:
-    """Prices [K] in proportion to the speed of each type, or to that of the slowest that can hold
-    every layer where a type cannot."""
+    """Returns prices [K] in proportion to the speed of each type, or to that of the slowest that
+    can hold every layer where a type cannot."""
     work = np.full((len(kinds.number), len(number_K)), np.inf)
     for k in range(len(number_K)):
         own = kinds.choices.work[:, kinds.choices.kind == k]
@@ -197,8 +197,8 @@ def wide_seconds(
     ring_seconds: Callable[[int], float],
     late: LateSeconds | None = None,
 ) -> float:
-    """Least seconds, over all numbers of devices, of chain and work on so many of them and of the
-    norm's ring among them.
+    """Returns the least seconds, over all numbers of devices, of chain and work on so many of them
+    and of the norm's ring among them.
 
     n devices, at most N(k) of a type, sell no more than T at prices w(k) = max(s(k), s) / D with
     D = sum N(k) max(s(k) - s, 0) + n s: each of the n pays s, those of faster types the rest. So
@@ -230,8 +230,8 @@ def wide_seconds(
 
 
 def _device_counts(most: int) -> list[tuple[int, int]]:
-    """Ranges of numbers of devices, first and last, whose work and ring are bounded together: the
-    work by that of the last, the ring by that of the first."""
+    """Returns ranges of numbers of devices, first and last, whose work and ring are bounded
+    together: the work by that of the last, the ring by that of the first."""
     found, number = [], 1
     while number <= most:
         last = min(most, max(number, int(number * GROWTH)))
@@ -241,7 +241,7 @@ def _device_counts(most: int) -> list[tuple[int, int]]:
 
 
 def free_bytes(costs: Costs) -> float:
-    """Most bytes that all devices together have for activations.
+    """Returns the most bytes that all devices together have for activations.
 
     Beside these they hold each layer's weights, gradients and casts at least once, and its
     optimizer states once, however these are divided.
@@ -286,8 +286,8 @@ def memory_mixture_seconds(
 def least_path(
     of_layer: NDArray[np.int64], costs: list[tuple[Array, Array, Array]], longest: float
 ) -> float:
-    """Least sum over layers of a choice's own cost, and of its rate times the chain seconds of this
-    and all later layers.
+    """Returns the least sum over layers of a choice's own cost, and of its rate times the chain
+    seconds of this and all later layers.
 
     V(l, r), the least cost of the layers up to l if those after it take r seconds of the chain,
     follows from V(l - 1, .). As a least of lines in r it is concave and never falls: between tabled

@@ -12,7 +12,7 @@ from meshwright.search.candidate import StageDevices, moves
 from meshwright.search.costs import Costs, remembered
 
 TRANSFERS = 64
-"""Transfers of one cut that are looked at one by one."""
+"""Largest number of transfers of one cut that are looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,8 @@ def boundary_prices(
 
 @dataclass(slots=True)
 class _Way:
+    """Counts the rows that cross each resource in one direction of a cut."""
+
     rows: dict[Resource, int] = field(default_factory=dict)
     """Rows that cross each resource."""
     latency: float = 0.0

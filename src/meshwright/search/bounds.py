@@ -43,6 +43,8 @@ Grid = list[list[float]]
 
 @dataclass(frozen=True, slots=True)
 class _PipelineTables:
+    """Holds seconds by stage and tensor group, from which a bound follows."""
+
     forward: Grid
     backward: Grid
     ahead: list[list[tuple[int, int, float, float]]]
@@ -74,8 +76,7 @@ def pipeline_bound(costs: Costs, pipeline: CandidatePipeline, schedule: Schedule
 
 
 def after_pipelines(costs: Costs, pipelines: Sequence[CandidatePipeline]) -> float:
-    """Returns the seconds of a step after the last pipeline is done: norm, slowest optimizer,
-    overhead."""
+    """Returns the seconds of a step after the last pipeline: norm, slowest optimizer, overhead."""
     used = [name for pipeline in pipelines for name in pipeline.devices]
     norm = 0.0
     if len(used) <= NORM_RANKS:

@@ -155,7 +155,7 @@ def stage_fits(
     *,
     recompute: bool = False,
 ) -> bool:
-    """True if every device of a stage holds what it must; `recompute`: if it recomputes."""
+    """True if every device of a stage holds what it must; `recompute`: if the stage recomputes."""
     stage, layers = pipeline.stages[s], (pipeline.bounds[s], pipeline.bounds[s + 1])
     held = in_flight(schedule, s, len(pipeline.stages), pipeline.micro_batches)
     key = ("fits", stage, layers, held, recompute)

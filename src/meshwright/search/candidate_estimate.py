@@ -34,7 +34,7 @@ def candidate_seconds(
     order: Order,
     limit: float = float("inf"),
 ) -> float:
-    """Seconds of a step; where they must be `limit` or more, something in between."""
+    """Returns the seconds of a step; once they must be `limit` or more, a lower bound that is."""
     after = after_pipelines(costs, pipelines)
     spans = []
     for pipeline, prices in zip(pipelines, all_pipeline_prices(costs, pipelines), strict=True):
@@ -45,15 +45,14 @@ def candidate_seconds(
 
 
 def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
-    """What a micro-batch takes on every stage and across every cut of a pipeline that is alone."""
+    """Prices a micro-batch on every stage and across every cut of a pipeline that is alone."""
     return all_pipeline_prices(costs, (pipeline,))[0]
 
 
 def all_pipeline_prices(
     costs: Costs, pipelines: Sequence[CandidatePipeline]
 ) -> list[PipelinePrices]:
-    """What a micro-batch takes on every stage and across every cut of pipelines that share the
-    links."""
+    """Prices a micro-batch on every stage and across every cut of pipelines that share links."""
     every = [_stage_prices(costs, pipeline) for pipeline in pipelines]
     messages = [
         _messages(costs, pipeline, prices)
@@ -73,7 +72,7 @@ def all_pipeline_prices(
 
 
 def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
-    """What a micro-batch takes on every stage; what it takes between them is left open."""
+    """Prices a micro-batch on every stage; what it takes between them is left open."""
     found = [
         _stage_price(costs, stage, layers, repeats=must_recompute(costs, pipeline, s, "1f1b"))
         for s, (stage, layers) in enumerate(
@@ -87,7 +86,8 @@ def _stage_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
 def _stage_price(
     costs: Costs, stage: StageDevices, layers: tuple[int, int], *, repeats: bool
 ) -> tuple[float, float, float, float, int]:
-    """Seconds of a forward, of a backward and of its two parts, and the micro-batches held."""
+    """Returns the seconds of a forward, of a backward and of its two parts, and the micro-batches
+    held."""
     key = ("stage price", stage, layers, repeats)
     return remembered(costs, key, lambda: _priced_stage(costs, stage, layers, repeats=repeats))
 
@@ -117,7 +117,7 @@ def _priced_stage(
 def _messages(
     costs: Costs, pipeline: CandidatePipeline, prices: PipelinePrices
 ) -> list[tuple[Crossing, Crossing]]:
-    """The messages across every cut, onward and back."""
+    """Returns the messages across every cut, onward and back."""
     slowest = max(f + b for f, b in zip(prices.forward, prices.backward, strict=True))
     period = mean_period(slowest, len(prices.forward), pipeline.micro_batches)
     found = []

@@ -55,14 +55,14 @@ EXHAUSTIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Seconds that no plan can beat, and why."""
+    """Holds seconds that no plan can beat, and the reason why."""
 
     seconds: float
     reason: str
 
 
 def certificate(costs: Costs) -> Certificate:
-    """The best of six bounds, each with what must follow it.
+    """Returns the best of four bounds, each with what must follow it.
 
     Every row of the batch takes a path through the layers: at each layer there is a device type, a
     tensor width, a number of rows that are computed together, and activations that are kept or
@@ -106,7 +106,8 @@ def certificate(costs: Costs) -> Certificate:
 def _early_seconds(
     kinds: LayerKinds, number_K: Array, batch: int, ring: Callable[[int], float]
 ) -> float:
-    """The bounds of work on all devices and on their best number, without gradients of weights."""
+    """Returns the bounds of work on all devices and on their best number, without gradients of
+    weights."""
     early = replace(kinds, choices=replace(kinds.choices, work=kinds.choices.early))
     return max(
         best_mixture(early, number_K, batch).seconds, wide_seconds(early, number_K, batch, ring)
@@ -131,7 +132,7 @@ def least_step(bound: Callable[[float], float], least: float) -> float:
 
 
 def certificate_in_haste(costs: Costs) -> Certificate:
-    """A bound that holds and takes no time: what comes after the last pipeline."""
+    """Returns a bound that holds and takes no time: what comes after the last pipeline."""
     counts = Counter(device.type for device in usable_devices(costs))
     return Certificate(_after(costs, counts), LAST)
 
@@ -163,7 +164,7 @@ def least_ring_seconds(costs: Costs) -> Callable[[int], float]:
 
 
 def _after(costs: Costs, counts: Counter[str]) -> float:
-    """Least seconds of the optimizer, and the overhead of a step."""
+    """Returns the least seconds of the optimizer, and the overhead of a step."""
     share = num_parameters(costs.model) / sum(counts.values())
     step = min(
         optimizer_seconds(
@@ -179,7 +180,7 @@ def _after(costs: Costs, counts: Counter[str]) -> float:
 
 
 def sentence(prediction: Prediction) -> str:
-    """`at most 3.1 % above the best possible (1.2 s: all work ...)`; empty without a bound."""
+    """Formats the bound: `at most 3.1 % above the best possible (1.2 s: ...)`, or nothing."""
     bound = prediction.lower_bound_seconds
     if not bound:
         return ""

@@ -27,7 +27,7 @@ DEPTHS = 3
 """Numbers of stages, the most promising ones, that a row of devices is cut into."""
 
 NOTHING = 100
-"""Steps of a draw that leads to nothing."""
+"""Steps that a draw is counted as if it leads to nothing."""
 
 SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 
@@ -137,8 +137,8 @@ def _slope(costs: Costs, groups: tuple[TensorGroup, ...]) -> float:
 
 
 def _borders(costs: Costs, groups: Sequence[TensorGroup], rows: int) -> Array:
-    """Returns the seconds [N + 1, L + 1] of a micro-batch from one tensor group to the next, by the
-    tensor group and the layer that it is cut before."""
+    """Returns the seconds [N + 1, L + 1] in which a micro-batch passes from each tensor group to
+    the next, if the model is cut there before each layer."""
     seconds = np.zeros((len(groups) + 1, len(costs.table.cut)))
     for j in range(1, len(groups)):
         here, there = StageDevices((groups[j - 1],), (rows,)), StageDevices((groups[j],), (rows,))
@@ -235,7 +235,7 @@ def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
 
 
 def _scheduled(found: Sequence[tuple[CandidatePipeline, ...]]) -> list[Strategy]:
-    """Yields the candidate with either schedule, where it makes a difference."""
+    """Returns each candidate with either schedule, where it makes a difference."""
     return [
         (schedule, pipelines)
         for pipelines in found

@@ -163,8 +163,7 @@ def layer_times(costs: Costs, kind: str, tensor: int, rows: int) -> LayerSeconds
 
 
 def speeds(costs: Costs, kinds: Iterable[str]) -> dict[str, float]:
-    """Returns the rows per second at which a device of each type alone would work through the whole
-    model."""
+    """Returns the rows per second of the whole model at which a device of each type works alone."""
     found = {}
     for kind in kinds:
         seconds = layer_times(costs, kind, 1, 1)
@@ -201,8 +200,8 @@ def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
 
 
 def split_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
-    """Cumulative seconds [L + 1] of the two parts of a backward on a tensor group: the gradients of
-    the inputs, with the group's all-reduces, and those of the weights."""
+    """Returns the cumulative seconds [L + 1] of the two parts of a backward on a tensor group: the
+    gradients of the inputs, with the group's all-reduces, and those of the weights."""
     key = ("split", group_kind(costs, group), rows)
     return remembered(costs, key, lambda: _split_prefix(costs, group, rows))
 
@@ -245,8 +244,7 @@ def distinct_groups(costs: Costs, groups: tuple[TensorGroup, ...]) -> tuple[Tens
 def distinct_replicas(
     costs: Costs, groups: tuple[TensorGroup, ...], rows: tuple[int, ...]
 ) -> tuple[tuple[TensorGroup, int], ...]:
-    """Returns one tensor group of every kind with every number of rows that such a tensor group
-    has."""
+    """Returns one tensor group of each kind for every number of rows that such groups have."""
     kinds = distinct_groups(costs, groups)
     if len(kinds) == 1:
         return tuple((kinds[0], number) for number in sorted(set(rows)))
@@ -304,8 +302,8 @@ def micro_batches_held(
     *,
     recompute: bool = False,
 ) -> int:
-    """Micro-batches in flight that a tensor group with these layers has memory for: at least one,
-    and UNLIMITED where they take none."""
+    """Returns the micro-batches in flight that a tensor group with these layers has memory for: at
+    least one, and UNLIMITED where they take none."""
     always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
     room, size = group_capacity(costs, group) - always[layers], each[layers]
     return max(1, int(room / size)) if size else UNLIMITED
@@ -369,8 +367,8 @@ def scaled(traffic: Traffic, size: float) -> Traffic:
 
 
 def seconds_per_byte(costs: Costs, probes: Iterable[Traffic]) -> tuple[float, float]:
-    """Returns the latency, and seconds for each byte, of communications that carry equal payloads
-    at once."""
+    """Returns the latency of communications that begin at once and carry equally many bytes, and
+    the seconds for each of these bytes."""
     traffic = concurrent(probes)
     return traffic.latency, (
         uncontended_seconds(costs.links, traffic) - traffic.latency

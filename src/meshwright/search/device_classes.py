@@ -198,8 +198,8 @@ def nodes_for(groups: int, depth: int, width: int, block: int) -> int:
 def written(
     every: Sequence[DeviceClass], template: PipelineTemplate, taken: dict[int, int]
 ) -> Stages:
-    """Returns the groups of every stage. `taken` counts the nodes of each device class that are in
-    use, and grows. Runs that differ in depth alone share nodes."""
+    """Returns the tensor groups of every stage. `taken` counts the nodes of each device class in
+    use, and grows. Runs that are equal but for their depth share nodes."""
     waiting: dict[StageRun, list[tuple[TensorGroup, ...]]] = {}
     found: list[tuple[TensorGroup, ...]] = []
     for run in template.runs:

@@ -20,7 +20,7 @@ DevicePattern = tuple[tuple[tuple[NodeType, ...], ...], ...]
 
 
 def node_types(costs: Costs) -> dict[NodeType, tuple[str, ...]]:
-    """Names of the usable devices of every class, in cluster order."""
+    """Returns the names of the usable devices of every class, in cluster order."""
     index = {node.name: i for i, node in enumerate(costs.cluster.nodes)}
     found: dict[NodeType, tuple[str, ...]] = {}
     for device in usable_devices(costs):

@@ -227,8 +227,7 @@ def _given(costs: Costs, candidate: Candidate, bounds: Bounds) -> Estimate | Mis
 
 
 def given_seconds(costs: Costs, candidate: Candidate) -> float:
-    """Returns the seconds of one step of a candidate whose cuts are given, whether it fits or
-    not."""
+    """Returns the step seconds of a candidate whose cuts are given, whether it fits or not."""
     assert candidate.fixed is not None
     return step_seconds(costs, candidate, candidate.fixed, chain(costs, candidate))
 

@@ -31,8 +31,7 @@ LIMIT = 12_000
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Describes a pipeline of which everything is decided, and the least seconds that it can
-    take."""
+    """Describes a fully decided pipeline, and the least seconds that it can take."""
 
     pipeline: CandidatePipeline
     seconds: float
@@ -54,6 +53,8 @@ SecondsOf = Callable[[Costs, CandidatePipeline, ScheduleName], float]
 
 @dataclass(slots=True)
 class _SearchTables:
+    """Holds the inputs of one exhaustive search, and what it has found so far."""
+
     costs: Costs
     limit: float
     """Seconds that a strategy must stay below."""
@@ -116,7 +117,7 @@ def prospects(
 
 
 def in_best_order(costs: Costs, pipeline: CandidatePipeline, _schedule: ScheduleName) -> float:
-    """Seconds of a pipeline in the best order of work, in closed form."""
+    """Returns the seconds of a pipeline in the best order of work, in closed form."""
     return pipeline_seconds(pipeline_prices(costs, pipeline), pipeline.micro_batches, "best")
 
 
@@ -174,8 +175,7 @@ def _options(
 
 
 def _filled(costs: Costs, pattern: DevicePattern) -> Iterator[CandidatePipeline]:
-    """Fills a device pattern with every number of micro-batches, rows and cuts, on its own
-    devices."""
+    """Fills a device pattern with every number of micro-batches, rows and cuts."""
     (placed,) = concrete(costs, (pattern,))
     batch, layers = costs.job.global_batch, len(costs.model.layers)
     for share in range(1, batch + 1):

@@ -29,7 +29,7 @@ MANY_DEVICES = 64
 """Above this number devices are counted by class, and no grid is looked at device by device."""
 
 MANY_CELLS = 1_500_000
-"""Devices x layers x layers above which it is the same: layer cuts are tables of them."""
+"""Devices x layers x layers above which the same holds: layer cuts are found in tables so large."""
 
 LAST_RESORT = 200_000
 """Devices x candidates of the regular grids that are looked at when nothing else has fitted."""
@@ -66,8 +66,7 @@ def is_large(costs: Costs) -> bool:
 
 
 def whole(costs: Costs) -> DeviceSet:
-    """Returns every device that offers the job's precision. Raises ClusterError when there is
-    none."""
+    """Returns every device that offers the job's precision. Raises ClusterError if none does."""
     devices = usable_devices(costs)
     if not devices:
         offers = sorted({p for kind in costs.cluster.types.values() for p in kind.peak})
@@ -167,7 +166,7 @@ def explore(
     """Returns the best candidates in closed form.
 
     The most promising by their lower bound come first, so that the rest need not be looked at once
-    no bound is below the last finalist. Once it is `over`, the search ends as soon as something
+    no bound is below the last finalist. Once `out_of_time`, the search ends as soon as something
     fits, and after AT_LEAST candidates in any case.
     """
     queue = [(_optimistic(costs, c), i, c) for i, c in enumerate(candidates)]

@@ -43,7 +43,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """Plans that an option does not propose."""
+    """Says why an option does not propose some plans."""
 
     reason: PruneReason
     count: int = 1

@@ -72,8 +72,8 @@ def _fitting(costs: Costs) -> Iterator[Strategy]:
 def _widest(
     costs: Costs, device_class: DeviceClass, number: int, tensor: int, depth: int
 ) -> StageRun | None:
-    """Returns as many replicas of a number of stages as divide the batch and have nodes; None if
-    not one has. A replica's neighbour is on the next node, or beside it where it fills the node."""
+    """Returns the run of `depth` stages with the most replicas that divide the batch and find
+    nodes, packed onto them as densely as their number allows; None if there is none."""
     groups = device_class.each // tensor
     for width in reversed(divisors(costs.job.global_batch)):
         blocks = [b for b in divisors(groups) if width % b == 0]

@@ -38,7 +38,7 @@ FITTING_STAGE = 30
 
 @dataclass(slots=True)
 class LocalSearch:
-    """What has been estimated, and how many steps may still be spent."""
+    """Keeps what has been estimated, and how many steps may still be spent."""
 
     incumbent: Incumbent
     schedules: Sequence[ScheduleName]
@@ -53,8 +53,8 @@ class LocalSearch:
 
 
 def rate(search: LocalSearch, strategy: Strategy, limit: float = float("inf")) -> float:
-    """Seconds in closed form, infinite where it does not fit; where they are not below the limit,
-    perhaps only a bound."""
+    """Returns the seconds in closed form, infinite where it does not fit; where they are not below
+    the limit, perhaps only a bound."""
     raise_if_stopped()
     seconds, final = search.known.get(strategy, (0.0, False))
     if not final and seconds < limit:
@@ -114,7 +114,7 @@ def _better(
 
 
 def around(search: LocalSearch, strategy: Strategy, limit: float) -> list[Strategy]:
-    """All that one change makes of a strategy and that is not slower than the limit; best first."""
+    """Returns what one change makes of a strategy and is not slower than the limit; best first."""
     found: list[tuple[float, int, Strategy]] = []
     for move in MOVES:
         found += (

@@ -105,8 +105,8 @@ def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
 
 
 def _shortest(loads: Loads, cuts: Array, bottleneck: float) -> tuple[tuple[int, ...], float, float]:
-    """Cuts with the least sum of loads and boundary seconds among those where no stage takes
-    longer than `bottleneck`; that sum; and the slowest stage's seconds."""
+    """Returns the cuts with the least sum of loads and boundary seconds among those where no stage
+    takes longer than `bottleneck`; that sum; and the slowest stage's seconds."""
     size = len(loads[0])
     allowed = {id(own): np.where(own <= bottleneck, own, np.inf) for own in distinct(loads)}
     cost = np.full(size, np.inf)

@@ -38,7 +38,8 @@ MOST_WORK = 12_000
 simulated instead: plans whose replicas are unlike have many ranks that differ."""
 
 HOPEFUL = 1.8
-"""Times the seconds of the best strategy, in closed form, beyond which one is not climbed from."""
+"""Climbs start from strategies that take at most this many times the seconds of the best one, in
+closed form."""
 
 ROUND_SHARE, LAST = 0.4, 50
 """Share of the remaining steps that a race of climbs gets; races end at 1/50 of all steps."""
@@ -73,7 +74,7 @@ differently."""
 
 
 def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Look for better plans than the incumbent; return True if all of the space was covered."""
+    """Looks for better plans than the incumbent; returns True if all of the space was covered."""
     if space_size(incumbent.costs) <= LIMIT:
         return _exhaust(incumbent, schedules, tell)
     if is_large(incumbent.costs):
@@ -94,7 +95,7 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
 
 
 def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
-    """Play the best strategies made of templates on whole device classes."""
+    """Plays the best strategies made of templates on whole device classes."""
     tell("composing", 0, TEMPLATE_STRATEGIES)
     search = LocalSearch(incumbent, schedules)
     found = islice(_templates(search), TEMPLATE_STRATEGIES)
@@ -127,14 +128,14 @@ def _quick_to_simulate(incumbent: Incumbent, ordered: Sequence[Strategy]) -> lis
 
 
 def _promise(search: LocalSearch) -> None:
-    """Tell the incumbent which strategies are fast in the best order of work."""
+    """Tells the incumbent which strategies are fast in the best order of work."""
     if search.incumbent.any_order:
         final = {s: seconds for s, (seconds, sure) in search.known.items() if sure}
         search.incumbent.promising |= {s: final[s] for s in _ordered(final)[:PROMISING]}
 
 
 def _order_of(incumbent: Incumbent, schedules: Sequence[ScheduleName]) -> Order:
-    """The order of work in which strategies are compared."""
+    """Returns the order of work in which strategies are compared."""
     if incumbent.any_order:
         return "best"
     return "1f1b" if "1f1b" in schedules else "gpipe"
@@ -151,15 +152,15 @@ def _templates(search: LocalSearch) -> Iterator[Strategy]:
 
 
 def _next(search: LocalSearch, drawn: Chains) -> list[Strategy]:
-    """More strategies of the schedules asked for from rows of devices, against the allowance."""
+    """Returns more strategies from rows of devices; what they cost in steps is counted."""
     spent, strategies = next(drawn)
     search.left -= spent
     return [strategy for strategy in strategies if strategy[0] in search.schedules]
 
 
 def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> list[Strategy]:
-    """The best strategies of different builds, in closed form: those played already, those made of
-    templates, and those cut from rows of devices."""
+    """Returns the best strategies of different builds, in closed form: those played already, those
+    made of templates, and those cut from rows of devices."""
     tell("composing", 0, 2)
     incumbent = search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
@@ -178,7 +179,7 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
 
 
 def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
-    """The first of every build, then the second of each."""
+    """Returns the first of every build, then the second of each."""
     turns: dict[object, list[Strategy]] = {}
     for strategy in ordered:
         own = turns.setdefault(_build(strategy), [])
@@ -188,7 +189,7 @@ def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:
 
 
 def _build(strategy: Strategy) -> object:
-    """Numbers of stages, and the tensor widths in the order in which they stand."""
+    """Returns the numbers of stages, and the tensor widths in the order in which they stand."""
     return tuple(
         (len(each.stages), tuple(dict.fromkeys(len(stage.groups[0]) for stage in each.stages)))
         for each in strategy[1]
@@ -202,7 +203,7 @@ def _strategy_of(plan: Plan) -> Strategy:
 def _local_optima(
     search: LocalSearch, starts: Sequence[Strategy], drawn: Chains, steps: int, tell: Progress
 ) -> list[Strategy]:
-    """Return local optima, best first.
+    """Returns local optima, best first.
 
     Hill climbs start from the given strategies, then from the neighbours of the best local optimum
     or, once those have been tried, from rows of devices drawn at random, as long as steps are left.
@@ -231,8 +232,8 @@ def _local_optima(
 def _successive_halving(
     search: LocalSearch, starts: Sequence[Strategy], reached: dict[Strategy, float]
 ) -> int:
-    """Climb from all starts a few steps, then from the better half of the strategies reached, and
-    so on; return the number of steps taken of those allowed."""
+    """Climbs from all starts a few steps, then from the better half of the strategies reached, and
+    so on; returns the number of steps taken of those allowed."""
     allowed = left = max(search.left, 0)
     racing = list(dict.fromkeys(starts))
     rounds = 1
@@ -258,7 +259,7 @@ def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:
 
 
 def _polish(search: LocalSearch) -> None:
-    """Play what lies next to the best plan for as long as that helps and the work lasts."""
+    """Plays what lies next to the best plan for as long as that helps and the work lasts."""
     incumbent = search.incumbent
     better = incumbent.best is not None
     while better and incumbent.best and not incumbent.out_of_budget and not search.out_of_budget:
@@ -268,7 +269,7 @@ def _polish(search: LocalSearch) -> None:
 
 
 def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Play every strategy of the space that is not bounded away, most promising first."""
+    """Plays every strategy of the space that is not bounded away, most promising first."""
     incumbent.work = 1 << 62  # the size of the space is the limit here
     found = prospects(
         incumbent.costs, schedules, incumbent.limit, incumbent.pruned, lambda: incumbent.out_of_time
@@ -290,7 +291,7 @@ def _exhaust(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Prog
 
 
 def _promise_all(incumbent: Incumbent) -> None:
-    """Tell the incumbent which strategies of a small space may win in the best order of work."""
+    """Tells the incumbent which strategies of a small space may win in the best order of work."""
     if incumbent.any_order:
         costs, limit = incumbent.costs, incumbent.limit
         found = prospects(costs, ("1f1b",), limit, Counter(), seconds_of=in_best_order) or []

@@ -53,7 +53,7 @@ def layers(_costs: Costs, strategy: Strategy, _limit: float) -> Iterator[Strateg
 def _cut(
     strategy: Strategy, i: int, pipeline: CandidatePipeline, cuts: range, by: int
 ) -> Iterator[Strategy]:
-    """Returns the stages with these cuts moved by some layers."""
+    """Yields the strategy with these cuts of one pipeline moved by some layers."""
     bounds = tuple(cut + by if s in cuts else cut for s, cut in enumerate(pipeline.bounds))
     if all(a < b for a, b in pairwise(bounds)):
         yield _with(strategy, i, replace(pipeline, bounds=bounds))

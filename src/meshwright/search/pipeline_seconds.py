@@ -27,7 +27,7 @@ Span = tuple[float, float]
 
 @dataclass(slots=True)
 class PipelinePrices:
-    """A pipeline in seconds of one micro-batch, by stage and by cut."""
+    """Holds the seconds of one micro-batch in a pipeline, by stage and by cut."""
 
     forward: Sequence[float]
     backward: Sequence[float]
@@ -44,7 +44,7 @@ class PipelinePrices:
 
 
 def pipeline_seconds(prices: PipelinePrices, micro_batches: int, order: Order) -> float:
-    """Seconds from the first forward to the end of the last backward."""
+    """Returns the seconds from the first forward to the end of the last backward."""
     return _fastest(prices, micro_batches, order)[0]
 
 
@@ -61,8 +61,8 @@ def last_backwards(prices: PipelinePrices, micro_batches: int, order: Order) -> 
 def _fastest(
     prices: PipelinePrices, micro_batches: int, order: Order
 ) -> tuple[float, Sequence[float]]:
-    """The best of three ways to do the backwards: whole; the last one in two parts; all of them in
-    two parts. Also the seconds of the part of a backward that the stage before waits for."""
+    """Returns the least seconds of three ways to do the backwards: whole; the last one in two
+    parts; all of them in two parts; and those of the part that the stage before waits for."""
     depth = len(prices.forward)
     none = [0.0] * depth
     if order != "best":
@@ -81,8 +81,8 @@ def _fastest(
 
 
 def _in_phases(p: PipelinePrices, count: int) -> float:
-    """Seconds of GPipe, where the slowest forward sets the pace until the last stage has done them
-    all, and then the slowest backward does:
+    """Returns the seconds of GPipe, where the slowest forward sets the pace until the last stage
+    has done them all, and then the slowest backward does:
 
     all stages and cuts, both ways + (M - 1) x (slowest forward or cut + slowest backward or cut)
     """
@@ -98,8 +98,8 @@ def _seconds(
     later: Sequence[float],
     parted: int,
 ) -> float:
-    """Seconds from the first forward to the last backward, the last `parted` backwards in two
-    parts. For each stage,
+    """Returns the seconds from the first forward to the last backward, the last `parted` backwards
+    in two parts.
 
         first forward arrives + its work + its waits + last gradient gets back
 

@@ -76,7 +76,7 @@ def _data_adjacent(groups: Sequence[DeviceGroup], grid: Grid) -> list[list[Devic
 def _stages_adjacent(
     groups: Sequence[DeviceGroup], grid: Grid, pace: dict[DeviceGroup, float]
 ) -> list[list[DeviceGroup]]:
-    """Runs of equally fast tensor groups become runs of stages where their number allows it, so
+    """Places runs of equally fast tensor groups as runs of stages where their number allows it, so
     that no stage mixes speeds; inside a run, one replica's stages are neighbours."""
     runs: list[list[DeviceGroup]] = []
     for group in groups:

@@ -10,8 +10,8 @@ from meshwright.search.template_estimate import EstimateContext, TemplateEstimat
 
 
 def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds after the last pipeline: norm over all devices, slowest optimizer, overhead; and the
-    uplinks, where pipelines at several sites hold the same layers."""
+    """Returns the seconds after the last pipeline: norm over all devices, slowest optimizer,
+    overhead; and the uplinks, where pipelines at several sites hold the same layers."""
     used = {s.device_class for each in estimates for s in each.template.runs}
     count = sum(each.template.devices for each in estimates)
     sites = {context.classes[number].site for number in used}
@@ -25,7 +25,7 @@ def after(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> fl
 
 
 def between_sites(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds in which the gradients of pipelines at several sites pass the uplinks."""
+    """Returns the seconds in which the gradients of pipelines at several sites pass the uplinks."""
     homes = [
         {context.classes[s.device_class].site for s in each.template.runs} for each in estimates
     ]
@@ -53,8 +53,7 @@ def pace(context: EstimateContext, each: TemplateEstimate) -> tuple[float, float
 
 
 def least_seconds(context: EstimateContext, estimates: Sequence[TemplateEstimate]) -> float:
-    """Seconds of a step if all pipelines end at the same time and hide their reductions, but for
-    those between sites."""
+    """Returns the seconds of a step if all pipelines end together and hide their reductions."""
     paces = [pace(context, each) for each in estimates]
     speed = sum(each for _, each in paces)
     filled = sum(fill * each for fill, each in paces)
@@ -65,7 +64,7 @@ def least_seconds(context: EstimateContext, estimates: Sequence[TemplateEstimate
 def whole_seconds(
     context: EstimateContext, estimates: Sequence[TemplateEstimate], counts: Sequence[float]
 ) -> float:
-    """Seconds of a step of these pipelines with these numbers of micro-batches."""
+    """Returns the seconds of a step of these pipelines with these numbers of micro-batches."""
     delay = context.costs.system.reduction_delay
     crowded = len(estimates) > 1
     rendezvous = between_sites(context, estimates)

@@ -71,8 +71,8 @@ MOST_BY_HAND = 20_000
 search. AMP's own algorithm does where devices are counted by class."""
 
 HOPELESS, MOST_HOPELESS = 1.25, 8_000
-"""Times the best plan's seconds beyond which, in closed form, a plan is only simulated if that is
-less work than this."""
+"""A plan that takes more than HOPELESS times the best plan's seconds, in closed form, is only
+simulated if that is less work than MOST_HOPELESS."""
 
 INTERRUPTED = "all that was left when the search was interrupted"
 """The reason why a search that the user has stopped did not look further."""
@@ -144,7 +144,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
 
 @dataclass(slots=True)
 class _Seen:
-    """Keeps what a search has looked at without simulating it."""
+    """Keeps what a search has found out without simulating it."""
 
     explored: Explored = Explored(finalists=(), misfits=(), tried=0)
     by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
@@ -159,8 +159,7 @@ class _Seen:
 def _search(
     incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
-    """Searches all but the options of `search.options`; `incumbent` and `seen` keep what is
-    found."""
+    """Searches all but the options; `incumbent` and `seen` keep what is found."""
     if is_large(incumbent.costs):
         tell("looking for a first plan", 0, 1)
         incumbent.spare = plain_plan(incumbent)

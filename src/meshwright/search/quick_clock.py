@@ -172,7 +172,7 @@ def _transfers(
 
 
 def _rooms(plan: Plan, costs: Costs, prices: Prices) -> dict[int, float]:
-    """Bytes left for activations on the fullest rank of each stage."""
+    """Returns the bytes left for activations on the fullest rank of each stage."""
     rooms: dict[int, float] = {}
     for stage in stage_placements(plan):
         for placement in stage.mesh.members:

@@ -50,7 +50,7 @@ Holder = tuple[StageDevices, tuple[int, int], Span]
 def _sums(
     costs: Costs, pipelines: Sequence[CandidatePipeline], spans: Sequence[list[Span]]
 ) -> Iterator[Sum]:
-    """Every sum of gradients: those of layers with the same holders, and of tied parameters."""
+    """Yields every sum of gradients: of layers with the same holders, and of tied parameters."""
     stages: list[Holder] = [
         (stage, layers, span)
         for pipeline, own in zip(pipelines, spans, strict=True)

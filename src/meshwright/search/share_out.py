@@ -9,7 +9,7 @@ NEAR = 12
 """Micro-batches more or fewer than a pipeline's ideal number that are tried with two pipelines."""
 
 TRIED = 160
-"""Combinations that are tried of more pipelines, about."""
+"""About how many combinations are tried with more pipelines."""
 
 
 def counts_near(

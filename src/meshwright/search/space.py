@@ -79,7 +79,7 @@ def tensor_groups(costs: Costs, names: Sequence[str], width: int) -> list[Tensor
 def device_sets(
     devices: Sequence[Device], speed: dict[str, float], *, most_counts: int = 8
 ) -> tuple[DeviceSet, ...]:
-    """Yields sets of devices: all; all but whole types, slowest first; all but the slowest nodes.
+    """Returns sets of devices: all; all but whole types, slowest first; all but the slowest nodes.
 
     `speed` orders the types (rows per second of the whole model, or any other rate). Of the numbers
     of nodes that may be left out, at most `most_counts` are tried, evenly spread.
@@ -106,8 +106,7 @@ def device_sets(
 
 
 def fewer_devices(devices: Sequence[Device], speed: dict[str, float]) -> Iterator[DeviceSet]:
-    """Yields the fastest n - 1 devices, n - 2 and so on: for jobs too small to occupy whole
-    nodes."""
+    """Yields the fastest n - 1 devices, n - 2 and so on: for jobs too small for whole nodes."""
     order = sorted(range(len(devices)), key=lambda i: (-speed[devices[i].type], i))
     for number in range(len(devices) - 1, 0, -1):
         kept = sorted(order[:number])
@@ -133,7 +132,7 @@ def _node_list(nodes: Sequence[str]) -> str:
 def grids(
     devices: Sequence[Device], model: LayerGraph, job: Job, pruned: Counter[str]
 ) -> tuple[Grid, ...]:
-    """Returns every grid that uses all the devices; what is impossible is counted in `dropped`."""
+    """Returns every grid that uses all the devices; what is impossible is counted in `pruned`."""
     per_node = Counter(d.node for d in devices)
     units = {layer.along("tensor").units for layer in model.layers}
     found = []

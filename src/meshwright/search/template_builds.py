@@ -62,7 +62,7 @@ SLACK = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Pipelines to look for."""
+    """Says which pipelines to look for."""
 
     context: EstimateContext
     block: tuple[int, ...]
@@ -130,8 +130,8 @@ def _joined(found: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
 
 
 def _widths(task: Task) -> Iterator[tuple[int, ...]]:
-    """Replicas of a stage on every device class of a pipeline: divisors of the batch, alike up to
-    RATIOS."""
+    """Yields the replicas of a stage on every device class of a pipeline: divisors of the batch,
+    alike up to RATIOS."""
     most = [
         group_count(task.context, i, tensor)
         for i, tensor in zip(task.block, task.tensors, strict=True)
@@ -149,15 +149,15 @@ def _widths(task: Task) -> Iterator[tuple[int, ...]]:
 
 
 def _row_sizes(task: Task, widths: tuple[int, ...]) -> list[int]:
-    """Rows of a micro-batch on a replica of the widest stage: divisors of the batch's part."""
+    """Returns the rows of a micro-batch on a replica of the widest stage: divisors of its share."""
     batch, widest = task.context.costs.job.global_batch, max(widths)
     sizes = [r for r in divisors(batch // widest) if r * widest <= task.share]
     return [*sizes[:ROW_SIZES], *sizes[ROW_SIZES:][-1:]]
 
 
 def _builds(task: Task) -> Builds:
-    """Widths, blocks and rows with which the micro-batches, without any loss on all devices that
-    the widths can use, take less than the best strategy known."""
+    """Returns widths, blocks and rows that may beat the best strategy known: if no device that the
+    widths can use were ever idle, their micro-batches would take less time."""
     context, layers = task.context, len(task.context.costs.model.layers)
     chosen = [(w, rows * max(w)) for w in _widths(task) for rows in _row_sizes(task, w)]
     width_NF = np.array([widths for widths, _ in chosen], dtype=np.int64)
@@ -183,8 +183,8 @@ def _builds(task: Task) -> Builds:
 def _fastest(
     task: Task, prices: BuildPrices, build_P: Ints, depths_FP: Ints
 ) -> tuple[Array, Ints, Ints]:
-    """The KEPT fastest depths of every build: their seconds, the number of the build, and the
-    depths."""
+    """Returns the KEPT fastest depths of every build: their seconds, the number of the build, and
+    the depths."""
     seconds_P = balanced(task.context, prices, task.share, build_P, depths_FP)
     p_K = np.flatnonzero(seconds_P < SLACK * task.limit)
     seconds_K, build_K = seconds_P[p_K], build_P[p_K]
@@ -195,7 +195,7 @@ def _fastest(
 
 
 def _block_choices(task: Task, widths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Replicas packed onto nodes, or spread over as many as can be; on one class all between."""
+    """Yields how many replicas of a stage share a node: most, least; on one class all between."""
     options = [
         blocks_for(task.context.classes[i].each // tensor, width)
         for i, tensor, width in zip(task.block, task.tensors, widths, strict=True)
@@ -207,8 +207,7 @@ def _block_choices(task: Task, widths: tuple[int, ...]) -> Iterator[tuple[int, .
 
 
 def _depth_grids(task: Task, builds: Builds) -> list[tuple[Ints, Ints]]:
-    """Depths [F, D] that the classes have nodes for and the model layers, each after the builds [B]
-    that may have them."""
+    """Returns the depths [F, D] of every build that the classes and the model allow."""
     layers = len(task.context.costs.model.layers)
     layers = min(layers, MOST_DEPTHS, max(1, MOST_CELLS // layers**2))
     every = range(1, layers + 1) if len(builds.order) == 1 else [d for d in DEPTHS if d <= layers]
@@ -231,8 +230,8 @@ def _depth_grids(task: Task, builds: Builds) -> list[tuple[Ints, Ints]]:
 
 
 def _grid(options: list[Sequence[int]], layers: int) -> Ints:
-    """All depths [F, D] together no more than the layers; of very many, every other one, and of
-    very many classes equally many on each."""
+    """Returns all depths [F, D] together no more than the layers; of very many, every other one,
+    and of very many classes equally many on each."""
     while prod(map(len, options)) > DEPTH_GRID and max(map(len, options)) > 2:
         options = [option[::-2][::-1] if len(option) > 2 else option for option in options]
     together: Iterable[tuple[int, ...]] = product(*options)

@@ -41,7 +41,7 @@ HALVINGS = 14
 
 @dataclass(frozen=True, slots=True)
 class TemplateEstimate:
-    """A template with cuts, and its seconds by part."""
+    """Holds a template with its cuts, and its seconds by part."""
 
     template: PipelineTemplate
     bounds: tuple[int, ...]
@@ -53,7 +53,7 @@ class TemplateEstimate:
     optimizer: float
 
     def exposed(self, delay: float, *, crowded: bool) -> float:
-        """Seconds of the reductions that no backward hides."""
+        """Returns the seconds of the reductions that no backward hides."""
         before, worst, prices = 0.0, 0.0, self.prices
         for s, seconds in enumerate(self.crowded if crowded else self.reduction):
             worst = max(worst, seconds - prices.backward[s] * (1 - delay) - before)
@@ -62,7 +62,7 @@ class TemplateEstimate:
 
 
 class GroupFacts(NamedTuple):
-    """The whole model on one tensor group, at some rows of a micro-batch."""
+    """Holds what the whole model takes on one tensor group, at some rows of a micro-batch."""
 
     whole: float
     """Seconds of all layers."""
@@ -80,7 +80,7 @@ class GroupFacts(NamedTuple):
 
 @dataclass(slots=True)
 class EstimateContext:
-    """What estimates share."""
+    """Holds what the estimates of many templates share."""
 
     costs: Costs
     order: Order
@@ -107,7 +107,7 @@ class EstimateContext:
 
 
 def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order) -> EstimateContext:
-    """A fresh one."""
+    """Makes a context in which nothing has been computed yet."""
     inner = costs.table.cut[1:-1]
     names = [layer.signature for layer in costs.model.layers]
     common, number = Counter(names).most_common(1)[0]
@@ -123,7 +123,7 @@ def estimate_context(costs: Costs, every: tuple[DeviceClass, ...], order: Order)
 
 
 def group_facts(context: EstimateContext, device_class: int, tensor: int, rows: int) -> GroupFacts:
-    """What balanced stages ask of a tensor group."""
+    """Returns what balanced stages ask of a tensor group."""
     key = (device_class, tensor, rows)
     found = context.groups.get(key)
     if found is None:
@@ -144,7 +144,7 @@ def group_facts(context: EstimateContext, device_class: int, tensor: int, rows: 
 def prefixes(
     context: EstimateContext, device_class: int, tensor: int, rows: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Cumulative seconds [L + 1] of forward, backward and both on a group of a device class."""
+    """Returns the cumulative seconds [L + 1] of forward, backward and both on a tensor group."""
     key = (device_class, tensor, rows)
     found = context.totals.get(key)
     if found is None:
@@ -158,7 +158,7 @@ def prefixes(
 def _reach(
     context: EstimateContext, device_class: int, tensor: int, rows: int, held: int
 ) -> list[int]:
-    """Returns for each first layer: one past the last that a tensor group has memory for."""
+    """Returns, for each first layer, the end of the longest range that a tensor group can hold."""
     key = (device_class, tensor, rows, held)
     found = context.reaches.get(key)
     if found is None:
@@ -175,7 +175,7 @@ def _reach(
 def cuts(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> tuple[int, ...] | None:
-    """The cuts whose slowest stage is quickest, among those that fit; None if none does."""
+    """Returns the cuts whose slowest stage is quickest, among those that fit; None if none does."""
     depth = template.depth
     key = (
         micro_batches if context.order == "gpipe" else min(micro_batches, depth),
@@ -217,7 +217,7 @@ def _cuts(
     sums = [prefixes(context, run.device_class, run.tensor, rows)[2] for run, rows in stages]
 
     def filled(limit: float) -> tuple[list[int], float] | None:
-        """Every stage takes as many layers as it can within a time; and the longest taken."""
+        """Returns cuts where every stage takes what it can within `limit`, and the longest time."""
         bounds, at, longest = [0], 0, 0.0
         for s, both in enumerate(sums):
             to = bisect_right(both, both[at] + limit) - 1
@@ -247,7 +247,7 @@ def _cuts(
 def estimate_template(
     context: EstimateContext, template: PipelineTemplate, micro_batches: int
 ) -> TemplateEstimate | None:
-    """The template with its best cuts and the seconds of its parts; None if it does not fit."""
+    """Returns the template with its best cuts and the seconds of its parts; None if none fit."""
     bounds = cuts(context, template, micro_batches)
     if bounds is None or not _tied_agree(context, template, bounds):
         return None
@@ -314,8 +314,8 @@ def hop_latency(costs: Costs, link: Link) -> float:
 def reduction_seconds(
     context: EstimateContext, run: StageRun, held: float, *, crowded: bool
 ) -> float:
-    """A ring over the replicas of a stage whose ranks hold `held` parameters each; all stages of a
-    node share its network interface. `crowded`: holders elsewhere as well."""
+    """Returns the seconds of a ring over a stage's replicas, whose ranks hold `held` parameters;
+    the stages of a node share its network. `crowded`: other stages hold them too."""
     device_class, width, tensor = context.classes[run.device_class], run.width, run.tensor
     if width == 1 and not crowded:
         return 0.0
@@ -340,7 +340,7 @@ def transfer_seconds(
     here: StageRun,
     there: StageRun,
 ) -> float:
-    """A usual activation from a stage to the next one, all replicas at once."""
+    """Returns the seconds of a usual activation to the next stage, all replicas at once."""
     source, target = (context.classes[here.device_class], context.classes[there.device_class])
     rows = template.rows
     fixed = context.costs.system.boundary

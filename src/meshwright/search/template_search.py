@@ -63,7 +63,7 @@ OutOfTime = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A strategy: templates with their numbers of micro-batches, and its seconds in closed form."""
+    """Holds a strategy, templates with numbers of micro-batches, and its seconds in closed form."""
 
     seconds: float
     context: EstimateContext
@@ -74,7 +74,7 @@ class Choice:
 def template_strategies(
     costs: Costs, order: Order, pruned: Counter[str], out_of_time: OutOfTime
 ) -> Iterator[tuple[ScheduleName, tuple[CandidatePipeline, ...]]]:
-    """Strategies over whole device classes, best first, written down one at a time."""
+    """Yields strategies over whole device classes, best first, written down one at a time."""
     contexts = [estimate_context(costs, device_classes(costs), order)]
     if costs.recomputed is not None:
         again = recomputing(costs, costs.recomputed)
@@ -94,7 +94,7 @@ def template_strategies(
 
 
 def _diverse(every: Sequence[Choice]) -> Iterator[Choice]:
-    """Returns at most ALIKE of one build."""
+    """Yields choices, at most ALIKE of one build."""
     builds: Counter[object] = Counter()
     for choice in every:
         build = tuple(estimate.template.runs for estimate in choice.estimates)
@@ -117,7 +117,7 @@ def _pipelines(choice: Choice, schedule: ScheduleName) -> tuple[CandidatePipelin
 
 
 def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> Iterator[Choice]:
-    """Strategies of one tensor width, then pipelines with a width for every device class."""
+    """Yields strategies of one tensor width, then pipelines with a width for every device class."""
     widths = _tensor_widths(context)
     batch = context.costs.job.global_batch
     for tensor in widths:
@@ -146,7 +146,7 @@ def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> I
 
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
-    """Divisors of a device class's devices per node that divide every layer."""
+    """Returns the divisors of a device class's devices per node that divide every layer."""
     units = {layer.along("tensor").units for layer in context.costs.model.layers}
     widths = {w for device_class in context.classes for w in divisors(device_class.each)}
     return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
@@ -155,9 +155,8 @@ def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
 def _unlike(
     context: EstimateContext, block: tuple[int, ...], widths: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
-    """Tensor widths of the classes of a block that are not all the same: all there are for two
-    classes; for more, one width for the fastest of them and another for the rest. Classes that are
-    alike have one width."""
+    """Yields tensor widths of the classes of a block that are not all the same: all there are for
+    two classes; for more, one width for the fastest of them and another for the rest."""
     each = [context.classes[i].each for i in block]
     traits = [_traits(context, i) for i in block]
     splits = [fast for fast in range(1, len(block)) if traits[fast - 1] != traits[fast]]
@@ -176,7 +175,7 @@ block are those of all that are alike."""
 def _grouped(
     context: EstimateContext, tensor: int, grouping: Grouping, best: float, known: Offers
 ) -> Iterator[Choice]:
-    """Strategies with a pipeline on each block of device classes."""
+    """Yields strategies with a pipeline on each block of device classes."""
     batch = context.costs.job.global_batch
     speed = _speed(grouping)
     alone = len(grouping) == 1
@@ -215,7 +214,7 @@ def _traits(context: EstimateContext, number: int) -> tuple[object, ...]:
 def _on_others(
     before: tuple[int, ...], offers: list[TemplateEstimate], after: tuple[int, ...]
 ) -> list[TemplateEstimate]:
-    """The same pipelines on other device classes, which are alike."""
+    """Returns the same pipelines on other device classes, which are alike."""
     if before == after:
         return offers
     number = dict(zip(before, after, strict=True))
@@ -262,8 +261,8 @@ def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
 
 
 def _class_speed(context: EstimateContext, device_class: int, tensor: int) -> float:
-    """Rows per second of all devices of a class that are never idle, at the best of a few sizes of
-    micro-batches."""
+    """Returns the rows per second of all devices of a class that are never idle, at the best of a
+    few sizes of micro-batches."""
     sizes = divisors(context.costs.job.global_batch)[:PACED]
     pace = min(group_facts(context, device_class, tensor, rows).whole / rows for rows in sizes)
     return group_count(context, device_class, tensor) / pace
@@ -274,12 +273,12 @@ def _speed(grouping: Grouping) -> float:
 
 
 def _simplest_first(grouping: Grouping) -> tuple[int, float]:
-    """Few pipelines, then much speed: what is found early bounds what comes later."""
+    """Ranks few pipelines first, then much speed: what is found early bounds what comes later."""
     return len(grouping), -_speed(grouping)
 
 
 def _offers(task: Task) -> list[TemplateEstimate]:
-    """The best pipelines of a block of classes for about a share of the batch, best first."""
+    """Returns the best pipelines of a block of classes for about a share of the batch, in order."""
     orders = _orders(task)
     found: list[_Found] = []
     best, last = task.limit, 0
@@ -330,8 +329,8 @@ def _in_order(
 
 
 def _orders(task: Task) -> list[tuple[int, ...]]:
-    """Orders of the classes of a block that stay at a site until they leave it for good; first as
-    they are and the other way round."""
+    """Returns orders of the classes of a block that stay at a site until they leave it for good;
+    first as they are and the other way round."""
     number = len(task.block)
     sites = [task.context.classes[i].site for i in task.block]
     if number <= TURNED:
@@ -355,8 +354,8 @@ def _shared_out(
     batch: int,
     best: float = float("inf"),
 ) -> Choice | None:
-    """Numbers of micro-batches near the pipelines' speeds that add up to the batch and end
-    soonest; None if there are none, or they take longer than the best strategy known."""
+    """Returns numbers of micro-batches near the pipelines' speeds that add up to the batch and end
+    soonest."""
     paces = [pace(context, each) for each in chosen]
     rows = [each.template.rows for each in chosen]
 

@@ -32,8 +32,8 @@ from meshwright.stopping import raise_if_stopped
 from meshwright.techniques.activation_checkpointing.price import repeated_seconds
 
 OVERFULL = 1e3
-"""Steps of the whole model on the busiest group that it costs to overfill one by all of its
-memory."""
+"""Penalty for needing twice a group's memory, in passes of the whole model through the busiest
+group."""
 
 EVENNESS = 1e-3
 """Weight of the groups' quadratic mean beside the busiest one."""
@@ -72,11 +72,12 @@ def cut_virtual_stages(
     schedule: ScheduleName,
     recompute: frozenset[int],
 ) -> tuple[Bounds, float]:
-    """Returns K + 1 layer indices for the stages of a layout on the stages of a pipeline, and the
-    seconds of its micro-batches by `_seconds`; the groups in `again` recompute.
+    """Returns the cuts [K + 1] of a pipeline's layers into the K stages of a layout, and the
+    seconds of its micro-batches by `_seconds`; the groups in `recompute` recompute.
 
     From cuts in proportion to the groups' speeds, the layers between any two cuts are moved by one,
-    or by a few where one does not help."""
+    or by a few where one does not help.
+    """
     tables = _tables(costs, pipeline, layout, schedule, recompute)
     bounds = _proportional(tables)
     best = float(_seconds(tables, bounds[None])[0])
@@ -129,8 +130,8 @@ def _tables(
 
 
 def _moments(order: Order, stages: int) -> NDArray[np.intp]:
-    """Returns [H, K]: the micro-batches of each stage in flight at the moments when a backward is
-    due. A moment is left out if every stage holds at least as many at another one."""
+    """Returns [H, K]: how many micro-batches of each stage are in flight when a backward is due. A
+    moment is left out if every stage holds at least as many at another one."""
     now = [0] * stages
     found: dict[tuple[int, ...], None] = {}
     for op, stage, first, last in order:
@@ -160,7 +161,7 @@ def _loads(costs: Costs, stage: StageDevices, *, recompute: bool) -> Array:
 
 
 def _shares(costs: Costs, stage: StageDevices, *, recompute: bool) -> tuple[Array, Array]:
-    """Shares [L + 1, L + 1] of the fullest replica's memory: always, and each micro-batch."""
+    """Returns the shares [L + 1, L + 1] of the fullest replica's memory: fixed, per micro-batch."""
     always: list[Array] = []
     each: list[Array] = []
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):

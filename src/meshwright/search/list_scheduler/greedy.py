@@ -48,6 +48,8 @@ def listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Code
 
 
 class _Listing:
+    """Plays a pipeline in which every group chooses its next action by a rule."""
+
     def __init__(self, work: Work, rule: Rule, limit: float = inf) -> None:
         self.work, self.rule = work, rule
         self.limit = limit * (1 + ROUNDING)
@@ -98,7 +100,7 @@ class _Listing:
                 self.choose(g, at)
 
     def choose(self, g: int, at: float) -> None:
-        """Does the next action of a group that is free, or notes the moment to look again."""
+        """Lets a free group take its most urgent action, or look again when one can begin."""
         best, urgency, coming, arrived = -1, inf, inf, 0.0
         behind, late = 0, -1
         for s in self.layout[g]:
@@ -131,8 +133,8 @@ class _Listing:
         return behind > self.rule.lag[s] or (at < coming and done <= coming)
 
     def backward(self, s: int) -> int:
-        """Runs a backward in two parts, if that is the rule and there is room; whole on the first
-        stage once its group has no forward left, as no other stage waits for it."""
+        """Returns a backward's first part, if the rule splits it and there is room; a whole one on
+        the first stage once its group has no forward left, as no other stage waits for it."""
         g = self.group[s]
         alone = s == 0 and len(self.forwards[max(self.layout[g])]) == self.count
         if alone or len(self.backwards[s]) < self.count - self.rule.split:

@@ -18,8 +18,8 @@ WARMTH = 0.02
 first. The probability falls to zero at the end."""
 
 LEVEL = 0.2
-"""Weight of the mean of the groups' ends beside the last one: what is level in that may still lead
-on."""
+"""Weight of the mean of the groups' ends beside the last end: an order that ends earlier on most
+groups may lead to a faster one."""
 
 Score = tuple[float, float]
 """End of the last action, and the mean of the groups' ends."""

@@ -58,7 +58,7 @@ MOST_ACTIONS = 30_000
 
 @dataclass(frozen=True, slots=True)
 class OrderedPlan:
-    """Describes a plan in an order of work, by the quick clock."""
+    """Holds a plan in an order of work, timed by the quick clock."""
 
     seconds: float
     exposed: float
@@ -128,8 +128,8 @@ OPTION = PlanOption("schedules", propose)
 
 
 def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
-    """The plans that are fastest in the best order of work, in less than `limit` seconds, if there
-    is an order to choose; few of those that are much alike."""
+    """Returns the plans that are fastest in the best order of work, in less than `limit` seconds,
+    if there is an order to choose; few of those that are much alike."""
     costs = incumbent.costs
     rated: dict[Strategy, float] = dict(incumbent.promising)
     plans: dict[Strategy, Plan] = {}
@@ -167,7 +167,7 @@ def _has_order(strategy: Strategy) -> bool:
 
 
 def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
-    """The plan of a strategy; its boundaries are of the kind that the best plan has."""
+    """Returns the plan of a strategy; its boundaries are of the kind that the best plan has."""
     plan = plan_of(incumbent.costs, strategy[1], "1f1b", incumbent.cluster_print)
     best = incumbent.best.plan.pipelines if incumbent.best else ()
     kinds = Counter(s.boundary for p in best for s in p.stages if s.boundary)
@@ -183,7 +183,7 @@ def _grain(strategy: Strategy) -> object:
 
 
 def _build(strategy: Strategy) -> object:
-    """What tells a strategy from those that differ in cuts or in the order of their stages."""
+    """Returns a key that strategies share if only their cuts or order of stages differ."""
     return tuple(
         (
             each.micro_batches,
@@ -195,8 +195,8 @@ def _build(strategy: Strategy) -> object:
 
 
 def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[OrderedPlan]:
-    """The plan in the schedules with a rule that its pipelines can have and whose activations fit,
-    fastest first. Interleaving one stage of each device is eager 1F1B."""
+    """Returns the plan in the schedules with a rule that its pipelines can have and whose
+    activations fit, fastest first. Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
     found = []
     for name in NAMES:
@@ -220,7 +220,7 @@ def _listed(costs: Costs, ordered: OrderedPlan, looked_at: int) -> OrderedPlan |
 def in_listed_order(
     costs: Costs, plan: Plan, works: list[Work], looked_at: int
 ) -> OrderedPlan | None:
-    """The plan with an order made for the work of each of its pipelines; None if nothing fits."""
+    """Returns the plan with an order made for each of its pipelines; None if nothing fits."""
     orders = []
     for work in works:
         codes = best_order(work, looked_at)

@@ -183,6 +183,6 @@ def _divided(
 
 
 def _boundary(pipeline: Pipeline, source: int, target: int) -> BoundaryKind | None:
-    """Returns the kind of the cut between the same groups, if there was one."""
+    """Returns the kind of boundary between these two groups; None if they are not neighbours."""
     neighbours = abs(source - target) == 1
     return pipeline.stages[max(source, target)].boundary if neighbours else None
