@@ -82,8 +82,8 @@ def in_fastest_orders(
     incumbent: Incumbent, plans: Sequence[tuple[Plan, int]], most: int
 ) -> Proposals:
     """Times plans in the schedules with a rule, and the best of them in an order made for each;
-    proposes the `most` fastest of all, and looks longer for an order of the best one. With each
-    plan come the forwards of the ranks that are simulated."""
+    proposes the `most` fastest of all, and looks longer for an order of the best one, except on
+    large clusters. With each plan come the forwards of the ranks that are simulated."""
     costs = incumbent.costs
     named = [
         (ordered, work)
@@ -112,7 +112,7 @@ def in_fastest_orders(
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
-    if best is not None:
+    if best is not None and not is_large(costs):
         listed = _listed(costs, best, LISTED)
         if listed is not None and listed.seconds < best.seconds * (1 - SAME):
             yield Proposal(listed.plan, describe_plan(listed.plan))
