@@ -279,6 +279,7 @@ def test_more_nodes_never_give_a_slower_plan():
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_large_cluster_is_used_better_than_by_hand_and_every_time_the_same():
     where = machines(8, 8)
     plan = find_plan(GRAPH, where, job(512))
