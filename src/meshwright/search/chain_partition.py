@@ -6,7 +6,7 @@ row, tensor groups [i, j) and layers [a, b) of one stage."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, islice, permutations
+from itertools import combinations, islice, permutations, zip_longest
 from random import Random
 
 import numpy as np
@@ -174,17 +174,21 @@ def chains(costs: Costs, chance: Random) -> Chains:
 
 
 def _sorted_rows(costs: Costs) -> Iterator[tuple[TensorGroup, ...]]:
-    """Yields the devices of every set of types, in every order of the types; the most devices
-    first."""
-    for tensor in legal_widths(costs):
-        by_type: dict[str, list[TensorGroup]] = {}
-        for own in _by_node(costs, tensor):
-            by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
-        kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
-        for number in range(len(kinds), 0, -1):
-            for chosen in combinations(kinds, number):
-                for order in permutations(chosen):
-                    yield tuple(group for kind in order for group in by_type[kind])
+    """Yields the devices of every set of types, in every order of the types: the most devices
+    first, and of every tensor width in turn."""
+    turns = zip_longest(*(_rows_of_width(costs, tensor) for tensor in legal_widths(costs)))
+    return (groups for turn in turns for groups in turn if groups is not None)
+
+
+def _rows_of_width(costs: Costs, tensor: int) -> Iterator[tuple[TensorGroup, ...]]:
+    by_type: dict[str, list[TensorGroup]] = {}
+    for own in _by_node(costs, tensor):
+        by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
+    kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
+    for number in range(len(kinds), 0, -1):
+        for chosen in combinations(kinds, number):
+            for order in permutations(chosen):
+                yield tuple(group for kind in order for group in by_type[kind])
 
 
 def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:

@@ -7,7 +7,7 @@ simulator judges the local optima and the neighbours of the best of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
@@ -28,6 +28,10 @@ STEPS = (640_000, 20_000, 3_000_000)
 TEMPLATE_STRATEGIES, TEMPLATES_PLAYED = 16, 2
 """Strategies over whole classes of nodes that are written down, and that are simulated where there
 are too many devices to climb from them."""
+
+ALIKE, WRITTEN = 4, 64
+"""Strategies over whole classes that are alike in their micro-batches and tensor widths, and those
+that are written down to find others."""
 
 CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
 """Shares of the steps: strategies cut from devices in a row, the climbs from all of them, and what
@@ -164,7 +168,7 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
     tell("composing", 0, 2)
     incumbent = search.incumbent
     known = [_strategy_of(each.plan) for each in incumbent.others]
-    known += islice(_templates(search), TEMPLATE_STRATEGIES)
+    known += islice(_varied(_templates(search)), TEMPLATE_STRATEGIES)
     found = {strategy: rate(search, strategy) for strategy in known}
     best = min(found.values(), default=float("inf"))
     tell("composing", 1, 2)
@@ -176,6 +180,20 @@ def _starts(search: LocalSearch, drawn: Chains, steps: int, tell: Progress) -> l
     tell("composing", 2, 2)
     hopeful = [s for s in sorted(found, key=found.__getitem__) if found[s] <= HOPEFUL * best]
     return _by_turns(hopeful)
+
+
+def _varied(strategies: Iterable[Strategy]) -> Iterator[Strategy]:
+    """Yields few strategies with micro-batches of the same size and the same tensor widths: those
+    differ in little that a climb does not change by itself."""
+    found: Counter[object] = Counter()
+    for strategy in islice(strategies, WRITTEN):
+        alike = tuple(
+            (each.rows, frozenset(len(stage.groups[0]) for stage in each.stages))
+            for each in strategy[1]
+        )
+        found[alike] += 1
+        if found[alike] <= ALIKE:
+            yield strategy
 
 
 def _by_turns(ordered: Sequence[Strategy]) -> list[Strategy]:

@@ -163,7 +163,7 @@ def _unlike(
     for one, other in permutations(widths, 2):
         for fast in splits:
             chosen = (one,) * fast + (other,) * (len(block) - fast)
-            if all(devices % tensor == 0 for devices, tensor in zip(each, chosen, strict=True)):
+            if all(devices >= tensor for devices, tensor in zip(each, chosen, strict=True)):
                 yield chosen
 
 
@@ -252,7 +252,7 @@ def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
     able = [
         RatedClass(i, each.site, _class_speed(context, i, tensor))
         for i, each in enumerate(context.classes)
-        if each.each % tensor == 0
+        if each.each >= tensor
     ]
     sites: Counter[str] = Counter()
     for rated in able:
