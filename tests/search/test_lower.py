@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright.cluster.spec import Link
-from meshwright.search.bounds import exposed_seconds, pipeline_bound
+from meshwright.search.bounds import pipeline_bound
 from meshwright.search.candidate import CandidatePipeline, StageDevices
 from meshwright.search.costs import costs_of
 from worlds import FAST, cluster, job, model
@@ -55,5 +55,7 @@ def test_who_holds_a_shared_table_whole_passes_all_of_it() -> None:
     where = cluster(("fast",), ("fast", "fast"), network=Link(bandwidth=1e9, latency=0.0))
     stages = (StageDevices((("a:0",),), (1,)), StageDevices((("b:0", "b:1"),), (1,)))
     costs = costs_of(graph, where, job(1))
-    exposed = exposed_seconds(costs, CandidatePipeline(stages, (0, 1, 2), 1))
+    alone = costs_of(replace(graph, tied=()), where, job(1))
+    line = CandidatePipeline(stages, (0, 1, 2), 1)
+    exposed = pipeline_bound(costs, line, "1f1b") - pipeline_bound(alone, line, "1f1b")
     assert exposed == pytest.approx(2e-3, rel=0.05)

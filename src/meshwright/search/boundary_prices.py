@@ -72,10 +72,7 @@ def crowded_seconds(messages: Sequence[Crossing]) -> list[float]:
         for resource, seconds in each.occupied:
             others = max(shares[resource] - seconds / each.period, 0.0)
             alone = max(alone, seconds)
-            stretched = max(
-                stretched,
-                seconds * (1.0 + others / most),
-            )
+            stretched = max(stretched, seconds * (1.0 + others / most))
         return each.latency + min(stretched, max(alone, each.period - each.latency))
 
     return [crowded(each) for each in messages]

@@ -190,16 +190,6 @@ def _trips(facts: _PipelineTables) -> Grid:
     return trips
 
 
-def exposed_seconds(costs: Costs, pipeline: CandidatePipeline) -> float:
-    """Returns the least seconds from the end of the first stage's last backward to that of its
-    reductions; stages may hold several stages."""
-    (stage, *_), last = pipeline.stages, pipeline.bounds[1]
-    some = zip(stage.groups[:MOST_GROUPS], stage.rows[:MOST_GROUPS], strict=True)
-    backward = [group_prefix(costs, group, rows)[1][last] for group, rows in some]
-    others: Grid = [[] for _ in pipeline.stages[1:]]
-    return max(_exposed_reductions(costs, pipeline, [backward, *others])[0])
-
-
 def _exposed_reductions(costs: Costs, pipeline: CandidatePipeline, backward: Grid) -> Grid:
     """Returns the seconds of the reductions between the tensor groups of each stage, and of tied
     parameters between stages.

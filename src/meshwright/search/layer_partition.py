@@ -1,4 +1,4 @@
-"""Divides layers among given stages, exactly, and rows among the replicas of a stage.
+"""Divides layers among given stages, exactly or nearly so, and rows among the replicas of a stage.
 
 Letters: S stages, L layers, M micro-batches, a stage's first layer, b one past its last. `loads`
 hold, for each stage an array [L + 1, L + 1], the seconds that it needs per micro-batch for layers
@@ -46,6 +46,7 @@ ROOMY = 1.1
 """Times the least bottleneck within which cuts are looked at."""
 
 _MOST = 1e300
+"""Seconds that every range takes that is not forbidden, at most."""
 
 ROUNDING = 1e-13
 """Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
@@ -227,9 +228,9 @@ def fit_pipeline(
     schedule: ScheduleName,
     limit: float = float("inf"),
 ) -> Fitted | None:
-    """Returns the cuts that make the pipeline fastest among those that fit; None if none does, if
-    there are fewer rows than replicas or fewer layers than stages, or if not even layers that could
-    be cut anywhere would take less than `limit` seconds."""
+    """Returns the cuts that make the pipeline about fastest among those that fit (see `recut`);
+    None if none does, if there are fewer rows than replicas or fewer layers than stages, or if not
+    even layers that could be cut anywhere would take less than `limit` seconds."""
     layers = len(costs.model.layers)
     if len(stages) > layers or rows < max(len(groups) for groups in stages):
         return None

@@ -8,7 +8,7 @@ messages really meet is for the simulator to say.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from meshwright.cost.collective import Traffic, concurrent
@@ -34,20 +34,27 @@ THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
-def clocked_seconds(
-    costs: Costs, plan: Plan, works: Sequence[Work], orders: Iterable[Sequence[Codes]]
-) -> tuple[float, float]:
-    """Returns the seconds of the plan's step with an order for each of its pipelines, and the part
-    of them in which gradients are still summed though all backwards are done."""
+Clock = Callable[[Sequence[Sequence[Codes]]], tuple[float, float]]
+"""Returns the seconds of a plan's step with an order for each of its pipelines, and the part of
+them in which gradients are still summed though all backwards are done."""
+
+
+def quick_clock(costs: Costs, plan: Plan, works: Sequence[Work]) -> Clock:
+    """Returns a clock for the orders of one plan."""
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
-    spans = []
-    for work, codes in zip(works, orders, strict=True):
-        ends = play(work, codes)
-        assert ends is not None, "the order comes to its end"
-        spans.append(last_backwards(work, codes, ends))
-    end = max(last for span in spans for _, last in span)
-    summed = reduced(costs, pipelines, spans)
-    return summed + after_pipelines(costs, pipelines), summed - end
+    after = after_pipelines(costs, pipelines)
+
+    def clock(orders: Sequence[Sequence[Codes]]) -> tuple[float, float]:
+        spans = []
+        for work, codes in zip(works, orders, strict=True):
+            ends = play(work, codes)
+            assert ends is not None, "the order comes to its end"
+            spans.append(last_backwards(work, codes, ends))
+        end = max(last for span in spans for _, last in span)
+        summed = reduced(costs, pipelines, spans)
+        return summed + after, summed - end
+
+    return clock
 
 
 def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
@@ -62,8 +69,8 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     works = []
     for pipeline, own in zip(plan.pipelines, numbers, strict=True):
 
-        def column(*key: object, numbers: list[int] = own) -> tuple[float, ...]:
-            return tuple(by_stage.get((n, *key), 0.0) for n in numbers)
+        def column(key: str, stages: list[int] = own) -> tuple[float, ...]:
+            return tuple(by_stage.get((n, key), 0.0) for n in stages)
 
         works.append(
             Work(
@@ -122,11 +129,11 @@ def _there_and_back(pipeline: Pipeline) -> tuple[str, ...]:
     return as_actions(pipeline, found)
 
 
-def _by_stage(program: Program, prices: Prices) -> dict[tuple[object, ...], float]:
+def _by_stage(program: Program, prices: Prices) -> dict[tuple[int, str], float]:
     """Returns the most of any rank, by stage and kind of work."""
-    found: dict[tuple[object, ...], float] = {}
+    found: dict[tuple[int, str], float] = {}
 
-    def most(key: tuple[object, ...], value: float) -> None:
+    def most(key: tuple[int, str], value: float) -> None:
         found[key] = max(found.get(key, 0.0), value)
 
     for instructions, own in zip(program.ranks, prices.ranks, strict=True):
@@ -148,7 +155,7 @@ def _transfers(
     program: Program,
     prices: Prices,
     numbers: Sequence[Sequence[int]],
-    by_stage: dict[tuple[object, ...], float],
+    by_stage: dict[tuple[int, str], float],
 ) -> dict[tuple[int, Op], float]:
     """Returns the seconds of what each stage sends, onward and back, with all its replicas."""
     sent: defaultdict[tuple[int, Op], list[Traffic]] = defaultdict(list)

@@ -247,8 +247,9 @@ def _alone(context: EstimateContext, offers: Sequence[TemplateEstimate]) -> Iter
 
 
 def _rated(context: EstimateContext, tensor: int) -> list[RatedClass]:
-    """Returns the device classes whose nodes a tensor width divides: site by site, the fastest site
-    and at each the fastest class first, so that pipelines cross from site to site once."""
+    """Returns the device classes whose nodes have a tensor group of this width: site by site, the
+    fastest site and at each the fastest class first, so that pipelines cross from site to site
+    once."""
     able = [
         RatedClass(i, each.site, _class_speed(context, i, tensor))
         for i, each in enumerate(context.classes)

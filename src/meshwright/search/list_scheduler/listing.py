@@ -99,7 +99,8 @@ def best_order(work: Work, looked_at: int = LOOKED_AT) -> list[Codes] | None:
     names, rules = list(NAMES), list(_rules(work))
     if length * (len(names) + len(rules)) > looked_at:
         names, rules = _fastest(work, looked_at)
-    best = min(_named(work, names), key=itemgetter(0), default=None)
+    named = ((seconds(work, codes), codes) for _, codes in _named(work, names))
+    best = min(named, key=itemgetter(0), default=None)
     for rule in rules:
         found = _listed(work, rule, best[0] if best else inf)
         if found is not None and (best is None or found[0] < best[0]):
@@ -117,11 +118,7 @@ def _fastest(work: Work, looked_at: int) -> tuple[list[ScheduleName], list[Rule]
     short = replace(work, micro_batches=few)
     number = max(looked_at // (3 * few * len(work.forward)) - len(NAMES), FEWEST_RULES)
     rules = [*zip(_rules(work), _rules(short), strict=True)][:number]
-    named = [
-        (_extrapolated(work, short, codes), name)
-        for name in NAMES
-        for _, codes in _named(short, [name])
-    ]
+    named = [(_extrapolated(work, short, codes), name) for name, codes in _named(short, NAMES)]
     listed = [
         (_extrapolated(work, short, found[1]), k)
         for k, (_, rule) in enumerate(rules)
@@ -160,13 +157,14 @@ def _listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Cod
     return listed(work, rule, limit)
 
 
-def _named(work: Work, names: list[ScheduleName]) -> Iterator[tuple[float, list[Codes]]]:
+def _named(work: Work, names: Sequence[ScheduleName]) -> Iterator[tuple[ScheduleName, list[Codes]]]:
+    """Yields the schedules with a rule that fit, and their orders."""
     for name in names:
         raise_if_stopped()
         if not needed_layout(name, work.layout):
             codes = schedule_codes(name, work.layout, work.micro_batches)
             if fits(work, codes):
-                yield seconds(work, codes), codes
+                yield name, codes
 
 
 def _rules(work: Work) -> Iterator[Rule]:

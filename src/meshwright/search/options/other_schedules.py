@@ -1,7 +1,7 @@
 """The last choice: in which order the stages of the best plans work.
 
 The search ranks strategies in the best order of work that memory allows. Then the best of them are
-tried in every order that there is, and in one made for them by the list scheduler: program.work
+tried in every order that there is, and in one made for them by the list scheduler: the quick clock
 times all, and the simulator runs the few fastest that fit.
 """
 
@@ -24,7 +24,7 @@ from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
-from meshwright.search.quick_clock import as_actions, clocked_seconds, pipeline_works
+from meshwright.search.quick_clock import as_actions, pipeline_works, quick_clock
 
 FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
@@ -84,7 +84,7 @@ def in_fastest_orders(
     """Times plans in the schedules with a rule, and the best of them in an order made for each;
     proposes the `most` fastest of all, and looks longer for an order of the best one, except on
     large clusters. With each plan come the forwards of the ranks that are simulated."""
-    costs = incumbent.costs
+    costs, large = incumbent.costs, is_large(incumbent.costs)
     named = [
         (ordered, work)
         for plan, work in plans
@@ -100,7 +100,7 @@ def in_fastest_orders(
     best: OrderedPlan | None = None
     before: OrderedPlan | None = None
     for each, work in every:
-        alike = before and _as_fast(before, each) and not is_large(costs)
+        alike = before and _as_fast(before, each) and not large
         before = each
         if alike:
             continue
@@ -112,7 +112,7 @@ def in_fastest_orders(
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
-    if best is not None and not is_large(costs):
+    if best is not None and not large:
         listed = _listed(costs, best, LISTED)
         if listed is not None and listed.seconds < best.seconds * (1 - SAME):
             yield Proposal(listed.plan, describe_plan(listed.plan))
@@ -130,7 +130,8 @@ OPTION = PlanOption("schedules", propose)
 def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
     """Returns the plans that are fastest in the best order of work, in less than `limit` seconds,
     if there is an order to choose; few of those that are much alike."""
-    costs = incumbent.costs
+    costs, large = incumbent.costs, is_large(incumbent.costs)
+    most, alike = (FINALISTS_OF_MANY, ALIKE_OF_MANY) if large else (FINALISTS, ALIKE)
     rated: dict[Strategy, float] = dict(incumbent.promising)
     plans: dict[Strategy, Plan] = {}
     for each in sorted(incumbent.others, key=attrgetter("seconds")):
@@ -145,15 +146,13 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
     for strategy in sorted(rated, key=rated.__getitem__):
         if rated[strategy] >= limit:
             break
-        build = _grain(strategy) if is_large(costs) else _build(strategy)
+        build = _grain(strategy) if large else _build(strategy)
         # The same on other devices of the same kinds takes about the same time.
-        same = strategy if is_large(costs) else (build, f"{rated[strategy]:.9g}")
-        alike = ALIKE_OF_MANY if is_large(costs) else ALIKE
+        same = strategy if large else (build, f"{rated[strategy]:.9g}")
         if _has_order(strategy) and builds[build] < alike and same not in seen:
             builds[build] += 1
             seen.add(same)
             fastest.append(strategy)
-    most = FINALISTS_OF_MANY if is_large(costs) else FINALISTS
     chosen = [plans.get(each) or _plan(incumbent, each) for each in fastest[:most]]
     hopeful = (plan for each, plan in plans.items() if _has_order(each) and plan not in chosen)
     by_name = {plan.name: plan for plan in reversed(list(hopeful))}
@@ -198,6 +197,7 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
     """Returns the plan in the schedules with a rule that its pipelines can have and whose
     activations fit, fastest first. Interleaving one stage of each device is eager 1F1B."""
     divided = any(len(held) > 1 for work in works for held in work.layout)
+    clock = quick_clock(costs, plan, works)
     found = []
     for name in NAMES:
         if name.startswith("interleaved") and not divided:
@@ -207,7 +207,7 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
         orders = [schedule_codes(name, work.layout, work.micro_batches) for work in works]
         if not all(map(fits, works, orders)):
             continue
-        seconds, exposed = clocked_seconds(costs, plan, works, orders)
+        seconds, exposed = clock(orders)
         named = replace(plan, schedule=name, prediction=None)
         found.append(OrderedPlan(seconds, exposed, named, works))
     return sorted(found, key=attrgetter("seconds"))
@@ -232,5 +232,5 @@ def in_listed_order(
         for pipeline, codes in zip(plan.pipelines, orders, strict=True)
     )
     listed = replace(plan, schedule="list", pipelines=pipelines, prediction=None)
-    seconds, exposed = clocked_seconds(costs, plan, works, orders)
+    seconds, exposed = quick_clock(costs, plan, works)(orders)
     return OrderedPlan(seconds, exposed, listed, works)

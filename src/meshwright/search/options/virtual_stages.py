@@ -2,8 +2,8 @@
 
 A pipeline fills and drains in the time of its stages; cut in two, they take half of that, for twice
 as many transfers. The layers of every finalist are cut anew into several stages for each group of
-devices, dealt out in turn (interleaved) or down the line and back up (V); program.work times them,
-and the simulator runs the few that may win.
+devices, dealt out in turn (interleaved) or down the line and back up (V); the quick clock times
+them, and the simulator runs the few that may win.
 """
 
 from __future__ import annotations
