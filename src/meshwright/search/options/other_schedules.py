@@ -125,11 +125,18 @@ def in_fastest_orders(
             best = each
         if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
             met.append((simulated.seconds, each, work))
-    best = (yield from _with_margins(incumbent, met, PLAYED_WORK - spent)) or best
     if best is not None and not large:
-        listed = _listed(costs, best, LISTED, best.margin)
-        if listed and (best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME)):
-            yield Proposal(listed.plan, describe_plan(listed.plan))
+        yield from _looked_for_longer(costs, best)
+    best = yield from _with_margins(incumbent, met, PLAYED_WORK - spent)
+    if best is not None and not large:
+        yield from _looked_for_longer(costs, best)
+
+
+def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
+    """Proposes a better order for the best plan, if one is found in more time."""
+    listed = _listed(costs, best, LISTED, best.margin)
+    if listed and (best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME)):
+        yield Proposal(listed.plan, describe_plan(listed.plan))
 
 
 def _with_margins(
