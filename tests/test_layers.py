@@ -108,7 +108,7 @@ ROOM_LINES = {
     "rivals": 300,
     "runtime": 4_700,
     "search": 9_400,
-    "simulate": 1_900,
+    "simulate": 1_970,
     "testbed": 1_550,
     "workflows": 1_920,
 }

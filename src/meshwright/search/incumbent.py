@@ -235,6 +235,6 @@ def parts_in(incumbent: Incumbent, evaluated: Evaluated) -> dict[str, float]:
         step = step_of(incumbent, evaluated) or simulated(incumbent.costs, evaluated.plan)
         noise = 1e-12 * step.step_seconds
         incumbent.parts[id(evaluated)] = {
-            part: s if s > noise else 0.0 for part, s in parts_of(step.timeline()).items()
+            part: s if s > noise else 0.0 for part, s in parts_of(step).items()
         }
     return incumbent.parts[id(evaluated)]
