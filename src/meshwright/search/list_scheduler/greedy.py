@@ -8,8 +8,9 @@ from heapq import heappop, heappush
 from itertools import chain
 from math import inf
 
+from meshwright.program.codes import B, Codes, F, I, W
 from meshwright.program.compile import RECEIVES_AHEAD
-from meshwright.program.work import B, Codes, F, I, W, Work
+from meshwright.program.work import Work
 from meshwright.records import record
 
 ROUNDING = 1e-9
