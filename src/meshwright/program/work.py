@@ -117,8 +117,8 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
 
 
 Step = tuple[list[float] | None, list[float], float | None, list[float], float]
-"""When its source has made what each micro-batch waits for, None if there is no source; where its
-own ends are kept; seconds of the message, None if none is sent; when the link is free again; and
+"""It holds when its source has made what each micro-batch waits for (None if there is no source),
+its own ends, the seconds of the message (None if none is sent), when the link is free again, and
 its own seconds."""
 
 

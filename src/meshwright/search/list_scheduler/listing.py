@@ -98,7 +98,7 @@ def best_order(
     length = 3 * work.micro_batches * len(work.forward)
     names, rules = [] if known else list(NAMES), list(_rules(work))
     if length * (len(NAMES) + len(rules)) > looked_at:
-        names, rules = _fastest(work, names, looked_at)
+        names, rules = _promising(work, names, rules, looked_at)
     candidates = [known] if known else [codes for _, codes in _named(work, names)]
     timed = ((seconds(work, codes), codes) for codes in candidates)
     best = min(timed, key=itemgetter(0), default=None)
@@ -112,23 +112,25 @@ def best_order(
     return refined(work, best[1], tries)[1] if tries >= WORTH else best[1]
 
 
-def _fastest(
-    work: Work, names: Sequence[ScheduleName], looked_at: int
+def _promising(
+    work: Work, names: list[ScheduleName], rules: list[Rule], looked_at: int
 ) -> tuple[list[ScheduleName], list[Rule]]:
     """Returns the few of some schedules with a rule, and rules of list schedules, that are fastest
     for as many micro-batches as a pipeline needs to run evenly."""
     short = shortened(work)
     number = looked_at // (3 * short.micro_batches * len(work.forward)) - len(NAMES)
-    rules = [*zip(_rules(work), _rules(short), strict=True)][: max(number, FEWEST_RULES)]
+    rules = rules[: max(number, FEWEST_RULES)]
+    if short == work:
+        return names, rules
     named = [(extrapolated(work, short, codes), name) for name, codes in _named(short, names)]
     listed = [
         (extrapolated(work, short, found[1]), k)
-        for k, (_, rule) in enumerate(rules)
+        for k, rule in zip(range(len(rules)), _rules(short), strict=False)
         if (found := _listed(short, rule))
     ]
     return (
         [name for _, name in sorted(named, key=itemgetter(0))[:KEPT]],
-        [rules[k][0] for _, k in sorted(listed)[:KEPT]],
+        [rules[k] for _, k in sorted(listed)[:KEPT]],
     )
 
 
