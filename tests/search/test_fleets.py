@@ -110,7 +110,8 @@ def test_no_strategy_is_faster_than_the_certificate(world):
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 4]))
 def test_stage_runs_are_written_on_devices_of_their_own(units, depth, width, tensor):
     for block in blocks_for(units, width):
-        assert width % block == 0 and units % block <= units / 4
+        assert width % block == 0
+        assert units % block <= units / 4
         needed = nodes_for(units, depth, width, block)
         where = machines(needed, 0, units * tensor)
         costs = costs_of(model([1.0]), where, job())

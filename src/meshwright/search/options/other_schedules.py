@@ -8,7 +8,7 @@ times all, and the simulator runs the few fastest that fit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
@@ -24,7 +24,7 @@ from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
+from meshwright.search.incumbent import SAME, Evaluated, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.list_scheduler.steady_state import last_of_many, played_spans
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
@@ -50,7 +50,15 @@ GLANCED, LISTED = 12_000, 60_000
 """Actions that the list scheduler may look at for one pipeline of a finalist, and of the best."""
 
 ROUGH = 0.01
-"""Share by which the quick clock may be slower than the simulator."""
+"""Share by which the quick clock may be slower than the simulator, or faster where messages do not
+meet."""
+
+MARGINS = (1.15, 1.3)
+"""Times that messages are taken to last in orders for plans whose messages meet."""
+
+MET, NEAR = 5, 1.06
+"""Plans whose messages meet for which such orders are made: the fastest, in at most NEAR times the
+seconds of the best."""
 
 ALIKE, ALIKE_OF_MANY = 2, 4
 """Finalists that differ in their cuts or in the order of their stages alone; on large clusters,
@@ -71,6 +79,8 @@ class OrderedPlan:
     """The plan with the name of its schedule, but without the actions of a listed one."""
     works: list[Work]
     orders: list[list[Codes]]
+    margin: float = 1.0
+    """Times that messages were taken to last when the order was made."""
 
     @property
     def plan(self) -> Plan:
@@ -116,6 +126,7 @@ def in_fastest_orders(
     played, spent = 0, 0
     best: OrderedPlan | None = None
     before: OrderedPlan | None = None
+    met: list[tuple[float, OrderedPlan, int]] = []
     for each, work in every:
         alike = before and _as_fast(before, each) and not large
         before = each
@@ -130,10 +141,51 @@ def in_fastest_orders(
         simulated = yield Proposal(plan, describe_plan(plan))
         if simulated and simulated is incumbent.best:
             best = each
+        if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
+            met.append((simulated.seconds, each, work))
     if best is not None and not large:
-        listed = _listed(costs, best, LISTED)
-        if listed is not None and listed.seconds < best.seconds * (1 - SAME):
-            yield Proposal(listed.plan, describe_plan(listed.plan))
+        yield from _looked_for_longer(costs, best)
+    best = yield from _with_margins(incumbent, met, PLAYED_WORK - spent)
+    if best is not None and not large:
+        yield from _looked_for_longer(costs, best)
+
+
+def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
+    """Proposes a better order for the best plan, if one is found in more time."""
+    listed = _listed(costs, best, LISTED, best.margin)
+    if listed is None or listed.orders == best.orders:
+        return
+    if best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME):
+        plan = listed.plan
+        yield Proposal(plan, describe_plan(plan))
+
+
+def _with_margins(
+    incumbent: Incumbent, met: Iterable[tuple[float, OrderedPlan, int]], left: int
+) -> Generator[Proposal | Pruned, Evaluated | None, OrderedPlan | None]:
+    """Proposes plans whose messages meet, as the simulator has found, in orders that would leave
+    them more time; returns the best plan, if it is one of them. `left` is the work that may be
+    simulated."""
+    best: OrderedPlan | None = None
+    plans: dict[int, tuple[float, OrderedPlan, int]] = {}
+    for found in sorted(met, key=itemgetter(0)):
+        plans.setdefault(id(found[1].works), found)
+    for seconds, ordered, work in list(plans.values())[:MET]:
+        seen = [ordered.orders]
+        for margin in MARGINS:
+            if seconds > NEAR * incumbent.limit or left <= 0:
+                yield Pruned("slower by the quick clock")
+                continue
+            listed = _listed(incumbent.costs, ordered, GLANCED, margin)
+            if listed is None or listed.orders in seen:
+                continue
+            seen.append(listed.orders)
+            left -= work
+            plan = listed.plan
+            simulated = yield Proposal(plan, describe_plan(plan))
+            if simulated and simulated is incumbent.best:
+                best = listed
+    return best
 
 
 def _as_fast(one: OrderedPlan, other: OrderedPlan) -> bool:
@@ -235,15 +287,18 @@ def _codes(name: ScheduleName, work: Work) -> list[Codes]:
     return schedule_codes(name, work.layout, work.micro_batches)
 
 
-def _timed(clock: Clock, plan: Plan, works: list[Work], orders: list[list[Codes]]) -> OrderedPlan:
-    spans = [played_spans(work, codes) for work, codes in zip(works, orders, strict=True)]
-    return OrderedPlan(*clock(spans), plan, works, orders)
+def _listed(
+    costs: Costs, ordered: OrderedPlan, looked_at: int, margin: float = 1.0
+) -> OrderedPlan | None:
+    """Returns a plan with an order made for it that is no worse on its own, but for the margin."""
+    unwritten, works = ordered.unwritten, ordered.works
+    return in_listed_order(costs, unwritten, works, looked_at, margin, ordered.orders)
 
 
-def _listed(costs: Costs, ordered: OrderedPlan, looked_at: int) -> OrderedPlan | None:
-    """Returns a timed plan with an order made for it that is at least as good on its own, or None
-    if there is none."""
-    return in_listed_order(costs, ordered.unwritten, ordered.works, looked_at, ordered.orders)
+def with_margin(work: Work, margin: float) -> Work:
+    """Returns the work with messages that take `margin` times as long."""
+    onward, back = (tuple(margin * each for each in way) for way in (work.onward, work.back))
+    return replace(work, onward=onward, back=back)
 
 
 def in_listed_order(
@@ -251,15 +306,24 @@ def in_listed_order(
     plan: Plan,
     works: list[Work],
     looked_at: int,
+    margin: float = 1.0,
     known: Sequence[list[Codes] | None] = (),
 ) -> OrderedPlan | None:
-    """Returns the plan with an order made for each of its pipelines; None if nothing fits. `known`
-    are orders that fit, which those made are to beat."""
+    """Returns the plan with an order made for each of its pipelines; None if nothing fits. An order
+    that is made as if messages took `margin` times as long bears that they wait for each other.
+    `known` are orders that fit, which those made are to beat."""
     orders = []
     for work, other in zip_longest(works, known):
-        codes = best_order(work, looked_at, other)
+        codes = best_order(with_margin(work, margin), looked_at, other)
         if codes is None:
             return None
         orders.append(codes)
     listed = replace(plan, schedule="list", prediction=None)
-    return _timed(quick_clock(costs, plan), listed, works, orders)
+    return _timed(quick_clock(costs, plan), listed, works, orders, margin)
+
+
+def _timed(
+    clock: Clock, plan: Plan, works: list[Work], orders: list[list[Codes]], margin: float = 1.0
+) -> OrderedPlan:
+    spans = [played_spans(work, codes) for work, codes in zip(works, orders, strict=True)]
+    return OrderedPlan(*clock(spans), plan, works, orders, margin)
