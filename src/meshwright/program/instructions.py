@@ -87,7 +87,7 @@ def micro_batches_of(i: Instruction) -> range:
 
 def of_micro_batch(patterns: Iterable[Instruction], micro_batch: int) -> list[Instruction]:
     """Returns instructions that are alike but for their micro-batch for one of them."""
-    return [Instruction._make((i[0], i[1], micro_batch, *i[3:])) for i in patterns]
+    return [tuple.__new__(Instruction, (*i[:2], micro_batch, *i[3:])) for i in patterns]
 
 
 def collective_key(i: Instruction) -> tuple[object, ...]:

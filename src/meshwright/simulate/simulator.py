@@ -73,6 +73,9 @@ class _Simulation:
         }
         """The ranks that have anything to do."""
         self.channels: dict[tuple[int, int, Op], MessageChannel] = {}
+        """The channels, by source, target and the operation of its receives."""
+        self.channel_of: dict[tuple[int, int | None, Op], MessageChannel] = {}
+        """The same by rank, peer and operation of a send or receive."""
         self.chains: dict[Chain, BroadcastQueue] = {}
         self.collectives: dict[At, CollectiveProgress] = {}
         self.executed: list[Executed] = []
@@ -149,7 +152,9 @@ class _Simulation:
             self.hold(state, price.held_bytes)
         for reduction, offset in price.completes:
             self.at(self.now + offset, self.ready, (state.number, reduction))
-        self.at(self.now + price.seconds, self.computed, state, index, op, self.now)
+        self.sequence += 1  # as `at` does, but at once
+        done = (state, index, op, self.now)
+        heappush(self.events, (self.now + price.seconds, self.sequence, self.computed, done))
 
     def computed(self, state: RankProgress, index: int, op: Op, began: float) -> None:
         if op is not Op.FORWARD and (held := state.prices[index].held_bytes):
@@ -171,7 +176,10 @@ class _Simulation:
             chain.posted[stage_before(i), i.micro_batch, i.rows].append((state.number, index))
             self.pass_on(chain)
             return
-        channel = self.channel(state.number, i)
+        key = (state.number, i.peer, op)
+        channel = self.channel_of.get(key)
+        if channel is None:
+            channel = self.channel_of[key] = self.channel(state.number, i)
         (channel.receives if op.kind == "receive" else channel.sends).append(index)
         self.match(channel)
 
@@ -283,10 +291,7 @@ class _Simulation:
             self.at(arrival, then, *arguments)
         else:
             flow = Flow(streams, partial(then, *arguments), traffic.sender)
-            self.at(arrival, self.enter, flow)
-
-    def enter(self, flow: Flow) -> None:
-        add_flow(self.network, flow, self.now)
+            self.at(arrival, add_flow, self.network, flow, arrival)
 
     def leave(self, flow: Flow, version: int) -> None:
         """Ends a flow, unless its rate has changed since the forecast."""
