@@ -107,8 +107,8 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 9_450,
-    "simulate": 1_900,
+    "search": 9_700,
+    "simulate": 1_970,
     "testbed": 1_550,
     "workflows": 1_920,
 }
