@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from meshwright.cluster.spec import Link
 from meshwright.search.candidate import CandidatePipeline, StageDevices, plan_of
-from meshwright.search.candidate_estimate import candidate_seconds, pipeline_prices
+from meshwright.search.candidate_estimate import (
+    DELAYED,
+    UNDELAYED,
+    candidate_seconds,
+    pipeline_prices,
+)
 from meshwright.search.costs import costs_of
 from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.options.other_schedules import in_listed_order
@@ -101,7 +106,7 @@ def test_many_micro_batches_come_at_the_pace_of_the_slowest_stage(schedule):
 def test_the_best_order_is_near_one_that_is_made_for_the_pipeline(layers, count, bandwidth):
     """As the simulator plays it. The sums put all backwards of a pipeline in two parts, the last
     ones or none; a made order may choose stage by stage, and two parts cost up to 11 % more than
-    one here."""
+    one here. It may also keep the few messages of a short step from meeting on a busy link."""
     network = Link(bandwidth=bandwidth, latency=1e-5)
     where = cluster(("fast",), ("slow",), ("fast",), network=network)
     costs = costs_of(model(layers), where, job(2 * count))
@@ -109,7 +114,8 @@ def test_the_best_order_is_near_one_that_is_made_for_the_pipeline(layers, count,
     plan = plan_of(costs, (pipeline,), "1f1b")
     made = in_listed_order(costs, plan, pipeline_works(plan, costs), 10_000).plan
     played = simulate_plan(made, costs.model, costs.cluster).step_seconds
-    assert 0.8 <= candidate_seconds(costs, (pipeline,), "best") / played <= 1.11
+    most = 1.11 * (1 + DELAYED * (1 - UNDELAYED))
+    assert 0.8 <= candidate_seconds(costs, (pipeline,), "best") / played <= most
 
 
 @settings(max_examples=portion(40))

@@ -72,6 +72,11 @@ class CandidatePipeline:
         return self.rows * self.micro_batches
 
 
+def micro_batch_sizes(pipelines: Sequence[CandidatePipeline]) -> tuple[tuple[int, int], ...]:
+    """Returns the number of micro-batches and their rows, of every pipeline."""
+    return tuple((each.micro_batches, each.rows) for each in pipelines)
+
+
 def as_pipeline(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleName) -> Pipeline:
     """Returns the pipeline as plans write it: equal rows are not listed, and stages recompute that
     do not fit otherwise."""

@@ -28,6 +28,13 @@ from meshwright.search.costs import (
 from meshwright.search.pipeline_seconds import Order, PipelinePrices, last_backwards
 from meshwright.search.reduction_estimate import reduced
 
+NO_USE = (0, 0.0)
+"""Messages of a micro-batch on an idle link, and the seconds that they occupy it."""
+
+UNDELAYED, DELAYED = 0.4, 0.4
+"""Messages of several cuts meet on a link that is in use for more than UNDELAYED of the step, in
+any order: the step takes longer by DELAYED of the excess (`python benchmarks/closed_form.py`)."""
+
 
 def candidate_seconds(
     costs: Costs,
@@ -37,12 +44,28 @@ def candidate_seconds(
 ) -> float:
     """Returns the seconds of a step; once they must be `limit` or more, a lower bound that is."""
     after = after_pipelines(costs, pipelines)
+    every = all_pipeline_prices(costs, pipelines)
     spans = []
-    for pipeline, prices in zip(pipelines, all_pipeline_prices(costs, pipelines), strict=True):
+    for pipeline, prices in zip(pipelines, every, strict=True):
         spans.append(last_backwards(prices, pipeline.micro_batches, order))
         if spans[-1][0][1] + after >= limit:
             return spans[-1][0][1] + after
-    return reduced(costs, pipelines, spans) + after
+    seconds = reduced(costs, pipelines, spans) + after
+    if order != "best":
+        return seconds
+    return seconds + DELAYED * max(0.0, _crowded_link(pipelines, every) - UNDELAYED * seconds)
+
+
+def _crowded_link(pipelines: Sequence[CandidatePipeline], every: Sequence[PipelinePrices]) -> float:
+    """Returns the seconds of a step in which messages of several cuts or directions occupy the link
+    that they occupy longest."""
+    busy: dict[Resource, float] = {}
+    users: dict[Resource, int] = {}
+    for pipeline, prices in zip(pipelines, every, strict=True):
+        for resource, (number, seconds) in prices.busy.items():
+            busy[resource] = busy.get(resource, 0.0) + pipeline.micro_batches * seconds
+            users[resource] = users.get(resource, 0) + number
+    return max((busy[each] for each, number in users.items() if number > 1), default=0.0)
 
 
 def pipeline_prices(costs: Costs, pipeline: CandidatePipeline) -> PipelinePrices:
@@ -61,14 +84,16 @@ def all_pipeline_prices(
     ]
     seconds = iter(crowded_seconds([each for own in messages for pair in own for each in pair]))
     for prices, own in zip(every, messages, strict=True):
-        busy: dict[Resource, float] = {}
+        busy: dict[Resource, tuple[int, float]] = {}
         for pair in own:
             prices.ahead.append(next(seconds))
             prices.back.append(next(seconds))
             for message in pair:
                 for resource, each in message.occupied:
-                    busy[resource] = busy.get(resource, 0.0) + each
-        prices.busiest = max(busy.values(), default=0.0)
+                    number, before = busy.get(resource, NO_USE)
+                    busy[resource] = number + 1, before + each
+        prices.busy = busy
+        prices.busiest = max((each for _, each in busy.values()), default=0.0)
     return every
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from random import Random
 
 from meshwright.plan.spec import Plan, ScheduleName
-from meshwright.search.candidate import candidate_of, plan_of
+from meshwright.search.candidate import candidate_of, micro_batch_sizes, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
 from meshwright.search.exact import LIMIT, in_best_order, prospects, space_size
@@ -250,8 +250,9 @@ def _local_optima(
 def _successive_halving(
     search: LocalSearch, starts: Sequence[Strategy], reached: dict[Strategy, float]
 ) -> int:
-    """Climbs from all starts a few steps, then from the better half of the strategies reached, and
-    so on; returns the number of steps taken of those allowed."""
+    """Climbs from all starts a few steps, then from the better half of the strategies reached and
+    the best of every size of micro-batches, and so on; returns the number of steps taken of those
+    allowed."""
     allowed = left = max(search.left, 0)
     racing = list(dict.fromkeys(starts))
     rounds = 1
@@ -268,8 +269,25 @@ def _successive_halving(
             reached[optimum] = rate(search, optimum)
             if search.left <= 0:
                 further[optimum] = reached[optimum]
-        racing = _ordered(further)[: max(1, len(racing) // STAY)]
+        ordered = _ordered(further)
+        half = max(1, len(racing) // STAY)
+        racing = ordered[:half]
+        if rounds:
+            racing += _best_of_other_sizes(racing, ordered[half:])
     return allowed - left
+
+
+def _best_of_other_sizes(
+    racing: Sequence[Strategy], ordered: Sequence[Strategy]
+) -> Iterator[Strategy]:
+    """Yields the first strategy of every size of micro-batches that no racing one has: a climb
+    rarely leads from one size to another."""
+    seen = {micro_batch_sizes(strategy[1]) for strategy in racing}
+    for strategy in ordered:
+        sizes = micro_batch_sizes(strategy[1])
+        if sizes not in seen:
+            seen.add(sizes)
+            yield strategy
 
 
 def _ordered(reached: dict[Strategy, float]) -> list[Strategy]:

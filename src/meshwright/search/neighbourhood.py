@@ -103,7 +103,8 @@ def micro_batches(costs: Costs, strategy: Strategy, limit: float) -> Iterator[St
 
 
 def order(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
-    """Exchanges two stages, moves a run of like stages elsewhere, or reverses the pipeline."""
+    """Exchanges two stages, moves a run of like stages or the stage at one end elsewhere, or
+    reverses the pipeline."""
     schedule, pipelines = strategy
     for i, pipeline in enumerate(pipelines):
         stages = stages_of(pipeline)
@@ -117,6 +118,9 @@ def order(costs: Costs, strategy: Strategy, limit: float) -> Iterator[Strategy]:
 
 
 def _orders(costs: Costs, stages: Stages) -> Iterator[Stages]:
+    if len(stages) > 2:  # the ends may share a node, and then a tied parameter, after this
+        yield (stages[-1], *stages[:-1])
+        yield (*stages[1:], stages[0])
     runs = runs_of(costs, stages)
     for i, run in enumerate(runs):
         rest = [*runs[:i], *runs[i + 1 :]]

@@ -9,9 +9,10 @@ stages, M micro-batches, F, B, I, W seconds of a forward, a whole backward and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from meshwright.cluster.topology import Resource
 from meshwright.program.schedules import in_flight
 
 Order = Literal["1f1b", "gpipe", "best"]
@@ -41,6 +42,8 @@ class PipelinePrices:
     back: list[float]
     busiest: float
     """Seconds that a micro-batch occupies the busiest link, over all cuts."""
+    busy: dict[Resource, tuple[int, float]] = field(default_factory=dict)
+    """The same of every link, after the number of messages of a micro-batch on it."""
 
 
 def pipeline_seconds(prices: PipelinePrices, micro_batches: int, order: Order) -> float:

@@ -19,7 +19,7 @@ from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.program.codes import Codes, to_orders
 from meshwright.program.schedules import schedule_codes
 from meshwright.program.work import Work, fits
-from meshwright.search.candidate import candidate_of, plan_of
+from meshwright.search.candidate import candidate_of, micro_batch_sizes, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.explore import is_large
@@ -52,6 +52,10 @@ GLANCED, LISTED = 12_000, 60_000
 ROUGH = 0.01
 """Share by which the quick clock may be slower than the simulator, or faster where messages do not
 meet."""
+
+SPREAD = 0.03
+"""Share by which the closed form may overestimate what the simulator finds.
+(`python benchmarks/closed_form.py`)"""
 
 MARGINS = (1.1, 1.2, 1.35)
 """Times that messages are taken to last in orders for plans whose messages meet."""
@@ -97,7 +101,7 @@ class OrderedPlan:
 def propose(incumbent: Incumbent) -> Proposals:
     """Proposes the finalists in their fastest orders."""
     chosen: list[tuple[Plan, int]] = []
-    for plan in finalists(incumbent, incumbent.limit * (1 + ROUGH)):
+    for plan in finalists(incumbent, incumbent.limit * (1 + SPREAD)):
         if (work := work_of(incumbent.costs, plan)) > MOST_ACTIONS:
             yield Pruned("too large to try")
         else:
@@ -216,7 +220,8 @@ def finalists(incumbent: Incumbent, limit: float = inf) -> list[Plan]:
     for strategy in sorted(rated, key=rated.__getitem__):
         if rated[strategy] >= limit:
             break
-        build = _grain(strategy) if large else _build(strategy)
+        # What most tells apart the few finalists of a large cluster is their micro-batches.
+        build = micro_batch_sizes(strategy[1]) if large else _build(strategy)
         # The same on other devices of the same kinds takes about the same time.
         same = strategy if large else (build, f"{rated[strategy]:.9g}")
         if _has_order(strategy) and builds[build] < alike and same not in seen:
@@ -243,12 +248,6 @@ def _plan(incumbent: Incumbent, strategy: Strategy) -> Plan:
     if not kinds:
         return plan
     return with_boundaries(plan, wide_cuts(plan), kinds.most_common(1)[0][0])
-
-
-def _grain(strategy: Strategy) -> object:
-    """Returns the sizes of micro-batches: what most tells apart the few finalists of a large
-    cluster."""
-    return tuple((each.micro_batches, each.rows) for each in strategy[1])
 
 
 def _build(strategy: Strategy) -> object:
