@@ -19,12 +19,12 @@ from meshwright.program.work import Work, fits, schedule_codes, to_orders
 from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
-from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.quick_clock import as_actions, pipeline_works, quick_clock
+from meshwright.search.space import is_large
 
 FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,
