@@ -19,13 +19,14 @@ from meshwright.records import dumps
 from meshwright.search import template_builds, template_search
 from meshwright.search.balanced_estimate import Builds, balanced, build_prices
 from meshwright.search.candidate import plan_of
-from meshwright.search.candidate_estimate import pipeline_prices
+from meshwright.search.candidate_estimate import candidate_seconds, pipeline_prices
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import costs_of, group_capacity, group_prefix, stage_bytes
 from meshwright.search.device_classes import (
     PipelineTemplate,
     RatedClass,
     StageRun,
+    blocks_for,
     device_classes,
     groupings,
     nodes_for,
@@ -76,7 +77,7 @@ def fleet_worlds(draw):
     where = machines(
         draw(st.integers(0, 4)),
         draw(st.integers(1, 4)),
-        draw(st.sampled_from([1, 2, 3, 4, 8])),
+        draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9])),
         memory=draw(st.sampled_from([1.2, 1.4, 16.0])),
         apart=draw(st.booleans()),
         network=Link(bandwidth=draw(st.sampled_from([1e8, 1e10])), latency=1e-5),
@@ -108,7 +109,9 @@ def test_no_strategy_is_faster_than_the_certificate(world):
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 12), st.sampled_from([1, 2, 4]))
 def test_stage_runs_are_written_on_devices_of_their_own(units, depth, width, tensor):
-    for block in (b for b in range(1, units + 1) if units % b == 0 and width % b == 0):
+    for block in blocks_for(units, width):
+        assert width % block == 0
+        assert units % block <= units / 4
         needed = nodes_for(units, depth, width, block)
         where = machines(needed, 0, units * tensor)
         costs = costs_of(model([1.0]), where, job())
@@ -276,6 +279,19 @@ def test_more_nodes_never_give_a_slower_plan():
     ]
     assert all(b <= a * 1.001 for a, b in pairwise(seconds)), seconds
     assert seconds[-1] < 0.6 * seconds[0]
+
+
+def test_a_device_more_in_every_node_costs_nothing():
+    costs_of_nodes = [costs_of(GRAPH, machines(9, 0, each), job(512)) for each in (8, 9)]
+    best = [
+        next(template_search.template_strategies(costs, "best", Counter(), lambda: False))
+        for costs in costs_of_nodes
+    ]
+    eight, nine = (
+        candidate_seconds(costs, pipelines, "best")
+        for costs, (_, pipelines) in zip(costs_of_nodes, best, strict=True)
+    )
+    assert nine <= eight * 1.001
 
 
 @pytest.mark.heavy

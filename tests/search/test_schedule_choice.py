@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.cluster.files import load_cluster
 from meshwright.cost.memory import device_memory
 from meshwright.cost.pricing import price_program
 from meshwright.errors import PlanError
 from meshwright.export.pipelining import schedule_csv, with_schedule
+from meshwright.model.load import load_model
 from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Plan
+from meshwright.plan.spec import Job, Plan
 from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.compile import compile_plan
@@ -24,6 +27,7 @@ from meshwright.program.schedules import schedule_orders
 from meshwright.program.work import seconds, to_codes
 from meshwright.search.costs import costs_of
 from meshwright.search.list_scheduler.listing import NAMES
+from meshwright.search.options import other_schedules
 from meshwright.search.options.other_schedules import in_listed_order
 from meshwright.search.planner import find_plan
 from meshwright.search.quick_clock import pipeline_works
@@ -31,6 +35,8 @@ from meshwright.simulate.simulator import simulate_plan
 from meshwright.simulate.symmetry import simulate_by_symmetry
 from soaks import portion
 from worlds import chain, even_plan, one_node
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 CLUSTER = one_node(6, bandwidth=1e12, latency=3e-3)
 """Slow transfers that do not slow each other down."""
@@ -147,6 +153,22 @@ def test_the_search_takes_the_order_that_suits_the_plan():
     assert found.prediction is not None
     rivals = [r.step_seconds for r in found.prediction.runners_up if r.step_seconds is not None]
     assert found.prediction.step_seconds <= min(rivals, default=float("inf")) * (1 + 2e-3)
+
+
+@pytest.mark.heavy
+def test_an_order_that_leaves_messages_more_time_wins_where_they_meet(monkeypatch):
+    graph = load_model("gpt2-medium", 1024, "fp16")
+    where = load_cluster(EXAMPLES / "clusters" / "v100-16.toml")
+    todo = Job(global_batch=64, sequence=1024, precision="fp16", optimizer="adamw")
+
+    def step_seconds() -> float:
+        plan = find_plan(graph, where, todo)
+        assert plan.prediction is not None
+        return plan.prediction.step_seconds
+
+    with_margins = step_seconds()
+    monkeypatch.setattr(other_schedules, "MARGINS", ())
+    assert with_margins < 0.99 * step_seconds()
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "eager-1f1b-2bp", "zb-h1"])

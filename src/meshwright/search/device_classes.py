@@ -24,6 +24,9 @@ MOST_CLASSES = 6
 """Device classes that are told apart; with more kinds of nodes than these, those that differ in
 their links alone count as one."""
 
+MOST_UNUSED = 0.25
+"""Share of a node's devices that tensor groups, or blocks of them, may leave unused."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceClass:
@@ -184,10 +187,15 @@ def _partitions(chosen: tuple[RatedClass, ...]) -> Iterator[Grouping]:
                 yield (block, *blocks)
 
 
+def fills(parts: int, whole: int) -> bool:
+    """True if parts of a size leave little of a node unused."""
+    return whole % parts <= MOST_UNUSED * whole
+
+
 def blocks_for(groups: int, width: int) -> tuple[int, ...]:
     """Returns the numbers of replicas of one stage that may stand beside each other on a node with
     `groups` tensor groups."""
-    return tuple(block for block in divisors(groups) if width % block == 0)
+    return tuple(block for block in divisors(width) if block <= groups and fills(block, groups))
 
 
 def nodes_for(groups: int, depth: int, width: int, block: int) -> int:

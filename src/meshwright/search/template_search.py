@@ -21,6 +21,7 @@ from meshwright.search.device_classes import (
     PipelineTemplate,
     RatedClass,
     device_classes,
+    fills,
     groupings,
     written,
 )
@@ -28,7 +29,7 @@ from meshwright.search.layer_partition import fit_pipeline
 from meshwright.search.pipeline_seconds import Order
 from meshwright.search.plan_estimate import after, least_seconds, pace, whole_seconds
 from meshwright.search.share_out import counts_near
-from meshwright.search.space import divisors
+from meshwright.search.space import divisors, legal_widths
 from meshwright.search.template_builds import SLACK, Task, group_count, scored_templates
 from meshwright.search.template_estimate import (
     EstimateContext,
@@ -146,10 +147,10 @@ def _choices(context: EstimateContext, best: float, out_of_time: OutOfTime) -> I
 
 
 def _tensor_widths(context: EstimateContext) -> tuple[int, ...]:
-    """Returns the divisors of a device class's devices per node that divide every layer."""
-    units = {layer.along("tensor").units for layer in context.costs.model.layers}
-    widths = {w for device_class in context.classes for w in divisors(device_class.each)}
-    return tuple(w for w in sorted(widths) if all(unit % w == 0 for unit in units))
+    """Returns the widths that divide every layer and leave little of some node unused."""
+    sizes = {device_class.each for device_class in context.classes}
+    widths = legal_widths(context.costs)
+    return tuple(w for w in widths if any(w <= each and fills(w, each) for each in sizes))
 
 
 def _unlike(

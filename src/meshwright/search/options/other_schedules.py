@@ -8,10 +8,10 @@ times all, and the simulator runs the few fastest that fit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from meshwright.plan.ranks import describe_plan, needed_layout
 from meshwright.plan.spec import Plan
@@ -20,7 +20,7 @@ from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
-from meshwright.search.incumbent import SAME, Incumbent, Strategy, work_of
+from meshwright.search.incumbent import SAME, Evaluated, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.quick_clock import as_actions, pipeline_works, quick_clock
@@ -46,7 +46,15 @@ GLANCED, LISTED = 12_000, 60_000
 """Actions that the list scheduler may look at for one pipeline of a finalist, and of the best."""
 
 ROUGH = 0.01
-"""Share by which the quick clock may be slower than the simulator."""
+"""Share by which the quick clock may be slower than the simulator, or faster where messages do not
+meet."""
+
+MARGINS = (1.15, 1.3)
+"""Times that messages are taken to last in orders for plans whose messages meet."""
+
+MET, NEAR = 5, 1.06
+"""Plans whose messages meet for which such orders are made: the fastest, in at most NEAR times the
+seconds of the best."""
 
 ALIKE, ALIKE_OF_MANY = 2, 4
 """Finalists that differ in their cuts or in the order of their stages alone; on large clusters,
@@ -65,6 +73,8 @@ class OrderedPlan:
     """The part of the seconds in which gradients are still summed though all backwards are done."""
     plan: Plan
     works: list[Work]
+    margin: float = 1.0
+    """Times that messages were taken to last when the order was made."""
 
 
 def propose(incumbent: Incumbent) -> Proposals:
@@ -99,6 +109,7 @@ def in_fastest_orders(
     played, spent = 0, 0
     best: OrderedPlan | None = None
     before: OrderedPlan | None = None
+    met: list[tuple[float, OrderedPlan, int]] = []
     for each, work in every:
         alike = before and _as_fast(before, each) and not large
         before = each
@@ -112,10 +123,47 @@ def in_fastest_orders(
         simulated = yield Proposal(each.plan, describe_plan(each.plan))
         if simulated and simulated is incumbent.best:
             best = each
+        if simulated and simulated.seconds > each.seconds * (1 + ROUGH):
+            met.append((simulated.seconds, each, work))
     if best is not None and not large:
-        listed = _listed(costs, best, LISTED)
-        if listed is not None and listed.seconds < best.seconds * (1 - SAME):
-            yield Proposal(listed.plan, describe_plan(listed.plan))
+        yield from _looked_for_longer(costs, best)
+    best = yield from _with_margins(incumbent, met, PLAYED_WORK - spent)
+    if best is not None and not large:
+        yield from _looked_for_longer(costs, best)
+
+
+def _looked_for_longer(costs: Costs, best: OrderedPlan) -> Proposals:
+    """Proposes a better order for the best plan, if one is found in more time."""
+    listed = _listed(costs, best, LISTED, best.margin)
+    if listed and (best.margin > 1.0 or listed.seconds < best.seconds * (1 - SAME)):
+        yield Proposal(listed.plan, describe_plan(listed.plan))
+
+
+def _with_margins(
+    incumbent: Incumbent, met: Iterable[tuple[float, OrderedPlan, int]], left: int
+) -> Generator[Proposal | Pruned, Evaluated | None, OrderedPlan | None]:
+    """Proposes plans whose messages meet, as the simulator has found, in orders that would leave
+    them more time; returns the best plan, if it is one of them. `left` is the work that may be
+    simulated."""
+    best: OrderedPlan | None = None
+    plans: dict[int, tuple[float, OrderedPlan, int]] = {}
+    for found in sorted(met, key=itemgetter(0)):
+        plans.setdefault(id(found[1].works), found)
+    for seconds, ordered, work in list(plans.values())[:MET]:
+        seen = {ordered.plan.pipelines}
+        for margin in MARGINS:
+            if seconds > NEAR * incumbent.limit or left <= 0:
+                yield Pruned("slower by the quick clock")
+                continue
+            listed = _listed(incumbent.costs, ordered, GLANCED, margin)
+            if listed is None or listed.plan.pipelines in seen:
+                continue
+            seen.add(listed.plan.pipelines)
+            left -= work
+            simulated = yield Proposal(listed.plan, describe_plan(listed.plan))
+            if simulated and simulated is incumbent.best:
+                best = listed
+    return best
 
 
 def _as_fast(one: OrderedPlan, other: OrderedPlan) -> bool:
@@ -213,17 +261,26 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
     return sorted(found, key=attrgetter("seconds"))
 
 
-def _listed(costs: Costs, ordered: OrderedPlan, looked_at: int) -> OrderedPlan | None:
-    return in_listed_order(costs, ordered.plan, ordered.works, looked_at)
+def _listed(
+    costs: Costs, ordered: OrderedPlan, looked_at: int, margin: float = 1.0
+) -> OrderedPlan | None:
+    return in_listed_order(costs, ordered.plan, ordered.works, looked_at, margin)
+
+
+def with_margin(work: Work, margin: float) -> Work:
+    """Returns the work with messages that take `margin` times as long."""
+    onward, back = (tuple(margin * each for each in way) for way in (work.onward, work.back))
+    return replace(work, onward=onward, back=back)
 
 
 def in_listed_order(
-    costs: Costs, plan: Plan, works: list[Work], looked_at: int
+    costs: Costs, plan: Plan, works: list[Work], looked_at: int, margin: float = 1.0
 ) -> OrderedPlan | None:
-    """Returns the plan with an order made for each of its pipelines; None if nothing fits."""
+    """Returns the plan with an order made for each of its pipelines; None if nothing fits. An order
+    that is made as if messages took `margin` times as long bears that they wait for each other."""
     orders = []
     for work in works:
-        codes = best_order(work, looked_at)
+        codes = best_order(with_margin(work, margin), looked_at)
         if codes is None:
             return None
         orders.append(codes)
@@ -233,4 +290,4 @@ def in_listed_order(
     )
     listed = replace(plan, schedule="list", pipelines=pipelines, prediction=None)
     seconds, exposed = quick_clock(costs, plan, works)(orders)
-    return OrderedPlan(seconds, exposed, listed, works)
+    return OrderedPlan(seconds, exposed, listed, works, margin)
