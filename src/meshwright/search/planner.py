@@ -157,22 +157,22 @@ def _search(
     incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
     """Searches all but the options; `incumbent` and `seen` keep what is found."""
-    if is_large(incumbent.costs):
+    costs, search = incumbent.costs, LocalSearch(incumbent, schedules)
+    unable = len(costs.devices) - len(usable_devices(costs))
+    incumbent.pruned[f"devices that do not offer {costs.job.precision}"] += unable
+    if is_large(costs):
         tell("looking for a first plan", 0, 1)
         incumbent.spare = plain_plan(incumbent)
         if incumbent.spare:
             incumbent.found(incumbent.spare.seconds)
         tell("looking for a first plan", 1, 1)
-    unable = len(incumbent.costs.devices) - len(usable_devices(incumbent.costs))
-    incumbent.pruned[f"devices that do not offer {incumbent.costs.job.precision}"] += unable
-    search = LocalSearch(incumbent, schedules)
-    if not is_large(incumbent.costs):  # of very many devices, classes of nodes contain them
-        search.left = regular_steps(incumbent.costs)
+    else:
+        search.left = regular_steps(costs)
         seen.explored = explore(search, tell)
         _play_first(incumbent, seen.explored)
-    if (incumbent.best or incumbent.spare) and space_size(incumbent.costs) > LIMIT:
+    if (incumbent.best or incumbent.spare) and space_size(costs) > LIMIT:
         tell("bounding", 0, 1)
-        seen.proof = certificate(incumbent.costs)
+        seen.proof = certificate(costs)
         tell("bounding", 1, 1)
     seen.exhausted = improve(search, tell)
     seen.by_hand = _all_by_hand(incumbent)
