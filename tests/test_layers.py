@@ -107,8 +107,8 @@ ROOM_LINES = {
     "report": 2_130,
     "rivals": 300,
     "runtime": 4_700,
-    "search": 8_800,
-    "simulate": 1_900,
+    "search": 9_050,
+    "simulate": 1_970,
     "testbed": 1_550,
     "workflows": 1_920,
 }

@@ -19,12 +19,13 @@ from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.actions import Order, format_order, single_action
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
-from meshwright.program.work import Codes, Work, last_backwards, play
+from meshwright.program.work import Work
 from meshwright.search.boundary_prices import Crossing, crowded_seconds, mean_period
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
-from meshwright.search.reduction_estimate import reduced
+from meshwright.search.pipeline_seconds import Span
+from meshwright.search.reduction_estimate import alone_after, reduced
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
 BACKWARDS = ((Op.BACKWARD,), (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
@@ -34,22 +35,18 @@ THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
-Clock = Callable[[Sequence[Sequence[Codes]]], tuple[float, float]]
-"""Returns the seconds of a plan's step with an order for each of its pipelines, and the part of
-them in which gradients are still summed though all backwards are done."""
+Clock = Callable[[Sequence[list[Span]]], tuple[float, float]]
+"""Returns the seconds of a plan's step, given the last backward of every stage in each of its
+pipelines, and the part of them in which gradients are still summed though all backwards are
+done."""
 
 
-def quick_clock(costs: Costs, plan: Plan, works: Sequence[Work]) -> Clock:
+def quick_clock(costs: Costs, plan: Plan) -> Clock:
     """Returns a clock for the orders of one plan."""
     pipelines = [candidate_of(pipeline) for pipeline in plan.pipelines]
     after = after_pipelines(costs, pipelines)
 
-    def clock(orders: Sequence[Sequence[Codes]]) -> tuple[float, float]:
-        spans = []
-        for work, codes in zip(works, orders, strict=True):
-            ends = play(work, codes)
-            assert ends is not None, "the order comes to its end"
-            spans.append(last_backwards(work, codes, ends))
+    def clock(spans: Sequence[list[Span]]) -> tuple[float, float]:
         end = max(last for span in spans for _, last in span)
         summed = reduced(costs, pipelines, spans)
         return summed + after, summed - end
@@ -66,8 +63,10 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     stages = stage_placements(plan)
     numbers = [[s.number for s in stages if s.pipeline == p] for p in range(len(plan.pipelines))]
     seconds = _transfers(plan, costs, program, prices, numbers, by_stage)
+    last = [[by_stage.get((s, Op.BACKWARD), 0.0) for s in own] for own in numbers]
+    after = alone_after(costs, [candidate_of(pipeline) for pipeline in plan.pipelines], last)
     works = []
-    for pipeline, own in zip(plan.pipelines, numbers, strict=True):
+    for pipeline, own, tails in zip(plan.pipelines, numbers, after, strict=True):
 
         def column(key: str, stages: list[int] = own) -> tuple[float, ...]:
             return tuple(by_stage.get((n, key), 0.0) for n in stages)
@@ -85,9 +84,18 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
                 full=column("full"),
                 half=column("half"),
                 room=tuple(room[own[held[0]]] for held in stage_layout(pipeline)),
+                afterwards=_tails(pipeline, tails),
             )
         )
     return works
+
+
+def _tails(pipeline: Pipeline, by_stage: Sequence[float]) -> tuple[float, ...]:
+    """Returns the seconds that each group goes on after its last backward; none for groups of
+    several stages, which sum the gradients of one while they work on another."""
+    layout = stage_layout(pipeline)
+    divided = any(len(held) > 1 for held in layout)
+    return () if divided else tuple(by_stage[stage] for (stage,) in layout)
 
 
 def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
