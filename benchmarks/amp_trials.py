@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from amp_models import model_of
 from beliefs import AMP_KNOBS, AMP_PRIOR, save, shipped
-from grids import Trial, World, excess_bytes, predict, simulate
+from grids import Trial, World, overfull_bytes, predict, simulate
 from numpy.typing import NDArray
 from scores import spearman, summary, write
 
@@ -201,7 +201,7 @@ class Predictor:
 
     def overfull(self, constants: Calibration) -> NDArray[np.bool_]:
         """Trials that our memory model refuses."""
-        return excess_bytes([self.world(constants)], self.trials, constants) > 0
+        return overfull_bytes([self.world(constants)], self.trials, constants) > 0
 
     def simulated(self, constants: Calibration, runs: NDArray[np.int64]) -> Array:
         """The same by the simulator."""

@@ -1,4 +1,4 @@
-"""Published strategies (one dp x tp x pp grid, ranks in order) as candidates of the search."""
+"""Published strategies (one dp x tp x pp grid, ranks in order) as pipelines of the search."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from meshwright.cost.constants import Calibration
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
+from meshwright.search.baselines import in_rank_order, launched
+from meshwright.search.candidate import CandidatePipeline, excess_bytes, plan_of
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.estimate import Candidate, Misfit, evaluate, given_seconds
-from meshwright.search.explain import as_plan
-from meshwright.search.placement import default_placement
-from meshwright.search.space import DeviceSet, Grid, Shape
 from meshwright.simulate.simulator import simulate_plan
 
 Array = NDArray[np.float64]
@@ -48,21 +47,13 @@ class Trial:
     bounds: tuple[int, ...]
 
 
-def candidate(world: World, trial: Trial) -> Candidate:
+def pipeline_of(world: World, trial: Trial) -> CandidatePipeline:
     """The trial as the search would write it."""
-    devices = devices_of(world.cluster)[: trial.data * trial.tensor * trial.stages]
-    grid = Grid(data=trial.data, tensor=trial.tensor, stages=trial.stages)
-    return Candidate(
-        used=DeviceSet(devices=devices),
-        placement=default_placement(devices, grid),
-        shape=Shape(
-            grid=grid,
-            rows=trial.rows,
-            micro_batches=trial.batch // (trial.data * trial.rows),
-            schedule="1f1b",
-        ),
-        fixed=trial.bounds,
-    )
+    count = trial.data * trial.tensor * trial.stages
+    names = [device.name for device in devices_of(world.cluster)[:count]]
+    stages = in_rank_order(names, (trial.data, trial.tensor, trial.stages))
+    micro_batches = trial.batch // (trial.data * trial.rows)
+    return launched(stages, trial.rows, micro_batches, trial.bounds)
 
 
 def costs_under(world: World, calibration: Calibration) -> Costs:
@@ -90,19 +81,20 @@ def predict(
         if trial.world not in prices:
             prices[trial.world] = costs_under(worlds[trial.world], calibration)
         costs = prices[trial.world]
-        found.append(given_seconds(costs, candidate(worlds[trial.world], trial)))
+        pipeline = pipeline_of(worlds[trial.world], trial)
+        found.append(candidate_seconds(costs, (pipeline,), "1f1b"))
     return np.array(found)
 
 
-def excess_bytes(
+def overfull_bytes(
     worlds: Sequence[World], trials: Sequence[Trial], calibration: Calibration
 ) -> Array:
     """Bytes by which each trial overfills its worst device; 0 where it fits."""
     prices = [costs_under(world, calibration) for world in worlds]
     found = []
     for trial in trials:
-        result = evaluate(prices[trial.world], candidate(worlds[trial.world], trial))
-        found.append(result.excess_bytes if isinstance(result, Misfit) else 0.0)
+        pipeline = pipeline_of(worlds[trial.world], trial)
+        found.append(max(0.0, excess_bytes(prices[trial.world], pipeline, "1f1b")))
     return np.array(found)
 
 
@@ -111,6 +103,6 @@ def simulate(world: World, trials: Sequence[Trial], calibration: Calibration) ->
     costs = costs_under(world, calibration)
     found = []
     for trial in trials:
-        plan = as_plan(costs, candidate(world, trial), trial.bounds, "")
+        plan = plan_of(costs, (pipeline_of(world, trial),), "1f1b")
         found.append(simulate_plan(plan, world.model, world.cluster, costs.profile).step_seconds)
     return np.array(found)

@@ -39,7 +39,7 @@ ALLOWANCES: tuple[tuple[str, str, float], ...] = (
     ("template_search", "ESTIMATED", 1.0),
     ("template_search", "OFFERED", 0.5),
     ("template_search", "COMBINED", 1.0),
-    ("explore", "FINALISTS", 1.0),
+    ("regular", "ALIKE", 1.0),
     ("planner", "SIMULATED_WORK", 1.0),
     ("planner", "MOST_HOPELESS", 1.0),
     ("options.boundary_kinds", "WORK", 1.0),

@@ -15,8 +15,8 @@ from math import prod
 from rival_searches import Block, Draft, Found, drafted, ring_slope, search
 from rival_zones import zones
 
-from meshwright.search.costs import Costs, TensorGroup, distinct_groups
-from meshwright.search.layer_partition import Stages, pace
+from meshwright.search.costs import Costs, TensorGroup, distinct_groups, pace
+from meshwright.search.layer_partition import Stages
 from meshwright.search.space import divisors, legal_widths, usable_devices
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from meshwright.search.costs import Costs, TensorGroup
-from meshwright.search.layer_partition import pace
+from meshwright.search.costs import Costs, TensorGroup, pace
 from meshwright.search.space import tensor_groups, usable_devices
 
 Zones = dict[tuple[str, str], tuple[TensorGroup, ...]]

@@ -17,9 +17,9 @@ from rival_searches import Draft, Found, drafts_by_speed, play_plan, search
 
 from meshwright.plan.spec import Plan
 from meshwright.search.costs import Costs, pair, seconds_per_byte
+from meshwright.search.costs import pace as seconds_per_row
 from meshwright.search.finishing import fits_in_memory
 from meshwright.search.layer_partition import Stages
-from meshwright.search.layer_partition import pace as seconds_per_row
 from meshwright.search.options.virtual_stages import DividedPlan, divided_plan
 from meshwright.search.space import usable_devices
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -31,11 +30,11 @@ from meshwright.plan.spec import Job, Plan
 from meshwright.profiling.measure_profile import ProfileSettings
 from meshwright.records import dumps, fingerprint, load, parse, plain
 from meshwright.search.baselines import BASELINES
+from meshwright.search.candidate import CandidatePipeline, excess_bytes, plan_of
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.estimate import Estimate, evaluate
-from meshwright.search.explain import as_plan
-from meshwright.search.explore import candidates_of, whole
 from meshwright.search.planner import baseline_plan, find_plan
+from meshwright.search.regular import regular_pipelines, with_best_cuts
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.testbed.cpu_load import CpuLoadMeter
 from meshwright.testbed.launcher import TestbedLauncher, launcher_on_testbed
@@ -317,33 +316,36 @@ def hand_made(known: Known) -> Iterator[tuple[str, Plan]]:
 def even_plans(known: Known, count: int) -> list[tuple[str, Plan]]:
     """The `count` even grids that promise most, whatever their schedule and micro-batch."""
     costs = known.costs
-    found = [evaluate(costs, c) for c in BASELINES["even"](costs, whole(costs))]
-    fitting = sorted((e for e in found if isinstance(e, Estimate)), key=lambda e: e.seconds)
+    fitting = [each for each in BASELINES["even"](costs) if excess_bytes(costs, each, "1f1b") <= 0]
+    ordered = [pipeline for _, pipeline in _rated(costs, fitting)]
     mark = fingerprint(known.cluster)
     return [
-        (f"even-{n}", as_plan(costs, e.candidate, e.bounds, mark))
-        for n, e in enumerate(fitting[:count])
+        (f"even-{n}", plan_of(costs, (each,), "1f1b", mark))
+        for n, each in enumerate(ordered[:count])
     ]
+
+
+def _rated(
+    costs: Costs, pipelines: list[CandidatePipeline]
+) -> list[tuple[float, CandidatePipeline]]:
+    """With their seconds in 1F1B, fastest first."""
+    rated = [(candidate_seconds(costs, (each,), "1f1b"), each) for each in pipelines]
+    return sorted(rated, key=lambda pair: pair[0])
 
 
 def sampled(known: Known, count: int, slowest: float = 4.0) -> list[tuple[str, Plan]]:
     """Strategies spread evenly, by the logarithm of their promised seconds, from the best to
     `slowest` times as slow."""
     costs = known.costs
-    every = candidates_of(costs, ("1f1b", "gpipe"), Counter())
-    thin = every[:: max(1, len(every) // 400)]
-    found = sorted(
-        (e for e in (evaluate(costs, c) for c in thin) if isinstance(e, Estimate)),
-        key=lambda e: e.seconds,
-    )
-    near = [e for e in found if e.seconds <= slowest * found[0].seconds]
-    places = np.log([e.seconds for e in near])
+    found = (with_best_cuts(costs, each, "1f1b") for each in regular_pipelines(costs, 400))
+    rated = _rated(costs, [pipeline for pipeline in found if pipeline])
+    near = [(seconds, each) for seconds, each in rated if seconds <= slowest * rated[0][0]]
+    places = np.log([seconds for seconds, _ in near])
     goals = np.linspace(places[0], places[-1], count)
     picks = dict.fromkeys(int(np.argmin(np.abs(places - goal))) for goal in goals)
     mark = fingerprint(known.cluster)
     return [
-        (f"sample-{n}", as_plan(costs, near[i].candidate, near[i].bounds, mark))
-        for n, i in enumerate(picks)
+        (f"sample-{n}", plan_of(costs, (near[i][1],), "1f1b", mark)) for n, i in enumerate(picks)
     ]
 
 

@@ -17,10 +17,8 @@ from testbed_cases import Known, expected_seconds
 
 from meshwright.plan.spec import Plan, Stage
 from meshwright.search.baselines import BASELINES, even_bounds
+from meshwright.search.candidate import CandidatePipeline, plan_of
 from meshwright.search.costs import Costs
-from meshwright.search.estimate import Candidate
-from meshwright.search.explain import as_plan
-from meshwright.search.explore import whole
 
 CHUNKS = (2, 3, 4)
 """Stages on each device, of interleaved pipelines."""
@@ -48,11 +46,10 @@ def replicated(known: Known) -> Iterator[Rival]:
     inside nodes with sums across them (hybrid), with parameters let go after the forward (ZeRO 3),
     or kept for the backward (ZeRO 2)."""
     costs = known.costs
-    whole_share = [c for c in BASELINES["ddp"](costs, whole(costs)) if c.shape.micro_batches == 1]
+    whole_share = [each for each in BASELINES["ddp"](costs) if each.micro_batches == 1]
     if not whole_share:
         return
-    (candidate,) = whole_share
-    plan = _plan(costs, candidate)
+    plan = plan_of(costs, whole_share, "1f1b")
     for name, megabytes in (("torch-ddp", 25), ("torch-ddp-1mb", 1)):
         yield Rival(name, plan, {"system": "ddp", "bucket_mb": megabytes})
     sizes = {len(node.devices) for node in known.cluster.nodes}
@@ -67,14 +64,10 @@ def pipelined(known: Known) -> Iterator[Rival]:
     """1F1B and interleaved 1F1B over any number of stages, replicas beside them, equally many
     blocks in each stage; where stages have several replicas, under DDP and under `replicate`."""
     costs = known.costs
-    even = [
-        c
-        for c in BASELINES["even"](costs, whole(costs))
-        if c.shape.micro_batches >= c.shape.grid.stages > 1
-    ]
-    interleaved = [_interleaved(costs, c, chunks) for c in even for chunks in CHUNKS]
+    even = [each for each in BASELINES["even"](costs) if each.micro_batches >= len(each.stages) > 1]
+    interleaved = [_interleaved(costs, each, chunks) for each in even for chunks in CHUNKS]
     for schedule, plans in (
-        ("1f1b", [_plan(costs, c) for c in even]),
+        ("1f1b", [plan_of(costs, (each,), "1f1b") for each in even]),
         ("interleaved", [plan for plan in interleaved if plan is not None]),
     ):
         for n, plan in enumerate(_best(known, plans)):
@@ -84,19 +77,14 @@ def pipelined(known: Known) -> Iterator[Rival]:
                 yield Rival(name, plan, {"system": "pipelining", "replicas": replicas})
 
 
-def _plan(costs: Costs, candidate: Candidate) -> Plan:
-    assert candidate.fixed is not None
-    return as_plan(costs, candidate, candidate.fixed, "")
-
-
-def _interleaved(costs: Costs, candidate: Candidate, chunks: int) -> Plan | None:
+def _interleaved(costs: Costs, even: CandidatePipeline, chunks: int) -> Plan | None:
     """The grid with `chunks` stages on each device; None where there are too few blocks, or the
     micro-batches do not make rounds of one size, as PyTorch wants."""
-    groups, count = candidate.shape.grid.stages, candidate.shape.micro_batches
+    groups, count = len(even.stages), even.micro_batches
     bounds = even_bounds(costs, groups * chunks)
     if bounds is None or count % (count // groups):
         return None
-    plan = _plan(costs, candidate)
+    plan = plan_of(costs, (even,), "1f1b")
     (pipeline,) = plan.pipelines
     stages = tuple(
         Stage(layers=layers, devices=pipeline.stages[n % groups].devices)

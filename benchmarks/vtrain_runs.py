@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from beliefs import MEGATRON_KNOBS, MEGATRON_PRIOR, save, shipped
-from grids import Trial, World, excess_bytes, predict
+from grids import Trial, World, overfull_bytes, predict
 from numpy.typing import NDArray
 from scores import HEADER, kendall_tau, line, summary, write
 
@@ -129,7 +129,7 @@ def read(path: Path, network: float) -> tuple[list[World], list[Trial], Array]:
 def recomputed_where_needed(worlds: list[World], trials: list[Trial]) -> tuple[Trial, ...]:
     """The trials; those that would not fit without recomputation, but ran, with it. The record does
     not say. Appends the worlds they need."""
-    excess = excess_bytes(worlds, trials, MEGATRON_PRIOR)
+    excess = overfull_bytes(worlds, trials, MEGATRON_PRIOR)
     again: dict[int, int] = {}
     found = []
     for trial, missing in zip(trials, excess, strict=True):

@@ -202,3 +202,10 @@ def test_pipelines_sum_the_gradients_of_the_layers_that_they_share():
     ]
     apart = candidate_seconds(costs, alone, "1f1b")
     assert apart == pytest.approx(candidate_seconds(costs, (together,), "1f1b"))
+
+
+def test_a_mixed_stage_goes_at_its_slowest_replicas_pace():
+    costs = costs_of(model([100.0] * 4), cluster(("fast", "slow")), job(8))
+    mixed = StageDevices((("a:0",), ("a:1",)), (1, 1))
+    prices = pipeline_prices(costs, CandidatePipeline((mixed,), (0, 4), 4))
+    assert prices.forward[0] == pytest.approx(4 * 100e9 / 10e12)

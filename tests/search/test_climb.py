@@ -1,5 +1,7 @@
 """Climbs: never downhill, within their allowance."""
 
+from dataclasses import replace
+
 import pytest
 
 from meshwright.search.candidate_estimate import candidate_seconds
@@ -60,3 +62,22 @@ def test_a_rating_below_its_limit_is_final_and_a_bound_is_not():
     left = search.left
     assert rate(search, start, 0.5 * seconds) == rate(search, start)
     assert search.left == left
+
+
+def test_of_equally_balanced_cuts_one_with_lighter_ends_is_climbed_to():
+    """Eight stages, 24 equal layers and a dear head, a table tied to both ends: some stage has to
+    take four layers, but the first one, which has the table to reduce, had better take few."""
+    where = cluster(("fast",) * 8, ("fast",) * 8)
+    where = replace(where, nodes=tuple(replace(n, inside=n.network) for n in where.nodes))
+    graph = model([1e-6, *[100.0] * 24, 200.0], parameters=12_000_000, tied=True)
+    graph = replace(graph, tied=(replace(graph.tied[0], parameters=50_000_000),))
+    costs = costs_of(graph, where, job(32))
+    names = list(costs.devices)
+    stages = tuple(((names[s],), (names[s + 1],)) for s in range(0, 16, 2))
+    balanced = fit_pipeline(costs, stages, 2, 16, "1f1b").pipeline
+    heavy = replace(balanced, bounds=(0, 5, 8, 11, 14, 17, 20, 23, 26))
+    search = LocalSearch(Incumbent(costs, ""), ("1f1b",), 200_000)
+    start = ("1f1b", (heavy,))
+    found = climb(search, start)
+    assert found[1][0].bounds[1] < heavy.bounds[1]
+    assert rate(search, found) < 0.95 * rate(search, start)

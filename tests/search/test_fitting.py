@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.search.costs import costs_of
-from meshwright.search.layer_partition import apportion, pace
+from meshwright.search.costs import costs_of, pace
+from meshwright.search.layer_partition import apportion
 from worlds import cluster, device, job, model
 
 SPEEDS = {"fast": 35.0, "slow": 10.0, "slower": 4.0}

@@ -14,15 +14,10 @@ from meshwright.errors import ClusterError, FitError, PlanError
 from meshwright.model.spec import structure_fingerprint
 from meshwright.plan.validate import validate_plan
 from meshwright.records import dumps, fingerprint
-from meshwright.search.costs import costs_of
-from meshwright.search.estimate import Estimate, evaluate
-from meshwright.search.explore import candidates_of, explore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.simulator import simulate_plan
 from soaks import portion
 from worlds import FAST, GIB, SLOW, cluster, device, job, model
-
-SCHEDULES = ("1f1b", "gpipe")
 
 
 @st.composite
@@ -55,19 +50,6 @@ def test_every_plan_is_legal_fits_and_is_not_beaten_by_its_runners_up(world):
     for other in found.runners_up:
         assert other.reason
         assert other.step_seconds is None or other.step_seconds >= found.step_seconds * (1 - 1e-8)
-
-
-@settings(max_examples=portion(20))
-@given(worlds())
-def test_bounds_drop_nothing_that_would_have_been_best(world):
-    graph, where, todo = world
-    costs = costs_of(graph, where, todo)
-    every = candidates_of(costs, SCHEDULES, Counter())
-    best = min(found.seconds for c in every if isinstance(found := evaluate(costs, c), Estimate))
-    dropped = Counter()
-    explored = explore(costs, every, dropped, lambda *_: None)
-    assert explored.finalists[0].seconds == best
-    assert sum(dropped.values()) + len(explored.finalists) == len(every)
 
 
 @pytest.mark.heavy

@@ -1,100 +1,48 @@
-"""The space holds every legal strategy, and counts what it leaves out."""
+"""What strategies are made of: usable devices, and rows of them."""
 
-from collections import Counter
 from dataclasses import replace
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from meshwright.cluster.spec import devices_of
 from meshwright.search.costs import costs_of
 from meshwright.search.space import (
-    Grid,
-    device_sets,
-    fewer_devices,
-    grids,
-    shapes,
+    MOST_ROWS_OF_FEWER,
+    rows_by_type,
+    rows_in_order,
     usable_devices,
 )
 from worlds import cluster, job, model
 
-SPEED = {"fast": 2.0, "slow": 1.0}
+
+def kinds(costs, row):
+    return "".join(costs.devices[group[0]].type[0] for group in row)
 
 
-@given(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 24), st.integers(1, 9))
-def test_grids_are_all_and_only_the_legal_ones(nodes, per_node, batch, layers):
-    where = cluster(*[("fast",) * per_node] * nodes)
-    graph, count = model([1.0] * layers, units=4), nodes * per_node
-    expected = {
-        Grid(data=d, tensor=t, stages=s)
-        for d in range(1, count + 1)
-        for t in range(1, count + 1)
-        for s in range(1, count + 1)
-        if d * t * s == count
-        and per_node % t == 0
-        and 4 % t == 0
-        and batch % d == 0
-        and s <= layers
-    }
-    dropped = Counter()
-    found = grids(devices_of(where), graph, job(batch), dropped)
-    assert set(found) == expected
-    assert len(found) == len(expected)
+def test_rows_by_type_have_every_set_of_types_in_every_order():
+    where = cluster(("fast", "slow"), ("slow", "fast"))
+    costs = costs_of(model([10.0], units=1), where, job())
+    assert [kinds(costs, row) for row in rows_by_type(costs)] == ["ffss", "ssff", "ff", "ss"]
 
 
-def test_what_is_impossible_is_counted_by_reason():
-    dropped = Counter()
-    grids(devices_of(cluster(("fast",) * 3, ("fast",) * 3)), model([1.0, 1.0]), job(4), dropped)
-    assert dropped == {
-        "tensor width does not divide a node's devices": 2,
-        "tensor width does not divide the layers": 1,
-        "data width does not divide the batch": 2,
-        "more stages than layers": 2,
-    }
+def test_rows_in_order_leave_the_slowest_nodes_out():
+    """Of equal nodes the last one goes first."""
+    where = cluster(("fast",), ("slow",), ("slow",), ("fast", "fast"))
+    costs = costs_of(model([10.0], units=1), where, job())
+    found = [" ".join(group[0] for group in row) for row in rows_in_order(costs)]
+    assert found == ["a:0 b:0 c:0 d:0 d:1", "a:0 b:0 d:0 d:1", "a:0 d:0 d:1", "d:0 d:1"]
 
 
-@given(st.sampled_from([1, 2, 4]), st.integers(1, 12))
-def test_micro_batches_work_through_the_whole_batch(data, share):
-    grid, batch = Grid(data=data, tensor=1, stages=2), data * share
-    found = list(shapes(grid, job(batch), ("1f1b", "gpipe")))
-    assert all(s.rows * s.micro_batches * data == batch for s in found)
-    sizes = {s.rows for s in found}
-    assert sizes == {r for r in range(1, share + 1) if share % r == 0}
+def test_of_many_nodes_few_numbers_are_left_out():
+    where = cluster(*[("fast",)] * 40, names=[f"n{i}" for i in range(40)])
+    found = [len(row) for row in rows_in_order(costs_of(model([10.0]), where, job()))]
+    assert len(set(found)) == len(found) <= 1 + MOST_ROWS_OF_FEWER
+    assert found[0] == 40
+    assert min(found) < 10
 
 
-def test_a_schedule_is_chosen_only_where_it_matters():
-    one_stage = shapes(Grid(data=2, tensor=1, stages=1), job(8), ("1f1b", "gpipe"))
-    assert {s.schedule for s in one_stage} == {"1f1b"}
-    found = list(shapes(Grid(data=2, tensor=1, stages=2), job(8), ("1f1b", "gpipe")))
-    assert [s.schedule for s in found if s.micro_batches == 1] == ["1f1b"]
-    assert sorted(s.schedule for s in found if s.micro_batches == 4) == ["1f1b", "gpipe"]
-
-
-def test_slow_types_and_slow_nodes_may_be_left_out():
-    where = cluster(("fast", "fast"), ("fast", "slow"), ("slow", "slow"))
-    found = {
-        s.without: "".join(d.type[0] for d in s.devices)
-        for s in device_sets(devices_of(where), SPEED)
-    }
-    assert found == {
-        "": "fffsss",
-        "slow": "fff",
-        "all but slow": "sss",
-        "c": "fffs",
-        "c and 1 more nodes": "ff",
-    }
-
-
-def test_device_sets_differ_and_never_are_empty():
-    found = device_sets(devices_of(cluster(("fast",), ("slow",), ("slow",))), SPEED)
-    assert len({s.devices for s in found}) == len(found)
-    assert all(s.devices for s in found)
-
-
-def test_fewer_devices_gives_up_the_slowest_first():
-    found = list(fewer_devices(devices_of(cluster(("slow", "fast", "fast"))), SPEED))
-    assert [[d.name for d in s.devices] for s in found] == [["a:1", "a:2"], ["a:1"]]
-    assert [s.without for s in found] == ["1 device", "2 devices"]
+def test_tensor_groups_of_a_row_stay_inside_nodes_and_types():
+    where = cluster(("fast",) * 3, ("slow", "fast", "slow"))
+    costs = costs_of(model([10.0], units=2), where, job())
+    wide = [row for row in rows_in_order(costs) if row and len(row[0]) == 2]
+    assert wide[0] == (("a:0", "a:1"), ("b:0", "b:2"))
 
 
 def test_devices_without_the_precision_are_not_usable():

@@ -40,7 +40,7 @@ from meshwright.plan.spec import Job, Plan
 from meshwright.records import Count, Line, record
 from meshwright.search.certificate import certificate
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.explore import Progress
+from meshwright.search.incumbent import Progress
 from meshwright.search.inputs import check_inputs
 from meshwright.search.planner import find_plan
 from meshwright.stopping import Stopped, never, stoppable

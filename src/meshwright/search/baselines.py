@@ -1,20 +1,40 @@
-"""Proposes the plans that people write by hand, and AMP's, as candidates with given layer cuts."""
+"""Makes the plans that people write by hand, and AMP's: pipelines with given cuts, in 1F1B."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meshwright.rivals import amp
+from meshwright.search.candidate import CandidatePipeline, StageDevices, excess_bytes
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, group_times
-from meshwright.search.estimate import Bounds, Candidate
-from meshwright.search.placement import default_placement
-from meshwright.search.space import DeviceSet, Grid, Shape, divisors, grids, shapes
+from meshwright.search.layer_partition import Stages
+from meshwright.search.space import divisors, usable_devices
+from meshwright.stopping import raise_if_stopped
 
 WORD_BYTES = 4
 """AMP counts 32-bit words."""
+
+Bounds = tuple[int, ...]
+"""S + 1 layer indices of S stages."""
+
+Widths = tuple[int, int, int]
+"""Data width, tensor width and number of stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandMade:
+    """Describes the best hand-made plan of a kind."""
+
+    name: str
+    pipeline: CandidatePipeline
+    seconds: float
+    """The seconds of its step in closed form."""
+    fits: bool
 
 
 def blocks(costs: Costs) -> tuple[int, int]:
@@ -39,36 +59,65 @@ def even_bounds(costs: Costs, stages: int) -> Bounds | None:
     return (0, *(int(cut) for cut in inner), len(costs.model.layers))
 
 
-def _by_hand(costs: Costs, used: DeviceSet, grid: Grid) -> list[Candidate]:
-    bounds = even_bounds(costs, grid.stages)
+def in_rank_order(devices: Sequence[str], widths: Widths) -> Stages:
+    """Places ranks as launchers do: rank = tensor index + tp * (replica + dp * stage), devices in
+    order."""
+    data, tensor, stages = widths
+    groups = [tuple(devices[i : i + tensor]) for i in range(0, len(devices), tensor)]
+    return tuple(tuple(groups[s * data : (s + 1) * data]) for s in range(stages))
+
+
+def launched(stages: Stages, rows: int, micro_batches: int, bounds: Bounds) -> CandidatePipeline:
+    """Returns a pipeline whose replicas have `rows` rows of every micro-batch each."""
+    devices = tuple(StageDevices(groups, (rows,) * len(groups)) for groups in stages)
+    return CandidatePipeline(devices, bounds, micro_batches)
+
+
+def _all_widths(costs: Costs) -> Iterator[Widths]:
+    """Yields the widths that use all devices."""
+    devices = usable_devices(costs)
+    per_node = Counter(device.node for device in devices)
+    units = {layer.along("tensor").units for layer in costs.model.layers}
+    for tensor in divisors(len(devices)):
+        if any(count % tensor for count in (*per_node.values(), *units)):
+            continue
+        for data in divisors(len(devices) // tensor):
+            stages = len(devices) // tensor // data
+            if costs.job.global_batch % data == 0 and stages <= len(costs.model.layers):
+                yield data, tensor, stages
+
+
+def _evenly_cut(costs: Costs, widths: Widths) -> Iterator[CandidatePipeline]:
+    """Yields an even pipeline with every size of micro-batches."""
+    data, _, depth = widths
+    bounds = even_bounds(costs, depth)
     if bounds is None:
-        return []
-    place = default_placement(used.devices, grid)
-    return [Candidate(used, place, shape, bounds) for shape in shapes(grid, costs.job, ("1f1b",))]
+        return
+    stages = in_rank_order([device.name for device in usable_devices(costs)], widths)
+    share = costs.job.global_batch // data
+    for rows in divisors(share):
+        yield launched(stages, rows, share // rows, bounds)
 
 
-def ddp(costs: Costs, used: DeviceSet) -> list[Candidate]:
+def ddp(costs: Costs) -> list[CandidatePipeline]:
     """Proposes data parallelism: every device holds a replica of the whole model."""
-    every = grids(used.devices, costs.model, costs.job, Counter())
-    return [
-        candidate
-        for grid in every
-        if grid.tensor == grid.stages == 1
-        for candidate in _by_hand(costs, used, grid)
-    ]
+    every = (widths for widths in _all_widths(costs) if widths[1:] == (1, 1))
+    return [pipeline for widths in every for pipeline in _evenly_cut(costs, widths)]
 
 
-def even(costs: Costs, used: DeviceSet) -> list[Candidate]:
+def even(costs: Costs) -> list[CandidatePipeline]:
     """Proposes every grid of Megatron's kind: all stages have equally many layers, ranks are in the
     default order."""
-    every = grids(used.devices, costs.model, costs.job, Counter())
-    return [candidate for grid in every for candidate in _by_hand(costs, used, grid)]
+    every = _all_widths(costs)
+    return [pipeline for widths in every for pipeline in _evenly_cut(costs, widths)]
 
 
-def amp_ranking(costs: Costs, used: DeviceSet) -> list[Candidate]:
+def amp_ranking(costs: Costs) -> list[CandidatePipeline]:
     """Ranks grids as AMP does on our layer times, averaged over the devices as AMP does; best
     first. Empty where nodes differ in their number of devices, which AMP cannot express."""
-    per_node = Counter(device.node for device in used.devices)
+    devices = usable_devices(costs)
+    names = [device.name for device in devices]
+    per_node = Counter(device.node for device in devices)
     if len(set(per_node.values())) > 1:
         return []
     devices_per_node = next(iter(per_node.values()))
@@ -83,15 +132,14 @@ def amp_ranking(costs: Costs, used: DeviceSet) -> list[Candidate]:
             for name in per_node
         ),
     )
-    legal = {grid.tensor for grid in grids(used.devices, costs.model, costs.job, Counter())}
-    model = _amp_model(costs, used, sorted(legal & set(divisors(devices_per_node))))
+    legal = {tensor for _, tensor, _ in _all_widths(costs)}
+    model = _amp_model(costs, names, sorted(legal & set(divisors(devices_per_node))))
     ranking = amp.rank(model, cluster, costs.job.global_batch)
-    return [_transplanted(used, prediction) for prediction in ranking]
+    return [_transplanted(names, prediction) for prediction in ranking]
 
 
-def _amp_model(costs: Costs, used: DeviceSet, tensors: list[int]) -> amp.AmpModel:
+def _amp_model(costs: Costs, names: Sequence[str], tensors: list[int]) -> amp.AmpModel:
     layers = costs.model.layers
-    names = [device.name for device in used.devices]
     first, last = blocks(costs)
     forward = {}
     for tensor in tensors:
@@ -110,18 +158,52 @@ def _amp_model(costs: Costs, used: DeviceSet, tensors: list[int]) -> amp.AmpMode
     )
 
 
-def _transplanted(used: DeviceSet, prediction: amp.AmpPrediction) -> Candidate:
+def _transplanted(names: Sequence[str], prediction: amp.AmpPrediction) -> CandidatePipeline:
     chosen = prediction.strategy
-    grid = Grid(data=chosen.data, tensor=chosen.tensor, stages=chosen.stages)
-    shape = Shape(
-        grid=grid, rows=chosen.micro_batch, micro_batches=prediction.micro_batches, schedule="1f1b"
-    )
-    return Candidate(used, default_placement(used.devices, grid), shape, prediction.bounds)
+    stages = in_rank_order(names, (chosen.data, chosen.tensor, chosen.stages))
+    return launched(stages, chosen.micro_batch, prediction.micro_batches, prediction.bounds)
 
 
-BASELINES: dict[str, Callable[[Costs, DeviceSet], list[Candidate]]] = {
+BASELINES: dict[str, Callable[[Costs], list[CandidatePipeline]]] = {
     "ddp": ddp,
     "even": even,
     "amp": amp_ranking,
 }
-"""Each kind of hand-made plan, under its name for users. AMP's candidates come ranked by AMP."""
+"""Each kind of hand-made plan, under its name for users. AMP's come ranked by AMP."""
+
+
+def best_by_hand(costs: Costs, name: str) -> HandMade | None:
+    """Returns the best hand-made plan that fits; else the one that misses by least; None if there
+    is none. Those of AMP are ranked as AMP does and never recompute, the others by our own
+    estimate."""
+    if name == "amp":
+        costs = replace(costs, recomputed=None)
+    every = BASELINES[name](costs)
+    excess = []
+    for pipeline in every:
+        raise_if_stopped()
+        excess.append(excess_bytes(costs, pipeline, "1f1b"))
+        if name == "amp" and excess[-1] <= 0:
+            break
+    fitting = [each for each, missing in zip(every, excess, strict=False) if missing <= 0]
+    best = _fastest(costs, fitting)
+    if best is not None:
+        return HandMade(name, *best, fits=True)
+    if not every:
+        return None
+    nearest = every[excess.index(min(excess))]
+    return HandMade(name, nearest, candidate_seconds(costs, (nearest,), "1f1b"), fits=False)
+
+
+def _fastest(
+    costs: Costs, pipelines: Sequence[CandidatePipeline]
+) -> tuple[CandidatePipeline, float] | None:
+    """Returns the fastest of some pipelines in 1F1B, and its seconds in closed form."""
+    best: tuple[CandidatePipeline, float] | None = None
+    for pipeline in pipelines:
+        raise_if_stopped()
+        limit = best[1] if best else float("inf")
+        seconds = candidate_seconds(costs, (pipeline,), "1f1b", limit)
+        if seconds < limit:
+            best = pipeline, seconds
+    return best

@@ -157,6 +157,19 @@ def strategy_label(
     return text + (f" without {missing} devices" if missing else "")
 
 
+def excess_bytes(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleName) -> float:
+    """Returns the bytes by which the fullest device of all exceeds its memory, recomputing if need
+    be; what is left of it, below zero, if the pipeline fits."""
+    may = costs.recomputed is not None
+    worst = []
+    for s in range(len(pipeline.stages)):
+        excess = _stage_excess(costs, pipeline, s, schedule, recompute=False)
+        if excess > 0 and may:
+            excess = _stage_excess(costs, pipeline, s, schedule, recompute=True)
+        worst.append(excess)
+    return max(worst)
+
+
 def fits(costs: Costs, pipeline: CandidatePipeline, schedule: ScheduleName) -> bool:
     """True if every device of every stage holds what it must, recomputing if need be."""
     may = costs.recomputed is not None
@@ -176,20 +189,28 @@ def stage_fits(
     recompute: bool = False,
 ) -> bool:
     """True if every device of a stage holds what it must; `recompute`: if the stage recomputes."""
+    return _stage_excess(costs, pipeline, s, schedule, recompute=recompute) <= 0
+
+
+def _stage_excess(
+    costs: Costs, pipeline: CandidatePipeline, s: int, schedule: ScheduleName, *, recompute: bool
+) -> float:
+    """Returns the bytes by which the fullest device of a stage exceeds its memory."""
     stage, layers = pipeline.stages[s], (pipeline.bounds[s], pipeline.bounds[s + 1])
     held = in_flight(schedule, s, len(pipeline.stages), pipeline.micro_batches)
-    key = ("fits", stage, layers, held, recompute)
-    return remembered(costs, key, lambda: _fits(costs, stage, layers, held, recompute=recompute))
+    key = ("excess", stage, layers, held, recompute)
+    return remembered(costs, key, lambda: _excess(costs, stage, layers, held, recompute=recompute))
 
 
-def _fits(
+def _excess(
     costs: Costs, stage: StageDevices, layers: tuple[int, int], held: int, *, recompute: bool
-) -> bool:
+) -> float:
+    worst = float("-inf")
     for group, rows in distinct_replicas(costs, stage.groups, stage.rows):
         always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
-        if always[layers] + each[layers] * held > group_capacity(costs, group):
-            return False
-    return True
+        need = float(always[layers] + each[layers] * held)
+        worst = max(worst, need - group_capacity(costs, group))
+    return worst
 
 
 def must_recompute(

@@ -6,7 +6,7 @@ row, tensor groups [i, j) and layers [a, b) of one stage."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, islice, permutations, zip_longest
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -14,10 +14,18 @@ import numpy as np
 from meshwright.plan.spec import ScheduleName
 from meshwright.search.boundary_prices import boundary_prices
 from meshwright.search.candidate import CandidatePipeline, StageDevices
-from meshwright.search.costs import Array, Costs, TensorGroup, reduced_width, ring, seconds_per_byte
+from meshwright.search.costs import (
+    Array,
+    Costs,
+    TensorGroup,
+    pace,
+    reduced_width,
+    ring,
+    seconds_per_byte,
+)
 from meshwright.search.incumbent import Strategy
-from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline, pace, stage_loads
-from meshwright.search.space import divisors, legal_widths, tensor_groups, usable_devices
+from meshwright.search.layer_partition import Stages, apportioned, fit_pipeline, stage_loads
+from meshwright.search.space import divisors, groups_by_node, legal_widths, rows_by_type
 from meshwright.stopping import raise_if_stopped
 
 ROWS = 6
@@ -164,39 +172,13 @@ def chains(costs: Costs, chance: Random) -> Chains:
     """Yields pipelines cut from rows of devices, and the steps that it took: first type by type in
     every order, then, without end, in orders drawn at random and as one pipeline or two."""
     batch = costs.job.global_batch
-    for groups in _sorted_rows(costs):
+    for groups in rows_by_type(costs):
         sizes = divisors(batch)
         for rows in sizes[:: -(-len(sizes) // ROWS)]:
             found = _scheduled([(each,) for each in _pipelines(costs, groups, rows, batch)])
             yield cost_of_cutting(costs, len(groups)), found
     while True:
         yield _drawn(costs, chance)
-
-
-def _sorted_rows(costs: Costs) -> Iterator[tuple[TensorGroup, ...]]:
-    """Yields the devices of every set of types, in every order of the types: the most devices
-    first, and of every tensor width in turn."""
-    turns = zip_longest(*(_rows_of_width(costs, tensor) for tensor in legal_widths(costs)))
-    return (groups for turn in turns for groups in turn if groups is not None)
-
-
-def _rows_of_width(costs: Costs, tensor: int) -> Iterator[tuple[TensorGroup, ...]]:
-    by_type: dict[str, list[TensorGroup]] = {}
-    for own in _by_node(costs, tensor):
-        by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
-    kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
-    for number in range(len(kinds), 0, -1):
-        for chosen in combinations(kinds, number):
-            for order in permutations(chosen):
-                yield tuple(group for kind in order for group in by_type[kind])
-
-
-def _by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
-    names: dict[tuple[str, str], list[str]] = {}
-    for device in usable_devices(costs):
-        names.setdefault((device.node, device.type), []).append(device.name)
-    found = [tensor_groups(costs, own, tensor) for own in names.values()]
-    return [own for own in found if own]
 
 
 def _pipelines(
@@ -213,7 +195,7 @@ def _pipelines(
 def _drawn(costs: Costs, chance: Random) -> tuple[int, list[Strategy]]:
     """Draws nodes or tensor groups in any order, often not all of them, as one pipeline or two."""
     tensor = chance.choice(legal_widths(costs)[:2])
-    nodes = _by_node(costs, tensor)
+    nodes = groups_by_node(costs, tensor)
     chance.shuffle(nodes)
     groups = [group for own in nodes for group in own]
     if chance.random() < 0.4:

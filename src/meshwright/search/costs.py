@@ -199,6 +199,12 @@ def group_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
     return costs._prefixes[key]
 
 
+def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
+    """Returns a tensor group's seconds per row of the whole model, at this micro-batch size."""
+    forward, backward = group_prefix(costs, group, rows)
+    return (forward[-1] + backward[-1]) / rows
+
+
 def split_prefix(costs: Costs, group: TensorGroup, rows: int) -> Prefixes:
     """Returns the cumulative seconds [L + 1] of the two parts of a backward on a tensor group: the
     gradients of the inputs, with the group's all-reduces, and those of the weights."""
@@ -258,20 +264,6 @@ def group_capacity(costs: Costs, group: TensorGroup) -> int:
     return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in group) - 5
 
 
-def stage_times(costs: Costs, stage: tuple[TensorGroup, ...], rows: int) -> tuple[Array, Array]:
-    """Returns the forward and backward seconds [L] of a stage: its slowest replica's, layer by
-    layer."""
-    seen: dict[GroupKind, tuple[Array, Array]] = {}
-    for group in stage:
-        kind = group_kind(costs, group)
-        if kind not in seen:
-            seen[kind] = group_times(costs, group, rows)
-    if len(seen) == 1:
-        return next(iter(seen.values()))
-    forward, backward = zip(*seen.values(), strict=True)
-    return np.max(forward, axis=0), np.max(backward, axis=0)
-
-
 def stage_bytes(
     costs: Costs, tensor: int, rows: int, *, recompute: bool = False
 ) -> tuple[Array, Array]:
@@ -307,15 +299,6 @@ def micro_batches_held(
     always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
     room, size = group_capacity(costs, group) - always[layers], each[layers]
     return max(1, int(room / size)) if size else UNLIMITED
-
-
-def capacities(costs: Costs, types: tuple[tuple[str, ...], ...]) -> Array:
-    """Returns the bytes [S] that tensors may take on the smallest device of every stage, less one
-    for each of the five parts that the final account rounds to whole bytes."""
-    return np.array(
-        [min(usable_bytes(costs.cluster.types[kind]) for kind in stage) - 5 for stage in types],
-        dtype=np.float64,
-    )
 
 
 def reduced_width(costs: Costs) -> float:

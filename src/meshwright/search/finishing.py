@@ -13,8 +13,7 @@ from typing import Literal
 from meshwright.cost.memory import memory_by_class, total_bytes
 from meshwright.plan.spec import Plan
 from meshwright.search.costs import Costs
-from meshwright.search.explore import Progress
-from meshwright.search.incumbent import SAME, Evaluated, Incumbent, simulate_and_record
+from meshwright.search.incumbent import SAME, Evaluated, Incumbent, Progress, simulate_and_record
 
 PruneReason = Literal[
     "impossible for this plan",

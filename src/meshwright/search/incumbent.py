@@ -26,13 +26,16 @@ from meshwright.stopping import never
 
 Strategy = tuple[ScheduleName, tuple[CandidatePipeline, ...]]
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
 SAME = 1e-9
 """Strategies whose seconds differ by less, relatively, are as good as each other; bounds and
 simulator add up the same seconds in different orders."""
 
 WORK = 16_000
-"""Micro-batches and reductions of ranks (or their worth in bounds) that may be simulated beyond the
-regular grids: the normal end of a search, the same on every machine."""
+"""Micro-batches and reductions of ranks (or their worth in bounds) that may be simulated beside the
+first plan and those made by hand: the normal end of a search, the same on every machine."""
 
 
 STEPS_KEPT, SHORT = 12, 5_000

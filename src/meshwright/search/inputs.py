@@ -1,11 +1,12 @@
-"""Refuses jobs that contradict their model, and clusters with links that carry nothing."""
+"""Refuses jobs that contradict their model, and clusters with links that carry nothing or without a
+device for the job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
 
-from meshwright.cluster.spec import Cluster
+from meshwright.cluster.spec import Cluster, devices_of
 from meshwright.errors import ClusterError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job
@@ -21,6 +22,7 @@ def check_inputs(model: LayerGraph, cluster: Cluster, job: Job) -> None:
     read."""
     ClusterError.check(_link_problems(cluster))
     PlanError.check(_job_problems(model, job))
+    ClusterError.check(_device_problems(cluster, job))
 
 
 def _job_problems(model: LayerGraph, job: Job) -> Iterator[Problem]:
@@ -55,3 +57,16 @@ def _link_problems(cluster: Cluster) -> Iterator[Problem]:
             wanted = "a bandwidth above zero: every node must be able to reach the others"
             mend = "leave out nodes that cannot be reached"
             yield Problem(where, name, found, wanted, mend, each=("link", where))
+
+
+def _device_problems(cluster: Cluster, job: Job) -> Iterator[Problem]:
+    used = {device.type for device in devices_of(cluster)}
+    offers = {precision for kind in used for precision in cluster.types[kind].peak}
+    if job.precision not in offers:
+        yield Problem(
+            f"cluster {cluster.name}",
+            "devices",
+            f"none that offers {job.precision}",
+            f"at least one device with a peak in {job.precision}",
+            f"its devices offer {', '.join(sorted(offers))}",
+        )

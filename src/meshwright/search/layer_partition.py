@@ -31,6 +31,7 @@ from meshwright.search.costs import (
     group_kind,
     group_prefix,
     group_times,
+    pace,
     remembered,
     stage_bytes,
 )
@@ -47,21 +48,6 @@ ROOMY = 1.1
 
 _MOST = 1e300
 """Seconds that every range takes that is not forbidden, at most."""
-
-ROUNDING = 1e-13
-"""Cuts whose objectives differ by less, relatively, are equal: the smaller bottleneck is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Describes a way to cut the chain of layers into stages."""
-
-    bounds: tuple[int, ...]
-    """S + 1 layer indices: stage s holds [bounds[s], bounds[s + 1])."""
-    seconds: float
-    """The objective of `assign`."""
-    slowest: float
-    """Seconds per micro-batch of the slowest stage."""
 
 
 def chain_loads(times_SL: Array) -> Array:
@@ -88,14 +74,6 @@ def least_worst(values: Loads) -> tuple[tuple[int, ...], float] | None:
     if not np.isfinite(best[-1]):
         return None
     return _trace(choice), float(best[-1])
-
-
-def can_hold(loads: Loads) -> bool:
-    """True if some way to cut meets no forbidden range."""
-    reached: NDArray[np.bool_] = np.arange(len(loads[0])) == 0
-    for own in loads:
-        reached = np.asarray(np.isfinite(own[reached]).any(axis=0))
-    return bool(reached[-1])
 
 
 def _trace(choice: NDArray[np.intp]) -> tuple[int, ...]:
@@ -129,44 +107,6 @@ def distinct(loads: Loads) -> list[Array]:
     return list({id(own): own for own in loads}.values())
 
 
-def assign(loads: Loads, cuts: Array, micro_batches: int) -> Assignment | None:
-    """Returns the cuts that minimise
-
-        (M - 1) * slowest stage + sum of the stages + boundary seconds at the cuts
-
-    (AMP, equation of the pipeline's latency), where `cuts[s, l]` is what a cut before layer l costs
-    between stages s and s + 1. None if nothing fits.
-
-    Exact: the sum D(beta) under a bottleneck beta only falls as beta grows, so between two solved
-    bottlenecks nothing can beat (M - 1) * smallest beta + D(largest); such an interval is dropped
-    whole or halved.
-    """
-    tightest = least_worst(loads)
-    if tightest is None:
-        return None
-    weight = micro_batches - 1
-    bounds, total, slowest = _shortest(loads, cuts, tightest[1])
-    best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
-    bounds, free, slowest = _shortest(loads, cuts, np.inf)
-    if weight * slowest + free < best.seconds * (1 - ROUNDING):
-        best = Assignment(bounds=bounds, seconds=weight * slowest + free, slowest=slowest)
-    ceiling = min(slowest, (best.seconds - free) / weight) if weight else 0.0
-    between = [own[(own > tightest[1]) & (own < ceiling)] for own in distinct(loads)]
-    betas = np.unique(np.concatenate(between))
-    intervals = [(0, len(betas), free)]
-    while intervals:
-        low, high, floor = intervals.pop()
-        if low >= high or weight * betas[low] + floor >= best.seconds:
-            continue
-        middle = (low + high) // 2
-        bounds, total, slowest = _shortest(loads, cuts, float(betas[middle]))
-        if weight * slowest + total < best.seconds * (1 - ROUNDING):
-            best = Assignment(bounds=bounds, seconds=weight * slowest + total, slowest=slowest)
-        intervals.append((middle + 1, high, floor))
-        intervals.append((low, int(np.searchsorted(betas, slowest)), total))
-    return best
-
-
 Stages = tuple[tuple[TensorGroup, ...], ...]
 """The tensor groups of every stage of a pipeline."""
 Replicas = Sequence[tuple[TensorGroup, int]]
@@ -182,12 +122,6 @@ class Fitted:
     """Seconds of the first micro-batch, forward and backward through all stages."""
     slowest: float
     """Seconds that every further micro-batch adds."""
-
-
-def pace(costs: Costs, group: TensorGroup, rows: int = 1) -> float:
-    """Returns a tensor group's seconds per row of the whole model, at this micro-batch size."""
-    forward, backward = group_prefix(costs, group, rows)
-    return (forward[-1] + backward[-1]) / rows
 
 
 def apportioned(costs: Costs, groups: tuple[TensorGroup, ...], rows: int) -> StageDevices:
@@ -277,6 +211,40 @@ def recut(
     found = [_shortest(loads, cuts, most) for most in (least, least * ROOMY)]
     bounds, total, slowest = min(found, key=lambda each: weight * each[2] + each[1])
     return Fitted(CandidatePipeline(stages, bounds, micro_batches), total, slowest)
+
+
+def least_excess(
+    costs: Costs, stages: tuple[StageDevices, ...], micro_batches: int, schedule: ScheduleName
+) -> CandidatePipeline:
+    """Returns the cuts that exceed memory least on the stage that exceeds it most; none of the
+    stages is left empty, so there are at least as many layers as stages."""
+    excess = [
+        _stage_excess(costs, stage, _held(s, stages, micro_batches, schedule))
+        for s, stage in enumerate(stages)
+    ]
+    least = least_worst(excess)
+    assert least is not None, "there are no more stages than layers"
+    return CandidatePipeline(stages, least[0], micro_batches)
+
+
+def _stage_excess(costs: Costs, stage: StageDevices, held: int) -> Array:
+    """Returns the bytes [L + 1, L + 1] by which the fullest replica exceeds its memory, recomputing
+    if that may be; infinite where a stage would be empty."""
+    replicas = distinct_replicas(costs, stage.groups, stage.rows)
+    kinds = frozenset((group_kind(costs, group), rows) for group, rows in replicas)
+    key = ("stage excess", kinds, held)
+    return remembered(costs, key, lambda: _replicas_excess(costs, replicas, held))
+
+
+def _replicas_excess(costs: Costs, replicas: Replicas, held: int) -> Array:
+    every = []
+    for group, rows in replicas:
+        recompute = costs.recomputed is not None
+        always, each = stage_bytes(costs, len(group), rows, recompute=recompute)
+        every.append(always + each * held - group_capacity(costs, group))
+    found: Array = np.max(every, axis=0)
+    found[np.tri(len(found), dtype=bool)] = np.inf
+    return found
 
 
 def least_bottleneck(loads: Loads) -> float | None:

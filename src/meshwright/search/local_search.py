@@ -1,4 +1,4 @@
-"""Improves on the best regular grid: exhaustively on small inputs, by hill climbs on large ones.
+"""Improves on the first plan: exhaustively on small inputs, by hill climbs on large ones.
 
 A hill climb compares strategies in closed form, in the best order of work that memory allows. The
 simulator judges the local optima and the neighbours of the best of them.
@@ -15,11 +15,19 @@ from meshwright.plan.spec import Plan, ScheduleName
 from meshwright.search.candidate import candidate_of, micro_batch_sizes, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.chain_partition import Chains, chains
+from meshwright.search.costs import Costs
 from meshwright.search.exact import LIMIT, in_best_order, prospects, space_size
-from meshwright.search.explore import Progress, is_large
 from meshwright.search.hill_climb import LocalSearch, around, climb, rate
-from meshwright.search.incumbent import WORK, Incumbent, Strategy, try_candidate, work_of
+from meshwright.search.incumbent import (
+    WORK,
+    Incumbent,
+    Progress,
+    Strategy,
+    try_candidate,
+    work_of,
+)
 from meshwright.search.pipeline_seconds import Order
+from meshwright.search.space import is_large
 from meshwright.search.template_search import template_strategies
 
 STEPS = (640_000, 20_000, 3_000_000)
@@ -33,9 +41,9 @@ ALIKE, WRITTEN = 4, 64
 """Strategies over whole classes that are alike in their micro-batches and tensor widths, and those
 that are written down to find others."""
 
-CHAINS, CLIMBS, NEAR = 0.1, 0.6, 0.05
-"""Shares of the steps: strategies cut from devices in a row, the climbs from all of them, and what
-lies near the best in the end."""
+REGULAR, CHAINS, CLIMBS, NEAR = 0.1, 0.1, 0.6, 0.05
+"""Shares of the steps: regular pipelines, strategies cut from devices in a row, the climbs from all
+of them, and what lies near the best in the end."""
 
 MOST_WORK = 12_000
 """Micro-batches of simulated ranks of a strategy on a large cluster beyond which others are
@@ -77,16 +85,25 @@ SLACK = 0.02
 differently."""
 
 
-def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> bool:
-    """Looks for better plans than the incumbent; returns True if all of the space was covered."""
-    if space_size(incumbent.costs) <= LIMIT:
-        return _exhaust(incumbent, schedules, tell)
-    if is_large(incumbent.costs):
-        _try_templates(incumbent, schedules, tell)
-        return False
+def regular_steps(costs: Costs) -> int:
+    """Returns the steps in which regular pipelines are compared."""
+    return round(REGULAR * _steps(costs))
+
+
+def _steps(costs: Costs) -> int:
     least, each, most = STEPS
-    steps = min(most, least + each * len(incumbent.costs.devices))
-    search = LocalSearch(incumbent, schedules)
+    return min(most, least + each * len(costs.devices))
+
+
+def improve(search: LocalSearch, tell: Progress) -> bool:
+    """Looks for better plans than the incumbent; returns True if all of the space was covered."""
+    incumbent = search.incumbent
+    if space_size(incumbent.costs) <= LIMIT:
+        return _exhaust(incumbent, search.schedules, tell)
+    if is_large(incumbent.costs):
+        _try_templates(search, tell)
+        return False
+    steps = _steps(incumbent.costs)
     drawn = chains(incumbent.costs, Random(0))
     starts = _starts(search, drawn, steps, tell)
     optima = _local_optima(search, starts, drawn, round(CLIMBS * steps), tell)
@@ -98,10 +115,10 @@ def improve(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progr
     return False
 
 
-def _try_templates(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> None:
+def _try_templates(search: LocalSearch, tell: Progress) -> None:
     """Plays the best strategies made of templates on whole device classes."""
     tell("composing", 0, TEMPLATE_STRATEGIES)
-    search = LocalSearch(incumbent, schedules)
+    incumbent = search.incumbent
     found = islice(_templates(search), TEMPLATE_STRATEGIES)
     ordered = sorted(
         (rate(search, strategy), number, strategy) for number, strategy in enumerate(found)

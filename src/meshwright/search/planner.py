@@ -1,6 +1,6 @@
 """Finds the plan: candidates, layer cuts, ranking in closed form, and a play-off in the simulator.
 
-few devices: regular grids -> rank -> simulate, then everything else exhaustively or by improving
+few devices: the best regular pipeline, then everything else exhaustively or by improving
 many devices: classes of nodes -> templates -> rank -> simulate
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -18,38 +18,26 @@ from meshwright.cost.profile import Profile
 from meshwright.errors import MeshwrightError, PlanError, Problem
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Job, Plan, Prediction, RunnerUp, ScheduleName
-from meshwright.search.baselines import BASELINES
+from meshwright.search.baselines import BASELINES, HandMade, best_by_hand
+from meshwright.search.candidate import plan_of, strategy_label
 from meshwright.search.certificate import EXHAUSTIVE, Certificate, certificate, certificate_in_haste
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.estimate import Estimate, Misfit, optimistic_seconds
 from meshwright.search.exact import LIMIT, space_size
 from meshwright.search.explain import (
-    as_plan,
-    label,
-    misfits_as_runners_up,
+    misfit_as_runner_up,
     nothing_fits,
-    why_misfit,
+    pipeline_title,
     why_slower,
-)
-from meshwright.search.explore import (
-    ALIKE,
-    Explored,
-    Progress,
-    best_by_hand,
-    candidates_of,
-    explore,
-    is_large,
-    sample_of,
-    usable,
-    whole,
 )
 from meshwright.search.finishing import finish
 from meshwright.search.first_plan import plain_plan
 from meshwright.search.garbage_collection import rare_collections
+from meshwright.search.hill_climb import LocalSearch
 from meshwright.search.incumbent import (
     SAME,
     Evaluated,
     Incumbent,
+    Progress,
     ignore,
     parts_in,
     simplest,
@@ -58,13 +46,21 @@ from meshwright.search.incumbent import (
     work_of,
 )
 from meshwright.search.inputs import check_inputs
-from meshwright.search.local_search import improve
+from meshwright.search.local_search import improve, regular_steps
 from meshwright.search.options import options_without
+from meshwright.search.regular import (
+    Explored,
+    RegularPipeline,
+    explore,
+    nearest_misfits,
+    promise,
+    sample,
+)
+from meshwright.search.space import is_large, usable_devices
 from meshwright.stopping import Stopped, never, stoppable
 
 SIMULATED_WORK = 80_000
-"""Devices x micro-batches, over all finalists of the regular grids: on large clusters the simulator
-ranks fewer of them, but never less than two."""
+"""Most work of a hand-made plan that is simulated."""
 
 MOST_BY_HAND = 20_000
 """Devices up to which hand-made plans are compared with: beyond them they take longer than the
@@ -84,7 +80,8 @@ MISFITS_SHOWN = 3
 MISFITS_TRIED = 200
 """Plans without enough memory that further options may make fit, where no other plan fits."""
 
-RUNNERS_UP = 6
+RUNNERS_UP, ALIKE = 6, 3
+"""Runners-up that are told, and those of them that have the same widths and depths."""
 
 
 @rare_collections()
@@ -138,7 +135,7 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
         incumbent.best = incumbent.spare
         incumbent.others.append(incumbent.spare)
     if incumbent.best is None:
-        raise _nothing(incumbent, seen.explored, tell)
+        raise _nothing(incumbent, seen.explored)
     return _found(incumbent, seen)
 
 
@@ -146,8 +143,8 @@ def find_plan(  # noqa: PLR0913 - options, each with a default
 class _Seen:
     """Keeps what a search has found out without simulating it."""
 
-    explored: Explored = Explored(finalists=(), misfits=(), tried=0)
-    by_hand: list[tuple[str, Estimate | Misfit]] = field(default_factory=list)
+    explored: Explored = Explored()
+    by_hand: list[HandMade] = field(default_factory=list)
     exhausted: bool = False
     """Every plan of the space was looked at."""
     best_without_options: Evaluated | None = None
@@ -160,23 +157,26 @@ def _search(
     incumbent: Incumbent, seen: _Seen, schedules: Sequence[ScheduleName], tell: Progress
 ) -> None:
     """Searches all but the options; `incumbent` and `seen` keep what is found."""
-    if is_large(incumbent.costs):
+    costs, search = incumbent.costs, LocalSearch(incumbent, schedules)
+    unable = len(costs.devices) - len(usable_devices(costs))
+    incumbent.pruned[f"devices that do not offer {costs.job.precision}"] += unable
+    if is_large(costs):
         tell("looking for a first plan", 0, 1)
         incumbent.spare = plain_plan(incumbent)
         if incumbent.spare:
             incumbent.found(incumbent.spare.seconds)
         tell("looking for a first plan", 1, 1)
-    seen.explored = _explored(incumbent, schedules, tell)
-    finalists = _affordable(seen.explored.finalists)
-    _regular(incumbent, [("", estimate) for estimate in finalists], tell)
-    if (incumbent.best or incumbent.spare) and space_size(incumbent.costs) > LIMIT:
+    else:
+        search.left = regular_steps(costs)
+        seen.explored = explore(search, tell)
+        _play_first(incumbent, seen.explored)
+    if (incumbent.best or incumbent.spare) and space_size(costs) > LIMIT:
         tell("bounding", 0, 1)
-        seen.proof = certificate(incumbent.costs)
+        seen.proof = certificate(costs)
         tell("bounding", 1, 1)
-    seen.exhausted = improve(incumbent, schedules, tell)
+    seen.exhausted = improve(search, tell)
     seen.by_hand = _all_by_hand(incumbent)
-    named = [(name, each) for name, each in seen.by_hand if isinstance(each, Estimate)]
-    _regular(incumbent, named, tell)
+    _play_by_hand(incumbent, [each for each in seen.by_hand if each.fits], tell)
 
 
 def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
@@ -186,7 +186,7 @@ def _found(incumbent: Incumbent, seen: _Seen) -> Plan:
         incumbent.pruned[INTERRUPTED] += 1
     winner = simplest(incumbent)
     evaluated = {each.name for each in incumbent.others}
-    misfits = _misfits(costs, winner.seconds, evaluated, seen.by_hand, seen.explored)
+    misfits = _misfits(costs, winner.seconds, evaluated, seen)
     before = seen.best_without_options
     settled = seen.exhausted and before and winner.seconds >= before.seconds * (1 - SAME)
     proof = Certificate(winner.seconds, EXHAUSTIVE) if settled else _proof(incumbent, seen)
@@ -204,32 +204,29 @@ def _proof(incumbent: Incumbent, seen: _Seen) -> Certificate:
     return certificate_in_haste(incumbent.costs)
 
 
-def _explored(incumbent: Incumbent, schedules: Sequence[ScheduleName], tell: Progress) -> Explored:
-    """Returns the regular grids; of very many devices none, for classes of nodes contain them."""
-    costs, pruned = incumbent.costs, incumbent.pruned
-    if is_large(costs):
-        usable(costs, pruned)
-        return Explored(finalists=(), misfits=(), tried=0)
-    candidates = candidates_of(costs, schedules, pruned)
-    return explore(costs, candidates, pruned, tell, lambda: incumbent.out_of_time)
+def _play_first(incumbent: Incumbent, explored: Explored) -> None:
+    """Simulates the best regular pipeline."""
+    if explored.best:
+        schedule, (pipeline,) = explored.best
+        plan = plan_of(incumbent.costs, (pipeline,), schedule, incumbent.cluster_print)
+        missing = len(incumbent.costs.devices) - len(plan.devices)
+        simulate_and_record(incumbent, plan, strategy_label((pipeline,), schedule, missing))
 
 
 def _misfit_plans(incumbent: Incumbent, explored: Explored) -> tuple[Plan, ...]:
-    return tuple(
-        as_plan(incumbent.costs, misfit.candidate, misfit.bounds, incumbent.cluster_print)
-        for misfit in explored.misfits[:MISFITS_TRIED]
-    )
+    costs, mark = incumbent.costs, incumbent.cluster_print
+    nearest = nearest_misfits(costs, explored.misfits[:MISFITS_TRIED])
+    return tuple(plan_of(costs, (pipeline,), "1f1b", mark) for pipeline in nearest)
 
 
-def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> MeshwrightError:
+def _nothing(incumbent: Incumbent, explored: Explored) -> MeshwrightError:
     """Says why there is no plan: nothing fits, or the search had to end before anything was
     found."""
     with suppress(Stopped), stoppable(incumbent.may_leave_off):
         if not incumbent.out_of_time:
-            if not explored.tried:
-                candidates = sample_of(incumbent.costs, incumbent.pruned)
-                explored = explore(incumbent.costs, candidates, incumbent.pruned, tell)
-            return nothing_fits(incumbent.costs, explored.misfits, explored.tried)
+            misfits = explored.misfits or tuple(sample(incumbent.costs))
+            nearest = nearest_misfits(incumbent.costs, misfits)
+            return nothing_fits(incumbent.costs, nearest, len(misfits))
     if incumbent.stopped:
         where, found, mend = "interrupted", "no plan that fits so far", "let it search for longer"
     else:
@@ -239,32 +236,28 @@ def _nothing(incumbent: Incumbent, explored: Explored, tell: Progress) -> Meshwr
     return PlanError(Problem("search", where, found, wanted, mend))
 
 
-def _regular(incumbent: Incumbent, field: Sequence[tuple[str, Estimate]], tell: Progress) -> None:
-    """Plays finalists of the regular grids, or hand-made plans, which have names."""
-    for index, (name, estimate) in enumerate(field):
+def _play_by_hand(incumbent: Incumbent, field: Sequence[HandMade], tell: Progress) -> None:
+    """Simulates hand-made plans, unless that is much work."""
+    for index, each in enumerate(field):
         tell("simulating", index, len(field))
         if incumbent.best and incumbent.out_of_time:
             incumbent.pruned["beyond the budget"] += len(field) - index
             break
-        plan = as_plan(
-            incumbent.costs, estimate.candidate, estimate.bounds, incumbent.cluster_print
-        )
-        title = _title(name, estimate)
-        hopeless = incumbent.best and estimate.seconds > HOPELESS * incumbent.best.seconds
+        plan = plan_of(incumbent.costs, (each.pipeline,), "1f1b", incumbent.cluster_print)
+        hopeless = incumbent.best and each.seconds > HOPELESS * incumbent.best.seconds
         most = MOST_HOPELESS if hopeless else SIMULATED_WORK
         if incumbent.best and work_of(incumbent.costs, plan) > most:
             incumbent.pruned["too much to simulate"] += 1
         else:
-            simulate_and_record(incumbent, plan, title)
+            simulate_and_record(incumbent, plan, _title(incumbent.costs, each))
     tell("simulating", len(field), len(field))
 
 
-def _title(name: str, estimate: Estimate) -> str:
-    title = label(estimate.candidate, estimate.bounds)
-    return f"{name}: {title}" if name else title
+def _title(costs: Costs, by_hand: HandMade) -> str:
+    return f"{by_hand.name}: {pipeline_title(costs, by_hand.pipeline)}"
 
 
-def _all_by_hand(incumbent: Incumbent) -> list[tuple[str, Estimate | Misfit]]:
+def _all_by_hand(incumbent: Incumbent) -> list[HandMade]:
     found = []
     for name in BASELINES:
         many = len(incumbent.costs.devices) > MOST_BY_HAND
@@ -273,28 +266,28 @@ def _all_by_hand(incumbent: Incumbent) -> list[tuple[str, Estimate | Misfit]]:
         elif incumbent.out_of_time:
             incumbent.pruned["hand-made plans beyond the budget"] += 1
         else:
-            found.append((name, best_by_hand(incumbent.costs, name, whole(incumbent.costs))))
-    return [(name, best) for name, best in found if best is not None]
+            found.append(best_by_hand(incumbent.costs, name))
+    return [best for best in found if best is not None]
 
 
 def _misfits(
-    costs: Costs,
-    seconds: float,
-    evaluated: Container[str],
-    by_hand: Iterable[tuple[str, Estimate | Misfit]],
-    explored: Explored,
-) -> Iterable[RunnerUp]:
-    """Returns the hand-made plans that do not fit or were too much to simulate, and strategies that
-    could be faster if they did fit."""
-    for name, found in by_hand:
-        if isinstance(found, Misfit):
-            title = f"{name}: {label(found.candidate, found.bounds)}"
-            yield RunnerUp(name=title, reason=why_misfit(costs, found))
-        elif _title(name, found) not in evaluated:
+    costs: Costs, seconds: float, evaluated: Container[str], seen: _Seen
+) -> Iterator[RunnerUp]:
+    """Yields the hand-made plans that do not fit or were too much to simulate, and regular
+    pipelines that promise to be faster if they did fit: the first of each widths and depth."""
+    for each in seen.by_hand:
+        title = _title(costs, each)
+        if not each.fits:
+            yield misfit_as_runner_up(costs, each.pipeline, title)
+        elif title not in evaluated:
             reason = "in closed form, too much to simulate"
-            yield RunnerUp(name=_title(name, found), step_seconds=found.seconds, reason=reason)
-    faster = (m for m in explored.misfits if optimistic_seconds(costs, m.candidate) < seconds)
-    yield from misfits_as_runners_up(costs, faster, MISFITS_SHOWN)
+            yield RunnerUp(name=title, step_seconds=each.seconds, reason=reason)
+    faster: dict[object, RegularPipeline] = {}
+    for misfit in seen.explored.misfits:
+        if promise(costs, misfit) < seconds:
+            faster.setdefault(misfit.widths, misfit)
+    for pipeline in nearest_misfits(costs, list(faster.values())[:MISFITS_SHOWN]):
+        yield misfit_as_runner_up(costs, pipeline)
 
 
 def baseline_plan(
@@ -310,36 +303,23 @@ def baseline_plan(
         wanted = " or ".join(repr(known) for known in BASELINES)
         raise PlanError(Problem("baseline", "name", repr(name), wanted))
     costs = costs_of(model, cluster, job, profile, recomputation=True)
-    found = best_by_hand(costs, name, whole(costs))
+    found = best_by_hand(costs, name)
     if found is None:
         raise PlanError(
             Problem(
                 f"baseline {name}",
                 "cluster",
-                f"{len(whole(costs).devices)} devices, {job.global_batch} rows, "
+                f"{len(usable_devices(costs))} devices, {job.global_batch} rows, "
                 f"{len(model.layers)} layers",
                 "a batch, nodes and layers that can be shared out evenly",
             )
         )
-    if isinstance(found, Misfit):
-        raise nothing_fits(costs, [found], 1)
+    if not found.fits:
+        raise nothing_fits(costs, [found.pipeline], 1)
     incumbent = Incumbent(costs, cluster_fingerprint(cluster))
-    _regular(incumbent, [(name, found)], lambda _what, _done, _all: None)
+    _play_by_hand(incumbent, [found], lambda _what, _done, _all: None)
     assert incumbent.best is not None, "the first plan is always played"
     return _with_prediction(incumbent, incumbent.best, [], certificate(costs))
-
-
-def _affordable(finalists: tuple[Estimate, ...]) -> list[Estimate]:
-    """Returns as many of the best as SIMULATED_WORK allows."""
-    chosen: list[Estimate] = []
-    work = 0
-    for estimate in finalists:
-        shape = estimate.candidate.shape
-        work += len(estimate.candidate.used.devices) * shape.micro_batches
-        if len(chosen) >= 2 and work > SIMULATED_WORK:
-            break
-        chosen.append(estimate)
-    return chosen
 
 
 def _runners_up(incumbent: Incumbent, winner: Evaluated) -> list[RunnerUp]:

@@ -1,47 +1,32 @@
-"""Enumerates AMP's strategy space: devices in use, dp x tp x pp grid, micro-batches, schedule."""
+"""Lists what strategies are made of: usable devices, tensor groups, and rows of them."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import combinations, permutations, zip_longest
 from math import isqrt
 
 from meshwright.cluster.spec import Device
-from meshwright.model.spec import LayerGraph
-from meshwright.plan.spec import Job, ScheduleName
-from meshwright.records import record
-from meshwright.search.costs import Costs, TensorGroup
+from meshwright.search.costs import Costs, TensorGroup, pace
+
+MANY_DEVICES = 64
+"""Above this number devices are counted by class, and no strategy is looked at device by device."""
+
+MANY_CELLS = 1_500_000
+"""Devices x layers x layers above which the same holds: layer cuts are found in tables so large."""
+
+MOST_ROWS_OF_FEWER = 8
+"""Numbers of slow nodes that are left out of a row, evenly spread."""
+
+DeviceRow = tuple[TensorGroup, ...]
+"""Tensor groups of one width, in the order in which stages are made of them."""
 
 
-@record
-class Grid:
-    """Describes a regular grid: data width x tensor width x stages."""
-
-    data: int
-    tensor: int
-    stages: int
-
-
-@record
-class Shape:
-    """Describes a strategy without its placement and its layer cuts."""
-
-    grid: Grid
-    rows: int
-    """Rows of a micro-batch on each replica."""
-    micro_batches: int
-    schedule: ScheduleName
-
-
-@record
-class DeviceSet:
-    """Lists the devices that a strategy uses, and names what it leaves out."""
-
-    devices: tuple[Device, ...]
-    """Devices in the order of the cluster."""
-    without: str = ""
-    """What is left out, in words for people; empty if nothing is."""
+def is_large(costs: Costs) -> bool:
+    """True if devices are counted by class, not looked at one by one."""
+    devices = len(costs.devices)
+    return devices > MANY_DEVICES or devices * len(costs.model.layers) ** 2 > MANY_CELLS
 
 
 @lru_cache(maxsize=4096)
@@ -76,96 +61,49 @@ def tensor_groups(costs: Costs, names: Sequence[str], width: int) -> list[Tensor
     return [tuple(ordered[i : i + width]) for i in range(0, len(ordered) - width + 1, width)]
 
 
-def device_sets(
-    devices: Sequence[Device], speed: dict[str, float], *, most_counts: int = 8
-) -> tuple[DeviceSet, ...]:
-    """Returns sets of devices: all; all but whole types, slowest first; all but the slowest nodes.
-
-    `speed` orders the types (rows per second of the whole model, or any other rate). Of the numbers
-    of nodes that may be left out, at most `most_counts` are tried, evenly spread.
-    """
-    everything = tuple(devices)
-    sets = [DeviceSet(devices=everything)]
-    types = sorted({d.type for d in everything}, key=lambda t: (speed[t], t))
-    for number in range(1, len(types)):
-        gone = types[:number]
-        kept = tuple(d for d in everything if d.type not in gone)
-        sets.append(DeviceSet(devices=kept, without=" and ".join(gone)))
-    sets += [
-        DeviceSet(devices=tuple(d for d in everything if d.type == kind), without=f"all but {kind}")
-        for kind in types[:-1]
-    ]
-    nodes = _nodes_slowest_first(everything, speed)
-    step = max(1, -(-(len(nodes) - 1) // most_counts))
-    for number in range(1, len(nodes), step):
-        lost = set(nodes[:number])
-        kept = tuple(d for d in everything if d.node not in lost)
-        sets.append(DeviceSet(devices=kept, without=_node_list(nodes[:number])))
-    unique = {s.devices: s for s in reversed(sets)}
-    return tuple(s for s in sets if unique[s.devices] is s)
-
-
-def fewer_devices(devices: Sequence[Device], speed: dict[str, float]) -> Iterator[DeviceSet]:
-    """Yields the fastest n - 1 devices, n - 2 and so on: for jobs too small for whole nodes."""
-    order = sorted(range(len(devices)), key=lambda i: (-speed[devices[i].type], i))
-    for number in range(len(devices) - 1, 0, -1):
-        kept = sorted(order[:number])
-        lost = len(devices) - number
-        yield DeviceSet(
-            devices=tuple(devices[i] for i in kept),
-            without=f"{lost} device{'s' if lost > 1 else ''}",
-        )
-
-
-def _nodes_slowest_first(devices: Sequence[Device], speed: dict[str, float]) -> list[str]:
-    total: dict[str, float] = {}
-    for device in devices:
-        total[device.node] = total.get(device.node, 0.0) + speed[device.type]
-    order = {node: -i for i, node in enumerate(total)}
-    return sorted(total, key=lambda node: (total[node], order[node]))
-
-
-def _node_list(nodes: Sequence[str]) -> str:
-    return nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more nodes"
-
-
-def grids(
-    devices: Sequence[Device], model: LayerGraph, job: Job, pruned: Counter[str]
-) -> tuple[Grid, ...]:
-    """Returns every grid that uses all the devices; what is impossible is counted in `pruned`."""
-    per_node = Counter(d.node for d in devices)
-    units = {layer.along("tensor").units for layer in model.layers}
-    found = []
-    for tensor in divisors(len(devices)):
-        if any(count % tensor for count in per_node.values()):
-            pruned["tensor width does not divide a node's devices"] += 1
-            continue
-        if any(unit % tensor for unit in units):
-            pruned["tensor width does not divide the layers"] += 1
-            continue
-        for data in divisors(len(devices) // tensor):
-            stages = len(devices) // tensor // data
-            if job.global_batch % data:
-                pruned["data width does not divide the batch"] += 1
-            elif stages > len(model.layers):
-                pruned["more stages than layers"] += 1
-            else:
-                found.append(Grid(data=data, tensor=tensor, stages=stages))
-    return tuple(found)
-
-
-def shapes(grid: Grid, job: Job, schedules: Sequence[ScheduleName]) -> Iterator[Shape]:
-    """Yields every micro-batch size and schedule of a grid. With one stage (gradient accumulation
-    alone: 1F1B never holds more than one micro-batch) or one micro-batch there is nothing to
-    choose."""
-    share = job.global_batch // grid.data
-    for rows in divisors(share):
-        for schedule in schedules if grid.stages > 1 and rows < share else schedules[:1]:
-            yield Shape(grid=grid, rows=rows, micro_batches=share // rows, schedule=schedule)
-
-
 def legal_widths(costs: Costs) -> tuple[int, ...]:
     """Returns the tensor widths that every layer allows and some node has."""
     widest = max((len(node.devices) for node in costs.cluster.nodes), default=1)
     units = {layer.along("tensor").units for layer in costs.model.layers}
     return tuple(t for t in range(1, widest + 1) if all(unit % t == 0 for unit in units))
+
+
+def groups_by_node(costs: Costs, tensor: int) -> list[list[TensorGroup]]:
+    """Returns the tensor groups of each type in each node, in cluster order."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for device in usable_devices(costs):
+        names.setdefault((device.node, device.type), []).append(device.name)
+    found = [tensor_groups(costs, own, tensor) for own in names.values()]
+    return [own for own in found if own]
+
+
+def rows_by_type(costs: Costs) -> Iterator[DeviceRow]:
+    """Yields the devices of every set of types, in every order of the types: the most devices
+    first, and of every tensor width in turn."""
+    turns = zip_longest(*(_rows_of_width(costs, tensor) for tensor in legal_widths(costs)))
+    return (groups for turn in turns for groups in turn if groups is not None)
+
+
+def _rows_of_width(costs: Costs, tensor: int) -> Iterator[DeviceRow]:
+    by_type: dict[str, list[TensorGroup]] = {}
+    for own in groups_by_node(costs, tensor):
+        by_type.setdefault(costs.devices[own[0][0]].type, []).extend(own)
+    kinds = sorted(by_type, key=lambda kind: pace(costs, by_type[kind][0]))
+    for number in range(len(kinds), 0, -1):
+        for chosen in combinations(kinds, number):
+            for order in permutations(chosen):
+                yield tuple(group for kind in order for group in by_type[kind])
+
+
+def rows_in_order(costs: Costs) -> Iterator[DeviceRow]:
+    """Yields the devices of every tensor width in cluster order: all, and all but the slowest
+    nodes."""
+    for tensor in legal_widths(costs):
+        nodes = groups_by_node(costs, tensor)
+        speeds = [sum(1 / pace(costs, group) for group in own) for own in nodes]
+        slowest_first = sorted(range(len(nodes)), key=lambda i: (speeds[i], -i))
+        step = max(1, -(-(len(nodes) - 1) // MOST_ROWS_OF_FEWER))
+        for number in (0, *range(1, len(nodes), step)):
+            lost = set(slowest_first[:number])
+            kept = (own for i, own in enumerate(nodes) if i not in lost)
+            yield tuple(group for own in kept for group in own)

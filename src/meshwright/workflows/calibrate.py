@@ -3,7 +3,6 @@ the runs."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,17 +31,17 @@ from meshwright.formats import parse_text
 from meshwright.plan.spec import Plan
 from meshwright.records import parse
 from meshwright.runtime.run_folder import METRICS, PLAN, Metrics, load_settings
+from meshwright.search.candidate import CandidatePipeline, plan_of
+from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs, costs_of
-from meshwright.search.estimate import Estimate, evaluate, given_seconds
-from meshwright.search.explain import as_plan
-from meshwright.search.explore import candidates_of
+from meshwright.search.regular import regular_pipelines, with_best_cuts
 from meshwright.simulate.simulator import simulate_plan
 from meshwright.workflows.session import Session, reopen_plan
 
 Array = NDArray[np.float64]
 
 CANDIDATES = 150
-"""Number of candidates whose sensitivities are computed, evenly drawn from the space."""
+"""Number of regular pipelines whose sensitivities are computed, evenly drawn from all."""
 SLOWEST = 3.0
 """Longest predicted step of a proposal, relative to the fastest candidate considered."""
 WARM_UP = 3
@@ -159,21 +158,23 @@ def propose_plans(session: Session, count: int) -> tuple[Plan, ...]:
     fitting = _fitting(plain)
     if not fitting:
         raise FitError(Problem("calibrate", "cluster", "no plan that fits", "one that does"))
-    limit = SLOWEST * min(estimate.seconds for estimate in fitting)
-    short = [estimate for estimate in fitting if estimate.seconds <= limit]
+    seconds = [candidate_seconds(plain, (pipeline,), "1f1b") for pipeline in fitting]
+    limit = SLOWEST * min(seconds)
+    short = [each for each, own in zip(fitting, seconds, strict=True) if own <= limit]
     chosen = most_informative(_sensitivities(session, base, short), count)
     cluster_print = cluster_fingerprint(session.cluster)
-    return tuple(as_plan(plain, short[i].candidate, short[i].bounds, cluster_print) for i in chosen)
+    return tuple(plan_of(plain, (short[i],), "1f1b", cluster_print) for i in chosen)
 
 
-def _fitting(costs: Costs) -> list[Estimate]:
-    candidates = candidates_of(costs, ("1f1b",), Counter())
-    thin = candidates[:: max(1, len(candidates) // CANDIDATES)]
-    found = (evaluate(costs, candidate) for candidate in thin)
-    return [each for each in found if isinstance(each, Estimate)]
+def _fitting(costs: Costs) -> list[CandidatePipeline]:
+    every = regular_pipelines(costs, CANDIDATES)
+    found = (with_best_cuts(costs, pipeline, "1f1b") for pipeline in every)
+    return [pipeline for pipeline in found if pipeline]
 
 
-def _sensitivities(session: Session, base: Profile, estimates: Sequence[Estimate]) -> Array:
+def _sensitivities(
+    session: Session, base: Profile, pipelines: Sequence[CandidatePipeline]
+) -> Array:
     """Returns the relative change of every candidate's step per constant, over the constant's
     range."""
     parameters = fit_parameters_for(session.cluster, session.profile)
@@ -185,8 +186,7 @@ def _sensitivities(session: Session, base: Profile, estimates: Sequence[Estimate
     def all_seconds(values: Sequence[float]) -> Array:
         profile = replace(base, calibration=with_values(Calibration(), parameters, values))
         costs = costs_of(session.model, session.cluster, session.job, profile)
-        given = (replace(each.candidate, fixed=each.bounds) for each in estimates)
-        return np.array([given_seconds(costs, candidate) for candidate in given])
+        return np.array([candidate_seconds(costs, (each,), "1f1b") for each in pipelines])
 
     origin, columns = all_seconds(start), []
     for index, parameter in enumerate(parameters):

@@ -11,7 +11,7 @@ from meshwright.money.choose import RentalChoice, RentedPlan, choose_rental
 from meshwright.money.files import load_prices, parse_limit
 from meshwright.money.outcomes import ClusterPrices
 from meshwright.money.spec import MoneyTerms, Objective
-from meshwright.search.explore import Progress
+from meshwright.search.incumbent import Progress
 from meshwright.stopping import never
 from meshwright.workflows.session import NO_LIMITS, SearchLimits, Session, with_sources
 

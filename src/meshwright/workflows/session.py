@@ -24,8 +24,7 @@ from meshwright.plan.validate import validate_plan
 from meshwright.program.check import check_program
 from meshwright.program.timeline import Timeline
 from meshwright.records import PositiveSeconds, checked, fingerprint, record
-from meshwright.search.explore import Progress
-from meshwright.search.incumbent import ignore
+from meshwright.search.incumbent import Progress, ignore
 from meshwright.search.planner import baseline_plan, find_plan
 from meshwright.simulate.critical_path import step_breakdown
 from meshwright.simulate.simulator import simulate

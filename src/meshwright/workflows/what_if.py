@@ -27,7 +27,7 @@ from meshwright.records import record
 from meshwright.report.expenses import prices_text
 from meshwright.report.resources import named_loads
 from meshwright.report.whatif import WhatIf, WhatIfOption, what_if_option
-from meshwright.search.explore import Progress
+from meshwright.search.incumbent import Progress
 from meshwright.simulate.plan_figures import simulate_figures
 from meshwright.stopping import never
 from meshwright.workflows.rent import rent

@@ -22,13 +22,13 @@ from meshwright.program.work import Work, fits
 from meshwright.search.candidate import candidate_of, micro_batch_sizes, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
-from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposal, Proposals, Pruned
 from meshwright.search.incumbent import SAME, Evaluated, Incumbent, Strategy, work_of
 from meshwright.search.list_scheduler.listing import NAMES, best_order
 from meshwright.search.list_scheduler.steady_state import last_of_many, played_spans
 from meshwright.search.options.boundary_kinds import wide_cuts, with_boundaries
 from meshwright.search.quick_clock import Clock, as_actions, pipeline_works, quick_clock
+from meshwright.search.space import is_large
 
 FINALISTS, FINALISTS_OF_MANY = 12, 8
 """Plans that are timed in every order; on large clusters, where simulating each takes a second,

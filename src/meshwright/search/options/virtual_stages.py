@@ -18,7 +18,6 @@ from meshwright.plan.spec import BoundaryKind, Pipeline, Plan, ScheduleName, Sta
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
-from meshwright.search.explore import is_large
 from meshwright.search.finishing import PlanOption, Proposals, Pruned
 from meshwright.search.incumbent import Incumbent, work_of
 from meshwright.search.layer_partition import fluid_rate
@@ -27,6 +26,7 @@ from meshwright.search.options.other_schedules import (
     finalists,
     in_fastest_orders,
 )
+from meshwright.search.space import is_large
 from meshwright.search.virtual_stage_partition import Bounds, cut_virtual_stages, group_by_stage
 
 LAYOUTS: tuple[tuple[ScheduleName, int], ...] = (

@@ -4,7 +4,6 @@ in memory."""
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter
 
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.mesh import mesh_of
@@ -67,9 +66,11 @@ def _mended(incumbent: Incumbent) -> Proposals:
 
 def _best_of_builds(incumbent: Incumbent) -> list[Evaluated]:
     """Returns the simplest of the plans that are about as fast as the best one, then the fastest
-    plan of every other name; a name gives widths and depths."""
+    plan of every other name; a name gives widths and depths. Of equally fast ones, those with fewer
+    pipelines come first."""
     builds: dict[str, Evaluated] = {}
-    for played in (simplest(incumbent), *sorted(incumbent.others, key=attrgetter("seconds"))):
+    ordered = sorted(incumbent.others, key=lambda each: (each.seconds, len(each.plan.pipelines)))
+    for played in (simplest(incumbent), *ordered):
         builds.setdefault(played.plan.name, played)
     return list(builds.values())
 
