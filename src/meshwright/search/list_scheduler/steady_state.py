@@ -9,7 +9,7 @@ from dataclasses import replace
 from meshwright.plan.spec import ScheduleName
 from meshwright.program.codes import B, Codes, I
 from meshwright.program.schedules import schedule_codes
-from meshwright.program.work import Work, last_backwards, play
+from meshwright.program.work import Work, group_ends, last_backwards, play
 
 ROUNDS, LEAST = 3, 24
 """Micro-batches in which a pipeline comes to run evenly: so many times its stages, and at least so
@@ -29,7 +29,7 @@ def extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
     """Returns the seconds of an order for few micro-batches if it went on for all of them at the
     pace of its middle."""
     ends = _played(short, codes)
-    return max(own[-1] for own in ends) + _later(work, short, codes, ends)
+    return max(group_ends(work, ends)) + _later(work, short, codes, ends)
 
 
 def played_spans(work: Work, codes: Sequence[Codes]) -> Spans:
