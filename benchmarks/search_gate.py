@@ -149,7 +149,8 @@ def time_planning(only: str, other: Path | None, repeat: int) -> None:
             ratio = step = float("nan")
             if theirs:
                 ratio = cpu / median(float(each["cpu"]) for each in theirs)  # type: ignore[arg-type]
-                step = float(ours[0]["step"]) / float(theirs[0]["step"])  # type: ignore[arg-type]
+                if ours[0]["step"] and theirs[0]["step"]:  # where something fits
+                    step = ours[0]["step"] / theirs[0]["step"]  # type: ignore[operator]
             mark = " <" if cpu > limit else ""
             print(f"{name:<20} {cpu:6.2f} {limit:8.1f} {ratio:9.2f} {step:14.4f}{mark}", flush=True)
 

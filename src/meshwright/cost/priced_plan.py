@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Topology
 from meshwright.cost.memory import device_memory
 from meshwright.cost.pricing import Prices, price_program
 from meshwright.cost.profile import Profile
+from meshwright.cost.times import LayerTimeCache
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import DeviceMemory, Plan
 from meshwright.program.compile import compile_plan
@@ -34,8 +34,8 @@ class PricedPlan:
     False: bucket by bucket, as soon as gradients are summed."""
     ranks: frozenset[int] | None = field(default=None, kw_only=True)
     """The ranks that are given instructions; None: all."""
-    links: Topology | None = field(default=None, kw_only=True)
-    """The topology of the cluster with the links of the profile; None: it is computed."""
+    times: LayerTimeCache | None = field(default=None, kw_only=True)
+    """The layer times of model, cluster and profile; None: they are computed."""
 
     @cached_property
     def program(self) -> Program:
@@ -47,7 +47,7 @@ class PricedPlan:
         """Returns the price of every instruction. Raises ClusterError if a device does not offer
         the model's precision."""
         return price_program(
-            self.program, self.plan, self.model, self.cluster, self.profile, links=self.links
+            self.program, self.plan, self.model, self.cluster, self.profile, times=self.times
         )
 
     @cached_property

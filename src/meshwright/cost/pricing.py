@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Resource, Topology, topology
+from meshwright.cluster.topology import Resource
 from meshwright.cost.constants import system_constants
 from meshwright.cost.links import (
     messages_are_serialised,
     overhead_seconds,
-    reached_links,
-    ring_step_seconds,
 )
 from meshwright.cost.memory import adjustments, device_stage_memory, framework_bytes, memory_tables
 from meshwright.cost.operation_prices import pricings
@@ -25,7 +23,7 @@ from meshwright.cost.pricing_context import (
     one_micro_batch_memory,
 )
 from meshwright.cost.profile import Profile
-from meshwright.cost.times import LayerTimeCache, ReplicaSeconds
+from meshwright.cost.times import LayerTimeCache, ReplicaSeconds, layer_time_cache
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import (
     RankPlacement,
@@ -62,16 +60,16 @@ def price_program(
     cluster: Cluster,
     profile: Profile | None = None,
     *,
-    links: Topology | None = None,
+    times: LayerTimeCache | None = None,
 ) -> Prices:
     """Prices every instruction of a plan's program; some ranks of it may have no instructions.
 
-    `links` is the topology of the cluster with the links of the profile, if the caller has it.
+    `times` are the layer times of the model, the cluster and the profile, if the caller has them.
     Raises ClusterError if a device does not offer the model's precision.
     """
-    links = links or topology(reached_links(cluster, profile))
-    context = _context(plan, model, cluster, profile, links)
-    held = _placed_stages(program, context)
+    times = times or layer_time_cache(model, cluster, profile)
+    context = _context(plan, model, cluster, profile, times)
+    held = _placed_stages(program, context, times)
     return Prices(
         ranks=tuple(
             _prices(RankContext(own, held[rank], context)) if own else ()
@@ -90,15 +88,15 @@ def price_program(
 
 
 def _context(
-    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None, links: Topology
+    plan: Plan, model: LayerGraph, cluster: Cluster, profile: Profile | None, times: LayerTimeCache
 ) -> PricingContext:
     return PricingContext(
         model=model,
         plan=plan,
         cluster=cluster,
         profile=profile,
-        links=links,
-        step_latency=ring_step_seconds(profile),
+        links=times.links,
+        step_latency=times.step_latency,
         queued=messages_are_serialised(cluster),
         system=system_constants(profile.calibration if profile else None),
         tables=memory_tables(model, plan.job),
@@ -106,12 +104,11 @@ def _context(
     )
 
 
-def _placed_stages(program: Program, context: PricingContext) -> dict[int, dict[int, PricedStage]]:
+def _placed_stages(
+    program: Program, context: PricingContext, times: LayerTimeCache
+) -> dict[int, dict[int, PricedStage]]:
     """Returns the stages of every rank that has instructions, by number."""
     plan, links = context.plan, context.links
-    times = LayerTimeCache(
-        context.model, context.cluster, context.profile, links, context.step_latency
-    )
     held: dict[int, dict[int, PricedStage]] = defaultdict(dict)
     for stage in stage_placements(plan):
         raise_if_stopped()

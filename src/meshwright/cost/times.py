@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Topology
+from meshwright.cluster.topology import Topology, topology
 from meshwright.cost.compute import LayerSeconds, layer_seconds
+from meshwright.cost.links import reached_links, ring_step_seconds
 from meshwright.cost.profile import Profile
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.spec import Stage
@@ -63,7 +64,8 @@ def replica_seconds(work: ReplicaWork, computed: Sequence[LayerSeconds]) -> tupl
 
 
 class LayerTimeCache:
-    """Caches layer times while a plan is priced, so that each distinct replica is computed once."""
+    """Caches layer times while plans of one model and cluster are priced, so that each distinct
+    replica is computed once."""
 
     def __init__(
         self,
@@ -93,6 +95,14 @@ class LayerTimeCache:
             device = self.cluster.types[kind]
             self._shares[key] = backward_shares(self.model, device, tensor, rows, self.profile)
         return self._shares[key]
+
+
+def layer_time_cache(
+    model: LayerGraph, cluster: Cluster, profile: Profile | None
+) -> LayerTimeCache:
+    """Returns the cache with which all plans of a model on a cluster can be priced."""
+    links = topology(reached_links(cluster, profile))
+    return LayerTimeCache(model, cluster, profile, links, ring_step_seconds(profile))
 
 
 class ReplicaSeconds:

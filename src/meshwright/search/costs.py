@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.cluster.spec import Cluster, Device, devices_of
-from meshwright.cluster.topology import Topology, topology
+from meshwright.cluster.topology import Topology
 from meshwright.cost.collective import (
     Traffic,
     all_reduce,
@@ -24,10 +24,15 @@ from meshwright.cost.collective import (
 )
 from meshwright.cost.compute import LayerSeconds, layer_seconds
 from meshwright.cost.constants import SystemConstants, system_constants
-from meshwright.cost.links import reached_links, ring_step_seconds
+from meshwright.cost.links import reached_links
 from meshwright.cost.memory import MemoryTable, memory_tables, stage_memory, usable_bytes
 from meshwright.cost.profile import Profile
-from meshwright.cost.times import ReplicaWork, replica_seconds
+from meshwright.cost.times import (
+    LayerTimeCache,
+    ReplicaWork,
+    layer_time_cache,
+    replica_seconds,
+)
 from meshwright.cost.weights import untied_parameters
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.ranks import gradient_bytes
@@ -72,6 +77,8 @@ class Costs:
     up the links of the profile itself."""
     job: Job
     profile: Profile | None
+    times: LayerTimeCache
+    """The layer times with which whole programs are priced."""
     links: Topology
     step_latency: float
     """Fixed seconds of one step of a ring."""
@@ -109,7 +116,7 @@ def costs_of(
     Measured links replace those of the cluster. `recomputation`: stages that do not fit otherwise
     may recompute."""
     stated_cluster, cluster = cluster, reached_links(cluster, profile)
-    tables = memory_tables(model, job)
+    tables, times = memory_tables(model, job), layer_time_cache(model, stated_cluster, profile)
     links = {n.name: (n.inside, n.islands and n.islands.link) for n in cluster.nodes}
     numbers = {own: i for i, own in enumerate(dict.fromkeys(links.values()))}
     return Costs(
@@ -118,8 +125,9 @@ def costs_of(
         stated_cluster=stated_cluster,
         job=job,
         profile=profile,
-        links=topology(cluster),
-        step_latency=ring_step_seconds(profile),
+        times=times,
+        links=times.links,
+        step_latency=times.step_latency,
         system=system_constants(profile.calibration if profile else None),
         bucket_bytes=usual_bucket_bytes(model, job),
         table=tables.plain,
@@ -261,7 +269,12 @@ def distinct_replicas(
 def group_capacity(costs: Costs, group: TensorGroup) -> int:
     """Returns the bytes that tensors may take on the smallest device of a group, less one for each
     of the five parts that the final account rounds to whole bytes."""
-    return min(usable_bytes(costs.cluster.types[costs.devices[name].type]) for name in group) - 5
+    kinds = group_kind(costs, group)[0]
+    return remembered(
+        costs,
+        ("capacity", kinds),
+        lambda: min(usable_bytes(costs.cluster.types[kind]) for kind in kinds) - 5,
+    )
 
 
 def stage_bytes(

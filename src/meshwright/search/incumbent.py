@@ -134,7 +134,7 @@ class Incumbent:
 def simulated(costs: Costs, plan: Plan) -> SimulatedStep:
     """Returns the simulated step of a plan that fits."""
     return simulate_by_symmetry(
-        plan, costs.model, costs.stated_cluster, costs.profile, links=costs.links
+        plan, costs.model, costs.stated_cluster, costs.profile, times=costs.times
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from heapq import heapify, heapreplace
 from itertools import pairwise
 
@@ -56,8 +56,13 @@ def chain_loads(times_SL: Array) -> Array:
     prefix = np.zeros((stages, layers + 1))
     np.cumsum(times_SL, axis=1, out=prefix[:, 1:])
     loads = prefix[:, None, :] - prefix[:, :, None]
-    loads[:, np.tri(layers + 1, dtype=bool)] = np.inf
+    loads[:, _empty(layers + 1)] = np.inf
     return loads
+
+
+@lru_cache(maxsize=4)
+def _empty(size: int) -> NDArray[np.bool_]:
+    return np.tri(size, dtype=bool)
 
 
 def least_worst(values: Loads) -> tuple[tuple[int, ...], float] | None:
@@ -311,6 +316,8 @@ def _slowest(costs: Costs, replicas: Replicas, held: int, *, recompute: bool) ->
         key = ("loads", group_kind(costs, group), rows, held, recompute)
         make = partial(_replica_loads, costs, group, rows, held, recompute=recompute)
         every.append(remembered(costs, key, make))
+    if len(every) == 1:
+        return every[0]
     found: Array = np.max(every, axis=0)
     return found
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from meshwright.cost.collective import Traffic, concurrent
-from meshwright.cost.priced_plan import PricedPlan
-from meshwright.cost.pricing import Prices
+from meshwright.cost.pricing import Prices, price_program
 from meshwright.plan.ranks import stage_layout, stage_placements
 from meshwright.plan.spec import Pipeline, Plan
 from meshwright.program.actions import Order, format_order, single_action
+from meshwright.program.compile import compile_plan
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.work import Work
@@ -32,6 +32,7 @@ BACKWARDS = ((Op.BACKWARD,), (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
 """The two ways to do a backward: whole, and in two parts."""
 
 THERE_AND_BACK = (Op.FORWARD, Op.BACKWARD)
+PROBED = ("compute", "transfers")
 WORKS = (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)
 
 
@@ -110,15 +111,14 @@ def _priced(plan: Plan, costs: Costs) -> tuple[Program, Prices]:
     pair = tuple(replace(p, micro_batches=2, actions=_there_and_back(p)) for p in plan.pipelines)
     probe = replace(plan, schedule="custom", pipelines=pair)
     folded = find_symmetry(plan, costs.cluster, costs.model)
-    priced = PricedPlan(
-        probe,
-        costs.model,
-        costs.stated_cluster,
-        costs.profile,
-        ranks=folded.ranks,
-        links=costs.links,
+    whole = compile_plan(probe, costs.model, only=folded.ranks)
+    program = Program(
+        ranks=tuple(tuple(i for i in own if i.op.part in PROBED) for own in whole.ranks)
     )
-    return priced.program, priced_for_all(priced.program, priced.prices, folded)
+    prices = price_program(
+        program, probe, costs.model, costs.stated_cluster, costs.profile, times=costs.times
+    )
+    return program, priced_for_all(program, prices, folded)
 
 
 def _there_and_back(pipeline: Pipeline) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from meshwright.cluster.spec import Cluster
-from meshwright.cluster.topology import Resource, Topology
+from meshwright.cluster.topology import Resource
 from meshwright.cost.collective import Traffic
 from meshwright.cost.links import messages_are_serialised
 from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
 from meshwright.cost.pricing_context import Price
 from meshwright.cost.profile import Profile
+from meshwright.cost.times import LayerTimeCache
 from meshwright.model.spec import LayerGraph
 from meshwright.plan.mesh import mesh_of
 from meshwright.plan.spec import Pipeline, Plan
@@ -158,14 +159,14 @@ def simulate_by_symmetry(
     profile: Profile | None = None,
     *,
     folded: Symmetry | None = None,
-    links: Topology | None = None,
+    times: LayerTimeCache | None = None,
 ) -> SimulatedStep:
     """Simulates one step of a valid plan; only as many ranks as needed are simulated.
 
-    `links` is the topology of the cluster with the links of the profile, if the caller has it.
+    `times` are the layer times of the model, the cluster and the profile, if the caller has them.
     """
     folded = folded or find_symmetry(plan, cluster, model)
-    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, links=links)
+    priced = PricedPlan(plan, model, cluster, profile, ranks=folded.ranks, times=times)
     if len(folded.ranks) == len(plan.devices):
         return simulated_step(priced.program, priced.prices)
     shared = priced_for_all(priced.program, priced.prices, folded)

@@ -91,15 +91,18 @@ def best_order(
 ) -> list[Codes] | None:
     """Returns the fastest order found that fits; None if none does.
 
-    Candidates are every schedule with a rule, or an order that is `known` to fit instead, and list
-    schedules after many rules; the best of them is then annealed. Long pipelines have fewer
-    candidates, and rules are compared on few of many micro-batches.
+    Candidates are every schedule with a rule, an order that is `known` to fit, and list schedules
+    after many rules; the best of them is then annealed. Long pipelines have fewer candidates: what
+    is known stands for the schedules with a rule, and list schedules are compared on few of many
+    micro-batches.
     """
     length = 3 * work.micro_batches * len(work.forward)
-    names, rules = [] if known else list(NAMES), list(_rules(work))
-    if length * (len(NAMES) + len(rules)) > looked_at:
-        names, rules = _promising(work, names, rules, looked_at)
-    candidates = [known] if known else [codes for _, codes in _named(work, names)]
+    names, rules = list(NAMES), list(_rules(work))
+    if length * (len(names) + len(rules)) > looked_at:
+        names, rules = _promising(work, [] if known else names, rules, looked_at)
+    candidates = [codes for _, codes in _named(work, names)]
+    if known:
+        candidates.append(known)
     timed = ((seconds(work, codes), codes) for codes in candidates)
     best = min(timed, key=itemgetter(0), default=None)
     for rule in rules:
