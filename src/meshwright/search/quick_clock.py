@@ -16,7 +16,7 @@ from meshwright.cost.priced_plan import PricedPlan
 from meshwright.cost.pricing import Prices
 from meshwright.plan.ranks import stage_layout, stage_placements
 from meshwright.plan.spec import Pipeline, Plan
-from meshwright.program.actions import Order, format_order, single_action
+from meshwright.program.actions import Order, format_order, single_action, with_joined_weights
 from meshwright.program.instructions import Program
 from meshwright.program.operations import Op
 from meshwright.program.work import Codes, Work, last_backwards, play
@@ -91,8 +91,8 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
 
 
 def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:
-    """Returns orders as a plan writes them."""
-    pairs = zip(found, stage_layout(pipeline), strict=True)
+    """Returns orders as a plan writes them, weight parts that follow each other as one."""
+    pairs = zip(map(with_joined_weights, found), stage_layout(pipeline), strict=True)
     return tuple(format_order(order, alone=len(held) == 1) for order, held in pairs)
 
 
