@@ -58,12 +58,12 @@ def with_joined_weights(order: Iterable[Action]) -> Order:
     product over more rows reads and writes the gradients once."""
     found: list[Action] = []
     for action in order:
+        op, stage, first, last = action
         before = found[-1] if found else None
-        if before and action.op is Op.BACKWARD_WEIGHT and before[:2] == action[:2]:
-            if before.last == action.first:
-                found[-1] = before._replace(last=action.last)
-                continue
-        found.append(action)
+        if before and op is Op.BACKWARD_WEIGHT and (op, stage, first) == before[:2] + before[3:]:
+            found[-1] = before._replace(last=last)
+        else:
+            found.append(action)
     return tuple(found)
 
 

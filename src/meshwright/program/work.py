@@ -56,6 +56,9 @@ class Work:
     """Bytes that it keeps on each stage between I and W."""
     room: tuple[float, ...]
     """Bytes that activations may take on each group of devices."""
+    further: tuple[float, ...] = ()
+    """Seconds of each further micro-batch of a weight part that follows one of the same stage: they
+    are joined. Empty: as many as those of the first."""
 
     @property
     def group_of(self) -> tuple[int, ...]:
@@ -160,7 +163,7 @@ def last_backwards(
 ) -> list[tuple[float, float]]:
     """Returns when the last backward of every stage begins and ends, or the part of it that
     computes the gradients of the weights, if it is in two parts."""
-    durations, _ = _durations(work)
+    durations, *_ = _durations(work)
     spans = [(0.0, 0.0)] * len(work.forward)
     for own, ended in zip(codes, ends, strict=True):
         for code, end in zip(own, ended, strict=True):
@@ -170,11 +173,15 @@ def last_backwards(
 
 
 @lru_cache(maxsize=1)
-def _durations(work: Work) -> tuple[list[float], tuple[Waits, Waits]]:
-    """Returns the seconds of every action, by its code, and what each stage waits for; they are the
-    same for thousands of orders."""
-    each = zip(work.forward, work.whole, work.inputs, work.weights, strict=True)
-    return list(chain.from_iterable(each)), work.waits
+def _durations(work: Work) -> tuple[list[float], list[float], tuple[Waits, Waits]]:
+    """Returns the seconds of every action, by its code, the same where it follows one of its code,
+    and what each stage waits for; they are the same for thousands of orders."""
+    parts = (work.forward, work.whole, work.inputs)
+    alone, joined = (
+        list(chain.from_iterable(zip(*parts, weights, strict=True)))
+        for weights in (work.weights, work.further or work.weights)
+    )
+    return alone, joined, work.waits
 
 
 class _Play:
@@ -185,7 +192,7 @@ class _Play:
         self.codes = codes
         self.ends: list[list[float]] = [[] for _ in codes]
         self.last = stages - 1
-        self.took, (self.wait_f, self.wait_b) = _durations(work)
+        self.took, self.joined, (self.wait_f, self.wait_b) = _durations(work)
         self.forwards: list[list[float]] = [[] for _ in range(stages)]
         self.backwards: list[list[float]] = [[] for _ in range(stages)]
         self.free_f, self.free_b = [0.0] * stages, [0.0] * stages
@@ -217,7 +224,7 @@ class _Play:
                     ready = max(ready, posted, free[s]) + wait
                     free[s] = ready
                 now = max(now, ready)
-            now += self.took[code]
+            now += self.joined[code] if k and own[k - 1] == code else self.took[code]
             ends.append(now)
             if done is not None:
                 done.append(now)

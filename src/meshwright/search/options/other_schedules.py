@@ -15,7 +15,7 @@ from operator import attrgetter, itemgetter
 
 from meshwright.plan.ranks import describe_plan, needed_layout
 from meshwright.plan.spec import Plan
-from meshwright.program.work import Work, fits, schedule_codes, to_orders
+from meshwright.program.work import Codes, Work, fits, schedule_codes, to_orders
 from meshwright.search.candidate import candidate_of, plan_of
 from meshwright.search.candidate_estimate import candidate_seconds
 from meshwright.search.costs import Costs
@@ -256,7 +256,10 @@ def in_named_orders(costs: Costs, plan: Plan, works: list[Work]) -> list[Ordered
         if not all(map(fits, works, orders)):
             continue
         seconds, exposed = clock(orders)
-        named = replace(plan, schedule=name, prediction=None)
+        if name.startswith("zb"):
+            named = _listing(plan, orders)
+        else:
+            named = replace(plan, schedule=name, prediction=None)
         found.append(OrderedPlan(seconds, exposed, named, works))
     return sorted(found, key=attrgetter("seconds"))
 
@@ -284,10 +287,15 @@ def in_listed_order(
         if codes is None:
             return None
         orders.append(codes)
+    listed = _listing(plan, orders)
+    seconds, exposed = quick_clock(costs, plan, works)(orders)
+    return OrderedPlan(seconds, exposed, listed, works, margin)
+
+
+def _listing(plan: Plan, orders: Sequence[Sequence[Codes]]) -> Plan:
+    """Returns the plan with an order for each of its pipelines."""
     pipelines = tuple(
         replace(pipeline, actions=as_actions(pipeline, to_orders(codes)))
         for pipeline, codes in zip(plan.pipelines, orders, strict=True)
     )
-    listed = replace(plan, schedule="list", pipelines=pipelines, prediction=None)
-    seconds, exposed = quick_clock(costs, plan, works)(orders)
-    return OrderedPlan(seconds, exposed, listed, works, margin)
+    return replace(plan, schedule="list", pipelines=pipelines, prediction=None)
