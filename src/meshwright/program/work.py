@@ -59,6 +59,13 @@ class Work:
     further: tuple[float, ...] = ()
     """Seconds of each further micro-batch of a weight part that follows one of the same stage: they
     are joined. Empty: as many as those of the first."""
+    afterwards: tuple[float, ...] = ()
+    """Seconds that each group goes on after its last action, to sum gradients; none if empty."""
+
+    @property
+    def tails(self) -> tuple[float, ...]:
+        """Returns the seconds of `afterwards`, zeros if there are none."""
+        return self.afterwards or (0.0,) * len(self.layout)
 
     @property
     def group_of(self) -> tuple[int, ...]:
@@ -152,10 +159,15 @@ def play(work: Work, codes: Sequence[Codes]) -> list[list[float]] | None:
 
 
 def seconds(work: Work, codes: Sequence[Codes]) -> float:
-    """Returns the seconds from the first action to the end of the last; infinite if that never
+    """Returns the seconds from the first action until all groups have ended; infinite if that never
     comes."""
     ends = play(work, codes)
-    return max(own[-1] for own in ends) if ends is not None else float("inf")
+    return max(group_ends(work, ends)) if ends is not None else float("inf")
+
+
+def group_ends(work: Work, ends: Sequence[Sequence[float]]) -> list[float]:
+    """Returns when each group has done all, what comes after its last action with it."""
+    return [own[-1] + tail for own, tail in zip(ends, work.tails, strict=True)]
 
 
 def last_backwards(

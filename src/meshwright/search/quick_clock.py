@@ -30,7 +30,7 @@ from meshwright.search.boundary_prices import Crossing, crowded_seconds, mean_pe
 from meshwright.search.bounds import after_pipelines
 from meshwright.search.candidate import candidate_of
 from meshwright.search.costs import Costs
-from meshwright.search.reduction_estimate import reduced
+from meshwright.search.reduction_estimate import alone_after, reduced
 from meshwright.simulate.symmetry import find_symmetry, priced_for_all
 
 PROBED = 4
@@ -73,8 +73,10 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
     stages = stage_placements(plan)
     numbers = [[s.number for s in stages if s.pipeline == p] for p in range(len(plan.pipelines))]
     seconds = _transfers(plan, costs, program, prices, numbers, by_stage)
+    last = [[by_stage.get((s, Op.BACKWARD), 0.0) for s in own] for own in numbers]
+    after = alone_after(costs, [candidate_of(pipeline) for pipeline in plan.pipelines], last)
     works = []
-    for pipeline, own in zip(plan.pipelines, numbers, strict=True):
+    for pipeline, own, tails in zip(plan.pipelines, numbers, after, strict=True):
 
         def column(key: str, stages: list[int] = own) -> tuple[float, ...]:
             return tuple(by_stage.get((n, key), 0.0) for n in stages)
@@ -93,6 +95,7 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
                 half=column("half"),
                 room=tuple(room[own[held[0]]] for held in stage_layout(pipeline)),
                 further=tuple(map(_more, column("joined"), weights)),
+                afterwards=_tails(pipeline, tails),
             )
         )
     return works
@@ -101,6 +104,14 @@ def pipeline_works(plan: Plan, costs: Costs) -> list[Work]:
 def _more(two: float, one: float) -> float:
     """Returns what the second one adds."""
     return max(0.0, two - one)
+
+
+def _tails(pipeline: Pipeline, by_stage: Sequence[float]) -> tuple[float, ...]:
+    """Returns the seconds that each group goes on after its last backward; none for groups of
+    several stages, which sum the gradients of one while they work on another."""
+    layout = stage_layout(pipeline)
+    divided = any(len(held) > 1 for held in layout)
+    return () if divided else tuple(by_stage[stage] for (stage,) in layout)
 
 
 def as_actions(pipeline: Pipeline, found: tuple[Order, ...]) -> tuple[str, ...]:

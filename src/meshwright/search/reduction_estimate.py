@@ -26,10 +26,10 @@ def reduced(
     """Returns when all gradients are summed."""
     end = max(last for span in spans for _, last in span)
     free: dict[Resource, float] = {}
-    for begin, complete, size, closing, groups in sorted(
+    for begin, complete, size, closing, holders in sorted(
         _sums(costs, pipelines, spans), key=lambda found: found[1]
     ):
-        latency, used = _rings(costs, groups)
+        latency, used = _rings(costs, _groups(holders))
         slowest = 0.0
         for name, each in used:
             done = max(free.get(name, 0.0), begin) + each * size
@@ -39,12 +39,28 @@ def reduced(
     return end
 
 
-Sum = tuple[float, float, float, float, tuple[TensorGroup, ...]]
-"""The time when the first gradients are there, when the last are, bytes on each rank, those that
-are sent last, and the tensor groups."""
+def alone_after(
+    costs: Costs, pipelines: Sequence[CandidatePipeline], backwards: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Returns by how long the sums of every stage's gradients outlast its last backward, which
+    takes these seconds, if nothing else uses the links and all holders are ready."""
+    spans = [[(0.0, each) for each in own] for own in backwards]
+    found = [[0.0 for _ in own] for own in backwards]
+    for begin, complete, size, closing, holders in _sums(costs, pipelines, spans):
+        latency, used = _rings(costs, _groups(holders))
+        slowest = max((each for _, each in used), default=0.0)
+        done = latency + max(begin + slowest * size, complete + slowest * closing)
+        for (p, s), _, _, (_, end) in holders:
+            found[p][s] = max(found[p][s], done - end)
+    return found
 
-Holder = tuple[StageDevices, tuple[int, int], Span]
-"""A stage with its layers and its last backward."""
+
+Holder = tuple[tuple[int, int], StageDevices, tuple[int, int], Span]
+"""The numbers of a pipeline and of its stage, the stage, its layers and its last backward."""
+
+Sum = tuple[float, float, float, float, list[Holder]]
+"""The time when the first gradients are there, when the last are, bytes on each rank, those that
+are sent last, and the stages that hold them."""
 
 
 def _sums(
@@ -52,36 +68,44 @@ def _sums(
 ) -> Iterator[Sum]:
     """Yields every sum of gradients: of layers with the same holders, and of tied parameters."""
     stages: list[Holder] = [
-        (stage, layers, span)
-        for pipeline, own in zip(pipelines, spans, strict=True)
-        for stage, layers, span in zip(pipeline.stages, pairwise(pipeline.bounds), own, strict=True)
+        ((p, s), stage, layers, span)
+        for p, (pipeline, own) in enumerate(zip(pipelines, spans, strict=True))
+        for s, (stage, layers, span) in enumerate(
+            zip(pipeline.stages, pairwise(pipeline.bounds), own, strict=True)
+        )
     ]
     for a, b in pairwise(sorted({cut for pipeline in pipelines for cut in pipeline.bounds})):
-        holders = [stage for stage in stages if stage[1][0] <= a and b <= stage[1][1]]
-        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
-        if len(groups) < 2:
+        holders = [stage for stage in stages if stage[2][0] <= a and b <= stage[2][1]]
+        if sum(len(stage.groups) for _, stage, _, _ in holders) < 2:
             continue
-        size, last = reduced_bytes(costs, (a, b), max(map(len, groups)))
+        size, last = reduced_bytes(costs, (a, b), _widest(holders))
         if size > 0:
             begin = max(_passed(costs, holder, b) for holder in holders)
             complete = max(_passed(costs, holder, a) for holder in holders)
-            yield begin, complete, size, last, groups
+            yield begin, complete, size, last, holders
     for tied in costs.model.tied:
         holders = [
-            stage for stage in stages if any(stage[1][0] <= x < stage[1][1] for x in tied.layers)
+            stage for stage in stages if any(stage[2][0] <= x < stage[2][1] for x in tied.layers)
         ]
-        groups = tuple(group for stage, _, _ in holders for group in stage.groups)
-        if len(groups) > 1:
-            ready = max(end for _, _, (_, end) in holders)
-            share = max(map(len, groups)) if "tensor" in tied.divided else 1
+        if sum(len(stage.groups) for _, stage, _, _ in holders) > 1:
+            ready = max(end for *_, (_, end) in holders)
+            share = _widest(holders) if "tensor" in tied.divided else 1
             size = tied.parameters / share * reduced_width(costs)
-            yield ready, ready, size, size, groups
+            yield ready, ready, size, size, holders
+
+
+def _groups(holders: Sequence[Holder]) -> tuple[TensorGroup, ...]:
+    return tuple(group for _, stage, _, _ in holders for group in stage.groups)
+
+
+def _widest(holders: Sequence[Holder]) -> int:
+    return max(len(group) for _, stage, _, _ in holders for group in stage.groups)
 
 
 def _passed(costs: Costs, holder: Holder, layer: int) -> float:
     """Returns when a stage's last backward, from its last layer to its first, has come to a layer
     and its gradients may be sent."""
-    stage, (first, last), (begin, end) = holder
+    _, stage, (first, last), (begin, end) = holder
     _, prefix = group_prefix(costs, stage.groups[0], stage.rows[0])
     whole = prefix[last] - prefix[first]
     done = (prefix[last] - prefix[layer]) / whole if whole else 1.0

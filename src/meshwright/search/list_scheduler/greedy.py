@@ -7,6 +7,7 @@ from collections import deque
 from heapq import heappop, heappush
 from itertools import chain
 from math import inf
+from operator import add
 
 from meshwright.program.compile import RECEIVES_AHEAD
 from meshwright.program.work import B, Codes, F, I, W, Work
@@ -44,7 +45,9 @@ def listed(work: Work, rule: Rule, limit: float = inf) -> tuple[float, list[Code
     state.run()
     total = sum(len(codes) for codes in state.codes)
     wanted = len(work.forward) * work.micro_batches * 2 + sum(state.halves)
-    return (max(state.now), state.codes) if total == wanted else None
+    if total != wanted:
+        return None
+    return max(map(add, state.now, work.tails)), state.codes
 
 
 class _Listing:
@@ -86,7 +89,9 @@ class _Listing:
             for made, wait in zip([*self.backwards[1:], None], wait_b, strict=True)
         ]
         self.events: list[tuple[float, int]] = [(0.0, g) for g in range(groups)]
-        self.least, self.left = _least_seconds(work)
+        self.least, busy = _least_seconds(work)
+        self.left = [*map(add, busy, work.tails)]
+        """Seconds that each group still needs at least."""
 
         self.back = I if rule.split else B
         self.hurry = 1 - rule.patience

@@ -11,7 +11,17 @@ from typing import Literal, get_args
 
 from meshwright.plan.ranks import EXPLICIT_SCHEDULES, needed_layout
 from meshwright.plan.spec import ScheduleName
-from meshwright.program.work import B, Codes, I, Work, fits, play, schedule_codes, seconds
+from meshwright.program.work import (
+    B,
+    Codes,
+    I,
+    Work,
+    fits,
+    group_ends,
+    play,
+    schedule_codes,
+    seconds,
+)
 from meshwright.search.list_scheduler.greedy import Rule, listed
 from meshwright.search.list_scheduler.refine import refined
 from meshwright.stopping import raise_if_stopped
@@ -136,7 +146,7 @@ def _extrapolated(work: Work, short: Work, codes: Sequence[Codes]) -> float:
     pace of its middle."""
     ends = play(short, codes)
     assert ends is not None, "the order comes to its end"
-    whole = max(own[-1] for own in ends)
+    whole = max(group_ends(work, ends))
     more = work.micro_batches - short.micro_batches
     if not more:
         return whole

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import exp, inf
 from random import Random
 
-from meshwright.program.work import B, Codes, F, I, W, Work, most_held, play
+from meshwright.program.work import B, Codes, F, I, W, Work, group_ends, most_held, play
 from meshwright.stopping import raise_if_stopped
 
 REACH = 4
@@ -22,7 +22,7 @@ LEVEL = 0.2
 groups may lead to a faster one."""
 
 Score = tuple[float, float]
-"""End of the last action, and the mean of the groups' ends."""
+"""End of the last group, and the mean of the groups' ends."""
 
 
 def refined(work: Work, codes: Sequence[Codes], tries: int) -> tuple[float, list[Codes]]:
@@ -57,7 +57,7 @@ def _score(work: Work, codes: Sequence[Codes]) -> Score:
     ends = play(work, codes)
     if ends is None:
         return inf, inf
-    last = [own[-1] for own in ends]
+    last = group_ends(work, ends)
     return max(last), sum(last) / len(last)
 
 

@@ -49,7 +49,7 @@ ROUGH = 0.01
 """Share by which the quick clock may be slower than the simulator, or faster where messages do not
 meet."""
 
-MARGINS = (1.15, 1.3)
+MARGINS = (1.1, 1.2, 1.35)
 """Times that messages are taken to last in orders for plans whose messages meet."""
 
 MET, NEAR = 5, 1.06
